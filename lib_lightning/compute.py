@@ -1,0 +1,139 @@
+"""From a module and some batches to its interaction graph: the entry point that needs no trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from lib_lightning.core.build import BasisKind, Built, FinalBasisKind, Settings, build, check_finite
+from lib_lightning.core.cut import InputFn, LiveModel, check_cuts
+from lib_lightning.core.guard import undisturbed
+from lib_lightning.core.layers import NodeLayer, as_node_layers
+from lib_lightning.graph import InteractionGraph
+from lib_lightning.version import __version__
+
+
+def compute_interaction_graph(
+    model: nn.Module,
+    batches: Iterable[Any],
+    node_layers: Sequence[str | NodeLayer],
+    basis: BasisKind = "lib",
+    final_basis: FinalBasisKind = "auto",
+    rtol: float = 1e-6,
+    n_probes: int | None = None,
+    integration_steps: int = 0,
+    dtype: torch.dtype | None = None,
+    input_fn: InputFn | None = None,
+    progress: bool = False,
+) -> InteractionGraph:
+    """Compute the Local Interaction Basis of a model's activations and the interactions between its features.
+
+    The model is run in evaluation mode and left exactly as it was found.
+
+    Args:
+        model: Any module.
+        batches: Batches as a data loader gives them: tensors, tuples, lists or dicts. They are gone through several
+            times, so an iterator is read into memory first.
+        node_layers: Where to cut the model, in forward order: ``"module.path"`` for a module's output,
+            ``"module.path:input"`` for its input, ``"input"`` and ``"output"`` for the model's own, or a `NodeLayer`.
+        basis: ``"lib"``, or the baselines ``"pca"`` and ``"neuron"``.
+        final_basis: Basis of the last node layer, which has no next one: ``"neuron"`` or ``"pca"``; ``"auto"`` takes
+            neurons for ``"output"`` and PCA for anything else.
+        rtol: Directions of covariance, metric and importance below this share of the largest are dropped; 0 drops only
+            what rounding cannot tell from zero.
+        n_probes: None for the exact metric; a number for that many random-sign probes per sample, which makes the
+            cost independent of the number of output positions and features.
+        integration_steps: 0 takes gradients at the activations; a number averages them over that many Gauss-Legendre
+            points on the way from the mean.
+        dtype: Floating-point type to compute in, the model's own by default. Sums are always float64.
+        input_fn: Turns a batch into what the model is called with: a dict becomes keyword arguments, a tuple positional
+            ones. By default the first entry of a tuple or list, and any other batch as it is.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The interaction graph: a basis for each node layer, edges between neighbouring ones.
+
+    Raises:
+        NodeLayerError: If a node layer is unknown, never run, out of order, or does not cut the computation.
+        ActivationError: If activations are integers, NaN or infinite, or there are no samples.
+        ValueError: If a setting is outside its range.
+
+    Note:
+        Source: arXiv 2405.10928; see `lib_lightning.core.build` for the steps.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> graph = compute_interaction_graph(model, [torch.randn(64, 4)], ["input", "1", "output"])
+        >>> graph.node_layers
+        ['input', '1', 'output']
+        >>> graph.edges["1", "output"].shape[0]
+        2
+    """
+    settings = Settings(basis, final_basis, rtol, n_probes, integration_steps)
+    layers = as_node_layers(node_layers)
+    batches = batches if isinstance(batches, (list, tuple)) else list(batches)
+    live = LiveModel(model, layers, input_fn, dtype)
+    passes = 2 + (len(layers) - 1 if settings.basis == "lib" else 0)
+    with undisturbed(model), tqdm(total=passes * len(batches), disable=not progress, unit="batch") as bar:
+
+        def tick(step: str) -> None:
+            bar.set_description(step, refresh=False)
+            bar.update()
+
+        built = build(live, batches, settings, tick)
+    return _as_graph(built, settings, layers, dtype)
+
+
+def _as_graph(
+    built: Built, settings: Settings, layers: Sequence[NodeLayer], dtype: torch.dtype | None
+) -> InteractionGraph:
+    info = {
+        "settings": {**asdict(settings), "dtype": None if dtype is None else str(dtype).removeprefix("torch.")},
+        "node_layers": [
+            {"name": x.name, "taps": list(x.taps), "positions": x.positions, "feature_dim": x.feature_dim}
+            for x in layers
+        ],
+        "n_samples": built.n_samples,
+        "metric_errors": built.metric_errors,
+        "versions": {"lib_lightning": __version__, "torch": str(torch.__version__)},
+    }
+    names = [basis.name for basis in built.bases]
+    bases = {basis.name: basis.to("cpu") for basis in built.bases}
+    edges = {pair: E.cpu() for pair, E in zip(zip(names, names[1:], strict=False), built.edges, strict=True)}
+    return InteractionGraph(bases, edges, info)
+
+
+def check_node_layers(
+    model: nn.Module,
+    batch: Any,
+    node_layers: Sequence[str | NodeLayer],
+    dtype: torch.dtype | None = None,
+    input_fn: InputFn | None = None,
+) -> None:
+    """Find mistakes in a choice of node layers by running one batch, without computing anything else.
+
+    Args:
+        model: Any module; left exactly as it was found.
+        batch: One batch; a few samples are enough.
+        node_layers: As for `compute_interaction_graph`.
+        dtype: As for `compute_interaction_graph`.
+        input_fn: As for `compute_interaction_graph`.
+
+    Raises:
+        NodeLayerError: If a node layer is unknown, never run, out of order, or does not cut the computation.
+        ActivationError: If activations are integers, NaN or infinite.
+
+    Example:
+        >>> check_node_layers(nn.Linear(2, 2), torch.ones(1, 2), ["input", "output"])
+    """
+    live = LiveModel(model, as_node_layers(node_layers), input_fn, dtype)
+    with undisturbed(model):
+        cuts = live.cut(batch)
+        check_cuts(cuts)
+        for cut in cuts:
+            check_finite(cut.layer.name, cut.a)

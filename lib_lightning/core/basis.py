@@ -1,0 +1,145 @@
+"""The bases of one node layer: LIB, PCA and single neurons, as affine maps between activations and features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lib_lightning.core.spectral import eigh_psd, factor_psd
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Features of one node layer: ``fhat = (a - mu) C`` and back ``a ~ mu + fhat C^+``.
+
+    Attributes:
+        name: Node layer.
+        kind: ``"lib"``, ``"pca"`` or ``"neuron"``.
+        mean: ``mu``, shape ``(d,)``, float64.
+        to_features: ``C``, shape ``(d, r)``, float64.
+        from_features: ``C^+``, shape ``(r, d)``, float64.
+        importance: ``Lambda``, shape ``(r,)``, float64: the variance of each feature, which in a LIB is its effect on
+            the next node layer. Largest first; single neurons keep their own order.
+
+    Example:
+        >>> basis = neuron_basis("fc", torch.tensor([1.0, 2.0]), torch.eye(2))
+        >>> basis.encode(torch.tensor([3.0, 3.0]))
+        tensor([2., 1.])
+    """
+
+    name: str
+    kind: str
+    mean: Tensor
+    to_features: Tensor
+    from_features: Tensor
+    importance: Tensor
+
+    @property
+    def n_features(self) -> int:
+        """Number of features ``r``."""
+        return self.importance.shape[0]
+
+    def to(self, device: torch.device | str) -> Basis:
+        """Copy to a device, where it is not there already."""
+        moved = (t.to(device) for t in (self.mean, self.to_features, self.from_features, self.importance))
+        return Basis(self.name, self.kind, *moved)
+
+    def encode(self, a: Tensor) -> Tensor:
+        """Express activations as features.
+
+        Args:
+            a: Activations, shape ``(..., d)``.
+
+        Returns:
+            Features ``fhat``, shape ``(..., r)``, in the type and on the device of ``a``.
+        """
+        return (a - self.mean.to(a)) @ self.to_features.to(a)
+
+    def decode(self, features: Tensor) -> Tensor:
+        """Express features as activations; what the features leave out stays at the mean.
+
+        Args:
+            features: ``fhat``, shape ``(..., r)``.
+
+        Returns:
+            Activations, shape ``(..., d)``, in the type and on the device of ``features``.
+        """
+        return self.mean.to(features) + features @ self.from_features.to(features)
+
+
+def lib_basis(name: str, mean: Tensor, covariance: Tensor, metric: Tensor, cutoff: float) -> Basis:
+    """Local Interaction Basis of one node layer.
+
+    Features are ordered and scaled by how much they move the next node layer: uncorrelated on the data, and with
+    orthonormal Jacobians towards the next layer's features.
+
+    Args:
+        name: Node layer.
+        mean: ``mu``, shape ``(d,)``, float64.
+        covariance: ``Sigma``, shape ``(d, d)``, float64.
+        metric: Jacobian metric ``M``, shape ``(d, d)``, float64.
+        cutoff: Directions with an eigenvalue of ``Sigma`` or ``M``, or an importance, up to this share of the largest
+            are dropped.
+
+    Returns:
+        The basis with kind ``"lib"``.
+
+    Note:
+        Source: arXiv 2405.10928, section 3.1. The singular values of ``M^{1/2} U D^{1/2}`` are taken instead of the
+        eigenvalues of ``D^{1/2} U^T M U D^{1/2}``: the same numbers, without squaring the small ones away.
+
+    Example:
+        >>> eye = torch.eye(2, dtype=torch.float64)
+        >>> basis = lib_basis("fc", eye[0], torch.diag(torch.tensor([4.0, 1.0])).double(), eye, 1e-9)
+        >>> basis.importance
+        tensor([4., 1.], dtype=torch.float64)
+    """
+    D, U = eigh_psd(covariance, cutoff)
+    B = factor_psd(metric, cutoff)
+    _, s, Vt = torch.linalg.svd(B @ (U * D.sqrt()), full_matrices=False)
+    keep = s.square() > cutoff * s.square().amax() if s.numel() else torch.zeros_like(s, dtype=torch.bool)
+    s, V = s[keep], Vt[keep].T
+    C = (U / D.sqrt()) @ (V * s)
+    C_pinv = (V / s).T @ (U * D.sqrt()).T
+    return Basis(name, "lib", mean, C, C_pinv, s.square())
+
+
+def pca_basis(name: str, mean: Tensor, covariance: Tensor, cutoff: float) -> Basis:
+    """Principal components of one node layer: the baseline.
+
+    Args:
+        name: Node layer.
+        mean: ``mu``, shape ``(d,)``, float64.
+        covariance: ``Sigma``, shape ``(d, d)``, float64.
+        cutoff: Directions with a variance up to this share of the largest are dropped.
+
+    Returns:
+        The basis with kind ``"pca"``; its importances are variances.
+
+    Example:
+        >>> pca_basis("fc", torch.zeros(2), torch.diag(torch.tensor([1.0, 4.0])), 1e-9).importance
+        tensor([4., 1.])
+    """
+    D, U = eigh_psd(covariance, cutoff)
+    return Basis(name, "pca", mean, U, U.T, D)
+
+
+def neuron_basis(name: str, mean: Tensor, covariance: Tensor) -> Basis:
+    """Single activations as features, in their own order.
+
+    Args:
+        name: Node layer.
+        mean: ``mu``, shape ``(d,)``, float64.
+        covariance: ``Sigma``, shape ``(d, d)``, float64.
+
+    Returns:
+        The basis with kind ``"neuron"``; its importances are variances.
+
+    Example:
+        >>> neuron_basis("fc", torch.zeros(2), torch.diag(torch.tensor([1.0, 4.0]))).importance
+        tensor([1., 4.])
+    """
+    eye = torch.eye(mean.shape[0], dtype=mean.dtype, device=mean.device)
+    return Basis(name, "neuron", mean, eye, eye, covariance.diagonal().clone())

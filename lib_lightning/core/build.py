@@ -1,0 +1,187 @@
+"""The paper's algorithm, read top to bottom (arXiv 2405.10928, transformation into the Local Interaction Basis).
+
+1. *Moments.* Run all batches once; mean and covariance of every node layer.
+2. *Bases*, from the last node layer to the first. The last one keeps its neurons or takes PCA. Every earlier one needs
+   the Jacobian metric, which measures a step by what it does to the *next* layer's features; then PCA-whitening of the
+   activations, and a rotation and scaling that make the Jacobian orthonormal.
+3. *Edges.* Run all batches once more; the squared interactions between neighbouring layers' features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lib_lightning.core.basis import Basis, lib_basis, neuron_basis, pca_basis
+from lib_lightning.core.cut import LiveModel, check_cuts
+from lib_lightning.core.edges import Edges
+from lib_lightning.core.errors import ActivationError
+from lib_lightning.core.layers import OUTPUT
+from lib_lightning.core.metric import JacobianMetric
+from lib_lightning.core.moments import Moments
+from lib_lightning.core.section import STACK_ELEMENTS, sections
+from lib_lightning.core.spectral import relative_cutoff
+
+BasisKind = Literal["lib", "pca", "neuron"]
+FinalBasisKind = Literal["auto", "neuron", "pca"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to compute; see `lib_lightning.compute_interaction_graph` for the meaning of each entry.
+
+    Raises:
+        ValueError: If a value is outside its range.
+    """
+
+    basis: BasisKind = "lib"
+    final_basis: FinalBasisKind = "auto"
+    rtol: float = 1e-6
+    n_probes: int | None = None
+    integration_steps: int = 0
+
+    def __post_init__(self) -> None:
+        _choice("basis", self.basis, ("lib", "pca", "neuron"))
+        _choice("final_basis", self.final_basis, ("auto", "neuron", "pca"))
+        if not 0 <= self.rtol < 1:
+            raise ValueError(f"rtol is a share of the largest eigenvalue, from 0 up to 1; got {self.rtol}.")
+        if self.n_probes is not None and self.n_probes < 1:
+            raise ValueError(f"n_probes is a number of probes from 1 on, or None for all of them; got {self.n_probes}.")
+        if self.integration_steps < 0:
+            raise ValueError(f"integration_steps is a number of points, or 0 for none; got {self.integration_steps}.")
+
+
+@dataclass(frozen=True)
+class Built:
+    """What `build` found.
+
+    Attributes:
+        bases: One basis for each node layer, in forward order.
+        edges: One matrix ``(r_out, r_in)`` for each pair of neighbouring node layers.
+        n_samples: Number of samples used.
+        metric_errors: Estimated relative error of the metric of each node layer that has one: 0 where it is exact,
+            None where a single probe leaves it unknown.
+    """
+
+    bases: list[Basis]
+    edges: list[Tensor]
+    n_samples: int
+    metric_errors: dict[str, float | None] = field(default_factory=dict)
+
+
+def build(
+    live: LiveModel,
+    batches: Sequence[Any],
+    settings: Settings,
+    tick: Callable[[str], None] = lambda step: None,
+    stack_elements: int = STACK_ELEMENTS,
+) -> Built:
+    """Compute bases and edges of a live model.
+
+    Args:
+        live: The model and its node layers.
+        batches: All batches; run through several times.
+        settings: What to compute.
+        tick: Called after each batch of each pass with the name of the step.
+        stack_elements: About how many numbers one stack of vectors through a section may hold.
+
+    Returns:
+        Bases and edges.
+
+    Raises:
+        NodeLayerError: If a node layer does not cut the computation.
+        ActivationError: If there are no samples, or activations are not finite.
+    """
+
+    def run(batch: Any, step: str) -> list[Any]:
+        result = sections(live, batch, [m.mean for m in moments], settings.integration_steps, stack_elements)
+        tick(step)
+        return result
+
+    # 1. Moments.
+    moments = [Moments() for _ in live.layers]
+    for k, batch in enumerate(batches):
+        if k == 0:
+            check_cuts(live.cut(batch))
+        for layer_moments, layer, a in zip(moments, live.layers, live.activations(batch), strict=True):
+            check_finite(layer.name, a)
+            layer_moments.update(a)
+        tick("moments")
+    if not batches or moments[0].count == 0:
+        raise ActivationError("There are no samples to compute a basis from.")
+
+    # 2. Bases, from the last node layer to the first.
+    entry_dtype = a.dtype
+    generator = torch.Generator().manual_seed(0)
+    bases: list[Basis] = []
+    errors: dict[str, float | None] = {}
+    for i in reversed(range(len(live.layers))):
+        name, mean, covariance = live.layers[i].name, moments[i].mean, moments[i].covariance
+        cutoff = relative_cutoff(settings.rtol, mean.shape[0], entry_dtype)
+        kind = settings.basis if i < len(live.layers) - 1 else final_kind(settings, live.layers[i].taps)
+        if kind == "neuron":
+            basis = neuron_basis(name, mean, covariance)
+        elif kind == "pca":
+            basis = pca_basis(name, mean, covariance, cutoff)
+        else:
+            metric = JacobianMetric(bases[0].to_features, settings.n_probes, generator)
+            for batch in batches:
+                metric.update(run(batch, f"basis of {name}")[i])
+            basis = lib_basis(name, mean, covariance, metric.M, cutoff)
+            errors[name] = metric.relative_error
+        bases.insert(0, basis)
+
+    # 3. Edges.
+    edges = [Edges(before, after) for before, after in zip(bases, bases[1:], strict=False)]
+    for batch in batches:
+        for section_edges, section in zip(edges, run(batch, "edges"), strict=True):
+            section_edges.update(section)
+    return Built(bases, [e.E for e in edges], moments[0].n, errors)
+
+
+def final_kind(settings: Settings, taps: Sequence[str]) -> BasisKind:
+    """Which basis the last node layer takes: it has no next layer to measure its features by.
+
+    Args:
+        settings: What to compute.
+        taps: Taps of the last node layer.
+
+    Returns:
+        ``"neuron"`` for the model's own output unless asked otherwise (its entries have names, such as classes), and
+        ``"pca"`` for anything else.
+
+    Example:
+        >>> final_kind(Settings(), ["output"]), final_kind(Settings(), ["blocks.3"])
+        ('neuron', 'pca')
+    """
+    if settings.final_basis != "auto":
+        return settings.final_basis
+    return "neuron" if settings.basis == "neuron" or tuple(taps) == (OUTPUT,) else "pca"
+
+
+def check_finite(name: str, a: Tensor) -> None:
+    """Refuse activations that are NaN or infinite.
+
+    Args:
+        name: Node layer.
+        a: Its activations.
+
+    Raises:
+        ActivationError: Naming the node layer and what was found.
+    """
+    finite = torch.isfinite(a)
+    if not finite.all():
+        what = "NaN" if a.isnan().any() else "infinite"
+        raise ActivationError(
+            f"Node layer '{name}' has {what} activations ({int((~finite).sum())} of {a.numel()} numbers). "
+            "No basis can be computed from them; look at the model or at the batch."
+        )
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is one of {', '.join(map(repr, choices))}; got {value!r}.")

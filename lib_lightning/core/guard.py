@@ -1,0 +1,102 @@
+"""Leaving no trace: whatever happens inside, model and random numbers come out as they went in."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Run a block of code in evaluation mode with gradients, then restore the model and all random states.
+
+    Inside, gradients can be taken even where the caller has switched them off (``no_grad``, ``inference_mode``), and
+    mixed precision is off. Afterwards, also after an exception, these are as before: the training flag of every module,
+    buffers, ``grad`` and ``requires_grad`` of every parameter, and the random states of torch (CPU and CUDA), NumPy
+    and Python.
+
+    Args:
+        model: The model that the block is going to run.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> model = nn.Dropout()
+        >>> with undisturbed(model), torch.no_grad():
+        ...     model.training, torch.is_grad_enabled()
+        (False, False)
+        >>> model.training
+        True
+    """
+    with ExitStack() as stack:
+        for restore in (_random_states(), _training_flags(model), _buffers(model), _parameters(model)):
+            stack.callback(restore)
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for device_type in {p.device.type for p in model.parameters()} | {"cpu"}:
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        model.eval()
+        yield
+
+
+def _random_states() -> Callable[[], None]:
+    cpu, python = torch.get_rng_state(), random.getstate()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    numpy: Any = sys.modules.get("numpy")
+    numpy_state = numpy.random.get_state() if numpy else None
+
+    def restore() -> None:
+        torch.set_rng_state(cpu)
+        random.setstate(python)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+        if numpy:
+            numpy.random.set_state(numpy_state)
+
+    return restore
+
+
+def _training_flags(model: nn.Module) -> Callable[[], None]:
+    flags = [(module, module.training) for module in model.modules()]
+
+    def restore() -> None:
+        for module, training in flags:
+            module.training = training
+
+    return restore
+
+
+def _buffers(model: nn.Module) -> Callable[[], None]:
+    saved = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+
+    def restore() -> None:
+        with torch.no_grad():
+            for module, name, buffer, value in saved:
+                module._buffers[name] = buffer
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+    return restore
+
+
+def _parameters(model: nn.Module) -> Callable[[], None]:
+    saved = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+
+    def restore() -> None:
+        for parameter, requires_grad, grad in saved:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+
+    return restore

@@ -1,0 +1,80 @@
+"""Tensors inside tuples, lists and dicts: batches, module inputs and module outputs come in all of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    """Apply a function to every tensor, in new containers of the same kinds.
+
+    Args:
+        value: Tensors in tuples, named tuples, lists and mappings, nested at will; anything else is kept as it is.
+        fn: What to do with a tensor.
+
+    Returns:
+        The same structure with the new tensors.
+
+    Example:
+        >>> map_tensors({"x": (torch.ones(1), "label")}, lambda t: t + 1)
+        {'x': (tensor([2.]), 'label')}
+    """
+    if isinstance(value, Tensor):
+        return fn(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(v, fn) for v in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_tensors(v, fn) for v in value)
+    if isinstance(value, Mapping):
+        return _with_items(value, {k: map_tensors(v, fn) for k, v in value.items()})
+    return value
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """Find the tensor that a module's input or output is about: the first one that is not a single number.
+
+    Args:
+        value: A tensor, or tensors in tuples, lists and mappings.
+
+    Returns:
+        That tensor, or None if there is none. (A loss ahead of the logits is a single number and is passed over.)
+
+    Example:
+        >>> first_tensor({"loss": torch.tensor(0.5), "logits": torch.ones(2, 1)}).shape
+        torch.Size([2, 1])
+    """
+    found: list[Tensor] = []
+    map_tensors(value, lambda t: found.append(t) or t)  # type: ignore[func-returns-value]
+    return next((t for t in found if t.ndim > 0), None)
+
+
+def replace_first_tensor(value: Any, new: Tensor) -> Any:
+    """Put another tensor where `first_tensor` found one.
+
+    Args:
+        value: A tensor, or tensors in tuples, lists and mappings; not modified.
+        new: The tensor to put there.
+
+    Returns:
+        The same structure with that one tensor replaced.
+
+    Example:
+        >>> replace_first_tensor((torch.zeros(1), torch.zeros(1)), torch.ones(1))
+        (tensor([1.]), tensor([0.]))
+    """
+    old = first_tensor(value)
+    return map_tensors(value, lambda t: new if t is old else t)
+
+
+def _with_items(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    if type(mapping) is dict:
+        return items
+    # Output classes (an OrderedDict with attributes) and the like: keep the class, set the items.
+    new = copy.copy(mapping)
+    for key, item in items.items():
+        new[key] = item  # type: ignore[index]
+    return new

@@ -1,0 +1,149 @@
+"""The interaction graph as a figure: node layers as columns, features as dots, interactions as lines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from torch import Tensor
+
+from lib_lightning.core.basis import Basis
+
+# Blue lines and vermilion dots of the palette of Okabe and Ito: told apart under every common colour blindness.
+_LINE, _DOT, _TEXT, _MUTED = "#0072B2", "#D55E00", "#222222", "#666666"
+_KIND_NAMES = {"lib": "LIB", "pca": "PCA", "neuron": "neurons"}
+
+
+def draw_graph(
+    bases: Sequence[Basis],
+    edges: Sequence[Tensor],
+    title: str = "Interaction graph",
+    max_edges: int = 300,
+    max_features: int = 40,
+) -> Figure:
+    """Draw an interaction graph.
+
+    Args:
+        bases: One basis for each node layer, in forward order.
+        edges: One matrix ``(r_out, r_in)`` for each pair of neighbouring node layers.
+        title: Title of the figure.
+        max_edges: Most edges to draw, shared equally among the sections.
+        max_features: Most features to draw in a column, the most important ones.
+
+    Returns:
+        A matplotlib figure that pyplot does not know of, so that nothing is kept when it is dropped.
+
+    Example:
+        >>> import torch
+        >>> from lib_lightning.core.basis import neuron_basis
+        >>> layer = neuron_basis("fc", torch.zeros(2), torch.eye(2))
+        >>> type(draw_graph([layer, layer], [torch.eye(2)])).__name__
+        'Figure'
+    """
+    columns = len(bases)
+    figure = Figure(figsize=(max(7.0, 2.6 * columns + 0.6), 6.4), dpi=100, facecolor="white")
+    axes = figure.add_axes((0.03, 0.12, 0.94, 0.66))
+    axes.set_axis_off()
+    axes.set_xlim(-0.35, columns - 0.65)
+    axes.set_ylim(-0.04, 1.04)
+
+    shown = [_most_important(basis, max_features) for basis in bases]
+    heights = [_heights(len(index)) for index in shown]
+    for x, E in enumerate(edges):
+        _draw_section(axes, x, E, (shown[x], shown[x + 1]), (heights[x], heights[x + 1]), max_edges // len(edges))
+    for x, basis in enumerate(bases):
+        _draw_column(axes, x, basis, shown[x], heights[x])
+
+    figure.text(0.03, 0.955, title, fontsize=15, fontweight="bold", color=_TEXT)
+    figure.text(
+        0.03, 0.915, "Dots: features, most important at the top.  Lines: interactions, strongest drawn.",
+        fontsize=10.5, color=_MUTED,
+    )  # fmt: skip
+    _legend(figure)
+    return figure
+
+
+def _most_important(basis: Basis, limit: int) -> np.ndarray:
+    order = basis.importance.argsort(descending=True, stable=True)[:limit]
+    return np.asarray(order.sort().values if basis.kind == "neuron" else order)
+
+
+def _heights(count: int) -> np.ndarray:
+    # A short column keeps the spacing of a column of twelve, around the middle, instead of spreading to the rims.
+    span = min(1.0, max(count - 1, 0) / 11)
+    return np.linspace(0.5 + span / 2, 0.5 - span / 2, count) if count > 1 else np.full(count, 0.5)
+
+
+def _draw_section(
+    axes: Axes,
+    x: int,
+    E: Tensor,
+    shown: tuple[np.ndarray, np.ndarray],
+    heights: tuple[np.ndarray, np.ndarray],
+    limit: int,
+) -> None:
+    strength = E.detach().cpu().double().numpy()
+    before, after = shown
+    visible = strength[np.ix_(after, before)]
+    total, strongest = strength.sum(), strength.max(initial=0.0)
+    order = np.argsort(visible, axis=None)[::-1][:limit]
+    order = order[visible.flat[order] > 1e-6 * strongest][::-1]
+    if len(order):
+        i, j = np.unravel_index(order, visible.shape)
+        share = np.sqrt(visible[i, j] / strongest)
+        start = np.stack([np.full(len(i), float(x)), heights[0][j]], axis=1)
+        end = np.stack([np.full(len(i), x + 1.0), heights[1][i]], axis=1)
+        colors = np.tile([0.0, 0.447, 0.698, 1.0], (len(i), 1))
+        colors[:, 3] = 0.06 + 0.84 * share
+        axes.add_collection(LineCollection(np.stack([start, end], axis=1), linewidths=0.4 + 3.6 * share, colors=colors))
+    covered = visible[np.unravel_index(order, visible.shape)].sum() / total if total > 0 else 0.0
+    axes.text(
+        x + 0.5, -0.085, f"{len(order):,} of {strength.size:,} edges\n{_percent(covered)} of strength",
+        ha="center", va="top", fontsize=10.5, color=_LINE, linespacing=1.35,
+    )  # fmt: skip
+
+
+def _draw_column(axes: Axes, x: int, basis: Basis, shown: np.ndarray, heights: np.ndarray) -> None:
+    importance = basis.importance.detach().cpu().double().numpy()
+    share = importance[shown] / max(importance.max(initial=0.0), np.finfo(float).tiny)
+    axes.scatter(np.full(len(shown), x), heights, s=_dot_area(share), color=_DOT, edgecolor="white", lw=0.7, zorder=3)
+    for index, y in list(zip(shown, heights, strict=True)) if len(shown) <= 16 else []:
+        axes.annotate(
+            str(index), (x, y), xytext=(-9, 0), textcoords="offset points", ha="right", va="center",
+            fontsize=9, color=_TEXT, zorder=4,
+        )  # fmt: skip
+    of = f"{len(shown)} of {len(importance)}" if len(shown) < len(importance) else f"{len(importance)}"
+    kind = _KIND_NAMES[basis.kind]
+    features = kind if basis.kind == "neuron" else f"{kind} feature" + ("" if len(importance) == 1 else "s")
+    axes.text(x, 1.125, basis.name, ha="center", fontsize=12, fontweight="bold", color=_TEXT, clip_on=False)
+    axes.text(x, 1.065, f"{of} {features}", ha="center", fontsize=10.5, color=_DOT, clip_on=False)
+
+
+def _dot_area(share: np.ndarray | float) -> np.ndarray:
+    # Importances span many decades: area goes with the square root, from a speck up.
+    return np.asarray(12 + 230 * np.sqrt(share))
+
+
+def _legend(figure: Figure) -> None:
+    dots = [
+        Line2D([], [], ls="", marker="o", color=_DOT, markeredgecolor="white", ms=math.sqrt(float(_dot_area(share))))
+        for share in (1.0, 0.1, 0.001)
+    ]
+    lines = [
+        Line2D([], [], color=_LINE, lw=0.4 + 3.6 * math.sqrt(s), alpha=0.06 + 0.84 * math.sqrt(s)) for s in (1, 0.1, 0.01)
+    ]
+    figure.legend(
+        [*dots, *lines],
+        ["importance: largest of its layer", "1/10", "1/1000", "strength: largest of its section", "1/10", "1/100"],
+        loc="lower left", bbox_to_anchor=(0.02, 0.0), ncols=6, frameon=False, fontsize=9.5, labelcolor=_MUTED,
+        handletextpad=0.4, columnspacing=1.1,
+    )  # fmt: skip
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}%" if share < 0.995 else f"{math.floor(1000 * share) / 10:g}%"

@@ -1,0 +1,47 @@
+"""Figures as small PNG images."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class PNG:
+    """An encoded image.
+
+    Attributes:
+        data: The bytes of the file.
+        width: In pixels.
+        height: In pixels.
+    """
+
+    data: bytes
+    width: int
+    height: int
+
+
+def render_png(figure: Figure) -> PNG:
+    """Render a figure with a palette of 256 colours, a quarter of the size of true colour.
+
+    Args:
+        figure: Any matplotlib figure; drawn with Agg whatever backend is set.
+
+    Returns:
+        The encoded image.
+
+    Example:
+        >>> render_png(Figure(figsize=(2, 1), dpi=50)).width
+        100
+    """
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    file = io.BytesIO()
+    image.quantize(colors=256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(file, "PNG")
+    return PNG(file.getvalue(), *image.size)

@@ -1,0 +1,124 @@
+"""The interaction graph as users hold it: bases, edges, and ways to save, load, draw and hand it on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import networkx as nx
+from torch import Tensor
+
+from lib_lightning.core.basis import Basis
+from lib_lightning.export.files import BasisFileError, read_file, write_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_BASIS_TENSORS = ("mean", "to_features", "from_features", "importance")
+
+
+@dataclass
+class InteractionGraph:
+    """Features of every node layer and how strongly they act on each other.
+
+    Attributes:
+        bases: A `Basis` for each node layer, by name, in forward order.
+        edges: For each pair of neighbouring node layers ``(before, after)`` a matrix ``E`` of shape
+            ``(r_after, r_before)``, float64, non-negative.
+        info: How it was made: settings, node layers, number of samples, versions; step and epoch if made in training.
+
+    Example:
+        >>> import torch
+        >>> from lib_lightning import compute_interaction_graph
+        >>> graph = compute_interaction_graph(torch.nn.Linear(3, 2), [torch.randn(9, 3)], ["input", "output"])
+        >>> graph
+        InteractionGraph(input: 2 lib -> output: 2 neuron, 9 samples)
+    """
+
+    bases: dict[str, Basis]
+    edges: dict[tuple[str, str], Tensor]
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def node_layers(self) -> list[str]:
+        """Names of the node layers, in forward order."""
+        return list(self.bases)
+
+    def __repr__(self) -> str:
+        layers = " -> ".join(f"{b.name}: {b.n_features} {b.kind}" for b in self.bases.values())
+        return f"InteractionGraph({layers}, {self.info.get('n_samples', '?')} samples)"
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write a basis file: safetensors with a JSON header. A file of that name is replaced in one step.
+
+        Args:
+            path: Where to write; folders are made as needed.
+        """
+        tensors = {f"basis.{i}.{key}": getattr(b, key) for i, b in enumerate(self.bases.values()) for key in _BASIS_TENSORS}
+        tensors |= {f"edges.{i}": E for i, E in enumerate(self.edges.values())}
+        header = {"layers": self.node_layers, "kinds": [b.kind for b in self.bases.values()], "info": self.info}
+        write_file(path, tensors, header)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> InteractionGraph:
+        """Read a basis file.
+
+        Args:
+            path: A file that `save` wrote.
+
+        Returns:
+            The graph, equal to the saved one.
+
+        Raises:
+            BasisFileError: If the file is truncated, altered, of another kind, or of a newer format.
+            FileNotFoundError: If there is no such file.
+        """
+        tensors, header = read_file(path)
+        try:
+            names, kinds = header["layers"], header["kinds"]
+            bases = {
+                name: Basis(name, kind, *(tensors[f"basis.{i}.{key}"] for key in _BASIS_TENSORS))
+                for i, (name, kind) in enumerate(zip(names, kinds, strict=True))
+            }
+            edges = {pair: tensors[f"edges.{i}"] for i, pair in enumerate(zip(names, names[1:], strict=False))}
+            return cls(bases, edges, header["info"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise BasisFileError(f"'{path}' is a basis file, but a part of it is missing: {error}.") from error
+
+    def to_networkx(self) -> nx.DiGraph[tuple[str, int]]:
+        """Convert to a directed graph.
+
+        Returns:
+            A graph whose nodes are ``(node layer, feature index)`` with attributes ``importance`` and ``layer`` (its
+            position), and whose edges carry ``weight``. Edges of weight zero are left out.
+        """
+        graph: nx.DiGraph[tuple[str, int]] = nx.DiGraph()
+        for position, (name, basis) in enumerate(self.bases.items()):
+            for j, importance in enumerate(basis.importance.tolist()):
+                graph.add_node((name, j), importance=importance, layer=position)
+        for (before, after), E in self.edges.items():
+            for i, j in E.nonzero().tolist():
+                graph.add_edge((before, j), (after, i), weight=float(E[i, j]))
+        return graph
+
+    def plot(self, max_edges: int = 300, max_features: int = 40) -> Figure:
+        """Draw the graph: node layers as columns, features sized by importance, edges by strength.
+
+        Args:
+            max_edges: Most edges to draw, shared among the sections.
+            max_features: Most features to draw in a column.
+
+        Returns:
+            A matplotlib figure of its own, unknown to pyplot.
+        """
+        from lib_lightning.display.graph import draw_graph
+
+        step = self.info.get("step")
+        return draw_graph(
+            list(self.bases.values()),
+            list(self.edges.values()),
+            title="Interaction graph" + (f" after {step:,} steps" if step is not None else ""),
+            max_edges=max_edges,
+            max_features=max_features,
+        )

@@ -1,0 +1,78 @@
+"""A fixed set of validation samples, kept for snapshots to be computed on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lib_lightning.core.nested import first_tensor, map_tensors
+
+
+class SampleBuffer:
+    """Copies of batches, up to a number of samples.
+
+    Args:
+        num_samples: Samples to keep.
+
+    Example:
+        >>> buffer = SampleBuffer(3)
+        >>> for _ in range(2): buffer.add((torch.zeros(2, 5), torch.zeros(2)))
+        >>> [inputs.shape[0] for inputs, labels in buffer.batches], buffer.full
+        ([2, 1], True)
+    """
+
+    def __init__(self, num_samples: int) -> None:
+        self.num_samples = num_samples
+        self.batches: list[Any] = []
+        self.count = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether all samples are there."""
+        return self.count >= self.num_samples
+
+    def add(self, batch: Any) -> None:
+        """Copy a batch, or as many of its samples as are still wanted."""
+        if self.full:
+            return
+        # Copies made outside inference mode are ordinary tensors, which gradients can be taken through.
+        with torch.inference_mode(False):
+            kept = first_samples(batch, self.num_samples - self.count)
+            self.batches.append(map_tensors(kept, lambda t: t.detach().clone()))
+        self.count += batch_size(kept)
+
+    def clear(self) -> None:
+        """Drop everything."""
+        self.batches, self.count = [], 0
+
+
+def batch_size(batch: Any) -> int:
+    """Number of samples in a batch: the length of its first tensor.
+
+    Args:
+        batch: Tensors in tuples, lists and mappings.
+
+    Returns:
+        The number; 0 if there is no tensor.
+    """
+    first = first_tensor(batch)
+    return 0 if first is None else first.shape[0]
+
+
+def first_samples(batch: Any, count: int) -> Any:
+    """Take the first samples of a batch.
+
+    Args:
+        batch: Tensors in tuples, lists and mappings; those with one entry for each sample are cut short.
+        count: Samples to take.
+
+    Returns:
+        The same structure, as views.
+
+    Example:
+        >>> first_samples({"x": torch.zeros(4, 2), "scale": torch.ones(())}, 3)["x"].shape
+        torch.Size([3, 2])
+    """
+    n = batch_size(batch)
+    return map_tensors(batch, lambda t: t[:count] if t.ndim > 0 and t.shape[0] == n else t)

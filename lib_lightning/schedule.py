@@ -1,0 +1,89 @@
+"""When the next snapshot is due."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+
+class Schedule:
+    """Decides after each validation and after each training step whether a snapshot is due.
+
+    A step counts as due from its number on, not only exactly there, because steps can be passed over unseen.
+
+    Args:
+        every_n_validations: A snapshot at the first validation and every so many after it.
+        every_n_steps: A snapshot before training and every so many optimizer steps.
+        at_steps: A snapshot after each of these numbers of optimizer steps; 0 is before training.
+        per_decade: A snapshot before training and so many for each tenfold of the number of steps, evenly spaced on a
+            logarithmic axis.
+
+    Raises:
+        ValueError: If several are given, or a number is out of range.
+
+    Example:
+        >>> schedule = Schedule(at_steps=[0, 10])
+        >>> [step for step in range(0, 20, 3) if schedule.due_at_step(step)]
+        [0, 12]
+    """
+
+    def __init__(
+        self,
+        every_n_validations: int | None = None,
+        every_n_steps: int | None = None,
+        at_steps: Sequence[int] | None = None,
+        per_decade: int | None = None,
+    ) -> None:
+        options = {
+            "every_n_validations": every_n_validations,
+            "every_n_steps": every_n_steps,
+            "at_steps": at_steps,
+            "log_spaced": per_decade,
+        }
+        given = {name: value for name, value in options.items() if value is not None}
+        if len(given) > 1:
+            raise ValueError(f"Give one schedule, not {len(given)}: {', '.join(given)}.")
+        for name, value in given.items():
+            if not isinstance(value, Sequence) and value < 1:
+                raise ValueError(f"{name} is a number from 1 on; got {value}.")
+        self.every_n_validations = 1 if not given else every_n_validations
+        self.every_n_steps = every_n_steps
+        self.at_steps = sorted(at_steps) if at_steps is not None else None
+        self.per_decade = per_decade
+        self._validations = 0
+        self._next_step = None if self.every_n_validations else self._first_after(-1)
+
+    def due_at_validation(self) -> bool:
+        """Count a validation and say whether a snapshot is due at it."""
+        count, self._validations = self._validations, self._validations + 1
+        return self.every_n_validations is not None and count % self.every_n_validations == 0
+
+    def due_at_step(self, step: int) -> bool:
+        """Say whether a snapshot is due now that ``step`` optimizer steps have been taken; if so, move on to the next."""
+        if self._next_step is None or step < self._next_step:
+            return False
+        self._next_step = self._first_after(step)
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """State to go on from, of plain numbers."""
+        return {"validations": self._validations, "next_step": self._next_step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        self._validations = state["validations"]
+        self._next_step = None if self.every_n_validations else state["next_step"]
+
+    def _first_after(self, step: int) -> int | None:
+        if self.every_n_steps:
+            return (step // self.every_n_steps + 1) * self.every_n_steps
+        if self.at_steps is not None:
+            return next((due for due in self.at_steps if due > step), None)
+        assert self.per_decade
+        if step < 1:
+            return step + 1
+        k = math.floor(self.per_decade * math.log10(step))
+        while (due := round(10 ** (k / self.per_decade))) <= step:
+            k += 1
+        return due
