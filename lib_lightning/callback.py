@@ -122,6 +122,7 @@ class LIBCallback(pl.Callback):
         if self.name in others:
             raise LIBError(f"Two LIBCallbacks are called '{self.name}' and would mix their results: give each a name=.")
         check_taps(pl_module, self.node_layers)
+        self._tried_step = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that there will be samples, and take the snapshot before training if one is due."""
@@ -281,8 +282,9 @@ class LIBCallback(pl.Callback):
 
 
 def _logging_step(trainer: pl.Trainer) -> int:
-    # The axis of LightningModule.log: batches that ended in an optimizer step, one behind global_step after a step.
-    return trainer.fit_loop.epoch_loop._batches_that_stepped
+    # The axis of LightningModule.log: batches that ended in an optimizer step, one behind global_step after a step. Once
+    # training has ended the counter has moved on, but the last numbers belong beside those of the last validation.
+    return min(trainer.fit_loop.epoch_loop._batches_that_stepped, max(trainer.global_step - 1, 0))
 
 
 def _tensorboard() -> str:

@@ -46,7 +46,8 @@ class Edges:
         """Add one batch with one Jacobian-vector product for each input feature."""
         fhat = self.before.encode(section.a)
         C_pinv, C_next = self.before.from_features.to(fhat), self.after.to_features.to(fhat)
-        for j in torch.arange(self.before.n_features, device=fhat.device).split(section.stack):
+        for start in range(0, self.before.n_features, section.stack):
+            j = slice(start, start + section.stack)
             tangents = fhat[..., j].movedim(-1, 0)[..., None] * C_pinv[j][:, None, None, :]
             moved = section.jvp(tangents) @ C_next
             self._total[:, j] += moved.square().sum(dim=(1, 2)).T.double()

@@ -24,7 +24,7 @@ class JacobianMetric:
     def __init__(self, C_next: Tensor, n_probes: int | None, generator: torch.Generator) -> None:
         self.C_next, self.n_probes, self.generator = C_next, n_probes, generator
         self.rows = 0
-        self.halves: list[Tensor | float] = [0.0, 0.0]
+        self.halves: list[Tensor] = []
 
     def update(self, section: Section) -> None:
         """Add one batch.
@@ -33,6 +33,9 @@ class JacobianMetric:
             section: The section after the node layer, at that batch.
         """
         self.rows += section.n * section.S_in
+        if not self.halves:
+            zeros = torch.zeros(section.d_in, section.d_in, dtype=torch.float64, device=section.a.device)
+            self.halves = [zeros, zeros.clone()]
         C = self.C_next.to(section.a)
         if self.n_probes is None:
             for _, cotangents in section.output_stacks(C):
@@ -51,14 +54,12 @@ class JacobianMetric:
         if cotangents.shape[0] == 0:
             return
         g = section.vjp(cotangents).flatten(0, 2)
-        self.halves[half] = self.halves[half] + (g.T @ g).double()
+        self.halves[half] += (g.T @ g).double()
 
     @property
     def M(self) -> Tensor:
         """The metric, shape ``(d_in, d_in)``, float64."""
-        total = self.halves[0] + self.halves[1]
-        assert isinstance(total, Tensor)
-        return total / (self.rows * (self.n_probes or 1))
+        return (self.halves[0] + self.halves[1]) / (self.rows * (self.n_probes or 1))
 
     @property
     def relative_error(self) -> float | None:
@@ -68,9 +69,9 @@ class JacobianMetric:
         """
         if self.n_probes is None:
             return 0.0
-        even, odd = self.halves
-        if not isinstance(even, Tensor) or not isinstance(odd, Tensor):
+        if self.n_probes == 1:
             return None
+        even, odd = self.halves
         n_odd = self.n_probes // 2
         n_even = self.n_probes - n_odd
         # Var(pooled mean) = sigma^2 / k and Var(even mean - odd mean) = sigma^2 (1/k_even + 1/k_odd).

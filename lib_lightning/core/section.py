@@ -75,7 +75,8 @@ class Section:
             shape ``(k, n, S_out, d_out)``.
         """
         r_out = C.shape[1]
-        for t_i in torch.arange(self.S_out * r_out, device=C.device).split(self.stack):
+        for start in range(0, self.S_out * r_out, self.stack):
+            t_i = torch.arange(start, min(start + self.stack, self.S_out * r_out), device=C.device)
             t, i = t_i // r_out, t_i % r_out
             cotangents = C.new_zeros(len(t_i), self.n, self.S_out, self.d_out)
             cotangents[torch.arange(len(t_i), device=C.device), :, t] = C.T[i][:, None]

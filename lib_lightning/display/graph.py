@@ -10,13 +10,15 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from lib_lightning.core.basis import Basis
 
 # Blue lines and vermilion dots of the palette of Okabe and Ito: told apart under every common colour blindness.
 _LINE, _DOT, _TEXT, _MUTED = "#0072B2", "#D55E00", "#222222", "#666666"
-_KIND_NAMES = {"lib": "LIB", "pca": "PCA", "neuron": "neurons"}
+_AXES_BOTTOM, _AXES_HEIGHT = 0.235, 0.545
+_KIND_NAMES = {"lib": "features", "pca": "PCA features", "neuron": "neurons"}
 
 
 def draw_graph(
@@ -46,11 +48,12 @@ def draw_graph(
         'Figure'
     """
     columns = len(bases)
-    figure = Figure(figsize=(max(7.0, 2.6 * columns + 0.6), 6.4), dpi=100, facecolor="white")
-    axes = figure.add_axes((0.03, 0.12, 0.94, 0.66))
+    # TensorBoard shows images a few hundred pixels wide: a small page with large letters stays readable there.
+    figure = Figure(figsize=(max(6.4, 1.75 * columns + 0.4), 5.4), dpi=140, facecolor="white")
+    axes = figure.add_axes((0.0, _AXES_BOTTOM, 1.0, _AXES_HEIGHT))
     axes.set_axis_off()
-    axes.set_xlim(-0.35, columns - 0.65)
-    axes.set_ylim(-0.04, 1.04)
+    axes.set_xlim(-0.5, columns - 0.5)
+    axes.set_ylim(-0.02, 1.02)
 
     shown = [_most_important(basis, max_features) for basis in bases]
     heights = [_heights(len(index)) for index in shown]
@@ -59,11 +62,7 @@ def draw_graph(
     for x, basis in enumerate(bases):
         _draw_column(axes, x, basis, shown[x], heights[x])
 
-    figure.text(0.03, 0.955, title, fontsize=15, fontweight="bold", color=_TEXT)
-    figure.text(
-        0.03, 0.915, "Dots: features, most important at the top.  Lines: interactions, strongest drawn.",
-        fontsize=10.5, color=_MUTED,
-    )  # fmt: skip
+    figure.text(0.03, 0.93, title, fontsize=16, fontweight="bold", color=_TEXT)
     _legend(figure)
     return figure
 
@@ -100,33 +99,42 @@ def _draw_section(
         end = np.stack([np.full(len(i), x + 1.0), heights[1][i]], axis=1)
         colors = np.tile([0.0, 0.447, 0.698, 1.0], (len(i), 1))
         colors[:, 3] = 0.06 + 0.84 * share
-        axes.add_collection(LineCollection(np.stack([start, end], axis=1), linewidths=0.4 + 3.6 * share, colors=colors))
+        # In a crowd the same widths would run into one block.
+        widest = 4.0 * min(1.0, math.sqrt(40 / len(order)))
+        axes.add_collection(LineCollection(np.stack([start, end], axis=1), linewidths=0.1 * widest + 0.9 * widest * share, colors=colors))
     covered = visible[np.unravel_index(order, visible.shape)].sum() / total if total > 0 else 0.0
     axes.text(
-        x + 0.5, -0.085, f"{len(order):,} of {strength.size:,} edges\n{_percent(covered)} of strength",
-        ha="center", va="top", fontsize=10.5, color=_LINE, linespacing=1.35,
+        x + 0.5, -0.06, f"{len(order):,} of {strength.size:,} edges\n{_percent(covered)} of strength",
+        ha="center", va="top", fontsize=11, color=_LINE, linespacing=1.3,
     )  # fmt: skip
 
 
 def _draw_column(axes: Axes, x: int, basis: Basis, shown: np.ndarray, heights: np.ndarray) -> None:
     importance = basis.importance.detach().cpu().double().numpy()
     share = importance[shown] / max(importance.max(initial=0.0), np.finfo(float).tiny)
-    axes.scatter(np.full(len(shown), x), heights, s=_dot_area(share), color=_DOT, edgecolor="white", lw=0.7, zorder=3)
+    # Points between neighbouring dots, so that a long column stays a row of dots.
+    spacing = 72 * axes.get_figure().get_figheight() * _AXES_HEIGHT * (heights[0] - heights[1]) if len(shown) > 1 else np.inf
+    area = np.minimum(_dot_area(share), (1.1 * spacing) ** 2)
+    axes.scatter(np.full(len(shown), x), heights, s=area, color=_DOT, edgecolor="white", lw=0.7, zorder=3, clip_on=False)
     for index, y in list(zip(shown, heights, strict=True)) if len(shown) <= 16 else []:
         axes.annotate(
-            str(index), (x, y), xytext=(-9, 0), textcoords="offset points", ha="right", va="center",
-            fontsize=9, color=_TEXT, zorder=4,
+            str(index), (x, y), xytext=(-11, 0), textcoords="offset points", ha="right", va="center",
+            fontsize=9, color=_TEXT, zorder=4, path_effects=[withStroke(linewidth=2.5, foreground="white")],
         )  # fmt: skip
     of = f"{len(shown)} of {len(importance)}" if len(shown) < len(importance) else f"{len(importance)}"
-    kind = _KIND_NAMES[basis.kind]
-    features = kind if basis.kind == "neuron" else f"{kind} feature" + ("" if len(importance) == 1 else "s")
-    axes.text(x, 1.125, basis.name, ha="center", fontsize=12, fontweight="bold", color=_TEXT, clip_on=False)
-    axes.text(x, 1.065, f"{of} {features}", ha="center", fontsize=10.5, color=_DOT, clip_on=False)
+    features = _KIND_NAMES[basis.kind]
+    axes.text(x, 1.135, basis.name, ha="center", fontsize=_fitting_size(basis.name), fontweight="bold", color=_TEXT, clip_on=False)
+    axes.text(x, 1.055, f"{of} {features}", ha="center", fontsize=11, color=_DOT, clip_on=False)
 
 
 def _dot_area(share: np.ndarray | float) -> np.ndarray:
     # Importances span many decades: area goes with the square root, from a speck up.
     return np.asarray(12 + 230 * np.sqrt(share))
+
+
+def _fitting_size(name: str) -> float:
+    # About 17 bold letters of size 13 fit between two columns.
+    return min(13.0, max(7.0, 13.0 * 17 / max(len(name), 1)))
 
 
 def _legend(figure: Figure) -> None:
@@ -137,13 +145,18 @@ def _legend(figure: Figure) -> None:
     lines = [
         Line2D([], [], color=_LINE, lw=0.4 + 3.6 * math.sqrt(s), alpha=0.06 + 0.84 * math.sqrt(s)) for s in (1, 0.1, 0.01)
     ]
-    figure.legend(
-        [*dots, *lines],
-        ["importance: largest of its layer", "1/10", "1/1000", "strength: largest of its section", "1/10", "1/100"],
-        loc="lower left", bbox_to_anchor=(0.02, 0.0), ncols=6, frameon=False, fontsize=9.5, labelcolor=_MUTED,
-        handletextpad=0.4, columnspacing=1.1,
-    )  # fmt: skip
+    keys = (
+        (0.06, "dots: importance, as a share of the layer's largest", dots, ["1", "0.1", "0.001"]),
+        (0.0, "lines: strength, as a share of the section's largest", lines, ["1", "0.1", "0.01"]),
+    )
+    for y, meaning, handles, labels in keys:
+        figure.text(0.03, y + 0.024, meaning, fontsize=10.5, color=_MUTED)
+        figure.legend(
+            handles, labels, loc="lower right", bbox_to_anchor=(0.99, y), ncols=3, frameon=False, fontsize=10.5,
+            labelcolor=_MUTED, handletextpad=0.5, columnspacing=1.2,
+        )  # fmt: skip
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f}%" if share < 0.995 else f"{math.floor(1000 * share) / 10:g}%"
+    # "100%" is said only where nothing that matters is left out.
+    return f"{100 * share:.0f}%" if share < 0.995 or share > 0.9999 else f"{math.floor(1000 * share) / 10:g}%"

@@ -1,0 +1,338 @@
+"""A table of tiny models, each with the same computation written out as a chain of plain functions.
+
+The chain is what the paper's authors ask their users for and what `tests/reference.py` works on; the library sees only
+the module and the names of its node layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lib_lightning import NodeLayer
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A model, its data, its node layers, and what happens between them.
+
+    Attributes:
+        name: Name of the case.
+        model: In float64.
+        data: All samples in one batch.
+        node_layers: As a user gives them.
+        first: Batch to ``a^0``, shape ``(n, S, d)``.
+        sections: ``a^l`` to ``a^{l+1}``, in batches.
+        affine: Sections whose Jacobian is the same everywhere.
+        input_fn: As a user gives it.
+    """
+
+    name: str
+    model: nn.Module
+    data: Any
+    node_layers: Sequence[str | NodeLayer]
+    first: Callable[[Any], Tensor]
+    sections: Sequence[Callable[[Tensor], Tensor]]
+    affine: frozenset[int] = frozenset()
+    input_fn: Callable[[Any], Any] | None = None
+
+    def batches(self, *sizes: int) -> list[Any]:
+        """The data in batches of these sizes, repeated until it is used up."""
+        tensors = self.data if isinstance(self.data, (tuple, dict)) else (self.data,)
+        values = list(tensors.values()) if isinstance(tensors, dict) else list(tensors)
+        parts = list(zip(*(split_in_turns(v, sizes) for v in values), strict=True))
+        if isinstance(self.data, dict):
+            return [dict(zip(self.data, part, strict=True)) for part in parts]
+        return parts if isinstance(self.data, tuple) else [part[0] for part in parts]
+
+
+def split_in_turns(tensor: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Cut a tensor into pieces whose sizes take turns."""
+    pieces, start, turn = [], 0, 0
+    while start < len(tensor):
+        size = sizes[turn % len(sizes)]
+        pieces.append(tensor[start : start + size])
+        start, turn = start + size, turn + 1
+    return pieces
+
+
+N = 30
+
+
+def mlp(name: str, act: type[nn.Module]) -> Case:
+    model = nn.Sequential(nn.Linear(5, 7), act(), nn.Linear(7, 6), act(), nn.Linear(6, 3)).double()
+    return Case(
+        name,
+        model,
+        (torch.randn(N, 5).double(), torch.zeros(N)),
+        ["input", "2:input", "4:input", "output"],
+        lambda batch: batch[0][:, None],
+        [lambda a: model[1](model[0](a)), lambda a: model[3](model[2](a)), model[4]],
+        affine=frozenset({2}),
+    )
+
+
+def few_samples() -> Case:
+    # Fewer samples than features: the covariance has a null space that every map must leave alone.
+    model = nn.Sequential(nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 4)).double()
+    return Case(
+        "few_samples",
+        model,
+        torch.randn(9, 20).double(),
+        ["input", "1", "output"],
+        lambda x: x[:, None],
+        [lambda a: model[1](model[0](a)), model[2]],
+        affine=frozenset({1}),
+    )
+
+
+def linear_chain() -> Case:
+    model = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 4), nn.Linear(4, 3)).double()
+    return Case(
+        "linear_chain", model, torch.randn(N, 5).double(), ["0:input", "0", "1", "2"], lambda x: x[:, None],
+        list(model), affine=frozenset({0, 1, 2}),
+    )  # fmt: skip
+
+
+class Mixer(nn.Module):
+    """Mixes positions, then features, at every position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.features, self.head = nn.Linear(4, 3), nn.Linear(5, 6), nn.Linear(6, 2)
+
+    def mix_tokens(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.tokens(x.transpose(1, 2)).transpose(1, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.features(self.mix_tokens(x))))
+
+
+def positions() -> Case:
+    model = Mixer().double()
+    return Case(
+        "positions",
+        model,
+        torch.randn(N, 4, 5).double(),
+        ["input", "features:input", "head:input", "output"],
+        lambda x: x,
+        [model.mix_tokens, lambda a: torch.relu(model.features(a)), model.head],
+        affine=frozenset({2}),
+    )
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(d), nn.Linear(d, 2 * d), nn.Linear(2 * d, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class ResidualMLP(nn.Module):
+    """The residual stream is cut at the norms' inputs: the skip path holds the same tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.blocks = nn.ModuleList(ResidualBlock(5) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def residual() -> Case:
+    model = ResidualMLP().double()
+    return Case(
+        "residual",
+        model,
+        torch.randn(N, 4).double(),
+        ["blocks.0.norm:input", "blocks.1.norm:input", "head:input", "output"],
+        lambda x: model.embed(x)[:, None],
+        [*model.blocks, model.head],
+        affine=frozenset({2}),
+    )
+
+
+class Transformer(nn.Module):
+    """One block with layer norms and causal attention; only the last token is read out."""
+
+    def __init__(self, d: int = 6, heads: int = 2) -> None:
+        super().__init__()
+        self.heads = heads
+        self.embed, self.qkv, self.out = nn.Embedding(7, d), nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(d) for _ in range(3))
+        self.mlp = nn.Sequential(nn.Linear(d, 2 * d), nn.GELU(), nn.Linear(2 * d, d))
+        self.unembed = nn.Linear(d, 7)
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        future = torch.ones(scores.shape[-2:]).triu(1).bool()
+        pattern = scores.masked_fill(future, -torch.inf).softmax(-1)
+        return x + self.out((pattern @ v).transpose(1, 2).flatten(2))
+
+    def feed(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm2(x))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.unembed(self.norm3(self.feed(self.attend(self.embed(tokens)))))
+
+
+def transformer() -> Case:
+    model = Transformer().double()
+    return Case(
+        "transformer",
+        model,
+        torch.randint(0, 7, (N, 4)),
+        ["embed", "norm2:input", "norm3:input", "output"],
+        model.embed,
+        [model.attend, model.feed, lambda a: model.unembed(model.norm3(a))],
+    )
+
+
+def last_token() -> Case:
+    model = Transformer().double()
+    last = [NodeLayer(["norm2:input"], "mid", positions=-1), NodeLayer(["norm3:input"], "post", positions=[-1])]
+    return Case(
+        "last_token",
+        model,
+        torch.randint(0, 7, (N, 4)),
+        ["embed", *last, NodeLayer(["output"], "logits", positions=-1)],
+        model.embed,
+        [lambda a: model.attend(a)[:, -1:], model.feed, lambda a: model.unembed(model.norm3(a))],
+    )
+
+
+def conv() -> Case:
+    # ReLU in place writes over the tensor that was cut, channels are the features, and flattening returns a view.
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(inplace=True), nn.AvgPool2d(2), nn.Conv2d(3, 5, 2), nn.ReLU(inplace=True),
+        nn.Flatten(), nn.Linear(5, 3),
+    ).double()  # fmt: skip
+    with torch.no_grad():  # every channel alive on most images, as in a network worth looking at
+        for bias in (model[0].bias, model[3].bias):
+            bias += 0.5
+
+    def image(a: Tensor, side: int) -> Tensor:
+        return a.transpose(1, 2).unflatten(-1, (side, side))
+
+    def rows(x: Tensor) -> Tensor:
+        return x.flatten(2).transpose(1, 2)
+
+    return Case(
+        "conv",
+        model,
+        (torch.randn(N, 2, 4, 4).double(), torch.zeros(N)),
+        ["input", "0", "3:input", "4", "output"],
+        lambda batch: rows(batch[0]),
+        [
+            lambda a: rows(model[0](image(a, 4))),
+            lambda a: rows(model[2](torch.relu(image(a, 4)))),
+            lambda a: rows(torch.relu(model[3](image(a, 2)))),
+            lambda a: model[6](a.transpose(1, 2).flatten(1))[:, None],
+        ],
+        affine=frozenset({0, 3}),
+    )
+
+
+class TupleModule(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        h = torch.tanh(self.linear(x))
+        return h, {"norm": h.norm()}
+
+
+class ReturnsTuple(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = TupleModule(), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h, _ = self.body(x)
+        logits = torch.sigmoid(self.head(h))
+        return {"loss": logits.mean(), "logits": logits}
+
+
+def returns_tuple() -> Case:
+    model = ReturnsTuple().double()
+    return Case(
+        "returns_tuple", model, torch.randn(N, 4).double(), ["body:input", "body", "output"], lambda x: x[:, None],
+        [lambda a: torch.tanh(model.body.linear(a)), lambda a: torch.sigmoid(model.head(a))],
+    )  # fmt: skip
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.head = nn.Linear(4, 3), nn.Linear(2, 3), nn.Linear(3, 2)
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.left(left)) * torch.tanh(self.right(right)))
+
+
+def dict_input() -> Case:
+    # Two taps side by side make one node layer; the batch is a dict of keyword arguments.
+    model = TwoInputs().double()
+
+    def product(a: Tensor) -> Tensor:
+        return torch.tanh(a[..., :3]) * torch.tanh(a[..., 3:])
+
+    return Case(
+        "dict_input",
+        model,
+        {"left": torch.randn(N, 4).double(), "right": torch.randn(N, 2).double()},
+        [NodeLayer(["left", "right"], "branches"), "head:input", "output"],
+        lambda batch: torch.cat([model.left(batch["left"]), model.right(batch["right"])], dim=-1)[:, None],
+        [product, model.head],
+        affine=frozenset({1}),
+    )
+
+
+class Tied(nn.Module):
+    """An autoencoder whose decoder is its encoder, transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.unembed = nn.Embedding(6, 4), nn.Linear(4, 6)
+        self.unembed.weight = self.embed.weight
+        self.middle = nn.Linear(4, 4)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.unembed(F.silu(self.middle(self.embed(batch["tokens"]))))
+
+
+def tied() -> Case:
+    model = Tied().double()
+    return Case(
+        "tied",
+        model,
+        {"tokens": torch.randint(0, 6, (N, 3))},
+        ["embed", "unembed:input", "output"],
+        lambda batch: model.embed(batch["tokens"]),
+        [lambda a: F.silu(model.middle(a)), model.unembed],
+        affine=frozenset({1}),
+        input_fn=lambda batch: (batch,),
+    )
+
+
+def all_cases() -> list[Case]:
+    """Every case, always with the same numbers."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return [
+            mlp("mlp_relu", nn.ReLU), mlp("mlp_tanh", nn.Tanh), mlp("mlp_gelu", nn.GELU), few_samples(), linear_chain(),
+            positions(), residual(), transformer(), last_token(), conv(), returns_tuple(), dict_input(), tied(),
+        ]  # fmt: skip

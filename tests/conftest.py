@@ -1,0 +1,36 @@
+"""Fixtures that every test may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cases import Case, all_cases
+
+# Tiny tensors: threads would only wait for each other, and for the other test processes.
+torch.set_num_threads(1)
+
+CASES = {case.name: case for case in all_cases()}
+
+
+@pytest.fixture(params=sorted(CASES))
+def case(request: pytest.FixtureRequest) -> Case:
+    """Each tiny model in turn."""
+    return CASES[request.param]
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def reference_dir() -> Path:
+    """Folder with published results to match."""
+    folder = os.environ.get("LIB_REFERENCE_DIR")
+    if not folder:
+        pytest.skip("LIB_REFERENCE_DIR is not set: no published results at hand to compare with")
+    return Path(folder)

@@ -1,0 +1,118 @@
+"""Bases and edges against the literal transcription and against the exact identities, in float64."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+
+from lib_lightning import InteractionGraph, compute_interaction_graph
+from lib_lightning.core.build import Settings, build
+from lib_lightning.core.cut import LiveModel
+from lib_lightning.core.layers import as_node_layers
+from tests.cases import Case
+from tests.reference import Reference, jacobian, transcribe
+
+# Both sides work in float64 on numbers of order one, in different order and through different factorisations: 1e-8
+# leaves room for the square roots of directions near the cutoff.
+TOLERANCE = 1e-8
+RTOL = 1e-11
+
+
+def close(actual: Tensor, expected: Tensor, scale: Tensor | None = None) -> bool:
+    size = (expected if scale is None else scale).abs().max().clamp(min=1e-12)
+    return actual.shape == expected.shape and bool(((actual - expected).abs().max() / size) < TOLERANCE)
+
+
+@functools.cache
+def graph_of(case: Case, *sizes: int, **options: object) -> InteractionGraph:
+    batches = case.batches(*(sizes or (10_000,)))
+    return compute_interaction_graph(
+        case.model, batches, case.node_layers, rtol=RTOL, input_fn=case.input_fn, **options
+    )
+
+
+@functools.cache
+def reference_of(case: Case, **options: object) -> Reference:
+    with torch.no_grad():
+        a0 = case.first(case.data)
+    return transcribe(a0, case.sections, rtol=RTOL, **options)
+
+
+def assert_same(graph: InteractionGraph, reference: Reference) -> None:
+    for l, basis in enumerate(graph.bases.values()):
+        assert close(basis.mean, reference.mean[l])
+        assert close(basis.importance, reference.Lambda[l])
+        # Signs are free, so compare what they cancel in: the projections that bases are used for.
+        assert close(basis.to_features @ basis.from_features, reference.C[l] @ reference.C_pinv[l])
+        features, expected = (
+            (reference.activations[l] - reference.mean[l]) @ C for C in (basis.to_features, reference.C[l])
+        )
+        assert close(features.abs(), expected.abs(), expected)
+    for E, expected in zip(graph.edges.values(), reference.E, strict=True):
+        assert E.dtype == torch.float64 and (E >= 0).all()
+        assert close(E, expected)
+
+
+@pytest.mark.parametrize("basis", ["lib", "pca", "neuron"])
+def test_agrees_with_transcription(case: Case, basis: str) -> None:
+    assert_same(graph_of(case, basis=basis, final_basis="neuron"), reference_of(case, basis=basis))
+
+
+def test_final_pca_agrees_with_transcription(case: Case) -> None:
+    assert_same(graph_of(case, final_basis="pca"), reference_of(case, final="pca"))
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_integrated_gradients_agree_with_transcription(case: Case, steps: int) -> None:
+    assert_same(graph_of(case, final_basis="neuron", integration_steps=steps), reference_of(case, steps=steps))
+
+
+@pytest.mark.parametrize("sizes", [(1,), (7, 2, 11)])
+@pytest.mark.parametrize("stack_elements", [1, 200, 10**9])
+def test_any_batch_split_and_chunk_size_agrees(case: Case, sizes: tuple[int, ...], stack_elements: int) -> None:
+    live = LiveModel(case.model, as_node_layers(case.node_layers), case.input_fn)
+    built = build(live, case.batches(*sizes), Settings(rtol=RTOL, final_basis="neuron"), stack_elements=stack_elements)
+    whole = graph_of(case, final_basis="neuron")
+    assert built.n_samples == whole.info["n_samples"]
+    for basis, expected in zip(built.bases, whole.bases.values(), strict=True):
+        assert close(basis.importance, expected.importance)
+    for E, expected_E in zip(built.edges, whole.edges.values(), strict=True):
+        assert close(E, expected_E)
+
+
+def test_features_are_centred_and_their_variance_is_their_importance(case: Case) -> None:
+    graph, reference = graph_of(case), reference_of(case)
+    for a, basis in list(zip(reference.activations, graph.bases.values(), strict=True))[:-1]:
+        features = basis.encode(a).flatten(0, 1)
+        assert features.mean(0).abs().max() < TOLERANCE * basis.importance.max().sqrt()
+        assert close(features.T @ features / len(features), basis.importance.diag())
+
+
+def test_jacobians_are_orthonormal(case: Case) -> None:
+    graph, reference = graph_of(case), reference_of(case)
+    bases = list(graph.bases.values())
+    for l, F in enumerate(case.sections):
+        a = reference.activations[l]
+        total = torch.zeros(bases[l].n_features, bases[l].n_features).double()
+        for a_x in a:
+            J = torch.einsum("pi,tpsd,jd->tisj", bases[l + 1].to_features, jacobian(F, a_x), bases[l].from_features)
+            total += torch.einsum("tisj,tisk->jk", J, J) / (len(a) * a.shape[1])
+        assert close(total, torch.eye(len(total)).double())
+
+
+def test_edges_of_an_affine_section_sum_to_importance(case: Case) -> None:
+    graph = graph_of(case)
+    for l, (E, basis) in enumerate(zip(graph.edges.values(), graph.bases.values(), strict=False)):
+        # With several positions the inner sum mixes them; the identity is about sections that do not.
+        if l in case.affine and case.name not in ("conv",):
+            assert close(E.sum(0), basis.importance)
+
+
+def test_edges_of_a_linear_chain_are_diagonal(case: Case) -> None:
+    if case.name != "linear_chain":
+        pytest.skip("not linear")
+    for E in list(graph_of(case, final_basis="pca").edges.values())[:-1]:
+        assert close(E, E.diagonal().diag())

@@ -1,0 +1,107 @@
+"""The paper's algorithm transcribed word by word, with dense Jacobians: slow, plain, and made to be read.
+
+Source: arXiv 2405.10928. Works on a chain of plain functions (`tests.cases.Case.sections`), one sample at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Chain = Sequence[Callable[[Tensor], Tensor]]
+
+
+@dataclass
+class Reference:
+    """Maps to features, maps back, importances and edges, one entry for each node layer or section."""
+
+    activations: list[Tensor]
+    mean: list[Tensor]
+    C: list[Tensor]
+    C_pinv: list[Tensor]
+    Lambda: list[Tensor]
+    E: list[Tensor]
+
+
+def activations(a: Tensor, chain: Chain) -> list[Tensor]:
+    """Activations ``(n, S, d)`` of every node layer, starting from the first."""
+    result = [a.detach()]
+    for F in chain:
+        result.append(F(result[-1]).detach())
+    return result
+
+
+def jacobian(F: Callable[[Tensor], Tensor], a_x: Tensor) -> Tensor:
+    """Dense Jacobian ``(S', d', S, d)`` of a section at one sample ``a_x`` of shape ``(S, d)``."""
+    return torch.autograd.functional.jacobian(lambda a: F(a[None])[0], a_x)
+
+
+def averaged_jacobian(F: Callable[[Tensor], Tensor], a_x: Tensor, mu: Tensor, steps: int) -> Tensor:
+    """Jacobian averaged along the straight path from the mean; at the activations themselves for 0 steps."""
+    if steps == 0:
+        return jacobian(F, a_x)
+    points, weights = np.polynomial.legendre.leggauss(steps)
+    return sum(w / 2 * jacobian(F, mu + (p + 1) / 2 * (a_x - mu)) for p, w in zip(points, weights, strict=True))
+
+
+def nonzero_eigh(A: Tensor, rtol: float) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors, largest first, without the zero ones."""
+    values, vectors = torch.linalg.eigh(A)
+    keep = values > rtol * values.max()
+    return values[keep].flip(0), vectors[:, keep].flip(1)
+
+
+def transcribe(
+    a0: Tensor, chain: Chain, basis: str = "lib", final: str = "neuron", steps: int = 0, rtol: float = 1e-11
+) -> Reference:
+    """Bases and edges of a chain.
+
+    Args:
+        a0: Activations of the first node layer, shape ``(n, S, d)``, float64.
+        chain: The sections.
+        basis: ``"lib"``, ``"pca"`` or ``"neuron"``.
+        final: Basis of the last node layer, ``"neuron"`` or ``"pca"``.
+        steps: Points of the integration path.
+        rtol: Eigenvalues below this share of the largest are zero.
+
+    Returns:
+        Everything.
+    """
+    a = activations(a0, chain)
+    L = len(chain)
+    mean, C, C_pinv, Lambda = ([torch.empty(0)] * (L + 1) for _ in range(4))
+    for l in reversed(range(L + 1)):
+        n, S, d = a[l].shape
+        rows = a[l].reshape(n * S, d)
+        mean[l] = rows.mean(0)
+        Sigma = sum(torch.outer(r - mean[l], r - mean[l]) for r in rows) / (n * S)
+        D, U = nonzero_eigh(Sigma, rtol)
+        kind = final if l == L else basis
+        if kind == "neuron":
+            C[l], C_pinv[l], Lambda[l] = torch.eye(d).double(), torch.eye(d).double(), Sigma.diagonal()
+        elif kind == "pca":
+            C[l], C_pinv[l], Lambda[l] = U, U.T, D
+        else:
+            M = torch.zeros(d, d).double()
+            for x in range(n):
+                J = averaged_jacobian(chain[l], a[l][x], mean[l], steps)  # (S', d', S, d)
+                g = torch.einsum("pi,tpsd->tisd", C[l + 1], J).reshape(-1, d)
+                M += g.T @ g / (n * S)
+            Lambda[l], V = nonzero_eigh(D.sqrt().diag() @ U.T @ M @ U @ D.sqrt().diag(), rtol)
+            C[l] = U @ D.rsqrt().diag() @ V @ Lambda[l].sqrt().diag()
+            C_pinv[l] = Lambda[l].rsqrt().diag() @ V.T @ D.sqrt().diag() @ U.T
+    E = []
+    for l in range(L):
+        n, S, _ = a[l].shape
+        E_l = torch.zeros(C[l + 1].shape[1], C[l].shape[1]).double()
+        for x in range(n):
+            J = averaged_jacobian(chain[l], a[l][x], mean[l], steps)
+            J_hat = torch.einsum("pi,tpsd,jd->tisj", C[l + 1], J, C_pinv[l])
+            fhat = (a[l][x] - mean[l]) @ C[l]
+            E_l += torch.einsum("tisj,sj->tij", J_hat, fhat).square().sum(0) / (n * S)
+        E.append(E_l)
+    return Reference(a, mean, C, C_pinv, Lambda, E)
