@@ -15,7 +15,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 
 from lib_lightning.compute import check_node_layers, compute_interaction_graph
 from lib_lightning.core.build import BasisKind, FinalBasisKind, Settings
@@ -114,7 +113,7 @@ class LIBCallback(pl.Callback):
         """Tells several callbacks apart in a checkpoint."""
         return self._generate_state_key(name=self.name)
 
-    # ---------------------------------------------------------------- before training: find mistakes while it is cheap
+    # before training: find mistakes while it is cheap
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check names."""
@@ -134,7 +133,9 @@ class LIBCallback(pl.Callback):
             )
         self._snapshot_if_due(trainer, pl_module)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Without a sanity check, look for mistakes on the first training batch instead."""
         if not self._checked:
             self._check(pl_module, batch, strict=False)
@@ -155,7 +156,7 @@ class LIBCallback(pl.Callback):
                 "input_fn= says otherwise."
             ) from error
 
-    # ---------------------------------------------------------------------------------- validation: collect, compute, log
+    # validation: collect, compute, log
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Samples kept from the sanity check may be few: collect them anew from the first whole validation."""
@@ -181,7 +182,7 @@ class LIBCallback(pl.Callback):
             self._snapshot(trainer, pl_module)
         pl_module.log_dict(self._current_scalars(trainer), on_step=False, on_epoch=True, batch_size=1)
 
-    # ------------------------------------------------------------------------------------------------- training: compute
+    # training: compute
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -201,11 +202,11 @@ class LIBCallback(pl.Callback):
         self._say_where(trainer, folder)
 
     def _snapshot_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.samples.batches and self.schedule.due_at_step(trainer.global_step):
-            if self._snapshot(trainer, pl_module):
-                self._log_directly(trainer)
+        due = self.samples.batches and self.schedule.due_at_step(trainer.global_step)
+        if due and self._snapshot(trainer, pl_module):
+            self._log_directly(trainer)
 
-    # ------------------------------------------------------------------------------------------------------- one snapshot
+    # one snapshot
 
     def _snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         """Take a snapshot, unless this step has had its try; tell whether there is a new one."""
@@ -259,10 +260,12 @@ class LIBCallback(pl.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 lines += [f"  event files   {logger.log_dir}"]
-                lines += [f"  watch         {_tensorboard()} --logdir {logger.log_dir} --samples_per_plugin images=1000"]
+                lines += [
+                    f"  watch         {_tensorboard()} --logdir {logger.log_dir} --samples_per_plugin images=1000"
+                ]
         rank_zero_info("\n" + "\n".join(lines))
 
-    # ---------------------------------------------------------------------------------------------------------- resuming
+    # resuming
 
     def state_dict(self) -> dict[str, Any]:
         """State that travels in Lightning's checkpoints: plain numbers and strings only."""
@@ -282,8 +285,8 @@ class LIBCallback(pl.Callback):
 
 
 def _logging_step(trainer: pl.Trainer) -> int:
-    # The axis of LightningModule.log: batches that ended in an optimizer step, one behind global_step after a step. Once
-    # training has ended the counter has moved on, but the last numbers belong beside those of the last validation.
+    # The axis of LightningModule.log: batches that ended in an optimizer step, one behind global_step after a step.
+    # Once training has ended it has moved on, but the last numbers belong beside those of the last validation.
     return min(trainer.fit_loop.epoch_loop._batches_that_stepped, max(trainer.global_step - 1, 0))
 
 

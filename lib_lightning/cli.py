@@ -47,7 +47,9 @@ def run_trainer(args: Sequence[str]) -> None:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        LightningCLI(args=list(args), parser_kwargs={"parser_mode": "omegaconf+"}, save_config_kwargs={"overwrite": True})
+        LightningCLI(
+            args=list(args), parser_kwargs={"parser_mode": "omegaconf+"}, save_config_kwargs={"overwrite": True}
+        )
     except LIBError as error:
         sys.exit(f"lib-lightning: {error}")
 

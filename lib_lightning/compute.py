@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -104,7 +105,7 @@ def _as_graph(
     }
     names = [basis.name for basis in built.bases]
     bases = {basis.name: basis.to("cpu") for basis in built.bases}
-    edges = {pair: E.cpu() for pair, E in zip(zip(names, names[1:], strict=False), built.edges, strict=True)}
+    edges = {pair: E.cpu() for pair, E in zip(itertools.pairwise(names), built.edges, strict=True)}
     return InteractionGraph(bases, edges, info)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,9 @@ class InteractionGraph:
         Args:
             path: Where to write; folders are made as needed.
         """
-        tensors = {f"basis.{i}.{key}": getattr(b, key) for i, b in enumerate(self.bases.values()) for key in _BASIS_TENSORS}
+        tensors = {
+            f"basis.{i}.{key}": getattr(b, key) for i, b in enumerate(self.bases.values()) for key in _BASIS_TENSORS
+        }
         tensors |= {f"edges.{i}": E for i, E in enumerate(self.edges.values())}
         header = {"layers": self.node_layers, "kinds": [b.kind for b in self.bases.values()], "info": self.info}
         write_file(path, tensors, header)
@@ -81,7 +84,7 @@ class InteractionGraph:
                 name: Basis(name, kind, *(tensors[f"basis.{i}.{key}"] for key in _BASIS_TENSORS))
                 for i, (name, kind) in enumerate(zip(names, kinds, strict=True))
             }
-            edges = {pair: tensors[f"edges.{i}"] for i, pair in enumerate(zip(names, names[1:], strict=False))}
+            edges = {pair: tensors[f"edges.{i}"] for i, pair in enumerate(itertools.pairwise(names))}
             return cls(bases, edges, header["info"])
         except (KeyError, TypeError, ValueError) as error:
             raise BasisFileError(f"'{path}' is a basis file, but a part of it is missing: {error}.") from error

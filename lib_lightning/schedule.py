@@ -60,7 +60,7 @@ class Schedule:
         return self.every_n_validations is not None and count % self.every_n_validations == 0
 
     def due_at_step(self, step: int) -> bool:
-        """Say whether a snapshot is due now that ``step`` optimizer steps have been taken; if so, move on to the next."""
+        """Say whether a snapshot is due after ``step`` optimizer steps; if so, move on to the next."""
         if self._next_step is None or step < self._next_step:
             return False
         self._next_step = self._first_after(step)

@@ -216,8 +216,8 @@ def last_token() -> Case:
 def conv() -> Case:
     # ReLU in place writes over the tensor that was cut, channels are the features, and flattening returns a view.
     model = nn.Sequential(
-        nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(inplace=True), nn.AvgPool2d(2), nn.Conv2d(3, 5, 2), nn.ReLU(inplace=True),
-        nn.Flatten(), nn.Linear(5, 3),
+        nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(inplace=True), nn.AvgPool2d(2), nn.Conv2d(3, 5, 2),
+        nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(5, 3),
     ).double()  # fmt: skip
     with torch.no_grad():  # every channel alive on most images, as in a network worth looking at
         for bias in (model[0].bias, model[3].bias):

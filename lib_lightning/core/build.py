@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -136,7 +137,7 @@ def build(
         bases.insert(0, basis)
 
     # 3. Edges.
-    edges = [Edges(before, after) for before, after in zip(bases, bases[1:], strict=False)]
+    edges = [Edges(before, after) for before, after in itertools.pairwise(bases)]
     for batch in batches:
         for section_edges, section in zip(edges, run(batch, "edges"), strict=True):
             section_edges.update(section)

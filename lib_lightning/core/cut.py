@@ -14,6 +14,7 @@ input (``ReLU(inplace=True)``).
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -140,7 +141,9 @@ class _Recorder:
                 handle.remove()
 
     def finish(self) -> list[Cut]:
-        missing = [tap for i, layer in enumerate(self.layers) for k, tap in enumerate(layer.taps) if (i, k) not in self.seen]
+        missing = [
+            tap for i, layer in enumerate(self.layers) for k, tap in enumerate(layer.taps) if (i, k) not in self.seen
+        ]
         if missing:
             raise NodeLayerError(
                 f"{_quoted(missing)} did not run in the model's forward pass. Choose modules that forward() calls."
@@ -266,12 +269,28 @@ def check_cuts(cuts: Sequence[Cut]) -> None:
             "(a skip connection?). Tap the residual stream itself, such as a block's output or the input of the norm "
             "that follows, or join both paths in one NodeLayer(taps=[...])."
         )
-    for before, after in zip(cuts, cuts[1:], strict=False):
+    for before, after in itertools.pairwise(cuts):
         if not after.a.requires_grad:
             raise NodeLayerError(
                 f"Node layer '{after.layer.name}' has no gradient with respect to '{before.layer.name}': it does not "
                 "depend on it, or something between them (detach, argmax, no_grad) stops gradients."
             )
+        if _passes_left_out_positions(before, after):
+            raise NodeLayerError(
+                f"Node layer '{before.layer.name}' does not cut the computation: '{after.layer.name}' also depends on it "
+                "at positions that are left out. Look at all positions there, or at fewer afterwards."
+            )
+
+
+def _passes_left_out_positions(before: Cut, after: Cut) -> bool:
+    if before.layer.positions is None:
+        return False
+    direction = torch.rand(after.a.shape, generator=torch.Generator().manual_seed(0)).to(after.a)
+    grads = torch.autograd.grad(
+        after.a, before.leaves, direction, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    seen = before.layer.write(before.layer.read(grads), [torch.zeros_like(grad) for grad in grads])
+    return any(bool((grad != part).any()) for grad, part in zip(grads, seen, strict=True))
 
 
 def check_taps(model: nn.Module, layers: Sequence[NodeLayer]) -> None:

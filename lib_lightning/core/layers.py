@@ -112,7 +112,7 @@ class NodeLayer:
     def _to_rows(self, tensor: Tensor) -> Tensor:
         if tensor.ndim == 0:
             raise NodeLayerError(
-                f"Node layer '{self.name}' is a single number; it needs a batch axis. Tap a tensor before the reduction."
+                f"Node layer '{self.name}' is a single number; it needs a batch axis. Tap it before the reduction."
             )
         if tensor.ndim == 1:
             return tensor.reshape(-1, 1, 1)

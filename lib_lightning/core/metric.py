@@ -78,4 +78,3 @@ class JacobianMetric:
         spread = (even / n_even - odd / n_odd).norm() * (n_even * n_odd) ** 0.5 / self.n_probes
         size = ((even + odd) / self.n_probes).norm()
         return float(spread / size) if size > 0 else 0.0
-

@@ -20,6 +20,7 @@ def map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
         The same structure with the new tensors.
 
     Example:
+        >>> import torch
         >>> map_tensors({"x": (torch.ones(1), "label")}, lambda t: t + 1)
         {'x': (tensor([2.]), 'label')}
     """
@@ -44,6 +45,7 @@ def first_tensor(value: Any) -> Tensor | None:
         That tensor, or None if there is none. (A loss ahead of the logits is a single number and is passed over.)
 
     Example:
+        >>> import torch
         >>> first_tensor({"loss": torch.tensor(0.5), "logits": torch.ones(2, 1)}).shape
         torch.Size([2, 1])
     """
@@ -63,6 +65,7 @@ def replace_first_tensor(value: Any, new: Tensor) -> Any:
         The same structure with that one tensor replaced.
 
     Example:
+        >>> import torch
         >>> replace_first_tensor((torch.zeros(1), torch.zeros(1)), torch.ones(1))
         (tensor([1.]), tensor([0.]))
     """

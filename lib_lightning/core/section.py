@@ -7,6 +7,7 @@ placeholder ``u``, so the derivative of that product with respect to ``u``, alon
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -126,14 +127,14 @@ def sections(
     """
     if integration_steps == 0:
         cuts = live.cut(batch)
-        return [Section(b.a, [Point(1.0, b, c)], stack_elements) for b, c in zip(cuts, cuts[1:], strict=False)]
+        return [Section(b.a, [Point(1.0, b, c)], stack_elements) for b, c in itertools.pairwise(cuts)]
     activations = live.activations(batch)
     points: list[list[Point]] = [[] for _ in activations[1:]]
     for alpha, weight in gauss_legendre(integration_steps):
         # The last node layer starts no section: it stays as it is.
         path = [m.to(a) + alpha * (a - m.to(a)) for m, a in zip(means[:-1], activations[:-1], strict=True)]
         cuts = live.cut(batch, [*path, None])
-        for i, (before, after) in enumerate(zip(cuts, cuts[1:], strict=False)):
+        for i, (before, after) in enumerate(itertools.pairwise(cuts)):
             points[i].append(Point(weight, before, after))
     return [Section(a, p, stack_elements) for a, p in zip(activations[:-1], points, strict=True)]
 

@@ -17,7 +17,7 @@ from lib_lightning.core.basis import Basis
 
 # Blue lines and vermilion dots of the palette of Okabe and Ito: told apart under every common colour blindness.
 _LINE, _DOT, _TEXT, _MUTED = "#0072B2", "#D55E00", "#222222", "#666666"
-_AXES_BOTTOM, _AXES_HEIGHT = 0.235, 0.545
+_HEIGHT, _AXES_BOTTOM, _AXES_HEIGHT = 5.4, 0.235, 0.545
 _KIND_NAMES = {"lib": "features", "pca": "PCA features", "neuron": "neurons"}
 
 
@@ -49,7 +49,7 @@ def draw_graph(
     """
     columns = len(bases)
     # TensorBoard shows images a few hundred pixels wide: a small page with large letters stays readable there.
-    figure = Figure(figsize=(max(6.4, 1.75 * columns + 0.4), 5.4), dpi=140, facecolor="white")
+    figure = Figure(figsize=(max(6.4, 1.75 * columns + 0.4), _HEIGHT), dpi=140, facecolor="white")
     axes = figure.add_axes((0.0, _AXES_BOTTOM, 1.0, _AXES_HEIGHT))
     axes.set_axis_off()
     axes.set_xlim(-0.5, columns - 0.5)
@@ -95,13 +95,13 @@ def _draw_section(
     if len(order):
         i, j = np.unravel_index(order, visible.shape)
         share = np.sqrt(visible[i, j] / strongest)
-        start = np.stack([np.full(len(i), float(x)), heights[0][j]], axis=1)
-        end = np.stack([np.full(len(i), x + 1.0), heights[1][i]], axis=1)
+        lines = [[(x, y), (x + 1, y_next)] for y, y_next in zip(heights[0][j], heights[1][i], strict=True)]
         colors = np.tile([0.0, 0.447, 0.698, 1.0], (len(i), 1))
         colors[:, 3] = 0.06 + 0.84 * share
         # In a crowd the same widths would run into one block.
         widest = 4.0 * min(1.0, math.sqrt(40 / len(order)))
-        axes.add_collection(LineCollection(np.stack([start, end], axis=1), linewidths=0.1 * widest + 0.9 * widest * share, colors=colors))
+        widths = widest * (0.1 + 0.9 * share)
+        axes.add_collection(LineCollection(lines, linewidths=widths, colors=colors))
     covered = visible[np.unravel_index(order, visible.shape)].sum() / total if total > 0 else 0.0
     axes.text(
         x + 0.5, -0.06, f"{len(order):,} of {strength.size:,} edges\n{_percent(covered)} of strength",
@@ -113,9 +113,11 @@ def _draw_column(axes: Axes, x: int, basis: Basis, shown: np.ndarray, heights: n
     importance = basis.importance.detach().cpu().double().numpy()
     share = importance[shown] / max(importance.max(initial=0.0), np.finfo(float).tiny)
     # Points between neighbouring dots, so that a long column stays a row of dots.
-    spacing = 72 * axes.get_figure().get_figheight() * _AXES_HEIGHT * (heights[0] - heights[1]) if len(shown) > 1 else np.inf
+    spacing = 72 * _HEIGHT * _AXES_HEIGHT * (heights[0] - heights[1]) if len(shown) > 1 else np.inf
     area = np.minimum(_dot_area(share), (1.1 * spacing) ** 2)
-    axes.scatter(np.full(len(shown), x), heights, s=area, color=_DOT, edgecolor="white", lw=0.7, zorder=3, clip_on=False)
+    axes.scatter(
+        np.full(len(shown), x), heights, s=area, color=_DOT, edgecolor="white", lw=0.7, zorder=3, clip_on=False
+    )
     for index, y in list(zip(shown, heights, strict=True)) if len(shown) <= 16 else []:
         axes.annotate(
             str(index), (x, y), xytext=(-11, 0), textcoords="offset points", ha="right", va="center",
@@ -123,7 +125,16 @@ def _draw_column(axes: Axes, x: int, basis: Basis, shown: np.ndarray, heights: n
         )  # fmt: skip
     of = f"{len(shown)} of {len(importance)}" if len(shown) < len(importance) else f"{len(importance)}"
     features = _KIND_NAMES[basis.kind]
-    axes.text(x, 1.135, basis.name, ha="center", fontsize=_fitting_size(basis.name), fontweight="bold", color=_TEXT, clip_on=False)
+    axes.text(
+        x,
+        1.135,
+        basis.name,
+        ha="center",
+        fontsize=_fitting_size(basis.name),
+        fontweight="bold",
+        color=_TEXT,
+        clip_on=False,
+    )
     axes.text(x, 1.055, f"{of} {features}", ha="center", fontsize=11, color=_DOT, clip_on=False)
 
 
@@ -143,7 +154,8 @@ def _legend(figure: Figure) -> None:
         for share in (1.0, 0.1, 0.001)
     ]
     lines = [
-        Line2D([], [], color=_LINE, lw=0.4 + 3.6 * math.sqrt(s), alpha=0.06 + 0.84 * math.sqrt(s)) for s in (1, 0.1, 0.01)
+        Line2D([], [], color=_LINE, lw=0.4 + 3.6 * math.sqrt(s), alpha=0.06 + 0.84 * math.sqrt(s))
+        for s in (1, 0.1, 0.01)
     ]
     keys = (
         (0.06, "dots: importance, as a share of the layer's largest", dots, ["1", "0.1", "0.001"]),

@@ -33,7 +33,7 @@ def _to_tensorboard(writer: object, tag: str, png: PNG, step: int) -> None:
         # The writer's own add_image would decode the file and encode it again, four times as large.
         image = Summary.Image(height=png.height, width=png.width, colorspace=3, encoded_image_string=png.data)
         summary = Summary(value=[Summary.Value(tag=tag, image=image)])
-        writer._get_file_writer().add_summary(summary, step)  # type: ignore[no-untyped-call]
+        writer._get_file_writer().add_summary(summary, step)
     else:  # tensorboardX, which Lightning prefers to nothing
         pixels = np.asarray(Image.open(io.BytesIO(png.data)).convert("RGB"))
         writer.add_image(tag, pixels, step, dataformats="HWC")  # type: ignore[attr-defined]

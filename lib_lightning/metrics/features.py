@@ -44,7 +44,7 @@ class EffectiveFeatures(GraphAverage):
     Example:
         >>> import torch
         >>> EffectiveFeatures()(torch.tensor([2.0, 2.0]))
-        tensor(2.0000, dtype=torch.float64)
+        tensor(2., dtype=torch.float64)
     """
 
     higher_is_better = None

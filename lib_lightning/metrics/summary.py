@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -35,10 +36,10 @@ def graph_scalars(bases: Sequence[Basis], edges: Sequence[Tensor]) -> dict[str, 
     """
     sections = section_keys([basis.name for basis in bases])
     values: dict[str, float] = {}
-    for kind, count in (("features", number_of_features), ("effective_features", effective_features)):
-        values |= {f"{kind}/{layer_key(b.name)}": float(count(b.importance)) for b in bases}
-    for kind, count in (("edges", number_of_edges), ("effective_edges", effective_edges)):
-        values |= {f"{kind}/{section}": float(count(E)) for section, E in zip(sections, edges, strict=True)}
+    for kind, count_features in (("features", number_of_features), ("effective_features", effective_features)):
+        values |= {f"{kind}/{layer_key(basis.name)}": float(count_features(basis.importance)) for basis in bases}
+    for kind, count_edges in (("edges", number_of_edges), ("effective_edges", effective_edges)):
+        values |= {f"{kind}/{section}": float(count_edges(E)) for section, E in zip(sections, edges, strict=True)}
     for kind in ("features", "effective_features", "edges", "effective_edges"):
         values[f"{kind}/total"] = sum(value for key, value in values.items() if key.startswith(f"{kind}/"))
     return values
@@ -72,4 +73,4 @@ def layer_key(name: str) -> str:
 
 def section_keys(names: Sequence[str]) -> list[str]:
     """Names of the sections between node layers, as part of a scalar's name."""
-    return [f"{layer_key(a)}-to-{layer_key(b)}" for a, b in zip(names, names[1:], strict=False)]
+    return [f"{layer_key(a)}-to-{layer_key(b)}" for a, b in itertools.pairwise(names)]

@@ -37,6 +37,6 @@ def effective_features(importance: Tensor) -> Tensor:
     Example:
         >>> import torch
         >>> effective_features(torch.tensor([3.0, 3.0, 3.0]))
-        tensor(3.0000)
+        tensor(3.)
     """
     return perplexity(importance)

@@ -22,4 +22,5 @@ def perplexity(weights: Tensor) -> Tensor:
     total = weights.sum()
     if weights.numel() == 0 or total <= 0:
         return total.new_zeros(())
-    return torch.special.entr(weights / total).sum().exp()
+    entropy: Tensor = torch.special.entr(weights / total).sum()
+    return entropy.exp()

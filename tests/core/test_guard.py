@@ -1,0 +1,70 @@
+"""Whatever happens inside the guard, everything is as before."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lib_lightning.core.guard import undisturbed
+
+
+def state(model: nn.Module) -> list[object]:
+    """Everything that could change, as comparable values."""
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002 (the global state is what training code uses)
+    return [
+        torch.get_rng_state().tolist(),
+        random.getstate(),
+        (name, keys.tolist(), *rest),
+        [m.training for m in model.modules()],
+        {name: value.tolist() for name, value in model.state_dict().items()},
+        [(p.requires_grad, None if p.grad is None else p.grad.tolist()) for p in model.parameters()],
+    ]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_everything_is_restored(fails: bool) -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Dropout(), nn.Sequential(nn.Linear(3, 1)))
+    model[3].eval()
+    model[0].weight.grad = torch.ones(3, 2)
+    model[0].bias.requires_grad_(False)
+    buffer, before = model[1].running_mean, state(model)
+
+    def disturb() -> None:
+        with undisturbed(model):
+            assert not any(m.training for m in model.modules())
+            model.train()
+            model(torch.randn(8, 2)).sum().backward()
+            random.random(), np.random.rand(), torch.rand(1)  # noqa: B018, NPY002
+            model[1].running_mean = torch.full((3,), 7.0)
+            model.requires_grad_(True)
+            if fails:
+                raise RuntimeError
+
+    if fails:
+        with pytest.raises(RuntimeError):
+            disturb()
+    else:
+        model[0].weight.grad = None
+        before = state(model)
+        disturb()
+    assert model[1].running_mean is buffer
+    if fails:  # .grad of the first weight was accumulated in place by backward, which the library itself never calls
+        model[0].weight.grad = torch.ones(3, 2)
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_work_inside_whatever_is_outside(mode: type) -> None:
+    model = nn.Linear(2, 2)
+    with mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        with undisturbed(model):
+            y = model(torch.ones(1, 2))
+            assert y.requires_grad
+            assert y.dtype == torch.float32
+            assert not torch.is_inference_mode_enabled()
+        assert not torch.is_grad_enabled()
+        assert model(torch.ones(1, 2)).dtype == torch.bfloat16

@@ -1,0 +1,173 @@
+"""The parts of the algorithm, each against what it must be equal to."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lib_lightning import compute_interaction_graph
+from lib_lightning.core.build import Settings
+from lib_lightning.core.cut import LiveModel
+from lib_lightning.core.edges import Edges
+from lib_lightning.core.errors import ActivationError
+from lib_lightning.core.layers import as_node_layers
+from lib_lightning.core.metric import JacobianMetric
+from lib_lightning.core.moments import Moments
+from lib_lightning.core.section import gauss_legendre, sections
+from tests.cases import Case
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 20])
+def test_quadrature_is_exact_for_polynomials(k: int) -> None:
+    for degree in range(2 * k):
+        assert sum(w * x**degree for x, w in gauss_legendre(k)) == pytest.approx(1 / (degree + 1), rel=1e-12)
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_forward_and_reverse_products_belong_to_one_jacobian(case: Case, steps: int) -> None:
+    live = LiveModel(case.model, as_node_layers(case.node_layers), case.input_fn)
+    means = [a.mean((0, 1)) for a in live.activations(case.data)]
+    for section in sections(live, case.data, means, steps, 10**6):
+        for k in (1, 3):
+            v = torch.randn(k, section.n, section.S_in, section.d_in).double()
+            u = torch.randn(k, section.n, section.S_out, section.d_out).double()
+            along, back = (u * section.jvp(v)).sum((1, 2, 3)), (section.vjp(u) * v).sum((1, 2, 3))
+            torch.testing.assert_close(along, back, rtol=1e-10, atol=1e-10)
+
+
+def test_edges_are_the_same_either_way(case: Case) -> None:
+    graph = compute_interaction_graph(case.model, [case.data], case.node_layers, input_fn=case.input_fn)
+    bases = list(graph.bases.values())
+    live = LiveModel(case.model, as_node_layers(case.node_layers), case.input_fn)
+    for before, after, section in zip(
+        bases, bases[1:], sections(live, case.data, [b.mean for b in bases], 0, 500), strict=False
+    ):
+        forward, reverse = Edges(before, after), Edges(before, after)
+        for edges, update in ((forward, forward.update_forward), (reverse, reverse.update_reverse)):
+            edges.rows += section.n * section.S_in
+            update(section)
+        torch.testing.assert_close(forward.E, reverse.E, rtol=1e-9, atol=1e-12 * float(reverse.E.amax()))
+
+
+@pytest.mark.parametrize("stack_elements", [1, 10**6])
+def test_probes_are_unbiased_and_their_error_is_estimated(stack_elements: int) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5)).double()
+    live = LiveModel(model, as_node_layers(["input", "1", "output"]))
+    x = torch.randn(40, 3, 4).double()
+    means = [a.mean((0, 1)) for a in live.activations(x)]
+    (section, _) = sections(live, x, means, 0, stack_elements)
+    C, generator = torch.randn(6, 6).double(), torch.Generator().manual_seed(1)
+    exact = JacobianMetric(C, None, generator)
+    exact.update(section)
+    assert exact.relative_error == 0
+    errors, estimates = [], []
+    for _ in range(40):
+        sampled = JacobianMetric(C, 5, generator)
+        sampled.update(section)
+        errors.append(sampled.M - exact.M)
+        estimates.append(sampled.relative_error)
+    spread = torch.stack(errors).square().mean().sqrt()
+    # The mean of 40 runs lies within 4 standard errors of the exact metric, and the estimate is right within half.
+    assert torch.stack(errors).mean(0).abs().max() < 4 * torch.stack(errors).std(0).max() / math.sqrt(40)
+    true_error = spread * len(exact.M) / exact.M.norm()
+    assert torch.tensor(estimates).square().mean().sqrt() == pytest.approx(float(true_error), rel=0.5)
+
+
+def test_probes_say_how_many_and_how_good() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), torch.randn(30, 4)
+    infos = [compute_interaction_graph(model, [x], ["0", "1", "output"], n_probes=k).info for k in (None, 1, 8)]
+    assert [info["settings"]["n_probes"] for info in infos] == [None, 1, 8]
+    assert infos[0]["metric_errors"] == {"0": 0.0, "1": 0.0}
+    assert infos[1]["metric_errors"] == {"0": None, "1": None}
+    assert all(0 < error < 1 for error in infos[2]["metric_errors"].values())
+
+
+def test_many_probes_approach_the_exact_basis() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double(), torch.randn(50, 4).double()
+    exact = compute_interaction_graph(model, [x], ["0", "1", "output"])
+    sampled = compute_interaction_graph(model, [x], ["0", "1", "output"], n_probes=400)
+    for name in ("0", "1"):
+        torch.testing.assert_close(sampled.bases[name].importance, exact.bases[name].importance, rtol=0.1, atol=1e-3)
+
+
+def test_moments_far_from_zero_lose_no_digits() -> None:
+    a = torch.randn(300, 2, 3).double()
+    near, far = Moments(), Moments()
+    near.update(a)
+    for batch in (a + 1e6).split([1, 7, 292]):
+        far.update(batch)
+    # The input itself is rounded at 1e6 * 2e-16; a sum of squares would lose twelve digits.
+    torch.testing.assert_close(far.covariance, near.covariance, rtol=0, atol=1e-8)
+    torch.testing.assert_close(far.mean, near.mean + 1e6, rtol=1e-15, atol=1e-9)
+
+
+def test_truncation_is_relative() -> None:
+    scale = torch.tensor([1.0, 1e-2, 1e-4, 1e-6]).double()
+    model, x = nn.Linear(4, 4, bias=False).double(), torch.randn(200, 4).double() * scale
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(4))
+    counts = [
+        compute_interaction_graph(model, [x], ["input", "output"], rtol=rtol).bases["input"].n_features
+        for rtol in (0.0, 1e-9, 1e-6, 1e-3)
+    ]
+    assert counts == [4, 3, 2, 1]
+
+
+def test_features_of_a_constant_layer_are_none() -> None:
+    class Constant(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 0.0 + 1.0
+
+    model = nn.Sequential(nn.Linear(3, 3), Constant(), nn.Linear(3, 2))
+    graph = compute_interaction_graph(model, [torch.randn(9, 3)], ["0", "1", "output"])
+    assert [basis.n_features for basis in graph.bases.values()] == [0, 0, 2]
+    assert [tuple(E.shape) for E in graph.edges.values()] == [(0, 0), (2, 0)]
+
+
+@pytest.mark.parametrize(("bad", "word"), [(math.nan, "NaN"), (math.inf, "infinite")])
+def test_activations_must_be_finite(bad: float, word: str) -> None:
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.ReLU()), torch.randn(5, 3)
+    x[1, 2] = bad
+    with pytest.raises(ActivationError, match=rf"Node layer '0:input' has {word} activations \(1 of 15 numbers\)"):
+        compute_interaction_graph(model, [x], ["0:input", "output"])
+
+
+def test_there_must_be_samples() -> None:
+    with pytest.raises(ActivationError, match="no samples"):
+        compute_interaction_graph(nn.Linear(2, 2), [], ["input", "output"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"basis": "ica"}, "basis is one of 'lib', 'pca', 'neuron'; got 'ica'"),
+        ({"final_basis": "lib"}, "final_basis is one of"),
+        ({"rtol": 1.0}, "rtol is a share"),
+        ({"n_probes": 0}, "n_probes is a number of probes from 1 on"),
+        ({"integration_steps": -1}, "integration_steps is a number of points"),
+    ],
+)
+def test_settings_are_checked(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Settings(**options)
+
+
+def test_batches_may_be_an_iterator() -> None:
+    model, x = nn.Linear(3, 2), torch.randn(8, 3)
+    once = compute_interaction_graph(model, iter(x.split(3)), ["input", "output"], progress=True)
+    assert once.info["n_samples"] == 8
+    assert torch.equal(
+        once.edges["input", "output"],
+        compute_interaction_graph(model, x.split(3), ["input", "output"]).edges["input", "output"],
+    )
+
+
+def test_basis_encodes_and_decodes() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)), torch.randn(100, 3)
+    basis = compute_interaction_graph(model, [x], ["0", "output"], rtol=1e-6).bases["0"]
+    a = model[0](x)
+    torch.testing.assert_close(basis.decode(basis.encode(a)), a, rtol=1e-4, atol=1e-4)
+    assert basis.encode(a[0]).shape == (basis.n_features,)
