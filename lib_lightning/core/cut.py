@@ -277,8 +277,8 @@ def check_cuts(cuts: Sequence[Cut]) -> None:
             )
         if _passes_left_out_positions(before, after):
             raise NodeLayerError(
-                f"Node layer '{before.layer.name}' does not cut the computation: '{after.layer.name}' also depends on it "
-                "at positions that are left out. Look at all positions there, or at fewer afterwards."
+                f"Node layer '{before.layer.name}' does not cut the computation: '{after.layer.name}' also depends on "
+                "it at positions that are left out. Look at all positions there, or at fewer afterwards."
             )
 
 

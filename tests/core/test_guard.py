@@ -38,7 +38,7 @@ def test_everything_is_restored(fails: bool) -> None:
             assert not any(m.training for m in model.modules())
             model.train()
             model(torch.randn(8, 2)).sum().backward()
-            random.random(), np.random.rand(), torch.rand(1)  # noqa: B018, NPY002
+            random.random(), np.random.rand(), torch.rand(1)  # noqa: NPY002
             model[1].running_mean = torch.full((3,), 7.0)
             model.requires_grad_(True)
             if fails:

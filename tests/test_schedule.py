@@ -1,0 +1,65 @@
+"""When snapshots are due, and which samples they are computed on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lib_lightning.samples import SampleBuffer
+from lib_lightning.schedule import Schedule
+
+
+def due_steps(schedule: Schedule, seen: range) -> list[int]:
+    return [step for step in seen if schedule.due_at_step(step)]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "seen", "expected"),
+    [
+        (Schedule(every_n_steps=10), range(31), [0, 10, 20, 30]),
+        (Schedule(every_n_steps=10), range(3, 40, 7), [3, 10, 24, 31]),  # steps passed over are caught up with
+        (Schedule(at_steps=[5, 2, 2]), range(10), [2, 5]),
+        (Schedule(per_decade=1), range(101), [0, 1, 10, 100]),
+        (Schedule(per_decade=3), range(101), [0, 1, 2, 5, 10, 22, 46, 100]),
+        (Schedule(per_decade=100), range(6), [0, 1, 2, 3, 4, 5]),
+        (Schedule(), range(10), []),
+    ],
+)
+def test_due_steps(schedule: Schedule, seen: range, expected: list[int]) -> None:
+    assert due_steps(schedule, seen) == expected
+
+
+def test_due_validations() -> None:
+    schedule = Schedule(every_n_validations=3)
+    assert [schedule.due_at_validation() for _ in range(7)] == [True, False, False, True, False, False, True]
+    assert all(Schedule().due_at_validation() for _ in range(3))
+    assert not Schedule(every_n_steps=1).due_at_validation()
+
+
+def test_a_schedule_goes_on_where_it_was() -> None:
+    first, second = Schedule(per_decade=3), Schedule(per_decade=3)
+    due_steps(first, range(8))
+    second.load_state_dict(first.state_dict())
+    assert due_steps(second, range(8, 50)) == due_steps(first, range(8, 50)) == [10, 22, 46]
+
+
+def test_schedules_are_checked() -> None:
+    with pytest.raises(ValueError, match="Give one schedule, not 2: every_n_steps, log_spaced"):
+        Schedule(every_n_steps=1, per_decade=1)
+    with pytest.raises(ValueError, match="every_n_steps is a number from 1 on; got 0"):
+        Schedule(every_n_steps=0)
+
+
+def test_samples_are_copies_that_gradients_can_be_taken_through() -> None:
+    buffer = SampleBuffer(5)
+    with torch.inference_mode():
+        batch = {"x": torch.ones(4, 2), "y": (torch.ones(4),), "scale": torch.ones(3)}
+        buffer.add(batch)
+        buffer.add(batch)
+        buffer.add(batch)
+        batch["x"].zero_()
+    assert buffer.count == 5
+    assert buffer.full
+    assert [len(b["x"]) for b in buffer.batches] == [4, 1]
+    assert [len(b["scale"]) for b in buffer.batches] == [3, 3]
+    assert all(b["x"].all() and not b["x"].is_inference() for b in buffer.batches)
