@@ -18,15 +18,16 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lib_lightning.compute import check_node_layers, compute_interaction_graph
 from lib_lightning.core.build import BasisKind, FinalBasisKind, Settings
-from lib_lightning.core.cut import InputFn, check_taps
-from lib_lightning.core.errors import LIBError
-from lib_lightning.core.layers import NodeLayer, as_node_layers
+from lib_lightning.core.cut import InputFn
+from lib_lightning.core.errors import LIBError, NodeLayerError, NotFiniteError
+from lib_lightning.core.layers import NodeLayer, as_node_layers, check_taps
+from lib_lightning.core.nested import batch_size, first_samples
 from lib_lightning.display.image import render_png
 from lib_lightning.display.loggers import log_image
 from lib_lightning.export.files import write_bytes
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.metrics.summary import graph_scalars, scalar_keys
-from lib_lightning.samples import SampleBuffer, first_samples
+from lib_lightning.samples import SampleBuffer
 from lib_lightning.schedule import Schedule
 
 log = logging.getLogger(__name__)
@@ -38,13 +39,15 @@ class LIBCallback(pl.Callback):
     A snapshot is computed on a fixed set of validation samples. It logs the number of features and edges as
     ``lib/...`` (there at every validation, so that other callbacks can monitor them), shows the interaction graph as
     ``lib/graph``, and writes a basis file and the figure to ``<log dir>/lib``. Training is left untouched to the last
-    bit, and a snapshot that fails is reported and costs nothing else.
+    bit, and a snapshot that fails is reported and left out. (If the very first one fails, the scalars are NaN until the
+    next: give an EarlyStopping on them ``check_finite=False``.)
 
     Args:
         node_layers: Where to cut the model, in forward order: ``module.path`` for a module's output,
             ``module.path:input`` for its input, ``input`` and ``output`` for the model's own, or a NodeLayer. Paths
             start at the LightningModule.
-        num_samples: Number of validation samples to compute on, the same ones throughout.
+        num_samples: Number of validation samples to compute on, the same ones throughout: the first ones of the first
+            whole validation. Snapshots before it use those of the sanity check.
         every_n_validations: A snapshot at the first validation and every so many after it. This is the default, with
             every validation, if no other schedule is given.
         every_n_steps: Instead, a snapshot before training and every so many optimizer steps.
@@ -61,7 +64,7 @@ class LIBCallback(pl.Callback):
         dtype: Floating-point type to compute in; None (null) for the model's own.
         input_fn: Turns a validation batch into what the model is called with: a dict becomes keyword arguments, a
             tuple positional ones. By default the first entry of a tuple or list, and any other batch as it is.
-        name: Prefix of everything logged and name of the folder; different for each LIBCallback of a trainer.
+        name: Prefix of everything logged and name of the folder. Several LIBCallbacks of a trainer need several names.
 
     Raises:
         LIBError: If the node layers are no list of at least two.
@@ -94,11 +97,18 @@ class LIBCallback(pl.Callback):
             raise ValueError(f"num_samples is a number from 2 on: a basis needs samples to vary; got {num_samples}.")
         self.node_layers = as_node_layers(node_layers)
         self.settings = Settings(basis, final_basis, rtol, n_probes, integration_steps)
+        if dtype not in (None, "float32", "float64"):
+            raise ValueError(f"dtype is 'float32', 'float64' or None for the model's own; got {dtype!r}.")
         self.dtype = None if dtype is None else {"float32": torch.float32, "float64": torch.float64}[dtype]
         self.input_fn = input_fn
         self.name = name
         self.schedule = Schedule(every_n_validations, every_n_steps, at_steps, log_spaced)
         self.samples = SampleBuffer(num_samples)
+        self._reset()
+
+    def _reset(self) -> None:
+        self.schedule.reset()
+        self.samples.clear()
         self.graph: InteractionGraph | None = None
         self.snapshots = 0
         keys = [*scalar_keys([layer.name for layer in self.node_layers]), "samples", "seconds"]
@@ -110,18 +120,18 @@ class LIBCallback(pl.Callback):
 
     @property
     def state_key(self) -> str:
-        """Tells several callbacks apart in a checkpoint."""
+        """Tells several callbacks apart in a checkpoint; the trainer refuses two of one name."""
         return self._generate_state_key(name=self.name)
 
     # before training: find mistakes while it is cheap
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check names."""
-        others = [c.name for c in trainer.callbacks if isinstance(c, LIBCallback) and c is not self]  # type: ignore[attr-defined]
-        if self.name in others:
-            raise LIBError(f"Two LIBCallbacks are called '{self.name}' and would mix their results: give each a name=.")
+        """Start afresh: the callback may have served another run. A checkpoint's state is loaded after this."""
+        self._reset()
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check names, now that the model is all there (it may be built in its own setup or configure_model)."""
         check_taps(pl_module, self.node_layers)
-        self._tried_step = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that there will be samples, and take the snapshot before training if one is due."""
@@ -144,12 +154,14 @@ class LIBCallback(pl.Callback):
         self._checked = True
         try:
             check_node_layers(pl_module, first_samples(batch, 2), self.node_layers, self.dtype, self.input_fn)
-        except LIBError:
+        except (NodeLayerError, NotFiniteError):
             raise
         except Exception as error:
             if not strict:  # a training batch may look different; the first validation will tell
                 self._checked = False
                 return
+            if isinstance(error, LIBError):
+                raise
             raise LIBError(
                 f"LIBCallback cannot run the model on a validation batch: {type(error).__name__}: {error}. By default "
                 "the model is called with the first entry of a tuple or list and with a dict's entries by name; "
@@ -168,6 +180,11 @@ class LIBCallback(pl.Callback):
     ) -> None:
         """Keep a copy of the batch."""
         if not self._checked:
+            if batch_size(batch) == 0:
+                raise LIBError(
+                    f"LIBCallback finds no tensor in a validation batch of type {type(batch).__name__}: batches are "
+                    "tensors, or tuples, lists, dicts and dataclasses of them."
+                )
             self._check(pl_module, batch, strict=True)
         if dataloader_idx == 0 and not self._samples_complete:
             self.samples.add(batch)
@@ -177,8 +194,8 @@ class LIBCallback(pl.Callback):
         if trainer.sanity_checking:
             return
         self._samples_complete = True
-        due = self.schedule.due_at_validation()
-        if due or self.schedule.due_at_step(trainer.global_step) or self.graph is None:
+        due = self.schedule.due_at_validation() if trainer.state.fn == "fit" else True
+        if due or self.schedule.due_at_step(trainer.global_step) or self._graph_step is None:
             self._snapshot(trainer, pl_module)
         pl_module.log_dict(self._current_scalars(trainer), on_step=False, on_epoch=True, batch_size=1)
 
@@ -198,7 +215,10 @@ class LIBCallback(pl.Callback):
         if folder is None or not trainer.is_global_zero:
             return
         if self.graph is not None and self._is_current(trainer):
-            self.graph.save(folder / "final.safetensors")
+            try:
+                self.graph.save(folder / "final.safetensors")
+            except OSError as error:
+                log.warning("The last snapshot of '%s' could not be written: %s", self.name, error)
         self._say_where(trainer, folder)
 
     def _snapshot_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -255,8 +275,8 @@ class LIBCallback(pl.Callback):
 
     def _say_where(self, trainer: pl.Trainer, folder: Path) -> None:
         lines = [f"{self.name}: {self.snapshots} snapshots of {' -> '.join(layer.name for layer in self.node_layers)}"]
-        lines += [f"  basis files   {folder / 'snapshots'}", f"  last one      {folder / 'final.safetensors'}"]
-        lines += [f"  figures       {folder / 'figures'}"]
+        places = {"basis files": "snapshots", "last one": "final.safetensors", "figures": "figures"}
+        lines += [f"  {what:<13} {folder / place}" for what, place in places.items() if (folder / place).exists()]
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 lines += [f"  event files   {logger.log_dir}"]

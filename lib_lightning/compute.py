@@ -8,11 +8,12 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lib_lightning.core.build import BasisKind, Built, FinalBasisKind, Settings, build, check_finite
-from lib_lightning.core.cut import InputFn, LiveModel, check_cuts
+from lib_lightning.core.build import BasisKind, Built, FinalBasisKind, Settings, build
+from lib_lightning.core.check import check
+from lib_lightning.core.cut import InputFn, LiveModel
 from lib_lightning.core.guard import undisturbed
 from lib_lightning.core.layers import NodeLayer, as_node_layers
 from lib_lightning.graph import InteractionGraph
@@ -63,6 +64,7 @@ def compute_interaction_graph(
         NodeLayerError: If a node layer is unknown, never run, out of order, or does not cut the computation.
         ActivationError: If activations are integers, NaN or infinite, or there are no samples.
         ValueError: If a setting is outside its range.
+        TypeError: If ``batches`` is a single tensor, or ``dtype`` no floating-point type.
 
     Note:
         Source: arXiv 2405.10928; see `lib_lightning.core.build` for the steps.
@@ -77,6 +79,10 @@ def compute_interaction_graph(
     """
     settings = Settings(basis, final_basis, rtol, n_probes, integration_steps)
     layers = as_node_layers(node_layers)
+    if isinstance(batches, Tensor):
+        raise TypeError("batches is a list (or any iterable) of batches; for a single one write [batch].")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype is a floating-point type such as torch.float64, or None; got {dtype!r}.")
     batches = batches if isinstance(batches, (list, tuple)) else list(batches)
     live = LiveModel(model, layers, input_fn, dtype)
     passes = 2 + (len(layers) - 1 if settings.basis == "lib" else 0)
@@ -86,7 +92,12 @@ def compute_interaction_graph(
             bar.set_description(step, refresh=False)
             bar.update()
 
-        built = build(live, batches, settings, tick)
+        try:
+            for batch in batches[:1]:
+                check(live, batch)
+            built = build(live, batches, settings, tick)
+        finally:
+            live.release()
     return _as_graph(built, settings, layers, dtype)
 
 
@@ -134,7 +145,7 @@ def check_node_layers(
     """
     live = LiveModel(model, as_node_layers(node_layers), input_fn, dtype)
     with undisturbed(model):
-        cuts = live.cut(batch)
-        check_cuts(cuts)
-        for cut in cuts:
-            check_finite(cut.layer.name, cut.a)
+        try:
+            check(live, batch)
+        finally:
+            live.release()

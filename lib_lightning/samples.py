@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lib_lightning.core.nested import first_tensor, map_tensors
+from lib_lightning.core.nested import batch_size, first_samples, map_tensors
 
 
 class SampleBuffer:
@@ -45,34 +45,3 @@ class SampleBuffer:
     def clear(self) -> None:
         """Drop everything."""
         self.batches, self.count = [], 0
-
-
-def batch_size(batch: Any) -> int:
-    """Number of samples in a batch: the length of its first tensor.
-
-    Args:
-        batch: Tensors in tuples, lists and mappings.
-
-    Returns:
-        The number; 0 if there is no tensor.
-    """
-    first = first_tensor(batch)
-    return 0 if first is None else first.shape[0]
-
-
-def first_samples(batch: Any, count: int) -> Any:
-    """Take the first samples of a batch.
-
-    Args:
-        batch: Tensors in tuples, lists and mappings; those with one entry for each sample are cut short.
-        count: Samples to take.
-
-    Returns:
-        The same structure, as views.
-
-    Example:
-        >>> first_samples({"x": torch.zeros(4, 2), "scale": torch.ones(())}, 3)["x"].shape
-        torch.Size([3, 2])
-    """
-    n = batch_size(batch)
-    return map_tensors(batch, lambda t: t[:count] if t.ndim > 0 and t.shape[0] == n else t)

@@ -35,12 +35,15 @@ class Schedule:
         at_steps: Sequence[int] | None = None,
         per_decade: int | None = None,
     ) -> None:
+        if isinstance(at_steps, int):
+            at_steps = [at_steps]
         options = {
             "every_n_validations": every_n_validations,
             "every_n_steps": every_n_steps,
             "at_steps": at_steps,
             "log_spaced": per_decade,
         }
+        self._options = {name: list(v) if isinstance(v, Sequence) else v for name, v in options.items()}
         given = {name: value for name, value in options.items() if value is not None}
         if len(given) > 1:
             raise ValueError(f"Give one schedule, not {len(given)}: {', '.join(given)}.")
@@ -51,6 +54,10 @@ class Schedule:
         self.every_n_steps = every_n_steps
         self.at_steps = sorted(at_steps) if at_steps is not None else None
         self.per_decade = per_decade
+        self.reset()
+
+    def reset(self) -> None:
+        """Start from the beginning."""
         self._validations = 0
         self._next_step = None if self.every_n_validations else self._first_after(-1)
 
@@ -68,12 +75,13 @@ class Schedule:
 
     def state_dict(self) -> dict[str, Any]:
         """State to go on from, of plain numbers."""
-        return {"validations": self._validations, "next_step": self._next_step}
+        return {"schedule": self._options, "validations": self._validations, "next_step": self._next_step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Go on from a state; steps of another schedule than this one do not count."""
         self._validations = state["validations"]
-        self._next_step = None if self.every_n_validations else state["next_step"]
+        if state["schedule"] == self._options:
+            self._next_step = state["next_step"]
 
     def _first_after(self, step: int) -> int | None:
         if self.every_n_steps:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lib_lightning.core.spectral import eigh_psd, factor_psd
+from lib_lightning.core.spectral import Cutoff, eigh_psd, factor_psd
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Basis:
         return self.mean.to(features) + features @ self.from_features.to(features)
 
 
-def lib_basis(name: str, mean: Tensor, covariance: Tensor, metric: Tensor, cutoff: float) -> Basis:
+def lib_basis(name: str, mean: Tensor, covariance: Tensor, metric: Tensor, cutoff: Cutoff) -> Basis:
     """Local Interaction Basis of one node layer.
 
     Features are ordered and scaled by how much they move the next node layer: uncorrelated on the data, and with
@@ -80,49 +80,51 @@ def lib_basis(name: str, mean: Tensor, covariance: Tensor, metric: Tensor, cutof
         mean: ``mu``, shape ``(d,)``, float64.
         covariance: ``Sigma``, shape ``(d, d)``, float64.
         metric: Jacobian metric ``M``, shape ``(d, d)``, float64.
-        cutoff: Directions with an eigenvalue of ``Sigma`` or ``M``, or an importance, up to this share of the largest
+        cutoff: Directions with an eigenvalue of ``Sigma`` or ``M``, or an importance, up to its share of the largest
             are dropped.
 
     Returns:
         The basis with kind ``"lib"``.
 
     Note:
-        Source: arXiv 2405.10928, section 3.1. The singular values of ``M^{1/2} U D^{1/2}`` are taken instead of the
-        eigenvalues of ``D^{1/2} U^T M U D^{1/2}``: the same numbers, without squaring the small ones away.
+        Source: arXiv 2405.10928, transformation into the LIB. The singular values of ``M^{1/2} U D^{1/2}`` are taken
+        instead of the eigenvalues of ``D^{1/2} U^T M U D^{1/2}``: the same, without squaring the small ones away.
 
     Example:
         >>> eye = torch.eye(2, dtype=torch.float64)
-        >>> basis = lib_basis("fc", eye[0], torch.diag(torch.tensor([4.0, 1.0])).double(), eye, 1e-9)
+        >>> cutoff = Cutoff(1e-9, 2, torch.float64)
+        >>> basis = lib_basis("fc", eye[0], torch.diag(torch.tensor([4.0, 1.0])).double(), eye, cutoff)
         >>> basis.importance
         tensor([4., 1.], dtype=torch.float64)
     """
-    D, U = eigh_psd(covariance, cutoff)
-    B = factor_psd(metric, cutoff)
+    D, U = _principal_components(mean, covariance, cutoff)
+    B = factor_psd(metric, cutoff.metric)
     _, s, Vt = torch.linalg.svd(B @ (U * D.sqrt()), full_matrices=False)
-    keep = s.square() > cutoff * s.square().amax() if s.numel() else torch.zeros_like(s, dtype=torch.bool)
+    keep = s.square() > cutoff.metric * s.square().amax() if s.numel() else torch.zeros_like(s, dtype=torch.bool)
     s, V = s[keep], Vt[keep].T
     C = (U / D.sqrt()) @ (V * s)
     C_pinv = (V / s).T @ (U * D.sqrt()).T
     return Basis(name, "lib", mean, C, C_pinv, s.square())
 
 
-def pca_basis(name: str, mean: Tensor, covariance: Tensor, cutoff: float) -> Basis:
+def pca_basis(name: str, mean: Tensor, covariance: Tensor, cutoff: Cutoff) -> Basis:
     """Principal components of one node layer: the baseline.
 
     Args:
         name: Node layer.
         mean: ``mu``, shape ``(d,)``, float64.
         covariance: ``Sigma``, shape ``(d, d)``, float64.
-        cutoff: Directions with a variance up to this share of the largest are dropped.
+        cutoff: Directions with a variance up to its share of the largest are dropped.
 
     Returns:
         The basis with kind ``"pca"``; its importances are variances.
 
     Example:
-        >>> pca_basis("fc", torch.zeros(2), torch.diag(torch.tensor([1.0, 4.0])), 1e-9).importance
+        >>> cutoff = Cutoff(1e-9, 2, torch.float32)
+        >>> pca_basis("fc", torch.zeros(2), torch.diag(torch.tensor([1.0, 4.0])), cutoff).importance
         tensor([4., 1.])
     """
-    D, U = eigh_psd(covariance, cutoff)
+    D, U = _principal_components(mean, covariance, cutoff)
     return Basis(name, "pca", mean, U, U.T, D)
 
 
@@ -143,3 +145,9 @@ def neuron_basis(name: str, mean: Tensor, covariance: Tensor) -> Basis:
     """
     eye = torch.eye(mean.shape[0], dtype=mean.dtype, device=mean.device)
     return Basis(name, "neuron", mean, eye, eye, covariance.diagonal().clone())
+
+
+def _principal_components(mean: Tensor, covariance: Tensor, cutoff: Cutoff) -> tuple[Tensor, Tensor]:
+    # Equal numbers differ from their mean by its rounding: a variance no larger than that is no variance.
+    rounding = float((torch.finfo(mean.dtype).eps * mean).square().sum())
+    return eigh_psd(covariance, cutoff.covariance, floor=rounding)

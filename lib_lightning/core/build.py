@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 
 from lib_lightning.core.basis import Basis, lib_basis, neuron_basis, pca_basis
-from lib_lightning.core.cut import LiveModel, check_cuts
+from lib_lightning.core.check import check_finite
+from lib_lightning.core.cut import LiveModel
 from lib_lightning.core.edges import Edges
-from lib_lightning.core.errors import ActivationError
+from lib_lightning.core.errors import ActivationError, NotFiniteError
 from lib_lightning.core.layers import OUTPUT
 from lib_lightning.core.metric import JacobianMetric
 from lib_lightning.core.moments import Moments
 from lib_lightning.core.section import STACK_ELEMENTS, sections
-from lib_lightning.core.spectral import relative_cutoff
+from lib_lightning.core.spectral import Cutoff
 
 BasisKind = Literal["lib", "pca", "neuron"]
 FinalBasisKind = Literal["auto", "neuron", "pca"]
@@ -94,8 +95,7 @@ def build(
         Bases and edges.
 
     Raises:
-        NodeLayerError: If a node layer does not cut the computation.
-        ActivationError: If there are no samples, or activations are not finite.
+        ActivationError: If there are no samples, or activations or derivatives are not finite.
     """
 
     def run(batch: Any, step: str) -> list[Any]:
@@ -105,9 +105,7 @@ def build(
 
     # 1. Moments.
     moments = [Moments() for _ in live.layers]
-    for k, batch in enumerate(batches):
-        if k == 0:
-            check_cuts(live.cut(batch))
+    for batch in batches:
         for layer_moments, layer, a in zip(moments, live.layers, live.activations(batch), strict=True):
             check_finite(layer.name, a)
             layer_moments.update(a)
@@ -116,13 +114,13 @@ def build(
         raise ActivationError("There are no samples to compute a basis from.")
 
     # 2. Bases, from the last node layer to the first.
-    entry_dtype = a.dtype
+    dtype = a.dtype
     generator = torch.Generator().manual_seed(0)
     bases: list[Basis] = []
     errors: dict[str, float | None] = {}
     for i in reversed(range(len(live.layers))):
         name, mean, covariance = live.layers[i].name, moments[i].mean, moments[i].covariance
-        cutoff = relative_cutoff(settings.rtol, mean.shape[0], entry_dtype)
+        cutoff = Cutoff(settings.rtol, mean.shape[0], dtype)
         kind = settings.basis if i < len(live.layers) - 1 else final_kind(settings, live.layers[i].taps)
         if kind == "neuron":
             basis = neuron_basis(name, mean, covariance)
@@ -132,6 +130,7 @@ def build(
             metric = JacobianMetric(bases[0].to_features, settings.n_probes, generator)
             for batch in batches:
                 metric.update(run(batch, f"basis of {name}")[i])
+            _check_derivatives(live, i, metric.M)
             basis = lib_basis(name, mean, covariance, metric.M, cutoff)
             errors[name] = metric.relative_error
         bases.insert(0, basis)
@@ -141,6 +140,8 @@ def build(
     for batch in batches:
         for section_edges, section in zip(edges, run(batch, "edges"), strict=True):
             section_edges.update(section)
+    for i, section_edges in enumerate(edges):
+        _check_derivatives(live, i, section_edges.E)
     return Built(bases, [e.E for e in edges], moments[0].n, errors)
 
 
@@ -164,22 +165,12 @@ def final_kind(settings: Settings, taps: Sequence[str]) -> BasisKind:
     return "neuron" if settings.basis == "neuron" or tuple(taps) == (OUTPUT,) else "pca"
 
 
-def check_finite(name: str, a: Tensor) -> None:
-    """Refuse activations that are NaN or infinite.
-
-    Args:
-        name: Node layer.
-        a: Its activations.
-
-    Raises:
-        ActivationError: Naming the node layer and what was found.
-    """
-    finite = torch.isfinite(a)
-    if not finite.all():
-        what = "NaN" if a.isnan().any() else "infinite"
-        raise ActivationError(
-            f"Node layer '{name}' has {what} activations ({int((~finite).sum())} of {a.numel()} numbers). "
-            "No basis can be computed from them; look at the model or at the batch."
+def _check_derivatives(live: LiveModel, index: int, result: Tensor) -> None:
+    if not torch.isfinite(result).all():
+        before, after = live.layers[index].name, live.layers[index + 1].name
+        raise NotFiniteError(
+            f"Derivatives of '{after}' with respect to '{before}' are NaN or infinite (a square root at zero, a "
+            "division by zero, an overflow in half precision?). No basis can be computed from them."
         )
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lib_lightning.core.basis import Basis
 from lib_lightning.core.section import Section
+from lib_lightning.core.spectral import product_dtype
 
 # A Jacobian-vector product is a backward pass through a backward pass: measured at 1 to 2 times a plain one.
 _FORWARD_COST = 2
@@ -22,12 +23,14 @@ class Edges:
     Note:
         Source: arXiv 2405.10928, edges of the interaction graph (squared). The inner sum over ``s`` is one
         Jacobian-vector product with the tangent ``v_s = fhat_{s,j} C^+_j``, whatever the number of output positions,
-        or one entry of a vector-Jacobian product for each ``(t, i)``; the cheaper of the two ways is taken.
+        or one entry of a vector-Jacobian product for each ``(t, i)``; the cheaper of the two ways is taken, the second
+        wherever the first has no derivative to go by.
     """
 
     def __init__(self, before: Basis, after: Basis) -> None:
         self.before, self.after = before, after
         self.rows = 0
+        self._forward: bool | None = None
         self._total = torch.zeros(after.n_features, before.n_features, dtype=torch.float64, device=before.mean.device)
 
     def update(self, section: Section) -> None:
@@ -37,7 +40,10 @@ class Edges:
             section: The section between the two node layers, at that batch.
         """
         self.rows += section.n * section.S_in
-        if _FORWARD_COST * self.before.n_features < section.S_out * self.after.n_features:
+        if self._forward is None:
+            cheaper = _FORWARD_COST * self.before.n_features < section.S_out * self.after.n_features
+            self._forward = cheaper and section.has_jvp()
+        if self._forward:
             self.update_forward(section)
         else:
             self.update_reverse(section)
@@ -50,7 +56,7 @@ class Edges:
             j = slice(start, start + section.stack)
             tangents = fhat[..., j].movedim(-1, 0)[..., None] * C_pinv[j][:, None, None, :]
             moved = section.jvp(tangents) @ C_next
-            self._total[:, j] += moved.square().sum(dim=(1, 2)).T.double()
+            self._total[:, j] += moved.to(product_dtype(moved.dtype)).square().sum(dim=(1, 2)).T.double()
 
     def update_reverse(self, section: Section) -> None:
         """Add one batch with one vector-Jacobian product for each output position and feature."""
@@ -58,7 +64,7 @@ class Edges:
         C_pinv, C_next = self.before.from_features.to(fhat), self.after.to_features.to(fhat)
         for i, cotangents in section.output_stacks(C_next):
             moved = ((section.vjp(cotangents) @ C_pinv.T) * fhat).sum(dim=2)
-            self._total.index_add_(0, i, moved.square().sum(dim=1).double())
+            self._total.index_add_(0, i, moved.to(product_dtype(moved.dtype)).square().sum(dim=1).double())
 
     @property
     def E(self) -> Tensor:

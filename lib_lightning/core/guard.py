@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run a block of code in evaluation mode with gradients, then restore the model and all random states.
 
-    Inside, gradients can be taken even where the caller has switched them off (``no_grad``, ``inference_mode``), and
-    mixed precision is off. Afterwards, also after an exception, these are as before: the training flag of every module,
-    buffers, ``grad`` and ``requires_grad`` of every parameter, and the random states of torch (CPU and CUDA), NumPy
-    and Python.
+    Inside, gradients with respect to activations can be taken twice, even where the caller has switched them off
+    (``no_grad``, ``inference_mode``); parameters are constants, mixed precision and compiled code are off. Afterwards,
+    also after an exception, these are as before: the training flag of every module, buffers, ``grad`` and
+    ``requires_grad`` of every parameter, and the random states of torch (CPU and CUDA), NumPy and Python.
 
     Args:
         model: The model that the block is going to run.
@@ -42,7 +43,18 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         for device_type in {p.device.type for p in model.parameters()} | {"cpu"}:
             stack.enter_context(torch.autocast(device_type, enabled=False))
-        model.eval()
+        # Fused attention has no second derivative, and the fast path of nn.TransformerEncoder none at all.
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        # Compiled modules ignore hooks that come later; run what they were compiled from.
+        if hasattr(torch.compiler, "set_stance"):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        # Not model.eval(): a module may do more than note the flag when told so.
+        for module in model.modules():
+            module.training = False
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
         yield
 
 

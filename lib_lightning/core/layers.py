@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lib_lightning.core.errors import NodeLayerError
+from lib_lightning.core.errors import NodeLayerError, quoted
 
 INPUT, OUTPUT = "input", "output"
 
@@ -34,8 +35,8 @@ class NodeLayer:
         NodeLayerError: If there is no tap, or a tap has an empty module path.
 
     Example:
-        >>> NodeLayer(["blocks.0", "blocks.0.norm"], positions=-1).name
-        'blocks.0+blocks.0.norm'
+        >>> NodeLayer(["left", "right"], positions=-1).name
+        'left+right'
         >>> NodeLayer(["conv:input"], name="pixels").taps
         ('conv:input',)
     """
@@ -52,6 +53,10 @@ class NodeLayer:
         for tap in taps:
             split_tap(tap)
         object.__setattr__(self, "taps", taps)
+        if self.positions is not None and not isinstance(self.positions, int):
+            object.__setattr__(self, "positions", tuple(int(p) for p in self.positions))
+            if not self.positions:
+                raise NodeLayerError("positions is an index or a list of at least one; leave it out for all of them.")
         object.__setattr__(self, "name", self.name or "+".join(taps))
 
     def read(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -104,6 +109,10 @@ class NodeLayer:
             written.append(self._from_rows(part, tensor.shape))
         return written
 
+    def only(self, tap: int) -> NodeLayer:
+        """The same node layer with one of its taps."""
+        return self if len(self.taps) == 1 else replace(self, taps=[self.taps[tap]])
+
     def _feature_axis(self, ndim: int) -> int:
         if self.feature_dim is not None:
             return self.feature_dim
@@ -132,7 +141,8 @@ class NodeLayer:
         return rows.reshape(moved_shape).movedim(-1, axis)
 
     def _position_index(self, size: int, device: torch.device) -> Tensor:
-        wanted = (self.positions,) if isinstance(self.positions, int) else tuple(self.positions or ())
+        assert self.positions is not None
+        wanted = (self.positions,) if isinstance(self.positions, int) else self.positions
         if any(not -size <= p < size for p in wanted):
             raise NodeLayerError(f"Node layer '{self.name}' has {size} positions; {list(wanted)} asks for others.")
         return torch.tensor([p % size for p in wanted], device=device)
@@ -189,3 +199,25 @@ def split_tap(tap: str) -> tuple[str, str]:
             "or 'input' or 'output' for the model's own."
         )
     return path, side or OUTPUT
+
+
+def check_taps(model: nn.Module, layers: Sequence[NodeLayer]) -> None:
+    """Refuse taps that name modules the model does not have.
+
+    Args:
+        model: The model.
+        layers: Node layers.
+
+    Raises:
+        NodeLayerError: With the nearest names that do exist.
+    """
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    for layer in layers:
+        for tap in layer.taps:
+            path, side = split_tap(tap)
+            if path in names:
+                continue
+            near = difflib.get_close_matches(path, names, n=3, cutoff=0.4) or [name for name in names if name][:8]
+            suffix = f":{side}" if side == INPUT else ""
+            hint = f"Near matches: {quoted(name + suffix for name in near)}." if near else "It has no modules at all."
+            raise NodeLayerError(f"{type(model).__name__} has no module '{path}' (node layer '{layer.name}'). {hint}")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lib_lightning.core.section import Section
+from lib_lightning.core.spectral import product_dtype
 
 
 class JacobianMetric:
@@ -54,6 +55,7 @@ class JacobianMetric:
         if cotangents.shape[0] == 0:
             return
         g = section.vjp(cotangents).flatten(0, 2)
+        g = g.to(product_dtype(g.dtype))
         self.halves[half] += (g.T @ g).double()
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ def map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     """Apply a function to every tensor, in new containers of the same kinds.
 
     Args:
-        value: Tensors in tuples, named tuples, lists and mappings, nested at will; anything else is kept as it is.
+        value: Tensors in tuples, lists, mappings and dataclasses, nested at will; anything else is kept as it is.
         fn: What to do with a tensor.
 
     Returns:
@@ -32,6 +33,11 @@ def map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
         return type(value)(map_tensors(v, fn) for v in value)
     if isinstance(value, Mapping):
         return _with_items(value, {k: map_tensors(v, fn) for k, v in value.items()})
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        new = copy.copy(value)
+        for field in dataclasses.fields(value):
+            object.__setattr__(new, field.name, map_tensors(getattr(value, field.name), fn))
+        return new
     return value
 
 
@@ -71,6 +77,38 @@ def replace_first_tensor(value: Any, new: Tensor) -> Any:
     """
     old = first_tensor(value)
     return map_tensors(value, lambda t: new if t is old else t)
+
+
+def batch_size(batch: Any) -> int:
+    """Number of samples in a batch: the length of its first tensor.
+
+    Args:
+        batch: Tensors in tuples, lists and mappings.
+
+    Returns:
+        The number; 0 if there is no tensor.
+    """
+    first = first_tensor(batch)
+    return 0 if first is None else first.shape[0]
+
+
+def first_samples(batch: Any, count: int) -> Any:
+    """Take the first samples of a batch.
+
+    Args:
+        batch: Tensors in tuples, lists and mappings; those with one entry for each sample are cut short.
+        count: Samples to take.
+
+    Returns:
+        The same structure, as views.
+
+    Example:
+        >>> import torch
+        >>> first_samples({"x": torch.zeros(4, 2), "scale": torch.ones(())}, 3)["x"].shape
+        torch.Size([3, 2])
+    """
+    n = batch_size(batch)
+    return map_tensors(batch, lambda t: t[:count] if t.ndim > 0 and t.shape[0] == n else t)
 
 
 def _with_items(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Any:

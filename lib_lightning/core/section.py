@@ -65,6 +65,18 @@ class Section:
             products.append(point.weight * rows.unflatten(0, cotangents.shape[:2]))
         return _sum(products)
 
+    def has_jvp(self) -> bool:
+        """Tell whether `jvp` works here: some operations have no second derivative, or a silently wrong one."""
+        generator = torch.Generator().manual_seed(0)
+        v = torch.randn(1, *self.a.shape, generator=generator).to(self.a)
+        u = torch.randn(1, *self._outputs[0].shape, generator=generator).to(self.a)
+        try:
+            along, back = (u * self.jvp(v)).sum((0, 2, 3)), (self.vjp(u) * v).sum((0, 2, 3))
+        except (RuntimeError, NotImplementedError):
+            return False
+        # <u, J v> = <J^T u, v> for every sample, up to rounding.
+        return bool((along - back).norm() <= torch.finfo(self.a.dtype).eps ** 0.5 * back.norm())
+
     def output_stacks(self, C: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Go through every output position and feature ``(t, i)``, a stack at a time.
 
@@ -170,29 +182,23 @@ def _transpose(before: Cut, output: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
 
 
 def _stacked_grad(outputs: Sequence[Tensor], inputs: Sequence[Tensor], stacks: Sequence[Tensor]) -> list[Tensor]:
-    # An output that depends on none of the inputs, or on some only, has zero gradients: that is no error here.
     live = [i for i, output in enumerate(outputs) if output.requires_grad]
-    k = stacks[0].shape[0]
-    if not live:
-        return [x.new_zeros(k, *x.shape) for x in inputs]
-    if k > 1:
-        return list(_grad([outputs[i] for i in live], inputs, [stacks[i] for i in live], batched=True))
-    grads = _grad([outputs[i] for i in live], inputs, [stacks[i][0] for i in live], batched=False)
-    return [grad[None] for grad in grads]
-
-
-def _grad(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor], batched: bool
-) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(
-        outputs,
-        inputs,
-        vectors,
-        retain_graph=True,
-        allow_unused=True,
-        materialize_grads=True,
-        is_grads_batched=batched,
-    )
+    k, alone = stacks[0].shape[0], stacks[0].shape[0] == 1
+    grads: Sequence[Tensor | None] = [None] * len(inputs)
+    if live:
+        grads = torch.autograd.grad(
+            [outputs[i] for i in live],
+            inputs,
+            [stacks[i][0] if alone else stacks[i] for i in live],
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=not alone,
+        )
+    # An output that depends on some of the inputs only, or on none, has zero gradients: that is no error here.
+    return [
+        x.new_zeros(k, *x.shape) if grad is None else grad.reshape(k, *x.shape)
+        for x, grad in zip(inputs, grads, strict=True)
+    ]
 
 
 def _sum(tensors: Sequence[Tensor]) -> Tensor:

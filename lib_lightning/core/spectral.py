@@ -2,36 +2,56 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 
-def relative_cutoff(rtol: float, size: int, dtype: torch.dtype) -> float:
-    """Say below which share of the largest eigenvalue an eigenvalue counts as zero.
+@dataclass(frozen=True)
+class Cutoff:
+    """Below which share of the largest eigenvalue an eigenvalue counts as zero.
 
     Args:
-        rtol: Relative truncation asked for; 0 asks for the numerical rank only.
-        size: Number of rows of the matrix.
-        dtype: Type that the matrix entries were computed in; its rounding sets the least cutoff.
-
-    Returns:
-        The cutoff, a share between 0 and 1.
+        rtol: Relative truncation asked for; 0 asks for the numerical rank only, which depends on rounding.
+        size: Number of rows of the matrices.
+        dtype: Type that activations and gradients were computed in.
 
     Example:
-        >>> relative_cutoff(1e-6, 100, torch.float64)
+        >>> Cutoff(1e-6, 100, torch.float64).covariance
         1e-06
-        >>> relative_cutoff(0.0, 4, torch.float64) == 4 * torch.finfo(torch.float64).eps
+        >>> Cutoff(0.0, 4, torch.float64).metric == 4 * torch.finfo(torch.float64).eps
         True
     """
-    return max(rtol, size * torch.finfo(dtype).eps)
+
+    rtol: float
+    size: int
+    dtype: torch.dtype
+
+    @property
+    def covariance(self) -> float:
+        """Cutoff for variances: summed in float64, of numbers whose rounding is squared with them."""
+        return max(self.rtol, self.size * torch.finfo(torch.float64).eps, torch.finfo(self.dtype).eps ** 2)
+
+    @property
+    def metric(self) -> float:
+        """Cutoff for the metric and for importances: products of gradients are rounded to their own type."""
+        eps = max(torch.finfo(product_dtype(self.dtype)).eps, torch.finfo(torch.float64).eps)
+        return max(self.rtol, self.size * torch.finfo(torch.float64).eps, 4 * eps)
 
 
-def eigh_psd(matrix: Tensor, cutoff: float) -> tuple[Tensor, Tensor]:
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type to multiply and sum one batch in: half precision would overflow."""
+    return torch.float32 if torch.finfo(dtype).bits < 32 else dtype
+
+
+def eigh_psd(matrix: Tensor, cutoff: float, floor: float = 0.0) -> tuple[Tensor, Tensor]:
     """Eigendecomposition ``A = U D U^T`` of a positive semi-definite matrix, without its null space.
 
     Args:
         matrix: ``A``, symmetric, shape ``(d, d)``, float64.
         cutoff: Eigenvalues up to this share of the largest one are dropped.
+        floor: Eigenvalues up to this size are dropped, too.
 
     Returns:
         Eigenvalues ``(r,)``, descending, and eigenvectors ``(d, r)``.
@@ -45,7 +65,7 @@ def eigh_psd(matrix: Tensor, cutoff: float) -> tuple[Tensor, Tensor]:
     """
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
     values, vectors = values.flip(0), vectors.flip(1)
-    keep = values > cutoff * values.clamp(min=0).amax()
+    keep = values > max(float(cutoff * values.clamp(min=0).amax()), floor)
     return values[keep], vectors[:, keep]
 
 

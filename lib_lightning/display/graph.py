@@ -129,6 +129,7 @@ def _draw_column(axes: Axes, x: int, basis: Basis, shown: np.ndarray, heights: n
         x,
         1.135,
         basis.name,
+        parse_math=False,
         ha="center",
         fontsize=_fitting_size(basis.name),
         fontweight="bold",

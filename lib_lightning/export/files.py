@@ -88,12 +88,16 @@ def read_file(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, A
             header = json.loads((file.metadata() or {}).get(_HEADER_KEY, "null"))
             _check_header(path, header)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        stored_hash = header.pop("content_hash", None)
+        altered = stored_hash != content_hash(tensors, header)
+    except BasisFileError:
+        raise
+    except (SafetensorError, ValueError, TypeError, RecursionError) as error:
         raise BasisFileError(
             f"'{path}' is truncated or not a basis file ({error}). Basis files are written by InteractionGraph.save "
             "and by LIBCallback."
         ) from error
-    if header.pop("content_hash", None) != content_hash(tensors, header):
+    if altered:
         raise BasisFileError(f"'{path}' was altered after it was written: its content does not match its hash.")
     return tensors, header
 

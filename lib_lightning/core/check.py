@@ -1,0 +1,178 @@
+"""Is it a proper cut? Every node layer is held to account once, on a few samples, before anything is computed.
+
+Gradients tell: each section is its own graph, so a gradient that arrives anywhere else than at the node layer before
+shows a path around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lib_lightning.core.cut import Cut, LiveModel
+from lib_lightning.core.errors import NodeLayerError, NotFiniteError
+from lib_lightning.core.nested import batch_size, first_samples, first_tensor, map_tensors
+
+# Enough to see samples influence each other.
+_SAMPLES = 3
+
+
+def check(live: LiveModel, batch: Any) -> None:
+    """Refuse node layers that do not cut the computation.
+
+    Args:
+        live: The model and its node layers.
+        batch: One batch, of which a few samples are used.
+
+    Raises:
+        NodeLayerError: Naming the node layer and what is wrong with it.
+        ActivationError: If activations are integers, NaN or infinite.
+    """
+    batch = first_samples(batch, _SAMPLES)
+    try:
+        with _inputs_as_leaves(live) as inputs:
+            cuts = live.cut(batch)
+        for cut in cuts:
+            check_finite(cut.layer.name, cut.a)
+            _check_taps_of_one_layer(cut)
+        _check_bypass(cuts, inputs)
+        for before, after in pairwise(cuts):
+            _check_section(before, after)
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in ("detached in-place", "leaf Variable that requires grad")):
+            raise
+        raise NodeLayerError(
+            "A tapped tensor is also used before it reaches its tap, or written to afterwards, in a way that cannot be "
+            f"cut. Tap the module before or after it instead. ({error})"
+        ) from error
+    _check_same_result(live, batch, cuts)
+
+
+def check_finite(name: str, a: Tensor) -> None:
+    """Refuse activations that are NaN or infinite.
+
+    Args:
+        name: Node layer.
+        a: Its activations.
+
+    Raises:
+        NotFiniteError: Naming the node layer and what was found.
+    """
+    finite = torch.isfinite(a)
+    if not finite.all():
+        what = "NaN" if a.isnan().any() else "infinite"
+        raise NotFiniteError(
+            f"Node layer '{name}' has {what} activations ({int((~finite).sum())} of {a.numel()} numbers). "
+            "No basis can be computed from them; look at the model or at the batch."
+        )
+
+
+@contextmanager
+def _inputs_as_leaves(live: LiveModel) -> Iterator[list[Tensor]]:
+    """Collect what feeds the model, as tensors that gradients reach: its float inputs and the output of embeddings."""
+    inputs: list[Tensor] = []
+
+    def watch(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        inputs.append(tensor.detach().requires_grad_(True))
+        return inputs[-1].clone()
+
+    handles = [
+        live.model.register_forward_pre_hook(
+            lambda _, args, kwargs: map_tensors((args, kwargs), watch), with_kwargs=True, prepend=True
+        )
+    ]
+    for module in live.model.modules():
+        if isinstance(module, nn.Embedding):
+            handles.append(module.register_forward_hook(lambda _, args, output: watch(output), prepend=True))
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_taps_of_one_layer(cut: Cut) -> None:
+    for k in range(1, len(cut.leaves)):
+        if _reaches(cut.ends[k : k + 1], cut.leaves[:k]):
+            raise NodeLayerError(
+                f"In node layer '{cut.layer.name}' the tap '{cut.layer.taps[k]}' is computed from another tap of the "
+                "same layer, so it adds nothing: leave it out, or make it a node layer of its own."
+            )
+
+
+def _check_bypass(cuts: Sequence[Cut], inputs: Sequence[Tensor]) -> None:
+    earlier = [("the model's input", inputs), *((cut.layer.name, cut.leaves) for cut in cuts)]
+    for position in range(1, len(cuts)):
+        for start, leaves in earlier[:position]:
+            if _reaches(cuts[position].ends, leaves):
+                source = start if start == "the model's input" else f"'{start}'"
+                raise NodeLayerError(
+                    f"Node layer '{cuts[position - 1].layer.name}' does not cut the computation: "
+                    f"'{cuts[position].layer.name}' also depends on {source} past it (a skip connection?). Tap the "
+                    "residual stream itself, such as a block's output or the input of the norm that follows, or join "
+                    "both paths in one NodeLayer(taps=[...])."
+                )
+
+
+def _check_section(before: Cut, after: Cut) -> None:
+    names = f"'{after.layer.name}'", f"'{before.layer.name}'"
+    a, a_next = before.a, after.a
+    if not _reaches(after.ends, before.leaves):
+        raise NodeLayerError(
+            f"Node layer {names[0]} has no gradient with respect to {names[1]}: it does not depend on it, or something "
+            "between them (detach, argmax, no_grad) stops gradients."
+        )
+    if a.shape[0] != a_next.shape[0]:
+        raise NodeLayerError(
+            f"Node layers {names[1]} and {names[0]} differ in samples ({a.shape[0]} and {a_next.shape[0]}): axis 0 of "
+            "each must be the batch."
+        )
+    direction = torch.rand(a_next.shape, generator=torch.Generator().manual_seed(0)).to(a_next)
+    grads = _grad([a_next], before.leaves, direction)
+    seen = before.layer.write(before.layer.read(grads), [torch.zeros_like(grad) for grad in grads])
+    if any(bool((grad != part).any()) for grad, part in zip(grads, seen, strict=True)):
+        raise NodeLayerError(
+            f"Node layer {names[1]} does not cut the computation: {names[0]} also depends on it at positions that are "
+            "left out. Look at all positions there, or at fewer afterwards."
+        )
+    direction[1:] = 0
+    if any(bool(grad[1:].any()) for grad in _grad([a_next], before.leaves, direction)):
+        raise NodeLayerError(
+            f"Samples influence each other between {names[1]} and {names[0]}: is axis 0 the batch? Models that take "
+            "the sequence first need batch_first=True, or node layers outside that part."
+        )
+
+
+def _check_same_result(live: LiveModel, batch: Any, cuts: Sequence[Cut]) -> None:
+    if cuts[-1].layer.taps != ("output",) or batch_size(batch) == 0:
+        return
+    with torch.no_grad():
+        plain = first_tensor(live.run(batch))
+    # The same operations on the same numbers: what an accelerator may add in another order is far below a per cent.
+    if plain is None or (plain - cuts[-1].ends[0]).abs().max() > 0.01 * plain.abs().max():
+        raise NodeLayerError(
+            "The model gives another result when it is cut: one of the node layers is written to in place while "
+            "something else still uses it. Tap the output of the module that writes, instead of its input."
+        )
+
+
+def _reaches(ends: Sequence[Tensor], leaves: Sequence[Tensor]) -> bool:
+    ends = [end for end in ends if end.requires_grad]
+    if not ends or not leaves:
+        return False
+    directions = [torch.ones_like(end) for end in ends]
+    grads = torch.autograd.grad(ends, list(leaves), directions, retain_graph=True, allow_unused=True)
+    return any(grad is not None for grad in grads)
+
+
+def _grad(ends: Sequence[Tensor], leaves: Sequence[Tensor], direction: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(
+        ends, list(leaves), direction, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
