@@ -270,7 +270,8 @@ class LIBCallback(pl.Callback):
             logger.log_metrics(self._current_scalars(trainer), _logging_step(trainer))
 
     def _folder(self, trainer: pl.Trainer) -> Path | None:
-        log_dir = None if trainer.fast_dev_run else trainer.log_dir  # type: ignore[attr-defined]
+        trial = trainer.fast_dev_run or trainer.barebones  # type: ignore[attr-defined]
+        log_dir = None if trial else trainer.log_dir
         return None if log_dir is None else Path(log_dir) / self.name
 
     def _say_where(self, trainer: pl.Trainer, folder: Path) -> None:

@@ -35,8 +35,6 @@ class Schedule:
         at_steps: Sequence[int] | None = None,
         per_decade: int | None = None,
     ) -> None:
-        if isinstance(at_steps, int):
-            at_steps = [at_steps]
         options = {
             "every_n_validations": every_n_validations,
             "every_n_steps": every_n_steps,

@@ -52,8 +52,9 @@ class Edges:
         """Add one batch with one Jacobian-vector product for each input feature."""
         fhat = self.before.encode(section.a)
         C_pinv, C_next = self.before.from_features.to(fhat), self.after.to_features.to(fhat)
-        for start in range(0, self.before.n_features, section.stack):
-            j = slice(start, start + section.stack)
+        stack = section.stack
+        for start in range(0, self.before.n_features, stack):
+            j = slice(start, start + stack)
             tangents = fhat[..., j].movedim(-1, 0)[..., None] * C_pinv[j][:, None, None, :]
             moved = section.jvp(tangents) @ C_next
             self._total[:, j] += moved.to(product_dtype(moved.dtype)).square().sum(dim=(1, 2)).T.double()

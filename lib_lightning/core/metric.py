@@ -42,8 +42,9 @@ class JacobianMetric:
             for _, cotangents in section.output_stacks(C):
                 self._add(section, cotangents, 0)
             return
-        for start in range(0, self.n_probes, section.stack):
-            probes = range(start, min(start + section.stack, self.n_probes))
+        stack = section.stack
+        for start in range(0, self.n_probes, stack):
+            probes = range(start, min(start + stack, self.n_probes))
             shape = (len(probes), section.n, section.S_out, C.shape[1])
             signs = 1 - 2 * torch.randint(0, 2, shape, generator=self.generator)
             cotangents = signs.to(C) @ C.T

@@ -60,7 +60,7 @@ class Section:
         """
         products = []
         for point, output in zip(self.points, self._outputs, strict=True):
-            grads = _stacked_grad([output], point.before.leaves, [cotangents])
+            grads = self._grads([output], point.before.leaves, [cotangents])
             rows = point.before.layer.read([grad.flatten(0, 1) for grad in grads])
             products.append(point.weight * rows.unflatten(0, cotangents.shape[:2]))
         return _sum(products)
@@ -87,9 +87,9 @@ class Section:
             The feature indices ``i``, shape ``(k,)``, and the cotangents that pick ``fhat_{t,i}`` of every sample,
             shape ``(k, n, S_out, d_out)``.
         """
-        r_out = C.shape[1]
-        for start in range(0, self.S_out * r_out, self.stack):
-            t_i = torch.arange(start, min(start + self.stack, self.S_out * r_out), device=C.device)
+        r_out, stack = C.shape[1], self.stack
+        for start in range(0, self.S_out * r_out, stack):
+            t_i = torch.arange(start, min(start + stack, self.S_out * r_out), device=C.device)
             t, i = t_i // r_out, t_i % r_out
             cotangents = C.new_zeros(len(t_i), self.n, self.S_out, self.d_out)
             cotangents[torch.arange(len(t_i), device=C.device), :, t] = C.T[i][:, None]
@@ -112,9 +112,43 @@ class Section:
             zeros = [leaf.new_zeros(k * leaf.shape[0], *leaf.shape[1:]) for leaf in point.before.leaves]
             written = point.before.layer.write(tangents.flatten(0, 1), zeros)
             stacks = [v.unflatten(0, (k, -1)) for v in written]
-            (product,) = _stacked_grad(grads, [placeholder], stacks)
+            (product,) = self._grads(grads, [placeholder], stacks)
             products.append(point.weight * product)
         return _sum(products)
+
+    def _grads(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], stacks: Sequence[Tensor]) -> list[Tensor]:
+        """Products of a stack of vectors with the derivative of ``outputs`` with respect to ``inputs``."""
+        k = stacks[0].shape[0]
+        if k > 1 and self.stack > 1:
+            try:
+                return _grad(outputs, inputs, stacks, k)
+            except (RuntimeError, NotImplementedError):
+                # Some operation in here cannot be stacked: one vector at a time from now on.
+                self.stack = 1
+        singles = [_grad(outputs, inputs, [stack[index] for stack in stacks], None) for index in range(k)]
+        return [torch.stack(parts) for parts in zip(*singles, strict=True)]
+
+
+def _grad(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor], k: int | None
+) -> list[Tensor]:
+    live = [i for i, output in enumerate(outputs) if output.requires_grad]
+    grads: Sequence[Tensor | None] = [None] * len(inputs)
+    if live:
+        grads = torch.autograd.grad(
+            [outputs[i] for i in live],
+            inputs,
+            [vectors[i] for i in live],
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=k is not None,
+        )
+    # An output that depends on some of the inputs only, or on none, has zero gradients: that is no error here.
+    stacked = () if k is None else (k,)
+    return [
+        x.new_zeros(*stacked, *x.shape) if grad is None else grad.reshape(*stacked, *x.shape)
+        for x, grad in zip(inputs, grads, strict=True)
+    ]
 
 
 def sections(
@@ -179,26 +213,6 @@ def _transpose(before: Cut, output: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         [output], before.leaves, [placeholder], create_graph=True, allow_unused=True, materialize_grads=True
     )
     return placeholder, grads
-
-
-def _stacked_grad(outputs: Sequence[Tensor], inputs: Sequence[Tensor], stacks: Sequence[Tensor]) -> list[Tensor]:
-    live = [i for i, output in enumerate(outputs) if output.requires_grad]
-    k, alone = stacks[0].shape[0], stacks[0].shape[0] == 1
-    grads: Sequence[Tensor | None] = [None] * len(inputs)
-    if live:
-        grads = torch.autograd.grad(
-            [outputs[i] for i in live],
-            inputs,
-            [stacks[i][0] if alone else stacks[i] for i in live],
-            retain_graph=True,
-            allow_unused=True,
-            is_grads_batched=not alone,
-        )
-    # An output that depends on some of the inputs only, or on none, has zero gradients: that is no error here.
-    return [
-        x.new_zeros(k, *x.shape) if grad is None else grad.reshape(k, *x.shape)
-        for x, grad in zip(inputs, grads, strict=True)
-    ]
 
 
 def _sum(tensors: Sequence[Tensor]) -> Tensor:

@@ -13,8 +13,10 @@ from lib_lightning import NodeLayer, compute_interaction_graph
 from lib_lightning.compute import check_node_layers
 from lib_lightning.core.cut import LiveModel
 from lib_lightning.core.errors import ActivationError, NodeLayerError
+from lib_lightning.core.guard import undisturbed
 from lib_lightning.core.layers import as_node_layers
-from tests.cases import Case, ResidualMLP
+from lib_lightning.core.section import sections
+from tests.cases import Case, ResidualMLP, TwoInputs
 
 
 def test_sections_join_to_the_whole_model(case: Case) -> None:
@@ -236,3 +238,170 @@ def test_keyword_arguments_can_be_tapped() -> None:
 
     graph = compute_interaction_graph(Outer(), [torch.randn(20, 4)], ["input", "inner:input", "output"])
     assert graph.bases["inner:input"].n_features == 4
+
+
+class Residual(nn.Module):
+    """``x + f(x)`` with a chosen way of adding."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.embed, self.f, self.head, self.in_place = nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2), in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        if self.in_place:
+            x += self.f(x)
+        else:
+            x = x + self.f(x)
+        return self.head(x)
+
+
+def test_adding_in_place_to_a_tapped_tensor_is_the_same() -> None:
+    model, x = Residual(in_place=False), torch.randn(20, 3)
+    graph = compute_interaction_graph(model, [x], ["input", "f:input", "head:input", "output"])
+    model.in_place = True
+    again = compute_interaction_graph(model, [x], ["input", "f:input", "head:input", "output"])
+    assert all(torch.equal(E, graph.edges[pair]) for pair, E in again.edges.items())
+
+
+def test_activation_called_as_a_statement_is_the_same() -> None:
+    class Statement(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.act, self.down = nn.Linear(3, 8), nn.ReLU(inplace=True), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.up(x)
+            self.act(h)
+            return self.down(h)
+
+    model, x = Statement(), torch.randn(40, 3)
+    graph = compute_interaction_graph(model, [x], ["act:input", "output"])
+    chain = nn.Sequential(model.up, nn.ReLU(), model.down)
+    expected = compute_interaction_graph(chain, [x], ["1:input", "output"])
+    torch.testing.assert_close(graph.edges["act:input", "output"], expected.edges["1:input", "output"])
+
+
+@pytest.mark.parametrize("node_layers", [["f", "output"], ["f", "head:input", "output"]])
+def test_bypass_of_the_first_layer_is_named(node_layers: list[str]) -> None:
+    with pytest.raises(NodeLayerError, match=r"'f' does not cut .* also depends on the model's input past it"):
+        check_node_layers(Residual(in_place=False), torch.randn(3, 3), node_layers)
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.f, self.head = nn.Embedding(5, 4), nn.Tanh(), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.embed(x)
+            return self.head(x + self.f(x))
+
+    with pytest.raises(NodeLayerError, match=r"'f' does not cut .* also depends on the model's input past it"):
+        check_node_layers(Tokens(), torch.arange(3), node_layers)
+    check_node_layers(Tokens(), torch.arange(3), ["f:input", "output"])
+    check_node_layers(Tokens(), torch.arange(3), ["embed", "head:input", "output"])
+
+
+def test_samples_that_influence_each_other_are_refused() -> None:
+    gru = nn.GRU(4, 5)  # takes (time, batch, features)
+
+    class SequenceFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru, self.head = gru, nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.gru(x)[0])
+
+    with pytest.raises(NodeLayerError, match=r"Samples influence each other .* batch_first=True"):
+        check_node_layers(SequenceFirst(), torch.randn(6, 3, 4), ["input", "gru", "output"])
+    with pytest.raises(NodeLayerError, match=r"differ in samples \(3 and 12\): axis 0 of each must be the batch"):
+        check_node_layers(nn.Sequential(nn.Linear(2, 2), nn.Flatten(0, 1)), torch.randn(3, 4, 2), ["input", "output"])
+
+
+def test_a_tap_that_depends_on_another_of_its_layer_is_refused() -> None:
+    with pytest.raises(NodeLayerError, match="the tap 'f' is computed from another tap of the same layer"):
+        check_node_layers(Residual(in_place=False), torch.randn(3, 3), ["input", NodeLayer(["embed", "f"]), "output"])
+
+
+def test_parallel_layers_are_refused() -> None:
+    with pytest.raises(NodeLayerError, match="'left' does not cut the computation: 'right' also depends on"):
+        check_node_layers(
+            TwoInputs(), {"left": torch.randn(3, 4), "right": torch.randn(3, 2)}, ["left", "right", "output"]
+        )
+
+
+def test_fused_attention_is_computed_the_slow_way() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = nn.Linear(4, 12), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).chunk(3, -1)
+            return self.out(nn.functional.scaled_dot_product_attention(q, k, v))
+
+    live = LiveModel(Attention(), as_node_layers(["input", "output"]))
+    with undisturbed(live.model):
+        (section,) = sections(live, torch.randn(2, 5, 4), [], 0, 1)
+        assert section.has_jvp()
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    graph = compute_interaction_graph(layer, [torch.randn(9, 5, 4)], ["norm1", "output"], final_basis="pca")
+    assert graph.bases["norm1"].n_features > 0
+
+
+class NoSecondDerivative(torch.autograd.Function):
+    """Doubles its input, with a backward pass that autograd cannot look into."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.detach() * 2
+
+
+def test_operations_without_second_derivative_fall_back() -> None:
+    class Custom(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return NoSecondDerivative.apply(x)
+
+    class Plain(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2
+
+    linear, x = nn.Linear(3, 4), torch.randn(4, 3)
+    for head in (nn.Linear(4, 40), nn.Linear(4, 2)):  # many outputs ask for forward mode, few for reverse
+        custom, plain = (
+            compute_interaction_graph(nn.Sequential(linear, op, head), [x], ["0", "output"])
+            for op in (Custom(), Plain())
+        )
+        torch.testing.assert_close(custom.edges["0", "output"], plain.edges["0", "output"])
+        assert custom.edges["0", "output"].sum() > 0
+
+
+def test_compiled_modules_compute_as_they_were_written() -> None:
+    body = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    x = torch.randn(20, 3)
+    expected = compute_interaction_graph(body, [x], ["1", "output"])
+    compiled = torch.compile(body, backend="eager")
+    compiled(x)
+    graph = compute_interaction_graph(compiled, [x], ["_orig_mod.1", "output"])
+    torch.testing.assert_close(graph.edges["_orig_mod.1", "output"], expected.edges["1", "output"])
+
+
+def test_states_kept_on_a_module_are_left_off_our_graphs() -> None:
+    class KeepsState(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.start, self.f, self.head = torch.randn(1, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.f(self.start) + x)
+
+    model = KeepsState()
+    value = model.start.clone()
+    compute_interaction_graph(model, [torch.randn(1, 3)] * 3, ["f:input", "f"])
+    assert not model.start.requires_grad
+    assert torch.equal(model.start, value)

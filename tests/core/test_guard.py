@@ -36,7 +36,7 @@ def test_everything_is_restored(fails: bool) -> None:
     def disturb() -> None:
         with undisturbed(model):
             assert not any(m.training for m in model.modules())
-            model.train()
+            model.train().requires_grad_(True)
             model(torch.randn(8, 2)).sum().backward()
             random.random(), np.random.rand(), torch.rand(1)  # noqa: NPY002
             model[1].running_mean = torch.full((3,), 7.0)
@@ -62,8 +62,10 @@ def test_gradients_work_inside_whatever_is_outside(mode: type) -> None:
     model = nn.Linear(2, 2)
     with mode(), torch.autocast("cpu", dtype=torch.bfloat16):
         with undisturbed(model):
-            y = model(torch.ones(1, 2))
+            x = torch.ones(1, 2, requires_grad=True)
+            y = model(x)
             assert y.requires_grad
+            assert not any(p.requires_grad for p in model.parameters())
             assert y.dtype == torch.float32
             assert not torch.is_inference_mode_enabled()
         assert not torch.is_grad_enabled()
