@@ -22,22 +22,22 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: Arguments; those of the process by default.
     """
-    args = list(sys.argv[1:] if args is None else args)
-    if args and args[0] in TRAINER_COMMANDS:
+    words = sys.argv[1:] if args is None else list(args)
+    if words and words[0] in TRAINER_COMMANDS:
         run_trainer(args)
         return
-    parsed = _parser().parse_args(args)
+    parsed = _parser().parse_args(words)
     try:
         parsed.run(parsed)
     except (LIBError, FileNotFoundError) as error:
         sys.exit(f"lib-lightning: {error}")
 
 
-def run_trainer(args: Sequence[str]) -> None:
+def run_trainer(args: Sequence[str] | None) -> None:
     """Hand over to LightningCLI: every option of trainer, model, data and callbacks, from YAML or the command line.
 
     Args:
-        args: Arguments, the subcommand first.
+        args: Arguments, the subcommand first; those of the process by default.
     """
     from lightning.pytorch.cli import LightningCLI
 
@@ -48,7 +48,9 @@ def run_trainer(args: Sequence[str]) -> None:
         sys.path.insert(0, os.getcwd())
     try:
         LightningCLI(
-            args=list(args), parser_kwargs={"parser_mode": "omegaconf+"}, save_config_kwargs={"overwrite": True}
+            args=args and list(args),
+            parser_kwargs={"parser_mode": "omegaconf+"},
+            save_config_kwargs={"overwrite": True},
         )
     except LIBError as error:
         sys.exit(f"lib-lightning: {error}")

@@ -18,6 +18,7 @@ ROOMS = [
     ("compute", "samples"),
     ("callback",),
     ("cli",),
+    ("__main__",),
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 

@@ -148,8 +148,8 @@ def _check_section(before: Cut, after: Cut) -> None:
         alone[sample] = direction[sample]
         if any(bool((grad[others].abs() > 0).any()) for grad in _grad([a_next], before.leaves, alone)):
             raise NodeLayerError(
-                f"Samples influence each other between {names[1]} and {names[0]}: is axis 0 the batch? Models that take the "
-                "sequence first need batch_first=True, or node layers outside that part."
+                f"Samples influence each other between {names[1]} and {names[0]}: is axis 0 the batch? Models that "
+                "take the sequence first need batch_first=True, or node layers outside that part."
             )
 
 

@@ -1,0 +1,6 @@
+"""``python -m lib_lightning`` is the command line."""
+
+from lib_lightning.cli import main
+
+if __name__ == "__main__":
+    main()

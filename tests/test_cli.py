@@ -1,0 +1,108 @@
+"""The command line, as it is typed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lib_lightning import InteractionGraph, compute_interaction_graph
+from lib_lightning.cli import main
+
+ROOT = Path(__file__).parents[1]
+
+
+def command(*args: str, code: int = 0) -> str:
+    """Run the command line in a process of its own and return all it prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", "lib_lightning", *args],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={"COLUMNS": "200", "PATH": "", "HOME": str(ROOT)},
+    )
+    assert done.returncode == code, done.stdout
+    return done.stdout
+
+
+@pytest.fixture
+def basis_file(tmp_path: Path) -> Path:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    graph = compute_interaction_graph(model, [torch.randn(20, 4)], ["input", "1", "output"])
+    graph.info |= {"step": 1200, "epoch": 3}
+    graph.save(tmp_path / "graph.safetensors")
+    return tmp_path / "graph.safetensors"
+
+
+def test_inspect_prints_how_and_how_many(basis_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["inspect", str(basis_file)])
+    printed = capsys.readouterr().out
+    assert "step 1,200, epoch 3, n_samples 20" in printed
+    assert "basis lib" in printed
+    features = InteractionGraph.load(basis_file).bases["1"].n_features
+    assert any(line.split() == ["features/1", str(features)] for line in printed.splitlines())
+
+
+def test_plot_writes_an_image(basis_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plot", str(basis_file)])
+    image = basis_file.with_suffix(".png")
+    assert capsys.readouterr().out.strip() == str(image)
+    assert image.read_bytes().startswith(b"\x89PNG")
+    main(["plot", str(basis_file), "-o", str(basis_file.parent / "other.png"), "--max-edges", "4"])
+    assert (basis_file.parent / "other.png").exists()
+
+
+@pytest.mark.parametrize("subcommand", ["inspect", "plot"])
+def test_wrong_files_get_one_sentence(subcommand: str, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(SystemExit, match=r"^lib-lightning: '.*text' is truncated or not a basis file"):
+        main([subcommand, str(tmp_path / "text")])
+    with pytest.raises(SystemExit, match="^lib-lightning: There is no basis file"):
+        main([subcommand, str(tmp_path / "nothing")])
+
+
+def test_help_explains_every_option_of_the_callback() -> None:
+    text = " ".join(command("fit", "--trainer.callbacks.help", "LIBCallback").split())
+    for words in (
+        "Number of validation samples to compute on",
+        "a snapshot before training and so many for each tenfold of the number of steps",
+        "Directions of covariance, metric and importance below this share",
+        "Prefix of everything logged and name of the folder",
+        "or a NodeLayer",
+    ):
+        assert words in text
+
+
+def test_options_are_overridden_and_interpolated() -> None:
+    overrides = ["--data.modulus", "31", "--trainer.callbacks.num_samples", "77", "--model.d_mlp", "9"]
+    printed = command("fit", "--config", "recipes/modular_addition.yaml", *overrides, "--print_config")
+    assert printed.count("modulus: 31") == 2
+    assert "num_samples: 77" in printed
+    assert "d_mlp: 9" in printed
+
+
+def test_mistakes_get_one_sentence_before_training(tmp_path: Path) -> None:
+    printed = command(
+        *("fit", "--config", "recipes/modular_addition.yaml", "--trainer.default_root_dir", str(tmp_path)),
+        *("--trainer.callbacks.node_layers", "[transformer.embedd, output]"),
+        code=1,
+    )
+    assert printed.splitlines()[-1] == (
+        "lib-lightning: ModularAddition has no module 'transformer.embedd' (node layer 'transformer.embedd'). Near "
+        "matches: 'transformer.embed', 'transformer.unembed', 'transformer.embed.tokens'."
+    )
+    assert "Traceback" not in printed
+
+
+def test_top_level_help_names_every_command() -> None:
+    printed = command("--help")
+    assert all(name in printed for name in ("fit", "validate", "test", "predict", "inspect", "plot"))
+
+
+def test_saved_graphs_load_elsewhere(basis_file: Path) -> None:
+    assert InteractionGraph.load(basis_file).node_layers == ["input", "1", "output"]

@@ -1,0 +1,59 @@
+"""What the README shows runs as it stands."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from lib_lightning.cli import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    """Contents of the fenced blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert len(blocks("python")) == 2
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    assert (tmp_path / "graph.safetensors").exists()
+
+
+def test_quick_start_is_two_lines_which_continuous_integration_runs() -> None:
+    first, second = blocks("bash")[0].splitlines()
+    assert first.endswith("lib-lightning fit --config recipes/modular_addition.yaml")
+    assert second.endswith("tox")
+    assert "quick_start" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_other_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    commands = [shlex.split(line, comments=True) for block in blocks("bash")[1:] for line in block.splitlines()]
+    assert commands
+    for program, *args in commands:
+        assert program == "lib-lightning"
+        if args[0] == "fit":
+            # Recipes are run by tests of their own; here, that the options exist.
+            monkeypatch.chdir(ROOT)
+            with pytest.raises(SystemExit) as stopped:
+                main([*args, "--print_config"])
+            assert stopped.value.code == 0
+            monkeypatch.chdir(tmp_path)
+        else:
+            main(args)
+
+
+def test_files_and_pictures_it_points_to_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
