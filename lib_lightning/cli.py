@@ -48,7 +48,7 @@ def run_trainer(args: Sequence[str] | None) -> None:
         sys.path.insert(0, os.getcwd())
     try:
         LightningCLI(
-            args=args and list(args),
+            args=None if args is None else list(args),
             parser_kwargs={"parser_mode": "omegaconf+"},
             save_config_kwargs={"overwrite": True},
         )

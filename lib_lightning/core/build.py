@@ -162,7 +162,7 @@ def final_kind(settings: Settings, taps: Sequence[str]) -> BasisKind:
     """
     if settings.final_basis != "auto":
         return settings.final_basis
-    return "neuron" if settings.basis == "neuron" or tuple(taps) == (OUTPUT,) else "pca"
+    return "neuron" if tuple(taps) == (OUTPUT,) else "pca"
 
 
 def _check_derivatives(live: LiveModel, index: int, result: Tensor) -> None:
