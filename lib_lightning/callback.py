@@ -127,7 +127,8 @@ class LIBCallback(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Start afresh: the callback may have served another run. A checkpoint's state is loaded after this."""
-        self._reset()
+        if stage in ("fit", "validate"):
+            self._reset()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check names, now that the model is all there (it may be built in its own setup or configure_model)."""
@@ -301,7 +302,7 @@ class LIBCallback(pl.Callback):
         """Go on from a checkpoint."""
         self.schedule.load_state_dict(state_dict["schedule"])
         self._scalars = state_dict["scalars"]
-        self._graph_step = state_dict["graph_step"]
+        self._graph_step = self._tried_step = state_dict["graph_step"]
         self.snapshots = state_dict["snapshots"]
 
 

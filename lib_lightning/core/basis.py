@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lib_lightning.core.spectral import Cutoff, eigh_psd, factor_psd
+from lib_lightning.core.spectral import Cutoff, eigh_psd
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Basis:
         return self.mean.to(features) + features @ self.from_features.to(features)
 
 
-def lib_basis(name: str, mean: Tensor, covariance: Tensor, metric: Tensor, cutoff: Cutoff) -> Basis:
+def lib_basis(name: str, mean: Tensor, covariance: Tensor, B: Tensor, cutoff: Cutoff) -> Basis:
     """Local Interaction Basis of one node layer.
 
     Features are ordered and scaled by how much they move the next node layer: uncorrelated on the data, and with
@@ -79,16 +79,16 @@ def lib_basis(name: str, mean: Tensor, covariance: Tensor, metric: Tensor, cutof
         name: Node layer.
         mean: ``mu``, shape ``(d,)``, float64.
         covariance: ``Sigma``, shape ``(d, d)``, float64.
-        metric: Jacobian metric ``M``, shape ``(d, d)``, float64.
-        cutoff: Directions with an eigenvalue of ``Sigma`` or ``M``, or an importance, up to its share of the largest
-            are dropped.
+        B: Square-root factor of the Jacobian metric, ``B^T B = M``, shape ``(k, d)``, float64.
+        cutoff: Directions with an eigenvalue of ``Sigma``, or an importance, up to its share of the largest are
+            dropped.
 
     Returns:
         The basis with kind ``"lib"``.
 
     Note:
-        Source: arXiv 2405.10928, transformation into the LIB. The singular values of ``M^{1/2} U D^{1/2}`` are taken
-        instead of the eigenvalues of ``D^{1/2} U^T M U D^{1/2}``: the same, without squaring the small ones away.
+        Source: arXiv 2405.10928, transformation into the LIB. The singular values of ``B U D^{1/2}`` are taken instead
+        of the eigenvalues of ``D^{1/2} U^T M U D^{1/2}``: the same, without squaring the small ones away.
 
     Example:
         >>> eye = torch.eye(2, dtype=torch.float64)
@@ -98,7 +98,6 @@ def lib_basis(name: str, mean: Tensor, covariance: Tensor, metric: Tensor, cutof
         tensor([4., 1.], dtype=torch.float64)
     """
     D, U = _principal_components(mean, covariance, cutoff)
-    B = factor_psd(metric, cutoff.metric)
     _, s, Vt = torch.linalg.svd(B @ (U * D.sqrt()), full_matrices=False)
     keep = s.square() > cutoff.metric * s.square().amax() if s.numel() else torch.zeros_like(s, dtype=torch.bool)
     s, V = s[keep], Vt[keep].T

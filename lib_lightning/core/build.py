@@ -127,11 +127,11 @@ def build(
         elif kind == "pca":
             basis = pca_basis(name, mean, covariance, cutoff)
         else:
-            metric = JacobianMetric(bases[0].to_features, settings.n_probes, generator)
+            metric = JacobianMetric(len(mean), bases[0].to_features, settings.n_probes, generator)
             for batch in batches:
                 metric.update(run(batch, f"basis of {name}")[i])
-            _check_derivatives(live, i, metric.M)
-            basis = lib_basis(name, mean, covariance, metric.M, cutoff)
+            _check_derivatives(live, i, metric.gram.N)
+            basis = lib_basis(name, mean, covariance, metric.factor(cutoff.metric), cutoff)
             errors[name] = metric.relative_error
         bases.insert(0, basis)
 

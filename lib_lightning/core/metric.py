@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from lib_lightning.core.gram import GramSum
 from lib_lightning.core.section import Section
-from lib_lightning.core.spectral import product_dtype
 
 
 class JacobianMetric:
     """Streaming ``M = 1/(n S) sum_x sum_{t,i} sum_s g g^T`` with ``g = d fhat^{l+1}_{t,i} / d a^l_s``.
 
     Args:
+        d: Width of the node layer.
         C_next: The next node layer's map to features ``C^{l+1}``, shape ``(d_out, r_out)``, float64.
         n_probes: None sums over every output position ``t`` and feature ``i``; a number ``k`` draws that many vectors
             of random signs over ``(t, i)`` for each sample instead, which gives the same ``M`` on average.
@@ -22,10 +25,10 @@ class JacobianMetric:
         Source: arXiv 2405.10928, the Jacobian step of the transformation into the LIB. Random signs: Hutchinson (1990).
     """
 
-    def __init__(self, C_next: Tensor, n_probes: int | None, generator: torch.Generator) -> None:
+    def __init__(self, d: int, C_next: Tensor, n_probes: int | None, generator: torch.Generator) -> None:
         self.C_next, self.n_probes, self.generator = C_next, n_probes, generator
         self.rows = 0
-        self.halves: list[Tensor] = []
+        self.gram = GramSum(d, parts=2)
 
     def update(self, section: Section) -> None:
         """Add one batch.
@@ -34,9 +37,6 @@ class JacobianMetric:
             section: The section after the node layer, at that batch.
         """
         self.rows += section.n * section.S_in
-        if not self.halves:
-            zeros = torch.zeros(section.d_in, section.d_in, dtype=torch.float64, device=section.a.device)
-            self.halves = [zeros, zeros.clone()]
         C = self.C_next.to(section.a)
         if self.n_probes is None:
             for _, cotangents in section.output_stacks(C):
@@ -53,16 +53,24 @@ class JacobianMetric:
                 self._add(section, cotangents[(half - start) % 2 :: 2], half)
 
     def _add(self, section: Section, cotangents: Tensor, half: int) -> None:
-        if cotangents.shape[0] == 0:
-            return
-        g = section.vjp(cotangents).flatten(0, 2)
-        g = g.to(product_dtype(g.dtype))
-        self.halves[half] += (g.T @ g).double()
+        if cotangents.shape[0]:
+            self.gram.add(section.vjp(cotangents).flatten(0, 2), half)
+
+    def factor(self, cutoff: float) -> Tensor:
+        """Square-root factor ``B`` with ``B^T B = M``.
+
+        Args:
+            cutoff: Directions with an eigenvalue up to this share of the largest are dropped.
+
+        Returns:
+            ``B`` of shape ``(k, d_in)``, float64.
+        """
+        return self.gram.factor(cutoff) / math.sqrt(self.rows * (self.n_probes or 1))
 
     @property
     def M(self) -> Tensor:
-        """The metric, shape ``(d_in, d_in)``, float64."""
-        return (self.halves[0] + self.halves[1]) / (self.rows * (self.n_probes or 1))
+        """The metric, shape ``(d_in, d_in)``, float64; `factor` does without forming it."""
+        return self.gram.matrix() / (self.rows * (self.n_probes or 1))
 
     @property
     def relative_error(self) -> float | None:
@@ -74,7 +82,8 @@ class JacobianMetric:
             return 0.0
         if self.n_probes == 1:
             return None
-        even, odd = self.halves
+        # In the coordinates of one orthonormal span, where norms are the same.
+        even, odd = self.gram.N
         n_odd = self.n_probes // 2
         n_even = self.n_probes - n_odd
         # Var(pooled mean) = sigma^2 / k and Var(even mean - odd mean) = sigma^2 (1/k_even + 1/k_odd).

@@ -67,21 +67,3 @@ def eigh_psd(matrix: Tensor, cutoff: float, floor: float = 0.0) -> tuple[Tensor,
     values, vectors = values.flip(0), vectors.flip(1)
     keep = values > max(float(cutoff * values.clamp(min=0).amax()), floor)
     return values[keep], vectors[:, keep]
-
-
-def factor_psd(matrix: Tensor, cutoff: float) -> Tensor:
-    """Square-root factor ``B`` with ``B^T B = A``, one row for each direction that is not (relatively) zero.
-
-    Args:
-        matrix: ``A``, symmetric positive semi-definite, shape ``(d, d)``, float64.
-        cutoff: Eigenvalues up to this share of the largest one are dropped.
-
-    Returns:
-        ``B`` of shape ``(k, d)``.
-
-    Example:
-        >>> factor_psd(torch.diag(torch.tensor([9.0, 0.0])), 1e-9).abs()
-        tensor([[3., 0.]])
-    """
-    values, vectors = eigh_psd(matrix, cutoff)
-    return values.sqrt()[:, None] * vectors.T

@@ -13,6 +13,7 @@ from lib_lightning.core.build import Settings
 from lib_lightning.core.cut import LiveModel
 from lib_lightning.core.edges import Edges
 from lib_lightning.core.errors import ActivationError
+from lib_lightning.core.gram import GramSum
 from lib_lightning.core.layers import as_node_layers
 from lib_lightning.core.metric import JacobianMetric
 from lib_lightning.core.moments import Moments
@@ -60,12 +61,12 @@ def test_probes_are_unbiased_and_their_error_is_estimated(stack_elements: int) -
     means = [a.mean((0, 1)) for a in live.activations(x)]
     (section, _) = sections(live, x, means, 0, stack_elements)
     C, generator = torch.randn(6, 6).double(), torch.Generator().manual_seed(1)
-    exact = JacobianMetric(C, None, generator)
+    exact = JacobianMetric(4, C, None, generator)
     exact.update(section)
     assert exact.relative_error == 0
     errors, estimates = [], []
     for _ in range(40):
-        sampled = JacobianMetric(C, 5, generator)
+        sampled = JacobianMetric(4, C, 5, generator)
         sampled.update(section)
         errors.append(sampled.M - exact.M)
         estimates.append(sampled.relative_error)
@@ -201,3 +202,41 @@ def test_a_single_tensor_is_not_a_list_of_batches() -> None:
         compute_interaction_graph(nn.Linear(2, 2), torch.randn(5, 2), ["input", "output"])
     with pytest.raises(TypeError, match=r"dtype is a floating-point type such as torch\.float64"):
         compute_interaction_graph(nn.Linear(2, 2), [torch.randn(5, 2)], ["input", "output"], dtype="float64")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("rank", "dense"), [(1, False), (7, False), (100, False), (250, True)])
+def test_sum_over_a_span_is_the_whole_sum(rank: int, dense: bool, dtype: torch.dtype) -> None:
+    # Directions of very different size, and batches that bring new ones.
+    directions = torch.randn(rank, 400, dtype=torch.float64) * torch.logspace(0, -3, rank).double()[:, None]
+    gram, expected = GramSum(400, parts=2, dense_width=0), torch.zeros(2, 400, 400).double()
+    for k, width in enumerate((1, rank // 2 + 1, rank)):
+        g = (torch.randn(300, width, dtype=torch.float64) @ directions[:width]).to(dtype)
+        gram.add(g, k % 2)
+        expected[k % 2] += g.double().T @ g.double()
+    assert gram.dense == dense
+    assert gram.rank == (400 if dense else rank)
+    tolerance = 1000 * torch.finfo(dtype).eps  # 10 sqrt(d) eps of the vectors, squared with them
+    for part in (0, 1):
+        assert (gram.matrix(part) - expected[part]).norm() < tolerance * expected[part].norm()
+    B = gram.factor(1e-14 if dtype == torch.float64 else 1e-7)
+    assert (B.T @ B - expected.sum(0)).norm() < tolerance * expected.norm()
+
+
+def test_a_span_is_found_again_after_nothing_and_lost_in_nan() -> None:
+    gram = GramSum(300, dense_width=0)
+    gram.add(torch.zeros(5, 300))
+    assert gram.factor(1e-7).shape == (0, 300)
+    gram.add(torch.ones(5, 300))
+    assert gram.rank == 1
+    gram.add(torch.full((5, 300), math.nan))
+    assert not torch.isfinite(gram.matrix()).all()
+
+
+def test_wide_layers_give_the_same_either_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Sequential(nn.Linear(400, 12), nn.Tanh(), nn.Linear(12, 5)).double(), torch.randn(500, 400).double()
+    dense = compute_interaction_graph(model, [x], ["input", "1", "output"])
+    monkeypatch.setattr(GramSum.__init__, "__defaults__", (1, 0))
+    narrow = compute_interaction_graph(model, [x], ["input", "1", "output"])
+    for pair, E in dense.edges.items():
+        torch.testing.assert_close(narrow.edges[pair], E, rtol=1e-9, atol=1e-12)

@@ -1,0 +1,119 @@
+"""Sums of outer products of wide vectors that span few directions: a ``d x d`` matrix that is never formed.
+
+Gradients towards a wide node layer (3,072 pixels) all lie in the few directions (100 hidden units) that the next module
+reads. Their span is found as they come and only its own small Gram matrix is summed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lib_lightning.core.spectral import eigh_psd, product_dtype
+
+# Below this width the full matrix is cheaper than looking for a span.
+DENSE_WIDTH = 512
+_SKETCH = 64
+
+
+class GramSum:
+    """Streaming ``sum g g^T`` over vectors ``g``, as ``Q^T N Q`` with orthonormal rows of ``Q``.
+
+    Args:
+        d: Length of the vectors.
+        parts: Number of sums to keep apart, over one span.
+        dense_width: Up to this length ``Q`` is the identity from the start.
+
+    Note:
+        New directions are found by a random sketch of what lies outside the span so far (Halko, Martinsson and Tropp,
+        2011), until what is left is rounding.
+
+    Example:
+        >>> gram = GramSum(3)
+        >>> gram.add(torch.tensor([[1.0, 2.0, 0.0], [2.0, 4.0, 0.0]]))
+        >>> gram.rank, gram.matrix().round()
+        (3, tensor([[ 5., 10.,  0.],
+                [10., 20.,  0.],
+                [ 0.,  0.,  0.]], dtype=torch.float64))
+    """
+
+    def __init__(self, d: int, parts: int = 1, dense_width: int = DENSE_WIDTH) -> None:
+        self.d = d
+        self.Q: Tensor | None = None  # (k, d); None while it is the identity or nothing is known yet
+        self.dense = d <= dense_width
+        self.N = torch.zeros(parts, d, d, dtype=torch.float64) if self.dense else torch.zeros(parts, 0, 0).double()
+        self._generator = torch.Generator().manual_seed(0)
+
+    @property
+    def rank(self) -> int:
+        """Number of directions summed over: all of them where the sum is dense."""
+        return self.N.shape[1]
+
+    def add(self, g: Tensor, part: int = 0) -> None:
+        """Add vectors.
+
+        Args:
+            g: One vector a row, shape ``(m, d)``.
+            part: The sum to add them to.
+        """
+        g = g.to(product_dtype(g.dtype))
+        self.N = self.N.to(g.device)
+        coordinates = g if self.dense else self._coordinates(g)
+        self.N[part] += (coordinates.T @ coordinates).double()
+
+    def matrix(self, part: int | None = None) -> Tensor:
+        """One sum, or all together, as a matrix ``(d, d)``, float64."""
+        N = self.N.sum(0) if part is None else self.N[part]
+        return N if self.dense or self.Q is None else self.Q.T.double() @ N @ self.Q.double()
+
+    def factor(self, cutoff: float) -> Tensor:
+        """Square-root factor of all together: ``B`` with ``B^T B = sum g g^T``.
+
+        Args:
+            cutoff: Directions with an eigenvalue up to this share of the largest are dropped.
+
+        Returns:
+            ``B`` of shape ``(k, d)``, float64.
+        """
+        if self.rank == 0:
+            return torch.zeros(0, self.d, dtype=torch.float64, device=self.N.device)
+        values, vectors = eigh_psd(self.N.sum(0), cutoff)
+        rows = vectors.T if self.dense or self.Q is None else vectors.T @ self.Q.double()
+        return values.sqrt()[:, None] * rows
+
+    def _coordinates(self, g: Tensor) -> Tensor:
+        """Coordinates of vectors in the span, after it has been widened to hold them."""
+        Q = g.new_zeros(0, self.d) if self.Q is None else self.Q.to(g)
+        size = g.norm()
+        if not torch.isfinite(size):  # no span to be found; let the sum show it
+            self._make_dense()
+            return g
+        # The vectors themselves are rounded, off the span in all directions alike.
+        tolerance = 10 * self.d**0.5 * torch.finfo(g.dtype).eps * size
+        coordinates = g @ Q.T
+        rest = g - coordinates @ Q
+        while rest.norm() > tolerance:
+            if 2 * (Q.shape[0] + _SKETCH) > self.d:
+                self._make_dense()
+                return g
+            omega = torch.randn(_SKETCH, len(g), generator=self._generator).to(g)
+            _, sizes, directions = torch.linalg.svd(omega @ rest, full_matrices=False)
+            new = directions[sizes > torch.finfo(g.dtype).eps * self.d * sizes[0]]
+            # Once more against the old ones: what is small has lost its orthogonality to rounding.
+            Q = torch.cat([Q, torch.linalg.qr((new - (new @ Q.T) @ Q).T).Q.T])
+            coordinates = g @ Q.T
+            rest = g - coordinates @ Q
+        if Q.shape[0] > self.rank:
+            wider = self.N.new_zeros(self.N.shape[0], Q.shape[0], Q.shape[0])
+            wider[:, : self.rank, : self.rank] = self.N
+            self.N = wider
+        self.Q = Q
+        return coordinates
+
+    def _make_dense(self) -> None:
+        self.N = (
+            torch.stack([self.matrix(part) for part in range(len(self.N))])
+            if self.rank
+            else self.N.new_zeros(len(self.N), self.d, self.d)
+        )
+        self.Q, self.dense = None, True
