@@ -21,7 +21,7 @@ from lib_lightning.core.build import BasisKind, FinalBasisKind, Settings
 from lib_lightning.core.cut import InputFn
 from lib_lightning.core.errors import LIBError, NodeLayerError, NotFiniteError
 from lib_lightning.core.layers import NodeLayer, as_node_layers, check_taps
-from lib_lightning.core.nested import batch_size, first_samples
+from lib_lightning.core.nested import batch_size
 from lib_lightning.display.image import render_png
 from lib_lightning.display.loggers import log_image
 from lib_lightning.export.files import write_bytes
@@ -154,7 +154,7 @@ class LIBCallback(pl.Callback):
     def _check(self, pl_module: pl.LightningModule, batch: Any, strict: bool) -> None:
         self._checked = True
         try:
-            check_node_layers(pl_module, first_samples(batch, 2), self.node_layers, self.dtype, self.input_fn)
+            check_node_layers(pl_module, batch, self.node_layers, self.dtype, self.input_fn)
         except (NodeLayerError, NotFiniteError):
             raise
         except Exception as error:
@@ -301,9 +301,10 @@ class LIBCallback(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self.schedule.load_state_dict(state_dict["schedule"])
-        self._scalars = state_dict["scalars"]
-        self._graph_step = self._tried_step = state_dict["graph_step"]
-        self.snapshots = state_dict["snapshots"]
+        if set(state_dict["scalars"]) == set(self._scalars):  # else it was of other node layers
+            self._scalars = state_dict["scalars"]
+            self._graph_step = self._tried_step = state_dict["graph_step"]
+            self.snapshots = state_dict["snapshots"]
 
 
 def _logging_step(trainer: pl.Trainer) -> int:

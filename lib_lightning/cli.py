@@ -12,6 +12,7 @@ from lib_lightning.core.errors import LIBError
 from lib_lightning.export.files import write_bytes
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.metrics.summary import graph_scalars
+from lib_lightning.version import __version__
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Watch a network's features form while it trains.",
         epilog="fit, validate, test and predict take the options of LightningCLI: lib-lightning fit --help.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="{fit,validate,test,predict,inspect,plot}")
     for command in TRAINER_COMMANDS:
         commands.add_parser(command, help=f"{command} with a Lightning trainer (see lib-lightning {command} --help)")

@@ -16,6 +16,7 @@ from lib_lightning.core.check import check
 from lib_lightning.core.cut import InputFn, LiveModel
 from lib_lightning.core.guard import undisturbed
 from lib_lightning.core.layers import NodeLayer, as_node_layers
+from lib_lightning.core.nested import batch_size, first_tensor
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.version import __version__
 
@@ -83,7 +84,7 @@ def compute_interaction_graph(
         raise TypeError("batches is a list (or any iterable) of batches; for a single one write [batch].")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype is a floating-point type such as torch.float64, or None; got {dtype!r}.")
-    batches = batches if isinstance(batches, (list, tuple)) else list(batches)
+    batches = [batch for batch in batches if batch_size(batch) or first_tensor(batch) is None]
     live = LiveModel(model, layers, input_fn, dtype)
     passes = 2 + (len(layers) - 1 if settings.basis == "lib" else 0)
     with undisturbed(model), tqdm(total=passes * len(batches), disable=not progress, unit="batch") as bar:

@@ -79,6 +79,8 @@ class InteractionGraph:
         """
         tensors, header = read_file(path)
         try:
+            if not isinstance(header["info"], dict):
+                raise TypeError("info is no table")
             names, kinds = header["layers"], header["kinds"]
             bases = {
                 name: Basis(name, kind, *(tensors[f"basis.{i}.{key}"] for key in _BASIS_TENSORS))

@@ -38,7 +38,8 @@ class SampleBuffer:
             return
         # Copies made outside inference mode are ordinary tensors, which gradients can be taken through.
         with torch.inference_mode(False):
-            kept = first_samples(batch, self.num_samples - self.count)
+            wanted = self.num_samples - self.count
+            kept = batch if batch_size(batch) <= wanted else first_samples(batch, wanted)
             self.batches.append(map_tensors(kept, lambda t: t.detach().clone()))
         self.count += batch_size(kept)
 

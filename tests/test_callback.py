@@ -225,6 +225,21 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     assert second.snapshots == len(names[1])
 
 
+def test_a_checkpoint_of_other_node_layers_is_no_hindrance(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, LIBCallback(NODE_LAYERS), max_epochs=1)
+    trainer.fit(Classifier())
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    other = LIBCallback(["net.0:input", "net.3", "output"], every_n_validations=5)
+    stopping = EarlyStopping("lib/features/net.3", patience=9)
+    trainer_of(tmp_path, other, stopping).fit(Classifier(), ckpt_path=tmp_path / "model.ckpt")
+    assert other.snapshots == 1
+
+
+def test_training_with_workers_is_untouched(tmp_path: Path) -> None:
+    without = run(Classifier(workers=2), tmp_path)
+    assert run(Classifier(workers=2), tmp_path, LIBCallback(NODE_LAYERS, every_n_steps=2)) == without
+
+
 def test_two_callbacks_need_two_names(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="more than one stateful callback of type `LIBCallback`"):
         trainer_of(tmp_path, LIBCallback(NODE_LAYERS), LIBCallback(NODE_LAYERS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ def command(*args: str, code: int = 0) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={"COLUMNS": "200", "PATH": "", "HOME": str(ROOT)},
+        env={**os.environ, "COLUMNS": "200"},
     )
     assert done.returncode == code, done.stdout
     return done.stdout

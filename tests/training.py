@@ -34,8 +34,9 @@ class Noisy(Dataset[tuple[Tensor, Tensor]]):
 class Classifier(pl.LightningModule):
     """Batch norm, dropout, data shuffled anew, losses remembered."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers: int = 0) -> None:
         super().__init__()
+        self.workers = workers
         self.net = nn.Sequential(
             nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.ReLU(inplace=True), nn.Linear(8, 2)
         )
@@ -58,17 +59,17 @@ class Classifier(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.01)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(Noisy(48), batch_size=8, shuffle=True)
+        return DataLoader(Noisy(48), batch_size=8, shuffle=True, num_workers=self.workers)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(Noisy(20), batch_size=8, shuffle=True)
+        return DataLoader(Noisy(20), batch_size=8, shuffle=True, num_workers=self.workers)
 
 
 class Failing(Classifier):
     """A forward pass that works in training and validation and fails, after much disturbance, in a snapshot."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and not self.training and len(x) > 2:
+        if torch.is_grad_enabled() and not self.training and len(x) > 3:
             torch.rand(3), np.random.rand(3), random.random()  # noqa: NPY002
             self.train()
             self.net(x)

@@ -1,12 +1,12 @@
 """Is it a proper cut? Every node layer is held to account once, on a few samples, before anything is computed.
 
-Gradients tell: each section is its own graph, so a gradient that arrives anywhere else than at the node layer before
-shows a path around it.
+Gradients tell most: each section is its own graph, so a gradient that arrives anywhere else than at the node layer
+before shows a path around it. Swapping inputs tells the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lib_lightning.core.cut import Cut, LiveModel
-from lib_lightning.core.errors import NodeLayerError, NotFiniteError
+from lib_lightning.core.errors import LIBError, NodeLayerError, NotFiniteError
 from lib_lightning.core.nested import batch_size, first_samples, first_tensor, map_tensors
 
 # Enough to see samples influence each other.
@@ -33,14 +33,26 @@ def check(live: LiveModel, batch: Any) -> None:
         NodeLayerError: Naming the node layer and what is wrong with it.
         ActivationError: If activations are integers, NaN or infinite.
     """
-    batch = first_samples(batch, _SAMPLES)
     try:
-        with _inputs_as_leaves(live) as inputs:
+        _check(live, first_samples(batch, _SAMPLES))
+    except LIBError:
+        raise
+    except Exception:
+        # Perhaps something in the batch is not one entry a sample, though it has that length.
+        _check(live, batch)
+
+
+def _check(live: LiveModel, batch: Any) -> None:
+    try:
+        torch.manual_seed(0)
+        with _watched_inputs(live, batch_size(batch), _as_leaf) as inputs:
             cuts = live.cut(batch)
         for cut in cuts:
             check_finite(cut.layer.name, cut.a)
             _check_taps_of_one_layer(cut)
-        _check_bypass(cuts, inputs)
+        # What the first node layer does not depend on is context (a mask, a time step), not what it cuts off.
+        inputs = {index: leaf for index, leaf in inputs.items() if _reaches(cuts[0].ends, [leaf])}
+        _check_bypass(cuts, list(inputs.values()))
         for before, after in pairwise(cuts):
             _check_section(before, after)
     except RuntimeError as error:
@@ -50,7 +62,9 @@ def check(live: LiveModel, batch: Any) -> None:
             "A tapped tensor is also used before it reaches its tap, or written to afterwards, in a way that cannot be "
             f"cut. Tap the module before or after it instead. ({error})"
         ) from error
-    _check_same_result(live, batch, cuts)
+    if _draws_the_same_twice(live, batch, cuts):
+        _check_same_result(live, batch, cuts)
+        _check_swap(live, batch, cuts, set(inputs))
 
 
 def check_finite(name: str, a: Tensor) -> None:
@@ -73,15 +87,19 @@ def check_finite(name: str, a: Tensor) -> None:
 
 
 @contextmanager
-def _inputs_as_leaves(live: LiveModel) -> Iterator[list[Tensor]]:
-    """Collect what feeds the model, as tensors that gradients reach: its float inputs and the output of embeddings."""
-    inputs: list[Tensor] = []
+def _watched_inputs(live: LiveModel, n: int, change: Callable[[int, Tensor], Tensor]) -> Iterator[dict[int, Tensor]]:
+    """See, and change, what differs from sample to sample where it enters: float inputs and outputs of embeddings."""
+    seen: dict[int, Tensor] = {}
+    count = 0
 
     def watch(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
+        nonlocal count
+        varies = tensor.ndim > 0 and tensor.shape[0] == n > 1 and bool((tensor != tensor[:1]).any())
+        if not (tensor.is_floating_point() and varies):
             return tensor
-        inputs.append(tensor.detach().requires_grad_(True))
-        return inputs[-1].clone()
+        seen[count] = change(count, tensor.detach())
+        count += 1
+        return seen[count - 1].clone()
 
     handles = [
         live.model.register_forward_pre_hook(
@@ -92,10 +110,14 @@ def _inputs_as_leaves(live: LiveModel) -> Iterator[list[Tensor]]:
         if isinstance(module, nn.Embedding):
             handles.append(module.register_forward_hook(lambda _, args, output: watch(output), prepend=True))
     try:
-        yield inputs
+        yield seen
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _as_leaf(index: int, tensor: Tensor) -> Tensor:
+    return tensor.requires_grad_(True)
 
 
 def _check_taps_of_one_layer(cut: Cut) -> None:
@@ -103,7 +125,7 @@ def _check_taps_of_one_layer(cut: Cut) -> None:
         if _reaches(cut.ends[k : k + 1], cut.leaves[:k]):
             raise NodeLayerError(
                 f"In node layer '{cut.layer.name}' the tap '{cut.layer.taps[k]}' is computed from another tap of the "
-                "same layer, so it adds nothing: leave it out, or make it a node layer of its own."
+                "same layer; taps of one layer must run side by side. Tap the place where their paths have met."
             )
 
 
@@ -116,8 +138,8 @@ def _check_bypass(cuts: Sequence[Cut], inputs: Sequence[Tensor]) -> None:
                 raise NodeLayerError(
                     f"Node layer '{cuts[position - 1].layer.name}' does not cut the computation: "
                     f"'{cuts[position].layer.name}' also depends on {source} past it (a skip connection?). Tap the "
-                    "residual stream itself, such as a block's output or the input of the norm that follows, or join "
-                    "both paths in one NodeLayer(taps=[...])."
+                    "residual stream itself, such as a block's output or the input of the norm that follows; paths "
+                    "that run side by side can be joined in one NodeLayer(taps=[...])."
                 )
 
 
@@ -149,21 +171,56 @@ def _check_section(before: Cut, after: Cut) -> None:
         if any(bool((grad[others].abs() > 0).any()) for grad in _grad([a_next], before.leaves, alone)):
             raise NodeLayerError(
                 f"Samples influence each other between {names[1]} and {names[0]}: is axis 0 the batch? Models that "
-                "take the sequence first need batch_first=True, or node layers outside that part."
+                "take the sequence first need batch_first=True; a norm over the batch is no function of one sample."
             )
 
 
+def _draws_the_same_twice(live: LiveModel, batch: Any, cuts: Sequence[Cut]) -> bool:
+    """Whether a model that may draw random numbers, or count its calls, can be compared with itself at all."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        again = live.cut(batch)
+    return all(_close(a.a, b.a) for a, b in zip(again, cuts, strict=True))
+
+
 def _check_same_result(live: LiveModel, batch: Any, cuts: Sequence[Cut]) -> None:
-    if cuts[-1].layer.taps != ("output",) or batch_size(batch) == 0:
+    if cuts[-1].layer.taps != ("output",):
         return
+    torch.manual_seed(0)
     with torch.no_grad():
         plain = first_tensor(live.run(batch))
-    # The same operations on the same numbers: what an accelerator may add in another order is far below a per cent.
-    if plain is None or (plain - cuts[-1].ends[0]).abs().max() > 0.01 * plain.abs().max():
+    if plain is None or not _close(plain, cuts[-1].ends[0]):
         raise NodeLayerError(
             "The model gives another result when it is cut: one of the node layers is written to in place while "
             "something else still uses it. Tap the output of the module that writes, instead of its input."
         )
+
+
+def _check_swap(live: LiveModel, batch: Any, cuts: Sequence[Cut], inputs: set[int]) -> None:
+    """Feed each sample the input of another, give a node layer its own activations: all after must be as before.
+
+    It sees what gradients do not: paths through detach, comparisons and argmax.
+    """
+
+    def another(index: int, tensor: Tensor) -> Tensor:
+        return tensor.roll(1, 0) if index in inputs else tensor
+
+    for position in range(len(cuts) - 1 if inputs else 0):
+        torch.manual_seed(0)
+        own = [cut.a.detach() if k == position else None for k, cut in enumerate(cuts)]
+        with torch.no_grad(), _watched_inputs(live, batch_size(batch), another):
+            swapped = live.cut(batch, own)
+        for before, after in zip(cuts[position + 1 :], swapped[position + 1 :], strict=True):
+            if not _close(before.a, after.a):
+                raise NodeLayerError(
+                    f"Node layer '{cuts[position].layer.name}' does not cut the computation: '{before.layer.name}' "
+                    "also depends on the model's input past it, on a path without gradient (detach, argmax, ...)."
+                )
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    # The same operations on the same numbers; an accelerator may add them in another order.
+    return a.shape == b.shape and bool((a - b).abs().max() <= 1000 * torch.finfo(a.dtype).eps * b.abs().max())
 
 
 def _reaches(ends: Sequence[Tensor], leaves: Sequence[Tensor]) -> bool:

@@ -9,8 +9,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# What every module has: flags, parameters, buffers, children and hooks, which are looked after on their own.
+_MODULE_NAMES = frozenset(nn.Module().__dict__)
 
 
 @contextmanager
@@ -19,8 +22,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
     Inside, gradients with respect to activations can be taken twice, even where the caller has switched them off
     (``no_grad``, ``inference_mode``); parameters are constants, mixed precision and compiled code are off. Afterwards,
-    also after an exception, these are as before: the training flag of every module, buffers, ``grad`` and
-    ``requires_grad`` of every parameter, and the random states of torch (CPU and CUDA), NumPy and Python.
+    also after an exception, these are as before: the training flag of every module, its buffers and plain attributes
+    (numbers, tensors, lists and dicts of them), ``grad`` and ``requires_grad`` of every parameter, and the random
+    states of torch (CPU and CUDA), NumPy and Python.
 
     Args:
         model: The model that the block is going to run.
@@ -37,8 +41,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         True
     """
     with ExitStack() as stack:
-        for restore in (_random_states(), _training_flags(model), _buffers(model), _parameters(model)):
-            stack.callback(restore)
+        stack.callback(_random_states())
+        for save in (_attributes, _buffers, _parameters, _training_flags):
+            stack.callback(save(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for device_type in {p.device.type for p in model.parameters()} | {"cpu"}:
@@ -47,6 +52,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
+        # cuDNN differentiates recurrent layers in training mode only, and once.
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         # Compiled modules ignore hooks that come later; run what they were compiled from.
         if hasattr(torch.compiler, "set_stance"):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -83,6 +91,37 @@ def _training_flags(model: nn.Module) -> Callable[[], None]:
             module.training = training
 
     return restore
+
+
+def _attributes(model: nn.Module) -> Callable[[], None]:
+    # What a forward pass may keep for the next one: a count of calls, the last hidden state, a running metric.
+    saved = [
+        (module, {name: (value, _copy(value)) for name, value in module.__dict__.items() if name not in _MODULE_NAMES})
+        for module in model.modules()
+    ]
+
+    def restore() -> None:
+        with torch.no_grad():
+            for module, attributes in saved:
+                for name in [name for name in module.__dict__ if name not in _MODULE_NAMES and name not in attributes]:
+                    del module.__dict__[name]
+                for name, (value, copy) in attributes.items():
+                    module.__dict__[name] = value
+                    if isinstance(value, Tensor) and not torch.equal(value, copy):
+                        value.copy_(copy)
+                    elif type(value) is list:
+                        value[:] = copy
+                    elif type(value) in (dict, set):
+                        value.clear()
+                        value.update(copy)
+
+    return restore
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return type(value)(value) if type(value) in (list, dict, set) else None
 
 
 def _buffers(model: nn.Module) -> Callable[[], None]:

@@ -57,7 +57,7 @@ def first_tensor(value: Any) -> Tensor | None:
     """
     found: list[Tensor] = []
     map_tensors(value, lambda t: found.append(t) or t)  # type: ignore[func-returns-value]
-    return next((t for t in found if t.ndim > 0), None)
+    return next((t for t in found if t.ndim > 0), found[0] if found else None)
 
 
 def replace_first_tensor(value: Any, new: Tensor) -> Any:
@@ -89,7 +89,7 @@ def batch_size(batch: Any) -> int:
         The number; 0 if there is no tensor.
     """
     first = first_tensor(batch)
-    return 0 if first is None else first.shape[0]
+    return 0 if first is None or first.ndim == 0 else first.shape[0]
 
 
 def first_samples(batch: Any, count: int) -> Any:

@@ -325,7 +325,9 @@ def test_a_tap_that_depends_on_another_of_its_layer_is_refused() -> None:
 
 
 def test_parallel_layers_are_refused() -> None:
-    with pytest.raises(NodeLayerError, match="'left' does not cut the computation: 'right' also depends on"):
+    with pytest.raises(
+        NodeLayerError, match="'right' does not cut the computation: 'output' also depends on 'left' past it"
+    ):
         check_node_layers(
             TwoInputs(), {"left": torch.randn(3, 4), "right": torch.randn(3, 2)}, ["left", "right", "output"]
         )
@@ -405,3 +407,81 @@ def test_states_kept_on_a_module_are_left_off_our_graphs() -> None:
     compute_interaction_graph(model, [torch.randn(1, 3)] * 3, ["f:input", "f"])
     assert not model.start.requires_grad
     assert torch.equal(model.start, value)
+
+
+@pytest.mark.parametrize("path", ["detach", "comparison", "no_grad", "argmax"])
+def test_bypass_without_gradient_is_named(path: str) -> None:
+    class Sneaky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.f(x))
+            if path == "detach":
+                h = h + x.detach()
+            elif path == "comparison":
+                h = h * (x > 0)
+            elif path == "argmax":
+                h = h + x.argmax(-1, keepdim=True)
+            else:
+                with torch.no_grad():
+                    other = self.f(x) ** 2
+                h = h + other
+            return self.head(h)
+
+    with pytest.raises(NodeLayerError, match=r"'f' does not cut .*'output' also depends .* on a path without gradient"):
+        check_node_layers(Sneaky(), torch.randn(5, 4), ["f", "output"])
+    check_node_layers(Sneaky(), torch.randn(5, 4), ["head:input", "output"])
+
+
+class Accepted(nn.Module):
+    """Things that look like bypasses or changes, and are none."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.calls = kind, 0
+        self.embed, self.bias = nn.Embedding(9, 4), nn.Embedding(3, 4)
+        self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        self.calls += 1
+        x = torch.tanh(self.first(self.embed(tokens)))
+        if self.kind == "dropout":
+            x = nn.functional.dropout(x, 0.5, training=True)
+        if self.kind == "counts":
+            x = x * self.calls
+        if self.kind == "position":
+            x = x + self.bias(torch.arange(3))
+        if self.kind == "mask":
+            x = x * mask[..., None]
+        return self.head(torch.tanh(self.second(x)))
+
+
+@pytest.mark.parametrize("kind", ["plain", "dropout", "counts", "position", "mask"])
+def test_randomness_constants_and_context_are_no_bypass(kind: str) -> None:
+    model, tokens = Accepted(kind), torch.randint(0, 9, (5, 3))
+    batch = {"tokens": tokens, "mask": (tokens > 2).float()} if kind == "mask" else {"tokens": tokens}
+    graph = compute_interaction_graph(model, [batch], ["first", "second:input", "output"])
+    assert graph.bases["first"].n_features > 0
+    assert model.calls == 0, "and the count of calls is as before"
+
+
+def test_masks_as_long_as_the_batch_are_not_cut_short() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.head(mask @ torch.tanh(self.f(x)))
+
+    batch = {"x": torch.randn(6, 6, 4), "mask": torch.ones(6, 6).tril()}
+    graph = compute_interaction_graph(Masked(), [batch], ["f", "output"])
+    assert graph.info["n_samples"] == 6
+
+
+def test_empty_batches_count_nothing() -> None:
+    model, x = nn.Linear(3, 2), torch.randn(8, 3)
+    graph = compute_interaction_graph(model, [x[:0], x, x[:0]], ["input", "output"])
+    assert graph.info["n_samples"] == 8

@@ -70,3 +70,29 @@ def test_gradients_work_inside_whatever_is_outside(mode: type) -> None:
             assert not torch.is_inference_mode_enabled()
         assert not torch.is_grad_enabled()
         assert model(torch.ones(1, 2)).dtype == torch.bfloat16
+
+
+def test_what_a_module_keeps_for_itself_is_restored() -> None:
+    class Keeps(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(2, 2)
+            self.calls, self.last, self.seen, self.table = 0, torch.zeros(2), [1], {"a": 1}
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            self.last += 1
+            self.seen.append(2)
+            self.table["b"] = 2
+            self.new = x
+            return super().forward(x)
+
+    model = Keeps()
+    last, seen = model.last, model.seen
+    with undisturbed(model):
+        model(torch.ones(1, 2))
+    assert model.calls == 0
+    assert model.last is last
+    assert not last.any()
+    assert model.seen is seen
+    assert (model.seen, model.table) == ([1], {"a": 1})
+    assert not hasattr(model, "new")
