@@ -325,9 +325,7 @@ def test_a_tap_that_depends_on_another_of_its_layer_is_refused() -> None:
 
 
 def test_parallel_layers_are_refused() -> None:
-    with pytest.raises(
-        NodeLayerError, match="'right' does not cut the computation: 'output' also depends on 'left' past it"
-    ):
+    with pytest.raises(NodeLayerError, match=r"'right' does not cut .*'output' also depends on 'left' past it"):
         check_node_layers(
             TwoInputs(), {"left": torch.randn(3, 4), "right": torch.randn(3, 2)}, ["left", "right", "output"]
         )
@@ -414,7 +412,7 @@ def test_bypass_without_gradient_is_named(path: str) -> None:
     class Sneaky(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.f, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+            self.f, self.other, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
 
         def forward(self, x: Tensor) -> Tensor:
             h = torch.tanh(self.f(x))
@@ -426,7 +424,7 @@ def test_bypass_without_gradient_is_named(path: str) -> None:
                 h = h + x.argmax(-1, keepdim=True)
             else:
                 with torch.no_grad():
-                    other = self.f(x) ** 2
+                    other = self.other(x) ** 2
                 h = h + other
             return self.head(h)
 
