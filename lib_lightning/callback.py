@@ -117,6 +117,7 @@ class LIBCallback(pl.Callback):
         self._tried_step: int | None = None
         self._samples_complete = False
         self._checked = False
+        self._folder: Path | None = None
 
     @property
     def state_key(self) -> str:
@@ -133,6 +134,7 @@ class LIBCallback(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check names, now that the model is all there (it may be built in its own setup or configure_model)."""
         check_taps(pl_module, self.node_layers)
+        self._find_folder(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that there will be samples, and take the snapshot before training if one is due."""
@@ -173,6 +175,8 @@ class LIBCallback(pl.Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Samples kept from the sanity check may be few: collect them anew from the first whole validation."""
+        if trainer.state.fn != "fit":
+            self._find_folder(trainer)
         if not self._samples_complete:
             self.samples.clear()
 
@@ -212,7 +216,7 @@ class LIBCallback(pl.Callback):
         """Take the last snapshot, write it as ``final.safetensors``, and say where everything is."""
         if self._snapshot(trainer, pl_module):
             self._log_directly(trainer)
-        folder = self._folder(trainer)
+        folder = self._folder
         if folder is None or not trainer.is_global_zero:
             return
         if self.graph is not None and self._is_current(trainer):
@@ -234,7 +238,7 @@ class LIBCallback(pl.Callback):
         if self._tried_step == trainer.global_step:
             return False
         self._tried_step = trainer.global_step
-        started, folder = time.perf_counter(), self._folder(trainer)
+        started, folder = time.perf_counter(), self._folder
         try:
             graph = compute_interaction_graph(
                 pl_module, self.samples.batches, self.node_layers, dtype=self.dtype, input_fn=self.input_fn,
@@ -270,10 +274,11 @@ class LIBCallback(pl.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(self._current_scalars(trainer), _logging_step(trainer))
 
-    def _folder(self, trainer: pl.Trainer) -> Path | None:
+    def _find_folder(self, trainer: pl.Trainer) -> None:
+        # All processes have to ask together, so this is done in hooks that all of them run, not where it is needed.
         trial = trainer.fast_dev_run or trainer.barebones  # type: ignore[attr-defined]
         log_dir = None if trial else trainer.log_dir
-        return None if log_dir is None else Path(log_dir) / self.name
+        self._folder = None if log_dir is None else Path(log_dir) / self.name
 
     def _say_where(self, trainer: pl.Trainer, folder: Path) -> None:
         lines = [f"{self.name}: {self.snapshots} snapshots of {' -> '.join(layer.name for layer in self.node_layers)}"]
