@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -87,18 +88,15 @@ def compute_interaction_graph(
     batches = [batch for batch in batches if batch_size(batch) or first_tensor(batch) is None]
     live = LiveModel(model, layers, input_fn, dtype)
     passes = 2 + (len(layers) - 1 if settings.basis == "lib" else 0)
-    with undisturbed(model), tqdm(total=passes * len(batches), disable=not progress, unit="batch") as bar:
+    with _session(live), tqdm(total=passes * len(batches), disable=not progress, unit="batch") as bar:
 
         def tick(step: str) -> None:
             bar.set_description(step, refresh=False)
             bar.update()
 
-        try:
-            for batch in batches[:1]:
-                check(live, batch)
-            built = build(live, batches, settings, tick)
-        finally:
-            live.release()
+        for batch in batches[:1]:
+            check(live, batch)
+        built = build(live, batches, settings, tick)
     return _as_graph(built, settings, layers, dtype)
 
 
@@ -145,8 +143,15 @@ def check_node_layers(
         >>> check_node_layers(nn.Linear(2, 2), torch.ones(1, 2), ["input", "output"])
     """
     live = LiveModel(model, as_node_layers(node_layers), input_fn, dtype)
-    with undisturbed(model):
+    with _session(live):
+        check(live, batch)
+
+
+@contextmanager
+def _session(live: LiveModel) -> Iterator[None]:
+    """Run the live model at will, and leave nothing of it behind."""
+    with undisturbed(live.model):
         try:
-            check(live, batch)
+            yield
         finally:
             live.release()

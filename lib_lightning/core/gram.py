@@ -39,9 +39,10 @@ class GramSum:
 
     def __init__(self, d: int, parts: int = 1, dense_width: int = DENSE_WIDTH) -> None:
         self.d = d
-        self.Q: Tensor | None = None  # (k, d); None while it is the identity or nothing is known yet
-        self.dense = d <= dense_width
-        self.N = torch.zeros(parts, d, d, dtype=torch.float64) if self.dense else torch.zeros(parts, 0, 0).double()
+        self.dense = d <= dense_width  # Q is the identity, and not stored
+        self.Q = torch.zeros(0, d)
+        k = d if self.dense else 0
+        self.N = torch.zeros(parts, k, k, dtype=torch.float64)
         self._generator = torch.Generator().manual_seed(0)
 
     @property
@@ -64,7 +65,7 @@ class GramSum:
     def matrix(self, part: int | None = None) -> Tensor:
         """One sum, or all together, as a matrix ``(d, d)``, float64."""
         N = self.N.sum(0) if part is None else self.N[part]
-        return N if self.dense or self.Q is None else self.Q.T.double() @ N @ self.Q.double()
+        return N if self.dense else self._widen(self._widen(N).T).T
 
     def factor(self, cutoff: float) -> Tensor:
         """Square-root factor of all together: ``B`` with ``B^T B = sum g g^T``.
@@ -78,12 +79,15 @@ class GramSum:
         if self.rank == 0:
             return torch.zeros(0, self.d, dtype=torch.float64, device=self.N.device)
         values, vectors = eigh_psd(self.N.sum(0), cutoff)
-        rows = vectors.T if self.dense or self.Q is None else vectors.T @ self.Q.double()
-        return values.sqrt()[:, None] * rows
+        return values.sqrt()[:, None] * (vectors.T if self.dense else self._widen(vectors.T))
+
+    def _widen(self, coordinates: Tensor) -> Tensor:
+        """Vectors of length ``d`` from their coordinates in the span, one a row."""
+        return coordinates @ self.Q.to(coordinates)
 
     def _coordinates(self, g: Tensor) -> Tensor:
         """Coordinates of vectors in the span, after it has been widened to hold them."""
-        Q = g.new_zeros(0, self.d) if self.Q is None else self.Q.to(g)
+        Q = self.Q.to(g)
         size = g.norm()
         if not torch.isfinite(size):  # no span to be found; let the sum show it
             self._make_dense()
@@ -111,9 +115,5 @@ class GramSum:
         return coordinates
 
     def _make_dense(self) -> None:
-        self.N = (
-            torch.stack([self.matrix(part) for part in range(len(self.N))])
-            if self.rank
-            else self.N.new_zeros(len(self.N), self.d, self.d)
-        )
-        self.Q, self.dense = None, True
+        self.N = torch.stack([self.matrix(part) for part in range(len(self.N))])
+        self.dense = True

@@ -1,4 +1,4 @@
-"""Symmetric positive semi-definite matrices: eigenvectors, numerical rank and square-root factors."""
+"""Symmetric positive semi-definite matrices: eigenvectors, and which of them are rounding."""
 
 from __future__ import annotations
 
