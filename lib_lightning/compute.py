@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,12 +15,21 @@ from tqdm.auto import tqdm
 
 from lib_lightning.core.build import BasisKind, Built, FinalBasisKind, Settings, build
 from lib_lightning.core.check import check
-from lib_lightning.core.cut import InputFn, LiveModel
+from lib_lightning.core.cut import InputFn, LiveModel, MaskFn
 from lib_lightning.core.guard import undisturbed
 from lib_lightning.core.layers import NodeLayer, as_node_layers
+from lib_lightning.core.memory import Chunks, in_chunks, is_out_of_memory, plan_chunks
 from lib_lightning.core.nested import batch_size, first_tensor
+from lib_lightning.core.together import ALONE, Together
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.version import __version__
+
+log = logging.getLogger(__name__)
+
+# In GiB.
+MEMORY_LIMIT = 2.0
+# How often chunks are halved before memory is given up on.
+_HALVINGS = 6
 
 
 def compute_interaction_graph(
@@ -33,6 +43,9 @@ def compute_interaction_graph(
     integration_steps: int = 0,
     dtype: torch.dtype | None = None,
     input_fn: InputFn | None = None,
+    mask: str | int | MaskFn | None = None,
+    memory_limit: float = MEMORY_LIMIT,
+    together: Together = ALONE,
     progress: bool = False,
 ) -> InteractionGraph:
     """Compute the Local Interaction Basis of a model's activations and the interactions between its features.
@@ -57,6 +70,12 @@ def compute_interaction_graph(
         dtype: Floating-point type to compute in, the model's own by default. Sums are always float64.
         input_fn: Turns a batch into what the model is called with: a dict becomes keyword arguments, a tuple positional
             ones. By default the first entry of a tuple or list, and any other batch as it is.
+        mask: Marks the positions that count, where some are padding: the name or index of the batch's entry that does,
+            such as ``"attention_mask"``, or a function from a batch to a tensor ``(n, S)``.
+        memory_limit: Memory to use beside model and batches, in GiB: batches go through the model in chunks of samples
+            that keep within it. Should memory run out nevertheless, the chunks are halved.
+        together: Processes that each call this with batches of their own, and all get the graph of all samples:
+            `lib_lightning.processes.Processes()`. By default this process is alone.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -80,37 +99,97 @@ def compute_interaction_graph(
         2
     """
     settings = Settings(basis, final_basis, rtol, n_probes, integration_steps)
-    layers = as_node_layers(node_layers)
     if isinstance(batches, Tensor):
         raise TypeError("batches is a list (or any iterable) of batches; for a single one write [batch].")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype is a floating-point type such as torch.float64, or None; got {dtype!r}.")
-    batches = [batch for batch in batches if batch_size(batch) or first_tensor(batch) is None]
-    live = LiveModel(model, layers, input_fn, dtype)
-    passes = 2 + (len(layers) - 1 if settings.basis == "lib" else 0)
-    with _session(live), tqdm(total=passes * len(batches), disable=not progress, unit="batch") as bar:
-
-        def tick(step: str) -> None:
-            bar.set_description(step, refresh=False)
-            bar.update()
-
-        for batch in batches[:1]:
-            check(live, batch)
-        built = build(live, batches, settings, tick)
-    return _as_graph(built, settings, layers, dtype)
+    batches = list(batches)
+    layers = as_node_layers(node_layers)
+    live = LiveModel(model, layers, input_fn, dtype, as_mask_fn(mask))
+    graph = graph_of(live, batches, settings, memory_limit, together, check_first=True, progress=progress)
+    for note in graph.info["notes"]:
+        log.warning(note)
+    return graph
 
 
-def _as_graph(
-    built: Built, settings: Settings, layers: Sequence[NodeLayer], dtype: torch.dtype | None
+def graph_of(
+    live: LiveModel,
+    batches: Sequence[Any],
+    settings: Settings,
+    memory_limit: float = MEMORY_LIMIT,
+    together: Together = ALONE,
+    check_first: bool = False,
+    progress: bool = False,
 ) -> InteractionGraph:
+    """Compute the interaction graph of a live model: `compute_interaction_graph`, with everything made up beforehand.
+
+    Args:
+        live: The model and its node layers.
+        batches: All batches.
+        settings: What to compute.
+        memory_limit: As for `compute_interaction_graph`.
+        together: As for `compute_interaction_graph`.
+        check_first: Whether to hold the node layers to account before anything else.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The interaction graph, on the CPU.
+    """
+    batches = [batch for batch in batches if batch_size(batch) or first_tensor(batch) is None]
+    largest = max(map(batch_size, batches), default=1)
+    passes = 2 + (len(live.layers) - 1 if settings.basis == "lib" else 0)
+    chunks: Chunks | None = None
+    for attempt in itertools.count():
+        try:
+            with _session(live), together.agreed():
+                if chunks is None:
+                    if check_first and batches:
+                        check(live, batches[0])
+                    chunks = plan_chunks(live, batches[0], int(memory_limit * 2**30)) if batches else Chunks()
+                parts = in_chunks(live, batches, chunks.samples)
+                with tqdm(total=passes * len(parts), disable=not progress, unit="chunk") as bar:
+
+                    def tick(step: str, bar: Any = bar) -> None:
+                        bar.set_description(step, refresh=False)
+                        bar.update()
+
+                    built = build(live, parts, settings, tick, chunks.stack_elements, together)
+            return _as_graph(built, settings, live)
+        except Exception as error:
+            if attempt == _HALVINGS or not is_out_of_memory(error):
+                raise
+        chunks = (chunks or Chunks()).halved(largest)
+    raise AssertionError("the loop ends by itself")
+
+
+def as_mask_fn(mask: str | int | MaskFn | None) -> MaskFn | None:
+    """Make a function of what a user gives as a mask.
+
+    Args:
+        mask: A function, or the name or index of the batch's entry that is the mask.
+
+    Returns:
+        A function from a batch to its mask; None for None.
+
+    Example:
+        >>> as_mask_fn("attention_mask")({"attention_mask": torch.ones(1, 2)})
+        tensor([[1., 1.]])
+    """
+    if mask is None or callable(mask):
+        return mask
+    return lambda batch: batch[mask]
+
+
+def _as_graph(built: Built, settings: Settings, live: LiveModel) -> InteractionGraph:
     info = {
-        "settings": {**asdict(settings), "dtype": None if dtype is None else str(dtype).removeprefix("torch.")},
+        "settings": {**asdict(settings), "dtype": None if live.dtype is None else str(live.dtype).split(".")[-1]},
         "node_layers": [
             {"name": x.name, "taps": list(x.taps), "positions": x.positions, "feature_dim": x.feature_dim}
-            for x in layers
+            for x in live.layers
         ],
         "n_samples": built.n_samples,
         "metric_errors": built.metric_errors,
+        "notes": built.notes,
         "versions": {"lib_lightning": __version__, "torch": str(torch.__version__)},
     }
     names = [basis.name for basis in built.bases]
@@ -125,6 +204,7 @@ def check_node_layers(
     node_layers: Sequence[str | NodeLayer],
     dtype: torch.dtype | None = None,
     input_fn: InputFn | None = None,
+    mask: str | int | MaskFn | None = None,
 ) -> None:
     """Find mistakes in a choice of node layers by running one batch, without computing anything else.
 
@@ -134,6 +214,7 @@ def check_node_layers(
         node_layers: As for `compute_interaction_graph`.
         dtype: As for `compute_interaction_graph`.
         input_fn: As for `compute_interaction_graph`.
+        mask: As for `compute_interaction_graph`.
 
     Raises:
         NodeLayerError: If a node layer is unknown, never run, out of order, or does not cut the computation.
@@ -142,7 +223,7 @@ def check_node_layers(
     Example:
         >>> check_node_layers(nn.Linear(2, 2), torch.ones(1, 2), ["input", "output"])
     """
-    live = LiveModel(model, as_node_layers(node_layers), input_fn, dtype)
+    live = LiveModel(model, as_node_layers(node_layers), input_fn, dtype, as_mask_fn(mask))
     with _session(live):
         check(live, batch)
 

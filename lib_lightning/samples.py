@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lib_lightning.core.nested import batch_size, first_samples, map_tensors
+from lib_lightning.core.nested import batch_size, map_tensors, samples_between
 
 
 class SampleBuffer:
@@ -39,7 +39,7 @@ class SampleBuffer:
         # Copies made outside inference mode are ordinary tensors, which gradients can be taken through.
         with torch.inference_mode(False):
             wanted = self.num_samples - self.count
-            kept = batch if batch_size(batch) <= wanted else first_samples(batch, wanted)
+            kept = batch if batch_size(batch) <= wanted else samples_between(batch, 0, wanted)
             self.batches.append(map_tensors(kept, lambda t: t.detach().clone()))
         self.count += batch_size(kept)
 

@@ -30,6 +30,8 @@ class Case:
         sections: ``a^l`` to ``a^{l+1}``, in batches.
         affine: Sections whose Jacobian is the same everywhere.
         input_fn: As a user gives it.
+        mask: As a user gives it.
+        masks: For each node layer which positions count, ``(n, S)``; by default all.
     """
 
     name: str
@@ -40,6 +42,12 @@ class Case:
     sections: Sequence[Callable[[Tensor], Tensor]]
     affine: frozenset[int] = frozenset()
     input_fn: Callable[[Any], Any] | None = None
+    mask: str | None = None
+    masks: Sequence[Tensor] = ()
+
+    def counts(self, a: Tensor, l: int) -> Tensor:
+        """Which positions of activations ``a`` of node layer ``l`` count, ``(n, S)``."""
+        return self.masks[l] if self.masks else torch.ones(a.shape[:2], dtype=torch.bool)
 
     def batches(self, *sizes: int) -> list[Any]:
         """The data in batches of these sizes, repeated until it is used up."""
@@ -328,6 +336,84 @@ def tied() -> Case:
     )
 
 
+class Repeated(nn.Module):
+    """One block with shared weights, run three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.block, self.head = nn.Linear(4, 5), ResidualBlock(5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for _ in range(3):
+            x = self.block(x)
+        return self.head(x)
+
+
+def repeated() -> Case:
+    model = Repeated().double()
+    return Case(
+        "repeated",
+        model,
+        torch.randn(N, 4).double(),
+        ["embed", "block#0", "block#2:input", "head:input", "output"],
+        lambda x: model.embed(x)[:, None],
+        [model.block, model.block, model.block, model.head],
+        affine=frozenset({3}),
+    )
+
+
+def norm_and_residual() -> Case:
+    # What the norm gives and the residual stream beside it: one tap is computed from the other, listed or not.
+    model = ResidualMLP().double()
+    first, second = model.blocks
+    both = NodeLayer(["blocks.0.norm", "blocks.0.norm:input"], "both")
+    again = NodeLayer(["blocks.1.norm:input", "blocks.1.norm"], "again")
+
+    def finish(block: ResidualBlock, normed: Tensor, x: Tensor) -> Tensor:
+        return x + block.down(F.gelu(block.up(normed)))
+
+    def from_both(a: Tensor) -> Tensor:
+        x = finish(first, *a.split(5, -1))
+        return torch.cat([x, second.norm(x)], -1)
+
+    def from_again(a: Tensor) -> Tensor:
+        x, normed = a.split(5, -1)
+        return finish(second, normed, x)
+
+    def embed(x: Tensor) -> Tensor:
+        x = model.embed(x)[:, None]
+        return torch.cat([first.norm(x), x], -1)
+
+    return Case(
+        "norm_and_residual", model, torch.randn(N, 4).double(), [both, again, "head:input", "output"], embed,
+        [from_both, from_again, model.head], affine=frozenset({2}),
+    )  # fmt: skip
+
+
+class Padded(Transformer):
+    """Tokens of several lengths in one batch, filled up at the end."""
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        return super().forward(tokens)
+
+
+def padded() -> Case:
+    model = Padded().double()
+    lengths = torch.randint(1, 5, (N, 1))
+    mask = torch.arange(4) < lengths
+    return Case(
+        "padded",
+        model,
+        {"tokens": torch.randint(0, 7, (N, 4)), "lengths": mask},
+        ["embed", "norm2:input", "norm3:input", "output"],
+        lambda batch: model.embed(batch["tokens"]),
+        [model.attend, model.feed, lambda a: model.unembed(model.norm3(a))],
+        mask="lengths",
+        masks=[mask] * 4,
+    )
+
+
 def all_cases() -> list[Case]:
     """Every case, always with the same numbers."""
     with torch.random.fork_rng():
@@ -335,4 +421,5 @@ def all_cases() -> list[Case]:
         return [
             mlp("mlp_relu", nn.ReLU), mlp("mlp_tanh", nn.Tanh), mlp("mlp_gelu", nn.GELU), few_samples(), linear_chain(),
             positions(), residual(), transformer(), last_token(), conv(), returns_tuple(), dict_input(), tied(),
+            repeated(), norm_and_residual(), padded(),
         ]  # fmt: skip

@@ -56,7 +56,13 @@ def nonzero_eigh(A: Tensor, rtol: float) -> tuple[Tensor, Tensor]:
 
 
 def transcribe(
-    a0: Tensor, chain: Chain, basis: str = "lib", final: str = "neuron", steps: int = 0, rtol: float = 1e-11
+    a0: Tensor,
+    chain: Chain,
+    basis: str = "lib",
+    final: str = "neuron",
+    steps: int = 0,
+    rtol: float = 1e-11,
+    masks: Sequence[Tensor] = (),
 ) -> Reference:
     """Bases and edges of a chain.
 
@@ -67,18 +73,20 @@ def transcribe(
         final: Basis of the last node layer, ``"neuron"`` or ``"pca"``.
         steps: Points of the integration path.
         rtol: Eigenvalues below this share of the largest are zero.
+        masks: For each node layer which positions count, ``(n, S)``; the others are left out of every sum.
 
     Returns:
         Everything.
     """
     a = activations(a0, chain)
     L = len(chain)
+    counts = list(masks) or [torch.ones(x.shape[:2], dtype=torch.bool) for x in a]
     mean, C, C_pinv, Lambda = ([torch.empty(0)] * (L + 1) for _ in range(4))
     for l in reversed(range(L + 1)):
-        n, S, d = a[l].shape
-        rows = a[l].reshape(n * S, d)
+        n, _, d = a[l].shape
+        rows = a[l][counts[l]]
         mean[l] = rows.mean(0)
-        Sigma = sum(torch.outer(r - mean[l], r - mean[l]) for r in rows) / (n * S)
+        Sigma = sum(torch.outer(r - mean[l], r - mean[l]) for r in rows) / len(rows)
         D, U = nonzero_eigh(Sigma, rtol)
         kind = final if l == L else basis
         if kind == "neuron":
@@ -89,19 +97,21 @@ def transcribe(
             M = torch.zeros(d, d).double()
             for x in range(n):
                 J = averaged_jacobian(chain[l], a[l][x], mean[l], steps)  # (S', d', S, d)
+                J = J[counts[l + 1][x]][:, :, counts[l][x]]
                 g = torch.einsum("pi,tpsd->tisd", C[l + 1], J).reshape(-1, d)
-                M += g.T @ g / (n * S)
+                M += g.T @ g / len(rows)
             Lambda[l], V = nonzero_eigh(D.sqrt().diag() @ U.T @ M @ U @ D.sqrt().diag(), rtol)
             C[l] = U @ D.rsqrt().diag() @ V @ Lambda[l].sqrt().diag()
             C_pinv[l] = Lambda[l].rsqrt().diag() @ V.T @ D.sqrt().diag() @ U.T
     E = []
     for l in range(L):
-        n, S, _ = a[l].shape
+        n = len(a[l])
         E_l = torch.zeros(C[l + 1].shape[1], C[l].shape[1]).double()
         for x in range(n):
             J = averaged_jacobian(chain[l], a[l][x], mean[l], steps)
+            J = J[counts[l + 1][x]][:, :, counts[l][x]]
             J_hat = torch.einsum("pi,tpsd,jd->tisj", C[l + 1], J, C_pinv[l])
-            fhat = (a[l][x] - mean[l]) @ C[l]
-            E_l += torch.einsum("tisj,sj->tij", J_hat, fhat).square().sum(0) / (n * S)
+            fhat = (a[l][x][counts[l][x]] - mean[l]) @ C[l]
+            E_l += torch.einsum("tisj,sj->tij", J_hat, fhat).square().sum(0) / counts[l].sum()
         E.append(E_l)
     return Reference(a, mean, C, C_pinv, Lambda, E)

@@ -12,7 +12,7 @@ PACKAGE = Path(lib_lightning.__file__).parent
 # From the top down. A room is a folder, or a file of the package itself.
 ROOMS = [
     ("version", "core"),
-    ("metrics", "export", "schedule"),
+    ("metrics", "export", "schedule", "processes"),
     ("display",),
     ("graph",),
     ("compute", "samples"),

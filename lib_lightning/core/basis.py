@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lib_lightning.core.spectral import Cutoff, eigh_psd
+from lib_lightning.core.together import Together
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,14 @@ class Basis:
         """Copy to a device, where it is not there already."""
         moved = (t.to(device) for t in (self.mean, self.to_features, self.from_features, self.importance))
         return Basis(self.name, self.kind, *moved)
+
+    def shared(self, together: Together) -> Basis:
+        """The basis that process 0 has."""
+        return Basis(
+            self.name,
+            self.kind,
+            *together.first([self.mean, self.to_features, self.from_features, self.importance]),
+        )
 
     def encode(self, a: Tensor) -> Tensor:
         """Express activations as features.

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,13 +23,25 @@ from lib_lightning.core.cut import LiveModel
 from lib_lightning.core.edges import Edges
 from lib_lightning.core.errors import ActivationError, NotFiniteError
 from lib_lightning.core.layers import OUTPUT
+from lib_lightning.core.memory import STACK_ELEMENTS
 from lib_lightning.core.metric import JacobianMetric
 from lib_lightning.core.moments import Moments
-from lib_lightning.core.section import STACK_ELEMENTS, sections
+from lib_lightning.core.section import Section, sections
 from lib_lightning.core.spectral import Cutoff
+from lib_lightning.core.together import ALONE, Together
 
 BasisKind = Literal["lib", "pca", "neuron"]
 FinalBasisKind = Literal["auto", "neuron", "pca"]
+
+_DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+_ONE_BY_ONE = (
+    "Between '{}' and '{}' an operation cannot be differentiated for several vectors at once: they go one by one, with "
+    "the same result, more slowly."
+)
+_BACKWARDS = (
+    "Between '{}' and '{}' an operation has no second derivative: edges are computed backwards, output by output, with "
+    "the same result, more slowly."
+)
 
 
 @dataclass(frozen=True)
@@ -67,12 +79,14 @@ class Built:
         n_samples: Number of samples used.
         metric_errors: Estimated relative error of the metric of each node layer that has one: 0 where it is exact,
             None where a single probe leaves it unknown.
+        notes: What had to be done in a slower way than usual, in sentences.
     """
 
     bases: list[Basis]
     edges: list[Tensor]
     n_samples: int
     metric_errors: dict[str, float | None] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def build(
@@ -81,6 +95,7 @@ def build(
     settings: Settings,
     tick: Callable[[str], None] = lambda step: None,
     stack_elements: int = STACK_ELEMENTS,
+    together: Together = ALONE,
 ) -> Built:
     """Compute bases and edges of a live model.
 
@@ -90,36 +105,53 @@ def build(
         settings: What to compute.
         tick: Called after each batch of each pass with the name of the step.
         stack_elements: About how many numbers one stack of vectors through a section may hold.
+        together: The processes whose samples are to be taken as one; each has batches of its own, or none.
 
     Returns:
-        Bases and edges.
+        Bases and edges, the same on every process.
 
     Raises:
         ActivationError: If there are no samples, or activations or derivatives are not finite.
     """
+    names = [layer.name for layer in live.layers]
+    notes: dict[str, None] = {}
+    unstackable: set[int] = set()
 
-    def run(batch: Any, step: str) -> list[Any]:
-        result = sections(live, batch, [m.mean for m in moments], settings.integration_steps, stack_elements)
+    def run(batch: Any, step: str) -> Iterator[tuple[int, Section]]:
+        found = sections(live, batch, [m.mean for m in moments], settings.integration_steps, stack_elements)
+        for i, section in enumerate(found):
+            if i in unstackable:
+                section.stack = 1
+            stack = section.stack
+            yield i, section
+            if section.stack < stack:
+                unstackable.add(i)
+                notes[_ONE_BY_ONE.format(*names[i : i + 2])] = None
         tick(step)
-        return result
 
     # 1. Moments.
     moments = [Moments() for _ in live.layers]
+    dtype: torch.dtype | None = None
     for batch in batches:
-        for layer_moments, layer, a in zip(moments, live.layers, live.activations(batch), strict=True):
-            check_finite(layer.name, a)
-            layer_moments.update(a)
+        with torch.no_grad():
+            cuts = live.cut(batch)
+        for layer_moments, cut in zip(moments, cuts, strict=True):
+            check_finite(cut.layer.name, cut.rows)
+            layer_moments.update(cut.rows, cut.a.shape[0])
+            dtype = cut.a.dtype
         tick("moments")
-    if not batches or moments[0].count == 0:
-        raise ActivationError("There are no samples to compute a basis from.")
+    for layer_moments in moments:
+        layer_moments.reduce(together)
+        if layer_moments.count == 0:
+            raise ActivationError("There are no samples to compute a basis from, or a mask leaves out all of them.")
+    dtype = _same_dtype(dtype, together)
 
     # 2. Bases, from the last node layer to the first.
-    dtype = a.dtype
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(together.rank)
     bases: list[Basis] = []
     errors: dict[str, float | None] = {}
     for i in reversed(range(len(live.layers))):
-        name, mean, covariance = live.layers[i].name, moments[i].mean, moments[i].covariance
+        name, mean, covariance = names[i], moments[i].mean, moments[i].covariance
         cutoff = Cutoff(settings.rtol, mean.shape[0], dtype)
         kind = settings.basis if i < len(live.layers) - 1 else final_kind(settings, live.layers[i].taps)
         if kind == "neuron":
@@ -129,20 +161,33 @@ def build(
         else:
             metric = JacobianMetric(len(mean), bases[0].to_features, settings.n_probes, generator)
             for batch in batches:
-                metric.update(run(batch, f"basis of {name}")[i])
+                for k, section in run(batch, f"basis of {name}"):
+                    if k == i:
+                        metric.update(section)
+            metric.reduce(together)
             _check_derivatives(live, i, metric.gram.N)
             basis = lib_basis(name, mean, covariance, metric.factor(cutoff.metric), cutoff)
             errors[name] = metric.relative_error
-        bases.insert(0, basis)
+        # The same sums give the same basis only up to rounding, and truncation is all or nothing.
+        bases.insert(0, basis.shared(together))
 
     # 3. Edges.
     edges = [Edges(before, after) for before, after in itertools.pairwise(bases)]
     for batch in batches:
-        for section_edges, section in zip(edges, run(batch, "edges"), strict=True):
-            section_edges.update(section)
+        for i, section in run(batch, "edges"):
+            edges[i].update(section)
     for i, section_edges in enumerate(edges):
+        section_edges.reduce(together)
         _check_derivatives(live, i, section_edges.E)
-    return Built(bases, [e.E for e in edges], moments[0].n, errors)
+        if section_edges.fell_back:
+            notes[_BACKWARDS.format(*names[i : i + 2])] = None
+    return Built(bases, [e.E for e in edges], moments[0].n, errors, list(notes))
+
+
+def _same_dtype(dtype: torch.dtype | None, together: Together) -> torch.dtype:
+    """The type that activations have, also for a process that has seen none."""
+    own = -1 if dtype is None else _DTYPES.index(dtype)
+    return _DTYPES[max(int(index) for index in together.gather(torch.tensor([own])))]
 
 
 def final_kind(settings: Settings, taps: Sequence[str]) -> BasisKind:

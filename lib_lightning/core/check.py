@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from lib_lightning.core.cut import Cut, LiveModel
 from lib_lightning.core.errors import LIBError, NodeLayerError, NotFiniteError
-from lib_lightning.core.nested import batch_size, first_samples, first_tensor, map_tensors
+from lib_lightning.core.nested import batch_size, first_tensor, map_tensors, samples_between
+from lib_lightning.core.section import keep, pull_back
 
 # Enough to see samples influence each other.
 _SAMPLES = 3
@@ -34,7 +35,7 @@ def check(live: LiveModel, batch: Any) -> None:
         ActivationError: If activations are integers, NaN or infinite.
     """
     try:
-        _check(live, first_samples(batch, _SAMPLES))
+        _check(live, samples_between(batch, 0, _SAMPLES))
     except LIBError:
         raise
     except Exception:
@@ -48,8 +49,7 @@ def _check(live: LiveModel, batch: Any) -> None:
         with _watched_inputs(live, batch_size(batch), _as_leaf) as inputs:
             cuts = live.cut(batch)
         for cut in cuts:
-            check_finite(cut.layer.name, cut.a)
-            _check_taps_of_one_layer(cut)
+            check_finite(cut.layer.name, cut.rows)
         # What the first node layer does not depend on is context (a mask, a time step), not what it cuts off.
         inputs = {index: leaf for index, leaf in inputs.items() if _reaches(cuts[0].ends, [leaf])}
         _check_bypass(cuts, list(inputs.values()))
@@ -120,15 +120,6 @@ def _as_leaf(index: int, tensor: Tensor) -> Tensor:
     return tensor.requires_grad_(True)
 
 
-def _check_taps_of_one_layer(cut: Cut) -> None:
-    for k in range(1, len(cut.leaves)):
-        if _reaches(cut.ends[k : k + 1], cut.leaves[:k]):
-            raise NodeLayerError(
-                f"In node layer '{cut.layer.name}' the tap '{cut.layer.taps[k]}' is computed from another tap of the "
-                "same layer; taps of one layer must run side by side. Tap the place where their paths have met."
-            )
-
-
 def _check_bypass(cuts: Sequence[Cut], inputs: Sequence[Tensor]) -> None:
     earlier = [("the model's input", inputs), *((cut.layer.name, cut.leaves) for cut in cuts)]
     for position in range(1, len(cuts)):
@@ -157,8 +148,9 @@ def _check_section(before: Cut, after: Cut) -> None:
             "each must be the batch."
         )
     direction = torch.rand(a_next.shape, generator=torch.Generator().manual_seed(0)).to(a_next)
-    grads = _grad([a_next], before.leaves, direction)
-    seen = before.layer.write(before.layer.read(grads), [torch.zeros_like(grad) for grad in grads])
+    direction = keep(direction, after.mask)
+    grads = pull_back(before, after, direction)
+    seen = before.layer.write(keep(before.layer.read(grads), before.mask), [torch.zeros_like(grad) for grad in grads])
     # Compared so that NaN, which a derivative may well be, shows no path.
     if any(bool(((grad - part).abs() > 0).any()) for grad, part in zip(grads, seen, strict=True)):
         raise NodeLayerError(
@@ -168,7 +160,7 @@ def _check_section(before: Cut, after: Cut) -> None:
     for sample, others in ((0, slice(1, None)), (-1, slice(None, -1))):
         alone = torch.zeros_like(direction)
         alone[sample] = direction[sample]
-        if any(bool((grad[others].abs() > 0).any()) for grad in _grad([a_next], before.leaves, alone)):
+        if any(bool((grad[others].abs() > 0).any()) for grad in pull_back(before, after, alone)):
             raise NodeLayerError(
                 f"Samples influence each other between {names[1]} and {names[0]}: is axis 0 the batch? Models that "
                 "take the sequence first need batch_first=True; a norm over the batch is no function of one sample."
@@ -230,9 +222,3 @@ def _reaches(ends: Sequence[Tensor], leaves: Sequence[Tensor]) -> bool:
     directions = [torch.ones_like(end) for end in ends]
     grads = torch.autograd.grad(ends, list(leaves), directions, retain_graph=True, allow_unused=True)
     return any(grad is not None for grad in grads)
-
-
-def _grad(ends: Sequence[Tensor], leaves: Sequence[Tensor], direction: Tensor) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(
-        ends, list(leaves), direction, retain_graph=True, allow_unused=True, materialize_grads=True
-    )

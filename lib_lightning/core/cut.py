@@ -12,6 +12,8 @@ that tensor; `lib_lightning.core.check` tells when somebody does.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,10 +25,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lib_lightning.core.errors import ActivationError, NodeLayerError, quoted
-from lib_lightning.core.layers import INPUT, NodeLayer, check_taps, split_tap
+from lib_lightning.core.layers import INPUT, NodeLayer, check_taps, find_module, split_tap
 from lib_lightning.core.nested import first_tensor, map_tensors, replace_first_tensor
 
 InputFn = Callable[[Any], Any]
+MaskFn = Callable[[Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -37,16 +40,27 @@ class Cut:
         layer: The node layer.
         ends: The tapped tensors as computed, on the graph of the section before.
         leaves: What the model went on with, as leaves on which the section after hangs.
+        order: Indices of the taps in the order in which they ran. A tap may be computed from another one of its layer
+            that ran before; its end then hangs on that one's leaf.
+        mask: True at positions that count, shape ``(n, S)``; None where all of them do.
     """
 
     layer: NodeLayer
     ends: tuple[Tensor, ...]
     leaves: tuple[Tensor, ...]
+    order: tuple[int, ...]
+    mask: Tensor | None = None
 
     @property
     def a(self) -> Tensor:
         """Activations ``(n, S, d)`` as computed, differentiable towards the node layer before."""
         return self.layer.read(self.ends)
+
+    @property
+    def rows(self) -> Tensor:
+        """Activations at the positions that count, one a row: ``(m, d)``."""
+        a = self.a.detach()
+        return a.flatten(0, 1) if self.mask is None else a[self.mask]
 
 
 class LiveModel:
@@ -60,6 +74,8 @@ class LiveModel:
             list batch, and any other batch as it is.
         dtype: Floating-point type to compute in; the model's own by default. Parameters are converted for the length
             of a call, on the side.
+        mask_fn: Marks the positions of a batch that count, as a tensor of shape ``(n, S)``, true where they do: what
+            it leaves out (padding) enters no sum. By default all of them.
 
     Raises:
         NodeLayerError: If a tap names a module the model does not have.
@@ -71,12 +87,15 @@ class LiveModel:
         layers: Sequence[NodeLayer],
         input_fn: InputFn | None = None,
         dtype: torch.dtype | None = None,
+        mask_fn: MaskFn | None = None,
     ) -> None:
         self.model = model
         self.layers = list(layers)
         self.input_fn = input_fn or default_input_fn
         self.dtype = dtype
+        self.mask_fn = mask_fn
         self._changed: list[weakref.ref[Tensor]] = []
+        self._widths: dict[tuple[int, int], int] = {}
         check_taps(model, self.layers)
 
     def activations(self, batch: Any) -> list[Tensor]:
@@ -99,11 +118,12 @@ class LiveModel:
             NodeLayerError: If a node layer is never run, run repeatedly, or out of order.
             ActivationError: If its activations are not floating-point numbers.
         """
-        recorder = _Recorder(self.model, self.layers, replace or [None] * len(self.layers))
+        recorder = _Recorder(self.model, self.layers, replace or [None] * len(self.layers), self._widths)
         with recorder.hooked():
             self.run(batch)
         self._changed += recorder.changed
-        return recorder.finish()
+        cuts = recorder.finish()
+        return cuts if self.mask_fn is None else [_masked(cut, self.mask_fn(batch)) for cut in cuts]
 
     def run(self, batch: Any) -> Any:
         """Call the model on a batch, in the computation dtype, and return what it returns."""
@@ -140,8 +160,14 @@ class LiveModel:
 class _Recorder:
     """The hooks of one forward pass and what they saw."""
 
-    def __init__(self, model: nn.Module, layers: Sequence[NodeLayer], replace: Sequence[Tensor | None]) -> None:
-        self.model, self.layers, self.replace = model, layers, replace
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[NodeLayer],
+        replace: Sequence[Tensor | None],
+        widths: dict[tuple[int, int], int],
+    ) -> None:
+        self.model, self.layers, self.replace, self.widths = model, layers, replace, widths
         self.owned = {id(t) for t in (*model.parameters(), *model.buffers())}
         self.seen: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.changed: list[weakref.ref[Tensor]] = []
@@ -165,37 +191,43 @@ class _Recorder:
             raise NodeLayerError(
                 f"{quoted(missing)} did not run in the model's forward pass. Choose modules that forward() calls."
             )
-        if list(self.seen) != sorted(self.seen):
+        order = [i for i, _ in self.seen]
+        if order != sorted(order):
             raise NodeLayerError(
                 f"Node layers are out of order: give them as they run, {quoted([taps[key] for key in self.seen])}."
             )
         cuts = []
         for i, layer in enumerate(self.layers):
             ends, leaves = zip(*(self.seen[i, k] for k in range(len(layer.taps))), strict=True)
-            cuts.append(Cut(layer, ends, leaves))
+            cuts.append(Cut(layer, ends, leaves, tuple(k for j, k in self.seen if j == i)))
         return cuts
 
-    def _attach(self, tap: str, key: tuple[int, int]) -> RemovableHandle:
-        path, side = split_tap(tap)
-        module = self.model.get_submodule(path)
+    def _attach(self, name: str, key: tuple[int, int]) -> RemovableHandle:
+        tap = split_tap(name)
+        module = find_module(self.model, tap.path)
+        calls = itertools.count()
+
+        def visit(value: Any) -> Any:
+            call = next(calls)
+            if tap.call is None and call:
+                raise NodeLayerError(
+                    f"'{name}' runs more than once in a forward pass, so it does not cut the computation at one place. "
+                    f"Choose one of its calls ('{tap.path}#0' is the first), or the block around it."
+                )
+            return self._visit(name, key, value) if call == (tap.call or 0) else value
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-            args, kwargs = self._visit(tap, key, (args, kwargs))
+            args, kwargs = visit((args, kwargs))
             return args, kwargs
 
         def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            return self._visit(tap, key, output)
+            return visit(output)
 
-        if side == INPUT:
+        if tap.side == INPUT:
             return module.register_forward_pre_hook(before, with_kwargs=True)
         return module.register_forward_hook(after)
 
     def _visit(self, tap: str, key: tuple[int, int], value: Any) -> Any:
-        if key in self.seen:
-            raise NodeLayerError(
-                f"'{tap}' runs more than once in a forward pass, so it does not cut the computation at one place. "
-                "Choose a module that runs once, or the block around it."
-            )
         t = first_tensor(value)
         if t is None:
             raise ActivationError(
@@ -225,14 +257,18 @@ class _Recorder:
     def _replacement(self, key: tuple[int, int], t: Tensor) -> Tensor | None:
         layer_index, tap_index = key
         values = self.replace[layer_index]
+        layer = self.layers[layer_index].only(tap_index)
+        self.widths[key] = layer.width(t)
         if values is None:
             return None
         # Taps of one layer arrive one by one; each takes its own share of the features.
-        layer = self.layers[layer_index]
-        start = sum(layer.only(k).read([self.seen[layer_index, k][0]]).shape[-1] for k in range(tap_index))
-        width = layer.only(tap_index).read([t]).shape[-1]
-        (written,) = layer.only(tap_index).write(values[..., start : start + width], [t])
+        start = sum(self.widths[layer_index, k] for k in range(tap_index))
+        (written,) = layer.write(values[..., start : start + self.widths[key]], [t])
         return written.to(t.dtype)
+
+
+def _masked(cut: Cut, mask: Tensor) -> Cut:
+    return dataclasses.replace(cut, mask=cut.layer.select(mask.to(cut.ends[0].device) != 0, cut.ends))
 
 
 def default_input_fn(batch: Any) -> Any:

@@ -8,6 +8,7 @@ from torch import Tensor
 from lib_lightning.core.basis import Basis
 from lib_lightning.core.section import Section
 from lib_lightning.core.spectral import product_dtype
+from lib_lightning.core.together import Together
 
 # A Jacobian-vector product is a backward pass through a backward pass: measured at 1 to 2 times a plain one.
 _FORWARD_COST = 2
@@ -20,6 +21,9 @@ class Edges:
         before: Basis of the node layer with features ``j``.
         after: Basis of the next node layer, with features ``i``.
 
+    Attributes:
+        fell_back: Whether forward mode would have been cheaper, but has no derivative to go by.
+
     Note:
         Source: arXiv 2405.10928, edges of the interaction graph (squared). The inner sum over ``s`` is one
         Jacobian-vector product with the tangent ``v_s = fhat_{s,j} C^+_j``, whatever the number of output positions,
@@ -30,6 +34,7 @@ class Edges:
     def __init__(self, before: Basis, after: Basis) -> None:
         self.before, self.after = before, after
         self.rows = 0
+        self.fell_back = False
         self._forward: bool | None = None
         self._total = torch.zeros(after.n_features, before.n_features, dtype=torch.float64, device=before.mean.device)
 
@@ -39,10 +44,11 @@ class Edges:
         Args:
             section: The section between the two node layers, at that batch.
         """
-        self.rows += section.n * section.S_in
+        self.rows += section.rows
         if self._forward is None:
             cheaper = _FORWARD_COST * self.before.n_features < section.S_out * self.after.n_features
             self._forward = cheaper and section.has_jvp()
+            self.fell_back = cheaper and not self._forward
         if self._forward:
             self.update_forward(section)
         else:
@@ -66,6 +72,11 @@ class Edges:
         for i, cotangents in section.output_stacks(C_next):
             moved = ((section.vjp(cotangents) @ C_pinv.T) * fhat).sum(dim=2)
             self._total.index_add_(0, i, moved.to(product_dtype(moved.dtype)).square().sum(dim=1).double())
+
+    def reduce(self, together: Together) -> None:
+        """Join the sums of several processes."""
+        rows, self._total = together.sum([torch.tensor(self.rows, device=self._total.device), self._total])
+        self.rows = int(rows)
 
     @property
     def E(self) -> Tensor:

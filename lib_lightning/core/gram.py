@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lib_lightning.core.spectral import eigh_psd, product_dtype
+from lib_lightning.core.together import Together
 
 # Below this width the full matrix is cheaper than looking for a span.
 DENSE_WIDTH = 512
@@ -61,6 +62,22 @@ class GramSum:
         self.N = self.N.to(g.device)
         coordinates = g if self.dense else self._coordinates(g)
         self.N[part] += (coordinates.T @ coordinates).double()
+
+    def reduce(self, together: Together) -> None:
+        """Join the sums of several processes, over the span of all of them."""
+        if together.size == 1:
+            return
+        dense = together.gather(self.N.new_ones(1) * self.dense)
+        if any(bool(flag) for flag in dense) and not self.dense:
+            self._make_dense()
+        if not self.dense:
+            everyone = torch.cat([Q.double().reshape(-1, self.d) for Q in together.gather(self.Q.to(self.N))])
+            # Directions that two processes both found are nearly the same twice.
+            _, sizes, directions = torch.linalg.svd(everyone, full_matrices=False)
+            Q = directions[sizes > 1e-12]
+            own = self.Q.to(Q) @ Q.T
+            self.N, self.Q = own.T @ self.N @ own, Q
+        (self.N,) = together.sum([self.N])
 
     def matrix(self, part: int | None = None) -> Tensor:
         """One sum, or all together, as a matrix ``(d, d)``, float64."""

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from lib_lightning.core.errors import NodeLayerError, quoted
 
 INPUT, OUTPUT = "input", "output"
+# Where torch.compile keeps the module it wraps.
+_COMPILED = "_orig_mod"
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class NodeLayer:
     """One cut through a model: everything after it sees the model's input only through its activations.
 
     A plain string stands for the common cases: ``"module.path"`` is that module's output, ``"module.path:input"``
-    its input, ``"input"`` and ``"output"`` are the model's own. This class is for the rest.
+    its input, ``"input"`` and ``"output"`` are the model's own; ``"module.path#1"`` is the second call of a module that
+    runs several times in one forward pass. This class is for the rest.
 
     Args:
         taps: Where the activations are read, one string as above for each tensor; several are concatenated along the
@@ -113,6 +116,34 @@ class NodeLayer:
         """The same node layer with one of its taps."""
         return self if len(self.taps) == 1 else replace(self, taps=[self.taps[tap]])
 
+    def width(self, tensor: Tensor) -> int:
+        """Number of features in a tapped tensor."""
+        return self._to_rows(tensor).shape[-1]
+
+    def select(self, mask: Tensor, tensors: Sequence[Tensor]) -> Tensor | None:
+        """Match a mask of the batch's positions with the positions that are looked at.
+
+        Args:
+            mask: True at positions that count, shape ``(n, S)`` with the ``S`` positions of the batch.
+            tensors: One tensor for each tap.
+
+        Returns:
+            A mask ``(n, S)`` for the activations that `read` gives; None for a single position per sample, such as
+            after pooling, of which nothing is padding.
+
+        Raises:
+            NodeLayerError: If the node layer has yet another number of positions.
+        """
+        n, S, _ = self._to_rows(tensors[0]).shape
+        if S == 1 and self.positions is None:
+            return None
+        if mask.shape != (n, S):
+            raise NodeLayerError(
+                f"The mask has shape {tuple(mask.shape)}, but node layer '{self.name}' has {n} samples and {S} "
+                "positions: a mask marks the positions of every node layer that has more than one."
+            )
+        return mask if self.positions is None else mask[:, self._position_index(S, mask.device)]
+
     def _feature_axis(self, ndim: int) -> int:
         if self.feature_dim is not None:
             return self.feature_dim
@@ -174,31 +205,92 @@ def as_node_layers(specs: Sequence[str | NodeLayer]) -> list[NodeLayer]:
     return layers
 
 
-def split_tap(tap: str) -> tuple[str, str]:
-    """Split a tap into a module path and the side of the module it is read on.
+@dataclass(frozen=True)
+class Tap:
+    """A tap, taken apart.
+
+    Attributes:
+        path: Path of the module; empty for the model itself.
+        side: ``"input"`` or ``"output"``.
+        call: Which of the module's calls in one forward pass, from 0; None where it has to be the only one.
+    """
+
+    path: str
+    side: str
+    call: int | None
+
+
+def split_tap(tap: str) -> Tap:
+    """Take a tap apart.
 
     Args:
-        tap: ``"module.path"``, ``"module.path:input"``, ``"module.path:output"``, ``"input"`` or ``"output"``.
+        tap: ``"module.path"``, ``"module.path:input"``, ``"module.path:output"``, ``"input"`` or ``"output"``; after
+            the path may stand the number of a call, ``"module.path#1:input"``.
 
     Returns:
-        The module path (empty for the model itself) and ``"input"`` or ``"output"``.
+        Its parts.
 
     Raises:
         NodeLayerError: If the tap is not of that form.
 
     Example:
-        >>> split_tap("fc1:input"), split_tap("fc1"), split_tap("output")
-        (('fc1', 'input'), ('fc1', 'output'), ('', 'output'))
+        >>> split_tap("fc1:input"), split_tap("fc1#2"), split_tap("output")
+        (Tap(path='fc1', side='input', call=None),
+         Tap(path='fc1', side='output', call=2),
+         Tap(path='', side='output', call=None))
     """
     if tap in (INPUT, OUTPUT):
-        return "", tap
-    path, colon, side = tap.partition(":")
-    if not path or (colon and side not in (INPUT, OUTPUT)):
+        return Tap("", tap, None)
+    place, colon, side = tap.partition(":")
+    path, number, call = place.partition("#")
+    if not path or (colon and side not in (INPUT, OUTPUT)) or (number and not call.isdecimal()):
         raise NodeLayerError(
             f"'{tap}' is not a tap: write 'module.path' for a module's output, 'module.path:input' for its input, "
-            "or 'input' or 'output' for the model's own."
+            "'module.path#1' for the second of several calls, or 'input' or 'output' for the model's own."
         )
-    return path, side or OUTPUT
+    return Tap(path, side or OUTPUT, int(call) if number else None)
+
+
+def find_module(model: nn.Module, path: str) -> nn.Module:
+    """The module of a path, which need not name the wrappers that ``torch.compile`` puts around modules.
+
+    Args:
+        model: The model.
+        path: ``"net.0"`` finds ``net._orig_mod.0``, too. Empty for the model itself.
+
+    Returns:
+        The module; the original one of a compiled module.
+
+    Raises:
+        AttributeError: If there is no such module.
+    """
+    module = _original(model)
+    for name in path.split(".") if path else []:
+        if name != _COMPILED:
+            child = module._modules.get(name)
+            if child is None:
+                raise AttributeError(f"{type(module).__name__} has no module '{name}'")
+            module = _original(child)
+    return module
+
+
+def module_paths(model: nn.Module) -> list[str]:
+    """Paths of all modules, in the order of definition, without the wrappers that ``torch.compile`` puts around them.
+
+    Args:
+        model: The model, whose own path is empty.
+
+    Returns:
+        The paths; a module that stands in several places has several.
+    """
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    plain = (".".join(part for part in name.split(".") if part != _COMPILED) for name in names)
+    return list(dict.fromkeys(plain))
+
+
+def _original(module: nn.Module) -> nn.Module:
+    inner = module._modules.get(_COMPILED)
+    return module if inner is None else _original(inner)
 
 
 def check_taps(model: nn.Module, layers: Sequence[NodeLayer]) -> None:
@@ -211,13 +303,16 @@ def check_taps(model: nn.Module, layers: Sequence[NodeLayer]) -> None:
     Raises:
         NodeLayerError: With the nearest names that do exist.
     """
-    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     for layer in layers:
-        for tap in layer.taps:
-            path, side = split_tap(tap)
-            if path in names:
-                continue
-            near = difflib.get_close_matches(path, names, n=3, cutoff=0.4) or [name for name in names if name][:8]
-            suffix = f":{side}" if side == INPUT else ""
-            hint = f"Near matches: {quoted(name + suffix for name in near)}." if near else "It has no modules at all."
-            raise NodeLayerError(f"{type(model).__name__} has no module '{path}' (node layer '{layer.name}'). {hint}")
+        for name in layer.taps:
+            tap = split_tap(name)
+            try:
+                find_module(model, tap.path)
+            except AttributeError:
+                names = module_paths(model)
+                near = difflib.get_close_matches(tap.path, names, n=3, cutoff=0.4) or [n for n in names if n][:8]
+                suffix = f":{tap.side}" if tap.side == INPUT else ""
+                hint = f"Near matches: {quoted(n + suffix for n in near)}." if near else "It has no modules at all."
+                raise NodeLayerError(
+                    f"{type(model).__name__} has no module '{tap.path}' (node layer '{layer.name}'). {hint}"
+                ) from None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lib_lightning.core.gram import GramSum
 from lib_lightning.core.section import Section
+from lib_lightning.core.together import Together
 
 
 class JacobianMetric:
@@ -36,7 +37,7 @@ class JacobianMetric:
         Args:
             section: The section after the node layer, at that batch.
         """
-        self.rows += section.n * section.S_in
+        self.rows += section.rows
         C = self.C_next.to(section.a)
         if self.n_probes is None:
             for _, cotangents in section.output_stacks(C):
@@ -55,6 +56,12 @@ class JacobianMetric:
     def _add(self, section: Section, cotangents: Tensor, half: int) -> None:
         if cotangents.shape[0]:
             self.gram.add(section.vjp(cotangents).flatten(0, 2), half)
+
+    def reduce(self, together: Together) -> None:
+        """Join the sums of several processes."""
+        (rows,) = together.sum([torch.tensor(self.rows, device=self.gram.N.device)])
+        self.rows = int(rows)
+        self.gram.reduce(together)
 
     def factor(self, cutoff: float) -> Tensor:
         """Square-root factor ``B`` with ``B^T B = M``.

@@ -92,23 +92,24 @@ def batch_size(batch: Any) -> int:
     return 0 if first is None or first.ndim == 0 else first.shape[0]
 
 
-def first_samples(batch: Any, count: int) -> Any:
-    """Take the first samples of a batch.
+def samples_between(batch: Any, start: int, stop: int) -> Any:
+    """Take some of the samples of a batch.
 
     Args:
-        batch: Tensors in tuples, lists and mappings; those with one entry for each sample are cut short.
-        count: Samples to take.
+        batch: Tensors in tuples, lists and mappings; those with one entry for each sample are cut.
+        start: First sample.
+        stop: Sample to stop before.
 
     Returns:
         The same structure, as views.
 
     Example:
         >>> import torch
-        >>> first_samples({"x": torch.zeros(4, 2), "scale": torch.ones(())}, 3)["x"].shape
-        torch.Size([3, 2])
+        >>> samples_between({"x": torch.zeros(4, 2), "scale": torch.ones(())}, 1, 3)["x"].shape
+        torch.Size([2, 2])
     """
     n = batch_size(batch)
-    return map_tensors(batch, lambda t: t[:count] if t.ndim > 0 and t.shape[0] == n else t)
+    return map_tensors(batch, lambda t: t[start:stop] if t.ndim > 0 and t.shape[0] == n else t)
 
 
 def _with_items(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Any:

@@ -8,17 +8,15 @@ placeholder ``u``, so the derivative of that product with respect to ``u``, alon
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lib_lightning.core.cut import Cut, LiveModel
-
-# One stack of vectors goes through a section at once. Small tensors gain from it (2 to 6 times fewer calls' overhead),
-# large ones lose to the cache; measured on CPU, the change of sign lies near this many numbers.
-STACK_ELEMENTS = 2**18
+from lib_lightning.core.memory import STACK_ELEMENTS, is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,8 @@ class Point:
 class Section:
     """Products with the Jacobian of one section at one batch, averaged over the integration path.
 
+    Rows and columns of positions that a mask leaves out are zero.
+
     Args:
         a: Activations ``(n, S_in, d_in)`` of the node layer before.
         points: One point of weight 1 for the gradient at the activations; several for integrated gradients.
@@ -42,12 +42,19 @@ class Section:
     def __init__(self, a: Tensor, points: Sequence[Point], stack_elements: int = STACK_ELEMENTS) -> None:
         self.a = a.detach()
         self.points = list(points)
-        self._outputs = [point.after.a for point in self.points]
         self.n, self.S_in, self.d_in = self.a.shape
-        _, self.S_out, self.d_out = self._outputs[0].shape
+        output = self.points[0].after.a
+        _, self.S_out, self.d_out = output.shape
+        self._output_dtype = output.dtype
+        self.mask_in, self.mask_out = self.points[0].before.mask, self.points[0].after.mask
         largest = self.n * max(self.S_in * self.d_in, self.S_out * self.d_out)
         self.stack = max(1, stack_elements // max(1, largest))
         self._transposed: list[tuple[Tensor, Sequence[Tensor]]] | None = None
+
+    @property
+    def rows(self) -> int:
+        """Number of samples times input positions, counting only positions that count."""
+        return self.n * self.S_in if self.mask_in is None else int(self.mask_in.sum())
 
     def vjp(self, cotangents: Tensor) -> Tensor:
         """Multiply from the output side: ``J^T u`` for a stack of ``u``.
@@ -58,18 +65,23 @@ class Section:
         Returns:
             ``J^T u``, shape ``(k, n, S_in, d_in)``.
         """
+        cotangents = keep(cotangents, self.mask_out)
         products = []
-        for point, output in zip(self.points, self._outputs, strict=True):
-            grads = self._grads([output], point.before.leaves, [cotangents])
+        for point in self.points:
+
+            def pull(vectors: Sequence[Tensor], k: int | None, point: Point = point) -> list[Tensor]:
+                return pull_back(point.before, point.after, vectors[0], k)
+
+            grads = self._in_stacks([cotangents], pull)
             rows = point.before.layer.read([grad.flatten(0, 1) for grad in grads])
             products.append(point.weight * rows.unflatten(0, cotangents.shape[:2]))
-        return _sum(products)
+        return keep(_sum(products), self.mask_in)
 
     def has_jvp(self) -> bool:
         """Tell whether `jvp` works here: some operations have no second derivative, or a silently wrong one."""
         generator = torch.Generator().manual_seed(0)
         v = torch.randn(1, *self.a.shape, generator=generator).to(self.a)
-        u = torch.randn(1, *self._outputs[0].shape, generator=generator).to(self.a)
+        u = torch.randn(1, self.n, self.S_out, self.d_out, generator=generator).to(self.a)
         try:
             along, back = (u * self.jvp(v)).sum((0, 2, 3)), (self.vjp(u) * v).sum((0, 2, 3))
         except (RuntimeError, NotImplementedError):
@@ -105,32 +117,79 @@ class Section:
             ``J v``, shape ``(k, n, S_out, d_out)``.
         """
         if self._transposed is None:
-            self._transposed = [_transpose(p.before, y) for p, y in zip(self.points, self._outputs, strict=True)]
+            self._transposed = [self._transpose(point) for point in self.points]
         k = tangents.shape[0]
+        tangents = keep(tangents, self.mask_in)
         products = []
         for point, (placeholder, grads) in zip(self.points, self._transposed, strict=True):
             zeros = [leaf.new_zeros(k * leaf.shape[0], *leaf.shape[1:]) for leaf in point.before.leaves]
             written = point.before.layer.write(tangents.flatten(0, 1), zeros)
             stacks = [v.unflatten(0, (k, -1)) for v in written]
-            (product,) = self._grads(grads, [placeholder], stacks)
+            (product,) = self._in_stacks(stacks, partial(_grad, grads, [placeholder]))
             products.append(point.weight * product)
-        return _sum(products)
+        return keep(_sum(products), self.mask_out)
 
-    def _grads(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], stacks: Sequence[Tensor]) -> list[Tensor]:
-        """Products of a stack of vectors with the derivative of ``outputs`` with respect to ``inputs``."""
+    def _transpose(self, point: Point) -> tuple[Tensor, Sequence[Tensor]]:
+        shape = (self.n, self.S_out, self.d_out)
+        placeholder = torch.zeros(shape, dtype=self._output_dtype, device=self.a.device, requires_grad=True)
+        return placeholder, pull_back(point.before, point.after, placeholder, create_graph=True)
+
+    def _in_stacks(
+        self, stacks: Sequence[Tensor], product: Callable[[Sequence[Tensor], int | None], Sequence[Tensor]]
+    ) -> list[Tensor]:
+        """Products of a stack of vectors with a derivative: all at once where that works."""
         k = stacks[0].shape[0]
         if k > 1 and self.stack > 1:
             try:
-                return _grad(outputs, inputs, stacks, k)
-            except (RuntimeError, NotImplementedError):
+                return list(product(stacks, k))
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
                 # Some operation in here cannot be stacked: one vector at a time from now on.
                 self.stack = 1
-        singles = [_grad(outputs, inputs, [stack[index] for stack in stacks], None) for index in range(k)]
+        singles = [product([stack[index] for stack in stacks], None) for index in range(k)]
         return [torch.stack(parts) for parts in zip(*singles, strict=True)]
 
 
+def pull_back(
+    before: Cut, after: Cut, cotangent: Tensor, k: int | None = None, create_graph: bool = False
+) -> list[Tensor]:
+    """Gradients of a node layer's activations, weighted by a cotangent, with respect to the node layer before.
+
+    Args:
+        before: The node layer before.
+        after: The node layer whose activations are differentiated.
+        cotangent: Shape ``(n, S, d)``, or ``(k, n, S, d)`` for a stack of them.
+        k: Size of the stack; None for a single cotangent.
+        create_graph: Whether the result is to be differentiable in turn.
+
+    Returns:
+        One gradient for each leaf of ``before``, in its shape, after the axis of the stack if there is one.
+    """
+    if len(after.ends) == 1:
+        return _grad([after.a], before.leaves, [cotangent], k, create_graph)
+    # One tap may be computed from another: from the last to the first, each hands on what it owes to those before it.
+    stacked = () if k is None else (k,)
+    zeros = [end.new_zeros(*stacked, *end.shape).flatten(0, len(stacked)) for end in after.ends]
+    shares = after.layer.write(cotangent.flatten(0, len(stacked)), zeros)
+    owed = [share.reshape(*stacked, *end.shape) for share, end in zip(shares, after.ends, strict=True)]
+    total = [leaf.new_zeros(*stacked, *leaf.shape) for leaf in before.leaves]
+    for position in reversed(range(len(after.order))):
+        tap, earlier = after.order[position], after.order[:position]
+        leaves = [*(after.leaves[t] for t in earlier), *before.leaves]
+        grads = _grad([after.ends[tap]], leaves, [owed[tap]], k, create_graph)
+        for t, grad in zip(earlier, grads, strict=False):
+            owed[t] = owed[t] + grad
+        total = [x + y for x, y in zip(total, grads[len(earlier) :], strict=True)]
+    return total
+
+
 def _grad(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor], k: int | None
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    k: int | None,
+    create_graph: bool = False,
 ) -> list[Tensor]:
     live = [i for i, output in enumerate(outputs) if output.requires_grad]
     grads: Sequence[Tensor | None] = [None] * len(inputs)
@@ -140,6 +199,7 @@ def _grad(
             inputs,
             [vectors[i] for i in live],
             retain_graph=True,
+            create_graph=create_graph,
             allow_unused=True,
             is_grads_batched=k is not None,
         )
@@ -175,13 +235,17 @@ def sections(
         cuts = live.cut(batch)
         return [Section(b.a, [Point(1.0, b, c)], stack_elements) for b, c in itertools.pairwise(cuts)]
     activations = live.activations(batch)
-    points: list[list[Point]] = [[] for _ in activations[1:]]
+    # The last node layer starts no section: it stays as it is. A tap that is computed from another one of its layer
+    # must not see that one replaced: then neighbours take turns, in two passes.
+    starts = range(len(activations) - 1)
+    turns = [starts] if all(len(layer.taps) == 1 for layer in live.layers[1:]) else [starts[0::2], starts[1::2]]
+    points: list[list[Point]] = [[] for _ in starts]
     for alpha, weight in gauss_legendre(integration_steps):
-        # The last node layer starts no section: it stays as it is.
-        path = [m.to(a) + alpha * (a - m.to(a)) for m, a in zip(means[:-1], activations[:-1], strict=True)]
-        cuts = live.cut(batch, [*path, None])
-        for i, (before, after) in enumerate(itertools.pairwise(cuts)):
-            points[i].append(Point(weight, before, after))
+        path = [m.to(a) + alpha * (a - m.to(a)) for m, a in zip(means, activations, strict=True)]
+        for turn in turns:
+            cuts = live.cut(batch, [a if i in turn else None for i, a in enumerate(path)])
+            for i in turn:
+                points[i].append(Point(weight, cuts[i], cuts[i + 1]))
     return [Section(a, p, stack_elements) for a, p in zip(activations[:-1], points, strict=True)]
 
 
@@ -207,12 +271,9 @@ def gauss_legendre(k: int) -> Iterator[tuple[float, float]]:
     yield from zip(((nodes + 1) / 2).tolist(), vectors[0].square().tolist(), strict=True)
 
 
-def _transpose(before: Cut, output: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-    placeholder = torch.zeros_like(output, requires_grad=True)
-    grads = torch.autograd.grad(
-        [output], before.leaves, [placeholder], create_graph=True, allow_unused=True, materialize_grads=True
-    )
-    return placeholder, grads
+def keep(stack: Tensor, mask: Tensor | None) -> Tensor:
+    """Zero where a mask ``(n, S)`` says that a position does not count, in a stack ``(..., n, S, d)``."""
+    return stack if mask is None else torch.where(mask[..., None], stack, stack.new_zeros(()))
 
 
 def _sum(tensors: Sequence[Tensor]) -> Tensor:

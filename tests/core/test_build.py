@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lib_lightning import InteractionGraph, compute_interaction_graph
+from lib_lightning.compute import as_mask_fn
 from lib_lightning.core.build import Settings, build
 from lib_lightning.core.cut import LiveModel
 from lib_lightning.core.layers import as_node_layers
@@ -31,7 +32,7 @@ def close(actual: Tensor, expected: Tensor, scale: Tensor | None = None) -> bool
 def graph_of(case: Case, *sizes: int, **options: object) -> InteractionGraph:
     batches = case.batches(*(sizes or (10_000,)))
     return compute_interaction_graph(
-        case.model, batches, case.node_layers, rtol=RTOL, input_fn=case.input_fn, **options
+        case.model, batches, case.node_layers, rtol=RTOL, input_fn=case.input_fn, mask=case.mask, **options
     )
 
 
@@ -39,7 +40,7 @@ def graph_of(case: Case, *sizes: int, **options: object) -> InteractionGraph:
 def reference_of(case: Case, **options: object) -> Reference:
     with torch.no_grad():
         a0 = case.first(case.data)
-    return transcribe(a0, case.sections, rtol=RTOL, **options)
+    return transcribe(a0, case.sections, rtol=RTOL, masks=case.masks, **options)
 
 
 def assert_same(graph: InteractionGraph, reference: Reference) -> None:
@@ -75,7 +76,7 @@ def test_integrated_gradients_agree_with_transcription(case: Case, steps: int) -
 @pytest.mark.parametrize("sizes", [(1,), (7, 2, 11)])
 @pytest.mark.parametrize("stack_elements", [1, 200, 10**9])
 def test_any_batch_split_and_chunk_size_agrees(case: Case, sizes: tuple[int, ...], stack_elements: int) -> None:
-    live = LiveModel(case.model, as_node_layers(case.node_layers), case.input_fn)
+    live = LiveModel(case.model, as_node_layers(case.node_layers), case.input_fn, mask_fn=as_mask_fn(case.mask))
     built = build(live, case.batches(*sizes), Settings(rtol=RTOL, final_basis="neuron"), stack_elements=stack_elements)
     whole = graph_of(case, final_basis="neuron")
     assert built.n_samples == whole.info["n_samples"]
@@ -87,8 +88,8 @@ def test_any_batch_split_and_chunk_size_agrees(case: Case, sizes: tuple[int, ...
 
 def test_features_are_centred_and_their_variance_is_their_importance(case: Case) -> None:
     graph, reference = graph_of(case), reference_of(case)
-    for a, basis in list(zip(reference.activations, graph.bases.values(), strict=True))[:-1]:
-        features = basis.encode(a).flatten(0, 1)
+    for l, (a, basis) in enumerate(list(zip(reference.activations, graph.bases.values(), strict=True))[:-1]):
+        features = basis.encode(a)[case.counts(a, l)]
         assert features.mean(0).abs().max() < TOLERANCE * basis.importance.max().sqrt()
         assert close(features.T @ features / len(features), basis.importance.diag())
 
@@ -97,11 +98,13 @@ def test_jacobians_are_orthonormal(case: Case) -> None:
     graph, reference = graph_of(case), reference_of(case)
     bases = list(graph.bases.values())
     for l, F in enumerate(case.sections):
-        a = reference.activations[l]
+        a, a_next = reference.activations[l : l + 2]
+        counts, counts_next = case.counts(a, l), case.counts(a_next, l + 1)
         total = torch.zeros(bases[l].n_features, bases[l].n_features).double()
-        for a_x in a:
+        for x, a_x in enumerate(a):
             J = torch.einsum("pi,tpsd,jd->tisj", bases[l + 1].to_features, jacobian(F, a_x), bases[l].from_features)
-            total += torch.einsum("tisj,tisk->jk", J, J) / (len(a) * a.shape[1])
+            J = J[counts_next[x]][:, :, counts[x]]
+            total += torch.einsum("tisj,tisk->jk", J, J) / counts.sum()
         assert close(total, torch.eye(len(total)).double())
 
 

@@ -35,7 +35,8 @@ def test_replaced_activations_reach_everything_after(case: Case) -> None:
     with torch.no_grad():
         cuts = live.cut(case.data, [None, new, *[None] * (len(activations) - 2)])
     torch.testing.assert_close(cuts[-1].a, expected)
-    assert torch.equal(cuts[1].a, activations[1]), "the end keeps what was computed"
+    if len(cuts[1].ends) == 1:  # of several taps, one may be computed from another, which was replaced
+        assert torch.equal(cuts[1].a, activations[1]), "the end keeps what was computed"
 
 
 def test_callers_batch_and_model_are_left_alone(case: Case) -> None:
@@ -317,11 +318,6 @@ def test_samples_that_influence_each_other_are_refused() -> None:
         check_node_layers(SequenceFirst(), torch.randn(6, 3, 4), ["input", "gru", "output"])
     with pytest.raises(NodeLayerError, match=r"differ in samples \(3 and 12\): axis 0 of each must be the batch"):
         check_node_layers(nn.Sequential(nn.Linear(2, 2), nn.Flatten(0, 1)), torch.randn(3, 4, 2), ["input", "output"])
-
-
-def test_a_tap_that_depends_on_another_of_its_layer_is_refused() -> None:
-    with pytest.raises(NodeLayerError, match="the tap 'f' is computed from another tap of the same layer"):
-        check_node_layers(Residual(in_place=False), torch.randn(3, 3), ["input", NodeLayer(["embed", "f"]), "output"])
 
 
 def test_parallel_layers_are_refused() -> None:

@@ -1,0 +1,140 @@
+"""How much fits: samples go through a model in chunks, and vectors through a section in stacks, of bounded size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lib_lightning.core.cut import LiveModel
+from lib_lightning.core.errors import ActivationError
+from lib_lightning.core.nested import batch_size, samples_between
+
+# One stack of vectors goes through a section at once. Small tensors gain from it (2 to 6 times fewer calls' overhead),
+# large ones lose to the cache; measured on CPU, the change of sign lies near this many numbers.
+STACK_ELEMENTS = 2**18
+# Forward mode differentiates a backward pass, whose intermediates are kept beside those of the forward pass.
+_GRAPHS = 3
+# A backward pass holds a few tensors of the size of the largest one at a time.
+_WORKING = 4
+_SAMPLES = 2
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """How much is computed at once.
+
+    Attributes:
+        samples: Most samples that go through the model together.
+        stack_elements: About how many numbers one stack of vectors through a section may hold.
+    """
+
+    samples: int = 2**31
+    stack_elements: int = STACK_ELEMENTS
+
+    def halved(self, largest_batch: int) -> Chunks:
+        """Half of it, for batches of up to so many samples."""
+        return Chunks(max(1, min(self.samples, largest_batch) // 2), max(1, self.stack_elements // 2))
+
+
+def plan_chunks(live: LiveModel, batch: Any, memory_limit: int) -> Chunks:
+    """Choose chunks that keep a computation within a memory budget, by what autograd keeps of a few samples.
+
+    Args:
+        live: The model and its node layers.
+        batch: One batch, of which a few samples are run.
+        memory_limit: Memory to use beside the model and the batches, in bytes.
+
+    Returns:
+        The chunks.
+
+    Raises:
+        ActivationError: If a node layer is so wide that its covariance alone does not fit.
+    """
+    few = samples_between(batch, 0, _SAMPLES)
+    n = max(1, batch_size(few))
+    parameters = {t.untyped_storage().data_ptr() for t in (*live.model.parameters(), *live.model.buffers())}
+    kept: dict[int, int] = {}
+    largest = 1
+
+    def note(t: Tensor) -> Tensor:
+        nonlocal largest
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+            largest = max(largest, t.numel())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        cuts = live.cut(few)
+    for cut in cuts:
+        d = cut.a.shape[-1]
+        if 8 * d * d > memory_limit:
+            raise ActivationError(
+                f"Node layer '{cut.layer.name}' has {d:,} features at each position: the covariance alone takes "
+                f"{8 * d * d / 2**30:.1f} GiB, more than memory_limit allows ({memory_limit / 2**30:.1f} GiB). Choose "
+                "a narrower node layer, or raise memory_limit."
+            )
+    itemsize = cuts[0].a.element_size()
+    ends = max(cut.a.numel() for cut in cuts)
+    samples = memory_limit // 2 // (_GRAPHS * max(1, sum(kept.values()) // n))
+    stack = memory_limit // 2 // (_WORKING * itemsize) * ends // max(ends, largest)
+    return Chunks(max(1, samples), max(1, min(STACK_ELEMENTS, stack)))
+
+
+def in_chunks(live: LiveModel, batches: Sequence[Any], size: int) -> list[Any]:
+    """Cut batches into chunks of samples.
+
+    Args:
+        live: The model, which tells whether a batch can be cut at all.
+        batches: Batches.
+        size: Most samples in a chunk.
+
+    Returns:
+        Chunks, in order; the batches as they are where no batch is larger, or where cut batches give other
+        activations (something in the batch is not one entry a sample, though it has that length).
+    """
+    if all(batch_size(batch) <= size for batch in batches):
+        return list(batches)
+    chunks = [chunk for batch in batches for chunk in _chunks(batch, size)]
+    large = next(batch for batch in batches if batch_size(batch) > size)
+    try:
+        whole = live.activations(large)
+        first = live.activations(samples_between(large, 0, size))
+    except Exception as error:
+        if is_out_of_memory(error):  # the whole batch does not fit; that is what chunks are for
+            return chunks
+        raise
+    # Other kernels may serve other batch sizes: equal up to rounding, which half precision makes large.
+    same = all(
+        a.shape[1:] == b.shape[1:] and bool((a[:size] - b).norm() <= torch.finfo(a.dtype).eps ** 0.5 * b.norm())
+        for a, b in zip(whole, first, strict=True)
+    )
+    return chunks if same else list(batches)
+
+
+def _chunks(batch: Any, size: int) -> Iterator[Any]:
+    for start in range(0, max(1, batch_size(batch)), size):
+        yield samples_between(batch, start, start + size)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory ran out, on an accelerator or on the CPU.
+
+    Args:
+        error: Any exception.
+
+    Returns:
+        True if so.
+
+    Example:
+        >>> is_out_of_memory(MemoryError()), is_out_of_memory(ValueError("too large"))
+        (True, False)
+    """
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    signs = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

@@ -1,0 +1,41 @@
+"""What `build` needs of several processes that work on different samples of the same run, and what one alone gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor
+
+
+class Together:
+    """One process, with nothing to share: the interface through which sums go, and its simplest case.
+
+    Attributes:
+        rank: Number of this process, from 0.
+        size: Number of processes.
+    """
+
+    rank = 0
+    size = 1
+
+    def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Sum over processes, entry by entry; the shapes are the same everywhere."""
+        return list(tensors)
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors of all processes, of any sizes, but with equally many axes."""
+        return [tensor]
+
+    def first(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors of process 0, for all to go on with the same numbers."""
+        own = tensors if self.rank == 0 else [t.new_zeros((0,) * t.ndim) for t in tensors]
+        return [self.gather(t)[0] for t in own]
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """A block that all processes leave well, or all with an error: nobody waits for one that has failed."""
+        yield
+
+
+ALONE = Together()
