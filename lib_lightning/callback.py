@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-import shutil
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from lib_lightning.compute import check_node_layers, compute_interaction_graph
+from lib_lightning.compute import MEMORY_LIMIT, as_mask_fn, check_node_layers, graph_of, propose_node_layers
 from lib_lightning.core.build import BasisKind, FinalBasisKind, Settings
-from lib_lightning.core.cut import InputFn
+from lib_lightning.core.cut import InputFn, LiveModel, MaskFn
 from lib_lightning.core.errors import LIBError, NodeLayerError, NotFiniteError
+from lib_lightning.core.guard import random_states_kept
 from lib_lightning.core.layers import NodeLayer, as_node_layers, check_taps
 from lib_lightning.core.nested import batch_size
-from lib_lightning.display.image import render_png
-from lib_lightning.display.loggers import log_image
-from lib_lightning.export.files import write_bytes
+from lib_lightning.core.together import ALONE, Together
+from lib_lightning.display.loggers import log_image, where_to_look
+from lib_lightning.folder import SnapshotFolder
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.metrics.summary import graph_scalars, scalar_keys
-from lib_lightning.samples import SampleBuffer
+from lib_lightning.processes import agree_on_text
+from lib_lightning.samples import SampleBuffer, share_of
 from lib_lightning.schedule import Schedule
+from lib_lightning.trainers import (
+    batches_in_turn,
+    distinct_validation_samples,
+    logging_step,
+    place_in_data,
+    processes_of,
+    refuse_what_cannot_work,
+    refuse_without_validation,
+    run_folder,
+    shared_samples,
+    validates,
+)
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +57,9 @@ class LIBCallback(pl.Callback):
     Args:
         node_layers: Where to cut the model, in forward order: ``module.path`` for a module's output,
             ``module.path:input`` for its input, ``input`` and ``output`` for the model's own, or a NodeLayer. Paths
-            start at the LightningModule.
-        num_samples: Number of validation samples to compute on, the same ones throughout: the first ones of the first
-            whole validation. Snapshots before it use those of the sanity check.
+            start at the LightningModule. None (null) takes a proposal and says which; see `list_node_layers`.
+        num_samples: Number of validation samples to compute on, over all processes, and the same ones throughout: the
+            first ones of the first whole validation. Snapshots before it use those of the sanity check.
         every_n_validations: A snapshot at the first validation and every so many after it. This is the default, with
             every validation, if no other schedule is given.
         every_n_steps: Instead, a snapshot before training and every so many optimizer steps.
@@ -64,10 +76,16 @@ class LIBCallback(pl.Callback):
         dtype: Floating-point type to compute in; None (null) for the model's own.
         input_fn: Turns a validation batch into what the model is called with: a dict becomes keyword arguments, a
             tuple positional ones. By default the first entry of a tuple or list, and any other batch as it is.
+        mask: Marks the positions that count, where some are padding: the name or index of the batch's entry that does,
+            such as attention_mask, or a function from a batch to a tensor ``(n, S)``.
+        dataloader: Batches of the callback's own to compute on instead of validation batches. A trainer without
+            validation needs it; there, the end of a training epoch counts as a validation.
+        val_dataloader: Which of several validation data loaders to compute on.
+        memory_limit: Memory that a snapshot may use beside model and samples, in GiB.
         name: Prefix of everything logged and name of the folder. Several LIBCallbacks of a trainer need several names.
 
     Raises:
-        LIBError: If the node layers are no list of at least two.
+        LIBError: If the node layers are a list of less than two.
         ValueError: If another setting is outside its range.
 
     Example:
@@ -77,7 +95,7 @@ class LIBCallback(pl.Callback):
 
     def __init__(
         self,
-        node_layers: Sequence[str | NodeLayer],
+        node_layers: Sequence[str | NodeLayer] | None = None,
         num_samples: int = 2048,
         every_n_validations: int | None = None,
         every_n_steps: int | None = None,
@@ -90,17 +108,26 @@ class LIBCallback(pl.Callback):
         integration_steps: int = 0,
         dtype: Literal["float32", "float64"] | None = None,
         input_fn: InputFn | None = None,
+        mask: str | int | MaskFn | None = None,
+        dataloader: Iterable[Any] | None = None,
+        val_dataloader: int = 0,
+        memory_limit: float = MEMORY_LIMIT,
         name: str = "lib",
     ) -> None:
         super().__init__()
         if num_samples < 2:
             raise ValueError(f"num_samples is a number from 2 on: a basis needs samples to vary; got {num_samples}.")
-        self.node_layers = as_node_layers(node_layers)
+        if memory_limit <= 0:
+            raise ValueError(f"memory_limit is a number of GiB above 0; got {memory_limit}.")
+        self._given_layers = None if node_layers is None else as_node_layers(node_layers)
+        self.num_samples = num_samples
         self.settings = Settings(basis, final_basis, rtol, n_probes, integration_steps)
         if dtype not in (None, "float32", "float64"):
             raise ValueError(f"dtype is 'float32', 'float64' or None for the model's own; got {dtype!r}.")
         self.dtype = None if dtype is None else {"float32": torch.float32, "float64": torch.float64}[dtype]
-        self.input_fn = input_fn
+        self.input_fn, self.mask = input_fn, mask
+        self.dataloader, self.val_dataloader = dataloader, val_dataloader
+        self.memory_limit = memory_limit
         self.name = name
         self.schedule = Schedule(every_n_validations, every_n_steps, at_steps, log_spaced)
         self.samples = SampleBuffer(num_samples)
@@ -111,13 +138,20 @@ class LIBCallback(pl.Callback):
         self.samples.clear()
         self.graph: InteractionGraph | None = None
         self.snapshots = 0
-        keys = [*scalar_keys([layer.name for layer in self.node_layers]), "samples", "seconds"]
-        self._scalars = dict.fromkeys(keys, math.nan)
+        self._choose(self._given_layers)
         self._graph_step: int | None = None
         self._tried_step: int | None = None
-        self._samples_complete = False
+        self._samples_seen = False
+        self._samples_from: str | None = None
         self._checked = False
-        self._folder: Path | None = None
+        self._said: set[str] = set()
+        self._folder: SnapshotFolder | None = None
+        self._together: Together = ALONE
+
+    def _choose(self, layers: list[NodeLayer] | None) -> None:
+        self.node_layers = layers
+        keys = [] if layers is None else [*scalar_keys([layer.name for layer in layers]), "samples", "seconds"]
+        self._scalars = dict.fromkeys(keys, math.nan)
 
     @property
     def state_key(self) -> str:
@@ -133,17 +167,26 @@ class LIBCallback(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check names, now that the model is all there (it may be built in its own setup or configure_model)."""
-        check_taps(pl_module, self.node_layers)
-        self._find_folder(trainer)
+        refuse_what_cannot_work(trainer, self.dtype)
+        check_taps(pl_module, self.node_layers or [])
+        self._start(trainer)
+        if self._folder is not None and trainer.is_global_zero:
+            self._folder.clean()
+
+    def _start(self, trainer: pl.Trainer) -> None:
+        # All processes have to ask together, so this is done in hooks that all of them run, not where it is needed.
+        folder = run_folder(trainer)
+        self._folder = None if folder is None else SnapshotFolder(folder / self.name)
+        self._together = processes_of(trainer)
+        self.samples.num_samples = share_of(self.num_samples, *place_in_data(trainer))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that there will be samples, and take the snapshot before training if one is due."""
-        empty = trainer.val_dataloaders is not None and sum(trainer.num_val_batches) == 0
-        if empty or not trainer.enable_validation:
-            raise LIBError(
-                "LIBCallback computes on validation batches, and there are none: give the trainer a validation data "
-                "loader with data in it, a validation_step, and limit_val_batches above 0."
-            )
+        self._restore_samples(pl_module)
+        if self.dataloader is not None and not self.samples.complete:
+            self._collect(trainer, pl_module, self.dataloader)
+        elif self.dataloader is None:
+            refuse_without_validation(trainer, self._together, self.val_dataloader)
         self._snapshot_if_due(trainer, pl_module)
 
     def on_train_batch_start(
@@ -153,15 +196,19 @@ class LIBCallback(pl.Callback):
         if not self._checked:
             self._check(pl_module, batch, strict=False)
 
-    def _check(self, pl_module: pl.LightningModule, batch: Any, strict: bool) -> None:
-        self._checked = True
+    def _check(self, pl_module: pl.LightningModule, batch: Any, strict: bool = True) -> None:
+        if batch_size(batch) == 0 and strict:
+            raise LIBError(
+                f"LIBCallback finds no tensor in a batch of type {type(batch).__name__}: batches are tensors, or "
+                "tuples, lists, dicts and dataclasses of them."
+            )
         try:
-            check_node_layers(pl_module, batch, self.node_layers, self.dtype, self.input_fn)
+            layers = self.node_layers or as_node_layers(propose_node_layers(pl_module, batch, self.input_fn))
+            check_node_layers(pl_module, batch, layers, self.dtype, self.input_fn, self.mask)
         except (NodeLayerError, NotFiniteError):
             raise
         except Exception as error:
             if not strict:  # a training batch may look different; the first validation will tell
-                self._checked = False
                 return
             if isinstance(error, LIBError):
                 raise
@@ -170,35 +217,75 @@ class LIBCallback(pl.Callback):
                 "the model is called with the first entry of a tuple or list and with a dict's entries by name; "
                 "input_fn= says otherwise."
             ) from error
+        self._checked = True
+        if self.node_layers is None:
+            self._choose(layers)
+            rank_zero_info(f"{self.name}: no node_layers given; took {[layer.name for layer in layers]}")
+
+    # samples
+
+    def _collect(self, trainer: pl.Trainer, pl_module: pl.LightningModule, dataloader: Iterable[Any]) -> None:
+        self.samples.num_samples = self.num_samples  # shared out by whole batches
+        with random_states_kept(), self._together.agreed():
+            for batch in batches_in_turn(trainer, dataloader, self.num_samples):
+                if not self._checked:
+                    self._check(pl_module, batch)
+                self.samples.add(batch)
+        self._finish_samples()
+
+    def _finish_samples(self) -> None:
+        if not self.samples.complete and self._folder is not None:
+            path = self._folder.samples_file(self._together.rank, self._together.size)
+            self._samples_from = str(self._folder.path) if self.samples.save(path) else None
+        self._samples_seen = self.samples.complete = True
+
+    def _restore_samples(self, pl_module: pl.LightningModule) -> None:
+        if self._samples_from is None:
+            return
+        path = SnapshotFolder(Path(self._samples_from)).samples_file(self._together.rank, self._together.size)
+        found = self.samples.load(path, pl_module.device)
+        if all(self._together.gather(torch.tensor([found]))):
+            for batch in self.samples.batches[:1]:
+                self._check(pl_module, batch)
+            self._finish_samples()
+        else:
+            self.samples.clear()
+            log.warning("The samples that '%s' computed on are not in %s any more; it takes new ones.", self.name, path)
 
     # validation: collect, compute, log
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Samples kept from the sanity check may be few: collect them anew from the first whole validation."""
         if trainer.state.fn != "fit":
-            self._find_folder(trainer)
-        if not self._samples_complete:
+            self._start(trainer)
+            if self.dataloader is not None:
+                self._collect(trainer, pl_module, self.dataloader)
+        if not self.samples.complete:
             self.samples.clear()
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Keep a copy of the batch."""
+        if self.dataloader is not None or dataloader_idx != self.val_dataloader:
+            return
         if not self._checked:
-            if batch_size(batch) == 0:
-                raise LIBError(
-                    f"LIBCallback finds no tensor in a validation batch of type {type(batch).__name__}: batches are "
-                    "tensors, or tuples, lists, dicts and dataclasses of them."
-                )
-            self._check(pl_module, batch, strict=True)
-        if dataloader_idx == 0 and not self._samples_complete:
-            self.samples.add(batch)
+            self._check(pl_module, batch)
+        self.samples.add(batch, distinct_validation_samples(trainer, dataloader_idx))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take a snapshot if one is due, and log the current numbers in any case."""
-        if trainer.sanity_checking:
-            return
-        self._samples_complete = True
+        self._samples_seen = True
+        if not trainer.sanity_checking:
+            self._at_validation(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Where there is no validation, do here what is done at its end."""
+        if not validates(trainer):
+            self._at_validation(trainer, pl_module)
+
+    def _at_validation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._finish_samples()
         due = self.schedule.due_at_validation() if trainer.state.fn == "fit" else True
         if due or self.schedule.due_at_step(trainer.global_step) or self._graph_step is None:
             self._snapshot(trainer, pl_module)
@@ -216,18 +303,20 @@ class LIBCallback(pl.Callback):
         """Take the last snapshot, write it as ``final.safetensors``, and say where everything is."""
         if self._snapshot(trainer, pl_module):
             self._log_directly(trainer)
-        folder = self._folder
-        if folder is None or not trainer.is_global_zero:
+        if self._folder is None or not trainer.is_global_zero:
             return
-        if self.graph is not None and self._is_current(trainer):
-            try:
-                self.graph.save(folder / "final.safetensors")
-            except OSError as error:
-                log.warning("The last snapshot of '%s' could not be written: %s", self.name, error)
-        self._say_where(trainer, folder)
+        try:
+            if self._graph_step == trainer.global_step:
+                self._folder.finish(trainer.global_step)
+        except OSError as error:
+            log.warning("The last snapshot of '%s' could not be written: %s", self.name, error)
+        layers = " -> ".join(layer.name for layer in self.node_layers or [])
+        places = [f"  {what:<13} {path}" for what, path in self._folder.contents().items()]
+        lines = [f"{self.name}: {self.snapshots} snapshots of {layers}", *places, *where_to_look(trainer.loggers)]
+        rank_zero_info("\n" + "\n".join(lines))
 
     def _snapshot_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        due = self.samples.batches and self.schedule.due_at_step(trainer.global_step)
+        due = self._samples_seen and self.schedule.due_at_step(trainer.global_step)
         if due and self._snapshot(trainer, pl_module):
             self._log_directly(trainer)
 
@@ -235,35 +324,52 @@ class LIBCallback(pl.Callback):
 
     def _snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         """Take a snapshot, unless this step has had its try; tell whether there is a new one."""
-        if self._tried_step == trainer.global_step:
+        step = trainer.global_step
+        if self._tried_step == step:
             return False
-        self._tried_step = trainer.global_step
-        started, folder = time.perf_counter(), self._folder
+        self._tried_step = step
+        started = time.perf_counter()
         try:
-            graph = compute_interaction_graph(
-                pl_module, self.samples.batches, self.node_layers, dtype=self.dtype, input_fn=self.input_fn,
-                **vars(self.settings),
-            )  # fmt: skip
-            graph.info |= {"step": trainer.global_step, "epoch": trainer.current_epoch}
-            if folder is not None and trainer.is_global_zero:
-                graph.save(folder / "snapshots" / f"step-{trainer.global_step:08d}.safetensors")
-                png = render_png(graph.plot())
-                write_bytes(folder / "figures" / f"step-{trainer.global_step:08d}.png", png.data)
-                log_image(trainer.loggers, f"{self.name}/graph", png, _logging_step(trainer))
-            scalars = graph_scalars(list(graph.bases.values()), list(graph.edges.values()))
+            with self._together.agreed():
+                graph = self._compute(trainer, pl_module)
+                if self._folder is not None and trainer.is_global_zero:
+                    png = self._folder.write(graph, step)
+                    log_image(trainer.loggers, f"{self.name}/graph", png, logging_step(trainer))
+                scalars = graph_scalars(list(graph.bases.values()), list(graph.edges.values()))
         except Exception as error:
             log.warning(
                 "The snapshot of '%s' after %d steps failed and is left out; training goes on. %s: %s",
-                self.name, trainer.global_step, type(error).__name__, error,
+                self.name, step, type(error).__name__, error,
             )  # fmt: skip
             return False
-        self.graph, self._graph_step = graph, trainer.global_step
+        self.graph, self._graph_step = graph, step
         self.snapshots += 1
         self._scalars = {**scalars, "samples": float(graph.info["n_samples"]), "seconds": time.perf_counter() - started}
         return True
 
-    def _is_current(self, trainer: pl.Trainer) -> bool:
-        return self._graph_step == trainer.global_step
+    def _compute(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> InteractionGraph:
+        self._agree_on_layers()
+        live = LiveModel(pl_module, self.node_layers or [], self.input_fn, self.dtype, as_mask_fn(self.mask))
+        batches = shared_samples(trainer, self.samples.batches)
+        graph = graph_of(live, batches, self.settings, self.memory_limit, self._together)
+        graph.info |= {"step": trainer.global_step, "epoch": trainer.current_epoch}
+        for note in graph.info["notes"]:
+            if note not in self._said:
+                log.warning("%s: %s", self.name, note)
+        self._said |= set(graph.info["notes"])
+        return graph
+
+    def _agree_on_layers(self) -> None:
+        if self._given_layers is not None:
+            return
+        # A process that has seen no batch has no proposal of its own.
+        names = json.dumps([layer.name for layer in self.node_layers]) if self.node_layers else ""
+        if not (agreed := agree_on_text(self._together, names)):
+            raise LIBError("No batch has been seen that node layers could be proposed from.")
+        if self.node_layers is None:
+            self._choose(as_node_layers(json.loads(agreed)))
+
+    # numbers
 
     def _current_scalars(self, trainer: pl.Trainer) -> dict[str, float]:
         age = math.nan if self._graph_step is None else float(trainer.global_step - self._graph_step)
@@ -272,52 +378,29 @@ class LIBCallback(pl.Callback):
     def _log_directly(self, trainer: pl.Trainer) -> None:
         # LightningModule.log accepts nothing between validations that would reach the loggers at this step.
         for logger in trainer.loggers:
-            logger.log_metrics(self._current_scalars(trainer), _logging_step(trainer))
-
-    def _find_folder(self, trainer: pl.Trainer) -> None:
-        # All processes have to ask together, so this is done in hooks that all of them run, not where it is needed.
-        trial = trainer.fast_dev_run or trainer.barebones  # type: ignore[attr-defined]
-        log_dir = None if trial else trainer.log_dir
-        self._folder = None if log_dir is None else Path(log_dir) / self.name
-
-    def _say_where(self, trainer: pl.Trainer, folder: Path) -> None:
-        lines = [f"{self.name}: {self.snapshots} snapshots of {' -> '.join(layer.name for layer in self.node_layers)}"]
-        places = {"basis files": "snapshots", "last one": "final.safetensors", "figures": "figures"}
-        lines += [f"  {what:<13} {folder / place}" for what, place in places.items() if (folder / place).exists()]
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                lines += [f"  event files   {logger.log_dir}"]
-                lines += [
-                    f"  watch         {_tensorboard()} --logdir {logger.log_dir} --samples_per_plugin images=1000"
-                ]
-        rank_zero_info("\n" + "\n".join(lines))
+            logger.log_metrics(self._current_scalars(trainer), logging_step(trainer))
 
     # resuming
 
     def state_dict(self) -> dict[str, Any]:
         """State that travels in Lightning's checkpoints: plain numbers and strings only."""
+        proposed = self._given_layers is None and self.node_layers is not None
         return {
             "schedule": self.schedule.state_dict(),
             "scalars": dict(self._scalars),
             "graph_step": self._graph_step,
             "snapshots": self.snapshots,
+            "samples_from": self._samples_from,
+            "proposed_layers": [layer.name for layer in self.node_layers or []] if proposed else None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
+        if self._given_layers is None and state_dict["proposed_layers"]:
+            self._choose(as_node_layers(state_dict["proposed_layers"]))
         self.schedule.load_state_dict(state_dict["schedule"])
+        self._samples_from = state_dict["samples_from"]
         if set(state_dict["scalars"]) == set(self._scalars):  # else it was of other node layers
             self._scalars = state_dict["scalars"]
             self._graph_step = self._tried_step = state_dict["graph_step"]
             self.snapshots = state_dict["snapshots"]
-
-
-def _logging_step(trainer: pl.Trainer) -> int:
-    # The axis of LightningModule.log: batches that ended in an optimizer step, one behind global_step after a step.
-    # Once training has ended it has moved on, but the last numbers belong beside those of the last validation.
-    return min(trainer.fit_loop.epoch_loop._batches_that_stepped, max(trainer.global_step - 1, 0))
-
-
-def _tensorboard() -> str:
-    beside = Path(sys.executable).with_name("tensorboard")
-    return "tensorboard" if shutil.which("tensorboard") or not beside.exists() else str(beside)

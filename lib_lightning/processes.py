@@ -71,6 +71,7 @@ class Processes(Together):
         if not (dist.is_available() and dist.is_initialized()):
             raise LIBError("There is no process group: torch.distributed.init_process_group sets one up.")
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._known: Exception | None = None
         self._device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -96,13 +97,13 @@ class Processes(Together):
         """
         try:
             yield
-        except (OtherProcessError, OtherProcessMemoryError):
-            raise
         except Exception as error:
-            if not is_out_of_memory(error):
-                self._states(_FAILED)
-                raise
-            self._exchange_states(_OUT_OF_MEMORY)
+            if error is not self._known and not isinstance(error, (OtherProcessError, OtherProcessMemoryError)):
+                self._known = error  # a block around this one need not tell it again
+                if is_out_of_memory(error):
+                    self._exchange_states(_OUT_OF_MEMORY)
+                else:
+                    self._states(_FAILED)
             raise
         else:
             self._exchange_states(_FINE)
@@ -136,3 +137,17 @@ class InStep(Processes):
         """The tensors of process 0: a truncation that falls out differently would take processes out of step."""
         own = tensors if self.rank == 0 else [t.new_zeros((0,) * t.ndim) for t in tensors]
         return [super(InStep, self).gather(t)[0] for t in own]
+
+
+def agree_on_text(together: Together, text: str) -> str:
+    """A text that all processes go on with: that of the first one that has any.
+
+    Args:
+        together: The processes.
+        text: That of this process; empty if it has none.
+
+    Returns:
+        The text; empty if nobody has one.
+    """
+    everyone = together.gather(torch.tensor(list(text.encode()), dtype=torch.uint8))
+    return next((bytes(t.tolist()).decode() for t in everyone if len(t)), "")

@@ -1,12 +1,20 @@
-"""A fixed set of validation samples, kept for snapshots to be computed on."""
+"""A fixed set of validation samples, kept for snapshots to be computed on, and beside the basis files for resuming."""
 
 from __future__ import annotations
 
+import io
+import logging
+import pickle
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DistributedSampler
 
 from lib_lightning.core.nested import batch_size, map_tensors, samples_between
+from lib_lightning.export.files import write_bytes
+
+log = logging.getLogger(__name__)
 
 
 class SampleBuffer:
@@ -14,6 +22,11 @@ class SampleBuffer:
 
     Args:
         num_samples: Samples to keep.
+
+    Attributes:
+        batches: The copies.
+        count: Number of samples in them.
+        complete: Whether they are to stay as they are for the rest of the run.
 
     Example:
         >>> buffer = SampleBuffer(3)
@@ -24,25 +37,115 @@ class SampleBuffer:
 
     def __init__(self, num_samples: int) -> None:
         self.num_samples = num_samples
-        self.batches: list[Any] = []
-        self.count = 0
+        self.clear()
 
     @property
     def full(self) -> bool:
         """Whether all samples are there."""
         return self.count >= self.num_samples
 
-    def add(self, batch: Any) -> None:
-        """Copy a batch, or as many of its samples as are still wanted."""
-        if self.full:
+    def add(self, batch: Any, available: int | None = None) -> None:
+        """Copy a batch, or as many of its samples as are still wanted.
+
+        Args:
+            batch: What a data loader gives.
+            available: Number of samples that its data loader has in all; what comes after them repeats earlier ones,
+                and is left out.
+        """
+        n = batch_size(batch)
+        wanted = self.num_samples - self.count
+        if available is not None:
+            wanted = min(wanted, available - self._offered)
+        self._offered += n
+        if wanted <= 0 or self.complete:
             return
         # Copies made outside inference mode are ordinary tensors, which gradients can be taken through.
         with torch.inference_mode(False):
-            wanted = self.num_samples - self.count
-            kept = batch if batch_size(batch) <= wanted else samples_between(batch, 0, wanted)
+            kept = batch if n <= wanted else samples_between(batch, 0, wanted)
             self.batches.append(map_tensors(kept, lambda t: t.detach().clone()))
-        self.count += batch_size(kept)
+        self.count += min(n, wanted)
 
     def clear(self) -> None:
         """Drop everything."""
-        self.batches, self.count = [], 0
+        self.batches: list[Any] = []
+        self.count = 0
+        self.complete = False
+        self._offered = 0
+
+    def save(self, path: Path) -> bool:
+        """Write the samples to a file, for a resumed run to go on with the same ones.
+
+        Args:
+            path: Where to write.
+
+        Returns:
+            Whether that was possible: batches of classes that cannot be read back safely are not written.
+        """
+        data = io.BytesIO()
+        torch.save([map_tensors(batch, lambda t: t.cpu()) for batch in self.batches], data)
+        try:
+            torch.load(io.BytesIO(data.getvalue()), weights_only=True)
+        except pickle.UnpicklingError:
+            return False
+        write_bytes(path, data.getvalue())
+        return True
+
+    def load(self, path: Path, device: torch.device) -> bool:
+        """Take the samples of a file that `save` wrote.
+
+        Args:
+            path: The file.
+            device: Where the samples are wanted.
+
+        Returns:
+            Whether the file was there, and whole.
+        """
+        try:
+            batches = torch.load(path, map_location=device, weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+            return False
+        self.clear()
+        self.batches, self.count = batches, sum(map(batch_size, batches))
+        return True
+
+
+def share_of(num_samples: int, rank: int, size: int) -> int:
+    """How many of so many samples one of several processes keeps, where they take turns.
+
+    Args:
+        num_samples: Samples in all.
+        rank: Number of the process, from 0.
+        size: Number of processes.
+
+    Returns:
+        Its number of samples.
+
+    Example:
+        >>> [share_of(7, rank, 3) for rank in range(3)]
+        [3, 2, 2]
+    """
+    return (num_samples - rank + size - 1) // size
+
+
+def distinct_samples(data_loader: Any) -> int | None:
+    """How many samples of its own a data loader has before a distributed sampler repeats those of other processes.
+
+    Samplers that split data among processes repeat samples at the end, so that all of them get equally many.
+
+    Args:
+        data_loader: Any iterable of batches.
+
+    Returns:
+        The number; None where nothing is repeated.
+
+    Example:
+        >>> from torch.utils.data import DataLoader
+        >>> sampler = DistributedSampler(range(7), num_replicas=2, rank=1, shuffle=False)
+        >>> len(sampler), distinct_samples(DataLoader(range(7), sampler=sampler))
+        (4, 3)
+    """
+    batches = getattr(data_loader, "batch_sampler", None)
+    sampler = getattr(data_loader if batches is None else batches, "sampler", None)
+    if not isinstance(sampler, DistributedSampler):
+        return None
+    return share_of(len(sampler.dataset), sampler.rank, sampler.num_replicas)  # type: ignore[arg-type]

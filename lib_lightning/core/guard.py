@@ -83,6 +83,20 @@ def _random_states() -> Callable[[], None]:
     return restore
 
 
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Run a block of code that may draw random numbers, then restore all random states.
+
+    Yields:
+        Nothing.
+    """
+    restore = _random_states()
+    try:
+        yield
+    finally:
+        restore()
+
+
 def _training_flags(model: nn.Module) -> Callable[[], None]:
     flags = [(module, module.training) for module in model.modules()]
 

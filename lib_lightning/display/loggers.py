@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import shutil
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
@@ -37,3 +40,26 @@ def _to_tensorboard(writer: object, tag: str, png: PNG, step: int) -> None:
     else:  # tensorboardX, which Lightning prefers to nothing
         pixels = np.asarray(Image.open(io.BytesIO(png.data)).convert("RGB"))
         writer.add_image(tag, pixels, step, dataformats="HWC")  # type: ignore[attr-defined]
+
+
+def where_to_look(loggers: Iterable[Logger]) -> list[str]:
+    """Say where loggers have written, and what command shows it.
+
+    Args:
+        loggers: The trainer's loggers.
+
+    Returns:
+        Lines of text, for those who have run a TensorBoard logger.
+    """
+    lines = []
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            # TensorBoard keeps ten of the images of a tag unless told otherwise.
+            command = f"{_tensorboard()} --logdir {logger.log_dir} --samples_per_plugin images=1000"
+            lines += [f"  event files   {logger.log_dir}", f"  watch         {command}"]
+    return lines
+
+
+def _tensorboard() -> str:
+    beside = Path(sys.executable).with_name("tensorboard")
+    return "tensorboard" if shutil.which("tensorboard") or not beside.exists() else str(beside)

@@ -19,6 +19,8 @@ from lib_lightning.core.errors import LIBError
 
 FORMAT = "lib-lightning"
 FORMAT_VERSION = 1
+# How the name of a file ends while it is being written.
+TEMPORARY = ".tmp"
 _HEADER_KEY = "lib_lightning"
 
 
@@ -55,7 +57,7 @@ def write_bytes(path: str | PathLike[str], data: bytes) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         with temporary.open("wb") as file:
             file.write(data)

@@ -1,0 +1,183 @@
+"""What a trainer means for snapshots: which processes there are, who sees which data, and what cannot work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import distributed as dist
+from torch.utils._pytree import tree_leaves
+
+from lib_lightning.core.errors import LIBError
+from lib_lightning.core.nested import batch_size, map_tensors, samples_between
+from lib_lightning.core.together import ALONE, Together
+from lib_lightning.processes import InStep, Processes
+from lib_lightning.samples import distinct_samples
+
+
+def processes_of(trainer: pl.Trainer) -> Together:
+    """The processes that a trainer's run consists of.
+
+    Args:
+        trainer: The trainer, its process group set up.
+
+    Returns:
+        `Processes` where each holds the whole model, `InStep` where they hold it together.
+    """
+    if trainer.world_size == 1 or not (dist.is_available() and dist.is_initialized()):
+        return ALONE
+    return InStep() if is_sharded(trainer) else Processes()
+
+
+def is_sharded(trainer: pl.Trainer) -> bool:
+    """Whether processes hold the model's weights in parts."""
+    return isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
+
+
+def refuse_what_cannot_work(trainer: pl.Trainer, dtype: torch.dtype | None) -> None:
+    """Stop at the start of fit where a snapshot cannot be computed.
+
+    Args:
+        trainer: The trainer.
+        dtype: Type to compute in, or None for the model's own.
+
+    Raises:
+        LIBError: With the reason, and what to do.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, DeepSpeedStrategy):
+        raise LIBError(
+            "LIBCallback does not work with DeepSpeedStrategy: its engine gathers weights for one backward pass "
+            "through the whole model, and a basis needs many through parts of it. Use DDPStrategy or "
+            "ModelParallelStrategy."
+        )
+    if is_sharded(trainer) and dtype is not None:
+        raise LIBError(
+            f"LIBCallback cannot compute in {str(dtype).split('.')[-1]} on a model whose weights lie in parts on "
+            f"several processes ({type(strategy).__name__}): leave dtype out to compute in the model's own type."
+        )
+
+
+def validates(trainer: pl.Trainer) -> bool:
+    """Whether there are validations in this fit; yes as long as nobody has asked for the data."""
+    return bool(trainer.enable_validation and (trainer.val_dataloaders is None or sum(trainer.num_val_batches)))
+
+
+def refuse_without_validation(trainer: pl.Trainer, together: Together, index: int) -> None:
+    """Stop before the first step where there will be no validation batches to compute on, on all processes alike.
+
+    Args:
+        trainer: The trainer.
+        together: Its processes.
+        index: Which of the validation data loaders is wanted.
+
+    Raises:
+        LIBError: If there are none, there or on one of the processes.
+    """
+    # Before the first validation, the number of batches is known from the sanity check, if there was one.
+    batches = trainer.num_val_batches if trainer.val_dataloaders is not None else [1] * (index + 1)
+    if trainer.enable_validation and index >= len(batches):
+        raise LIBError(
+            f"LIBCallback is to compute on validation data loader {index}, counted from 0, but there are only "
+            f"{len(batches)}."
+        )
+    there = bool(trainer.enable_validation and batches[index])
+    missing = [rank for rank, t in enumerate(together.gather(torch.tensor([there]))) if not t]
+    if missing:
+        where = "" if len(missing) == together.size else f" on process {missing[0]}"
+        raise LIBError(
+            f"LIBCallback computes on validation batches, and there are none{where}: give the trainer a validation "
+            "data loader with data in it, a validation_step, and limit_val_batches above 0; or give the callback a "
+            "dataloader of its own."
+        )
+
+
+def run_folder(trainer: pl.Trainer) -> Path | None:
+    """The folder of this run: the log directory, or one named after the run where a logger keeps all runs in one.
+
+    Args:
+        trainer: The trainer; all processes have to ask together.
+
+    Returns:
+        The folder; None for trial runs, which leave nothing behind.
+    """
+    if trainer.fast_dev_run or trainer.barebones:  # type: ignore[attr-defined]
+        return None
+    logger = trainer.logger
+    if logger is None or isinstance(logger, (TensorBoardLogger, CSVLogger)):
+        return Path(trainer.log_dir or trainer.default_root_dir)
+    parts = (logger.save_dir or trainer.default_root_dir, logger.name, logger.version)
+    folder = Path(*(str(part) for part in parts if part is not None))
+    return Path(trainer.strategy.broadcast(str(folder)))
+
+
+def logging_step(trainer: pl.Trainer) -> int:
+    """The step axis of ``LightningModule.log``: batches that ended in an optimizer step, counted from 0.
+
+    Once training has ended that count has moved on, but the last numbers belong beside those of the last validation.
+    """
+    return min(trainer.fit_loop.epoch_loop._batches_that_stepped, max(trainer.global_step - 1, 0))
+
+
+def place_in_data(trainer: pl.Trainer) -> tuple[int, int]:
+    """Which part of the data this process sees: its number among processes with different data, and their number."""
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        kwargs = trainer.strategy.distributed_sampler_kwargs
+        return kwargs["rank"], kwargs["num_replicas"]
+    return trainer.global_rank, trainer.world_size
+
+
+def distinct_validation_samples(trainer: pl.Trainer, dataloader_idx: int) -> int | None:
+    """How many samples of a validation data loader are not repeated for the sake of even numbers; None for all."""
+    loaders = tree_leaves(trainer.val_dataloaders)
+    return distinct_samples(loaders[dataloader_idx]) if dataloader_idx < len(loaders) else None
+
+
+def batches_in_turn(trainer: pl.Trainer, dataloader: Iterable[Any], num_samples: int) -> Iterator[Any]:
+    """Go through batches as the trainer would, each process taking its turn.
+
+    Args:
+        trainer: The trainer, which moves batches to its device.
+        dataloader: The batches, the same on every process.
+        num_samples: Samples to take, over all processes.
+
+    Yields:
+        The batches of this process.
+    """
+    rank, size = place_in_data(trainer)
+    taken = 0
+    for index, batch in enumerate(dataloader):
+        wanted = num_samples - taken
+        taken += batch_size(batch)
+        if index % size == rank:
+            batch = trainer.precision_plugin.convert_input(samples_between(batch, 0, wanted))
+            batch = trainer.lightning_module._on_before_batch_transfer(batch)
+            yield trainer.strategy.batch_to_device(batch)
+        if taken >= num_samples:
+            return
+
+
+def shared_samples(trainer: pl.Trainer, batches: list[Any]) -> list[Any]:
+    """Samples to compute on: a process's own, or everybody's where the model runs on all processes in step.
+
+    Args:
+        trainer: The trainer.
+        batches: Batches of this process.
+
+    Returns:
+        Batches; where they are everybody's, the same on every process and in the same order.
+    """
+    if trainer.world_size == 1 or not is_sharded(trainer):
+        return batches
+    own = (place_in_data(trainer)[0], [map_tensors(batch, lambda t: t.cpu()) for batch in batches])
+    everyone: list[Any] = [None] * trainer.world_size
+    dist.all_gather_object(everyone, own)
+    # Processes that split a layer, not the data, have seen the same samples.
+    by_place = dict(reversed(everyone))
+    device = trainer.strategy.root_device
+    return [map_tensors(batch, lambda t: t.to(device)) for place in sorted(by_place) for batch in by_place[place]]

@@ -1,0 +1,122 @@
+"""Runs on two processes, at which `tests/test_distributed.py` looks: ``torchrun --nproc_per_node 2 THIS FOLDER``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from lib_lightning import LIBCallback
+from tests.training import trainer_of
+
+NODE_LAYERS = ["net.0:input", "net.2:input", "output"]
+
+
+def samples(n: int, d: int = 5) -> Tensor:
+    """The same samples on every process."""
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(0))
+
+
+class Stream(IterableDataset[Tensor]):
+    """So many of the samples for each process: not the same number."""
+
+    def __init__(self, *counts: int) -> None:
+        self.counts = counts
+
+    def __iter__(self) -> Iterator[Tensor]:
+        rank = dist.get_rank()
+        start = sum(self.counts[:rank])
+        yield from samples(sum(self.counts))[start : start + self.counts[rank]]
+
+
+class Model(pl.LightningModule):
+    """A small network; validation data as given."""
+
+    def __init__(self, val: DataLoader[Any] | None, d: int = 5) -> None:
+        super().__init__()
+        self.val, self.d = val, d
+        self.net = nn.Sequential(nn.Linear(d, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.mse_loss(self(batch[0]), torch.ones(3))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self(batch[0] if isinstance(batch, list) else batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(TensorDataset(samples(24, self.d)), batch_size=4)
+
+    def val_dataloader(self) -> Any:
+        return self.val if self.val is not None else []
+
+
+class FailsOnOne(Model):
+    """One process cannot compute its snapshot in the first epoch, or has little memory all along."""
+
+    def __init__(self, val: DataLoader[Any], error: type[Exception]) -> None:
+        super().__init__(val)
+        self.error = error
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and not self.training and dist.get_rank() == 1:
+            if self.error is MemoryError and len(x) > 4:
+                raise MemoryError
+            if self.error is ValueError and self.trainer.current_epoch == 0 and len(x) > 3:
+                raise ValueError("this process has a bad day")
+        return super().forward(x)
+
+
+def plain(n: int, d: int = 5) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(samples(n, d)), batch_size=8)
+
+
+RUNS: dict[str, tuple[Any, Any]] = {
+    "repeated": (lambda: Model(plain(71)), {}),
+    "float32": (lambda: Model(plain(71)), {"dtype": None}),
+    "few": (lambda: Model(plain(71)), {"num_samples": 33}),
+    "one_sample_repeated": (lambda: Model(plain(3)), {}),
+    "wide": (lambda: Model(plain(71, 600), 600), {"every_n_steps": 2}),
+    "uneven": (lambda: Model(DataLoader(Stream(40, 13), batch_size=8)), {}),
+    "empty_first": (lambda: Model(DataLoader(Stream(0, 30), batch_size=8)), {"every_n_steps": 2}),
+    "empty_last": (lambda: Model(DataLoader(Stream(30, 0), batch_size=8)), {"basis": "pca"}),
+    "own": (lambda: Model(None), {"dataloader": plain(71), "num_samples": 50}),
+    "fails": (lambda: FailsOnOne(plain(71), ValueError), {}),
+    "memory": (lambda: FailsOnOne(plain(71), MemoryError), {}),
+    "probes": (lambda: Model(plain(71)), {"n_probes": 4}),
+}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    for name, (model_of, options) in RUNS.items():
+        print("==", name, flush=True)
+        pl.seed_everything(0, verbose=False)
+        model, callback = model_of(), LIBCallback(**{"node_layers": NODE_LAYERS, "dtype": "float64", **options})
+        trainer = trainer_of(folder / name, callback, devices=2, strategy="ddp", max_epochs=2)
+        trainer.fit(model)
+        here = {
+            "weights": model.net.state_dict(),
+            "snapshots": callback.snapshots,
+            "metrics": {k: float(v) for k, v in trainer.callback_metrics.items()},
+            "edges": [] if callback.graph is None else list(callback.graph.edges.values()),
+            "count": callback.samples.count,
+        }
+        torch.save(here, folder / name / f"process-{trainer.global_rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
