@@ -277,7 +277,8 @@ class LIBCallback(pl.Callback):
     def _find_folder(self, trainer: pl.Trainer) -> None:
         # All processes have to ask together, so this is done in hooks that all of them run, not where it is needed.
         trial = trainer.fast_dev_run or trainer.barebones  # type: ignore[attr-defined]
-        log_dir = None if trial else trainer.log_dir
+        # A logger that writes to a server has no folder; the trainer's own is there for that.
+        log_dir = None if trial else trainer.log_dir or trainer.default_root_dir
         self._folder = None if log_dir is None else Path(log_dir) / self.name
 
     def _say_where(self, trainer: pl.Trainer, folder: Path) -> None:
