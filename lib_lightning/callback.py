@@ -289,7 +289,8 @@ class LIBCallback(pl.Callback):
         due = self.schedule.due_at_validation() if trainer.state.fn == "fit" else True
         if due or self.schedule.due_at_step(trainer.global_step) or self._graph_step is None:
             self._snapshot(trainer, pl_module)
-        pl_module.log_dict(self._current_scalars(trainer), on_step=False, on_epoch=True, batch_size=1)
+        numbers = self._current_scalars(trainer)  # the same on every process, but Lightning wants to be told
+        pl_module.log_dict(numbers, on_step=False, on_epoch=True, batch_size=1, sync_dist=self._together.size > 1)
 
     # training: compute
 

@@ -36,7 +36,7 @@ def processes_of(trainer: pl.Trainer) -> Together:
 
 def is_sharded(trainer: pl.Trainer) -> bool:
     """Whether processes hold the model's weights in parts."""
-    return isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
+    return isinstance(trainer.strategy, ModelParallelStrategy)
 
 
 def refuse_what_cannot_work(trainer: pl.Trainer, dtype: torch.dtype | None) -> None:
@@ -55,6 +55,12 @@ def refuse_what_cannot_work(trainer: pl.Trainer, dtype: torch.dtype | None) -> N
             "LIBCallback does not work with DeepSpeedStrategy: its engine gathers weights for one backward pass "
             "through the whole model, and a basis needs many through parts of it. Use DDPStrategy or "
             "ModelParallelStrategy."
+        )
+    if isinstance(strategy, FSDPStrategy):
+        raise LIBError(
+            "LIBCallback does not work with FSDPStrategy: it frees a module's weights after one backward pass, and a "
+            "basis needs many over the same forward pass. Use ModelParallelStrategy with fully_shard, its successor, "
+            "or DDPStrategy."
         )
     if is_sharded(trainer) and dtype is not None:
         raise LIBError(

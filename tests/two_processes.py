@@ -9,9 +9,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.nn import functional as F
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lib_lightning import LIBCallback
@@ -49,7 +52,7 @@ class Model(pl.LightningModule):
         return self.net(x)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return F.mse_loss(self(batch[0]), torch.ones(3))
+        return self(batch[0]).square().mean()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self(batch[0] if isinstance(batch, list) else batch)
@@ -80,6 +83,26 @@ class FailsOnOne(Model):
         return super().forward(x)
 
 
+class Sharded(Model):
+    """Weights in parts on both processes: of every layer, or of the matrix in the middle."""
+
+    def __init__(self, val: DataLoader[Any]) -> None:
+        super().__init__(val)
+        self.sharded = False
+
+    def configure_model(self) -> None:
+        if self.sharded:
+            return
+        self.sharded = True
+        first, second = self.net[0], self.net[2]
+        if self.device_mesh["tensor_parallel"].size() > 1:
+            plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+            parallelize_module(self.net, self.device_mesh["tensor_parallel"], plan)
+        else:
+            for module in (first, second, self.net):
+                fully_shard(module, mesh=self.device_mesh["data_parallel"])
+
+
 def plain(n: int, d: int = 5) -> DataLoader[Any]:
     return DataLoader(TensorDataset(samples(n, d)), batch_size=8)
 
@@ -97,7 +120,18 @@ RUNS: dict[str, tuple[Any, Any]] = {
     "fails": (lambda: FailsOnOne(plain(71), ValueError), {}),
     "memory": (lambda: FailsOnOne(plain(71), MemoryError), {}),
     "probes": (lambda: Model(plain(71)), {"n_probes": 4}),
+    "fully_sharded": (lambda: Sharded(plain(71)), {"dtype": None}),
+    "tensor_parallel": (lambda: Sharded(plain(71)), {"dtype": None, "node_layers": ["input", "output"]}),
 }
+STRATEGIES: dict[str, Any] = {
+    "fully_sharded": lambda: ModelParallelStrategy(2, 1, process_group_backend="gloo"),
+    "tensor_parallel": lambda: ModelParallelStrategy(1, 2, process_group_backend="gloo"),
+}
+
+
+def whole(model: Model) -> dict[str, Tensor]:
+    """All weights, put together where they lie in parts."""
+    return {k: w.full_tensor() if isinstance(w, DTensor) else w for k, w in model.net.state_dict().items()}
 
 
 def main(folder: Path) -> None:
@@ -106,10 +140,17 @@ def main(folder: Path) -> None:
         print("==", name, flush=True)
         pl.seed_everything(0, verbose=False)
         model, callback = model_of(), LIBCallback(**{"node_layers": NODE_LAYERS, "dtype": "float64", **options})
-        trainer = trainer_of(folder / name, callback, devices=2, strategy="ddp", max_epochs=2)
+        strategy = STRATEGIES.get(name, lambda: "ddp")
+        trainer = trainer_of(folder / name, callback, devices=2, strategy=strategy(), max_epochs=2)
         trainer.fit(model)
+        weights = whole(model)
+        if name in STRATEGIES:
+            pl.seed_everything(0, verbose=False)
+            again = model_of()
+            trainer_of(folder / "without", devices=2, strategy=strategy(), max_epochs=2).fit(again)
+            assert all(torch.equal(w, weights[k]) for k, w in whole(again).items()), "training is untouched"
         here = {
-            "weights": model.net.state_dict(),
+            "weights": weights,
             "snapshots": callback.snapshots,
             "metrics": {k: float(v) for k, v in trainer.callback_metrics.items()},
             "edges": [] if callback.graph is None else list(callback.graph.edges.values()),

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lib_lightning.core.errors import ActivationError, NodeLayerError, quoted
+from lib_lightning.core.errors import ActivationError, LIBError, NodeLayerError, quoted
 from lib_lightning.core.layers import INPUT, NodeLayer, check_taps, find_module, split_tap
 from lib_lightning.core.nested import first_tensor, map_tensors, replace_first_tensor
 
@@ -79,6 +79,7 @@ class LiveModel:
 
     Raises:
         NodeLayerError: If a tap names a module the model does not have.
+        LIBError: If the model is wrapped in FullyShardedDataParallel.
     """
 
     def __init__(
@@ -96,6 +97,11 @@ class LiveModel:
         self.mask_fn = mask_fn
         self._changed: list[weakref.ref[Tensor]] = []
         self._widths: dict[tuple[int, int], int] = {}
+        if any(cls.__name__ == "FullyShardedDataParallel" for m in model.modules() for cls in type(m).__mro__):
+            raise LIBError(
+                "FullyShardedDataParallel frees a module's weights after one backward pass, and a basis needs many "
+                "over the same forward pass. Use its successor, torch.distributed.fsdp.fully_shard."
+            )
         check_taps(model, self.layers)
 
     def activations(self, batch: Any) -> list[Tensor]:
@@ -232,6 +238,11 @@ class _Recorder:
         if t is None:
             raise ActivationError(
                 f"'{tap}' holds no tensor, but {type(value).__name__}. Choose a module inside it that gives tensors."
+            )
+        if hasattr(t, "full_tensor"):
+            raise ActivationError(
+                f"'{tap}' holds a DTensor, of which each process has a part. Choose a node layer where the whole tensor "
+                "is on every process, such as the input or output of the block that is split."
             )
         if not t.is_floating_point():
             raise ActivationError(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib_lightning.core.cut import LiveModel
+from lib_lightning.core.cut import Cut, LiveModel
 from lib_lightning.core.errors import ActivationError
 from lib_lightning.core.nested import batch_size, samples_between
 
@@ -20,7 +20,6 @@ STACK_ELEMENTS = 2**18
 _GRAPHS = 3
 # A backward pass holds a few tensors of the size of the largest one at a time.
 _WORKING = 4
-_SAMPLES = 2
 
 
 @dataclass(frozen=True)
@@ -54,35 +53,39 @@ def plan_chunks(live: LiveModel, batch: Any, memory_limit: int) -> Chunks:
     Raises:
         ActivationError: If a node layer is so wide that its covariance alone does not fit.
     """
-    few = samples_between(batch, 0, _SAMPLES)
-    n = max(1, batch_size(few))
-    parameters = {t.untyped_storage().data_ptr() for t in (*live.model.parameters(), *live.model.buffers())}
+    cuts, two, largest = _kept_by_autograd(live, samples_between(batch, 0, 2))
+    # What is kept once, whatever the number of samples (weights, position tables), is in both.
+    one = _kept_by_autograd(live, samples_between(batch, 0, 1))[1] if batch_size(batch) > 1 else 0
+    for cut in cuts:
+        d = cut.a.shape[-1]
+        if 8 * d * d > memory_limit:
+            raise ActivationError(
+                f"Node layer '{cut.layer.name}' has {d:,} features at each position: the covariance alone takes "
+                f"{8 * d * d / 2**30:.2g} GiB, more than memory_limit allows ({memory_limit / 2**30:.2g} GiB). Choose "
+                "a narrower node layer, or raise memory_limit."
+            )
+    itemsize = cuts[0].a.element_size()
+    ends = max(cut.a.numel() for cut in cuts)
+    samples = memory_limit // 2 // (_GRAPHS * max(1, two - one))
+    stack = memory_limit // 2 // (_WORKING * itemsize) * ends // max(ends, largest)
+    return Chunks(max(1, samples), max(1, min(STACK_ELEMENTS, stack)))
+
+
+def _kept_by_autograd(live: LiveModel, batch: Any) -> tuple[list[Cut], int, int]:
+    """Cut a batch; bytes that autograd keeps of it, and numbers in the largest tensor among them."""
     kept: dict[int, int] = {}
     largest = 1
 
     def note(t: Tensor) -> Tensor:
         nonlocal largest
         storage = t.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-            largest = max(largest, t.numel())
+        kept[storage._cdata] = storage.nbytes()
+        largest = max(largest, t.numel())
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        cuts = live.cut(few)
-    for cut in cuts:
-        d = cut.a.shape[-1]
-        if 8 * d * d > memory_limit:
-            raise ActivationError(
-                f"Node layer '{cut.layer.name}' has {d:,} features at each position: the covariance alone takes "
-                f"{8 * d * d / 2**30:.1f} GiB, more than memory_limit allows ({memory_limit / 2**30:.1f} GiB). Choose "
-                "a narrower node layer, or raise memory_limit."
-            )
-    itemsize = cuts[0].a.element_size()
-    ends = max(cut.a.numel() for cut in cuts)
-    samples = memory_limit // 2 // (_GRAPHS * max(1, sum(kept.values()) // n))
-    stack = memory_limit // 2 // (_WORKING * itemsize) * ends // max(ends, largest)
-    return Chunks(max(1, samples), max(1, min(STACK_ELEMENTS, stack)))
+        cuts = live.cut(batch)
+    return cuts, sum(kept.values()), largest
 
 
 def in_chunks(live: LiveModel, batches: Sequence[Any], size: int) -> list[Any]:
