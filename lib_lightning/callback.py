@@ -143,6 +143,7 @@ class LIBCallback(pl.Callback):
         self._tried_step: int | None = None
         self._samples_seen = False
         self._samples_from: str | None = None
+        self._resumed_samples: tuple[str, bool] | None = None
         self._checked = False
         self._said: set[str] = set()
         self._folder: SnapshotFolder | None = None
@@ -231,23 +232,28 @@ class LIBCallback(pl.Callback):
                 if not self._checked:
                     self._check(pl_module, batch)
                 self.samples.add(batch)
-        self._finish_samples()
+        self._keep_samples(complete=True)
 
-    def _finish_samples(self) -> None:
-        if not self.samples.complete and self._folder is not None:
+    def _keep_samples(self, complete: bool) -> None:
+        """Write the samples to a file, for a resumed run to go on with; complete ones stay for the rest of the run."""
+        self._samples_seen = True
+        if self.samples.complete:
+            return
+        self.samples.complete = complete
+        if self._folder is not None:
             path = self._folder.samples_file(self._together.rank, self._together.size)
             self._samples_from = str(self._folder.path) if self.samples.save(path) else None
-        self._samples_seen = self.samples.complete = True
 
     def _restore_samples(self, pl_module: pl.LightningModule) -> None:
-        if self._samples_from is None:
+        if self._resumed_samples is None:
             return
-        path = SnapshotFolder(Path(self._samples_from)).samples_file(self._together.rank, self._together.size)
+        folder, complete = self._resumed_samples
+        path = SnapshotFolder(Path(folder)).samples_file(self._together.rank, self._together.size)
         found = self.samples.load(path, pl_module.device)
         if all(self._together.gather(torch.tensor([found]))):
             for batch in self.samples.batches[:1]:
                 self._check(pl_module, batch)
-            self._finish_samples()
+            self._keep_samples(complete)
         else:
             self.samples.clear()
             log.warning("The samples that '%s' computed on are not in %s any more; it takes new ones.", self.name, path)
@@ -275,9 +281,10 @@ class LIBCallback(pl.Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take a snapshot if one is due, and log the current numbers in any case."""
-        self._samples_seen = True
         if not trainer.sanity_checking:
             self._at_validation(trainer, pl_module)
+        elif self._resumed_samples is None:
+            self._keep_samples(complete=False)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Where there is no validation, do here what is done at its end."""
@@ -285,7 +292,7 @@ class LIBCallback(pl.Callback):
             self._at_validation(trainer, pl_module)
 
     def _at_validation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._finish_samples()
+        self._keep_samples(complete=True)
         due = self.schedule.due_at_validation() if trainer.state.fn == "fit" else True
         if due or self.schedule.due_at_step(trainer.global_step) or self._graph_step is None:
             self._snapshot(trainer, pl_module)
@@ -392,6 +399,7 @@ class LIBCallback(pl.Callback):
             "graph_step": self._graph_step,
             "snapshots": self.snapshots,
             "samples_from": self._samples_from,
+            "samples_complete": self.samples.complete,
             "proposed_layers": [layer.name for layer in self.node_layers or []] if proposed else None,
         }
 
@@ -400,7 +408,8 @@ class LIBCallback(pl.Callback):
         if self._given_layers is None and state_dict["proposed_layers"]:
             self._choose(as_node_layers(state_dict["proposed_layers"]))
         self.schedule.load_state_dict(state_dict["schedule"])
-        self._samples_from = state_dict["samples_from"]
+        if state_dict["samples_from"] is not None:
+            self._resumed_samples = state_dict["samples_from"], state_dict["samples_complete"]
         if set(state_dict["scalars"]) == set(self._scalars):  # else it was of other node layers
             self._scalars = state_dict["scalars"]
             self._graph_step = self._tried_step = state_dict["graph_step"]

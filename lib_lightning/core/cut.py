@@ -241,8 +241,8 @@ class _Recorder:
             )
         if hasattr(t, "full_tensor"):
             raise ActivationError(
-                f"'{tap}' holds a DTensor, of which each process has a part. Choose a node layer where the whole tensor "
-                "is on every process, such as the input or output of the block that is split."
+                f"'{tap}' holds a DTensor, of which each process has a part. Choose a node layer where the whole "
+                "tensor is on every process, such as the input or output of the block that is split."
             )
         if not t.is_floating_point():
             raise ActivationError(
