@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -18,7 +18,6 @@ from lib_lightning.compute import MEMORY_LIMIT, as_mask_fn, check_node_layers, g
 from lib_lightning.core.build import BasisKind, FinalBasisKind, Settings
 from lib_lightning.core.cut import InputFn, LiveModel, MaskFn
 from lib_lightning.core.errors import LIBError, NodeLayerError, NotFiniteError
-from lib_lightning.core.guard import random_states_kept
 from lib_lightning.core.layers import NodeLayer, as_node_layers, check_taps
 from lib_lightning.core.nested import batch_size
 from lib_lightning.core.together import ALONE, Together
@@ -27,22 +26,13 @@ from lib_lightning.folder import SnapshotFolder
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.metrics.summary import graph_scalars, scalar_keys
 from lib_lightning.processes import agree_on_text
-from lib_lightning.samples import SampleBuffer, share_of
+from lib_lightning.run_samples import RunSamples
 from lib_lightning.schedule import Schedule
-from lib_lightning.trainers import (
-    batches_in_turn,
-    distinct_validation_samples,
-    logging_step,
-    place_in_data,
-    processes_of,
-    refuse_what_cannot_work,
-    refuse_without_validation,
-    run_folder,
-    shared_samples,
-    validates,
-)
+from lib_lightning.trainers import logging_step, processes_of, refuse_what_cannot_work, run_folder, validates
 
 log = logging.getLogger(__name__)
+
+_DTYPES = {None: None, "float32": torch.float32, "float64": torch.float64}
 
 
 class LIBCallback(pl.Callback):
@@ -120,30 +110,25 @@ class LIBCallback(pl.Callback):
         if memory_limit <= 0:
             raise ValueError(f"memory_limit is a number of GiB above 0; got {memory_limit}.")
         self._given_layers = None if node_layers is None else as_node_layers(node_layers)
-        self.num_samples = num_samples
         self.settings = Settings(basis, final_basis, rtol, n_probes, integration_steps)
-        if dtype not in (None, "float32", "float64"):
+        if dtype not in _DTYPES:
             raise ValueError(f"dtype is 'float32', 'float64' or None for the model's own; got {dtype!r}.")
-        self.dtype = None if dtype is None else {"float32": torch.float32, "float64": torch.float64}[dtype]
+        self.dtype = _DTYPES[dtype]
         self.input_fn, self.mask = input_fn, mask
-        self.dataloader, self.val_dataloader = dataloader, val_dataloader
         self.memory_limit = memory_limit
         self.name = name
         self.schedule = Schedule(every_n_validations, every_n_steps, at_steps, log_spaced)
-        self.samples = SampleBuffer(num_samples)
+        self.samples = RunSamples(num_samples, dataloader, val_dataloader)
         self._reset()
 
     def _reset(self) -> None:
         self.schedule.reset()
-        self.samples.clear()
+        self.samples.reset()
         self.graph: InteractionGraph | None = None
         self.snapshots = 0
         self._choose(self._given_layers)
         self._graph_step: int | None = None
         self._tried_step: int | None = None
-        self._samples_seen = False
-        self._samples_from: str | None = None
-        self._resumed_samples: tuple[str, bool] | None = None
         self._checked = False
         self._said: set[str] = set()
         self._folder: SnapshotFolder | None = None
@@ -179,25 +164,23 @@ class LIBCallback(pl.Callback):
         folder = run_folder(trainer)
         self._folder = None if folder is None else SnapshotFolder(folder / self.name)
         self._together = processes_of(trainer)
-        self.samples.num_samples = share_of(self.num_samples, *place_in_data(trainer))
+        self.samples.start(trainer, self._together, self._folder)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that there will be samples, and take the snapshot before training if one is due."""
-        self._restore_samples(pl_module)
-        if self.dataloader is not None and not self.samples.complete:
-            self._collect(trainer, pl_module, self.dataloader)
-        elif self.dataloader is None:
-            refuse_without_validation(trainer, self._together, self.val_dataloader)
+        self.samples.prepare(trainer, partial(self._check, pl_module))
         self._snapshot_if_due(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Without a sanity check, look for mistakes on the first training batch instead."""
-        if not self._checked:
-            self._check(pl_module, batch, strict=False)
+        self._check(pl_module, batch, strict=False)
 
     def _check(self, pl_module: pl.LightningModule, batch: Any, strict: bool = True) -> None:
+        """Hold the node layers to account once, or propose some."""
+        if self._checked:
+            return
         if batch_size(batch) == 0 and strict:
             raise LIBError(
                 f"LIBCallback finds no tensor in a batch of type {type(batch).__name__}: batches are tensors, or "
@@ -223,76 +206,34 @@ class LIBCallback(pl.Callback):
             self._choose(layers)
             rank_zero_info(f"{self.name}: no node_layers given; took {[layer.name for layer in layers]}")
 
-    # samples
-
-    def _collect(self, trainer: pl.Trainer, pl_module: pl.LightningModule, dataloader: Iterable[Any]) -> None:
-        self.samples.num_samples = self.num_samples  # shared out by whole batches
-        with random_states_kept(), self._together.agreed():
-            for batch in batches_in_turn(trainer, dataloader, self.num_samples):
-                if not self._checked:
-                    self._check(pl_module, batch)
-                self.samples.add(batch)
-        self._keep_samples(complete=True)
-
-    def _keep_samples(self, complete: bool) -> None:
-        """Write the samples to a file, for a resumed run to go on with; complete ones stay for the rest of the run."""
-        self._samples_seen = True
-        if self.samples.complete:
-            return
-        self.samples.complete = complete
-        if self._folder is not None:
-            path = self._folder.samples_file(self._together.rank, self._together.size)
-            self._samples_from = str(self._folder.path) if self.samples.save(path) else None
-
-    def _restore_samples(self, pl_module: pl.LightningModule) -> None:
-        if self._resumed_samples is None:
-            return
-        folder, complete = self._resumed_samples
-        path = SnapshotFolder(Path(folder)).samples_file(self._together.rank, self._together.size)
-        found = self.samples.load(path, pl_module.device)
-        if all(self._together.gather(torch.tensor([found]))):
-            for batch in self.samples.batches[:1]:
-                self._check(pl_module, batch)
-            self._keep_samples(complete)
-        else:
-            self.samples.clear()
-            log.warning("The samples that '%s' computed on are not in %s any more; it takes new ones.", self.name, path)
-
     # validation: collect, compute, log
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Samples kept from the sanity check may be few: collect them anew from the first whole validation."""
         if trainer.state.fn != "fit":
             self._start(trainer)
-            if self.dataloader is not None:
-                self._collect(trainer, pl_module, self.dataloader)
-        if not self.samples.complete:
-            self.samples.clear()
+            self.samples.collect(trainer, partial(self._check, pl_module))
+        self.samples.new_pass()
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Keep a copy of the batch."""
-        if self.dataloader is not None or dataloader_idx != self.val_dataloader:
-            return
-        if not self._checked:
-            self._check(pl_module, batch)
-        self.samples.add(batch, distinct_validation_samples(trainer, dataloader_idx))
+        self.samples.see(trainer, batch, dataloader_idx, partial(self._check, pl_module))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take a snapshot if one is due, and log the current numbers in any case."""
+        self.samples.end_pass(trainer.sanity_checking)
         if not trainer.sanity_checking:
             self._at_validation(trainer, pl_module)
-        elif self._resumed_samples is None:
-            self._keep_samples(complete=False)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Where there is no validation, do here what is done at its end."""
         if not validates(trainer):
+            self.samples.end_pass(sanity_check=False)
             self._at_validation(trainer, pl_module)
 
     def _at_validation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._keep_samples(complete=True)
         due = self.schedule.due_at_validation() if trainer.state.fn == "fit" else True
         if due or self.schedule.due_at_step(trainer.global_step) or self._graph_step is None:
             self._snapshot(trainer, pl_module)
@@ -319,12 +260,11 @@ class LIBCallback(pl.Callback):
         except OSError as error:
             log.warning("The last snapshot of '%s' could not be written: %s", self.name, error)
         layers = " -> ".join(layer.name for layer in self.node_layers or [])
-        places = [f"  {what:<13} {path}" for what, path in self._folder.contents().items()]
-        lines = [f"{self.name}: {self.snapshots} snapshots of {layers}", *places, *where_to_look(trainer.loggers)]
-        rank_zero_info("\n" + "\n".join(lines))
+        places = [*self._folder.contents(), *where_to_look(trainer.loggers)]
+        rank_zero_info("\n".join([f"\n{self.name}: {self.snapshots} snapshots of {layers}", *places]))
 
     def _snapshot_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        due = self._samples_seen and self.schedule.due_at_step(trainer.global_step)
+        due = self.samples.known and self.schedule.due_at_step(trainer.global_step)
         if due and self._snapshot(trainer, pl_module):
             self._log_directly(trainer)
 
@@ -358,13 +298,11 @@ class LIBCallback(pl.Callback):
     def _compute(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> InteractionGraph:
         self._agree_on_layers()
         live = LiveModel(pl_module, self.node_layers or [], self.input_fn, self.dtype, as_mask_fn(self.mask))
-        batches = shared_samples(trainer, self.samples.batches)
-        graph = graph_of(live, batches, self.settings, self.memory_limit, self._together)
+        graph = graph_of(live, self.samples.to_compute_on(trainer), self.settings, self.memory_limit, self._together)
         graph.info |= {"step": trainer.global_step, "epoch": trainer.current_epoch}
-        for note in graph.info["notes"]:
-            if note not in self._said:
-                log.warning("%s: %s", self.name, note)
-        self._said |= set(graph.info["notes"])
+        for note in set(graph.info["notes"]) - self._said:
+            log.warning("%s: %s", self.name, note)
+            self._said.add(note)
         return graph
 
     def _agree_on_layers(self) -> None:
@@ -381,7 +319,7 @@ class LIBCallback(pl.Callback):
 
     def _current_scalars(self, trainer: pl.Trainer) -> dict[str, float]:
         age = math.nan if self._graph_step is None else float(trainer.global_step - self._graph_step)
-        return {f"{self.name}/{key}": value for key, value in {**self._scalars, "age": age}.items()}
+        return {f"{self.name}/{key}": value for key, value in (self._scalars | {"age": age}).items()}
 
     def _log_directly(self, trainer: pl.Trainer) -> None:
         # LightningModule.log accepts nothing between validations that would reach the loggers at this step.
@@ -398,8 +336,7 @@ class LIBCallback(pl.Callback):
             "scalars": dict(self._scalars),
             "graph_step": self._graph_step,
             "snapshots": self.snapshots,
-            "samples_from": self._samples_from,
-            "samples_complete": self.samples.complete,
+            "samples": self.samples.state_dict(),
             "proposed_layers": [layer.name for layer in self.node_layers or []] if proposed else None,
         }
 
@@ -408,8 +345,7 @@ class LIBCallback(pl.Callback):
         if self._given_layers is None and state_dict["proposed_layers"]:
             self._choose(as_node_layers(state_dict["proposed_layers"]))
         self.schedule.load_state_dict(state_dict["schedule"])
-        if state_dict["samples_from"] is not None:
-            self._resumed_samples = state_dict["samples_from"], state_dict["samples_complete"]
+        self.samples.load_state_dict(state_dict["samples"])
         if set(state_dict["scalars"]) == set(self._scalars):  # else it was of other node layers
             self._scalars = state_dict["scalars"]
             self._graph_step = self._tried_step = state_dict["graph_step"]

@@ -52,10 +52,10 @@ class SnapshotFolder:
         """File with the samples that one of several processes computes on."""
         return self.path / "samples" / f"{rank + 1}-of-{size}.pt"
 
-    def contents(self) -> dict[str, Path]:
-        """What there is, for people."""
+    def contents(self) -> list[str]:
+        """What there is, in lines of text."""
         places = {"basis files": "snapshots", "last one": "final.safetensors", "figures": "figures"}
-        return {what: self.path / place for what, place in places.items() if (self.path / place).exists()}
+        return [f"  {what:<13} {self.path / p}" for what, p in places.items() if (self.path / p).exists()]
 
 
 def _name(step: int) -> str:

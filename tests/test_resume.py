@@ -93,7 +93,7 @@ def test_samples_that_are_gone_are_taken_anew(tmp_path: Path, caplog: pytest.Log
     (samples,) = (tmp_path / "first" / "run" / "lib" / "samples").iterdir()
     samples.write_bytes(samples.read_bytes()[:100])
     fit(tmp_path / "second", EPOCHS, SCHEDULE, checkpoint)
-    assert "it takes new ones" in caplog.text
+    assert "new ones are taken" in caplog.text
     final = InteractionGraph.load(tmp_path / "second" / "run" / "lib" / "final.safetensors")
     assert (final.info["step"], final.info["n_samples"]) == (LAST, 20)
 
@@ -133,7 +133,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
             assert process.stdout.readline().startswith("from"), "it got to the start of training"
             try:
                 # The run takes 1.5 s or more in all; the last tries are left to finish.
-                process.wait(moments.uniform(0.2, 1.2) if kill < 4 else 120)
+                process.wait(moments.uniform(0.2, 1.2) if kill < 3 else 120)
             except subprocess.TimeoutExpired:
                 process.kill()
         if process.returncode == 0:
@@ -146,7 +146,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     assert_complete(tmp_path)
 
 
-@pytest.mark.parametrize("number", [2, 7, 8])
+@pytest.mark.parametrize("number", [2, 7])
 def test_killed_while_writing(number: int, tmp_path: Path) -> None:
     # Files: samples and, for each snapshot, basis and figure.
     with start(tmp_path, number) as process:

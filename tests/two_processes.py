@@ -154,7 +154,7 @@ def main(folder: Path) -> None:
             "snapshots": callback.snapshots,
             "metrics": {k: float(v) for k, v in trainer.callback_metrics.items()},
             "edges": [] if callback.graph is None else list(callback.graph.edges.values()),
-            "count": callback.samples.count,
+            "count": callback.samples.buffer.count,
         }
         torch.save(here, folder / name / f"process-{trainer.global_rank}.pt")
 

@@ -1,0 +1,142 @@
+"""The samples that all snapshots of a run are computed on: where they come from, and how they outlast the run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from lib_lightning.core.guard import random_states_kept
+from lib_lightning.core.together import ALONE, Together
+from lib_lightning.folder import SnapshotFolder
+from lib_lightning.samples import SampleBuffer, share_of
+from lib_lightning.trainers import (
+    batches_in_turn,
+    distinct_validation_samples,
+    place_in_data,
+    refuse_without_validation,
+    shared_samples,
+)
+
+log = logging.getLogger(__name__)
+
+
+class RunSamples:
+    """Samples of one run: those of the first whole validation, before it those of the sanity check, or the user's own.
+
+    They are written beside the snapshots, so that a resumed run goes on with the same ones.
+
+    Args:
+        num_samples: Samples to keep, over all processes.
+        dataloader: Batches of the user's own; None for validation batches.
+        val_dataloader: Which of several validation data loaders to take.
+    """
+
+    def __init__(self, num_samples: int, dataloader: Iterable[Any] | None, val_dataloader: int) -> None:
+        self.num_samples, self.dataloader, self.val_dataloader = num_samples, dataloader, val_dataloader
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the run before."""
+        self.buffer = SampleBuffer(self.num_samples)
+        self.known = False
+        self._together: Together = ALONE
+        self._folder: SnapshotFolder | None = None
+        self._written_to: str | None = None
+        self._resumed: tuple[str, bool] | None = None
+
+    @property
+    def batches(self) -> list[Any]:
+        """The samples of this process."""
+        return self.buffer.batches
+
+    def start(self, trainer: pl.Trainer, together: Together, folder: SnapshotFolder | None) -> None:
+        """Learn what run this is."""
+        self._together, self._folder = together, folder
+        self.buffer.num_samples = share_of(self.num_samples, *place_in_data(trainer))
+
+    def prepare(self, trainer: pl.Trainer, check: Callable[[Any], None]) -> None:
+        """Take the samples that are there before the first step, and make sure that there will be some.
+
+        Args:
+            trainer: The trainer.
+            check: Called with a batch before any is taken.
+
+        Raises:
+            LIBError: If there are no validation batches, and none of the user's own.
+        """
+        self._restore(trainer, check)
+        if self.dataloader is None:
+            refuse_without_validation(trainer, self._together, self.val_dataloader)
+        else:
+            self.collect(trainer, check)
+
+    def collect(self, trainer: pl.Trainer, check: Callable[[Any], None]) -> None:
+        """Go through the user's own batches, if there are any and it has not been done."""
+        if self.dataloader is None or self.buffer.complete:
+            return
+        self.buffer.num_samples = self.num_samples  # shared out by whole batches
+        with random_states_kept(), self._together.agreed():
+            for batch in batches_in_turn(trainer, self.dataloader, self.num_samples):
+                check(batch)
+                self.buffer.add(batch)
+        self.keep(complete=True)
+
+    def new_pass(self) -> None:
+        """A validation begins: what was kept of the one before was perhaps only a sanity check."""
+        if not self.buffer.complete:
+            self.buffer.clear()
+
+    def see(self, trainer: pl.Trainer, batch: Any, dataloader_idx: int, check: Callable[[Any], None]) -> None:
+        """Keep a copy of a validation batch, if it is one of those that count."""
+        if self.dataloader is None and dataloader_idx == self.val_dataloader:
+            check(batch)
+            self.buffer.add(batch, distinct_validation_samples(trainer, dataloader_idx))
+
+    def end_pass(self, sanity_check: bool) -> None:
+        """A validation ends, or the data would have been seen in one."""
+        if not sanity_check:
+            self.keep(complete=True)
+        elif self._resumed is None:
+            self.keep(complete=False)
+
+    def keep(self, complete: bool) -> None:
+        """Write the samples to a file; complete ones stay as they are for the rest of the run."""
+        self.known = True
+        if self.buffer.complete:
+            return
+        self.buffer.complete = complete
+        if self._folder is not None:
+            path = self._folder.samples_file(self._together.rank, self._together.size)
+            self._written_to = str(self._folder.path) if self.buffer.save(path) else None
+
+    def to_compute_on(self, trainer: pl.Trainer) -> list[Any]:
+        """Batches for a snapshot: this process's, or everybody's where all compute in step."""
+        return shared_samples(trainer, self.batches)
+
+    def _restore(self, trainer: pl.Trainer, check: Callable[[Any], None]) -> None:
+        if self._resumed is None:
+            return
+        folder, complete = self._resumed
+        path = SnapshotFolder(Path(folder)).samples_file(self._together.rank, self._together.size)
+        found = self.buffer.load(path, trainer.strategy.root_device)
+        if all(self._together.gather(torch.tensor([found]))):
+            for batch in self.batches[:1]:
+                check(batch)
+            self.keep(complete)
+        else:
+            self.buffer.clear()
+            log.warning("The samples that snapshots were computed on are not in %s any more; new ones are taken.", path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the samples are, for a resumed run."""
+        return {"written_to": self._written_to, "complete": self.buffer.complete}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Note where the samples of the interrupted run are."""
+        if state["written_to"] is not None:
+            self._resumed = state["written_to"], state["complete"]
