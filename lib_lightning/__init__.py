@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lib_lightning.compute import compute_interaction_graph
+from lib_lightning.compute import compute_interaction_graph, list_node_layers
 from lib_lightning.core.basis import Basis
 from lib_lightning.core.layers import NodeLayer
 from lib_lightning.graph import InteractionGraph
@@ -13,7 +13,15 @@ from lib_lightning.version import __version__
 if TYPE_CHECKING:
     from lib_lightning.callback import LIBCallback
 
-__all__ = ["Basis", "InteractionGraph", "LIBCallback", "NodeLayer", "__version__", "compute_interaction_graph"]
+__all__ = [
+    "Basis",
+    "InteractionGraph",
+    "LIBCallback",
+    "NodeLayer",
+    "__version__",
+    "compute_interaction_graph",
+    "list_node_layers",
+]
 
 
 def __getattr__(name: str) -> Any:

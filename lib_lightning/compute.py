@@ -6,7 +6,7 @@ import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -16,10 +16,13 @@ from tqdm.auto import tqdm
 from lib_lightning.core.build import BasisKind, Built, FinalBasisKind, Settings, build
 from lib_lightning.core.check import check
 from lib_lightning.core.cut import InputFn, LiveModel, MaskFn
+from lib_lightning.core.cutpoint import CutPoint
+from lib_lightning.core.errors import ActivationError
 from lib_lightning.core.guard import undisturbed
 from lib_lightning.core.layers import NodeLayer, as_node_layers
 from lib_lightning.core.memory import Chunks, in_chunks, is_out_of_memory, plan_chunks
 from lib_lightning.core.nested import batch_size, first_tensor
+from lib_lightning.core.propose import find_cuts, find_proposed, propose
 from lib_lightning.core.together import ALONE, Together
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.version import __version__
@@ -35,7 +38,7 @@ _HALVINGS = 6
 def compute_interaction_graph(
     model: nn.Module,
     batches: Iterable[Any],
-    node_layers: Sequence[str | NodeLayer],
+    node_layers: Sequence[str | NodeLayer] | None = None,
     basis: BasisKind = "lib",
     final_basis: FinalBasisKind = "auto",
     rtol: float = 1e-6,
@@ -58,6 +61,7 @@ def compute_interaction_graph(
             times, so an iterator is read into memory first.
         node_layers: Where to cut the model, in forward order: ``"module.path"`` for a module's output,
             ``"module.path:input"`` for its input, ``"input"`` and ``"output"`` for the model's own, or a `NodeLayer`.
+            None takes those that `list_node_layers` proposes, and a warning says which.
         basis: ``"lib"``, or the baselines ``"pca"`` and ``"neuron"``.
         final_basis: Basis of the last node layer, which has no next one: ``"neuron"`` or ``"pca"``; ``"auto"`` takes
             neurons for ``"output"`` and PCA for anything else.
@@ -104,8 +108,10 @@ def compute_interaction_graph(
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype is a floating-point type such as torch.float64, or None; got {dtype!r}.")
     batches = list(batches)
-    layers = as_node_layers(node_layers)
-    live = LiveModel(model, layers, input_fn, dtype, as_mask_fn(mask))
+    mask_fn = as_mask_fn(mask)
+    if node_layers is None:
+        node_layers = _proposed(model, batches, input_fn, mask_fn)
+    live = LiveModel(model, as_node_layers(node_layers), input_fn, dtype, mask_fn)
     graph = graph_of(live, batches, settings, memory_limit, together, check_first=True, progress=progress)
     for note in graph.info["notes"]:
         log.warning(note)
@@ -226,6 +232,74 @@ def check_node_layers(
     live = LiveModel(model, as_node_layers(node_layers), input_fn, dtype, as_mask_fn(mask))
     with _session(live):
         check(live, batch)
+
+
+def list_node_layers(model: nn.Module, batch: Any, input_fn: InputFn | None = None) -> list[CutPoint]:
+    """List every place where a model can be cut with a single tensor, and which of them are proposed as node layers.
+
+    Of several inputs that each go their own way to the output (images and time steps), only the largest count: the
+    others are context. Node layers then begin before the two meet.
+
+    Args:
+        model: Any module; left exactly as it was found.
+        batch: One batch; a few samples are enough.
+        input_fn: As for `compute_interaction_graph`.
+
+    Returns:
+        The places, in forward order; ``tap`` is what to write as a node layer.
+
+    Raises:
+        NodeLayerError: If there are fewer than two.
+        ActivationError: If there would be more, but for activations that are NaN or infinite.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> for cut in list_node_layers(model, torch.randn(3, 4)):
+        ...     print(cut.tap, cut.positions, cut.features, cut.module, cut.proposed)
+        input 1 4 Sequential True
+        0 1 8 Linear False
+        1 1 8 ReLU True
+        output 1 2 Sequential True
+    """
+    with undisturbed(model):
+        cuts = find_cuts(model, batch, input_fn)
+    taps = propose(cuts)
+    return [replace(cut, proposed=cut.tap in taps) for cut in cuts]
+
+
+def propose_node_layers(
+    model: nn.Module, batch: Any, input_fn: InputFn | None = None, mask: str | int | MaskFn | None = None
+) -> list[str]:
+    """Choose node layers for a model: those that `list_node_layers` proposes, in less time.
+
+    Args:
+        model: Any module; left exactly as it was found.
+        batch: One batch; a few samples are enough.
+        input_fn: As for `compute_interaction_graph`.
+        mask: As for `compute_interaction_graph`.
+
+    Returns:
+        Two to six node layers, in forward order.
+
+    Raises:
+        NodeLayerError: If the model cannot be cut at two places.
+        ActivationError: If it could be, but for activations that are NaN or infinite.
+
+    Example:
+        >>> propose_node_layers(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 4))
+        ['input', '1', 'output']
+    """
+    with undisturbed(model):
+        return find_proposed(model, batch, input_fn, as_mask_fn(mask))
+
+
+def _proposed(model: nn.Module, batches: Sequence[Any], input_fn: InputFn | None, mask_fn: MaskFn | None) -> list[str]:
+    batch = next((batch for batch in batches if batch_size(batch) or first_tensor(batch) is None), None)
+    if batch is None:
+        raise ActivationError("There are no samples to choose node layers with.")
+    node_layers = propose_node_layers(model, batch, input_fn, mask_fn)
+    log.warning("No node layers were given; %s is cut at node_layers=%s.", type(model).__name__, node_layers)
+    return node_layers
 
 
 @contextmanager

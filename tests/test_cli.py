@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+import yaml
+from lightning.pytorch.demos.boring_classes import BoringModel
+from torch import Tensor, nn
 
 from lib_lightning import InteractionGraph, compute_interaction_graph
 from lib_lightning.cli import main
@@ -102,7 +105,95 @@ def test_mistakes_get_one_sentence_before_training(tmp_path: Path) -> None:
 
 def test_top_level_help_names_every_command() -> None:
     printed = command("--help")
-    assert all(name in printed for name in ("fit", "validate", "test", "predict", "inspect", "plot"))
+    assert all(name in printed for name in ("fit", "validate", "test", "predict", "nodes", "inspect", "plot"))
+
+
+TABLE = """\
+  name                       positions x features  module
+  transformer.embed.tokens                 3 x 64  Embedding
+* transformer.embed                        3 x 64  Embedding
+* transformer.mlp:input                    1 x 64  Sequential
+* transformer.unembed:input                1 x 64  Linear
+* output                                   1 x 14  ModularAddition
+
+node_layers: [transformer.embed, "transformer.mlp:input", "transformer.unembed:input", output]
+"""
+
+
+def test_nodes_lists_where_the_model_can_be_cut() -> None:
+    before = set(ROOT.iterdir())
+    assert command("nodes", "--config", "recipes/modular_addition.yaml", "--data.modulus", "13") == TABLE
+    assert set(ROOT.iterdir()) == before, "and writes nothing"
+
+
+def test_nodes_takes_a_file_that_fit_has_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    recipe = ("--config", "recipes/modular_addition.yaml", "--data.modulus", "13")
+    with pytest.raises(SystemExit):
+        main(["fit", *recipe, "--print_config"])
+    written = capsys.readouterr().out
+    assert "ckpt_path: null" in written
+    # Without the callback, for an accelerator that is not here.
+    (tmp_path / "config.yaml").write_text(written.replace("accelerator: cpu", "accelerator: tpu"))
+    main(["nodes", "--config", str(tmp_path / "config.yaml"), "--trainer.callbacks", "null", "--all"])
+    printed = capsys.readouterr().out
+    assert "".join(line for line in printed.splitlines(keepends=True) if "    =" not in line) == TABLE
+    assert "\n    = transformer.unembed\n    = transformer\n" in printed
+
+
+def test_nodes_prints_a_list_that_node_layers_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["nodes", "--model", "tests.training.Classifier"])
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed.splitlines()[-1]) == {"node_layers": ["input", "net.3", "output"]}
+
+
+class WithoutValidation(BoringModel):
+    val_dataloader = None
+
+
+class TwoArguments(BoringModel):
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return super().forward(x) * scale
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self(batch, torch.ones(()))
+
+
+class BadDay(BoringModel):
+    def setup(self, stage: str) -> None:
+        raise RuntimeError("no data today")
+
+
+def scaled(batch: Tensor) -> tuple[Tensor, Tensor]:
+    return batch, torch.ones(())
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (WithoutValidation, "^lib-lightning: There is no validation batch to run the model on"),
+        (
+            TwoArguments,
+            r"^lib-lightning: TwoArguments cannot be run on a validation batch: TypeError: .*'scale'. By def",
+        ),
+        (
+            BadDay,
+            "^lib-lightning: The first validation batch of BadDay .* stops before with RuntimeError: no data today",
+        ),
+    ],
+)
+def test_nodes_fails_with_one_sentence(model: type[BoringModel], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        main(["nodes", "--model", f"tests.test_cli.{model.__name__}"])
+
+
+def test_nodes_feeds_the_model_as_the_callback_does(capsys: pytest.CaptureFixture[str]) -> None:
+    callback = {"class_path": "lib_lightning.LIBCallback"}
+    callback["init_args"] = {"node_layers": ["input", "output"], "input_fn": "tests.test_cli.scaled"}
+    main(["nodes", "--model", "tests.test_cli.TwoArguments", "--trainer.callbacks", json.dumps([callback])])
+    assert capsys.readouterr().out.splitlines()[-1] == "node_layers: [input, output]"
 
 
 def test_saved_graphs_load_elsewhere(basis_file: Path) -> None:

@@ -46,7 +46,7 @@ def check(live: LiveModel, batch: Any) -> None:
 def _check(live: LiveModel, batch: Any) -> None:
     try:
         torch.manual_seed(0)
-        with _watched_inputs(live, batch_size(batch), _as_leaf) as inputs:
+        with watched_inputs(live, batch_size(batch), _as_leaf) as inputs:
             cuts = live.cut(batch)
         for cut in cuts:
             check_finite(cut.layer.name, cut.rows)
@@ -87,8 +87,17 @@ def check_finite(name: str, a: Tensor) -> None:
 
 
 @contextmanager
-def _watched_inputs(live: LiveModel, n: int, change: Callable[[int, Tensor], Tensor]) -> Iterator[dict[int, Tensor]]:
-    """See, and change, what differs from sample to sample where it enters: float inputs and outputs of embeddings."""
+def watched_inputs(live: LiveModel, n: int, change: Callable[[int, Tensor], Tensor]) -> Iterator[dict[int, Tensor]]:
+    """See, and change, what differs from sample to sample where it enters: float inputs and outputs of embeddings.
+
+    Args:
+        live: The model.
+        n: Number of samples in the batch that it is going to be run on.
+        change: What to go on with, given which one of them it is, and its tensor.
+
+    Yields:
+        What the model goes on with, by which one it is; filled while the model runs.
+    """
     seen: dict[int, Tensor] = {}
     count = 0
 
@@ -200,7 +209,7 @@ def _check_swap(live: LiveModel, batch: Any, cuts: Sequence[Cut], inputs: set[in
     for position in range(len(cuts) - 1 if inputs else 0):
         torch.manual_seed(0)
         own = [cut.a.detach() if k == position else None for k, cut in enumerate(cuts)]
-        with torch.no_grad(), _watched_inputs(live, batch_size(batch), another):
+        with torch.no_grad(), watched_inputs(live, batch_size(batch), another):
             swapped = live.cut(batch, own)
         for before, after in zip(cuts[position + 1 :], swapped[position + 1 :], strict=True):
             if not _close(before.a, after.a):
