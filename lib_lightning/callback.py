@@ -187,7 +187,7 @@ class LIBCallback(pl.Callback):
                 "tuples, lists, dicts and dataclasses of them."
             )
         try:
-            layers = self.node_layers or as_node_layers(propose_node_layers(pl_module, batch, self.input_fn))
+            layers = self.node_layers or as_node_layers(propose_node_layers(pl_module, batch, self.input_fn, self.mask))
             check_node_layers(pl_module, batch, layers, self.dtype, self.input_fn, self.mask)
         except (NodeLayerError, NotFiniteError):
             raise
@@ -309,13 +309,11 @@ class LIBCallback(pl.Callback):
         if self._given_layers is not None:
             return
         # A process that has seen no batch has no proposal of its own.
-        names = json.dumps([layer.name for layer in self.node_layers]) if self.node_layers else ""
-        if not (agreed := agree_on_text(self._together, names)):
+        own = json.dumps([layer.name for layer in self.node_layers]) if self.node_layers else ""
+        if not (agreed := agree_on_text(self._together, own)):
             raise LIBError("No batch has been seen that node layers could be proposed from.")
-        if self.node_layers is None:
+        if not own:
             self._choose(as_node_layers(json.loads(agreed)))
-
-    # numbers
 
     def _current_scalars(self, trainer: pl.Trainer) -> dict[str, float]:
         age = math.nan if self._graph_step is None else float(trainer.global_step - self._graph_step)
@@ -325,8 +323,6 @@ class LIBCallback(pl.Callback):
         # LightningModule.log accepts nothing between validations that would reach the loggers at this step.
         for logger in trainer.loggers:
             logger.log_metrics(self._current_scalars(trainer), logging_step(trainer))
-
-    # resuming
 
     def state_dict(self) -> dict[str, Any]:
         """State that travels in Lightning's checkpoints: plain numbers and strings only."""

@@ -29,6 +29,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "steps": {"every_n_steps": 7},
     "list": {"at_steps": [0, 3, 19, 20, 21, 33]},
     "log": {"log_spaced": 5, "n_probes": 2},
+    "proposed": {"node_layers": None},
 }
 
 

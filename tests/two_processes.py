@@ -114,7 +114,7 @@ RUNS: dict[str, tuple[Any, Any]] = {
     "one_sample_repeated": (lambda: Model(plain(3)), {}),
     "wide": (lambda: Model(plain(71, 600), 600), {"every_n_steps": 2}),
     "uneven": (lambda: Model(DataLoader(Stream(40, 13), batch_size=8)), {}),
-    "empty_first": (lambda: Model(DataLoader(Stream(0, 30), batch_size=8)), {"every_n_steps": 2}),
+    "empty_first": (lambda: Model(DataLoader(Stream(0, 30), batch_size=8)), {"every_n_steps": 2, "node_layers": None}),
     "empty_last": (lambda: Model(DataLoader(Stream(30, 0), batch_size=8)), {"basis": "pca"}),
     "own": (lambda: Model(None), {"dataloader": plain(71), "num_samples": 50}),
     "fails": (lambda: FailsOnOne(plain(71), ValueError), {}),
