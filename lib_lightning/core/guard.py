@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import random
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parameter import is_lazy
+from torch.utils import checkpoint
+
+from lib_lightning.core.errors import LIBError, quoted
 
 # What every module has: flags, parameters, buffers, children and hooks, which are looked after on their own.
 _MODULE_NAMES = frozenset(nn.Module().__dict__)
+_TABLES = (nn.Embedding, nn.EmbeddingBag)
 
 
 @contextmanager
@@ -21,16 +28,20 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run a block of code in evaluation mode with gradients, then restore the model and all random states.
 
     Inside, gradients with respect to activations can be taken twice, even where the caller has switched them off
-    (``no_grad``, ``inference_mode``); parameters are constants, mixed precision and compiled code are off. Afterwards,
-    also after an exception, these are as before: the training flag of every module, its buffers and plain attributes
-    (numbers, tensors, lists and dicts of them), ``grad`` and ``requires_grad`` of every parameter, and the random
-    states of torch (CPU and CUDA), NumPy and Python.
+    (``no_grad``, ``inference_mode``); parameters are constants; mixed precision, compiled code, activation
+    checkpointing and the modules' backward hooks are off. Afterwards, also after an exception, these are as before: the
+    training flag of every module, its buffers and plain attributes (numbers, tensors, lists and dicts of them),
+    ``data``, ``grad`` and ``requires_grad`` of every parameter, the weights that ``max_norm`` writes into, and the
+    random states of torch (CPU and CUDA), NumPy and Python.
 
     Args:
         model: The model that the block is going to run.
 
     Yields:
         Nothing.
+
+    Raises:
+        LIBError: If the model has lazy parameters, which take their shapes from the first batch of training.
 
     Example:
         >>> model = nn.Dropout()
@@ -40,9 +51,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         >>> model.training
         True
     """
+    _refuse_lazy(model)
     with ExitStack() as stack:
         stack.callback(_random_states())
-        for save in (_attributes, _buffers, _parameters, _training_flags):
+        for save in (_attributes, _buffers, _parameters, _training_flags, _backward_hooks):
             stack.callback(save(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -55,6 +67,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         # cuDNN differentiates recurrent layers in training mode only, and once.
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        stack.callback(_checkpointing())
         # Compiled modules ignore hooks that come later; run what they were compiled from.
         if hasattr(torch.compiler, "set_stance"):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -143,11 +156,63 @@ def _buffers(model: nn.Module) -> Callable[[], None]:
 
 
 def _parameters(model: nn.Module) -> Callable[[], None]:
-    saved = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    saved = [(p, p.data, _address(p), p.requires_grad, p.grad) for p in model.parameters()]
+    # An embedding with a greatest norm shortens vectors that are longer as it looks them up, in the table itself.
+    tables = [m.weight for m in model.modules() if isinstance(m, _TABLES) and m.max_norm is not None]
+    copies = [(table, table.detach().clone()) for table in tables]
 
     def restore() -> None:
-        for parameter, requires_grad, grad in saved:
+        for parameter, data, address, requires_grad, grad in saved:
+            if _address(parameter) != address:  # a module has put other numbers in their place
+                parameter.data = data
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
+        with torch.no_grad():
+            for table, value in copies:
+                if not torch.equal(table, value):
+                    table.copy_(value)
 
     return restore
+
+
+def _address(parameter: Tensor) -> int | None:
+    # Sharded parameters and the like have their numbers elsewhere.
+    plain = type(parameter.data) is Tensor and parameter.layout == torch.strided
+    return parameter.data_ptr() if plain else None
+
+
+def _backward_hooks(model: nn.Module) -> Callable[[], None]:
+    """Take them off: they are about the gradients of training, and where they are, torch hands on views."""
+    saved = [(module, module._backward_hooks, module._backward_pre_hooks) for module in model.modules()]
+    for module, *_ in saved:
+        module._backward_hooks, module._backward_pre_hooks = OrderedDict(), OrderedDict()
+
+    def restore() -> None:
+        for module, hooks, pre_hooks in saved:
+            module._backward_hooks, module._backward_pre_hooks = hooks, pre_hooks
+
+    return restore
+
+
+def _checkpointing() -> Callable[[], None]:
+    """Switch activation checkpointing off: what it runs again would lack our cuts, and give other tensors.
+
+    Both kinds are met inside torch, where everybody comes by who calls or has imported ``checkpoint``: the reentrant one
+    is an autograd function around what it is given to run, the other one a hook on saved tensors, which need not be.
+    """
+    plain = {
+        "CheckpointFunction": SimpleNamespace(apply=lambda function, preserve_rng_state, *args: function(*args)),
+        "_checkpoint_hook": lambda frame: nullcontext(),
+    }
+    saved = {name: vars(checkpoint)[name] for name in plain if name in vars(checkpoint)}
+    vars(checkpoint).update((name, plain[name]) for name in saved)
+    return lambda: vars(checkpoint).update(saved)
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    lazy = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if is_lazy(t)]
+    if lazy:
+        raise LIBError(
+            f"{quoted(lazy)} have no shape yet: lazy modules take it from the first batch they see, and would keep it. "
+            "Run the model once before (model(batch)), or give the shapes yourself."
+        )
