@@ -197,8 +197,8 @@ def _backward_hooks(model: nn.Module) -> Callable[[], None]:
 def _checkpointing() -> Callable[[], None]:
     """Switch activation checkpointing off: what it runs again would lack our cuts, and give other tensors.
 
-    Both kinds are met inside torch, where everybody comes by who calls ``checkpoint``, however imported: the reentrant
-    one is an autograd function around what it is given to run, the other one a hook on saved tensors, which need not be.
+    Both kinds are met inside torch, where all who call ``checkpoint`` come by, however they have imported it: the
+    reentrant one is an autograd function around what it is given to run, the other one a hook on saved tensors.
     """
     plain = {
         "CheckpointFunction": SimpleNamespace(apply=lambda function, preserve_rng_state, *args: function(*args)),

@@ -73,9 +73,8 @@ class Recurrent(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.block, self.norm, self.head = (
-            nn.Linear(3, 4), nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4)), nn.LayerNorm(4), nn.Linear(4, 2)
-        )  # fmt: skip
+        self.embed, self.norm, self.head = nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)
+        self.block = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)
