@@ -56,19 +56,28 @@ def plan_chunks(live: LiveModel, batch: Any, memory_limit: int) -> Chunks:
     """
     few = samples_between(batch, 0, _SAMPLES)
     n = max(1, batch_size(few))
-    parameters = {t.untyped_storage().data_ptr() for t in (*live.model.parameters(), *live.model.buffers())}
+    state = (*live.model.parameters(), *live.model.buffers())
+    parameters = {t.untyped_storage().data_ptr() for t in state if t.layout == torch.strided}
     kept: dict[int, int] = {}
     largest = 1
 
     def note(t: Tensor) -> Tensor:
         nonlocal largest
+        if t.layout != torch.strided:
+            return t
         storage = t.untyped_storage()
         if storage.data_ptr() not in parameters:
             kept[storage.data_ptr()] = storage.nbytes()
             largest = max(largest, t.numel())
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            cuts = live.cut(few)
+    except RuntimeError as error:
+        if "saved tensor" not in str(error):
+            raise
+        # The model differentiates inside (torch.func), where nobody may look: as much at once as there is.
         cuts = live.cut(few)
     for cut in cuts:
         d = cut.a.shape[-1]

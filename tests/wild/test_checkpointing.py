@@ -86,6 +86,15 @@ def test_taps_inside_and_outside(way: str, layers: list[str]) -> None:
     assert all(block.runs >= before + 2 for block, before in zip(model.blocks, runs, strict=True))
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_integrated_gradients(way: str) -> None:
+    # Activations are replaced along the path: what is run again from those of the forward pass would be another model.
+    model, x = lively(Checkpointed(plain)), torch.randn(20, 3).double()
+    expected = compute_interaction_graph(model, [x], INSIDE, integration_steps=3)
+    model.way = WAYS[way]
+    assert_same_graph(compute_interaction_graph(model, [x], INSIDE, integration_steps=3), expected)
+
+
 @pytest.mark.parametrize("kind", CheckpointImpl)
 def test_wrapped_blocks(kind: CheckpointImpl) -> None:
     model, x = lively(Checkpointed(plain)), torch.randn(20, 3).double()

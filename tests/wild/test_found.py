@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 from lib_lightning import compute_interaction_graph
 from tests.wild.found import Found
-from tests.wild.oracle import RTOL, assert_exact, assert_same_graph, dense, lively
+from tests.wild.oracle import RTOL, agrees, assert_exact, assert_same_graph, dense, lively
 
 LAYERS = ["input", "1", "2", "output"]
 
@@ -108,6 +110,41 @@ def old_weight_norm() -> nn.Module:
     return mlp(nn.utils.weight_norm)
 
 
+def pruned() -> nn.Module:
+    return mlp(lambda linear: prune.random_unstructured(linear, "weight", amount=0.3))
+
+
+class Keeping(nn.Module):
+    """Keeps what it sees in whatever Python and NumPy have for keeping things."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear, self.recent, self.count = linear, deque([1, 2], maxlen=2), Counter(a=1)
+        self.by_name, self.ordered = defaultdict(list), OrderedDict(a=1, b=2)
+        self.array, self.kinds, self.growing = np.zeros(2), {1}, torch.zeros(2)
+        self.states: tuple[Any, ...] = ([torch.zeros(2)], {"inner": [torch.zeros(1), [1]]})
+        self.itself = [self.states]
+        self.itself.append(self.itself)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.recent.append(3)
+        self.count["a"] += 1
+        self.by_name["new"].append(x)
+        self.ordered.move_to_end("a")
+        self.array += 1
+        self.kinds.add(2)
+        self.growing.data = torch.cat([self.growing, torch.ones(1)])
+        self.states[0][0] += 1
+        self.states[1]["inner"][0].add_(1)
+        self.states[1]["inner"][1].append(2)
+        self.itself.append(x)
+        return self.linear(x)
+
+
+def keeping() -> nn.Module:
+    return mlp(Keeping)
+
+
 class NormedInForward(nn.Linear):
     """Keeps its weights small, by putting new ones in their place whenever it runs."""
 
@@ -122,7 +159,7 @@ def normed_in_forward() -> nn.Module:
 
 KINDS = [
     frozen, all_frozen, low_rank, tied, batch_norm_and_dropout, moving, new_spectral_norm, new_weight_norm,
-    old_spectral_norm, old_weight_norm, normed_in_forward,
+    old_spectral_norm, old_weight_norm, pruned, keeping, normed_in_forward,
 ]  # fmt: skip
 every_kind = pytest.mark.parametrize("make", KINDS)
 pytestmark = pytest.mark.filterwarnings("ignore:.*nn.utils.weight_norm.*is deprecated:FutureWarning")
@@ -189,75 +226,60 @@ def test_embedding_with_greatest_norm() -> None:
     assert_exact(graph, *dense(model, words, layers))
 
 
-class Log:
-    """What hooks have seen, in order."""
+class Neighbours(nn.Module):
+    """Mixes positions by a sparse matrix, which cannot be compared with another."""
 
-    def __init__(self) -> None:
-        self.entries: list[tuple[str, list[float]]] = []
-
-    def hook(self, name: str, scale: float | None = None) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            self.entries.append((name, output.flatten().tolist()))
-            return None if scale is None else output * scale
-
-        return hook
-
-
-def test_hooks_of_the_user_work_in_their_order_with_values_as_before() -> None:
-    x, log = torch.randn(20, 4).double(), Log()
-    model = lively(mlp())
-    model[0].register_forward_hook(log.hook("doubles", 2.0))
-    model[0].register_forward_hook(log.hook("sees doubled"))
-    model[0].register_forward_hook(log.hook("first"), prepend=True)
-    model[2].register_forward_pre_hook(lambda _, args: (args[0] + 1,))
-    model[2].register_forward_hook(log.hook("second"))
-    with torch.no_grad():
-        model(x)
-    expected, log.entries = log.entries, []
-    found = Found(model)
-    graph = compute_interaction_graph(model, [x], ["input", "0", "2:input", "2", "output"], rtol=RTOL)
-    found.assert_same()
-    assert [name for name, _ in log.entries[:4]] == ["first", "doubles", "sees doubled", "second"]
-    # The passes over the whole batch as it is (others hold the node layers to account, on three samples).
-    whole = [entry for entry in log.entries if len(entry[1]) == len(expected[0][1]) or len(entry[1]) == 20 * 5]
-    assert all(entry in expected for entry in whole)
-    assert len(whole) >= 4
-    log.entries.clear()
-    with torch.no_grad():
-        model(x)
-    assert log.entries == expected
-    assert_exact(graph, *dense(model, x, ["input", "0", "2:input", "2", "output"]))
-
-
-class ResidualBlock(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, layout: torch.layout) -> None:
         super().__init__()
-        self.embed, self.norm, self.f, self.head = nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 5), nn.Linear(5, 3)
+        adjacency = (torch.eye(4) + torch.eye(4).roll(1, 0)).double()
+        self.register_buffer("adjacency", adjacency.to_sparse(layout=layout))
+        self.first, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x)
-        return self.head(x + torch.tanh(self.f(self.norm(x))))
+        h = torch.tanh(self.first(x)).transpose(0, 1)
+        return self.head((self.adjacency @ h.flatten(1)).view_as(h).transpose(0, 1))
 
 
-@pytest.mark.parametrize("scale", [None, 3.0])
-def test_backward_hooks_of_the_user_rest(scale: float | None) -> None:
-    # They are about the gradients of training: ours are none of their business, nor may they change them. Around
-    # modules that have them, torch hands on views, which cannot be cut in place.
-    model, x, calls = lively(ResidualBlock()), torch.randn(20, 4).double(), []
-    layers = ["input", "norm:input", "head:input", "output"]
-    expected = compute_interaction_graph(model, [x], layers)
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta state:UserWarning")
+def test_sparse_buffers(layout: torch.layout) -> None:
+    model, x = lively(Neighbours(layout)), torch.randn(12, 4, 3).double()
+    before = model.adjacency.to_dense()
+    agrees(model, x, ["input", "first", "head:input", "output"])
+    assert model.adjacency.layout == layout
+    assert torch.equal(model.adjacency.to_dense(), before)
 
-    def change(_: nn.Module, grads: tuple[Tensor, ...], *more: Any) -> Any:
-        calls.append(1)
-        return None if scale is None else tuple(scale * grad for grad in grads)
 
-    for module in (model, model.embed, model.f):
-        module.register_full_backward_hook(change)
-        module.register_full_backward_pre_hook(change)
+class Table(nn.Module):
+    """Makes a table when first called, and keeps it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head, self.table = nn.Linear(3, 4), nn.Linear(4, 2), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = torch.linspace(1, 2, 4).to(x)
+        return self.head(torch.tanh(self.first(x)) * self.table)
+
+
+def test_table_left_behind_by_inference() -> None:
+    model, x = lively(Table()), torch.randn(12, 3).double()
+    with torch.inference_mode():
+        model(x)
+    table = model.table
+    agrees(model, x, ["input", "first", "head:input", "output"])
+    assert model.table is table
+    assert table.is_inference()
+
+
+def test_model_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model = lively(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 4)))
+        model[4].weight = model[3].weight
+    x = torch.randn(12, 3).double()
     found = Found(model)
-    graph = compute_interaction_graph(model, [x], layers)
+    graph = compute_interaction_graph(model, [x], ["input", "2", "output"], rtol=RTOL)
     found.assert_same()
-    assert not calls
-    assert_same_graph(graph, expected)
-    model(x.requires_grad_()).sum().backward()
-    assert len(calls) == 6
+    with torch.inference_mode():
+        assert_exact(graph, *dense(model, x, ["input", "2", "output"]))

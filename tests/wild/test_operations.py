@@ -217,3 +217,59 @@ def test_sampled_metric_through_a_function_of_numpy() -> None:
         compute_interaction_graph(with_sine(sine), [x], layers, n_probes=5) for sine in (Apply(SineNumPy), PlainSine())
     )
     assert_same_graph(*graphs)
+
+
+class Distances(nn.Module):
+    """How far from each of five points: torch has one derivative of it, not two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(3, 4), nn.Linear(5, 2)
+        self.points = nn.Parameter(torch.randn(5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.cdist(torch.tanh(self.first(x)), self.points))
+
+
+def test_distances() -> None:
+    graph = agrees(lively(Distances()), torch.randn(12, 6, 3).double(), ["first", "head:input", "output"])
+    assert [BACKWARDS in note for note in graph.info["notes"]] == [True]
+
+
+class Experts(nn.Module):
+    """Each position goes to the two of three experts that a router chooses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.router, self.head = nn.Linear(3, 4), nn.Linear(4, 3), nn.Linear(4, 2)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 4)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        shares, chosen = self.router(x).softmax(-1).topk(2, -1)
+        mixed = torch.zeros_like(x)
+        for index, expert in enumerate(self.experts):
+            *where, rank = (chosen == index).nonzero(as_tuple=True)
+            mixed.index_put_(tuple(where), shares[(*where, rank)][:, None] * expert(x[tuple(where)]), accumulate=True)
+        return self.head(x + mixed)
+
+
+def test_mixture_of_experts() -> None:
+    agrees(lively(Experts()), torch.randn(12, 4, 3).double(), ["first", "head:input", "output"])
+
+
+class Spectrum(nn.Module):
+    """Filters over positions, by complex numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.filter = nn.Parameter(torch.randn(3, 4, dtype=torch.cdouble))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.fft.rfft(torch.tanh(self.first(x)), dim=1) * self.filter
+        return self.head(torch.fft.irfft(h, n=x.shape[1], dim=1))
+
+
+def test_complex_numbers_inside() -> None:
+    agrees(Spectrum().double(), torch.randn(12, 4, 3).double(), ["input", "first", "head:input", "output"])
