@@ -21,6 +21,21 @@ from lib_lightning.core.section import keep, pull_back
 
 # Enough to see samples influence each other.
 _SAMPLES = 3
+_USED = (
+    "A tapped tensor is also used before it reaches its tap, or written to afterwards, in a way that cannot be cut. "
+    "Tap the module before or after it instead."
+)
+_DIFFERENTIATED = (
+    "A node layer lies within what the model itself differentiates or maps (autograd.grad, torch.func). Tap modules "
+    "before or after that."
+)
+# What torch says where a cut is not possible, and what that means.
+_SIGNS = {
+    "detached in-place": _USED,
+    "leaf Variable that requires grad": _USED,
+    "have been used in the graph": _DIFFERENTIATED,
+    "inside of a function being transformed": _DIFFERENTIATED,
+}
 
 
 def check(live: LiveModel, batch: Any) -> None:
@@ -56,12 +71,10 @@ def _check(live: LiveModel, batch: Any) -> None:
         for before, after in pairwise(cuts):
             _check_section(before, after)
     except RuntimeError as error:
-        if not any(sign in str(error) for sign in ("detached in-place", "leaf Variable that requires grad")):
-            raise
-        raise NodeLayerError(
-            "A tapped tensor is also used before it reaches its tap, or written to afterwards, in a way that cannot be "
-            f"cut. Tap the module before or after it instead. ({error})"
-        ) from error
+        for sign, sentence in _SIGNS.items():
+            if sign in str(error):
+                raise NodeLayerError(f"{sentence} ({error})") from error
+        raise
     if _draws_the_same_twice(live, batch, cuts):
         _check_same_result(live, batch, cuts)
         _check_swap(live, batch, cuts, set(inputs))

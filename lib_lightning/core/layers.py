@@ -267,7 +267,7 @@ def find_module(model: nn.Module, path: str) -> nn.Module:
     module = _original(model)
     for name in path.split(".") if path else []:
         if name != _COMPILED:
-            child = module._modules.get(name)
+            child = _child(module, name)
             if child is None:
                 raise AttributeError(f"{type(module).__name__} has no module '{name}'")
             module = _original(child)
@@ -289,8 +289,12 @@ def module_paths(model: nn.Module) -> list[str]:
 
 
 def _original(module: nn.Module) -> nn.Module:
-    inner = module._modules.get(_COMPILED)
+    inner = _child(module, _COMPILED)
     return module if inner is None else _original(inner)
+
+
+def _child(module: nn.Module, name: str) -> nn.Module | None:
+    return dict(module._modules.items()).get(name)  # TorchScript's modules have no dict, but something like it
 
 
 def check_taps(model: nn.Module, layers: Sequence[NodeLayer]) -> None:
@@ -301,13 +305,18 @@ def check_taps(model: nn.Module, layers: Sequence[NodeLayer]) -> None:
         layers: Node layers.
 
     Raises:
-        NodeLayerError: With the nearest names that do exist.
+        NodeLayerError: With the nearest names that do exist; also for modules that take no hooks.
     """
     for layer in layers:
         for name in layer.taps:
             tap = split_tap(name)
             try:
-                find_module(model, tap.path)
+                module = find_module(model, tap.path)
+                if isinstance(module, torch.jit.RecursiveScriptModule):  # type: ignore[attr-defined]
+                    raise NodeLayerError(
+                        f"'{name}' is a TorchScript module, which nobody can look into. Choose a module around it or "
+                        "beside it, or take the one that it was made from."
+                    )
             except AttributeError:
                 names = module_paths(model)
                 near = difflib.get_close_matches(tap.path, names, n=3, cutoff=0.4) or [n for n in names if n][:8]

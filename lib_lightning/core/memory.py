@@ -78,12 +78,20 @@ def _kept_by_autograd(live: LiveModel, batch: Any) -> tuple[list[Cut], int, int]
 
     def note(t: Tensor) -> Tensor:
         nonlocal largest
+        if t.layout != torch.strided:
+            return t
         storage = t.untyped_storage()
         kept[storage._cdata] = storage.nbytes()
         largest = max(largest, t.numel())
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            cuts = live.cut(batch)
+    except RuntimeError as error:
+        if "saved tensor" not in str(error):
+            raise
+        # The model differentiates inside (torch.func), where nobody may look: as much at once as there is.
         cuts = live.cut(batch)
     return cuts, sum(kept.values()), largest
 

@@ -10,7 +10,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -116,8 +116,8 @@ class _Recorder:
         self.root = find_module(live.model, "")
         self._modules = {}
         for path in module_paths(live.model):
-            with suppress(AttributeError):  # what lies in a scripted module is not to be had
-                module = find_module(live.model, path)
+            module = find_module(live.model, path)
+            if not isinstance(module, torch.jit.RecursiveScriptModule):  # type: ignore[attr-defined]  # takes no hooks
                 self._modules[id(module)] = module
                 self.paths[id(module)].append(path)
         self._clock = itertools.count()

@@ -1,0 +1,51 @@
+"""Everything about a model and the world around it that a computation could change."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Found:
+    """A model as it was found; `assert_same` says what has changed since."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.before = self._look()
+
+    def assert_same(self) -> None:
+        now = self._look()
+        assert now.keys() == self.before.keys()
+        for key, value in self.before.items():
+            assert now[key] == value, f"{key} is not as it was"
+
+    def _look(self) -> dict[str, Any]:
+        name, keys, *rest = np.random.get_state()  # noqa: NPY002 (the global state is what training code uses)
+        found: dict[str, Any] = {
+            "random numbers": (torch.get_rng_state().tolist(), random.getstate(), name, keys.tolist(), rest),
+            "checkpointing": dict(vars(torch.utils.checkpoint)),
+            "fast path": torch.backends.mha.get_fastpath_enabled(),
+        }
+        for path, module in self.model.named_modules():
+            found[f"{path}: training"] = module.training
+            for kind in _HOOKS:
+                found[f"{path}: {kind}"] = list(getattr(module, kind).items())
+            for kind in ("_parameters", "_buffers"):
+                for entry, t in getattr(module, kind).items():
+                    found[f"{path}.{entry}"] = t if t is None else _tensor(t)
+            for entry, value in module.__dict__.items():
+                if entry not in nn.Module().__dict__:
+                    found[f"{path}: {entry}"] = _tensor(value) if isinstance(value, Tensor) else (id(value), str(value))
+        return found
+
+
+def _tensor(t: Tensor) -> tuple[Any, ...]:
+    """The same object, in the same memory, with the same numbers and gradient."""
+    grad = None if not t.is_leaf or t.grad is None else (id(t.grad), t.grad.tolist())
+    return id(t), t.data_ptr(), t.tolist(), t.requires_grad, t.is_leaf, id(t.grad_fn) if t.grad_fn else None, grad
