@@ -310,7 +310,3 @@ def _session(live: LiveModel) -> Iterator[None]:
             yield
         finally:
             live.release()
-
-
-def propose_node_layers(model, batch, input_fn=None):
-    raise NotImplementedError
