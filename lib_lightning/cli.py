@@ -57,17 +57,12 @@ def run_trainer(args: Sequence[str] | None) -> None:
     Args:
         args: Arguments, the subcommand first; those of the process by default.
     """
-    from lightning.pytorch.cli import LightningCLI
-
     import lib_lightning.callback  # noqa: F401  (known by its plain name in YAML)
+    from lib_lightning.trainer_cli import TrainerCLI
 
     _find_classes_here()
     try:
-        LightningCLI(
-            args=None if args is None else list(args),
-            parser_kwargs={"parser_mode": "omegaconf+"},
-            save_config_kwargs={"overwrite": True},
-        )
+        TrainerCLI(args=None if args is None else list(args), save_config_kwargs={"overwrite": True})
     except LIBError as error:
         sys.exit(f"lib-lightning: {error}")
 
@@ -139,11 +134,12 @@ def _in_yaml(name: str) -> str:
 def _first_validation_batch(words: Sequence[str]) -> tuple[nn.Module, Any, InputFn | None]:
     """Build model and data from options of fit, and run fit as far as the first batch of its sanity check."""
     from lightning.pytorch import Callback
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    from lightning.pytorch.cli import LightningArgumentParser
 
     from lib_lightning.callback import LIBCallback
+    from lib_lightning.trainer_cli import TrainerCLI
 
-    class Build(LightningCLI):
+    class Build(TrainerCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             # Files that fit has written name its own options, too.
             parser.add_method_arguments(self.trainer_class, "fit", skip=self.subcommands()["fit"])
@@ -156,9 +152,7 @@ def _first_validation_batch(words: Sequence[str]) -> tuple[nn.Module, Any, Input
     # Names do not depend on where the model is trained; here it only has to run once.
     anywhere = [f"--trainer.{option}" for option in ("accelerator=cpu", "devices=1", "strategy=auto", "logger=false")]
     with _quiet():
-        cli = Build(
-            args=[*words, *anywhere], run=False, save_config_callback=None, parser_kwargs={"parser_mode": "omegaconf+"}
-        )
+        cli = Build(args=[*words, *anywhere], run=False, save_config_callback=None)
         trainer: Any = cli.trainer
         input_fns = [callback.input_fn for callback in trainer.callbacks if isinstance(callback, LIBCallback)]
         trainer.callbacks = [Keep()]

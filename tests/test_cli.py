@@ -103,6 +103,34 @@ def test_mistakes_get_one_sentence_before_training(tmp_path: Path) -> None:
     assert "Traceback" not in printed
 
 
+@pytest.mark.parametrize(
+    ("options", "answer"),
+    [
+        (
+            ["--trainer.callbacks.num_samples=1"],
+            "num_samples is a number from 2 on: a basis needs samples to vary; got 1.",
+        ),
+        (["--trainer.callbacks.node_layers=[a]"], "At least two node layers are needed to have something between them"),
+        (["--trainer.callbacks.basis=lob"], "Expected a typing.Literal['lib', 'pca', 'neuron']. Got value: lob"),
+        (["--trainer.callbacks.bases=lib"], "Option 'bases' is not accepted"),
+        (["--model.lr=much"], "Expected a <class 'float'>. Got value: much"),
+        (["--trainer.max_epoks=1"], "unrecognized arguments: --trainer.max_epoks=1"),
+        (["--config=nowhere.yaml"], "File does not exist"),
+    ],
+)
+def test_wrong_options_get_a_short_answer(
+    options: list[str], answer: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--config", "recipes/modular_addition.yaml", *options])
+    said = capfd.readouterr().err
+    said = said[said.index("lib-lightning: ") :]
+    assert stopped.value.code == 2
+    assert answer in said
+    assert len(said.splitlines()) <= 3
+
+
 def test_top_level_help_names_every_command() -> None:
     printed = command("--help")
     assert all(name in printed for name in ("fit", "validate", "test", "predict", "nodes", "inspect", "plot"))

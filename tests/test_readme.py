@@ -61,3 +61,15 @@ def test_files_and_pictures_it_points_to_exist() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         if not target.startswith("http"):
             assert (ROOT / target).exists(), target
+
+
+def test_what_it_works_with_is_shown_by_tests_that_exist() -> None:
+    rows = [line for line in README.split("## What it works with")[1].splitlines() if line.startswith("| ")]
+    source = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    tests = [re.findall(r"`(test_\w+)`", row.rsplit("|", 2)[1]) for row in rows]
+    files = [re.findall(r"`(tests/[\w/]+\.py)`", row.rsplit("|", 2)[1]) for row in rows]
+    headings = ("| models |", "| trainers |")
+    for row, functions, modules in zip(rows, tests, files, strict=True):
+        assert functions or modules or row.startswith(headings), row
+        assert all(f"def {function}(" in source for function in functions), row
+        assert all((ROOT / module).exists() for module in modules), row

@@ -1,0 +1,51 @@
+"""Memory, measured: what a computation takes beside model and batches."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import resource, sys
+import torch
+from torch import nn
+from lib_lightning import NodeLayer, compute_interaction_graph
+
+torch.set_num_threads(1)
+blocks = [nn.Sequential(nn.Linear(16, 2000), nn.Tanh(), nn.Linear(2000, 16), nn.Tanh()) for _ in range(4)]
+model, batch = nn.Sequential(*blocks), torch.randn(8192, 16)
+options = eval(sys.argv[2])
+
+def graph(batch, limit):
+    return compute_interaction_graph(model, [batch], ["input", "1", "output"], memory_limit=limit, **options)
+
+graph(batch[:8], 1.0)  # whatever is loaded once
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+graph(batch, float(sys.argv[1]))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+"""
+
+
+def peak(limit: float, options: str) -> float:
+    """Memory taken under a limit, in GiB."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(limit), options],
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+        check=True,
+        timeout=300,
+    )
+    return float(done.stdout)
+
+
+@pytest.mark.parametrize("options", ["{}", "{'n_probes': 8}", "{'integration_steps': 2}", "{'basis': 'pca'}"])
+def test_memory_is_bounded(options: str) -> None:
+    # Allocators keep some of what is given back to them.
+    assert peak(0.1, options) < 0.13
+
+
+def test_without_a_bound_it_would_be_more() -> None:
+    assert peak(100.0, "{}") > 0.5
