@@ -151,7 +151,7 @@ def graph_of(
                 if chunks is None:
                     if check_first and batches:
                         check(live, batches[0])
-                    chunks = plan_chunks(live, batches[0], int(memory_limit * 2**30)) if batches else Chunks()
+                    chunks = _plan(live, batches, settings, memory_limit)
                 parts = in_chunks(live, batches, chunks.samples)
                 with tqdm(total=passes * len(parts), disable=not progress, unit="chunk") as bar:
 
@@ -166,6 +166,12 @@ def graph_of(
                 raise
         chunks = (chunks or Chunks()).halved(largest)
     raise AssertionError("the loop ends by itself")
+
+
+def _plan(live: LiveModel, batches: Sequence[Any], settings: Settings, memory_limit: float) -> Chunks:
+    if not batches:  # another process has some
+        return Chunks()
+    return plan_chunks(live, batches[0], int(memory_limit * 2**30), settings.integration_steps)
 
 
 def as_mask_fn(mask: str | int | MaskFn | None) -> MaskFn | None:

