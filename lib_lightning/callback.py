@@ -129,7 +129,7 @@ class LIBCallback(pl.Callback):
         self._choose(self._given_layers)
         self._graph_step: int | None = None
         self._tried_step: int | None = None
-        self._checked = False
+        self._checked = self._looked_at_training = False
         self._said: set[str] = set()
         self._folder: SnapshotFolder | None = None
         self._together: Together = ALONE
@@ -175,7 +175,9 @@ class LIBCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Without a sanity check, look for mistakes on the first training batch instead."""
-        self._check(pl_module, batch, strict=False)
+        if not self._looked_at_training:
+            self._looked_at_training = True
+            self._check(pl_module, batch, strict=False)
 
     def _check(self, pl_module: pl.LightningModule, batch: Any, strict: bool = True) -> None:
         """Hold the node layers to account once, or propose some."""
