@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lib_lightning.compute import compute_interaction_graph, list_node_layers
+from lib_lightning.compute import compute_interaction_graph
 from lib_lightning.core.basis import Basis
 from lib_lightning.core.layers import NodeLayer
 from lib_lightning.graph import InteractionGraph
+from lib_lightning.questions import list_node_layers
 from lib_lightning.version import __version__
 
 if TYPE_CHECKING:

@@ -14,21 +14,28 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
-from lib_lightning.compute import MEMORY_LIMIT, as_mask_fn, check_node_layers, graph_of, propose_node_layers
+from lib_lightning.compute import MEMORY_LIMIT, graph_of
 from lib_lightning.core.build import BasisKind, FinalBasisKind, Settings
 from lib_lightning.core.cut import InputFn, LiveModel, MaskFn
 from lib_lightning.core.errors import LIBError, NodeLayerError, NotFiniteError
 from lib_lightning.core.layers import NodeLayer, as_node_layers, check_taps
-from lib_lightning.core.nested import batch_size
 from lib_lightning.core.together import ALONE, Together
 from lib_lightning.display.loggers import log_image, where_to_look
 from lib_lightning.folder import SnapshotFolder
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.metrics.summary import graph_scalars, scalar_keys
 from lib_lightning.processes import agree_on_text
+from lib_lightning.questions import as_mask_fn, check_node_layers, propose_node_layers, runnable
 from lib_lightning.run_samples import RunSamples
 from lib_lightning.schedule import Schedule
-from lib_lightning.trainers import logging_step, processes_of, refuse_what_cannot_work, run_folder, validates
+from lib_lightning.trainers import (
+    logging_off,
+    logging_step,
+    processes_of,
+    refuse_what_cannot_work,
+    run_folder,
+    validates,
+)
 
 log = logging.getLogger(__name__)
 
@@ -180,29 +187,20 @@ class LIBCallback(pl.Callback):
             self._check(pl_module, batch, strict=False)
 
     def _check(self, pl_module: pl.LightningModule, batch: Any, strict: bool = True) -> None:
-        """Hold the node layers to account once, or propose some."""
         if self._checked:
             return
-        if batch_size(batch) == 0 and strict:
-            raise LIBError(
-                f"LIBCallback finds no tensor in a batch of type {type(batch).__name__}: batches are tensors, or "
-                "tuples, lists, dicts and dataclasses of them."
-            )
         try:
-            layers = self.node_layers or as_node_layers(propose_node_layers(pl_module, batch, self.input_fn, self.mask))
-            check_node_layers(pl_module, batch, layers, self.dtype, self.input_fn, self.mask)
+            with logging_off(pl_module), runnable(pl_module, self.input_fn):
+                layers = self.node_layers or as_node_layers(
+                    propose_node_layers(pl_module, batch, self.input_fn, self.mask)
+                )
+                check_node_layers(pl_module, batch, layers, self.dtype, self.input_fn, self.mask)
         except (NodeLayerError, NotFiniteError):
             raise
-        except Exception as error:
-            if not strict:  # a training batch may look different; the first validation will tell
-                return
-            if isinstance(error, LIBError):
+        except LIBError:
+            if strict:  # a training batch may look different; the first validation will tell
                 raise
-            raise LIBError(
-                f"LIBCallback cannot run the model on a validation batch: {type(error).__name__}: {error}. By default "
-                "the model is called with the first entry of a tuple or list and with a dict's entries by name; "
-                "input_fn= says otherwise."
-            ) from error
+            return
         self._checked = True
         if self.node_layers is None:
             self._choose(layers)
@@ -300,7 +298,9 @@ class LIBCallback(pl.Callback):
     def _compute(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> InteractionGraph:
         self._agree_on_layers()
         live = LiveModel(pl_module, self.node_layers or [], self.input_fn, self.dtype, as_mask_fn(self.mask))
-        graph = graph_of(live, self.samples.to_compute_on(trainer), self.settings, self.memory_limit, self._together)
+        batches = self.samples.to_compute_on(trainer)
+        with logging_off(pl_module):
+            graph = graph_of(live, batches, self.settings, self.memory_limit, self._together)
         graph.info |= {"step": trainer.global_step, "epoch": trainer.current_epoch}
         for note in set(graph.info["notes"]) - self._said:
             log.warning("%s: %s", self.name, note)

@@ -15,12 +15,12 @@ from typing import Any
 
 from torch import nn
 
-from lib_lightning.compute import list_node_layers
 from lib_lightning.core.cut import InputFn
 from lib_lightning.core.errors import LIBError
 from lib_lightning.export.files import write_bytes
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.metrics.summary import graph_scalars
+from lib_lightning.questions import list_node_layers
 from lib_lightning.samples import SampleBuffer
 from lib_lightning.version import __version__
 
@@ -107,16 +107,7 @@ def _parser() -> argparse.ArgumentParser:
 def _nodes(words: Sequence[str], show_all: bool) -> None:
     _find_classes_here()
     model, batch, input_fn = _first_validation_batch(words)
-    try:
-        cuts = list_node_layers(model, batch, input_fn)
-    except LIBError:
-        raise
-    except Exception as error:
-        raise LIBError(
-            f"{type(model).__name__} cannot be run on a validation batch: {type(error).__name__}: {error}. By default "
-            "it is called with the first entry of a tuple or list and with a dict's entries by name; input_fn of a "
-            "LIBCallback says otherwise."
-        ) from error
+    cuts = list_node_layers(model, batch, input_fn)
     sizes = [f"{cut.positions:,} x {cut.features:,}" for cut in cuts]
     names, numbers = max(len(cut.tap) for cut in cuts), max(map(len, [*sizes, "positions x features"]))
     print(f"  {'name':<{names}}  {'positions x features':>{numbers}}  module")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,15 +15,13 @@ from tqdm.auto import tqdm
 from lib_lightning.core.build import BasisKind, Built, FinalBasisKind, Settings, build
 from lib_lightning.core.check import check
 from lib_lightning.core.cut import InputFn, LiveModel, MaskFn
-from lib_lightning.core.cutpoint import CutPoint
 from lib_lightning.core.errors import ActivationError
-from lib_lightning.core.guard import undisturbed
 from lib_lightning.core.layers import NodeLayer, as_node_layers
 from lib_lightning.core.memory import Chunks, in_chunks, is_out_of_memory, plan_chunks
-from lib_lightning.core.nested import batch_size, first_tensor
-from lib_lightning.core.propose import find_cuts, find_proposed, propose
+from lib_lightning.core.nested import batch_size, first_tensor, numbers_in
 from lib_lightning.core.together import ALONE, Together
 from lib_lightning.graph import InteractionGraph
+from lib_lightning.questions import as_mask_fn, propose_node_layers, session
 from lib_lightning.version import __version__
 
 log = logging.getLogger(__name__)
@@ -103,7 +100,7 @@ def compute_interaction_graph(
         2
     """
     settings = Settings(basis, final_basis, rtol, n_probes, integration_steps)
-    if isinstance(batches, Tensor):
+    if isinstance(batches, (Tensor, Mapping)):
         raise TypeError("batches is a list (or any iterable) of batches; for a single one write [batch].")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype is a floating-point type such as torch.float64, or None; got {dtype!r}.")
@@ -147,7 +144,7 @@ def graph_of(
     chunks: Chunks | None = None
     for attempt in itertools.count():
         try:
-            with _session(live), together.agreed():
+            with session(live), together.agreed():
                 if chunks is None:
                     if check_first and batches:
                         check(live, batches[0])
@@ -171,25 +168,9 @@ def graph_of(
 def _plan(live: LiveModel, batches: Sequence[Any], settings: Settings, memory_limit: float) -> Chunks:
     if not batches:  # another process has some
         return Chunks()
-    return plan_chunks(live, batches[0], int(memory_limit * 2**30), settings.integration_steps)
-
-
-def as_mask_fn(mask: str | int | MaskFn | None) -> MaskFn | None:
-    """Make a function of what a user gives as a mask.
-
-    Args:
-        mask: A function, or the name or index of the batch's entry that is the mask.
-
-    Returns:
-        A function from a batch to its mask; None for None.
-
-    Example:
-        >>> as_mask_fn("attention_mask")({"attention_mask": torch.ones(1, 2)})
-        tensor([[1., 1.]])
-    """
-    if mask is None or callable(mask):
-        return mask
-    return lambda batch: batch[mask]
+    # Batches may differ in length; the longest samples take the most.
+    longest = max(batches, key=lambda batch: numbers_in(batch) / max(1, batch_size(batch)))
+    return plan_chunks(live, longest, int(memory_limit * 2**30), settings.integration_steps)
 
 
 def _as_graph(built: Built, settings: Settings, live: LiveModel) -> InteractionGraph:
@@ -210,95 +191,6 @@ def _as_graph(built: Built, settings: Settings, live: LiveModel) -> InteractionG
     return InteractionGraph(bases, edges, info)
 
 
-def check_node_layers(
-    model: nn.Module,
-    batch: Any,
-    node_layers: Sequence[str | NodeLayer],
-    dtype: torch.dtype | None = None,
-    input_fn: InputFn | None = None,
-    mask: str | int | MaskFn | None = None,
-) -> None:
-    """Find mistakes in a choice of node layers by running one batch, without computing anything else.
-
-    Args:
-        model: Any module; left exactly as it was found.
-        batch: One batch; a few samples are enough.
-        node_layers: As for `compute_interaction_graph`.
-        dtype: As for `compute_interaction_graph`.
-        input_fn: As for `compute_interaction_graph`.
-        mask: As for `compute_interaction_graph`.
-
-    Raises:
-        NodeLayerError: If a node layer is unknown, never run, out of order, or does not cut the computation.
-        ActivationError: If activations are integers, NaN or infinite.
-
-    Example:
-        >>> check_node_layers(nn.Linear(2, 2), torch.ones(1, 2), ["input", "output"])
-    """
-    live = LiveModel(model, as_node_layers(node_layers), input_fn, dtype, as_mask_fn(mask))
-    with _session(live):
-        check(live, batch)
-
-
-def list_node_layers(model: nn.Module, batch: Any, input_fn: InputFn | None = None) -> list[CutPoint]:
-    """List every place where a model can be cut with a single tensor, and which of them are proposed as node layers.
-
-    Of several inputs that each go their own way to the output (images and time steps), only the largest count: the
-    others are context. Node layers then begin before the two meet.
-
-    Args:
-        model: Any module; left exactly as it was found.
-        batch: One batch; a few samples are enough.
-        input_fn: As for `compute_interaction_graph`.
-
-    Returns:
-        The places, in forward order; ``tap`` is what to write as a node layer.
-
-    Raises:
-        NodeLayerError: If there are fewer than two.
-        ActivationError: If there would be more, but for activations that are NaN or infinite.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> for cut in list_node_layers(model, torch.randn(3, 4)):
-        ...     print(cut.tap, cut.positions, cut.features, cut.module, cut.proposed)
-        input 1 4 Sequential True
-        0 1 8 Linear False
-        1 1 8 ReLU True
-        output 1 2 Sequential True
-    """
-    with undisturbed(model):
-        cuts = find_cuts(model, batch, input_fn)
-    taps = propose(cuts)
-    return [replace(cut, proposed=cut.tap in taps) for cut in cuts]
-
-
-def propose_node_layers(
-    model: nn.Module, batch: Any, input_fn: InputFn | None = None, mask: str | int | MaskFn | None = None
-) -> list[str]:
-    """Choose node layers for a model: those that `list_node_layers` proposes, in less time.
-
-    Args:
-        model: Any module; left exactly as it was found.
-        batch: One batch; a few samples are enough.
-        input_fn: As for `compute_interaction_graph`.
-        mask: As for `compute_interaction_graph`.
-
-    Returns:
-        Two to six node layers, in forward order.
-
-    Raises:
-        NodeLayerError: If the model cannot be cut at two places.
-        ActivationError: If it could be, but for activations that are NaN or infinite.
-
-    Example:
-        >>> propose_node_layers(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 4))
-        ['input', '1', 'output']
-    """
-    with undisturbed(model):
-        return find_proposed(model, batch, input_fn, as_mask_fn(mask))
-
-
 def _proposed(model: nn.Module, batches: Sequence[Any], input_fn: InputFn | None, mask_fn: MaskFn | None) -> list[str]:
     batch = next((batch for batch in batches if batch_size(batch) or first_tensor(batch) is None), None)
     if batch is None:
@@ -306,13 +198,3 @@ def _proposed(model: nn.Module, batches: Sequence[Any], input_fn: InputFn | None
     node_layers = propose_node_layers(model, batch, input_fn, mask_fn)
     log.warning("No node layers were given; %s is cut at node_layers=%s.", type(model).__name__, node_layers)
     return node_layers
-
-
-@contextmanager
-def _session(live: LiveModel) -> Iterator[None]:
-    """Run the live model at will, and leave nothing of it behind."""
-    with undisturbed(live.model):
-        try:
-            yield
-        finally:
-            live.release()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,29 @@ def run_folder(trainer: pl.Trainer) -> Path | None:
     parts = (logger.save_dir or trainer.default_root_dir, logger.name, logger.version)
     folder = Path(*(str(part) for part in parts if part is not None))
     return Path(trainer.strategy.broadcast(str(folder)))
+
+
+@contextmanager
+def logging_off(pl_module: pl.LightningModule) -> Iterator[None]:
+    """A block in which what a model logs in its forward pass goes nowhere: it is not the trainer that calls it.
+
+    Args:
+        pl_module: The model; modules inside it may log, too.
+
+    Yields:
+        Nothing.
+    """
+    modules = [module for module in pl_module.modules() if isinstance(module, pl.LightningModule)]
+    kept = [module.__dict__.get("log") for module in modules]
+    for module in modules:
+        module.__dict__["log"] = lambda *args, **kwargs: None  # log_dict goes through it
+    try:
+        yield
+    finally:
+        for module, log in zip(modules, kept, strict=True):
+            del module.__dict__["log"]
+            if log is not None:
+                module.__dict__["log"] = log
 
 
 def logging_step(trainer: pl.Trainer) -> int:

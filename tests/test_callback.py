@@ -325,7 +325,7 @@ MISTAKES: list[tuple[Callable[[], Classifier], list[str | NodeLayer], dict[str, 
     (Classifier, ["net.0:input", NodeLayer(["net.4"], positions=3)], {}, "has 1 positions"),
     (Tokens, ["input", "output"], {}, "int64 numbers, which have no gradient"),
     (Broken, NODE_LAYERS, {}, r"Node layer 'net\.0:input' has NaN activations"),
-    (NeedsMore, NODE_LAYERS, {}, "cannot run the model on a validation batch: TypeError.*input_fn= says otherwise"),
+    (NeedsMore, NODE_LAYERS, {}, "cannot be run on a validation batch: TypeError.*input_fn= says otherwise"),
     (NoValidation, NODE_LAYERS, {}, "computes on validation batches, and there are none"),
     (EmptyValidation, NODE_LAYERS, {}, "computes on validation batches, and there are none"),
     (Classifier, NODE_LAYERS, {"limit_val_batches": 0}, "computes on validation batches, and there are none"),
@@ -380,3 +380,21 @@ def test_a_full_disk_costs_only_files(
     trainer.fit(Classifier())
     assert trainer.global_step == 12
     assert "No space left on device" in caplog.text
+
+
+def test_what_a_model_logs_in_forward_is_not_logged_again(tmp_path: Path) -> None:
+    class Talkative(Classifier):
+        def forward(self, x: Tensor) -> Tensor:
+            h = super().forward(x)
+            self.log("size", h.abs().mean(), on_epoch=True)
+            return h
+
+    def logged(*callbacks: pl.Callback) -> float:
+        pl.seed_everything(3, verbose=False)
+        trainer = trainer_of(tmp_path, *callbacks)
+        trainer.fit(Talkative())
+        return float(trainer.callback_metrics["size"])
+
+    callback = LIBCallback(NODE_LAYERS, every_n_steps=1)
+    assert logged(callback) == logged()
+    assert callback.snapshots == 13

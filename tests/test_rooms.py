@@ -14,7 +14,7 @@ ROOMS = [
     ("version", "core"),
     ("metrics", "export", "schedule", "processes"),
     ("display",),
-    ("graph",),
+    ("graph", "questions"),
     ("compute", "samples", "folder"),
     ("trainers",),
     ("run_samples",),

@@ -117,14 +117,14 @@ def build(
     notes: dict[str, None] = {}
     unstackable: set[int] = set()
 
-    def run(batch: Any, step: str) -> Iterator[tuple[int, Section]]:
+    def run(index: int, batch: Any, step: str) -> Iterator[tuple[int, Section]]:
+        live.seed = index
         found = sections(live, batch, [m.mean for m in moments], settings.integration_steps, stack_elements)
         for i, section in enumerate(found):
             if i in unstackable:
                 section.stack = 1
-            stack = section.stack
             yield i, section
-            if section.stack < stack:
+            if section.unstackable:
                 unstackable.add(i)
                 notes[_ONE_BY_ONE.format(*names[i : i + 2])] = None
         tick(step)
@@ -132,7 +132,7 @@ def build(
     # 1. Moments.
     moments = [Moments() for _ in live.layers]
     dtype: torch.dtype | None = None
-    for batch in batches:
+    for live.seed, batch in enumerate(batches):
         with torch.no_grad():
             cuts = live.cut(batch)
         for layer_moments, cut in zip(moments, cuts, strict=True):
@@ -160,8 +160,8 @@ def build(
             basis = pca_basis(name, mean, covariance, cutoff)
         else:
             metric = JacobianMetric(len(mean), bases[0].to_features, settings.n_probes, generator)
-            for batch in batches:
-                for k, section in run(batch, f"basis of {name}"):
+            for index, batch in enumerate(batches):
+                for k, section in run(index, batch, f"basis of {name}"):
                     if k == i:
                         metric.update(section)
             metric.reduce(together)
@@ -173,8 +173,8 @@ def build(
 
     # 3. Edges.
     edges = [Edges(before, after) for before, after in itertools.pairwise(bases)]
-    for batch in batches:
-        for i, section in run(batch, "edges"):
+    for index, batch in enumerate(batches):
+        for i, section in run(index, batch, "edges"):
             edges[i].update(section)
     for i, section_edges in enumerate(edges):
         section_edges.reduce(together)

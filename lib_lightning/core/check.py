@@ -60,7 +60,6 @@ def check(live: LiveModel, batch: Any) -> None:
 
 def _check(live: LiveModel, batch: Any) -> None:
     try:
-        torch.manual_seed(0)
         with watched_inputs(live, batch_size(batch), _as_leaf) as inputs:
             cuts = live.cut(batch)
         for cut in cuts:
@@ -191,7 +190,6 @@ def _check_section(before: Cut, after: Cut) -> None:
 
 def _draws_the_same_twice(live: LiveModel, batch: Any, cuts: Sequence[Cut]) -> bool:
     """Whether a model that may draw random numbers, or count its calls, can be compared with itself at all."""
-    torch.manual_seed(0)
     with torch.no_grad():
         again = live.cut(batch)
     return all(_close(a.a, b.a) for a, b in zip(again, cuts, strict=True))
@@ -200,7 +198,6 @@ def _draws_the_same_twice(live: LiveModel, batch: Any, cuts: Sequence[Cut]) -> b
 def _check_same_result(live: LiveModel, batch: Any, cuts: Sequence[Cut]) -> None:
     if cuts[-1].layer.taps != ("output",):
         return
-    torch.manual_seed(0)
     with torch.no_grad():
         plain = first_tensor(live.run(batch))
     if plain is None or not _close(plain, cuts[-1].ends[0]):
@@ -220,7 +217,6 @@ def _check_swap(live: LiveModel, batch: Any, cuts: Sequence[Cut], inputs: set[in
         return tensor.roll(1, 0) if index in inputs else tensor
 
     for position in range(len(cuts) - 1 if inputs else 0):
-        torch.manual_seed(0)
         own = [cut.a.detach() if k == position else None for k, cut in enumerate(cuts)]
         with torch.no_grad(), watched_inputs(live, batch_size(batch), another):
             swapped = live.cut(batch, own)
@@ -234,7 +230,9 @@ def _check_swap(live: LiveModel, batch: Any, cuts: Sequence[Cut], inputs: set[in
 
 def _close(a: Tensor, b: Tensor) -> bool:
     # The same operations on the same numbers; an accelerator may add them in another order.
-    return a.shape == b.shape and bool((a - b).abs().max() <= 1000 * torch.finfo(a.dtype).eps * b.abs().max())
+    # Half precision has too few digits for a margin of a thousand roundings.
+    eps = torch.finfo(a.dtype).eps
+    return a.shape == b.shape and bool((a - b).abs().max() <= min(1000 * eps, eps**0.5) * b.abs().max())
 
 
 def _reaches(ends: Sequence[Tensor], leaves: Sequence[Tensor]) -> bool:

@@ -77,8 +77,11 @@ class LiveModel:
         mask_fn: Marks the positions of a batch that count, as a tensor of shape ``(n, S)``, true where they do: what
             it leaves out (padding) enters no sum. By default all of them.
 
+    Attributes:
+        seed: For random numbers that a forward pass may draw; to be set anew for each batch.
+
     Raises:
-        NodeLayerError: If a tap names a module the model does not have.
+        NodeLayerError: If a tap names a module the model does not have, or the model has no ``forward``.
         LIBError: If the model is wrapped in FullyShardedDataParallel.
     """
 
@@ -95,6 +98,7 @@ class LiveModel:
         self.input_fn = input_fn or default_input_fn
         self.dtype = dtype
         self.mask_fn = mask_fn
+        self.seed = 0
         self._changed: list[weakref.ref[Tensor]] = []
         self._widths: dict[tuple[int, int], int] = {}
         if any(cls.__name__ == "FullyShardedDataParallel" for m in model.modules() for cls in type(m).__mro__):
@@ -133,6 +137,10 @@ class LiveModel:
 
     def run(self, batch: Any) -> Any:
         """Call the model on a batch, in the computation dtype, and return what it returns."""
+        # A model that draws random numbers draws the same ones each time it sees the same batch.
+        torch.default_generator.manual_seed(self.seed)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(self.seed)
         args, kwargs = self.inputs(batch)
         if self.dtype is None:
             return self.model(*args, **kwargs)

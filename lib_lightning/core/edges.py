@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lib_lightning.core.basis import Basis
-from lib_lightning.core.section import Section
+from lib_lightning.core.section import Section, keep
 from lib_lightning.core.spectral import product_dtype
 from lib_lightning.core.together import Together
 
@@ -47,8 +47,8 @@ class Edges:
         self.rows += section.rows
         if self._forward is None:
             cheaper = _FORWARD_COST * self.before.n_features < section.S_out * self.after.n_features
-            self._forward = cheaper and section.has_jvp()
-            self.fell_back = cheaper and not self._forward
+            self._forward = section.has_jvp() if cheaper else False
+            self.fell_back = cheaper and self._forward is False
         if self._forward:
             self.update_forward(section)
         else:
@@ -56,7 +56,7 @@ class Edges:
 
     def update_forward(self, section: Section) -> None:
         """Add one batch with one Jacobian-vector product for each input feature."""
-        fhat = self.before.encode(section.a)
+        fhat = keep(self.before.encode(section.a), section.mask_in)
         C_pinv, C_next = self.before.from_features.to(fhat), self.after.to_features.to(fhat)
         stack = section.stack
         for start in range(0, self.before.n_features, stack):
@@ -67,7 +67,7 @@ class Edges:
 
     def update_reverse(self, section: Section) -> None:
         """Add one batch with one vector-Jacobian product for each output position and feature."""
-        fhat = self.before.encode(section.a)
+        fhat = keep(self.before.encode(section.a), section.mask_in)
         C_pinv, C_next = self.before.from_features.to(fhat), self.after.to_features.to(fhat)
         for i, cotangents in section.output_stacks(C_next):
             moved = ((section.vjp(cotangents) @ C_pinv.T) * fhat).sum(dim=2)

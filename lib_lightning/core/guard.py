@@ -163,13 +163,21 @@ def _attributes(model: nn.Module) -> Callable[[], None]:
     return restore
 
 
-def _contents(value: Any, seen: set[int]) -> Callable[[], None] | None:
+def _contents(value: Any, seen: set[int]) -> Callable[[], object] | None:
     """Take note of what a tensor, an array or a container holds, down to the last one; the result puts it back."""
     numpy: Any = sys.modules.get("numpy")
     if isinstance(value, Tensor):
         return _numbers(value)
     if numpy and isinstance(value, numpy.ndarray) and value.flags.writeable:
         return partial(numpy.copyto, value, value.copy())
+    if isinstance(value, torch.Generator):
+        return partial(value.set_state, value.get_state())
+    if isinstance(value, random.Random):
+        return partial(value.setstate, value.getstate())
+    if numpy and isinstance(value, numpy.random.RandomState):
+        return partial(value.set_state, value.get_state())
+    if numpy and isinstance(value, numpy.random.Generator):
+        return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
     if not isinstance(value, (list, tuple, deque, dict, set)) or id(value) in seen:
         return None
     seen.add(id(value))

@@ -44,7 +44,7 @@ class NodeLayer:
         ('conv:input',)
     """
 
-    taps: Sequence[str]
+    taps: str | Sequence[str]
     name: str = ""
     positions: int | Sequence[int] | None = None
     feature_dim: int | None = None
@@ -135,7 +135,7 @@ class NodeLayer:
             NodeLayerError: If the node layer has yet another number of positions.
         """
         n, S, _ = self._to_rows(tensors[0]).shape
-        if S == 1 and self.positions is None:
+        if S == 1 and self.positions is None and mask.shape != (n, 1):
             return None
         if mask.shape != (n, S):
             raise NodeLayerError(
@@ -197,12 +197,21 @@ def as_node_layers(specs: Sequence[str | NodeLayer]) -> list[NodeLayer]:
     """
     if isinstance(specs, str) or len(specs) < 2:
         raise NodeLayerError(f"At least two node layers are needed to have something between them; got {specs!r}.")
-    layers = [NodeLayer([spec]) if isinstance(spec, str) else spec for spec in specs]
+    layers = [spec if isinstance(spec, NodeLayer) else _as_node_layer(spec) for spec in specs]
     names = [layer.name for layer in layers]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise NodeLayerError(f"Node layers must differ in name; {', '.join(repeated)} is given more than once.")
     return layers
+
+
+def _as_node_layer(spec: object) -> NodeLayer:
+    taps = [spec] if isinstance(spec, str) else spec
+    if not isinstance(taps, (list, tuple)) or not all(isinstance(tap, str) for tap in taps):
+        raise NodeLayerError(
+            f"{spec!r} is no node layer: it is a string such as 'module.path', a list of those, or a NodeLayer."
+        )
+    return NodeLayer(taps)
 
 
 @dataclass(frozen=True)
@@ -307,6 +316,12 @@ def check_taps(model: nn.Module, layers: Sequence[NodeLayer]) -> None:
     Raises:
         NodeLayerError: With the nearest names that do exist; also for modules that take no hooks.
     """
+    forward = getattr(find_module(model, ""), "forward", None)
+    if getattr(forward, "__qualname__", "") in ("_forward_unimplemented", "LightningModule.forward"):
+        raise NodeLayerError(
+            f"{type(model).__name__} has no forward(), and that is what node layers cut. Write one that returns the "
+            "model's output, such as: def forward(self, x): return self.net(x)"
+        )
     for layer in layers:
         for name in layer.taps:
             tap = split_tap(name)

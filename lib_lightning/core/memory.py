@@ -54,9 +54,16 @@ def plan_chunks(live: LiveModel, batch: Any, memory_limit: int, points: int = 1)
     Raises:
         ActivationError: If a node layer is so wide that its covariance alone does not fit.
     """
-    cuts, two, largest = _kept_by_autograd(live, samples_between(batch, 0, 2))
-    # What is kept once, whatever the number of samples (weights, position tables), is in both.
-    one = _kept_by_autograd(live, samples_between(batch, 0, 1))[1] if batch_size(batch) > 1 else 0
+    try:
+        cuts, two, largest = _kept_by_autograd(live, samples_between(batch, 0, 2))
+        # What is kept once, whatever the number of samples (weights, position tables), is in both.
+        one = _kept_by_autograd(live, samples_between(batch, 0, 1))[1] if batch_size(batch) > 1 else 0
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        # Something in the batch is not one entry a sample, though it has that length: only the whole can be run.
+        cuts, kept, largest = _kept_by_autograd(live, batch)
+        two, one = kept // max(1, batch_size(batch)), 0
     for cut in cuts:
         d = cut.a.shape[-1]
         if 8 * d * d > memory_limit:
@@ -75,6 +82,8 @@ def plan_chunks(live: LiveModel, batch: Any, memory_limit: int, points: int = 1)
 
 def _kept_by_autograd(live: LiveModel, batch: Any) -> tuple[list[Cut], int, int]:
     """Cut a batch; bytes that autograd keeps of it, and numbers in the largest tensor among them."""
+    state = (*live.model.parameters(), *live.model.buffers())
+    weights = {t.untyped_storage()._cdata for t in state if t.layout == torch.strided}
     kept: dict[int, int] = {}
     largest = 1
 
@@ -83,8 +92,9 @@ def _kept_by_autograd(live: LiveModel, batch: Any) -> tuple[list[Cut], int, int]
         if t.layout != torch.strided:
             return t
         storage = t.untyped_storage()
-        kept[storage._cdata] = storage.nbytes()
-        largest = max(largest, t.numel())
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
+            largest = max(largest, t.numel())
         return t
 
     try:
@@ -125,6 +135,11 @@ def in_chunks(live: LiveModel, batches: Sequence[Any], size: int) -> list[Any]:
         a.shape[1:] == b.shape[1:] and bool((a[:half] - b).norm() <= torch.finfo(a.dtype).eps ** 0.5 * b.norm())
         for a, b in zip(more, fewer, strict=True)
     )
+    if not same:
+        # A model that draws random numbers draws others for another number of samples: that is no reason.
+        live.seed += 1
+        other = live.activations(samples_between(large, 0, 2 * half))
+        same = any(not torch.equal(a, b) for a, b in zip(more, other, strict=True))
     return [chunk for batch in batches for chunk in _chunks(batch, size)] if same else list(batches)
 
 

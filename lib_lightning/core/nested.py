@@ -92,6 +92,19 @@ def batch_size(batch: Any) -> int:
     return 0 if first is None or first.ndim == 0 else first.shape[0]
 
 
+def numbers_in(batch: Any) -> int:
+    """How many numbers there are in all tensors of a batch."""
+    count = 0
+
+    def add(t: Tensor) -> Tensor:
+        nonlocal count
+        count += t.numel()
+        return t
+
+    map_tensors(batch, add)
+    return count
+
+
 def samples_between(batch: Any, start: int, stop: int) -> Any:
     """Take some of the samples of a batch.
 

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,8 @@ class Point:
 class Section:
     """Products with the Jacobian of one section at one batch, averaged over the integration path.
 
-    Rows and columns of positions that a mask leaves out are zero.
+    Rows and columns of positions that a mask leaves out are zero. `stack` vectors are multiplied at once; `unstackable`
+    tells of an operation that takes them one by one only.
 
     Args:
         a: Activations ``(n, S_in, d_in)`` of the node layer before.
@@ -49,6 +51,10 @@ class Section:
         self.mask_in, self.mask_out = self.points[0].before.mask, self.points[0].after.mask
         largest = self.n * max(self.S_in * self.d_in, self.S_out * self.d_out)
         self.stack = max(1, stack_elements // max(1, largest))
+        # Code in Python that differentiates: in a stack, `grad.data` in it would crash the process.
+        self.unstackable = self.stack > 1 and any(_has_own_backward(p.after.ends) for p in self.points)
+        if self.unstackable:
+            self.stack = 1
         self._transposed: list[tuple[Tensor, Sequence[Tensor]]] | None = None
 
     @property
@@ -77,8 +83,12 @@ class Section:
             products.append(point.weight * rows.unflatten(0, cotangents.shape[:2]))
         return keep(_sum(products), self.mask_in)
 
-    def has_jvp(self) -> bool:
-        """Tell whether `jvp` works here: some operations have no second derivative, or a silently wrong one."""
+    def has_jvp(self) -> bool | None:
+        """Tell whether `jvp` works here: some operations have no second derivative, or a silently wrong one.
+
+        Returns:
+            True or False; None if this batch cannot tell, because all of its derivatives are zero.
+        """
         generator = torch.Generator().manual_seed(0)
         v = torch.randn(1, *self.a.shape, generator=generator).to(self.a)
         u = torch.randn(1, self.n, self.S_out, self.d_out, generator=generator).to(self.a)
@@ -86,6 +96,8 @@ class Section:
             along, back = (u * self.jvp(v)).sum((0, 2, 3)), (self.vjp(u) * v).sum((0, 2, 3))
         except (RuntimeError, NotImplementedError):
             return False
+        if not back.any():
+            return None
         # <u, J v> = <J^T u, v> for every sample, up to rounding.
         return bool((along - back).norm() <= torch.finfo(self.a.dtype).eps ** 0.5 * back.norm())
 
@@ -146,7 +158,7 @@ class Section:
                 if is_out_of_memory(error):
                     raise
                 # Some operation in here cannot be stacked: one vector at a time from now on.
-                self.stack = 1
+                self.stack, self.unstackable = 1, True
         singles = [product([stack[index] for stack in stacks], None) for index in range(k)]
         return [torch.stack(parts) for parts in zip(*singles, strict=True)]
 
@@ -269,6 +281,21 @@ def gauss_legendre(k: int) -> Iterator[tuple[float, float]]:
     off = i / (4 * i * i - 1).sqrt()
     nodes, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
     yield from zip(((nodes + 1) / 2).tolist(), vectors[0].square().tolist(), strict=True)
+
+
+def _has_own_backward(ends: Sequence[Tensor]) -> bool:
+    """Whether there is a custom `torch.autograd.Function` on the way to the leaves."""
+    seen: set[object] = set()
+    todo: list[Any] = [end.grad_fn for end in ends if end.grad_fn is not None]
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return True
+        todo += [before for before, _ in node.next_functions if before is not None]
+    return False
 
 
 def keep(stack: Tensor, mask: Tensor | None) -> Tensor:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from lib_lightning import InteractionGraph, compute_interaction_graph
-from lib_lightning.compute import as_mask_fn
 from lib_lightning.core.build import Settings, build
 from lib_lightning.core.cut import LiveModel
 from lib_lightning.core.layers import as_node_layers
+from lib_lightning.questions import as_mask_fn
 from tests.cases import Case
 from tests.conftest import CASES
 from tests.reference import Reference, jacobian, transcribe

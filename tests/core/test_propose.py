@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib_lightning import compute_interaction_graph, list_node_layers
-from lib_lightning.compute import check_node_layers, propose_node_layers
 from lib_lightning.core.cutpoint import CutPoint
-from lib_lightning.core.errors import ActivationError, NodeLayerError
+from lib_lightning.core.errors import ActivationError, LIBError, NodeLayerError
 from lib_lightning.core.propose import propose
+from lib_lightning.questions import check_node_layers, propose_node_layers
 from tests.cases import Case, Repeated, ResidualBlock, ResidualMLP, Transformer, TwoInputs
 from tests.training import Classifier
 
@@ -108,7 +108,7 @@ def test_model_is_left_alone() -> None:
 
 def test_hooks_are_removed_when_the_model_raises() -> None:
     model = ResidualMLP()
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+    with pytest.raises(LIBError, match=r"ResidualMLP cannot be run .*shapes cannot be multiplied"):
         list_node_layers(model, torch.randn(4, 3))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 

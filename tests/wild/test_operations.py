@@ -177,9 +177,9 @@ def with_sine(sine: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     ("function", "backwards", "one_by_one"),
     [
-        (Sine, False, False),
-        (SineSetup, False, False),
-        (SineOnce, True, False),
+        (Sine, False, True),
+        (SineSetup, False, True),
+        (SineOnce, True, True),
         (SineNumPy, True, True),
         (SineBranching, True, True),
         (SineInPlace, True, True),
