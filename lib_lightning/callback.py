@@ -17,19 +17,21 @@ from lightning.pytorch.utilities import rank_zero_info
 from lib_lightning.compute import MEMORY_LIMIT, graph_of
 from lib_lightning.core.build import BasisKind, FinalBasisKind, Settings
 from lib_lightning.core.cut import InputFn, LiveModel, MaskFn
-from lib_lightning.core.errors import LIBError, NodeLayerError, NotFiniteError
+from lib_lightning.core.errors import LIBError
 from lib_lightning.core.layers import NodeLayer, as_node_layers, check_taps
+from lib_lightning.core.memory import is_out_of_memory
+from lib_lightning.core.nested import batch_size, first_tensor
 from lib_lightning.core.together import ALONE, Together
-from lib_lightning.display.loggers import log_image, where_to_look
+from lib_lightning.display.loggers import log_image, log_numbers, where_to_look
 from lib_lightning.folder import SnapshotFolder
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.metrics.summary import graph_scalars, scalar_keys
 from lib_lightning.processes import agree_on_text
-from lib_lightning.questions import as_mask_fn, check_node_layers, propose_node_layers, runnable
+from lib_lightning.questions import as_mask_fn, blames_the_model, check_node_layers, propose_node_layers, runnable
 from lib_lightning.run_samples import RunSamples
 from lib_lightning.schedule import Schedule
 from lib_lightning.trainers import (
-    logging_off,
+    called_from_aside,
     logging_step,
     processes_of,
     refuse_what_cannot_work,
@@ -112,6 +114,7 @@ class LIBCallback(pl.Callback):
         name: str = "lib",
     ) -> None:
         super().__init__()
+        num_samples, val_dataloader = int(num_samples), int(val_dataloader)
         if num_samples < 2:
             raise ValueError(f"num_samples is a number from 2 on: a basis needs samples to vary; got {num_samples}.")
         if memory_limit <= 0:
@@ -163,13 +166,14 @@ class LIBCallback(pl.Callback):
         refuse_what_cannot_work(trainer, self.dtype)
         check_taps(pl_module, self.node_layers or [])
         self._start(trainer)
-        if self._folder is not None and trainer.is_global_zero:
-            self._folder.clean()
 
     def _start(self, trainer: pl.Trainer) -> None:
-        # All processes have to ask together, so this is done in hooks that all of them run, not where it is needed.
+        # All processes have to ask together, so this is done in hooks that all of them run.
         folder = run_folder(trainer)
-        self._folder = None if folder is None else SnapshotFolder(folder / self.name)
+        part = "" if trainer.state.fn == "fit" else "validate"  # a look from outside leaves the run's files alone
+        self._folder = None if folder is None else SnapshotFolder(folder / self.name / part)
+        if self._folder is not None and trainer.is_global_zero:
+            self._folder.clean()
         self._together = processes_of(trainer)
         self.samples.start(trainer, self._together, self._folder)
 
@@ -187,18 +191,18 @@ class LIBCallback(pl.Callback):
             self._check(pl_module, batch, strict=False)
 
     def _check(self, pl_module: pl.LightningModule, batch: Any, strict: bool = True) -> None:
-        if self._checked:
+        if self._checked or (first_tensor(batch) is not None and batch_size(batch) == 0):
             return
         try:
-            with logging_off(pl_module), runnable(pl_module, self.input_fn):
-                layers = self.node_layers or as_node_layers(
-                    propose_node_layers(pl_module, batch, self.input_fn, self.mask)
-                )
+            with called_from_aside(pl_module.trainer, pl_module, self.dtype), runnable(pl_module, self.input_fn):
+                asked = (pl_module, batch, self.input_fn, self.mask)
+                layers = self.node_layers or as_node_layers(propose_node_layers(*asked))
                 check_node_layers(pl_module, batch, layers, self.dtype, self.input_fn, self.mask)
-        except (NodeLayerError, NotFiniteError):
-            raise
-        except LIBError:
-            if strict:  # a training batch may look different; the first validation will tell
+        except LIBError as error:
+            if is_out_of_memory(error.__cause__ or error):
+                log.warning("'%s' has too little memory to look at its node layers: %s", self.name, error)
+            # A training batch may look different; the first validation will tell.
+            elif strict or blames_the_model(error, batch):
                 raise
             return
         self._checked = True
@@ -211,6 +215,7 @@ class LIBCallback(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Samples kept from the sanity check may be few: collect them anew from the first whole validation."""
         if trainer.state.fn != "fit":
+            self._graph_step = self._tried_step = None  # a checkpoint's state is that of training
             self._start(trainer)
             self.samples.collect(trainer, partial(self._check, pl_module))
         self.samples.new_pass()
@@ -240,8 +245,6 @@ class LIBCallback(pl.Callback):
         numbers = self._current_scalars(trainer)  # the same on every process, but Lightning wants to be told
         pl_module.log_dict(numbers, on_step=False, on_epoch=True, batch_size=1, sync_dist=self._together.size > 1)
 
-    # training: compute
-
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -259,16 +262,13 @@ class LIBCallback(pl.Callback):
                 self._folder.finish(trainer.global_step)
         except OSError as error:
             log.warning("The last snapshot of '%s' could not be written: %s", self.name, error)
-        layers = " -> ".join(layer.name for layer in self.node_layers or [])
-        places = [*self._folder.contents(), *where_to_look(trainer.loggers)]
-        rank_zero_info("\n".join([f"\n{self.name}: {self.snapshots} snapshots of {layers}", *places]))
+        what = f"\n{self.name}: {self.snapshots} snapshots of {' -> '.join(x.name for x in self.node_layers or [])}"
+        rank_zero_info("\n".join([what, *self._folder.contents(), *where_to_look(trainer.loggers)]))
 
     def _snapshot_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         due = self.samples.known and self.schedule.due_at_step(trainer.global_step)
         if due and self._snapshot(trainer, pl_module):
             self._log_directly(trainer)
-
-    # one snapshot
 
     def _snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         """Take a snapshot, unless this step has had its try; tell whether there is a new one."""
@@ -280,10 +280,10 @@ class LIBCallback(pl.Callback):
         try:
             with self._together.agreed():
                 graph = self._compute(trainer, pl_module)
+                scalars = graph_scalars(list(graph.bases.values()), list(graph.edges.values()))
                 if self._folder is not None and trainer.is_global_zero:
                     png = self._folder.write(graph, step)
                     log_image(trainer.loggers, f"{self.name}/graph", png, logging_step(trainer))
-                scalars = graph_scalars(list(graph.bases.values()), list(graph.edges.values()))
         except Exception as error:
             log.warning(
                 "The snapshot of '%s' after %d steps failed and is left out; training goes on. %s: %s",
@@ -299,7 +299,7 @@ class LIBCallback(pl.Callback):
         self._agree_on_layers()
         live = LiveModel(pl_module, self.node_layers or [], self.input_fn, self.dtype, as_mask_fn(self.mask))
         batches = self.samples.to_compute_on(trainer)
-        with logging_off(pl_module):
+        with called_from_aside(trainer, pl_module, self.dtype):
             graph = graph_of(live, batches, self.settings, self.memory_limit, self._together)
         graph.info |= {"step": trainer.global_step, "epoch": trainer.current_epoch}
         for note in set(graph.info["notes"]) - self._said:
@@ -314,7 +314,7 @@ class LIBCallback(pl.Callback):
         own = json.dumps([layer.name for layer in self.node_layers]) if self.node_layers else ""
         if not (agreed := agree_on_text(self._together, own)):
             raise LIBError("No batch has been seen that node layers could be proposed from.")
-        if not own:
+        if own != agreed:
             self._choose(as_node_layers(json.loads(agreed)))
 
     def _current_scalars(self, trainer: pl.Trainer) -> dict[str, float]:
@@ -323,8 +323,7 @@ class LIBCallback(pl.Callback):
 
     def _log_directly(self, trainer: pl.Trainer) -> None:
         # LightningModule.log accepts nothing between validations that would reach the loggers at this step.
-        for logger in trainer.loggers:
-            logger.log_metrics(self._current_scalars(trainer), logging_step(trainer))
+        log_numbers(trainer.loggers, self._current_scalars(trainer), logging_step(trainer))
 
     def state_dict(self) -> dict[str, Any]:
         """State that travels in Lightning's checkpoints: plain numbers and strings only."""

@@ -144,7 +144,7 @@ def graph_of(
     chunks: Chunks | None = None
     for attempt in itertools.count():
         try:
-            with session(live), together.agreed():
+            with together.agreed(), session(live):
                 if chunks is None:
                     if check_first and batches:
                         check(live, batches[0])
@@ -157,7 +157,7 @@ def graph_of(
                         bar.update()
 
                     built = build(live, parts, settings, tick, chunks.stack_elements, together)
-            return _as_graph(built, settings, live)
+                return _as_graph(built, settings, live)
         except Exception as error:
             if attempt == _HALVINGS or not is_out_of_memory(error):
                 raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from lib_lightning.display.image import PNG, render_png
@@ -41,8 +42,9 @@ class SnapshotFolder:
 
     def clean(self) -> None:
         """Remove what a killed process has left half written."""
-        for half in self.path.rglob(f"*{TEMPORARY}"):
-            half.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what cannot be removed does no harm
+            for half in self.path.rglob(f"*{TEMPORARY}"):
+                half.unlink(missing_ok=True)
 
     def basis_file(self, step: int) -> Path:
         """Basis file of the snapshot of a step."""

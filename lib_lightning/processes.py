@@ -15,6 +15,7 @@ from lib_lightning.core.errors import LIBError
 from lib_lightning.core.memory import is_out_of_memory
 from lib_lightning.core.together import Together
 
+_TOLD = "_lib_lightning_told"
 _FINE, _OUT_OF_MEMORY, _FAILED = range(3)
 
 
@@ -71,15 +72,14 @@ class Processes(Together):
         if not (dist.is_available() and dist.is_initialized()):
             raise LIBError("There is no process group: torch.distributed.init_process_group sets one up.")
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self._known: Exception | None = None
         self._device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Sum over processes, entry by entry; the shapes are the same everywhere."""
+        # What takes memory comes before all say that they are well.
+        sums = TensorSums(tensors).to(self._device)
+        sums.update([t.to(self._device) for t in tensors])
         self._exchange_states(_FINE)
-        there = [t.to(self._device) for t in tensors]
-        sums = TensorSums(there)
-        sums.update(there)
         return [total.to(t.device) for t, total in zip(tensors, sums.compute(), strict=True)]
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
@@ -98,8 +98,9 @@ class Processes(Together):
         try:
             yield
         except Exception as error:
-            if error is not self._known and not isinstance(error, (OtherProcessError, OtherProcessMemoryError)):
-                self._known = error  # a block around this one need not tell it again
+            told = isinstance(error, (OtherProcessError, OtherProcessMemoryError)) or hasattr(error, _TOLD)
+            if not told:
+                setattr(error, _TOLD, True)  # a block around this one need not tell it again
                 if is_out_of_memory(error):
                     self._exchange_states(_OUT_OF_MEMORY)
                 else:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from lib_lightning.core.check import check
 from lib_lightning.core.cut import InputFn, LiveModel, MaskFn
 from lib_lightning.core.cutpoint import CutPoint
-from lib_lightning.core.errors import LIBError
+from lib_lightning.core.errors import LIBError, NodeLayerError, NotFiniteError
 from lib_lightning.core.guard import undisturbed
 from lib_lightning.core.layers import NodeLayer, as_node_layers
-from lib_lightning.core.nested import first_tensor
+from lib_lightning.core.nested import first_tensor, map_tensors
 from lib_lightning.core.propose import find_cuts, find_proposed, propose
 
 
@@ -145,6 +145,27 @@ def propose_node_layers(
     _refuse_without_tensors(batch)
     with undisturbed(model):
         return find_proposed(model, batch, input_fn, as_mask_fn(mask))
+
+
+def blames_the_model(error: Exception, batch: Any) -> bool:
+    """Whether an error would come with any other batch, too: a wrong node layer, or NaN from numbers that are none.
+
+    Args:
+        error: What went wrong with the batch.
+        batch: The batch.
+
+    Returns:
+        True if so.
+    """
+    finite = True
+
+    def look(t: Tensor) -> Tensor:
+        nonlocal finite
+        finite = finite and bool(torch.isfinite(t).all())
+        return t
+
+    map_tensors(batch, look)
+    return isinstance(error, NodeLayerError) or (isinstance(error, NotFiniteError) and finite)
 
 
 def as_mask_fn(mask: str | int | MaskFn | None) -> MaskFn | None:

@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from lib_lightning.core.errors import LIBError
 from lib_lightning.core.guard import random_states_kept
 from lib_lightning.core.together import ALONE, Together
 from lib_lightning.folder import SnapshotFolder
@@ -38,12 +39,13 @@ class RunSamples:
 
     def __init__(self, num_samples: int, dataloader: Iterable[Any] | None, val_dataloader: int) -> None:
         self.num_samples, self.dataloader, self.val_dataloader = num_samples, dataloader, val_dataloader
+        self._settings = {"num_samples": num_samples, "own": dataloader is not None, "val_dataloader": val_dataloader}
         self.reset()
 
     def reset(self) -> None:
         """Forget the run before."""
         self.buffer = SampleBuffer(self.num_samples)
-        self.known = False
+        self.known = self._checked_sanity = False
         self._together: Together = ALONE
         self._folder: SnapshotFolder | None = None
         self._written_to: str | None = None
@@ -57,6 +59,7 @@ class RunSamples:
     def start(self, trainer: pl.Trainer, together: Together, folder: SnapshotFolder | None) -> None:
         """Learn what run this is."""
         self._together, self._folder = together, folder
+        self._writes = trainer.state.fn == "fit"  # a look from outside leaves the run's samples alone
         self.buffer.num_samples = share_of(self.num_samples, *place_in_data(trainer))
 
     def prepare(self, trainer: pl.Trainer, check: Callable[[Any], None]) -> None:
@@ -80,10 +83,12 @@ class RunSamples:
         if self.dataloader is None or self.buffer.complete:
             return
         self.buffer.num_samples = self.num_samples  # shared out by whole batches
-        with random_states_kept(), self._together.agreed():
+        with random_states_kept(_generators(self.dataloader)), self._together.agreed():
             for batch in batches_in_turn(trainer, self.dataloader, self.num_samples):
                 check(batch)
                 self.buffer.add(batch)
+        if not any(self._together.gather(torch.tensor([len(self.batches)]))):
+            raise LIBError("The dataloader given to LIBCallback has no batches, or is an iterator that is used up.")
         self.keep(complete=True)
 
     def new_pass(self) -> None:
@@ -99,6 +104,7 @@ class RunSamples:
 
     def end_pass(self, sanity_check: bool) -> None:
         """A validation ends, or the data would have been seen in one."""
+        self._checked_sanity = sanity_check
         if not sanity_check:
             self.keep(complete=True)
         elif self._resumed is None:
@@ -110,9 +116,9 @@ class RunSamples:
         if self.buffer.complete:
             return
         self.buffer.complete = complete
-        if self._folder is not None:
+        if self._folder is not None and self._writes:
             path = self._folder.samples_file(self._together.rank, self._together.size)
-            self._written_to = str(self._folder.path) if self.buffer.save(path) else None
+            self._written_to = str(self._folder.path.resolve()) if self.buffer.save(path) else None
 
     def to_compute_on(self, trainer: pl.Trainer) -> list[Any]:
         """Batches for a snapshot: this process's, or everybody's where all compute in step."""
@@ -123,20 +129,33 @@ class RunSamples:
             return
         folder, complete = self._resumed
         path = SnapshotFolder(Path(folder)).samples_file(self._together.rank, self._together.size)
-        found = self.buffer.load(path, trainer.strategy.root_device)
+        restored = SampleBuffer(self.buffer.num_samples)
+        found = restored.load(path, trainer.strategy.root_device)
         if all(self._together.gather(torch.tensor([found]))):
-            for batch in self.batches[:1]:
+            for batch in restored.batches[:1]:
                 check(batch)
+            self.buffer = restored
             self.keep(complete)
-        else:
-            self.buffer.clear()
-            log.warning("The samples that snapshots were computed on are not in %s any more; new ones are taken.", path)
+            return
+        log.warning("The samples that snapshots were computed on are not in %s any more; new ones are taken.", path)
+        if self._checked_sanity:
+            self.keep(complete=False)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the samples are, for a resumed run."""
-        return {"written_to": self._written_to, "complete": self.buffer.complete}
+        return {"written_to": self._written_to, "complete": self.buffer.complete, "settings": self._settings}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Note where the samples of the interrupted run are."""
-        if state["written_to"] is not None:
+        if state["settings"] != self._settings:
+            log.warning("Samples are to be taken in another way than before the interruption; new ones are taken.")
+        elif state["written_to"] is not None:
             self._resumed = state["written_to"], state["complete"]
+
+
+def _generators(dataloader: Any) -> list[torch.Generator]:
+    """Random generators of a data loader's own, which another one may share."""
+    batch_sampler = getattr(dataloader, "batch_sampler", None)
+    holders = (dataloader, getattr(dataloader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    found = (getattr(holder, "generator", None) for holder in holders)
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())

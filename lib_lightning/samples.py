@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -79,15 +78,20 @@ class SampleBuffer:
             path: Where to write.
 
         Returns:
-            Whether that was possible: batches of classes that cannot be read back safely are not written.
+            Whether that was possible; if not (no place, batches of classes that cannot be read back safely), a
+            warning says why.
         """
         data = io.BytesIO()
-        torch.save([map_tensors(batch, lambda t: t.cpu()) for batch in self.batches], data)
         try:
+            torch.save([map_tensors(batch, lambda t: t.cpu()) for batch in self.batches], data)
             torch.load(io.BytesIO(data.getvalue()), weights_only=True)
-        except pickle.UnpicklingError:
+            write_bytes(path, data.getvalue())
+        except Exception as error:
+            log.warning(
+                "The samples of snapshots could not be written to %s; a run resumed from here takes new ones. %s: %s",
+                path, type(error).__name__, str(error).split("\n")[0],
+            )  # fmt: skip
             return False
-        write_bytes(path, data.getvalue())
         return True
 
     def load(self, path: Path, device: torch.device) -> bool:
@@ -102,10 +106,11 @@ class SampleBuffer:
         """
         try:
             batches = torch.load(path, map_location=device, weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+            count = sum(map(batch_size, batches))
+        except Exception:  # whatever a broken file makes of it
             return False
         self.clear()
-        self.batches, self.count = batches, sum(map(batch_size, batches))
+        self.batches, self.count = batches, count
         return True
 
 

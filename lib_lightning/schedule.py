@@ -35,6 +35,11 @@ class Schedule:
         at_steps: Sequence[int] | None = None,
         per_decade: int | None = None,
     ) -> None:
+        # Numbers of any kind, NumPy's too; they end up in checkpoints.
+        at_steps = None if at_steps is None else [int(step) for step in at_steps]
+        every_n_validations, every_n_steps, per_decade = (
+            None if number is None else int(number) for number in (every_n_validations, every_n_steps, per_decade)
+        )
         options = {
             "every_n_validations": every_n_validations,
             "every_n_steps": every_n_steps,
@@ -56,7 +61,7 @@ class Schedule:
 
     def reset(self) -> None:
         """Start from the beginning."""
-        self._validations = 0
+        self._validations, self._step = 0, -1
         self._next_step = None if self.every_n_validations else self._first_after(-1)
 
     def due_at_validation(self) -> bool:
@@ -66,6 +71,7 @@ class Schedule:
 
     def due_at_step(self, step: int) -> bool:
         """Say whether a snapshot is due after ``step`` optimizer steps; if so, move on to the next."""
+        self._step = step
         if self._next_step is None or step < self._next_step:
             return False
         self._next_step = self._first_after(step)
@@ -73,13 +79,17 @@ class Schedule:
 
     def state_dict(self) -> dict[str, Any]:
         """State to go on from, of plain numbers."""
-        return {"schedule": self._options, "validations": self._validations, "next_step": self._next_step}
+        return {"schedule": self._options, "validations": self._validations, "step": self._step,
+            "next_step": self._next_step,
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state; steps of another schedule than this one do not count."""
         self._validations = state["validations"]
         if state["schedule"] == self._options:
             self._next_step = state["next_step"]
+        elif not self.every_n_validations:
+            self._next_step = self._first_after(state["step"])
 
     def _first_after(self, step: int) -> int | None:
         if self.every_n_steps:

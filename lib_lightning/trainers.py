@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import RunningStage
 from torch import distributed as dist
 from torch.utils._pytree import tree_leaves
 
@@ -93,6 +94,12 @@ def refuse_without_validation(trainer: pl.Trainer, together: Together, index: in
             f"LIBCallback is to compute on validation data loader {index}, counted from 0, but there are only "
             f"{len(batches)}."
         )
+    combined = trainer.fit_loop.epoch_loop.val_loop._combined_loader
+    if index and combined is not None and combined._mode != "sequential":
+        raise LIBError(
+            f"LIBCallback is to compute on validation data loader {index}, but batches of all loaders come together "
+            f"(CombinedLoader in mode '{combined._mode}'): leave val_dataloader at 0, and choose with input_fn."
+        )
     there = bool(trainer.enable_validation and batches[index])
     missing = [rank for rank, t in enumerate(together.gather(torch.tensor([there]))) if not t]
     if missing:
@@ -124,22 +131,31 @@ def run_folder(trainer: pl.Trainer) -> Path | None:
 
 
 @contextmanager
-def logging_off(pl_module: pl.LightningModule) -> Iterator[None]:
-    """A block in which what a model logs in its forward pass goes nowhere: it is not the trainer that calls it.
+def called_from_aside(trainer: pl.Trainer, pl_module: pl.LightningModule, dtype: torch.dtype | None) -> Iterator[None]:
+    """A block that calls the model as the trainer would, though it is not the trainer that does.
+
+    Tensors that the model makes are of the type that the trainer's precision asks for. What it logs goes nowhere.
 
     Args:
+        trainer: The trainer.
         pl_module: The model; modules inside it may log, too.
+        dtype: Type to compute in, or None for the model's own.
 
     Yields:
         Nothing.
     """
+    default = torch.get_default_dtype()
     modules = [module for module in pl_module.modules() if isinstance(module, pl.LightningModule)]
     kept = [module.__dict__.get("log") for module in modules]
     for module in modules:
         module.__dict__["log"] = lambda *args, **kwargs: None  # log_dict goes through it
     try:
-        yield
+        with trainer.precision_plugin.forward_context():
+            if dtype is not None:
+                torch.set_default_dtype(dtype)
+            yield
     finally:
+        torch.set_default_dtype(default)
         for module, log in zip(modules, kept, strict=True):
             del module.__dict__["log"]
             if log is not None:
@@ -181,15 +197,20 @@ def batches_in_turn(trainer: pl.Trainer, dataloader: Iterable[Any], num_samples:
     """
     rank, size = place_in_data(trainer)
     taken = 0
-    for index, batch in enumerate(dataloader):
-        wanted = num_samples - taken
-        taken += batch_size(batch)
-        if index % size == rank:
-            batch = trainer.precision_plugin.convert_input(samples_between(batch, 0, wanted))
-            batch = trainer.lightning_module._on_before_batch_transfer(batch)
-            yield trainer.strategy.batch_to_device(batch)
-        if taken >= num_samples:
-            return
+    stage = trainer.state.stage
+    trainer.state.stage = RunningStage.VALIDATING  # hooks on the way to the device may augment what is for training
+    try:
+        for index, batch in enumerate(dataloader):
+            wanted = num_samples - taken
+            taken += batch_size(batch)
+            if index % size == rank:
+                batch = trainer.precision_plugin.convert_input(samples_between(batch, 0, wanted))
+                batch = trainer.lightning_module._on_before_batch_transfer(batch)
+                yield trainer.strategy.batch_to_device(batch)
+            if taken >= num_samples:
+                return
+    finally:
+        trainer.state.stage = stage
 
 
 def shared_samples(trainer: pl.Trainer, batches: list[Any]) -> list[Any]:

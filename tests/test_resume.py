@@ -97,6 +97,25 @@ def test_samples_that_are_gone_are_taken_anew(tmp_path: Path, caplog: pytest.Log
     assert "new ones are taken" in caplog.text
     final = InteractionGraph.load(tmp_path / "second" / "run" / "lib" / "final.safetensors")
     assert (final.info["step"], final.info["n_samples"]) == (LAST, 20)
+    steps = sorted(
+        int(p.stem.removeprefix("step-")) for p in (tmp_path / "second" / "run" / "lib" / "snapshots").iterdir()
+    )
+    assert steps == [24, 28, 32, 36, 40], "none is missing: the sanity check's samples do until then"
+
+
+def test_another_schedule_goes_on_from_where_the_run_was(tmp_path: Path) -> None:
+    checkpoint = fit(tmp_path / "first", 3, {"at_steps": [0, 10]})
+    fit(tmp_path / "second", EPOCHS + 1, {"at_steps": [0, 10, 43]}, checkpoint)
+    steps = sorted(
+        int(p.stem.removeprefix("step-")) for p in (tmp_path / "second" / "run" / "lib" / "snapshots").iterdir()
+    )
+    assert steps == [43, 50]
+
+
+def test_other_samples_are_taken_if_other_ones_are_asked_for(tmp_path: Path) -> None:
+    checkpoint = fit(tmp_path / "first", 2, SCHEDULE)
+    fit(tmp_path / "second", EPOCHS, {**SCHEDULE, "num_samples": 30}, checkpoint)
+    assert InteractionGraph.load(tmp_path / "second" / "run" / "lib" / "final.safetensors").info["n_samples"] == 30
 
 
 def start(folder: Path, *die_at: int) -> subprocess.Popen[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
@@ -312,3 +313,83 @@ def test_no_memory_costs_only_the_snapshot(tmp_path: Path, caplog: pytest.LogCap
     assert callback.snapshots == 0
     assert trainer.global_step == STEPS_PER_EPOCH
     assert "failed and is left out; training goes on. OutOfMemoryError" in caplog.text
+
+
+def test_samples_that_cannot_be_kept_cost_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Unkeepable(Steady):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return [*batch, lambda: None]
+
+    callback = LIBCallback(NODE_LAYERS)
+    trainer_of(tmp_path, callback, max_epochs=1).fit(Unkeepable())
+    assert callback.snapshots == 1
+    assert "a run resumed from here takes new ones" in caplog.text
+
+
+def test_a_validation_from_outside_leaves_the_run_alone(tmp_path: Path) -> None:
+    callback = LIBCallback(NODE_LAYERS)
+    trainer = trainer_of(tmp_path, callback, max_epochs=1)
+    model = Steady()
+    trainer.fit(model)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    (metrics,) = trainer.validate(model, loader(16, 9), verbose=False)
+    assert metrics["lib/samples"] == 16
+    assert all(p.read_bytes() == content for p, content in before.items())
+    assert (tmp_path / "lib" / "validate" / "snapshots").exists()
+
+
+def test_a_generator_shared_with_an_own_dataloader_is_as_before(tmp_path: Path) -> None:
+    def order(with_callback: bool) -> list[Tensor]:
+        generator, seen = torch.Generator().manual_seed(0), []
+        shared = DataLoader(loader(40).dataset, batch_size=8, shuffle=True, generator=generator)
+
+        class Watching(Steady):
+            def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+                seen.append(batch[0])
+                return super().training_step(batch, batch_idx)
+
+            def train_dataloader(self) -> DataLoader[Any]:
+                return shared
+
+        callbacks = [LIBCallback(NODE_LAYERS, dataloader=shared)] if with_callback else []
+        trainer_of(tmp_path, *callbacks, max_epochs=1).fit(Watching())
+        return seen
+
+    assert all(torch.equal(a, b) for a, b in zip(order(True), order(False), strict=True))
+
+
+def test_an_own_dataloader_without_data_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LIBError, match="has no batches, or is an iterator that is used up"):
+        trainer_of(tmp_path, LIBCallback(NODE_LAYERS, dataloader=iter([]))).fit(Steady())
+
+
+def test_tensors_of_the_default_type_fit_the_precision(tmp_path: Path) -> None:
+    class MakesOwn(Steady):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x * torch.ones(5))
+
+    callback = LIBCallback(NODE_LAYERS)
+    trainer_of(tmp_path, callback, max_epochs=1, precision="64-true").fit(MakesOwn())
+    assert callback.snapshots == 1
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+    callback = LIBCallback(NODE_LAYERS, at_steps=np.logspace(0, 1, 3).astype(int))
+    trainer = trainer_of(tmp_path, callback, max_epochs=1, enable_checkpointing=True)
+    trainer.fit(Steady())
+    torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)
+    assert callback.snapshots == 3
+
+
+def test_a_training_batch_of_nan_is_not_the_models_fault(tmp_path: Path) -> None:
+    class Skips(Steady):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) if batch[0].isfinite().all() else None
+
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return [batch[0] * torch.nan, batch[1]] if self.trainer.training and not self.trainer.global_step else batch
+
+    callback = LIBCallback(NODE_LAYERS)
+    trainer_of(tmp_path, callback, max_epochs=1, num_sanity_val_steps=0).fit(Skips())
+    assert callback.snapshots == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -98,17 +98,22 @@ def _random_states() -> Callable[[], None]:
 
 
 @contextmanager
-def random_states_kept() -> Iterator[None]:
+def random_states_kept(generators: Sequence[torch.Generator] = ()) -> Iterator[None]:
     """Run a block of code that may draw random numbers, then restore all random states.
+
+    Args:
+        generators: Generators to restore beside the global ones.
 
     Yields:
         Nothing.
     """
-    restore = _random_states()
+    restore, states = _random_states(), [g.get_state() for g in generators]
     try:
         yield
     finally:
         restore()
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
 
 
 def _training_flags(model: nn.Module) -> Callable[[], None]:

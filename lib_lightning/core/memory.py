@@ -64,14 +64,16 @@ def plan_chunks(live: LiveModel, batch: Any, memory_limit: int, points: int = 1)
         # Something in the batch is not one entry a sample, though it has that length: only the whole can be run.
         cuts, kept, largest = _kept_by_autograd(live, batch)
         two, one = kept // max(1, batch_size(batch)), 0
-    for cut in cuts:
-        d = cut.a.shape[-1]
-        if 8 * d * d > memory_limit:
-            raise ActivationError(
-                f"Node layer '{cut.layer.name}' has {d:,} features at each position: the covariance alone takes "
-                f"{8 * d * d / 2**30:.2g} GiB, more than memory_limit allows ({memory_limit / 2**30:.2g} GiB). Choose "
-                "a narrower node layer, or raise memory_limit."
-            )
+    # A covariance and two maps for each node layer, and what eigenproblem and products of the widest one take.
+    widths = [cut.a.shape[-1] for cut in cuts]
+    matrices = 8 * (3 * sum(d * d for d in widths) + 4 * max(widths) ** 2)
+    if matrices > memory_limit:
+        widest = cuts[widths.index(max(widths))].layer.name
+        raise ActivationError(
+            f"Node layer '{widest}' has {max(widths):,} features at each position: with the other node layers, "
+            f"matrices of that size take {matrices / 2**30:.2g} GiB, more than memory_limit allows "
+            f"({memory_limit / 2**30:.2g} GiB). Choose narrower node layers, or raise memory_limit."
+        )
     itemsize = cuts[0].a.element_size()
     ends = max(cut.a.numel() for cut in cuts)
     # Half for graphs, a quarter for stacks; allocators do not give back the rest.

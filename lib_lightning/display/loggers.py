@@ -8,7 +8,8 @@ import logging
 import re
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -37,15 +38,36 @@ def log_image(loggers: Iterable[Logger], tag: str, png: PNG, step: int) -> None:
         step: Its place on the step axis.
     """
     for logger in loggers:
-        try:
+        with _reporting(logger, f"the image '{tag}'", step):
             _show(logger, tag, png, step)
-        except Exception as error:
-            if logger not in _reported:
-                _reported.add(logger)
-                log.warning(
-                    "%s did not take the image '%s' at step %d, and will not be reported again. %s: %s",
-                    type(logger).__name__, tag, step, type(error).__name__, error,
-                )  # fmt: skip
+
+
+def log_numbers(loggers: Iterable[Logger], numbers: dict[str, float], step: int) -> None:
+    """Give numbers to every logger.
+
+    A logger that fails is reported the first time, and the others get the numbers all the same.
+
+    Args:
+        loggers: The trainer's loggers.
+        numbers: The numbers by name.
+        step: Their place on the step axis.
+    """
+    for logger in loggers:
+        with _reporting(logger, "numbers", step):
+            logger.log_metrics(numbers, step)
+
+
+@contextmanager
+def _reporting(logger: Logger, what: str, step: int) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if logger not in _reported:
+            _reported.add(logger)
+            log.warning(
+                "%s did not take %s at step %d, and will not be reported again. %s: %s",
+                type(logger).__name__, what, step, type(error).__name__, error,
+            )  # fmt: skip
 
 
 def _show(logger: Logger, tag: str, png: PNG, step: int) -> None:
