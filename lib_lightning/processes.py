@@ -126,13 +126,8 @@ class Processes(Together):
 class InStep(Processes):
     """Processes that hold a model together and run it in step, all on the same samples: nothing is to be summed."""
 
-    def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors as they are."""
-        return list(tensors)
-
-    def gather(self, tensor: Tensor) -> list[Tensor]:
-        """The tensor, as if this process were alone."""
-        return [tensor]
+    # As if this process were alone.
+    sum, gather = Together.sum, Together.gather
 
     def first(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The tensors of process 0: a truncation that falls out differently would take processes out of step."""

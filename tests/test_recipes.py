@@ -345,13 +345,13 @@ def test_language_model_reads_pythons_documentation() -> None:
 def test_language_model_goes_on_from_a_checkpoint(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = tiny_checkpoint(tmp_path / "checkpoint", kind)
     monkeypatch.chdir(RECIPES.parent)
-    for command in ("fit", "validate"):
+    for command, place in (("fit", "lib"), ("validate", "lib/validate")):
         main([
             command, "--config", "recipes/language_model.yaml", f"--model.pretrained={name}",
             f"--trainer.default_root_dir={tmp_path / command}", *SMALL["language_model"][0],
         ])  # fmt: skip
         (folder,) = (tmp_path / command / "lightning_logs").iterdir()
-        graph = InteractionGraph.load(max((folder / "lib" / "snapshots").iterdir()))
+        graph = InteractionGraph.load(max((folder / place / "snapshots").iterdir()))
         assert graph.node_layers == SMALL["language_model"][2]
         assert {len(basis.mean) for basis in graph.bases.values()} == {16}
     assert (tmp_path / "fit" / "lightning_logs" / "version_0" / "lib" / "final.safetensors").exists()
