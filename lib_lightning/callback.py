@@ -20,7 +20,7 @@ from lib_lightning.core.cut import InputFn, LiveModel, MaskFn
 from lib_lightning.core.errors import LIBError
 from lib_lightning.core.layers import NodeLayer, as_node_layers, check_taps
 from lib_lightning.core.memory import is_out_of_memory
-from lib_lightning.core.nested import batch_size, first_tensor
+from lib_lightning.core.nested import is_empty
 from lib_lightning.core.together import ALONE, Together
 from lib_lightning.display.loggers import log_image, log_numbers, where_to_look
 from lib_lightning.folder import SnapshotFolder
@@ -191,7 +191,7 @@ class LIBCallback(pl.Callback):
             self._check(pl_module, batch, strict=False)
 
     def _check(self, pl_module: pl.LightningModule, batch: Any, strict: bool = True) -> None:
-        if self._checked or (first_tensor(batch) is not None and batch_size(batch) == 0):
+        if self._checked or is_empty(batch):
             return
         try:
             with called_from_aside(pl_module.trainer, pl_module, self.dtype), runnable(pl_module, self.input_fn):

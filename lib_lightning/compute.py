@@ -18,7 +18,7 @@ from lib_lightning.core.cut import InputFn, LiveModel, MaskFn
 from lib_lightning.core.errors import ActivationError
 from lib_lightning.core.layers import NodeLayer, as_node_layers
 from lib_lightning.core.memory import Chunks, in_chunks, is_out_of_memory, plan_chunks
-from lib_lightning.core.nested import batch_size, first_tensor, numbers_in
+from lib_lightning.core.nested import batch_size, is_empty, numbers_in
 from lib_lightning.core.together import ALONE, Together
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.questions import as_mask_fn, propose_node_layers, session
@@ -138,7 +138,7 @@ def graph_of(
     Returns:
         The interaction graph, on the CPU.
     """
-    batches = [batch for batch in batches if batch_size(batch) or first_tensor(batch) is None]
+    batches = [batch for batch in batches if not is_empty(batch)]
     largest = max(map(batch_size, batches), default=1)
     passes = 2 + (len(live.layers) - 1 if settings.basis == "lib" else 0)
     chunks: Chunks | None = None
@@ -192,7 +192,7 @@ def _as_graph(built: Built, settings: Settings, live: LiveModel) -> InteractionG
 
 
 def _proposed(model: nn.Module, batches: Sequence[Any], input_fn: InputFn | None, mask_fn: MaskFn | None) -> list[str]:
-    batch = next((batch for batch in batches if batch_size(batch) or first_tensor(batch) is None), None)
+    batch = next((batch for batch in batches if not is_empty(batch)), None)
     if batch is None:
         raise ActivationError("There are no samples to choose node layers with.")
     node_layers = propose_node_layers(model, batch, input_fn, mask_fn)

@@ -87,6 +87,12 @@ class Processes(Together):
         self._exchange_states(_FINE)
         return self._gather(tensor)
 
+    def first(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors of process 0, for all to go on with the same numbers."""
+        self._exchange_states(_FINE)
+        own = tensors if self.rank == 0 else [t.new_zeros((0,) * t.ndim) for t in tensors]
+        return [self._gather(t)[0] for t in own]
+
     @contextmanager
     def agreed(self) -> Iterator[None]:
         """A block that all processes leave well, or all with an error: nobody waits for one that has failed.
@@ -124,15 +130,13 @@ class Processes(Together):
 
 
 class InStep(Processes):
-    """Processes that hold a model together and run it in step, all on the same samples: nothing is to be summed."""
+    """Processes that hold a model together and run it in step, all on the same samples: nothing is to be summed.
+
+    What comes from process 0 still does: a truncation that falls out differently would take them out of step.
+    """
 
     # As if this process were alone.
     sum, gather = Together.sum, Together.gather
-
-    def first(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors of process 0: a truncation that falls out differently would take processes out of step."""
-        own = tensors if self.rank == 0 else [t.new_zeros((0,) * t.ndim) for t in tensors]
-        return [super(InStep, self).gather(t)[0] for t in own]
 
 
 def agree_on_text(together: Together, text: str) -> str:

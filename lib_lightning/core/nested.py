@@ -92,6 +92,18 @@ def batch_size(batch: Any) -> int:
     return 0 if first is None or first.ndim == 0 else first.shape[0]
 
 
+def is_empty(batch: Any) -> bool:
+    """Whether a batch has tensors, but no samples in them.
+
+    Args:
+        batch: Tensors in tuples, lists and mappings.
+
+    Returns:
+        True if so; False for a batch without any tensor, which is something else.
+    """
+    return first_tensor(batch) is not None and batch_size(batch) == 0
+
+
 def numbers_in(batch: Any) -> int:
     """How many numbers there are in all tensors of a batch."""
     count = 0

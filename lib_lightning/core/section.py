@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -51,10 +51,7 @@ class Section:
         self.mask_in, self.mask_out = self.points[0].before.mask, self.points[0].after.mask
         largest = self.n * max(self.S_in * self.d_in, self.S_out * self.d_out)
         self.stack = max(1, stack_elements // max(1, largest))
-        # Code in Python that differentiates: in a stack, `grad.data` in it would crash the process.
-        self.unstackable = self.stack > 1 and any(_has_own_backward(p.after.ends) for p in self.points)
-        if self.unstackable:
-            self.stack = 1
+        self.unstackable = False
         self._transposed: list[tuple[Tensor, Sequence[Tensor]]] | None = None
 
     @property
@@ -141,6 +138,11 @@ class Section:
             products.append(point.weight * product)
         return keep(_sum(products), self.mask_out)
 
+    @cached_property
+    def _has_own_backward(self) -> bool:
+        """Whether code in Python differentiates here: in a stack, `grad.data` in it would crash the process."""
+        return any(_has_own_backward(point.after.ends) for point in self.points)
+
     def _transpose(self, point: Point) -> tuple[Tensor, Sequence[Tensor]]:
         shape = (self.n, self.S_out, self.d_out)
         placeholder = torch.zeros(shape, dtype=self._output_dtype, device=self.a.device, requires_grad=True)
@@ -151,6 +153,8 @@ class Section:
     ) -> list[Tensor]:
         """Products of a stack of vectors with a derivative: all at once where that works."""
         k = stacks[0].shape[0]
+        if k > 1 and self.stack > 1 and self._has_own_backward:
+            self.stack, self.unstackable = 1, True
         if k > 1 and self.stack > 1:
             try:
                 return list(product(stacks, k))
