@@ -330,12 +330,8 @@ def load_pretrained(name: str) -> nn.Module:
     Raises:
         LIBError: If transformers is not installed, or there is no such checkpoint.
     """
-    transformers = import_transformers(name)
-    try:
-        # As float32, in which it is trained and looked at, whatever it was saved in.
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise LIBError(not_loaded("model", name, error)) from error
+    # As float32, in which it is trained and looked at, whatever it was saved in.
+    model = from_pretrained("AutoModelForCausalLM", "model", name, dtype=torch.float32)
     model.config.use_cache = False  # a cache is for writing text
     return model.train()
 
@@ -349,25 +345,24 @@ def load_tokenizer(name: str) -> Any:
     Raises:
         LIBError: If transformers is not installed, or there is no such checkpoint.
     """
-    transformers = import_transformers(name)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise LIBError(not_loaded("tokenizer", name, error)) from error
+    tokenizer = from_pretrained("AutoTokenizer", "tokenizer", name)
     if tokenizer.vocab_size == 0:
         rank_zero_info(f"{name} comes without a tokenizer: the tokens are the bytes of the text.")
         return None
     return tokenizer
 
 
-def import_transformers(name: str) -> Any:
-    """The transformers library.
+def from_pretrained(loader: str, what: str, name: str, **options: Any) -> Any:
+    """A part of a checkpoint from Hugging Face or from a folder.
 
     Args:
-        name: The checkpoint it is needed for.
+        loader: The class of transformers that loads it.
+        what: What it is, in a word.
+        name: Name or folder of the checkpoint.
+        options: Options of the loader.
 
     Raises:
-        LIBError: If it is not installed, or the checkpoint is a folder that does not exist.
+        LIBError: If transformers is not installed, or the checkpoint or the part of it is not there.
     """
     try:
         import transformers
@@ -379,12 +374,10 @@ def import_transformers(name: str) -> Any:
     # Names are NAME or OWNER/NAME. For anything else transformers would complain about the form of the name.
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) and not Path(name).is_dir():
         raise LIBError(f"There is no folder {Path(name).resolve()} to load a checkpoint from.")
-    return transformers
-
-
-def not_loaded(what: str, name: str, error: Exception) -> str:
-    """What to tell about a checkpoint that cannot be loaded."""
-    return (
-        f"The {what} of '{name}' cannot be loaded. Is it the name of a checkpoint at https://huggingface.co, and is "
-        f"the network there, or is it a folder written by save_pretrained? ({type(error).__name__}: {error})"
-    )
+    try:
+        return getattr(transformers, loader).from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise LIBError(
+            f"The {what} of '{name}' cannot be loaded. Is it the name of a checkpoint at https://huggingface.co, and "
+            f"is the network there, or is it a folder written by save_pretrained? ({type(error).__name__}: {error})"
+        ) from error
