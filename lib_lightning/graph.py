@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _BASIS_TENSORS = ("mean", "to_features", "from_features", "importance")
+# What a file may do without: files of before there were any, and graphs where they are unknown.
+_OPTIONAL_BASIS_TENSORS = ("importance_error", "unsure")
 
 
 @dataclass
@@ -28,6 +30,10 @@ class InteractionGraph:
         edges: For each pair of neighbouring node layers ``(before, after)`` a matrix ``E`` of shape
             ``(r_after, r_before)``, float64, non-negative.
         info: How it was made: settings, node layers, number of samples, versions; step and epoch if made in training.
+        edge_errors: Standard errors of the edges, in their shapes; empty where they are unknown.
+        modules: For each node layer the module that each feature belongs to, shape ``(r,)``, int64, -1 for none; empty
+            where they have not been looked for.
+        labels: For each node layer that has any, a name for each feature; "" for none.
 
     Example:
         >>> import torch
@@ -40,6 +46,9 @@ class InteractionGraph:
     bases: dict[str, Basis]
     edges: dict[tuple[str, str], Tensor]
     info: dict[str, Any] = field(default_factory=dict)
+    edge_errors: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    modules: dict[str, Tensor] = field(default_factory=dict)
+    labels: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def node_layers(self) -> list[str]:
@@ -57,11 +66,22 @@ class InteractionGraph:
             path: Where to write; folders are made as needed.
         """
         tensors = {
-            f"basis.{i}.{key}": getattr(b, key) for i, b in enumerate(self.bases.values()) for key in _BASIS_TENSORS
+            f"basis.{i}.{key}": tensor
+            for i, b in enumerate(self.bases.values())
+            for key in (*_BASIS_TENSORS, *_OPTIONAL_BASIS_TENSORS)
+            if (tensor := getattr(b, key)) is not None
         }
-        tensors |= {f"edges.{i}": E for i, E in enumerate(self.edges.values())}
-        header = {"layers": self.node_layers, "kinds": [b.kind for b in self.bases.values()], "info": self.info}
-        write_file(path, tensors, header)
+        for i, (pair, E) in enumerate(self.edges.items()):
+            tensors[f"edges.{i}"] = E
+            if pair in self.edge_errors:
+                tensors[f"edge_errors.{i}"] = self.edge_errors[pair]
+        for i, name in enumerate(self.node_layers):
+            if name in self.modules:
+                tensors[f"modules.{i}"] = self.modules[name]
+        kinds = [b.kind for b in self.bases.values()]
+        write_file(
+            path, tensors, {"layers": self.node_layers, "kinds": kinds, "info": self.info, "labels": self.labels}
+        )
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> InteractionGraph:
@@ -79,15 +99,24 @@ class InteractionGraph:
         """
         tensors, header = read_file(path)
         try:
-            if not isinstance(header["info"], dict):
-                raise TypeError("info is no table")
+            labels = header.get("labels", {})
+            if not isinstance(header["info"], dict) or not isinstance(labels, dict):
+                raise TypeError("info or labels is no table")
             names, kinds = header["layers"], header["kinds"]
             bases = {
-                name: Basis(name, kind, *(tensors[f"basis.{i}.{key}"] for key in _BASIS_TENSORS))
+                name: Basis(
+                    name,
+                    kind,
+                    *(tensors[f"basis.{i}.{key}"] for key in _BASIS_TENSORS),
+                    *(tensors.get(f"basis.{i}.{key}") for key in _OPTIONAL_BASIS_TENSORS),
+                )
                 for i, (name, kind) in enumerate(zip(names, kinds, strict=True))
             }
-            edges = {pair: tensors[f"edges.{i}"] for i, pair in enumerate(itertools.pairwise(names))}
-            return cls(bases, edges, header["info"])
+            pairs = dict(enumerate(itertools.pairwise(names)))
+            edges = {pair: tensors[f"edges.{i}"] for i, pair in pairs.items()}
+            errors = {pair: tensors[f"edge_errors.{i}"] for i, pair in pairs.items() if f"edge_errors.{i}" in tensors}
+            modules = {name: tensors[f"modules.{i}"] for i, name in enumerate(names) if f"modules.{i}" in tensors}
+            return cls(bases, edges, header["info"], errors, modules, labels)
         except (KeyError, TypeError, ValueError) as error:
             raise BasisFileError(f"'{path}' is a basis file, but a part of it is missing: {error}.") from error
 

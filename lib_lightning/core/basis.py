@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ class Basis:
         from_features: ``C^+``, shape ``(r, d)``, float64.
         importance: ``Lambda``, shape ``(r,)``, float64: the variance of each feature, which in a LIB is its effect on
             the next node layer. Largest first; single neurons keep their own order.
+        importance_error: Standard error of each importance, shape ``(r,)``, float64; None where it is unknown.
+        unsure: True for a feature whose importance is so close to another one's that these samples do not fix its
+            direction, shape ``(r,)``; None where that is unknown.
 
     Example:
         >>> basis = neuron_basis("fc", torch.tensor([1.0, 2.0]), torch.eye(2))
@@ -36,6 +39,8 @@ class Basis:
     to_features: Tensor
     from_features: Tensor
     importance: Tensor
+    importance_error: Tensor | None = None
+    unsure: Tensor | None = None
 
     @property
     def n_features(self) -> int:
@@ -44,8 +49,8 @@ class Basis:
 
     def to(self, device: torch.device | str) -> Basis:
         """Copy to a device, where it is not there already."""
-        moved = (t.to(device) for t in (self.mean, self.to_features, self.from_features, self.importance))
-        return Basis(self.name, self.kind, *moved)
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)[2:]}
+        return replace(self, **{name: t.to(device) for name, t in tensors.items() if t is not None})
 
     def shared(self, together: Together) -> Basis:
         """The basis that process 0 has."""
