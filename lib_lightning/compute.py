@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lib_lightning.core.build import BasisKind, Built, FinalBasisKind, Settings, build
+from lib_lightning.core.build import BasisKind, Built, FinalBasisKind, FinalMetric, Settings, build
 from lib_lightning.core.check import check
 from lib_lightning.core.cut import InputFn, LiveModel, MaskFn
 from lib_lightning.core.errors import ActivationError
+from lib_lightning.core.groups import standard_error
 from lib_lightning.core.layers import NodeLayer, as_node_layers
 from lib_lightning.core.memory import Chunks, in_chunks, is_out_of_memory, plan_chunks
 from lib_lightning.core.nested import batch_size, is_empty, numbers_in
 from lib_lightning.core.together import ALONE, Together
-from lib_lightning.graph import InteractionGraph
+from lib_lightning.graph import InteractionGraph, Replicates
 from lib_lightning.questions import as_mask_fn, propose_node_layers, session
 from lib_lightning.version import __version__
 
@@ -38,6 +39,7 @@ def compute_interaction_graph(
     node_layers: Sequence[str | NodeLayer] | None = None,
     basis: BasisKind = "lib",
     final_basis: FinalBasisKind = "auto",
+    final_metric: FinalMetric | None = None,
     rtol: float = 1e-6,
     n_probes: int | None = None,
     integration_steps: int = 0,
@@ -60,8 +62,11 @@ def compute_interaction_graph(
             ``"module.path:input"`` for its input, ``"input"`` and ``"output"`` for the model's own, or a `NodeLayer`.
             None takes those that `list_node_layers` proposes, and a warning says which.
         basis: ``"lib"``, or the baselines ``"pca"`` and ``"neuron"``.
-        final_basis: Basis of the last node layer, which has no next one: ``"neuron"`` or ``"pca"``; ``"auto"`` takes
-            neurons for ``"output"`` and PCA for anything else.
+        final_basis: Basis of the last node layer, which has no next one: ``"neuron"``, ``"pca"``, or ``"centered"`` for
+            logits less their mean over the classes; ``"auto"`` takes neurons for ``"output"`` and PCA for anything
+            else.
+        final_metric: ``"fisher"`` measures the last node layer, which are logits, by the distribution that they stand
+            for: importance then means effect on what the model predicts.
         rtol: Directions of covariance, metric and importance below this share of the largest are dropped; 0 drops only
             what rounding cannot tell from zero.
         n_probes: None for the exact metric; a number for that many random-sign probes per sample, which makes the
@@ -99,7 +104,7 @@ def compute_interaction_graph(
         >>> graph.edges["1", "output"].shape[0]
         2
     """
-    settings = Settings(basis, final_basis, rtol, n_probes, integration_steps)
+    settings = Settings(basis, final_basis, rtol, n_probes, integration_steps, final_metric)
     if isinstance(batches, (Tensor, Mapping)):
         raise TypeError("batches is a list (or any iterable) of batches; for a single one write [batch].")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -140,7 +145,7 @@ def graph_of(
     """
     batches = [batch for batch in batches if not is_empty(batch)]
     largest = max(map(batch_size, batches), default=1)
-    passes = 2 + (len(live.layers) - 1 if settings.basis == "lib" else 0)
+    passes = 2 + (len(live.layers) - 1 if settings.basis == "lib" else 0) + (settings.final_metric is not None)
     chunks: Chunks | None = None
     for attempt in itertools.count():
         try:
@@ -156,7 +161,7 @@ def graph_of(
                         bar.set_description(step, refresh=False)
                         bar.update()
 
-                    built = build(live, parts, settings, tick, chunks.stack_elements, together)
+                    built = build(live, parts, settings, tick, chunks.stack_elements, together, chunks.groups)
                 return _as_graph(built, settings, live)
         except Exception as error:
             if attempt == _HALVINGS or not is_out_of_memory(error):
@@ -187,8 +192,14 @@ def _as_graph(built: Built, settings: Settings, live: LiveModel) -> InteractionG
     }
     names = [basis.name for basis in built.bases]
     bases = {basis.name: basis.to("cpu") for basis in built.bases}
-    edges = {pair: E.cpu() for pair, E in zip(itertools.pairwise(names), built.edges, strict=True)}
-    return InteractionGraph(bases, edges, info)
+    pairs = list(itertools.pairwise(names))
+    edges = {pair: E.cpu() for pair, E in zip(pairs, built.edges, strict=True)}
+    replicates = Replicates(
+        {name: x.cpu() for name, x in zip(names, built.importance_replicates, strict=True)},
+        {pair: x.cpu() for pair, x in zip(pairs, built.edge_replicates, strict=True)},
+    )
+    errors = {pair: e for pair, x in replicates.edges.items() if (e := standard_error(x)) is not None}
+    return InteractionGraph(bases, edges, info, errors, replicates=replicates)
 
 
 def _proposed(model: nn.Module, batches: Sequence[Any], input_fn: InputFn | None, mask_fn: MaskFn | None) -> list[str]:

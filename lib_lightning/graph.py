@@ -11,6 +11,7 @@ import networkx as nx
 from torch import Tensor
 
 from lib_lightning.core.basis import Basis
+from lib_lightning.core.layers import NodeLayer
 from lib_lightning.export.files import BasisFileError, read_file, write_file
 
 if TYPE_CHECKING:
@@ -19,6 +20,19 @@ if TYPE_CHECKING:
 _BASIS_TENSORS = ("mean", "to_features", "from_features", "importance")
 # What a file may do without: files of before there were any, and graphs where they are unknown.
 _OPTIONAL_BASIS_TENSORS = ("importance_error", "unsure")
+
+
+@dataclass(frozen=True)
+class Replicates:
+    """A graph with one group of samples left out at a time: what standard errors of its metrics are made of.
+
+    Attributes:
+        importance: For each node layer, shape ``(G, r)``.
+        edges: For each pair of neighbouring node layers, shape ``(G, r_after, r_before)``.
+    """
+
+    importance: dict[str, Tensor]
+    edges: dict[tuple[str, str], Tensor]
 
 
 @dataclass
@@ -34,6 +48,7 @@ class InteractionGraph:
         modules: For each node layer the module that each feature belongs to, shape ``(r,)``, int64, -1 for none; empty
             where they have not been looked for.
         labels: For each node layer that has any, a name for each feature; "" for none.
+        replicates: The same graph with parts of the samples left out; not in files, and None for a graph read from one.
 
     Example:
         >>> import torch
@@ -49,11 +64,20 @@ class InteractionGraph:
     edge_errors: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     modules: dict[str, Tensor] = field(default_factory=dict)
     labels: dict[str, list[str]] = field(default_factory=dict)
+    replicates: Replicates | None = field(default=None, repr=False, compare=False)
 
     @property
     def node_layers(self) -> list[str]:
         """Names of the node layers, in forward order."""
         return list(self.bases)
+
+    def layers(self) -> list[NodeLayer]:
+        """The node layers themselves, to cut a model at.
+
+        Returns:
+            One `NodeLayer` for each name.
+        """
+        return [NodeLayer(**layer) for layer in self.info["node_layers"]]
 
     def __repr__(self) -> str:
         layers = " -> ".join(f"{b.name}: {b.n_features} {b.kind}" for b in self.bases.values())

@@ -16,6 +16,7 @@ ROOMS = [
     ("display",),
     ("graph", "questions"),
     ("compute", "samples", "folder"),
+    ("ablation",),
     ("trainers",),
     ("run_samples",),
     ("callback", "trainer_cli"),

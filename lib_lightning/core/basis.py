@@ -17,7 +17,7 @@ class Basis:
 
     Attributes:
         name: Node layer.
-        kind: ``"lib"``, ``"pca"`` or ``"neuron"``.
+        kind: ``"lib"``, ``"pca"`` or ``"neuron"``; for a last node layer also ``"centered"``.
         mean: ``mu``, shape ``(d,)``, float64.
         to_features: ``C``, shape ``(d, r)``, float64.
         from_features: ``C^+``, shape ``(r, d)``, float64.
@@ -158,6 +158,27 @@ def neuron_basis(name: str, mean: Tensor, covariance: Tensor) -> Basis:
     """
     eye = torch.eye(mean.shape[0], dtype=mean.dtype, device=mean.device)
     return Basis(name, "neuron", mean, eye, eye, covariance.diagonal().clone())
+
+
+def centered_basis(name: str, mean: Tensor, covariance: Tensor) -> Basis:
+    """Single logits less their mean over the classes, in their own order: softmax sees no more of them.
+
+    Args:
+        name: Node layer.
+        mean: ``mu``, shape ``(d,)``, float64.
+        covariance: ``Sigma``, shape ``(d, d)``, float64.
+
+    Returns:
+        The basis with kind ``"centered"``; its importances are variances.
+
+    Example:
+        >>> basis = centered_basis("output", torch.zeros(2), torch.eye(2))
+        >>> basis.encode(torch.tensor([3.0, 1.0])), basis.importance
+        (tensor([ 1., -1.]), tensor([0.5000, 0.5000]))
+    """
+    d = mean.shape[0]
+    P = torch.eye(d, dtype=mean.dtype, device=mean.device) - 1 / d
+    return Basis(name, "centered", mean, P, P, (P @ covariance @ P).diagonal().clone())
 
 
 def _principal_components(mean: Tensor, covariance: Tensor, cutoff: Cutoff) -> tuple[Tensor, Tensor]:

@@ -1,27 +1,32 @@
 """The paper's algorithm, read top to bottom (arXiv 2405.10928, transformation into the Local Interaction Basis).
 
 1. *Moments.* Run all batches once; mean and covariance of every node layer.
-2. *Bases*, from the last node layer to the first. The last one keeps its neurons or takes PCA. Every earlier one needs
-   the Jacobian metric, which measures a step by what it does to the *next* layer's features; then PCA-whitening of the
-   activations, and a rotation and scaling that make the Jacobian orthonormal.
+2. *Bases*, from the last node layer to the first. The last one keeps its neurons, less their mean if wished, takes PCA,
+   or is measured by the distribution that its logits stand for. Every earlier one needs the Jacobian metric, which
+   measures a step by what it does to the *next* layer's features; then PCA-whitening of the activations, and a
+   rotation and scaling that make the Jacobian orthonormal.
 3. *Edges.* Run all batches once more; the squared interactions between neighbouring layers' features.
+4. *Standard errors* of importances and edges, from sums over groups of samples with one left out at a time. An
+   importance is a variance times a squared length in the metric; given the next layer's features, it moves with both.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lib_lightning.core.basis import Basis, lib_basis, neuron_basis, pca_basis
+from lib_lightning.core.basis import Basis, centered_basis, lib_basis, neuron_basis, pca_basis
 from lib_lightning.core.check import check_finite
 from lib_lightning.core.cut import LiveModel
 from lib_lightning.core.edges import Edges
 from lib_lightning.core.errors import ActivationError, NotFiniteError
+from lib_lightning.core.fisher import FisherMetric
+from lib_lightning.core.groups import GROUPS, spans, standard_error, too_close
 from lib_lightning.core.layers import OUTPUT
 from lib_lightning.core.memory import STACK_ELEMENTS
 from lib_lightning.core.metric import JacobianMetric
@@ -29,9 +34,11 @@ from lib_lightning.core.moments import Moments
 from lib_lightning.core.section import Section, sections
 from lib_lightning.core.spectral import Cutoff
 from lib_lightning.core.together import ALONE, Together
+from lib_lightning.core.variances import FeatureVariances
 
 BasisKind = Literal["lib", "pca", "neuron"]
-FinalBasisKind = Literal["auto", "neuron", "pca"]
+FinalBasisKind = Literal["auto", "neuron", "pca", "centered"]
+FinalMetric = Literal["fisher"]
 
 _DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 _ONE_BY_ONE = (
@@ -57,10 +64,18 @@ class Settings:
     rtol: float = 1e-6
     n_probes: int | None = None
     integration_steps: int = 0
+    final_metric: FinalMetric | None = None
 
     def __post_init__(self) -> None:
-        _choice("basis", self.basis, ("lib", "pca", "neuron"))
-        _choice("final_basis", self.final_basis, ("auto", "neuron", "pca"))
+        _choice("basis", self.basis, get_args(BasisKind))
+        _choice("final_basis", self.final_basis, get_args(FinalBasisKind))
+        if self.final_metric is not None:
+            _choice("final_metric", self.final_metric, get_args(FinalMetric))
+            if self.final_basis != "auto":
+                raise ValueError(
+                    f"final_metric={self.final_metric!r} decides on the basis of the last node layer; leave "
+                    f"final_basis={self.final_basis!r} out."
+                )
         if not 0 <= self.rtol < 1:
             raise ValueError(f"rtol is a share of the largest eigenvalue, from 0 up to 1; got {self.rtol}.")
         if self.n_probes is not None and self.n_probes < 1:
@@ -80,6 +95,9 @@ class Built:
         metric_errors: Estimated relative error of the metric of each node layer that has one: 0 where it is exact,
             None where a single probe leaves it unknown.
         notes: What had to be done in a slower way than usual, in sentences.
+        importance_replicates: For each node layer its importances with one group of samples left out at a time, shape
+            ``(G, r)``; G is 0 where the samples were not enough for groups.
+        edge_replicates: The same of the edges, ``(G, r_out, r_in)``.
     """
 
     bases: list[Basis]
@@ -87,6 +105,8 @@ class Built:
     n_samples: int
     metric_errors: dict[str, float | None] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    importance_replicates: list[Tensor] = field(default_factory=list)
+    edge_replicates: list[Tensor] = field(default_factory=list)
 
 
 def build(
@@ -96,6 +116,7 @@ def build(
     tick: Callable[[str], None] = lambda step: None,
     stack_elements: int = STACK_ELEMENTS,
     together: Together = ALONE,
+    groups: int = GROUPS,
 ) -> Built:
     """Compute bases and edges of a live model.
 
@@ -106,6 +127,7 @@ def build(
         tick: Called after each batch of each pass with the name of the step.
         stack_elements: About how many numbers one stack of vectors through a section may hold.
         together: The processes whose samples are to be taken as one; each has batches of its own, or none.
+        groups: Number of groups of samples whose sums are kept apart, for standard errors; 1 for none.
 
     Returns:
         Bases and edges, the same on every process.
@@ -123,6 +145,7 @@ def build(
         for i, section in enumerate(found):
             if i in unstackable:
                 section.stack = 1
+            section.spans = batch_spans[index]
             yield i, section
             if section.unstackable:
                 unstackable.add(i)
@@ -131,6 +154,7 @@ def build(
 
     # 1. Moments.
     moments = [Moments() for _ in live.layers]
+    sizes: list[int] = []
     dtype: torch.dtype | None = None
     for live.seed, batch in enumerate(batches):
         with torch.no_grad():
@@ -139,27 +163,47 @@ def build(
             check_finite(cut.layer.name, cut.rows)
             layer_moments.update(cut.rows, cut.a.shape[0])
             dtype = cut.a.dtype
+        sizes.append(cuts[0].a.shape[0])
         tick("moments")
     for layer_moments in moments:
         layer_moments.reduce(together)
         if layer_moments.count == 0:
             raise ActivationError("There are no samples to compute a basis from, or a mask leaves out all of them.")
     dtype = _same_dtype(dtype, together)
+    groups = min(int(t) for t in together.gather(torch.tensor([groups])))
+    starts = itertools.accumulate(sizes, initial=0)
+    batch_spans = [list(spans(start, start + n, sum(sizes), groups)) for start, n in zip(starts, sizes, strict=False)]
 
     # 2. Bases, from the last node layer to the first.
     generator = torch.Generator().manual_seed(together.rank)
     bases: list[Basis] = []
     errors: dict[str, float | None] = {}
+    # What an importance is beside a variance: the length of the feature's direction in the metric, for each replicate.
+    lengths: list[Tensor | None] = []
+    last = len(live.layers) - 1
     for i in reversed(range(len(live.layers))):
         name, mean, covariance = names[i], moments[i].mean, moments[i].covariance
         cutoff = Cutoff(settings.rtol, mean.shape[0], dtype)
-        kind = settings.basis if i < len(live.layers) - 1 else final_kind(settings, live.layers[i].taps)
-        if kind == "neuron":
+        kind = settings.basis if i < last else final_kind(settings, live.layers[i].taps)
+        metric: FisherMetric | JacobianMetric | None = None
+        if i == last and settings.final_metric == "fisher":
+            metric = FisherMetric(len(mean), groups)
+            for live.seed, batch in enumerate(batches):
+                with torch.no_grad():
+                    cut = live.cut(batch)[-1]
+                for group, span in batch_spans[live.seed]:
+                    metric.update(cut.a[span].flatten(0, 1) if cut.mask is None else cut.a[span][cut.mask[span]], group)
+                tick(f"basis of {name}")
+            metric.reduce(together)
+            basis = lib_basis(name, mean, covariance, metric.factor(cutoff.metric), cutoff)
+        elif kind == "neuron":
             basis = neuron_basis(name, mean, covariance)
+        elif kind == "centered":
+            basis = centered_basis(name, mean, covariance)
         elif kind == "pca":
             basis = pca_basis(name, mean, covariance, cutoff)
         else:
-            metric = JacobianMetric(len(mean), bases[0].to_features, settings.n_probes, generator)
+            metric = JacobianMetric(len(mean), bases[0].to_features, settings.n_probes, generator, groups)
             for index, batch in enumerate(batches):
                 for k, section in run(index, batch, f"basis of {name}"):
                     if k == i:
@@ -170,18 +214,39 @@ def build(
             errors[name] = metric.relative_error
         # The same sums give the same basis only up to rounding, and truncation is all or nothing.
         bases.insert(0, basis.shared(together))
+        lengths.insert(0, None if metric is None else metric.replicates(bases[0].from_features))
 
     # 3. Edges.
-    edges = [Edges(before, after) for before, after in itertools.pairwise(bases)]
+    edges = [Edges(before, after, groups) for before, after in itertools.pairwise(bases)]
+    variances = [FeatureVariances(basis, groups) for basis in bases]
     for index, batch in enumerate(batches):
         for i, section in run(index, batch, "edges"):
             edges[i].update(section)
+            variances[i].update(section.a, section.mask_in, section.spans)
+            if i + 1 == last:
+                variances[last].update(section.a_out, section.mask_out, section.spans)
     for i, section_edges in enumerate(edges):
         section_edges.reduce(together)
         _check_derivatives(live, i, section_edges.E)
         if section_edges.fell_back:
             notes[_BACKWARDS.format(*names[i : i + 2])] = None
-    return Built(bases, [e.E for e in edges], moments[0].n, errors, list(notes))
+
+    # 4. Standard errors.
+    importances: list[Tensor] = []
+    for i, (feature_variances, length) in enumerate(zip(variances, lengths, strict=True)):
+        feature_variances.reduce(together)
+        found = feature_variances.replicates()
+        importances.append(found if length is None else found * length)
+        bases[i] = _with_errors(bases[i], importances[i])
+    return Built(
+        bases, [e.E for e in edges], moments[0].n, errors, list(notes), importances, [e.replicates for e in edges]
+    )
+
+
+def _with_errors(basis: Basis, replicates: Tensor) -> Basis:
+    fixed = basis.kind in ("neuron", "centered")  # their directions are given
+    unsure = None if fixed else too_close(basis.importance, replicates)
+    return replace(basis, importance_error=standard_error(replicates), unsure=unsure)
 
 
 def _same_dtype(dtype: torch.dtype | None, together: Together) -> torch.dtype:
@@ -190,7 +255,7 @@ def _same_dtype(dtype: torch.dtype | None, together: Together) -> torch.dtype:
     return _DTYPES[max(int(index) for index in together.gather(torch.tensor([own])))]
 
 
-def final_kind(settings: Settings, taps: Sequence[str]) -> BasisKind:
+def final_kind(settings: Settings, taps: Sequence[str]) -> str:
     """Which basis the last node layer takes: it has no next layer to measure its features by.
 
     Args:

@@ -12,10 +12,11 @@ that tensor; `lib_lightning.core.check` tells when somebody does.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -135,6 +136,40 @@ class LiveModel:
         cuts = recorder.finish()
         return cuts if self.mask_fn is None else [_masked(cut, self.mask_fn(batch)) for cut in cuts]
 
+    def output(self, batch: Any, replace: Mapping[int, Tensor]) -> Any:
+        """Run the model with activations replaced, and nothing else in its way.
+
+        Args:
+            batch: One batch, as the data loader gives it.
+            replace: Activations ``(n, S, d)`` to continue with, by index of the node layer. `cut` has run before.
+
+        Returns:
+            What the model returns.
+        """
+        values = [replace.get(i) for i in range(len(self.layers))]
+        recorder = _Recorder(self.model, self.layers, values, self._widths)
+        with recorder.hooked(replace):
+            return self.run(batch)
+
+    def next_activations(self, batch: Any, index: int, a: Tensor) -> Tensor:
+        """The section after a node layer, at activations of one's own: the model runs up to the next node layer.
+
+        Args:
+            batch: One batch, as the data loader gives it.
+            index: Index ``l`` of the node layer.
+            a: Its activations ``a^l``, shape ``(n, S, d)``. `cut` has run before.
+
+        Returns:
+            ``a^{l+1}``, shape ``(n, S', d')``.
+        """
+        values = [a if i == index else None for i in range(len(self.layers))]
+        recorder = _Recorder(self.model, self.layers, values, self._widths)
+        recorder.last = index + 1
+        with recorder.hooked((index, index + 1)), contextlib.suppress(_Reached):
+            self.run(batch)
+        layer = self.layers[index + 1]
+        return layer.read([recorder.seen[index + 1, k][0] for k in range(len(layer.taps))])
+
     def run(self, batch: Any) -> Any:
         """Call the model on a batch, in the computation dtype, and return what it returns."""
         # A model that draws random numbers draws the same ones each time it sees the same batch.
@@ -171,6 +206,10 @@ class LiveModel:
         self._changed.clear()
 
 
+class _Reached(Exception):  # noqa: N818 (no error: the way out of a forward pass)
+    """All has been seen that is wanted of this forward pass."""
+
+
 class _Recorder:
     """The hooks of one forward pass and what they saw."""
 
@@ -185,14 +224,16 @@ class _Recorder:
         self.owned = {id(t) for t in (*model.parameters(), *model.buffers())}
         self.seen: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.changed: list[weakref.ref[Tensor]] = []
+        self.last: int | None = None  # node layer after which the model need not go on
 
     @contextmanager
-    def hooked(self) -> Iterator[None]:
+    def hooked(self, only: Collection[int] | None = None) -> Iterator[None]:
         handles: list[RemovableHandle] = []
         try:
             for layer_index, layer in enumerate(self.layers):
                 for tap_index, tap in enumerate(layer.taps):
-                    handles.append(self._attach(tap, (layer_index, tap_index)))
+                    if only is None or layer_index in only:
+                        handles.append(self._attach(tap, (layer_index, tap_index)))
             yield
         finally:
             for handle in handles:
@@ -261,6 +302,8 @@ class _Recorder:
         replacement = self._replacement(key, t)
         leaf = (t if replacement is None else replacement).detach().clone().requires_grad_(torch.is_grad_enabled())
         self.seen[key] = (end, leaf)
+        if key[0] == self.last and sum(i == self.last for i, _ in self.seen) == len(self.layers[key[0]].taps):
+            raise _Reached
         if t._is_view() or id(t) in self.owned or (t.is_leaf and t.requires_grad):
             return replace_first_tensor(value, leaf.clone())
         if t.grad_fn is None:

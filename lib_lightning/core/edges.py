@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lib_lightning.core.basis import Basis
+from lib_lightning.core.groups import leave_one_out
 from lib_lightning.core.section import Section, keep
 from lib_lightning.core.spectral import product_dtype
 from lib_lightning.core.together import Together
@@ -20,6 +21,7 @@ class Edges:
     Args:
         before: Basis of the node layer with features ``j``.
         after: Basis of the next node layer, with features ``i``.
+        groups: Number of groups of samples to sum apart.
 
     Attributes:
         fell_back: Whether forward mode would have been cheaper, but has no derivative to go by.
@@ -31,12 +33,13 @@ class Edges:
         wherever the first has no derivative to go by.
     """
 
-    def __init__(self, before: Basis, after: Basis) -> None:
+    def __init__(self, before: Basis, after: Basis, groups: int = 1) -> None:
         self.before, self.after = before, after
-        self.rows = 0
+        self.rows = torch.zeros(groups, dtype=torch.float64)
         self.fell_back = False
         self._forward: bool | None = None
-        self._total = torch.zeros(after.n_features, before.n_features, dtype=torch.float64, device=before.mean.device)
+        shape = (groups, after.n_features, before.n_features)
+        self._total = torch.zeros(shape, dtype=torch.float64, device=before.mean.device)
 
     def update(self, section: Section) -> None:
         """Add one batch.
@@ -44,7 +47,8 @@ class Edges:
         Args:
             section: The section between the two node layers, at that batch.
         """
-        self.rows += section.rows
+        for group, span in section.spans:
+            self.rows[group] += section.rows_of(span)
         if self._forward is None:
             cheaper = _FORWARD_COST * self.before.n_features < section.S_out * self.after.n_features
             self._forward = section.has_jvp() if cheaper else False
@@ -63,7 +67,9 @@ class Edges:
             j = slice(start, start + stack)
             tangents = fhat[..., j].movedim(-1, 0)[..., None] * C_pinv[j][:, None, None, :]
             moved = section.jvp(tangents) @ C_next
-            self._total[:, j] += moved.to(product_dtype(moved.dtype)).square().sum(dim=(1, 2)).T.double()
+            squares = moved.to(product_dtype(moved.dtype)).square()
+            for group, span in section.spans:
+                self._total[group, :, j] += squares[:, span].sum(dim=(1, 2)).T.double()
 
     def update_reverse(self, section: Section) -> None:
         """Add one batch with one vector-Jacobian product for each output position and feature."""
@@ -71,14 +77,20 @@ class Edges:
         C_pinv, C_next = self.before.from_features.to(fhat), self.after.to_features.to(fhat)
         for i, cotangents in section.output_stacks(C_next):
             moved = ((section.vjp(cotangents) @ C_pinv.T) * fhat).sum(dim=2)
-            self._total.index_add_(0, i, moved.to(product_dtype(moved.dtype)).square().sum(dim=1).double())
+            squares = moved.to(product_dtype(moved.dtype)).square()
+            for group, span in section.spans:
+                self._total[group].index_add_(0, i, squares[:, span].sum(dim=1).double())
 
     def reduce(self, together: Together) -> None:
         """Join the sums of several processes."""
-        rows, self._total = together.sum([torch.tensor(self.rows, device=self._total.device), self._total])
-        self.rows = int(rows)
+        self.rows, self._total = together.sum([self.rows, self._total])
 
     @property
     def E(self) -> Tensor:
         """The edges, shape ``(r_out, r_in)``, float64, non-negative."""
-        return self._total / self.rows
+        return self._total.sum(0) / self.rows.sum()
+
+    @property
+    def replicates(self) -> Tensor:
+        """The edges with one group of samples left out at a time, ``(G, r_out, r_in)``; G is 0 with one group only."""
+        return leave_one_out(self._total, self.rows.to(self._total))

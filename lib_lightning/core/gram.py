@@ -84,6 +84,18 @@ class GramSum:
         N = self.N.sum(0) if part is None else self.N[part]
         return N if self.dense else self._widen(self._widen(N).T).T
 
+    def squared_lengths(self, directions: Tensor) -> Tensor:
+        """Squared length of directions in each sum: ``v (sum g g^T) v^T``.
+
+        Args:
+            directions: One a row, shape ``(r, d)``, float64.
+
+        Returns:
+            Shape ``(parts, r)``.
+        """
+        coordinates = directions if self.dense else directions @ self.Q.to(directions).T
+        return ((coordinates @ self.N.to(directions)) * coordinates).sum(-1)
+
     def factor(self, cutoff: float) -> Tensor:
         """Square-root factor of all together: ``B`` with ``B^T B = sum g g^T``.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lib_lightning.core.cut import Cut, LiveModel
 from lib_lightning.core.errors import ActivationError
+from lib_lightning.core.groups import GROUPS
 from lib_lightning.core.nested import batch_size, samples_between
 
 # One stack of vectors goes through a section at once. Small tensors gain from it (2 to 6 times fewer calls' overhead),
@@ -29,14 +31,18 @@ class Chunks:
     Attributes:
         samples: Most samples that go through the model together.
         stack_elements: About how many numbers one stack of vectors through a section may hold.
+        groups: Groups of samples whose sums are kept apart; 1 for none.
     """
 
     samples: int = 2**31
     stack_elements: int = STACK_ELEMENTS
+    groups: int = GROUPS
 
     def halved(self, largest_batch: int) -> Chunks:
         """Half of it, for batches of up to so many samples."""
-        return Chunks(max(1, min(self.samples, largest_batch) // 2), max(1, self.stack_elements // 2))
+        return Chunks(
+            max(1, min(self.samples, largest_batch) // 2), max(1, self.stack_elements // 2), max(1, self.groups // 2)
+        )
 
 
 def plan_chunks(live: LiveModel, batch: Any, memory_limit: int, points: int = 1) -> Chunks:
@@ -74,12 +80,15 @@ def plan_chunks(live: LiveModel, batch: Any, memory_limit: int, points: int = 1)
             f"matrices of that size take {matrices / 2**30:.2g} GiB, more than memory_limit allows "
             f"({memory_limit / 2**30:.2g} GiB). Choose narrower node layers, or raise memory_limit."
         )
+    # A metric for each node layer and the edges of each section, once for each group.
+    sums = 8 * sum(d * d + d * d_next for d, d_next in itertools.pairwise(widths))
+    groups = next((g for g in (GROUPS, GROUPS // 2, 2) if matrices + g * sums <= memory_limit // 2), 1)
     itemsize = cuts[0].a.element_size()
     ends = max(cut.a.numel() for cut in cuts)
     # Half for graphs, a quarter for stacks; allocators do not give back the rest.
     samples = memory_limit // 2 // (_GRAPHS * max(1, points) * max(1, two - one))
     stack = memory_limit // 4 // (_WORKING * itemsize) * ends // max(ends, largest)
-    return Chunks(max(1, samples), max(1, min(STACK_ELEMENTS, stack)))
+    return Chunks(max(1, samples), max(1, min(STACK_ELEMENTS, stack)), groups)
 
 
 def _kept_by_autograd(live: LiveModel, batch: Any) -> tuple[list[Cut], int, int]:

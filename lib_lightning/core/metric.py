@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lib_lightning.core.gram import GramSum
+from lib_lightning.core.groups import leave_one_out
 from lib_lightning.core.section import Section
 from lib_lightning.core.together import Together
 
@@ -21,15 +22,20 @@ class JacobianMetric:
         n_probes: None sums over every output position ``t`` and feature ``i``; a number ``k`` draws that many vectors
             of random signs over ``(t, i)`` for each sample instead, which gives the same ``M`` on average.
         generator: Source of the random signs, on the CPU.
+        groups: Number of groups of samples to sum apart.
 
     Note:
         Source: arXiv 2405.10928, the Jacobian step of the transformation into the LIB. Random signs: Hutchinson (1990).
     """
 
-    def __init__(self, d: int, C_next: Tensor, n_probes: int | None, generator: torch.Generator) -> None:
+    def __init__(
+        self, d: int, C_next: Tensor, n_probes: int | None, generator: torch.Generator, groups: int = 1
+    ) -> None:
         self.C_next, self.n_probes, self.generator = C_next, n_probes, generator
-        self.rows = 0
-        self.gram = GramSum(d, parts=2)
+        self.rows = torch.zeros(groups, dtype=torch.float64)
+        # Even and odd probes are summed apart: their spread is the error of sampling.
+        self._halves = 1 if n_probes is None else 2
+        self.gram = GramSum(d, parts=self._halves * groups)
 
     def update(self, section: Section) -> None:
         """Add one batch.
@@ -37,7 +43,8 @@ class JacobianMetric:
         Args:
             section: The section after the node layer, at that batch.
         """
-        self.rows += section.rows
+        for group, span in section.spans:
+            self.rows[group] += section.rows_of(span)
         C = self.C_next.to(section.a)
         if self.n_probes is None:
             for _, cotangents in section.output_stacks(C):
@@ -49,18 +56,18 @@ class JacobianMetric:
             shape = (len(probes), section.n, section.S_out, C.shape[1])
             signs = 1 - 2 * torch.randint(0, 2, shape, generator=self.generator)
             cotangents = signs.to(C) @ C.T
-            # Even and odd probes are summed apart: their spread is the error estimate.
             for half in (0, 1):
                 self._add(section, cotangents[(half - start) % 2 :: 2], half)
 
     def _add(self, section: Section, cotangents: Tensor, half: int) -> None:
         if cotangents.shape[0]:
-            self.gram.add(section.vjp(cotangents).flatten(0, 2), half)
+            g = section.vjp(cotangents)
+            for group, span in section.spans:
+                self.gram.add(g[:, span].flatten(0, 2), self._halves * group + half)
 
     def reduce(self, together: Together) -> None:
         """Join the sums of several processes."""
-        (rows,) = together.sum([torch.tensor(self.rows, device=self.gram.N.device)])
-        self.rows = int(rows)
+        (self.rows,) = together.sum([self.rows])
         self.gram.reduce(together)
 
     def factor(self, cutoff: float) -> Tensor:
@@ -72,12 +79,24 @@ class JacobianMetric:
         Returns:
             ``B`` of shape ``(k, d_in)``, float64.
         """
-        return self.gram.factor(cutoff) / math.sqrt(self.rows * (self.n_probes or 1))
+        return self.gram.factor(cutoff) / math.sqrt(self.rows.sum() * (self.n_probes or 1))
+
+    def replicates(self, directions: Tensor) -> Tensor:
+        """Squared length of directions in the metric, with one group of samples left out at a time.
+
+        Args:
+            directions: One a row, shape ``(r, d_in)``, float64.
+
+        Returns:
+            ``v M v^T`` of each direction and replicate, shape ``(G, r)``; G is 0 where there is only one group.
+        """
+        lengths = self.gram.squared_lengths(directions).unflatten(0, (-1, self._halves)).sum(1)
+        return leave_one_out(lengths, self.rows.to(lengths)) / (self.n_probes or 1)
 
     @property
     def M(self) -> Tensor:
         """The metric, shape ``(d_in, d_in)``, float64; `factor` does without forming it."""
-        return self.gram.matrix() / (self.rows * (self.n_probes or 1))
+        return self.gram.matrix() / (self.rows.sum() * (self.n_probes or 1))
 
     @property
     def relative_error(self) -> float | None:
@@ -90,7 +109,7 @@ class JacobianMetric:
         if self.n_probes == 1:
             return None
         # In the coordinates of one orthonormal span, where norms are the same.
-        even, odd = self.gram.N
+        even, odd = self.gram.N[0::2].sum(0), self.gram.N[1::2].sum(0)
         n_odd = self.n_probes // 2
         n_even = self.n_probes - n_odd
         # Var(pooled mean) = sigma^2 / k and Var(even mean - odd mean) = sigma^2 (1/k_even + 1/k_odd).

@@ -37,17 +37,20 @@ class Section:
 
     Args:
         a: Activations ``(n, S_in, d_in)`` of the node layer before.
+        a_out: Activations ``(n, S_out, d_out)`` of the node layer after.
         points: One point of weight 1 for the gradient at the activations; several for integrated gradients.
         stack_elements: About how many numbers one stack of vectors may hold.
+
+    Attributes:
+        spans: The groups of samples that are summed apart, and which samples of the batch belong to each.
     """
 
-    def __init__(self, a: Tensor, points: Sequence[Point], stack_elements: int = STACK_ELEMENTS) -> None:
-        self.a = a.detach()
+    def __init__(self, a: Tensor, a_out: Tensor, points: Sequence[Point], stack_elements: int = STACK_ELEMENTS) -> None:
+        self.a, self.a_out = a.detach(), a_out.detach()
+        self.spans: list[tuple[int, slice]] = [(0, slice(None))]
         self.points = list(points)
         self.n, self.S_in, self.d_in = self.a.shape
-        output = self.points[0].after.a
-        _, self.S_out, self.d_out = output.shape
-        self._output_dtype = output.dtype
+        _, self.S_out, self.d_out = self.a_out.shape
         self.mask_in, self.mask_out = self.points[0].before.mask, self.points[0].after.mask
         largest = self.n * max(self.S_in * self.d_in, self.S_out * self.d_out)
         self.stack = max(1, stack_elements // max(1, largest))
@@ -57,7 +60,12 @@ class Section:
     @property
     def rows(self) -> int:
         """Number of samples times input positions, counting only positions that count."""
-        return self.n * self.S_in if self.mask_in is None else int(self.mask_in.sum())
+        return sum(self.rows_of(span) for _, span in self.spans)
+
+    def rows_of(self, span: slice) -> int:
+        """The same of some of the samples."""
+        there = self.a[span] if self.mask_in is None else self.mask_in[span]
+        return there.shape[0] * self.S_in if self.mask_in is None else int(there.sum())
 
     def vjp(self, cotangents: Tensor) -> Tensor:
         """Multiply from the output side: ``J^T u`` for a stack of ``u``.
@@ -145,7 +153,7 @@ class Section:
 
     def _transpose(self, point: Point) -> tuple[Tensor, Sequence[Tensor]]:
         shape = (self.n, self.S_out, self.d_out)
-        placeholder = torch.zeros(shape, dtype=self._output_dtype, device=self.a.device, requires_grad=True)
+        placeholder = torch.zeros(shape, dtype=self.a_out.dtype, device=self.a.device, requires_grad=True)
         return placeholder, pull_back(point.before, point.after, placeholder, create_graph=True)
 
     def _in_stacks(
@@ -249,7 +257,7 @@ def sections(
     """
     if integration_steps == 0:
         cuts = live.cut(batch)
-        return [Section(b.a, [Point(1.0, b, c)], stack_elements) for b, c in itertools.pairwise(cuts)]
+        return [Section(b.a, c.a, [Point(1.0, b, c)], stack_elements) for b, c in itertools.pairwise(cuts)]
     activations = live.activations(batch)
     # The last node layer starts no section: it stays as it is. A tap that is computed from another one of its layer
     # must not see that one replaced: then neighbours take turns, in two passes.
@@ -262,7 +270,8 @@ def sections(
             cuts = live.cut(batch, [a if i in turn else None for i, a in enumerate(path)])
             for i in turn:
                 points[i].append(Point(weight, cuts[i], cuts[i + 1]))
-    return [Section(a, p, stack_elements) for a, p in zip(activations[:-1], points, strict=True)]
+    pairs = itertools.pairwise(activations)
+    return [Section(a, a_out, p, stack_elements) for (a, a_out), p in zip(pairs, points, strict=True)]
 
 
 def gauss_legendre(k: int) -> Iterator[tuple[float, float]]:

@@ -1,0 +1,218 @@
+"""Curves of score against what is left of a layer or a section, and how many edges a model needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from lib_lightning.ablation.scored import Score, ScoredModel, scored_model
+from lib_lightning.ablation.search import Counts, Tried, bisect, scan, try_counts
+from lib_lightning.core.ablate import strongest
+from lib_lightning.core.errors import NodeLayerError, quoted
+from lib_lightning.graph import InteractionGraph
+
+
+@dataclass(frozen=True)
+class EdgesRequired:
+    """How many edges of a section the model needs for its score.
+
+    Attributes:
+        count: The number; None if the score is not reached even with all edges (features that the basis leaves out
+            were needed).
+        mask: The edges that are kept at that number, True where one is, shape ``(r_out, r_in)``; all of them if
+            ``count`` is None.
+        score: Mean score with those edges.
+        unablated: Mean score of the model as it is.
+        curve: Mean scores by number of edges kept, of all numbers that were tried.
+    """
+
+    count: int | None
+    mask: Tensor
+    score: float
+    unablated: float
+    curve: dict[int, float] = field(default_factory=dict, repr=False)
+
+
+def node_ablation_curve(
+    model: nn.Module,
+    batches: Iterable[Any],
+    graph: InteractionGraph,
+    score: Score,
+    node_layer: str,
+    counts: Counts = "exponential",
+    tolerance: float = 1e-3,
+    **options: Any,
+) -> dict[int, float]:
+    """Score a model with only the most important features of a node layer left, for several numbers of them.
+
+    Args:
+        model: The model that the graph was computed on, or another one of its shape; left exactly as it was found.
+        batches: Batches to score on, other ones than those the graph was computed on.
+        graph: An interaction graph, of any basis.
+        score: A function from the model's output and a batch to one score for each sample, shape ``(n,)``, the higher
+            the better; such as `accuracy`.
+        node_layer: Name of the node layer.
+        counts: Numbers of features to keep: ``"every"`` one, ``"exponential"`` for half powers of two, ``"bisection"``
+            for those that halve the way to the smallest number within the tolerance, or a list of numbers.
+        tolerance: Loss of score that the bisection accepts.
+        options: ``input_fn``, ``mask``, ``dtype``, ``memory_limit`` and ``together``, as for
+            `lib_lightning.compute_interaction_graph`.
+
+    Returns:
+        Mean scores by number of features kept, ascending.
+
+    Raises:
+        NodeLayerError: If the graph has no such node layer, or is of a model of another shape.
+        LIBError: If the score is not one number for each sample.
+
+    Note:
+        Source: arXiv 2405.10928, node ablations.
+
+    Example:
+        >>> import torch
+        >>> from lib_lightning import compute_interaction_graph
+        >>> from lib_lightning.ablation import accuracy
+        >>> model, x = nn.Linear(4, 2), torch.randn(50, 4)
+        >>> batch = (x, model(x).argmax(-1))
+        >>> graph = compute_interaction_graph(model, [batch], ["input", "output"])
+        >>> node_ablation_curve(model, [batch], graph, accuracy, "input")[2]
+        1.0
+    """
+    if node_layer not in graph.bases:
+        raise NodeLayerError(f"The graph has no node layer '{node_layer}', but {quoted(graph.node_layers)}.")
+    with scored_model(model, batches, graph, score, **options) as scored:
+        r = graph.bases[node_layer].n_features
+        tried = Tried(scored.with_features(node_layer), r, scored.unablated - tolerance)
+        return try_counts(tried, counts, r + 1)
+
+
+def edge_ablation_curve(
+    model: nn.Module,
+    batches: Iterable[Any],
+    graph: InteractionGraph,
+    score: Score,
+    section: tuple[str, str],
+    counts: Counts = "exponential",
+    tolerance: float = 1e-3,
+    **options: Any,
+) -> dict[int, float]:
+    """Score a model with only the strongest edges of a section left, for several numbers of them.
+
+    Args:
+        model: As for `node_ablation_curve`.
+        batches: As for `node_ablation_curve`.
+        graph: As for `node_ablation_curve`.
+        score: As for `node_ablation_curve`.
+        section: Names of two neighbouring node layers.
+        counts: As for `node_ablation_curve`, numbers of edges.
+        tolerance: As for `node_ablation_curve`.
+        options: As for `node_ablation_curve`.
+
+    Returns:
+        Mean scores by number of edges kept, ascending.
+
+    Raises:
+        NodeLayerError: If the graph has no such section, or is of a model of another shape.
+        LIBError: If the score is not one number for each sample.
+
+    Note:
+        Source: arXiv 2405.10928, edge ablations.
+
+    Example:
+        >>> import torch
+        >>> from lib_lightning import compute_interaction_graph
+        >>> from lib_lightning.ablation import accuracy
+        >>> model, x = nn.Linear(4, 2), torch.randn(50, 4)
+        >>> batch = (x, model(x).argmax(-1))
+        >>> graph = compute_interaction_graph(model, [batch], ["input", "output"])
+        >>> sorted(edge_ablation_curve(model, [batch], graph, accuracy, ("input", "output"), [1, 4]))
+        [1, 4]
+    """
+    _check_sections(graph, [section])
+    with scored_model(model, batches, graph, score, **options) as scored:
+        E = graph.edges[section]
+        tried = Tried(scored.with_edges(*section), E.numel(), scored.unablated - tolerance)
+        return try_counts(tried, counts, _paper_bracket(graph, section))
+
+
+def edges_required(
+    model: nn.Module,
+    batches: Iterable[Any],
+    graph: InteractionGraph,
+    score: Score,
+    tolerance: float = 1e-3,
+    sections: Sequence[tuple[str, str]] | None = None,
+    search: Literal["scan", "bisection"] = "scan",
+    **options: Any,
+) -> dict[tuple[str, str], EdgesRequired]:
+    """Count the edges that a model needs in each section for its score.
+
+    The score is no monotone function of the number of edges, so there may be several smallest numbers that will do. By
+    default the count is the smallest one from which on every number tried holds: half powers of two down to the first
+    one that fails, halved from there, and those above the answer one by one (8 of them, and 5%). With
+    ``search="bisection"`` it is the paper's: the interval from 0 to ``(d_in + 1) (d_out + 1)``, halved until it is
+    closed, whatever lies outside the halves that are followed.
+
+    Args:
+        model: As for `node_ablation_curve`.
+        batches: As for `node_ablation_curve`.
+        graph: As for `node_ablation_curve`.
+        score: As for `node_ablation_curve`.
+        tolerance: Loss of mean score that is accepted, in units of the score.
+        sections: Pairs of neighbouring node layers; all by default.
+        search: ``"scan"`` or ``"bisection"``.
+        options: As for `node_ablation_curve`.
+
+    Returns:
+        The answer for each section, with the mask of the edges kept.
+
+    Raises:
+        NodeLayerError: If the graph has no such section, or is of a model of another shape.
+        LIBError: If the score is not one number for each sample.
+
+    Note:
+        Source: arXiv 2405.10928, edges required.
+
+    Example:
+        >>> import torch
+        >>> from lib_lightning import compute_interaction_graph
+        >>> from lib_lightning.ablation import accuracy
+        >>> model, x = nn.Linear(4, 2), torch.randn(50, 4)
+        >>> batch = (x, model(x).argmax(-1))
+        >>> graph = compute_interaction_graph(model, [batch], ["input", "output"])
+        >>> edges_required(model, [batch], graph, accuracy)["input", "output"].count <= 4
+        True
+    """
+    if search not in ("scan", "bisection"):
+        raise ValueError(f"search is 'scan' or 'bisection'; got {search!r}.")
+    sections = list(graph.edges) if sections is None else list(sections)
+    _check_sections(graph, sections)
+    with scored_model(model, batches, graph, score, **options) as scored:
+        return {section: _required(scored, section, tolerance, search) for section in sections}
+
+
+def _required(scored: ScoredModel, section: tuple[str, str], tolerance: float, search: str) -> EdgesRequired:
+    E = scored.graph.edges[section]
+    tried = Tried(scored.with_edges(*section), E.numel(), scored.unablated - tolerance)
+    count = scan(tried) if search == "scan" else bisect(tried, _paper_bracket(scored.graph, section))
+    kept = E.numel() if count is None else count
+    score = tried(kept)
+    return EdgesRequired(count, strongest(E, kept), score, scored.unablated, dict(sorted(tried.scores.items())))
+
+
+def _paper_bracket(graph: InteractionGraph, section: tuple[str, str]) -> int:
+    """``(d_in + 1) (d_out + 1)``: the paper's matrices have a row and a column for every direction and the constant."""
+    d_in, d_out = (graph.bases[name].mean.shape[0] for name in section)
+    return (d_in + 1) * (d_out + 1)
+
+
+def _check_sections(graph: InteractionGraph, sections: Sequence[tuple[str, str]]) -> None:
+    for section in sections:
+        if section not in graph.edges:
+            raise NodeLayerError(
+                f"The graph has no section {section!r}: a section is a pair of neighbouring node layers, of "
+                f"{quoted(graph.node_layers)}."
+            )

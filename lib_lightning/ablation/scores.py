@@ -1,0 +1,74 @@
+"""Scores of single samples that most models can be judged by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lib_lightning.core.errors import LIBError
+from lib_lightning.core.nested import first_tensor
+
+
+def accuracy(output: Any, batch: Any) -> Tensor:
+    """Score of a classifier: 1 for each sample whose largest logit is that of its label, else 0.
+
+    Args:
+        output: The model's output, whose first tensor are logits ``(n, classes)``, or ``(n, S, classes)`` for a mean
+            over positions.
+        batch: A batch whose second entry, or the one named ``"labels"``, are the class numbers, ``(n,)`` or ``(n, S)``;
+            negative ones do not count.
+
+    Returns:
+        Shape ``(n,)``, float64.
+
+    Example:
+        >>> import torch
+        >>> accuracy(torch.eye(2), (None, torch.tensor([0, 0])))
+        tensor([1., 0.], dtype=torch.float64)
+    """
+    logits, labels = _logits_and_labels(output, batch)
+    return _mean_over_positions((logits.argmax(-1) == labels).double(), labels)
+
+
+def log_likelihood(output: Any, batch: Any) -> Tensor:
+    """Score of a classifier or language model: logarithm of the probability given to the label, in nats.
+
+    Args:
+        output: As for `accuracy`.
+        batch: As for `accuracy`.
+
+    Returns:
+        Shape ``(n,)``, float64.
+
+    Example:
+        >>> import torch
+        >>> log_likelihood(torch.zeros(1, 2), (None, torch.tensor([1])))
+        tensor([-0.6931], dtype=torch.float64)
+    """
+    logits, labels = _logits_and_labels(output, batch)
+    chosen = logits.double().log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    return _mean_over_positions(chosen, labels)
+
+
+def _logits_and_labels(output: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    logits = first_tensor(output)
+    try:
+        labels = batch["labels"] if isinstance(batch, dict) or hasattr(batch, "keys") else batch[1]
+    except (KeyError, IndexError, TypeError) as error:
+        raise LIBError(
+            f"A batch of type {type(batch).__name__} has no labels where they are looked for: its second entry, or the "
+            "one named 'labels'. Give a score function of your own: (output, batch) -> one number for each sample."
+        ) from error
+    if logits is None or not isinstance(labels, Tensor) or logits.shape[:-1] != labels.shape:
+        shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in (logits, labels)]
+        raise LIBError(
+            f"Logits {shapes[0]} and labels {shapes[1]} do not belong together: there is one label for each row of "
+            "logits. Give a score function of your own: (output, batch) -> one number for each sample."
+        )
+    return logits, labels.to(logits.device)
+
+
+def _mean_over_positions(values: Tensor, labels: Tensor) -> Tensor:
+    counts = labels.reshape(len(labels), -1) >= 0
+    return (values.reshape(len(labels), -1) * counts).sum(1) / counts.sum(1).clamp(min=1)

@@ -1,0 +1,51 @@
+"""Variances of features, group of samples by group: what is left of an importance when some samples are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lib_lightning.core.basis import Basis
+from lib_lightning.core.groups import leave_one_out
+from lib_lightning.core.section import keep
+from lib_lightning.core.together import Together
+
+
+class FeatureVariances:
+    """Streaming mean and mean square of the features of one node layer, over groups of samples.
+
+    Args:
+        basis: Basis of the node layer.
+        groups: Number of groups.
+    """
+
+    def __init__(self, basis: Basis, groups: int) -> None:
+        self.basis = basis
+        self.rows = torch.zeros(groups, dtype=torch.float64)
+        shape = (groups, basis.n_features)
+        self._first, self._second = (
+            torch.zeros(shape, dtype=torch.float64, device=basis.mean.device) for _ in range(2)
+        )
+
+    def update(self, a: Tensor, mask: Tensor | None, spans: list[tuple[int, slice]]) -> None:
+        """Add one batch.
+
+        Args:
+            a: Activations, shape ``(n, S, d)``.
+            mask: True at positions that count, shape ``(n, S)``; None where all do.
+            spans: The groups, and which samples of the batch belong to each.
+        """
+        fhat = keep(self.basis.encode(a.double()), mask)
+        for group, span in spans:
+            self._first[group] += fhat[span].sum((0, 1))
+            self._second[group] += fhat[span].square().sum((0, 1))
+            self.rows[group] += fhat[span].shape[0] * fhat.shape[1] if mask is None else int(mask[span].sum())
+
+    def reduce(self, together: Together) -> None:
+        """Join the sums of several processes."""
+        self.rows, self._first, self._second = together.sum([self.rows, self._first, self._second])
+
+    def replicates(self) -> Tensor:
+        """Variances with one group of samples left out at a time, ``(G, r)``; G is 0 where there is only one group."""
+        rows = self.rows.to(self._first)
+        return leave_one_out(self._second, rows) - leave_one_out(self._first, rows).square()
