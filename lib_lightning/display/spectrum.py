@@ -1,0 +1,131 @@
+"""How importance falls from feature to feature: one panel for each node layer, one line for each basis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
+from torch import Tensor
+
+from lib_lightning.core.basis import Basis
+from lib_lightning.display.palette import BASIS_NAMES, MUTED, basis_styles
+from lib_lightning.display.panels import add_entries, panels
+
+# The share of a layer's largest importance below which nothing is drawn.
+FLOOR = 1e-6
+# Longer spectra are lines alone; there only the unsure features keep their marks.
+_MOST_MARKS = 60
+
+
+def draw_spectrum(bases: Mapping[str, Sequence[Basis]], title: str = "Importance of features") -> Figure:
+    """Draw importance spectra.
+
+    Each basis is measured by its own largest importance in the layer, since those of different bases are different
+    quantities. Bands reach two standard errors up and down, and features whose direction the samples do not fix are
+    hollow, where the bases know them.
+
+    Args:
+        bases: For the name of each basis ("lib", "pca", "neuron") what it is in the node layers.
+        title: Title of the figure.
+
+    Returns:
+        A matplotlib figure that pyplot does not know of.
+
+    Example:
+        >>> import torch
+        >>> from lib_lightning.core.basis import neuron_basis
+        >>> figure = draw_spectrum({"neuron": [neuron_basis("fc", torch.zeros(3), torch.eye(3))]})
+        >>> len(figure.axes)
+        1
+    """
+    layers = list(dict.fromkeys(basis.name for layer in bases.values() for basis in layer))
+    styles = basis_styles(list(bases))
+    all_bases = [basis for layer in bases.values() for basis in layer]
+    unsure = any(basis.unsure is not None and bool(basis.unsure.any()) for basis in all_bases)
+    banded = any(np.isfinite(_errors(basis)).any() for basis in all_bases)
+    explained = [
+        (Line2D([], [], color=MUTED, lw=7, alpha=0.3), "± 2 standard errors", banded),
+        (
+            Line2D([], [], ls="", marker="o", color=MUTED, markerfacecolor="white", ms=6),
+            "direction not fixed by the samples",
+            unsure,
+        ),
+    ]
+    meaning = [(mark, label) for mark, label, there in explained if there]
+    lines = [
+        (Line2D([], [], color=styles[name][0], marker=styles[name][1], ms=5, lw=1.6), BASIS_NAMES.get(name, name))
+        for name in bases
+    ]
+    entries = [lines, meaning] if meaning else [lines]
+
+    figure, all_axes = panels(
+        layers, title, "feature, by importance", "share of the basis's largest importance", len(entries)
+    )
+    for axes, layer in zip(all_axes, layers, strict=True):
+        _frame(axes)
+        below = []
+        for k, (name, of_layers) in enumerate(bases.items()):
+            for basis in of_layers:
+                if basis.name == layer:
+                    # Two bases that agree stay both visible: the first lines are the widest.
+                    width = 1.4 + 1.1 * (len(bases) - 1 - k)
+                    cut = _draw_line(axes, basis, styles[name], width)
+                    below += [f"{cut} {BASIS_NAMES.get(name, name)}"] if cut else []
+        if below:
+            axes.text(
+                0.03, 0.095, "below: " + ", ".join(below), transform=axes.transAxes, fontsize=8.5, color=MUTED, zorder=6,
+                path_effects=[withStroke(linewidth=2.5, foreground="white")], parse_math=False,
+            )  # fmt: skip
+    add_entries(figure, entries)
+    return figure
+
+
+def _frame(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.set_ylim(0.25 * FLOOR, 3)
+    axes.set_yticks([1, 1e-2, 1e-4, FLOOR])
+    axes.minorticks_off()
+    axes.axhline(FLOOR, color=MUTED, lw=0.9, ls=(0, (4, 2)), zorder=1)
+    axes.locator_params(axis="x", integer=True, nbins=5)
+
+
+def _draw_line(axes: Axes, basis: Basis, style: tuple[str, str], width: float) -> int:
+    """Draw one spectrum down to the floor, and count the features below it."""
+    importance = _array(basis.importance)
+    largest = importance.max(initial=0.0)
+    if largest <= 0:
+        return len(importance)
+    order = np.argsort(-importance, kind="stable")
+    share = importance[order] / largest
+    error = _errors(basis)[order] / largest
+    unsure = np.zeros(len(order), dtype=bool) if basis.unsure is None else _array(basis.unsure).astype(bool)[order]
+    count = int((share >= FLOOR).sum())
+    x, share, error, unsure = np.arange(1, count + 1), share[:count], error[:count], unsure[:count]
+    color, marker = style
+    known = np.isfinite(error)
+    low, high = np.maximum(share - 2 * error, 0.1 * FLOOR), share + 2 * error
+    axes.fill_between(x, low, high, where=known, color=color, alpha=0.25, lw=0, zorder=2)
+    axes.plot(x, share, color=color, lw=width, zorder=3)
+    size = np.interp(count, [10, _MOST_MARKS], [5.0, 3.0])
+    sure = ~unsure & (count <= _MOST_MARKS)
+    for chosen, face, z in ((sure, color, 4), (unsure, "white", 5)):
+        axes.plot(
+            x[chosen], share[chosen], ls="", marker=marker, ms=size, color=color, markerfacecolor=face, mew=1.0, zorder=z
+        )  # fmt: skip
+    return len(order) - count
+
+
+def _errors(basis: Basis) -> np.ndarray:
+    """Standard errors, NaN for those that are none."""
+    if basis.importance_error is None:
+        return np.full(basis.n_features, np.nan)
+    error = _array(basis.importance_error)
+    return np.where(error >= 0, error, np.nan)
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return np.asarray(tensor.detach().cpu().double().numpy())
