@@ -60,10 +60,10 @@ def draw_ablation_curves(
     meaning = [(Line2D([], [], color=TEXT, lw=1.2, ls=(0, (4, 2))), whole)]
     if required:
         ring = Line2D([], [], ls="", marker="o", ms=9, color=TEXT, markerfacecolor="none", mew=1.4)
-        meaning.append((ring, "so many are required"))
+        meaning.append((ring, "required" if tolerance is None else "required to stay within"))
     figure, all_axes = panels(list(curves), title, xlabel, ylabel, 2)
     with_zero = any(bool((counts <= 0).any()) for section in curves.values() for counts, _ in section.values())
-    for axes, (section, of_bases) in zip(all_axes, curves.items(), strict=True):
+    for axes, of_bases in zip(all_axes, curves.values(), strict=True):
         axes.set_xscale("symlog", linthresh=1, linscale=0.4) if with_zero else axes.set_xscale("log")
         if tolerance is not None:
             axes.axhspan(unablated - tolerance, unablated + tolerance, color="#DDDDDD", lw=0, zorder=0)
@@ -114,9 +114,7 @@ def _mark_required(
         place = 0.07 + 0.125 * k
         y_text = low + (high - low) * (place if from_below else 1 - place)
         axes.plot([count, count], [here, y_text], color=colors[name], lw=0.9, ls=(0, (1, 1.5)), zorder=2)
-        axes.plot(
-            [count], [here], ls="", marker="o", ms=9, color=colors[name], markerfacecolor="none", mew=1.6, zorder=5
-        )
+        axes.plot([count], [here], "o", ms=9, color=colors[name], markerfacecolor="none", mew=1.6, zorder=5)
         across = axes.transAxes.inverted().transform(axes.transData.transform((count, y_text)))[0]
         axes.annotate(
             f"{count:,}", (count, y_text), xytext=(3 if across < 0.6 else -3, 0), textcoords="offset points",
