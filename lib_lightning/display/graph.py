@@ -16,12 +16,12 @@ from torch import Tensor
 from lib_lightning.core.basis import Basis
 from lib_lightning.display.layout import Band, Column, banded_columns, columns_of, inside_modules
 from lib_lightning.display.legend import DASHES, ROW, dot_area, draw_legend, legend_rows
-from lib_lightning.display.lettering import percent, shorten, shorten_front, width_of
+from lib_lightning.display.lettering import DPI, percent, shorten, shorten_front, width_of
 from lib_lightning.display.palette import BLUE, MUTED, TEXT, VERMILION
 
 # Inches. With modules there is one more line of counts below the graph.
 _HEIGHT, _GRAPH_BOTTOM, _GRAPH_HEIGHT, _TITLE_BELOW_TOP, _COUNT_LINE = 5.4, 1.269, 2.943, 0.378, 0.21
-_PITCH, _DPI = 1.75, 140
+_PITCH = 1.75
 _KIND_NAMES = {"lib": "features", "pca": "PCA features", "neuron": "neurons"}
 # A longer column has no room for words beside its dots.
 _MOST_LABELS = 16
@@ -93,7 +93,7 @@ def _page(columns: int, more_rows: int, counts_inside: bool, overhang: float) ->
     # TensorBoard shows images a few hundred pixels wide: a small page with large letters stays readable there.
     width = _width(columns)
     foot = more_rows * ROW + _COUNT_LINE * counts_inside
-    figure = Figure(figsize=(width + overhang, _HEIGHT + foot), dpi=_DPI, facecolor="white")
+    figure = Figure(figsize=(width + overhang, _HEIGHT + foot), dpi=DPI, facecolor="white")
     height = figure.get_figheight()
     axes = figure.add_axes((0.0, (_GRAPH_BOTTOM + foot) / height, 1.0, _GRAPH_HEIGHT / height))
     axes.set_axis_off()
@@ -191,7 +191,7 @@ def _draw_column(
     )  # fmt: skip
     of = f"{len(shown)} of {len(importance)}" if len(shown) < len(importance) else f"{len(importance)}"
     features = _KIND_NAMES[basis.kind]
-    name, size = _fitting_name(basis.name, 72 * axes.bbox.width / _DPI / np.ptp(axes.get_xlim()) - 3)
+    name, size = _fitting_name(basis.name, 72 * axes.bbox.width / DPI / np.ptp(axes.get_xlim()) - 3)
     axes.text(
         x, 1.135, name, parse_math=False, ha="center", fontsize=size, fontweight="bold", color=TEXT, clip_on=False
     )  # fmt: skip
@@ -225,7 +225,7 @@ def _write_names(axes: Axes, x: int, column: Column, names: Sequence[str], beyon
 def _room(axes: Axes, x: int, beyond: Column | None) -> float:
     """Points from where a name begins to where the next column's indices begin, or to the rim of the page."""
     left, right = axes.get_xlim()
-    pitch = axes.bbox.width * 72 / _DPI / (right - left)
+    pitch = axes.bbox.width * 72 / DPI / (right - left)
     if beyond is None:
         return pitch * (right - x) - _BESIDE - _RIM + 1
     indices = [str(index) for index in beyond.shown] if len(beyond.shown) <= _MOST_LABELS else []

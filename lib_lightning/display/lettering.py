@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
+from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.font_manager import FontProperties
-from matplotlib.textpath import text_to_path
+
+# Pixels per inch of all figures.
+DPI = 140
 
 
 def width_of(text: str, size: float, weight: str = "normal") -> float:
@@ -23,8 +27,14 @@ def width_of(text: str, size: float, weight: str = "normal") -> float:
         >>> width_of("wide", 10) < width_of("wide", 12) < width_of("wider", 12)
         True
     """
-    width, _, _ = text_to_path.get_text_width_height_descent(text, FontProperties(size=size, weight=weight), False)
-    return float(width)
+    # The renderer's own answer: it sets letters on whole pixels, which makes small ones wider than their outlines.
+    width, _, _ = _renderer().get_text_width_height_descent(text, FontProperties(size=size, weight=weight), False)
+    return float(width) * 72 / DPI
+
+
+@cache
+def _renderer() -> RendererAgg:
+    return RendererAgg(1, 1, DPI)
 
 
 def shorten(text: str, room: float, size: float) -> str:

@@ -9,10 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lib_lightning.display.lettering import shorten_front, width_of
+from lib_lightning.display.lettering import DPI, shorten_front, width_of
 from lib_lightning.display.palette import MUTED, TEXT
 
-_PANEL_WIDTH, _PANEL_HEIGHT, _PAGE_WIDTH, _DPI = 2.25, 1.55, 6.4, 140
+_PANEL_WIDTH, _PANEL_HEIGHT, _PAGE_WIDTH = 2.25, 1.55, 6.4
 # Inches around and between the panels.
 _LEFT, _RIGHT, _TOP, _FOOT, _ROW_GAP, _COLUMN_GAP, _ENTRIES = 0.82, 0.14, 0.92, 0.62, 0.62, 0.22, 0.26
 _LARGEST_NAME, _SMALLEST_NAME, _SECOND_LINE = 11.0, 8.5, 0.17
@@ -46,7 +46,7 @@ def panels(names: Sequence[str], title: str, xlabel: str, ylabel: str, n_entries
     top = _TOP + n_entries * _ENTRIES + second_line
     row_gap = _ROW_GAP + second_line
     height = top + n_rows * panel_height + (n_rows - 1) * row_gap + _FOOT
-    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
     figure.text(0.03, 1 - 0.38 / height, title, fontsize=16, fontweight="bold", color=TEXT, parse_math=False)
     made = []
     for k, heading in enumerate(headings):

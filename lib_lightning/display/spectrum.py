@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from lib_lightning.core.basis import Basis
-from lib_lightning.display.lettering import shorten
+from lib_lightning.display.lettering import DPI, shorten
 from lib_lightning.display.palette import BASIS_NAMES, MUTED, basis_styles
 from lib_lightning.display.panels import add_entries, panels
 
@@ -77,7 +77,7 @@ def draw_spectrum(bases: Mapping[str, Sequence[Basis]], title: str = "Importance
         cut = {name: _draw_line(axes, here[name], styles[name], k) for k, name in enumerate(here)}
         below = ", ".join(f"{n:,} {BASIS_NAMES.get(name, name)}" for name, n in cut.items() if n)
         if below:
-            words = shorten(f"below: {below}", 0.95 * 72 * axes.bbox.width / figure.dpi, _WORDS)
+            words = shorten(f"below: {below}", 0.95 * 72 * axes.bbox.width / DPI, _WORDS)
             axes.text(
                 0.03, 0.02, words, transform=axes.transAxes, fontsize=_WORDS, color=MUTED, parse_math=False
             )  # fmt: skip
@@ -113,7 +113,7 @@ def _draw_line(axes: Axes, basis: Basis, style: tuple[str, str], depth: int) -> 
     low, high = np.maximum(share - 2 * error, FLOOR), share + 2 * error
     axes.fill_between(x, low, high, where=known, color=color, alpha=0.25, lw=0, zorder=2)
     axes.plot(x, share, color=color, lw=1.7 + 0.8 * depth, zorder=z)
-    spacing = axes.bbox.width * 72 / axes.figure.dpi / np.ptp(axes.get_xlim())
+    spacing = axes.bbox.width * 72 / DPI / np.ptp(axes.get_xlim())
     size = float(np.clip(spacing, 3.0, 5.0 + 1.5 * depth))
     sure = ~unsure & (spacing >= _LEAST_SPACING)
     for chosen, face in ((sure, color), (unsure, "white")):

@@ -59,8 +59,8 @@ def test_features_lie_by_module_the_largest_first_and_by_importance_within(figur
     first, second, *_ = MODULES
     assert faces(figure, 0) == [first] * 3 + [second, NO_MODULE]
     assert faces(figure, 1) == [first] * 2 + [second, NO_MODULE]
-    indices = [text for text in words(figure) if text.isdigit()]
-    assert indices[:9] == ["1", "3", "4", "2", "0", "1", "2", "0", "3"]
+    indices = [text.get_text() for text in figure.axes[0].texts if text.get_text().isdigit()]
+    assert indices == ["1", "3", "4", "2", "0", "1", "2", "0", "3"]
 
 
 def test_a_module_is_a_band_at_one_height(figure: Figure) -> None:
@@ -96,9 +96,10 @@ def test_modules_beyond_the_colours_share_a_neutral_one() -> None:
     assert faces(figure, 0)[:3] == [MODULES[0]] * 3
     assert faces(figure, 0)[-5:] == [OTHER_MODULES] * 5
     said = words(figure)
-    assert {"modules", "5 more", "between modules", "100% of strength"} - set(said) == {"100% of strength"}
+    assert {"modules", "5 more", "between modules"} <= set(said)
     assert "none" not in said
-    assert [t for t in said if t.isdigit()][: len(MODULES)] == [str(k) for k in range(len(MODULES))]
+    (row,) = (row for legend in figure.legends if "5 more" in (row := [t.get_text() for t in legend.get_texts()]))
+    assert row == [*map(str, range(len(MODULES))), "5 more"]
 
 
 def test_hollow_dots_are_unsure_and_said_to_be_only_where_there_are_any() -> None:
@@ -139,7 +140,7 @@ def test_long_names_are_shortened_and_crowds_have_none() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(1, 1), (0, 3), (300, 300), (12, 40, 3, 7, 9, 2), (16,) * 8, (60,) * 8])
-@pytest.mark.parametrize("n_modules", [1, 3, 40])
+@pytest.mark.parametrize("n_modules", [3, 40])
 def test_any_size_is_readable(sizes: tuple[int, ...], n_modules: int) -> None:
     torch.manual_seed(0)
     bases = [
