@@ -95,9 +95,12 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="print what basis files hold")
     inspect.add_argument("files", nargs="+", type=Path, help="basis files (.safetensors)")
     inspect.set_defaults(run=_inspect)
-    plot = commands.add_parser("plot", help="draw the interaction graph of a basis file")
+    plot = commands.add_parser("plot", help="draw the interaction graph, or the importances, of a basis file")
     plot.add_argument("file", type=Path, help="basis file (.safetensors)")
-    plot.add_argument("-o", "--output", type=Path, help="image to write; by default the basis file's name with .png")
+    plot.add_argument("-o", "--output", type=Path, help="image to write; by default beside the basis file")
+    plot.add_argument(
+        "--kind", choices=("graph", "spectrum"), default="graph", help="what to draw (default: %(default)s)"
+    )
     plot.add_argument("--max-edges", type=int, default=300, help="most edges to draw (default: %(default)s)")
     plot.add_argument("--max-features", type=int, default=40, help="most features in a column (default: %(default)s)")
     plot.set_defaults(run=_plot)
@@ -194,7 +197,11 @@ def _inspect(args: argparse.Namespace) -> None:
 def _plot(args: argparse.Namespace) -> None:
     from lib_lightning.display.image import render_png
 
-    output = args.output or args.file.with_suffix(".png")
-    figure = InteractionGraph.load(args.file).plot(max_edges=args.max_edges, max_features=args.max_features)
+    graph = InteractionGraph.load(args.file)
+    if args.kind == "spectrum":
+        output, figure = args.file.with_suffix(".spectrum.png"), graph.plot_spectrum()
+    else:
+        output, figure = args.file.with_suffix(".png"), graph.plot(args.max_edges, args.max_features)
+    output = args.output or output
     write_bytes(output, render_png(figure).data)
     print(output)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import networkx as nx
+import torch
 from torch import Tensor
 
 from lib_lightning.core.basis import Basis
@@ -163,6 +165,8 @@ class InteractionGraph:
     def plot(self, max_edges: int = 300, max_features: int = 40) -> Figure:
         """Draw the graph: node layers as columns, features sized by importance, edges by strength.
 
+        Modules, where there are any, become bands in colours of their own; names are written beside their features.
+
         Args:
             max_edges: Most edges to draw, shared among the sections.
             max_features: Most features to draw in a column.
@@ -172,11 +176,46 @@ class InteractionGraph:
         """
         from lib_lightning.display.graph import draw_graph
 
-        step = self.info.get("step")
+        bases = self.bases.values()
         return draw_graph(
-            list(self.bases.values()),
+            list(bases),
             list(self.edges.values()),
-            title="Interaction graph" + (f" after {step:,} steps" if step is not None else ""),
+            title="Interaction graph" + self._when(),
             max_edges=max_edges,
             max_features=max_features,
+            # Layers without modules of their own, such as outputs, may stand beside those that have them.
+            modules=[self.modules.get(b.name, torch.full((b.n_features,), -1)) for b in bases]
+            if self.modules
+            else None,
+            labels=[self.labels.get(b.name, [""] * b.n_features) for b in bases] if self.labels else None,
         )
+
+    def plot_spectrum(self, baselines: Sequence[InteractionGraph] = ()) -> Figure:
+        """Draw how importance falls from feature to feature, in every node layer.
+
+        Args:
+            baselines: Graphs of the same model in other bases, to be drawn beside this one.
+
+        Returns:
+            A matplotlib figure of its own, unknown to pyplot.
+
+        Example:
+            >>> from lib_lightning import compute_interaction_graph
+            >>> model, batches = torch.nn.Linear(3, 2), [torch.randn(9, 3)]
+            >>> lib, pca = (compute_interaction_graph(model, batches, basis=kind) for kind in ("lib", "pca"))
+            >>> len(lib.plot_spectrum([pca]).axes)
+            2
+        """
+        from lib_lightning.display.spectrum import draw_spectrum
+
+        graphs = {graph._kind(): list(graph.bases.values()) for graph in (*baselines, self)}
+        own = self._kind()
+        return draw_spectrum({own: graphs.pop(own), **graphs}, title="Importance of features" + self._when())
+
+    def _when(self) -> str:
+        step = self.info.get("step")
+        return f" after {step:,} steps" if step is not None else ""
+
+    def _kind(self) -> str:
+        # The last node layer of every graph has single neurons.
+        return next(iter(self.bases.values())).kind

@@ -61,6 +61,14 @@ def test_plot_writes_an_image(basis_file: Path, capsys: pytest.CaptureFixture[st
     assert (basis_file.parent / "other.png").exists()
 
 
+def test_plot_draws_the_spectrum_beside_the_graph(basis_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plot", str(basis_file), "--kind", "spectrum"])
+    image = basis_file.with_suffix(".spectrum.png")
+    assert capsys.readouterr().out.strip() == str(image)
+    assert image.read_bytes().startswith(b"\x89PNG")
+    assert not basis_file.with_suffix(".png").exists()
+
+
 @pytest.mark.parametrize("subcommand", ["inspect", "plot"])
 def test_wrong_files_get_one_sentence(subcommand: str, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hello")

@@ -8,17 +8,29 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from lib_lightning.core.basis import Basis
+from lib_lightning.display.layout import Band, Column, banded_columns, columns_of, inside_modules
+from lib_lightning.display.legend import DASHES, ROW, dot_area, draw_legend, legend_rows
+from lib_lightning.display.lettering import DPI, percent, shorten, shorten_front, width_of
+from lib_lightning.display.palette import BLUE, MUTED, TEXT, VERMILION
 
-# Blue lines and vermilion dots of the palette of Okabe and Ito: told apart under every common colour blindness.
-_LINE, _DOT, _TEXT, _MUTED = "#0072B2", "#D55E00", "#222222", "#666666"
-_HEIGHT, _AXES_BOTTOM, _AXES_HEIGHT = 5.4, 0.235, 0.545
+# Inches. With modules there is one more line of counts below the graph.
+_HEIGHT, _GRAPH_BOTTOM, _GRAPH_HEIGHT, _TITLE_BELOW_TOP, _COUNT_LINE = 5.4, 1.269, 2.943, 0.378, 0.21
+_PITCH = 1.75
 _KIND_NAMES = {"lib": "features", "pca": "PCA features", "neuron": "neurons"}
+# A longer column has no room for words beside its dots.
+_MOST_LABELS = 16
+_INDEX_SIZE, _LABEL_SIZE = 9.0, 8.5
+# Points from the middle of a dot to the words beside it, and the height of a line of them.
+_BESIDE, _LINE_HEIGHT = 11.0, 11.0
+# Points kept free at the right of the last column's names, where the bands end.
+_RIM = 16.0
+_STROKE = [withStroke(linewidth=2.5, foreground="white")]
 
 
 def draw_graph(
@@ -27,8 +39,12 @@ def draw_graph(
     title: str = "Interaction graph",
     max_edges: int = 300,
     max_features: int = 40,
+    modules: Sequence[Tensor] | None = None,
+    labels: Sequence[Sequence[str]] | None = None,
 ) -> Figure:
     """Draw an interaction graph.
+
+    Features whose direction the samples do not fix are hollow, where the bases know them.
 
     Args:
         bases: One basis for each node layer, in forward order.
@@ -36,6 +52,9 @@ def draw_graph(
         title: Title of the figure.
         max_edges: Most edges to draw, shared equally among the sections.
         max_features: Most features to draw in a column, the most important ones.
+        modules: For each node layer the module of each feature, shape ``(r,)``, -1 for none: they become bands at one
+            height in all columns. Those with most features have colours of their own.
+        labels: For each node layer a name for each feature, "" for none, written beside the dots where there is room.
 
     Returns:
         A matplotlib figure that pyplot does not know of, so that nothing is kept when it is dropped.
@@ -47,129 +66,193 @@ def draw_graph(
         >>> type(draw_graph([layer, layer], [torch.eye(2)])).__name__
         'Figure'
     """
-    columns = len(bases)
-    # TensorBoard shows images a few hundred pixels wide: a small page with large letters stays readable there.
-    figure = Figure(figsize=(max(6.4, 1.75 * columns + 0.4), _HEIGHT), dpi=140, facecolor="white")
-    axes = figure.add_axes((0.0, _AXES_BOTTOM, 1.0, _AXES_HEIGHT))
-    axes.set_axis_off()
-    axes.set_xlim(-0.5, columns - 0.5)
-    axes.set_ylim(-0.02, 1.02)
+    bands: dict[int, Band] | None = None
+    if modules is None:
+        columns = columns_of(bases, max_features)
+    else:
+        columns, bands = banded_columns(bases, modules, max_features)
+    names = [_names_shown(column, labels[x]) if labels is not None else [] for x, column in enumerate(columns)]
+    unsure = [_unsure(basis)[column.shown] for basis, column in zip(bases, columns, strict=True)]
+    rows = legend_rows(None if bands is None else list(bands.values()), any(hollow.any() for hollow in unsure))
 
-    shown = [_most_important(basis, max_features) for basis in bases]
-    heights = [_heights(len(index)) for index in shown]
+    figure, axes = _page(len(bases), len(rows) - 2, bands is not None, _overhang(names))
+    figure.text(0.03, 1 - _TITLE_BELOW_TOP / figure.get_figheight(), title, fontsize=16, fontweight="bold", color=TEXT)
+    _draw_bands(axes, bands or {})
     for x, E in enumerate(edges):
-        _draw_section(axes, x, E, (shown[x], shown[x + 1]), (heights[x], heights[x + 1]), max_edges // len(edges))
-    for x, basis in enumerate(bases):
-        _draw_column(axes, x, basis, shown[x], heights[x])
-
-    figure.text(0.03, 0.93, title, fontsize=16, fontweight="bold", color=_TEXT)
-    _legend(figure)
+        inside = inside_modules(E, modules[x], modules[x + 1]) if modules is not None else None
+        _draw_section(axes, x, E, (columns[x], columns[x + 1]), max_edges // len(edges), inside, bands or {})
+    for x, (basis, column) in enumerate(zip(bases, columns, strict=True)):
+        _draw_column(axes, x, basis, column, unsure[x], bands)
+        beyond = columns[x + 1] if x + 1 < len(columns) else None
+        _write_names(axes, x, column, names[x], beyond)
+    draw_legend(figure, rows)
     return figure
 
 
-def _most_important(basis: Basis, limit: int) -> np.ndarray:
-    order = basis.importance.argsort(descending=True, stable=True)[:limit]
-    return np.asarray(order.sort().values if basis.kind == "neuron" else order)
+def _page(columns: int, more_rows: int, counts_inside: bool, overhang: float) -> tuple[Figure, Axes]:
+    # TensorBoard shows images a few hundred pixels wide: a small page with large letters stays readable there.
+    width = _width(columns)
+    foot = more_rows * ROW + _COUNT_LINE * counts_inside
+    figure = Figure(figsize=(width + overhang, _HEIGHT + foot), dpi=DPI, facecolor="white")
+    height = figure.get_figheight()
+    axes = figure.add_axes((0.0, (_GRAPH_BOTTOM + foot) / height, 1.0, _GRAPH_HEIGHT / height))
+    axes.set_axis_off()
+    axes.set_xlim(-0.5, columns - 0.5 + overhang / width * columns)
+    axes.set_ylim(-0.02, 1.02)
+    return figure, axes
 
 
-def _heights(count: int) -> np.ndarray:
-    # A short column keeps the spacing of a column of twelve, around the middle, instead of spreading to the rims.
-    span = min(1.0, max(count - 1, 0) / 11)
-    return np.linspace(0.5 + span / 2, 0.5 - span / 2, count) if count > 1 else np.full(count, 0.5)
+def _width(columns: int) -> float:
+    return max(6.4, _PITCH * columns + 0.4)
+
+
+def _unsure(basis: Basis) -> np.ndarray:
+    if basis.unsure is None:
+        return np.zeros(basis.n_features, dtype=bool)
+    return np.asarray(basis.unsure.detach().cpu())
+
+
+def _draw_bands(axes: Axes, bands: dict[int, Band]) -> None:
+    for band in bands.values():
+        if band.distinct:
+            # Bars at both ends, not tints all over: the palette of a small PNG has no room for colours so light.
+            for start in (0.014, 0.978):
+                axes.axhspan(band.low, band.high, start, start + 0.008, facecolor=band.color, lw=0, zorder=0)
 
 
 def _draw_section(
     axes: Axes,
     x: int,
     E: Tensor,
-    shown: tuple[np.ndarray, np.ndarray],
-    heights: tuple[np.ndarray, np.ndarray],
+    columns: tuple[Column, Column],
     limit: int,
+    inside: np.ndarray | None,
+    bands: dict[int, Band],
 ) -> None:
     strength = E.detach().cpu().double().numpy()
-    before, after = shown
-    visible = strength[np.ix_(after, before)]
+    before, after = columns
+    grid = np.ix_(after.shown, before.shown)
+    visible = strength[grid]
     total, strongest = strength.sum(), strength.max(initial=0.0)
     order = np.argsort(visible, axis=None)[::-1][:limit]
     order = order[visible.flat[order] > 1e-6 * strongest][::-1]
+    i, j = np.unravel_index(order, visible.shape)
     if len(order):
-        i, j = np.unravel_index(order, visible.shape)
         share = np.sqrt(visible[i, j] / strongest)
-        lines = [[(x, y), (x + 1, y_next)] for y, y_next in zip(heights[0][j], heights[1][i], strict=True)]
-        colors = np.tile([0.0, 0.447, 0.698, 1.0], (len(i), 1))
+        ends = zip(before.heights[j], after.heights[i], strict=True)
+        lines = [[(x, y), (x + 1, y_next)] for y, y_next in ends]
+        colors = np.tile([*to_rgb(BLUE), 1.0], (len(i), 1))
         colors[:, 3] = 0.06 + 0.84 * share
         # In a crowd the same widths would run into one block.
         widest = 4.0 * min(1.0, math.sqrt(40 / len(order)))
         widths = widest * (0.1 + 0.9 * share)
-        axes.add_collection(LineCollection(lines, linewidths=widths, colors=colors))
-    covered = visible[np.unravel_index(order, visible.shape)].sum() / total if total > 0 else 0.0
+        if inside is None:
+            axes.add_collection(LineCollection(lines, linewidths=widths, colors=colors))
+        else:
+            within = inside[grid][i, j]
+            if before.modules is not None:
+                own = [bands[m].color if w else MUTED for m, w in zip(before.modules[j], within, strict=True)]
+                colors[:, :3] = [to_rgb(color) for color in own]
+            # Dashes below, so that they never hide what holds a module together.
+            for part, dashes in ((~within, DASHES), (within, "solid")):
+                some = [line for line, drawn in zip(lines, part, strict=True) if drawn]
+                axes.add_collection(
+                    LineCollection(some, linewidths=widths[part], colors=colors[part], linestyles=dashes)
+                )
+    covered = visible[i, j].sum() / total if total > 0 else 0.0
+    counts = f"{len(order):,} of {strength.size:,} edges\n{percent(covered)} of strength"
+    if inside is not None:
+        counts += f"\n{percent(strength[inside].sum() / total if total > 0 else 0.0)} inside modules"
     axes.text(
-        x + 0.5, -0.06, f"{len(order):,} of {strength.size:,} edges\n{_percent(covered)} of strength",
-        ha="center", va="top", fontsize=11, color=_LINE, linespacing=1.3,
+        x + 0.5, -0.06, counts, ha="center", va="top", fontsize=11, color=BLUE if inside is None else MUTED,
+        linespacing=1.3,
     )  # fmt: skip
 
 
-def _draw_column(axes: Axes, x: int, basis: Basis, shown: np.ndarray, heights: np.ndarray) -> None:
+def _draw_column(
+    axes: Axes, x: int, basis: Basis, column: Column, unsure: np.ndarray, bands: dict[int, Band] | None
+) -> None:
     importance = basis.importance.detach().cpu().double().numpy()
+    shown, heights = column.shown, column.heights
     share = importance[shown] / max(importance.max(initial=0.0), np.finfo(float).tiny)
     # Points between neighbouring dots, so that a long column stays a row of dots.
-    spacing = 72 * _HEIGHT * _AXES_HEIGHT * (heights[0] - heights[1]) if len(shown) > 1 else np.inf
-    area = np.minimum(_dot_area(share), (1.1 * spacing) ** 2)
+    spacing = 72 * _GRAPH_HEIGHT * (-np.diff(heights)).min() if len(shown) > 1 else np.inf
+    area = np.minimum(dot_area(share), (1.1 * spacing) ** 2)
+    if bands is not None:  # Gaps between bands can leave very little to a dot.
+        area = np.maximum(area, 7.0)
+    color = np.array([VERMILION] * len(shown), dtype=object)
+    if bands is not None and column.modules is not None:
+        color[:] = [bands[module].color for module in column.modules]
     axes.scatter(
-        np.full(len(shown), x), heights, s=area, color=_DOT, edgecolor="white", lw=0.7, zorder=3, clip_on=False
-    )
-    for index, y in list(zip(shown, heights, strict=True)) if len(shown) <= 16 else []:
-        axes.annotate(
-            str(index), (x, y), xytext=(-11, 0), textcoords="offset points", ha="right", va="center",
-            fontsize=9, color=_TEXT, zorder=4, path_effects=[withStroke(linewidth=2.5, foreground="white")],
-        )  # fmt: skip
+        np.full(len(shown), x), heights, s=area, zorder=3, clip_on=False,
+        facecolor=list(np.where(unsure, "white", color)),
+        edgecolor=list(np.where(unsure, color, "white")),
+        linewidths=[1.1 if hollow else 0.7 for hollow in unsure],
+    )  # fmt: skip
     of = f"{len(shown)} of {len(importance)}" if len(shown) < len(importance) else f"{len(importance)}"
     features = _KIND_NAMES[basis.kind]
+    name, size = _fitting_name(basis.name, 72 * axes.bbox.width / DPI / np.ptp(axes.get_xlim()) - 3)
     axes.text(
-        x,
-        1.135,
-        basis.name,
+        x, 1.135, name, parse_math=False, ha="center", fontsize=size, fontweight="bold", color=TEXT, clip_on=False
+    )  # fmt: skip
+    counted = VERMILION if bands is None else MUTED
+    axes.text(x, 1.055, f"{of} {features}", ha="center", fontsize=11, color=counted, clip_on=False)
+
+
+def _names_shown(column: Column, labels: Sequence[str]) -> list[str]:
+    return [labels[index] for index in column.shown] if len(column.shown) <= _MOST_LABELS else []
+
+
+def _overhang(names: Sequence[Sequence[str]]) -> float:
+    """Inches that the last column's names need beyond its half of a pitch."""
+    pitch = _width(len(names)) / len(names)
+    widest = max((width_of(name, _LABEL_SIZE) for name in names[-1]), default=0.0)
+    return min(max(0.0, (widest + _BESIDE + _RIM) / 72 - pitch / 2), 0.5 * pitch) if widest else 0.0
+
+
+def _write_names(axes: Axes, x: int, column: Column, names: Sequence[str], beyond: Column | None) -> None:
+    """Write the index of a feature on the left of its dot and its name on the right."""
+    if len(column.shown) > _MOST_LABELS:
+        return
+    for k in _apart(column.heights):
+        _beside(axes, x, column.heights[k], str(column.shown[k]), _INDEX_SIZE, left=True)
+    named = [k for k, name in enumerate(names) if name]
+    room = _room(axes, x, beyond)
+    for k in _apart(column.heights[named]):
+        _beside(axes, x, column.heights[named[k]], shorten(names[named[k]], room, _LABEL_SIZE), _LABEL_SIZE, left=False)
+
+
+def _room(axes: Axes, x: int, beyond: Column | None) -> float:
+    """Points from where a name begins to where the next column's indices begin, or to the rim of the page."""
+    left, right = axes.get_xlim()
+    pitch = axes.bbox.width * 72 / DPI / (right - left)
+    if beyond is None:
+        return pitch * (right - x) - _BESIDE - _RIM + 1
+    indices = [str(index) for index in beyond.shown] if len(beyond.shown) <= _MOST_LABELS else []
+    return pitch - 2 * _BESIDE - 6 - max((width_of(index, _INDEX_SIZE) for index in indices), default=0.0)
+
+
+def _apart(heights: np.ndarray) -> list[int]:
+    """Places, from the top down, between which there is room for lines of text."""
+    kept: list[int] = []
+    for k, height in enumerate(heights):
+        if not kept or 72 * _GRAPH_HEIGHT * (heights[kept[-1]] - height) >= _LINE_HEIGHT:
+            kept.append(k)
+    return kept
+
+
+def _beside(axes: Axes, x: int, y: float, text: str, size: float, left: bool) -> None:
+    axes.annotate(
+        text, (x, y), xytext=(-_BESIDE if left else _BESIDE, 0), textcoords="offset points",
+        ha="right" if left else "left", va="center", fontsize=size, color=TEXT, zorder=4, path_effects=_STROKE,
         parse_math=False,
-        ha="center",
-        fontsize=_fitting_size(basis.name),
-        fontweight="bold",
-        color=_TEXT,
-        clip_on=False,
-    )
-    axes.text(x, 1.055, f"{of} {features}", ha="center", fontsize=11, color=_DOT, clip_on=False)
+    )  # fmt: skip
 
 
-def _dot_area(share: np.ndarray | float) -> np.ndarray:
-    # Importances span many decades: area goes with the square root, from a speck up.
-    return np.asarray(12 + 230 * np.sqrt(share))
-
-
-def _fitting_size(name: str) -> float:
+def _fitting_name(name: str, room: float) -> tuple[str, float]:
+    """Make the name of a node layer as wide as its column; what tells layers apart is often at the end."""
     # About 17 bold letters of size 13 fit between two columns.
-    return min(13.0, max(7.0, 13.0 * 17 / max(len(name), 1)))
-
-
-def _legend(figure: Figure) -> None:
-    dots = [
-        Line2D([], [], ls="", marker="o", color=_DOT, markeredgecolor="white", ms=math.sqrt(float(_dot_area(share))))
-        for share in (1.0, 0.1, 0.001)
-    ]
-    lines = [
-        Line2D([], [], color=_LINE, lw=0.4 + 3.6 * math.sqrt(s), alpha=0.06 + 0.84 * math.sqrt(s))
-        for s in (1, 0.1, 0.01)
-    ]
-    keys = (
-        (0.06, "dots: importance, as a share of the layer's largest", dots, ["1", "0.1", "0.001"]),
-        (0.0, "lines: strength, as a share of the section's largest", lines, ["1", "0.1", "0.01"]),
-    )
-    for y, meaning, handles, labels in keys:
-        figure.text(0.03, y + 0.024, meaning, fontsize=10.5, color=_MUTED)
-        figure.legend(
-            handles, labels, loc="lower right", bbox_to_anchor=(0.99, y), ncols=3, frameon=False, fontsize=10.5,
-            labelcolor=_MUTED, handletextpad=0.5, columnspacing=1.2,
-        )  # fmt: skip
-
-
-def _percent(share: float) -> str:
-    # "100%" is said only where nothing that matters is left out.
-    return f"{100 * share:.0f}%" if share < 0.995 or share > 0.9999 else f"{math.floor(1000 * share) / 10:g}%"
+    size = min(13.0, max(7.0, 13.0 * 17 / max(len(name), 1)))
+    width = width_of(name, size, "bold")
+    size = max(min(size, 7.0), size * min(1.0, room / max(width, 1.0)))
+    return shorten_front(name, room, size, "bold"), size

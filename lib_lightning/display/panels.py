@@ -1,0 +1,101 @@
+"""Small multiples: a page of equal panels with one legend for all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from lib_lightning.display.lettering import DPI, shorten_front, width_of
+from lib_lightning.display.palette import MUTED, TEXT
+
+_PANEL_WIDTH, _PANEL_HEIGHT, _PAGE_WIDTH = 2.25, 1.55, 6.4
+# Inches around and between the panels.
+_LEFT, _RIGHT, _TOP, _FOOT, _ROW_GAP, _COLUMN_GAP, _ENTRIES = 0.82, 0.14, 0.92, 0.62, 0.62, 0.22, 0.26
+_LARGEST_NAME, _SMALLEST_NAME, _SECOND_LINE = 11.0, 8.5, 0.17
+
+
+def panels(names: Sequence[str], title: str, xlabel: str, ylabel: str, n_entries: int = 1) -> tuple[Figure, list[Axes]]:
+    """Make a page of panels that share what is written at their axes.
+
+    Args:
+        names: What each panel is about.
+        title: Title of the page.
+        xlabel: What lies along the panels' x axes.
+        ylabel: What lies along their y axes.
+        n_entries: Lines of the legend below the title.
+
+    Returns:
+        A figure that pyplot does not know of, and its panels: three in a row, four of many.
+
+    Example:
+        >>> figure, axes = panels(["first", "second"], "Title", "features", "importance")
+        >>> [a.get_title(loc="left") for a in axes]
+        ['first', 'second']
+    """
+    n_columns = 2 if len(names) in (2, 4) else min(max(len(names), 1), 3 if len(names) <= 9 else 4)
+    n_rows = max(math.ceil(len(names) / n_columns), 1)
+    width = max(_PAGE_WIDTH, n_columns * _PANEL_WIDTH + _LEFT + _RIGHT)
+    panel_width = (width - _LEFT - _RIGHT - (n_columns - 1) * _COLUMN_GAP) / n_columns
+    panel_height = _PANEL_HEIGHT if n_rows > 1 else 1.6 * _PANEL_HEIGHT
+    headings, size = _headings(names, 72 * panel_width)
+    second_line = _SECOND_LINE * any("\n" in heading for heading in headings)
+    top = _TOP + n_entries * _ENTRIES + second_line
+    row_gap = _ROW_GAP + second_line
+    height = top + n_rows * panel_height + (n_rows - 1) * row_gap + _FOOT
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+    figure.text(0.03, 1 - 0.38 / height, title, fontsize=16, fontweight="bold", color=TEXT, parse_math=False)
+    made = []
+    for k, heading in enumerate(headings):
+        row, column = divmod(k, n_columns)
+        x = _LEFT + column * (panel_width + _COLUMN_GAP)
+        y = height - top - (row + 1) * panel_height - row * row_gap
+        axes = figure.add_axes((x / width, y / height, panel_width / width, panel_height / height))
+        _style(axes, first=column == 0)
+        axes.set_title(heading, loc="left", fontsize=size, fontweight="bold", color=TEXT, parse_math=False)
+        made.append(axes)
+    figure.text(0.5 * (_LEFT + width) / width, 0.1 / height, xlabel, ha="center", fontsize=11, color=MUTED)
+    figure.text(
+        0.1 / width, (_FOOT + height - top) / 2 / height, ylabel, va="center", rotation=90, fontsize=11, color=MUTED
+    )
+    return figure, made
+
+
+def add_entries(figure: Figure, rows: Sequence[Sequence[tuple[Line2D, str]]]) -> None:
+    """Write a legend below the title.
+
+    Args:
+        figure: A page of panels.
+        rows: Lines of the legend, from the top down: marks and what they stand for.
+
+    Example:
+        >>> figure, _ = panels(["first"], "Title", "features", "importance")
+        >>> add_entries(figure, [[(Line2D([], []), "LIB")]])
+        >>> len(figure.legends)
+        1
+    """
+    for k, row in enumerate(rows):
+        figure.legend(
+            [mark for mark, _ in row], [label for _, label in row], loc="upper left", ncols=len(row), frameon=False,
+            bbox_to_anchor=(0.015, 1 - (0.48 + k * _ENTRIES) / figure.get_figheight()), fontsize=10.5,
+            labelcolor=MUTED, handlelength=1.8, handletextpad=0.5, columnspacing=1.4,
+        )  # fmt: skip
+
+
+def _headings(names: Sequence[str], room: float) -> tuple[list[str], float]:
+    """Make names as wide as a panel: sections in two lines, smaller letters, and as a last resort their ends alone."""
+    lines = [name.replace(" -> ", "\n-> ").split("\n") for name in names]
+    if all(width_of(name, _LARGEST_NAME, "bold") <= room for name in names):
+        lines = [[name] for name in names]
+    widest = max((width_of(line, _LARGEST_NAME, "bold") for parts in lines for line in parts), default=0.0)
+    size = max(_SMALLEST_NAME, _LARGEST_NAME * min(1.0, room / max(widest, 1.0)))
+    return ["\n".join(shorten_front(line, room, size, "bold") for line in parts) for parts in lines], size
+
+
+def _style(axes: Axes, first: bool) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#999999")
+    axes.tick_params(labelsize=9.5, labelcolor=MUTED, color="#999999", labelleft=first)
