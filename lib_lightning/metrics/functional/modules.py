@@ -122,9 +122,9 @@ def modularity(
         return w.new_zeros(())
     ends = labels[pairs]
     K = w.new_zeros(len(labels)).index_add_(0, ends.flatten(), w.repeat_interleave(2))
-    inside: Tensor = w[ends[:, 0] == ends[:, 1]].sum()
+    inside: Tensor = w[ends[:, 0] == ends[:, 1]].sum() / m
     expected: Tensor = (K / (2 * m)).square().sum()
-    return inside / m - resolution * expected
+    return inside - resolution * expected
 
 
 def module_sizes(modules: Sequence[Tensor]) -> Tensor:
