@@ -141,7 +141,8 @@ def module_sizes(modules: Sequence[Tensor]) -> Tensor:
         tensor([2, 1])
     """
     labels = torch.cat(list(modules)) if len(modules) else torch.zeros(0, dtype=torch.long)
-    return labels[labels >= 0].unique(return_counts=True)[1].sort(descending=True).values
+    sizes: Tensor = labels[labels >= 0].unique(return_counts=True)[1]
+    return sizes.sort(descending=True).values
 
 
 def number_of_modules(modules: Sequence[Tensor]) -> Tensor:
