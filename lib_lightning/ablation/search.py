@@ -89,7 +89,7 @@ def bisect(tried: Tried, bracket: int) -> int | None:
 
     Example:
         >>> tried = Tried(lambda count: float(count in (5, 6) or count > 9), 100, 1.0)
-        >>> bisect(tried, 20), bisect(tried, 19)
+        >>> bisect(tried, 30), bisect(tried, 20)
         (10, 5)
     """
     answer = _halve(tried, 0, bracket)
