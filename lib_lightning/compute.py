@@ -198,7 +198,7 @@ def _as_graph(built: Built, settings: Settings, live: LiveModel) -> InteractionG
         {name: x.cpu() for name, x in zip(names, built.importance_replicates, strict=True)},
         {pair: x.cpu() for pair, x in zip(pairs, built.edge_replicates, strict=True)},
     )
-    errors = {pair: e for pair, x in replicates.edges.items() if (e := standard_error(x)) is not None}
+    errors = {pair: standard_error(x) for pair, x in replicates.edges.items() if len(x) > 1}
     return InteractionGraph(bases, edges, info, errors, replicates=replicates)
 
 

@@ -244,6 +244,8 @@ def build(
 
 
 def _with_errors(basis: Basis, replicates: Tensor) -> Basis:
+    if len(replicates) < 2:
+        return basis
     fixed = basis.kind in ("neuron", "centered")  # their directions are given
     unsure = None if fixed else too_close(basis.importance, replicates)
     return replace(basis, importance_error=standard_error(replicates), unsure=unsure)

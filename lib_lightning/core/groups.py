@@ -6,6 +6,7 @@ of each importance and each edge, without another pass; how far the replicates l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -59,30 +60,33 @@ def leave_one_out(sums: Tensor, counts: Tensor) -> Tensor:
     return (sums.sum(0) - sums) / rest
 
 
-def standard_error(replicates: Tensor) -> Tensor | None:
-    """Standard error of a number, from its replicates with one group of samples left out at a time.
+def standard_error(replicates: Tensor) -> Tensor:
+    """Standard error by the jackknife: ``sqrt((G - 1)/G sum_g (x_g - mean)^2)``.
 
     Args:
-        replicates: Shape ``(G, ...)``.
+        replicates: ``x_g``, shape ``(G, ...)``: the number as it comes out if group ``g`` of ``G`` equally large groups
+            of samples is left out. Floating point.
 
     Returns:
-        Shape ``(...)``; None if there are less than two replicates.
+        The standard error of the number from all samples, shape ``(...)``; NaN if there are fewer than two groups.
 
     Note:
-        Source: Tukey (1958), the jackknife.
+        Source: Efron and Stein (1981), "The jackknife estimate of variance", https://doi.org/10.1214/aos/1176345462,
+        after Tukey (1958); with groups in the place of single samples.
 
     Example:
-        >>> data = torch.tensor([1.0, 2.0, 6.0])
-        >>> standard_error(leave_one_out(data, torch.ones(3))), data.std() / 3**0.5
-        (tensor(1.5275), tensor(1.5275))
+        >>> x = torch.tensor([1.0, 2.0, 3.0, 6.0])
+        >>> standard_error((x.sum() - x) / 3), x.std() / 2
+        (tensor(1.0801), tensor(1.0801))
     """
     G = replicates.shape[0]
     if G < 2:
-        return None
-    return ((replicates - replicates.mean(0)).square().sum(0) * (G - 1) / G).sqrt()
+        return replicates.new_full(replicates.shape[1:], math.nan)
+    deviations = replicates - replicates.mean(0)
+    return (deviations.square().sum(0) * ((G - 1) / G)).sqrt()
 
 
-def too_close(importance: Tensor, replicates: Tensor) -> Tensor | None:
+def too_close(importance: Tensor, replicates: Tensor) -> Tensor:
     """Features whose direction these samples do not fix: two of one importance may be rotated into each other.
 
     Args:
@@ -91,12 +95,13 @@ def too_close(importance: Tensor, replicates: Tensor) -> Tensor | None:
 
     Returns:
         True for both of two neighbours that are less than two standard errors of their difference apart, shape
-        ``(r,)``; None if there are less than two replicates. (Two such features turn by about a quarter of a radian
-        from one set of samples to another.)
+        ``(r,)``. (Two such features turn by about a quarter of a radian from one set of samples to another.)
+
+    Example:
+        >>> too_close(torch.tensor([2.0, 1.1, 1.0]), torch.tensor([[2.1, 1.2, 1.0], [1.9, 1.0, 1.0]]))
+        tensor([False,  True,  True])
     """
     error = standard_error(replicates[:, :-1] - replicates[:, 1:])
-    if error is None:
-        return None
     close = importance[:-1] - importance[1:] < 2 * error
     no = torch.zeros(min(1, len(importance)), dtype=torch.bool, device=close.device)
     return torch.cat([no, close]) | torch.cat([close, no])

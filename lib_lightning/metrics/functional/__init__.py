@@ -1,9 +1,9 @@
 """The formulas, as pure functions of tensors."""
 
+from lib_lightning.core.groups import standard_error
 from lib_lightning.metrics.functional.ablation import edges_required
 from lib_lightning.metrics.functional.edges import effective_edges, number_of_edges, share_of_edges
 from lib_lightning.metrics.functional.features import effective_features, number_of_features
-from lib_lightning.metrics.functional.jackknife import standard_error
 from lib_lightning.metrics.functional.modules import (
     find_modules,
     largest_module,
