@@ -5,6 +5,7 @@ from lib_lightning.metrics.features import EffectiveFeatures, NumberOfFeatures
 from lib_lightning.metrics.functional import (
     effective_edges,
     effective_features,
+    fourier_variance,
     number_of_edges,
     number_of_features,
     perplexity,
@@ -17,6 +18,7 @@ __all__ = [
     "NumberOfFeatures",
     "effective_edges",
     "effective_features",
+    "fourier_variance",
     "number_of_edges",
     "number_of_features",
     "perplexity",
