@@ -1,25 +1,65 @@
 """Numbers that describe an interaction graph, as torchmetrics over pure functions."""
 
-from lib_lightning.metrics.edges import EffectiveEdges, NumberOfEdges
-from lib_lightning.metrics.features import EffectiveFeatures, NumberOfFeatures
+from lib_lightning.metrics.ablation import EdgesRequired
+from lib_lightning.metrics.average import GraphAverage
+from lib_lightning.metrics.edges import EffectiveEdges, NumberOfEdges, ShareOfEdges
+from lib_lightning.metrics.features import EffectiveFeatures, NumberOfFeatures, ParticipationRatio
 from lib_lightning.metrics.functional import (
+    edges_required,
     effective_edges,
     effective_features,
+    find_modules,
     fourier_variance,
+    gini,
+    hoyer,
+    largest_module,
+    modularity,
+    module_sizes,
     number_of_edges,
     number_of_features,
+    number_of_modules,
+    participation_ratio,
     perplexity,
+    share_of_edges,
+    standard_error,
 )
+from lib_lightning.metrics.modules import LargestModule, Modularity, NumberOfModules
+from lib_lightning.metrics.sparsity import Gini, Hoyer
+from lib_lightning.metrics.summary import default_metrics, graph_scalars
+from lib_lightning.metrics.taken import check_metrics
 
 __all__ = [
+    "EdgesRequired",
     "EffectiveEdges",
     "EffectiveFeatures",
+    "Gini",
+    "GraphAverage",
+    "Hoyer",
+    "LargestModule",
+    "Modularity",
     "NumberOfEdges",
     "NumberOfFeatures",
+    "NumberOfModules",
+    "ParticipationRatio",
+    "ShareOfEdges",
+    "check_metrics",
+    "default_metrics",
+    "edges_required",
     "effective_edges",
     "effective_features",
+    "find_modules",
     "fourier_variance",
+    "gini",
+    "graph_scalars",
+    "hoyer",
+    "largest_module",
+    "modularity",
+    "module_sizes",
     "number_of_edges",
     "number_of_features",
+    "number_of_modules",
+    "participation_ratio",
     "perplexity",
+    "share_of_edges",
+    "standard_error",
 ]

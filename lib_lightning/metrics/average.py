@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -13,23 +13,34 @@ class GraphAverage(Metric):
     """Average of a number over the graphs it was updated with, and over processes.
 
     Args:
+        settings: All that makes two metrics of the same class differ.
         kwargs: Options of `torchmetrics.Metric`.
+
+    Attributes:
+        total_is: What stands for a whole graph beside the numbers of its parts: their ``"sum"`` (counts), their
+            ``"mean"`` (shares), or the number of the ``"whole"``, computed from all sections at once.
     """
 
     is_differentiable = False
     full_state_update = False
-    total: Tensor
+    total_is: ClassVar[Literal["sum", "mean", "whole"]] = "mean"
     count: Tensor
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, *settings: object, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        # A MetricCollection takes two metrics for the same one, and updates only the first of them, if their states
+        # have equal names and, after the first update, equal values. Our metrics often agree on one graph and not on
+        # the next: so the name says what is summed.
+        self._sum = f"sum of {type(self).__qualname__}{settings}"
+        self.add_state(self._sum, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def _add(self, value: Tensor) -> None:
-        self.total += value.detach().to(self.total)
+        so_far: Tensor = getattr(self, self._sum)
+        setattr(self, self._sum, so_far + value.detach().to(so_far))
         self.count += 1
 
     def compute(self) -> Tensor:
         """Average so far, a float64 scalar; NaN before the first graph."""
-        return self.total / self.count
+        so_far: Tensor = getattr(self, self._sum)
+        return so_far / self.count

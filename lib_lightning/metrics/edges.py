@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lib_lightning.metrics.average import GraphAverage
-from lib_lightning.metrics.functional.edges import effective_edges, number_of_edges
+from lib_lightning.metrics.functional.edges import check_share, effective_edges, number_of_edges, share_of_edges
 
 
 class NumberOfEdges(GraphAverage):
@@ -24,9 +24,10 @@ class NumberOfEdges(GraphAverage):
     """
 
     higher_is_better = False
+    total_is = "sum"
 
     def __init__(self, rtol: float = 1e-3, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(rtol, **kwargs)
         self.rtol = rtol
 
     def update(self, edges: Tensor) -> None:
@@ -47,7 +48,36 @@ class EffectiveEdges(GraphAverage):
     """
 
     higher_is_better = False
+    total_is = "sum"
 
     def update(self, edges: Tensor) -> None:
         """Add the edges ``(r_out, r_in)`` of one section."""
         self._add(effective_edges(edges))
+
+
+class ShareOfEdges(GraphAverage):
+    """Fraction of all edges that holds a share of the total strength; see `share_of_edges`.
+
+    Args:
+        share: The share, above 0 and at most 1.
+        kwargs: Options of `torchmetrics.Metric`.
+
+    Raises:
+        LIBError: If the share lies outside.
+
+    Example:
+        >>> import torch
+        >>> ShareOfEdges(share=0.9)(torch.tensor([[8.0, 1.0], [0.5, 0.5]]))
+        tensor(0.5000, dtype=torch.float64)
+    """
+
+    higher_is_better = False
+
+    def __init__(self, share: float = 0.99, **kwargs: Any) -> None:
+        super().__init__(share, **kwargs)
+        check_share(share)
+        self.share = share
+
+    def update(self, edges: Tensor) -> None:
+        """Add the edges ``(r_out, r_in)`` of one section."""
+        self._add(share_of_edges(edges, self.share))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lib_lightning.metrics.average import GraphAverage
 from lib_lightning.metrics.functional.features import effective_features, number_of_features
+from lib_lightning.metrics.functional.participation import participation_ratio
 
 
 class NumberOfFeatures(GraphAverage):
@@ -25,9 +26,10 @@ class NumberOfFeatures(GraphAverage):
     """
 
     higher_is_better = None
+    total_is = "sum"
 
     def __init__(self, rtol: float = 1e-6, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(rtol, **kwargs)
         self.rtol = rtol
 
     def update(self, importance: Tensor) -> None:
@@ -48,7 +50,28 @@ class EffectiveFeatures(GraphAverage):
     """
 
     higher_is_better = None
+    total_is = "sum"
 
     def update(self, importance: Tensor) -> None:
         """Add the importances ``(r,)`` of one node layer."""
         self._add(effective_features(importance))
+
+
+class ParticipationRatio(GraphAverage):
+    """Effective number of features by the squares of their importances; see `participation_ratio`.
+
+    Args:
+        kwargs: Options of `torchmetrics.Metric`.
+
+    Example:
+        >>> import torch
+        >>> ParticipationRatio()(torch.tensor([2.0, 2.0]))
+        tensor(2., dtype=torch.float64)
+    """
+
+    higher_is_better = None
+    total_is = "sum"
+
+    def update(self, importance: Tensor) -> None:
+        """Add the importances ``(r,)`` of one node layer."""
+        self._add(participation_ratio(importance))

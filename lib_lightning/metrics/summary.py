@@ -3,29 +3,73 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
+from torchmetrics import Metric, MetricCollection
 
 from lib_lightning.core.basis import Basis
-from lib_lightning.metrics.functional import (
-    effective_edges,
-    effective_features,
-    number_of_edges,
-    number_of_features,
-)
+from lib_lightning.metrics.ablation import EdgesRequired
+from lib_lightning.metrics.edges import EffectiveEdges, NumberOfEdges, ShareOfEdges
+from lib_lightning.metrics.features import EffectiveFeatures, NumberOfFeatures, ParticipationRatio
+from lib_lightning.metrics.modules import LargestModule, Modularity, NumberOfModules
+from lib_lightning.metrics.sparsity import Gini, Hoyer
+from lib_lightning.metrics.taken import Part, fresh, measure, taken_by, total_of
 
 
-def graph_scalars(bases: Sequence[Basis], edges: Sequence[Tensor]) -> dict[str, float]:
-    """Count features and edges, of each part and in total.
+def default_metrics() -> MetricCollection:
+    """The metrics that are computed unless others are asked for.
+
+    Returns:
+        A new collection; its names are those under which the numbers are logged.
+
+    Example:
+        >>> list(default_metrics())[:3]
+        ['edges', 'edges_required', 'effective_edges']
+    """
+    return MetricCollection(
+        {
+            "features": NumberOfFeatures(),
+            "effective_features": EffectiveFeatures(),
+            "participation_ratio": ParticipationRatio(),
+            "edges": NumberOfEdges(),
+            "effective_edges": EffectiveEdges(),
+            "share_of_edges": ShareOfEdges(),
+            "gini": Gini(),
+            "hoyer": Hoyer(),
+            "modularity": Modularity(),
+            # Not "modules": a collection is a torch module itself, and has that name already.
+            "number_of_modules": NumberOfModules(),
+            "largest_module": LargestModule(),
+            "edges_required": EdgesRequired(),
+        }
+    )
+
+
+def graph_scalars(
+    bases: Sequence[Basis],
+    edges: Sequence[Tensor],
+    metrics: MetricCollection | None = None,
+    curves: Sequence[tuple[Tensor, Tensor, float] | None] | None = None,
+) -> dict[str, float]:
+    """Compute metrics of each part of a graph, and of all of it.
 
     Args:
         bases: One basis for each node layer, in forward order.
         edges: One matrix ``(r_out, r_in)`` for each pair of neighbouring node layers.
+        metrics: What to compute, None for `default_metrics`; they stay as they are. Each process computes for itself.
+        curves: An ablation curve for each section, as `edges_required` takes it: counts, scores and the unablated
+            score; None for a section that has none. Without any, metrics of such curves are left out.
 
     Returns:
-        ``features/<layer>``, ``effective_features/<layer>``, ``edges/<section>``, ``effective_edges/<section>`` and
-        ``.../total`` of each.
+        ``<metric>/<layer>`` of metrics whose update takes ``importance``, ``<metric>/<section>`` of those whose update
+        takes ``edges`` or ``counts, scores, unablated``, and ``<metric>/total`` of each: the sum, the mean or the
+        number of all sections together, by the metric's ``total_is``.
+
+    Raises:
+        LIBError: If a metric takes anything else.
 
     Example:
         >>> import torch
@@ -35,34 +79,50 @@ def graph_scalars(bases: Sequence[Basis], edges: Sequence[Tensor]) -> dict[str, 
         2.0
     """
     sections = section_keys([basis.name for basis in bases])
+    parts: dict[Part, dict[str, dict[str, Any] | None]] = {
+        "importance": {layer_key(basis.name): {"importance": basis.importance} for basis in bases},
+        "edges": {section: {"edges": E} for section, E in zip(sections, edges, strict=True)},
+    }
+    if curves is not None:
+        parts["curve"] = {
+            section: None if curve is None else dict(zip(("counts", "scores", "unablated"), curve, strict=True))
+            for section, curve in zip(sections, curves, strict=True)
+        }
     values: dict[str, float] = {}
-    for kind, count_features in (("features", number_of_features), ("effective_features", effective_features)):
-        values |= {f"{kind}/{layer_key(basis.name)}": float(count_features(basis.importance)) for basis in bases}
-    for kind, count_edges in (("edges", number_of_edges), ("effective_edges", effective_edges)):
-        values |= {f"{kind}/{section}": float(count_edges(E)) for section, E in zip(sections, edges, strict=True)}
-    for kind in ("features", "effective_features", "edges", "effective_edges"):
-        values[f"{kind}/total"] = sum(value for key, value in values.items() if key.startswith(f"{kind}/"))
+    for name, metric, part in _by_part(metrics):
+        if part not in parts:
+            continue
+        own = fresh(metric)
+        numbers = {f"{name}/{key}": _number(own, inputs) for key, inputs in parts[part].items()}
+        values |= numbers | {f"{name}/total": _total(own, numbers, edges)}
     return values
 
 
-def scalar_keys(names: Sequence[str]) -> list[str]:
+def scalar_keys(names: Sequence[str], metrics: MetricCollection | None = None, causal: bool = False) -> list[str]:
     """The keys that `graph_scalars` gives for node layers of these names, before there is a graph.
 
     Args:
         names: Names of the node layers, in forward order.
+        metrics: What will be computed, None for `default_metrics`.
+        causal: Give the keys that only ablation curves add, in place of those that are always there.
 
     Returns:
         The keys.
 
+    Raises:
+        LIBError: If a metric takes what is not of a graph.
+
     Example:
-        >>> scalar_keys(["a", "b"])[:3]
-        ['features/a', 'features/b', 'features/total']
+        >>> scalar_keys(["a", "b"])[:3], scalar_keys(["a", "b"], causal=True)
+        (['effective_features/a', 'effective_features/b', 'effective_features/total'],
+         ['edges_required/a-to-b', 'edges_required/total'])
     """
-    layers = [*map(layer_key, names), "total"]
-    sections = [*section_keys(names), "total"]
+    layers, sections = [layer_key(name) for name in names], section_keys(names)
     return [
-        *(f"{kind}/{layer}" for kind in ("features", "effective_features") for layer in layers),
-        *(f"{kind}/{section}" for kind in ("edges", "effective_edges") for section in sections),
+        f"{metric}/{key}"
+        for metric, _, part in _by_part(metrics)
+        if (part == "curve") == causal
+        for key in (*(layers if part == "importance" else sections), "total")
     ]
 
 
@@ -74,3 +134,25 @@ def layer_key(name: str) -> str:
 def section_keys(names: Sequence[str]) -> list[str]:
     """Names of the sections between node layers, as part of a scalar's name."""
     return [f"{layer_key(a)}-to-{layer_key(b)}" for a, b in itertools.pairwise(names)]
+
+
+def _by_part(metrics: MetricCollection | None) -> list[tuple[str, Metric, Part]]:
+    """Metrics, their names and what they take: those of node layers first, then those of sections."""
+    # To ask a collection for its metrics ties those of one compute group together: only a copy is asked.
+    collection = default_metrics() if metrics is None else metrics.clone()
+    found = [(name, metric, taken_by(name, metric)) for name, metric in collection.items()]
+    order: list[Part] = ["importance", "edges", "curve"]
+    return sorted(found, key=lambda one: order.index(one[2]))
+
+
+def _number(metric: Metric, inputs: dict[str, Any] | None) -> float:
+    return math.nan if inputs is None else measure(metric, **inputs)
+
+
+def _total(metric: Metric, numbers: Mapping[str, float], edges: Sequence[Tensor]) -> float:
+    kind = total_of(metric)
+    if kind == "sum":
+        return sum(numbers.values())
+    if not numbers:
+        return math.nan
+    return measure(metric, edges=list(edges)) if kind == "whole" else sum(numbers.values()) / len(numbers)

@@ -1,15 +1,37 @@
 """The formulas, as pure functions of tensors."""
 
-from lib_lightning.metrics.functional.edges import effective_edges, number_of_edges
+from lib_lightning.metrics.functional.ablation import edges_required
+from lib_lightning.metrics.functional.edges import effective_edges, number_of_edges, share_of_edges
 from lib_lightning.metrics.functional.features import effective_features, number_of_features
 from lib_lightning.metrics.functional.fourier import fourier_variance
+from lib_lightning.metrics.functional.jackknife import standard_error
+from lib_lightning.metrics.functional.modules import (
+    find_modules,
+    largest_module,
+    modularity,
+    module_sizes,
+    number_of_modules,
+)
+from lib_lightning.metrics.functional.participation import participation_ratio
 from lib_lightning.metrics.functional.perplexity import perplexity
+from lib_lightning.metrics.functional.sparsity import gini, hoyer
 
 __all__ = [
+    "edges_required",
     "effective_edges",
     "effective_features",
+    "find_modules",
     "fourier_variance",
+    "gini",
+    "hoyer",
+    "largest_module",
+    "modularity",
+    "module_sizes",
     "number_of_edges",
     "number_of_features",
+    "number_of_modules",
+    "participation_ratio",
     "perplexity",
+    "share_of_edges",
+    "standard_error",
 ]

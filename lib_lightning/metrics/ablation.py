@@ -1,0 +1,35 @@
+"""Metric of what a model can do without."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lib_lightning.metrics.average import GraphAverage
+from lib_lightning.metrics.functional.ablation import edges_required
+
+
+class EdgesRequired(GraphAverage):
+    """Number of edges that a model needs to do as well as with all; see `edges_required`.
+
+    Args:
+        tolerance: How far a score may fall below that of the model as it is, in units of the score.
+        kwargs: Options of `torchmetrics.Metric`.
+
+    Example:
+        >>> import torch
+        >>> EdgesRequired()(torch.tensor([1, 10, 100]), torch.tensor([0.2, 0.9, 0.9]), unablated=0.9)
+        tensor(10., dtype=torch.float64)
+    """
+
+    higher_is_better = False
+    total_is = "sum"
+
+    def __init__(self, tolerance: float = 1e-3, **kwargs: Any) -> None:
+        super().__init__(tolerance, **kwargs)
+        self.tolerance = tolerance
+
+    def update(self, counts: Tensor, scores: Tensor, unablated: float | Tensor) -> None:
+        """Add the ablation curve of one section: mean scores ``(k,)`` with so many edges ``(k,)``, and with all."""
+        self._add(edges_required(counts, scores, unablated, self.tolerance))

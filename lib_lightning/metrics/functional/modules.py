@@ -1,0 +1,208 @@
+"""Modules: groups of features that interact more among themselves than with the rest."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lib_lightning.core.errors import LIBError
+from lib_lightning.metrics.functional.leiden import leiden
+
+EdgeWeights = Literal["strength", "amplitude", "binary"]
+
+
+def find_modules(
+    edges: Sequence[Tensor],
+    weights: EdgeWeights = "strength",
+    resolution: float = 1.0,
+    seed: int = 0,
+    rtol: float = 1e-3,
+) -> list[Tensor]:
+    """Find the modules of a layered graph: the partition of its features with the largest modularity.
+
+    Each section is scaled to the same total weight. Strengths of different sections are effects on different node
+    layers, in different units: unscaled, the section with the largest numbers would decide alone, and the features of
+    the others fall apart.
+
+    Args:
+        edges: ``E`` of consecutive sections, each of shape ``(r_out, r_in)``, non-negative.
+        weights: ``"strength"`` takes the edges as they are; ``"amplitude"`` takes their square roots, for ``E`` is the
+            mean of a square; ``"binary"`` takes 1 for the strong edges and 0 for the others.
+        resolution: More than 1 for more and smaller modules, less for fewer and larger ones.
+        seed: Where the search starts; the same one always leads to the same modules.
+        rtol: For ``"binary"``: edges above this share of their section's strongest one are strong.
+
+    Returns:
+        The module of each feature, for each node layer from the first to the last, shape ``(r,)``, int64. Module 0 has
+        the most features, over all node layers; of equally large ones, the one with the earliest feature comes first.
+        Features without any edge have -1.
+
+    Raises:
+        LIBError: If the edges are negative or not finite, or do not follow each other, or weights are unknown.
+
+    Note:
+        Source: Traag, Waltman and van Eck, arXiv 1810.08473, for the search; Newman (2004), arXiv
+        cond-mat/0407503, for the modularity of weighted graphs.
+
+    Example:
+        >>> import torch
+        >>> crossing = torch.tensor([[0.0, 9.0, 8.0], [5.0, 0.0, 0.0]])
+        >>> find_modules([crossing, torch.eye(2)])
+        [tensor([1, 0, 0]), tensor([0, 1]), tensor([0, 1])]
+    """
+    sizes, pairs, w = _layered_graph(edges, weights, rtol)
+    parts = leiden(sum(sizes), pairs, w, resolution, seed)
+    connected = torch.zeros(sum(sizes), dtype=torch.bool)
+    connected[pairs.flatten()] = True
+    labels = torch.where(connected, _by_size(parts, connected), -1)
+    return [part.to(edges[0].device) for part in labels.split(sizes)]
+
+
+def modularity(
+    edges: Sequence[Tensor],
+    modules: Sequence[Tensor] | None = None,
+    weights: EdgeWeights = "strength",
+    resolution: float = 1.0,
+    seed: int = 0,
+    rtol: float = 1e-3,
+) -> Tensor:
+    """How much more weight lies inside of modules than chance would put there.
+
+    ``Q = sum_c (W_c / m - resolution (K_c / 2m)^2)`` with the weight ``W_c`` of the edges inside of module ``c``, the
+    sum ``K_c`` of the weights at its features, and the total weight ``m``; each section scaled as in `find_modules`.
+
+    Args:
+        edges: ``E`` of consecutive sections, each of shape ``(r_out, r_in)``, non-negative.
+        modules: The module of each feature, for each node layer, shape ``(r,)``; -1 for a feature that is alone. None
+            for those of `find_modules`.
+        weights: What an edge weighs, as in `find_modules`.
+        resolution: What chance weighs.
+        seed: For `find_modules`.
+        rtol: For ``weights="binary"``.
+
+    Returns:
+        A float64 scalar, at most 1; 0 if there is no edge.
+
+    Raises:
+        LIBError: If the edges are negative or not finite, or do not follow each other, or do not fit the modules, or
+            weights are unknown.
+
+    Note:
+        Source: Newman (2004), arXiv cond-mat/0407503, equation 5; resolution by Reichardt and Bornholdt (2006), arXiv
+        cond-mat/0603718.
+
+    Example:
+        >>> import torch
+        >>> modularity([torch.eye(2)]), modularity([torch.ones(2, 2)])
+        (tensor(0.5000, dtype=torch.float64), tensor(0., dtype=torch.float64))
+    """
+    sizes, pairs, w = _layered_graph(edges, weights, rtol)
+    if modules is None:
+        modules = find_modules(edges, weights, resolution, seed, rtol)
+    if [len(part) for part in modules] != sizes:
+        raise LIBError(f"Modules of {[len(part) for part in modules]} features do not fit node layers of {sizes}.")
+    labels = torch.cat([part.cpu() for part in modules])
+    # Everyone who is alone gets a number of their own, behind those in use.
+    alone = labels < 0
+    labels = torch.where(alone, len(labels) + torch.arange(len(labels)), labels)
+    labels = labels.unique(return_inverse=True)[1]
+    m = w.sum()
+    if m <= 0:
+        return w.new_zeros(())
+    ends = labels[pairs]
+    K = w.new_zeros(len(labels)).index_add_(0, ends.flatten(), w.repeat_interleave(2))
+    inside = w[ends[:, 0] == ends[:, 1]].sum()
+    Q: Tensor = inside / m - resolution * (K / (2 * m)).square().sum()
+    return Q
+
+
+def module_sizes(modules: Sequence[Tensor]) -> Tensor:
+    """Numbers of features in each module, over all node layers.
+
+    Args:
+        modules: The module of each feature, for each node layer, shape ``(r,)``; -1 for none.
+
+    Returns:
+        The sizes, largest first, shape ``(number of modules,)``, int64.
+
+    Example:
+        >>> module_sizes([torch.tensor([1, 0, -1]), torch.tensor([0])])
+        tensor([2, 1])
+    """
+    labels = torch.cat(list(modules)) if len(modules) else torch.zeros(0, dtype=torch.long)
+    return labels[labels >= 0].unique(return_counts=True)[1].sort(descending=True).values
+
+
+def number_of_modules(modules: Sequence[Tensor]) -> Tensor:
+    """Number of modules that have any feature.
+
+    Args:
+        modules: The module of each feature, for each node layer, shape ``(r,)``; -1 for none.
+
+    Returns:
+        The number, a scalar of type int64.
+
+    Example:
+        >>> number_of_modules([torch.tensor([1, 0, -1]), torch.tensor([0])])
+        tensor(2)
+    """
+    return torch.tensor(len(module_sizes(modules)))
+
+
+def largest_module(modules: Sequence[Tensor]) -> Tensor:
+    """Share of the features of any module that belong to the largest one.
+
+    Args:
+        modules: The module of each feature, for each node layer, shape ``(r,)``; -1 for none.
+
+    Returns:
+        A float64 scalar, 1 if there is only one module; 0 if there is none.
+
+    Example:
+        >>> largest_module([torch.tensor([1, 0, -1]), torch.tensor([0, 0])])
+        tensor(0.7500, dtype=torch.float64)
+    """
+    sizes = module_sizes(modules).double()
+    return sizes[0] / sizes.sum() if len(sizes) else sizes.new_zeros(())
+
+
+def _layered_graph(edges: Sequence[Tensor], weights: str, rtol: float) -> tuple[list[int], Tensor, Tensor]:
+    """Sizes of the node layers, the two nodes of each edge, numbered through all layers, and its weight."""
+    if weights not in get_args(EdgeWeights):
+        raise LIBError(f"weights={weights!r} is unknown: choose one of {', '.join(get_args(EdgeWeights))}.")
+    if not edges or any(before.shape[0] != after.shape[1] for before, after in itertools.pairwise(edges)):
+        shapes = ", ".join(str(tuple(E.shape)) for E in edges)
+        raise LIBError(f"Edges of shapes [{shapes}] are no consecutive sections (r_out, r_in), the first one first.")
+    sizes = [edges[0].shape[1], *(E.shape[0] for E in edges)]
+    pairs, all_w, first = [], [], 0
+    for E, r_in in zip(edges, sizes, strict=False):
+        W = _weigh(E.detach().cpu().double(), weights, rtol)
+        i, j = W.nonzero(as_tuple=True)
+        pairs.append(torch.stack([first + j, first + r_in + i], dim=1))
+        all_w.append(W[i, j] / W.sum())
+        first += r_in
+    return sizes, torch.cat(pairs), torch.cat(all_w)
+
+
+def _weigh(E: Tensor, weights: str, rtol: float) -> Tensor:
+    if not bool((E.isfinite() & (E >= 0)).all()):
+        raise LIBError("Modules are defined for edges that are finite and not negative.")
+    if weights == "binary":
+        return E.gt(rtol * E.amax()).double() if E.numel() else E
+    # The largest becomes 1, so that sums are neither zero nor infinite.
+    E = E / E.amax() if E.numel() and E.amax() > 0 else E
+    return E.sqrt() if weights == "amplitude" else E
+
+
+def _by_size(parts: Tensor, counted: Tensor) -> Tensor:
+    """Number parts by how many nodes they have among those counted, then by their first node."""
+    sizes: dict[int, int] = {}
+    for part in parts[counted].tolist():
+        sizes[part] = sizes.get(part, 0) + 1
+    # Sorting is stable, and a dict keeps the order of first appearance.
+    number = {part: k for k, part in enumerate(sorted(sizes, key=lambda part: -sizes[part]))}
+    return torch.tensor([number.get(part, -1) for part in parts.tolist()], dtype=torch.long)
