@@ -6,16 +6,18 @@ Both tasks use one construction, `planted_network`. Its node layers consist of b
 random invertible matrix mixes before they become activations, and which the next layer's weights take apart again.
 Neither single activations nor, since the matrix is no rotation, directions of large variance show the blocks.
 
-Modules: four blocks that never read each other. What is known: whatever basis keeps the blocks apart has no edge
-between them, so they are the modules. Every combination of the blocks' inputs is a sample: on the data, too, the blocks
-are independent. On 4,096 random samples instead, chance correlations rotate features of nearly equal importance into each
-other, and the mean adjusted Rand index of the LIB is 0.96.
+Modules: four blocks that never read each other. What is known: a basis that keeps the blocks apart has no edge between
+them, so they are the modules. Three choices make this clean, and without them the LIB does worse:
 
-The search for modules takes the edges' amplitudes, for their strengths are squares of interactions: of strengths it
-sometimes cuts off the weakest features of a block as a module of their own, and rightly so by its own measure, which is
-then larger than that of the true modules. Pre-activations have mean 0 and variance 1 over the samples, as batch norm would
-leave them. Without that, many ReLU never or always let through; blocks are then nearly linear, features interact nearly
-one to one, and with amplitudes two networks in ten, with strengths six, fall into more modules than blocks.
+- Every combination of the blocks' inputs is a sample: the blocks are independent on the data, too. On as many random
+  samples, chance correlations rotate features of nearly equal importance into each other: nine networks in ten still
+  come out right, the mean index is 0.97.
+- Pre-activations have mean 0 and variance 1 over the samples, as batch norm would leave them. Without that, many ReLU
+  hardly switch; blocks are then nearly linear, features interact nearly one to one, and fall into more modules than
+  there are blocks: four networks in ten come out right, the mean index is 0.92.
+- The search for modules takes the edges' amplitudes, for strengths are squares. With strengths six networks in ten come
+  out right, the mean index is 0.95: weak features are cut off as modules of their own. The LIB has no part in that, for
+  there is still no edge between blocks; the modularity of the finer partition is larger.
 
 Features: two blocks, of which the second reads the first but is never read by it, nor by the output. What is known: the
 output depends on as many directions of a node layer as the first block has coordinates there, for three times as many
@@ -25,6 +27,7 @@ activations, it takes a basis made from the output backwards to see that they le
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,7 +88,7 @@ def planted_network(
     mixing.append(torch.eye(sum(widths[-1]), dtype=torch.float64))
     layers: list[nn.Module] = []
     x, u = u.double() @ mixing[0].T, u.double()
-    for l, (before, after) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for l, (before, after) in enumerate(itertools.pairwise(widths)):
         # A block that writes nothing has no neurons either.
         hidden = [3 * width if later else 0 for width, later in zip(before, after, strict=True)]
         own = [[i == j for j in range(len(hidden))] for i in range(len(hidden))]
@@ -173,7 +176,8 @@ def true_modules(planted: Planted, graph: InteractionGraph) -> list[Tensor]:
         if l:
             a = planted.model[3 * l - 3 : 3 * l](a).detach()
         u = (a.double() - basis.mean) @ A.inverse().T
-        parts = zip(u.split(list(planted.widths[l]), 1), (A.T @ basis.to_features).split(list(planted.widths[l])))
+        widths = list(planted.widths[l])
+        parts = zip(u.split(widths, 1), (A.T @ basis.to_features).split(widths), strict=True)
         found.append(torch.stack([(u_block @ C_block).var(0) for u_block, C_block in parts]).argmax(0))
     return found
 

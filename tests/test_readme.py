@@ -41,6 +41,12 @@ def test_other_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     commands = [shlex.split(line, comments=True) for block in blocks("bash")[1:] for line in block.splitlines()]
     assert commands
     for program, *args in commands:
+        if program == "python":
+            # Run by tests of its own; here, that it can be.
+            option, module = args
+            assert option == "-m"
+            assert 'if __name__ == "__main__":' in (ROOT / f"{module.replace('.', '/')}.py").read_text()
+            continue
         assert program == "lib-lightning"
         if args[0] == "fit":
             # Recipes are run by tests of their own; here, that the options exist.
