@@ -68,7 +68,7 @@ def share_of_edges(edges: Tensor, share: float = 0.99) -> Tensor:
         return strengths.new_zeros(())
     # Nine of ten equal edges hold 0.9, whichever way their sum is rounded.
     enough = share * held[-1] * (1 - 1e-12)
-    return ((held < enough).sum() + 1) / strengths.numel()
+    return ((held < enough).sum() + 1).double() / strengths.numel()
 
 
 def check_share(share: float) -> None:

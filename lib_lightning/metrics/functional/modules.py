@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -11,6 +12,11 @@ from torch import Tensor
 
 from lib_lightning.core.errors import LIBError
 from lib_lightning.metrics.functional.leiden import leiden
+
+# Several numbers describe the same modules, and finding these costs more than everything else about a graph: the last
+# ones found are kept, each under a fingerprint of all that they depend on.
+_KEPT = 128
+_found: dict[bytes, tuple[Tensor, ...]] = {}
 
 EdgeWeights = Literal["strength", "amplitude", "binary"]
 
@@ -54,12 +60,13 @@ def find_modules(
         >>> find_modules([crossing, torch.eye(2)])
         [tensor([1, 0, 0]), tensor([0, 1]), tensor([0, 1])]
     """
-    sizes, pairs, w = _layered_graph(edges, weights, rtol)
-    parts = leiden(sum(sizes), pairs, w, resolution, seed)
-    connected = torch.zeros(sum(sizes), dtype=torch.bool)
-    connected[pairs.flatten()] = True
-    labels = torch.where(connected, _by_size(parts, connected), -1)
-    return [part.to(edges[0].device) for part in labels.split(sizes)]
+    key = _fingerprint(edges, (weights, resolution, seed, rtol))
+    if (found := _found.get(key)) is None:
+        found = _search(edges, weights, resolution, seed, rtol)
+        while len(_found) >= _KEPT:
+            _found.pop(next(iter(_found)), None)
+        _found[key] = found
+    return [part.to(edges[0].device, copy=True) for part in found]
 
 
 def modularity(
@@ -115,9 +122,9 @@ def modularity(
         return w.new_zeros(())
     ends = labels[pairs]
     K = w.new_zeros(len(labels)).index_add_(0, ends.flatten(), w.repeat_interleave(2))
-    inside = w[ends[:, 0] == ends[:, 1]].sum()
-    Q: Tensor = inside / m - resolution * (K / (2 * m)).square().sum()
-    return Q
+    inside: Tensor = w[ends[:, 0] == ends[:, 1]].sum() / m
+    expected: Tensor = (K / (2 * m)).square().sum()
+    return inside - resolution * expected
 
 
 def module_sizes(modules: Sequence[Tensor]) -> Tensor:
@@ -134,7 +141,8 @@ def module_sizes(modules: Sequence[Tensor]) -> Tensor:
         tensor([2, 1])
     """
     labels = torch.cat(list(modules)) if len(modules) else torch.zeros(0, dtype=torch.long)
-    return labels[labels >= 0].unique(return_counts=True)[1].sort(descending=True).values
+    sizes: Tensor = labels[labels >= 0].unique(return_counts=True)[1]
+    return sizes.sort(descending=True).values
 
 
 def number_of_modules(modules: Sequence[Tensor]) -> Tensor:
@@ -168,6 +176,23 @@ def largest_module(modules: Sequence[Tensor]) -> Tensor:
     """
     sizes = module_sizes(modules).double()
     return sizes[0] / sizes.sum() if len(sizes) else sizes.new_zeros(())
+
+
+def _search(edges: Sequence[Tensor], weights: str, resolution: float, seed: int, rtol: float) -> tuple[Tensor, ...]:
+    sizes, pairs, w = _layered_graph(edges, weights, rtol)
+    parts = leiden(sum(sizes), pairs, w, resolution, seed)
+    connected = torch.zeros(sum(sizes), dtype=torch.bool)
+    connected[pairs.flatten()] = True
+    labels = torch.where(connected, _by_size(parts, connected), -1)
+    return tuple(labels.split(sizes))
+
+
+def _fingerprint(edges: Sequence[Tensor], settings: tuple[object, ...]) -> bytes:
+    shapes = [(tuple(E.shape), str(E.dtype)) for E in edges]
+    state = hashlib.blake2b(repr((shapes, settings)).encode())
+    for E in edges:
+        state.update(E.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return state.digest()
 
 
 def _layered_graph(edges: Sequence[Tensor], weights: str, rtol: float) -> tuple[list[int], Tensor, Tensor]:

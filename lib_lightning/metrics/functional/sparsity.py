@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -56,6 +58,7 @@ def hoyer(weights: Tensor) -> Tensor:
         return w.new_zeros(())
     # The largest becomes 1, for squares of tiny weights would vanish.
     w = w / w.amax()
-    root = float(w.numel()) ** 0.5
+    root = math.sqrt(w.numel())
     ratio: Tensor = w.sum() / w.square().sum().sqrt()
-    return ((root - ratio) / (root - 1)).clamp(0, 1)
+    sparsity: Tensor = (root - ratio) / (root - 1)
+    return sparsity.clamp(0, 1)
