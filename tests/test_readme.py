@@ -70,7 +70,8 @@ def test_files_and_pictures_it_points_to_exist() -> None:
 
 
 def test_what_it_works_with_is_shown_by_tests_that_exist() -> None:
-    rows = [line for line in README.split("## What it works with")[1].split("\n## ")[0].splitlines() if line.startswith("| ")]
+    section = README.split("## What it works with")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")]
     source = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     tests = [re.findall(r"`(test_\w+)`", row.rsplit("|", 2)[1]) for row in rows]
     files = [re.findall(r"`(tests/[\w/]+\.py)`", row.rsplit("|", 2)[1]) for row in rows]
