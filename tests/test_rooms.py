@@ -15,7 +15,7 @@ ROOMS = [
     ("metrics", "export", "schedule", "processes"),
     ("display",),
     ("graph", "questions"),
-    ("compute", "samples", "folder"),
+    ("compute", "labels", "samples", "folder"),
     ("ablation",),
     ("trainers",),
     ("run_samples",),

@@ -15,6 +15,8 @@ from lib_lightning.core.together import Together
 # Below this width the full matrix is cheaper than looking for a span.
 DENSE_WIDTH = 512
 _SKETCH = 64
+# Vectors to hold in float64 at a time.
+_ROWS = 8192
 
 
 class GramSum:
@@ -61,7 +63,11 @@ class GramSum:
         g = g.to(product_dtype(g.dtype))
         self.N = self.N.to(g.device)
         coordinates = g if self.dense else self._coordinates(g)
-        self.N[part] += (coordinates.T @ coordinates).double()
+        # In single precision the rounding of the sum would be a metric of its own, some 1e-6 of the largest eigenvalue:
+        # enough for directions that nothing reads, but that vary greatly, to look important.
+        for rows in coordinates.split(_ROWS):
+            rows = rows.double()
+            self.N[part] += rows.T @ rows
 
     def reduce(self, together: Together) -> None:
         """Join the sums of several processes, over the span of all of them."""

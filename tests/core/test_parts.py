@@ -240,3 +240,12 @@ def test_wide_layers_give_the_same_either_way(monkeypatch: pytest.MonkeyPatch) -
     narrow = compute_interaction_graph(model, [x], ["input", "1", "output"])
     for pair, E in dense.edges.items():
         torch.testing.assert_close(narrow.edges[pair], E, rtol=1e-9, atol=1e-12)
+
+
+def test_the_sum_is_more_exact_than_its_vectors() -> None:
+    # What is no direction of any vector gets nothing but the vectors' own rounding, squared.
+    g = (torch.randn(20000, 4) @ torch.randn(4, 12)).float()
+    gram = GramSum(12)
+    gram.add(g)
+    values = torch.linalg.eigvalsh(gram.matrix())
+    assert values[:8].abs().max() < 1e-12 * values[-1]

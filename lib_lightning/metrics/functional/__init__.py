@@ -4,6 +4,7 @@ from lib_lightning.core.groups import standard_error
 from lib_lightning.metrics.functional.ablation import edges_required
 from lib_lightning.metrics.functional.edges import effective_edges, number_of_edges, share_of_edges
 from lib_lightning.metrics.functional.features import effective_features, number_of_features
+from lib_lightning.metrics.functional.fourier import fourier_variance
 from lib_lightning.metrics.functional.modules import (
     find_modules,
     largest_module,
@@ -20,6 +21,7 @@ __all__ = [
     "effective_edges",
     "effective_features",
     "find_modules",
+    "fourier_variance",
     "gini",
     "hoyer",
     "largest_module",

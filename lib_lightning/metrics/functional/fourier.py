@@ -1,0 +1,87 @@
+"""Which frequencies features of a model for modular addition are made of."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# What a wave may run over. "a,b" is a and b side by side, each with a wave of its own.
+KINDS = ("a+b", "a,b", "a", "b")
+
+
+def fourier_variance(features: Tensor, a: Tensor, b: Tensor, modulus: int) -> Tensor:
+    """Share of each feature's variance that waves of each frequency explain, as functions of ``a + b``, ``a`` or ``b``.
+
+    The wave of frequency ``k`` is ``c + u cos(2 pi k m / p) + v sin(2 pi k m / p)`` of ``m = a + b`` (or another of
+    `KINDS`), fitted by least squares to the samples given, each position by itself; variances are summed over
+    positions. Not all pairs need be among the samples. Of few samples a wave explains much by chance: about two in
+    ``n - 1``, twice that for ``"a,b"``.
+
+    Args:
+        features: Shape ``(n, S, r)``.
+        a: First summand of each sample, integers, shape ``(n,)``.
+        b: Second summand of each sample, integers, shape ``(n,)``.
+        modulus: ``p``, from 2 on.
+
+    Returns:
+        Shares between 0 and 1, shape ``(4, p // 2, r)``, float64: by kind in the order of `KINDS`, frequency from 1 on,
+        and feature. A feature that never changes has 0.
+
+    Raises:
+        ValueError: If the modulus or a shape is wrong.
+
+    Note:
+        Source: the waves are those that Nanda et al. (arXiv 2301.05217) found in models trained on this task.
+
+    Example:
+        >>> a, b = torch.arange(25) // 5, torch.arange(25) % 5
+        >>> feature = torch.cos(2 * torch.pi * 2 * (a + b) / 5)
+        >>> fourier_variance(feature.reshape(25, 1, 1), a, b, 5)[0].squeeze().round(decimals=6)
+        tensor([0., 1.], dtype=torch.float64)
+    """
+    if modulus < 2:
+        raise ValueError(f"modulus is an integer from 2 on; got {modulus}.")
+    if features.ndim != 3 or a.shape != features.shape[:1] or b.shape != features.shape[:1]:
+        raise ValueError(
+            f"Features are (n, S, r), a and b (n,); got {tuple(features.shape)}, {tuple(a.shape)}, {tuple(b.shape)}."
+        )
+    n, S, r = features.shape
+    if n == 0:
+        return features.new_zeros(len(KINDS), modulus // 2, r, dtype=torch.float64)
+    values = features.double()
+    mean = values.mean(0)
+    centred = values - mean
+    variance = centred.square().mean(0)
+    # Equal numbers differ from their mean by its rounding, in the type they came in.
+    rounding = torch.finfo(features.dtype).eps if features.is_floating_point() else 0.0
+    variance = torch.where(variance > (rounding * mean).square(), variance, 0.0)
+    centred = (centred * (variance > 0)).flatten(1)
+    total = variance.sum(0)
+
+    wave_a, wave_b = _waves(a.long(), modulus), _waves(b.long(), modulus)
+    waves = (_waves(a.long() + b.long(), modulus), torch.cat([wave_a, wave_b], 1), wave_a, wave_b)
+    explained = torch.stack([_explained(w, centred).unflatten(-1, (S, r)).sum(1) for w in waves])
+    return torch.where(total > 0, explained / total, 0.0).clamp(0, 1)
+
+
+def _waves(m: Tensor, modulus: int) -> Tensor:
+    """Centred cosines and sines of every frequency, shape ``(p // 2, 2, n)``."""
+    k = torch.arange(1, modulus // 2 + 1, device=m.device)
+    # The remainder first, in integers: multiples of the period are then exact.
+    angle = (torch.outer(k, m) % modulus).double() * (2 * math.pi / modulus)
+    waves = torch.stack([angle.cos(), angle.sin()], 1)
+    if modulus % 2 == 0:
+        waves[-1, 1] = 0  # at half the modulus the sine is zero at all integers
+    return waves - waves.mean(-1, keepdim=True)
+
+
+def _explained(waves: Tensor, centred: Tensor) -> Tensor:
+    """Variance that each set of waves ``(K, q, n)`` explains of each column of ``(n, m)``: shape ``(K, m)``."""
+    n = waves.shape[-1]
+    cross = (waves.flatten(0, 1) @ centred).unflatten(0, waves.shape[:2]) / n
+    # On few samples, or where a sine is zero, waves coincide or vanish: those directions explain nothing more.
+    inverse = torch.linalg.pinv(waves @ waves.mT / n, atol=1e-12, rtol=1e-9, hermitian=True)
+    explained: Tensor = (cross * (inverse @ cross)).sum(1)
+    return explained
