@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import time
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -13,21 +11,19 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from torchmetrics import MetricCollection
 
-from lib_lightning.compute import MEMORY_LIMIT, graph_of
-from lib_lightning.core.build import BasisKind, FinalBasisKind, Settings
-from lib_lightning.core.cut import InputFn, LiveModel, MaskFn
-from lib_lightning.core.errors import LIBError
-from lib_lightning.core.layers import NodeLayer, as_node_layers, check_taps
-from lib_lightning.core.memory import is_out_of_memory
-from lib_lightning.core.nested import is_empty
+from lib_lightning.ablation import AblationPlan
+from lib_lightning.compute import MEMORY_LIMIT
+from lib_lightning.core.build import BasisKind, FinalBasisKind, FinalMetric, Settings
+from lib_lightning.core.cut import InputFn, MaskFn
+from lib_lightning.core.layers import NodeLayer
 from lib_lightning.core.together import ALONE, Together
 from lib_lightning.display.loggers import log_image, log_numbers, where_to_look
-from lib_lightning.folder import SnapshotFolder
+from lib_lightning.folder import RunFolder
 from lib_lightning.graph import InteractionGraph
-from lib_lightning.metrics.summary import graph_scalars, scalar_keys
-from lib_lightning.processes import agree_on_text
-from lib_lightning.questions import as_mask_fn, blames_the_model, check_node_layers, propose_node_layers, runnable
+from lib_lightning.labels import Labeller
+from lib_lightning.run_layers import RunLayers
 from lib_lightning.run_samples import RunSamples
 from lib_lightning.schedule import Schedule
 from lib_lightning.trainers import (
@@ -38,6 +34,7 @@ from lib_lightning.trainers import (
     run_folder,
     validates,
 )
+from lib_lightning.watcher import Taken, Watched, Watcher
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +62,16 @@ class LIBCallback(pl.Callback):
         at_steps: Instead, a snapshot after each of these numbers of optimizer steps; 0 is before training.
         log_spaced: Instead, a snapshot before training and so many for each tenfold of the number of steps.
         basis: lib, or the baselines pca and neuron.
-        final_basis: Basis of the last node layer: neuron, pca, or auto for neurons at the model's output and PCA
-            anywhere else.
+        final_basis: Basis of the last node layer: neuron, pca, centered for logits less their mean over the classes,
+            or auto for neurons at the model's output and PCA anywhere else.
+        final_metric: fisher measures logits by the distribution that they stand for, so that importance means effect
+            on what the model predicts.
+        baselines: Other bases, such as pca and neuron, to compute on the same samples. Their numbers are logged as
+            ``pca/...``, and what those of the basis are of them as ``lib_over_pca/...``.
+        metrics: Numbers to log, each under its own name for every part of the graph and in total; None (null) for
+            `lib_lightning.metrics.default_metrics`.
+        labeller: Names features, such as `lib_lightning.labels.FourierLabels`.
+        ablation: An AblationPlan: counts now and then how many edges the model needs for its score.
         rtol: Directions of covariance, metric and importance below this share of the largest are dropped; 0 drops only
             what rounding cannot tell from zero.
         n_probes: None (null) for the exact metric; a number for that many random-sign probes per sample.
@@ -102,6 +107,11 @@ class LIBCallback(pl.Callback):
         log_spaced: int | None = None,
         basis: BasisKind = "lib",
         final_basis: FinalBasisKind = "auto",
+        final_metric: FinalMetric | None = None,
+        baselines: Sequence[BasisKind] = (),
+        metrics: MetricCollection | None = None,
+        labeller: Labeller | None = None,
+        ablation: AblationPlan | None = None,
         rtol: float = 1e-6,
         n_probes: int | None = None,
         integration_steps: int = 0,
@@ -119,35 +129,44 @@ class LIBCallback(pl.Callback):
             raise ValueError(f"num_samples is a number from 2 on: a basis needs samples to vary; got {num_samples}.")
         if memory_limit <= 0:
             raise ValueError(f"memory_limit is a number of GiB above 0; got {memory_limit}.")
-        self._given_layers = None if node_layers is None else as_node_layers(node_layers)
-        self.settings = Settings(basis, final_basis, rtol, n_probes, integration_steps)
+        settings = Settings(basis, final_basis, rtol, n_probes, integration_steps, final_metric)
+        self.watcher = Watcher(Watched(settings, tuple(baselines), metrics, labeller, ablation, memory_limit), name)
         if dtype not in _DTYPES:
             raise ValueError(f"dtype is 'float32', 'float64' or None for the model's own; got {dtype!r}.")
         self.dtype = _DTYPES[dtype]
-        self.input_fn, self.mask = input_fn, mask
-        self.memory_limit = memory_limit
+        self.input_fn = input_fn
         self.name = name
+        self._layers = RunLayers(node_layers, name, self.dtype, input_fn, mask, self.watcher.reset)
         self.schedule = Schedule(every_n_validations, every_n_steps, at_steps, log_spaced)
-        self.samples = RunSamples(num_samples, dataloader, val_dataloader)
+        scored = None if ablation is None else ablation.val_dataloader
+        self.samples = RunSamples(num_samples, dataloader, val_dataloader, ablation is not None, scored)
         self._reset()
 
     def _reset(self) -> None:
         self.schedule.reset()
         self.samples.reset()
-        self.graph: InteractionGraph | None = None
-        self.snapshots = 0
-        self._choose(self._given_layers)
+        self._layers.reset()
         self._graph_step: int | None = None
         self._tried_step: int | None = None
-        self._checked = self._looked_at_training = False
+        self._looked_at_training = False
         self._said: set[str] = set()
-        self._folder: SnapshotFolder | None = None
+        self._folder = RunFolder(None, [])
         self._together: Together = ALONE
 
-    def _choose(self, layers: list[NodeLayer] | None) -> None:
-        self.node_layers = layers
-        keys = [] if layers is None else [*scalar_keys([layer.name for layer in layers]), "samples", "seconds"]
-        self._scalars = dict.fromkeys(keys, math.nan)
+    @property
+    def node_layers(self) -> list[NodeLayer] | None:
+        """The node layers; None as long as they are to be proposed."""
+        return self._layers.layers
+
+    @property
+    def graph(self) -> InteractionGraph | None:
+        """The newest graph; those of baselines are in ``watcher.graphs``."""
+        return self.watcher.graphs.get(self.name)
+
+    @property
+    def snapshots(self) -> int:
+        """Number of snapshots taken."""
+        return self.watcher.snapshots
 
     @property
     def state_key(self) -> str:
@@ -164,22 +183,21 @@ class LIBCallback(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check names, now that the model is all there (it may be built in its own setup or configure_model)."""
         refuse_what_cannot_work(trainer, self.dtype)
-        check_taps(pl_module, self.node_layers or [])
+        self._layers.check_names(pl_module)
         self._start(trainer)
 
     def _start(self, trainer: pl.Trainer) -> None:
         # All processes have to ask together, so this is done in hooks that all of them run.
-        folder = run_folder(trainer)
         part = "" if trainer.state.fn == "fit" else "validate"  # a look from outside leaves the run's files alone
-        self._folder = None if folder is None else SnapshotFolder(folder / self.name / part)
-        if self._folder is not None and trainer.is_global_zero:
+        self._folder = RunFolder(run_folder(trainer), self.watcher.prefixes, part)
+        if trainer.is_global_zero:
             self._folder.clean()
         self._together = processes_of(trainer)
-        self.samples.start(trainer, self._together, self._folder)
+        self.samples.start(trainer, self._together, self._folder.main)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that there will be samples, and take the snapshot before training if one is due."""
-        self.samples.prepare(trainer, partial(self._check, pl_module))
+        self.samples.prepare(trainer, partial(self._layers.check, pl_module))
         self._snapshot_if_due(trainer, pl_module)
 
     def on_train_batch_start(
@@ -188,27 +206,7 @@ class LIBCallback(pl.Callback):
         """Without a sanity check, look for mistakes on the first training batch instead."""
         if not self._looked_at_training:
             self._looked_at_training = True
-            self._check(pl_module, batch, strict=False)
-
-    def _check(self, pl_module: pl.LightningModule, batch: Any, strict: bool = True) -> None:
-        if self._checked or is_empty(batch):
-            return
-        try:
-            with called_from_aside(pl_module.trainer, pl_module, self.dtype), runnable(pl_module, self.input_fn):
-                asked = (pl_module, batch, self.input_fn, self.mask)
-                layers = self.node_layers or as_node_layers(propose_node_layers(*asked))
-                check_node_layers(pl_module, batch, layers, self.dtype, self.input_fn, self.mask)
-        except LIBError as error:
-            if is_out_of_memory(error.__cause__ or error):
-                log.warning("'%s' has too little memory to look at its node layers: %s", self.name, error)
-            # A training batch may look different; the first validation will tell.
-            elif strict or blames_the_model(error, batch):
-                raise
-            return
-        self._checked = True
-        if self.node_layers is None:
-            self._choose(layers)
-            rank_zero_info(f"{self.name}: no node_layers given; took {[layer.name for layer in layers]}")
+            self._layers.check(pl_module, batch, strict=False)
 
     # validation: collect, compute, log
 
@@ -217,14 +215,14 @@ class LIBCallback(pl.Callback):
         if trainer.state.fn != "fit":
             self._graph_step = self._tried_step = None  # a checkpoint's state is that of training
             self._start(trainer)
-            self.samples.collect(trainer, partial(self._check, pl_module))
+            self.samples.collect(trainer, partial(self._layers.check, pl_module))
         self.samples.new_pass()
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Keep a copy of the batch."""
-        self.samples.see(trainer, batch, dataloader_idx, partial(self._check, pl_module))
+        self.samples.see(trainer, batch, dataloader_idx, partial(self._layers.check, pl_module))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take a snapshot if one is due, and log the current numbers in any case."""
@@ -253,16 +251,16 @@ class LIBCallback(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the last snapshot, write it as ``final.safetensors``, and say where everything is."""
-        if self._snapshot(trainer, pl_module):
+        if self._snapshot(trainer, pl_module, last=True):
             self._log_directly(trainer)
-        if self._folder is None or not trainer.is_global_zero:
+        if self._folder.main is None or not trainer.is_global_zero:
             return
         try:
             if self._graph_step == trainer.global_step:
                 self._folder.finish(trainer.global_step)
         except OSError as error:
             log.warning("The last snapshot of '%s' could not be written: %s", self.name, error)
-        what = f"\n{self.name}: {self.snapshots} snapshots of {' -> '.join(x.name for x in self.node_layers or [])}"
+        what = f"\n{self.name}: {self.snapshots} snapshots of {' -> '.join(self._layers.names)}"
         rank_zero_info("\n".join([what, *self._folder.contents(), *where_to_look(trainer.loggers)]))
 
     def _snapshot_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -270,56 +268,45 @@ class LIBCallback(pl.Callback):
         if due and self._snapshot(trainer, pl_module):
             self._log_directly(trainer)
 
-    def _snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+    def _snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule, last: bool = False) -> bool:
         """Take a snapshot, unless this step has had its try; tell whether there is a new one."""
         step = trainer.global_step
         if self._tried_step == step:
             return False
         self._tried_step = step
-        started = time.perf_counter()
         try:
             with self._together.agreed():
-                graph = self._compute(trainer, pl_module)
-                scalars = graph_scalars(list(graph.bases.values()), list(graph.edges.values()))
-                if self._folder is not None and trainer.is_global_zero:
-                    png = self._folder.write(graph, step)
-                    log_image(trainer.loggers, f"{self.name}/graph", png, logging_step(trainer))
+                taken = self._take(trainer, pl_module, last)
+                if trainer.is_global_zero:
+                    for tag, png in self._folder.write(taken.graphs, step).items():
+                        log_image(trainer.loggers, tag, png, logging_step(trainer))
         except Exception as error:
             log.warning(
                 "The snapshot of '%s' after %d steps failed and is left out; training goes on. %s: %s",
                 self.name, step, type(error).__name__, error,
             )  # fmt: skip
             return False
-        self.graph, self._graph_step = graph, step
-        self.snapshots += 1
-        self._scalars = {**scalars, "samples": float(graph.info["n_samples"]), "seconds": time.perf_counter() - started}
+        self.watcher.accept(taken)
+        self._graph_step = step
         return True
 
-    def _compute(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> InteractionGraph:
-        self._agree_on_layers()
-        live = LiveModel(pl_module, self.node_layers or [], self.input_fn, self.dtype, as_mask_fn(self.mask))
-        batches = self.samples.to_compute_on(trainer)
+    def _take(self, trainer: pl.Trainer, pl_module: pl.LightningModule, last: bool) -> Taken:
+        live = self._layers.live(pl_module, self._together)
+        samples = self.samples.to_compute_on(trainer), self.samples.to_score_on(trainer)
+        when = {"step": trainer.global_step, "epoch": trainer.current_epoch}
         with called_from_aside(trainer, pl_module, self.dtype):
-            graph = graph_of(live, batches, self.settings, self.memory_limit, self._together)
-        graph.info |= {"step": trainer.global_step, "epoch": trainer.current_epoch}
-        for note in set(graph.info["notes"]) - self._said:
+            taken = self.watcher.take(live, *samples, self._together, when, last)
+        for note in {note for graph in taken.graphs.values() for note in graph.info["notes"]} - self._said:
             log.warning("%s: %s", self.name, note)
             self._said.add(note)
-        return graph
-
-    def _agree_on_layers(self) -> None:
-        if self._given_layers is not None:
-            return
-        # A process that has seen no batch has no proposal of its own.
-        own = json.dumps([layer.name for layer in self.node_layers]) if self.node_layers else ""
-        if not (agreed := agree_on_text(self._together, own)):
-            raise LIBError("No batch has been seen that node layers could be proposed from.")
-        if own != agreed:
-            self._choose(as_node_layers(json.loads(agreed)))
+        return taken
 
     def _current_scalars(self, trainer: pl.Trainer) -> dict[str, float]:
-        age = math.nan if self._graph_step is None else float(trainer.global_step - self._graph_step)
-        return {f"{self.name}/{key}": value for key, value in (self._scalars | {"age": age}).items()}
+        steps = {"age": self._graph_step}
+        if self.watcher.watched.ablation is not None:
+            steps["ablation_age"] = self.watcher.ablated_step
+        ages = {f"{self.name}/{k}": math.nan if s is None else float(trainer.global_step - s) for k, s in steps.items()}
+        return self.watcher.numbers | ages
 
     def _log_directly(self, trainer: pl.Trainer) -> None:
         # LightningModule.log accepts nothing between validations that would reach the loggers at this step.
@@ -327,23 +314,18 @@ class LIBCallback(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """State that travels in Lightning's checkpoints: plain numbers and strings only."""
-        proposed = self._given_layers is None and self.node_layers is not None
         return {
             "schedule": self.schedule.state_dict(),
-            "scalars": dict(self._scalars),
+            "watcher": self.watcher.state_dict(),
             "graph_step": self._graph_step,
-            "snapshots": self.snapshots,
             "samples": self.samples.state_dict(),
-            "proposed_layers": [layer.name for layer in self.node_layers or []] if proposed else None,
+            "proposed_layers": self._layers.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
-        if self._given_layers is None and state_dict["proposed_layers"]:
-            self._choose(as_node_layers(state_dict["proposed_layers"]))
+        self._layers.load_state_dict(state_dict["proposed_layers"])
         self.schedule.load_state_dict(state_dict["schedule"])
         self.samples.load_state_dict(state_dict["samples"])
-        if set(state_dict["scalars"]) == set(self._scalars):  # else it was of other node layers
-            self._scalars = state_dict["scalars"]
+        if self.watcher.load_state_dict(state_dict["watcher"]):  # else it was of other node layers
             self._graph_step = self._tried_step = state_dict["graph_step"]
-            self.snapshots = state_dict["snapshots"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from lib_lightning.display.image import PNG, render_png
@@ -35,6 +36,21 @@ class SnapshotFolder:
         write_bytes(self.path / "figures" / f"{_name(step)}.png", png.data)
         return png
 
+    def write_spectrum(self, graph: InteractionGraph, baselines: Sequence[InteractionGraph], step: int) -> PNG:
+        """Write the figure of the importances of a snapshot, beside those of other bases.
+
+        Args:
+            graph: The snapshot.
+            baselines: Graphs of other bases on the same samples.
+            step: Number of optimizer steps before it.
+
+        Returns:
+            The figure.
+        """
+        png = render_png(graph.plot_spectrum(baselines))
+        write_bytes(self.path / "spectra" / f"{_name(step)}.png", png.data)
+        return png
+
     def finish(self, step: int) -> None:
         """Write the snapshot of a step once more, as ``final.safetensors``."""
         if self.basis_file(step).exists():
@@ -50,14 +66,63 @@ class SnapshotFolder:
         """Basis file of the snapshot of a step."""
         return self.path / "snapshots" / f"{_name(step)}.safetensors"
 
-    def samples_file(self, rank: int, size: int) -> Path:
-        """File with the samples that one of several processes computes on."""
-        return self.path / "samples" / f"{rank + 1}-of-{size}.pt"
+    def samples_file(self, rank: int, size: int, held_out: bool = False) -> Path:
+        """File with the samples that one of several processes computes on, or those held out of it."""
+        return self.path / "samples" / f"{'held-out-' if held_out else ''}{rank + 1}-of-{size}.pt"
 
     def contents(self) -> list[str]:
         """What there is, in lines of text."""
-        places = {"basis files": "snapshots", "last one": "final.safetensors", "figures": "figures"}
+        places = {
+            "basis files": "snapshots",
+            "last one": "final.safetensors",
+            "figures": "figures",
+            "spectra": "spectra",
+        }
         return [f"  {what:<13} {self.path / p}" for what, p in places.items() if (self.path / p).exists()]
+
+
+class RunFolder:
+    """The folders of a run, one for each basis that is computed.
+
+    Args:
+        root: The log directory; None for a run that leaves nothing behind.
+        prefixes: Names of the folders in it, the main one first.
+        part: Folder within each of them; empty for none.
+    """
+
+    def __init__(self, root: Path | None, prefixes: Iterable[str], part: str = "") -> None:
+        self._folders = {} if root is None else {prefix: SnapshotFolder(root / prefix / part) for prefix in prefixes}
+        self.main = next(iter(self._folders.values()), None)
+
+    def clean(self) -> None:
+        """Remove what a killed process has left half written."""
+        for folder in self._folders.values():
+            folder.clean()
+
+    def write(self, graphs: Mapping[str, InteractionGraph], step: int) -> dict[str, PNG]:
+        """Write a snapshot.
+
+        Args:
+            graphs: The graph of each folder, the main one first.
+            step: Number of optimizer steps before it.
+
+        Returns:
+            The figures, by the tag to show each under; none where nothing is to be left behind.
+        """
+        if self.main is None:
+            return {}
+        figures = {f"{prefix}/graph": self._folders[prefix].write(graph, step) for prefix, graph in graphs.items()}
+        main, own, *baselines = next(iter(graphs)), *graphs.values()
+        return {**figures, f"{main}/spectrum": self.main.write_spectrum(own, baselines, step)}
+
+    def finish(self, step: int) -> None:
+        """Write the snapshot of a step once more, as ``final.safetensors``."""
+        for folder in self._folders.values():
+            folder.finish(step)
+
+    def contents(self) -> list[str]:
+        """What there is, in lines of text."""
+        return [line for folder in self._folders.values() for line in folder.contents()]
 
 
 def _name(step: int) -> str:

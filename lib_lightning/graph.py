@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 import torch
 from torch import Tensor
+from torchmetrics import MetricCollection
 
 from lib_lightning.core.basis import Basis
+from lib_lightning.core.groups import standard_error
 from lib_lightning.core.layers import NodeLayer
 from lib_lightning.export.files import BasisFileError, read_file, write_file
+from lib_lightning.metrics.functional import find_modules
+from lib_lightning.metrics.summary import graph_scalars
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,6 +27,10 @@ if TYPE_CHECKING:
 _BASIS_TENSORS = ("mean", "to_features", "from_features", "importance")
 # What a file may do without: files of before there were any, and graphs where they are unknown.
 _OPTIONAL_BASIS_TENSORS = ("importance_error", "unsure")
+
+
+# Numbers of edges kept, scores with them, and the score of the model as it is.
+EdgeCurve = tuple[Tensor, Tensor, float]
 
 
 @dataclass(frozen=True)
@@ -146,6 +155,66 @@ class InteractionGraph:
         except (KeyError, TypeError, ValueError) as error:
             raise BasisFileError(f"'{path}' is a basis file, but a part of it is missing: {error}.") from error
 
+    def find_modules(self, **options: Any) -> dict[str, Tensor]:
+        """Find the modules of all sections together, and keep them as `modules`.
+
+        Args:
+            options: As for `lib_lightning.metrics.find_modules`.
+
+        Returns:
+            The module of each feature, by node layer.
+        """
+        found = find_modules(list(self.edges.values()), **options)
+        self.modules = dict(zip(self.node_layers, found, strict=True))
+        return self.modules
+
+    def measure(
+        self, metrics: MetricCollection | None = None, curves: Mapping[tuple[str, str], EdgeCurve] | None = None
+    ) -> dict[str, float]:
+        """Compute metrics, and keep them with their standard errors as ``info["metrics"]``.
+
+        Standard errors are jackknifed from `replicates`; those of numbers of modules are given the modules, and those
+        of ablations are not known.
+
+        Args:
+            metrics: As for `lib_lightning.metrics.summary.graph_scalars`.
+            curves: Ablation curves by section: counts, scores and the unablated score.
+
+        Returns:
+            The numbers, by name.
+
+        Example:
+            >>> import torch
+            >>> from lib_lightning import compute_interaction_graph
+            >>> graph = compute_interaction_graph(torch.nn.Linear(3, 2), [torch.randn(90, 3)], ["input", "output"])
+            >>> graph.measure()["features/total"], graph.info["metrics"]["features/total"]
+            (4.0, {'value': 4.0, 'error': 0.0})
+        """
+        bases, edges = list(self.bases.values()), list(self.edges.values())
+        numbers = graph_scalars(bases, edges, metrics, None if curves is None else [curves.get(p) for p in self.edges])
+        errors = self._standard_errors(metrics)
+        self.info["metrics"] = {
+            # JSON knows no NaN.
+            key: {"value": _or_none(value), "error": _or_none(errors.get(key, math.nan))}
+            for key, value in numbers.items()
+        }
+        return numbers
+
+    def _standard_errors(self, metrics: MetricCollection | None) -> dict[str, float]:
+        if self.replicates is None:
+            return {}
+        replicates = [
+            graph_scalars(
+                [replace(basis, importance=self.replicates.importance[name][g]) for name, basis in self.bases.items()],
+                [E[g] for E in self.replicates.edges.values()],
+                metrics,
+                like=list(self.edges.values()),
+            )
+            for g in range(min(len(E) for E in self.replicates.edges.values()))
+        ]
+        keys = replicates[0] if replicates else {}
+        return {key: float(standard_error(torch.tensor([r[key] for r in replicates]).double())) for key in keys}
+
     def to_networkx(self) -> nx.DiGraph[tuple[str, int]]:
         """Convert to a directed graph.
 
@@ -219,3 +288,7 @@ class InteractionGraph:
     def _kind(self) -> str:
         # The last node layer of every graph has single neurons.
         return next(iter(self.bases.values())).kind
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value

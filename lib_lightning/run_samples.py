@@ -35,16 +35,28 @@ class RunSamples:
         num_samples: Samples to keep, over all processes.
         dataloader: Batches of the user's own; None for validation batches.
         val_dataloader: Which of several validation data loaders to take.
+        hold_out: Whether to keep as many samples more, which snapshots are not computed on.
+        held_out_dataloader: Which validation data loader to take those from; None for those that follow.
     """
 
-    def __init__(self, num_samples: int, dataloader: Iterable[Any] | None, val_dataloader: int) -> None:
+    def __init__(
+        self,
+        num_samples: int,
+        dataloader: Iterable[Any] | None,
+        val_dataloader: int,
+        hold_out: bool = False,
+        held_out_dataloader: int | None = None,
+    ) -> None:
         self.num_samples, self.dataloader, self.val_dataloader = num_samples, dataloader, val_dataloader
+        self.hold_out, self.held_out_dataloader = hold_out, held_out_dataloader
         self._settings = {"num_samples": num_samples, "own": dataloader is not None, "val_dataloader": val_dataloader}
+        if hold_out:
+            self._settings["held_out"] = -1 if held_out_dataloader is None else held_out_dataloader
         self.reset()
 
     def reset(self) -> None:
         """Forget the run before."""
-        self.buffer = SampleBuffer(self.num_samples)
+        self.buffer, self.held_out = (SampleBuffer(self.num_samples) for _ in range(2))
         self.known = self._checked_sanity = False
         self._together: Together = ALONE
         self._folder: SnapshotFolder | None = None
@@ -60,7 +72,12 @@ class RunSamples:
         """Learn what run this is."""
         self._together, self._folder = together, folder
         self._writes = trainer.state.fn == "fit"  # a look from outside leaves the run's samples alone
-        self.buffer.num_samples = share_of(self.num_samples, *place_in_data(trainer))
+        for buffer in self._buffers:
+            buffer.num_samples = share_of(self.num_samples, *place_in_data(trainer))
+
+    @property
+    def _buffers(self) -> tuple[SampleBuffer, SampleBuffer]:
+        return self.buffer, self.held_out
 
     def prepare(self, trainer: pl.Trainer, check: Callable[[Any], None]) -> None:
         """Take the samples that are there before the first step, and make sure that there will be some.
@@ -75,6 +92,8 @@ class RunSamples:
         self._restore(trainer, check)
         if self.dataloader is None:
             refuse_without_validation(trainer, self._together, self.val_dataloader)
+            if self.held_out_dataloader is not None:
+                refuse_without_validation(trainer, self._together, self.held_out_dataloader)
         else:
             self.collect(trainer, check)
 
@@ -82,11 +101,13 @@ class RunSamples:
         """Go through the user's own batches, if there are any and it has not been done."""
         if self.dataloader is None or self.buffer.complete:
             return
-        self.buffer.num_samples = self.num_samples  # shared out by whole batches
+        for buffer in self._buffers:
+            buffer.num_samples = self.num_samples  # shared out by whole batches
+        wanted = self.num_samples * (1 + self.hold_out)
         with random_states_kept(_generators(self.dataloader)), self._together.agreed():
-            for batch in batches_in_turn(trainer, self.dataloader, self.num_samples):
+            for batch in batches_in_turn(trainer, self.dataloader, wanted):
                 check(batch)
-                self.buffer.add(batch)
+                self._add(batch, None)
         if not any(self._together.gather(torch.tensor([len(self.batches)]))):
             raise LIBError("The dataloader given to LIBCallback has no batches, or is an iterator that is used up.")
         self.keep(complete=True)
@@ -94,13 +115,23 @@ class RunSamples:
     def new_pass(self) -> None:
         """A validation begins: what was kept of the one before was perhaps only a sanity check."""
         if not self.buffer.complete:
-            self.buffer.clear()
+            for buffer in self._buffers:
+                buffer.clear()
 
     def see(self, trainer: pl.Trainer, batch: Any, dataloader_idx: int, check: Callable[[Any], None]) -> None:
         """Keep a copy of a validation batch, if it is one of those that count."""
-        if self.dataloader is None and dataloader_idx == self.val_dataloader:
+        if self.dataloader is not None or self.buffer.complete:
+            return
+        if dataloader_idx == self.val_dataloader:
             check(batch)
-            self.buffer.add(batch, distinct_validation_samples(trainer, dataloader_idx))
+            self._add(batch, distinct_validation_samples(trainer, dataloader_idx))
+        if self.hold_out and dataloader_idx == self.held_out_dataloader:
+            self.held_out.add(batch, distinct_validation_samples(trainer, dataloader_idx))
+
+    def _add(self, batch: Any, available: int | None) -> None:
+        rest = self.buffer.add(batch, available)
+        if self.hold_out and self.held_out_dataloader is None and rest is not None:
+            self.held_out.add(rest)
 
     def end_pass(self, sanity_check: bool) -> None:
         """A validation ends, or the data would have been seen in one."""
@@ -115,29 +146,44 @@ class RunSamples:
         self.known = True
         if self.buffer.complete:
             return
-        self.buffer.complete = complete
+        for buffer in self._buffers:
+            buffer.complete = complete
         if self._folder is not None and self._writes:
-            path = self._folder.samples_file(self._together.rank, self._together.size)
-            self._written_to = str(self._folder.path.resolve()) if self.buffer.save(path) else None
+            saved = [buffer.save(self._file(self._folder, buffer)) for buffer in self._written]
+            self._written_to = str(self._folder.path.resolve()) if all(saved) else None
+
+    @property
+    def _written(self) -> list[SampleBuffer]:
+        return [self.buffer, self.held_out] if self.hold_out else [self.buffer]
+
+    def _file(self, folder: SnapshotFolder, buffer: SampleBuffer) -> Path:
+        return folder.samples_file(self._together.rank, self._together.size, held_out=buffer is self.held_out)
 
     def to_compute_on(self, trainer: pl.Trainer) -> list[Any]:
         """Batches for a snapshot: this process's, or everybody's where all compute in step."""
         return shared_samples(trainer, self.batches)
 
+    def to_score_on(self, trainer: pl.Trainer) -> list[Any]:
+        """Batches to score ablations on; those of snapshots where there were not enough samples to hold any out."""
+        any_held_out = any(int(t) for t in self._together.gather(torch.tensor([self.held_out.count])))
+        return shared_samples(trainer, self.held_out.batches if any_held_out else self.batches)
+
     def _restore(self, trainer: pl.Trainer, check: Callable[[Any], None]) -> None:
         if self._resumed is None:
             return
         folder, complete = self._resumed
-        path = SnapshotFolder(Path(folder)).samples_file(self._together.rank, self._together.size)
-        restored = SampleBuffer(self.buffer.num_samples)
-        found = restored.load(path, trainer.strategy.root_device)
+        before = SnapshotFolder(Path(folder))
+        paths = [self._file(before, buffer) for buffer in self._written]
+        restored = [SampleBuffer(buffer.num_samples) for buffer in self._written]
+        device = trainer.strategy.root_device
+        found = all(buffer.load(path, device) for buffer, path in zip(restored, paths, strict=True))
         if all(self._together.gather(torch.tensor([found]))):
-            for batch in restored.batches[:1]:
+            for batch in restored[0].batches[:1]:
                 check(batch)
-            self.buffer = restored
+            self.buffer, self.held_out = restored[0], (restored[1:] or [self.held_out])[0]
             self.keep(complete)
             return
-        log.warning("The samples that snapshots were computed on are not in %s any more; new ones are taken.", path)
+        log.warning("The samples that snapshots were computed on are not in %s any more; new ones are taken.", paths[0])
         if self._checked_sanity:
             self.keep(complete=False)
 

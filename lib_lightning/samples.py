@@ -43,26 +43,30 @@ class SampleBuffer:
         """Whether all samples are there."""
         return self.count >= self.num_samples
 
-    def add(self, batch: Any, available: int | None = None) -> None:
+    def add(self, batch: Any, available: int | None = None) -> Any:
         """Copy a batch, or as many of its samples as are still wanted.
 
         Args:
             batch: What a data loader gives.
             available: Number of samples that its data loader has in all; what comes after them repeats earlier ones,
                 and is left out.
+
+        Returns:
+            The samples that were not wanted any more, of those available; None if there are none.
         """
         n = batch_size(batch)
-        wanted = self.num_samples - self.count
-        if available is not None:
-            wanted = min(wanted, available - self._offered)
+        there = n if available is None else max(0, min(n, available - self._offered))
+        wanted = min(there, self.num_samples - self.count)
         self._offered += n
+        rest = samples_between(batch, max(0, wanted), there) if wanted < there else None
         if wanted <= 0 or self.complete:
-            return
+            return rest
         # Copies made outside inference mode are ordinary tensors, which gradients can be taken through.
         with torch.inference_mode(False):
             kept = batch if n <= wanted else samples_between(batch, 0, wanted)
             self.batches.append(map_tensors(kept, lambda t: t.detach().clone()))
-        self.count += min(n, wanted)
+        self.count += wanted
+        return rest
 
     def clear(self) -> None:
         """Drop everything."""

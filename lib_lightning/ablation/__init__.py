@@ -5,9 +5,11 @@ one split of the data, and score on another.
 """
 
 from lib_lightning.ablation.curves import EdgesRequired, edge_ablation_curve, edges_required, node_ablation_curve
+from lib_lightning.ablation.plan import AblationPlan
 from lib_lightning.ablation.scores import accuracy, log_likelihood
 
 __all__ = [
+    "AblationPlan",
     "EdgesRequired",
     "accuracy",
     "edge_ablation_curve",

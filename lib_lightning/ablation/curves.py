@@ -6,13 +6,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from lib_lightning.ablation.scored import Score, ScoredModel, scored_model
 from lib_lightning.ablation.search import Counts, Tried, bisect, scan, try_counts
 from lib_lightning.core.ablate import strongest
 from lib_lightning.core.errors import NodeLayerError, quoted
-from lib_lightning.graph import InteractionGraph
+from lib_lightning.graph import EdgeCurve, InteractionGraph
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class EdgesRequired:
     score: float
     unablated: float
     curve: dict[int, float] = field(default_factory=dict, repr=False)
+
+    def as_curve(self) -> EdgeCurve:
+        """What was tried, as metrics take it: counts ``(k,)``, scores ``(k,)``, and the unablated score."""
+        counts, scores = (torch.tensor(list(x)) for x in (self.curve.keys(), self.curve.values()))
+        return counts, scores.double(), self.unablated
 
 
 def node_ablation_curve(

@@ -34,10 +34,15 @@ class _OfModules(GraphAverage):
         self.weights: EdgeWeights = weights
         self.resolution, self.seed, self.rtol = resolution, seed, rtol
 
-    def update(self, edges: Tensor | Sequence[Tensor]) -> None:
-        """Add the edges ``(r_out, r_in)`` of one section, or those of consecutive sections as one graph."""
+    def update(self, edges: Tensor | Sequence[Tensor], like: Tensor | Sequence[Tensor] | None = None) -> None:
+        """Add the edges ``(r_out, r_in)`` of one section, or those of consecutive sections as one graph.
+
+        With ``like``, other edges of the same shapes, the modules are those of these.
+        """
         sections = [edges] if isinstance(edges, Tensor) else list(edges)
-        modules = find_modules(sections, self.weights, self.resolution, self.seed, self.rtol)
+        searched = edges if like is None else like
+        searched = [searched] if isinstance(searched, Tensor) else list(searched)
+        modules = find_modules(searched, self.weights, self.resolution, self.seed, self.rtol)
         self._add(self._number(sections, modules))
 
     def _number(self, edges: list[Tensor], modules: list[Tensor]) -> Tensor:

@@ -19,8 +19,11 @@ from lib_lightning.metrics.sparsity import Gini, Hoyer
 from lib_lightning.metrics.taken import Part, fresh, measure, taken_by, total_of
 
 
-def default_metrics() -> MetricCollection:
+def default_metrics(tolerance: float = 1e-3) -> MetricCollection:
     """The metrics that are computed unless others are asked for.
+
+    Args:
+        tolerance: Loss of score that edges required may cost.
 
     Returns:
         A new collection; its names are those under which the numbers are logged.
@@ -43,7 +46,7 @@ def default_metrics() -> MetricCollection:
             # Not "modules": a collection is a torch module itself, and has that name already.
             "number_of_modules": NumberOfModules(),
             "largest_module": LargestModule(),
-            "edges_required": EdgesRequired(),
+            "edges_required": EdgesRequired(tolerance),
         }
     )
 
@@ -53,6 +56,7 @@ def graph_scalars(
     edges: Sequence[Tensor],
     metrics: MetricCollection | None = None,
     curves: Sequence[tuple[Tensor, Tensor, float] | None] | None = None,
+    like: Sequence[Tensor] | None = None,
 ) -> dict[str, float]:
     """Compute metrics of each part of a graph, and of all of it.
 
@@ -62,6 +66,8 @@ def graph_scalars(
         metrics: What to compute, None for `default_metrics`; they stay as they are. Each process computes for itself.
         curves: An ablation curve for each section, as `edges_required` takes it: counts, scores and the unablated
             score; None for a section that has none. Without any, metrics of such curves are left out.
+        like: Edges of the same shapes for metrics whose update takes ``like``: those of modules then take the modules
+            of these.
 
     Returns:
         ``<metric>/<layer>`` of metrics whose update takes ``importance``, ``<metric>/<section>`` of those whose update
@@ -79,13 +85,16 @@ def graph_scalars(
         2.0
     """
     sections = section_keys([basis.name for basis in bases])
-    parts: dict[Part, dict[str, dict[str, Any] | None]] = {
+    parts: dict[Part, dict[str, dict[str, Any]]] = {
         "importance": {layer_key(basis.name): {"importance": basis.importance} for basis in bases},
         "edges": {section: {"edges": E} for section, E in zip(sections, edges, strict=True)},
     }
+    if like is not None:
+        for section, E in zip(sections, like, strict=True):
+            parts["edges"][section] |= {"like": E}
     if curves is not None:
         parts["curve"] = {
-            section: None if curve is None else dict(zip(("counts", "scores", "unablated"), curve, strict=True))
+            section: {} if curve is None else dict(zip(("counts", "scores", "unablated"), curve, strict=True))
             for section, curve in zip(sections, curves, strict=True)
         }
     values: dict[str, float] = {}
@@ -94,7 +103,7 @@ def graph_scalars(
             continue
         own = fresh(metric)
         numbers = {f"{name}/{key}": _number(own, inputs) for key, inputs in parts[part].items()}
-        values |= numbers | {f"{name}/total": _total(own, numbers, edges)}
+        values |= numbers | {f"{name}/total": _total(own, numbers, edges, like)}
     return values
 
 
@@ -145,14 +154,18 @@ def _by_part(metrics: MetricCollection | None) -> list[tuple[str, Metric, Part]]
     return sorted(found, key=lambda one: order.index(one[2]))
 
 
-def _number(metric: Metric, inputs: dict[str, Any] | None) -> float:
-    return math.nan if inputs is None else measure(metric, **inputs)
+def _number(metric: Metric, inputs: dict[str, Any]) -> float:
+    return measure(metric, **inputs) if inputs else math.nan
 
 
-def _total(metric: Metric, numbers: Mapping[str, float], edges: Sequence[Tensor]) -> float:
+def _total(
+    metric: Metric, numbers: Mapping[str, float], edges: Sequence[Tensor], like: Sequence[Tensor] | None
+) -> float:
     kind = total_of(metric)
     if kind == "sum":
         return sum(numbers.values())
     if not numbers:
         return math.nan
-    return measure(metric, edges=list(edges)) if kind == "whole" else sum(numbers.values()) / len(numbers)
+    if kind == "whole":
+        return measure(metric, edges=list(edges), **({} if like is None else {"like": list(like)}))
+    return sum(numbers.values()) / len(numbers)

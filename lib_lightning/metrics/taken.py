@@ -80,7 +80,7 @@ def measure(metric: Metric, **inputs: Any) -> float:
 
     Args:
         metric: A metric of ours to use; what it knew is forgotten.
-        inputs: Arguments of its update.
+        inputs: Arguments of its update; ``like`` only counts where it takes that.
 
     Returns:
         The number.
@@ -91,6 +91,8 @@ def measure(metric: Metric, **inputs: Any) -> float:
         3.0
     """
     metric.reset()
+    if "like" in inputs and "like" not in inspect.signature(metric.update).parameters:
+        inputs.pop("like")
     metric.update(**inputs)
     return float(metric.compute())
 

@@ -29,7 +29,7 @@ from recipes.modular_addition import AllPairs, ModularAddition, ModularAdditionT
 MODULUS = 113
 TRAIN_FRACTION = 0.3
 # Epochs of 1,000 steps: to find the general solution, and to settle in it.
-FIND, SETTLE = 6, 10
+FIND, SETTLE = 6, 4
 
 
 class PaperModularAddition(ModularAddition):

@@ -1,0 +1,206 @@
+"""What is looked at in each snapshot: graphs in one basis and in its baselines, and the numbers that describe them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torchmetrics import MetricCollection
+
+from lib_lightning.ablation import AblationPlan, edges_required
+from lib_lightning.compute import MEMORY_LIMIT, graph_of
+from lib_lightning.core.build import BasisKind, Settings
+from lib_lightning.core.cut import LiveModel
+from lib_lightning.core.together import Together
+from lib_lightning.graph import InteractionGraph
+from lib_lightning.labels import Labeller, label_features
+from lib_lightning.metrics.modules import Modularity
+from lib_lightning.metrics.summary import default_metrics, scalar_keys
+from lib_lightning.metrics.taken import check_metrics
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What is computed in each snapshot.
+
+    Args:
+        settings: How the graph is computed.
+        baselines: Other bases to compute on the same samples.
+        metrics: Numbers to compute of each graph; None for `lib_lightning.metrics.default_metrics`.
+        labeller: Names features; None for no names.
+        ablation: When and how edges required are counted; None for never.
+        memory_limit: As for `lib_lightning.compute_interaction_graph`.
+
+    Raises:
+        ValueError: If a baseline is unknown, or the basis itself.
+        LIBError: If a metric takes what is not of a graph.
+    """
+
+    settings: Settings
+    baselines: tuple[BasisKind, ...] = ()
+    metrics: MetricCollection | None = None
+    labeller: Labeller | None = None
+    ablation: AblationPlan | None = None
+    memory_limit: float = MEMORY_LIMIT
+
+    def __post_init__(self) -> None:
+        for kind in self.baselines:
+            replace(self.settings, basis=kind)
+        if len({self.settings.basis, *self.baselines}) <= len(self.baselines):
+            raise ValueError(
+                f"baselines={list(self.baselines)} are other bases than {self.settings.basis!r}, each once."
+            )
+        if self.metrics is not None:
+            check_metrics(self.metrics)
+
+    @property
+    def collection(self) -> MetricCollection:
+        """The metrics."""
+        return self.metrics or default_metrics(1e-3 if self.ablation is None else self.ablation.tolerance)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A snapshot, not yet accepted.
+
+    Attributes:
+        graphs: A graph for each prefix, the first one of the basis itself.
+        numbers: All numbers, by name.
+        ablated_step: Step of the newest ablation.
+    """
+
+    graphs: dict[str, InteractionGraph]
+    numbers: dict[str, float]
+    ablated_step: int | None
+
+
+class Watcher:
+    """Takes snapshots, and holds the newest graphs and numbers.
+
+    Args:
+        watched: What is computed.
+        name: Prefix of the numbers. Those of a baseline have ``pca`` in place of ``lib``, ``NAME_pca`` of any other
+            name; their ratios ``NAME_over_pca``.
+
+    Attributes:
+        graphs: The newest graph, by prefix; the first one is of the basis itself.
+        numbers: The newest numbers, by name.
+        snapshots: Number of snapshots taken.
+        ablated_step: Step of the newest ablation.
+    """
+
+    def __init__(self, watched: Watched, name: str) -> None:
+        self.watched, self.name = watched, name
+        own = "" if name == "lib" else f"{name}_"
+        self.prefixes = {name: watched.settings.basis, **{f"{own}{kind}": kind for kind in watched.baselines}}
+        self._over = {f"{own}{kind}": f"{name}_over_{kind}" for kind in watched.baselines}
+        self.reset([])
+
+    def reset(self, node_layers: Sequence[str]) -> None:
+        """Start afresh, with node layers of these names; none if they are not known yet."""
+        self.graphs: dict[str, InteractionGraph] = {}
+        self.snapshots = 0
+        self.ablated_step: int | None = None
+        self.numbers = dict.fromkeys(self._keys(node_layers) if node_layers else [], math.nan)
+
+    def _keys(self, node_layers: Sequence[str]) -> list[str]:
+        metrics = self.watched.collection
+        keys = scalar_keys(node_layers, metrics)
+        if self.watched.ablation is not None:
+            keys += scalar_keys(node_layers, metrics, causal=True)
+        totals = [key for key in keys if key.endswith("/total")]
+        return [
+            *(f"{prefix}/{key}" for prefix in self.prefixes for key in keys),
+            *(f"{over}/{key}" for over in self._over.values() for key in totals),
+            f"{self.name}/samples",
+            f"{self.name}/seconds",
+        ]
+
+    def take(
+        self,
+        live: LiveModel,
+        batches: Sequence[Any],
+        held_out: Sequence[Any],
+        together: Together,
+        when: dict[str, int],
+        last: bool,
+    ) -> Taken:
+        """Take a snapshot; everything stays as it was until it is accepted.
+
+        Args:
+            live: The model and its node layers.
+            batches: Samples to compute on.
+            held_out: Samples to score on, where there are ablations.
+            together: The processes.
+            when: What to note in the graphs: ``step`` is the number of optimizer steps before it.
+            last: Whether it is the last one of the run.
+
+        Returns:
+            The snapshot.
+        """
+        started = time.perf_counter()
+        plan, metrics = self.watched.ablation, self.watched.collection
+        ablates = plan is not None and (last or self.snapshots % plan.every_n_snapshots == 0)
+        options: dict[str, Any] = {"input_fn": live.input_fn, "mask": live.mask_fn, "dtype": live.dtype}
+        graphs: dict[str, InteractionGraph] = {}
+        found: dict[str, float] = {}
+        for prefix, kind in self.prefixes.items():
+            settings = replace(self.watched.settings, basis=kind)
+            graph = graph_of(live, batches, settings, self.watched.memory_limit, together)
+            graph.info |= when
+            curves = None
+            if plan is not None and ablates:
+                required = edges_required(
+                    live.model, held_out, graph, plan.score_fn, plan.tolerance,
+                    memory_limit=self.watched.memory_limit, together=together, **options,
+                )  # fmt: skip
+                curves = {section: answer.as_curve() for section, answer in required.items()}
+            found |= {f"{prefix}/{key}": value for key, value in graph.measure(metrics, curves).items()}
+            graph.find_modules(**_module_options(metrics))
+            if self.watched.labeller is not None and batches:
+                graph.labels = label_features(graph, live.model, batches, self.watched.labeller, **options)
+            graphs[prefix] = graph
+        # An ablation's numbers stay until the next one.
+        before = {key: self.numbers.get(key, math.nan) for key in self._keys(graphs[self.name].node_layers)}
+        numbers = before | found
+        numbers |= self._ratios(numbers)
+        numbers[f"{self.name}/samples"] = float(graphs[self.name].info["n_samples"])
+        numbers[f"{self.name}/seconds"] = time.perf_counter() - started
+        return Taken(graphs, numbers, when["step"] if ablates else self.ablated_step)
+
+    def accept(self, taken: Taken) -> None:
+        """Make a snapshot the newest one."""
+        self.graphs, self.numbers, self.ablated_step = taken.graphs, taken.numbers, taken.ablated_step
+        self.snapshots += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """State to go on from, of plain numbers."""
+        return {"numbers": dict(self.numbers), "snapshots": self.snapshots, "ablated_step": self.ablated_step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
+        """Go on from a state, if it is of the same numbers; tell whether it was."""
+        if set(state["numbers"]) != set(self.numbers):
+            return False
+        self.numbers, self.snapshots, self.ablated_step = state["numbers"], state["snapshots"], state["ablated_step"]
+        return True
+
+    def _ratios(self, numbers: dict[str, float]) -> dict[str, float]:
+        ratios = {}
+        for prefix, over in self._over.items():
+            totals = [key for key in numbers if key.startswith(f"{prefix}/") and key.endswith("/total")]
+            for total in totals:
+                key = total.removeprefix(f"{prefix}/")
+                own, other = numbers[f"{self.name}/{key}"], numbers[total]
+                ratios[f"{over}/{key}"] = own / other if other else math.nan
+        return ratios
+
+
+def _module_options(metrics: MetricCollection) -> dict[str, Any]:
+    """Modules are drawn as they are measured."""
+    for metric in metrics.clone().values():
+        if isinstance(metric, Modularity):
+            return {name: getattr(metric, name) for name in ("weights", "resolution", "seed", "rtol")}
+    return {}
