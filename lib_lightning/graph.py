@@ -19,7 +19,7 @@ from lib_lightning.core.groups import standard_error
 from lib_lightning.core.layers import NodeLayer
 from lib_lightning.export.files import BasisFileError, read_file, write_file
 from lib_lightning.metrics.functional import find_modules
-from lib_lightning.metrics.summary import graph_scalars
+from lib_lightning.metrics.summary import GraphMetrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -191,8 +191,9 @@ class InteractionGraph:
             (4.0, {'value': 4.0, 'error': 0.0})
         """
         bases, edges = list(self.bases.values()), list(self.edges.values())
-        numbers = graph_scalars(bases, edges, metrics, None if curves is None else [curves.get(p) for p in self.edges])
-        errors = self._standard_errors(metrics)
+        ready = GraphMetrics(metrics)
+        numbers = ready.numbers(bases, edges, None if curves is None else [curves.get(p) for p in self.edges])
+        errors = self._standard_errors(ready)
         self.info["metrics"] = {
             # JSON knows no NaN.
             key: {"value": _or_none(value), "error": _or_none(errors.get(key, math.nan))}
@@ -200,14 +201,13 @@ class InteractionGraph:
         }
         return numbers
 
-    def _standard_errors(self, metrics: MetricCollection | None) -> dict[str, float]:
+    def _standard_errors(self, metrics: GraphMetrics) -> dict[str, float]:
         if self.replicates is None:
             return {}
         replicates = [
-            graph_scalars(
+            metrics.numbers(
                 [replace(basis, importance=self.replicates.importance[name][g]) for name, basis in self.bases.items()],
                 [E[g] for E in self.replicates.edges.values()],
-                metrics,
                 like=list(self.edges.values()),
             )
             for g in range(min(len(E) for E in self.replicates.edges.values()))

@@ -84,27 +84,47 @@ def graph_scalars(
         >>> graph_scalars(layers, [torch.eye(2)])["edges/fc.input-to-output"]
         2.0
     """
-    sections = section_keys([basis.name for basis in bases])
-    parts: dict[Part, dict[str, dict[str, Any]]] = {
-        "importance": {layer_key(basis.name): {"importance": basis.importance} for basis in bases},
-        "edges": {section: {"edges": E} for section, E in zip(sections, edges, strict=True)},
-    }
-    if like is not None:
-        for section, E in zip(sections, like, strict=True):
-            parts["edges"][section] |= {"like": E}
-    if curves is not None:
-        parts["curve"] = {
-            section: {} if curve is None else dict(zip(("counts", "scores", "unablated"), curve, strict=True))
-            for section, curve in zip(sections, curves, strict=True)
+    return GraphMetrics(metrics).numbers(bases, edges, curves, like)
+
+
+class GraphMetrics:
+    """Metrics made ready to be computed of several graphs.
+
+    Args:
+        metrics: As for `graph_scalars`.
+    """
+
+    def __init__(self, metrics: MetricCollection | None = None) -> None:
+        self._by_part = [(name, fresh(metric), part) for name, metric, part in _by_part(metrics)]
+
+    def numbers(
+        self,
+        bases: Sequence[Basis],
+        edges: Sequence[Tensor],
+        curves: Sequence[tuple[Tensor, Tensor, float] | None] | None = None,
+        like: Sequence[Tensor] | None = None,
+    ) -> dict[str, float]:
+        """Compute them, as `graph_scalars` does."""
+        sections = section_keys([basis.name for basis in bases])
+        parts: dict[Part, dict[str, dict[str, Any]]] = {
+            "importance": {layer_key(basis.name): {"importance": basis.importance} for basis in bases},
+            "edges": {section: {"edges": E} for section, E in zip(sections, edges, strict=True)},
         }
-    values: dict[str, float] = {}
-    for name, metric, part in _by_part(metrics):
-        if part not in parts:
-            continue
-        own = fresh(metric)
-        numbers = {f"{name}/{key}": _number(own, inputs) for key, inputs in parts[part].items()}
-        values |= numbers | {f"{name}/total": _total(own, numbers, edges, like)}
-    return values
+        if like is not None:
+            for section, E in zip(sections, like, strict=True):
+                parts["edges"][section] |= {"like": E}
+        if curves is not None:
+            parts["curve"] = {
+                section: {} if curve is None else dict(zip(("counts", "scores", "unablated"), curve, strict=True))
+                for section, curve in zip(sections, curves, strict=True)
+            }
+        values: dict[str, float] = {}
+        for name, own, part in self._by_part:
+            if part not in parts:
+                continue
+            numbers = {f"{name}/{key}": _number(own, inputs) for key, inputs in parts[part].items()}
+            values |= numbers | {f"{name}/total": _total(own, numbers, edges, like)}
+        return values
 
 
 def scalar_keys(names: Sequence[str], metrics: MetricCollection | None = None, causal: bool = False) -> list[str]:
