@@ -83,7 +83,7 @@ def transcribe(
     counts = list(masks) or [torch.ones(x.shape[:2], dtype=torch.bool) for x in a]
     mean, C, C_pinv, Lambda = ([torch.empty(0)] * (L + 1) for _ in range(4))
     for l in reversed(range(L + 1)):
-        n, _, d = a[l].shape
+        d = a[l].shape[-1]
         rows = a[l][counts[l]]
         mean[l] = rows.mean(0)
         Sigma = sum(torch.outer(r - mean[l], r - mean[l]) for r in rows) / len(rows)
@@ -104,9 +104,7 @@ def transcribe(
             Lambda[l], V = nonzero_eigh(D.sqrt().diag() @ U.T @ M @ U @ D.sqrt().diag(), rtol)
             C[l] = U @ D.rsqrt().diag() @ V @ Lambda[l].sqrt().diag()
             C_pinv[l] = Lambda[l].rsqrt().diag() @ V.T @ D.sqrt().diag() @ U.T
-    E = [
-        edges(chain[l], a[l], mean[l], C[l], C_pinv[l], C[l + 1], counts[l], counts[l + 1], steps) for l in range(L)
-    ]
+    E = [edges(chain[l], a[l], mean[l], C[l], C_pinv[l], C[l + 1], counts[l], counts[l + 1], steps) for l in range(L)]
     return Reference(a, mean, C, C_pinv, Lambda, E)
 
 

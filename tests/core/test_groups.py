@@ -22,7 +22,7 @@ from lib_lightning.core.memory import plan_chunks
 from lib_lightning.core.section import sections
 from lib_lightning.core.together import Together
 from lib_lightning.questions import as_mask_fn
-from tests.cases import N, Case
+from tests.cases import Case, N
 from tests.conftest import CASES
 from tests.reference import activations, edges, fisher_metric, jacobian_metric
 
@@ -188,7 +188,9 @@ def test_importance_is_first_order_in_what_is_left_out(final: dict[str, object])
             others = [x[torch.arange(n) * GROUPS // n != g] for g in range(GROUPS)]
             true = torch.stack([at(other).bases[name].importance for other in others])
             assert (~basis.unsure).sum() >= 3
-            squares += torch.stack([replicates - true, true - basis.importance])[..., ~basis.unsure].square().sum((1, 2))
+            squares += (
+                torch.stack([replicates - true, true - basis.importance])[..., ~basis.unsure].square().sum((1, 2))
+            )
         differences.append(float((squares[0] / squares[1]).sqrt()))
     # One order smaller than what moves: 1/sqrt(n) of it, a quarter from one to the other.
     assert differences[0] < 0.15
@@ -222,7 +224,9 @@ def test_errors_of_importances_are_their_spread_over_new_samples(options: dict[s
         sure = torch.stack(unsure).mean(0) < 0.1
         assert sure.sum() >= 2
         # Measured: 0.95 to 1.08 with 120 draws, although the next layer's features are taken as given.
-        error, importance = (torch.stack([getattr(b, k)[:r] for b in bases]) for k in ("importance_error", "importance"))
+        error, importance = (
+            torch.stack([getattr(b, k)[:r] for b in bases]) for k in ("importance_error", "importance")
+        )
         assert coverage(error, importance, sure) == pytest.approx(1, abs=0.25)
 
 
@@ -239,7 +243,7 @@ def test_errors_of_edges_are_their_spread_over_new_samples_in_these_features(bas
             total.update(section)
             found[l].append(total.E)
     for (pair, E), numbers in zip(first.edges.items(), found, strict=True):
-        strong = E > 1e-3 * E.max()
+        strong = 1e-3 * E.max() < E
         # One draw's errors, each known to a quarter: together better.
         assert coverage(first.edge_errors[pair][None], torch.stack(numbers), strong) == pytest.approx(1, abs=0.25)
         if basis == "neuron":  # whose features are the same for all draws
@@ -312,9 +316,7 @@ def test_groups_of_two_processes_are_joined(name: str, own: int) -> None:
         (torch.tensor([3.0, 2.0, 1.0]), torch.tensor([[3.5, 1.5, 1.0], [2.5, 2.5, 1.0]]), [True, True, False]),
     ],
 )
-def test_unsure_are_neighbours_within_two_errors(
-    importance: Tensor, replicates: Tensor, expected: list[bool]
-) -> None:
+def test_unsure_are_neighbours_within_two_errors(importance: Tensor, replicates: Tensor, expected: list[bool]) -> None:
     assert too_close(importance, replicates).tolist() == expected
 
 
