@@ -64,8 +64,8 @@ class GramSum:
         self.N = self.N.to(g.device)
         coordinates = g if self.dense else self._coordinates(g)
         # In single precision the rounding of the sum would be a metric of its own, some 1e-6 of the largest eigenvalue:
-        # enough for directions that nothing reads, but that vary greatly, to look important. On a small MLP this costs a
-        # quarter of the whole time, on a transformer little; splitting numbers into single ones was no faster.
+        # enough for directions that nothing reads, but that vary greatly, to look important. On a small MLP this costs
+        # a quarter of the whole time, on a transformer little; splitting numbers into single ones was no faster.
         for rows in coordinates.split(max(1, _NUMBERS // max(1, coordinates.shape[1]))):
             rows = rows.double()
             self.N[part] += rows.T @ rows
