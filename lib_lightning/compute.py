@@ -175,7 +175,8 @@ def _plan(live: LiveModel, batches: Sequence[Any], settings: Settings, memory_li
         return Chunks()
     # Batches may differ in length; the longest samples take the most.
     longest = max(batches, key=lambda batch: numbers_in(batch) / max(1, batch_size(batch)))
-    return plan_chunks(live, longest, int(memory_limit * 2**30), settings.integration_steps)
+    fisher = settings.final_metric == "fisher"
+    return plan_chunks(live, longest, int(memory_limit * 2**30), settings.integration_steps, fisher)
 
 
 def _as_graph(built: Built, settings: Settings, live: LiveModel) -> InteractionGraph:

@@ -70,7 +70,7 @@ def transcribe(
         a0: Activations of the first node layer, shape ``(n, S, d)``, float64.
         chain: The sections.
         basis: ``"lib"``, ``"pca"`` or ``"neuron"``.
-        final: Basis of the last node layer, ``"neuron"`` or ``"pca"``.
+        final: Basis of the last node layer, ``"neuron"``, ``"pca"``, ``"centered"`` or ``"fisher"``.
         steps: Points of the integration path.
         rtol: Eigenvalues below this share of the largest are zero.
         masks: For each node layer which positions count, ``(n, S)``; the others are left out of every sum.
@@ -83,7 +83,7 @@ def transcribe(
     counts = list(masks) or [torch.ones(x.shape[:2], dtype=torch.bool) for x in a]
     mean, C, C_pinv, Lambda = ([torch.empty(0)] * (L + 1) for _ in range(4))
     for l in reversed(range(L + 1)):
-        n, _, d = a[l].shape
+        d = a[l].shape[-1]
         rows = a[l][counts[l]]
         mean[l] = rows.mean(0)
         Sigma = sum(torch.outer(r - mean[l], r - mean[l]) for r in rows) / len(rows)
@@ -91,27 +91,65 @@ def transcribe(
         kind = final if l == L else basis
         if kind == "neuron":
             C[l], C_pinv[l], Lambda[l] = torch.eye(d).double(), torch.eye(d).double(), Sigma.diagonal()
+        elif kind == "centered":
+            P = torch.eye(d).double() - torch.ones(d, d).double() / d
+            C[l], C_pinv[l], Lambda[l] = P, P, (P @ Sigma @ P).diagonal()
         elif kind == "pca":
             C[l], C_pinv[l], Lambda[l] = U, U.T, D
         else:
-            M = torch.zeros(d, d).double()
-            for x in range(n):
-                J = averaged_jacobian(chain[l], a[l][x], mean[l], steps)  # (S', d', S, d)
-                J = J[counts[l + 1][x]][:, :, counts[l][x]]
-                g = torch.einsum("pi,tpsd->tisd", C[l + 1], J).reshape(-1, d)
-                M += g.T @ g / len(rows)
+            if kind == "fisher":
+                M = fisher_metric(rows)
+            else:
+                M = jacobian_metric(chain[l], a[l], mean[l], C[l + 1], counts[l], counts[l + 1], steps)
             Lambda[l], V = nonzero_eigh(D.sqrt().diag() @ U.T @ M @ U @ D.sqrt().diag(), rtol)
             C[l] = U @ D.rsqrt().diag() @ V @ Lambda[l].sqrt().diag()
             C_pinv[l] = Lambda[l].rsqrt().diag() @ V.T @ D.sqrt().diag() @ U.T
-    E = []
-    for l in range(L):
-        n = len(a[l])
-        E_l = torch.zeros(C[l + 1].shape[1], C[l].shape[1]).double()
-        for x in range(n):
-            J = averaged_jacobian(chain[l], a[l][x], mean[l], steps)
-            J = J[counts[l + 1][x]][:, :, counts[l][x]]
-            J_hat = torch.einsum("pi,tpsd,jd->tisj", C[l + 1], J, C_pinv[l])
-            fhat = (a[l][x][counts[l][x]] - mean[l]) @ C[l]
-            E_l += torch.einsum("tisj,sj->tij", J_hat, fhat).square().sum(0) / counts[l].sum()
-        E.append(E_l)
+    E = [edges(chain[l], a[l], mean[l], C[l], C_pinv[l], C[l + 1], counts[l], counts[l + 1], steps) for l in range(L)]
     return Reference(a, mean, C, C_pinv, Lambda, E)
+
+
+def fisher_metric(logits: Tensor) -> Tensor:
+    """Mean of ``diag(p) - p p^T`` over logits, one vector a row."""
+    p = logits.softmax(-1)
+    return sum(p_x.diag() - torch.outer(p_x, p_x) for p_x in p) / len(p)
+
+
+def jacobian_metric(
+    F: Callable[[Tensor], Tensor],
+    a: Tensor,
+    mu: Tensor,
+    C_next: Tensor,
+    counts: Tensor,
+    counts_next: Tensor,
+    steps: int = 0,
+) -> Tensor:
+    """The metric ``M`` of the node layer before a section, over some samples ``a`` of shape ``(n, S, d)``."""
+    M = torch.zeros(a.shape[-1], a.shape[-1]).double()
+    for x, a_x in enumerate(a):
+        J = averaged_jacobian(F, a_x, mu, steps)  # (S', d', S, d)
+        J = J[counts_next[x]][:, :, counts[x]]
+        g = torch.einsum("pi,tpsd->tisd", C_next, J).reshape(-1, a.shape[-1])
+        M += g.T @ g / counts.sum()
+    return M
+
+
+def edges(
+    F: Callable[[Tensor], Tensor],
+    a: Tensor,
+    mu: Tensor,
+    C: Tensor,
+    C_pinv: Tensor,
+    C_next: Tensor,
+    counts: Tensor,
+    counts_next: Tensor,
+    steps: int = 0,
+) -> Tensor:
+    """The edges ``E`` of a section between two bases, over some samples ``a`` of shape ``(n, S, d)``."""
+    E = torch.zeros(C_next.shape[1], C.shape[1]).double()
+    for x, a_x in enumerate(a):
+        J = averaged_jacobian(F, a_x, mu, steps)
+        J = J[counts_next[x]][:, :, counts[x]]
+        J_hat = torch.einsum("pi,tpsd,jd->tisj", C_next, J, C_pinv)
+        fhat = (a_x[counts[x]] - mu) @ C
+        E += torch.einsum("tisj,sj->tij", J_hat, fhat).square().sum(0) / counts.sum()
+    return E

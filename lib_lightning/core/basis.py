@@ -23,7 +23,8 @@ class Basis:
         from_features: ``C^+``, shape ``(r, d)``, float64.
         importance: ``Lambda``, shape ``(r,)``, float64: the variance of each feature, which in a LIB is its effect on
             the next node layer. Largest first; single neurons keep their own order.
-        importance_error: Standard error of each importance, shape ``(r,)``, float64; None where it is unknown.
+        importance_error: Standard error of each importance, shape ``(r,)``, float64; None where it is unknown. Features
+            of new samples turn a little, to first order without effect on importances.
         unsure: True for a feature whose importance is so close to another one's that these samples do not fix its
             direction, shape ``(r,)``; None where that is unknown.
 

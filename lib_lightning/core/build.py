@@ -8,6 +8,7 @@
 3. *Edges.* Run all batches once more; the squared interactions between neighbouring layers' features.
 4. *Standard errors* of importances and edges, from sums over groups of samples with one left out at a time. An
    importance is a variance times a squared length in the metric; given the next layer's features, it moves with both.
+   That its own direction turns is of second order. For an edge it is not: its error holds for these features.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class Built:
         notes: What had to be done in a slower way than usual, in sentences.
         importance_replicates: For each node layer its importances with one group of samples left out at a time, shape
             ``(G, r)``; G is 0 where the samples were not enough for groups.
-        edge_replicates: The same of the edges, ``(G, r_out, r_in)``.
+        edge_replicates: The same of the edges between these features, ``(G, r_out, r_in)``.
     """
 
     bases: list[Basis]
@@ -196,6 +197,7 @@ def build(
                 tick(f"basis of {name}")
             metric.reduce(together)
             basis = lib_basis(name, mean, covariance, metric.factor(cutoff.metric), cutoff)
+            errors[name] = 0.0
         elif kind == "neuron":
             basis = neuron_basis(name, mean, covariance)
         elif kind == "centered":

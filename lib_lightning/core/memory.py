@@ -45,7 +45,7 @@ class Chunks:
         )
 
 
-def plan_chunks(live: LiveModel, batch: Any, memory_limit: int, points: int = 1) -> Chunks:
+def plan_chunks(live: LiveModel, batch: Any, memory_limit: int, points: int = 1, fisher: bool = False) -> Chunks:
     """Choose chunks that keep a computation within a memory budget, by what autograd keeps of a few samples.
 
     Args:
@@ -53,6 +53,7 @@ def plan_chunks(live: LiveModel, batch: Any, memory_limit: int, points: int = 1)
         batch: One batch, of which a few samples are run.
         memory_limit: Memory to use beside the model and the batches, in bytes.
         points: Points of the integration path, each with a graph of its own.
+        fisher: Whether the last node layer has a metric, too.
 
     Returns:
         The chunks.
@@ -81,7 +82,7 @@ def plan_chunks(live: LiveModel, batch: Any, memory_limit: int, points: int = 1)
             f"({memory_limit / 2**30:.2g} GiB). Choose narrower node layers, or raise memory_limit."
         )
     # A metric for each node layer and the edges of each section, once for each group.
-    sums = 8 * sum(d * d + d * d_next for d, d_next in itertools.pairwise(widths))
+    sums = 8 * (sum(d * d + d * d_next for d, d_next in itertools.pairwise(widths)) + fisher * widths[-1] ** 2)
     groups = next((g for g in (GROUPS, GROUPS // 2, 2) if matrices + g * sums <= memory_limit // 2), 1)
     itemsize = cuts[0].a.element_size()
     ends = max(cut.a.numel() for cut in cuts)

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lib_lightning import InteractionGraph, compute_interaction_graph
 from lib_lightning.core.build import Settings, build
@@ -15,7 +15,7 @@ from lib_lightning.core.layers import as_node_layers
 from lib_lightning.questions import as_mask_fn
 from tests.cases import Case
 from tests.conftest import CASES
-from tests.reference import Reference, jacobian, transcribe
+from tests.reference import Reference, fisher_metric, jacobian, nonzero_eigh, transcribe
 
 # Both sides work in float64 on numbers of order one, in different order and through different factorisations: 1e-8
 # leaves room for the square roots of directions near the cutoff.
@@ -64,8 +64,16 @@ def test_agrees_with_transcription(case: Case, basis: str) -> None:
     assert_same(graph_of(case, basis=basis, final_basis="neuron"), reference_of(case, basis=basis))
 
 
-def test_final_pca_agrees_with_transcription(case: Case) -> None:
-    assert_same(graph_of(case, final_basis="pca"), reference_of(case, final="pca"))
+@pytest.mark.parametrize("final", ["pca", "centered"])
+def test_final_basis_agrees_with_transcription(case: Case, final: str) -> None:
+    assert_same(graph_of(case, final_basis=final), reference_of(case, final=final))
+
+
+@pytest.mark.parametrize("basis", ["lib", "pca", "neuron"])
+def test_final_fisher_agrees_with_transcription(case: Case, basis: str) -> None:
+    graph = graph_of(case, basis=basis, final_metric="fisher")
+    assert_same(graph, reference_of(case, basis=basis, final="fisher"))
+    assert [b.kind for b in graph.bases.values()] == [*[basis] * len(case.sections), "lib"]
 
 
 @pytest.mark.parametrize("steps", [1, 4])
@@ -106,6 +114,69 @@ def test_jacobians_are_orthonormal(case: Case) -> None:
             J = J[counts_next[x]][:, :, counts[x]]
             total += torch.einsum("tisj,tisk->jk", J, J) / counts.sum()
         assert close(total, torch.eye(len(total)).double())
+
+
+def logits_of(case: Case) -> Tensor:
+    """All rows of the last node layer that count, ``(m, d)``."""
+    a = reference_of(case).activations[-1]
+    return a[case.counts(a, len(case.sections))]
+
+
+def test_fisher_features_are_what_softmax_sees(case: Case) -> None:
+    z, basis = logits_of(case), list(graph_of(case, final_metric="fisher").bases.values())[-1]
+    C, M = basis.to_features, fisher_metric(z)
+    features = basis.encode(z)
+    assert features.mean(0).abs().max() < TOLERANCE * basis.importance.max().sqrt()
+    assert close(features.T @ features / len(z), basis.importance.diag())
+    # The features measure steps as the metric does: C C^T = M on the span of the data.
+    D, U = nonzero_eigh((z - z.mean(0)).T @ (z - z.mean(0)) / len(z), RTOL)
+    assert close(U.T @ C @ C.T @ U, U.T @ M @ U)
+    if len(D) == z.shape[1]:  # then a step common to all logits lies in it: no feature sees it
+        assert basis.n_features == len(D) - 1
+        assert close(C.sum(0), torch.zeros(basis.n_features).double(), C)
+
+
+def test_fisher_features_measure_the_divergence_of_predictions(case: Case) -> None:
+    z, basis = logits_of(case), list(graph_of(case, final_metric="fisher").bases.values())[-1]
+    log_p = z.log_softmax(-1)
+    directions = z[:5] - basis.mean
+    for v in directions:
+        # KL is v^T (diag p - p p^T) v / 2 to second order, so halving the step leaves a quarter; the next order of the
+        # mean of two opposite steps is the fourth.
+        def divergence(t: float, v: Tensor = v) -> Tensor:
+            kl = [(log_p.exp() * (log_p - (z + s * t * v).log_softmax(-1))).sum(-1).mean() for s in (-1, 1)]
+            return (kl[0] + kl[1]) / 2 / t**2
+
+        h = 1e-2 / float(v.norm())
+        limit = (4 * divergence(h / 2) - divergence(h)) / 3  # without the term of the fourth order
+        change = (v @ basis.to_features).square().sum() / 2
+        assert float(limit) == pytest.approx(float(change), rel=1e-6)
+
+
+def test_what_common_shifts_of_logits_do_is_not_counted() -> None:
+    # Two models whose logits differ by a number common to all classes: one distribution, one graph.
+    class Shifted(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) + 3 * x.square().sum(-1, keepdim=True)
+
+    plain = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5)).double()
+    x = torch.randn(50, 4).double()
+    for options in ({"final_basis": "centered"}, {"final_metric": "fisher"}):
+        one, other = (
+            compute_interaction_graph(model, [x], ["input", "output"], rtol=RTOL, **options)
+            for model in (plain, Shifted(plain))
+        )
+        assert close(other.bases["input"].importance, one.bases["input"].importance)
+        assert close(other.edges["input", "output"], one.edges["input", "output"])
+    importance = [
+        compute_interaction_graph(m, [x], ["input", "output"]).bases["input"].importance
+        for m in (plain, Shifted(plain))
+    ]
+    assert not close(importance[1], importance[0]), "neurons count it"
 
 
 @pytest.mark.parametrize(

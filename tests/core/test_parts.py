@@ -147,6 +147,11 @@ def test_there_must_be_samples() -> None:
     [
         ({"basis": "ica"}, "basis is one of 'lib', 'pca', 'neuron'; got 'ica'"),
         ({"final_basis": "lib"}, "final_basis is one of"),
+        ({"final_metric": "euclid"}, "final_metric is one of 'fisher'; got 'euclid'"),
+        (
+            {"final_metric": "fisher", "final_basis": "pca"},
+            "final_metric='fisher' decides on the basis of the last node layer; leave final_basis='pca' out",
+        ),
         ({"rtol": 1.0}, "rtol is a share"),
         ({"n_probes": 0}, "n_probes is a number of probes from 1 on"),
         ({"integration_steps": -1}, "integration_steps is a number of points"),

@@ -39,6 +39,40 @@ def test_loading_gives_back_every_bit(graph: InteractionGraph, tmp_path: Path) -
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["graph.safetensors"]
 
 
+def test_errors_modules_and_labels_come_back(graph: InteractionGraph, tmp_path: Path) -> None:
+    graph.modules = {"1": torch.arange(graph.bases["1"].n_features) % 2 - 1}
+    graph.labels = {"output": ["cat", "", "dog"]}
+    graph.save(tmp_path / "graph.safetensors")
+    loaded = InteractionGraph.load(tmp_path / "graph.safetensors")
+    assert list(loaded.edge_errors) == list(graph.edge_errors) == list(graph.edges)
+    assert all(torch.equal(loaded.edge_errors[pair], error) for pair, error in graph.edge_errors.items())
+    for name in ("input", "1"):
+        for key in ("importance_error", "unsure"):
+            assert torch.equal(getattr(loaded.bases[name], key), getattr(graph.bases[name], key))
+    assert torch.equal(loaded.bases["output"].importance_error, graph.bases["output"].importance_error)
+    assert loaded.bases["output"].unsure is None
+    assert list(loaded.modules) == ["1"]
+    assert torch.equal(loaded.modules["1"], graph.modules["1"])
+    assert loaded.labels == graph.labels
+    assert graph.replicates is not None
+    assert loaded.replicates is None
+
+
+def test_files_without_errors_load(graph: InteractionGraph, tmp_path: Path) -> None:
+    graph.save(tmp_path / "graph.safetensors")
+    tensors, header = read_file(tmp_path / "graph.safetensors")
+    bare = {name: t for name, t in tensors.items() if not name.endswith(("_error", "unsure")) and "errors" not in name}
+    assert len(bare) < len(tensors)
+    header = {key: header[key] for key in ("layers", "kinds", "info")}
+    write_file(tmp_path / "bare.safetensors", bare, header)
+    loaded = InteractionGraph.load(tmp_path / "bare.safetensors")
+    assert (loaded.edge_errors, loaded.modules, loaded.labels) == ({}, {}, {})
+    assert [(b.importance_error, b.unsure) for b in loaded.bases.values()] == [(None, None)] * 3
+    loaded.save(tmp_path / "again.safetensors")
+    assert set(read_file(tmp_path / "again.safetensors")[0]) == set(bare)
+    assert loaded.bases["1"].to("cpu").unsure is None
+
+
 def test_header_says_how_it_was_made(graph: InteractionGraph, tmp_path: Path) -> None:
     graph.save(tmp_path / "graph.safetensors")
     _, header = read_file(tmp_path / "graph.safetensors")
