@@ -12,7 +12,6 @@ that tensor; `lib_lightning.core.check` tells when somebody does.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import weakref
@@ -165,8 +164,15 @@ class LiveModel:
         values = [a if i == index else None for i in range(len(self.layers))]
         recorder = _Recorder(self.model, self.layers, values, self._widths)
         recorder.last = index + 1
-        with recorder.hooked((index, index + 1)), contextlib.suppress(_Reached):
-            self.run(batch)
+        try:
+            with recorder.hooked((index, index + 1)):
+                self.run(batch)
+        except _Reached:
+            pass
+        except Exception:
+            # A model that catches whatever comes goes on without what it was waiting for; we have what we wanted.
+            if not recorder.reached:
+                raise
         layer = self.layers[index + 1]
         return layer.read([recorder.seen[index + 1, k][0] for k in range(len(layer.taps))])
 
@@ -206,7 +212,7 @@ class LiveModel:
         self._changed.clear()
 
 
-class _Reached(Exception):  # noqa: N818 (no error: the way out of a forward pass)
+class _Reached(BaseException):  # noqa: N818 (no error, nor for anybody to catch: the way out of a forward pass)
     """All has been seen that is wanted of this forward pass."""
 
 
@@ -225,6 +231,7 @@ class _Recorder:
         self.seen: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.changed: list[weakref.ref[Tensor]] = []
         self.last: int | None = None  # node layer after which the model need not go on
+        self.reached = False  # whether it has come that far
 
     @contextmanager
     def hooked(self, only: Collection[int] | None = None) -> Iterator[None]:
@@ -263,6 +270,8 @@ class _Recorder:
         calls = itertools.count()
 
         def visit(value: Any) -> Any:
+            if self.reached:  # a model that catches whatever comes is trying again
+                raise _Reached
             call = next(calls)
             if tap.call is None and call:
                 raise NodeLayerError(
@@ -303,6 +312,7 @@ class _Recorder:
         leaf = (t if replacement is None else replacement).detach().clone().requires_grad_(torch.is_grad_enabled())
         self.seen[key] = (end, leaf)
         if key[0] == self.last and sum(i == self.last for i, _ in self.seen) == len(self.layers[key[0]].taps):
+            self.reached = True
             raise _Reached
         if t._is_view() or id(t) in self.owned or (t.is_leaf and t.requires_grad):
             return replace_first_tensor(value, leaf.clone())
