@@ -61,9 +61,7 @@ def published_model(folder: Path, seed: int) -> tuple[ModularAdditionTransformer
 def graph_of(folder: Path, seed: int, basis: str) -> InteractionGraph:
     """Our graph of that model, on the train split."""
     model, data = published_model(folder, seed)
-    return compute_interaction_graph(
-        model, data.tokens[: data.n_train].split(1000), NODE_LAYERS, basis=basis, rtol=0
-    )
+    return compute_interaction_graph(model, data.tokens[: data.n_train].split(1000), NODE_LAYERS, basis=basis, rtol=0)
 
 
 @pytest.fixture(scope="module", params=[0, 1])

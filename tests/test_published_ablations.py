@@ -28,9 +28,7 @@ def run(
     seed, basis = request.param
     model, data = published_model(reference_dir, seed)
     published = json.loads((reference_dir / "modular_addition_published.json").read_text())[str(seed)][basis]
-    batches = list(
-        zip(data.tokens[data.n_train :].split(1000), data.answers[data.n_train :].split(1000), strict=True)
-    )
+    batches = list(zip(data.tokens[data.n_train :].split(1000), data.answers[data.n_train :].split(1000), strict=True))
     return model, batches, graph_of(reference_dir, seed, basis), published
 
 
@@ -50,9 +48,9 @@ def test_node_ablations(node_layer: str, run: tuple[Any, ...]) -> None:
 def test_edges_required(node_layer: str, run: tuple[Any, ...]) -> None:
     model, batches, graph, published = run
     section = node_layer, NODE_LAYERS[NODE_LAYERS.index(node_layer) + 1]
-    found = edges_required(
-        model, batches, graph, accuracy, 1e-3, [section], search="bisection", dtype=torch.float32
-    )[section]
+    found = edges_required(model, batches, graph, accuracy, 1e-3, [section], search="bisection", dtype=torch.float32)[
+        section
+    ]
     assert found.unablated == pytest.approx(published["unablated_accuracy"], abs=1e-9)
     assert found.mask.sum() == found.count
     # Directions of numerical noise, which no other implementation shares, take part in the first section.

@@ -134,7 +134,9 @@ def try_counts(tried: Tried, counts: Counts, bracket: int) -> dict[int, float]:
         wanted = [0, *powers_of(_BASE, tried.largest)]
     else:
         try:
-            wanted = sorted({operator.index(count) for count in counts})  # type: ignore[arg-type]
+            if isinstance(counts, str):
+                raise TypeError
+            wanted = sorted({operator.index(count) for count in counts})
         except TypeError:
             schedules = ", ".join(get_args(Schedule))
             raise ValueError(f"counts is one of {schedules}, or a list of whole numbers; got {counts!r}.") from None

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lib_lightning.core.errors import ActivationError, LIBError, NodeLayerError, quoted
+from lib_lightning.core.guard import attributes_kept
 from lib_lightning.core.layers import INPUT, NodeLayer, check_taps, find_module, split_tap
 from lib_lightning.core.nested import first_tensor, map_tensors, replace_first_tensor
 
@@ -100,6 +101,7 @@ class LiveModel:
         self.mask_fn = mask_fn
         self.seed = 0
         self._changed: list[weakref.ref[Tensor]] = []
+        self._put_back: Callable[[], None] | None = None  # what a forward pass that is left halfway has not
         self._widths: dict[tuple[int, int], int] = {}
         if any(cls.__name__ == "FullyShardedDataParallel" for m in model.modules() for cls in type(m).__mro__):
             raise LIBError(
@@ -164,15 +166,15 @@ class LiveModel:
         values = [a if i == index else None for i in range(len(self.layers))]
         recorder = _Recorder(self.model, self.layers, values, self._widths)
         recorder.last = index + 1
+        self._put_back = self._put_back or attributes_kept(self.model)
         try:
             with recorder.hooked((index, index + 1)):
                 self.run(batch)
-        except _Reached:
-            pass
-        except Exception:
-            # A model that catches whatever comes goes on without what it was waiting for; we have what we wanted.
+        except (_Reached, Exception):
+            # A model that catches whatever comes may go on for a while, and fail; we have what we wanted.
             if not recorder.reached:
                 raise
+            self._put_back()
         layer = self.layers[index + 1]
         return layer.read([recorder.seen[index + 1, k][0] for k in range(len(layer.taps))])
 
@@ -212,7 +214,7 @@ class LiveModel:
         self._changed.clear()
 
 
-class _Reached(BaseException):  # noqa: N818 (no error, nor for anybody to catch: the way out of a forward pass)
+class _Reached(BaseException):
     """All has been seen that is wanted of this forward pass."""
 
 
