@@ -134,8 +134,6 @@ def try_counts(tried: Tried, counts: Counts, bracket: int) -> dict[int, float]:
         wanted = [0, *powers_of(_BASE, tried.largest)]
     else:
         try:
-            if isinstance(counts, str):
-                raise TypeError
             wanted = sorted({operator.index(count) for count in counts})
         except TypeError:
             schedules = ", ".join(get_args(Schedule))

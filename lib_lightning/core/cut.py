@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from lib_lightning.core.errors import ActivationError, LIBError, NodeLayerError, quoted
 from lib_lightning.core.guard import attributes_kept
 from lib_lightning.core.layers import INPUT, NodeLayer, check_taps, find_module, split_tap
-from lib_lightning.core.nested import first_tensor, map_tensors, replace_first_tensor
+from lib_lightning.core.nested import default_input_fn, first_tensor, map_tensors, replace_first_tensor
 
 InputFn = Callable[[Any], Any]
 MaskFn = Callable[[Any], Tensor]
@@ -343,19 +343,3 @@ class _Recorder:
 
 def _masked(cut: Cut, mask: Tensor) -> Cut:
     return dataclasses.replace(cut, mask=cut.layer.select(mask.to(cut.ends[0].device) != 0, cut.ends))
-
-
-def default_input_fn(batch: Any) -> Any:
-    """Take the model's input from a batch: the first entry of a tuple or list, anything else as it is.
-
-    Args:
-        batch: What the data loader gives.
-
-    Returns:
-        What to call the model with.
-
-    Example:
-        >>> default_input_fn(("inputs", "labels"))
-        'inputs'
-    """
-    return batch[0] if isinstance(batch, (tuple, list)) and batch else batch
