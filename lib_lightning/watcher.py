@@ -14,6 +14,7 @@ from lib_lightning.ablation import AblationPlan, edges_required
 from lib_lightning.compute import MEMORY_LIMIT, graph_of
 from lib_lightning.core.build import BasisKind, Settings
 from lib_lightning.core.cut import LiveModel
+from lib_lightning.core.guard import random_states_kept
 from lib_lightning.core.together import Together
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.labels import Labeller, label_features
@@ -51,7 +52,7 @@ class Watched:
             replace(self.settings, basis=kind)
         if len({self.settings.basis, *self.baselines}) <= len(self.baselines):
             raise ValueError(
-                f"baselines={list(self.baselines)} are other bases than {self.settings.basis!r}, each once."
+                f"baselines are bases other than {self.settings.basis!r}, each once; got {self.baselines}."
             )
         if self.metrics is not None:
             check_metrics(self.metrics)
@@ -161,7 +162,8 @@ class Watcher:
             found |= {f"{prefix}/{key}": value for key, value in graph.measure(metrics, curves).items()}
             graph.find_modules(**_module_options(metrics))
             if self.watched.labeller is not None and batches:
-                graph.labels = label_features(graph, live.model, batches, self.watched.labeller, **options)
+                with random_states_kept([]):  # a labeller may draw some
+                    graph.labels = label_features(graph, live.model, batches, self.watched.labeller, **options)
             graphs[prefix] = graph
         # An ablation's numbers stay until the next one.
         before = {key: self.numbers.get(key, math.nan) for key in self._keys(graphs[self.name].node_layers)}

@@ -153,3 +153,69 @@ def edges(
         fhat = (a_x[counts[x]] - mu) @ C
         E += torch.einsum("tisj,sj->tij", J_hat, fhat).square().sum(0) / counts.sum()
     return E
+
+
+def keep_features(a: Tensor, mean: Tensor, C: Tensor, C_pinv: Tensor, kept: Sequence[int], counts: Tensor) -> Tensor:
+    """Activations ``(n, S, d)`` with only some features left; positions that do not count stay as they are."""
+    result = a.clone()
+    for x, s in counts.nonzero().tolist():
+        result[x, s] = mean + sum(((a[x, s] - mean) @ C[:, j]) * C_pinv[j] for j in kept)
+    return result
+
+
+def run_on(a: Tensor, chain: Chain) -> Tensor:
+    """What comes out at the end of a chain."""
+    for F in chain:
+        a = F(a)
+    return a.detach()
+
+
+def node_ablation(
+    a: Sequence[Tensor], chain: Chain, l: int, basis: tuple[Tensor, Tensor, Tensor], kept: Sequence[int], counts: Tensor
+) -> Tensor:
+    """The last activations ``(n, S, d)`` where node layer ``l`` has only some features left.
+
+    Args:
+        a: Activations of every node layer.
+        chain: The sections.
+        l: Index of the node layer.
+        basis: Its mean, map to features and map back.
+        kept: Numbers of the features to keep.
+        counts: Its positions that count, ``(n, S)``.
+
+    Returns:
+        Activations of the last node layer.
+    """
+    return run_on(keep_features(a[l], *basis, kept, counts), chain[l:])
+
+
+def edge_ablation(
+    a: Sequence[Tensor],
+    chain: Chain,
+    l: int,
+    bases: Sequence[tuple[Tensor, Tensor, Tensor]],
+    mask: Tensor,
+    counts: Sequence[Tensor],
+) -> Tensor:
+    """The last activations ``(n, S, d)`` where the section after node layer ``l`` has only some edges left.
+
+    Args:
+        a: Activations of every node layer.
+        chain: The sections.
+        l: Index of the node layer before the section.
+        bases: Mean, map to features and map back of every node layer.
+        mask: True where an edge is kept, shape ``(r_out, r_in)``.
+        counts: Positions that count of every node layer, ``(n, S)``.
+
+    Returns:
+        Activations of the last node layer.
+    """
+    mean, C, C_pinv = bases[l + 1]
+    result = a[l + 1].clone()
+    result[counts[l + 1]] = mean
+    for i in range(len(mask)):
+        kept = mask[i].nonzero().flatten().tolist()
+        a_next = chain[l](keep_features(a[l], *bases[l], kept, counts[l])).detach()
+        for x, s in counts[l + 1].nonzero().tolist():
+            result[x, s] += ((a_next[x, s] - mean) @ C[:, i]) * C_pinv[i]
+    return run_on(result, chain[l + 1 :])

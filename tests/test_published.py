@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,21 @@ def assert_edges(E: Tensor, published: Tensor, tolerance: float, block: int | No
     assert abs(E.sum() / published.double().sum() - 1) < tolerance
 
 
+@functools.cache
+def published_model(folder: Path, seed: int) -> tuple[ModularAdditionTransformer, AllPairs]:
+    """One of the authors' models, and its data."""
+    data = AllPairs(MODULUS, train_fraction=0.3)
+    assert data.n_train == 3830
+    return load_transformer(folder / f"modular_addition_seed{seed}_weights.safetensors"), data
+
+
+@functools.cache
+def graph_of(folder: Path, seed: int, basis: str) -> InteractionGraph:
+    """Our graph of that model, on the train split."""
+    model, data = published_model(folder, seed)
+    return compute_interaction_graph(model, data.tokens[: data.n_train].split(1000), NODE_LAYERS, basis=basis, rtol=0)
+
+
 @pytest.fixture(scope="module", params=[0, 1])
 def seed(request: pytest.FixtureRequest) -> int:
     """Both published models."""
@@ -59,17 +75,12 @@ def modular_addition(
     request: pytest.FixtureRequest, seed: int, reference_dir: Path
 ) -> tuple[str, InteractionGraph, dict[str, Tensor]]:
     """Basis kind, our graph and the published numbers of one model."""
-    stem = f"modular_addition_seed{seed}"
-    model = load_transformer(reference_dir / f"{stem}_weights.safetensors")
-    data = AllPairs(MODULUS, train_fraction=0.3)
-    assert data.n_train == 3830
+    model, data = published_model(reference_dir, seed)
     tokens, answers = data.tokens[data.n_train :], data.answers[data.n_train :]
     with torch.no_grad():
         assert (model(tokens).argmax(-1) == answers).double().mean() > 0.998
-    graph = compute_interaction_graph(
-        model, data.tokens[: data.n_train].split(1000), NODE_LAYERS, basis=request.param, rtol=0
-    )
-    return request.param, graph, load_file(reference_dir / f"{stem}_published.safetensors")
+    published = load_file(reference_dir / f"modular_addition_seed{seed}_published.safetensors")
+    return request.param, graph_of(reference_dir, seed, request.param), published
 
 
 def test_modular_addition(modular_addition: tuple[str, InteractionGraph, dict[str, Tensor]]) -> None:

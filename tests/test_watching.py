@@ -1,4 +1,4 @@
-"""What a snapshot holds beside the graph: baselines, any metrics, labels, modules, errors, ablations at their own pace."""
+"""What a snapshot holds beside the graph: baselines, any metrics, labels, modules, errors, ablations now and then."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
@@ -124,8 +125,6 @@ def try_counts(tried: Tried, counts: Counts, bracket: int) -> dict[int, float]:
         >>> try_counts(Tried(float, 6, 1.0), "exponential", 6)
         {0: 0.0, 1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0, 6: 6.0}
     """
-    if isinstance(counts, str) and counts not in get_args(Schedule):
-        raise ValueError(f"counts is one of {', '.join(get_args(Schedule))}, or a list of numbers; got {counts!r}.")
     if counts == "bisection":
         bisect(tried, bracket)
         return dict(sorted(tried.scores.items()))
@@ -134,7 +133,11 @@ def try_counts(tried: Tried, counts: Counts, bracket: int) -> dict[int, float]:
     elif counts == "exponential":
         wanted = [0, *powers_of(_BASE, tried.largest)]
     else:
-        wanted = sorted({int(count) for count in counts})
+        try:
+            wanted = sorted({operator.index(count) for count in counts})
+        except TypeError:
+            schedules = ", ".join(get_args(Schedule))
+            raise ValueError(f"counts is one of {schedules}, or a list of whole numbers; got {counts!r}.") from None
     if wanted and not 0 <= wanted[0] <= wanted[-1] <= tried.largest:
         raise ValueError(f"There are {tried.largest} to keep some of; {list(wanted)} asks for less than 0 or for more.")
     # From the many to the few: what is computed for one number is in part computed for the next.

@@ -19,6 +19,8 @@ from lib_lightning.core.section import keep
 
 # Rounding of an affine section, relative, as a power of eps: 4e-11 in float64, 2e-5 in float32.
 _AFFINE = 2 / 3
+# How far out a section has to be what it is near the mean, in spreads of the features.
+_FAR = (100.0, -100.0)
 
 
 def keep_features(basis: Basis, a: Tensor, m: int) -> Tensor:
@@ -145,8 +147,8 @@ class AblatedSection:
         for g, pattern in enumerate(patterns):
             rows = changed[group == g].to(self.fhat.device)
             self._features[..., rows] = self._section(self.fhat * pattern.to(self.fhat))[..., rows]
-        self._mask = mask
-        return self._features
+        self._mask = mask.clone()
+        return self._features.clone()
 
     def output(self, mask: Tensor) -> Any:
         """What the model returns if only the edges of a mask ``(r_out, r_in)`` are left in this section."""
@@ -162,6 +164,16 @@ class AblatedSection:
         n, S, r = self.fhat.shape
         if self._at_mean.shape[1] != S or min(n, r) == 0:
             return None
+        # Two halves of the features, so that nothing can cancel, also from afar and from the other side: a unit that
+        # is on wherever the samples are (a ReLU with a large bias) is off there, and one that hardly bends does here.
+        halves = [self.fhat.clone(), self.fhat.clone()]
+        for half in (0, 1):
+            halves[half][..., half::2] = 0
+        moved = [self._section(part) - self._at_mean for part in halves]
+        for factor in _FAR:
+            for part, change in zip(halves, moved, strict=True):
+                if not self._is_same((self._section(factor * part) - self._at_mean) / factor, change):
+                    return None
         # Each sample shows one column, at its first position that counts, by a step as large as that feature's spread.
         spread = self.before.importance.clamp(min=0).sqrt().to(self.fhat)
         size = torch.where(spread > 0, spread, 1.0)
@@ -174,16 +186,14 @@ class AblatedSection:
             step[x, :, j] = size[j, None]
             columns.append((self._section(step) - self._at_mean)[x, first[x]] / size[j, None])
         J = torch.cat(columns).T
-        if not torch.isfinite(J).all():
-            return None
-        # Two halves of the features, so that nothing can cancel: what is found for one must be so for all.
-        for half in (0, 1):
-            part = self.fhat.clone()
-            part[..., half::2] = 0
-            moved = self._section(part) - self._at_mean
-            if (moved - part @ J.T).norm() > torch.finfo(J.dtype).eps ** _AFFINE * moved.norm():
-                return None
-        return J
+        # What is found for one sample must be so for all.
+        same = all(self._is_same(part @ J.T, change) for part, change in zip(halves, moved, strict=True))
+        return J if same else None
+
+    def _is_same(self, a: Tensor, b: Tensor) -> bool:
+        """Whether changes of the features are equal up to rounding, at the positions that count; never if NaN."""
+        difference, size = keep(a - b, self.mask_out), keep(b, self.mask_out)
+        return bool(difference.norm() <= torch.finfo(b.dtype).eps ** _AFFINE * size.norm())
 
 
 def _nbytes(*tensors: Tensor) -> int:

@@ -12,7 +12,6 @@ that tensor; `lib_lightning.core.check` tells when somebody does.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import weakref
@@ -26,8 +25,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lib_lightning.core.errors import ActivationError, LIBError, NodeLayerError, quoted
+from lib_lightning.core.guard import attributes_kept
 from lib_lightning.core.layers import INPUT, NodeLayer, check_taps, find_module, split_tap
-from lib_lightning.core.nested import first_tensor, map_tensors, replace_first_tensor
+from lib_lightning.core.nested import default_input_fn, first_tensor, map_tensors, replace_first_tensor
 
 InputFn = Callable[[Any], Any]
 MaskFn = Callable[[Any], Tensor]
@@ -101,6 +101,7 @@ class LiveModel:
         self.mask_fn = mask_fn
         self.seed = 0
         self._changed: list[weakref.ref[Tensor]] = []
+        self._put_back: Callable[[], None] | None = None  # what a forward pass that is left halfway has not
         self._widths: dict[tuple[int, int], int] = {}
         if any(cls.__name__ == "FullyShardedDataParallel" for m in model.modules() for cls in type(m).__mro__):
             raise LIBError(
@@ -165,8 +166,15 @@ class LiveModel:
         values = [a if i == index else None for i in range(len(self.layers))]
         recorder = _Recorder(self.model, self.layers, values, self._widths)
         recorder.last = index + 1
-        with recorder.hooked((index, index + 1)), contextlib.suppress(_Reached):
-            self.run(batch)
+        self._put_back = self._put_back or attributes_kept(self.model)
+        try:
+            with recorder.hooked((index, index + 1)):
+                self.run(batch)
+        except (_Reached, Exception):
+            # A model that catches whatever comes may go on for a while, and fail; we have what we wanted.
+            if not recorder.reached:
+                raise
+            self._put_back()
         layer = self.layers[index + 1]
         return layer.read([recorder.seen[index + 1, k][0] for k in range(len(layer.taps))])
 
@@ -206,7 +214,7 @@ class LiveModel:
         self._changed.clear()
 
 
-class _Reached(Exception):  # noqa: N818 (no error: the way out of a forward pass)
+class _Reached(BaseException):
     """All has been seen that is wanted of this forward pass."""
 
 
@@ -225,6 +233,7 @@ class _Recorder:
         self.seen: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.changed: list[weakref.ref[Tensor]] = []
         self.last: int | None = None  # node layer after which the model need not go on
+        self.reached = False  # whether it has come that far
 
     @contextmanager
     def hooked(self, only: Collection[int] | None = None) -> Iterator[None]:
@@ -263,6 +272,8 @@ class _Recorder:
         calls = itertools.count()
 
         def visit(value: Any) -> Any:
+            if self.reached:  # a model that catches whatever comes is trying again
+                raise _Reached
             call = next(calls)
             if tap.call is None and call:
                 raise NodeLayerError(
@@ -303,6 +314,7 @@ class _Recorder:
         leaf = (t if replacement is None else replacement).detach().clone().requires_grad_(torch.is_grad_enabled())
         self.seen[key] = (end, leaf)
         if key[0] == self.last and sum(i == self.last for i, _ in self.seen) == len(self.layers[key[0]].taps):
+            self.reached = True
             raise _Reached
         if t._is_view() or id(t) in self.owned or (t.is_leaf and t.requires_grad):
             return replace_first_tensor(value, leaf.clone())
@@ -331,19 +343,3 @@ class _Recorder:
 
 def _masked(cut: Cut, mask: Tensor) -> Cut:
     return dataclasses.replace(cut, mask=cut.layer.select(mask.to(cut.ends[0].device) != 0, cut.ends))
-
-
-def default_input_fn(batch: Any) -> Any:
-    """Take the model's input from a batch: the first entry of a tuple or list, anything else as it is.
-
-    Args:
-        batch: What the data loader gives.
-
-    Returns:
-        What to call the model with.
-
-    Example:
-        >>> default_input_fn(("inputs", "labels"))
-        'inputs'
-    """
-    return batch[0] if isinstance(batch, (tuple, list)) and batch else batch

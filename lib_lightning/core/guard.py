@@ -55,7 +55,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     _refuse_lazy(model)
     with ExitStack() as stack:
         stack.callback(_random_states())
-        for save in (_inference_tensors, _attributes, _buffers, _parameters, _training_flags, _backward_hooks):
+        for save in (_inference_tensors, attributes_kept, _buffers, _parameters, _training_flags, _backward_hooks):
             stack.callback(save(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -148,8 +148,15 @@ def _inference_tensors(model: nn.Module) -> Callable[[], None]:
     return restore
 
 
-def _attributes(model: nn.Module) -> Callable[[], None]:
-    # What a forward pass may keep for the next one: a count of calls, the last hidden state, a running metric.
+def attributes_kept(model: nn.Module) -> Callable[[], None]:
+    """Take note of what a forward pass may keep for the next one: a count of calls, the last state, a running metric.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Puts back what stands in the plain attributes of its modules now.
+    """
     seen: set[int] = set()
     saved = [
         (module, {k: (value, _contents(value, seen)) for k, value in module.__dict__.items() if k not in _MODULE_NAMES})

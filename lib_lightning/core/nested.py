@@ -137,6 +137,22 @@ def samples_between(batch: Any, start: int, stop: int) -> Any:
     return map_tensors(batch, lambda t: t[start:stop] if t.ndim > 0 and t.shape[0] == n else t)
 
 
+def default_input_fn(batch: Any) -> Any:
+    """Take the model's input from a batch: the first entry of a tuple or list, anything else as it is.
+
+    Args:
+        batch: What the data loader gives.
+
+    Returns:
+        What to call the model with.
+
+    Example:
+        >>> default_input_fn(("inputs", "labels"))
+        'inputs'
+    """
+    return batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+
+
 def _with_items(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
     if type(mapping) is dict:
         return items

@@ -22,7 +22,7 @@ from lib_lightning.display.palette import BLUE, MUTED, TEXT, VERMILION
 # Inches. With modules there is one more line of counts below the graph.
 _HEIGHT, _GRAPH_BOTTOM, _GRAPH_HEIGHT, _TITLE_BELOW_TOP, _COUNT_LINE = 5.4, 1.269, 2.943, 0.378, 0.21
 _PITCH = 1.75
-_KIND_NAMES = {"lib": "features", "pca": "PCA features", "neuron": "neurons"}
+_KIND_NAMES = {"lib": "features", "pca": "PCA features", "neuron": "neurons", "centered": "neurons, centred"}
 # A longer column has no room for words beside its dots.
 _MOST_LABELS = 16
 _INDEX_SIZE, _LABEL_SIZE = 9.0, 8.5

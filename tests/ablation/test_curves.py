@@ -1,0 +1,361 @@
+"""The public functions: answers, errors, all kinds of batches and models, and nothing left behind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lib_lightning import InteractionGraph, compute_interaction_graph
+from lib_lightning.ablation import (
+    EdgesRequired,
+    accuracy,
+    edge_ablation_curve,
+    edges_required,
+    log_likelihood,
+    node_ablation_curve,
+)
+from lib_lightning.core.errors import LIBError, NodeLayerError, NotFiniteError
+from lib_lightning.core.nested import first_tensor
+from tests import reference
+from tests.cases import Case
+from tests.conftest import CASES
+from tests.core.test_ablate import activations_of, counts_of, graph_of, maps_of
+from tests.wild.found import Found
+from tests.wild.models import gpt2, tokens
+from tests.wild.oracle import lively
+from tests.wild.test_found import KINDS, LAYERS, mlp
+
+SECTION = ("1", "2")
+
+
+def labelled(model: nn.Module, n: int = 40) -> tuple[Tensor, Tensor]:
+    x = torch.randn(n, 4).double()
+    with torch.no_grad():
+        return x, model(x).argmax(-1)
+
+
+def first_output(output: Tensor, batch: Any) -> Tensor:
+    return output.flatten(1)[:, 0]
+
+
+def ask_all(
+    model: nn.Module, batches: list[Any], graph: InteractionGraph, score: Any = accuracy, **options: Any
+) -> Any:
+    """Every public function once."""
+    section = graph.node_layers[1], graph.node_layers[2]
+    return (
+        node_ablation_curve(model, batches, graph, score, graph.node_layers[1], **options),
+        edge_ablation_curve(model, batches, graph, score, section, **options),
+        {k: (v.count, v.score, v.curve) for k, v in edges_required(model, batches, graph, score, **options).items()},
+    )
+
+
+def test_curves_are_means_of_the_transcription(case: Case) -> None:
+    graph, a, maps = graph_of(case, "pca"), activations_of(case), maps_of(graph_of(case, "pca"))
+    options = {"input_fn": case.input_fn, "mask": case.mask}
+
+    def score(output: Any, batch: Any) -> Tensor:
+        last = graph.layers()[-1].read([first_tensor(output)])
+        return last.flatten(1).square().mean(1)
+
+    for l, (section, E) in enumerate(graph.edges.items()):
+        counts = sorted({0, E.numel() // 3, E.numel()})
+        curve = edge_ablation_curve(case.model, case.batches(7, 11), graph, score, section, counts, **options)
+        for k in counts:
+            kept = torch.zeros(E.numel(), dtype=torch.bool)
+            kept[E.flatten().argsort(descending=True, stable=True)[:k]] = True
+            expected = reference.edge_ablation(a, case.sections, l, maps, kept.view_as(E), counts_of(case))
+            assert curve[k] == pytest.approx(float(expected.square().mean()), rel=1e-9)
+
+
+def test_edges_required_says_all_there_is_to_say() -> None:
+    model = lively(mlp())
+    with torch.no_grad():  # all classes are as frequent
+        model[4].bias -= model(torch.randn(100, 4).double()).mean(0)
+    batches = [labelled(model), labelled(model, 13)]
+    graph = compute_interaction_graph(model, batches, LAYERS)
+    found = edges_required(model, batches, graph, accuracy, tolerance=0.05)
+    assert list(found) == list(graph.edges)
+    for section, answer in found.items():
+        E = graph.edges[section]
+        assert isinstance(answer, EdgesRequired)
+        assert answer.unablated == 1.0
+        assert answer.mask.shape == E.shape
+        assert answer.mask.dtype == torch.bool
+        assert answer.mask.sum() == answer.count
+        assert 0 < answer.count < E.numel()
+        assert E[answer.mask].min() >= E[~answer.mask].max()
+        assert answer.score == answer.curve[answer.count] >= 0.95
+        assert list(answer.curve) == sorted(answer.curve)
+        assert all(s >= 0.95 for k, s in answer.curve.items() if k >= answer.count)
+        again = edge_ablation_curve(model, batches, graph, accuracy, section, list(answer.curve))
+        assert again == answer.curve
+    one = edges_required(model, batches, graph, accuracy, 0.05, [SECTION], "bisection")
+    assert list(one) == [SECTION]
+    assert one[SECTION].score >= 0.95
+    tried = edge_ablation_curve(model, batches, graph, accuracy, SECTION, "bisection", 0.05)
+    assert tried == one[SECTION].curve
+
+
+def test_features_that_were_left_out_cannot_be_made_up_for() -> None:
+    # The graph knows the data along one direction alone.
+    model, x = lively(mlp()), torch.randn(60, 4).double()
+    with torch.no_grad():
+        batch = x, model(x).argmax(-1)
+    line = torch.randn(30, 1).double() * torch.ones(4).double()
+    graph = compute_interaction_graph(model, [line], LAYERS)
+    assert graph.bases["input"].n_features == 1
+    section = ("input", "1")
+    for search in ("scan", "bisection"):
+        answer = edges_required(model, [batch], graph, accuracy, 0.01, [section], search)[section]
+        assert answer.count is None
+        assert answer.mask.all()
+        assert answer.score == answer.curve[answer.mask.numel()] < 0.99
+
+
+def test_a_score_of_ones_own_and_dict_batches() -> None:
+    case = CASES["dict_input"]
+    graph = graph_of(case, "lib")
+    with torch.no_grad():
+        expected = first_output(case.model(**case.data), case.data)
+    seen: list[Any] = []
+
+    def score(output: Tensor, batch: Any) -> Tensor:
+        seen.append(batch)
+        assert not torch.is_grad_enabled()
+        return output[:, 0]
+
+    curve = node_ablation_curve(case.model, case.batches(7), graph, score, "head:input", [0, 2])
+    assert curve[2] == pytest.approx(float(expected.mean()), abs=1e-12)
+    assert all(set(batch) == {"left", "right"} for batch in seen)
+    assert {len(batch["left"]) for batch in seen} == {7, 2}, "each sample counts once, whatever batch it is in"
+
+
+@pytest.mark.parametrize(
+    ("score", "error", "match"),
+    [
+        (lambda output, batch: output, LIBError, r"one number for each of the 40 samples of a batch; got shape"),
+        (lambda output, batch: output.mean(), LIBError, r"got shape \(\)"),
+        (lambda output, batch: 0.5, LIBError, "got float"),
+        (lambda output, batch: output[:, 0] * math.nan, NotFiniteError, "NaN or infinite"),
+        (lambda output, batch: output[:, 0].log(), NotFiniteError, "NaN or infinite"),
+    ],
+)
+def test_bad_scores_are_refused(score: Any, error: type[Exception], match: str) -> None:
+    model = lively(mlp())
+    batch = labelled(model)
+    graph = compute_interaction_graph(model, [batch], LAYERS)
+    found = Found(model)
+    with pytest.raises(error, match=match):
+        node_ablation_curve(model, [batch], graph, score, "1")
+    found.assert_same()
+
+
+def test_what_does_not_belong_together_is_refused() -> None:
+    model = lively(mlp())
+    batch = labelled(model)
+    graph = compute_interaction_graph(model, [batch], LAYERS)
+    with pytest.raises(NodeLayerError, match="no node layer '3', but 'input'"):
+        node_ablation_curve(model, [batch], graph, accuracy, "3")
+    for section in (("1", "output"), ("2", "1"), "1"):
+        with pytest.raises(NodeLayerError, match="a section is a pair of neighbouring node layers"):
+            edge_ablation_curve(model, [batch], graph, accuracy, section)
+        with pytest.raises(NodeLayerError, match="a section is a pair of neighbouring node layers"):
+            edges_required(model, [batch], graph, accuracy, sections=[section])
+    with pytest.raises(ValueError, match="search is 'scan' or 'bisection'; got 'halving'"):
+        edges_required(model, [batch], graph, accuracy, search="halving")
+    with pytest.raises(ValueError, match="There are 5 to keep some of"):
+        node_ablation_curve(model, [batch], graph, accuracy, "1", [7])
+    wider = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    for ask in (
+        lambda: node_ablation_curve(wider, [batch], graph, accuracy, "1"),
+        lambda: edges_required(wider, [batch], graph, accuracy),
+    ):
+        with pytest.raises(NodeLayerError, match="'1' is for 6 activations at each position, and the model has 8"):
+            ask()
+    with pytest.raises(NodeLayerError, match="has no module '1'"):
+        node_ablation_curve(nn.Linear(4, 3).double(), [batch], graph, accuracy, "1")
+    with pytest.raises(LIBError, match="no samples to score"):
+        node_ablation_curve(model, [], graph, accuracy, "1")
+    with pytest.raises(LIBError, match="no samples to score"):
+        edges_required(model, [(batch[0][:0], batch[1][:0])], graph, accuracy)
+
+
+def test_accuracy_and_log_likelihood() -> None:
+    logits = torch.tensor([[[1.0, 3.0], [2.0, 0.0]], [[0.0, 1.0], [5.0, 5.0]]])
+    labels = torch.tensor([[1, 1], [0, -100]])
+    batch = {"labels": labels, "tokens": None}
+    assert accuracy({"loss": torch.tensor(1.0), "logits": logits}, batch).tolist() == [0.5, 0.0]
+    found = log_likelihood(logits, (None, labels))
+    log_p = logits.double().log_softmax(-1)
+    expected = [(log_p[0, 0, 1] + log_p[0, 1, 1]) / 2, log_p[1, 0, 0]]
+    assert found.tolist() == pytest.approx([float(e) for e in expected])
+    nothing = torch.full((2, 2), -100)
+    assert accuracy(logits, (None, nothing)).tolist() == log_likelihood(logits, (None, nothing)).tolist() == [0, 0]
+    assert accuracy(logits[:, 0], [None, labels[:, 0]]).tolist() == [1, 0]
+    for bad in ({"x": labels}, (labels,), labels[0, 0], (None, labels[:, 0]), (None, "labels")):
+        for score in (accuracy, log_likelihood):
+            with pytest.raises(LIBError, match="Give a score function of your own"):
+                score(logits, bad)
+
+
+@pytest.mark.parametrize("make", KINDS)
+@pytest.mark.filterwarnings("ignore:.*nn.utils.weight_norm.*is deprecated:FutureWarning")
+def test_all_is_as_it_was_found(make: Callable[[], nn.Module]) -> None:
+    model, x = lively(make()), torch.randn(20, 4).double()
+    model.train()
+    if any(p.requires_grad for p in model.parameters()):
+        model(x).sum().backward()
+    batch = (x, torch.randint(0, 3, (20,)))
+    graph = compute_interaction_graph(model, [batch], LAYERS)
+    found, data = Found(model), [t.clone() for t in batch]
+    ask_all(model, [batch], graph)
+    found.assert_same()
+    assert all(torch.equal(a, b) for a, b in zip(batch, data, strict=True))
+
+
+def test_dropout_and_training_mode_change_no_number() -> None:
+    dropping = lively(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 3)))
+    batch = (torch.randn(20, 4).double(), torch.randint(0, 3, (20,)))
+    graph = compute_interaction_graph(dropping, [batch], ["input", "1", "output"])
+    training = ask_all(dropping.train(), [batch], graph)
+    assert ask_all(dropping.eval(), [batch], graph) == training
+
+
+def test_hooks_of_the_user_go_on_working() -> None:
+    model = lively(mlp())
+    batch = labelled(model)
+    graph = compute_interaction_graph(model, [batch], LAYERS)
+    plain = ask_all(model, [batch], graph, first_output)
+    calls = {"pre": 0, "first": 0, "last": 0}
+
+    def count(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            calls[name] += 1
+
+        return hook
+
+    model.register_forward_pre_hook(count("pre"))
+    model[0].register_forward_hook(count("first"))
+    model[4].register_forward_hook(count("last"))
+    found = Found(model)
+    assert ask_all(model, [batch], graph, first_output) == plain
+    found.assert_same()
+    assert calls["pre"] == calls["first"] > calls["last"] > 0, "passes that are left halfway do not get to the last"
+    # One that changes what passes through takes part in the model, as everywhere.
+    handle = model[0].register_forward_hook(lambda _, args, output: output * 2)
+    doubled = ask_all(model, [batch], graph, first_output)
+    assert doubled != plain
+    handle.remove()
+    assert ask_all(model, [batch], graph, first_output) == plain
+
+
+class Stubborn(nn.Module):
+    """Tries its layers and does something else if that goes wrong, or counts on coming to its end."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.net, self.busy = kind, mlp(), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "tries":
+            try:
+                return self.net(x)
+            except Exception:
+                return torch.zeros(len(x), 3).double()
+        if self.kind == "catches all":
+            try:
+                return self.net(x)
+            except BaseException:
+                return torch.zeros(len(x), 3).double()
+        if self.kind == "tries again":
+            try:
+                return self.net(x)
+            except BaseException:
+                return self.net(x)
+        if self.kind == "fails":
+            try:
+                return self.net(x)
+            except BaseException as error:
+                raise ValueError("something is wrong") from error
+        if self.busy:
+            raise RuntimeError("busy")
+        self.busy = True
+        x = self.net(x)
+        self.busy = False
+        return x
+
+
+@pytest.mark.parametrize("kind", ["tries", "catches all", "tries again", "fails", "busy"])
+def test_models_that_catch_whatever_comes(kind: str) -> None:
+    model = lively(Stubborn(kind))
+    batch = labelled(model.net)
+    plain = compute_interaction_graph(model.net, [batch], LAYERS)
+    expected = ask_all(model.net, [batch], plain, first_output)
+    graph = compute_interaction_graph(model, [batch], ["input", "net.1", "net.2", "output"])
+    found = Found(model)
+    nodes, edges, required = ask_all(model, [batch], graph, first_output)
+    found.assert_same()
+    assert nodes == pytest.approx(expected[0], abs=1e-12)
+    assert edges == pytest.approx(expected[1], abs=1e-12)
+    assert [answer[0] for answer in required.values()] == [answer[0] for answer in expected[2].values()]
+
+
+def test_language_model_of_another_library() -> None:
+    model = gpt2().train()
+    inputs = tokens(12, 5)
+    labels = torch.cat([inputs[:, 1:], torch.full((12, 1), -100)], 1)
+    batches = [{"input_ids": inputs[:7], "labels": labels[:7]}, {"input_ids": inputs[7:], "labels": labels[7:]}]
+
+    def input_fn(batch: dict[str, Tensor]) -> dict[str, Any]:
+        return {"input_ids": batch["input_ids"], "use_cache": False}
+
+    layers = ["transformer.h.0.ln_2:input", "transformer.h.1.ln_1:input", "transformer.ln_f:input", "output"]
+    graph = compute_interaction_graph(model, batches, layers, input_fn=input_fn)
+    found = Found(model)
+    answers = edges_required(model, batches, graph, log_likelihood, 0.01, input_fn=input_fn)
+    found.assert_same()
+    with torch.no_grad():
+        logits = model.eval()(inputs).logits.log_softmax(-1)
+    score = float(logits[:, :-1].gather(-1, inputs[:, 1:, None]).mean())
+    for answer in answers.values():
+        assert answer.unablated == pytest.approx(score, abs=1e-12)
+        assert answer.count is not None
+        assert answer.score >= score - 0.01
+    middle = node_ablation_curve(model, batches, graph, log_likelihood, layers[1], "every", input_fn=input_fn)
+    assert middle[graph.bases[layers[1]].n_features] == pytest.approx(score, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mlp_tanh", "transformer", "padded"])
+def test_without_memory_the_numbers_are_the_same(name: str) -> None:
+    case = CASES[name]
+    graph = graph_of(case, "lib")
+    options = {"input_fn": case.input_fn, "mask": case.mask}
+    roomy = ask_all(case.model, case.batches(13), graph, first_output, **options)
+    assert ask_all(case.model, case.batches(13), graph, first_output, memory_limit=0, **options) == roomy
+    for part in (1e-5, 2e-5):  # room for some of the batches
+        assert ask_all(case.model, case.batches(13), graph, first_output, memory_limit=part, **options) == roomy
+
+
+def test_another_precision() -> None:
+    model = lively(mlp())
+    batch = labelled(model)
+    graph = compute_interaction_graph(model, [batch], LAYERS)
+    found = Found(model)
+    exact, rounded = (ask_all(model, [batch], graph, first_output, dtype=dtype) for dtype in (None, torch.float32))
+    found.assert_same()
+    assert rounded[0] != exact[0]
+    assert rounded[0] == pytest.approx(exact[0], abs=1e-5)
+    assert rounded[1] == pytest.approx(exact[1], abs=1e-5)
+
+
+def test_batches_may_come_from_a_generator() -> None:
+    model = lively(mlp())
+    batch = labelled(model)
+    graph = compute_interaction_graph(model, [batch], LAYERS)
+    assert ask_all(model, [batch], graph)[0] == node_ablation_curve(model, iter([batch]), graph, accuracy, "1")
