@@ -17,7 +17,7 @@ from lib_lightning.ablation import edges_required
 from lib_lightning.ablation.scored import Score
 from lib_lightning.metrics.summary import graph_scalars, layer_key, section_keys
 
-# Options of `compute_interaction_graph` for each row of a table. The output keeps its neurons unless they say otherwise.
+# Options of `compute_interaction_graph` for each row. The output keeps its neurons unless they say otherwise.
 BASES: dict[str, dict[str, Any]] = {
     "lib": {},
     "pca": {"basis": "pca"},
@@ -59,11 +59,6 @@ class Network:
     ablation: dict[str, Any] = field(default_factory=dict)
     told: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def name(self) -> str:
-        """Name of its file of results, without the ending."""
-        return f"{self.task.replace(' ', '_').lower()}_seed{self.seed}"
-
 
 def measure(network: Network, basis: str) -> dict[str, Any]:
     """Measure a network in one basis.
@@ -90,7 +85,7 @@ def measure(network: Network, basis: str) -> dict[str, Any]:
     return {
         **numbers_of(graph),
         "edges_required": _with_total(
-            {key: one.count for key, one in zip(section_keys(graph.node_layers), required.values(), strict=True)}
+            {key: one.count for section, one in required.items() for key in section_keys(section)}
         ),
         "unablated": _short(min(scores)),
         "samples": graph.info["n_samples"],
@@ -117,6 +112,27 @@ def numbers_of(graph: InteractionGraph) -> dict[str, dict[str, float]]:
     return numbers
 
 
+def results_of(task: str, seed: int, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The file of results of a network, and what is in it.
+
+    Args:
+        task: What the network has learned.
+        seed: Which of several it is.
+        folder: Where files of results are.
+
+    Returns:
+        The file, and its contents; empty if there is none.
+    """
+    path = folder / f"{task.replace(' ', '_').lower()}_seed{seed}.json"
+    return path, json.loads(path.read_text()) if path.exists() else {}
+
+
+def remaining(task: str, seed: int, folder: Path, bases: Sequence[str] = tuple(BASES)) -> list[str]:
+    """In which of some bases a network has not been measured yet."""
+    _, results = results_of(task, seed, folder)
+    return [basis for basis in bases if basis not in results.get("bases", {})]
+
+
 def measure_all(network: Network, folder: Path, bases: Sequence[str] = tuple(BASES)) -> Path:
     """Measure a network in several bases; what is in its file of results already is kept.
 
@@ -128,12 +144,9 @@ def measure_all(network: Network, folder: Path, bases: Sequence[str] = tuple(BAS
     Returns:
         The file.
     """
-    path = folder / f"{network.name}.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
     folder.mkdir(parents=True, exist_ok=True)
-    for basis in bases:
-        if basis in results.get("bases", {}):
-            continue
+    path, results = results_of(network.task, network.seed, folder)
+    for basis in remaining(network.task, network.seed, folder, bases):
         found = {**results.get("bases", {}), basis: measure(network, basis)}
         results = {**described(network), "bases": {name: found[name] for name in BASES if name in found}}
         part = path.with_suffix(".part")
@@ -144,6 +157,9 @@ def measure_all(network: Network, folder: Path, bases: Sequence[str] = tuple(BAS
 
 def described(network: Network) -> dict[str, Any]:
     """What there is to say about a network and its settings, for its file of results."""
+    settings = {**network.options, **network.ablation}
+    if "sections" in settings:
+        settings["sections"] = [key for section in settings["sections"] for key in section_keys(section)]
     return {
         "task": network.task,
         "seed": network.seed,
@@ -151,7 +167,7 @@ def described(network: Network) -> dict[str, Any]:
         "tolerance": network.tolerance,
         "search": network.search,
         "scored": sum(len(batch[0]) for batch in network.test),
-        "settings": {key: _plain(value) for key, value in {**network.options, **network.ablation}.items()},
+        "settings": {key: _plain(value) for key, value in settings.items()},
         **network.told,
     }
 

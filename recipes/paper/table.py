@@ -1,0 +1,173 @@
+"""The table of `python -m recipes.paper`, from its committed results alone: ``python -m recipes.paper.table``.
+
+Where ``LIB_REFERENCE_DIR`` names a folder with the authors' results, their numbers of edges stand beside ours.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from recipes.paper.measure import BASES
+
+RESULTS = Path(__file__).parent / "results"
+PUBLISHED = "Published"
+METRICS = {"features": 0, "edges_required": 0, "effective_edges": 0, "modularity": 2}
+# What is divided by what. Modularity is no ratio scale: there it is the difference.
+COMPARED = (("lib", "pca"), ("lib, centered", "lib"), ("lib, fisher", "lib"))
+
+Results = dict[str, list[dict[str, Any]]]
+
+
+def read(folder: Path = RESULTS) -> Results:
+    """Read all files of results.
+
+    Args:
+        folder: Where they are.
+
+    Returns:
+        By task, those of its seeds.
+    """
+    found: Results = {}
+    for path in sorted(folder.glob("*.json")):
+        one = json.loads(path.read_text())
+        found.setdefault(one["task"], []).append(one)
+    return dict(sorted(found.items(), key=lambda item: (-len(item[1]), item[0])))
+
+
+def report(folder: Path = RESULTS, reference: Path | None = None) -> str:
+    """Everything that the results say, in Markdown.
+
+    Args:
+        folder: Where the files of results are.
+        reference: Folder with the authors' results.
+
+    Returns:
+        The tables.
+    """
+    results = read(folder)
+    published = results.pop(PUBLISHED, [])
+    parts = [numbers(results), ratios(results)] if results else []
+    if published:
+        theirs = reference and json.loads((reference / "modular_addition_published.json").read_text())
+        parts.append(counted_as_published(published, theirs or None))
+    return "\n\n".join(parts)
+
+
+def numbers(results: Results) -> str:
+    """Means over seeds, with standard errors.
+
+    Args:
+        results: By task.
+
+    Returns:
+        The table.
+    """
+    lines = ["| network (seeds) | basis | features | edges required | effective edges | modularity |", "|" + "---|" * 6]
+    for task, seeds in results.items():
+        for basis in BASES:
+            cells = [
+                mean_and_error([total(one, basis, metric) for one in seeds], digits)
+                for metric, digits in METRICS.items()
+            ]
+            lines.append(f"| {task} ({len(seeds)}) | {basis} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def ratios(results: Results) -> str:
+    """What a basis has for each one that another has, in the same network; of modularity, what it has more.
+
+    Args:
+        results: By task.
+
+    Returns:
+        The table.
+    """
+    lines = ["| network | compared | features | edges required | effective edges | modularity |", "|" + "---|" * 6]
+    for task, seeds in results.items():
+        for basis, other in COMPARED:
+            cells = []
+            for metric in METRICS:
+                pairs = [(total(one, basis, metric), total(one, other, metric)) for one in seeds]
+                compare = _difference if metric == "modularity" else _ratio
+                sign = "+" if metric == "modularity" else ""
+                cells.append(mean_and_error([compare(*pair) for pair in pairs], 2, sign))
+            lines.append(f"| {task} | {basis} / {other} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def counted_as_published(results: Sequence[Mapping[str, Any]], theirs: Mapping[str, Any] | None) -> str:
+    """Edges required in the authors' own networks, section by section.
+
+    Args:
+        results: Those of their networks.
+        theirs: What they have found, by seed and basis; None where it is not at hand.
+
+    Returns:
+        The table.
+    """
+    lines = [f"| authors' network | section | lib | pca |{' published lib | published pca |' if theirs else ''}"]
+    lines.append("|" + "---|" * (6 if theirs else 4))
+    for one in results:
+        counts = {basis: one["bases"][basis]["edges_required"] for basis in ("lib", "pca")}
+        for section in list(counts["lib"])[:-1]:
+            cells = [counts[basis][section] for basis in counts]
+            if theirs:
+                place = section.split("-to-")[0]
+                cells += [theirs[str(one["seed"])][basis]["edges_required"][place] for basis in counts]
+            lines.append(f"| {one['seed']} | {section} | {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def total(one: Mapping[str, Any], basis: str, metric: str) -> float:
+    """A number of a whole graph; NaN where there is none."""
+    value = one["bases"].get(basis, {}).get(metric, {}).get("total")
+    return math.nan if value is None else value
+
+
+def mean_and_error(values: Sequence[float], digits: int, sign: str = "") -> str:
+    """Mean and standard error of the mean.
+
+    Args:
+        values: Independent values.
+        digits: After the decimal point.
+        sign: "+" to show it always.
+
+    Returns:
+        Such as "12 ± 3"; "-" if one of them is missing.
+
+    Example:
+        >>> mean_and_error([1.0, 3.0], 1), mean_and_error([1.0, float("nan")], 1), mean_and_error([0.25], 2, "+")
+        ('2.0 ± 1.0', '-', '+0.25')
+    """
+    if any(math.isnan(value) for value in values):
+        return "-"
+    n = len(values)
+    mean = sum(values) / n
+    if n == 1:
+        return f"{mean:{sign}.{digits}f}"
+    error = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
+    return f"{mean:{sign}.{digits}f} ± {error:.{digits}f}"
+
+
+def _ratio(value: float, other: float) -> float:
+    return value / other if other else math.nan
+
+
+def _difference(value: float, other: float) -> float:
+    return value - other
+
+
+def main() -> None:
+    """Print the tables."""
+    reference = os.environ.get("LIB_REFERENCE_DIR")
+    sys.stdout.write(report(reference=Path(reference) if reference else None) + "\n")
+
+
+if __name__ == "__main__":
+    main()
