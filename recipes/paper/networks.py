@@ -33,7 +33,12 @@ ADDITION_SCORED = 2000
 
 
 def modular_addition(
-    seed: int, folder: Path, epochs: int = FIND + SETTLE, steps_per_epoch: int = 1000, scored: int = ADDITION_SCORED
+    seed: int,
+    folder: Path,
+    epochs: int = FIND + SETTLE,
+    steps_per_epoch: int = 1000,
+    fitted: int | None = None,
+    scored: int = ADDITION_SCORED,
 ) -> Network:
     """The paper's transformer for addition modulo 113.
 
@@ -42,6 +47,7 @@ def modular_addition(
         folder: Where networks are kept.
         epochs: As for `train`.
         steps_per_epoch: As for `train`.
+        fitted: Training pairs to compute bases on; None for all 3,830.
         scored: Test pairs to score on.
 
     Returns:
@@ -50,7 +56,7 @@ def modular_addition(
     checkpoint = torch.load(train(seed, folder, epochs, steps_per_epoch), map_location="cpu", weights_only=True)
     module = PaperModularAddition()
     module.load_state_dict(checkpoint["state_dict"])
-    return _addition("Modular addition", seed, module.transformer, split_seed=seed, scored=scored)
+    return _addition("Modular addition", seed, module.transformer, seed, fitted, scored)
 
 
 def published(seed: int, reference: Path) -> Network:
@@ -64,18 +70,18 @@ def published(seed: int, reference: Path) -> Network:
         The network.
     """
     model = published_transformer(reference / f"modular_addition_seed{seed}_weights.safetensors")
-    return _addition("Published", seed, model, split_seed=0, scored=None, rtol=0.0, search="bisection")
+    return _addition("Published", seed, model, split_seed=0, rtol=0.0, search="bisection")
 
 
 def _addition(
-    task: str, seed: int, model: ModularAdditionTransformer, split_seed: int, scored: int | None, rtol: float = 1e-6,
-    **options: Any,
+    task: str, seed: int, model: ModularAdditionTransformer, split_seed: int, fitted: int | None = None,
+    scored: int | None = None, rtol: float = 1e-6, **options: Any,
 ) -> Network:  # fmt: skip
     data = AllPairs(MODULUS, TRAIN_FRACTION, split_seed=split_seed)
     n, last = data.n_train, None if scored is None else data.n_train + scored
     return Network(
         task, seed, model.double(), ADDITION,
-        fit=list(data.tokens[:n].split(1000)),
+        fit=list(data.tokens[:n][:fitted].split(1000)),
         test=[(data.tokens[n:last], data.answers[n:last])],
         score=accuracy, tolerance=1e-3,
         options={"rtol": rtol}, ablation={"dtype": torch.float32}, **options,
