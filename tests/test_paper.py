@@ -78,7 +78,8 @@ def write(folder: Path, seed: int, lib: int, pca: int | None) -> None:
 
     def one(total: int | None) -> dict[str, Any]:
         metrics = {metric: {"total": 2.0} for metric in ("features", "effective_edges", "modularity")}
-        return {**metrics, "edges_required": {"a-to-b": total, "total": total}}
+        last = {} if total is None else {"b-to-output": total - 5}
+        return {**metrics, "edges_required": {"a-to-b": 5, **last, "total": total}}
 
     found = {"task": "T", "seed": seed, "bases": {"lib": one(lib), "pca": one(pca)}}
     (folder / f"t_seed{seed}.json").write_text(json.dumps(found))
@@ -90,6 +91,7 @@ def test_ratios_are_those_of_the_same_network(tmp_path: Path) -> None:
     lines = report(tmp_path).splitlines()
     assert "| T (2) | lib | 2 ± 0 | 20 ± 10 | 2 ± 0 | 2.00 ± 0.00 |" in lines
     assert "| T | lib / pca | 1.00 ± 0.00 | 0.62 ± 0.12 | 1.00 ± 0.00 | +0.00 ± 0.00 |" in lines
+    assert "| T | lib / pca, before the output | 1.00 ± 0.00 | 1.00 ± 0.00 | - | - |" in lines
     assert "| T (2) | neuron | - | - | - | - |" in lines
     write(tmp_path, 1, 30, None)
     assert "| T (2) | pca | 2 ± 0 | - | 2 ± 0 | 2.00 ± 0.00 |" in report(tmp_path).splitlines()

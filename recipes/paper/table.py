@@ -18,8 +18,14 @@ from recipes.paper.measure import BASES
 RESULTS = Path(__file__).parent / "results"
 PUBLISHED = "Published"
 METRICS = {"features": 0, "edges_required": 0, "effective_edges": 0, "modularity": 2}
-# What is divided by what. Modularity is no ratio scale: there it is the difference.
-COMPARED = (("lib", "pca"), ("lib, centered", "lib"), ("lib, fisher", "lib"))
+# What is divided by what, and whether only before the output: "fisher" changes what an edge to the output is, since it
+# gives the output features of its own, which the last linear layer's inputs match one to one.
+COMPARED = (
+    ("lib", "pca", False),
+    ("lib", "pca", True),
+    ("lib, centered", "lib", False),
+    ("lib, fisher", "lib", True),
+)
 
 Results = dict[str, list[dict[str, Any]]]
 
@@ -90,14 +96,16 @@ def ratios(results: Results) -> str:
     """
     lines = ["| network | compared | features | edges required | effective edges | modularity |", "|" + "---|" * 6]
     for task, seeds in results.items():
-        for basis, other in COMPARED:
+        for basis, other, inner in COMPARED:
             cells = []
             for metric in METRICS:
-                pairs = [(total(one, basis, metric), total(one, other, metric)) for one in seeds]
-                compare = _difference if metric == "modularity" else _ratio
-                sign = "+" if metric == "modularity" else ""
-                cells.append(mean_and_error([compare(*pair) for pair in pairs], 2, sign))
-            lines.append(f"| {task} | {basis} / {other} | {' | '.join(cells)} |")
+                pairs = [(total(one, basis, metric, inner), total(one, other, metric, inner)) for one in seeds]
+                if metric == "modularity":
+                    cells.append(mean_and_error([x - y for x, y in pairs], 2, "+"))
+                else:
+                    cells.append(mean_and_error([x / y if y else math.nan for x, y in pairs], 2))
+            where = ", before the output" if inner else ""
+            lines.append(f"| {task} | {basis} / {other}{where} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -124,9 +132,25 @@ def counted_as_published(results: Sequence[Mapping[str, Any]], theirs: Mapping[s
     return "\n".join(lines)
 
 
-def total(one: Mapping[str, Any], basis: str, metric: str) -> float:
-    """A number of a whole graph; NaN where there is none."""
-    value = one["bases"].get(basis, {}).get(metric, {}).get("total")
+def total(one: Mapping[str, Any], basis: str, metric: str, inner: bool = False) -> float:
+    """A number of a whole graph.
+
+    Args:
+        one: Results of a network.
+        basis: Which of its bases.
+        metric: One of `METRICS`.
+        inner: Without the section to the output: the sum of the others, or the mean of their modularities.
+
+    Returns:
+        The number; NaN where there is none.
+    """
+    values = one["bases"].get(basis, {}).get(metric, {})
+    if inner and metric != "features":
+        parts = [value for key, value in values.items() if key != "total" and not key.endswith("-to-output")]
+        if not parts or None in parts:
+            return math.nan
+        return sum(parts) / (len(parts) if metric == "modularity" else 1)
+    value = values.get("total")
     return math.nan if value is None else value
 
 
@@ -153,14 +177,6 @@ def mean_and_error(values: Sequence[float], digits: int, sign: str = "") -> str:
         return f"{mean:{sign}.{digits}f}"
     error = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
     return f"{mean:{sign}.{digits}f} ± {error:.{digits}f}"
-
-
-def _ratio(value: float, other: float) -> float:
-    return value / other if other else math.nan
-
-
-def _difference(value: float, other: float) -> float:
-    return value - other
 
 
 def main() -> None:
