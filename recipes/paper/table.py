@@ -17,7 +17,9 @@ from recipes.paper.measure import BASES
 
 RESULTS = Path(__file__).parent / "results"
 PUBLISHED = "Published"
+# And the digits to show of each.
 METRICS = {"features": 0, "edges_required": 0, "effective_edges": 0, "modularity": 2}
+COLUMNS = " | ".join(metric.replace("_", " ") for metric in METRICS)
 # What is divided by what, and whether only before the output: "fisher" changes what an edge to the output is, since it
 # gives the output features of its own, which the last linear layer's inputs match one to one.
 COMPARED = (
@@ -66,7 +68,7 @@ def report(folder: Path = RESULTS, reference: Path | None = None) -> str:
 
 
 def numbers(results: Results) -> str:
-    """Means over seeds, with standard errors.
+    """Means over the seeds that have been measured, with standard errors.
 
     Args:
         results: By task.
@@ -74,14 +76,16 @@ def numbers(results: Results) -> str:
     Returns:
         The table.
     """
-    lines = ["| network (seeds) | basis | features | edges required | effective edges | modularity |", "|" + "---|" * 6]
+    lines = [f"| network (seeds) | basis | {COLUMNS} |", "|" + "---|" * 6]
     for task, seeds in results.items():
         for basis in BASES:
+            measured = [one for one in seeds if basis in one["bases"]]
             cells = [
-                mean_and_error([total(one, basis, metric) for one in seeds], digits)
+                mean_and_error([total(one, basis, metric) for one in measured], digits)
                 for metric, digits in METRICS.items()
             ]
-            lines.append(f"| {task} ({len(seeds)}) | {basis} | {' | '.join(cells)} |")
+            if measured:
+                lines.append(f"| {task} ({len(measured)}) | {basis} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -94,18 +98,20 @@ def ratios(results: Results) -> str:
     Returns:
         The table.
     """
-    lines = ["| network | compared | features | edges required | effective edges | modularity |", "|" + "---|" * 6]
+    lines = [f"| network (seeds) | compared | {COLUMNS} |", "|" + "---|" * 6]
     for task, seeds in results.items():
         for basis, other, inner in COMPARED:
+            measured = [one for one in seeds if {basis, other} <= one["bases"].keys()]
             cells = []
             for metric in METRICS:
-                pairs = [(total(one, basis, metric, inner), total(one, other, metric, inner)) for one in seeds]
+                pairs = [(total(one, basis, metric, inner), total(one, other, metric, inner)) for one in measured]
                 if metric == "modularity":
                     cells.append(mean_and_error([x - y for x, y in pairs], 2, "+"))
                 else:
                     cells.append(mean_and_error([x / y if y else math.nan for x, y in pairs], 2))
             where = ", before the output" if inner else ""
-            lines.append(f"| {task} | {basis} / {other}{where} | {' | '.join(cells)} |")
+            if measured:
+                lines.append(f"| {task} ({len(measured)}) | {basis} / {other}{where} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -169,7 +175,7 @@ def mean_and_error(values: Sequence[float], digits: int, sign: str = "") -> str:
         >>> mean_and_error([1.0, 3.0], 1), mean_and_error([1.0, float("nan")], 1), mean_and_error([0.25], 2, "+")
         ('2.0 ± 1.0', '-', '+0.25')
     """
-    if any(math.isnan(value) for value in values):
+    if not values or any(math.isnan(value) for value in values):
         return "-"
     n = len(values)
     mean = sum(values) / n
