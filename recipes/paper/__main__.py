@@ -52,7 +52,7 @@ def tasks(folder: Path, images: Path | None = None, reference: Path | None = Non
         The tasks.
     """
     found = [
-        # Without neurons, which need thousands of edges: to find out how many takes longer than all other bases together.
+        # Without neurons: their ablation had not ended after a minute and a half, all other bases together take one.
         Task("Modular addition", 5, partial(modular_addition, folder=folder), [x for x in BASES if x != "neuron"]),
         Task("Language model", 2, partial(language_model, folder=folder)),
     ]
