@@ -12,33 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lib_lightning import InteractionGraph, compute_interaction_graph
-from recipes.modular_addition import AllPairs, ModularAdditionTransformer
+from recipes.modular_addition import AllPairs
+from recipes.paper.networks import published_transformer as load_transformer
 
 MODULUS = 113
 NODE_LAYERS = ["embed", "mlp:input", "unembed:input", "output"]
-
-
-def load_transformer(path: Path) -> ModularAdditionTransformer:
-    """The recipe's model with the authors' weights, which are laid out for row vectors and one head at a time."""
-    W = {name: tensor.double() for name, tensor in load_file(path).items()}
-    model = ModularAdditionTransformer(MODULUS).double()
-    state: dict[str, Tensor] = {
-        "embed.tokens.weight": W["embed.W_E"],
-        "embed.positions": W["pos_embed.W_pos"],
-        "attention.out.weight": W["blocks.0.attn.W_O"].flatten(0, 1).T,
-        "attention.out.bias": W["blocks.0.attn.b_O"],
-        "mlp.0.weight": W["blocks.0.mlp.W_in"].T,
-        "mlp.0.bias": W["blocks.0.mlp.b_in"],
-        "mlp.2.weight": W["blocks.0.mlp.W_out"].T,
-        "mlp.2.bias": W["blocks.0.mlp.b_out"],
-        "unembed.weight": W["unembed.W_U"].T,
-        "unembed.bias": W["unembed.b_U"],
-    }
-    for ours, theirs in (("query", "Q"), ("key", "K"), ("value", "V")):
-        state[f"attention.{ours}.weight"] = W[f"blocks.0.attn.W_{theirs}"].transpose(1, 2).flatten(0, 1)
-        state[f"attention.{ours}.bias"] = W[f"blocks.0.attn.b_{theirs}"].flatten()
-    model.load_state_dict(state)
-    return model
 
 
 def assert_edges(E: Tensor, published: Tensor, tolerance: float, block: int | None = None) -> None:

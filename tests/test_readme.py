@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -43,9 +44,15 @@ def test_other_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for program, *args in commands:
         if program == "python":
             # Run by tests of its own; here, that it can be.
-            option, module = args
+            option, module = args[:2]
             assert option == "-m"
-            assert 'if __name__ == "__main__":' in (ROOT / f"{module.replace('.', '/')}.py").read_text()
+            path = ROOT / module.replace(".", "/")
+            program_file = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+            assert 'if __name__ == "__main__":' in program_file.read_text()
+            if args[2:]:
+                with pytest.raises(SystemExit) as stopped:
+                    importlib.import_module(f"{module}.__main__" if path.is_dir() else module).main([*args[2:], "-h"])
+                assert stopped.value.code == 0
             continue
         assert program == "lib-lightning"
         if args[0] == "fit":

@@ -12,8 +12,8 @@ Counts = Schedule | Sequence[int]
 
 # An exponential schedule goes in half powers of two.
 _BASE = 2**0.5
-# Beyond the smallest number that holds, so many more and this share of it are tried one by one.
-_SCAN, _SCAN_SHARE = 8, 0.05
+# Beyond the smallest number that holds, this share of it is tried one by one: at least and at most so many.
+_SCAN_SHARE, _LEAST, _MOST = 0.05, 8, 100
 
 
 class Tried:
@@ -71,11 +71,15 @@ def scan(tried: Tried) -> int | None:
             break
         answer = below
     checked = answer
-    while checked < min(tried.largest, answer + max(_SCAN, round(_SCAN_SHARE * answer))):
+    while checked < min(tried.largest, answer + _scanned(answer)):
         checked += 1
         if not tried.holds(checked):
             answer = checked + 1
     return answer
+
+
+def _scanned(answer: int) -> int:
+    return min(_MOST, max(_LEAST, round(_SCAN_SHARE * answer)))
 
 
 def bisect(tried: Tried, bracket: int) -> int | None:
