@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lib_lightning import InteractionGraph, compute_interaction_graph
-from recipes.modular_addition import AllPairs
+from recipes.modular_addition import AllPairs, ModularAdditionTransformer
 from recipes.paper.networks import published_transformer as load_transformer
 
 MODULUS = 113

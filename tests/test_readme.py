@@ -20,11 +20,17 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 
 
+def run_python_blocks() -> None:
+    """Run the examples, each in the names of those before it."""
+    names = {"__name__": "readme"}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), names)
+
+
 def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert len(blocks("python")) == 2
-    for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    assert len(blocks("python")) == 3
+    run_python_blocks()
     assert (tmp_path / "graph.safetensors").exists()
 
 
@@ -37,8 +43,7 @@ def test_quick_start_is_two_lines_which_continuous_integration_runs() -> None:
 
 def test_other_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    run_python_blocks()
     commands = [shlex.split(line, comments=True) for block in blocks("bash")[1:] for line in block.splitlines()]
     assert commands
     for program, *args in commands:

@@ -32,7 +32,10 @@ SMALL = {
         ["--data.modulus=13", "--data.steps_per_epoch=3", "--trainer.max_epochs=2", "--trainer.accelerator=cpu"],
         ["lib"], ADDITION,
     ),
-    "digits_mlp": (["--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=1"], ["lib", "pca", "neuron"], PERCEPTRON),
+    "digits_mlp": (
+        ["--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=1"],
+        ["lib", "pca", "neuron"], PERCEPTRON,
+    ),
     "cifar10_mlp": (
         # Each snapshot takes the eigenvectors of a 3,072 x 3,072 matrix: one less is time saved.
         ["--trainer.max_epochs=1", "--trainer.callbacks.at_steps=[2]"], ["lib", "pca"], PERCEPTRON,
