@@ -23,6 +23,7 @@ from tests.training import NODE_LAYERS, Classifier, trainer_of
 # Optimizer steps 6 and 12 end in validations, 12 is also the end; 2 and 9 lie between. The axis counts from 0.
 AT_STEPS = [0, 2, 6, 9]
 ON_AXIS = [0, 1, 5, 8, 11]
+KINDS = ["graph", "spectrum"]
 
 
 class Remembers(Logger):
@@ -104,14 +105,15 @@ def pixels(file: Any) -> np.ndarray:
     return np.asarray(Image.open(file).convert("RGB"))
 
 
-def figures(folder: Path) -> list[np.ndarray]:
-    return [pixels(path) for path in sorted(folder.rglob("lib/figures/*.png"))]
+def figures(folder: Path, kind: str = "figures") -> list[np.ndarray]:
+    return [pixels(path) for path in sorted(folder.rglob(f"lib/{kind}/*.png"))]
 
 
 def assert_figures_of(folder: Path, logger: Remembers) -> None:
-    """Each image has the pixels of the file of its snapshot."""
-    expected = figures(folder)
-    assert len(logger.images) == len(expected) == len(ON_AXIS)
+    """Each image has the pixels of the file of its snapshot: the graph, then the importances."""
+    both = zip(figures(folder), figures(folder, "spectra"), strict=True)
+    expected = [figure for pair in both for figure in pair]
+    assert len(logger.images) == len(expected) == 2 * len(ON_AXIS)
     for (_, image), figure in zip(logger.images, expected, strict=True):
         assert isinstance(image, Image.Image)
         assert np.array_equal(np.asarray(image.convert("RGB")), figure)
@@ -124,18 +126,20 @@ def assert_numbers(logger: Remembers) -> None:
 
 def assert_in_tensorboard(logger: TensorBoardLogger) -> None:
     events = EventAccumulator(logger.log_dir, {"images": 0, "scalars": 0}).Reload()
-    images = events.Images("lib/graph")
-    assert [e.step for e in images] == ON_AXIS
-    for e, figure in zip(images, figures(Path(logger.log_dir)), strict=True):
-        assert np.array_equal(pixels(io.BytesIO(e.encoded_image_string)), figure)
-        assert (e.height, e.width) == figure.shape[:2]
+    for tag, kind in (("lib/graph", "figures"), ("lib/spectrum", "spectra")):
+        images = events.Images(tag)
+        assert [e.step for e in images] == ON_AXIS
+        for e, figure in zip(images, figures(Path(logger.log_dir), kind), strict=True):
+            assert np.array_equal(pixels(io.BytesIO(e.encoded_image_string)), figure)
+            assert (e.height, e.width) == figure.shape[:2]
     assert [e.step for e in events.Scalars("lib/edges/total")] == [0, 1, 5, 5, 8, 11, 11]
 
 
 def test_wandb_gets_figure_and_numbers_at_the_trainers_step(tmp_path: Path) -> None:
     logger = Wandb(tmp_path)
     fit(tmp_path, [logger])
-    assert [call for call, _ in logger.images] == [{"key": "lib/graph", "step": step} for step in ON_AXIS]
+    expected = [{"key": f"lib/{kind}", "step": step} for step in ON_AXIS for kind in KINDS]
+    assert [call for call, _ in logger.images] == expected
     assert_figures_of(tmp_path, logger)
     assert_numbers(logger)
 
@@ -144,7 +148,7 @@ def test_mlflow_gets_figure_and_numbers_under_a_key_that_it_can_read_back(tmp_pa
     logger = MLFlow(tmp_path)
     fit(tmp_path, [logger])
     calls = [call for call, _ in logger.images]
-    assert calls == [{"run_id": "run", "key": "lib.graph", "step": step} for step in ON_AXIS]
+    assert calls == [{"run_id": "run", "key": f"lib.{kind}", "step": step} for step in ON_AXIS for kind in KINDS]
     assert_figures_of(tmp_path, logger)
     assert {image.mode for _, image in logger.images} == {"RGB"}  # its preview of a palette would be torn
     assert_numbers(logger)
@@ -161,7 +165,7 @@ def test_mlflow_accepts_any_name(tmp_path: Path) -> None:
 def test_an_mlflow_without_steps_gets_a_file_for_each(tmp_path: Path) -> None:
     logger = OldMLFlow(tmp_path)
     fit(tmp_path, [logger])
-    names = [f"lib.graph/step-{step:08d}.png" for step in ON_AXIS]
+    names = [f"lib.{kind}/step-{step:08d}.png" for step in ON_AXIS for kind in KINDS]
     assert [call for call, _ in logger.images] == [{"run_id": "run", "artifact_file": name} for name in names]
     assert_figures_of(tmp_path, logger)
 
@@ -198,9 +202,8 @@ def test_two_callbacks_share_loggers_under_their_names(tmp_path: Path) -> None:
     logger = Wandb(tmp_path)
     callbacks = [LIBCallback(NODE_LAYERS), LIBCallback(NODE_LAYERS, basis="pca", name="pca")]
     trainer_of(tmp_path, *callbacks, logger=[logger]).fit(Classifier())
-    assert [(c["key"], c["step"]) for c, _ in logger.images] == [
-        ("lib/graph", 5), ("pca/graph", 5), ("lib/graph", 11), ("pca/graph", 11),
-    ]  # fmt: skip
+    expected = [(f"{name}/{kind}", step) for step in (5, 11) for name in ("lib", "pca") for kind in KINDS]
+    assert [(c["key"], c["step"]) for c, _ in logger.images] == expected
 
 
 @pytest.mark.parametrize(
