@@ -200,7 +200,10 @@ def _draw_column(
 
 
 def _names_shown(column: Column, labels: Sequence[str]) -> list[str]:
-    return [labels[index] for index in column.shown] if len(column.shown) <= _MOST_LABELS else []
+    names = [labels[index] for index in column.shown]
+    # Features count from the most important one: in a long column the first have names, the rest no room.
+    named = sorted(index for index in column.shown if labels[index])[:_MOST_LABELS]
+    return [name if index in named else "" for index, name in zip(column.shown, names, strict=True)]
 
 
 def _overhang(names: Sequence[Sequence[str]]) -> float:
@@ -212,14 +215,16 @@ def _overhang(names: Sequence[Sequence[str]]) -> float:
 
 def _write_names(axes: Axes, x: int, column: Column, names: Sequence[str], beyond: Column | None) -> None:
     """Write the index of a feature on the left of its dot and its name on the right."""
-    if len(column.shown) > _MOST_LABELS:
-        return
-    for k in _apart(column.heights):
-        _beside(axes, x, column.heights[k], str(column.shown[k]), _INDEX_SIZE, left=True)
-    named = [k for k, name in enumerate(names) if name]
+    if len(column.shown) <= _MOST_LABELS:
+        for k in _apart(column.heights):
+            _beside(axes, x, column.heights[k], str(column.shown[k]), _INDEX_SIZE, left=True)
     room = _room(axes, x, beyond)
-    for k in _apart(column.heights[named]):
-        _beside(axes, x, column.heights[named[k]], shorten(names[named[k]], room, _LABEL_SIZE), _LABEL_SIZE, left=False)
+    written: list[float] = []
+    for k in sorted((k for k, name in enumerate(names) if name), key=lambda k: column.shown[k]):
+        height = column.heights[k]
+        if all(72 * _GRAPH_HEIGHT * abs(height - other) >= _LINE_HEIGHT for other in written):
+            written.append(height)
+            _beside(axes, x, height, shorten(names[k], room, _LABEL_SIZE), _LABEL_SIZE, left=False)
 
 
 def _room(axes: Axes, x: int, beyond: Column | None) -> float:
