@@ -60,7 +60,9 @@ class Watched:
     @property
     def collection(self) -> MetricCollection:
         """The metrics."""
-        return self.metrics or default_metrics(1e-3 if self.ablation is None else self.ablation.tolerance)
+        if self.metrics is not None:
+            return self.metrics
+        return default_metrics() if self.ablation is None else default_metrics(self.ablation.tolerance)
 
 
 @dataclass(frozen=True)
