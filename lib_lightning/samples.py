@@ -29,7 +29,7 @@ class SampleBuffer:
 
     Example:
         >>> buffer = SampleBuffer(3)
-        >>> for _ in range(2): buffer.add((torch.zeros(2, 5), torch.zeros(2)))
+        >>> rest = [buffer.add((torch.zeros(2, 5), torch.zeros(2))) for _ in range(2)]
         >>> [inputs.shape[0] for inputs, labels in buffer.batches], buffer.full
         ([2, 1], True)
     """
