@@ -64,14 +64,6 @@ class LIBCallback(pl.Callback):
         basis: lib, or the baselines pca and neuron.
         final_basis: Basis of the last node layer: neuron, pca, centered for logits less their mean over the classes,
             or auto for neurons at the model's output and PCA anywhere else.
-        final_metric: fisher measures logits by the distribution that they stand for, so that importance means effect
-            on what the model predicts.
-        baselines: Other bases, such as pca and neuron, to compute on the same samples. Their numbers are logged as
-            ``pca/...``, and what those of the basis are of them as ``lib_over_pca/...``.
-        metrics: Numbers to log, each under its own name for every part of the graph and in total; None (null) for
-            `lib_lightning.metrics.default_metrics`.
-        labeller: Names features, such as `lib_lightning.labels.FourierLabels`.
-        ablation: An AblationPlan: counts now and then how many edges the model needs for its score.
         rtol: Directions of covariance, metric and importance below this share of the largest are dropped; 0 drops only
             what rounding cannot tell from zero.
         n_probes: None (null) for the exact metric; a number for that many random-sign probes per sample.
@@ -87,6 +79,14 @@ class LIBCallback(pl.Callback):
         val_dataloader: Which of several validation data loaders to compute on.
         memory_limit: Memory that a snapshot may use beside model and samples, in GiB.
         name: Prefix of everything logged and name of the folder. Several LIBCallbacks of a trainer need several names.
+        final_metric: fisher measures logits by the distribution that they stand for, so that importance means effect
+            on what the model predicts.
+        baselines: Other bases, such as pca and neuron, to compute on the same samples. Their numbers are logged as
+            ``pca/...``, and what those of the basis are of them as ``lib_over_pca/...``.
+        metrics: Numbers to log, each under its own name for every part of the graph and in total; None (null) for
+            `lib_lightning.metrics.default_metrics`.
+        labeller: Names features, such as `lib_lightning.labels.FourierLabels`.
+        ablation: An AblationPlan: counts now and then how many edges the model needs for its score.
 
     Raises:
         LIBError: If the node layers are a list of less than two.
@@ -107,11 +107,6 @@ class LIBCallback(pl.Callback):
         log_spaced: int | None = None,
         basis: BasisKind = "lib",
         final_basis: FinalBasisKind = "auto",
-        final_metric: FinalMetric | None = None,
-        baselines: Sequence[BasisKind] = (),
-        metrics: MetricCollection | None = None,
-        labeller: Labeller | None = None,
-        ablation: AblationPlan | None = None,
         rtol: float = 1e-6,
         n_probes: int | None = None,
         integration_steps: int = 0,
@@ -122,6 +117,11 @@ class LIBCallback(pl.Callback):
         val_dataloader: int = 0,
         memory_limit: float = MEMORY_LIMIT,
         name: str = "lib",
+        final_metric: FinalMetric | None = None,
+        baselines: Sequence[BasisKind] = (),
+        metrics: MetricCollection | None = None,
+        labeller: Labeller | None = None,
+        ablation: AblationPlan | None = None,
     ) -> None:
         super().__init__()
         num_samples, val_dataloader = int(num_samples), int(val_dataloader)

@@ -39,7 +39,6 @@ def compute_interaction_graph(
     node_layers: Sequence[str | NodeLayer] | None = None,
     basis: BasisKind = "lib",
     final_basis: FinalBasisKind = "auto",
-    final_metric: FinalMetric | None = None,
     rtol: float = 1e-6,
     n_probes: int | None = None,
     integration_steps: int = 0,
@@ -49,6 +48,7 @@ def compute_interaction_graph(
     memory_limit: float = MEMORY_LIMIT,
     together: Together = ALONE,
     progress: bool = False,
+    final_metric: FinalMetric | None = None,
 ) -> InteractionGraph:
     """Compute the Local Interaction Basis of a model's activations and the interactions between its features.
 
@@ -65,8 +65,6 @@ def compute_interaction_graph(
         final_basis: Basis of the last node layer, which has no next one: ``"neuron"``, ``"pca"``, or ``"centered"`` for
             logits less their mean over the classes; ``"auto"`` takes neurons for ``"output"`` and PCA for anything
             else.
-        final_metric: ``"fisher"`` measures the last node layer, which are logits, by the distribution that they stand
-            for: importance then means effect on what the model predicts.
         rtol: Directions of covariance, metric and importance below this share of the largest are dropped; 0 drops only
             what rounding cannot tell from zero.
         n_probes: None for the exact metric; a number for that many random-sign probes per sample, which makes the
@@ -83,6 +81,8 @@ def compute_interaction_graph(
         together: Processes that each call this with batches of their own, and all get the graph of all samples:
             `lib_lightning.processes.Processes()`. By default this process is alone.
         progress: Whether to show a progress bar.
+        final_metric: ``"fisher"`` measures the last node layer, which are logits, by the distribution that they stand
+            for: importance then means effect on what the model predicts.
 
     Returns:
         The interaction graph: a basis for each node layer, edges between neighbouring ones.

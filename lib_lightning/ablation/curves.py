@@ -158,10 +158,9 @@ def edges_required(
 
     The score is no monotone function of the number of edges, so there may be several smallest numbers that will do. By
     default the count is the smallest one from which on every number tried holds: half powers of two down to the first
-    one that fails, halved from there, and those above the answer one by one (5% more, 8 to 100 of
-    them). With
-    ``search="bisection"`` it is the paper's: the interval from 0 to ``(d_in + 1) (d_out + 1)``, halved until it is
-    closed, whatever lies outside the halves that are followed.
+    one that fails, halved from there, and those above the answer one by one (5% more, 8 to 100 of them). With
+    ``search="bisection"`` it is the paper's: the numbers from 1 to ``(d_in + 1) (d_out + 1)``, halved until one is
+    left, whatever lies outside the halves that are followed.
 
     Args:
         model: As for `node_ablation_curve`.
