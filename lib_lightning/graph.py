@@ -15,6 +15,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from lib_lightning.core.basis import Basis
+from lib_lightning.core.errors import LIBError
 from lib_lightning.core.groups import standard_error
 from lib_lightning.core.layers import NodeLayer
 from lib_lightning.export.files import BasisFileError, read_file, write_file
@@ -89,7 +90,12 @@ class InteractionGraph:
 
         Returns:
             One `NodeLayer` for each name.
+
+        Raises:
+            LIBError: If the graph does not say where they are.
         """
+        if "node_layers" not in self.info:
+            raise LIBError("This graph does not say where in the model its node layers are: info has no 'node_layers'.")
         return [NodeLayer(**layer) for layer in self.info["node_layers"]]
 
     def __repr__(self) -> str:

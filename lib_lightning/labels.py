@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from lib_lightning.core.cut import InputFn, LiveModel, MaskFn
 from lib_lightning.core.errors import LIBError
-from lib_lightning.core.layers import NodeLayer
 from lib_lightning.core.nested import first_tensor, is_empty
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.metrics.functional.fourier import KINDS, fourier_variance
@@ -174,9 +173,7 @@ def label_features(
         >>> graph.labels
         {'input': ['first', 'second']}
     """
-    if "node_layers" not in graph.info:
-        raise LIBError("This graph does not say where in the model its node layers are: info has no 'node_layers'.")
-    layers = [NodeLayer(**fields) for fields in graph.info["node_layers"]]
+    layers = graph.layers()
     live = LiveModel(model, layers, input_fn, dtype, as_mask_fn(mask))
     last = graph.bases[layers[-1].name]
     named = layers[:-1] if last.kind == "neuron" else layers

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torchmetrics import MetricCollection
@@ -57,7 +58,7 @@ class Watched:
         if self.metrics is not None:
             check_metrics(self.metrics)
 
-    @property
+    @cached_property
     def collection(self) -> MetricCollection:
         """The metrics."""
         if self.metrics is not None:
@@ -147,6 +148,7 @@ class Watcher:
         started = time.perf_counter()
         plan, metrics = self.watched.ablation, self.watched.collection
         ablates = plan is not None and (last or self.snapshots % plan.every_n_snapshots == 0)
+        module_options = _module_options(metrics)
         options: dict[str, Any] = {"input_fn": live.input_fn, "mask": live.mask_fn, "dtype": live.dtype}
         graphs: dict[str, InteractionGraph] = {}
         found: dict[str, float] = {}
@@ -162,14 +164,12 @@ class Watcher:
                 )  # fmt: skip
                 curves = {section: answer.as_curve() for section, answer in required.items()}
             found |= {f"{prefix}/{key}": value for key, value in graph.measure(metrics, curves).items()}
-            graph.find_modules(**_module_options(metrics))
+            graph.find_modules(**module_options)
             if self.watched.labeller is not None and batches:
                 with random_states_kept([]):  # a labeller may draw some
                     graph.labels = label_features(graph, live.model, batches, self.watched.labeller, **options)
             graphs[prefix] = graph
-        # An ablation's numbers stay until the next one.
-        before = {key: self.numbers.get(key, math.nan) for key in self._keys(graphs[self.name].node_layers)}
-        numbers = before | found
+        numbers = self.numbers | found  # an ablation's numbers stay until the next one
         numbers |= self._ratios(numbers)
         numbers[f"{self.name}/samples"] = float(graphs[self.name].info["n_samples"])
         numbers[f"{self.name}/seconds"] = time.perf_counter() - started

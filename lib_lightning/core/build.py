@@ -193,7 +193,7 @@ def build(
                 with torch.no_grad():
                     cut = live.cut(batch)[-1]
                 for group, span in batch_spans[live.seed]:
-                    metric.update(cut.a[span].flatten(0, 1) if cut.mask is None else cut.a[span][cut.mask[span]], group)
+                    metric.update(cut.rows_of(span), group)
                 tick(f"basis of {name}")
             metric.reduce(together)
             basis = lib_basis(name, mean, covariance, metric.factor(cutoff.metric), cutoff)

@@ -60,8 +60,12 @@ class Cut:
     @property
     def rows(self) -> Tensor:
         """Activations at the positions that count, one a row: ``(m, d)``."""
-        a = self.a.detach()
-        return a.flatten(0, 1) if self.mask is None else a[self.mask]
+        return self.rows_of(slice(None))
+
+    def rows_of(self, span: slice) -> Tensor:
+        """The same of some of the samples."""
+        a = self.a.detach()[span]
+        return a.flatten(0, 1) if self.mask is None else a[self.mask[span]]
 
 
 class LiveModel:

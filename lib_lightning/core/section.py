@@ -57,15 +57,9 @@ class Section:
         self.unstackable = False
         self._transposed: list[tuple[Tensor, Sequence[Tensor]]] | None = None
 
-    @property
-    def rows(self) -> int:
-        """Number of samples times input positions, counting only positions that count."""
-        return sum(self.rows_of(span) for _, span in self.spans)
-
     def rows_of(self, span: slice) -> int:
-        """The same of some of the samples."""
-        there = self.a[span] if self.mask_in is None else self.mask_in[span]
-        return there.shape[0] * self.S_in if self.mask_in is None else int(there.sum())
+        """Number of samples times input positions of some samples, counting only positions that count."""
+        return count_rows(self.a[span], None if self.mask_in is None else self.mask_in[span])
 
     def vjp(self, cotangents: Tensor) -> Tensor:
         """Multiply from the output side: ``J^T u`` for a stack of ``u``.
@@ -314,6 +308,11 @@ def _has_own_backward(ends: Sequence[Tensor]) -> bool:
 def keep(stack: Tensor, mask: Tensor | None) -> Tensor:
     """Zero where a mask ``(n, S)`` says that a position does not count, in a stack ``(..., n, S, d)``."""
     return stack if mask is None else torch.where(mask[..., None], stack, stack.new_zeros(()))
+
+
+def count_rows(a: Tensor, mask: Tensor | None) -> int:
+    """Number of samples times positions of activations ``(n, S, d)``, counting only those of a mask ``(n, S)``."""
+    return a.shape[0] * a.shape[1] if mask is None else int(mask.sum())
 
 
 def _sum(tensors: Sequence[Tensor]) -> Tensor:

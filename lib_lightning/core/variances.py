@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lib_lightning.core.basis import Basis
 from lib_lightning.core.groups import leave_one_out
-from lib_lightning.core.section import keep
+from lib_lightning.core.section import count_rows, keep
 from lib_lightning.core.together import Together
 
 
@@ -39,7 +39,7 @@ class FeatureVariances:
         for group, span in spans:
             self._first[group] += fhat[span].sum((0, 1))
             self._second[group] += fhat[span].square().sum((0, 1))
-            self.rows[group] += fhat[span].shape[0] * fhat.shape[1] if mask is None else int(mask[span].sum())
+            self.rows[group] += count_rows(fhat[span], None if mask is None else mask[span])
 
     def reduce(self, together: Together) -> None:
         """Join the sums of several processes."""
