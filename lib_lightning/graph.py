@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,22 @@ class Replicates:
     edges: dict[tuple[str, str], Tensor]
 
 
+@dataclass(frozen=True)
+class Lineages:
+    """Which features of one node layer are those of the snapshots before.
+
+    Attributes:
+        ids: The lineage of each feature, shape ``(r,)``, int64: numbers from 0 in the order of birth, never used twice.
+        similarity: Correlation of each feature with that of its lineage in the snapshot before, its absolute value,
+            shape ``(r,)``, float64; NaN for new lineages.
+        parents: The lineage that a new one has split from, shape ``(r,)``, int64; -1 for none.
+    """
+
+    ids: Tensor
+    similarity: Tensor
+    parents: Tensor
+
+
 @dataclass
 class InteractionGraph:
     """Features of every node layer and how strongly they act on each other.
@@ -62,6 +78,9 @@ class InteractionGraph:
         modules: For each node layer the module that each feature belongs to, shape ``(r,)``, int64, -1 for none; empty
             where they have not been looked for.
         labels: For each node layer that has any, a name for each feature; "" for none.
+        probes: For each node layer the values of its features on probe samples, each scaled to mean 0 and variance 1,
+            shape ``(N, r)``, float16; the same samples throughout a run, and empty where there are none.
+        lineages: For each node layer which features are those of the snapshots before; empty for a single graph.
         replicates: The same graph with parts of the samples left out; not in files, and None for a graph read from one.
 
     Example:
@@ -78,6 +97,8 @@ class InteractionGraph:
     edge_errors: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     modules: dict[str, Tensor] = field(default_factory=dict)
     labels: dict[str, list[str]] = field(default_factory=dict)
+    probes: dict[str, Tensor] = field(default_factory=dict)
+    lineages: dict[str, Lineages] = field(default_factory=dict)
     replicates: Replicates | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -121,6 +142,10 @@ class InteractionGraph:
         for i, name in enumerate(self.node_layers):
             if name in self.modules:
                 tensors[f"modules.{i}"] = self.modules[name]
+            if name in self.probes:
+                tensors[f"probes.{i}"] = self.probes[name]
+            if name in self.lineages:
+                tensors |= {f"lineages.{i}.{key}": tensor for key, tensor in vars(self.lineages[name]).items()}
         kinds = [b.kind for b in self.bases.values()]
         write_file(
             path, tensors, {"layers": self.node_layers, "kinds": kinds, "info": self.info, "labels": self.labels}
@@ -159,7 +184,13 @@ class InteractionGraph:
             edges = {pair: tensors[f"edges.{i}"] for i, pair in pairs.items()}
             errors = {pair: tensors[f"edge_errors.{i}"] for i, pair in pairs.items() if f"edge_errors.{i}" in tensors}
             modules = {name: tensors[f"modules.{i}"] for i, name in enumerate(names) if f"modules.{i}" in tensors}
-            return cls(bases, edges, header["info"], errors, modules, labels)
+            probes = {name: tensors[f"probes.{i}"] for i, name in enumerate(names) if f"probes.{i}" in tensors}
+            lineages = {
+                name: Lineages(*(tensors[f"lineages.{i}.{field.name}"] for field in fields(Lineages)))
+                for i, name in enumerate(names)
+                if f"lineages.{i}.ids" in tensors
+            }
+            return cls(bases, edges, header["info"], errors, modules, labels, probes, lineages)
         except (KeyError, TypeError, ValueError) as error:
             raise BasisFileError(f"'{path}' is a basis file, but a part of it is missing: {error}.") from error
 

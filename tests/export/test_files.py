@@ -16,6 +16,7 @@ from torch import nn
 
 from lib_lightning import InteractionGraph, compute_interaction_graph
 from lib_lightning.export.files import BasisFileError, read_file, write_bytes, write_file
+from lib_lightning.graph import Lineages
 
 
 @pytest.fixture
@@ -37,6 +38,20 @@ def test_loading_gives_back_every_bit(graph: InteractionGraph, tmp_path: Path) -
             assert torch.equal(getattr(loaded.bases[name], key), getattr(basis, key))
     assert all(torch.equal(loaded.edges[pair], E) for pair, E in graph.edges.items())
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["graph.safetensors"]
+
+
+def test_probes_and_lineages_come_back(graph: InteractionGraph, tmp_path: Path) -> None:
+    r = graph.bases["1"].n_features
+    graph.probes = {"1": torch.randn(7, r).half()}
+    similarity = torch.rand(r, dtype=torch.float64)
+    similarity[0] = torch.nan
+    graph.lineages = {"1": Lineages(torch.arange(r) + 3, similarity, torch.full((r,), -1))}
+    graph.save(tmp_path / "graph.safetensors")
+    loaded = InteractionGraph.load(tmp_path / "graph.safetensors")
+    assert list(loaded.probes) == list(loaded.lineages) == ["1"]
+    assert torch.equal(loaded.probes["1"], graph.probes["1"])
+    for key, tensor in vars(graph.lineages["1"]).items():
+        assert torch.equal(getattr(loaded.lineages["1"], key).nan_to_num(-7), tensor.nan_to_num(-7))
 
 
 def test_errors_modules_and_labels_come_back(graph: InteractionGraph, tmp_path: Path) -> None:
