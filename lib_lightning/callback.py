@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torchmetrics import MetricCollection
 
 from lib_lightning.ablation import AblationPlan
@@ -19,11 +18,11 @@ from lib_lightning.core.build import BasisKind, FinalBasisKind, FinalMetric, Set
 from lib_lightning.core.cut import InputFn, MaskFn
 from lib_lightning.core.layers import NodeLayer
 from lib_lightning.core.together import ALONE, Together
-from lib_lightning.display.loggers import log_image, log_numbers, where_to_look
-from lib_lightning.folder import RunFolder
+from lib_lightning.display.loggers import log_numbers
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.labels import Labeller
 from lib_lightning.run_layers import RunLayers
+from lib_lightning.run_report import Hook, RunReport
 from lib_lightning.run_samples import RunSamples
 from lib_lightning.schedule import Schedule
 from lib_lightning.trainers import (
@@ -31,7 +30,6 @@ from lib_lightning.trainers import (
     logging_step,
     processes_of,
     refuse_what_cannot_work,
-    run_folder,
     validates,
 )
 from lib_lightning.watcher import Taken, Watched, Watcher
@@ -87,6 +85,9 @@ class LIBCallback(pl.Callback):
             `lib_lightning.metrics.default_metrics`.
         labeller: Names features, such as `lib_lightning.labels.FourierLabels`.
         ablation: An AblationPlan: counts now and then how many edges the model needs for its score.
+        follow: Whether features are followed from snapshot to snapshot, and what emerges is noticed.
+        on_event: A function, or several, to call with each `lib_lightning.lineage.Event`, on every process.
+        adaptive: Take snapshots four times as often for a while after an event.
 
     Raises:
         LIBError: If the node layers are a list of less than two.
@@ -122,6 +123,9 @@ class LIBCallback(pl.Callback):
         metrics: MetricCollection | None = None,
         labeller: Labeller | None = None,
         ablation: AblationPlan | None = None,
+        follow: bool = True,
+        on_event: Hook | Sequence[Hook] = (),
+        adaptive: bool = False,
     ) -> None:
         super().__init__()
         num_samples, val_dataloader = int(num_samples), int(val_dataloader)
@@ -130,7 +134,12 @@ class LIBCallback(pl.Callback):
         if memory_limit <= 0:
             raise ValueError(f"memory_limit is a number of GiB above 0; got {memory_limit}.")
         settings = Settings(basis, final_basis, rtol, n_probes, integration_steps, final_metric)
-        self.watcher = Watcher(Watched(settings, tuple(baselines), metrics, labeller, ablation, memory_limit), name)
+        watched = Watched(settings, tuple(baselines), metrics, labeller, ablation, memory_limit, follow)
+        self.watcher = Watcher(watched, name)
+        self.report = RunReport(self.watcher, [on_event] if callable(on_event) else list(on_event))
+        if adaptive and not follow:
+            raise ValueError("adaptive=True waits for events, and without follow=True there are none.")
+        self.adaptive = adaptive
         if dtype not in _DTYPES:
             raise ValueError(f"dtype is 'float32', 'float64' or None for the model's own; got {dtype!r}.")
         self.dtype = _DTYPES[dtype]
@@ -149,8 +158,7 @@ class LIBCallback(pl.Callback):
         self._graph_step: int | None = None
         self._tried_step: int | None = None
         self._looked_at_training = False
-        self._said: set[str] = set()
-        self._folder = RunFolder(None, [])
+        self.report.reset()
         self._together: Together = ALONE
 
     @property
@@ -188,12 +196,9 @@ class LIBCallback(pl.Callback):
 
     def _start(self, trainer: pl.Trainer) -> None:
         # All processes have to ask together, so this is done in hooks that all of them run.
-        part = "" if trainer.state.fn == "fit" else "validate"  # a look from outside leaves the run's files alone
-        self._folder = RunFolder(run_folder(trainer), self.watcher.prefixes, part)
-        if trainer.is_global_zero:
-            self._folder.clean()
+        self.report.start(trainer)
         self._together = processes_of(trainer)
-        self.samples.start(trainer, self._together, self._folder.main)
+        self.samples.start(trainer, self._together, self.report.folder.main)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that there will be samples, and take the snapshot before training if one is due."""
@@ -253,15 +258,7 @@ class LIBCallback(pl.Callback):
         """Take the last snapshot, write it as ``final.safetensors``, and say where everything is."""
         if self._snapshot(trainer, pl_module, last=True):
             self._log_directly(trainer)
-        if self._folder.main is None or not trainer.is_global_zero:
-            return
-        try:
-            if self._graph_step == trainer.global_step:
-                self._folder.finish(trainer.global_step)
-        except OSError as error:
-            log.warning("The last snapshot of '%s' could not be written: %s", self.name, error)
-        what = f"\n{self.name}: {self.snapshots} snapshots of {' -> '.join(self._layers.names)}"
-        rank_zero_info("\n".join([what, *self._folder.contents(), *where_to_look(trainer.loggers)]))
+        self.report.finish(trainer, self._graph_step, self._layers.names)
 
     def _snapshot_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         due = self.samples.known and self.schedule.due_at_step(trainer.global_step)
@@ -277,9 +274,7 @@ class LIBCallback(pl.Callback):
         try:
             with self._together.agreed():
                 taken = self._take(trainer, pl_module, last)
-                if trainer.is_global_zero:
-                    for tag, png in self._folder.write(taken.graphs, step).items():
-                        log_image(trainer.loggers, tag, png, logging_step(trainer))
+                self.report.write(trainer, taken, step)
         except Exception as error:
             log.warning(
                 "The snapshot of '%s' after %d steps failed and is left out; training goes on. %s: %s",
@@ -287,18 +282,22 @@ class LIBCallback(pl.Callback):
             )  # fmt: skip
             return False
         self.watcher.accept(taken)
-        self._graph_step = step
+        before, self._graph_step = self._graph_step, step
+        (eventful,) = self._together.first([torch.tensor(bool(taken.events))])  # for all to be due at the same steps
+        if self.adaptive and eventful and before is not None:
+            self.schedule.densify(step, step - before)
+        self.report.tell(trainer, taken.events, last)
         return True
 
     def _take(self, trainer: pl.Trainer, pl_module: pl.LightningModule, last: bool) -> Taken:
         live = self._layers.live(pl_module, self._together)
-        samples = self.samples.to_compute_on(trainer), self.samples.to_score_on(trainer)
-        when = {"step": trainer.global_step, "epoch": trainer.current_epoch}
+        samples = self.samples.for_snapshot(trainer)
+        step, before = trainer.global_step, self._graph_step
+        when = {"step": step, "epoch": trainer.current_epoch}
+        distance = 1.0 if before is None else self.schedule.distance(before, step)
         with called_from_aside(trainer, pl_module, self.dtype):
-            taken = self.watcher.take(live, *samples, self._together, when, last)
-        for note in {note for graph in taken.graphs.values() for note in graph.info["notes"]} - self._said:
-            log.warning("%s: %s", self.name, note)
-            self._said.add(note)
+            taken = self.watcher.take(live, samples, self._together, when, last, distance)
+        self.report.notes(taken)
         return taken
 
     def _current_scalars(self, trainer: pl.Trainer) -> dict[str, float]:

@@ -6,9 +6,13 @@ import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from lib_lightning.display.image import PNG, render_png
 from lib_lightning.export.files import TEMPORARY, write_bytes
 from lib_lightning.graph import InteractionGraph
+
+EVENTS = "events.jsonl"
 
 
 class SnapshotFolder:
@@ -51,6 +55,25 @@ class SnapshotFolder:
         write_bytes(self.path / "spectra" / f"{_name(step)}.png", png.data)
         return png
 
+    def write_figure(self, name: str, figure: Figure) -> PNG:
+        """Write a figure of the whole run so far, in place of the one before.
+
+        Args:
+            name: What to call it.
+            figure: The figure.
+
+        Returns:
+            It, encoded.
+        """
+        png = render_png(figure)
+        write_bytes(self.path / f"{name}.png", png.data)
+        return png
+
+    def write_events(self, lines: Sequence[str]) -> None:
+        """Write all events of the run so far, one a line."""
+        if lines:
+            write_bytes(self.path / EVENTS, "".join(f"{line}\n" for line in lines).encode())
+
     def finish(self, step: int) -> None:
         """Write the snapshot of a step once more, as ``final.safetensors``."""
         if self.basis_file(step).exists():
@@ -66,9 +89,9 @@ class SnapshotFolder:
         """Basis file of the snapshot of a step."""
         return self.path / "snapshots" / f"{_name(step)}.safetensors"
 
-    def samples_file(self, rank: int, size: int, held_out: bool = False) -> Path:
-        """File with the samples that one of several processes computes on, or those held out of it."""
-        return self.path / "samples" / f"{'held-out-' if held_out else ''}{rank + 1}-of-{size}.pt"
+    def samples_file(self, rank: int, size: int, kind: str = "") -> Path:
+        """File with the samples that one of several processes computes on, or with those of another kind."""
+        return self.path / "samples" / f"{kind}{'-' * bool(kind)}{rank + 1}-of-{size}.pt"
 
     def contents(self) -> list[str]:
         """What there is, in lines of text."""
@@ -77,6 +100,8 @@ class SnapshotFolder:
             "last one": "final.safetensors",
             "figures": "figures",
             "spectra": "spectra",
+            "timeline": "timeline.png",
+            "events": EVENTS,
         }
         return [f"  {what:<13} {self.path / p}" for what, p in places.items() if (self.path / p).exists()]
 

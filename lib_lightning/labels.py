@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from lib_lightning.core.cut import InputFn, LiveModel, MaskFn
 from lib_lightning.core.errors import LIBError
-from lib_lightning.core.nested import first_tensor, is_empty
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.metrics.functional.fourier import KINDS, fourier_variance
-from lib_lightning.questions import as_mask_fn, session
+from lib_lightning.questions import as_mask_fn
+from lib_lightning.values import feature_values
 
 # Of what a and b carry together, the least that the weaker one of them must carry for both to be named.
 _BOTH = 0.1
@@ -180,18 +180,12 @@ def label_features(
 
     features: dict[str, list[Tensor]] = {layer.name: [] for layer in named}
     inputs: list[Tensor] = []
-    with session(live), torch.no_grad():
-        for live.seed, batch in enumerate(batch for batch in batches if not is_empty(batch)):
-            given = first_tensor(live.inputs(batch))
-            if given is None:
-                raise LIBError(f"There is no tensor in a batch of type {type(batch).__name__}.")
-            inputs.append(given.cpu())
-            for layer, cut in zip(layers, live.cut(batch), strict=True):
-                if layer.name in features:
-                    found = graph.bases[layer.name].encode(cut.a)
-                    if cut.mask is not None:
-                        found = found.where(cut.mask[..., None], 0.0)
-                    features[layer.name].append(found.cpu())
+    for values in feature_values(live, graph, batches):
+        inputs.append(values.inputs)
+        for name, parts in features.items():
+            mask_here = values.masks[name]
+            found = values.features[name]
+            parts.append(found if mask_here is None else found.where(mask_here[..., None], 0.0))
     if not inputs:
         raise LIBError("There are no samples to name features by.")
     whole = _joined(inputs)

@@ -22,14 +22,21 @@ from lib_lightning.trainers import (
     refuse_without_validation,
     shared_samples,
 )
+from lib_lightning.watcher import Samples
 
 log = logging.getLogger(__name__)
+
+# Samples that features are followed on, and how many will do until there are more. Chance correlations of so few are
+# 0.09, far from the 0.7 that makes a feature the same.
+PROBE_SAMPLES = 512
+_ENOUGH_PROBES = 128
 
 
 class RunSamples:
     """Samples of one run: those of the first whole validation, before it those of the sanity check, or the user's own.
 
-    They are written beside the snapshots, so that a resumed run goes on with the same ones.
+    They are written beside the snapshots, so that a resumed run goes on with the same ones. Some of the first of them,
+    chosen by a seed, are probe samples: those stay the same throughout.
 
     Args:
         num_samples: Samples to keep, over all processes.
@@ -37,6 +44,12 @@ class RunSamples:
         val_dataloader: Which of several validation data loaders to take.
         hold_out: Whether to keep as many samples more, which snapshots are not computed on.
         held_out_dataloader: Which validation data loader to take those from; None for those that follow.
+
+    Attributes:
+        buffer: The samples of this process.
+        held_out: Samples that snapshots are not computed on.
+        probes: Samples that features are followed on.
+        seed: Chooses the probe samples.
     """
 
     def __init__(
@@ -57,6 +70,8 @@ class RunSamples:
     def reset(self) -> None:
         """Forget the run before."""
         self.buffer, self.held_out = (SampleBuffer(self.num_samples) for _ in range(2))
+        self.probes = SampleBuffer(PROBE_SAMPLES)
+        self.seed = 0
         self.known = self._checked_sanity = False
         self._together: Together = ALONE
         self._folder: SnapshotFolder | None = None
@@ -74,6 +89,7 @@ class RunSamples:
         self._writes = trainer.state.fn == "fit"  # a look from outside leaves the run's samples alone
         for buffer in self._buffers:
             buffer.num_samples = share_of(self.num_samples, *place_in_data(trainer))
+        self.probes.num_samples = share_of(PROBE_SAMPLES, *place_in_data(trainer))
 
     @property
     def _buffers(self) -> tuple[SampleBuffer, SampleBuffer]:
@@ -148,55 +164,60 @@ class RunSamples:
             return
         for buffer in self._buffers:
             buffer.complete = complete
+        if not self.probes.complete:
+            self.probes.choose(self.buffer, self.seed)
+            self.probes.complete = complete or self._enough_probes()
         if self._folder is not None and self._writes:
-            saved = [buffer.save(self._file(self._folder, buffer)) for buffer in self._written]
+            saved = [buffer.save(path) for path, buffer in self._files(self._folder)]
             self._written_to = str(self._folder.path.resolve()) if all(saved) else None
 
-    @property
-    def _written(self) -> list[SampleBuffer]:
-        return [self.buffer, self.held_out] if self.hold_out else [self.buffer]
+    def _enough_probes(self) -> bool:
+        return sum(int(t) for t in self._together.gather(torch.tensor([self.probes.count]))) >= _ENOUGH_PROBES
 
-    def _file(self, folder: SnapshotFolder, buffer: SampleBuffer) -> Path:
-        return folder.samples_file(self._together.rank, self._together.size, held_out=buffer is self.held_out)
+    def _files(self, folder: SnapshotFolder) -> list[tuple[Path, SampleBuffer]]:
+        kinds = {"": self.buffer, "probes": self.probes, **({"held-out": self.held_out} if self.hold_out else {})}
+        place = self._together.rank, self._together.size
+        return [(folder.samples_file(*place, kind), buffer) for kind, buffer in kinds.items()]
 
-    def to_compute_on(self, trainer: pl.Trainer) -> list[Any]:
-        """Batches for a snapshot: this process's, or everybody's where all compute in step."""
-        return shared_samples(trainer, self.batches)
-
-    def to_score_on(self, trainer: pl.Trainer) -> list[Any]:
-        """Batches to score ablations on; those of snapshots where there were not enough samples to hold any out."""
+    def for_snapshot(self, trainer: pl.Trainer) -> Samples:
+        """What to compute a snapshot on: this process's samples, or everybody's where all compute in step."""
+        # Where there were not enough to hold any out, scores are of the same samples.
         any_held_out = any(int(t) for t in self._together.gather(torch.tensor([self.held_out.count])))
-        return shared_samples(trainer, self.held_out.batches if any_held_out else self.batches)
+        buffers = self.buffer, self.held_out if any_held_out else self.buffer, self.probes
+        return Samples(*(shared_samples(trainer, buffer.batches) for buffer in buffers), self.seed)
 
     def _restore(self, trainer: pl.Trainer, check: Callable[[Any], None]) -> None:
         if self._resumed is None:
             return
         folder, complete = self._resumed
         before = SnapshotFolder(Path(folder))
-        paths = [self._file(before, buffer) for buffer in self._written]
-        restored = [SampleBuffer(buffer.num_samples) for buffer in self._written]
+        files = self._files(before)
+        restored = [SampleBuffer(buffer.num_samples) for _, buffer in files]
         device = trainer.strategy.root_device
-        found = all(buffer.load(path, device) for buffer, path in zip(restored, paths, strict=True))
+        found = all(buffer.load(path, device) for buffer, (path, _) in zip(restored, files, strict=True))
         if all(self._together.gather(torch.tensor([found]))):
             for batch in restored[0].batches[:1]:
                 check(batch)
-            self.buffer, self.held_out = restored[0], (restored[1:] or [self.held_out])[0]
+            self.buffer, self.probes, self.held_out = [*restored, self.held_out][:3]
+            self.probes.complete = complete or self._enough_probes()
             self.keep(complete)
             return
-        log.warning("The samples that snapshots were computed on are not in %s any more; new ones are taken.", paths[0])
+        log.warning("The samples that snapshots were computed on are not in %s any more; new ones are taken.", folder)
         if self._checked_sanity:
             self.keep(complete=False)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the samples are, for a resumed run."""
-        return {"written_to": self._written_to, "complete": self.buffer.complete, "settings": self._settings}
+        return {"written_to": self._written_to, "complete": self.buffer.complete, "seed": self.seed,
+            "settings": self._settings,
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Note where the samples of the interrupted run are."""
         if state["settings"] != self._settings:
             log.warning("Samples are to be taken in another way than before the interruption; new ones are taken.")
         elif state["written_to"] is not None:
-            self._resumed = state["written_to"], state["complete"]
+            self._resumed, self.seed = (state["written_to"], state["complete"]), state["seed"]
 
 
 def _generators(dataloader: Any) -> list[torch.Generator]:

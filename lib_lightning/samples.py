@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import DistributedSampler
 
-from lib_lightning.core.nested import batch_size, map_tensors, samples_between
+from lib_lightning.core.nested import batch_size, map_tensors, samples_at, samples_between
 from lib_lightning.export.files import write_bytes
 
 log = logging.getLogger(__name__)
@@ -67,6 +67,22 @@ class SampleBuffer:
             self.batches.append(map_tensors(kept, lambda t: t.detach().clone()))
         self.count += wanted
         return rest
+
+    def choose(self, buffer: SampleBuffer, seed: int) -> None:
+        """Take some of another buffer's samples, chosen at random, in place of what is here.
+
+        Args:
+            buffer: Where to take them from.
+            seed: Chooses them.
+        """
+        self.clear()
+        chosen = torch.randperm(buffer.count, generator=torch.Generator().manual_seed(seed))[: self.num_samples]
+        start = 0
+        for batch in buffer.batches:
+            here = chosen[(chosen >= start) & (chosen < start + batch_size(batch))].sort().values - start
+            start += batch_size(batch)
+            if len(here):
+                self.add(samples_at(batch, here))
 
     def clear(self) -> None:
         """Drop everything."""

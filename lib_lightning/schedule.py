@@ -7,6 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 
+# After an event snapshots come so many times as often, for so many snapshots.
+_DENSER, _FOR = 4, 8
+
+
 class Schedule:
     """Decides after each validation and after each training step whether a snapshot is due.
 
@@ -62,6 +66,8 @@ class Schedule:
     def reset(self) -> None:
         """Start from the beginning."""
         self._validations, self._step = 0, -1
+        self._extra: list[int] = []
+        self._extra_gap, self._dense_from, self._dense_until = 0, 0, -1
         self._next_step = None if self.every_n_validations else self._first_after(-1)
 
     def due_at_validation(self) -> bool:
@@ -72,20 +78,63 @@ class Schedule:
     def due_at_step(self, step: int) -> bool:
         """Say whether a snapshot is due after ``step`` optimizer steps; if so, move on to the next."""
         self._step = step
-        if self._next_step is None or step < self._next_step:
-            return False
-        self._next_step = self._first_after(step)
-        return True
+        regular = self._next_step is not None and step >= self._next_step
+        if regular:
+            self._next_step = self._first_after(step)
+        waiting = [due for due in self._extra if due > step]
+        extra, self._extra = len(waiting) < len(self._extra), waiting
+        return regular or extra
+
+    def densify(self, step: int, gap: int) -> None:
+        """Ask for snapshots four times as often for a while, beside those that are due anyway.
+
+        Args:
+            step: Number of optimizer steps so far.
+            gap: Steps since the snapshot before. While snapshots are denser already, they only stay so for longer.
+
+        Example:
+            >>> schedule = Schedule(every_n_steps=100)
+            >>> if schedule.due_at_step(100):
+            ...     schedule.densify(100, gap=100)
+            >>> [step for step in range(101, 401) if schedule.due_at_step(step)]
+            [125, 150, 175, 200, 225, 250, 275, 300, 400]
+        """
+        if step > self._dense_until:
+            self._extra_gap, self._dense_from = max(1, gap // _DENSER), step
+        self._extra = [step + self._extra_gap * k for k in range(1, _FOR + 1)]
+        self._dense_until = self._extra[-1]
+
+    def distance(self, before: int, step: int) -> float:
+        """How far apart two snapshots in a row are, in regular distances: 1, or less where they are denser.
+
+        Args:
+            before: Step of the one before.
+            step: Step of the later one.
+
+        Returns:
+            The distance.
+
+        Example:
+            >>> schedule = Schedule(every_n_steps=100)
+            >>> schedule.densify(100, gap=100)
+            >>> schedule.distance(0, 100), schedule.distance(100, 125)
+            (1.0, 0.25)
+        """
+        denser = self._dense_from <= before < self._dense_until
+        return min(1.0, (step - before) / (_DENSER * self._extra_gap)) if denser else 1.0
 
     def state_dict(self) -> dict[str, Any]:
         """State to go on from, of plain numbers."""
         return {"schedule": self._options, "validations": self._validations, "step": self._step,
-            "next_step": self._next_step,
+            "next_step": self._next_step, "extra": list(self._extra), "extra_gap": self._extra_gap,
+            "dense": [self._dense_from, self._dense_until],
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state; steps of another schedule than this one do not count."""
         self._validations = state["validations"]
+        self._extra, self._extra_gap = list(state["extra"]), state["extra_gap"]
+        self._dense_from, self._dense_until = state["dense"]
         if state["schedule"] == self._options:
             self._next_step = state["next_step"]
         elif not self.every_n_validations:

@@ -1,4 +1,4 @@
-"""What is looked at in each snapshot: graphs in one basis and in its baselines, and the numbers that describe them."""
+"""What is looked at in each snapshot: graphs in several bases, numbers that describe them, and what has become of whom."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ from lib_lightning.core.cut import LiveModel
 from lib_lightning.core.guard import random_states_kept
 from lib_lightning.core.together import Together
 from lib_lightning.graph import InteractionGraph
+from lib_lightning.history import History
 from lib_lightning.labels import Labeller, label_features
+from lib_lightning.lineage.events import Event
+from lib_lightning.lineage.follower import Follower
 from lib_lightning.metrics.modules import Modularity
 from lib_lightning.metrics.summary import default_metrics, scalar_keys
 from lib_lightning.metrics.taken import check_metrics
+from lib_lightning.values import fingerprint, probe_features
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Watched:
         labeller: Names features; None for no names.
         ablation: When and how edges required are counted; None for never.
         memory_limit: As for `lib_lightning.compute_interaction_graph`.
+        follow: Whether features are followed from snapshot to snapshot.
 
     Raises:
         ValueError: If a baseline is unknown, or the basis itself.
@@ -47,6 +52,7 @@ class Watched:
     labeller: Labeller | None = None
     ablation: AblationPlan | None = None
     memory_limit: float = MEMORY_LIMIT
+    follow: bool = True
 
     def __post_init__(self) -> None:
         for kind in self.baselines:
@@ -67,6 +73,23 @@ class Watched:
 
 
 @dataclass(frozen=True)
+class Samples:
+    """What a snapshot is computed on.
+
+    Attributes:
+        batches: Samples to compute on.
+        held_out: Samples to score on, where there are ablations.
+        probes: Samples to follow features on, the same ones in all snapshots.
+        seed: Chooses positions in these.
+    """
+
+    batches: Sequence[Any]
+    held_out: Sequence[Any] = ()
+    probes: Sequence[Any] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Taken:
     """A snapshot, not yet accepted.
 
@@ -74,11 +97,15 @@ class Taken:
         graphs: A graph for each prefix, the first one of the basis itself.
         numbers: All numbers, by name.
         ablated_step: Step of the newest ablation.
+        events: What has happened to features since the snapshot before.
+        follower: What features are followed by from here on.
     """
 
     graphs: dict[str, InteractionGraph]
     numbers: dict[str, float]
     ablated_step: int | None
+    events: list[Event]
+    follower: Follower
 
 
 class Watcher:
@@ -94,6 +121,9 @@ class Watcher:
         numbers: The newest numbers, by name.
         snapshots: Number of snapshots taken.
         ablated_step: Step of the newest ablation.
+        follower: Follows features from snapshot to snapshot.
+        history: All snapshots in the first basis, as far as figures show them.
+        events: All that has happened, in order.
     """
 
     def __init__(self, watched: Watched, name: str) -> None:
@@ -108,6 +138,8 @@ class Watcher:
         self.graphs: dict[str, InteractionGraph] = {}
         self.snapshots = 0
         self.ablated_step: int | None = None
+        self.follower, self.history = Follower(list(self.prefixes)), History()
+        self.events: list[Event] = []
         self.numbers = dict.fromkeys(self._keys(node_layers) if node_layers else [], math.nan)
 
     def _keys(self, node_layers: Sequence[str]) -> list[str]:
@@ -116,9 +148,11 @@ class Watcher:
         if self.watched.ablation is not None:
             keys += scalar_keys(node_layers, metrics, causal=True)
         totals = [key for key in keys if key.endswith("/total")]
+        turnover = [key for prefix in self.prefixes for key in Follower.keys(prefix, node_layers)]
         return [
             *(f"{prefix}/{key}" for prefix in self.prefixes for key in keys),
             *(f"{over}/{key}" for over in self._over.values() for key in totals),
+            *(turnover if self.watched.follow else []),
             f"{self.name}/samples",
             f"{self.name}/seconds",
         ]
@@ -126,21 +160,21 @@ class Watcher:
     def take(
         self,
         live: LiveModel,
-        batches: Sequence[Any],
-        held_out: Sequence[Any],
+        samples: Samples,
         together: Together,
         when: dict[str, int],
         last: bool,
+        distance: float = 1.0,
     ) -> Taken:
         """Take a snapshot; everything stays as it was until it is accepted.
 
         Args:
             live: The model and its node layers.
-            batches: Samples to compute on.
-            held_out: Samples to score on, where there are ablations.
+            samples: What to compute on.
             together: The processes.
             when: What to note in the graphs: ``step`` is the number of optimizer steps before it.
             last: Whether it is the last one of the run.
+            distance: How far it is from the snapshot before, in regular distances.
 
         Returns:
             The snapshot.
@@ -154,41 +188,66 @@ class Watcher:
         found: dict[str, float] = {}
         for prefix, kind in self.prefixes.items():
             settings = replace(self.watched.settings, basis=kind)
-            graph = graph_of(live, batches, settings, self.watched.memory_limit, together)
+            graph = graph_of(live, samples.batches, settings, self.watched.memory_limit, together)
             graph.info |= when
             curves = None
             if plan is not None and ablates:
                 required = edges_required(
-                    live.model, held_out, graph, plan.score_fn, plan.tolerance,
+                    live.model, samples.held_out, graph, plan.score_fn, plan.tolerance,
                     memory_limit=self.watched.memory_limit, together=together, **options,
                 )  # fmt: skip
                 curves = {section: answer.as_curve() for section, answer in required.items()}
             found |= {f"{prefix}/{key}": value for key, value in graph.measure(metrics, curves).items()}
             graph.find_modules(**module_options)
-            if self.watched.labeller is not None and batches:
+            if self.watched.labeller is not None and samples.batches:
                 with random_states_kept([]):  # a labeller may draw some
-                    graph.labels = label_features(graph, live.model, batches, self.watched.labeller, **options)
+                    graph.labels = label_features(graph, live.model, samples.batches, self.watched.labeller, **options)
+            if self.watched.follow:
+                graph.probes = probe_features(
+                    graph, live.model, samples.probes, samples.seed, together=together, **options
+                )
+                graph.info["probe_samples"] = fingerprint(samples.probes, together)
             graphs[prefix] = graph
+        follower, events = self.follower.copy(), []
+        if self.watched.follow:
+            events = follower.follow(graphs, found, distance)
+            found |= follower.numbers()
         numbers = self.numbers | found  # an ablation's numbers stay until the next one
         numbers |= self._ratios(numbers)
         numbers[f"{self.name}/samples"] = float(graphs[self.name].info["n_samples"])
         numbers[f"{self.name}/seconds"] = time.perf_counter() - started
-        return Taken(graphs, numbers, when["step"] if ablates else self.ablated_step)
+        return Taken(graphs, numbers, when["step"] if ablates else self.ablated_step, events, follower)
 
     def accept(self, taken: Taken) -> None:
         """Make a snapshot the newest one."""
         self.graphs, self.numbers, self.ablated_step = taken.graphs, taken.numbers, taken.ablated_step
         self.snapshots += 1
+        if self.watched.follow:
+            self.follower = taken.follower
+            self.events += taken.events
+            numbers = {
+                kind: {key.removeprefix(f"{prefix}/"): x for key, x in taken.numbers.items() if key.startswith(f"{prefix}/")}
+                for prefix, kind in self.prefixes.items()
+            }
+            graph = taken.graphs[self.name]
+            self.history.add(graph.info["step"], graph, numbers)
 
     def state_dict(self) -> dict[str, Any]:
         """State to go on from, of plain numbers."""
-        return {"numbers": dict(self.numbers), "snapshots": self.snapshots, "ablated_step": self.ablated_step}
+        return {
+            "numbers": dict(self.numbers), "snapshots": self.snapshots, "ablated_step": self.ablated_step,
+            "follower": self.follower.state_dict(), "history": self.history.state_dict(),
+            "events": [event.to_json() for event in self.events],
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> bool:
         """Go on from a state, if it is of the same numbers; tell whether it was."""
         if set(state["numbers"]) != set(self.numbers):
             return False
         self.numbers, self.snapshots, self.ablated_step = state["numbers"], state["snapshots"], state["ablated_step"]
+        self.follower.load_state_dict(state["follower"])
+        self.history.load_state_dict(state["history"])
+        self.events = [Event.from_json(event) for event in state["events"]]
         return True
 
     def _ratios(self, numbers: dict[str, float]) -> dict[str, float]:

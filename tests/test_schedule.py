@@ -43,6 +43,40 @@ def test_a_schedule_goes_on_where_it_was() -> None:
     assert due_steps(second, range(8, 50)) == due_steps(first, range(8, 50)) == [10, 22, 46]
 
 
+def test_after_an_event_snapshots_are_denser_for_a_while() -> None:
+    schedule = Schedule(every_n_validations=1)
+    assert due_steps(schedule, range(100)) == []
+    schedule.densify(100, gap=40)
+    assert due_steps(schedule, range(101, 300)) == [110, 120, 130, 140, 150, 160, 170, 180]
+
+
+def test_events_in_a_row_make_it_last_longer_and_not_denser_and_denser() -> None:
+    schedule = Schedule(at_steps=[0, 100, 1000])
+    assert due_steps(schedule, range(101)) == [0, 100]
+    schedule.densify(100, gap=80)
+    assert due_steps(schedule, range(101, 261)) == [120, 140, 160, 180, 200, 220, 240, 260]
+    schedule.densify(260, gap=20)  # found at the very last of them
+    assert due_steps(schedule, range(261, 2000)) == [280, 300, 320, 340, 360, 380, 400, 420, 1000]
+    schedule.densify(2000, gap=1000)
+    assert due_steps(schedule, range(2001, 2600)) == [2250, 2500]
+
+
+def test_denser_snapshots_go_on_in_a_resumed_run() -> None:
+    first, second = Schedule(per_decade=1), Schedule(per_decade=1)
+    due_steps(first, range(11))
+    first.densify(10, gap=9)
+    due_steps(first, range(11, 15))
+    second.load_state_dict(first.state_dict())
+    assert due_steps(second, range(15, 200)) == due_steps(first, range(15, 200)) == [16, 18, 20, 22, 24, 26, 100]
+
+
+def test_one_step_is_the_least_gap() -> None:
+    schedule = Schedule(every_n_steps=2)
+    due_steps(schedule, range(3))
+    schedule.densify(2, gap=2)
+    assert due_steps(schedule, range(3, 14)) == [3, 4, 5, 6, 7, 8, 9, 10, 12]
+
+
 def test_schedules_are_checked() -> None:
     with pytest.raises(ValueError, match="Give one schedule, not 2: every_n_steps, log_spaced"):
         Schedule(every_n_steps=1, per_decade=1)

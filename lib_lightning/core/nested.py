@@ -137,6 +137,25 @@ def samples_between(batch: Any, start: int, stop: int) -> Any:
     return map_tensors(batch, lambda t: t[start:stop] if t.ndim > 0 and t.shape[0] == n else t)
 
 
+def samples_at(batch: Any, index: Tensor) -> Any:
+    """Take chosen samples of a batch.
+
+    Args:
+        batch: Tensors in tuples, lists and mappings; of those with one entry for each sample some are taken.
+        index: Which samples, shape ``(k,)``, int64.
+
+    Returns:
+        The same structure, with copies.
+
+    Example:
+        >>> import torch
+        >>> samples_at((torch.arange(4), "label"), torch.tensor([3, 1]))
+        (tensor([3, 1]), 'label')
+    """
+    n = batch_size(batch)
+    return map_tensors(batch, lambda t: t[index.to(t.device)] if t.ndim > 0 and t.shape[0] == n else t)
+
+
 def default_input_fn(batch: Any) -> Any:
     """Take the model's input from a batch: the first entry of a tuple or list, anything else as it is.
 

@@ -1,4 +1,4 @@
-"""Images on their way to the loggers of a trainer."""
+"""Images, numbers and texts on their way to the loggers of a trainer."""
 
 from __future__ import annotations
 
@@ -55,6 +55,21 @@ def log_numbers(loggers: Iterable[Logger], numbers: dict[str, float], step: int)
     for logger in loggers:
         with _reporting(logger, "numbers", step):
             logger.log_metrics(numbers, step)
+
+
+def log_text(loggers: Iterable[Logger], tag: str, text: str, step: int) -> None:
+    """Show a text in TensorBoard, the one logger that keeps texts by step.
+
+    Args:
+        loggers: The trainer's loggers.
+        tag: Name of the text.
+        text: Markdown.
+        step: Its place on the step axis.
+    """
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            with _reporting(logger, f"the text '{tag}'", step):
+                logger.experiment.add_text(tag, text, step)
 
 
 @contextmanager

@@ -1,0 +1,6 @@
+"""Features through time: which ones are the same from snapshot to snapshot, and when they emerge."""
+
+from lib_lightning.lineage.matching import Match, match_features
+from lib_lightning.lineage.retrace import Retraced, retrace
+
+__all__ = ["Match", "Retraced", "match_features", "retrace"]

@@ -1,0 +1,130 @@
+"""What a run leaves behind and tells: files, figures, events, and where everything is."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
+
+from lib_lightning.display.loggers import log_image, log_text, where_to_look
+from lib_lightning.folder import RunFolder
+from lib_lightning.lineage.events import Event
+from lib_lightning.trainers import logging_step, run_folder
+from lib_lightning.watcher import Taken, Watcher
+
+log = logging.getLogger(__name__)
+
+Hook = Callable[[Event], Any]
+
+
+class RunReport:
+    """Writes and shows the snapshots of one run.
+
+    Args:
+        watcher: What has been seen.
+        hooks: Called with every event, on every process.
+
+    Attributes:
+        folder: Where files go.
+    """
+
+    def __init__(self, watcher: Watcher, hooks: Sequence[Hook]) -> None:
+        self._watcher, self._hooks = watcher, hooks
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the run before."""
+        self.folder = RunFolder(None, [])
+        self._said: set[str] = set()
+        self._failed_hooks: set[int] = set()
+
+    def start(self, trainer: pl.Trainer) -> None:
+        """Learn where this run's files go; all processes have to ask together."""
+        part = "" if trainer.state.fn == "fit" else "validate"  # a look from outside leaves the run's files alone
+        self.folder = RunFolder(run_folder(trainer), self._watcher.prefixes, part)
+        if trainer.is_global_zero:
+            self.folder.clean()
+
+    def notes(self, taken: Taken) -> None:
+        """Say, once each, where a slower way was taken."""
+        for note in {note for graph in taken.graphs.values() for note in graph.info["notes"]} - self._said:
+            log.warning("%s: %s", self._watcher.name, note)
+            self._said.add(note)
+
+    def write(self, trainer: pl.Trainer, taken: Taken, step: int) -> None:
+        """Write a snapshot and show its figures.
+
+        Args:
+            trainer: The trainer; only its first process writes.
+            taken: The snapshot.
+            step: Number of optimizer steps before it.
+        """
+        if trainer.is_global_zero:
+            for tag, png in self.folder.write(taken.graphs, step).items():
+                log_image(trainer.loggers, tag, png, logging_step(trainer))
+
+    def tell(self, trainer: pl.Trainer, events: Sequence[Event], last: bool) -> None:
+        """Tell of events since the snapshot before, and draw the figures over time; mistakes in hooks cost nothing.
+
+        Args:
+            trainer: The trainer.
+            events: What has happened.
+            last: Whether this was the last snapshot.
+        """
+        if trainer.is_global_zero:
+            try:
+                self._write_over_time(trainer, events, last)
+            except Exception as error:
+                log.warning(
+                    "What '%s' shows over time could not be written after %d steps; training goes on. %s: %s",
+                    self._watcher.name, trainer.global_step, type(error).__name__, error,
+                )  # fmt: skip
+        for k, hook in enumerate(self._hooks):
+            for event in events:
+                try:
+                    hook(event)
+                except Exception as error:
+                    if k not in self._failed_hooks:
+                        log.warning(
+                            "The hook %r failed, and will not be reported again: '%s'. %s: %s",
+                            hook, event.text, type(error).__name__, error,
+                        )  # fmt: skip
+                    self._failed_hooks.add(k)
+
+    def _write_over_time(self, trainer: pl.Trainer, events: Sequence[Event], last: bool) -> None:
+        for event in events:
+            rank_zero_info(f"{self._watcher.name}: {event.text}")
+        step, name = logging_step(trainer), self._watcher.name
+        if events:
+            log_text(trainer.loggers, f"{name}/events", "\n".join(f"- {event.text}" for event in events), step)
+        if self.folder.main is None:
+            return
+        # All of them each time: a resumed run may have another folder, and have gone back behind some.
+        self.folder.main.write_events([json.dumps(event.to_json()) for event in self._watcher.events])
+        history = self._watcher.history
+        if history.steps and (last or history.worth_a_figure()):
+            for what, figure in history.figures().items():
+                log_image(trainer.loggers, f"{name}/{what}", self.folder.main.write_figure(what, figure), step)
+
+    def finish(self, trainer: pl.Trainer, step: int | None, node_layers: Sequence[str]) -> None:
+        """Write what is known at the end only, and say where everything is.
+
+        Args:
+            trainer: The trainer.
+            step: Step of the last snapshot.
+            node_layers: Names of the node layers.
+        """
+        if self.folder.main is None or not trainer.is_global_zero:
+            return
+        name = self._watcher.name
+        try:
+            if step == trainer.global_step:
+                self.folder.finish(trainer.global_step)
+        except OSError as error:
+            log.warning("The last snapshot of '%s' could not be written: %s", name, error)
+        what = f"\n{name}: {self._watcher.snapshots} snapshots of {' -> '.join(node_layers)}"
+        rank_zero_info("\n".join([what, *self.folder.contents(), *where_to_look(trainer.loggers)]))

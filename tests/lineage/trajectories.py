@@ -1,0 +1,102 @@
+"""Made-up trainings: what happens to the features of one node layer is known, and nothing else does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lib_lightning import Basis, InteractionGraph
+
+SAMPLES = 1024
+
+
+@dataclass
+class Trajectory:
+    """Features as directions in the space of samples, one life of each of which is known.
+
+    Features drift a little at every step, change sign at random, and lie in random order.
+    """
+
+    seed: int
+    count: int = 20
+    drift: float = 0.03
+    values: dict[int, Tensor] = field(default_factory=dict)  # by lineage
+    next_id: int = 0
+
+    def __post_init__(self) -> None:
+        self.g = torch.Generator().manual_seed(self.seed)
+        for _ in range(self.count):
+            self.birth()
+
+    def _new_direction(self) -> Tensor:
+        new = torch.randn(SAMPLES, generator=self.g, dtype=torch.float64)
+        new -= new.mean()
+        for _ in range(2):  # twice is enough against rounding
+            for old in self.values.values():
+                new -= (new @ old) / (old @ old) * old
+        return new / new.norm()
+
+    def birth(self) -> int:
+        self.values[self.next_id] = self._new_direction()
+        self.next_id += 1
+        return self.next_id - 1
+
+    def death(self, lineage: int) -> None:
+        del self.values[lineage]
+
+    def rotate(self, lineages: list[int], angle: float | None = None) -> None:
+        """Turn some features among themselves: by a random rotation, or two of them by an angle."""
+        k = len(lineages)
+        if angle is None:
+            Q = torch.linalg.qr(torch.randn(k, k, generator=self.g, dtype=torch.float64)).Q
+        else:
+            c, s = torch.tensor(angle).double().cos(), torch.tensor(angle).double().sin()
+            Q = torch.stack([torch.stack([c, -s]), torch.stack([s, c])])
+        turned = torch.stack([self.values[i] for i in lineages], 1) @ Q
+        for i, column in zip(lineages, turned.T, strict=True):
+            self.values[i] = column
+
+    def split(self, lineage: int, share: float = 0.64) -> int:
+        """A feature's direction becomes part of two; the one with more of it goes on."""
+        old, new = self.values[lineage], self._new_direction()
+        a, b = share**0.5, (1 - share) ** 0.5
+        self.values[lineage], self.values[self.next_id] = a * old + b * new, b * old - a * new
+        self.next_id += 1
+        return self.next_id - 1
+
+    def merge(self, lineage: int, into: int, share: float = 0.64) -> None:
+        a, b = share**0.5, (1 - share) ** 0.5
+        self.values[into] = a * self.values[into] + b * self.values.pop(lineage)
+
+    def step(self) -> None:
+        """Drift a little within everything there could be."""
+        for i in list(self.values):
+            noise = torch.randn(SAMPLES, generator=self.g, dtype=torch.float64) / SAMPLES**0.5
+            moved = self.values[i] + self.drift * noise
+            self.values[i] = moved / moved.norm()
+
+    def graph(self, step: int) -> tuple[InteractionGraph, list[int]]:
+        """The snapshot as there would be one, and the true lineage of each of its features."""
+        order = torch.randperm(len(self.values), generator=self.g).tolist()
+        lineages = [list(self.values)[k] for k in order]
+        signs = torch.randint(0, 2, (len(order),), generator=self.g) * 2.0 - 1
+        probes = torch.stack([self.values[i] for i in lineages], 1) * signs * SAMPLES**0.5
+        return snapshot({"layer": probes}, step), lineages
+
+
+def snapshot(values: dict[str, Tensor], step: int, kind: str = "lib", samples: str = "same") -> InteractionGraph:
+    """A graph of which only features' values on probe samples matter."""
+    bases = {}
+    for name, x in values.items():
+        eye = torch.eye(x.shape[1], dtype=torch.float64)
+        bases[name] = Basis(name, kind, eye[0], eye, eye, torch.linspace(1, 0.1, x.shape[1], dtype=torch.float64))
+    names = list(values)
+    edges = {
+        (a, b): torch.ones(values[b].shape[1], values[a].shape[1], dtype=torch.float64)
+        for a, b in zip(names, names[1:], strict=False)
+    }
+    graph = InteractionGraph(bases, edges, {"step": step, "probe_samples": samples})
+    graph.probes = {name: x.half() for name, x in values.items()}
+    return graph
