@@ -16,7 +16,7 @@ ROOMS = [
     ("display",),
     ("graph", "questions"),
     ("compute", "labels", "samples", "folder"),
-    ("ablation",),
+    ("ablation", "view"),
     ("watcher", "trainers"),
     ("run_samples", "run_layers"),
     ("callback", "trainer_cli"),
