@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lib_lightning.compute import compute_interaction_graph
-from lib_lightning.core.basis import Basis
-from lib_lightning.core.layers import NodeLayer
-from lib_lightning.graph import InteractionGraph
-from lib_lightning.questions import list_node_layers
 from lib_lightning.version import __version__
 
 if TYPE_CHECKING:
     from lib_lightning.callback import LIBCallback
+    from lib_lightning.compute import compute_interaction_graph
+    from lib_lightning.core.basis import Basis
+    from lib_lightning.core.layers import NodeLayer
+    from lib_lightning.graph import InteractionGraph
+    from lib_lightning.questions import list_node_layers
 
 __all__ = [
     "Basis",
@@ -24,11 +25,23 @@ __all__ = [
     "list_node_layers",
 ]
 
+# Torch and Lightning take seconds to import: who only computes a graph need not wait for Lightning, and TensorBoard,
+# which only reads files, for neither.
+_WHERE = {
+    "Basis": "core.basis",
+    "InteractionGraph": "graph",
+    "LIBCallback": "callback",
+    "NodeLayer": "core.layers",
+    "compute_interaction_graph": "compute",
+    "list_node_layers": "questions",
+}
+
 
 def __getattr__(name: str) -> Any:
-    # Lightning takes seconds to import; whoever only computes a graph need not wait for it.
-    if name == "LIBCallback":
-        from lib_lightning.callback import LIBCallback
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"lib_lightning.{_WHERE[name]}"), name)
 
-        return LIBCallback
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

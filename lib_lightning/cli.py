@@ -23,6 +23,7 @@ from lib_lightning.metrics.summary import graph_scalars
 from lib_lightning.questions import list_node_layers
 from lib_lightning.samples import SampleBuffer
 from lib_lightning.version import __version__
+from lib_lightning.view.run import Run, write_film
 
 # Enough to look for node layers with.
 _SAMPLES = 8
@@ -80,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="fit, validate, test and predict take the options of LightningCLI: lib-lightning fit --help.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="{fit,validate,test,predict,nodes,inspect,plot}")
+    commands = parser.add_subparsers(required=True, metavar="{fit,validate,test,predict,nodes,inspect,plot,view}")
     for command in TRAINER_COMMANDS:
         commands.add_parser(command, help=f"{command} with a Lightning trainer (see lib-lightning {command} --help)")
     nodes = commands.add_parser(
@@ -104,6 +105,12 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--max-edges", type=int, default=300, help="most edges to draw (default: %(default)s)")
     plot.add_argument("--max-features", type=int, default=40, help="most features in a column (default: %(default)s)")
     plot.set_defaults(run=_plot)
+    view = commands.add_parser("view", help="write the film of a run as one HTML file, to look at in a browser")
+    view.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="log directory of a run, or its folder in it")
+    view.add_argument("-o", "--output", type=Path, help="file to write; by default film.html in the folder of graphs")
+    view.add_argument("--edges", type=int, default=400, help="most edges of a section in each snapshot (default: 400)")
+    view.add_argument("--every", type=int, default=1, metavar="N", help="take each Nth snapshot (default: all)")
+    view.set_defaults(run=_view)
     return parser
 
 
@@ -205,3 +212,8 @@ def _plot(args: argparse.Namespace) -> None:
     output = args.output or output
     write_bytes(output, render_png(figure).data)
     print(output)
+
+
+def _view(args: argparse.Namespace) -> None:
+    path = write_film([Run(path) for path in args.runs], args.output, args.edges, args.every)
+    print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")

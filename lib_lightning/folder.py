@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from matplotlib.figure import Figure
 from lib_lightning.display.image import PNG, render_png
 from lib_lightning.export.files import TEMPORARY, write_bytes
 from lib_lightning.graph import InteractionGraph
+from lib_lightning.lineage.formed import formed, retrace_files
 
-EVENTS = "events.jsonl"
+EVENTS, RETRACED = "events.jsonl", "retraced.json"
 
 
 class SnapshotFolder:
@@ -79,6 +81,23 @@ class SnapshotFolder:
         if self.basis_file(step).exists():
             write_bytes(self.path / "final.safetensors", self.basis_file(step).read_bytes())
 
+    def retrace(self, final: InteractionGraph, step: int) -> dict[str, int | None]:
+        """Write ``retraced.json``: since when each feature of the last snapshot has been recognisable.
+
+        Args:
+            final: The last snapshot.
+            step: Its step.
+
+        Returns:
+            For each node layer the step since which most of its final importance has been; None for never.
+        """
+        steps = sorted(int(path.stem.removeprefix("step-")) for path in (self.path / "snapshots").glob("step-*"))
+        files = [(earlier, self.basis_file(earlier)) for earlier in steps if earlier <= step]
+        found = formed(final, retrace_files(final, files))
+        if found:
+            write_bytes(self.path / RETRACED, json.dumps(found, indent=1).encode())
+        return {name: of_layer["formed"] for name, of_layer in found.items()}
+
     def clean(self) -> None:
         """Remove what a killed process has left half written."""
         with contextlib.suppress(OSError):  # what cannot be removed does no harm
@@ -102,6 +121,7 @@ class SnapshotFolder:
             "spectra": "spectra",
             "timeline": "timeline.png",
             "events": EVENTS,
+            "retraced": RETRACED,
         }
         return [f"  {what:<13} {self.path / p}" for what, p in places.items() if (self.path / p).exists()]
 

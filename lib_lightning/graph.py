@@ -320,6 +320,11 @@ class InteractionGraph:
         own = self._kind()
         return draw_spectrum({own: graphs.pop(own), **graphs}, title="Importance of features" + self._when())
 
+    def _repr_html_(self) -> str:
+        from lib_lightning.display.image import as_html, render_png
+
+        return as_html(render_png(self.plot()), caption=f"{self!r}{self._when()}")
+
     def _when(self) -> str:
         step = self.info.get("step")
         return f" after {step:,} steps" if step is not None else ""

@@ -121,10 +121,14 @@ class RunReport:
         if self.folder.main is None or not trainer.is_global_zero:
             return
         name = self._watcher.name
+        lines = [f"\n{name}: {self._watcher.snapshots} snapshots of {' -> '.join(node_layers)}"]
         try:
             if step == trainer.global_step:
-                self.folder.finish(trainer.global_step)
+                self.folder.finish(step)
+                since = self.folder.main.retrace(self._watcher.graphs[name], step)
+                if since:
+                    steps = ", ".join(f"{layer} {'never' if s is None else f'{s:,}'}" for layer, s in since.items())
+                    lines.append(f"  formed        {steps} (steps since when most of what counts has been there)")
         except OSError as error:
             log.warning("The last snapshot of '%s' could not be written: %s", name, error)
-        what = f"\n{name}: {self._watcher.snapshots} snapshots of {' -> '.join(node_layers)}"
-        rank_zero_info("\n".join([what, *self.folder.contents(), *where_to_look(trainer.loggers)]))
+        rank_zero_info("\n".join([*lines, *self.folder.contents(), *where_to_look(trainer.loggers)]))

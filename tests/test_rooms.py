@@ -18,7 +18,7 @@ ROOMS = [
     ("lineage",),
     ("values", "compute"),
     ("labels", "samples", "folder", "history"),
-    ("ablation",),
+    ("ablation", "view"),
     ("watcher", "trainers"),
     ("run_samples", "run_layers", "run_report"),
     ("callback", "trainer_cli"),

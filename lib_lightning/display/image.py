@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import html
 import io
 from dataclasses import dataclass
 
@@ -45,3 +47,21 @@ def render_png(figure: Figure) -> PNG:
     file = io.BytesIO()
     image.quantize(colors=256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(file, "PNG")
     return PNG(file.getvalue(), *image.size)
+
+
+def as_html(png: PNG, caption: str) -> str:
+    """Write an image as HTML that holds it whole, for notebooks.
+
+    Args:
+        png: The image.
+        caption: A line below it; any text.
+
+    Returns:
+        The HTML.
+
+    Example:
+        >>> as_html(PNG(b"...", 2, 1), "a -> b")
+        '<img src="data:image/png;base64,Li4u" alt="a -&gt; b" style="max-width: 100%"><p>a -&gt; b</p>'
+    """
+    data, text = base64.b64encode(png.data).decode(), html.escape(caption)
+    return f'<img src="data:image/png;base64,{data}" alt="{text}" style="max-width: 100%"><p>{text}</p>'

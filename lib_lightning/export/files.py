@@ -6,16 +6,20 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
 from lib_lightning.core.errors import LIBError
+
+if TYPE_CHECKING:
+    # Whoever only reads parts of files, as TensorBoard does, need not wait for torch.
+    import numpy as np
+    from torch import Tensor
 
 FORMAT = "lib-lightning"
 FORMAT_VERSION = 1
@@ -42,6 +46,8 @@ def write_file(path: str | PathLike[str], tensors: Mapping[str, Tensor], header:
     Raises:
         TypeError: If the header holds something that JSON cannot.
     """
+    from safetensors.torch import save
+
     whole = {**header, "format": FORMAT, "format_version": FORMAT_VERSION}
     whole["content_hash"] = content_hash(tensors, whole)
     stored = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
@@ -82,16 +88,54 @@ def read_file(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, A
         BasisFileError: If the file is truncated, altered, of another kind, or of a newer format.
         FileNotFoundError: If there is no such file.
     """
+    with _opened(path, "pt") as (file, header):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        stored_hash = header.pop("content_hash", None)
+        altered = stored_hash != content_hash(tensors, header)
+    if altered:
+        raise BasisFileError(f"'{path}' was altered after it was written: its content does not match its hash.")
+    return tensors, header
+
+
+def read_parts(
+    path: str | PathLike[str], wanted: Callable[[str], bool]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Read the header and some of the tensors of a file that `write_file` wrote, without its hash: fast.
+
+    Args:
+        path: The file.
+        wanted: Tells from the name of a tensor whether to read it.
+
+    Returns:
+        These tensors, as arrays of numpy, and the header.
+
+    Raises:
+        BasisFileError: If the file is truncated, of another kind, or of a newer format.
+        FileNotFoundError: If there is no such file.
+
+    Example:
+        >>> import tempfile, torch
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_file(f"{folder}/file", {"small": torch.ones(2), "large": torch.ones(999)}, {"step": 3})
+        ...     tensors, header = read_parts(f"{folder}/file", lambda name: name == "small")
+        >>> tensors, header["step"]
+        ({'small': array([1., 1.], dtype=float32)}, 3)
+    """
+    with _opened(path, "np") as (file, header):
+        return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}, header  # noqa: SIM118
+
+
+@contextmanager
+def _opened(path: str | PathLike[str], framework: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Open a basis file, check its header, and say in a sentence what is wrong with it."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no basis file '{path}'.")
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework=framework) as file:
             header = json.loads((file.metadata() or {}).get(_HEADER_KEY, "null"))
             _check_header(path, header)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        stored_hash = header.pop("content_hash", None)
-        altered = stored_hash != content_hash(tensors, header)
+            yield file, header
     except BasisFileError:
         raise
     except (SafetensorError, ValueError, TypeError, RecursionError) as error:
@@ -99,9 +143,6 @@ def read_file(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, A
             f"'{path}' is truncated or not a basis file ({error}). Basis files are written by InteractionGraph.save "
             "and by LIBCallback."
         ) from error
-    if altered:
-        raise BasisFileError(f"'{path}' was altered after it was written: its content does not match its hash.")
-    return tensors, header
 
 
 def content_hash(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:

@@ -1,0 +1,149 @@
+"""What the view shows of a run, as JSON, put together from its files."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lib_lightning.core.errors import LIBError
+from lib_lightning.view.cache import Cache
+from lib_lightning.view.found import PlainFile, log_directory, read_events, snapshot_files
+from lib_lightning.view.numerals import numbers, table, text
+from lib_lightning.view.scalars import Scalars
+from lib_lightning.view.snapshot import UNREADABLE, Outline, read_detail, read_outline
+
+# Most edges of a section that a snapshot has.
+EDGES = 2000
+_EVENT = ("step", "kind", "text", "layer", "lineage")
+
+
+class NotThereError(LIBError, LookupError):
+    """A run or a snapshot that is not there."""
+
+
+class Film:
+    """A run as the view shows it. Whatever is gone or broken when it is read is left out. Any thread may ask.
+
+    Args:
+        folder: The run's folder, without links in its path.
+        name: What to call it.
+        cache: Where to keep what was read.
+        below: Read nothing outside this folder; by default, curves are in the run's log directory wherever it is.
+    """
+
+    def __init__(self, folder: Path, name: str, cache: Cache, below: Path | None = None) -> None:
+        self.folder, self.name = folder, name
+        self._cache = cache
+        logs = log_directory(folder)
+        self._scalars = Scalars(logs) if below is None or logs.is_relative_to(below) else None
+        self._lock = threading.Lock()
+
+    def entry(self) -> dict[str, Any]:
+        """Name, version and number of snapshots: enough to see whether there is something new."""
+        return self._entry(snapshot_files(self.folder))
+
+    def run(self, every: int = 1) -> str:
+        """Tell what the whole run is.
+
+        Args:
+            every: Take each so-manieth snapshot, and the last one.
+
+        Returns:
+            JSON with the run's layers, snapshots, labels, events and scalars.
+
+        Raises:
+            NotThereError: If no snapshot can be read.
+        """
+        files = snapshot_files(self.folder)
+        outlines = list(self._outlines(files, every).values())
+        if not outlines:
+            raise NotThereError(f"Run '{self.name}' has no snapshot that can be read.")
+        layers = outlines[-1].layers
+        events = [{key: event.get(key) for key in _EVENT} for event in read_events(self.folder)]
+        return table(
+            {
+                "name": text(self.name),
+                "version": text(self._entry(files)["version"]),
+                "layers": text([{"name": name, "kind": kind} for name, kind in layers]),
+                "snapshots": f"[{','.join(outline.json for outline in outlines)}]",
+                "labels": text([_newest_labels(outlines, i) for i in range(len(layers))]),
+                "events": text(events),
+                "scalars": self._curves(),
+            }
+        )
+
+    def steps(self, every: int = 1) -> list[int]:
+        """Steps of the snapshots that `run` tells of."""
+        return list(self._outlines(snapshot_files(self.folder), every))
+
+    def snapshot(self, step: int, edges: int = EDGES) -> str:
+        """Tell all of one snapshot.
+
+        Args:
+            step: Number of optimizer steps before it.
+            edges: Most edges of a section, the strongest.
+
+        Returns:
+            JSON with its layers and sections.
+
+        Raises:
+            NotThereError: If there is no such snapshot, or it cannot be read.
+        """
+        file = snapshot_files(self.folder).get(step)
+        if file is None:
+            raise NotThereError(f"Run '{self.name}' has no snapshot at step {step:,}.")
+        try:
+            return self._cache.get((file, edges), lambda: read_detail(file, step, edges), size=len)
+        except UNREADABLE as error:
+            raise NotThereError(f"The snapshot of '{self.name}' at step {step:,} cannot be read: {error}") from error
+
+    def _entry(self, files: dict[int, PlainFile]) -> dict[str, Any]:
+        newest = max((file.mtime_ns for file in files.values()), default=0)
+        return {"name": self.name, "version": f"{len(files)}-{newest}", "snapshots": len(files)}
+
+    def _outlines(self, files: dict[int, PlainFile], every: int) -> dict[int, Outline]:
+        """Outlines of the snapshots that can be read and have the node layers of the newest."""
+        steps = list(files)
+        taken = [step for i, step in enumerate(steps) if i % every == 0 or step == steps[-1]]
+        read = {step: self._outline(files[step], step) for step in taken}
+        readable = {step: outline for step, outline in read.items() if outline is not None}
+        return {
+            step: outline
+            for step, outline in readable.items()
+            if outline.layers == next(reversed(readable.values())).layers
+        }
+
+    def _outline(self, file: PlainFile, step: int) -> Outline | None:
+        def read() -> Outline | None:
+            with contextlib.suppress(*UNREADABLE):
+                return read_outline(file, step)
+            return None
+
+        return self._cache.get(file, read, size=lambda outline: outline.size() if outline else 100)
+
+    def _curves(self) -> str:
+        if self._scalars is None:
+            return "{}"
+        with self._lock:
+            points = {tag: curve.points() for tag, curve in sorted(self._scalars.curves().items())}
+        # The graphs' own numbers are told with the snapshots.
+        own = {path.parent.name for path in self._scalars.folder.glob("*/snapshots")}
+        return table(
+            {
+                tag: table({"steps": text(steps), "values": numbers(np.array(values))})
+                for tag, (steps, values) in points.items()
+                if tag.split("/")[0] not in own
+            }
+        )
+
+
+def _newest_labels(outlines: list[Outline], layer: int) -> dict[int, str]:
+    """The newest name of each lineage; where they are not followed, the names in the newest snapshot."""
+    if not outlines[-1].followed[layer]:
+        return outlines[-1].labels[layer]
+    followed = [outline.labels[layer] for outline in outlines if outline.followed[layer]]
+    return {key: label for labels in followed for key, label in labels.items()}

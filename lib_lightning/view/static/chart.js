@@ -1,0 +1,160 @@
+// A line chart over steps, as SVG: crisp, small, and its text can be read and found.
+
+import {h, s} from "./dom.js";
+import {integer, number} from "./text.js";
+import {MUTED} from "./palette.js";
+
+export const CHART = {left: 58, right: 14, top: 8, bottom: 18};
+
+/** Where a step lies on the time axis: `x(step)` in pixels and back. Step 0 has a place on a log axis, too. */
+export function timeScale(first, last, width, log) {
+  const to = log ? (step) => Math.log10(Math.max(step, 0) + 1) : (step) => step;
+  const [a, b] = [to(first), Math.max(to(last), to(first) + 1e-9)];
+  const span = Math.max(1, width - CHART.left - CHART.right);
+  return {
+    first, last, log, width,
+    x: (step) => CHART.left + (to(step) - a) / (b - a) * span,
+    back: (x) => {
+      const value = a + (x - CHART.left) / span * (b - a);
+      return log ? 10 ** value - 1 : value;
+    },
+  };
+}
+
+/** Whether steps lie rather evenly on a log axis: the middle one comes early. */
+export function looksLogarithmic(steps) {
+  if (steps.length < 4) return false;
+  const [first, middle, last] = [steps[0], steps[steps.length >> 1], steps[steps.length - 1]];
+  return (middle - first) < 0.25 * (last - first);
+}
+
+function timeTicks(scale) {
+  if (!scale.log) return niceTicks(scale.first, scale.last, Math.max(2, scale.width / 110));
+  const ticks = scale.first <= 0 ? [0] : [];
+  for (let power = 1; power <= scale.last; power *= 10) {
+    for (const factor of [1, 2, 5]) {
+      const step = power * factor;
+      const far = ticks.length === 0 || scale.x(step) - scale.x(ticks[ticks.length - 1]) > 44;
+      if (step >= scale.first && step <= scale.last && far) ticks.push(step);
+    }
+  }
+  return ticks;
+}
+
+function niceTicks(low, high, count) {
+  const rough = (high - low) / Math.max(1, count);
+  if (!(rough > 0)) return [low];
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= rough);
+  const ticks = [];
+  for (let tick = Math.ceil(low / step); tick * step <= high + 1e-9 * step; tick++) ticks.push(tick * step);
+  return ticks;
+}
+
+function valueScale(series, height, log) {
+  const values = [];
+  for (const line of series) {
+    line.values.forEach((value, i) => {
+      const error = line.errors?.[i] ?? 0;
+      for (const v of [value, value - error, value + error]) {
+        if (value !== null && Number.isFinite(v) && (!log || v > 0)) values.push(v);
+      }
+    });
+  }
+  let [low, high] = values.length ? [values[0], values[0]] : log ? [1, 10] : [0, 1];
+  for (const v of values) [low, high] = [Math.min(low, v), Math.max(high, v)];
+  const to = log ? Math.log10 : (value) => value;
+  // Counts and losses are read from zero where that costs less than half of the height.
+  if (!log && low > 0 && low < 0.5 * high) low = 0;
+  if (low === high) [low, high] = log ? [low / 2, high * 2] : [low - (Math.abs(low) || 1) / 2, high + (Math.abs(high) || 1) / 2];
+  const [a, b] = [to(low), to(high)];
+  const span = height - CHART.top - CHART.bottom;
+  return {low, high, log, y: (value) => CHART.top + (b - to(Math.max(value, log ? low : -Infinity))) / (b - a) * span};
+}
+
+function valueTicks(scale) {
+  if (!scale.log) return niceTicks(scale.low, scale.high, 3);
+  const powers = [];
+  for (let p = Math.ceil(Math.log10(scale.low)); p <= Math.log10(scale.high); p++) powers.push(10 ** p);
+  if (powers.length < 2) return [scale.low, scale.high];
+  const every = Math.ceil(powers.length / 4);
+  return powers.filter((_, i) => i % every === 0);
+}
+
+/** Positive numbers over more than two decades are read on a log axis. */
+export function wantsLog(series) {
+  const values = series.flatMap((line) => line.values).filter((value) => value !== null && Number.isFinite(value));
+  const low = Math.min(...values);
+  return values.length > 0 && low > 0 && Math.max(...values) > 100 * low;
+}
+
+/**
+ * A chart of `series`, each `{name, color, steps, values, errors?, dots?}`; `null` values leave gaps.
+ * `marks` are `{step, value, kind: "birth" | "death", text}`.
+ */
+export function lineChart({series, time, height, log, marks = [], label}) {
+  const scale = valueScale(series, height, log);
+  const bottom = height - CHART.bottom;
+  const svg = s("svg", {width: time.width, height, role: "img", "aria-label": label, class: "lib-chart"});
+  for (const tick of valueTicks(scale)) {
+    const y = scale.y(tick);
+    svg.append(
+      s("line", {x1: CHART.left, x2: time.width - CHART.right, y1: y, y2: y, class: "lib-grid"}),
+      s("text", {x: CHART.left - 6, y, class: "lib-tick", "text-anchor": "end", "dominant-baseline": "central"}, number(tick)),
+    );
+  }
+  svg.append(s("line", {x1: CHART.left, x2: time.width - CHART.right, y1: bottom, y2: bottom, class: "lib-axis"}));
+  for (const tick of timeTicks(time)) {
+    const x = time.x(tick);
+    svg.append(
+      s("line", {x1: x, x2: x, y1: bottom, y2: bottom + 3, class: "lib-axis"}),
+      s("text", {x, y: bottom + 13, class: "lib-tick", "text-anchor": "middle"}, integer(tick)),
+    );
+  }
+  for (const line of series) svg.append(...drawn(line, time, scale));
+  for (const mark of marks) {
+    const [x, y] = [time.x(mark.step), scale.y(mark.value)];
+    const shape = mark.kind === "birth"
+      ? s("circle", {cx: x, cy: y, r: 4.5, fill: "#fff", stroke: mark.color ?? MUTED, "stroke-width": 1.8})
+      : s("path", {d: `M${x - 4} ${y - 4}l8 8m0 -8l-8 8`, stroke: mark.color ?? MUTED, "stroke-width": 1.8});
+    shape.append(s("title", {}, mark.text));
+    svg.append(shape);
+  }
+  return svg;
+}
+
+function drawn(line, time, scale) {
+  const parts = [];
+  let part = [];
+  line.steps.forEach((step, i) => {
+    const value = line.values[i];
+    if (value === null || !Number.isFinite(value) || (scale.log && value <= 0)) {
+      if (part.length) parts.push(part);
+      part = [];
+    } else {
+      const error = line.errors?.[i] ?? 0;
+      part.push({x: time.x(step), y: scale.y(value), low: scale.y(value - error), high: scale.y(value + error)});
+    }
+  });
+  if (part.length) parts.push(part);
+  const at = (x, y) => `${x.toFixed(1)} ${y.toFixed(1)}`;
+  const elements = [];
+  for (const points of parts) {
+    if (line.errors) {
+      const rim = [...points.map((p) => at(p.x, p.high)), ...[...points].reverse().map((p) => at(p.x, p.low))];
+      elements.push(s("path", {d: `M${rim.join("L")}Z`, fill: line.color, opacity: 0.16, stroke: "none"}));
+    }
+    const d = `M${points.map((p) => at(p.x, p.y)).join("L")}`;
+    if (points.length > 1) elements.push(s("path", {d, fill: "none", stroke: line.color, "stroke-width": 1.6, "stroke-linejoin": "round"}));
+    if (points.length === 1 || (line.dots && points.length < 60)) {
+      for (const p of points) elements.push(s("circle", {cx: p.x, cy: p.y, r: 2, fill: line.color}));
+    }
+  }
+  return elements;
+}
+
+/** Swatch and name of each line, with its value at the current step. */
+export function chartKey(entries) {
+  return entries.map(({name, color, value}) => h("span", {class: "lib-key"},
+    h("span", {class: "lib-line-swatch", style: {background: color}}), name ? `${name} ` : "", h("b", {}, value)));
+}

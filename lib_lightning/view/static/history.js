@@ -1,0 +1,188 @@
+// What is known of a run without its snapshots: lineages with births and deaths, ranks, and modules over time.
+
+import {MODULE_COLORS, OTHER_MODULES, NO_MODULE} from "./palette.js";
+
+/** The history of one run; `layers` and `snapshots` as in `run()` of a source. */
+export class History {
+  constructor(run) {
+    this.run = run;
+    this.layers = run.layers;
+    this.snapshots = run.snapshots;
+    this.steps = run.snapshots.map((snapshot) => snapshot.step);
+    this.order = this.snapshots.map((snapshot) => snapshot.layers.map((layer) => byImportance(layer.importance)));
+    this.first = this.layers.map(() => new Map());
+    this.last = this.layers.map(() => new Map());
+    this.parents = this.layers.map(() => new Map());
+    this.snapshots.forEach((snapshot, k) => snapshot.layers.forEach((layer, l) => this.#register(layer, l, k)));
+    this.tracks = moduleTracks(this);
+    this.colors = trackColors(this.tracks);
+    this.hasModules = this.snapshots.some((snapshot) => snapshot.layers.some((layer) => layer.modules));
+    this.labelGroups = labelColors(run.labels);
+    this.places = new Map();
+  }
+
+  #register(layer, l, k) {
+    for (let i = 0; i < layer.importance.length; i++) {
+      const id = layer.ids ? layer.ids[i] : i;
+      if (!this.first[l].has(id)) {
+        this.first[l].set(id, k);
+        const parent = layer.parents?.[i];
+        if (parent !== null && parent !== undefined && parent >= 0) this.parents[l].set(id, parent);
+      }
+      this.last[l].set(id, k);
+    }
+  }
+
+  /** The lineage of feature i; features that are not followed are known by their index. */
+  lineage(k, l, i) {
+    const ids = this.snapshots[k].layers[l].ids;
+    return ids ? ids[i] : i;
+  }
+
+  /** Whether the features of a layer are followed from snapshot to snapshot. */
+  followed(k, l) {
+    return this.snapshots[k].layers[l].ids !== null && this.snapshots[k].layers[l].ids !== undefined;
+  }
+
+  /** The feature of a lineage in snapshot k, -1 where it is not there. */
+  featureOf(k, l, id) {
+    const layer = this.snapshots[k].layers[l];
+    if (!layer.ids) return id < layer.importance.length ? id : -1;
+    const key = k * this.layers.length + l;
+    let places = this.places.get(key);
+    if (!places) this.places.set(key, places = new Map(layer.ids.map((own, i) => [own, i])));
+    return places.get(id) ?? -1;
+  }
+
+  /** Rank by importance, from 1. */
+  rank(k, l, i) {
+    return this.order[k][l].indexOf(i) + 1;
+  }
+
+  /** Index of the newest snapshot at or before a step, -1 for none. */
+  at(step) {
+    let k = this.steps.length - 1;
+    while (k >= 0 && this.steps[k] > step) k -= 1;
+    return k;
+  }
+
+  /** Importance of a lineage over steps; null where it is not there. */
+  curve(l, id) {
+    return this.snapshots.map((snapshot, k) => {
+      const i = this.featureOf(k, l, id);
+      return i < 0 ? null : snapshot.layers[l].importance[i];
+    });
+  }
+
+  /** Colour of a feature's module, the same for as long as the module can be recognised. */
+  moduleColor(k, l, i) {
+    const track = this.tracks[k][l][i];
+    return track < 0 ? NO_MODULE : this.colors[k].get(track) ?? OTHER_MODULES;
+  }
+
+  /** When a lineage began, in words. */
+  birth(l, id) {
+    const k = this.first[l].get(id);
+    if (k === undefined) return "";
+    if (k === 0) return "there from the start";
+    const parent = this.parents[l].get(id);
+    const from = parent === undefined ? "" : `, split from ${this.layers[l].name}/${parent}`;
+    return `since step ${this.steps[k].toLocaleString("en-US")}${from}`;
+  }
+}
+
+function byImportance(importance) {
+  const order = Array.from(importance, (_, i) => i);
+  // Bases come sorted but for single neurons: mostly there is nothing to do.
+  let sorted = true;
+  for (let i = 1; i < importance.length && sorted; i++) sorted = importance[i] <= importance[i - 1];
+  return sorted ? order : order.sort((a, b) => importance[b] - importance[a] || a - b);
+}
+
+/** A number for each feature's module that stays the same over time, -1 for none. */
+function moduleTracks(history) {
+  const lastTrack = history.layers.map(() => new Map());
+  let next = 0;
+  return history.snapshots.map((snapshot, k) => {
+    const votes = new Map();
+    forEachMember(history, k, (l, i, module) => {
+      const layer = snapshot.layers[l];
+      const track = lastTrack[l].get(history.lineage(k, l, i));
+      if (!votes.has(module)) votes.set(module, new Map());
+      // Important features say more about what a module is than the many small ones.
+      const weight = Math.sqrt(Math.max(layer.importance[i], 0) / (layer.importance[history.order[k][l][0]] || 1));
+      if (track !== undefined) votes.get(module).set(track, (votes.get(module).get(track) ?? 0) + weight);
+    });
+    const pairs = [...votes].flatMap(([module, of]) => [...of].map(([track, weight]) => ({module, track, weight})));
+    pairs.sort((a, b) => b.weight - a.weight || a.track - b.track || a.module - b.module);
+    const trackOf = new Map();
+    const taken = new Set();
+    for (const {module, track} of pairs) {
+      if (trackOf.has(module) || taken.has(track)) continue;
+      trackOf.set(module, track);
+      taken.add(track);
+    }
+    for (const module of [...votes.keys()].sort((a, b) => a - b)) {
+      if (!trackOf.has(module)) trackOf.set(module, next++);
+    }
+    const tracks = snapshot.layers.map((layer) => new Int32Array(layer.importance.length).fill(-1));
+    forEachMember(history, k, (l, i, module) => {
+      tracks[l][i] = trackOf.get(module);
+      lastTrack[l].set(history.lineage(k, l, i), tracks[l][i]);
+    });
+    return tracks;
+  });
+}
+
+function forEachMember(history, k, visit) {
+  history.snapshots[k].layers.forEach((layer, l) => {
+    layer.modules?.forEach((module, i) => {
+      if (module !== null && module >= 0) visit(l, i, module);
+    });
+  });
+}
+
+/** For each snapshot the colours of its largest modules. One that has a colour keeps it until it is gone. */
+function trackColors(tracks) {
+  const holders = new Map();
+  const seen = new Map();
+  return tracks.map((layers, k) => {
+    const sizes = trackSizes(layers);
+    for (const track of sizes.keys()) seen.set(track, k);
+    const largest = [...sizes].filter(([, size]) => size > 1).sort((a, b) => b[1] - a[1] || a[0] - b[0]);
+    for (const [track] of largest.slice(0, MODULE_COLORS.length)) {
+      if ([...holders.values()].includes(track)) continue;
+      const free = MODULE_COLORS.filter((color) => !sizes.has(holders.get(color)));
+      // First colours that nobody has had, then that of the module gone for longest.
+      free.sort((a, b) => (seen.get(holders.get(a)) ?? -1) - (seen.get(holders.get(b)) ?? -1));
+      if (free.length) holders.set(free[0], track);
+    }
+    return new Map([...holders].filter(([, track]) => sizes.has(track)).map(([color, track]) => [track, color]));
+  });
+}
+
+/** How many features each module has, all layers together. */
+export function trackSizes(layers) {
+  const sizes = new Map();
+  for (const tracks of layers) {
+    for (const track of tracks) if (track >= 0) sizes.set(track, (sizes.get(track) ?? 0) + 1);
+  }
+  return sizes;
+}
+
+/** Labels with the same first word are of one kind ("k=17 a+b 93%"): a percentage would make each its own. */
+export function labelGroup(label) {
+  return label ? label.split(/\s/)[0] : "";
+}
+
+function labelColors(labels) {
+  const counts = new Map();
+  for (const layer of labels ?? []) {
+    for (const label of Object.values(layer)) {
+      const group = labelGroup(label);
+      if (group) counts.set(group, (counts.get(group) ?? 0) + 1);
+    }
+  }
+  const common = [...counts].sort((a, b) => b[1] - a[1] || (a[0] < b[0] ? -1 : 1)).map(([group]) => group);
+  return new Map(common.map((group, i) => [group, MODULE_COLORS[i] ?? OTHER_MODULES]));
+}

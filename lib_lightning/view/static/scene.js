@@ -1,0 +1,132 @@
+// What one picture holds: dots with places and colours, and the edges between them that are strong enough.
+
+import {AGES, BETWEEN, BLUE, FROM_THE_START, MUTED, NO_MODULE, OTHER_MODULES, VERMILION, dotRadius} from "./palette.js";
+import {labelGroup} from "./history.js";
+
+/** Pixels kept free around the graph: names of layers above, counts below, labels beside the last column. */
+export const MARGIN = {top: 46, bottom: 44, left: 44, right: 44};
+// Below this many pixels from dot to dot there is no room for words.
+const ROOM_FOR_WORDS = 9;
+
+/**
+ * Build a picture of snapshot k.
+ *
+ * `frame` says how high each feature lies (layout.js), `view` is `{width, height, threshold, color}`: the threshold is
+ * a share of each section's strongest edge, the colour one of "module", "label", "age".
+ */
+export function buildScene(history, k, snapshot, frame, view) {
+  const count = history.layers.length;
+  const plot = {
+    left: MARGIN.left, right: view.width - MARGIN.right, top: MARGIN.top, bottom: view.height - MARGIN.bottom,
+  };
+  const pitch = count > 1 ? (plot.right - plot.left) / count : 0;
+  const columns = frame.map((column, l) => buildColumn(history, k, snapshot, column, l, view, plot, {
+    // Half a pitch is free at both ends, for names and labels.
+    x: count > 1 ? plot.left + pitch * (l + 0.5) : (plot.left + plot.right) / 2, pitch,
+  }));
+  const sections = snapshot.sections.map((section, l) => buildSection(section, columns[l], columns[l + 1], view));
+  return {k, snapshot, history, columns, sections, pitch, ...totals(columns, sections)};
+}
+
+function buildColumn(history, k, snapshot, frame, l, view, plot, {x, pitch}) {
+  const layer = snapshot.layers[l];
+  const largest = layer.importance[history.order[k][l][0]] || 1;
+  const spacing = (plot.bottom - plot.top) / Math.max(1, frame.places - 1);
+  // In a long column dots shrink until it stays a row of dots.
+  const most = Math.max(1.3, 0.62 * spacing);
+  const dotOf = new Map();
+  const dots = frame.shown.map((feature, n) => {
+    const id = history.lineage(k, l, feature);
+    const age = k - (history.first[l].get(id) ?? 0);
+    const dot = {
+      l, feature, id, x,
+      y: plot.top + frame.heights[n] * (plot.bottom - plot.top),
+      radius: Math.min(dotRadius(layer.importance[feature] / largest), most),
+      color: dotColor(history, k, snapshot, l, feature, id, view.color),
+      hollow: Boolean(layer.unsure?.[feature]),
+      isNew: age === 0 && k > 0,
+      label: labelOf(history, snapshot, l, feature, id),
+      rank: n,
+    };
+    dotOf.set(feature, dot);
+    return dot;
+  });
+  return {l, x, pitch, dots, dotOf, total: layer.importance.length, words: spacing >= ROOM_FOR_WORDS};
+}
+
+/** Name of a feature in this snapshot, or the newest that its lineage has. */
+export function labelOf(history, snapshot, l, feature, id) {
+  return (snapshot.layers[l].labels ?? {})[feature] ?? history.run.labels?.[l]?.[id] ?? "";
+}
+
+function dotColor(history, k, snapshot, l, feature, id, by) {
+  if (by === "age") return ageColor(history, k, l, id);
+  if (by === "label") {
+    const group = labelGroup(labelOf(history, snapshot, l, feature, id));
+    return group ? history.labelGroups.get(group) ?? OTHER_MODULES : NO_MODULE;
+  }
+  return history.hasModules ? history.moduleColor(k, l, feature) : VERMILION;
+}
+
+/** Colour for how long a lineage has been there. */
+export function ageColor(history, k, l, id) {
+  const first = history.first[l].get(id) ?? 0;
+  if (first === 0) return FROM_THE_START;
+  return AGES.find((age) => k - first <= age.until).color;
+}
+
+function buildSection(section, before, after, view) {
+  const {source, target, weight} = section.edges;
+  const least = view.threshold * (section.strongest ?? 0);
+  const edges = [];
+  let strength = 0;
+  // Strongest first: after the first that is too weak there is nothing left to draw.
+  for (let e = 0; e < weight.length && weight[e] >= least && weight[e] > 0; e++) {
+    const [from, to] = [before.dotOf.get(source[e]), after.dotOf.get(target[e])];
+    if (!from || !to) continue;
+    edges.push({from, to, weight: weight[e], share: weight[e] / section.strongest, color: edgeColor(from, to)});
+    strength += weight[e];
+  }
+  // The file may hold only the strongest edges of a section.
+  const cut = weight.length > 0 && weight.length < section.count && weight[weight.length - 1] > least;
+  return {edges, strength, x: (before.x + after.x) / 2, count: section.count, total: section.strength, cut,
+    held: weight.length};
+}
+
+function edgeColor(from, to) {
+  // Without modules there is one colour for dots and another one for lines, as in the figures.
+  if (from.color === VERMILION && to.color === VERMILION) return from.isNew || to.isNew ? VERMILION : BLUE;
+  if (from.color !== to.color || from.color === NO_MODULE || from.color === OTHER_MODULES) return BETWEEN;
+  return from.color === FROM_THE_START ? MUTED : from.color;
+}
+
+function totals(columns, sections) {
+  const sum = (list, value) => list.reduce((total, item) => total + (value(item) ?? 0), 0);
+  return {
+    featuresDrawn: sum(columns, (column) => column.dots.length),
+    features: sum(columns, (column) => column.total),
+    edgesDrawn: sum(sections, (section) => section.edges.length),
+    edges: sum(sections, (section) => section.count),
+    share: sum(sections, (section) => section.strength) / sum(sections, (section) => section.total),
+    cut: sections.some((section) => section.cut),
+    held: Math.max(0, ...sections.map((section) => section.held)),
+  };
+}
+
+/** The dot nearest to a point, within reach; null for none. */
+export function dotAt(scene, x, y) {
+  let [nearest, least] = [null, Infinity];
+  for (const column of scene.columns) {
+    if (Math.abs(column.x - x) > 16) continue;
+    for (const dot of column.dots) {
+      const far = Math.hypot(dot.x - x, dot.y - y) - dot.radius;
+      if (far < least) [nearest, least] = [dot, far];
+    }
+  }
+  return least <= 6 ? nearest : null;
+}
+
+/** The dot of a lineage, null where it is not drawn. */
+export function dotOfLineage(scene, l, id) {
+  return scene.columns[l]?.dots.find((dot) => dot.id === id) ?? null;
+}

@@ -1,0 +1,56 @@
+// All that is known of one feature at one step, in words.
+
+import {h} from "./dom.js";
+import {integer, number, ordinal, percent, withError} from "./text.js";
+import {labelOf} from "./scene.js";
+
+const PARTNERS = 4;
+
+/** The facts of feature i of node layer l, as elements for a tooltip. */
+export function featureFacts(scene, l, i, color) {
+  const {history, k, snapshot} = scene;
+  const layer = snapshot.layers[l];
+  const id = history.lineage(k, l, i);
+  const similarity = layer.similarity?.[i];
+  const module = layer.modules?.[i];
+  const label = labelOf(history, snapshot, l, i, id);
+  const rows = [
+    ["importance", withError(layer.importance[i], layer.error?.[i])],
+    ["rank", `${ordinal(history.rank(k, l, i))} of ${integer(layer.importance.length)}`],
+    module === null || module === undefined ? null : ["module", module < 0 ? "none" : String(module)],
+    history.followed(k, l) ? ["birth", history.birth(l, id)] : ["birth", "not followed over time"],
+    similarity === null || similarity === undefined ? null : ["similarity", `${number(similarity)} to the snapshot before`],
+    layer.unsure?.[i] ? ["direction", "not fixed by the samples"] : null,
+  ];
+  return [
+    h("div", {class: "lib-tip-title"},
+      h("span", {class: "lib-swatch", style: {background: color}}), `${history.layers[l].name}/${id}`),
+    label ? h("div", {class: "lib-tip-label"}, label) : null,
+    h("dl", {}, rows.filter(Boolean).map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)])),
+    partners(scene, l, i, "before"),
+    partners(scene, l, i, "after"),
+    h("div", {class: "lib-tip-hint"}, "click to follow it through time"),
+  ].filter(Boolean);
+}
+
+function partners(scene, l, i, side) {
+  const {history, k, snapshot} = scene;
+  const other = side === "before" ? l - 1 : l + 1;
+  const section = snapshot.sections[Math.min(l, other)];
+  if (other < 0 || !section) return null;
+  const [own, far] = side === "before" ? ["target", "source"] : ["source", "target"];
+  const strongest = [];
+  // Strongest first, so that the first ones found are those.
+  for (let e = 0; e < section.edges.weight.length && strongest.length < PARTNERS; e++) {
+    if (section.edges[own][e] === i) strongest.push([section.edges[far][e], section.edges.weight[e]]);
+  }
+  return h("div", {class: "lib-tip-partners"},
+    h("div", {class: "lib-tip-side"}, `strongest ${side}, in ${history.layers[other].name}`),
+    strongest.length ? h("ol", {}, strongest.map(([j, weight]) => {
+      const id = history.lineage(k, other, j);
+      return h("li", {},
+        h("b", {}, `${history.layers[other].name}/${id}`), " ",
+        labelOf(history, snapshot, other, j, id),
+        h("span", {class: "lib-tip-number"}, `${number(weight)} (${percent(weight / section.strongest)})`));
+    })) : h("div", {class: "lib-tip-none"}, "none among the edges that are here"));
+}
