@@ -103,36 +103,70 @@ def _quantities(graph: InteractionGraph) -> dict[str, float]:
     }
 
 
-def moved(steps: Sequence[float], values: Sequence[float], share: float, start: float, end: float) -> float:
-    """When a series had gone so much of its way from one step to another, for good.
+def halfway(steps: Sequence[float], values: Sequence[float], start: float) -> float:
+    """When a series had gone half of its way from one step to its end, for good.
 
     Args:
         steps: Where it was looked at, rising.
         values: What it was there.
-        share: Of the way, between 0 and 1.
         start: Step at which the way begins.
-        end: Step at which it ends.
 
     Returns:
-        The step, interpolated; NaN for a series that has not moved.
+        The step, interpolated; NaN for a series that ends where it was.
 
     Example:
-        >>> moved([0, 10, 20, 30], [5.0, 1.0, 3.0, 3.0], 0.5, start=10, end=30)
+        >>> halfway([0, 10, 20, 30], [5.0, 1.0, 3.0, 3.0], start=10)
         15.0
     """
-    way = _at(steps, values, end) - (first := _at(steps, values, start))
-    if not way:
+    inside = [(step, value) for step, value in zip(steps, values, strict=True) if step >= start]
+    (_, first), (_, last) = inside[0], inside[-1]
+    if first == last:
         return math.nan
-    inside = [(s, (v - first) / way) for s, v in zip(steps, values, strict=True) if start <= s <= end]
-    before = max((k for k, (_, done) in enumerate(inside) if done < share), default=-1)
-    if before + 1 >= len(inside) or before < 0:
-        return float(end if before >= 0 else start)
-    (s, done), (s_next, done_next) = inside[before], inside[before + 1]
-    return s + (s_next - s) * (share - done) / (done_next - done)
+    done = [(step, (value - first) / (last - first)) for step, value in inside]
+    before = max(k for k, (_, share) in enumerate(done) if share < 0.5)
+    (step, share), (step_next, share_next) = done[before], done[before + 1]
+    return step + (step_next - step) * (0.5 - share) / (share_next - share)
 
 
-def _at(steps: Sequence[float], values: Sequence[float], step: float) -> float:
-    return values[min(range(len(steps)), key=lambda k: abs(steps[k] - step))]
+def memorised(accuracy: Series) -> float:
+    """The step by which the training pairs were known by heart: 99% of them, for good."""
+    return 1 + max(step for step, value in zip(accuracy["step"], accuracy["train"], strict=True) if value < 0.99)
+
+
+def report(results: Mapping[str, Any]) -> str:
+    """Say when everything was halfway from memorised to the end.
+
+    Args:
+        results: What `measure` has found, by seed.
+
+    Returns:
+        A table in Markdown.
+    """
+    names = [name for name in next(iter(results.values()))["lib"] if name != "step"]
+    rows: dict[str, list[float]] = {"memorised": [], "test accuracy": [], **{name: [] for name in names}}
+    for run in results.values():
+        accuracy, lib = run["accuracy"], run["lib"]
+        rows["memorised"].append(start := memorised(accuracy))
+        rows["test accuracy"].append(halfway(accuracy["step"], accuracy["test"], start))
+        for name in names:
+            rows[name].append(halfway(lib["step"], lib[name], start))
+    lines = [
+        f"| halfway at step | {' | '.join(f'seed {seed}' for seed in results)} | share of test accuracy's |",
+        "|---" * (len(results) + 2) + "|",
+    ]
+    for name, steps in rows.items():
+        cells = ["–" if math.isnan(step) else f"{step:,.0f}" for step in steps]
+        ratios = [s / test for s, test in zip(steps, rows["test accuracy"], strict=True) if not math.isnan(s)]
+        lines.append(f"| {name} | {' | '.join(cells)} | {_mean(ratios) if name != 'test accuracy' else '1'} |")
+    return "\n".join(lines)
+
+
+def _mean(ratios: Sequence[float]) -> str:
+    """Geometric mean and range."""
+    if not ratios:
+        return "–"
+    mean = math.exp(statistics.fmean(map(math.log, ratios)))
+    return f"{mean:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def main(args: Sequence[str] | None = None) -> None:

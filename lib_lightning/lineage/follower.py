@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lib_lightning.graph import InteractionGraph
@@ -56,7 +57,11 @@ class Follower:
             name: dict(zip(graph.lineages[name].ids.tolist(), names, strict=True))
             for name, names in graph.labels.items()
         }
-        told = [event for event in happened[self._main] if max(event.before or 0, event.after or 0) >= NOTEWORTHY]
+        told = [
+            replace(event, label=labels.get(event.layer or "", {}).get(event.lineage, ""))
+            for event in happened[self._main]
+            if max(event.before or 0, event.after or 0) >= NOTEWORTHY
+        ]
         return told + self.detector.update(graph.info["step"], features, watched, labels, distance)
 
     @staticmethod

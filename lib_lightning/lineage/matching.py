@@ -13,7 +13,9 @@ from torch import Tensor
 SAME = 0.5
 # The share that a new feature has in common with the one it has split from, or an ended one with where it went.
 RELATED = 0.25
-# Samples for each leftover dimension: directions drawn at random have cosines up to 2 sqrt(k / N), squared 0.4 at ten.
+# The share from which on a feature has not turned.
+_STILL = 0.95
+# Samples for each dimension that may have turned: directions drawn at random have cosines up to 2 sqrt(k / N), squared 0.4 at ten.
 _SAMPLES_PER_DIMENSION = 10
 
 
@@ -152,13 +154,17 @@ def _turned(A: Tensor, B: Tensor, shared: Tensor, pairs: Tensor) -> Tensor:
     i, j = (_others(size, some) for size, some in zip(shared.shape, pairs, strict=True))
     # What does not vary has no direction.
     i, j = i[A[:, i].any(0)], j[B[:, j].any(0)]
-    if not len(i) or not len(j) or len(A) < _SAMPLES_PER_DIMENSION * max(len(i), len(j)):
+    # Features that have kept their lineage may have turned with them: their dimensions are shared out together.
+    kept = pairs[:, shared[pairs[0], pairs[1]] < _STILL]
+    before, after = torch.cat([i, kept[0]]), torch.cat([j, kept[1]])
+    if not len(i) or not len(j) or len(A) < _SAMPLES_PER_DIMENSION * max(len(before), len(after)):
         return pairs[:, :0]
-    cosines = torch.linalg.svdvals(_orthonormal(A[:, i]).T @ _orthonormal(B[:, j]))
+    cosines = torch.linalg.svdvals(_orthonormal(A[:, before]).T @ _orthonormal(B[:, after]))
+    count = int((cosines.square() >= SAME).sum()) - kept.shape[1]
     rows, columns = linear_sum_assignment(shared[i][:, j].numpy(), maximize=True)
     turned = torch.stack([i[torch.from_numpy(rows)], j[torch.from_numpy(columns)]])
     best = shared[turned[0], turned[1]].argsort(descending=True, stable=True)
-    return turned[:, best[: int((cosines.square() >= SAME).sum())]]
+    return turned[:, best[: max(count, 0)]]
 
 
 def _others(size: int, some: Tensor) -> Tensor:
