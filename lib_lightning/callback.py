@@ -286,7 +286,7 @@ class LIBCallback(pl.Callback):
         (eventful,) = self._together.first([torch.tensor(bool(taken.events))])  # for all to be due at the same steps
         if self.adaptive and eventful and before is not None:
             self.schedule.densify(step, step - before)
-        self.report.tell(trainer, taken.events, last)
+        self.report.tell(trainer, taken.events)
         return True
 
     def _take(self, trainer: pl.Trainer, pl_module: pl.LightningModule, last: bool) -> Taken:

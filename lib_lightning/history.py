@@ -68,7 +68,11 @@ class History:
 
     def worth_a_figure(self) -> bool:
         """Whether there is enough that the last figures over time do not show."""
-        return len(self.steps) >= _WORTH_A_FIGURE * self._drawn
+        return self.unseen() and len(self.steps) >= _WORTH_A_FIGURE * self._drawn
+
+    def unseen(self) -> bool:
+        """Whether there is anything that they do not show."""
+        return len(self.steps) != self._drawn
 
     def figures(self) -> dict[str, Figure]:
         """Draw everything over time.
@@ -87,9 +91,9 @@ class History:
     def state_dict(self) -> dict[str, Any]:
         """State to go on from, of plain numbers and tensors."""
         moments = {name: [dict(vars(moment)) for moment in moments] for name, moments in self._moments.items()}
-        return {"steps": self.steps, "moments": moments, "numbers": {k: dict(v) for k, v in self._numbers.items()}}
+        return {"steps": self.steps, "drawn": self._drawn, "moments": moments, "numbers": {k: dict(v) for k, v in self._numbers.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
-        self.steps, self._numbers = state["steps"], state["numbers"]
+        self.steps, self._drawn, self._numbers = state["steps"], state["drawn"], state["numbers"]
         self._moments = {name: [Moment(**moment) for moment in moments] for name, moments in state["moments"].items()}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -67,22 +67,18 @@ class RunReport:
             for tag, png in self.folder.write(taken.graphs, step).items():
                 log_image(trainer.loggers, tag, png, logging_step(trainer))
 
-    def tell(self, trainer: pl.Trainer, events: Sequence[Event], last: bool) -> None:
-        """Tell of events since the snapshot before, and draw the figures over time; mistakes in hooks cost nothing.
+    def tell(self, trainer: pl.Trainer, events: Sequence[Event]) -> None:
+        """Tell of events since the snapshot before, and draw what there is over time; mistakes in hooks cost nothing.
 
         Args:
             trainer: The trainer.
             events: What has happened.
-            last: Whether this was the last snapshot.
         """
         if trainer.is_global_zero:
-            try:
-                self._write_over_time(trainer, events, last)
-            except Exception as error:
-                log.warning(
-                    "What '%s' shows over time could not be written after %d steps; training goes on. %s: %s",
-                    self._watcher.name, trainer.global_step, type(error).__name__, error,
-                )  # fmt: skip
+            with self._costs_nothing(trainer):
+                self._tell(trainer, events)
+                if self._watcher.history.worth_a_figure():
+                    self._draw(trainer)
         for k, hook in enumerate(self._hooks):
             for event in events:
                 try:
@@ -95,20 +91,31 @@ class RunReport:
                         )  # fmt: skip
                     self._failed_hooks.add(k)
 
-    def _write_over_time(self, trainer: pl.Trainer, events: Sequence[Event], last: bool) -> None:
+    @contextmanager
+    def _costs_nothing(self, trainer: pl.Trainer) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            log.warning(
+                "What '%s' shows over time could not be written after %d steps; training goes on. %s: %s",
+                self._watcher.name, trainer.global_step, type(error).__name__, error,
+            )  # fmt: skip
+
+    def _tell(self, trainer: pl.Trainer, events: Sequence[Event]) -> None:
         for event in events:
             rank_zero_info(f"{self._watcher.name}: {event.text}")
-        step, name = logging_step(trainer), self._watcher.name
         if events:
-            log_text(trainer.loggers, f"{name}/events", "\n".join(f"- {event.text}" for event in events), step)
-        if self.folder.main is None:
-            return
-        # All of them each time: a resumed run may have another folder, and have gone back behind some.
-        self.folder.main.write_events([json.dumps(event.to_json()) for event in self._watcher.events])
-        history = self._watcher.history
-        if history.steps and (last or history.worth_a_figure()):
-            for what, figure in history.figures().items():
-                log_image(trainer.loggers, f"{name}/{what}", self.folder.main.write_figure(what, figure), step)
+            text = "\n".join(f"- {event.text}" for event in events)
+            log_text(trainer.loggers, f"{self._watcher.name}/events", text, logging_step(trainer))
+        if self.folder.main is not None:
+            # All of them each time: a resumed run may have another folder, and have gone back behind some.
+            self.folder.main.write_events([event.to_json() for event in self._watcher.events])
+
+    def _draw(self, trainer: pl.Trainer) -> None:
+        if self.folder.main is not None:
+            for what, figure in self._watcher.history.figures().items():
+                png = self.folder.main.write_figure(what, figure)
+                log_image(trainer.loggers, f"{self._watcher.name}/{what}", png, logging_step(trainer))
 
     def finish(self, trainer: pl.Trainer, step: int | None, node_layers: Sequence[str]) -> None:
         """Write what is known at the end only, and say where everything is.
@@ -121,6 +128,9 @@ class RunReport:
         if self.folder.main is None or not trainer.is_global_zero:
             return
         name = self._watcher.name
+        if self._watcher.history.unseen():
+            with self._costs_nothing(trainer):
+                self._draw(trainer)
         lines = [f"\n{name}: {self._watcher.snapshots} snapshots of {' -> '.join(node_layers)}"]
         try:
             if step == trainer.global_step:

@@ -62,7 +62,7 @@ class Follower:
             for event in happened[self._main]
             if max(event.before or 0, event.after or 0) >= NOTEWORTHY
         ]
-        return told + self.detector.update(graph.info["step"], features, watched, labels, distance)
+        return told + self.detector.update(graph.info["step"], features, watched, graph.labels, distance)
 
     @staticmethod
     def keys(prefix: str, node_layers: Sequence[str]) -> list[str]:
