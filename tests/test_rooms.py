@@ -15,7 +15,7 @@ ROOMS = [
     ("metrics", "export", "schedule", "processes"),
     ("display",),
     ("graph", "questions"),
-    ("compute", "labels", "samples", "folder"),
+    ("compute", "labels", "samples", "folder", "lineage"),
     ("ablation",),
     ("watcher", "trainers"),
     ("run_samples", "run_layers"),
