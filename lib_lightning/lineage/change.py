@@ -1,13 +1,13 @@
 """An online test for changes in many series at once, with a bound on the number of false alarms.
 
 What is tested are the increments of a series from snapshot to snapshot. Without a change they scatter about one mean,
-the trend, with one variance, both unknown. A change after snapshot ``s`` shifts their mean, for good (a new trend) or for
-a few snapshots (a new level). For each ``s`` so far, the likelihood of such a change is divided by that of none, both of
+the trend, with one variance, both unknown. A change after snapshot ``s`` shifts their mean, for good (a new trend) or
+for a few snapshots (a new level). For each ``s`` so far, the likelihood of such a change is divided by that of none, of
 all that does not depend on the unknown trend and variance: the ratios of increments less the trend. It is a t-test that
 bets on the size of the shift, ``N(0, tau^2)`` standard deviations, and on how long it lasts. Without a change each of
 these ratios starts at 1 and stays 1 in expectation whenever one may stop, so their sum over ``s``, the Shiryaev-Roberts
 statistic, has an expectation that grows by 1 a snapshot. It cannot reach ``1/alpha`` more often than once in so many
-snapshots on average: no table, no simulation, nothing to be set beforehand. Of ``m`` series each is given ``1/m`` of that.
+snapshots on average: no table, no simulation, nothing set beforehand. Each of ``m`` series is given ``1/m`` of it.
 
 Sources: Shin, Ramdas and Rinaldo (2023), "E-detectors", arXiv 2203.03532, for sums of such ratios and false alarms;
 Perez-Ortiz, Lardy, de Heide and Grunwald (2022), "E-statistics, group invariance and anytime valid testing", arXiv
@@ -62,13 +62,13 @@ class ChangeDetector:
     Args:
         false_alarms: ``alpha``: in ``N`` snapshots at most ``alpha N`` changes are expected to be found in series that
             have none, in all series together, whatever they have to do with each other.
-        min_change: Least change of the level between the onset and now, in the direction of the shift; 0 for any
-            change, of the trend alone as well.
+        min_change: Least change of the level, in the direction of the shift; 0 for any change, of the trend alone as
+            well.
         min_level: Changes between two values below it do not count.
         resolution: Standard deviation of increments that are no surprise, ever; it is added to what is seen. Where it
             is 0, evidence does not depend on the unit of a series.
-        persistence: Number of latest snapshots at which the level must have changed that much, and of increments that
-            an onset must be past.
+        persistence: Number of snapshots, up to the onset and again up to now, between each two of which the level must
+            have changed that much: with 2, a single outlier is no change.
         min_before: Number of increments to know before an onset.
         window: Number of latest increments among which onsets are looked for.
 
@@ -205,14 +205,20 @@ class ChangeDetector:
         allowed = (s["gaps"] > 0) & (s["count"][:, None] - after >= self.min_before) & (after >= self.persistence)
         allowed &= torch.maximum(s["values"], values[:, None]) >= self.min_level
         latest = torch.cat([s["values"][:, self.window - self.persistence + 1 :], values[:, None]], 1)
-        up = latest.amin(1, keepdim=True) - s["values"] >= self.min_change
-        down = s["values"] - latest.amax(1, keepdim=True) >= self.min_change
+        highest, lowest = (self._highest_before(sign * s["values"]) * sign for sign in (1, -1))
+        up = latest.amin(1, keepdim=True) - highest >= self.min_change
+        down = lowest - latest.amax(1, keepdim=True) >= self.min_change
         direction = up.double() - down.double() if self.min_change > 0 else None
 
         ratio = self._log_ratio(0, direction)
         if not ((s["gaps"] == 0) | (s["gaps"] == 1)).all() or not torch.equal(*s["sums"].unbind(1)):
             ratio = torch.minimum(ratio, self._log_ratio(1, direction))
         return (ratio + s["weights"].log()).where(allowed, -math.inf)
+
+    def _highest_before(self, values: Tensor) -> Tensor:
+        """Highest of the ``persistence`` values up to each onset."""
+        there = values.where(self._series["gaps"] > 0, -math.inf)
+        return F.pad(there, (self.persistence - 1, 0), value=-math.inf).unfold(1, self.persistence, 1).amax(-1)
 
     def _log_ratio(self, model: int, direction: Tensor | None) -> Tensor:
         """Likelihood of ``y = trend u + shift u [after the onset] + noise`` over that of ``y = trend u + noise``."""

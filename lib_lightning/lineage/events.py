@@ -75,20 +75,22 @@ class Event:
     def text(self) -> str:
         """The event as a sentence."""
         since = "" if self.onset is None else f" since step {self.onset:,}"
-        if self.metric is not None:
-            values = f" from {_number(self.before)} to {_number(self.after)}" if self._is_measured() else ""
-            return f"{self.subject} {self.kind} at step {self.step:,}{values}{since}"
-        name = f"feature {self.subject}" + (f" ({self.label})" if self.label else "")
-        others = " and ".join(f"{self.layer}/{other}" for other in self.others)
-        what = {"born": "was born", "split": "split", "merged": "merged"}.get(self.kind, self.kind)
-        if others:
-            what += f" {'into' if self.kind == 'merged' else 'from'} {others}"
-        sentence = f"{name} {what} at step {self.step:,}"
-        if not self._is_measured() or self.before is None or self.after is None:
+        sentence = f"{self._what()} at step {self.step:,}"
+        if self.before is None or self.after is None:
             return sentence
+        if self.metric is not None:
+            return f"{sentence} from {_number(self.before)} to {_number(self.after)}{since}"
         verb = "rose" if self.after > self.before else "fell"
         shares = f"from {_share(self.before)} to {_share(self.after)}{since}"
         return f"{sentence}: its share of the layer's importance {verb} {shares}"
+
+    def _what(self) -> str:
+        if self.metric is not None:
+            return f"{self.metric} {self.kind}"
+        name = f"feature {self.subject}" + (f" ({self.label})" if self.label else "")
+        others = " and ".join(f"{self.layer}/{other}" for other in self.others)
+        preposition = " into " if self.kind == "merged" else " from "
+        return f"{name} {'was born' if self.kind == 'born' else self.kind}{preposition + others if others else ''}"
 
     def to_json(self) -> str:
         """Write as one line of JSON, without what is not there."""
@@ -115,16 +117,11 @@ class Event:
         except TypeError as error:
             raise ValueError(f"This is no event: {line!r}.") from error
 
-    def _is_measured(self) -> bool:
-        return self.before is not None and self.after is not None
-
 
 def _share(share: float) -> str:
     # A feature that is not there has no share at all.
     return "nothing" if share == 0 else f"{100 * share:.2g}%" if share < 0.995 else "100%"
 
 
-def _number(value: float | None) -> str:
-    if value is None:
-        return "unknown"
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 or value == round(value) and abs(value) < 1000 else f"{value:.4g}"
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value == round(value) or abs(value) >= 1000 else f"{value:.4g}"
