@@ -19,6 +19,8 @@ _FORGET_AFTER = 10
 # Standard deviations of an increment, in log10, that are no surprise: 5% of a share, 2% of a metric.
 _RESOLUTION_OF_SHARES = 0.02
 _RESOLUTION_OF_NUMBERS = 0.01
+# Snapshots within which a newborn feature that comes to matter came from nothing; later it has a history of its own.
+_CHILDHOOD = 3
 # The series of a feature that is not there.
 _NOT_THERE = 0
 
@@ -36,9 +38,10 @@ class EmergenceDetector:
       since when, as its ``onset``.
 
     A feature *emerges* where its share passes ``min_share`` and *fades* where it falls below; above, it *rises* and
-    *falls*. One that is born later than the first few snapshots has had no share until then, and emerges once it has
-    been seen to stay; one that dies fades once it has been gone for three snapshots. Each of these follows a birth or a
-    death by some snapshots, and says that it mattered; births and deaths themselves are for others to report.
+    *falls*. One that is born later than the first few snapshots has had no share until then: if it matters within three
+    snapshots, it emerges once it has been seen to stay. One that dies fades once it has been gone for three snapshots.
+    Each of these follows a birth or a death, and says that it mattered; births and deaths themselves are for others to
+    report.
 
     Args:
         false_alarms: False events per snapshot, a bound: in ``N`` snapshots at most so many times ``N`` events are
@@ -96,6 +99,8 @@ class EmergenceDetector:
         )
         # Of each lineage, in the order of its series, the number of snapshots in a row at which it was not there.
         self._absent: dict[tuple[str, int], int] = {}
+        # Of each newborn lineage that does not matter yet, and has no series, the number of its snapshots.
+        self._small: dict[tuple[str, int], int] = {}
         # Of each metric, in the order of its series, whether it is followed by its logarithm; None for not known yet.
         self._logarithmic: dict[str, bool | None] = {}
 
@@ -132,9 +137,7 @@ class EmergenceDetector:
     ) -> list[Event]:
         shares = _shares(importances)
         known = {layer for layer, _ in shares}
-        new = [lineage for lineage in shares if lineage not in self._absent]
-        self._take_on(len(new))
-        self._absent |= dict.fromkeys(new, 0)
+        self._take_on({lineage: share for lineage, share in shares.items() if lineage not in self._absent}, known)
         values = [math.log10(FLOOR)]
         for lineage, absent in self._absent.items():
             if lineage[0] in known:
@@ -155,12 +158,23 @@ class EmergenceDetector:
         self._forget()
         return [self._feature_event(step, lineage, change, names.get(lineage, "")) for lineage, change in found]
 
-    def _take_on(self, count: int) -> None:
+    def _take_on(self, new: dict[tuple[str, int], float], known: set[str]) -> None:
         if not len(self._features):
             self._features.add(1)
         # Who is born while nobody has a history yet has none either.
         late = self._features.known(_NOT_THERE) >= self._features.min_before
-        self._features.add(count, like=_NOT_THERE if late else None)
+        gone = [lineage for lineage in self._small if lineage not in new and lineage[0] in known]
+        for lineage in gone:
+            del self._small[lineage]
+        for lineage in new:
+            self._small[lineage] = self._small.get(lineage, 0) + 1
+        large = [lineage for lineage, share in new.items() if share >= self.min_share or not late]
+        grown = [lineage for lineage, n in self._small.items() if lineage not in large and n > _CHILDHOOD]
+        self._features.add(len(large), like=_NOT_THERE if late else None)
+        self._features.add(len(grown))
+        for lineage in (*large, *grown):
+            self._absent[lineage] = 0
+            del self._small[lineage]
 
     def _forget(self) -> None:
         staying = [i for i, absent in enumerate(self._absent.values(), 1) if absent < _FORGET_AFTER]
@@ -201,6 +215,7 @@ class EmergenceDetector:
             "features": self._features.state_dict(),
             "metrics": self._metrics.state_dict(),
             "absent": [[layer, number, absent] for (layer, number), absent in self._absent.items()],
+            "small": [[layer, number, n] for (layer, number), n in self._small.items()],
             "logarithmic": dict(self._logarithmic),
         }
 
@@ -209,6 +224,7 @@ class EmergenceDetector:
         self._features.load_state_dict(state["features"])
         self._metrics.load_state_dict(state["metrics"])
         self._absent = {(layer, number): absent for layer, number, absent in state["absent"]}
+        self._small = {(layer, number): n for layer, number, n in state["small"]}
         self._logarithmic = dict(state["logarithmic"])
 
 

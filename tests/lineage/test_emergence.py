@@ -102,7 +102,7 @@ def test_trends_trifles_and_single_snapshots_are_no_events() -> None:
     doubled = ramp(-3.8, -3.2, 20, 1)  # from far too little to too little
     little = ramp(-0.5, -0.3, 20, 1)  # by a factor of 1.5
     assert watch(planted({1: decay, 2: spike, 3: doubled, 4: little}, seed=0)) == []
-    assert [e.lineage for e in watch(planted({4: little}, seed=0), min_change=1.3)] == [4]
+    assert [e.lineage for e in watch(planted({4: little}, seed=0, scatter=0.005), min_change=1.3)] == [4]
     assert [e.lineage for e in watch(planted({3: doubled}, seed=0), min_share=1e-4)] == [3]
 
 
@@ -118,11 +118,15 @@ def test_who_is_born_large_emerges_once_it_has_stayed() -> None:
     assert ": its share of the layer's importance rose from nothing to " in event.text
 
 
-def test_who_is_born_small_emerges_when_it_matters() -> None:
+@pytest.mark.parametrize("birth", [24, 23, 22, 17])
+def test_who_is_born_small_emerges_when_it_matters(birth: int) -> None:
     levels = planted({5: ramp(-3.0, 0.0, 25, 1)}, seed=1)
-    levels[5, :20] = math.nan
+    levels[5, :birth] = math.nan
     [event] = watch(levels)
-    assert (event.kind, event.lineage, event.step, event.before) == ("emerged", 5, STEPS[25], 0.0)
+    assert (event.kind, event.lineage, event.step, event.onset) == ("emerged", 5, STEPS[26], STEPS[24])
+    # After some time of its own it does not come from nothing.
+    share = 0.0 if birth > 20 else float((10 ** levels[:, 24]).div((10 ** levels[:, 24]).sum())[5])
+    assert event.before == pytest.approx(share, rel=1e-9)
 
 
 def test_who_is_gone_for_three_snapshots_has_faded() -> None:
