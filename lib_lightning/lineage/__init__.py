@@ -1,8 +1,9 @@
 """Features through time: which ones are the same from snapshot to snapshot, and when they emerge."""
 
+from lib_lightning.lineage.emergence import EmergenceDetector
 from lib_lightning.lineage.events import Event
 from lib_lightning.lineage.matching import Match, match_features
 from lib_lightning.lineage.retrace import Retraced, retrace
 from lib_lightning.lineage.tracker import FeatureTracker
 
-__all__ = ["Event", "FeatureTracker", "Match", "Retraced", "match_features", "retrace"]
+__all__ = ["EmergenceDetector", "Event", "FeatureTracker", "Match", "Retraced", "match_features", "retrace"]

@@ -1,0 +1,224 @@
+"""Emergence in synthetic runs: what was planted is found in time, and nothing is where nothing happens."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lib_lightning.lineage.emergence import EmergenceDetector
+from lib_lightning.lineage.events import Event
+from lib_lightning.schedule import Schedule
+
+# Ten for each tenfold of steps, from 0 to 3,000.
+STEPS = [step for schedule in [Schedule(per_decade=10)] for step in range(3001) if schedule.due_at_step(step)]
+N = len(STEPS)
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def layer(levels: Mapping[int, float]) -> tuple[Tensor, Tensor]:
+    """Lineages and importances from log10 of importances; NaN is not there."""
+    there = {i: x for i, x in levels.items() if not math.isnan(x)}
+    return torch.tensor(list(there), dtype=torch.int64), 10 ** torch.tensor(list(there.values()), dtype=torch.float64)
+
+
+def watch(levels: Tensor, numbers: dict[str, Tensor] | None = None, **settings: Any) -> list[Event]:
+    """All events of one layer "mlp" with levels ``(r, N)``, at the steps of the usual schedule."""
+    detector, events = EmergenceDetector(**settings), []
+    for t, step in enumerate(STEPS[: levels.shape[1]]):
+        now = {name: float(x[t]) for name, x in (numbers or {}).items()}
+        events += detector.update(step, {"mlp": layer(dict(enumerate(levels[:, t].tolist())))}, now)
+    return events
+
+
+def planted(changes: Mapping[int, Tensor], seed: int, scatter: float = 0.02) -> Tensor:
+    """Twenty features that scatter about their levels, some of them about other ones."""
+    levels = torch.linspace(0, -4, 20, dtype=torch.float64)[:, None].expand(20, N).clone()
+    for i, level in changes.items():
+        levels[i] = level
+    return levels + scatter * normal(20, N, seed=seed)
+
+
+def ramp(before: float, after: float, start: int, length: int) -> Tensor:
+    return before + (after - before) * ((torch.arange(N) - start + 1).double() / length).clamp(0, 1)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_nothing_is_made_up_where_shares_scatter(seed: int) -> None:
+    noise = {f"m{i}": 100 * 10 ** (0.02 * x) for i, x in enumerate(normal(10, N, seed=seed + 100))}
+    assert watch(planted({}, seed, scatter=0.1), noise) == []
+
+
+def test_false_alarms_where_shares_wander_stay_within_the_bound() -> None:
+    # Steps so large that most features change by more than a factor of 2 all the time.
+    events = []
+    for seed in range(20):
+        walk = torch.linspace(0, -1.5, 20)[:, None] + 0.2 * normal(20, N, seed=seed).cumsum(1)
+        numbers = {f"m{i}": 10 ** (0.1 * x.cumsum(0)) for i, x in enumerate(normal(10, N, seed=seed + 50))}
+        events += watch(walk, numbers, false_alarms=0.2)
+    assert len(events) <= 0.2 * N * 20
+
+
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize(
+    ("kind", "before", "after"),
+    [("emerged", -3.5, -0.5), ("faded", -0.5, -3.5), ("rose", -1.2, 0.2), ("fell", 0.2, -1.2)],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_planted_is_found(kind: str, before: float, after: float, length: int, seed: int) -> None:
+    start = 20
+    levels = planted({7: ramp(before, after, start, length)}, seed)
+    [event] = [event for event in watch(levels) if event.lineage == 7]
+    assert (event.kind, event.layer, event.metric) == (kind, "mlp", None)
+    # Two snapshots are the least; as a rule the change need not even be over.
+    assert STEPS[start + 1] <= event.step <= STEPS[start + length + 1]
+    assert event.onset in STEPS[start - 1 : start + length - 1]
+    shares = 10**levels / (10**levels).sum(0)
+    assert event.before == pytest.approx(float(shares[7, STEPS.index(event.onset)]), rel=1e-9)
+    assert event.after == pytest.approx(float(shares[7, STEPS.index(event.step)]), rel=1e-9)
+    assert event.evidence is not None
+    # Twenty features, half of the false alarms: the threshold.
+    assert event.evidence >= math.log10(1 / 0.025)
+
+
+def test_all_others_only_make_room() -> None:
+    # One feature takes nearly everything: the shares of all others fall, and those that mattered say so.
+    events = watch(planted({19: ramp(-4.0, 1.0, 20, 1)}, seed=0))
+    assert {e.lineage: e.kind for e in events if e.lineage == 19} == {19: "emerged"}
+    assert {e.kind for e in events if e.lineage != 19} <= {"faded", "fell"}
+
+
+def test_trends_trifles_and_single_snapshots_are_no_events() -> None:
+    decay = torch.linspace(0.0, -2.0, N, dtype=torch.float64)
+    spike = torch.where(torch.arange(N) == 20, 0.5, -3.0).double()
+    doubled = ramp(-3.8, -3.2, 20, 1)  # from far too little to too little
+    little = ramp(-0.5, -0.3, 20, 1)  # by a factor of 1.5
+    assert watch(planted({1: decay, 2: spike, 3: doubled, 4: little}, seed=0)) == []
+    assert [e.lineage for e in watch(planted({4: little}, seed=0, scatter=0.005), min_change=1.3)] == [4]
+    assert [e.lineage for e in watch(planted({3: doubled}, seed=0), min_share=1e-4)] == [3]
+
+
+def test_who_is_born_large_emerges_once_it_has_stayed() -> None:
+    levels = planted({}, seed=1)
+    levels[5, :15] = math.nan  # born at 15, and stays
+    levels[6, :25] = levels[6, 26:] = math.nan  # there at 25 alone
+    levels[7, :2] = math.nan  # born while nobody has a history
+    levels[19, :15] = math.nan  # born, and never matters
+    [event] = watch(levels)
+    assert (event.kind, event.lineage, event.step, event.onset) == ("emerged", 5, STEPS[16], STEPS[14])
+    assert event.before == 0.0
+    assert ": its share of the layer's importance rose from nothing to " in event.text
+
+
+@pytest.mark.parametrize("birth", [24, 23, 22, 17])
+def test_who_is_born_small_emerges_when_it_matters(birth: int) -> None:
+    levels = planted({5: ramp(-3.0, 0.0, 25, 1)}, seed=1)
+    levels[5, :birth] = math.nan
+    [event] = watch(levels)
+    assert (event.kind, event.lineage, event.step, event.onset) == ("emerged", 5, STEPS[26], STEPS[24])
+    # After some time of its own it does not come from nothing.
+    share = 0.0 if birth > 20 else float((10 ** levels[:, 24]).div((10 ** levels[:, 24]).sum())[5])
+    assert event.before == pytest.approx(share, rel=1e-9)
+
+
+def test_who_is_gone_for_three_snapshots_has_faded() -> None:
+    levels = planted({}, seed=2)
+    levels[2, 20:] = math.nan
+    levels[3, 20] = math.nan  # missed once
+    [event] = watch(levels)
+    assert (event.kind, event.lineage, event.step, event.onset, event.after) == ("faded", 2, STEPS[22], STEPS[19], 0.0)
+
+
+def test_who_is_gone_is_forgotten_and_may_come_back() -> None:
+    levels = planted({}, seed=2)
+    levels[2, 8:25] = math.nan
+    detector, sizes, kinds = EmergenceDetector(), [], []
+    for t, step in enumerate(STEPS):
+        events = detector.update(step, {"mlp": layer(dict(enumerate(levels[:, t].tolist())))})
+        kinds += [(e.kind, e.lineage, t) for e in events]
+        sizes.append(len(detector._features))
+    assert kinds == [("faded", 2, 10), ("emerged", 2, 26)]
+    assert sizes == [21] * 17 + [20] * 8 + [21] * 8
+
+
+def test_metrics() -> None:
+    time = torch.arange(N)
+    numbers = {
+        "edges/total": torch.where(time < 20, 1989.0, 703.0) * 10 ** (0.003 * normal(N, seed=0)),
+        "little": torch.where(time < 20, 100.0, 105.0).double(),
+        "signed": torch.where(time < 20, -1.0, 2.0) + 0.01 * normal(N, seed=1),
+        "holes": torch.where(time % 5 == 0, math.nan, torch.where(time < 20, 5.0, 9.0)).double(),
+        "unknown": torch.full((N,), math.nan),
+        "infinite": torch.full((N,), math.inf),
+    }
+    events = {e.metric: e for e in watch(planted({}, 0), numbers)}
+    assert list(events) == ["edges/total", "signed", "holes"]
+    assert (events["edges/total"].kind, events["edges/total"].step) == ("fell", STEPS[21])
+    assert events["edges/total"].before == pytest.approx(float(numbers["edges/total"][19]), rel=1e-11)
+    assert events["edges/total"].lineage is None
+    assert (events["signed"].kind, events["signed"].after) == ("rose", float(numbers["signed"][21]))
+    # Unknown at 20: the last known is 19, and 22 is the second snapshot at which it is seen.
+    assert (events["holes"].step, events["holes"].onset, events["holes"].before) == (STEPS[22], STEPS[19], 5.0)
+
+
+def test_layers_labels_and_order() -> None:
+    detector, events = EmergenceDetector(), []
+    for t, step in enumerate(STEPS):
+        late = layer({4: 0.0, 9: -4.0 if t < 20 else 0.0})
+        importances = {"b": late, "a": late, "dead": (torch.tensor([0]), torch.zeros(1))}
+        if t == 12:
+            del importances["a"]  # a snapshot without it is none for it
+        events += detector.update(step, importances, {"m": 1.0 if t < 20 else 2.0}, {"b": ["", "k=3 a+b 90%"]})
+    assert [(e.kind, e.subject, e.label) for e in events] == [
+        ("emerged", "b/9", "k=3 a+b 90%"),
+        ("emerged", "a/9", ""),
+        ("rose", "m", ""),
+    ]
+    assert {e.step for e in events} == {STEPS[21]}
+
+
+def test_it_goes_on_where_it_was() -> None:
+    levels = planted({7: ramp(-3.5, -0.5, 20, 3), 8: ramp(-0.5, -2.5, 24, 1)}, seed=4)
+    levels[3, :18] = math.nan
+    levels[2, 18:] = math.nan
+    numbers = [{"m": 3.0 if t < 21 else 5.0, "late": math.nan if t < 20 else -1.0} for t in range(N)]
+    snapshots = [{"mlp": layer(dict(enumerate(x)))} for x in levels.T.tolist()]
+    for stop in (1, 2, 19, 21):
+        detector, resumed = EmergenceDetector(), EmergenceDetector()
+        for t in range(stop):
+            detector.update(STEPS[t], snapshots[t], numbers[t])
+        file = io.BytesIO()
+        torch.save(detector.state_dict(), file)
+        file.seek(0)
+        resumed.load_state_dict(torch.load(file, weights_only=True))
+        for t in range(stop, N):
+            expected = detector.update(STEPS[t], snapshots[t], numbers[t])
+            assert resumed.update(STEPS[t], snapshots[t], numbers[t]) == expected
+            if t == 21 and stop < 21:
+                assert expected
+
+
+def test_denser_snapshots_are_no_events() -> None:
+    # A trend in a metric, and four times as many snapshots for a while.
+    detector = EmergenceDetector()
+    gaps = [1.0] * 15 + [0.25] * 24 + [1.0] * 10
+    clock, events = 0.0, []
+    for t, gap in enumerate(gaps):
+        clock += gap
+        level = 0.1 * clock + 0.002 * float(normal(1, seed=t))
+        events += detector.update(t, {"mlp": layer({0: 0.0, 1: level - 3})}, {"m": 10**level}, gap=gap)
+    assert events == []
+
+
+def test_settings_are_checked() -> None:
+    for wrong in ({"false_alarms": 0.0}, {"min_change": 1.0}, {"min_metric_change": math.inf}, {"min_share": 0.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            EmergenceDetector(**wrong)
