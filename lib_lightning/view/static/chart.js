@@ -73,7 +73,7 @@ function valueScale(series, height, log) {
 }
 
 function valueTicks(scale) {
-  if (!scale.log) return niceTicks(scale.low, scale.high, 3);
+  if (!scale.log) return niceTicks(scale.low, scale.high, 5);
   const powers = [];
   for (let p = Math.ceil(Math.log10(scale.low)); p <= Math.log10(scale.high); p++) powers.push(10 ** p);
   if (powers.length < 2) return [scale.low, scale.high];
@@ -127,7 +127,7 @@ function drawn(line, time, scale) {
   const parts = [];
   let part = [];
   line.steps.forEach((step, i) => {
-    const value = line.values[i];
+    const value = step < time.first ? null : line.values[i];
     if (value === null || !Number.isFinite(value) || (scale.log && value <= 0)) {
       if (part.length) parts.push(part);
       part = [];

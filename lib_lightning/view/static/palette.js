@@ -40,7 +40,8 @@ export function dotRadius(share) {
 /** Width in pixels and opacity of an edge whose strength is this share of its section's largest. */
 export function edgeStyle(share, crowd) {
   const root = Math.sqrt(share);
-  // In a crowd the same widths would run into one block.
+  // In a crowd the same widths and opacities would run into one block.
   const widest = Math.max(1.2, 4.5 * Math.min(1, Math.sqrt(40 / Math.max(1, crowd))));
-  return {width: Math.max(0.4, widest * (0.1 + 0.9 * root)), opacity: 0.07 + 0.78 * root};
+  const thinned = Math.max(0.35, Math.min(1, Math.sqrt(400 / Math.max(1, crowd))));
+  return {width: Math.max(0.4, widest * (0.1 + 0.9 * root)), opacity: (0.07 + 0.78 * root) * thinned};
 }

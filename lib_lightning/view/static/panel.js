@@ -86,7 +86,7 @@ export class RunPanel {
       const {name, kind} = this.history.layers[l];
       const shown = column.dots.length;
       const of = shown < column.total ? `${integer(shown)} of ${integer(column.total)}` : integer(shown);
-      const width = Math.max(60, (scene.pitch || 200) - 8);
+      const width = Math.max(60, scene.pitch - 8);
       return h("div", {class: "lib-head", title: name, style: {left: `${column.x}px`, width: `${width}px`}},
         h("b", {}, h("bdi", {}, name)), h("span", {}, `${of} ${KINDS[kind] ?? "features"}`));
     });
@@ -207,13 +207,19 @@ export class Tooltip {
     this.element.hidden = true;
   }
 
-  /** Beside a point of the window, on whichever side there is room. */
+  /** Below or above a point of the window, where it hides the fewest edges of a dot there; beside it in low windows. */
   place(x, y, gap) {
     const {offsetWidth: width, offsetHeight: height} = this.element;
-    const right = x + gap + 18;
-    const left = right + width > window.innerWidth - 8 ? Math.max(8, x - gap - 18 - width) : right;
-    this.element.style.left = `${left}px`;
-    this.element.style.top = `${Math.max(8, Math.min(y - 30, window.innerHeight - height - 8))}px`;
+    const {innerWidth, innerHeight} = window;
+    const far = gap + 16;
+    let [left, top] = [x - width / 2, y + far];
+    if (top + height > innerHeight - 8) top = y - far - height;
+    if (top < 8) {
+      left = x + far + width > innerWidth - 8 ? x - far - width : x + far;
+      top = Math.min(y - 30, innerHeight - height - 8);
+    }
+    this.element.style.left = `${Math.max(8, Math.min(left, innerWidth - width - 8))}px`;
+    this.element.style.top = `${Math.max(8, top)}px`;
   }
 }
 

@@ -29,7 +29,7 @@ export class Timeline {
     this.eventTrack = h("div", {class: "lib-track lib-event-track"}, h("div", {class: "lib-track-head"}, h("strong", {}, "events")), this.marks);
     this.cursor = h("div", {class: "lib-cursor", "aria-hidden": "true"});
     this.list = h("ol", {class: "lib-event-list", "data-role": "events", "aria-label": "newest events"});
-    this.column = h("div", {class: "lib-tracks"}, Object.values(this.tracks).map((track) => track.element), this.eventTrack, this.cursor);
+    this.column = h("div", {class: "lib-tracks"}, this.cursor, Object.values(this.tracks).map((track) => track.element), this.eventTrack);
     this.events = h("aside", {class: "lib-events"}, h("h3", {}, "Newest events"), this.list);
     this.element = h("div", {class: "lib-timeline"},
       h("div", {class: "lib-timeline-head"}, h("h2", {}, "Over training"),
@@ -49,7 +49,8 @@ export class Timeline {
     const scalarSteps = runs.flatMap((run) => Object.values(run.history.run.scalars ?? {}).flatMap((line) => line.steps));
     const all = [...steps, ...scalarSteps].sort((a, b) => a - b);
     const log = this.state.xscale === "log" || (this.state.xscale === "auto" && looksLogarithmic([...steps].sort((a, b) => a - b)));
-    this.time = timeScale(all[0] ?? 0, all[all.length - 1] ?? 1, Math.max(320, this.column.clientWidth), log);
+    // On a log axis the steps before the first snapshot would take the room of all others.
+    this.time = timeScale((log ? Math.min(...steps) : all[0]) ?? 0, all[all.length - 1] ?? 1, Math.max(320, this.column.clientWidth), log);
     this.#drawMetric();
     this.#drawScalar();
     this.#drawLineage();
