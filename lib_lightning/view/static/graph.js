@@ -7,7 +7,8 @@ import {shortened} from "./text.js";
 const LEVELS = 14;
 const RAIL = {top: 42, bottom: 36};
 // A longer column has no room for all names; those of the most important features are written.
-const MOST_NAMES = 40, MOST_NAMES_IN_A_CROWD = 16;
+const MOST_NAMES = 40,
+  MOST_NAMES_IN_A_CROWD = 16;
 const FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif";
 
 /** Draw edges, dots and words of a scene. */
@@ -37,7 +38,12 @@ export function drawFocus(context, scene, focused, width, height) {
     drawRing(context, dot, TEXT, 2, 4);
   }
   for (const column of scene.columns) {
-    drawNames(context, column, column.dots.filter((dot) => near.has(dot)), new Set(focused));
+    drawNames(
+      context,
+      column,
+      column.dots.filter((dot) => near.has(dot)),
+      new Set(focused),
+    );
   }
 }
 

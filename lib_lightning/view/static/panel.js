@@ -29,10 +29,19 @@ export class RunPanel {
     this.counts = h("span", {class: "lib-counts", "data-role": "edge-counts"});
     this.note = h("div", {class: "lib-note"});
     this.colors = h("div", {class: "lib-colors", "data-role": "colors"});
-    this.element = h("section", {class: "lib-panel", "data-run": name},
-      h("div", {class: "lib-panel-head"},
-        h("h2", {}, h("span", {class: "lib-line-swatch", style: {background: color}}), name), this.counts),
-      this.stage, this.colors, this.note);
+    this.element = h(
+      "section",
+      {class: "lib-panel", "data-run": name},
+      h(
+        "div",
+        {class: "lib-panel-head"},
+        h("h2", {}, h("span", {class: "lib-line-swatch", style: {background: color}}), name),
+        this.counts,
+      ),
+      this.stage,
+      this.colors,
+      this.note,
+    );
     this.stage.addEventListener("mousemove", (event) => this.#hover(event));
     this.stage.addEventListener("mouseleave", () => this.#leave());
     this.stage.addEventListener("click", (event) => this.#click(event));
@@ -79,54 +88,77 @@ export class RunPanel {
 
   #write(view) {
     const {scene} = this;
-    this.counts.textContent = `${integer(scene.edgesDrawn)} of ${counted(scene.edges, "edge")} drawn, `
-      + `${percent(scene.share)} of the strength; ${integer(scene.featuresDrawn)} of ${counted(scene.features, "feature")}`;
+    this.counts.textContent =
+      `${integer(scene.edgesDrawn)} of ${counted(scene.edges, "edge")} drawn, ` +
+      `${percent(scene.share)} of the strength; ${integer(scene.featuresDrawn)} of ${counted(scene.features, "feature")}`;
     this.stage.setAttribute("aria-label", `Interaction graph of ${this.name}: ${this.counts.textContent}`);
     const heads = scene.columns.map((column, l) => {
       const {name, kind} = this.history.layers[l];
       const shown = column.dots.length;
       const of = shown < column.total ? `${integer(shown)} of ${integer(column.total)}` : integer(shown);
       const width = Math.max(60, scene.pitch - 8);
-      return h("div", {class: "lib-head", title: name, style: {left: `${column.x}px`, width: `${width}px`}},
-        h("b", {}, h("bdi", {}, name)), h("span", {}, `${of} ${KINDS[kind] ?? "features"}`));
+      return h(
+        "div",
+        {class: "lib-head", title: name, style: {left: `${column.x}px`, width: `${width}px`}},
+        h("b", {}, h("bdi", {}, name)),
+        h("span", {}, `${of} ${KINDS[kind] ?? "features"}`),
+      );
     });
-    const feet = scene.sections.map((section) => h("div", {
-      class: "lib-foot", style: {left: `${section.x}px`, width: `${Math.max(60, scene.pitch - 6)}px`},
-    }, h("span", {}, `${integer(section.edges.length)} of ${counted(section.count, "edge")}`),
-    h("span", {}, `${percent(section.strength / section.total)} of strength`)));
+    const feet = scene.sections.map((section) =>
+      h(
+        "div",
+        {class: "lib-foot", style: {left: `${section.x}px`, width: `${Math.max(60, scene.pitch - 6)}px`}},
+        h("span", {}, `${integer(section.edges.length)} of ${counted(section.count, "edge")}`),
+        h("span", {}, `${percent(section.strength / section.total)} of strength`),
+      ),
+    );
     this.heads.replaceChildren(...heads, ...feet);
     this.note.textContent = scene.cut
-      ? `Only the strongest ${integer(scene.held)} edges of a section are at hand: weaker ones are not drawn.` : "";
+      ? `Only the strongest ${integer(scene.held)} edges of a section are at hand: weaker ones are not drawn.`
+      : "";
     this.colors.replaceChildren(...this.#colorKey(view.color));
   }
 
   #colorKey(by) {
-    const entry = ([color, text]) => h("span", {class: "lib-key"}, h("span", {class: "lib-swatch", style: {background: color}}), text);
+    const entry = ([color, text]) =>
+      h("span", {class: "lib-key"}, h("span", {class: "lib-swatch", style: {background: color}}), text);
     const {history, scene} = this;
     if (by === "age") {
-      return [h("span", {}, "how long it has been there:"),
-        ...[[FROM_THE_START, "from the start"], ...AGES.map((age) => [age.color, age.name])].map(entry)];
+      return [
+        h("span", {}, "how long it has been there:"),
+        ...[[FROM_THE_START, "from the start"], ...AGES.map((age) => [age.color, age.name])].map(entry),
+      ];
     }
     if (by === "label") {
       const groups = [...history.labelGroups].filter(([, color]) => color !== OTHER_MODULES);
       if (!groups.length) return [h("span", {}, "No feature has a label.")];
       const others = history.labelGroups.size - groups.length;
-      return [h("span", {}, "labels, by their first word:"), ...groups.map(([group, color]) => entry([color, group])),
-        ...(others ? [entry([OTHER_MODULES, `${integer(others)} more`])] : []), entry([NO_MODULE, "none"])];
+      return [
+        h("span", {}, "labels, by their first word:"),
+        ...groups.map(([group, color]) => entry([color, group])),
+        ...(others ? [entry([OTHER_MODULES, `${integer(others)} more`])] : []),
+        entry([NO_MODULE, "none"]),
+      ];
     }
     if (!history.hasModules) return [h("span", {}, "No modules are known: "), entry([VERMILION, "features"])];
     const numbers = new Map();
     let [others, none] = [new Set(), false];
-    scene.snapshot.layers.forEach((layer, l) => layer.modules?.forEach((module, i) => {
-      const color = history.moduleColor(scene.k, l, i);
-      if (color === NO_MODULE) none = true;
-      else if (color === OTHER_MODULES) others.add(module);
-      else numbers.set(color, module);
-    }));
+    scene.snapshot.layers.forEach((layer, l) =>
+      layer.modules?.forEach((module, i) => {
+        const color = history.moduleColor(scene.k, l, i);
+        if (color === NO_MODULE) none = true;
+        else if (color === OTHER_MODULES) others.add(module);
+        else numbers.set(color, module);
+      }),
+    );
     const modules = [...numbers].sort((a, b) => a[1] - b[1]).map(([color, module]) => entry([color, String(module)]));
-    return [h("span", {}, "modules at this step:"), ...modules,
+    return [
+      h("span", {}, "modules at this step:"),
+      ...modules,
       ...(others.size ? [entry([OTHER_MODULES, counted(others.size, "smaller one")])] : []),
-      ...(none ? [entry([NO_MODULE, "none"])] : []), h("span", {style: {color: MUTED}}, "grey lines run between modules")];
+      ...(none ? [entry([NO_MODULE, "none"])] : []),
+      h("span", {style: {color: MUTED}}, "grey lines run between modules"),
+    ];
   }
 
   /** Bring out the dots under the mouse and the one that is followed. */
@@ -178,14 +210,26 @@ export class RunPanel {
 
 /** What sizes, widths and marks say, the same for all runs. */
 export function markLegend() {
-  const dot = (radius, extra) => h("span", {class: `lib-dot ${extra ?? ""}`, style: {width: `${2 * radius}px`, height: `${2 * radius}px`}});
+  const dot = (radius, extra) =>
+    h("span", {class: `lib-dot ${extra ?? ""}`, style: {width: `${2 * radius}px`, height: `${2 * radius}px`}});
   const line = (width, opacity) => h("span", {class: "lib-edge", style: {height: `${width}px`, opacity}});
   const item = (...parts) => h("span", {class: "lib-key"}, parts);
-  return h("div", {class: "lib-legend"},
+  return h(
+    "div",
+    {class: "lib-legend"},
     item(h("span", {}, "dots: importance, of the layer's largest"), dot(9.6), "1", dot(5.7), "0.1", dot(2.8), "0.001"),
-    item(h("span", {}, "lines: strength, of the section's largest"), line(4.5, 0.85), "1", line(1.7, 0.32), "0.1", line(0.9, 0.15), "0.01"),
+    item(
+      h("span", {}, "lines: strength, of the section's largest"),
+      line(4.5, 0.85),
+      "1",
+      line(1.7, 0.32),
+      "0.1",
+      line(0.9, 0.15),
+      "0.01",
+    ),
     item(dot(5, "lib-hollow"), "direction not fixed by the samples"),
-    item(dot(5, "lib-new"), "new at this step"));
+    item(dot(5, "lib-new"), "new at this step"),
+  );
 }
 
 /** The one tooltip of a view; each panel may show its own text in it. */
@@ -222,4 +266,3 @@ export class Tooltip {
     this.element.style.top = `${Math.max(8, top)}px`;
   }
 }
-

@@ -18,15 +18,19 @@ export function buildScene(history, k, snapshot, frame, view) {
   const count = history.layers.length;
   const right = Math.min(history.labelGroups.size ? MARGIN.labels : MARGIN.right, view.width / (count + 1));
   const plot = {
-    left: Math.min(MARGIN.left, view.width / (count + 1)), right: view.width - right, top: MARGIN.top,
+    left: Math.min(MARGIN.left, view.width / (count + 1)),
+    right: view.width - right,
+    top: MARGIN.top,
     bottom: view.height - MARGIN.bottom,
   };
   const pitch = count > 1 ? (plot.right - plot.left) / (count - 1) : view.width / 2;
-  const columns = frame.map((column, l) => buildColumn(history, k, snapshot, column, l, view, plot, {
-    x: count > 1 ? plot.left + pitch * l : (plot.left + plot.right) / 2,
-    // What a label beside a dot may take.
-    room: l < count - 1 ? pitch - 40 : right - 24,
-  }));
+  const columns = frame.map((column, l) =>
+    buildColumn(history, k, snapshot, column, l, view, plot, {
+      x: count > 1 ? plot.left + pitch * l : (plot.left + plot.right) / 2,
+      // What a label beside a dot may take.
+      room: l < count - 1 ? pitch - 40 : right - 24,
+    }),
+  );
   const sections = snapshot.sections.map((section, l) => buildSection(section, columns[l], columns[l + 1], view));
   return {k, snapshot, history, columns, sections, pitch, ...totals(columns, sections)};
 }
@@ -42,7 +46,10 @@ function buildColumn(history, k, snapshot, frame, l, view, plot, {x, room}) {
     const id = history.lineage(k, l, feature);
     const age = k - (history.first[l].get(id) ?? 0);
     const dot = {
-      l, feature, id, x,
+      l,
+      feature,
+      id,
+      x,
       y: plot.top + frame.heights[n] * (plot.bottom - plot.top),
       radius: Math.min(dotRadius(layer.importance[feature] / largest), most),
       color: dotColor(history, k, snapshot, l, feature, id, view.color),
@@ -66,7 +73,7 @@ function dotColor(history, k, snapshot, l, feature, id, by) {
   if (by === "age") return ageColor(history, k, l, id);
   if (by === "label") {
     const group = labelGroup(labelOf(history, snapshot, l, feature, id));
-    return group ? history.labelGroups.get(group) ?? OTHER_MODULES : NO_MODULE;
+    return group ? (history.labelGroups.get(group) ?? OTHER_MODULES) : NO_MODULE;
   }
   return history.hasModules ? history.moduleColor(k, l, feature) : VERMILION;
 }
@@ -92,8 +99,15 @@ function buildSection(section, before, after, view) {
   }
   // The file may hold only the strongest edges of a section.
   const cut = weight.length > 0 && weight.length < section.count && weight[weight.length - 1] > least;
-  return {edges, strength, x: (before.x + after.x) / 2, count: section.count, total: section.strength, cut,
-    held: weight.length};
+  return {
+    edges,
+    strength,
+    x: (before.x + after.x) / 2,
+    count: section.count,
+    total: section.strength,
+    cut,
+    held: weight.length,
+  };
 }
 
 function edgeColor(from, to) {

@@ -8,6 +8,7 @@ import {dotOfLineage} from "./scene.js";
 import {Controls} from "./controls.js";
 import {Timeline} from "./timeline.js";
 import {RunPanel, Tooltip, markLegend} from "./panel.js";
+import {Player} from "./player.js";
 
 const POLL_MS = 5000;
 const PREFETCHED = 4;
@@ -24,17 +25,29 @@ class View {
   constructor(element, source) {
     this.source = source;
     this.state = {
-      step: null, chosen: null, threshold: 0.01, limit: 40, color: "module", heights: "lineage", speed: 4,
-      metric: null, scalar: null, xscale: "auto", follow: null, graphHeight: 480,
+      step: null,
+      chosen: null,
+      threshold: 0.01,
+      limit: 40,
+      color: "module",
+      heights: "lineage",
+      speed: 4,
+      metric: null,
+      scalar: null,
+      xscale: "auto",
+      follow: null,
+      graphHeight: 480,
     };
     this.listed = [];
     this.steps = [];
     this.panels = new Map();
     this.colors = new Map();
-    this.playing = null;
+    this.player = new Player(this);
     this.asked = 0;
+    this.loading = null;
+    this.failed = false;
     this.controls = new Controls(this.state, {
-      play: () => this.play(this.playing === null),
+      play: () => this.player.toggle(),
       step: (index) => this.show(this.steps[index], {fade: true}),
       set: (change) => this.set(change),
       run: (name, on) => this.choose(name, on),
@@ -49,18 +62,35 @@ class View {
     this.message = h("div", {class: "lib-message", role: "alert", hidden: true});
     this.empty = h("div", {class: "lib-empty", hidden: true});
     this.grid = h("div", {class: "lib-panels"});
-    this.content = h("div", {class: "lib-content", hidden: true},
-      this.controls.film, this.controls.options, this.grid, markLegend(), this.timeline.element);
-    this.root = h("div", {class: "lib-view", tabindex: -1, "data-ready": "false"},
-      this.controls.header, this.message, this.empty, this.content, this.tip.element, this.timeline.eventTip);
+    this.content = h(
+      "div",
+      {class: "lib-content", hidden: true},
+      this.controls.film,
+      this.controls.options,
+      this.grid,
+      markLegend(),
+      this.timeline.element,
+    );
+    this.root = h(
+      "div",
+      {class: "lib-view", tabindex: -1, "data-ready": "false"},
+      this.controls.header,
+      this.message,
+      this.empty,
+      this.content,
+      this.tip.element,
+      this.timeline.eventTip,
+    );
     element.append(this.root);
-    this.keys = (event) => this.onKey(event);
+    this.keys = (event) => this.player.onKey(event);
     document.addEventListener("keydown", this.keys);
     this.resized = new ResizeObserver(() => this.onResize());
     this.resized.observe(this.root);
     this.handle = {
       positionOf: (run, layer, id) => this.panels.get(run)?.positionOf(layer, id) ?? null,
-      show: (step) => this.show(step), lastDrawMs: null, lastStepMs: null,
+      show: (step) => this.show(step),
+      lastDrawMs: null,
+      lastStepMs: null,
     };
     element.libView = this.root.libView = this.handle;
     this.element = element;
@@ -79,7 +109,7 @@ class View {
   destroy() {
     this.gone = true;
     clearTimeout(this.timer);
-    this.play(false);
+    this.player.play(false);
     document.removeEventListener("keydown", this.keys);
     this.resized.disconnect();
     this.root.remove();
@@ -94,13 +124,14 @@ class View {
       if (!this.state.chosen && full.length) this.state.chosen = [full[0].name];
       this.colors = runColors(this.listed.map((run) => run.name));
       const changed = await this.fetchChosen();
-      this.report(null);
+      if (!this.failed) this.report(null);
       if (this.gone) return;
       this.controls.showRuns(full, this.state.chosen ?? [], this.colors);
       this.showEmpty(full.length === 0);
       if (changed) await this.dataChanged();
+      else if (this.failed) await this.show(this.state.step);
     } catch (error) {
-      this.report(error);
+      this.report(error, this.source.live);
     }
   }
 
@@ -138,7 +169,9 @@ class View {
     if (this.state.follow && !this.panels.has(this.state.follow.run)) this.state.follow = null;
     this.grid.replaceChildren(...this.shown().map((panel) => panel.element));
     this.grid.dataset.runs = this.shown().length;
-    this.root.dataset.runs = this.shown().map((panel) => panel.name).join(" ");
+    this.root.dataset.runs = this.shown()
+      .map((panel) => panel.name)
+      .join(" ");
     this.controls.showKnown(this.known());
     this.content.hidden = this.steps.length === 0;
     this.drawTimeline();
@@ -155,19 +188,25 @@ class View {
       h("h2", {}, "No snapshots yet"),
       h("p", {}, "Add ", h("code", {}, "LIBCallback"), " to a trainer whose log directory is below this one:"),
       h("pre", {}, "from lib_lightning import LIBCallback\n\ntrainer = Trainer(callbacks=[LIBCallback()])"),
-      h("p", {}, this.source.live ? "Snapshots appear here as they are written." : "Then make this page again."));
+      h("p", {}, this.source.live ? "Snapshots appear here as they are written." : "Then make this page again."),
+    );
   }
 
-  report(error) {
+  report(error, again = false) {
     this.message.hidden = !error;
     this.message.textContent = error
-      ? `${String(error.message ?? error)}${this.source.live ? " Trying again every five seconds." : ""}` : "";
+      ? `${String(error.message ?? error)}${again ? " Trying again every five seconds." : ""}`
+      : "";
     if (error) this.root.dataset.ready = "true";
   }
 
   /** The newest step at or before this one, or with `nearest` the one closest to it. */
   stepNear(step, nearest = false) {
-    if (nearest) return this.steps.reduce((best, own) => (Math.abs(own - step) < Math.abs(best - step) ? own : best), this.steps[0]);
+    if (nearest)
+      return this.steps.reduce(
+        (best, own) => (Math.abs(own - step) < Math.abs(best - step) ? own : best),
+        this.steps[0],
+      );
     return [...this.steps].reverse().find((own) => own <= step) ?? this.steps[0];
   }
 
@@ -185,29 +224,47 @@ class View {
     try {
       const found = wanted.map(({panel, k}) => (k < 0 ? null : panel.cache.peek(panel.history.steps[k])));
       if (wanted.some(({k}, i) => k >= 0 && !found[i])) {
-        const fetched = await Promise.all(wanted.map(({panel, k}) => (k < 0 ? null : panel.cache.get(panel.history.steps[k]))));
-        fetched.forEach((snapshot, i) => { found[i] = snapshot; });
+        // Of all steps that a drag passes while something is on its way, only the newest is asked for.
+        await this.loading?.catch(() => null);
+        if (turn !== this.asked || this.gone) return;
+        this.loading = Promise.all(
+          wanted.map(({panel, k}) => (k < 0 ? null : panel.cache.get(panel.history.steps[k]))),
+        );
+        (await this.loading).forEach((snapshot, i) => {
+          found[i] = snapshot;
+        });
       }
       if (turn !== this.asked || this.gone) return;
-      this.draw(wanted.map(({panel, k}, i) => ({panel, k, snapshot: found[i]})), fade && !this.calm());
+      this.draw(
+        wanted.map(({panel, k}, i) => ({panel, k, snapshot: found[i]})),
+        fade && !this.calm(),
+      );
       this.handle.lastStepMs = performance.now() - begun;
+      this.failed = false;
       this.report(null);
       this.prefetch(wanted, back);
     } catch (error) {
-      if (turn === this.asked) this.report(error);
+      if (turn !== this.asked) return;
+      this.failed = true;
+      this.report(error, this.source.live);
     }
   }
 
   stepText(index, wanted) {
     const first = wanted.find(({k}) => k >= 0);
     const epoch = first?.panel.history.snapshots[first.k].epoch;
-    return [`step ${integer(this.steps[index])}`, epoch === undefined || epoch === null ? null : `epoch ${integer(epoch)}`,
-      `snapshot ${integer(index + 1)} of ${integer(this.steps.length)}`].filter(Boolean).join(" · ");
+    return [
+      `step ${integer(this.steps[index])}`,
+      epoch === undefined || epoch === null ? null : `epoch ${integer(epoch)}`,
+      `snapshot ${integer(index + 1)} of ${integer(this.steps.length)}`,
+    ]
+      .filter(Boolean)
+      .join(" · ");
   }
 
   /** Whether motion is not wanted, or would come too fast to be seen. */
   calm() {
-    return matchMedia("(prefers-reduced-motion: reduce)").matches || (this.playing !== null && this.state.speed > 6);
+    return matchMedia("(prefers-reduced-motion: reduce)").matches || (this.player.playing && this.state.speed > 6);
   }
 
   draw(pictures, fade) {
@@ -225,7 +282,9 @@ class View {
     this.tellFollowed();
     const sum = (value) => pictures.reduce((total, {panel}) => total + (panel.scene ? value(panel.scene) : 0), 0);
     Object.assign(this.root.dataset, {
-      step: state.step, edgesDrawn: sum((scene) => scene.edgesDrawn), featuresDrawn: sum((scene) => scene.featuresDrawn),
+      step: state.step,
+      edgesDrawn: sum((scene) => scene.edgesDrawn),
+      featuresDrawn: sum((scene) => scene.featuresDrawn),
       ready: "true",
     });
     this.handle.lastDrawMs = performance.now() - begun;
@@ -254,7 +313,12 @@ class View {
 
   async choose(name, on) {
     const chosen = this.state.chosen.filter((own) => own !== name);
-    if (!on && !chosen.length) return this.controls.showRuns(this.listed.filter((run) => run.snapshots > 0), this.state.chosen, this.colors);
+    if (!on && !chosen.length)
+      return this.controls.showRuns(
+        this.listed.filter((run) => run.snapshots > 0),
+        this.state.chosen,
+        this.colors,
+      );
     this.state.chosen = on ? [...chosen, name] : chosen;
     return this.refresh();
   }
@@ -274,7 +338,9 @@ class View {
 
   tellFollowed() {
     const {follow} = this.state;
-    this.root.dataset.following = follow ? `${this.panels.get(follow.run).history.layers[follow.l].name}/${follow.id}` : "";
+    this.root.dataset.following = follow
+      ? `${this.panels.get(follow.run).history.layers[follow.l].name}/${follow.id}`
+      : "";
     const picture = follow && this.pictures?.find(({panel, snapshot}) => panel.name === follow.run && snapshot);
     if (!picture) return;
     const drawn = Boolean(dotOfLineage(picture.panel.scene, follow.l, follow.id));
@@ -288,9 +354,14 @@ class View {
 
   /** Features that can be found by typing: `layer/id` and label. */
   known() {
-    const all = this.shown().flatMap(({history}) => history.layers.flatMap((layer, l) =>
-      [...history.first[l].keys()].map((id) => [`${layer.name}/${id}`, history.run.labels?.[l]?.[id] ?? "", l, id])));
-    return [...new Map(all.map((own) => [own[0], own])).values()].sort((a, b) => Boolean(b[1]) - Boolean(a[1])).slice(0, KNOWN);
+    const all = this.shown().flatMap(({history}) =>
+      history.layers.flatMap((layer, l) =>
+        [...history.first[l].keys()].map((id) => [`${layer.name}/${id}`, history.run.labels?.[l]?.[id] ?? "", l, id]),
+      ),
+    );
+    return [...new Map(all.map((own) => [own[0], own])).values()]
+      .sort((a, b) => Boolean(b[1]) - Boolean(a[1]))
+      .slice(0, KNOWN);
   }
 
   find(text) {
@@ -305,43 +376,6 @@ class View {
       }
     }
     return this.report(new Error(`No feature shown is called “${text}”.`));
-  }
-
-  play(on) {
-    clearTimeout(this.playing);
-    this.playing = null;
-    this.controls.showPlaying(on);
-    if (!on) return;
-    const last = this.steps.length - 1;
-    const forward = async (index) => {
-      const begun = performance.now();
-      await this.show(this.steps[index], {fade: true});
-      if (this.playing === null || this.gone) return;
-      if (index >= this.steps.length - 1) this.play(false);
-      else this.playing = setTimeout(() => forward(this.steps.indexOf(this.state.step) + 1), Math.max(0, 1000 / this.state.speed - (performance.now() - begun)));
-    };
-    const at = this.steps.indexOf(this.state.step);
-    this.playing = setTimeout(() => forward(at >= last ? 0 : at + 1), 0);
-  }
-
-  onKey(event) {
-    const typed = event.target.closest?.("input:not([type=range]):not([type=checkbox]), select, textarea");
-    if (event.key === "Escape" && this.state.follow) return this.follow(null);
-    if (typed || event.ctrlKey || event.metaKey || event.altKey || !this.steps.length) return undefined;
-    const at = this.steps.indexOf(this.state.step);
-    const far = event.shiftKey ? 10 : 1;
-    // Sliders other than that of the steps keep their own arrows, buttons and boxes their space.
-    const own = event.target.closest?.("input[type=range]:not([data-role=step])");
-    const to = {ArrowLeft: at - far, ArrowRight: at + far, Home: 0, End: this.steps.length - 1}[event.key];
-    if (to !== undefined && !own) {
-      event.preventDefault();
-      return this.show(this.steps[Math.min(this.steps.length - 1, Math.max(0, to))], {fade: true});
-    }
-    if (event.key === " " && !event.target.closest?.("button, input[type=checkbox]")) {
-      event.preventDefault();
-      this.play(this.playing === null);
-    }
-    return undefined;
   }
 
   onResize() {
