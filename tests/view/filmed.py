@@ -99,7 +99,7 @@ class Filmed:
             edges,
             {"step": 10 * k, "epoch": k // 3, "n_samples": 1740, "notes": []},
             {pair: E / 10 for pair, E in edges.items()},
-            {name: torch.tensor([i % 3 - 1 for i in own]) for name, own in zip(self.layers, ids, strict=False)},
+            {name: torch.tensor([i % 3 - 1 for i in own]) for name, own in zip(self.layers, rows, strict=True)},
             {name: [self._label(i, k) for i in own] for name, own in zip(self.layers, ids, strict=False)},
         )
         for name, layer, own in zip(self.layers, self.lineages, ids, strict=False):

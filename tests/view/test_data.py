@@ -72,8 +72,9 @@ def test_a_snapshot_is_what_its_graph_is(logs: Path) -> None:
         for layer, (name, basis) in zip(snapshot["layers"], graph.bases.items(), strict=True):
             assert layer["importance"] == rounded(basis.importance)
             if name == "output":
-                nothing = ("ids", "error", "similarity", "parents", "modules", "labels", "unsure")
-                assert [layer[key] for key in nothing] == [None] * 7
+                nothing = ("ids", "error", "similarity", "parents", "labels", "unsure")
+                assert [layer[key] for key in nothing] == [None] * 6
+                assert layer["modules"] == [-1, 0, 1, -1]
                 continue
             assert basis.importance_error is not None
             assert basis.unsure is not None
