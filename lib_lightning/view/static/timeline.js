@@ -1,14 +1,12 @@
-// Numbers over steps, below the graph: metrics, scalars, the followed lineage and events on one time axis.
+// Numbers over steps, below the graph: metrics, scalars and the followed lineage, over events on the same time axis.
 
-import {h, s, setOptions} from "./dom.js";
+import {h, setOptions} from "./dom.js";
 import {CHART, chartKey, lineChart, looksLogarithmic, timeScale, wantsLog} from "./chart.js";
 import {integer, number, ordinal, withError} from "./text.js";
-import {BLUE, GREEN, MUTED, ORANGE, PURPLE, VERMILION} from "./palette.js";
+import {MUTED, VERMILION} from "./palette.js";
+import {EventTrack} from "./events.js";
 
-const HEIGHT = 118,
-  EVENTS_HEIGHT = 30,
-  NEWEST = 60;
-const KIND_COLORS = [BLUE, VERMILION, GREEN, PURPLE, ORANGE];
+const HEIGHT = 118;
 const FIRST_METRICS = ["effective_edges/total", "features/total"];
 
 /** The tracks; `act.go(step)` moves the slider, `act.follow(lineage)` follows one. */
@@ -51,24 +49,15 @@ export class Timeline {
       "let go",
     );
     this.tracks.lineage.head.append(this.letGo);
-    this.marks = s("svg", {height: EVENTS_HEIGHT, class: "lib-marks", "aria-hidden": "true"});
-    this.eventTip = h("div", {class: "lib-tip lib-event-tip", hidden: true});
-    this.eventTrack = h(
-      "div",
-      {class: "lib-track lib-event-track"},
-      h("div", {class: "lib-track-head"}, h("strong", {}, "events")),
-      this.marks,
-    );
+    this.events = new EventTrack(act);
     this.cursor = h("div", {class: "lib-cursor", "aria-hidden": "true"});
-    this.list = h("ol", {class: "lib-event-list", "data-role": "events", "aria-label": "newest events"});
     this.column = h(
       "div",
       {class: "lib-tracks"},
       this.cursor,
       Object.values(this.tracks).map((track) => track.element),
-      this.eventTrack,
+      this.events.element,
     );
-    this.events = h("aside", {class: "lib-events"}, h("h3", {}, "Newest events"), this.list);
     this.element = h(
       "div",
       {class: "lib-timeline"},
@@ -78,15 +67,13 @@ export class Timeline {
         h("h2", {}, "Over training"),
         h("label", {class: "lib-control"}, h("span", {class: "lib-name"}, "time axis"), this.xscale),
       ),
-      h("div", {class: "lib-timeline-body"}, this.column, this.events),
+      h("div", {class: "lib-timeline-body"}, this.column, this.events.aside),
     );
-    for (const surface of [...Object.values(this.tracks).map((track) => track.plot), this.marks]) {
-      surface.addEventListener("click", (event) => this.#click(event));
+    for (const {plot} of Object.values(this.tracks)) {
+      plot.addEventListener("click", (event) => {
+        act.go(this.time.back(event.clientX - plot.getBoundingClientRect().left), true);
+      });
     }
-    this.marks.addEventListener("mousemove", (event) => this.#overEvents(event));
-    this.marks.addEventListener("mouseleave", () => {
-      this.eventTip.hidden = true;
-    });
   }
 
   /** Draw everything anew: other data, other choices or another width. */
@@ -110,7 +97,7 @@ export class Timeline {
     this.#drawMetric();
     this.#drawScalar();
     this.#drawLineage();
-    this.#drawEvents();
+    this.events.draw(runs, this.time);
     this.moveTo(this.state.step);
   }
 
@@ -145,8 +132,9 @@ export class Timeline {
 
   #drawScalar() {
     const names = [...new Set(this.runs.flatMap((run) => Object.keys(run.history.run.scalars ?? {})))].sort();
-    const first =
-      names.find((name) => /val.*loss|loss.*val/.test(name)) ?? names.find((name) => /loss/.test(name)) ?? names[0];
+    const first = [/val.*loss|loss.*val/, /train.*loss|loss.*train/, /loss/, /./]
+      .map((kind) => names.find((name) => kind.test(name)))
+      .find(Boolean);
     setOptions(
       this.scalar,
       names.map((name) => [name, name]),
@@ -223,100 +211,13 @@ export class Timeline {
     this.tracks.lineage.say(h("span", {"data-role": "follow-text"}, parts.filter(Boolean).join(" · ")));
   }
 
-  #drawEvents() {
-    const several = this.runs.length > 1;
-    const events = this.runs.flatMap((run) =>
-      (run.history.run.events ?? []).map((event) => ({...event, run: run.name})),
-    );
-    events.sort((a, b) => a.step - b.step);
-    this.all = events;
-    const kinds = [...new Set(events.map((event) => event.kind))].sort();
-    this.colorOf = new Map(kinds.map((kind, i) => [kind, KIND_COLORS[i % KIND_COLORS.length]]));
-    this.marks.setAttribute("width", this.time.width);
-    const middle = EVENTS_HEIGHT / 2;
-    this.marks.replaceChildren(
-      s("line", {x1: CHART.left, x2: this.time.width - CHART.right, y1: middle, y2: middle, class: "lib-axis"}),
-      ...events.map((event) =>
-        s("circle", {
-          cx: this.time.x(event.step).toFixed(1),
-          cy: middle,
-          r: 4,
-          fill: this.colorOf.get(event.kind),
-          "fill-opacity": 0.75,
-        }),
-      ),
-    );
-    this.eventTrack.hidden = events.length === 0;
-    const newest = events.slice(-NEWEST).reverse();
-    this.list.replaceChildren(
-      ...(newest.length
-        ? newest.map((event) =>
-            h(
-              "li",
-              {"data-step": event.step},
-              h(
-                "button",
-                {type: "button", class: "lib-event", onclick: () => this.#goTo(event)},
-                h(
-                  "span",
-                  {class: "lib-event-step"},
-                  h("span", {class: "lib-swatch", style: {background: this.colorOf.get(event.kind)}}),
-                  `${integer(event.step)} · ${event.kind}${several ? ` · ${event.run}` : ""}`,
-                ),
-                h("span", {}, event.text),
-              ),
-            ),
-          )
-        : [h("li", {class: "lib-none"}, "Nothing has been noticed yet.")]),
-    );
-  }
-
-  #goTo(event) {
-    this.act.go(event.step);
-    const run = this.runs.find((own) => own.name === event.run);
-    const l = run.history.layers.findIndex((layer) => layer.name === event.layer);
-    if (l >= 0 && event.lineage !== null && event.lineage !== undefined)
-      this.act.follow({run: event.run, l, id: event.lineage});
-  }
-
-  #near(event) {
-    const x = event.clientX - this.marks.getBoundingClientRect().left;
-    return this.all.filter((own) => Math.abs(this.time.x(own.step) - x) <= 5);
-  }
-
-  #overEvents(event) {
-    const near = this.#near(event);
-    this.eventTip.hidden = near.length === 0;
-    if (!near.length) return;
-    const more = near.length - 6;
-    this.eventTip.replaceChildren(
-      ...near
-        .slice(-6)
-        .map((own) =>
-          h("p", {}, h("span", {class: "lib-swatch", style: {background: this.colorOf.get(own.kind)}}), own.text),
-        ),
-      ...(more > 0 ? [h("p", {class: "lib-tip-hint"}, `and ${integer(more)} more here`)] : []),
-    );
-    const rim = this.marks.getBoundingClientRect();
-    this.eventTip.style.left = `${Math.max(8, Math.min(event.clientX + 12, window.innerWidth - 340))}px`;
-    this.eventTip.style.top = `${Math.max(8, rim.top - this.eventTip.offsetHeight - 6)}px`;
-  }
-
-  #click(event) {
-    if (event.currentTarget === this.marks) {
-      const near = this.#near(event);
-      if (near.length) return this.#goTo(near[near.length - 1]);
-    }
-    return this.act.go(this.time.back(event.clientX - event.currentTarget.getBoundingClientRect().left), true);
-  }
-
   /** Set the cursor and the values at a step. */
   moveTo(step) {
     if (!this.time) return;
     const x = Math.min(this.time.width - CHART.right, Math.max(CHART.left, this.time.x(step ?? 0)));
     this.cursor.style.transform = `translateX(${x}px)`;
     for (const track of [this.tracks.metric, this.tracks.scalar]) track.tellAt(step);
-    for (const item of this.list.children) item.classList.toggle("lib-later", Number(item.dataset.step) > step);
+    this.events.moveTo(step);
   }
 }
 

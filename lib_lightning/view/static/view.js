@@ -9,16 +9,26 @@ import {Controls} from "./controls.js";
 import {Timeline} from "./timeline.js";
 import {RunPanel, Tooltip, markLegend} from "./panel.js";
 import {Player} from "./player.js";
+import {findFeature, knownFeatures} from "./find.js";
 
 const POLL_MS = 5000;
 const PREFETCHED = 4;
-const KNOWN = 400;
 
 /** Build the view inside an element; `source` is where runs and snapshots come from. */
 export function mount(element, source) {
   const view = new View(element, source);
   view.start();
   return {destroy: () => view.destroy()};
+}
+
+/** What to do when there is nothing to see yet. */
+function emptyState(live) {
+  return [
+    h("h2", {}, "No snapshots yet"),
+    h("p", {}, "Add ", h("code", {}, "LIBCallback"), " to a trainer whose log directory is below this one:"),
+    h("pre", {}, "from lib_lightning import LIBCallback\n\ntrainer = Trainer(callbacks=[LIBCallback()])"),
+    h("p", {}, live ? "Snapshots appear here as they are written." : "Then make this page again."),
+  ];
 }
 
 class View {
@@ -79,7 +89,7 @@ class View {
       this.empty,
       this.content,
       this.tip.element,
-      this.timeline.eventTip,
+      this.timeline.events.tip,
     );
     element.append(this.root);
     this.keys = (event) => this.player.onKey(event);
@@ -142,7 +152,7 @@ class View {
       const panel = this.panels.get(name);
       if (!listed || panel?.version === listed.version) continue;
       const run = await this.source.run(name);
-      const own = panel ?? new RunPanel(name, this.colors.get(name), this.tip, (lineage) => this.follow(lineage));
+      const own = panel ?? new RunPanel(name, this.colors.get(name), this.tip, (lineage) => this.clicked(lineage));
       own.take(new History(run), this.source);
       own.version = listed.version;
       this.panels.set(name, own);
@@ -172,7 +182,7 @@ class View {
     this.root.dataset.runs = this.shown()
       .map((panel) => panel.name)
       .join(" ");
-    this.controls.showKnown(this.known());
+    this.controls.showKnown(knownFeatures(this.shown()));
     this.content.hidden = this.steps.length === 0;
     this.drawTimeline();
     if (this.steps.length) await this.show(step);
@@ -184,12 +194,7 @@ class View {
     if (!empty) return;
     this.content.hidden = true;
     this.root.dataset.ready = "true";
-    this.empty.replaceChildren(
-      h("h2", {}, "No snapshots yet"),
-      h("p", {}, "Add ", h("code", {}, "LIBCallback"), " to a trainer whose log directory is below this one:"),
-      h("pre", {}, "from lib_lightning import LIBCallback\n\ntrainer = Trainer(callbacks=[LIBCallback()])"),
-      h("p", {}, this.source.live ? "Snapshots appear here as they are written." : "Then make this page again."),
-    );
+    this.empty.replaceChildren(...emptyState(this.source.live));
   }
 
   report(error, again = false) {
@@ -323,11 +328,16 @@ class View {
     return this.refresh();
   }
 
-  /** Follow a lineage `{run, l, id}` through time; the same again, or null, lets go. */
-  follow(lineage) {
+  /** A click on a dot: follow its lineage, or let go of it; a click beside lets go, too. */
+  clicked(lineage) {
     const now = this.state.follow;
     const same = now && lineage && now.run === lineage.run && now.l === lineage.l && now.id === lineage.id;
-    this.state.follow = same ? null : lineage;
+    this.follow(same ? null : lineage);
+  }
+
+  /** Follow a lineage `{run, l, id}` through time, or none. */
+  follow(lineage) {
+    this.state.follow = lineage;
     for (const panel of this.shown()) {
       panel.followed = this.state.follow?.run === panel.name ? this.state.follow : null;
       panel.focus();
@@ -352,30 +362,10 @@ class View {
     if (this.pictures) this.tellFollowed();
   }
 
-  /** Features that can be found by typing: `layer/id` and label. */
-  known() {
-    const all = this.shown().flatMap(({history}) =>
-      history.layers.flatMap((layer, l) =>
-        [...history.first[l].keys()].map((id) => [`${layer.name}/${id}`, history.run.labels?.[l]?.[id] ?? "", l, id]),
-      ),
-    );
-    return [...new Map(all.map((own) => [own[0], own])).values()]
-      .sort((a, b) => Boolean(b[1]) - Boolean(a[1]))
-      .slice(0, KNOWN);
-  }
-
   find(text) {
-    for (const {name, history} of this.shown()) {
-      for (const [l, layer] of history.layers.entries()) {
-        for (const id of [...history.first[l].keys()].reverse()) {
-          const label = history.run.labels?.[l]?.[id];
-          if (`${layer.name}/${id}` !== text && label !== text) continue;
-          this.state.follow = null;
-          return this.follow({run: name, l, id});
-        }
-      }
-    }
-    return this.report(new Error(`No feature shown is called “${text}”.`));
+    const found = findFeature(this.shown(), text);
+    if (found) this.follow(found);
+    else this.report(new Error(`No feature shown is called “${text}”.`));
   }
 
   onResize() {
