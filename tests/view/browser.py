@@ -31,7 +31,8 @@ class Watched:
         self.page.wait_for_selector(READY)
 
     def state(self) -> dict[str, str]:
-        """What the view says of itself."""
+        """What the view says of itself, when it is drawn."""
+        self.page.wait_for_selector(READY)
         state: dict[str, str] = self.page.eval_on_selector(READY, "element => ({...element.dataset})")
         return state
 

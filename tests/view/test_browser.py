@@ -49,6 +49,12 @@ def importance_of(layer: dict[str, list[float]]) -> list[float]:
     return layer["importance"]
 
 
+def with_error(layer: dict[str, Any], i: int) -> str:
+    """Importance as it should be written: with two digits of its error."""
+    digits = 1 - int(f"{layer['error'][i]:e}".split("e")[1])
+    return f"{layer['importance'][i]:.{digits}f} ± {layer['error'][i]:.{digits}f}"
+
+
 def hover(view: Watched, layer: str, lineage: int) -> str:
     where = view.position(RUN, layer, lineage)
     assert where is not None
@@ -123,9 +129,7 @@ def test_hover_tells_all_about_a_feature(view: Watched) -> None:
     i = layer["ids"].index(newborn.id)
     text = hover(view, "resid_mid", newborn.id)
     assert f"resid_mid/{newborn.id}\n" in text
-    value, error = layer["importance"][i], layer["error"][i]
-    digits = 1 - int(f"{error:e}".split("e")[1])
-    assert f"{value:.{digits}f} ± {error:.{digits}f}" in text
+    assert with_error(layer, i) in text
     assert f"birth\nsince step {STEPS[newborn.birth]}, split from resid_mid/{newborn.parent}" in text
     assert f"module\n{layer['modules'][i]}\n" in text
     assert FILM.label(1, newborn) in text
@@ -134,6 +138,12 @@ def test_hover_tells_all_about_a_feature(view: Watched) -> None:
     partner = shown["layers"][0]["ids"][section["edges"]["source"][strongest]]
     assert f"strongest before, in embed\nembed/{partner}" in text
     assert "there from the start" in hover(view, "resid_mid", 5)
+    # What is said follows the step.
+    view.page.keyboard.press("ArrowLeft")
+    assert view.state()["step"] == "320"
+    before = snapshot(320)["layers"][1]
+    assert f"of {len(before['ids'])}\n" in view.role("tooltip").inner_text()
+    assert with_error(before, before["ids"].index(5)) in view.role("tooltip").inner_text()
     view.page.mouse.move(5, 5)
     assert view.role("tooltip").is_hidden()
 

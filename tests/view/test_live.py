@@ -24,9 +24,11 @@ class Served:
     def __init__(self) -> None:
         self.count = 0
         self.broken = ""
+        self.lost: set[int] = set()
+        self.name = "run/lib"
 
     def film(self) -> MadeUpFilm:
-        return MadeUpFilm("run/lib", STEPS, [("in", "lib"), ("out", "lib")], written=self.count)
+        return MadeUpFilm(self.name, STEPS, [("in", "lib"), ("out", "lib")], written=self.count)
 
     def answer(self, route: Route) -> None:
         address = urlparse(route.request.url)
@@ -43,6 +45,8 @@ class Served:
             route.fulfill(json=[self.film().entry()] if self.count else [])
         elif name == "run":
             route.fulfill(body=self.film().run())
+        elif int(query["step"]) in self.lost:
+            route.fulfill(status=404, json={"error": f"The run has no snapshot at step {query['step']}."})
         else:
             route.fulfill(body=self.film().snapshot(int(query["step"])))
 
@@ -73,6 +77,29 @@ def test_snapshots_appear_as_they_are_written(watched: Watched, served: Served) 
     assert watched.state()["step"] == "10"
     assert watched.errors == []
     assert {urlparse(url).netloc for url in watched.requests} == {"tensorboard.test"}
+
+
+def test_a_snapshot_that_cannot_be_had_is_asked_for_again(watched: Watched, served: Served) -> None:
+    page = watched.page
+    served.count, served.lost = 4, {20}
+    watched.open("http://tensorboard.test/page.html")
+    watched.set("step", 1)
+    assert "no snapshot at step 20" in page.locator(".lib-message").inner_text()
+    assert watched.state()["step"] == "80"
+    served.lost = set()
+    page.clock.fast_forward(5100)
+    page.wait_for_selector(f"{READY}[data-step='20']")
+    assert page.locator(".lib-message").is_hidden()
+
+
+def test_a_run_that_is_gone_makes_room_for_another(watched: Watched, served: Served) -> None:
+    served.count = 2
+    watched.open("http://tensorboard.test/page.html")
+    assert watched.state()["runs"] == "run/lib"
+    served.name = "run/other"
+    watched.page.clock.fast_forward(5100)
+    watched.page.wait_for_selector(f"{READY}[data-runs='run/other']")
+    assert watched.position("run/other", "in", 5) is not None
 
 
 def test_an_error_is_a_sentence_and_polling_goes_on(watched: Watched, served: Served) -> None:

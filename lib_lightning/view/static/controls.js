@@ -152,12 +152,12 @@ export class Controls {
   }
 
   /** A checkbox for each run; those that are there stay, so that focus is kept. */
-  showRuns(runs, chosen, colors) {
-    const names = runs.map((run) => run.name).join("\n");
+  showRuns({full, chosen, colors}) {
+    const names = full.map((run) => run.name).join("\n");
     if (names !== this.runNames) {
       this.runNames = names;
       this.runs.replaceChildren(
-        ...runs.map((run) =>
+        ...full.map((run) =>
           h(
             "label",
             {class: "lib-run"},

@@ -48,8 +48,9 @@ export class RunPanel {
   }
 
   /** Take a run's data, anew when its version has changed. */
-  take(history, source) {
+  take(history, source, version) {
     this.history = history;
+    this.version = version;
     this.cache = new SnapshotCache(source, this.name);
     this.frames = new Map();
   }
@@ -74,6 +75,11 @@ export class RunPanel {
     this.#write(view);
     this.hovered = this.hovered && dotOfLineage(this.scene, this.hovered.l, this.hovered.id);
     this.focus();
+    if (this.hovered) this.#tell(this.hovered);
+  }
+
+  #tell(dot) {
+    this.tip.show(this, featureFacts(this.scene, dot.l, dot.feature, dot.color));
   }
 
   /** Say why there is no graph here. */
@@ -181,7 +187,7 @@ export class RunPanel {
     if (dot !== this.hovered) {
       this.hovered = dot;
       this.focus();
-      if (dot) this.tip.show(this, featureFacts(this.scene, dot.l, dot.feature, dot.color));
+      if (dot) this.#tell(dot);
     }
     if (dot) this.tip.place(rim.left + dot.x, rim.top + dot.y, dot.radius);
   }

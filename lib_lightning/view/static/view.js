@@ -1,13 +1,12 @@
 // The view: which runs, which step, what is drawn. Everything that changes goes through here.
 
-import {runColors} from "./palette.js";
 import {h} from "./dom.js";
 import {integer} from "./text.js";
-import {History} from "./history.js";
 import {dotOfLineage} from "./scene.js";
 import {Controls} from "./controls.js";
 import {Timeline} from "./timeline.js";
 import {RunPanel, Tooltip, markLegend} from "./panel.js";
+import {Shelf} from "./shelf.js";
 import {Player} from "./player.js";
 import {findFeature, knownFeatures} from "./find.js";
 
@@ -36,7 +35,6 @@ class View {
     this.source = source;
     this.state = {
       step: null,
-      chosen: null,
       threshold: 0.01,
       limit: 40,
       color: "module",
@@ -48,10 +46,8 @@ class View {
       follow: null,
       graphHeight: 480,
     };
-    this.listed = [];
     this.steps = [];
-    this.panels = new Map();
-    this.colors = new Map();
+    this.pictures = null;
     this.player = new Player(this);
     this.asked = 0;
     this.loading = null;
@@ -69,6 +65,8 @@ class View {
       follow: (lineage) => this.follow(lineage),
     });
     this.tip = new Tooltip();
+    const clicked = (lineage) => this.clicked(lineage);
+    this.shelf = new Shelf(source, (name, color) => new RunPanel(name, color, this.tip, clicked));
     this.message = h("div", {class: "lib-message", role: "alert", hidden: true});
     this.empty = h("div", {class: "lib-empty", hidden: true});
     this.grid = h("div", {class: "lib-panels"});
@@ -97,7 +95,7 @@ class View {
     this.resized = new ResizeObserver(() => this.onResize());
     this.resized.observe(this.root);
     this.handle = {
-      positionOf: (run, layer, id) => this.panels.get(run)?.positionOf(layer, id) ?? null,
+      positionOf: (run, layer, id) => this.shelf.panels.get(run)?.positionOf(layer, id) ?? null,
       show: (step) => this.show(step),
       lastDrawMs: null,
       lastStepMs: null,
@@ -126,18 +124,14 @@ class View {
     delete this.element.libView;
   }
 
-  /** Ask for the runs; fetch those anew that are shown and have changed. */
+  /** Look for something new. */
   async refresh() {
     try {
-      this.listed = await this.source.runs();
-      const full = this.listed.filter((run) => run.snapshots > 0);
-      if (!this.state.chosen && full.length) this.state.chosen = [full[0].name];
-      this.colors = runColors(this.listed.map((run) => run.name));
-      const changed = await this.fetchChosen();
+      const changed = await this.shelf.refresh();
       if (!this.failed) this.report(null);
       if (this.gone) return;
-      this.controls.showRuns(full, this.state.chosen ?? [], this.colors);
-      this.showEmpty(full.length === 0);
+      this.controls.showRuns(this.shelf);
+      this.showEmpty(this.shelf.full.length === 0);
       if (changed) await this.dataChanged();
       else if (this.failed) await this.show(this.state.step);
     } catch (error) {
@@ -145,45 +139,18 @@ class View {
     }
   }
 
-  async fetchChosen() {
-    let changed = false;
-    for (const name of this.state.chosen ?? []) {
-      const listed = this.listed.find((run) => run.name === name);
-      const panel = this.panels.get(name);
-      if (!listed || panel?.version === listed.version) continue;
-      const run = await this.source.run(name);
-      const own = panel ?? new RunPanel(name, this.colors.get(name), this.tip, (lineage) => this.clicked(lineage));
-      own.take(new History(run), this.source);
-      own.version = listed.version;
-      this.panels.set(name, own);
-      changed = true;
-    }
-    for (const name of [...this.panels.keys()]) {
-      if (this.state.chosen.includes(name)) continue;
-      this.panels.delete(name);
-      changed = true;
-    }
-    return changed;
-  }
-
-  /** The chosen runs that are here, in the order of the list. */
-  shown() {
-    return this.listed.map((run) => this.panels.get(run.name)).filter(Boolean);
-  }
-
   async dataChanged() {
     const atEnd = this.state.step === null || this.state.step === this.steps[this.steps.length - 1];
-    this.steps = [...new Set(this.shown().flatMap((panel) => panel.history.steps))].sort((a, b) => a - b);
+    this.steps = [...new Set(this.shelf.shown.flatMap((panel) => panel.history.steps))].sort((a, b) => a - b);
     // Whoever looks at the newest snapshot sees the next one come; others are left where they are.
     const step = atEnd ? this.steps[this.steps.length - 1] : this.stepNear(this.state.step);
-    if (this.state.follow && !this.panels.has(this.state.follow.run)) this.state.follow = null;
-    this.grid.replaceChildren(...this.shown().map((panel) => panel.element));
-    this.grid.dataset.runs = this.shown().length;
-    this.root.dataset.runs = this.shown()
-      .map((panel) => panel.name)
-      .join(" ");
-    this.controls.showKnown(knownFeatures(this.shown()));
+    if (this.state.follow && !this.shelf.panels.has(this.state.follow.run)) this.state.follow = null;
+    this.grid.replaceChildren(...this.shelf.shown.map((panel) => panel.element));
+    this.grid.dataset.runs = this.shelf.shown.length;
+    this.root.dataset.runs = this.shelf.shown.map((panel) => panel.name).join(" ");
+    this.controls.showKnown(knownFeatures(this.shelf.shown));
     this.content.hidden = this.steps.length === 0;
+    this.pictures = null;
     this.drawTimeline();
     if (this.steps.length) await this.show(step);
     else this.root.dataset.ready = "true";
@@ -224,7 +191,7 @@ class View {
     this.state.step = step;
     this.root.dataset.ready = "false";
     const index = this.steps.indexOf(step);
-    const wanted = this.shown().map((panel) => ({panel, k: panel.history.at(step)}));
+    const wanted = this.shelf.shown.map((panel) => ({panel, k: panel.history.at(step)}));
     this.controls.showStep(index, this.steps.length, this.stepText(index, wanted));
     try {
       const found = wanted.map(({panel, k}) => (k < 0 ? null : panel.cache.peek(panel.history.steps[k])));
@@ -316,15 +283,8 @@ class View {
     else if (!("speed" in change)) this.redraw();
   }
 
-  async choose(name, on) {
-    const chosen = this.state.chosen.filter((own) => own !== name);
-    if (!on && !chosen.length)
-      return this.controls.showRuns(
-        this.listed.filter((run) => run.snapshots > 0),
-        this.state.chosen,
-        this.colors,
-      );
-    this.state.chosen = on ? [...chosen, name] : chosen;
+  choose(name, on) {
+    this.shelf.choose(name, on);
     return this.refresh();
   }
 
@@ -338,7 +298,7 @@ class View {
   /** Follow a lineage `{run, l, id}` through time, or none. */
   follow(lineage) {
     this.state.follow = lineage;
-    for (const panel of this.shown()) {
+    for (const panel of this.shelf.shown) {
       panel.followed = this.state.follow?.run === panel.name ? this.state.follow : null;
       panel.focus();
     }
@@ -349,7 +309,7 @@ class View {
   tellFollowed() {
     const {follow} = this.state;
     this.root.dataset.following = follow
-      ? `${this.panels.get(follow.run).history.layers[follow.l].name}/${follow.id}`
+      ? `${this.shelf.panels.get(follow.run).history.layers[follow.l].name}/${follow.id}`
       : "";
     const picture = follow && this.pictures?.find(({panel, snapshot}) => panel.name === follow.run && snapshot);
     if (!picture) return;
@@ -358,12 +318,14 @@ class View {
   }
 
   drawTimeline() {
-    this.timeline.draw(this.shown().map(({name, history}) => ({name, history, color: this.colors.get(name)})));
+    this.timeline.draw(
+      this.shelf.shown.map(({name, history}) => ({name, history, color: this.shelf.colors.get(name)})),
+    );
     if (this.pictures) this.tellFollowed();
   }
 
   find(text) {
-    const found = findFeature(this.shown(), text);
+    const found = findFeature(this.shelf.shown, text);
     if (found) this.follow(found);
     else this.report(new Error(`No feature shown is called “${text}”.`));
   }
