@@ -16,6 +16,7 @@ from lib_lightning.view.cache import Cache
 from lib_lightning.view.data import Film
 from lib_lightning.view.page import film_page
 from lib_lightning.view.script import joined, static_files
+from tests.view.browser import Watched
 from tests.view.filmed import Filmed, write_run
 
 EVIL = '"><script>alert(1)</script>&</title>'
@@ -101,6 +102,21 @@ def test_a_page_names_no_other_host(tmp_path: Path) -> None:
     # The namespace of SVG is a name, not an address.
     assert set(re.findall(r"(?:https?:)?//[\w.]+\.\w+[\w/]*", code)) <= {"http://www.w3.org/2000/svg"}
     assert "Content-Security-Policy\" content=\"default-src 'none'" in code
+
+
+def test_a_film_with_names_of_any_kind_opens_in_a_browser(watched: Watched, tmp_path: Path) -> None:
+    filmed = Filmed(layers=(EVIL, "b", "output"), snapshots=4)
+    filmed.write(tmp_path / "lib")
+    file = tmp_path / "film.html"
+    file.write_text(film_page([film_of(tmp_path / "lib", EVIL)], EVIL), encoding="utf-8")
+    watched.open(file.as_uri())
+    for k in range(4):
+        watched.set("step", k)
+        assert watched.state()["featuresDrawn"] == str(sum(b.n_features for b in filmed.graph(k).bases.values()))
+    assert watched.page.title() == EVIL
+    assert EVIL in watched.page.locator("body").inner_text()
+    assert watched.errors == []
+    assert watched.requests == [file.as_uri()]
 
 
 def test_modules_are_joined_without_clashes() -> None:

@@ -14,6 +14,7 @@ from lib_lightning import InteractionGraph
 from lib_lightning.cli import main
 from lib_lightning.core.errors import LIBError
 from lib_lightning.view import Run
+from tests.view.browser import READY, Watched
 from tests.view.filmed import Filmed, write_run
 
 
@@ -87,6 +88,21 @@ def test_a_run_shows_itself_in_a_notebook(tmp_path: Path) -> None:
     assert page.startswith("<!DOCTYPE html>")
     assert re.findall(r'data-step="(\d+)"', page) == [str(20 * k) for k in range(35)] + ["690"]
     assert "70 snapshots, steps 0 to 690). One snapshot in 2 is shown" in shown
+
+
+def test_the_film_in_a_notebook_is_alive_and_loads_nothing(watched: Watched, tmp_path: Path) -> None:
+    filmed = write_run(tmp_path / "version_0")
+    (tmp_path / "notebook.html").write_text(Run(tmp_path)._repr_html_(), encoding="utf-8")
+    watched.page.goto((tmp_path / "notebook.html").as_uri())
+    frame = watched.page.frames[1]
+    frame.wait_for_selector(READY)
+    frame.locator("[data-role='step']").evaluate("e => { e.value = 3; e.dispatchEvent(new Event('input')); }")
+    frame.wait_for_selector(f"{READY}[data-step='30']")
+    state = frame.eval_on_selector(READY, "element => ({...element.dataset})")
+    assert state["runs"] == "version_0/lib"
+    assert state["featuresDrawn"] == str(sum(basis.n_features for basis in filmed.graph(3).bases.values()))
+    assert watched.errors == []
+    assert {address.split(":")[0] for address in watched.requests} <= {"file", "about", "blob"}
 
 
 def test_a_graph_shows_itself_in_a_notebook() -> None:
