@@ -119,7 +119,10 @@ def test_threshold_draws_exactly_the_edges_above_it(view: Watched, exponent: flo
 def test_only_edges_between_the_features_shown_are_drawn(view: Watched) -> None:
     view.role("features").select_option("10")
     assert view.state()["featuresDrawn"] == "40"
-    assert view.state()["edgesDrawn"] == str(len(drawn(640, 0.01, limit=10)))
+    edges = drawn(640, 0.01, limit=10)
+    assert view.state()["edgesDrawn"] == str(len(edges))
+    share = sum(edges) / sum(section["strength"] for section in snapshot(640)["sections"])
+    assert f"{round(100 * share)}% of the strength; 40 of" in view.role("edge-counts").inner_text()
 
 
 def test_hover_tells_all_about_a_feature(view: Watched) -> None:
