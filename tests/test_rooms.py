@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import lib_lightning
 
@@ -83,6 +86,17 @@ def test_few_files_know_lightning() -> None:
         "trainer_cli.py",
         "trainers.py",
     }
+
+
+def test_public_names_are_all_there_though_none_is_imported_before_it_is_asked_for() -> None:
+    assert {name: getattr(lib_lightning, name).__name__ for name in lib_lightning.__all__ if name != "__version__"} == {
+        name: name for name in lib_lightning.__all__ if name != "__version__"
+    }
+    assert set(lib_lightning.__all__) <= set(dir(lib_lightning))
+    with pytest.raises(AttributeError, match="module 'lib_lightning' has no attribute 'LIBCallbak'"):
+        _ = lib_lightning.LIBCallbak
+    code = "import sys, lib_lightning; print({'torch', 'lightning'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
 def test_files_stay_short() -> None:

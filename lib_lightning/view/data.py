@@ -129,13 +129,14 @@ class Film:
         if self._scalars is None:
             return "{}"
         with self._lock:
-            points = {tag: curve.points() for tag, curve in sorted(self._scalars.curves().items())}
-        # The graphs' own numbers are told with the snapshots.
+            points = {tag: curve.points() for tag, curve in self._scalars.curves().items()}
+        # The graphs' own numbers are told with the snapshots; a user's come before what else there is of theirs.
         own = {path.parent.name for path in self._scalars.folder.glob("*/snapshots")}
+        ratios = tuple(f"{name}_over_" for name in own)
         return table(
             {
                 tag: table({"steps": text(steps), "values": numbers(np.array(values))})
-                for tag, (steps, values) in points.items()
+                for tag, (steps, values) in sorted(points.items(), key=lambda p: (p[0].startswith(ratios), p[0]))
                 if tag.split("/")[0] not in own
             }
         )

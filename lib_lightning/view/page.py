@@ -71,7 +71,7 @@ def film_page(films: Sequence[Film], title: str, edges: int = EDGES, every: int 
 
 def _packed(json: str) -> str:
     # No time of day inside: the same run gives the same file.
-    return base64.b64encode(gzip.compress(json.encode(), mtime=0)).decode()
+    return base64.b64encode(gzip.compress(json.encode(), compresslevel=6, mtime=0)).decode()
 
 
 def _inline(code: str, tag: str) -> str:

@@ -120,7 +120,7 @@ class Run:
             return html.escape(repr(self))
         every = -(-len(steps) // _SHOWN_SNAPSHOTS)
         page = film_page(_films([self]), self.name, _SHOWN_EDGES, every)
-        thinned = f" Each {every}th snapshot; <code>view()</code> writes all of them." if every > 1 else ""
+        thinned = f" One snapshot in {every} is shown; <code>view()</code> writes all of them." if every > 1 else ""
         return (
             f'<iframe srcdoc="{html.escape(page)}" sandbox="allow-scripts allow-downloads" '
             f'style="width: 100%; height: 760px; border: 0"></iframe><p>{html.escape(repr(self))}.{thinned}</p>'

@@ -29,17 +29,18 @@ class MadeUpFilm:
     """Has the methods of `lib_lightning.view.data.Film` that a page needs."""
 
     name: str
-    steps_: list[int]
+    all_steps: list[int]
     layers: list[tuple[str, str]]
     features: int = 24
     edges_: int = 400
     modules: bool = True
     seed: int = 0
+    written: int | None = None
     lineages: list[list[Lineage]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         rng = np.random.default_rng(self.seed)
-        last = len(self.steps_)
+        last = len(self.all_steps)
         for _ in self.layers:
             column: list[Lineage] = []
             for i in range(self.features):
@@ -60,7 +61,7 @@ class MadeUpFilm:
 
     def importance(self, one: Lineage, k: int) -> float:
         """A smooth curve of its own."""
-        age = (k - one.birth) / max(1, len(self.steps_) - 1)
+        age = (k - one.birth) / max(1, len(self.all_steps) - 1)
         grown = min(1.0, 0.15 + 0.3 * (k - one.birth)) if one.birth else 1.0
         return float(one.size * grown * 10 ** (one.rise * age) * (1 + 0.1 * np.sin(k * 0.7 + one.id)))
 
@@ -77,10 +78,10 @@ class MadeUpFilm:
         return {int(group): n for n, group in enumerate(np.argsort(-counts, kind="stable"))}
 
     def entry(self) -> dict[str, Any]:
-        return {"name": self.name, "version": "1", "snapshots": len(self.steps_)}
+        return {"name": self.name, "version": str(len(self.steps())), "snapshots": len(self.steps())}
 
     def steps(self, every: int = 1) -> list[int]:
-        return self.steps_
+        return self.all_steps[: self.written]
 
     def run(self, every: int = 1) -> str:
         labels = [
@@ -90,9 +91,9 @@ class MadeUpFilm:
         return json.dumps(
             {
                 "name": self.name,
-                "version": "1",
+                "version": str(len(self.steps())),
                 "layers": [{"name": name, "kind": kind} for name, kind in self.layers],
-                "snapshots": [self._outline(k) for k in range(len(self.steps_))],
+                "snapshots": [self._outline(k) for k in range(len(self.steps()))],
                 "labels": labels,
                 "events": self._events(),
                 "scalars": self._scalars(),
@@ -104,13 +105,13 @@ class MadeUpFilm:
         total = sum(len(layer["importance"]) for layer in layers)
         metrics = {
             "features/total": {"value": total, "error": None},
-            "effective_edges/total": {"value": 900 * np.exp(-4 * k / len(self.steps_)) + 60, "error": 12.5},
-            "modularity/total": {"value": 0.2 + 0.5 * k / len(self.steps_), "error": None},
+            "effective_edges/total": {"value": 900 * np.exp(-4 * k / len(self.all_steps)) + 60, "error": 12.5},
+            "modularity/total": {"value": 0.2 + 0.5 * k / len(self.all_steps), "error": None},
         }
         keys = ("ids", "importance", "modules", "parents")
         return {
-            "step": self.steps_[k],
-            "epoch": self.steps_[k] // 10,
+            "step": self.all_steps[k],
+            "epoch": self.all_steps[k] // 10,
             "samples": 1740,
             "layers": [{key: layer[key] for key in keys} for layer in layers],
             "metrics": metrics,
@@ -132,15 +133,13 @@ class MadeUpFilm:
         }
 
     def snapshot(self, step: int, edges: int = 400) -> str:
-        k = self.steps_.index(step)
+        k = self.all_steps.index(step)
         sections = []
         for l in range(len(self.layers) - 1):
             weight, source, target = self.section(k, l)
             kept = min(edges, self.edges_)
             held = {"source": source[:kept], "target": target[:kept], "weight": weight[:kept], "error": None}
-            sections.append(
-                {"count": len(weight), "strength": sum(weight), "strongest": weight[0], "edges": held}
-            )
+            sections.append({"count": len(weight), "strength": sum(weight), "strongest": weight[0], "edges": held})
         layers = [self._layer(k, l) for l in range(len(self.layers))]
         return json.dumps({"step": step, "layers": layers, "sections": sections})
 
@@ -149,18 +148,11 @@ class MadeUpFilm:
         before, after = self.alive(k, l), self.alive(k, l + 1)
         rng = np.random.default_rng(self.seed + l)
         noise = 10 ** rng.uniform(-2.5, 0, (self.features, self.features))
-        sharp = 0.5 * (k + 1) / len(self.steps_) + 0.5
-        strength = np.array(
-            [
-                [
-                    noise[one.id, other.id]
-                    * (1.0 if one.group == other.group else (1 - 0.97 * sharp))
-                    * np.sqrt(self.importance(one, k) * self.importance(other, k))
-                    for one in before
-                ]
-                for other in after
-            ]
-        )
+        sharp = 0.5 * (k + 1) / len(self.all_steps) + 0.5
+        sizes = [np.sqrt([self.importance(one, k) for one in column]) for column in (after, before)]
+        ids, groups = ([[getattr(one, key) for one in column] for column in (after, before)] for key in ("id", "group"))
+        inside = np.equal.outer(*groups)
+        strength = noise[np.ix_(*ids)] * np.where(inside, 1.0, 1 - 0.97 * sharp) * np.outer(*sizes)
         order = np.argsort(-strength, axis=None, kind="stable")
         target, source = np.unravel_index(order, strength.shape)
         weight = [float(f"{value:.5g}") for value in strength.flat[order]]
@@ -170,8 +162,8 @@ class MadeUpFilm:
         events = []
         for (name, _), column in zip(self.layers, self.lineages, strict=True):
             for one in column:
-                if 0 < one.birth:
-                    step = self.steps_[one.birth]
+                if 0 < one.birth < len(self.steps()):
+                    step = self.all_steps[one.birth]
                     kind, text = "emerged", f"feature {name}/{one.id} emerged at step {step:,}"
                     if one.parent >= 0:
                         kind, text = "split", f"feature {name}/{one.id} split from {name}/{one.parent} at step {step:,}"
@@ -179,7 +171,7 @@ class MadeUpFilm:
         return sorted(events, key=lambda event: event["step"])
 
     def _scalars(self) -> dict[str, Any]:
-        steps = list(range(0, self.steps_[-1] + 1, max(1, self.steps_[-1] // 400)))
+        steps = list(range(0, self.all_steps[-1] + 1, max(1, self.all_steps[-1] // 400)))
         loss = [float(f"{4 * np.exp(-6 * step / steps[-1]) + 0.02:.5g}") for step in steps]
         accuracy = [float(f"{1 / (1 + np.exp(-12 * (step / steps[-1] - 0.55))):.5g}") for step in steps]
         return {

@@ -10,6 +10,7 @@ export class SnapshotCache {
     this.name = name;
     this.pending = new Map();
     this.ready = new Map();
+    this.turn = 0;
   }
 
   /** The snapshot if it is here. */
@@ -25,7 +26,8 @@ export class SnapshotCache {
       return Promise.resolve(here);
     }
     if (!this.pending.has(step)) {
-      const fetched = this.source.snapshot(this.name, step)
+      const fetched = this.source
+        .snapshot(this.name, step)
         .then((snapshot) => {
           this.#keep(step, snapshot);
           return snapshot;
@@ -36,9 +38,11 @@ export class SnapshotCache {
     return this.pending.get(step);
   }
 
-  /** Fetch what will probably be asked for next, one after the other. */
+  /** Fetch what will probably be asked for next, one after the other, until something else is. */
   async prefetch(steps) {
+    const turn = ++this.turn;
     for (const step of steps) {
+      if (turn !== this.turn) return;
       // What fails here is asked for again, and reported, when it is to be shown.
       if (!this.ready.has(step)) await this.get(step).catch(() => null);
     }

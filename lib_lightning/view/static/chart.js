@@ -12,10 +12,13 @@ export function timeScale(first, last, width, log) {
   const [a, b] = [to(first), Math.max(to(last), to(first) + 1e-9)];
   const span = Math.max(1, width - CHART.left - CHART.right);
   return {
-    first, last, log, width,
-    x: (step) => CHART.left + (to(step) - a) / (b - a) * span,
+    first,
+    last,
+    log,
+    width,
+    x: (step) => CHART.left + ((to(step) - a) / (b - a)) * span,
     back: (x) => {
-      const value = a + (x - CHART.left) / span * (b - a);
+      const value = a + ((x - CHART.left) / span) * (b - a);
       return log ? 10 ** value - 1 : value;
     },
   };
@@ -25,7 +28,7 @@ export function timeScale(first, last, width, log) {
 export function looksLogarithmic(steps) {
   if (steps.length < 4) return false;
   const [first, middle, last] = [steps[0], steps[steps.length >> 1], steps[steps.length - 1]];
-  return (middle - first) < 0.25 * (last - first);
+  return middle - first < 0.25 * (last - first);
 }
 
 function timeTicks(scale) {
@@ -66,14 +69,20 @@ function valueScale(series, height, log) {
   const to = log ? Math.log10 : (value) => value;
   // Counts and losses are read from zero where that costs less than half of the height.
   if (!log && low > 0 && low < 0.5 * high) low = 0;
-  if (low === high) [low, high] = log ? [low / 2, high * 2] : [low - (Math.abs(low) || 1) / 2, high + (Math.abs(high) || 1) / 2];
+  if (low === high)
+    [low, high] = log ? [low / 2, high * 2] : [low - (Math.abs(low) || 1) / 2, high + (Math.abs(high) || 1) / 2];
   const [a, b] = [to(low), to(high)];
   const span = height - CHART.top - CHART.bottom;
-  return {low, high, log, y: (value) => CHART.top + (b - to(Math.max(value, log ? low : -Infinity))) / (b - a) * span};
+  return {
+    low,
+    high,
+    log,
+    y: (value) => CHART.top + ((b - to(Math.max(value, log ? low : -Infinity))) / (b - a)) * span,
+  };
 }
 
 function valueTicks(scale) {
-  if (!scale.log) return niceTicks(scale.low, scale.high, 3);
+  if (!scale.log) return niceTicks(scale.low, scale.high, 5);
   const powers = [];
   for (let p = Math.ceil(Math.log10(scale.low)); p <= Math.log10(scale.high); p++) powers.push(10 ** p);
   if (powers.length < 2) return [scale.low, scale.high];
@@ -100,7 +109,11 @@ export function lineChart({series, time, height, log, marks = [], label}) {
     const y = scale.y(tick);
     svg.append(
       s("line", {x1: CHART.left, x2: time.width - CHART.right, y1: y, y2: y, class: "lib-grid"}),
-      s("text", {x: CHART.left - 6, y, class: "lib-tick", "text-anchor": "end", "dominant-baseline": "central"}, number(tick)),
+      s(
+        "text",
+        {x: CHART.left - 6, y, class: "lib-tick", "text-anchor": "end", "dominant-baseline": "central"},
+        number(tick),
+      ),
     );
   }
   svg.append(s("line", {x1: CHART.left, x2: time.width - CHART.right, y1: bottom, y2: bottom, class: "lib-axis"}));
@@ -114,9 +127,10 @@ export function lineChart({series, time, height, log, marks = [], label}) {
   for (const line of series) svg.append(...drawn(line, time, scale));
   for (const mark of marks) {
     const [x, y] = [time.x(mark.step), scale.y(mark.value)];
-    const shape = mark.kind === "birth"
-      ? s("circle", {cx: x, cy: y, r: 4.5, fill: "#fff", stroke: mark.color ?? MUTED, "stroke-width": 1.8})
-      : s("path", {d: `M${x - 4} ${y - 4}l8 8m0 -8l-8 8`, stroke: mark.color ?? MUTED, "stroke-width": 1.8});
+    const shape =
+      mark.kind === "birth"
+        ? s("circle", {cx: x, cy: y, r: 4.5, fill: "#fff", stroke: mark.color ?? MUTED, "stroke-width": 1.8})
+        : s("path", {d: `M${x - 4} ${y - 4}l8 8m0 -8l-8 8`, stroke: mark.color ?? MUTED, "stroke-width": 1.8});
     shape.append(s("title", {}, mark.text));
     svg.append(shape);
   }
@@ -127,7 +141,7 @@ function drawn(line, time, scale) {
   const parts = [];
   let part = [];
   line.steps.forEach((step, i) => {
-    const value = line.values[i];
+    const value = step < time.first ? null : line.values[i];
     if (value === null || !Number.isFinite(value) || (scale.log && value <= 0)) {
       if (part.length) parts.push(part);
       part = [];
@@ -145,7 +159,8 @@ function drawn(line, time, scale) {
       elements.push(s("path", {d: `M${rim.join("L")}Z`, fill: line.color, opacity: 0.16, stroke: "none"}));
     }
     const d = `M${points.map((p) => at(p.x, p.y)).join("L")}`;
-    if (points.length > 1) elements.push(s("path", {d, fill: "none", stroke: line.color, "stroke-width": 1.6, "stroke-linejoin": "round"}));
+    if (points.length > 1)
+      elements.push(s("path", {d, fill: "none", stroke: line.color, "stroke-width": 1.6, "stroke-linejoin": "round"}));
     if (points.length === 1 || (line.dots && points.length < 60)) {
       for (const p of points) elements.push(s("circle", {cx: p.x, cy: p.y, r: 2, fill: line.color}));
     }
@@ -155,6 +170,13 @@ function drawn(line, time, scale) {
 
 /** Swatch and name of each line, with its value at the current step. */
 export function chartKey(entries) {
-  return entries.map(({name, color, value}) => h("span", {class: "lib-key"},
-    h("span", {class: "lib-line-swatch", style: {background: color}}), name ? `${name} ` : "", h("b", {}, value)));
+  return entries.map(({name, color, value}) =>
+    h(
+      "span",
+      {class: "lib-key"},
+      h("span", {class: "lib-line-swatch", style: {background: color}}),
+      name ? `${name} ` : "",
+      h("b", {}, value),
+    ),
+  );
 }

@@ -7,7 +7,7 @@ function filled(element, attributes, children) {
     else if (key === "style") Object.assign(element.style, value);
     else element.setAttribute(key, value === true ? "" : String(value));
   }
-  element.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined));
   return element;
 }
 
@@ -24,8 +24,8 @@ export function s(tag, attributes, ...children) {
 /** Give a `<select>` these options, `[value, text]` each, and keep what was chosen if it is still there. */
 export function setOptions(select, options, chosen) {
   const wanted = chosen ?? select.value;
-  const same = select.options.length === options.length
-    && options.every(([value], i) => select.options[i].value === value);
+  const same =
+    select.options.length === options.length && options.every(([value], i) => select.options[i].value === value);
   if (!same) select.replaceChildren(...options.map(([value, text]) => h("option", {value}, text)));
   if (options.some(([value]) => value === wanted)) select.value = wanted;
 }

@@ -9,7 +9,7 @@ async function unpacked(text) {
 /** A source over the `<script>` elements of a film page. */
 export function embeddedSource(page) {
   let runs = null;
-  const all = () => runs ??= unpacked(page.getElementById("lib-runs").textContent);
+  const all = () => (runs ??= unpacked(page.getElementById("lib-runs").textContent));
   return {
     live: false,
     async runs() {
@@ -21,8 +21,9 @@ export function embeddedSource(page) {
       return found;
     },
     async snapshot(name, step) {
-      const element = [...page.querySelectorAll("script.lib-snapshot")]
-        .find((own) => own.dataset.run === name && Number(own.dataset.step) === step);
+      const element = [...page.querySelectorAll("script.lib-snapshot")].find(
+        (own) => own.dataset.run === name && Number(own.dataset.step) === step,
+      );
       if (!element) throw new Error(`There is no snapshot of run ${name} at step ${step} in this file.`);
       return unpacked(element.textContent);
     },

@@ -1,10 +1,14 @@
 // Draws a scene on a canvas. All edges of a look are one path: thousands of single strokes would take too long.
 
-import {MUTED, TEXT, edgeStyle} from "./palette.js";
+import {BETWEEN, MUTED, TEXT, edgeStyle} from "./palette.js";
 import {shortened} from "./text.js";
 
 // So many steps of width and opacity are told apart by nobody.
 const LEVELS = 14;
+const RAIL = {top: 42, bottom: 36};
+// A longer column has no room for all names; those of the most important features are written.
+const MOST_NAMES = 40,
+  MOST_NAMES_IN_A_CROWD = 16;
 const FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif";
 
 /** Draw edges, dots and words of a scene. */
@@ -12,7 +16,7 @@ export function drawScene(context, scene, width, height) {
   // White, not empty: the canvas fades in over the one with the step before.
   context.fillStyle = "#ffffff";
   context.fillRect(0, 0, width, height);
-  context.lineCap = "butt";
+  for (const column of scene.columns) drawRail(context, column.x, height);
   for (const section of scene.sections) drawEdges(context, section.edges, section.edges.length, 1);
   for (const column of scene.columns) {
     for (const dot of [...column.dots].reverse()) drawDot(context, dot);
@@ -33,25 +37,37 @@ export function drawFocus(context, scene, focused, width, height) {
   for (const dot of focused) {
     drawRing(context, dot, TEXT, 2, 4);
   }
-  const named = [...near].sort((a, b) => a.rank - b.rank);
-  drawNames(context, named, scene.pitch * 0.5, new Set(focused));
+  for (const column of scene.columns) {
+    drawNames(
+      context,
+      column,
+      column.dots.filter((dot) => near.has(dot)),
+      new Set(focused),
+    );
+  }
+}
+
+/** A hint of a line that the dots of a layer hang on. */
+function drawRail(context, x, height) {
+  context.fillStyle = "#f1f2f3";
+  context.fillRect(x - 1, RAIL.top, 2, height - RAIL.top - RAIL.bottom);
 }
 
 function drawEdges(context, edges, crowd, stronger) {
   const looks = new Map();
   for (const edge of edges) {
     const level = Math.min(LEVELS, Math.round(Math.sqrt(edge.share) * LEVELS));
-    const key = `${String(level).padStart(2, "0")} ${edge.color}`;
+    const key = `${edge.color === BETWEEN ? 0 : 1} ${String(level).padStart(2, "0")} ${edge.color}`;
     const list = looks.get(key);
     if (list) list.push(edge);
     else looks.set(key, [edge]);
   }
-  // Weak ones below; a module's colour over the grey of what lies between modules.
+  // Grey below, so that it never hides what holds a module together; and weak below strong.
   for (const key of [...looks.keys()].sort()) {
-    const level = Number(key.slice(0, 2)) / LEVELS;
+    const level = Number(key.slice(2, 4)) / LEVELS;
     const {width, opacity} = edgeStyle(level * level, crowd);
-    context.strokeStyle = key.slice(3);
-    context.globalAlpha = Math.min(1, opacity * stronger);
+    context.strokeStyle = key.slice(5);
+    context.globalAlpha = Math.min(1, stronger > 1 ? 0.3 + 0.7 * opacity : opacity);
     context.lineWidth = width * stronger;
     context.beginPath();
     for (const {from, to} of looks.get(key)) {
@@ -84,9 +100,9 @@ function drawRing(context, dot, color, lineWidth, gap) {
 }
 
 function drawWords(context, column) {
-  const named = column.dots.filter((dot) => dot.label);
-  drawNames(context, named, column.pitch - 40, new Set());
-  if (!column.words || column.dots.length > 20) return;
+  const named = column.dots.filter((dot) => dot.label).slice(0, column.words ? MOST_NAMES : MOST_NAMES_IN_A_CROWD);
+  drawNames(context, column, named, new Set());
+  if (!column.words) return;
   context.font = `10px ${FONT}`;
   context.textAlign = "right";
   context.textBaseline = "middle";
@@ -94,24 +110,32 @@ function drawWords(context, column) {
 }
 
 /** Names at the right of dots, as many as fit, the most important first; those of `strong` in bold, with their id. */
-function drawNames(context, dots, room, strong) {
+function drawNames(context, column, dots, strong) {
   context.textAlign = "left";
   context.textBaseline = "middle";
   const taken = [];
-  for (const dot of [...strong, ...dots.filter((dot) => !strong.has(dot))]) {
-    if (taken.some((other) => other.x === dot.x && Math.abs(other.y - dot.y) < 12)) continue;
+  const first = dots.filter((dot) => strong.has(dot));
+  for (const dot of [...first, ...dots.filter((dot) => !strong.has(dot))]) {
+    if (taken.some((other) => Math.abs(other.y - dot.y) < 12)) continue;
     const text = strong.has(dot) ? [dot.id, dot.label].filter((word) => word !== "").join(" · ") : dot.label;
     if (!text) continue;
     taken.push(dot);
     context.font = `${strong.has(dot) ? "600 12px" : "10.5px"} ${FONT}`;
-    written(context, shortened(context, text, Math.max(room, 40)), dot.x + dot.radius + (strong.has(dot) ? 8 : 4), dot.y, TEXT);
+    const x = dot.x + dot.radius + (strong.has(dot) ? 8 : 4);
+    const words = shortened(context, text, Math.max(column.room, 30) * (strong.has(dot) ? 1.15 : 1));
+    if (strong.has(dot)) {
+      // Over the same name in the faded picture below.
+      context.fillStyle = "#ffffff";
+      context.fillRect(x - 2, dot.y - 8, context.measureText(words).width + 8, 16);
+    }
+    written(context, words, x, dot.y, TEXT);
   }
 }
 
 function written(context, text, x, y, color) {
   context.lineJoin = "round";
-  context.lineWidth = 3;
-  context.strokeStyle = "rgba(255, 255, 255, 0.85)";
+  context.lineWidth = 4;
+  context.strokeStyle = "rgba(255, 255, 255, 0.9)";
   context.strokeText(text, x, y);
   context.fillStyle = color;
   context.fillText(text, x, y);

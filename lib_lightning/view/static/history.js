@@ -50,7 +50,7 @@ export class History {
     if (!layer.ids) return id < layer.importance.length ? id : -1;
     const key = k * this.layers.length + l;
     let places = this.places.get(key);
-    if (!places) this.places.set(key, places = new Map(layer.ids.map((own, i) => [own, i])));
+    if (!places) this.places.set(key, (places = new Map(layer.ids.map((own, i) => [own, i]))));
     return places.get(id) ?? -1;
   }
 
@@ -77,7 +77,7 @@ export class History {
   /** Colour of a feature's module, the same for as long as the module can be recognised. */
   moduleColor(k, l, i) {
     const track = this.tracks[k][l][i];
-    return track < 0 ? NO_MODULE : this.colors[k].get(track) ?? OTHER_MODULES;
+    return track < 0 ? NO_MODULE : (this.colors[k].get(track) ?? OTHER_MODULES);
   }
 
   /** When a lineage began, in words. */

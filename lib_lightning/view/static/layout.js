@@ -147,10 +147,16 @@ function spanOf(places) {
 
 /** Heights by the modules of one snapshot: each lies at one height in all columns, as in the figures. */
 export function moduleHeights(history, k, limit) {
-  const shown = history.order[k].map((order) => order.slice(0, limit));
+  const shown = history.order[k].map((order, l) => {
+    const column = order.slice(0, limit);
+    return history.layers[l].kind === "neuron" ? column.sort((a, b) => a - b) : column;
+  });
   const tracks = shown.map((column, l) => column.map((i) => history.tracks[k][l][i]));
   const sizes = trackSizes(tracks);
-  const bands = [...sizes].sort((a, b) => b[1] - a[1] || a[0] - b[0]).map(([track]) => track).concat(-1);
+  const bands = [...sizes]
+    .sort((a, b) => b[1] - a[1] || a[0] - b[0])
+    .map(([track]) => track)
+    .concat(-1);
   const most = bands.map((band) => Math.max(...tracks.map((column) => column.filter((t) => t === band).length)));
   const total = most.reduce((sum, n) => sum + (n ? n + GAP : 0), -GAP);
   const scale = Math.max(total - 1, ROOMY);

@@ -1,10 +1,17 @@
 // Colours as in lib_lightning/display/palette.py (Okabe and Ito), and how large a dot is.
 
-export const TEXT = "#222222", MUTED = "#666666";
-export const BLUE = "#0072B2", VERMILION = "#D55E00", GREEN = "#009E73", ORANGE = "#E69F00";
-export const PURPLE = "#CC79A7", SKY = "#56B4E9", WINE = "#6B1030";
+export const TEXT = "#222222",
+  MUTED = "#666666";
+export const BLUE = "#0072B2",
+  VERMILION = "#D55E00",
+  GREEN = "#009E73",
+  ORANGE = "#E69F00";
+export const PURPLE = "#CC79A7",
+  SKY = "#56B4E9",
+  WINE = "#6B1030";
 export const MODULE_COLORS = [BLUE, ORANGE, GREEN, PURPLE, WINE, SKY, VERMILION];
-export const OTHER_MODULES = "#6E6E6E", NO_MODULE = "#B8B8B8";
+export const OTHER_MODULES = "#6E6E6E",
+  NO_MODULE = "#B8B8B8";
 // Edges between modules: light enough not to hide what holds a module together.
 export const BETWEEN = "#8A8A8A";
 
@@ -27,7 +34,7 @@ export function runColors(names) {
     const own = BASIS_COLORS[name.split("/").pop()];
     const taken = new Set(colors.values());
     const free = RUN_COLORS.filter((color) => !taken.has(color));
-    colors.set(name, own && !taken.has(own) ? own : free[0] ?? RUN_COLORS[colors.size % RUN_COLORS.length]);
+    colors.set(name, own && !taken.has(own) ? own : (free[0] ?? RUN_COLORS[colors.size % RUN_COLORS.length]));
   }
   return colors;
 }
@@ -40,7 +47,8 @@ export function dotRadius(share) {
 /** Width in pixels and opacity of an edge whose strength is this share of its section's largest. */
 export function edgeStyle(share, crowd) {
   const root = Math.sqrt(share);
-  // In a crowd the same widths would run into one block.
+  // In a crowd the same widths and opacities would run into one block.
   const widest = Math.max(1.2, 4.5 * Math.min(1, Math.sqrt(40 / Math.max(1, crowd))));
-  return {width: Math.max(0.4, widest * (0.1 + 0.9 * root)), opacity: 0.07 + 0.78 * root};
+  const thinned = Math.max(0.35, Math.min(1, Math.sqrt(400 / Math.max(1, crowd))));
+  return {width: Math.max(0.4, widest * (0.1 + 0.9 * root)), opacity: (0.07 + 0.78 * root) * thinned};
 }

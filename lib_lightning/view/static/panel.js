@@ -29,18 +29,28 @@ export class RunPanel {
     this.counts = h("span", {class: "lib-counts", "data-role": "edge-counts"});
     this.note = h("div", {class: "lib-note"});
     this.colors = h("div", {class: "lib-colors", "data-role": "colors"});
-    this.element = h("section", {class: "lib-panel", "data-run": name},
-      h("div", {class: "lib-panel-head"},
-        h("h2", {}, h("span", {class: "lib-line-swatch", style: {background: color}}), name), this.counts),
-      this.stage, this.colors, this.note);
+    this.element = h(
+      "section",
+      {class: "lib-panel", "data-run": name},
+      h(
+        "div",
+        {class: "lib-panel-head"},
+        h("h2", {}, h("span", {class: "lib-line-swatch", style: {background: color}}), name),
+        this.counts,
+      ),
+      this.stage,
+      this.colors,
+      this.note,
+    );
     this.stage.addEventListener("mousemove", (event) => this.#hover(event));
     this.stage.addEventListener("mouseleave", () => this.#leave());
     this.stage.addEventListener("click", (event) => this.#click(event));
   }
 
   /** Take a run's data, anew when its version has changed. */
-  take(history, source) {
+  take(history, source, version) {
     this.history = history;
+    this.version = version;
     this.cache = new SnapshotCache(source, this.name);
     this.frames = new Map();
   }
@@ -65,6 +75,11 @@ export class RunPanel {
     this.#write(view);
     this.hovered = this.hovered && dotOfLineage(this.scene, this.hovered.l, this.hovered.id);
     this.focus();
+    if (this.hovered) this.#tell(this.hovered);
+  }
+
+  #tell(dot) {
+    this.tip.show(this, featureFacts(this.scene, dot.l, dot.feature, dot.color));
   }
 
   /** Say why there is no graph here. */
@@ -79,54 +94,77 @@ export class RunPanel {
 
   #write(view) {
     const {scene} = this;
-    this.counts.textContent = `${integer(scene.edgesDrawn)} of ${counted(scene.edges, "edge")} drawn, `
-      + `${percent(scene.share)} of the strength; ${integer(scene.featuresDrawn)} of ${counted(scene.features, "feature")}`;
+    this.counts.textContent =
+      `${integer(scene.edgesDrawn)} of ${counted(scene.edges, "edge")} drawn, ` +
+      `${percent(scene.share)} of the strength; ${integer(scene.featuresDrawn)} of ${counted(scene.features, "feature")}`;
     this.stage.setAttribute("aria-label", `Interaction graph of ${this.name}: ${this.counts.textContent}`);
     const heads = scene.columns.map((column, l) => {
       const {name, kind} = this.history.layers[l];
       const shown = column.dots.length;
       const of = shown < column.total ? `${integer(shown)} of ${integer(column.total)}` : integer(shown);
-      const width = Math.max(60, (scene.pitch || 200) - 8);
-      return h("div", {class: "lib-head", title: name, style: {left: `${column.x}px`, width: `${width}px`}},
-        h("b", {}, h("bdi", {}, name)), h("span", {}, `${of} ${KINDS[kind] ?? "features"}`));
+      const width = Math.max(60, scene.pitch - 8);
+      return h(
+        "div",
+        {class: "lib-head", title: name, style: {left: `${column.x}px`, width: `${width}px`}},
+        h("b", {}, h("bdi", {}, name)),
+        h("span", {}, `${of} ${KINDS[kind] ?? "features"}`),
+      );
     });
-    const feet = scene.sections.map((section) => h("div", {
-      class: "lib-foot", style: {left: `${section.x}px`, width: `${Math.max(60, scene.pitch - 6)}px`},
-    }, h("span", {}, `${integer(section.edges.length)} of ${counted(section.count, "edge")}`),
-    h("span", {}, `${percent(section.strength / section.total)} of strength`)));
+    const feet = scene.sections.map((section) =>
+      h(
+        "div",
+        {class: "lib-foot", style: {left: `${section.x}px`, width: `${Math.max(60, scene.pitch - 6)}px`}},
+        h("span", {}, `${integer(section.edges.length)} of ${counted(section.count, "edge")}`),
+        h("span", {}, `${percent(section.strength / section.total)} of strength`),
+      ),
+    );
     this.heads.replaceChildren(...heads, ...feet);
     this.note.textContent = scene.cut
-      ? `Only the strongest ${integer(scene.held)} edges of a section are at hand: weaker ones are not drawn.` : "";
+      ? `Only the strongest ${integer(scene.held)} edges of a section are at hand: weaker ones are not drawn.`
+      : "";
     this.colors.replaceChildren(...this.#colorKey(view.color));
   }
 
   #colorKey(by) {
-    const entry = ([color, text]) => h("span", {class: "lib-key"}, h("span", {class: "lib-swatch", style: {background: color}}), text);
+    const entry = ([color, text]) =>
+      h("span", {class: "lib-key"}, h("span", {class: "lib-swatch", style: {background: color}}), text);
     const {history, scene} = this;
     if (by === "age") {
-      return [h("span", {}, "how long it has been there:"),
-        ...[[FROM_THE_START, "from the start"], ...AGES.map((age) => [age.color, age.name])].map(entry)];
+      return [
+        h("span", {}, "how long it has been there:"),
+        ...[[FROM_THE_START, "from the start"], ...AGES.map((age) => [age.color, age.name])].map(entry),
+      ];
     }
     if (by === "label") {
       const groups = [...history.labelGroups].filter(([, color]) => color !== OTHER_MODULES);
       if (!groups.length) return [h("span", {}, "No feature has a label.")];
       const others = history.labelGroups.size - groups.length;
-      return [h("span", {}, "labels, by their first word:"), ...groups.map(([group, color]) => entry([color, group])),
-        ...(others ? [entry([OTHER_MODULES, `${integer(others)} more`])] : []), entry([NO_MODULE, "none"])];
+      return [
+        h("span", {}, "labels, by their first word:"),
+        ...groups.map(([group, color]) => entry([color, group])),
+        ...(others ? [entry([OTHER_MODULES, `${integer(others)} more`])] : []),
+        entry([NO_MODULE, "none"]),
+      ];
     }
     if (!history.hasModules) return [h("span", {}, "No modules are known: "), entry([VERMILION, "features"])];
     const numbers = new Map();
     let [others, none] = [new Set(), false];
-    scene.snapshot.layers.forEach((layer, l) => layer.modules?.forEach((module, i) => {
-      const color = history.moduleColor(scene.k, l, i);
-      if (color === NO_MODULE) none = true;
-      else if (color === OTHER_MODULES) others.add(module);
-      else numbers.set(color, module);
-    }));
+    scene.snapshot.layers.forEach((layer, l) =>
+      layer.modules?.forEach((module, i) => {
+        const color = history.moduleColor(scene.k, l, i);
+        if (color === NO_MODULE) none = true;
+        else if (color === OTHER_MODULES) others.add(module);
+        else numbers.set(color, module);
+      }),
+    );
     const modules = [...numbers].sort((a, b) => a[1] - b[1]).map(([color, module]) => entry([color, String(module)]));
-    return [h("span", {}, "modules at this step:"), ...modules,
+    return [
+      h("span", {}, "modules at this step:"),
+      ...modules,
       ...(others.size ? [entry([OTHER_MODULES, counted(others.size, "smaller one")])] : []),
-      ...(none ? [entry([NO_MODULE, "none"])] : []), h("span", {style: {color: MUTED}}, "grey lines run between modules")];
+      ...(none ? [entry([NO_MODULE, "none"])] : []),
+      h("span", {style: {color: MUTED}}, "grey lines run between modules"),
+    ];
   }
 
   /** Bring out the dots under the mouse and the one that is followed. */
@@ -149,7 +187,7 @@ export class RunPanel {
     if (dot !== this.hovered) {
       this.hovered = dot;
       this.focus();
-      if (dot) this.tip.show(this, featureFacts(this.scene, dot.l, dot.feature, dot.color));
+      if (dot) this.#tell(dot);
     }
     if (dot) this.tip.place(rim.left + dot.x, rim.top + dot.y, dot.radius);
   }
@@ -178,14 +216,26 @@ export class RunPanel {
 
 /** What sizes, widths and marks say, the same for all runs. */
 export function markLegend() {
-  const dot = (radius, extra) => h("span", {class: `lib-dot ${extra ?? ""}`, style: {width: `${2 * radius}px`, height: `${2 * radius}px`}});
+  const dot = (radius, extra) =>
+    h("span", {class: `lib-dot ${extra ?? ""}`, style: {width: `${2 * radius}px`, height: `${2 * radius}px`}});
   const line = (width, opacity) => h("span", {class: "lib-edge", style: {height: `${width}px`, opacity}});
   const item = (...parts) => h("span", {class: "lib-key"}, parts);
-  return h("div", {class: "lib-legend"},
+  return h(
+    "div",
+    {class: "lib-legend"},
     item(h("span", {}, "dots: importance, of the layer's largest"), dot(9.6), "1", dot(5.7), "0.1", dot(2.8), "0.001"),
-    item(h("span", {}, "lines: strength, of the section's largest"), line(4.5, 0.85), "1", line(1.7, 0.32), "0.1", line(0.9, 0.15), "0.01"),
+    item(
+      h("span", {}, "lines: strength, of the section's largest"),
+      line(4.5, 0.85),
+      "1",
+      line(1.7, 0.32),
+      "0.1",
+      line(0.9, 0.15),
+      "0.01",
+    ),
     item(dot(5, "lib-hollow"), "direction not fixed by the samples"),
-    item(dot(5, "lib-new"), "new at this step"));
+    item(dot(5, "lib-new"), "new at this step"),
+  );
 }
 
 /** The one tooltip of a view; each panel may show its own text in it. */
@@ -207,13 +257,18 @@ export class Tooltip {
     this.element.hidden = true;
   }
 
-  /** Beside a point of the window, on whichever side there is room. */
+  /** Below or above a point of the window, where it hides the fewest edges of a dot there; beside it in low windows. */
   place(x, y, gap) {
     const {offsetWidth: width, offsetHeight: height} = this.element;
-    const right = x + gap + 18;
-    const left = right + width > window.innerWidth - 8 ? Math.max(8, x - gap - 18 - width) : right;
-    this.element.style.left = `${left}px`;
-    this.element.style.top = `${Math.max(8, Math.min(y - 30, window.innerHeight - height - 8))}px`;
+    const {innerWidth, innerHeight} = window;
+    const far = gap + 16;
+    let [left, top] = [x - width / 2, y + far];
+    if (top + height > innerHeight - 8) top = y - far - height;
+    if (top < 8) {
+      left = x + far + width > innerWidth - 8 ? x - far - width : x + far;
+      top = Math.min(y - 30, innerHeight - height - 8);
+    }
+    this.element.style.left = `${Math.max(8, Math.min(left, innerWidth - width - 8))}px`;
+    this.element.style.top = `${Math.max(8, top)}px`;
   }
 }
-

@@ -4,7 +4,7 @@ import {AGES, BETWEEN, BLUE, FROM_THE_START, MUTED, NO_MODULE, OTHER_MODULES, VE
 import {labelGroup} from "./history.js";
 
 /** Pixels kept free around the graph: names of layers above, counts below, labels beside the last column. */
-export const MARGIN = {top: 46, bottom: 44, left: 44, right: 44};
+const MARGIN = {top: 50, bottom: 44, left: 84, right: 84, labels: 130};
 // Below this many pixels from dot to dot there is no room for words.
 const ROOM_FOR_WORDS = 9;
 
@@ -16,19 +16,26 @@ const ROOM_FOR_WORDS = 9;
  */
 export function buildScene(history, k, snapshot, frame, view) {
   const count = history.layers.length;
+  const right = Math.min(history.labelGroups.size ? MARGIN.labels : MARGIN.right, view.width / (count + 1));
   const plot = {
-    left: MARGIN.left, right: view.width - MARGIN.right, top: MARGIN.top, bottom: view.height - MARGIN.bottom,
+    left: Math.min(MARGIN.left, view.width / (count + 1)),
+    right: view.width - right,
+    top: MARGIN.top,
+    bottom: view.height - MARGIN.bottom,
   };
-  const pitch = count > 1 ? (plot.right - plot.left) / count : 0;
-  const columns = frame.map((column, l) => buildColumn(history, k, snapshot, column, l, view, plot, {
-    // Half a pitch is free at both ends, for names and labels.
-    x: count > 1 ? plot.left + pitch * (l + 0.5) : (plot.left + plot.right) / 2, pitch,
-  }));
+  const pitch = count > 1 ? (plot.right - plot.left) / (count - 1) : view.width / 2;
+  const columns = frame.map((column, l) =>
+    buildColumn(history, k, snapshot, column, l, view, plot, {
+      x: count > 1 ? plot.left + pitch * l : (plot.left + plot.right) / 2,
+      // What a label beside a dot may take.
+      room: l < count - 1 ? pitch - 40 : right - 24,
+    }),
+  );
   const sections = snapshot.sections.map((section, l) => buildSection(section, columns[l], columns[l + 1], view));
   return {k, snapshot, history, columns, sections, pitch, ...totals(columns, sections)};
 }
 
-function buildColumn(history, k, snapshot, frame, l, view, plot, {x, pitch}) {
+function buildColumn(history, k, snapshot, frame, l, view, plot, {x, room}) {
   const layer = snapshot.layers[l];
   const largest = layer.importance[history.order[k][l][0]] || 1;
   const spacing = (plot.bottom - plot.top) / Math.max(1, frame.places - 1);
@@ -39,7 +46,10 @@ function buildColumn(history, k, snapshot, frame, l, view, plot, {x, pitch}) {
     const id = history.lineage(k, l, feature);
     const age = k - (history.first[l].get(id) ?? 0);
     const dot = {
-      l, feature, id, x,
+      l,
+      feature,
+      id,
+      x,
       y: plot.top + frame.heights[n] * (plot.bottom - plot.top),
       radius: Math.min(dotRadius(layer.importance[feature] / largest), most),
       color: dotColor(history, k, snapshot, l, feature, id, view.color),
@@ -51,7 +61,7 @@ function buildColumn(history, k, snapshot, frame, l, view, plot, {x, pitch}) {
     dotOf.set(feature, dot);
     return dot;
   });
-  return {l, x, pitch, dots, dotOf, total: layer.importance.length, words: spacing >= ROOM_FOR_WORDS};
+  return {l, x, room, dots, dotOf, total: layer.importance.length, words: spacing >= ROOM_FOR_WORDS};
 }
 
 /** Name of a feature in this snapshot, or the newest that its lineage has. */
@@ -63,7 +73,7 @@ function dotColor(history, k, snapshot, l, feature, id, by) {
   if (by === "age") return ageColor(history, k, l, id);
   if (by === "label") {
     const group = labelGroup(labelOf(history, snapshot, l, feature, id));
-    return group ? history.labelGroups.get(group) ?? OTHER_MODULES : NO_MODULE;
+    return group ? (history.labelGroups.get(group) ?? OTHER_MODULES) : NO_MODULE;
   }
   return history.hasModules ? history.moduleColor(k, l, feature) : VERMILION;
 }
@@ -89,8 +99,15 @@ function buildSection(section, before, after, view) {
   }
   // The file may hold only the strongest edges of a section.
   const cut = weight.length > 0 && weight.length < section.count && weight[weight.length - 1] > least;
-  return {edges, strength, x: (before.x + after.x) / 2, count: section.count, total: section.strength, cut,
-    held: weight.length};
+  return {
+    edges,
+    strength,
+    x: (before.x + after.x) / 2,
+    count: section.count,
+    total: section.strength,
+    cut,
+    held: weight.length,
+  };
 }
 
 function edgeColor(from, to) {

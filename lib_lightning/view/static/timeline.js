@@ -1,12 +1,12 @@
-// Numbers over steps, below the graph: metrics, scalars, the followed lineage and events on one time axis.
+// Numbers over steps, below the graph: metrics, scalars and the followed lineage, over events on the same time axis.
 
-import {h, s, setOptions} from "./dom.js";
+import {h, setOptions} from "./dom.js";
 import {CHART, chartKey, lineChart, looksLogarithmic, timeScale, wantsLog} from "./chart.js";
 import {integer, number, ordinal, withError} from "./text.js";
-import {BLUE, GREEN, MUTED, ORANGE, PURPLE, VERMILION} from "./palette.js";
+import {MUTED, VERMILION} from "./palette.js";
+import {EventTrack} from "./events.js";
 
-const HEIGHT = 118, EVENTS_HEIGHT = 30, NEWEST = 60;
-const KIND_COLORS = [BLUE, VERMILION, GREEN, PURPLE, ORANGE];
+const HEIGHT = 118;
 const FIRST_METRICS = ["effective_edges/total", "features/total"];
 
 /** The tracks; `act.go(step)` moves the slider, `act.follow(lineage)` follows one. */
@@ -14,69 +14,139 @@ export class Timeline {
   constructor(state, act) {
     this.act = act;
     this.state = state;
-    this.metric = h("select", {"data-role": "metric", "aria-label": "metric", onchange: () => act.set({metric: this.metric.value})});
-    this.scalar = h("select", {"data-role": "scalar", "aria-label": "scalar", onchange: () => act.set({scalar: this.scalar.value})});
-    this.xscale = h("select", {"data-role": "xscale", "aria-label": "time axis", onchange: () => act.set({xscale: this.xscale.value})});
-    setOptions(this.xscale, [["auto", "automatic"], ["linear", "linear"], ["log", "logarithmic"]], state.xscale);
+    this.metric = h("select", {
+      "data-role": "metric",
+      "aria-label": "metric",
+      onchange: () => act.set({metric: this.metric.value}),
+    });
+    this.scalar = h("select", {
+      "data-role": "scalar",
+      "aria-label": "scalar",
+      onchange: () => act.set({scalar: this.scalar.value}),
+    });
+    this.xscale = h("select", {
+      "data-role": "xscale",
+      "aria-label": "time axis",
+      onchange: () => act.set({xscale: this.xscale.value}),
+    });
+    setOptions(
+      this.xscale,
+      [
+        ["auto", "automatic"],
+        ["linear", "linear"],
+        ["log", "logarithmic"],
+      ],
+      state.xscale,
+    );
     this.tracks = {
-      metric: new Track("metric", this.metric), scalar: new Track("scalar", this.scalar),
+      metric: new Track("metric", this.metric),
+      scalar: new Track("scalar", this.scalar),
       lineage: new Track("lineage", h("strong", {class: "lib-followed-name"})),
     };
-    this.letGo = h("button", {type: "button", class: "lib-small", onclick: () => act.follow(null), title: "Escape"}, "let go");
+    this.letGo = h(
+      "button",
+      {type: "button", class: "lib-small", onclick: () => act.follow(null), title: "Escape"},
+      "let go",
+    );
     this.tracks.lineage.head.append(this.letGo);
-    this.marks = s("svg", {height: EVENTS_HEIGHT, class: "lib-marks", "aria-hidden": "true"});
-    this.eventTip = h("div", {class: "lib-tip lib-event-tip", hidden: true});
-    this.eventTrack = h("div", {class: "lib-track lib-event-track"}, h("div", {class: "lib-track-head"}, h("strong", {}, "events")), this.marks);
+    this.events = new EventTrack(act);
     this.cursor = h("div", {class: "lib-cursor", "aria-hidden": "true"});
-    this.list = h("ol", {class: "lib-event-list", "data-role": "events", "aria-label": "newest events"});
-    this.column = h("div", {class: "lib-tracks"}, Object.values(this.tracks).map((track) => track.element), this.eventTrack, this.cursor);
-    this.events = h("aside", {class: "lib-events"}, h("h3", {}, "Newest events"), this.list);
-    this.element = h("div", {class: "lib-timeline"},
-      h("div", {class: "lib-timeline-head"}, h("h2", {}, "Over training"),
-        h("label", {class: "lib-control"}, h("span", {class: "lib-name"}, "time axis"), this.xscale)),
-      h("div", {class: "lib-timeline-body"}, this.column, this.events));
-    for (const surface of [...Object.values(this.tracks).map((track) => track.plot), this.marks]) {
-      surface.addEventListener("click", (event) => this.#click(event));
+    this.column = h(
+      "div",
+      {class: "lib-tracks"},
+      this.cursor,
+      Object.values(this.tracks).map((track) => track.element),
+      this.events.element,
+    );
+    this.element = h(
+      "div",
+      {class: "lib-timeline"},
+      h(
+        "div",
+        {class: "lib-timeline-head"},
+        h("h2", {}, "Over training"),
+        h("label", {class: "lib-control"}, h("span", {class: "lib-name"}, "time axis"), this.xscale),
+      ),
+      h("div", {class: "lib-timeline-body"}, this.column, this.events.aside),
+    );
+    for (const {plot} of Object.values(this.tracks)) {
+      plot.addEventListener("click", (event) => {
+        act.go(this.time.back(event.clientX - plot.getBoundingClientRect().left), true);
+      });
     }
-    this.marks.addEventListener("mousemove", (event) => this.#overEvents(event));
-    this.marks.addEventListener("mouseleave", () => { this.eventTip.hidden = true; });
   }
 
   /** Draw everything anew: other data, other choices or another width. */
   draw(runs) {
     this.runs = runs;
     const steps = runs.flatMap((run) => run.history.steps);
-    const scalarSteps = runs.flatMap((run) => Object.values(run.history.run.scalars ?? {}).flatMap((line) => line.steps));
+    const scalarSteps = runs.flatMap((run) =>
+      Object.values(run.history.run.scalars ?? {}).flatMap((line) => line.steps),
+    );
     const all = [...steps, ...scalarSteps].sort((a, b) => a - b);
-    const log = this.state.xscale === "log" || (this.state.xscale === "auto" && looksLogarithmic([...steps].sort((a, b) => a - b)));
-    this.time = timeScale(all[0] ?? 0, all[all.length - 1] ?? 1, Math.max(320, this.column.clientWidth), log);
+    const log =
+      this.state.xscale === "log" ||
+      (this.state.xscale === "auto" && looksLogarithmic([...steps].sort((a, b) => a - b)));
+    // On a log axis the steps before the first snapshot would take the room of all others.
+    this.time = timeScale(
+      (log ? Math.min(...steps) : all[0]) ?? 0,
+      all[all.length - 1] ?? 1,
+      Math.max(320, this.column.clientWidth),
+      log,
+    );
     this.#drawMetric();
     this.#drawScalar();
     this.#drawLineage();
-    this.#drawEvents();
+    this.events.draw(runs, this.time);
     this.moveTo(this.state.step);
   }
 
   #drawMetric() {
-    const names = [...new Set(this.runs.flatMap((run) => run.history.snapshots.flatMap((snapshot) => Object.keys(snapshot.metrics ?? {}))))].sort();
+    const names = [
+      ...new Set(
+        this.runs.flatMap((run) => run.history.snapshots.flatMap((snapshot) => Object.keys(snapshot.metrics ?? {}))),
+      ),
+    ].sort();
     const first = FIRST_METRICS.find((name) => names.includes(name)) ?? names[0];
-    setOptions(this.metric, names.map((name) => [name, name]), this.state.metric ?? first);
-    const lines = this.runs.map(({name, color, history}) => {
-      const found = history.snapshots.map((snapshot) => snapshot.metrics?.[this.metric.value] ?? null);
-      const errors = found.some((metric) => metric?.error) ? found.map((metric) => metric?.error ?? 0) : undefined;
-      return {name, color, steps: history.steps, values: found.map((metric) => metric?.value ?? null), errors, dots: true};
-    }).filter((line) => line.values.some((value) => value !== null));
+    setOptions(
+      this.metric,
+      names.map((name) => [name, name]),
+      this.state.metric ?? first,
+    );
+    const lines = this.runs
+      .map(({name, color, history}) => {
+        const found = history.snapshots.map((snapshot) => snapshot.metrics?.[this.metric.value] ?? null);
+        const errors = found.some((metric) => metric?.error) ? found.map((metric) => metric?.error ?? 0) : undefined;
+        return {
+          name,
+          color,
+          steps: history.steps,
+          values: found.map((metric) => metric?.value ?? null),
+          errors,
+          dots: true,
+        };
+      })
+      .filter((line) => line.values.some((value) => value !== null));
     this.tracks.metric.draw(lines, this.time, `${this.metric.value} over steps`);
   }
 
   #drawScalar() {
     const names = [...new Set(this.runs.flatMap((run) => Object.keys(run.history.run.scalars ?? {})))].sort();
-    const first = names.find((name) => /val.*loss|loss.*val/.test(name)) ?? names.find((name) => /loss/.test(name)) ?? names[0];
-    setOptions(this.scalar, names.map((name) => [name, name]), this.state.scalar ?? first);
-    const lines = this.runs.filter((run) => run.history.run.scalars?.[this.scalar.value])
+    const first = [/val.*loss|loss.*val/, /train.*loss|loss.*train/, /loss/, /./]
+      .map((kind) => names.find((name) => kind.test(name)))
+      .find(Boolean);
+    setOptions(
+      this.scalar,
+      names.map((name) => [name, name]),
+      this.state.scalar ?? first,
+    );
+    const lines = this.runs
+      .filter((run) => run.history.run.scalars?.[this.scalar.value])
       .map(({name, color, history}) => ({name, color, ...history.run.scalars[this.scalar.value]}));
     // Baselines write to the log directory of their run: the same numbers need only one line.
-    const distinct = lines.filter((line, i) => lines.findIndex((other) => String(other.values) === String(line.values)) === i);
+    const distinct = lines.filter(
+      (line, i) => lines.findIndex((other) => String(other.values) === String(line.values)) === i,
+    );
     this.tracks.scalar.draw(distinct, this.time, `${this.scalar.value} over steps`);
   }
 
@@ -92,13 +162,29 @@ export class Timeline {
     this.tracks.lineage.head.querySelector("strong").textContent = `importance of ${name}`;
     const [born, last] = [history.first[l].get(id), history.last[l].get(id)];
     const marks = [];
-    if (born > 0) marks.push({step: history.steps[born], value: values[born], kind: "birth", text: history.birth(l, id), color: VERMILION});
+    if (born > 0)
+      marks.push({
+        step: history.steps[born],
+        value: values[born],
+        kind: "birth",
+        text: history.birth(l, id),
+        color: VERMILION,
+      });
     if (last < history.steps.length - 1) {
-      marks.push({step: history.steps[last], value: values[last], kind: "death", color: VERMILION,
-        text: `last seen at step ${integer(history.steps[last])}`});
+      marks.push({
+        step: history.steps[last],
+        value: values[last],
+        kind: "death",
+        color: VERMILION,
+        text: `last seen at step ${integer(history.steps[last])}`,
+      });
     }
-    this.tracks.lineage.draw([{name: "", color: VERMILION, steps: history.steps, values, dots: true}], this.time,
-      `importance of ${name} over steps`, {log: true, marks: marks.filter((mark) => mark.value > 0)});
+    this.tracks.lineage.draw(
+      [{name: "", color: VERMILION, steps: history.steps, values, dots: true}],
+      this.time,
+      `importance of ${name} over steps`,
+      {log: true, marks: marks.filter((mark) => mark.value > 0)},
+    );
   }
 
   /** Say how the followed lineage is at snapshot k; `drawn` tells whether its dot is in the picture. */
@@ -108,71 +194,21 @@ export class Timeline {
     const label = history.run.labels?.[l]?.[id];
     const parts = [label, history.followed(k, l) ? history.birth(l, id) : "not followed over time"];
     if (i < 0) {
-      parts.push(k < history.first[l].get(id) ? "not yet there at this step"
-        : k > history.last[l].get(id) ? `gone, last seen at step ${integer(history.steps[history.last[l].get(id)])}` : "not there at this step");
+      parts.push(
+        k < history.first[l].get(id)
+          ? "not yet there at this step"
+          : k > history.last[l].get(id)
+            ? `gone, last seen at step ${integer(history.steps[history.last[l].get(id)])}`
+            : "not there at this step",
+      );
     } else {
       const layer = snapshot.layers[l];
-      parts.push(`importance ${withError(layer.importance[i], layer.error?.[i])}`,
-        `${ordinal(history.rank(k, l, i))} of ${integer(layer.importance.length)}${drawn ? "" : ", not among the features drawn"}`);
+      parts.push(
+        `importance ${withError(layer.importance[i], layer.error?.[i])}`,
+        `${ordinal(history.rank(k, l, i))} of ${integer(layer.importance.length)}${drawn ? "" : ", not among the features drawn"}`,
+      );
     }
     this.tracks.lineage.say(h("span", {"data-role": "follow-text"}, parts.filter(Boolean).join(" · ")));
-  }
-
-  #drawEvents() {
-    const several = this.runs.length > 1;
-    const events = this.runs.flatMap((run) => (run.history.run.events ?? []).map((event) => ({...event, run: run.name})));
-    events.sort((a, b) => a.step - b.step);
-    this.all = events;
-    const kinds = [...new Set(events.map((event) => event.kind))].sort();
-    this.colorOf = new Map(kinds.map((kind, i) => [kind, KIND_COLORS[i % KIND_COLORS.length]]));
-    this.marks.setAttribute("width", this.time.width);
-    const middle = EVENTS_HEIGHT / 2;
-    this.marks.replaceChildren(
-      s("line", {x1: CHART.left, x2: this.time.width - CHART.right, y1: middle, y2: middle, class: "lib-axis"}),
-      ...events.map((event) => s("circle", {
-        cx: this.time.x(event.step).toFixed(1), cy: middle, r: 4, fill: this.colorOf.get(event.kind), "fill-opacity": 0.75,
-      })));
-    this.eventTrack.hidden = events.length === 0;
-    const newest = events.slice(-NEWEST).reverse();
-    this.list.replaceChildren(...(newest.length ? newest.map((event) => h("li", {"data-step": event.step},
-      h("button", {type: "button", class: "lib-event", onclick: () => this.#goTo(event)},
-        h("span", {class: "lib-event-step"},
-          h("span", {class: "lib-swatch", style: {background: this.colorOf.get(event.kind)}}),
-          `${integer(event.step)} · ${event.kind}${several ? ` · ${event.run}` : ""}`),
-        h("span", {}, event.text)))) : [h("li", {class: "lib-none"}, "Nothing has been noticed yet.")]));
-  }
-
-  #goTo(event) {
-    this.act.go(event.step);
-    const run = this.runs.find((own) => own.name === event.run);
-    const l = run.history.layers.findIndex((layer) => layer.name === event.layer);
-    if (l >= 0 && event.lineage !== null && event.lineage !== undefined) this.act.follow({run: event.run, l, id: event.lineage});
-  }
-
-  #near(event) {
-    const x = event.clientX - this.marks.getBoundingClientRect().left;
-    return this.all.filter((own) => Math.abs(this.time.x(own.step) - x) <= 5);
-  }
-
-  #overEvents(event) {
-    const near = this.#near(event);
-    this.eventTip.hidden = near.length === 0;
-    if (!near.length) return;
-    const more = near.length - 6;
-    this.eventTip.replaceChildren(...near.slice(-6).map((own) => h("p", {},
-      h("span", {class: "lib-swatch", style: {background: this.colorOf.get(own.kind)}}), own.text)),
-    ...(more > 0 ? [h("p", {class: "lib-tip-hint"}, `and ${integer(more)} more here`)] : []));
-    const rim = this.marks.getBoundingClientRect();
-    this.eventTip.style.left = `${Math.max(8, Math.min(event.clientX + 12, window.innerWidth - 340))}px`;
-    this.eventTip.style.top = `${Math.max(8, rim.top - this.eventTip.offsetHeight - 6)}px`;
-  }
-
-  #click(event) {
-    if (event.currentTarget === this.marks) {
-      const near = this.#near(event);
-      if (near.length) return this.#goTo(near[near.length - 1]);
-    }
-    return this.act.go(this.time.back(event.clientX - event.currentTarget.getBoundingClientRect().left), true);
   }
 
   /** Set the cursor and the values at a step. */
@@ -181,7 +217,7 @@ export class Timeline {
     const x = Math.min(this.time.width - CHART.right, Math.max(CHART.left, this.time.x(step ?? 0)));
     this.cursor.style.transform = `translateX(${x}px)`;
     for (const track of [this.tracks.metric, this.tracks.scalar]) track.tellAt(step);
-    for (const item of this.list.children) item.classList.toggle("lib-later", Number(item.dataset.step) > step);
+    this.events.moveTo(step);
   }
 }
 
@@ -207,11 +243,15 @@ class Track {
 
   /** The newest value at or before a step, of each line. */
   tellAt(step) {
-    this.key.replaceChildren(...chartKey(this.lines.map((line) => {
-      let i = line.steps.length - 1;
-      while (i >= 0 && (line.steps[i] > step || line.values[i] === null)) i -= 1;
-      const value = i < 0 ? "–" : line.errors ? withError(line.values[i], line.errors[i]) : number(line.values[i]);
-      return {name: this.lines.length > 1 ? line.name : "", color: line.color ?? MUTED, value};
-    })));
+    this.key.replaceChildren(
+      ...chartKey(
+        this.lines.map((line) => {
+          let i = line.steps.length - 1;
+          while (i >= 0 && (line.steps[i] > step || line.values[i] === null)) i -= 1;
+          const value = i < 0 ? "–" : line.errors ? withError(line.values[i], line.errors[i]) : number(line.values[i]);
+          return {name: this.lines.length > 1 ? line.name : "", color: line.color ?? MUTED, value};
+        }),
+      ),
+    );
   }
 }

@@ -19,14 +19,24 @@ export function featureFacts(scene, l, i, color) {
     ["rank", `${ordinal(history.rank(k, l, i))} of ${integer(layer.importance.length)}`],
     module === null || module === undefined ? null : ["module", module < 0 ? "none" : String(module)],
     history.followed(k, l) ? ["birth", history.birth(l, id)] : ["birth", "not followed over time"],
-    similarity === null || similarity === undefined ? null : ["similarity", `${number(similarity)} to the snapshot before`],
+    similarity === null || similarity === undefined
+      ? null
+      : ["similarity", `${number(similarity)} to the snapshot before`],
     layer.unsure?.[i] ? ["direction", "not fixed by the samples"] : null,
   ];
   return [
-    h("div", {class: "lib-tip-title"},
-      h("span", {class: "lib-swatch", style: {background: color}}), `${history.layers[l].name}/${id}`),
+    h(
+      "div",
+      {class: "lib-tip-title"},
+      h("span", {class: "lib-swatch", style: {background: color}}),
+      `${history.layers[l].name}/${id}`,
+    ),
     label ? h("div", {class: "lib-tip-label"}, label) : null,
-    h("dl", {}, rows.filter(Boolean).map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)])),
+    h(
+      "dl",
+      {},
+      rows.filter(Boolean).map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]),
+    ),
     partners(scene, l, i, "before"),
     partners(scene, l, i, "after"),
     h("div", {class: "lib-tip-hint"}, "click to follow it through time"),
@@ -44,13 +54,26 @@ function partners(scene, l, i, side) {
   for (let e = 0; e < section.edges.weight.length && strongest.length < PARTNERS; e++) {
     if (section.edges[own][e] === i) strongest.push([section.edges[far][e], section.edges.weight[e]]);
   }
-  return h("div", {class: "lib-tip-partners"},
+  return h(
+    "div",
+    {class: "lib-tip-partners"},
     h("div", {class: "lib-tip-side"}, `strongest ${side}, in ${history.layers[other].name}`),
-    strongest.length ? h("ol", {}, strongest.map(([j, weight]) => {
-      const id = history.lineage(k, other, j);
-      return h("li", {},
-        h("b", {}, `${history.layers[other].name}/${id}`), " ",
-        labelOf(history, snapshot, other, j, id),
-        h("span", {class: "lib-tip-number"}, `${number(weight)} (${percent(weight / section.strongest)})`));
-    })) : h("div", {class: "lib-tip-none"}, "none among the edges that are here"));
+    strongest.length
+      ? h(
+          "ol",
+          {},
+          strongest.map(([j, weight]) => {
+            const id = history.lineage(k, other, j);
+            return h(
+              "li",
+              {},
+              h("b", {}, `${history.layers[other].name}/${id}`),
+              " ",
+              labelOf(history, snapshot, other, j, id),
+              h("span", {class: "lib-tip-number"}, `${number(weight)} (${percent(weight / section.strongest)})`),
+            );
+          }),
+        )
+      : h("div", {class: "lib-tip-none"}, "none among the edges that are here"),
+  );
 }

@@ -1,17 +1,17 @@
 // The view: which runs, which step, what is drawn. Everything that changes goes through here.
 
-import {runColors} from "./palette.js";
 import {h} from "./dom.js";
 import {integer} from "./text.js";
-import {History} from "./history.js";
 import {dotOfLineage} from "./scene.js";
 import {Controls} from "./controls.js";
 import {Timeline} from "./timeline.js";
 import {RunPanel, Tooltip, markLegend} from "./panel.js";
+import {Shelf} from "./shelf.js";
+import {Player} from "./player.js";
+import {findFeature, knownFeatures} from "./find.js";
 
 const POLL_MS = 5000;
 const PREFETCHED = 4;
-const KNOWN = 400;
 
 /** Build the view inside an element; `source` is where runs and snapshots come from. */
 export function mount(element, source) {
@@ -20,21 +20,40 @@ export function mount(element, source) {
   return {destroy: () => view.destroy()};
 }
 
+/** What to do when there is nothing to see yet. */
+function emptyState(live) {
+  return [
+    h("h2", {}, "No snapshots yet"),
+    h("p", {}, "Add ", h("code", {}, "LIBCallback"), " to a trainer whose log directory is below this one:"),
+    h("pre", {}, "from lib_lightning import LIBCallback\n\ntrainer = Trainer(callbacks=[LIBCallback()])"),
+    h("p", {}, live ? "Snapshots appear here as they are written." : "Then make this page again."),
+  ];
+}
+
 class View {
   constructor(element, source) {
     this.source = source;
     this.state = {
-      step: null, chosen: null, threshold: 0.01, limit: 40, color: "module", heights: "lineage", speed: 4,
-      metric: null, scalar: null, xscale: "auto", follow: null, graphHeight: 480,
+      step: null,
+      threshold: 0.01,
+      limit: 40,
+      color: "module",
+      heights: "lineage",
+      speed: 4,
+      metric: null,
+      scalar: null,
+      xscale: "auto",
+      follow: null,
+      graphHeight: 480,
     };
-    this.listed = [];
     this.steps = [];
-    this.panels = new Map();
-    this.colors = new Map();
-    this.playing = null;
+    this.pictures = null;
+    this.player = new Player(this);
     this.asked = 0;
+    this.loading = null;
+    this.failed = false;
     this.controls = new Controls(this.state, {
-      play: () => this.play(this.playing === null),
+      play: () => this.player.toggle(),
       step: (index) => this.show(this.steps[index], {fade: true}),
       set: (change) => this.set(change),
       run: (name, on) => this.choose(name, on),
@@ -46,21 +65,40 @@ class View {
       follow: (lineage) => this.follow(lineage),
     });
     this.tip = new Tooltip();
+    const clicked = (lineage) => this.clicked(lineage);
+    this.shelf = new Shelf(source, (name, color) => new RunPanel(name, color, this.tip, clicked));
     this.message = h("div", {class: "lib-message", role: "alert", hidden: true});
     this.empty = h("div", {class: "lib-empty", hidden: true});
     this.grid = h("div", {class: "lib-panels"});
-    this.content = h("div", {class: "lib-content", hidden: true},
-      this.controls.film, this.controls.options, this.grid, markLegend(), this.timeline.element);
-    this.root = h("div", {class: "lib-view", tabindex: -1, "data-ready": "false"},
-      this.controls.header, this.message, this.empty, this.content, this.tip.element, this.timeline.eventTip);
+    this.content = h(
+      "div",
+      {class: "lib-content", hidden: true},
+      this.controls.film,
+      this.controls.options,
+      this.grid,
+      markLegend(),
+      this.timeline.element,
+    );
+    this.root = h(
+      "div",
+      {class: "lib-view", tabindex: -1, "data-ready": "false"},
+      this.controls.header,
+      this.message,
+      this.empty,
+      this.content,
+      this.tip.element,
+      this.timeline.events.tip,
+    );
     element.append(this.root);
-    this.keys = (event) => this.onKey(event);
+    this.keys = (event) => this.player.onKey(event);
     document.addEventListener("keydown", this.keys);
     this.resized = new ResizeObserver(() => this.onResize());
     this.resized.observe(this.root);
     this.handle = {
-      positionOf: (run, layer, id) => this.panels.get(run)?.positionOf(layer, id) ?? null,
-      show: (step) => this.show(step), lastDrawMs: null, lastStepMs: null,
+      positionOf: (run, layer, id) => this.shelf.panels.get(run)?.positionOf(layer, id) ?? null,
+      show: (step) => this.show(step),
+      lastDrawMs: null,
+      lastStepMs: null,
     };
     element.libView = this.root.libView = this.handle;
     this.element = element;
@@ -79,68 +117,40 @@ class View {
   destroy() {
     this.gone = true;
     clearTimeout(this.timer);
-    this.play(false);
+    this.player.play(false);
     document.removeEventListener("keydown", this.keys);
     this.resized.disconnect();
     this.root.remove();
     delete this.element.libView;
   }
 
-  /** Ask for the runs; fetch those anew that are shown and have changed. */
+  /** Look for something new. */
   async refresh() {
     try {
-      this.listed = await this.source.runs();
-      const full = this.listed.filter((run) => run.snapshots > 0);
-      if (!this.state.chosen && full.length) this.state.chosen = [full[0].name];
-      this.colors = runColors(this.listed.map((run) => run.name));
-      const changed = await this.fetchChosen();
-      this.report(null);
+      const changed = await this.shelf.refresh();
+      if (!this.failed) this.report(null);
       if (this.gone) return;
-      this.controls.showRuns(full, this.state.chosen ?? [], this.colors);
-      this.showEmpty(full.length === 0);
+      this.controls.showRuns(this.shelf);
+      this.showEmpty(this.shelf.full.length === 0);
       if (changed) await this.dataChanged();
+      else if (this.failed) await this.show(this.state.step);
     } catch (error) {
-      this.report(error);
+      this.report(error, this.source.live);
     }
-  }
-
-  async fetchChosen() {
-    let changed = false;
-    for (const name of this.state.chosen ?? []) {
-      const listed = this.listed.find((run) => run.name === name);
-      const panel = this.panels.get(name);
-      if (!listed || panel?.version === listed.version) continue;
-      const run = await this.source.run(name);
-      const own = panel ?? new RunPanel(name, this.colors.get(name), this.tip, (lineage) => this.follow(lineage));
-      own.take(new History(run), this.source);
-      own.version = listed.version;
-      this.panels.set(name, own);
-      changed = true;
-    }
-    for (const name of [...this.panels.keys()]) {
-      if (this.state.chosen.includes(name)) continue;
-      this.panels.delete(name);
-      changed = true;
-    }
-    return changed;
-  }
-
-  /** The chosen runs that are here, in the order of the list. */
-  shown() {
-    return this.listed.map((run) => this.panels.get(run.name)).filter(Boolean);
   }
 
   async dataChanged() {
     const atEnd = this.state.step === null || this.state.step === this.steps[this.steps.length - 1];
-    this.steps = [...new Set(this.shown().flatMap((panel) => panel.history.steps))].sort((a, b) => a - b);
+    this.steps = [...new Set(this.shelf.shown.flatMap((panel) => panel.history.steps))].sort((a, b) => a - b);
     // Whoever looks at the newest snapshot sees the next one come; others are left where they are.
     const step = atEnd ? this.steps[this.steps.length - 1] : this.stepNear(this.state.step);
-    if (this.state.follow && !this.panels.has(this.state.follow.run)) this.state.follow = null;
-    this.grid.replaceChildren(...this.shown().map((panel) => panel.element));
-    this.grid.dataset.runs = this.shown().length;
-    this.root.dataset.runs = this.shown().map((panel) => panel.name).join(" ");
-    this.controls.showKnown(this.known());
+    if (this.state.follow && !this.shelf.panels.has(this.state.follow.run)) this.state.follow = null;
+    this.grid.replaceChildren(...this.shelf.shown.map((panel) => panel.element));
+    this.grid.dataset.runs = this.shelf.shown.length;
+    this.root.dataset.runs = this.shelf.shown.map((panel) => panel.name).join(" ");
+    this.controls.showKnown(knownFeatures(this.shelf.shown));
     this.content.hidden = this.steps.length === 0;
+    this.pictures = null;
     this.drawTimeline();
     if (this.steps.length) await this.show(step);
     else this.root.dataset.ready = "true";
@@ -151,23 +161,24 @@ class View {
     if (!empty) return;
     this.content.hidden = true;
     this.root.dataset.ready = "true";
-    this.empty.replaceChildren(
-      h("h2", {}, "No snapshots yet"),
-      h("p", {}, "Add ", h("code", {}, "LIBCallback"), " to a trainer whose log directory is below this one:"),
-      h("pre", {}, "from lib_lightning import LIBCallback\n\ntrainer = Trainer(callbacks=[LIBCallback()])"),
-      h("p", {}, this.source.live ? "Snapshots appear here as they are written." : "Then make this page again."));
+    this.empty.replaceChildren(...emptyState(this.source.live));
   }
 
-  report(error) {
+  report(error, again = false) {
     this.message.hidden = !error;
     this.message.textContent = error
-      ? `${String(error.message ?? error)}${this.source.live ? " Trying again every five seconds." : ""}` : "";
+      ? `${String(error.message ?? error)}${again ? " Trying again every five seconds." : ""}`
+      : "";
     if (error) this.root.dataset.ready = "true";
   }
 
   /** The newest step at or before this one, or with `nearest` the one closest to it. */
   stepNear(step, nearest = false) {
-    if (nearest) return this.steps.reduce((best, own) => (Math.abs(own - step) < Math.abs(best - step) ? own : best), this.steps[0]);
+    if (nearest)
+      return this.steps.reduce(
+        (best, own) => (Math.abs(own - step) < Math.abs(best - step) ? own : best),
+        this.steps[0],
+      );
     return [...this.steps].reverse().find((own) => own <= step) ?? this.steps[0];
   }
 
@@ -180,34 +191,52 @@ class View {
     this.state.step = step;
     this.root.dataset.ready = "false";
     const index = this.steps.indexOf(step);
-    const wanted = this.shown().map((panel) => ({panel, k: panel.history.at(step)}));
+    const wanted = this.shelf.shown.map((panel) => ({panel, k: panel.history.at(step)}));
     this.controls.showStep(index, this.steps.length, this.stepText(index, wanted));
     try {
       const found = wanted.map(({panel, k}) => (k < 0 ? null : panel.cache.peek(panel.history.steps[k])));
       if (wanted.some(({k}, i) => k >= 0 && !found[i])) {
-        const fetched = await Promise.all(wanted.map(({panel, k}) => (k < 0 ? null : panel.cache.get(panel.history.steps[k]))));
-        fetched.forEach((snapshot, i) => { found[i] = snapshot; });
+        // Of all steps that a drag passes while something is on its way, only the newest is asked for.
+        await this.loading?.catch(() => null);
+        if (turn !== this.asked || this.gone) return;
+        this.loading = Promise.all(
+          wanted.map(({panel, k}) => (k < 0 ? null : panel.cache.get(panel.history.steps[k]))),
+        );
+        (await this.loading).forEach((snapshot, i) => {
+          found[i] = snapshot;
+        });
       }
       if (turn !== this.asked || this.gone) return;
-      this.draw(wanted.map(({panel, k}, i) => ({panel, k, snapshot: found[i]})), fade && !this.calm());
+      this.draw(
+        wanted.map(({panel, k}, i) => ({panel, k, snapshot: found[i]})),
+        fade && !this.calm(),
+      );
       this.handle.lastStepMs = performance.now() - begun;
+      this.failed = false;
       this.report(null);
       this.prefetch(wanted, back);
     } catch (error) {
-      if (turn === this.asked) this.report(error);
+      if (turn !== this.asked) return;
+      this.failed = true;
+      this.report(error, this.source.live);
     }
   }
 
   stepText(index, wanted) {
     const first = wanted.find(({k}) => k >= 0);
     const epoch = first?.panel.history.snapshots[first.k].epoch;
-    return [`step ${integer(this.steps[index])}`, epoch === undefined || epoch === null ? null : `epoch ${integer(epoch)}`,
-      `snapshot ${integer(index + 1)} of ${integer(this.steps.length)}`].filter(Boolean).join(" · ");
+    return [
+      `step ${integer(this.steps[index])}`,
+      epoch === undefined || epoch === null ? null : `epoch ${integer(epoch)}`,
+      `snapshot ${integer(index + 1)} of ${integer(this.steps.length)}`,
+    ]
+      .filter(Boolean)
+      .join(" · ");
   }
 
   /** Whether motion is not wanted, or would come too fast to be seen. */
   calm() {
-    return matchMedia("(prefers-reduced-motion: reduce)").matches || (this.playing !== null && this.state.speed > 6);
+    return matchMedia("(prefers-reduced-motion: reduce)").matches || (this.player.playing && this.state.speed > 6);
   }
 
   draw(pictures, fade) {
@@ -225,7 +254,9 @@ class View {
     this.tellFollowed();
     const sum = (value) => pictures.reduce((total, {panel}) => total + (panel.scene ? value(panel.scene) : 0), 0);
     Object.assign(this.root.dataset, {
-      step: state.step, edgesDrawn: sum((scene) => scene.edgesDrawn), featuresDrawn: sum((scene) => scene.featuresDrawn),
+      step: state.step,
+      edgesDrawn: sum((scene) => scene.edgesDrawn),
+      featuresDrawn: sum((scene) => scene.featuresDrawn),
       ready: "true",
     });
     this.handle.lastDrawMs = performance.now() - begun;
@@ -252,19 +283,22 @@ class View {
     else if (!("speed" in change)) this.redraw();
   }
 
-  async choose(name, on) {
-    const chosen = this.state.chosen.filter((own) => own !== name);
-    if (!on && !chosen.length) return this.controls.showRuns(this.listed.filter((run) => run.snapshots > 0), this.state.chosen, this.colors);
-    this.state.chosen = on ? [...chosen, name] : chosen;
+  choose(name, on) {
+    this.shelf.choose(name, on);
     return this.refresh();
   }
 
-  /** Follow a lineage `{run, l, id}` through time; the same again, or null, lets go. */
-  follow(lineage) {
+  /** A click on a dot: follow its lineage, or let go of it; a click beside lets go, too. */
+  clicked(lineage) {
     const now = this.state.follow;
     const same = now && lineage && now.run === lineage.run && now.l === lineage.l && now.id === lineage.id;
-    this.state.follow = same ? null : lineage;
-    for (const panel of this.shown()) {
+    this.follow(same ? null : lineage);
+  }
+
+  /** Follow a lineage `{run, l, id}` through time, or none. */
+  follow(lineage) {
+    this.state.follow = lineage;
+    for (const panel of this.shelf.shown) {
       panel.followed = this.state.follow?.run === panel.name ? this.state.follow : null;
       panel.focus();
     }
@@ -274,7 +308,9 @@ class View {
 
   tellFollowed() {
     const {follow} = this.state;
-    this.root.dataset.following = follow ? `${this.panels.get(follow.run).history.layers[follow.l].name}/${follow.id}` : "";
+    this.root.dataset.following = follow
+      ? `${this.shelf.panels.get(follow.run).history.layers[follow.l].name}/${follow.id}`
+      : "";
     const picture = follow && this.pictures?.find(({panel, snapshot}) => panel.name === follow.run && snapshot);
     if (!picture) return;
     const drawn = Boolean(dotOfLineage(picture.panel.scene, follow.l, follow.id));
@@ -282,66 +318,16 @@ class View {
   }
 
   drawTimeline() {
-    this.timeline.draw(this.shown().map(({name, history}) => ({name, history, color: this.colors.get(name)})));
+    this.timeline.draw(
+      this.shelf.shown.map(({name, history}) => ({name, history, color: this.shelf.colors.get(name)})),
+    );
     if (this.pictures) this.tellFollowed();
   }
 
-  /** Features that can be found by typing: `layer/id` and label. */
-  known() {
-    const all = this.shown().flatMap(({history}) => history.layers.flatMap((layer, l) =>
-      [...history.first[l].keys()].map((id) => [`${layer.name}/${id}`, history.run.labels?.[l]?.[id] ?? "", l, id])));
-    return [...new Map(all.map((own) => [own[0], own])).values()].sort((a, b) => Boolean(b[1]) - Boolean(a[1])).slice(0, KNOWN);
-  }
-
   find(text) {
-    for (const {name, history} of this.shown()) {
-      for (const [l, layer] of history.layers.entries()) {
-        for (const id of [...history.first[l].keys()].reverse()) {
-          const label = history.run.labels?.[l]?.[id];
-          if (`${layer.name}/${id}` !== text && label !== text) continue;
-          this.state.follow = null;
-          return this.follow({run: name, l, id});
-        }
-      }
-    }
-    return this.report(new Error(`No feature shown is called “${text}”.`));
-  }
-
-  play(on) {
-    clearTimeout(this.playing);
-    this.playing = null;
-    this.controls.showPlaying(on);
-    if (!on) return;
-    const last = this.steps.length - 1;
-    const forward = async (index) => {
-      const begun = performance.now();
-      await this.show(this.steps[index], {fade: true});
-      if (this.playing === null || this.gone) return;
-      if (index >= this.steps.length - 1) this.play(false);
-      else this.playing = setTimeout(() => forward(this.steps.indexOf(this.state.step) + 1), Math.max(0, 1000 / this.state.speed - (performance.now() - begun)));
-    };
-    const at = this.steps.indexOf(this.state.step);
-    this.playing = setTimeout(() => forward(at >= last ? 0 : at + 1), 0);
-  }
-
-  onKey(event) {
-    const typed = event.target.closest?.("input:not([type=range]):not([type=checkbox]), select, textarea");
-    if (event.key === "Escape" && this.state.follow) return this.follow(null);
-    if (typed || event.ctrlKey || event.metaKey || event.altKey || !this.steps.length) return undefined;
-    const at = this.steps.indexOf(this.state.step);
-    const far = event.shiftKey ? 10 : 1;
-    // Sliders other than that of the steps keep their own arrows, buttons and boxes their space.
-    const own = event.target.closest?.("input[type=range]:not([data-role=step])");
-    const to = {ArrowLeft: at - far, ArrowRight: at + far, Home: 0, End: this.steps.length - 1}[event.key];
-    if (to !== undefined && !own) {
-      event.preventDefault();
-      return this.show(this.steps[Math.min(this.steps.length - 1, Math.max(0, to))], {fade: true});
-    }
-    if (event.key === " " && !event.target.closest?.("button, input[type=checkbox]")) {
-      event.preventDefault();
-      this.play(this.playing === null);
-    }
-    return undefined;
+    const found = findFeature(this.shelf.shown, text);
+    if (found) this.follow(found);
+    else this.report(new Error(`No feature shown is called “${text}”.`));
   }
 
   onResize() {

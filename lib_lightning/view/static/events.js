@@ -1,0 +1,116 @@
+// What happened to features, as marks along the time axis and as a list.
+
+import {h, s} from "./dom.js";
+import {CHART} from "./chart.js";
+import {integer} from "./text.js";
+import {BLUE, GREEN, ORANGE, PURPLE, VERMILION} from "./palette.js";
+
+const HEIGHT = 30;
+// In the list, and in what is said of a place where many lie.
+const NEWEST = 60;
+const TOLD = 6;
+const KIND_COLORS = [BLUE, VERMILION, GREEN, PURPLE, ORANGE];
+
+/** The events of the runs shown; `act.go(step)` moves the slider, `act.follow(lineage)` follows one. */
+export class EventTrack {
+  constructor(act) {
+    this.act = act;
+    this.marks = s("svg", {height: HEIGHT, class: "lib-marks", "aria-hidden": "true"});
+    this.tip = h("div", {class: "lib-tip lib-event-tip", "data-role": "event-tip", hidden: true});
+    const head = h("div", {class: "lib-track-head"}, h("strong", {}, "events"));
+    this.element = h("div", {class: "lib-track lib-event-track"}, head, this.marks);
+    this.list = h("ol", {class: "lib-event-list", "data-role": "events", "aria-label": "newest events"});
+    this.aside = h("aside", {class: "lib-events"}, h("h3", {}, "Newest events"), this.list);
+    this.marks.addEventListener("mousemove", (event) => this.#hover(event));
+    this.marks.addEventListener("mouseleave", () => {
+      this.tip.hidden = true;
+    });
+    this.marks.addEventListener("click", (event) => {
+      const near = this.#near(event);
+      if (near.length) this.#goTo(near[near.length - 1]);
+      else act.go(this.time.back(event.clientX - this.marks.getBoundingClientRect().left), true);
+    });
+  }
+
+  draw(runs, time) {
+    this.runs = runs;
+    this.time = time;
+    this.all = runs
+      .flatMap(({name, history}) => (history.run.events ?? []).map((event) => ({...event, run: name})))
+      .sort((a, b) => a.step - b.step);
+    const kinds = [...new Set(this.all.map((event) => event.kind))].sort();
+    this.colors = new Map(kinds.map((kind, i) => [kind, KIND_COLORS[i % KIND_COLORS.length]]));
+    this.element.hidden = this.all.length === 0;
+    this.marks.setAttribute("width", time.width);
+    const y = HEIGHT / 2;
+    this.marks.replaceChildren(
+      s("line", {x1: CHART.left, x2: time.width - CHART.right, y1: y, y2: y, class: "lib-axis"}),
+      ...this.all.map((event) =>
+        s("circle", {
+          cx: time.x(event.step).toFixed(1),
+          cy: y,
+          r: 4,
+          fill: this.colors.get(event.kind),
+          "fill-opacity": 0.75,
+        }),
+      ),
+    );
+    // Made anew only for other events, so that a button keeps the focus when it is pressed.
+    const listed = runs.map(({name, history}) => `${name} ${history.run.version}`).join();
+    if (listed !== this.listed) this.#drawList();
+    this.listed = listed;
+  }
+
+  #drawList() {
+    const newest = this.all.slice(-NEWEST).reverse();
+    const none = h("li", {class: "lib-none"}, "Nothing has been noticed yet.");
+    this.list.replaceChildren(...(newest.length ? newest.map((event) => this.#item(event)) : [none]));
+  }
+
+  #item(event) {
+    const run = this.runs.length > 1 ? ` · ${event.run}` : "";
+    const when = h(
+      "span",
+      {class: "lib-event-step"},
+      this.#swatch(event),
+      `${integer(event.step)} · ${event.kind}${run}`,
+    );
+    const attributes = {type: "button", class: "lib-event", onclick: () => this.#goTo(event)};
+    return h("li", {"data-step": event.step}, h("button", attributes, when, h("span", {}, event.text)));
+  }
+
+  #swatch(event) {
+    return h("span", {class: "lib-swatch", style: {background: this.colors.get(event.kind)}});
+  }
+
+  /** To the step of an event, and to the feature it tells of. */
+  #goTo(event) {
+    this.act.go(event.step);
+    const run = this.runs.find((own) => own.name === event.run);
+    const l = run.history.layers.findIndex((layer) => layer.name === event.layer);
+    if (l >= 0 && Number.isInteger(event.lineage)) this.act.follow({run: event.run, l, id: event.lineage});
+  }
+
+  #near(event) {
+    const x = event.clientX - this.marks.getBoundingClientRect().left;
+    return this.all.filter((own) => Math.abs(this.time.x(own.step) - x) <= 5);
+  }
+
+  #hover(event) {
+    const near = this.#near(event);
+    this.tip.hidden = near.length === 0;
+    const more = near.length - TOLD;
+    this.tip.replaceChildren(
+      ...near.slice(-TOLD).map((own) => h("p", {}, this.#swatch(own), own.text)),
+      ...(more > 0 ? [h("p", {class: "lib-tip-hint"}, `and ${integer(more)} more here`)] : []),
+    );
+    const left = Math.min(event.clientX + 12, window.innerWidth - 340);
+    const top = this.marks.getBoundingClientRect().top - this.tip.offsetHeight - 6;
+    Object.assign(this.tip.style, {left: `${Math.max(8, left)}px`, top: `${Math.max(8, top)}px`});
+  }
+
+  /** Events after a step are pale. */
+  moveTo(step) {
+    for (const item of this.list.children) item.classList.toggle("lib-later", Number(item.dataset.step) > step);
+  }
+}
