@@ -78,13 +78,14 @@ def lives_of(moments: Sequence[Moment]) -> Lives:
     ids = np.unique(np.concatenate([[], *all_ids])).astype(int)
     share = np.zeros((len(moments), len(ids)))
     place = np.full(share.shape, -1)
-    parents = np.full(len(ids), -1)
+    parents, seen = np.full(len(ids), -1), np.zeros(len(ids), dtype=bool)
     for t, (moment, own) in enumerate(zip(moments, all_ids, strict=True)):
         where = np.searchsorted(ids, own)
         share[t, where], place[t, where] = moment.shares(), np.arange(len(own))
         if moment.parents is not None:
-            new = (place[:t, where] < 0).all(0)
+            new = ~seen[where]
             parents[where[new]] = _find(ids, as_array(moment.parents).astype(int)[new])
+        seen[where] = True
     there = place >= 0
     first, last = there.argmax(0), len(there) - 1 - there[::-1].argmax(0)
     return Lives(ids, share, place, first, last, parents)

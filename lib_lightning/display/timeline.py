@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -90,7 +91,7 @@ def _shown(lives: Lives, limit: int) -> np.ndarray:
     kept = np.sort(np.argsort(-most, kind="stable")[:limit])
     order = kept[np.lexsort((-most[kept], lives.first[kept]))]
     children: dict[int, list[int]] = {int(k): [] for k in order}
-    roots = []
+    roots: list[int] = []
     for k in order.tolist():
         parent = int(lives.parents[k])
         (children[parent] if parent in children and parent != k else roots).append(k)
@@ -162,9 +163,12 @@ def _patch(color: str) -> Line2D:
 @cache
 def _theme(label: str) -> str:
     """What a name is about: its beginning, where that sets something (k=17 a+b), or else all but a percentage."""
-    label = re.sub(r"\s*\d+(\.\d+)?%$", "", label)
     match = re.match(r"\S+=\S+", label)
-    return match.group() if match else label
+    return match.group() if match else _without_percentage(label)
+
+
+def _without_percentage(label: str) -> str:
+    return re.sub(r"\s*\d+(\.\d+)?%$", "", label)
 
 
 def _last_names(moments: Sequence[Moment], lives: Lives) -> list[str]:
@@ -172,8 +176,8 @@ def _last_names(moments: Sequence[Moment], lives: Lives) -> list[str]:
     place = lives.place[-1] if len(lives.place) else np.arange(0)
     if not any(any(moment.labels or ()) for moment in moments):
         return [str(k) for k in lives.ids]
-    labels = moments[-1].labels or ()
-    return [re.sub(r"\s*\d+(\.\d+)?%$", "", labels[k]) if k >= 0 and labels else "" for k in place]
+    labels = moments[-1].labels
+    return [_without_percentage(labels[int(k)]) if labels is not None and k >= 0 else "" for k in place]
 
 
 def _draw_layer(
@@ -194,7 +198,9 @@ def _draw_layer(
             there = np.column_stack([x[part], rims[part, k]]), np.column_stack([x[part], rims[part, k + 1]])[::-1]
             shapes.append(np.concatenate(there))
             faces.append(color)
-    axes.add_collection(PolyCollection(shapes, facecolors=faces, edgecolors="white", linewidths=0.3, zorder=2))
+    axes.add_collection(
+        PolyCollection(shapes, facecolors=faces, edgecolors="white", linewidths=0.3, zorder=2), autolim=False
+    )
     axes.fill_between(x, rims[:, -2], rims[:, -1], color=_OTHERS, lw=0, zorder=1)
     _mark_events(axes, x, lives, shown, (rims[:, :-2] + rims[:, 1:-1]) / 2)
     _write_names(axes, lives, shown, rims, colors, names)
@@ -207,7 +213,7 @@ def _draw_layer(
 def _runs(colors: np.ndarray, start: int, stop: int, lives: Lives, lineage: int) -> list[tuple[int, int, str]]:
     """Parts of a band that have one colour, each up to where the next one begins."""
     there = np.flatnonzero(lives.place[:, lineage] >= 0)
-    changes = [t for before, t in zip(there[:-1], there[1:], strict=True) if colors[before] != colors[t]]
+    changes = [t for before, t in pairwise(there) if colors[before] != colors[t]]
     bounds = [start, *changes, stop]
     owners = [there[0], *changes]
     return [(low, high, str(colors[owner])) for low, high, owner in zip(bounds[:-1], bounds[1:], owners, strict=True)]
@@ -224,7 +230,7 @@ def _mark_events(axes: Axes, x: np.ndarray, lives: Lives, shown: np.ndarray, mid
         if parent is not None:
             t = first[k]
             links.append([(x[t - 1], middle[t - 1, parent]), (x[t], middle[t, k])])
-    axes.add_collection(LineCollection(links, colors=TEXT, linewidths=0.8, zorder=3))
+    axes.add_collection(LineCollection(links, colors=TEXT, linewidths=0.8, zorder=3), autolim=False)
     for marker, t, which in (("^", first, born), ("x", last, dead)):
         axes.scatter(
             x[t[which]], middle[t[which], column[which]], marker=marker, s=11, c=TEXT, zorder=4, clip_on=False,
@@ -245,8 +251,8 @@ def _write_names(
         k = wanted[place]
         axes.annotate(
             shorten(names[shown[k]], 72 * _MARGIN - 10, _NAME_SIZE), (axes.get_xlim()[1], middle[k]), xytext=(4, 0),
-            textcoords="offset points", va="center", fontsize=_NAME_SIZE, color=str(colors[-1, k]), annotation_clip=False,
-            parse_math=False,
+            textcoords="offset points", va="center", fontsize=_NAME_SIZE, color=str(colors[-1, k]),
+            annotation_clip=False, parse_math=False,
         )  # fmt: skip
 
 
