@@ -12,6 +12,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, NullLocator
 from torch import Tensor
 
+from lib_lightning.display.lettering import short_number
 from lib_lightning.display.palette import BASIS_NAMES, TEXT, basis_styles
 from lib_lightning.display.panels import add_entries, panels
 
@@ -93,7 +94,7 @@ def _same_scale(all_axes: list[Axes]) -> None:
     lows, highs = zip(*(axes.get_ylim() for axes in all_axes), strict=True)
     for axes in all_axes:
         axes.set_ylim(min(lows), max(highs))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: _short(count)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: short_number(count)))
         axes.xaxis.set_minor_locator(NullLocator())
 
 
@@ -122,10 +123,3 @@ def _mark_required(
             path_effects=_STROKE, zorder=6,
         )  # fmt: skip
     axes.set_xlim(left, right)
-
-
-def _short(count: float) -> str:
-    for size, letter in ((1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:g}{letter}"
-    return f"{count:g}"

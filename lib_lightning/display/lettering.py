@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 
 from matplotlib.backends.backend_agg import RendererAgg
@@ -97,3 +98,43 @@ def percent(share: float) -> str:
         ('50%', '99.8%', '100%')
     """
     return f"{100 * share:.0f}%" if share < 0.995 or share > 0.9999 else f"{math.floor(1000 * share) / 10:g}%"
+
+
+def short_number(number: float) -> str:
+    """Write a count in few letters.
+
+    Args:
+        number: What to write.
+
+    Returns:
+        The text, with k for thousands and M for millions.
+
+    Example:
+        >>> short_number(30), short_number(1500), short_number(2e6)
+        ('30', '1.5k', '2M')
+    """
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:g}{letter}"
+    return f"{number:g}"
+
+
+def apart(heights: Sequence[float], least: float) -> list[int]:
+    """Choose which lines of text to write, so that none lies on another.
+
+    Args:
+        heights: Where each would stand, the most wanted first.
+        least: How far apart neighbours must be at least.
+
+    Returns:
+        The places in ``heights`` of those that are written.
+
+    Example:
+        >>> apart([0.5, 0.6, 0.9], 0.2)
+        [0, 2]
+    """
+    kept: list[int] = []
+    for k, height in enumerate(heights):
+        if all(abs(height - heights[other]) >= least for other in kept):
+            kept.append(k)
+    return kept

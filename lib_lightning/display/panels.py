@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,10 +16,32 @@ from lib_lightning.display.palette import MUTED, TEXT
 _PANEL_WIDTH, _PANEL_HEIGHT, _PAGE_WIDTH = 2.25, 1.55, 6.4
 # Inches around and between the panels.
 _LEFT, _RIGHT, _TOP, _FOOT, _ROW_GAP, _COLUMN_GAP, _ENTRIES = 0.82, 0.14, 0.92, 0.62, 0.62, 0.22, 0.26
+_OWN_SCALE_GAP, _SHARED_ROW_GAP = 0.6, 0.36
 _LARGEST_NAME, _SMALLEST_NAME, _SECOND_LINE = 11.0, 8.5, 0.17
 
 
-def panels(names: Sequence[str], title: str, xlabel: str, ylabel: str, n_entries: int = 1) -> tuple[Figure, list[Axes]]:
+@dataclass(frozen=True)
+class Grid:
+    """How panels stand on a page, where that is not left to their number.
+
+    Attributes:
+        columns: Panels in a row.
+        height: Of a panel, in inches.
+        right: Inches that are kept free at the right of the page.
+        own_scale: Whether each panel has a scale of its own, so that its numbers are written beside it.
+        one_below_another: Whether the panels of a column share their x axis, whose numbers stand below the last one.
+    """
+
+    columns: int
+    height: float = _PANEL_HEIGHT
+    right: float = _RIGHT
+    own_scale: bool = False
+    one_below_another: bool = False
+
+
+def panels(
+    names: Sequence[str], title: str, xlabel: str, ylabel: str, n_entries: int = 1, grid: Grid | None = None
+) -> tuple[Figure, list[Axes]]:
     """Make a page of panels that share what is written at their axes.
 
     Args:
@@ -27,37 +50,41 @@ def panels(names: Sequence[str], title: str, xlabel: str, ylabel: str, n_entries
         xlabel: What lies along the panels' x axes.
         ylabel: What lies along their y axes.
         n_entries: Lines of the legend below the title.
+        grid: How the panels stand; by default three in a row, four of many.
 
     Returns:
-        A figure that pyplot does not know of, and its panels: three in a row, four of many.
+        A figure that pyplot does not know of, and its panels.
 
     Example:
         >>> figure, axes = panels(["first", "second"], "Title", "features", "importance")
         >>> [a.get_title(loc="left") for a in axes]
         ['first', 'second']
     """
-    n_columns = 2 if len(names) in (2, 4) else min(max(len(names), 1), 3 if len(names) <= 9 else 4)
-    n_rows = max(math.ceil(len(names) / n_columns), 1)
-    width = max(_PAGE_WIDTH, n_columns * _PANEL_WIDTH + _LEFT + _RIGHT)
-    panel_width = (width - _LEFT - _RIGHT - (n_columns - 1) * _COLUMN_GAP) / n_columns
-    panel_height = _PANEL_HEIGHT if n_rows > 1 else 1.6 * _PANEL_HEIGHT
+    grid = grid or _grid_for(len(names))
+    n_rows = max(math.ceil(len(names) / grid.columns), 1)
+    column_gap = _OWN_SCALE_GAP if grid.own_scale else _COLUMN_GAP
+    width = max(_PAGE_WIDTH, grid.columns * _PANEL_WIDTH + _LEFT + grid.right)
+    panel_width = (width - _LEFT - grid.right - (grid.columns - 1) * column_gap) / grid.columns
     headings, size = _headings(names, 72 * panel_width)
     second_line = _SECOND_LINE * any("\n" in heading for heading in headings)
     top = _TOP + n_entries * _ENTRIES + second_line
-    row_gap = _ROW_GAP + second_line
-    height = top + n_rows * panel_height + (n_rows - 1) * row_gap + _FOOT
+    row_gap = (_SHARED_ROW_GAP if grid.one_below_another else _ROW_GAP) + second_line
+    height = top + n_rows * grid.height + (n_rows - 1) * row_gap + _FOOT
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
     figure.text(0.03, 1 - 0.38 / height, title, fontsize=16, fontweight="bold", color=TEXT, parse_math=False)
     made = []
     for k, heading in enumerate(headings):
-        row, column = divmod(k, n_columns)
-        x = _LEFT + column * (panel_width + _COLUMN_GAP)
-        y = height - top - (row + 1) * panel_height - row * row_gap
-        axes = figure.add_axes((x / width, y / height, panel_width / width, panel_height / height))
-        _style(axes, first=column == 0)
+        row, column = divmod(k, grid.columns)
+        x = _LEFT + column * (panel_width + column_gap)
+        y = height - top - (row + 1) * grid.height - row * row_gap
+        axes = figure.add_axes((x / width, y / height, panel_width / width, grid.height / height))
+        last = k + grid.columns >= len(names)
+        _style(axes, numbers_left=grid.own_scale or column == 0, numbers_below=last or not grid.one_below_another)
         axes.set_title(heading, loc="left", fontsize=size, fontweight="bold", color=TEXT, parse_math=False)
         made.append(axes)
-    figure.text(0.5 * (_LEFT + width) / width, 0.1 / height, xlabel, ha="center", fontsize=11, color=MUTED)
+    figure.text(
+        0.5 * (_LEFT + width - grid.right + _RIGHT) / width, 0.1 / height, xlabel, ha="center", fontsize=11, color=MUTED
+    )
     figure.text(
         0.1 / width, (_FOOT + height - top) / 2 / height, ylabel, va="center", rotation=90, fontsize=11, color=MUTED
     )
@@ -85,6 +112,11 @@ def add_entries(figure: Figure, rows: Sequence[Sequence[tuple[Line2D, str]]]) ->
         )  # fmt: skip
 
 
+def _grid_for(count: int) -> Grid:
+    columns = 2 if count in (2, 4) else min(max(count, 1), 3 if count <= 9 else 4)
+    return Grid(columns, _PANEL_HEIGHT if count > columns else 1.6 * _PANEL_HEIGHT)
+
+
 def _headings(names: Sequence[str], room: float) -> tuple[list[str], float]:
     """Make names as wide as a panel: sections in two lines, smaller letters, and as a last resort their ends alone."""
     lines = [name.replace(" -> ", "\n-> ").split("\n") for name in names]
@@ -95,7 +127,9 @@ def _headings(names: Sequence[str], room: float) -> tuple[list[str], float]:
     return ["\n".join(shorten_front(line, room, size, "bold") for line in parts) for parts in lines], size
 
 
-def _style(axes: Axes, first: bool) -> None:
+def _style(axes: Axes, numbers_left: bool, numbers_below: bool) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#999999")
-    axes.tick_params(labelsize=9.5, labelcolor=MUTED, color="#999999", labelleft=first)
+    axes.tick_params(
+        labelsize=9.5, labelcolor=MUTED, color="#999999", labelleft=numbers_left, labelbottom=numbers_below
+    )
