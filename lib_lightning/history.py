@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from lib_lightning.core.build import BasisKind
 from lib_lightning.display.moments import Moment
 from lib_lightning.display.over_time import draw_sparsity_over_time, draw_spectrum_over_time
 from lib_lightning.display.timeline import draw_timeline
@@ -44,7 +45,7 @@ class History:
         self._numbers: dict[str, dict[str, list[float]]] = {}
         self._drawn = 0
 
-    def add(self, step: int, graph: InteractionGraph, numbers: Mapping[str, Mapping[str, float]]) -> None:
+    def add(self, step: int, graph: InteractionGraph, numbers: Mapping[BasisKind, Mapping[str, float]]) -> None:
         """Take in a snapshot; an earlier one of the same step, or of a later one, is forgotten.
 
         Args:
@@ -91,7 +92,12 @@ class History:
     def state_dict(self) -> dict[str, Any]:
         """State to go on from, of plain numbers and tensors."""
         moments = {name: [dict(vars(moment)) for moment in moments] for name, moments in self._moments.items()}
-        return {"steps": self.steps, "drawn": self._drawn, "moments": moments, "numbers": {k: dict(v) for k, v in self._numbers.items()}}
+        return {
+            "steps": self.steps,
+            "drawn": self._drawn,
+            "moments": moments,
+            "numbers": {k: dict(v) for k, v in self._numbers.items()},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state."""

@@ -184,7 +184,8 @@ class RunSamples:
         # Where there were not enough to hold any out, scores are of the same samples.
         any_held_out = any(int(t) for t in self._together.gather(torch.tensor([self.held_out.count])))
         buffers = self.buffer, self.held_out if any_held_out else self.buffer, self.probes
-        return Samples(*(shared_samples(trainer, buffer.batches) for buffer in buffers), self.seed)
+        batches, held_out, probes = (shared_samples(trainer, buffer.batches) for buffer in buffers)
+        return Samples(batches, held_out, probes, self.seed)
 
     def _restore(self, trainer: pl.Trainer, check: Callable[[Any], None]) -> None:
         if self._resumed is None:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-
 # After an event snapshots come so many times as often, for so many snapshots.
 _DENSER, _FOR = 4, 8
 

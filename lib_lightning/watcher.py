@@ -1,4 +1,4 @@
-"""What is looked at in each snapshot: graphs in several bases, numbers that describe them, and what has become of whom."""
+"""What is looked at in each snapshot: graphs in several bases, their numbers, and what has become of whom."""
 
 from __future__ import annotations
 
@@ -226,7 +226,11 @@ class Watcher:
             self.follower = taken.follower
             self.events += taken.events
             numbers = {
-                kind: {key.removeprefix(f"{prefix}/"): x for key, x in taken.numbers.items() if key.startswith(f"{prefix}/")}
+                kind: {
+                    key.removeprefix(f"{prefix}/"): x
+                    for key, x in taken.numbers.items()
+                    if key.startswith(f"{prefix}/")
+                }
                 for prefix, kind in self.prefixes.items()
             }
             graph = taken.graphs[self.name]

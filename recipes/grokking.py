@@ -3,8 +3,8 @@
     python -m recipes.grokking --folder runs/grokking     # train what is not there yet, write results and figure
     python -m recipes.grokking                            # the table of the README, from the committed results
 
-Two minutes of one CPU core a seed. Each run is that of ``modular_addition.yaml`` with another seed of split and weights,
-twice as many snapshots, and a validation every ten steps.
+Two minutes of one CPU core a seed. Each run is that of ``modular_addition.yaml`` with another seed of split and
+weights, twice as many snapshots, and a validation every ten steps.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from lib_lightning import InteractionGraph, LIBCallback, NodeLayer
@@ -155,7 +154,7 @@ def report(results: Mapping[str, Any]) -> str:
         "|---" * (len(results) + 2) + "|",
     ]
     for name, steps in rows.items():
-        cells = ["–" if math.isnan(step) else f"{step:,.0f}" for step in steps]
+        cells = ["-" if math.isnan(step) else f"{step:,.0f}" for step in steps]
         ratios = [s / test for s, test in zip(steps, rows["test accuracy"], strict=True) if not math.isnan(s)]
         lines.append(f"| {name} | {' | '.join(cells)} | {_mean(ratios) if name != 'test accuracy' else '1'} |")
     return "\n".join(lines)
@@ -164,7 +163,7 @@ def report(results: Mapping[str, Any]) -> str:
 def _mean(ratios: Sequence[float]) -> str:
     """Geometric mean and range."""
     if not ratios:
-        return "–"
+        return "-"
     mean = math.exp(statistics.fmean(map(math.log, ratios)))
     return f"{mean:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 

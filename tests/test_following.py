@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +138,9 @@ def test_since_when_final_features_have_been_there(broken: tuple[Path, LIBCallba
     graphs = snapshots(folder)
     values = final.probes[NODE_LAYERS[1]][:, 0].double()
     like = {
-        step: max(float(torch.corrcoef(torch.stack([values, x]))[0, 1] ** 2) for x in graph.probes[NODE_LAYERS[1]].double().T)
+        step: max(
+            float(torch.corrcoef(torch.stack([values, x]))[0, 1] ** 2) for x in graph.probes[NODE_LAYERS[1]].double().T
+        )
         for step, graph in graphs.items()
     }
     assert strongest["first"] == min(step for step, shared in like.items() if shared >= 0.5)
@@ -247,5 +248,3 @@ def test_a_resumed_run_goes_on_with_the_same_lineages(tmp_path: Path, half: int)
     assert [ids(graph) for graph in resumed.values()] == [ids(expected[step]) for step in resumed]
     for name in ("events.jsonl", "timeline.png", "spectrum_over_time.png", "sparsity_over_time.png"):
         assert (tmp_path / "second" / "lib" / name).read_bytes() == (tmp_path / "whole" / "lib" / name).read_bytes()
-
-

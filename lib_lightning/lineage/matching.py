@@ -15,7 +15,8 @@ SAME = 0.5
 RELATED = 0.25
 # The share from which on a feature has not turned.
 _STILL = 0.95
-# Samples for each dimension that may have turned: directions drawn at random have cosines up to 2 sqrt(k / N), squared 0.4 at ten.
+# Samples for each dimension that may have turned: directions drawn at random have cosines up to 2 sqrt(k / N), squared
+# 0.4 at ten.
 _SAMPLES_PER_DIMENSION = 10
 
 
@@ -182,4 +183,5 @@ def _most_alike(shared: Tensor) -> Tensor:
 def _orthonormal(A: Tensor) -> Tensor:
     U, s, _ = torch.linalg.svd(A, full_matrices=False)
     # Values come in half precision: directions below its rounding are none.
-    return U[:, s > torch.finfo(torch.float16).eps * s.amax()] if s.numel() else U
+    largest = float(s[0]) if len(s) else 0.0
+    return U[:, : int((s > torch.finfo(torch.float16).eps * largest).sum())]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,9 +149,7 @@ def _continued(match: Match, before: _Last) -> tuple[Lineages, int]:
     return Lineages(ids, match.similarity, parents), before.next_id + int(born.sum())
 
 
-def _events(
-    layer: str, step: int, match: Match, before: _Last, lineages: Lineages, share: Tensor
-) -> list[Event]:
+def _events(layer: str, step: int, match: Match, before: _Last, lineages: Lineages, share: Tensor) -> list[Event]:
     events = []
     for j in (match.before < 0).nonzero().flatten().tolist():
         lineage, parent, after = int(lineages.ids[j]), int(lineages.parents[j]), float(share[j])

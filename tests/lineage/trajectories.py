@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import torch
@@ -95,7 +96,7 @@ def snapshot(values: dict[str, Tensor], step: int, kind: str = "lib", samples: s
     names = list(values)
     edges = {
         (a, b): torch.ones(values[b].shape[1], values[a].shape[1], dtype=torch.float64)
-        for a, b in zip(names, names[1:], strict=False)
+        for a, b in itertools.pairwise(names)
     }
     graph = InteractionGraph(bases, edges, {"step": step, "probe_samples": samples})
     graph.probes = {name: x.half() for name, x in values.items()}
