@@ -6,7 +6,10 @@ import {trackSizes} from "./history.js";
 const ROOMY = 11;
 const GAP = 0.7;
 
-/** Heights by lineage: `frames[k][l] = {shown: feature indices, heights, places}`. Depends on the past alone. */
+/**
+ * Heights by lineage: `frames[k][l] = {shown: feature indices, heights, places}`. Who gets which place depends on the past
+ * alone, so that a run that is still being written does not jump; how many places there are, on the fullest snapshot.
+ */
 export function keptHeights(history, limit) {
   const columns = history.layers.map((_, l) => new Column(history, l, limit));
   return history.snapshots.map((_, k) => {
