@@ -21,6 +21,7 @@ from lib_lightning.core.together import ALONE, Together
 from lib_lightning.display.loggers import log_numbers
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.labels import Labeller
+from lib_lightning.lineage.events import CHANGES
 from lib_lightning.run_layers import RunLayers
 from lib_lightning.run_report import Hook, RunReport
 from lib_lightning.run_samples import RunSamples
@@ -87,7 +88,7 @@ class LIBCallback(pl.Callback):
         ablation: An AblationPlan: counts now and then how many edges the model needs for its score.
         follow: Whether features are followed from snapshot to snapshot, and what emerges is noticed.
         on_event: A function, or several, to call with each `lib_lightning.lineage.Event`, on every process.
-        adaptive: Take snapshots four times as often for a while after an event.
+        adaptive: Take snapshots four times as often for a while after a feature or a metric has changed.
 
     Raises:
         LIBError: If the node layers are a list of less than two.
@@ -124,7 +125,7 @@ class LIBCallback(pl.Callback):
         labeller: Labeller | None = None,
         ablation: AblationPlan | None = None,
         follow: bool = True,
-        on_event: Hook | Sequence[Hook] = (),
+        on_event: Hook | list[Hook] | None = None,
         adaptive: bool = False,
     ) -> None:
         super().__init__()
@@ -136,7 +137,7 @@ class LIBCallback(pl.Callback):
         settings = Settings(basis, final_basis, rtol, n_probes, integration_steps, final_metric)
         watched = Watched(settings, tuple(baselines), metrics, labeller, ablation, memory_limit, follow)
         self.watcher = Watcher(watched, name)
-        self.report = RunReport(self.watcher, [on_event] if callable(on_event) else list(on_event))
+        self.report = RunReport(self.watcher, [on_event] if callable(on_event) else on_event or [])
         if adaptive and not follow:
             raise ValueError("adaptive=True waits for events, and without follow=True there are none.")
         self.adaptive = adaptive
@@ -242,7 +243,7 @@ class LIBCallback(pl.Callback):
             self._at_validation(trainer, pl_module)
 
     def _at_validation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        due = self.schedule.due_at_validation() if trainer.state.fn == "fit" else True
+        due = self.schedule.due_at_validation(trainer.global_step) if trainer.state.fn == "fit" else True
         if due or self.schedule.due_at_step(trainer.global_step) or self._graph_step is None:
             self._snapshot(trainer, pl_module)
         numbers = self._current_scalars(trainer)  # the same on every process, but Lightning wants to be told
@@ -282,10 +283,11 @@ class LIBCallback(pl.Callback):
             )  # fmt: skip
             return False
         self.watcher.accept(taken)
-        before, self._graph_step = self._graph_step, step
-        (eventful,) = self._together.first([torch.tensor(bool(taken.events))])  # for all to be due at the same steps
-        if self.adaptive and eventful and before is not None:
-            self.schedule.densify(step, step - before)
+        self._graph_step = step
+        # For all processes to be due at the same steps.
+        (changed,) = self._together.first([torch.tensor(any(event.kind in CHANGES for event in taken.events))])
+        if self.adaptive and changed:
+            self.schedule.densify(step)
         self.report.tell(trainer, taken.events)
         return True
 

@@ -103,7 +103,9 @@ class RunReport:
 
     def _tell(self, trainer: pl.Trainer, events: Sequence[Event]) -> None:
         for event in events:
-            rank_zero_info(f"{self._watcher.name}: {event.text}")
+            # The rest would drown these in early training.
+            if event.kind == "emerged" or event.metric is not None:
+                rank_zero_info(f"{self._watcher.name}: {event.text}")
         if events:
             text = "\n".join(f"- {event.text}" for event in events)
             log_text(trainer.loggers, f"{self._watcher.name}/events", text, logging_step(trainer))

@@ -65,43 +65,50 @@ class Schedule:
     def reset(self) -> None:
         """Start from the beginning."""
         self._validations, self._step = 0, -1
+        self._regular: list[int] = []  # steps of the two newest snapshots that were due anyway
         self._extra: list[int] = []
         self._extra_gap, self._dense_from, self._dense_until = 0, 0, -1
         self._next_step = None if self.every_n_validations else self._first_after(-1)
 
-    def due_at_validation(self) -> bool:
-        """Count a validation and say whether a snapshot is due at it."""
+    def due_at_validation(self, step: int) -> bool:
+        """Count a validation after ``step`` optimizer steps, and say whether a snapshot is due at it."""
         count, self._validations = self._validations, self._validations + 1
-        return self.every_n_validations is not None and count % self.every_n_validations == 0
+        due = self.every_n_validations is not None and count % self.every_n_validations == 0
+        if due:
+            self._regular = [*self._regular[-1:], step]
+        return due
 
     def due_at_step(self, step: int) -> bool:
         """Say whether a snapshot is due after ``step`` optimizer steps; if so, move on to the next."""
         self._step = step
-        regular = self._next_step is not None and step >= self._next_step
-        if regular:
+        due = self._next_step is not None and step >= self._next_step
+        if due:
             self._next_step = self._first_after(step)
-        waiting = [due for due in self._extra if due > step]
-        extra, self._extra = len(waiting) < len(self._extra), waiting
-        return regular or extra
+            self._regular = [*self._regular[-1:], step]
+        waiting = [extra for extra in self._extra if extra > step]
+        due = due or len(waiting) < len(self._extra)
+        self._extra = waiting
+        return due
 
-    def densify(self, step: int, gap: int) -> None:
+    def densify(self, step: int) -> None:
         """Ask for snapshots four times as often for a while, beside those that are due anyway.
 
         Args:
             step: Number of optimizer steps so far.
-            gap: Steps since the snapshot before. While snapshots are denser already, they only stay so for longer.
 
         Example:
             >>> schedule = Schedule(every_n_steps=100)
-            >>> if schedule.due_at_step(100):
-            ...     schedule.densify(100, gap=100)
-            >>> [step for step in range(101, 401) if schedule.due_at_step(step)]
-            [125, 150, 175, 200, 225, 250, 275, 300, 400]
+            >>> [step for step in range(201) if schedule.due_at_step(step)]
+            [0, 100, 200]
+            >>> schedule.densify(200)
+            >>> [step for step in range(201, 601) if schedule.due_at_step(step)]
+            [225, 250, 275, 300, 325, 350, 375, 400, 500, 600]
         """
-        if step > self._dense_until:
-            self._extra_gap, self._dense_from = max(1, gap // _DENSER), step
-        self._extra = [step + self._extra_gap * k for k in range(1, _FOR + 1)]
-        self._dense_until = self._extra[-1]
+        if len(self._regular) == 2:
+            self._extra_gap = max(1, (self._regular[1] - self._regular[0]) // _DENSER)
+            self._dense_from = step if step > self._dense_until else self._dense_from
+            self._extra = [step + self._extra_gap * k for k in range(1, _FOR + 1)]
+            self._dense_until = self._extra[-1]
 
     def distance(self, before: int, step: int) -> float:
         """How far apart two snapshots in a row are, in regular distances: 1, or less where they are denser.
@@ -115,7 +122,8 @@ class Schedule:
 
         Example:
             >>> schedule = Schedule(every_n_steps=100)
-            >>> schedule.densify(100, gap=100)
+            >>> due = [schedule.due_at_step(step) for step in (0, 100)]
+            >>> schedule.densify(100)
             >>> schedule.distance(0, 100), schedule.distance(100, 125)
             (1.0, 0.25)
         """
@@ -126,13 +134,13 @@ class Schedule:
         """State to go on from, of plain numbers."""
         return {"schedule": self._options, "validations": self._validations, "step": self._step,
             "next_step": self._next_step, "extra": list(self._extra), "extra_gap": self._extra_gap,
-            "dense": [self._dense_from, self._dense_until],
+            "dense": [self._dense_from, self._dense_until], "regular": list(self._regular),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state; steps of another schedule than this one do not count."""
         self._validations = state["validations"]
-        self._extra, self._extra_gap = list(state["extra"]), state["extra_gap"]
+        self._extra, self._extra_gap, self._regular = state["extra"], state["extra_gap"], state["regular"]
         self._dense_from, self._dense_until = state["dense"]
         if state["schedule"] == self._options:
             self._next_step = state["next_step"]

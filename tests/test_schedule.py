@@ -31,9 +31,9 @@ def test_due_steps(schedule: Schedule, seen: range, expected: list[int]) -> None
 
 def test_due_validations() -> None:
     schedule = Schedule(every_n_validations=3)
-    assert [schedule.due_at_validation() for _ in range(7)] == [True, False, False, True, False, False, True]
-    assert all(Schedule().due_at_validation() for _ in range(3))
-    assert not Schedule(every_n_steps=1).due_at_validation()
+    assert [schedule.due_at_validation(0) for _ in range(7)] == [True, False, False, True, False, False, True]
+    assert all(Schedule().due_at_validation(0) for _ in range(3))
+    assert not Schedule(every_n_steps=1).due_at_validation(0)
 
 
 def test_a_schedule_goes_on_where_it_was() -> None:
@@ -45,26 +45,36 @@ def test_a_schedule_goes_on_where_it_was() -> None:
 
 def test_after_an_event_snapshots_are_denser_for_a_while() -> None:
     schedule = Schedule(every_n_validations=1)
+    assert schedule.due_at_validation(60)
+    assert schedule.due_at_validation(100)
     assert due_steps(schedule, range(100)) == []
-    schedule.densify(100, gap=40)
+    schedule.densify(100)
     assert due_steps(schedule, range(101, 300)) == [110, 120, 130, 140, 150, 160, 170, 180]
 
 
 def test_events_in_a_row_make_it_last_longer_and_not_denser_and_denser() -> None:
-    schedule = Schedule(at_steps=[0, 100, 1000])
-    assert due_steps(schedule, range(101)) == [0, 100]
-    schedule.densify(100, gap=80)
+    schedule = Schedule(at_steps=[0, 20, 100, 1000, 2000])
+    assert due_steps(schedule, range(101)) == [0, 20, 100]
+    schedule.densify(100)
     assert due_steps(schedule, range(101, 261)) == [120, 140, 160, 180, 200, 220, 240, 260]
-    schedule.densify(260, gap=20)  # found at the very last of them
+    schedule.densify(260)  # found at the very last of them
     assert due_steps(schedule, range(261, 2000)) == [280, 300, 320, 340, 360, 380, 400, 420, 1000]
-    schedule.densify(2000, gap=1000)
-    assert due_steps(schedule, range(2001, 2600)) == [2250, 2500]
+
+
+def test_however_much_happens_there_are_at_most_four_snapshots_more_for_each_regular_one() -> None:
+    schedule, steps = Schedule(per_decade=10), []
+    for step in range(10_001):
+        if schedule.due_at_step(step):
+            steps.append(step)
+            schedule.densify(step)
+    regular = due_steps(Schedule(per_decade=10), range(10_001))
+    assert 4 * len(regular) < len(steps) < 5 * len(regular)
 
 
 def test_denser_snapshots_go_on_in_a_resumed_run() -> None:
     first, second = Schedule(per_decade=1), Schedule(per_decade=1)
     due_steps(first, range(11))
-    first.densify(10, gap=9)
+    first.densify(10)
     due_steps(first, range(11, 15))
     second.load_state_dict(first.state_dict())
     assert due_steps(second, range(15, 200)) == due_steps(first, range(15, 200)) == [16, 18, 20, 22, 24, 26, 100]
@@ -73,8 +83,17 @@ def test_denser_snapshots_go_on_in_a_resumed_run() -> None:
 def test_one_step_is_the_least_gap() -> None:
     schedule = Schedule(every_n_steps=2)
     due_steps(schedule, range(3))
-    schedule.densify(2, gap=2)
+    schedule.densify(2)
     assert due_steps(schedule, range(3, 14)) == [3, 4, 5, 6, 7, 8, 9, 10, 12]
+
+
+def test_distances_are_those_of_the_schedule() -> None:
+    schedule = Schedule(every_n_steps=100)
+    due_steps(schedule, range(201))
+    schedule.densify(200)
+    steps = [0, 100, 200, *due_steps(schedule, range(201, 501))]
+    found = [schedule.distance(*pair) for pair in zip(steps[1:], steps[2:], strict=False)]
+    assert found == [1.0] + [0.25] * 8 + [1.0]
 
 
 def test_schedules_are_checked() -> None:

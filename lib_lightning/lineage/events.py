@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 Kind = Literal["born", "died", "split", "merged", "emerged", "faded", "rose", "fell"]
+CHANGES: tuple[Kind, ...] = ("emerged", "faded", "rose", "fell")
 
 
 @dataclass(frozen=True)

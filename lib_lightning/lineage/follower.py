@@ -10,7 +10,7 @@ from typing import Any
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.lineage.emergence import EmergenceDetector
 from lib_lightning.lineage.events import Event
-from lib_lightning.lineage.tracker import FeatureTracker
+from lib_lightning.lineage.tracker import IN_ORDER, FeatureTracker
 from lib_lightning.metrics.summary import layer_key
 
 # Births, splits, merges and deaths of features with less of their layer's importance are counted, but not told.
@@ -49,7 +49,11 @@ class Follower:
         """
         happened = {prefix: self.trackers[prefix].update(graph) for prefix, graph in graphs.items()}
         graph = graphs[self._main]
-        features = {name: (graph.lineages[name].ids, basis.importance) for name, basis in graph.bases.items()}
+        features = {
+            name: (graph.lineages[name].ids, basis.importance)
+            for name, basis in graph.bases.items()
+            if basis.kind not in IN_ORDER  # classes are not learned
+        }
         watched = {
             key: value for key, value in numbers.items() if key.startswith(f"{self._main}/") and key.endswith("/total")
         }
