@@ -88,7 +88,11 @@ def draw_graph(
         colors = {module: band.color for module, band in bands.items()}
     names = [_names_shown(column, labels[x]) if labels is not None else [] for x, column in enumerate(columns)]
     unsure = [_unsure(basis)[column.shown] for basis, column in zip(bases, columns, strict=True)]
-    rows = legend_rows(colors, any(hollow.any() for hollow in unsure))
+    rows = legend_rows(
+        colors,
+        any(hollow.any() for hollow in unsure),
+        any(column.numbers is not None and 0 < len(column.shown) <= _MOST_LABELS for column in columns),
+    )
 
     figure, axes = _page(len(bases), len(rows) - 2, colors is not None, _overhang(names))
     figure.text(0.03, 1 - _TITLE_BELOW_TOP / figure.get_figheight(), title, fontsize=16, fontweight="bold", color=TEXT)
@@ -190,17 +194,20 @@ def _draw_column(
     share = importance[shown] / max(importance.max(initial=0.0), np.finfo(float).tiny)
     # Points between neighbouring dots, so that a long column stays a row of dots.
     spacing = 72 * _GRAPH_HEIGHT * (-np.diff(heights)).min() if len(shown) > 1 else np.inf
-    area = np.minimum(dot_area(share), (1.1 * spacing) ** 2)
+    # In a film there are free places between them, and large dots may reach beyond their own.
+    area = np.minimum(dot_area(share), ((1.1 if column.numbers is None else 2.5) * spacing) ** 2)
     if colors is not None:  # Gaps between bands can leave very little to a dot.
         area = np.maximum(area, 7.0)
     color = np.array([VERMILION] * len(shown), dtype=object)
     if colors is not None and column.modules is not None:
         color[:] = [colors[module] for module in column.modules]
+    # Small dots on large ones.
+    order = np.argsort(-area, kind="stable") if column.numbers is not None else np.arange(len(shown))
     axes.scatter(
-        np.full(len(shown), x), heights, s=area, zorder=3, clip_on=False,
-        facecolor=list(np.where(unsure, "white", color)),
-        edgecolor=list(np.where(unsure, color, "white")),
-        linewidths=[1.1 if hollow else 0.7 for hollow in unsure],
+        np.full(len(shown), x), heights[order], s=area[order], zorder=3, clip_on=False,
+        facecolor=list(np.where(unsure, "white", color)[order]),
+        edgecolor=list(np.where(unsure, color, "white")[order]),
+        linewidths=[1.1 if hollow else 0.7 for hollow in unsure[order]],
     )  # fmt: skip
     of = f"{len(shown)} of {len(importance)}" if len(shown) < len(importance) else f"{len(importance)}"
     features = _KIND_NAMES[basis.kind]

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lib_lightning.display.palette import BLUE, MODULES, MUTED, NO_MODULE, OTHER_MODULES, VERMILION
+from lib_lightning.display.palette import BLUE, MODULES, MUTED, NO_MODULE, OTHER_MODULES, TEXT, VERMILION
 
 # Inches from one row to the next.
 ROW = 0.324
@@ -52,12 +52,13 @@ class Row:
     length: float = 2.0
 
 
-def legend_rows(colors: Mapping[int, str] | None = None, unsure: bool = False) -> list[Row]:
+def legend_rows(colors: Mapping[int, str] | None = None, unsure: bool = False, numbered: bool = False) -> list[Row]:
     """Say what the marks of a figure mean.
 
     Args:
         colors: The colour of each module, -1 for features of none, where they are shown.
         unsure: Whether there are hollow dots.
+        numbered: Whether dots have the numbers of their lineages beside them.
 
     Returns:
         Lines of the legend, from the bottom up.
@@ -82,6 +83,8 @@ def legend_rows(colors: Mapping[int, str] | None = None, unsure: bool = False) -
         marks.append((_dot(dot, hollow=True), "direction not fixed by the samples"))
     if colors is not None:
         marks.append((Line2D([], [], color=MUTED, lw=1.5, ls=DASHES), "between modules"))
+    if numbered:
+        marks.append((Line2D([], [], ls="", marker="$7$", color=TEXT, ms=6), "lineage"))
     if marks:
         rows.append(Row("", [mark for mark, _ in marks], [label for _, label in marks]))
     if colors is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -108,10 +109,11 @@ def add_entries(figure: Figure, rows: Sequence[Sequence[tuple[Mark, str]]]) -> N
         1
     """
     for k, row in enumerate(rows):
+        marks: list[Any] = [mark for mark, _ in row]
         figure.legend(
-            [mark for mark, _ in row], [label for _, label in row], loc="upper left", ncols=len(row), frameon=False,
+            marks, [label for _, label in row], loc="upper left", ncols=len(row), frameon=False,
             bbox_to_anchor=(0.015, 1 - (0.48 + k * _ENTRIES) / figure.get_figheight()), fontsize=10.5,
-            labelcolor=MUTED, handlelength=4.0 if any(isinstance(mark, tuple) for mark, _ in row) else 1.8,
+            labelcolor=MUTED, handlelength=4.0 if any(isinstance(mark, tuple) for mark in marks) else 1.8,
             handletextpad=0.5, columnspacing=1.4, handler_map={tuple: HandlerTuple(None, pad=0)},
         )  # fmt: skip
 

@@ -37,9 +37,10 @@ def draw_timeline(
 ) -> Figure:
     """Draw the lineages of every node layer as bands that lie on each other, from snapshot to snapshot.
 
-    A band is as wide as the square root of the share that its feature has in the sum of importances: a feature with
-    1% is a tenth as wide as one with all, and can be seen beside it. A high stack is one of many features that share the
-    importance. Bands keep their order, and those that split from another one lie on it. Where features have names, colours go by these, otherwise by modules.
+    A band is as wide as the square root of the share that its feature has in the sum of importances: a feature with 1%
+    is a tenth as wide as one with all, and can be seen beside it. A high stack is one of many features that share the
+    importance. Bands keep their order, and those that split from another one lie on it. Where features have names,
+    colours go by these, otherwise by modules.
 
     Args:
         steps: The training step of each snapshot, rising.
