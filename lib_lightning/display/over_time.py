@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
 
 from lib_lightning.display.lettering import DPI, short_number, shorten, width_of
-from lib_lightning.display.palette import BASES, BASIS_NAMES, MODULES, basis_styles
+from lib_lightning.display.palette import BASES, BASIS_NAMES, MODULES, MUTED, basis_styles
 from lib_lightning.display.panels import Grid, add_entries, panels
 from lib_lightning.display.steps_axis import set_steps
 
@@ -96,7 +96,7 @@ def draw_over_time(
     room = min(max(words, default=0.0), _MOST_ROOM) + 2 * _GAP
     figure, all_axes = panels(
         [panel.name if k == 0 else "" for row in stacked for k, panel in enumerate(row)], title, "training steps", "",
-        0 if not marks else 1, Grid(len(columns), 1.25, room / 72, own_scale=False, one_below_another=True),
+        bool(marks) + isinstance(rows, Mapping), Grid(len(columns), 1.25, room / 72, one_below_another=True),
     )  # fmt: skip
     everything = [c for row in stacked for panel in row for c in panel.curves]
     for r, row in enumerate(stacked):
@@ -110,7 +110,10 @@ def draw_over_time(
                 axes.axvline(step, **_MARK)
         _write_names(beside[-1], row[-1].curves, room - 2 * _GAP)
     for axes, name in zip(all_axes, columns, strict=False):
-        axes.set_title(name, loc="right", fontsize=10, color=_MARK["color"], parse_math=False)
+        axes.annotate(
+            name, (0, 1), xycoords="axes fraction", xytext=(0, 24), textcoords="offset points", fontsize=11,
+            color=MUTED, annotation_clip=False, parse_math=False,
+        )  # fmt: skip
     if marks:
         add_entries(figure, [[(Line2D([], [], **_MARK), ", ".join(marks))]])
     return figure
@@ -186,7 +189,7 @@ def draw_curves(axes: Axes, curves: Sequence[Curve]) -> None:
         axes.plot(x, middle, color=color, lw=1.7, marker=marker, ms=2.4, zorder=z, clip_on=False)
 
 
-_MARK: dict[str, Any] = {"color": "#666666", "lw": 0.9, "ls": (0, (4, 2)), "zorder": 1}
+_MARK: dict[str, Any] = {"color": MUTED, "lw": 0.9, "ls": (0, (4, 2)), "zorder": 1}
 
 
 def _runs(curve: Curve) -> np.ndarray:
@@ -218,7 +221,7 @@ def _set_scale(beside: Sequence[Axes], row: Sequence[Panel]) -> None:
     low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
     log = row[0].log
     if log is None:
-        log = low > 0 and high / low > _WIDE_SPAN
+        log = row[0].limits is None and low > 0 and high / low > _WIDE_SPAN
     margin = 0.07 * (high - low) or 0.5
     limits = (low / 1.3, high * 1.3) if log and low > 0 else (low - margin if low < 0 else 0.0, high + margin)
     for axes in beside:
