@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,10 +14,11 @@ from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from lib_lightning.core.basis import Basis
+from lib_lightning.display.film import Film
 from lib_lightning.display.layout import Band, Column, banded_columns, columns_of, inside_modules
 from lib_lightning.display.legend import DASHES, ROW, dot_area, draw_legend, legend_rows
 from lib_lightning.display.lettering import DPI, percent, shorten, shorten_front, width_of
-from lib_lightning.display.palette import BLUE, MUTED, TEXT, VERMILION
+from lib_lightning.display.palette import BLUE, MODULES, MUTED, TEXT, VERMILION
 
 # Inches. With modules there is one more line of counts below the graph.
 _HEIGHT, _GRAPH_BOTTOM, _GRAPH_HEIGHT, _TITLE_BELOW_TOP, _COUNT_LINE = 5.4, 1.269, 2.943, 0.378, 0.21
@@ -41,6 +42,8 @@ def draw_graph(
     max_features: int = 40,
     modules: Sequence[Tensor] | None = None,
     labels: Sequence[Sequence[str]] | None = None,
+    lineages: Sequence[Tensor] | None = None,
+    film: Film | None = None,
 ) -> Figure:
     """Draw an interaction graph.
 
@@ -55,9 +58,15 @@ def draw_graph(
         modules: For each node layer the module of each feature, shape ``(r,)``, -1 for none: they become bands at one
             height in all columns. Those with most features have colours of their own.
         labels: For each node layer a name for each feature, "" for none, written beside the dots where there is room.
+        lineages: For each node layer the lineage of each feature, shape ``(r,)``; what ``film`` goes by.
+        film: Where features lay and which colours modules had in the graphs before; this one follows them, and is
+            added. It limits the features in a column itself, instead of ``max_features``. Modules are no bands then.
 
     Returns:
         A matplotlib figure that pyplot does not know of, so that nothing is kept when it is dropped.
+
+    Raises:
+        ValueError: If there is a film and no lineages.
 
     Example:
         >>> import torch
@@ -66,23 +75,33 @@ def draw_graph(
         >>> type(draw_graph([layer, layer], [torch.eye(2)])).__name__
         'Figure'
     """
-    bands: dict[int, Band] | None = None
-    if modules is None:
+    bands: dict[int, Band] = {}
+    colors: dict[int, str] | None = None
+    if film is not None:
+        if lineages is None:
+            raise ValueError("A film follows lineages: lineages= is missing.")
+        columns, colors = film.columns(bases, lineages, edges, modules)
+    elif modules is None:
         columns = columns_of(bases, max_features)
     else:
         columns, bands = banded_columns(bases, modules, max_features)
+        colors = {module: band.color for module, band in bands.items()}
     names = [_names_shown(column, labels[x]) if labels is not None else [] for x, column in enumerate(columns)]
     unsure = [_unsure(basis)[column.shown] for basis, column in zip(bases, columns, strict=True)]
-    rows = legend_rows(None if bands is None else list(bands.values()), any(hollow.any() for hollow in unsure))
+    rows = legend_rows(
+        colors,
+        any(hollow.any() for hollow in unsure),
+        any(column.numbers is not None and 0 < len(column.shown) <= _MOST_LABELS for column in columns),
+    )
 
-    figure, axes = _page(len(bases), len(rows) - 2, bands is not None, _overhang(names))
+    figure, axes = _page(len(bases), len(rows) - 2, colors is not None, _overhang(names))
     figure.text(0.03, 1 - _TITLE_BELOW_TOP / figure.get_figheight(), title, fontsize=16, fontweight="bold", color=TEXT)
-    _draw_bands(axes, bands or {})
+    _draw_bands(axes, bands)
     for x, E in enumerate(edges):
         inside = inside_modules(E, modules[x], modules[x + 1]) if modules is not None else None
-        _draw_section(axes, x, E, (columns[x], columns[x + 1]), max_edges // len(edges), inside, bands or {})
+        _draw_section(axes, x, E, (columns[x], columns[x + 1]), max_edges // len(edges), inside, colors or {})
     for x, (basis, column) in enumerate(zip(bases, columns, strict=True)):
-        _draw_column(axes, x, basis, column, unsure[x], bands)
+        _draw_column(axes, x, basis, column, unsure[x], colors)
         beyond = columns[x + 1] if x + 1 < len(columns) else None
         _write_names(axes, x, column, names[x], beyond)
     draw_legend(figure, rows)
@@ -114,7 +133,7 @@ def _unsure(basis: Basis) -> np.ndarray:
 
 def _draw_bands(axes: Axes, bands: dict[int, Band]) -> None:
     for band in bands.values():
-        if band.distinct:
+        if band.color in MODULES:
             # Bars at both ends, not tints all over: the palette of a small PNG has no room for colours so light.
             for start in (0.014, 0.978):
                 axes.axhspan(band.low, band.high, start, start + 0.008, facecolor=band.color, lw=0, zorder=0)
@@ -127,7 +146,7 @@ def _draw_section(
     columns: tuple[Column, Column],
     limit: int,
     inside: np.ndarray | None,
-    bands: dict[int, Band],
+    colors: Mapping[int, str],
 ) -> None:
     strength = E.detach().cpu().double().numpy()
     before, after = columns
@@ -141,24 +160,22 @@ def _draw_section(
         share = np.sqrt(visible[i, j] / strongest)
         ends = zip(before.heights[j], after.heights[i], strict=True)
         lines = [[(x, y), (x + 1, y_next)] for y, y_next in ends]
-        colors = np.tile([*to_rgb(BLUE), 1.0], (len(i), 1))
-        colors[:, 3] = 0.06 + 0.84 * share
+        rgba = np.tile([*to_rgb(BLUE), 1.0], (len(i), 1))
+        rgba[:, 3] = 0.06 + 0.84 * share
         # In a crowd the same widths would run into one block.
         widest = 4.0 * min(1.0, math.sqrt(40 / len(order)))
         widths = widest * (0.1 + 0.9 * share)
         if inside is None:
-            axes.add_collection(LineCollection(lines, linewidths=widths, colors=colors))
+            axes.add_collection(LineCollection(lines, linewidths=widths, colors=rgba))
         else:
             within = inside[grid][i, j]
             if before.modules is not None:
-                own = [bands[m].color if w else MUTED for m, w in zip(before.modules[j], within, strict=True)]
-                colors[:, :3] = [to_rgb(color) for color in own]
+                own = [colors[m] if w else MUTED for m, w in zip(before.modules[j], within, strict=True)]
+                rgba[:, :3] = [to_rgb(color) for color in own]
             # Dashes below, so that they never hide what holds a module together.
             for part, dashes in ((~within, DASHES), (within, "solid")):
                 some = [line for line, drawn in zip(lines, part, strict=True) if drawn]
-                axes.add_collection(
-                    LineCollection(some, linewidths=widths[part], colors=colors[part], linestyles=dashes)
-                )
+                axes.add_collection(LineCollection(some, linewidths=widths[part], colors=rgba[part], linestyles=dashes))
     covered = visible[i, j].sum() / total if total > 0 else 0.0
     counts = f"{len(order):,} of {strength.size:,} edges\n{percent(covered)} of strength"
     if inside is not None:
@@ -170,24 +187,27 @@ def _draw_section(
 
 
 def _draw_column(
-    axes: Axes, x: int, basis: Basis, column: Column, unsure: np.ndarray, bands: dict[int, Band] | None
+    axes: Axes, x: int, basis: Basis, column: Column, unsure: np.ndarray, colors: Mapping[int, str] | None
 ) -> None:
     importance = basis.importance.detach().cpu().double().numpy()
     shown, heights = column.shown, column.heights
     share = importance[shown] / max(importance.max(initial=0.0), np.finfo(float).tiny)
     # Points between neighbouring dots, so that a long column stays a row of dots.
     spacing = 72 * _GRAPH_HEIGHT * (-np.diff(heights)).min() if len(shown) > 1 else np.inf
-    area = np.minimum(dot_area(share), (1.1 * spacing) ** 2)
-    if bands is not None:  # Gaps between bands can leave very little to a dot.
+    # In a film there are free places between them, and large dots may reach beyond their own.
+    area = np.minimum(dot_area(share), ((1.1 if column.numbers is None else 2.5) * spacing) ** 2)
+    if colors is not None:  # Gaps between bands can leave very little to a dot.
         area = np.maximum(area, 7.0)
     color = np.array([VERMILION] * len(shown), dtype=object)
-    if bands is not None and column.modules is not None:
-        color[:] = [bands[module].color for module in column.modules]
+    if colors is not None and column.modules is not None:
+        color[:] = [colors[module] for module in column.modules]
+    # Small dots on large ones.
+    order = np.argsort(-area, kind="stable") if column.numbers is not None else np.arange(len(shown))
     axes.scatter(
-        np.full(len(shown), x), heights, s=area, zorder=3, clip_on=False,
-        facecolor=list(np.where(unsure, "white", color)),
-        edgecolor=list(np.where(unsure, color, "white")),
-        linewidths=[1.1 if hollow else 0.7 for hollow in unsure],
+        np.full(len(shown), x), heights[order], s=area[order], zorder=3, clip_on=False,
+        facecolor=list(np.where(unsure, "white", color)[order]),
+        edgecolor=list(np.where(unsure, color, "white")[order]),
+        linewidths=[1.1 if hollow else 0.7 for hollow in unsure[order]],
     )  # fmt: skip
     of = f"{len(shown)} of {len(importance)}" if len(shown) < len(importance) else f"{len(importance)}"
     features = _KIND_NAMES[basis.kind]
@@ -195,7 +215,7 @@ def _draw_column(
     axes.text(
         x, 1.135, name, parse_math=False, ha="center", fontsize=size, fontweight="bold", color=TEXT, clip_on=False
     )  # fmt: skip
-    counted = VERMILION if bands is None else MUTED
+    counted = VERMILION if colors is None else MUTED
     axes.text(x, 1.055, f"{of} {features}", ha="center", fontsize=11, color=counted, clip_on=False)
 
 
@@ -217,7 +237,7 @@ def _write_names(axes: Axes, x: int, column: Column, names: Sequence[str], beyon
     """Write the index of a feature on the left of its dot and its name on the right."""
     if len(column.shown) <= _MOST_LABELS:
         for k in _apart(column.heights):
-            _beside(axes, x, column.heights[k], str(column.shown[k]), _INDEX_SIZE, left=True)
+            _beside(axes, x, column.heights[k], str(column.called[k]), _INDEX_SIZE, left=True)
     room = _room(axes, x, beyond)
     written: list[float] = []
     for k in sorted((k for k, name in enumerate(names) if name), key=lambda k: column.shown[k]):
@@ -233,7 +253,7 @@ def _room(axes: Axes, x: int, beyond: Column | None) -> float:
     pitch = axes.bbox.width * 72 / DPI / (right - left)
     if beyond is None:
         return pitch * (right - x) - _BESIDE - _RIM + 1
-    indices = [str(index) for index in beyond.shown] if len(beyond.shown) <= _MOST_LABELS else []
+    indices = [str(number) for number in beyond.called] if len(beyond.shown) <= _MOST_LABELS else []
     return pitch - 2 * _BESIDE - 6 - max((width_of(index, _INDEX_SIZE) for index in indices), default=0.0)
 
 

@@ -25,11 +25,18 @@ class Column:
         shown: Indices of the features, shape ``(n,)``.
         heights: How high each lies, from 0 to 1, shape ``(n,)``.
         modules: The module of each, -1 for none, shape ``(n,)``; None where there are no modules.
+        numbers: What each is called in the figure, shape ``(n,)``; None for the indices.
     """
 
     shown: np.ndarray
     heights: np.ndarray
     modules: np.ndarray | None = None
+    numbers: np.ndarray | None = None
+
+    @property
+    def called(self) -> np.ndarray:
+        """The numbers, or indices."""
+        return self.shown if self.numbers is None else self.numbers
 
 
 @dataclass(frozen=True)
@@ -50,11 +57,6 @@ class Band:
     high: float
     places: int
 
-    @property
-    def distinct(self) -> bool:
-        """Whether the colour is its own."""
-        return self.color in MODULES
-
 
 def columns_of(bases: Sequence[Basis], limit: int) -> list[Column]:
     """Lay features out by importance, or single neurons in their own order.
@@ -74,7 +76,7 @@ def columns_of(bases: Sequence[Basis], limit: int) -> list[Column]:
         array([0, 1])
     """
     shown = [_most_important(basis, limit) for basis in bases]
-    return [Column(index, _heights(len(index))) for index in shown]
+    return [Column(index, even_heights(len(index))) for index in shown]
 
 
 def banded_columns(
@@ -131,14 +133,26 @@ def inside_modules(E: Tensor, before: Tensor, after: Tensor) -> np.ndarray:
     return np.asarray((rows == columns) & (rows >= 0))
 
 
+def even_heights(count: int) -> np.ndarray:
+    """Spread dots evenly, few of them around the middle.
+
+    Args:
+        count: How many there are.
+
+    Returns:
+        Heights from the top down, shape ``(count,)``.
+
+    Example:
+        >>> even_heights(12)[[0, -1]], even_heights(1)
+        (array([1., 0.]), array([0.5]))
+    """
+    span = min(1.0, max(count - 1, 0) / _ROOMY)
+    return np.linspace(0.5 + span / 2, 0.5 - span / 2, count) if count > 1 else np.full(count, 0.5)
+
+
 def _most_important(basis: Basis, limit: int) -> np.ndarray:
     order = basis.importance.argsort(descending=True, stable=True)[:limit]
     return np.asarray((order.sort().values if basis.kind == "neuron" else order).cpu())
-
-
-def _heights(count: int) -> np.ndarray:
-    span = min(1.0, max(count - 1, 0) / _ROOMY)
-    return np.linspace(0.5 + span / 2, 0.5 - span / 2, count) if count > 1 else np.full(count, 0.5)
 
 
 def _bands(members: Sequence[np.ndarray]) -> dict[int, Band]:

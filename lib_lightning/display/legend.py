@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lib_lightning.display.layout import Band
-from lib_lightning.display.palette import BLUE, MUTED, NO_MODULE, OTHER_MODULES, VERMILION
+from lib_lightning.display.palette import BLUE, MODULES, MUTED, NO_MODULE, OTHER_MODULES, TEXT, VERMILION
 
 # Inches from one row to the next.
 ROW = 0.324
@@ -53,12 +52,13 @@ class Row:
     length: float = 2.0
 
 
-def legend_rows(bands: Sequence[Band] | None = None, unsure: bool = False) -> list[Row]:
+def legend_rows(colors: Mapping[int, str] | None = None, unsure: bool = False, numbered: bool = False) -> list[Row]:
     """Say what the marks of a figure mean.
 
     Args:
-        bands: Modules of the features, where they are shown.
+        colors: The colour of each module, -1 for features of none, where they are shown.
         unsure: Whether there are hollow dots.
+        numbered: Whether dots have the numbers of their lineages beside them.
 
     Returns:
         Lines of the legend, from the bottom up.
@@ -68,7 +68,7 @@ def legend_rows(bands: Sequence[Band] | None = None, unsure: bool = False) -> li
         ['lines', 'dots', '']
     """
     # With modules the colours have a meaning of their own, which sizes and widths must not seem to share.
-    dot, line = (VERMILION, BLUE) if bands is None else (MUTED, MUTED)
+    dot, line = (VERMILION, BLUE) if colors is None else (MUTED, MUTED)
     lines = [
         Line2D([], [], color=line, lw=0.4 + 3.6 * math.sqrt(s), alpha=0.06 + 0.84 * math.sqrt(s))
         for s in (1, 0.1, 0.01)
@@ -81,12 +81,14 @@ def legend_rows(bands: Sequence[Band] | None = None, unsure: bool = False) -> li
     marks = []
     if unsure:
         marks.append((_dot(dot, hollow=True), "direction not fixed by the samples"))
-    if bands is not None:
+    if colors is not None:
         marks.append((Line2D([], [], color=MUTED, lw=1.5, ls=DASHES), "between modules"))
+    if numbered:
+        marks.append((Line2D([], [], ls="", marker="$7$", color=TEXT, ms=6), "lineage"))
     if marks:
         rows.append(Row("", [mark for mark, _ in marks], [label for _, label in marks]))
-    if bands is not None:
-        rows.append(_modules(bands))
+    if colors is not None:
+        rows.append(_modules(colors))
     return rows
 
 
@@ -114,13 +116,13 @@ def draw_legend(figure: Figure, rows: Sequence[Row]) -> None:
         )  # fmt: skip
 
 
-def _modules(bands: Sequence[Band]) -> Row:
-    handles = [_dot(band.color) for band in bands if band.distinct]
-    labels = [str(band.module) for band in bands if band.distinct]
-    others = sum(not band.distinct and band.module >= 0 for band in bands)
+def _modules(colors: Mapping[int, str]) -> Row:
+    own = {module: color for module, color in colors.items() if color in MODULES}
+    handles, labels = [_dot(color) for color in own.values()], [str(module) for module in own]
+    others = sum(color == OTHER_MODULES for color in colors.values())
     if others:
         handles, labels = [*handles, _dot(OTHER_MODULES)], [*labels, f"{others} more"]
-    if any(band.module < 0 for band in bands):
+    if -1 in colors:
         handles, labels = [*handles, _dot(NO_MODULE)], [*labels, "none"]
     return Row("modules", handles, labels, 0.8)
 

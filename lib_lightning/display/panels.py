@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 
 from lib_lightning.display.lettering import DPI, shorten_front, width_of
 from lib_lightning.display.palette import MUTED, TEXT
+
+Mark = Line2D | tuple[Line2D, ...]
 
 _PANEL_WIDTH, _PANEL_HEIGHT, _PAGE_WIDTH = 2.25, 1.55, 6.4
 # Inches around and between the panels.
@@ -91,12 +95,12 @@ def panels(
     return figure, made
 
 
-def add_entries(figure: Figure, rows: Sequence[Sequence[tuple[Line2D, str]]]) -> None:
+def add_entries(figure: Figure, rows: Sequence[Sequence[tuple[Mark, str]]]) -> None:
     """Write a legend below the title.
 
     Args:
         figure: A page of panels.
-        rows: Lines of the legend, from the top down: marks and what they stand for.
+        rows: Lines of the legend, from the top down: marks, or several side by side, and what they stand for.
 
     Example:
         >>> figure, _ = panels(["first"], "Title", "features", "importance")
@@ -105,10 +109,12 @@ def add_entries(figure: Figure, rows: Sequence[Sequence[tuple[Line2D, str]]]) ->
         1
     """
     for k, row in enumerate(rows):
+        marks: list[Any] = [mark for mark, _ in row]
         figure.legend(
-            [mark for mark, _ in row], [label for _, label in row], loc="upper left", ncols=len(row), frameon=False,
+            marks, [label for _, label in row], loc="upper left", ncols=len(row), frameon=False,
             bbox_to_anchor=(0.015, 1 - (0.48 + k * _ENTRIES) / figure.get_figheight()), fontsize=10.5,
-            labelcolor=MUTED, handlelength=1.8, handletextpad=0.5, columnspacing=1.4,
+            labelcolor=MUTED, handlelength=4.0 if any(isinstance(mark, tuple) for mark in marks) else 1.8,
+            handletextpad=0.5, columnspacing=1.4, handler_map={tuple: HandlerTuple(None, pad=0)},
         )  # fmt: skip
 
 

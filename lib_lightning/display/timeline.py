@@ -18,7 +18,7 @@ from lib_lightning.display.lettering import DPI, apart, shorten
 from lib_lightning.display.module_colors import ModuleColors
 from lib_lightning.display.moments import Lives, Moment, as_array, lives_of
 from lib_lightning.display.palette import MODULES, MUTED, NO_MODULE, OTHER_MODULES, TEXT
-from lib_lightning.display.panels import Grid, add_entries, panels
+from lib_lightning.display.panels import Grid, Mark, add_entries, panels
 from lib_lightning.display.steps_axis import set_steps
 
 _OTHERS = "#E4E4E4"
@@ -37,10 +37,10 @@ def draw_timeline(
 ) -> Figure:
     """Draw the lineages of every node layer as bands that lie on each other, from snapshot to snapshot.
 
-    A band is as wide as the square root of the share that its feature has in the sum of importances: a feature with
-    1% is a tenth as wide as one with all, and can be seen beside it. The height of the whole stack, squared, is then a
-    count of features by their importance (the Rényi entropy of order 1/2, as a number). Bands keep their order, those
-    that split from another one lie on it. Where features have names, colours go by these, otherwise by modules.
+    A band is as wide as the square root of the share that its feature has in the sum of importances: a feature with 1%
+    is a tenth as wide as one with all, and can be seen beside it. A high stack is one of many features that share the
+    importance. Bands keep their order, and those that split from another one lie on it. Where features have names,
+    colours go by these, otherwise by modules.
 
     Args:
         steps: The training step of each snapshot, rising.
@@ -67,7 +67,7 @@ def draw_timeline(
     lives = {name: lives_of(moments) for name, moments in layers.items()}
     shown = {name: _shown(of_layer, limit) for name, of_layer in lives.items()}
     colors, meaning = _colors(layers, lives, shown)
-    marks = [
+    marks: list[tuple[Mark, str]] = [
         (Line2D([], [], ls="", marker="^", ms=5, color=TEXT), "appears"),
         (Line2D([], [], ls="", marker="x", ms=5, color=TEXT), "gone after"),
         (Line2D([], [], lw=1.0, color=TEXT), "split from"),
@@ -107,7 +107,7 @@ def _shown(lives: Lives, limit: int) -> np.ndarray:
 
 def _colors(
     layers: Mapping[str, Sequence[Moment]], lives: Mapping[str, Lives], shown: Mapping[str, np.ndarray]
-) -> tuple[dict[str, np.ndarray], list[tuple[Line2D, str]]]:
+) -> tuple[dict[str, np.ndarray], list[tuple[Mark, str]]]:
     """For each node layer the colour of each band in each snapshot, shape ``(T, n)``, and what the colours mean."""
     keys = {name: np.full((len(lives[name].share), len(index)), "", dtype=object) for name, index in shown.items()}
     named = any(label for moments in layers.values() for moment in moments for label in moment.labels or ())
@@ -135,7 +135,7 @@ def _colors(
             weights[theme] = weights.get(theme, 0.0) + float(share[key == theme].sum())
     ranked = sorted((theme for theme in weights if theme), key=lambda theme: -weights[theme])
     palette = {"": NO_MODULE} | dict(zip(ranked, (*MODULES, *[OTHER_MODULES] * len(ranked)), strict=False))
-    rows = [(_patch(color), theme) for theme, color in palette.items() if color in MODULES]
+    rows: list[tuple[Mark, str]] = [(_patch(color), theme) for theme, color in palette.items() if color in MODULES]
     if len(ranked) > len(MODULES):
         rows.append((_patch(OTHER_MODULES), f"{len(ranked) - len(MODULES)} more"))
     colors = {
@@ -145,13 +145,11 @@ def _colors(
     return colors, [*rows, (_patch(NO_MODULE), "no name")]
 
 
-def _meaning_of_modules(keys: Mapping[str, np.ndarray], has_modules: bool) -> list[tuple[Line2D, str]]:
+def _meaning_of_modules(keys: Mapping[str, np.ndarray], has_modules: bool) -> list[tuple[Mark, str]]:
     if not has_modules:
         return []
     used = {color for key in keys.values() for color in np.unique(key.astype(str))}
-    rows = [(_patch(color), "") for color in MODULES if color in used]
-    if rows:
-        rows[-1] = rows[-1][0], "modules"
+    rows: list[tuple[Mark, str]] = [(tuple(_patch(color) for color in MODULES if color in used), "modules")]
     others = [(OTHER_MODULES, "smaller ones"), (NO_MODULE, "in none")]
     return rows + [(_patch(color), meaning) for color, meaning in others if color in used]
 
@@ -184,7 +182,7 @@ def _draw_layer(
     axes: Axes, steps: Sequence[int], lives: Lives, shown: np.ndarray, colors: np.ndarray, names: Sequence[str]
 ) -> None:
     widths = np.sqrt(lives.share)
-    hidden = np.delete(widths, shown, axis=1).sum(1)
+    hidden = np.sqrt(np.delete(lives.share, shown, axis=1).sum(1))
     # From the bottom up; what is left out lies on top, where it moves nothing.
     rims = np.cumsum(np.column_stack([np.zeros(len(steps)), widths[:, shown], hidden]), axis=1)
     x = np.asarray(steps, dtype=float)
@@ -213,9 +211,9 @@ def _draw_layer(
 def _runs(colors: np.ndarray, start: int, stop: int, lives: Lives, lineage: int) -> list[tuple[int, int, str]]:
     """Parts of a band that have one colour, each up to where the next one begins."""
     there = np.flatnonzero(lives.place[:, lineage] >= 0)
-    changes = [t for before, t in pairwise(there) if colors[before] != colors[t]]
+    changes = [int(t) for before, t in pairwise(there) if colors[before] != colors[t]]
     bounds = [start, *changes, stop]
-    owners = [there[0], *changes]
+    owners = [int(there[0]), *changes]
     return [(low, high, str(colors[owner])) for low, high, owner in zip(bounds[:-1], bounds[1:], owners, strict=True)]
 
 
