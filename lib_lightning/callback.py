@@ -320,6 +320,7 @@ class LIBCallback(pl.Callback):
             "watcher": self.watcher.state_dict(),
             "graph_step": self._graph_step,
             "samples": self.samples.state_dict(),
+            "report": self.report.state_dict(),
             "proposed_layers": self._layers.state_dict(),
         }
 
@@ -328,5 +329,6 @@ class LIBCallback(pl.Callback):
         self._layers.load_state_dict(state_dict["proposed_layers"])
         self.schedule.load_state_dict(state_dict["schedule"])
         self.samples.load_state_dict(state_dict["samples"])
+        self.report.load_state_dict(state_dict["report"])
         if self.watcher.load_state_dict(state_dict["watcher"]):  # else it was of other node layers
             self._graph_step = self._tried_step = state_dict["graph_step"]

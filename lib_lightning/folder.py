@@ -9,6 +9,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from lib_lightning.display.film import Film
 from lib_lightning.display.image import PNG, render_png
 from lib_lightning.export.files import TEMPORARY, write_bytes
 from lib_lightning.graph import InteractionGraph
@@ -27,18 +28,19 @@ class SnapshotFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def write(self, graph: InteractionGraph, step: int) -> PNG:
+    def write(self, graph: InteractionGraph, step: int, film: Film | None = None) -> PNG:
         """Write the basis file and the figure of a snapshot; those of an earlier try at this step are replaced.
 
         Args:
             graph: The snapshot.
             step: Number of optimizer steps before it.
+            film: The snapshots before, for features to keep their places.
 
         Returns:
             The figure.
         """
         graph.save(self.basis_file(step))
-        png = render_png(graph.plot())
+        png = render_png(graph.plot(film=film))
         write_bytes(self.path / "figures" / f"{_name(step)}.png", png.data)
         return png
 
@@ -81,19 +83,19 @@ class SnapshotFolder:
         if self.basis_file(step).exists():
             write_bytes(self.path / "final.safetensors", self.basis_file(step).read_bytes())
 
-    def retrace(self, final: InteractionGraph, step: int) -> dict[str, int | None]:
+    def retrace(self, final: InteractionGraph, step: int, earlier: Sequence[SnapshotFolder]) -> dict[str, int | None]:
         """Write ``retraced.json``: since when each feature of the last snapshot has been recognisable.
 
         Args:
             final: The last snapshot.
             step: Its step.
+            earlier: Folders of the same run before it was interrupted, the earliest first.
 
         Returns:
             For each node layer the step since which most of its final importance has been; None for never.
         """
-        steps = sorted(int(path.stem.removeprefix("step-")) for path in (self.path / "snapshots").glob("step-*"))
-        files = [(earlier, self.basis_file(earlier)) for earlier in steps if earlier <= step]
-        found = formed(final, retrace_files(final, files))
+        files = {at: path for folder in (*earlier, self) for at, path in folder.basis_files().items() if at <= step}
+        found = formed(final, retrace_files(final, sorted(files.items())))
         if found:
             write_bytes(self.path / RETRACED, json.dumps(found, indent=1).encode())
         return {name: of_layer["formed"] for name, of_layer in found.items()}
@@ -107,6 +109,10 @@ class SnapshotFolder:
     def basis_file(self, step: int) -> Path:
         """Basis file of the snapshot of a step."""
         return self.path / "snapshots" / f"{_name(step)}.safetensors"
+
+    def basis_files(self) -> dict[int, Path]:
+        """Basis files of all snapshots, by step."""
+        return {int(path.stem.removeprefix("step-")): path for path in (self.path / "snapshots").glob("step-*")}
 
     def samples_file(self, rank: int, size: int, kind: str = "") -> Path:
         """File with the samples that one of several processes computes on, or with those of another kind."""
@@ -144,19 +150,23 @@ class RunFolder:
         for folder in self._folders.values():
             folder.clean()
 
-    def write(self, graphs: Mapping[str, InteractionGraph], step: int) -> dict[str, PNG]:
+    def write(self, graphs: Mapping[str, InteractionGraph], step: int, films: Mapping[str, Film]) -> dict[str, PNG]:
         """Write a snapshot.
 
         Args:
             graphs: The graph of each folder, the main one first.
             step: Number of optimizer steps before it.
+            films: For each folder the snapshots before.
 
         Returns:
             The figures, by the tag to show each under; none where nothing is to be left behind.
         """
         if self.main is None:
             return {}
-        figures = {f"{prefix}/graph": self._folders[prefix].write(graph, step) for prefix, graph in graphs.items()}
+        figures = {
+            f"{prefix}/graph": self._folders[prefix].write(graph, step, films[prefix])
+            for prefix, graph in graphs.items()
+        }
         main, own, *baselines = next(iter(graphs)), *graphs.values()
         return {**figures, f"{main}/spectrum": self.main.write_spectrum(own, baselines, step)}
 

@@ -25,6 +25,8 @@ from lib_lightning.metrics.summary import GraphMetrics
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from lib_lightning.display.film import Film
+
 _BASIS_TENSORS = ("mean", "to_features", "from_features", "importance")
 # What a file may do without: files of before there were any, and graphs where they are unknown.
 _OPTIONAL_BASIS_TENSORS = ("importance_error", "unsure")
@@ -270,7 +272,7 @@ class InteractionGraph:
                 graph.add_edge((before, j), (after, i), weight=float(E[i, j]))
         return graph
 
-    def plot(self, max_edges: int = 300, max_features: int = 40) -> Figure:
+    def plot(self, max_edges: int = 300, max_features: int = 40, film: Film | None = None) -> Figure:
         """Draw the graph: node layers as columns, features sized by importance, edges by strength.
 
         Modules, where there are any, become bands in colours of their own; names are written beside their features.
@@ -278,6 +280,7 @@ class InteractionGraph:
         Args:
             max_edges: Most edges to draw, shared among the sections.
             max_features: Most features to draw in a column.
+            film: The graphs before, for features of the same lineages to keep their places.
 
         Returns:
             A matplotlib figure of its own, unknown to pyplot.
@@ -296,6 +299,8 @@ class InteractionGraph:
             if self.modules
             else None,
             labels=[self.labels.get(b.name, [""] * b.n_features) for b in bases] if self.labels else None,
+            lineages=[self.lineages[b.name].ids for b in bases] if self.lineages else None,
+            film=film if self.lineages else None,
         )
 
     def plot_spectrum(self, baselines: Sequence[InteractionGraph] = ()) -> Figure:

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 
 from lib_lightning.core.build import BasisKind
 from lib_lightning.display.moments import Moment
-from lib_lightning.display.over_time import draw_sparsity_over_time, draw_spectrum_over_time
+from lib_lightning.display.over_time import draw_sparsity_over_time
+from lib_lightning.display.spectrum_over_time import draw_spectrum_over_time
 from lib_lightning.display.timeline import draw_timeline
 from lib_lightning.graph import InteractionGraph
 

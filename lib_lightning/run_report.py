@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
+from lib_lightning.display.film import Film
 from lib_lightning.display.loggers import log_image, log_text, where_to_look
-from lib_lightning.folder import RunFolder
+from lib_lightning.folder import RunFolder, SnapshotFolder
 from lib_lightning.lineage.events import Event
 from lib_lightning.trainers import logging_step, run_folder
 from lib_lightning.watcher import Taken, Watcher
@@ -39,6 +41,8 @@ class RunReport:
     def reset(self) -> None:
         """Forget the run before."""
         self.folder = RunFolder(None, [])
+        self._films = {prefix: Film() for prefix in self._watcher.prefixes}
+        self._earlier: list[str] = []
         self._said: set[str] = set()
         self._failed_hooks: set[int] = set()
 
@@ -64,7 +68,7 @@ class RunReport:
             step: Number of optimizer steps before it.
         """
         if trainer.is_global_zero:
-            for tag, png in self.folder.write(taken.graphs, step).items():
+            for tag, png in self.folder.write(taken.graphs, step, self._films).items():
                 log_image(trainer.loggers, tag, png, logging_step(trainer))
 
     def tell(self, trainer: pl.Trainer, events: Sequence[Event]) -> None:
@@ -137,10 +141,24 @@ class RunReport:
         try:
             if step == trainer.global_step:
                 self.folder.finish(step)
-                since = self.folder.main.retrace(self._watcher.graphs[name], step)
+                earlier = [SnapshotFolder(Path(folder)) for folder in self._earlier]
+                since = self.folder.main.retrace(self._watcher.graphs[name], step, earlier)
                 if since:
                     steps = ", ".join(f"{layer} {'never' if s is None else f'{s:,}'}" for layer, s in since.items())
                     lines.append(f"  formed        {steps} (steps since when most of what counts has been there)")
         except OSError as error:
             log.warning("The last snapshot of '%s' could not be written: %s", name, error)
         rank_zero_info("\n".join([*lines, *self.folder.contents(), *where_to_look(trainer.loggers)]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """State to go on from: where features lie in figures, and where the run has been written so far."""
+        here = [] if self.folder.main is None else [str(self.folder.main.path.resolve())]
+        films = {prefix: film.state_dict() for prefix, film in self._films.items()}
+        return {"films": films, "folders": [*(f for f in self._earlier if f not in here), *here]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        self._earlier = list(state["folders"])
+        for prefix, film in self._films.items():
+            if prefix in state["films"]:
+                film.load_state_dict(state["films"][prefix])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -92,7 +94,7 @@ def test_distances_are_those_of_the_schedule() -> None:
     due_steps(schedule, range(201))
     schedule.densify(200)
     steps = [0, 100, 200, *due_steps(schedule, range(201, 501))]
-    found = [schedule.distance(*pair) for pair in zip(steps[1:], steps[2:], strict=False)]
+    found = [schedule.distance(*pair) for pair in itertools.pairwise(steps[1:])]
     assert found == [1.0] + [0.25] * 8 + [1.0]
 
 

@@ -184,4 +184,5 @@ def _orthonormal(A: Tensor) -> Tensor:
     U, s, _ = torch.linalg.svd(A, full_matrices=False)
     # Values come in half precision: directions below its rounding are none.
     largest = float(s[0]) if len(s) else 0.0
-    return U[:, : int((s > torch.finfo(torch.float16).eps * largest).sum())]
+    kept: Tensor = U[:, : int((s > torch.finfo(torch.float16).eps * largest).sum())]
+    return kept
