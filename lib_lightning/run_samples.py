@@ -26,10 +26,10 @@ from lib_lightning.watcher import Samples
 
 log = logging.getLogger(__name__)
 
-# Samples that features are followed on, and how many will do until there are more. Chance correlations of so few are
-# 0.09, far from the 0.7 that makes a feature the same.
-PROBE_SAMPLES = 512
-_ENOUGH_PROBES = 128
+# Samples that features are followed on, and how many of the sanity check's will do: eight for each of 64 dimensions are
+# enough to see that features have only turned among themselves.
+PROBE_SAMPLES = 1024
+_ENOUGH_PROBES = 512
 
 
 class RunSamples:

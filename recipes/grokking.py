@@ -1,6 +1,7 @@
 """When do the features move, and when does test accuracy? Modular addition, watched while it groks, for several seeds.
 
-    python -m recipes.grokking --folder runs/grokking     # train what is not there yet, write results and figure
+    python -m recipes.grokking --folder runs/grokking     # train what is not there yet, and measure
+    python -m recipes.grokking --figure grokking.png      # draw it
     python -m recipes.grokking                            # the table of the README, from the committed results
 
 Two minutes of one CPU core a seed. Each run is that of ``modular_addition.yaml`` with another seed of split and
@@ -14,14 +15,18 @@ import csv
 import json
 import math
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger
+from matplotlib.figure import Figure
 
 from lib_lightning import InteractionGraph, LIBCallback, NodeLayer
+from lib_lightning.display.image import render_png
+from lib_lightning.display.over_time import Curve, Panel, draw_over_time
 from lib_lightning.labels import FourierLabels
 from lib_lightning.metrics.functional import effective_edges, effective_features, number_of_features
 from recipes.modular_addition import AllPairs, ModularAddition
@@ -32,6 +37,8 @@ STEPS = 3000
 THRESHOLDS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-6)
 # The last node layer that features are of; the one after it are the logits.
 BEFORE_OUTPUT = "resid_post"
+TO_OUTPUT, LABELLED = "effective edges to the output", "Fourier-labelled features"
+SHARE = "their share of the importance"
 Series = dict[str, list[float]]
 
 
@@ -96,67 +103,99 @@ def _quantities(graph: InteractionGraph) -> dict[str, float]:
         **{f"features above {t:g}": float(number_of_features(importance, t)) for t in THRESHOLDS},
         "effective features": float(effective_features(importance)),
         "effective edges": float(sum(edges)),
-        "effective edges to the output": float(edges[-1]),
-        "Fourier-labelled features": float(sum(map(bool, labels))),
-        "their share of the importance": float(importance[[bool(label) for label in labels]].sum() / importance.sum()),
+        TO_OUTPUT: float(edges[-1]),
+        LABELLED: float(sum(map(bool, labels))),
+        SHARE: float(importance[[bool(label) for label in labels]].sum() / importance.sum()),
     }
 
 
 def halfway(steps: Sequence[float], values: Sequence[float], start: float) -> float:
-    """When a series had gone half of its way from one step to its end, for good.
+    """When a series had first gone half of its way from one step to its end.
 
     Args:
         steps: Where it was looked at, rising.
-        values: What it was there.
+        values: What it was there. The end is the median of the last five: training at this rate has spikes, after which
+            accuracy is low for some steps.
         start: Step at which the way begins.
 
     Returns:
         The step, interpolated; NaN for a series that ends where it was.
 
     Example:
-        >>> halfway([0, 10, 20, 30], [5.0, 1.0, 3.0, 3.0], start=10)
-        15.0
+        >>> halfway([0, 10, 20, 30, 40, 50], [5.0, 1.0, 3.0, 5.0, 5.0, 5.0], start=10)
+        20.0
     """
-    inside = [(step, value) for step, value in zip(steps, values, strict=True) if step >= start]
-    (_, first), (_, last) = inside[0], inside[-1]
-    if first == last:
+    first = next(k for k, step in enumerate(steps) if step >= start)
+    way = statistics.median(values[-5:]) - values[first]
+    if way == 0:
         return math.nan
-    done = [(step, (value - first) / (last - first)) for step, value in inside]
-    before = max(k for k, (_, share) in enumerate(done) if share < 0.5)
-    (step, share), (step_next, share_next) = done[before], done[before + 1]
-    return step + (step_next - step) * (0.5 - share) / (share_next - share)
+    done = [(value - values[first]) / way for value in values]
+    after = next(k for k in range(first, len(values)) if done[k] >= 0.5)
+    gone = (0.5 - done[after - 1]) / (done[after] - done[after - 1])
+    return steps[after - 1] + (steps[after] - steps[after - 1]) * gone
 
 
 def memorised(accuracy: Series) -> float:
-    """The step by which the training pairs were known by heart: 99% of them, for good."""
-    return 1 + max(step for step, value in zip(accuracy["step"], accuracy["train"], strict=True) if value < 0.99)
+    """The first step at which 99% of the training pairs were known by heart."""
+    return next(step for step, value in zip(accuracy["step"], accuracy["train"], strict=True) if value >= 0.99)
+
+
+def reached(steps: Sequence[float], values: Sequence[float], level: float) -> float:
+    """When a series first reached a level; NaN if it never did.
+
+    Example:
+        >>> reached([0, 10, 20], [0.1, 0.4, 0.7], 0.4)
+        10
+    """
+    return next((step for step, value in zip(steps, values, strict=True) if value >= level), math.nan)
 
 
 def report(results: Mapping[str, Any]) -> str:
-    """Say when everything was halfway from memorised to the end.
+    """Say when test accuracy moved, and when features did.
 
     Args:
         results: What `measure` has found, by seed.
 
     Returns:
-        A table in Markdown.
+        Two tables in Markdown.
     """
-    names = [name for name in next(iter(results.values()))["lib"] if name != "step"]
-    rows: dict[str, list[float]] = {"memorised": [], "test accuracy": [], **{name: [] for name in names}}
-    for run in results.values():
-        accuracy, lib = run["accuracy"], run["lib"]
-        rows["memorised"].append(start := memorised(accuracy))
-        rows["test accuracy"].append(halfway(accuracy["step"], accuracy["test"], start))
-        for name in names:
-            rows[name].append(halfway(lib["step"], lib[name], start))
+    runs = list(results.values())
+    names = [name for name in runs[0]["lib"] if name not in ("step", SHARE)]
+    starts = [memorised(run["accuracy"]) for run in runs]
+    middle = {
+        "test accuracy": [
+            halfway(run["accuracy"]["step"], run["accuracy"]["test"], start)
+            for run, start in zip(runs, starts, strict=True)
+        ],
+        **{
+            name: [halfway(run["lib"]["step"], run["lib"][name], s) for run, s in zip(runs, starts, strict=True)]
+            for name in names
+        },
+    }
+    half = {
+        "test accuracy": [reached(run["accuracy"]["step"], run["accuracy"]["test"], 0.5) for run in runs],
+        SHARE: [reached(run["lib"]["step"], run["lib"][SHARE], 0.5) for run in runs],
+    }
+    first = {"training pairs memorised": starts}
+    return "\n\n".join(
+        _table(title, list(results), rows)
+        for title, rows in (
+            ("halfway from memorising to the end, at step", middle | first),
+            ("half, at step", half),
+        )
+    )
+
+
+def _table(title: str, seeds: Sequence[str], rows: Mapping[str, Sequence[float]]) -> str:
     lines = [
-        f"| halfway at step | {' | '.join(f'seed {seed}' for seed in results)} | share of test accuracy's |",
-        "|---" * (len(results) + 2) + "|",
+        f"| {title} | {' | '.join(f'seed {seed}' for seed in seeds)} | of test accuracy's step |",
+        "|---" * (len(seeds) + 2) + "|",
     ]
     for name, steps in rows.items():
         cells = ["-" if math.isnan(step) else f"{step:,.0f}" for step in steps]
-        ratios = [s / test for s, test in zip(steps, rows["test accuracy"], strict=True) if not math.isnan(s)]
-        lines.append(f"| {name} | {' | '.join(cells)} | {_mean(ratios) if name != 'test accuracy' else '1'} |")
+        pairs = zip(steps, rows["test accuracy"], strict=True)
+        ratios = [step / test for step, test in pairs if not math.isnan(step)]
+        lines.append(f"| {name} | {' | '.join(cells)} | {'1' if name == 'test accuracy' else _mean(ratios)} |")
     return "\n".join(lines)
 
 
@@ -168,19 +207,54 @@ def _mean(ratios: Sequence[float]) -> str:
     return f"{mean:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
+def draw(results: Mapping[str, Any]) -> Figure:
+    """Draw accuracies and features of all seeds side by side.
+
+    Args:
+        results: What `measure` has found, by seed.
+
+    Returns:
+        A figure with one column for each seed.
+    """
+    return draw_over_time(
+        {f"seed {seed}": _panels(run["accuracy"], run["lib"]) for seed, run in results.items()},
+        title="Modular addition: when features move, and when test accuracy does",
+    )
+
+
+def _panels(accuracy: Series, lib: Series) -> list[Panel]:
+    def curve(name: str, series: Series, key: str) -> Curve:
+        return Curve(name, [int(step) for step in series["step"]], series[key])
+
+    counts = [curve(f"above {t:g}", lib, f"features above {t:g}") for t in THRESHOLDS]
+    return [
+        Panel("accuracy", [curve("train", accuracy, "train"), curve("test", accuracy, "test")], limits=(0, 1)),
+        Panel(f"features of {BEFORE_OUTPUT}", counts, log=True),
+        Panel("effective features", [curve("LIB", lib, "effective features")]),
+        Panel("effective edges", [curve("all", lib, "effective edges"), curve("to output", lib, TO_OUTPUT)]),
+        Panel("Fourier-labelled", [curve("features", lib, LABELLED)]),
+        Panel("their importance", [curve("share", lib, SHARE)], limits=(0, 1)),
+    ]
+
+
 def main(args: Sequence[str] | None = None) -> None:
-    """Train, measure, and print."""
-    parser = argparse.ArgumentParser(prog="python -m recipes.grokking", description=__doc__)
+    """Train, measure, draw, and print."""
+    parser = argparse.ArgumentParser(prog="python -m recipes.grokking", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--folder", type=Path, help="train here what is not there yet, and measure it anew")
+    parser.add_argument("--figure", type=Path, help="where to draw the figure")
     parsed = parser.parse_args(args)
     if parsed.folder is not None:
-        results = {}
+        found = {}
         for seed in SEEDS:
             run = parsed.folder / f"seed-{seed}"
             if not (run / "lib" / "final.safetensors").exists():
                 train(run, seed)
-            results[str(seed)] = measure(run)
-        RESULTS.write_text(json.dumps(results))
+            found[str(seed)] = measure(run)
+        RESULTS.write_text(json.dumps(found))
+    results = json.loads(RESULTS.read_text())
+    if parsed.figure is not None:
+        parsed.figure.write_bytes(render_png(draw(results)).data)
+    sys.stdout.write(report(results) + "\n")
 
 
 if __name__ == "__main__":

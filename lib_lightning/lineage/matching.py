@@ -15,9 +15,9 @@ SAME = 0.5
 RELATED = 0.25
 # The share from which on a feature has not turned.
 _STILL = 0.95
-# Samples for each dimension that may have turned: directions drawn at random have cosines up to 2 sqrt(k / N), squared
-# 0.4 at ten.
-_SAMPLES_PER_DIMENSION = 10
+# Samples for each dimension that may have turned: k directions drawn at random among N have others of their kind in
+# common up to a squared cosine of 4 (k / N) (1 - k / N), 0.44 at eight.
+_SAMPLES_PER_DIMENSION = 8
 
 
 @dataclass(frozen=True)
