@@ -109,7 +109,7 @@ def draw_over_time(
             for step in (marks or {}).values():
                 axes.axvline(step, **_MARK)
         _write_names(beside[-1], row[-1].curves, room - 2 * _GAP)
-    for axes, name in zip(all_axes, columns, strict=False):
+    for axes, name in zip(all_axes, rows if isinstance(rows, Mapping) else (), strict=False):
         axes.annotate(
             name, (0, 1), xycoords="axes fraction", xytext=(0, 24), textcoords="offset points", fontsize=11,
             color=MUTED, annotation_clip=False, parse_math=False,
