@@ -190,7 +190,7 @@ def _draw_layer(
     rims = np.cumsum(np.column_stack([np.zeros(len(steps)), widths[:, shown], hidden]), axis=1)
     x = np.asarray(steps, dtype=float)
     set_steps(axes, steps)
-    axes.set_ylim(0, 1.02 * max(rims.max(initial=0.0), 1e-9))
+    axes.set_ylim(0, 1.02 * max(rims.max(initial=0.0), 1.0))
     shapes, faces = [], []
     for k, lineage in enumerate(shown):
         start, stop = max(lives.first[lineage] - 1, 0), min(lives.last[lineage] + 1, len(x) - 1)

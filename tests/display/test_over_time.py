@@ -81,14 +81,16 @@ def test_runs_are_thin_lines_and_their_median() -> None:
 
 def test_columns_share_the_scale_of_a_row() -> None:
     def column(top: float) -> list[Panel]:
-        return [Panel("a", [Curve("x", [0, 10], [0, top])]), Panel("b", [Curve("y", [0, 10], [1, 2 * top])])]
+        return [Panel(name, [Curve("x", [0, 10], [0, top])]), Panel("b", [Curve("y", [0, 10], [1, 2 * top])])]
 
+    name = "a name that is longer than one of the columns"
     figure = draw_over_time({"seed 0": column(1), "seed 1": column(50)})
     first, second, third, fourth = figure.axes
     assert first.get_ylim() == second.get_ylim() != third.get_ylim()
     assert third.get_ylim() == fourth.get_ylim()
     assert first.get_ylim()[1] >= 50
     assert {"seed 0", "seed 1"} <= set(words(figure))
+    assert first.get_title(loc="left") == name
     assert sum(text == "x" for text in words(figure)) == 1
     assert_readable(figure)
     with pytest.raises(ValueError, match="panels of the same names"):
