@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
 
-from lib_lightning.display.lettering import DPI, short_number, shorten, width_of
+from lib_lightning.display.lettering import DPI, short_number, shorten, shorten_front, width_of
 from lib_lightning.display.palette import BASES, BASIS_NAMES, MODULES, MUTED, TEXT, basis_styles
 from lib_lightning.display.panels import Grid, add_entries, panels
 from lib_lightning.display.steps_axis import set_steps
