@@ -25,7 +25,8 @@ class Film:
     own order. The first graph is laid out as a single one is.
 
     Args:
-        limit: Most features in a column, the most important ones.
+        limit: Most features in a column, the most important ones. It fixes the places: a loaded state
+            brings its own.
 
     Example:
         >>> import torch

@@ -13,12 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
 
-from lib_lightning.display.lettering import DPI, short_number, shorten, width_of
-from lib_lightning.display.palette import BASES, BASIS_NAMES, MODULES, MUTED, basis_styles
+from lib_lightning.display.lettering import DPI, short_number, shorten, shorten_front, width_of
+from lib_lightning.display.palette import BASES, BASIS_NAMES, MODULES, MUTED, TEXT, basis_styles
 from lib_lightning.display.panels import Grid, add_entries, panels
 from lib_lightning.display.steps_axis import set_steps
 
-_NAME_SIZE, _LINE_HEIGHT = 9.0, 10.5
+_HEADING_SIZE, _NAME_SIZE, _LINE_HEIGHT = 11.0, 9.0, 10.5
 # Points: the widest room for names, and what lies between them and the panels.
 _MOST_ROOM, _GAP = 130.0, 5.0
 # Values that span more than this are drawn on a logarithmic scale.
@@ -95,12 +95,17 @@ def draw_over_time(
     words = [width_of(_shown(c.name), _NAME_SIZE) for row in stacked for panel in row[-1:] for c in panel.curves]
     room = min(max(words, default=0.0), _MOST_ROOM) + 2 * _GAP
     figure, all_axes = panels(
-        [panel.name if k == 0 else "" for row in stacked for k, panel in enumerate(row)], title, "training steps", "",
+        [""] * len(stacked) * len(columns), title, "training steps", "",
         bool(marks) + isinstance(rows, Mapping), Grid(len(columns), 1.25, room / 72, one_below_another=True),
     )  # fmt: skip
     everything = [c for row in stacked for panel in row for c in panel.curves]
     for r, row in enumerate(stacked):
         beside = all_axes[r * len(columns) : (r + 1) * len(columns)]
+        across = 72 * (beside[-1].bbox.x1 - beside[0].bbox.x0) / DPI
+        heading = shorten_front(row[0].name, across, _HEADING_SIZE, "bold")
+        beside[0].set_title(
+            heading, loc="left", fontsize=_HEADING_SIZE, fontweight="bold", color=TEXT, parse_math=False
+        )  # fmt: skip
         for axes, panel in zip(beside, row, strict=True):
             draw_curves(axes, panel.curves)
         _set_scale(beside, row)
@@ -109,7 +114,7 @@ def draw_over_time(
             for step in (marks or {}).values():
                 axes.axvline(step, **_MARK)
         _write_names(beside[-1], row[-1].curves, room - 2 * _GAP)
-    for axes, name in zip(all_axes, columns, strict=False):
+    for axes, name in zip(all_axes, rows if isinstance(rows, Mapping) else (), strict=False):
         axes.annotate(
             name, (0, 1), xycoords="axes fraction", xytext=(0, 24), textcoords="offset points", fontsize=11,
             color=MUTED, annotation_clip=False, parse_math=False,

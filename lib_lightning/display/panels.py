@@ -20,6 +20,7 @@ Mark = Line2D | tuple[Line2D, ...]
 _PANEL_WIDTH, _PANEL_HEIGHT, _PAGE_WIDTH = 2.25, 1.55, 6.4
 # Inches around and between the panels.
 _LEFT, _RIGHT, _TOP, _FOOT, _ROW_GAP, _COLUMN_GAP, _ENTRIES = 0.82, 0.14, 0.92, 0.62, 0.62, 0.22, 0.26
+_ENTRY_SIZE = 10.5
 _OWN_SCALE_GAP, _SHARED_ROW_GAP = 0.6, 0.36
 _LARGEST_NAME, _SMALLEST_NAME, _SECOND_LINE = 11.0, 8.5, 0.17
 
@@ -112,10 +113,37 @@ def add_entries(figure: Figure, rows: Sequence[Sequence[tuple[Mark, str]]]) -> N
         marks: list[Any] = [mark for mark, _ in row]
         figure.legend(
             marks, [label for _, label in row], loc="upper left", ncols=len(row), frameon=False,
-            bbox_to_anchor=(0.015, 1 - (0.48 + k * _ENTRIES) / figure.get_figheight()), fontsize=10.5,
+            bbox_to_anchor=(0.015, 1 - (0.48 + k * _ENTRIES) / figure.get_figheight()), fontsize=_ENTRY_SIZE,
             labelcolor=MUTED, handlelength=4.0 if any(isinstance(mark, tuple) for mark in marks) else 1.8,
             handletextpad=0.5, columnspacing=1.4, handler_map={tuple: HandlerTuple(None, pad=0)},
         )  # fmt: skip
+
+
+def in_rows(entries: Sequence[tuple[Mark, str]]) -> list[list[tuple[Mark, str]]]:
+    """Break a long legend into lines.
+
+    Args:
+        entries: Marks, or several side by side, and what they stand for.
+
+    Returns:
+        As many lines as it takes on the narrowest page.
+
+    Example:
+        >>> rows = in_rows([(Line2D([], []), f"a name of some length, {k}") for k in range(4)])
+        >>> [len(row) for row in rows]
+        [2, 2]
+    """
+    rows: list[list[tuple[Mark, str]]] = []
+    left = 0.0
+    for mark, label in entries:
+        # The mark, its distance from the label, and that from the next entry.
+        width = width_of(label, _ENTRY_SIZE) + _ENTRY_SIZE * ((4.0 if isinstance(mark, tuple) else 1.8) + 0.5 + 1.4)
+        if width > left:
+            rows.append([])
+            left = 72 * (_PAGE_WIDTH - 0.2)
+        rows[-1].append((mark, label))
+        left -= width
+    return rows
 
 
 def _grid_for(count: int) -> Grid:

@@ -20,7 +20,7 @@ from lib_lightning.display.steps_axis import set_steps
 
 # Shares of a layer's largest importance.
 THRESHOLDS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-6)
-_NAMES = ("10%", "1%", "0.1%", "0.01%", "1e-6")
+_NAMES = ("≥ 10%", "1%", "0.1%", "0.01%", "1e-6 of the largest")
 # From the most important features to the least: the palette's blue, lighter and lighter.
 _DARK, _LIGHT = np.array([0.0, 0.27, 0.45]), np.array([0.86, 0.92, 0.97])
 _COLORS = [to_hex(_DARK + (_LIGHT - _DARK) * k / (len(THRESHOLDS) - 1)) for k in range(len(THRESHOLDS))]
@@ -73,7 +73,7 @@ def draw_spectrum_over_time(
         (Line2D([], [], color=color, lw=9, solid_capstyle="butt"), name)
         for color, name in zip(_COLORS, _NAMES, strict=True)
     ]
-    add_entries(figure, [[(Line2D([], [], ls=""), "above"), *marks, (Line2D([], [], ls=""), "of the largest")]])
+    add_entries(figure, [marks])
     return figure
 
 

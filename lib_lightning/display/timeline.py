@@ -18,7 +18,7 @@ from lib_lightning.display.lettering import DPI, apart, shorten
 from lib_lightning.display.module_colors import ModuleColors
 from lib_lightning.display.moments import Lives, Moment, as_array, lives_of
 from lib_lightning.display.palette import MODULES, MUTED, NO_MODULE, OTHER_MODULES, TEXT
-from lib_lightning.display.panels import Grid, Mark, add_entries, panels
+from lib_lightning.display.panels import Grid, Mark, add_entries, in_rows, panels
 from lib_lightning.display.steps_axis import set_steps
 
 _OTHERS = "#E4E4E4"
@@ -73,15 +73,16 @@ def draw_timeline(
         (Line2D([], [], lw=1.0, color=TEXT), "split from"),
         (Line2D([], [], lw=7, color=_OTHERS, solid_capstyle="butt"), "all others"),
     ]
+    entries = [*in_rows(meaning), marks]
     height = min(1.6, max(0.9, 7.0 / max(len(layers), 1)))
     figure, all_axes = panels(
-        list(layers), title, "training steps", "features: width is √ share of importance", 2,
-        Grid(1, height, _MARGIN, one_below_another=True),
+        list(layers), title, "training steps; a band is as wide as the √ of its share of importance", "features",
+        len(entries), Grid(1, height, _MARGIN, one_below_another=True),
     )  # fmt: skip
     for axes, name in zip(all_axes, layers, strict=True):
         names = _last_names(layers[name], lives[name])
         _draw_layer(axes, steps, lives[name], shown[name], colors[name], names)
-    add_entries(figure, [meaning, marks])
+    add_entries(figure, entries)
     return figure
 
 
@@ -149,7 +150,9 @@ def _meaning_of_modules(keys: Mapping[str, np.ndarray], has_modules: bool) -> li
     if not has_modules:
         return []
     used = {color for key in keys.values() for color in np.unique(key.astype(str))}
-    rows: list[tuple[Mark, str]] = [(tuple(_patch(color) for color in MODULES if color in used), "modules")]
+    rows: list[tuple[Mark, str]] = []
+    if own := tuple(_patch(color) for color in MODULES if color in used):
+        rows.append((own, "modules"))
     others = [(OTHER_MODULES, "smaller ones"), (NO_MODULE, "in none")]
     return rows + [(_patch(color), meaning) for color, meaning in others if color in used]
 
@@ -187,7 +190,7 @@ def _draw_layer(
     rims = np.cumsum(np.column_stack([np.zeros(len(steps)), widths[:, shown], hidden]), axis=1)
     x = np.asarray(steps, dtype=float)
     set_steps(axes, steps)
-    axes.set_ylim(0, 1.02 * max(rims.max(initial=0.0), 1e-9))
+    axes.set_ylim(0, 1.02 * max(rims.max(initial=0.0), 1.0))
     shapes, faces = [], []
     for k, lineage in enumerate(shown):
         start, stop = max(lives.first[lineage] - 1, 0), min(lives.last[lineage] + 1, len(x) - 1)
