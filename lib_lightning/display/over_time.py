@@ -16,7 +16,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, LogLocator, 
 from lib_lightning.display.lettering import DPI, short_number, shorten, shorten_front, width_of
 from lib_lightning.display.palette import BASES, BASIS_NAMES, MODULES, MUTED, TEXT, basis_styles
 from lib_lightning.display.panels import Grid, add_entries, panels
-from lib_lightning.display.steps_axis import set_steps
+from lib_lightning.display.steps_axis import is_log_spaced, set_steps
 
 _HEADING_SIZE, _NAME_SIZE, _LINE_HEIGHT = 11.0, 9.0, 10.5
 # Points: the widest room for names, and what lies between them and the panels.
@@ -99,6 +99,8 @@ def draw_over_time(
         bool(marks) + isinstance(rows, Mapping), Grid(len(columns), 1.25, room / 72, one_below_another=True),
     )  # fmt: skip
     everything = [c for row in stacked for panel in row for c in panel.curves]
+    # Where some curves are evenly spaced and others are not, these say which axis is meant.
+    log = any(is_log_spaced(curve.steps) for curve in everything)
     for r, row in enumerate(stacked):
         beside = all_axes[r * len(columns) : (r + 1) * len(columns)]
         across = 72 * (beside[-1].bbox.x1 - beside[0].bbox.x0) / DPI
@@ -110,7 +112,7 @@ def draw_over_time(
             draw_curves(axes, panel.curves)
         _set_scale(beside, row)
         for axes in beside:
-            set_steps(axes, _all_steps(everything))
+            set_steps(axes, _all_steps(everything), log)
             for step in (marks or {}).values():
                 axes.axvline(step, **_MARK)
         _write_names(beside[-1], row[-1].curves, room - 2 * _GAP)

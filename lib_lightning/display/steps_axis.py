@@ -32,12 +32,13 @@ def is_log_spaced(steps: Sequence[int]) -> bool:
     return len(gaps) > 2 and bool(np.median(gaps) < gaps.mean() / 2)
 
 
-def set_steps(axes: Axes, steps: Sequence[int]) -> None:
+def set_steps(axes: Axes, steps: Sequence[int], log: bool | None = None) -> None:
     """Make the x axis one of training steps: logarithmic for steps that are spaced so, with room for step 0.
 
     Args:
         axes: A panel.
         steps: The steps of everything in it, in any order.
+        log: Whether to make it logarithmic; None for a choice by the steps.
 
     Example:
         >>> from matplotlib.figure import Figure
@@ -47,7 +48,7 @@ def set_steps(axes: Axes, steps: Sequence[int]) -> None:
         ('symlog', ['0', '1', '10', '100'])
     """
     first, last = (float(f(steps)) for f in (min, max)) if len(steps) else (0.0, 1.0)
-    if is_log_spaced(steps) and first >= 0:
+    if (is_log_spaced(steps) if log is None else log) and 0 <= first < last:
         least = min(float(step) for step in steps if step > 0)
         if first > 0:
             axes.set_xscale("log")
