@@ -106,7 +106,9 @@ def test_files_are_written_once(name: str, runs: tuple[Path, str]) -> None:
         == len(list(folder.glob("figures/*")))
         == results(runs[0], name)[0]["snapshots"]
     )
-    assert sorted(p.name for p in folder.glob("samples/*")) == ["1-of-2.pt", "2-of-2.pt"]
+    assert sorted(p.name for p in folder.glob("samples/*")) == [
+        f"{kind}{k}-of-2.pt" for kind in ("", "probes-") for k in (1, 2)
+    ]
     assert not list(folder.rglob("*.tmp"))
 
 

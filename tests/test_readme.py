@@ -29,7 +29,7 @@ def run_python_blocks() -> None:
 
 def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert len(blocks("python")) == 3
+    assert len(blocks("python")) == 5
     run_python_blocks()
     assert (tmp_path / "graph.safetensors").exists()
 

@@ -70,7 +70,8 @@ def test_baselines_are_of_the_same_samples_and_their_ratios_logged(tmp_path: Pat
             ratio = numbers[f"lib/{metric}/total"] / numbers[f"{kind}/{metric}/total"]
             assert numbers[f"lib_over_{kind}/{metric}/total"] == pytest.approx(float(ratio))
     events = EventAccumulator(str(tmp_path / "version_0")).Reload()
-    assert set(events.Tags()["images"]) == {"lib/graph", "pca/graph", "neuron/graph", "lib/spectrum"}
+    over_time = {"lib/timeline", "lib/spectrum_over_time", "lib/sparsity_over_time"}
+    assert set(events.Tags()["images"]) == {"lib/graph", "pca/graph", "neuron/graph", "lib/spectrum"} | over_time
     assert {"lib/modularity/total", "lib_over_pca/edges/total"} <= set(events.Tags()["scalars"])
     assert len(list((tmp_path / "version_0" / "lib" / "spectra").iterdir())) == callback.snapshots
 

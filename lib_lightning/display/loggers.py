@@ -121,7 +121,7 @@ def where_to_look(loggers: Iterable[Logger]) -> list[str]:
         if isinstance(logger, TensorBoardLogger):
             # TensorBoard keeps ten of the images of a tag unless told otherwise.
             command = f"{_tensorboard()} --logdir {logger.log_dir} --samples_per_plugin images=1000"
-            lines += [f"  event files   {logger.log_dir}", f"  watch         {command}"]
+            lines += [f"  event files   {logger.log_dir}", f"  watch         {command}   (tab LIB)"]
     return lines
 
 

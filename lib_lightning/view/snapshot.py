@@ -18,12 +18,15 @@ from lib_lightning.view.numerals import integers, number, numbers, table, text
 # What goes wrong with a file that is gone, half there, or of other content than a graph's.
 UNREADABLE = (LIBError, OSError, AttributeError, IndexError, KeyError, TypeError, ValueError)
 # Where files have what there is of each feature; {} is the number of the node layer.
-_FEW = {"ids": "lineages.{}.ids", "importance": "basis.{}.importance"}
+_FEW = {
+    "ids": "lineages.{}.ids",
+    "importance": "basis.{}.importance",
+    "parents": "lineages.{}.parents",
+    "modules": "modules.{}",
+}
 _MORE = {
     "error": "basis.{}.importance_error",
     "similarity": "lineages.{}.similarity",
-    "parents": "lineages.{}.parents",
-    "modules": "modules.{}",
     "unsure": "basis.{}.unsure",
 }
 _SECTION = ("edges.{}", "edge_errors.{}")

@@ -1,0 +1,57 @@
+"""The grokking recipe: its committed results are what the README shows, and a small run of it gives such results."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from lib_lightning import InteractionGraph
+from lib_lightning.display.image import render_png
+from recipes.grokking import RESULTS, SEEDS, draw, halfway, measure, memorised, reached, report, train
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_readme_shows_what_the_committed_results_say() -> None:
+    results = json.loads(RESULTS.read_text())
+    assert [int(seed) for seed in results] == list(SEEDS)
+    assert report(results) in (ROOT / "README.md").read_text()
+
+
+def test_the_figure_is_drawn_from_the_committed_results() -> None:
+    figure = draw(json.loads(RESULTS.read_text()))
+    assert len(figure.axes) == 6 * len(SEEDS)
+    assert {axes.get_xscale() for axes in figure.axes} == {"symlog"}
+    assert render_png(figure).width > 1000
+
+
+def test_when_a_series_is_halfway() -> None:
+    steps = [0, 10, 20, 30, 40, 50, 60]
+    falls = [9, 8, 6, 2, 2, 2, 2]
+    assert halfway(steps, falls, start=10) == pytest.approx(22.5)  # from 8 to 2: 5
+    assert halfway(steps, falls, start=15) == pytest.approx(25)  # from 6 to 2: 4
+    assert halfway(steps, [9, 8, 2, 9, 2, 2, 2], start=10) == pytest.approx(15), "the first time"
+    assert halfway(steps, [0, 0, 0, 1, 9, 1, 1], start=10) == pytest.approx(25), "one spike is not the end"
+    assert math.isnan(halfway(steps, [5] * 7, start=10))
+
+
+def test_when_a_level_is_reached() -> None:
+    assert reached([1, 2, 3], [0.1, 0.6, 0.2], 0.5) == 2
+    assert math.isnan(reached([1, 2, 3], [0.1, 0.4, 0.2], 0.5))
+    assert memorised({"step": [10, 20, 30], "train": [0.5, 0.99, 0.9]}) == 20
+
+
+@pytest.mark.recipe
+def test_a_small_run_is_measured(tmp_path: Path) -> None:
+    train(tmp_path, seed=3, modulus=11, steps=40, per_decade=3)
+    found = measure(tmp_path)
+    assert found["accuracy"]["step"] == [10, 20, 30, 40]
+    assert found["lib"]["step"] == [0, 1, 2, 5, 10, 22, 40]
+    graph = InteractionGraph.load(tmp_path / "lib" / "final.safetensors")
+    importance = graph.bases["resid_post"].importance
+    assert found["lib"]["features above 0.01"][-1] == (importance > 0.01 * importance[0]).sum()
+    assert found["lib"]["Fourier-labelled features"][-1] == sum(label != "" for label in graph.labels["resid_post"])
+    assert set(found["lib"]) == set(json.loads(RESULTS.read_text())["0"]["lib"])
