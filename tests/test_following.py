@@ -14,6 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader, TensorDataset
 
 from lib_lightning import InteractionGraph, LIBCallback
+from lib_lightning.display.film import Film
+from lib_lightning.display.image import render_png
 from lib_lightning.lineage import Event, FeatureTracker
 from lib_lightning.lineage.events import CHANGES
 from tests.test_callback import run
@@ -122,6 +124,14 @@ def test_figures_over_time_are_written_and_shown(broken: tuple[Path, LIBCallback
         images = events.Images(f"lib/{name}")
         assert images[-1].encoded_image_string == (folder / "lib" / f"{name}.png").read_bytes()
         assert [image.step + 1 for image in images] == [1, 2, 4, 6, 8, 12], "not each time, but at the end"
+
+
+def test_features_keep_their_places_in_figures(broken: tuple[Path, LIBCallback, Any]) -> None:
+    for kind in ("lib", "pca"):
+        film = Film()
+        for path in sorted((broken[0] / kind / "snapshots").iterdir()):
+            drawn = render_png(InteractionGraph.load(path).plot(film=film)).data
+            assert drawn == (broken[0] / kind / "figures" / f"{path.stem}.png").read_bytes()
 
 
 def test_since_when_final_features_have_been_there(broken: tuple[Path, LIBCallback, Any]) -> None:
@@ -247,5 +257,5 @@ def test_a_resumed_run_goes_on_with_the_same_lineages(tmp_path: Path, half: int)
     resumed, expected = snapshots(tmp_path / "second"), snapshots(tmp_path / "whole")
     assert list(resumed) == [step for step in expected if step > 6 * half]
     assert [ids(graph) for graph in resumed.values()] == [ids(expected[step]) for step in resumed]
-    for name in ("events.jsonl", "timeline.png", "spectrum_over_time.png", "sparsity_over_time.png"):
+    for name in ("events.jsonl", "retraced.json", "timeline.png", "spectrum_over_time.png", "sparsity_over_time.png"):
         assert (tmp_path / "second" / "lib" / name).read_bytes() == (tmp_path / "whole" / "lib" / name).read_bytes()
