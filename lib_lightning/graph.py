@@ -288,6 +288,7 @@ class InteractionGraph:
         from lib_lightning.display.graph import draw_graph
 
         bases = self.bases.values()
+        followed = film is not None and self.lineages.keys() == self.bases.keys()
         return draw_graph(
             list(bases),
             list(self.edges.values()),
@@ -299,8 +300,8 @@ class InteractionGraph:
             if self.modules
             else None,
             labels=[self.labels.get(b.name, [""] * b.n_features) for b in bases] if self.labels else None,
-            lineages=[self.lineages[b.name].ids for b in bases] if self.lineages else None,
-            film=film if self.lineages else None,
+            lineages=[self.lineages[b.name].ids for b in bases] if followed else None,
+            film=film if followed else None,
         )
 
     def plot_spectrum(self, baselines: Sequence[InteractionGraph] = ()) -> Figure:

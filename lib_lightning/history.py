@@ -15,7 +15,7 @@ from lib_lightning.display.timeline import draw_timeline
 from lib_lightning.graph import InteractionGraph
 
 # Figures over time are drawn again once there are so many times as many snapshots as in the last ones.
-_WORTH_A_FIGURE = 1.25
+_WORTH_A_FIGURE = 1.5
 
 
 class History:

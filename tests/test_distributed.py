@@ -37,6 +37,9 @@ SAMPLES: dict[str, tuple[int, int, list[int]]] = {
 # Where only some of the samples are taken: of how many.
 RUNS_ON = {"few": 71, "own": 71}
 
+# What is shared by these tests is made once.
+pytestmark = pytest.mark.xdist_group("test_distributed")
+
 
 def torchrun(script: str, folder: Path) -> str:
     """Run a script on two processes; its output."""
@@ -93,9 +96,10 @@ def test_both_processes_hold_the_same(name: str, runs: tuple[Path, str]) -> None
     expected = {"fails": 1, "wide": 4, "empty_first": 4}.get(name, 2)
     assert first["snapshots"] == second["snapshots"] == expected
     assert all(torch.equal(a, b) for a, b in zip(first["edges"], second["edges"], strict=True))
-    numbers = [{k: v for k, v in r["metrics"].items() if k != "lib/seconds"} for r in (first, second)]
+    # What has changed since the snapshot before is unknown where there was none, and NaN is not equal to itself.
+    numbers = [{k: str(v) for k, v in r["metrics"].items() if k != "lib/seconds"} for r in (first, second)]
     assert numbers[0] == numbers[1]
-    assert numbers[0]["lib/samples"] == SAMPLES[name][0]
+    assert first["metrics"]["lib/samples"] == SAMPLES[name][0]
 
 
 @pytest.mark.parametrize("name", sorted(RUNS))

@@ -18,6 +18,9 @@ from recipes.paper.networks import published_transformer as load_transformer
 MODULUS = 113
 NODE_LAYERS = ["embed", "mlp:input", "unembed:input", "output"]
 
+# What is shared by these tests is made once.
+pytestmark = pytest.mark.xdist_group("test_published")
+
 
 def assert_edges(E: Tensor, published: Tensor, tolerance: float, block: int | None = None) -> None:
     """Compare the leading blocks, to the largest published entry, and the sums."""

@@ -95,7 +95,7 @@ class BrokenMLFlow(MLFlow):
 
 
 def fit(folder: Path, loggers: list[Logger] | bool, **options: Any) -> LIBCallback:
-    callback = LIBCallback(NODE_LAYERS, at_steps=AT_STEPS, **options)
+    callback = LIBCallback(NODE_LAYERS, at_steps=AT_STEPS, follow=False, **options)
     trainer_of(folder, callback, logger=loggers, log_every_n_steps=1).fit(Classifier())
     assert callback.snapshots == len(ON_AXIS)
     return callback
@@ -200,7 +200,10 @@ def test_no_logger_leaves_files(tmp_path: Path, caplog: pytest.LogCaptureFixture
 
 def test_two_callbacks_share_loggers_under_their_names(tmp_path: Path) -> None:
     logger = Wandb(tmp_path)
-    callbacks = [LIBCallback(NODE_LAYERS), LIBCallback(NODE_LAYERS, basis="pca", name="pca")]
+    callbacks = [
+        LIBCallback(NODE_LAYERS, follow=False),
+        LIBCallback(NODE_LAYERS, basis="pca", name="pca", follow=False),
+    ]
     trainer_of(tmp_path, *callbacks, logger=[logger]).fit(Classifier())
     expected = [(f"{name}/{kind}", step) for step in (5, 11) for name in ("lib", "pca") for kind in KINDS]
     assert [(c["key"], c["step"]) for c, _ in logger.images] == expected
