@@ -47,7 +47,8 @@ class FeatureTracker:
 
     A feature that shares at least half of its variance with one of the snapshot before continues its lineage, whatever
     has become of the weights. So do features that have only turned among themselves, within a subspace that is the
-    same. What is then left over was born, has split from another, has merged into another, or died.
+    same; that is seen for up to an eighth as many dimensions as there are values, 128 of 1,024. What is then left over
+    was born, has split from another, has merged into another, or died.
 
     Attributes:
         turnover: How much has changed in the newest snapshot, by node layer; empty at the first one.
