@@ -38,7 +38,7 @@ THRESHOLDS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-6)
 # The last node layer that features are of; the one after it are the logits.
 BEFORE_OUTPUT = "resid_post"
 TO_OUTPUT, LABELLED = "effective edges to the output", "Fourier-labelled features"
-SHARE = "their share of the importance"
+SHARE = "share of the importance in Fourier-labelled features"
 Series = dict[str, list[float]]
 
 
