@@ -48,7 +48,7 @@ def main(args: Sequence[str] | None = None) -> None:
         run = partial(parsed.run, parsed)
     try:
         run()
-    except (LIBError, FileNotFoundError) as error:
+    except (LIBError, OSError) as error:
         sys.exit(f"lib-lightning: {error}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -74,8 +74,8 @@ class SnapshotFolder:
         return png
 
     def write_events(self, lines: Sequence[str]) -> None:
-        """Write all events of the run so far, one a line."""
-        if lines:
+        """Write all events of the run so far, one a line; those of another run in this place are gone."""
+        if lines or (self.path / EVENTS).exists():
             write_bytes(self.path / EVENTS, "".join(f"{line}\n" for line in lines).encode())
 
     def finish(self, step: int) -> None:
@@ -100,6 +100,27 @@ class SnapshotFolder:
             write_bytes(self.path / RETRACED, json.dumps(found, indent=1).encode())
         return {name: of_layer["formed"] for name, of_layer in found.items()}
 
+    def discard(self, step: int) -> None:
+        """Remove what has been written of a snapshot."""
+        for file in self._files_of_snapshots():
+            if _step(file) == step:
+                file.unlink(missing_ok=True)
+
+    def set_aside(self, steps: Collection[int]) -> None:
+        """Move snapshots of any other steps to ``before``: another run has been here, or this one went on from there.
+
+        Args:
+            steps: Steps of the snapshots that belong to the run.
+        """
+        for file in self._files_of_snapshots():
+            if _step(file) not in steps:
+                place = self.path / "before" / file.parent.name / file.name
+                place.parent.mkdir(parents=True, exist_ok=True)
+                file.replace(place)
+
+    def _files_of_snapshots(self) -> list[Path]:
+        return [file for kind in ("snapshots", "figures", "spectra") for file in (self.path / kind).glob("step-*")]
+
     def clean(self) -> None:
         """Remove what a killed process has left half written."""
         with contextlib.suppress(OSError):  # what cannot be removed does no harm
@@ -112,7 +133,7 @@ class SnapshotFolder:
 
     def basis_files(self) -> dict[int, Path]:
         """Basis files of all snapshots, by step."""
-        return {int(path.stem.removeprefix("step-")): path for path in (self.path / "snapshots").glob("step-*")}
+        return {_step(path): path for path in (self.path / "snapshots").glob("step-*")}
 
     def samples_file(self, rank: int, size: int, kind: str = "") -> Path:
         """File with the samples that one of several processes computes on, or with those of another kind."""
@@ -144,6 +165,16 @@ class RunFolder:
     def __init__(self, root: Path | None, prefixes: Iterable[str], part: str = "") -> None:
         self._folders = {} if root is None else {prefix: SnapshotFolder(root / prefix / part) for prefix in prefixes}
         self.main = next(iter(self._folders.values()), None)
+
+    def discard(self, step: int) -> None:
+        """Remove what has been written of a snapshot."""
+        for folder in self._folders.values():
+            folder.discard(step)
+
+    def set_aside(self, steps: Collection[int]) -> None:
+        """Move snapshots of any other steps out of the way."""
+        for folder in self._folders.values():
+            folder.set_aside(steps)
 
     def clean(self) -> None:
         """Remove what a killed process has left half written."""
@@ -178,6 +209,10 @@ class RunFolder:
     def contents(self) -> list[str]:
         """What there is, in lines of text."""
         return [line for folder in self._folders.values() for line in folder.contents()]
+
+
+def _step(file: Path) -> int:
+    return int(file.stem.removeprefix("step-"))
 
 
 def _name(step: int) -> str:

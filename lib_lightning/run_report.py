@@ -43,6 +43,7 @@ class RunReport:
         self.folder = RunFolder(None, [])
         self._films = {prefix: Film() for prefix in self._watcher.prefixes}
         self._earlier: list[str] = []
+        self._begun = False
         self._said: set[str] = set()
         self._failed_hooks: set[int] = set()
 
@@ -67,9 +68,22 @@ class RunReport:
             taken: The snapshot.
             step: Number of optimizer steps before it.
         """
-        if trainer.is_global_zero:
-            for tag, png in self.folder.write(taken.graphs, step, self._films).items():
-                log_image(trainer.loggers, tag, png, logging_step(trainer))
+        if not trainer.is_global_zero:
+            return
+        films = {prefix: film.state_dict() for prefix, film in self._films.items()}
+        try:
+            figures = self.folder.write(taken.graphs, step, self._films)
+        except BaseException:
+            # As if it had never been: the next one may give its ids to other features.
+            self.folder.discard(step)
+            for prefix, film in self._films.items():
+                film.load_state_dict(films[prefix])
+            raise
+        if not self._begun and self._watcher.watched.follow:
+            self.folder.set_aside({*self._watcher.history.steps, step})
+        self._begun = True
+        for tag, png in figures.items():
+            log_image(trainer.loggers, tag, png, logging_step(trainer))
 
     def tell(self, trainer: pl.Trainer, events: Sequence[Event]) -> None:
         """Tell of events since the snapshot before, and draw what there is over time; mistakes in hooks cost nothing.
@@ -146,8 +160,8 @@ class RunReport:
                 if since:
                     steps = ", ".join(f"{layer} {'never' if s is None else f'{s:,}'}" for layer, s in since.items())
                     lines.append(f"  formed        {steps} (steps since when most of what counts has been there)")
-        except OSError as error:
-            log.warning("The last snapshot of '%s' could not be written: %s", name, error)
+        except Exception as error:  # training is over, and was not in vain
+            log.warning("The last snapshot of '%s' could not be written: %s: %s", name, type(error).__name__, error)
         rank_zero_info("\n".join([*lines, *self.folder.contents(), *where_to_look(trainer.loggers)]))
 
     def state_dict(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lib_lightning import InteractionGraph, LIBCallback
 from lib_lightning.display.film import Film
 from lib_lightning.display.image import render_png
+from lib_lightning.folder import SnapshotFolder
 from lib_lightning.lineage import Event, FeatureTracker
 from lib_lightning.lineage.events import CHANGES
 from tests.test_callback import run
@@ -188,6 +189,64 @@ def test_snapshots_are_denser_after_a_change(tmp_path: Path) -> None:
     assert first in range(4, 50, 4)
     assert steps[: steps.index(first) + 1] == list(range(0, first + 1, 4))
     assert steps[steps.index(first) :][:9] == list(range(first, first + 9))
+
+
+def test_nothing_is_told_where_only_the_samples_change(tmp_path: Path) -> None:
+    """Weights stand still; those of the sanity check are few, and others take their place at the first validation."""
+
+    class Still(Steady):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    model = Still(n_val=300)
+    model.net[1] = torch.nn.Identity()  # batch norm moves by itself
+    callback = callback_with(every_n_steps=1)
+    trainer_of(tmp_path, callback).fit(model)
+    graphs = snapshots(tmp_path)
+    assert {graph.info["n_samples"] for graph in graphs.values()} == {128, 300}
+    assert len(graphs) == 13
+    assert callback.watcher.events == []
+
+
+def test_snapshots_of_another_run_in_the_same_place_are_set_aside(tmp_path: Path) -> None:
+    wide = Steady()
+    wide.net = torch.nn.Sequential(torch.nn.Linear(5, 12), *list(wide.net)[2:4], torch.nn.Linear(12, 2))
+    layers = ["net.0:input", "net.3:input", "output"]
+    trainer_of(tmp_path, callback_with(node_layers=layers, every_n_steps=3, basis="neuron"), max_epochs=1).fit(wide)
+    (tmp_path / "lib" / "events.jsonl").write_text('{"step": 3, "kind": "rose"}\n')
+    callback = callback_with(every_n_steps=4, basis="neuron")
+    trainer_of(tmp_path, callback, max_epochs=1).fit(Steady())
+    assert list(snapshots(tmp_path)) == [0, 4, 6]
+    aside = {p.name for p in (tmp_path / "lib" / "before" / "snapshots").iterdir()}
+    assert aside == {"step-00000003.safetensors", "step-00000006.safetensors"}
+    assert (tmp_path / "lib" / "events.jsonl").read_text() == "".join(
+        f"{e.to_json()}\n" for e in callback.watcher.events
+    )
+    assert len(json.loads((tmp_path / "lib" / "retraced.json").read_text())) == 3
+
+
+def test_a_snapshot_that_cannot_be_drawn_is_as_if_it_had_never_been(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = SnapshotFolder.write_spectrum
+
+    def fails(folder: SnapshotFolder, graph: InteractionGraph, baselines: Any, step: int) -> Any:
+        if step == 8:
+            raise OSError("the disk has a bad day")
+        return write(folder, graph, baselines, step)
+
+    monkeypatch.setattr(SnapshotFolder, "write_spectrum", fails)
+    callback = callback_with()
+    trainer_of(tmp_path, callback, num_sanity_val_steps=-1).fit(Steady(breaks_at=8))
+    graphs = snapshots(tmp_path)
+    assert list(graphs) == callback.watcher.history.steps == [0, 2, 4, 6, 10, 12]
+    film, tracker = Film(), FeatureTracker()
+    for step, graph in graphs.items():
+        written = ids(graph)
+        tracker.update(graph)
+        assert ids(graph) == written
+        figure = (tmp_path / "lib" / "figures" / f"step-{step:08d}.png").read_bytes()
+        assert render_png(graph.plot(film=film)).data == figure
 
 
 def test_adaptive_waits_for_events() -> None:

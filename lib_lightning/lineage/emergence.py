@@ -14,6 +14,8 @@ from lib_lightning.lineage.events import Event, Kind
 
 # Shares below it are as none: those of features that are not there.
 FLOOR = 1e-6
+# The least that is told from 0 of a metric that is followed by its logarithm.
+_NOTHING = 1e-12
 # Snapshots after which a feature that is not there any more is forgotten.
 _FORGET_AFTER = 10
 # Standard deviations of an increment, in log10, that are no surprise: 5% of a share, 2% of a metric.
@@ -29,7 +31,7 @@ class EmergenceDetector:
     """Finds, snapshot by snapshot, the features that emerge or fade and the metrics that rise or fall.
 
     A feature is followed by its share of its layer's importance, a metric by its value, both as logarithms (a metric
-    whose first value is not positive: as it is). An event is a change that
+    whose first value other than 0 is negative: as it is). An event is a change that
 
     - is no chance, given how the series went so far: a steady trend is no event, nor is what scatters about it;
     - is large: a factor of ``min_change`` for features, ``min_metric_change`` for metrics;
@@ -204,7 +206,7 @@ class EmergenceDetector:
     def _update_metrics(self, step: int, numbers: Mapping[str, float], gap: float) -> list[Event]:
         for name, number in numbers.items():
             if self._logarithmic.get(name) is None:
-                self._logarithmic[name] = number > 0 if math.isfinite(number) else None
+                self._logarithmic[name] = number > 0 if math.isfinite(number) and number != 0 else None
         values = [_level(numbers.get(name, math.nan), bool(log)) for name, log in self._logarithmic.items()]
         changes = self._metrics.update(step, torch.tensor(values, dtype=torch.float64), gap)
         metrics = list(self._logarithmic.items())
@@ -243,7 +245,8 @@ def _shares(importances: Mapping[str, tuple[Tensor, Tensor]]) -> dict[tuple[str,
 def _level(number: float, logarithmic: bool) -> float:
     if not logarithmic:
         return number
-    return math.log10(number) if 0 < number < math.inf else math.nan
+    # One that was positive and is no more has fallen below everything.
+    return math.log10(max(number, _NOTHING)) if number < math.inf else math.nan
 
 
 def _power(level: float) -> float:
@@ -251,8 +254,12 @@ def _power(level: float) -> float:
     return float(f"{10**level:.12g}")
 
 
+def _value(level: float) -> float:
+    return 0.0 if level <= math.log10(_NOTHING) else _power(level)
+
+
 def _metric_event(step: int, name: str, logarithmic: bool | None, change: Change) -> Event:
-    before, after = (_power(x) if logarithmic else x for x in (change.before, change.after))
+    before, after = (_value(x) if logarithmic else x for x in (change.before, change.after))
     return Event(
         "rose" if after > before else "fell",
         step,

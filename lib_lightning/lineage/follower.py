@@ -33,6 +33,7 @@ class Follower:
         self.trackers = {prefix: FeatureTracker() for prefix in prefixes}
         self.detector = EmergenceDetector()
         self._main = prefixes[0]
+        self._samples: list[Any] = []
 
     def follow(
         self, graphs: Mapping[str, InteractionGraph], numbers: Mapping[str, float], distance: float = 1.0
@@ -49,6 +50,10 @@ class Follower:
         """
         happened = {prefix: self.trackers[prefix].update(graph) for prefix, graph in graphs.items()}
         graph = graphs[self._main]
+        # On other samples numbers are others, though nothing has happened: what they do has to be learned anew.
+        samples = [graph.info.get("probe_samples"), graph.info.get("n_samples")]
+        if samples != self._samples:
+            self._samples, self.detector = samples, EmergenceDetector()
         features = {
             name: (graph.lineages[name].ids, basis.importance)
             for name, basis in graph.bases.items()
@@ -92,7 +97,7 @@ class Follower:
     def state_dict(self) -> dict[str, Any]:
         """State to go on from, of plain numbers and tensors."""
         trackers = {prefix: tracker.state_dict() for prefix, tracker in self.trackers.items()}
-        return {"trackers": trackers, "detector": self.detector.state_dict()}
+        return {"trackers": trackers, "detector": self.detector.state_dict(), "samples": self._samples}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state of the same bases."""
@@ -100,3 +105,4 @@ class Follower:
             if prefix in state["trackers"]:
                 tracker.load_state_dict(state["trackers"][prefix])
         self.detector.load_state_dict(state["detector"])
+        self._samples = state["samples"]

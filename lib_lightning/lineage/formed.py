@@ -36,7 +36,7 @@ def retrace_files(final: InteractionGraph, files: Sequence[tuple[int, Path]]) ->
             continue
         there = {name: tensors.get(f"probes.{i}") for i, name in enumerate(header.get("layers", []))}
         same = header.get("info", {}).get("probe_samples") == final.info.get("probe_samples")
-        known = {name: x for name, x in there.items() if x is not None and len(x) == len(final.probes.get(name, ""))}
+        known = {name: x for name, x in there.items() if x is not None and _comparable(final, name, x.shape)}
         if same and set(known) == set(values):
             steps.append(step)
             for name, x in known.items():
@@ -45,6 +45,13 @@ def retrace_files(final: InteractionGraph, files: Sequence[tuple[int, Path]]) ->
         name: retrace(probes, steps, values[name], final.bases[name].kind in IN_ORDER)
         for name, probes in final.probes.items()
     }
+
+
+def _comparable(final: InteractionGraph, name: str, shape: tuple[int, ...]) -> bool:
+    if name not in final.probes:
+        return False
+    in_order = final.bases[name].kind in IN_ORDER
+    return shape == final.probes[name].shape if in_order else shape[0] == len(final.probes[name])
 
 
 def formed(final: InteractionGraph, retraced: dict[str, Retraced]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 
 from lib_lightning.core.errors import LIBError
 from lib_lightning.view.cache import Cache
-from lib_lightning.view.found import PlainFile, log_directory, read_events, snapshot_files
+from lib_lightning.view.found import PlainFile, holds_curves, log_directory, plain_files, read_events, snapshot_files
 from lib_lightning.view.numerals import numbers, table, text
 from lib_lightning.view.scalars import Scalars
 from lib_lightning.view.snapshot import UNREADABLE, Outline, read_detail, read_outline
@@ -67,6 +68,7 @@ class Film:
         return table(
             {
                 "name": text(self.name),
+                "every": text(every),
                 "version": text(self._entry(files)["version"]),
                 "layers": text([{"name": name, "kind": kind} for name, kind in layers]),
                 "snapshots": f"[{','.join(outline.json for outline in outlines)}]",
@@ -102,8 +104,13 @@ class Film:
             raise NotThereError(f"The snapshot of '{self.name}' at step {step:,} cannot be read: {error}") from error
 
     def _entry(self, files: dict[int, PlainFile]) -> dict[str, Any]:
-        newest = max((file.mtime_ns for file in files.values()), default=0)
-        return {"name": self.name, "version": f"{len(files)}-{newest}", "snapshots": len(files)}
+        # Curves and events grow between snapshots, and after the last one.
+        beside = plain_files(self.folder)
+        if self._scalars is not None:
+            beside += [file for file in plain_files(self._scalars.folder) if holds_curves(file)]
+        everything = repr([*((step, file[1:]) for step, file in files.items()), *(file[1:] for file in beside)])
+        version = f"{len(files)}-{hashlib.sha256(everything.encode()).hexdigest()[:16]}"
+        return {"name": self.name, "version": version, "snapshots": len(files)}
 
     def _outlines(self, files: dict[int, PlainFile], every: int) -> dict[int, Outline]:
         """Outlines of the snapshots that can be read and have the node layers of the newest."""

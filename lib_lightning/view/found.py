@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _STEP = re.compile(r"step-(\d+)\.safetensors")
-# Folders of many files, none of which is a run.
-_NO_RUNS_IN = {"snapshots", "figures", "spectra", "samples", "checkpoints", "__pycache__"}
+# Folders within that of a run, none of which is one.
+_NO_RUNS_IN = {"snapshots", "figures", "spectra", "samples", "before"}
 
 
 class PlainFile(NamedTuple):
@@ -78,9 +78,11 @@ def find_runs(root: Path) -> dict[str, Path]:
     real = Path(os.path.realpath(root))
     for place, folders, _ in os.walk(real):
         folder = Path(place)
-        if "snapshots" in folders and snapshot_files(folder):
+        is_run = "snapshots" in folders and bool(snapshot_files(folder))
+        if is_run:
             found[folder.relative_to(real).as_posix() if folder != real else real.name] = folder
-        folders[:] = [name for name in folders if name not in _NO_RUNS_IN and not name.startswith(".")]
+        skipped = _NO_RUNS_IN if is_run else ()
+        folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
     return dict(sorted(found.items(), key=lambda item: _natural(item[0])))
 
 
@@ -93,7 +95,7 @@ def log_directory(folder: Path) -> Path:
     Returns:
         The folder around it; the one around that for a look from outside, which is in ``validate``.
     """
-    looked = folder.name == "validate" and not any(map(_holds_curves, plain_files(folder.parent)))
+    looked = folder.name == "validate" and not any(map(holds_curves, plain_files(folder.parent)))
     return folder.parent.parent if looked else folder.parent
 
 
@@ -118,7 +120,8 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
     return events
 
 
-def _holds_curves(file: PlainFile) -> bool:
+def holds_curves(file: PlainFile) -> bool:
+    """Whether a file is one that loggers write numbers to."""
     return "tfevents" in file.path.name or file.path.name == "metrics.csv"
 
 

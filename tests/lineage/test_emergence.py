@@ -222,3 +222,20 @@ def test_settings_are_checked() -> None:
     for wrong in ({"false_alarms": 0.0}, {"min_change": 1.0}, {"min_metric_change": math.inf}, {"min_share": 0.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             EmergenceDetector(**wrong)
+
+
+def test_a_metric_that_falls_to_nothing_has_fallen() -> None:
+    detector = EmergenceDetector()
+    told = [
+        event
+        for t in range(30)
+        for event in detector.update(10 * t, {}, {"m": 100 * (1 + 0.01 * math.sin(3 * t)) if t < 20 else 0.0})
+    ]
+    assert [(event.kind, event.step, event.after) for event in told] == [("fell", 210, 0.0)]
+
+
+def test_a_metric_that_starts_at_nothing_waits_for_its_scale() -> None:
+    detector = EmergenceDetector()
+    for t in range(25):
+        assert detector.update(10 * t, {}, {"m": 0.0 if t < 3 else 1000 * (1 + 0.005 * math.sin(3 * t))}) == []
+    assert detector.state_dict()["logarithmic"] == {"m": True}

@@ -91,6 +91,7 @@ class MadeUpFilm:
         return json.dumps(
             {
                 "name": self.name,
+                "every": every,
                 "version": str(len(self.steps())),
                 "layers": [{"name": name, "kind": kind} for name, kind in self.layers],
                 "snapshots": [self._outline(k) for k in range(len(self.steps()))],

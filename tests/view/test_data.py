@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -351,3 +352,23 @@ def test_reading_needs_no_more_than_the_tensors_it_shows(logs: Path) -> None:
     with pytest.raises(ValueError, match="altered"):
         InteractionGraph.load(file)
     assert film_of(logs / "lib").snapshot(0) == expected
+
+
+def test_there_is_news_when_curves_or_events_grow(logs: Path) -> None:
+    write_run(logs)
+    film, seen = film_of(logs / "lib"), []
+    for file in (logs / "lib" / "events.jsonl", next(logs.glob("events.out.tfevents*"))):
+        seen.append(film.entry()["version"])
+        with file.open("ab") as stream:
+            stream.write(b" ")
+    seen.append(film.entry()["version"])
+    assert len(set(seen)) == 3
+
+
+def test_a_log_directory_may_have_any_name(tmp_path: Path) -> None:
+    for name in ("checkpoints", "samples", "snapshots"):
+        write_run(tmp_path / name)
+    before = tmp_path / "samples" / "lib" / "before"
+    shutil.copytree(tmp_path / "samples" / "lib" / "snapshots", before / "snapshots")
+    found = {name for name in find_runs(tmp_path) if name.endswith(("lib", "before"))}
+    assert found == {"checkpoints/lib", "samples/lib", "snapshots/lib"}
