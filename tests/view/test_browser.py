@@ -228,6 +228,35 @@ def test_a_module_keeps_its_colour_while_its_number_changes(view: Watched) -> No
     assert len(set.union(*colors.values())) == len(colors) == 6
 
 
+def test_a_run_that_ended_earlier_says_which_step_it_shows(opened: Open) -> None:
+    ended = MadeUpFilm("ended", STEPS[:3], [(name, "lib") for name in NAMES])
+    view = opened(film_page([FILM, ended], "Film"))
+    assert "epoch 64" in view.role("step-text").inner_text()
+    view.page.check("[data-role='run'][value='ended']")
+    view.page.wait_for_selector(".lib-view[data-ready='true'][data-runs$='ended']")
+    assert "epoch" not in view.role("step-text").inner_text()
+    own = view.page.locator(".lib-panel[data-run='ended'] [data-role='own-step']")
+    assert own.inner_text() == "at step 20"
+    assert view.role("own-step").first.is_hidden()
+    view.set("step", 2)
+    assert own.is_hidden()
+
+
+def test_a_thinned_film_tells_no_birth_that_it_may_have_passed_over(opened: Open) -> None:
+    class Thinned(MadeUpFilm):
+        def run(self, every: int = 1) -> str:
+            run = json.loads(super().run())
+            for shown in run["snapshots"]:
+                shown["layers"][0]["parents"] = [-1] * len(shown["layers"][0]["ids"])
+            return json.dumps({**run, "every": 2})
+
+    view = opened(film_page([Thinned(RUN, STEPS, FILM.layers)], "Film"))
+    late = next(one for one in FILM.lineages[0] if 0 < one.birth < one.death == len(STEPS))
+    assert f"birth\nsince step {STEPS[late.birth]} at the latest\n" in hover(view, "embed", late.id)
+    split = next(one for one in FILM.lineages[1] if one.parent >= 0 and one.birth < one.death == len(STEPS))
+    assert f"since step {STEPS[split.birth]}, split from" in hover(view, "resid_mid", split.id)
+
+
 def test_charts_and_events_move_the_slider(view: Watched) -> None:
     assert view.role("metric").input_value() == "effective_edges/total"
     view.role("metric").select_option("modularity/total")
@@ -266,3 +295,5 @@ def test_narrow_window_has_no_sideways_scrolling(view: Watched) -> None:
         view.page.set_viewport_size({"width": width, "height": 900})
         view.page.wait_for_function("w => document.querySelector('.lib-view').clientWidth <= w", arg=width)
         assert view.page.evaluate("document.documentElement.scrollWidth") == width
+        events = view.role("events")
+        assert events.evaluate("list => list.scrollWidth <= list.clientWidth")

@@ -25,3 +25,10 @@ export function findFeature(panels, text) {
   }
   return null;
 }
+
+/** The lineage that is followed, where its run has it still in a layer of that name; null otherwise. */
+export function stillThere(follow, shelf) {
+  const history = follow && shelf.panels.get(follow.run)?.history;
+  const l = history?.layers.findIndex((layer) => layer.name === follow.layer) ?? -1;
+  return l >= 0 && history.first[l].has(follow.id) ? {...follow, l} : null;
+}

@@ -86,8 +86,10 @@ export class History {
     if (k === undefined) return "";
     if (k === 0) return "there from the start";
     const parent = this.parents[l].get(id);
+    // A parent is told of where a lineage begins: without one, a thinned film may have passed over that snapshot.
+    const late = this.run.every > 1 && parent === undefined ? " at the latest" : "";
     const from = parent === undefined ? "" : `, split from ${this.layers[l].name}/${parent}`;
-    return `since step ${this.steps[k].toLocaleString("en-US")}${from}`;
+    return `since step ${this.steps[k].toLocaleString("en-US")}${late}${from}`;
   }
 }
 

@@ -27,14 +27,25 @@ export const AGES = [
 ];
 export const FROM_THE_START = "#9A9A9A";
 
-/** A colour for each run: that of its basis where no other run has it, so that figures and view agree. */
-export function runColors(names) {
-  const colors = new Map();
+/**
+ * A colour for each run: that of its basis where no other run has it, so that figures and view agree.
+ * Runs keep the colours that they were `given`; others get those that the fewest of the runs have.
+ */
+export function runColors(names, given = new Map()) {
+  const colors = new Map(given);
+  const here = new Map(RUN_COLORS.map((color) => [color, 0]));
+  const ever = new Map(here);
+  const count = (counts, color) => counts.set(color, counts.get(color) + 1);
+  for (const color of given.values()) count(ever, color);
+  for (const name of names) if (given.has(name)) count(here, given.get(name));
   for (const name of names) {
+    if (colors.has(name)) continue;
     const own = BASIS_COLORS[name.split("/").pop()];
-    const taken = new Set(colors.values());
-    const free = RUN_COLORS.filter((color) => !taken.has(color));
-    colors.set(name, own && !taken.has(own) ? own : (free[0] ?? RUN_COLORS[colors.size % RUN_COLORS.length]));
+    const [rarest] = [...RUN_COLORS].sort((a, b) => here.get(a) - here.get(b) || ever.get(a) - ever.get(b));
+    const color = own && ever.get(own) === 0 ? own : rarest;
+    colors.set(name, color);
+    count(here, color);
+    count(ever, color);
   }
   return colors;
 }

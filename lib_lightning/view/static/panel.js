@@ -27,6 +27,7 @@ export class RunPanel {
     this.base = h("div", {class: "lib-base"}, this.canvases);
     this.stage = h("div", {class: "lib-stage", role: "img"}, this.base, this.overlay, this.heads);
     this.counts = h("span", {class: "lib-counts", "data-role": "edge-counts"});
+    this.at = h("strong", {"data-role": "own-step", hidden: true});
     this.note = h("div", {class: "lib-note"});
     this.colors = h("div", {class: "lib-colors", "data-role": "colors"});
     this.element = h(
@@ -36,6 +37,7 @@ export class RunPanel {
         "div",
         {class: "lib-panel-head"},
         h("h2", {}, h("span", {class: "lib-line-swatch", style: {background: color}}), name),
+        this.at,
         this.counts,
       ),
       this.stage,
@@ -88,12 +90,16 @@ export class RunPanel {
     this.heads.replaceChildren(h("div", {class: "lib-blank"}, text));
     for (const canvas of [...this.canvases, this.overlay]) canvas.width = canvas.width + 0;
     this.counts.textContent = "";
+    this.at.hidden = true;
     this.colors.replaceChildren();
     this.note.textContent = "";
   }
 
   #write(view) {
     const {scene} = this;
+    const own = this.history.steps[scene.k];
+    this.at.hidden = own === view.step;
+    this.at.textContent = `at step ${integer(own)}`;
     this.counts.textContent =
       `${integer(scene.edgesDrawn)} of ${counted(scene.edges, "edge")} drawn, ` +
       `${percent(scene.share)} of the strength; ${integer(scene.featuresDrawn)} of ${counted(scene.features, "feature")}`;

@@ -8,7 +8,8 @@ import {Timeline} from "./timeline.js";
 import {RunPanel, Tooltip, markLegend} from "./panel.js";
 import {Shelf} from "./shelf.js";
 import {Player} from "./player.js";
-import {findFeature, knownFeatures} from "./find.js";
+import {emptyState, stepText} from "./words.js";
+import {findFeature, knownFeatures, stillThere} from "./find.js";
 
 const POLL_MS = 5000;
 const PREFETCHED = 4;
@@ -18,16 +19,6 @@ export function mount(element, source) {
   const view = new View(element, source);
   view.start();
   return {destroy: () => view.destroy()};
-}
-
-/** What to do when there is nothing to see yet. */
-function emptyState(live) {
-  return [
-    h("h2", {}, "No snapshots yet"),
-    h("p", {}, "Add ", h("code", {}, "LIBCallback"), " to a trainer whose log directory is below this one:"),
-    h("pre", {}, "from lib_lightning import LIBCallback\n\ntrainer = Trainer(callbacks=[LIBCallback()])"),
-    h("p", {}, live ? "Snapshots appear here as they are written." : "Then make this page again."),
-  ];
 }
 
 class View {
@@ -128,32 +119,48 @@ class View {
   async refresh() {
     try {
       const changed = await this.shelf.refresh();
-      if (!this.failed) this.report(null);
       if (this.gone) return;
+      if (!this.failed) this.report(null);
       this.controls.showRuns(this.shelf);
       this.showEmpty(this.shelf.full.length === 0);
       if (changed) await this.dataChanged();
       else if (this.failed) await this.show(this.state.step);
+      else if (!this.steps.length) this.root.dataset.ready = "true";
     } catch (error) {
       this.report(error, this.source.live);
     }
   }
 
   async dataChanged() {
+    try {
+      await this.#takeData();
+    } catch (error) {
+      this.failed = true;
+      this.shelf.doubt();
+      throw error;
+    }
+  }
+
+  async #takeData() {
+    this.asked += 1;
     const atEnd = this.state.step === null || this.state.step === this.steps[this.steps.length - 1];
     this.steps = [...new Set(this.shelf.shown.flatMap((panel) => panel.history.steps))].sort((a, b) => a - b);
     // Whoever looks at the newest snapshot sees the next one come; others are left where they are.
     const step = atEnd ? this.steps[this.steps.length - 1] : this.stepNear(this.state.step);
-    if (this.state.follow && !this.shelf.panels.has(this.state.follow.run)) this.state.follow = null;
+    this.state.follow = stillThere(this.state.follow, this.shelf);
     this.grid.replaceChildren(...this.shelf.shown.map((panel) => panel.element));
     this.grid.dataset.runs = this.shelf.shown.length;
     this.root.dataset.runs = this.shelf.shown.map((panel) => panel.name).join(" ");
     this.controls.showKnown(knownFeatures(this.shelf.shown));
     this.content.hidden = this.steps.length === 0;
     this.pictures = null;
-    this.drawTimeline();
-    if (this.steps.length) await this.show(step);
-    else this.root.dataset.ready = "true";
+    if (this.steps.length) {
+      this.drawTimeline();
+      await this.show(step);
+      return;
+    }
+    this.failed = false;
+    this.root.dataset.ready = "true";
   }
 
   showEmpty(empty) {
@@ -164,11 +171,12 @@ class View {
     this.empty.replaceChildren(...emptyState(this.source.live));
   }
 
+  /** Say what is wrong; without an error, what keeps a run from being shown, if anything does. */
   report(error, again = false) {
-    this.message.hidden = !error;
-    this.message.textContent = error
-      ? `${String(error.message ?? error)}${again ? " Trying again every five seconds." : ""}`
-      : "";
+    const told = error ?? this.shelf.trouble;
+    const more = (error ? again : this.source.live) ? " Trying again every five seconds." : "";
+    this.message.hidden = !told;
+    this.message.textContent = told ? `${String(told.message ?? told)}${more}` : "";
     if (error) this.root.dataset.ready = "true";
   }
 
@@ -192,7 +200,8 @@ class View {
     this.root.dataset.ready = "false";
     const index = this.steps.indexOf(step);
     const wanted = this.shelf.shown.map((panel) => ({panel, k: panel.history.at(step)}));
-    this.controls.showStep(index, this.steps.length, this.stepText(index, wanted));
+    this.controls.showStep(index, this.steps.length, stepText(step, index, this.steps.length, wanted));
+    let fetched = false;
     try {
       const found = wanted.map(({panel, k}) => (k < 0 ? null : panel.cache.peek(panel.history.steps[k])));
       if (wanted.some(({k}, i) => k >= 0 && !found[i])) {
@@ -207,6 +216,7 @@ class View {
         });
       }
       if (turn !== this.asked || this.gone) return;
+      fetched = true;
       this.draw(
         wanted.map(({panel, k}, i) => ({panel, k, snapshot: found[i]})),
         fade && !this.calm(),
@@ -218,20 +228,9 @@ class View {
     } catch (error) {
       if (turn !== this.asked) return;
       this.failed = true;
+      if (fetched) this.shelf.doubt();
       this.report(error, this.source.live);
     }
-  }
-
-  stepText(index, wanted) {
-    const first = wanted.find(({k}) => k >= 0);
-    const epoch = first?.panel.history.snapshots[first.k].epoch;
-    return [
-      `step ${integer(this.steps[index])}`,
-      epoch === undefined || epoch === null ? null : `epoch ${integer(epoch)}`,
-      `snapshot ${integer(index + 1)} of ${integer(this.steps.length)}`,
-    ]
-      .filter(Boolean)
-      .join(" · ");
   }
 
   /** Whether motion is not wanted, or would come too fast to be seen. */
@@ -297,7 +296,8 @@ class View {
 
   /** Follow a lineage `{run, l, id}` through time, or none. */
   follow(lineage) {
-    this.state.follow = lineage;
+    const layer = lineage && this.shelf.panels.get(lineage.run).history.layers[lineage.l].name;
+    this.state.follow = lineage && {...lineage, layer};
     for (const panel of this.shelf.shown) {
       panel.followed = this.state.follow?.run === panel.name ? this.state.follow : null;
       panel.focus();
@@ -326,8 +326,10 @@ class View {
 
   find(text) {
     const found = findFeature(this.shelf.shown, text);
-    if (found) this.follow(found);
-    else this.report(new Error(`No feature shown is called “${text}”.`));
+    if (found) {
+      this.follow(found);
+      if (!this.failed) this.report(null);
+    } else this.report(new Error(`No feature shown is called “${text}”.`));
   }
 
   onResize() {
