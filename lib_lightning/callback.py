@@ -284,10 +284,11 @@ class LIBCallback(pl.Callback):
             return False
         self.watcher.accept(taken)
         self._graph_step = step
-        # For all processes to be due at the same steps.
-        (changed,) = self._together.first([torch.tensor(any(event.kind in CHANGES for event in taken.events))])
-        if self.adaptive and changed:
-            self.schedule.densify(step)
+        if self.adaptive:
+            # For all processes to be due at the same steps.
+            (changed,) = self._together.first([torch.tensor(any(event.kind in CHANGES for event in taken.events))])
+            if changed:
+                self.schedule.densify(step)
         self.report.tell(trainer, taken.events)
         return True
 

@@ -184,6 +184,7 @@ class Watcher:
         ablates = plan is not None and (last or self.snapshots % plan.every_n_snapshots == 0)
         module_options = _module_options(metrics)
         options: dict[str, Any] = {"input_fn": live.input_fn, "mask": live.mask_fn, "dtype": live.dtype}
+        probe_samples = fingerprint(samples.probes, together) if self.watched.follow else None
         graphs: dict[str, InteractionGraph] = {}
         found: dict[str, float] = {}
         for prefix, kind in self.prefixes.items():
@@ -206,7 +207,7 @@ class Watcher:
                 graph.probes = probe_features(
                     graph, live.model, samples.probes, samples.seed, together=together, **options
                 )
-                graph.info["probe_samples"] = fingerprint(samples.probes, together)
+                graph.info["probe_samples"] = probe_samples
             graphs[prefix] = graph
         follower, events = self.follower.copy(), []
         if self.watched.follow:

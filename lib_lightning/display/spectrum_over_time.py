@@ -16,7 +16,7 @@ from lib_lightning.display.lettering import DPI, apart, short_number
 from lib_lightning.display.moments import as_array
 from lib_lightning.display.palette import MUTED
 from lib_lightning.display.panels import Grid, add_entries, panels
-from lib_lightning.display.steps_axis import set_steps
+from lib_lightning.display.steps_axis import check_snapshots, set_steps
 
 # Shares of a layer's largest importance.
 THRESHOLDS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-6)
@@ -56,9 +56,7 @@ def draw_spectrum_over_time(
         >>> [text.get_text() for text in figure.axes[0].texts]
         ['1', '2']
     """
-    for name, of_layer in importances.items():
-        if len(of_layer) != len(steps):
-            raise ValueError(f"'{name}' has {len(of_layer)} snapshots, and there are {len(steps)} steps.")
+    check_snapshots(steps, importances)
     figure, all_axes = panels(
         list(importances), title, "training steps", "number of features", 1,
         Grid(1 if len(importances) <= 3 else 2, 1.35, _MARGIN, own_scale=True, one_below_another=True),

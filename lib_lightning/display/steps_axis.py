@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -30,6 +31,24 @@ def is_log_spaced(steps: Sequence[int]) -> bool:
     """
     gaps = np.diff(np.unique(np.asarray(steps, dtype=float)))
     return len(gaps) > 2 and bool(np.median(gaps) < gaps.mean() / 2)
+
+
+def check_snapshots(steps: Sequence[int], layers: Mapping[str, Sequence[Any]]) -> None:
+    """Refuse node layers that have another number of snapshots than there are steps.
+
+    Args:
+        steps: The training step of each snapshot.
+        layers: For each node layer what there is of each snapshot.
+
+    Raises:
+        ValueError: Naming the first such layer.
+
+    Example:
+        >>> check_snapshots([0, 10], {"fc": [1, 2]})
+    """
+    for name, of_layer in layers.items():
+        if len(of_layer) != len(steps):
+            raise ValueError(f"'{name}' has {len(of_layer)} snapshots, and there are {len(steps)} steps.")
 
 
 def set_steps(axes: Axes, steps: Sequence[int], log: bool | None = None) -> None:

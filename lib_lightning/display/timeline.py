@@ -19,7 +19,7 @@ from lib_lightning.display.module_colors import ModuleColors
 from lib_lightning.display.moments import Lives, Moment, as_array, lives_of
 from lib_lightning.display.palette import MODULES, MUTED, NO_MODULE, OTHER_MODULES, TEXT
 from lib_lightning.display.panels import Grid, Mark, add_entries, in_rows, panels
-from lib_lightning.display.steps_axis import set_steps
+from lib_lightning.display.steps_axis import check_snapshots, set_steps
 
 _OTHERS = "#E4E4E4"
 # Inches at the right, for names.
@@ -61,9 +61,7 @@ def draw_timeline(
         >>> type(draw_timeline([0, 10, 20], {"fc": [before, after, after]})).__name__
         'Figure'
     """
-    for name, moments in layers.items():
-        if len(moments) != len(steps):
-            raise ValueError(f"'{name}' has {len(moments)} snapshots, and there are {len(steps)} steps.")
+    check_snapshots(steps, layers)
     lives = {name: lives_of(moments) for name, moments in layers.items()}
     shown = {name: _shown(of_layer, limit) for name, of_layer in lives.items()}
     colors, meaning = _colors(layers, lives, shown)
