@@ -18,7 +18,7 @@ from lib_lightning.core.cut import InputFn, LiveModel, MaskFn
 from lib_lightning.core.errors import ActivationError
 from lib_lightning.core.groups import standard_error
 from lib_lightning.core.layers import NodeLayer, as_node_layers
-from lib_lightning.core.memory import Chunks, in_chunks, is_out_of_memory, plan_chunks
+from lib_lightning.core.memory import Chunks, Demand, in_chunks, is_out_of_memory, plan_chunks
 from lib_lightning.core.nested import batch_size, is_empty, numbers_in
 from lib_lightning.core.together import ALONE, Together
 from lib_lightning.graph import InteractionGraph, Replicates
@@ -161,7 +161,7 @@ def graph_of(
                         bar.set_description(step, refresh=False)
                         bar.update()
 
-                    built = build(live, parts, settings, tick, chunks.stack_elements, together, chunks.groups)
+                    built = build(live, parts, settings, tick, chunks, together)
                 return _as_graph(built, settings, live)
         except Exception as error:
             if attempt == _HALVINGS or not is_out_of_memory(error):
@@ -175,8 +175,13 @@ def _plan(live: LiveModel, batches: Sequence[Any], settings: Settings, memory_li
         return Chunks()
     # Batches may differ in length; the longest samples take the most.
     longest = max(batches, key=lambda batch: numbers_in(batch) / max(1, batch_size(batch)))
-    fisher = settings.final_metric == "fisher"
-    return plan_chunks(live, longest, int(memory_limit * 2**30), settings.integration_steps, fisher)
+    demand = Demand(
+        sum(map(batch_size, batches)),
+        settings.integration_steps,
+        settings.basis == "lib",
+        settings.final_metric == "fisher",
+    )
+    return plan_chunks(live, longest, int(memory_limit * 2**30), demand)
 
 
 def _as_graph(built: Built, settings: Settings, live: LiveModel) -> InteractionGraph:

@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -24,15 +24,16 @@ from torch import Tensor
 from lib_lightning.core.basis import Basis, centered_basis, lib_basis, neuron_basis, pca_basis
 from lib_lightning.core.check import check_finite
 from lib_lightning.core.cut import LiveModel
+from lib_lightning.core.dual import DualMoments
 from lib_lightning.core.edges import Edges
 from lib_lightning.core.errors import ActivationError, NotFiniteError
 from lib_lightning.core.fisher import FisherMetric
-from lib_lightning.core.groups import GROUPS, spans, standard_error, too_close
+from lib_lightning.core.groups import standard_error, too_close
 from lib_lightning.core.layers import OUTPUT
-from lib_lightning.core.memory import STACK_ELEMENTS
+from lib_lightning.core.memory import Chunks
 from lib_lightning.core.metric import JacobianMetric
 from lib_lightning.core.moments import Moments
-from lib_lightning.core.section import Section, sections
+from lib_lightning.core.passes import Passes
 from lib_lightning.core.spectral import Cutoff
 from lib_lightning.core.together import ALONE, Together
 from lib_lightning.core.variances import FeatureVariances
@@ -115,20 +116,20 @@ def build(
     batches: Sequence[Any],
     settings: Settings,
     tick: Callable[[str], None] = lambda step: None,
-    stack_elements: int = STACK_ELEMENTS,
+    chunks: Chunks = Chunks(),  # noqa: B008
     together: Together = ALONE,
-    groups: int = GROUPS,
+    closed_forms: bool = True,
 ) -> Built:
     """Compute bases and edges of a live model.
 
     Args:
         live: The model and its node layers.
-        batches: All batches; run through several times.
+        batches: All batches; gone through several times.
         settings: What to compute.
-        tick: Called after each batch of each pass with the name of the step.
-        stack_elements: About how many numbers one stack of vectors through a section may hold.
+        tick: Called after each batch of each step with the name of the step.
+        chunks: How much fits into memory.
         together: The processes whose samples are to be taken as one; each has batches of its own, or none.
-        groups: Number of groups of samples whose sums are kept apart, for standard errors; 1 for none.
+        closed_forms: Whether sections that have a closed form are computed by it.
 
     Returns:
         Bases and edges, the same on every process.
@@ -137,43 +138,26 @@ def build(
         ActivationError: If there are no samples, or activations or derivatives are not finite.
     """
     names = [layer.name for layer in live.layers]
-    notes: dict[str, None] = {}
-    unstackable: set[int] = set()
-
-    def run(index: int, batch: Any, step: str) -> Iterator[tuple[int, Section]]:
-        live.seed = index
-        found = sections(live, batch, [m.mean for m in moments], settings.integration_steps, stack_elements)
-        for i, section in enumerate(found):
-            if i in unstackable:
-                section.stack = 1
-            section.spans = batch_spans[index]
-            yield i, section
-            if section.unstackable:
-                unstackable.add(i)
-                notes[_ONE_BY_ONE.format(*names[i : i + 2])] = None
-        tick(step)
+    last = len(names) - 1
+    kinds: list[str] = [settings.basis] * last
+    kinds.append("lib" if settings.final_metric else final_kind(settings, live.layers[-1].taps))
+    groups = min(int(t) for t in together.gather(torch.tensor([chunks.groups])))
+    passes = Passes(live, batches, replace(chunks, groups=groups), settings.integration_steps, closed_forms, tick)
 
     # 1. Moments.
-    moments = [Moments() for _ in live.layers]
-    sizes: list[int] = []
+    moments = [Moments(wide=kind != "lib") for kind in kinds]
     dtype: torch.dtype | None = None
-    for live.seed, batch in enumerate(batches):
-        with torch.no_grad():
-            cuts = live.cut(batch)
+    for cuts in passes.first():
         for layer_moments, cut in zip(moments, cuts, strict=True):
             check_finite(cut.layer.name, cut.rows)
             layer_moments.update(cut.rows, cut.a.shape[0])
             dtype = cut.a.dtype
-        sizes.append(cuts[0].a.shape[0])
-        tick("moments")
     for layer_moments in moments:
         layer_moments.reduce(together)
         if layer_moments.count == 0:
             raise ActivationError("There are no samples to compute a basis from, or a mask leaves out all of them.")
+    means = [m.mean for m in moments]
     dtype = _same_dtype(dtype, together)
-    groups = min(int(t) for t in together.gather(torch.tensor([groups])))
-    starts = itertools.accumulate(sizes, initial=0)
-    batch_spans = [list(spans(start, start + n, sum(sizes), groups)) for start, n in zip(starts, sizes, strict=False)]
 
     # 2. Bases, from the last node layer to the first.
     generator = torch.Generator().manual_seed(together.rank)
@@ -181,38 +165,39 @@ def build(
     errors: dict[str, float | None] = {}
     # What an importance is beside a variance: the length of the feature's direction in the metric, for each replicate.
     lengths: list[Tensor | None] = []
-    last = len(live.layers) - 1
-    for i in reversed(range(len(live.layers))):
-        name, mean, covariance = names[i], moments[i].mean, moments[i].covariance
-        cutoff = Cutoff(settings.rtol, mean.shape[0], dtype)
-        kind = settings.basis if i < last else final_kind(settings, live.layers[i].taps)
+    for i in reversed(range(len(names))):
+        name, kind, step = names[i], kinds[i], f"basis of {names[i]}"
+        cutoff = Cutoff(settings.rtol, len(means[i]), dtype)
         metric: FisherMetric | JacobianMetric | None = None
-        if i == last and settings.final_metric == "fisher":
-            metric = FisherMetric(len(mean), groups)
-            for live.seed, batch in enumerate(batches):
-                with torch.no_grad():
-                    cut = live.cut(batch)[-1]
-                for group, span in batch_spans[live.seed]:
-                    metric.update(cut.rows_of(span), group)
-                tick(f"basis of {name}")
-            metric.reduce(together)
-            basis = lib_basis(name, mean, covariance, metric.factor(cutoff.metric), cutoff)
-            errors[name] = 0.0
-        elif kind == "neuron":
-            basis = neuron_basis(name, mean, covariance)
+        if kind == "neuron":
+            basis = neuron_basis(name, means[i], moments[i].covariance)
         elif kind == "centered":
-            basis = centered_basis(name, mean, covariance)
+            basis = centered_basis(name, means[i], moments[i].covariance)
         elif kind == "pca":
-            basis = pca_basis(name, mean, covariance, cutoff)
+            basis = pca_basis(name, means[i], moments[i].covariance, cutoff)
         else:
-            metric = JacobianMetric(len(mean), bases[0].to_features, settings.n_probes, generator, groups)
-            for index, batch in enumerate(batches):
-                for k, section in run(index, batch, f"basis of {name}"):
-                    if k == i:
-                        metric.update(section)
-            metric.reduce(together)
-            _check_derivatives(live, i, metric.gram.N)
-            basis = lib_basis(name, mean, covariance, metric.factor(cutoff.metric), cutoff)
+            if i == last:
+                metric = FisherMetric(len(means[i]), groups)
+                for rows, group in passes.rows(step, i):
+                    metric.update(rows, group)
+                metric.reduce(together)
+            else:
+                metric = JacobianMetric(len(means[i]), bases[0].to_features, settings.n_probes, generator, groups)
+                if settings.n_probes is None:
+                    passes.keep_jacobian(i, bases[0].n_features)
+                for _, section in passes.sections(step, means, i):
+                    metric.update(section)
+                metric.reduce(together)
+                _check_derivatives(live, i, metric.gram.N)
+            B = metric.factor(cutoff.metric)
+            if moments[i].has_covariance:
+                basis = lib_basis(name, means[i], moments[i].covariance, B, cutoff)
+            else:
+                dual = DualMoments(means[i], B)
+                for rows, _ in passes.rows(step, i):
+                    dual.update(rows)
+                dual.reduce(together)
+                basis = dual.basis(name, cutoff)
             errors[name] = metric.relative_error
         # The same sums give the same basis only up to rounding, and truncation is all or nothing.
         bases.insert(0, basis.shared(together))
@@ -221,17 +206,14 @@ def build(
     # 3. Edges.
     edges = [Edges(before, after, groups) for before, after in itertools.pairwise(bases)]
     variances = [FeatureVariances(basis, groups) for basis in bases]
-    for index, batch in enumerate(batches):
-        for i, section in run(index, batch, "edges"):
-            edges[i].update(section)
-            variances[i].update(section.a, section.mask_in, section.spans)
-            if i + 1 == last:
-                variances[last].update(section.a_out, section.mask_out, section.spans)
+    for i, section in passes.sections("edges", means):
+        variances[i].update(section.a, section.mask_in, section.spans)
+        edges[i].update(section)
+        if i + 1 == last:
+            variances[last].update(section.a_out, section.mask_out, section.spans)
     for i, section_edges in enumerate(edges):
         section_edges.reduce(together)
         _check_derivatives(live, i, section_edges.E)
-        if section_edges.fell_back:
-            notes[_BACKWARDS.format(*names[i : i + 2])] = None
 
     # 4. Standard errors.
     importances: list[Tensor] = []
@@ -240,9 +222,10 @@ def build(
         found = feature_variances.replicates()
         importances.append(found if length is None else found * length)
         bases[i] = _with_errors(bases[i], importances[i])
-    return Built(
-        bases, [e.E for e in edges], moments[0].n, errors, list(notes), importances, [e.replicates for e in edges]
-    )
+
+    notes = [_ONE_BY_ONE.format(*names[i : i + 2]) for i in sorted(passes.unstackable)]
+    notes += [_BACKWARDS.format(*names[i : i + 2]) for i in range(last) if edges[i].fell_back]
+    return Built(bases, [e.E for e in edges], moments[0].n, errors, notes, importances, [e.replicates for e in edges])
 
 
 def _with_errors(basis: Basis, replicates: Tensor) -> Basis:

@@ -60,12 +60,12 @@ class Cut:
     @property
     def rows(self) -> Tensor:
         """Activations at the positions that count, one a row: ``(m, d)``."""
-        return self.rows_of(slice(None))
+        return rows_of(self.a.detach(), self.mask)
 
-    def rows_of(self, span: slice) -> Tensor:
-        """The same of some of the samples."""
-        a = self.a.detach()[span]
-        return a.flatten(0, 1) if self.mask is None else a[self.mask[span]]
+
+def rows_of(a: Tensor, mask: Tensor | None) -> Tensor:
+    """Activations ``(n, S, d)`` one a row, ``(m, d)``: those at positions of a mask ``(n, S)``, if there is one."""
+    return a.flatten(0, 1) if mask is None else a[mask]
 
 
 class LiveModel:

@@ -49,6 +49,15 @@ class Edges:
         """
         for group, span in section.spans:
             self.rows[group] += section.rows_of(span)
+        if section.closed is not None:
+            fhat = keep(self.before.encode(section.a), section.mask_in)
+            C_pinv, C_next = self.before.from_features, self.after.to_features
+            for group, span in section.spans:
+                self._total[group] += section.closed.edge_sum(fhat, C_pinv, C_next, span)
+            return
+        if section.jacobian:
+            self.update_known(section)
+            return
         if self._forward is None:
             cheaper = _FORWARD_COST * self.before.n_features < section.S_out * self.after.n_features
             self._forward = section.has_jvp() if cheaper else False
@@ -57,6 +66,12 @@ class Edges:
             self.update_forward(section)
         else:
             self.update_reverse(section)
+
+    def update_known(self, section: Section) -> None:
+        """Add one batch whose Jacobian, times the next node layer's map to features, is at hand."""
+        fhat = keep(self.before.encode(section.a), section.mask_in)
+        for i, g in section.jacobian:
+            self._add_rows(section, i, g, fhat)
 
     def update_forward(self, section: Section) -> None:
         """Add one batch with one Jacobian-vector product for each input feature."""
@@ -74,12 +89,15 @@ class Edges:
     def update_reverse(self, section: Section) -> None:
         """Add one batch with one vector-Jacobian product for each output position and feature."""
         fhat = keep(self.before.encode(section.a), section.mask_in)
-        C_pinv, C_next = self.before.from_features.to(fhat), self.after.to_features.to(fhat)
-        for i, cotangents in section.output_stacks(C_next):
-            moved = ((section.vjp(cotangents) @ C_pinv.T) * fhat).sum(dim=2)
-            squares = moved.to(product_dtype(moved.dtype)).square()
-            for group, span in section.spans:
-                self._total[group].index_add_(0, i, squares[:, span].sum(dim=1).double())
+        for i, cotangents in section.output_stacks(self.after.to_features.to(fhat)):
+            self._add_rows(section, i, section.vjp(cotangents), fhat)
+
+    def _add_rows(self, section: Section, i: Tensor, g: Tensor, fhat: Tensor) -> None:
+        """Add gradients ``(k, n, S_in, d_in)`` of output features ``i``."""
+        moved = ((g @ self.before.from_features.to(fhat).T) * fhat).sum(dim=2)
+        squares = moved.to(product_dtype(moved.dtype)).square()
+        for group, span in section.spans:
+            self._total[group].index_add_(0, i, squares[:, span].sum(dim=1).double())
 
     def reduce(self, together: Together) -> None:
         """Join the sums of several processes."""

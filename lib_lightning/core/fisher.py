@@ -48,6 +48,11 @@ class FisherMetric:
         self.rows, self._total = together.sum([self.rows, self._total])
 
     @property
+    def relative_error(self) -> float:
+        """Error of sampling: this metric is exact."""
+        return 0.0
+
+    @property
     def M(self) -> Tensor:
         """The metric, shape ``(d, d)``, float64."""
         return self._total.sum(0) / self.rows.sum()

@@ -85,7 +85,7 @@ class NodeLayer:
                 f"The taps of node layer '{self.name}' differ in samples or positions and cannot be joined: {shapes}."
             )
         a = torch.cat(rows, dim=-1) if len(rows) > 1 else rows[0]
-        return a if self.positions is None else a[:, self._position_index(a.shape[1], a.device)]
+        return self.positions_of(a)
 
     def write(self, values: Tensor, into: Sequence[Tensor]) -> list[Tensor]:
         """Put activations back into the layout of the tapped tensors: the inverse of `read`.
@@ -170,6 +170,10 @@ class NodeLayer:
         axis = self._feature_axis(len(shape))
         moved_shape = torch.empty(shape, device="meta").movedim(axis, -1).shape
         return rows.reshape(moved_shape).movedim(-1, axis)
+
+    def positions_of(self, rows: Tensor) -> Tensor:
+        """Select the positions that are looked at: ``(n, S_all, d)`` to ``(n, S, d)``."""
+        return rows if self.positions is None else rows[:, self._position_index(rows.shape[1], rows.device)]
 
     def _position_index(self, size: int, device: torch.device) -> Tensor:
         assert self.positions is not None

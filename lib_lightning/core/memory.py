@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lib_lightning.core.cut import Cut, LiveModel
 from lib_lightning.core.errors import ActivationError
+from lib_lightning.core.gram import DENSE_WIDTH
 from lib_lightning.core.groups import GROUPS
 from lib_lightning.core.nested import batch_size, samples_between
 
@@ -32,11 +34,15 @@ class Chunks:
         samples: Most samples that go through the model together.
         stack_elements: About how many numbers one stack of vectors through a section may hold.
         groups: Groups of samples whose sums are kept apart; 1 for none.
+        keep: Whether the graphs of all samples fit into memory at once.
+        jacobians: Bytes of Jacobians to keep from the metric for the edges, where graphs are kept.
     """
 
     samples: int = 2**31
     stack_elements: int = STACK_ELEMENTS
     groups: int = GROUPS
+    keep: bool = False
+    jacobians: int = 0
 
     def halved(self, largest_batch: int) -> Chunks:
         """Half of it, for batches of up to so many samples."""
@@ -45,15 +51,31 @@ class Chunks:
         )
 
 
-def plan_chunks(live: LiveModel, batch: Any, memory_limit: int, points: int = 1, fisher: bool = False) -> Chunks:
+@dataclass(frozen=True)
+class Demand:
+    """What is to be computed, as far as it decides how much memory that takes.
+
+    Attributes:
+        samples: Number of samples; 0 where it is not known.
+        points: Points of the integration path, each with a graph of its own.
+        lib: Whether node layers but the last are measured by a metric, so that wide ones need no covariance.
+        fisher: Whether the last node layer has a metric, too.
+    """
+
+    samples: int = 0
+    points: int = 1
+    lib: bool = False
+    fisher: bool = False
+
+
+def plan_chunks(live: LiveModel, batch: Any, memory_limit: int, demand: Demand = Demand()) -> Chunks:
     """Choose chunks that keep a computation within a memory budget, by what autograd keeps of a few samples.
 
     Args:
         live: The model and its node layers.
         batch: One batch, of which a few samples are run.
         memory_limit: Memory to use beside the model and the batches, in bytes.
-        points: Points of the integration path, each with a graph of its own.
-        fisher: Whether the last node layer has a metric, too.
+        demand: What is to be computed.
 
     Returns:
         The chunks.
@@ -71,9 +93,11 @@ def plan_chunks(live: LiveModel, batch: Any, memory_limit: int, points: int = 1,
         # Something in the batch is not one entry a sample, though it has that length: only the whole can be run.
         cuts, kept, largest = _kept_by_autograd(live, batch)
         two, one = kept // max(1, batch_size(batch)), 0
-    # A covariance and two maps for each node layer, and what eigenproblem and products of the widest one take.
+    # A covariance and two maps for each node layer, and what eigenproblem and products of the widest one take. Of wide
+    # node layers with a metric only the directions that are read count: how many is not known; a few hundred at least.
     widths = [cut.a.shape[-1] for cut in cuts]
-    matrices = 8 * (3 * sum(d * d for d in widths) + 4 * max(widths) ** 2)
+    ranks = [min(d, DENSE_WIDTH) if demand.lib else d for d in widths[:-1]] + widths[-1:]
+    matrices = 8 * (3 * sum(map(operator.mul, widths, ranks)) + 4 * max(map(operator.mul, widths, ranks)))
     if matrices > memory_limit:
         widest = cuts[widths.index(max(widths))].layer.name
         raise ActivationError(
@@ -82,14 +106,18 @@ def plan_chunks(live: LiveModel, batch: Any, memory_limit: int, points: int = 1,
             f"({memory_limit / 2**30:.2g} GiB). Choose narrower node layers, or raise memory_limit."
         )
     # A metric for each node layer and the edges of each section, once for each group.
-    sums = 8 * (sum(d * d + d * d_next for d, d_next in itertools.pairwise(widths)) + fisher * widths[-1] ** 2)
+    sums = 8 * (sum(d * d + d * d_next for d, d_next in itertools.pairwise(ranks)) + demand.fisher * widths[-1] ** 2)
     groups = next((g for g in (GROUPS, GROUPS // 2, 2) if matrices + g * sums <= memory_limit // 2), 1)
     itemsize = cuts[0].a.element_size()
     ends = max(cut.a.numel() for cut in cuts)
     # Half for graphs, a quarter for stacks; allocators do not give back the rest.
-    samples = memory_limit // 2 // (_GRAPHS * max(1, points) * max(1, two - one))
+    samples = memory_limit // 2 // (_GRAPHS * max(1, demand.points) * max(1, two - one))
     stack = memory_limit // 4 // (_WORKING * itemsize) * ends // max(ends, largest)
-    return Chunks(max(1, samples), max(1, min(STACK_ELEMENTS, stack)), groups)
+    # All samples at once: graphs, activations on either side of each cut, and a second graph for one chunk at a time.
+    at_once = demand.samples * (two - one + 3 * itemsize * sum(cut.a.numel() // len(cut.a) for cut in cuts))
+    rest = memory_limit // 2 - matrices - groups * sums - at_once
+    keep = 0 < demand.samples <= samples and rest > 0
+    return Chunks(max(1, samples), max(1, min(STACK_ELEMENTS, stack)), groups, keep, max(0, rest))
 
 
 def _kept_by_autograd(live: LiveModel, batch: Any) -> tuple[list[Cut], int, int]:

@@ -34,7 +34,9 @@ class JacobianMetric:
         self.C_next, self.n_probes, self.generator = C_next, n_probes, generator
         self.rows = torch.zeros(groups, dtype=torch.float64)
         # Even and odd probes are summed apart: their spread is the error of sampling.
-        self._halves = 1 if n_probes is None else 2
+        self._probes = [1] if n_probes is None else [n_probes - n_probes // 2, n_probes // 2]
+        self._halves = len(self._probes)
+        self._sampled = torch.zeros(1)
         self.gram = GramSum(d, parts=self._halves * groups)
 
     def update(self, section: Section) -> None:
@@ -45,11 +47,20 @@ class JacobianMetric:
         """
         for group, span in section.spans:
             self.rows[group] += section.rows_of(span)
+        if section.closed is not None:
+            for group, span in section.spans:
+                V, X = section.closed.metric_sum(self.C_next, span)
+                for half, n_probes in enumerate(self._probes):  # exact, as if seen by each of them
+                    self.gram.add_product(V, n_probes * X, self._halves * group + half)
+            return
         C = self.C_next.to(section.a)
         if self.n_probes is None:
-            for _, cotangents in section.output_stacks(C):
-                self._add(section, cotangents, 0)
+            for i, cotangents in section.output_stacks(C):
+                g = self._add(section, cotangents, 0)
+                if section.keeps_jacobian:
+                    section.jacobian.append((i, g))
             return
+        self._sampled += 1
         stack = section.stack
         for start in range(0, self.n_probes, stack):
             probes = range(start, min(start + stack, self.n_probes))
@@ -57,17 +68,18 @@ class JacobianMetric:
             signs = 1 - 2 * torch.randint(0, 2, shape, generator=self.generator)
             cotangents = signs.to(C) @ C.T
             for half in (0, 1):
-                self._add(section, cotangents[(half - start) % 2 :: 2], half)
+                if (k := cotangents[(half - start) % 2 :: 2]).shape[0]:
+                    self._add(section, k, half)
 
-    def _add(self, section: Section, cotangents: Tensor, half: int) -> None:
-        if cotangents.shape[0]:
-            g = section.vjp(cotangents)
-            for group, span in section.spans:
-                self.gram.add(g[:, span].flatten(0, 2), self._halves * group + half)
+    def _add(self, section: Section, cotangents: Tensor, half: int) -> Tensor:
+        g = section.vjp(cotangents)
+        for group, span in section.spans:
+            self.gram.add(g[:, span].flatten(0, 2), self._halves * group + half)
+        return g
 
     def reduce(self, together: Together) -> None:
         """Join the sums of several processes."""
-        (self.rows,) = together.sum([self.rows])
+        self.rows, self._sampled = together.sum([self.rows, self._sampled])
         self.gram.reduce(together)
 
     def factor(self, cutoff: float) -> Tensor:
@@ -102,16 +114,15 @@ class JacobianMetric:
     def relative_error(self) -> float | None:
         """Estimated error of a sampled ``M``, relative in the Frobenius norm.
 
-        0 for the exact metric; None for a single probe, which shows no spread.
+        0 for the exact metric, which closed forms give in any case; None for a single probe, which shows no spread.
         """
-        if self.n_probes is None:
+        if self.n_probes is None or not self._sampled.any():
             return 0.0
         if self.n_probes == 1:
             return None
         # In the coordinates of one orthonormal span, where norms are the same.
         even, odd = self.gram.N[0::2].sum(0), self.gram.N[1::2].sum(0)
-        n_odd = self.n_probes // 2
-        n_even = self.n_probes - n_odd
+        n_even, n_odd = self._probes
         # Var(pooled mean) = sigma^2 / k and Var(even mean - odd mean) = sigma^2 (1/k_even + 1/k_odd).
         spread = (even / n_even - odd / n_odd).norm() * (n_even * n_odd) ** 0.5 / self.n_probes
         size = ((even + odd) / self.n_probes).norm()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lib_lightning.core.gram import DENSE_WIDTH
 from lib_lightning.core.together import Together
 
 
@@ -14,6 +15,9 @@ class Moments:
     Each batch is centred by itself and merged by the pairwise update of Chan, Golub and LeVeque (1979), so activations
     far from zero lose no digits.
 
+    Args:
+        wide: Whether the covariance is wanted also where it is wide; else only the mean is summed there.
+
     Example:
         >>> moments = Moments()
         >>> moments.update(torch.tensor([[0.0], [2.0]]), n=2)
@@ -22,7 +26,8 @@ class Moments:
         (tensor([2.], dtype=torch.float64), tensor([[2.6667]], dtype=torch.float64), 3)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wide: bool = True) -> None:
+        self._wide = wide
         self.n = 0
         self.count = 0
         self.mean = torch.zeros(0, dtype=torch.float64)
@@ -39,17 +44,17 @@ class Moments:
         count = rows.shape[0]
         if count == 0 and self.mean.numel():
             return
-        rows = rows.detach().double()
-        mean = rows.sum(0) / max(1, count)
-        centred = rows - mean
-        scatter = centred.T @ centred
-        if self.count == 0:
-            self.count, self.mean, self._scatter = count, mean, scatter
-            return
+        rows = rows.detach()
+        mean = rows.sum(0, dtype=torch.float64) / max(1, count)
         total = self.count + count
-        delta = mean - self.mean
-        self.mean = self.mean + delta * (count / total)
-        self._scatter += scatter + torch.outer(delta, delta) * (self.count * count / total)
+        before = self.mean if self.count else torch.zeros_like(mean)
+        delta = mean - before
+        self.mean = before + delta * (count / max(1, total))
+        if self.has_covariance:
+            centred = rows.double() - mean
+            scatter = centred.T @ centred
+            scatter += torch.outer(delta, delta) * (self.count * count / max(1, total))
+            self._scatter = scatter + self._scatter if self.count else scatter
         self.count = total
 
     def reduce(self, together: Together) -> None:
@@ -64,12 +69,19 @@ class Moments:
         total = counts.sum()
         mean = (counts[:, None] * means).sum(0) / total.clamp(min=1)
         if len(self.mean) < d:
-            self.mean, self._scatter = mean.new_zeros(d), mean.new_zeros(d, d)
-        delta = self.mean - mean
-        (self._scatter,) = together.sum([self._scatter + self.count * torch.outer(delta, delta)])
+            self.mean = mean.new_zeros(d)
+        if self.has_covariance:
+            delta = self.mean - mean
+            self._scatter = self._scatter if len(self._scatter) else mean.new_zeros(d, d)
+            (self._scatter,) = together.sum([self._scatter + self.count * torch.outer(delta, delta)])
         self.n, self.count, self.mean = int(sum(t[0] for t in everyone)), int(total), mean
 
     @property
     def covariance(self) -> Tensor:
         """``E[(a - mu)(a - mu)^T]`` over samples and positions, ``(d, d)``, float64."""
         return self._scatter / self.count
+
+    @property
+    def has_covariance(self) -> bool:
+        """Whether the covariance is summed."""
+        return self._wide or len(self.mean) <= DENSE_WIDTH

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lib_lightning.core.closed import ClosedForm
 from lib_lightning.core.cut import Cut, LiveModel
 from lib_lightning.core.memory import STACK_ELEMENTS, is_out_of_memory
 
@@ -43,11 +44,18 @@ class Section:
 
     Attributes:
         spans: The groups of samples that are summed apart, and which samples of the batch belong to each.
+        closed: Its closed form, where one has been recognised: sums over samples then need no products with vectors.
+        keeps_jacobian: Whether products that make up the whole Jacobian are to be kept.
+        jacobian: Those products: output features ``i``, shape ``(k,)``, and ``d fhat_{t,i} / d a``, shape
+            ``(k, n, S_in, d_in)``; every output position and feature is in one of the stacks.
     """
 
     def __init__(self, a: Tensor, a_out: Tensor, points: Sequence[Point], stack_elements: int = STACK_ELEMENTS) -> None:
         self.a, self.a_out = a.detach(), a_out.detach()
         self.spans: list[tuple[int, slice]] = [(0, slice(None))]
+        self.closed: ClosedForm | None = None
+        self.keeps_jacobian = False
+        self.jacobian: list[tuple[Tensor, Tensor]] = []
         self.points = list(points)
         self.n, self.S_in, self.d_in = self.a.shape
         _, self.S_out, self.d_out = self.a_out.shape
@@ -56,6 +64,14 @@ class Section:
         self.stack = max(1, stack_elements // max(1, largest))
         self.unstackable = False
         self._transposed: list[tuple[Tensor, Sequence[Tensor]]] | None = None
+
+    def forget_graph(self) -> None:
+        """Give back the memory of autograd's graph, where the closed form does without."""
+        self.points = []
+
+    def forget_products(self) -> None:
+        """Give back the memory of the graph that `jvp` makes of the graph."""
+        self._transposed = None
 
     def rows_of(self, span: slice) -> int:
         """Number of samples times input positions of some samples, counting only positions that count."""

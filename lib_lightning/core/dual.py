@@ -1,0 +1,61 @@
+"""The LIB of a wide node layer that little is read of, without its covariance.
+
+LIB features are the principal components of the activations measured in the metric ``M``. With ``B^T B = M``, ``B`` of
+as many rows as there are directions that anything reads, they are those of ``y = (a - mu) B^T``: a small eigenproblem.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lib_lightning.core.basis import Basis
+from lib_lightning.core.spectral import Cutoff, eigh_psd
+from lib_lightning.core.together import Together
+
+# Activations to centre at a time, so that they stay in the cache until they are multiplied.
+_NUMBERS = 2**19
+
+
+class DualMoments:
+    """Streaming ``K = E[y y^T]`` and ``E[y^T (a - mu)]`` with ``y = (a - mu) B^T``.
+
+    Args:
+        mean: ``mu``, shape ``(d,)``, float64.
+        B: Square-root factor of the Jacobian metric, ``B^T B = M``, shape ``(k, d)``, float64.
+
+    Note:
+        Source: duality between the principal components of ``a`` in the metric ``M`` and those of ``y``: ``Sigma M``
+        and ``B Sigma B^T`` have the same eigenvalues.
+    """
+
+    def __init__(self, mean: Tensor, B: Tensor) -> None:
+        self.mean, self.B = mean, B
+        self._count = mean.new_zeros(1)
+        self._K, self._cross = mean.new_zeros(len(B), len(B)), mean.new_zeros(B.shape)
+
+    def update(self, rows: Tensor) -> None:
+        """Add activations, one vector a row: ``(m, d)``."""
+        for block in rows.split(max(1, _NUMBERS // max(1, rows.shape[1]))):
+            centred = block.double() - self.mean
+            y = centred @ self.B.T
+            self._K += y.T @ y
+            self._cross += y.T @ centred
+        self._count += len(rows)
+
+    def reduce(self, together: Together) -> None:
+        """Join the sums of several processes."""
+        self._count, self._K, self._cross = together.sum([self._count, self._K, self._cross])
+
+    def basis(self, name: str, cutoff: Cutoff) -> Basis:
+        """Local Interaction Basis: ``C = B^T Q``, ``C^+ = Lambda^-1 Q^T E[y^T (a - mu)]`` with ``K = Q Lambda Q^T``.
+
+        Args:
+            name: Node layer.
+            cutoff: Directions with an importance up to its share of the largest are dropped.
+
+        Returns:
+            The basis with kind ``"lib"``.
+        """
+        Lambda, Q = eigh_psd(self._K / self._count, cutoff.metric)
+        C_pinv = (Q.T @ self._cross) / (self._count * Lambda[:, None])
+        return Basis(name, "lib", self.mean, self.B.T @ Q, C_pinv, Lambda)

@@ -1,0 +1,173 @@
+"""All batches, run through the live model no more often than memory demands.
+
+Where the graphs of all batches fit into memory, one forward pass serves everything: moments, bases and edges. Else each
+step runs the batches anew.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lib_lightning.core.cut import Cut, LiveModel, rows_of
+from lib_lightning.core.groups import spans
+from lib_lightning.core.memory import Chunks
+from lib_lightning.core.recognise import Recognition
+from lib_lightning.core.section import Point, Section, sections
+
+Tick = Callable[[str], None]
+
+
+class Passes:
+    """Goes through all batches of this process, step after step.
+
+    Args:
+        live: The model and its node layers.
+        batches: The batches.
+        chunks: How much fits into memory.
+        integration_steps: As for `lib_lightning.core.section.sections`.
+        closed_forms: Whether to look for closed forms.
+        tick: Called after each batch of each step, with the name of the step.
+
+    Attributes:
+        unstackable: Sections in which vectors go one by one, because an operation asks for it.
+    """
+
+    def __init__(
+        self,
+        live: LiveModel,
+        batches: Sequence[Any],
+        chunks: Chunks,
+        integration_steps: int = 0,
+        closed_forms: bool = True,
+        tick: Tick = lambda step: None,
+    ) -> None:
+        self.live, self.batches, self.chunks, self.tick = live, batches, chunks, tick
+        self.integration_steps = integration_steps
+        self.unstackable: set[int] = set()
+        # Along an integration path slopes are not those at the activations.
+        self._recognitions = [Recognition() for _ in live.layers[1:]] if closed_forms and not integration_steps else []
+        self._keep = chunks.keep and not integration_steps
+        self._jacobians = chunks.jacobians
+        self._kept: list[list[Section]] = []
+        self._spans: list[list[tuple[int, slice]]] = []
+
+    def first(self) -> Iterator[list[Cut]]:
+        """Run all batches for the first time.
+
+        Yields:
+            The node layers at each batch.
+        """
+        buffers = [buffer.clone() for buffer in self.live.model.buffers()] if self._keep else []
+        sizes = []
+        for index, batch in enumerate(self.batches):
+            self.live.seed = index
+            with torch.set_grad_enabled(self._keep):
+                cuts = self.live.cut(batch)
+            yield cuts
+            sizes.append(cuts[0].a.shape[0])
+            if self._keep:
+                pairs = itertools.pairwise(cuts)
+                self._kept.append(
+                    self._ready([Section(b.a, c.a, [Point(1.0, b, c)], self.chunks.stack_elements) for b, c in pairs])
+                )
+            self.tick("moments")
+        # A model that writes into its own tensors has perhaps written over what the first graphs hold.
+        if not all(map(torch.equal, buffers, self.live.model.buffers())) or not self._still_good():
+            self._kept = []
+        starts = itertools.accumulate(sizes, initial=0)
+        groups = self.chunks.groups
+        self._spans = [
+            list(spans(start, start + n, sum(sizes), groups)) for start, n in zip(starts, sizes, strict=False)
+        ]
+
+    def sections(self, step: str, means: Sequence[Tensor], only: int | None = None) -> Iterator[tuple[int, Section]]:
+        """Go through the sections of all batches.
+
+        Args:
+            step: Name of the step.
+            means: ``mu`` of each node layer.
+            only: Index of the only section that is wanted; None for all.
+
+        Yields:
+            The index of a section and the section, batch by batch.
+        """
+        for index, batch in enumerate(self.batches):
+            for i, section in enumerate(self._sections_of(index, batch, means)):
+                if only in (None, i):
+                    if i in self.unstackable:
+                        section.stack = 1
+                    section.spans = self._spans[index]
+                    yield i, section
+                    section.forget_products()
+                    if section.unstackable:
+                        self.unstackable.add(i)
+            self.tick(step)
+
+    def keep_jacobian(self, i: int, r_out: int) -> None:
+        """Have what is computed for the metric of a section serve its edges, too, if there is memory for it.
+
+        Args:
+            i: Index of the section.
+            r_out: Number of features of the node layer after it.
+        """
+        sections = [sections[i] for sections in self._kept if sections[i].closed is None]
+        needed = sum(section.S_out * r_out * section.a.numel() * section.a.element_size() for section in sections)
+        if needed <= self._jacobians:
+            self._jacobians -= needed
+            for section in sections:
+                section.keeps_jacobian = True
+
+    def rows(self, step: str, i: int) -> Iterator[tuple[Tensor, int]]:
+        """Go through the activations of one node layer, at the positions that count.
+
+        Args:
+            step: Name of the step.
+            i: Index of the node layer.
+
+        Yields:
+            One vector of activations a row, ``(m, d)``, and the group of samples that they belong to.
+        """
+        for index, batch in enumerate(self.batches):
+            a, mask = self._activations(index, batch, i)
+            for group, span in self._spans[index]:
+                yield rows_of(a[span], None if mask is None else mask[span]), group
+            self.tick(step)
+
+    def _activations(self, index: int, batch: Any, i: int) -> tuple[Tensor, Tensor | None]:
+        if self._kept:
+            sections = self._kept[index]
+            if i < len(sections):
+                return sections[i].a, sections[i].mask_in
+            return sections[-1].a_out, sections[-1].mask_out
+        self.live.seed = index
+        with torch.no_grad():
+            cut = self.live.cut(batch)[i]
+        return cut.a, cut.mask
+
+    def _sections_of(self, index: int, batch: Any, means: Sequence[Tensor]) -> list[Section]:
+        if self._kept:
+            return self._kept[index]
+        self.live.seed = index
+        return self._ready(sections(self.live, batch, means, self.integration_steps, self.chunks.stack_elements))
+
+    def _ready(self, found: list[Section]) -> list[Section]:
+        for recognise, section in zip(self._recognitions, found, strict=False):
+            section.closed = recognise(section)
+            if section.closed is not None:
+                section.forget_graph()
+        return found
+
+    def _still_good(self) -> bool:
+        """Whether the graphs of the first batch have outlived the other ones."""
+        try:
+            for section in self._kept[0] if len(self._kept) > 1 else []:
+                if section.closed is None:
+                    section.vjp(torch.zeros_like(section.a_out)[None])
+        except RuntimeError:
+            return False
+        return True
