@@ -65,12 +65,18 @@ class ClosedForm:
             Shape ``(n, S, d_in)``.
         """
         w = self.weights
-        u = torch.where(self.counts[..., None], cotangent, cotangent.new_zeros(()))
-        g = u if w.W_2 is None else u @ w.W_2
-        if self.slopes is not None:
-            g = g * self.slopes
-            g = g if w.W_1 is None else g @ w.W_1
-        return g + u if w.residual else g
+        g = self.to_hidden(cotangent)
+        g = g if w.W_1 is None else g @ w.W_1
+        return g + self._counted(cotangent) if w.residual else g
+
+    def to_hidden(self, cotangent: Tensor) -> Tensor:
+        """Multiply from the output side, up to where the activation function begins: shape ``(n, S, h)``."""
+        u = self._counted(cotangent)
+        g = u if self.weights.W_2 is None else u @ self.weights.W_2
+        return g if self.slopes is None else g * self.slopes
+
+    def _counted(self, rows: Tensor) -> Tensor:
+        return torch.where(self.counts[..., None], rows, rows.new_zeros(()))
 
     def metric_sum(self, C_next: Tensor, span: slice) -> tuple[Tensor, Tensor]:
         """Sum of ``g g^T`` over output features and some samples, as ``V^T X V``.

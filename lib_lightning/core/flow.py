@@ -106,16 +106,6 @@ def flow(sources: Sequence[Edge], output: Edge) -> list[Flow]:
     return parts
 
 
-def before_layout(edge: Edge) -> Edge:
-    """The result that another one only shows in another layout."""
-    while _IDLE.search(edge.node.name()):
-        inputs = [Edge(before, k) for before, k in edge.node.next_functions if before is not None]
-        if len(inputs) != 1:
-            break
-        (edge,) = inputs
-    return edge
-
-
 def _order(last: Node) -> list[Node]:
     """All operations that lead to one, each after those it uses."""
     order: dict[Node, None] = {}

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from lib_lightning.core.cut import Cut, LiveModel, rows_of
 from lib_lightning.core.groups import spans
-from lib_lightning.core.memory import Chunks
-from lib_lightning.core.recognise import Recognition
+from lib_lightning.core.memory import Chunks, is_out_of_memory
+from lib_lightning.core.nested import samples_between
+from lib_lightning.core.recognise import SAMPLES, Recognition
 from lib_lightning.core.section import Point, Section, sections
 
 Tick = Callable[[str], None]
@@ -62,6 +63,7 @@ class Passes:
         Yields:
             The node layers at each batch.
         """
+        self._learn()
         buffers = [buffer.clone() for buffer in self.live.model.buffers()] if self._keep else []
         sizes = []
         for index, batch in enumerate(self.batches):
@@ -71,10 +73,7 @@ class Passes:
             yield cuts
             sizes.append(cuts[0].a.shape[0])
             if self._keep:
-                pairs = itertools.pairwise(cuts)
-                self._kept.append(
-                    self._ready([Section(b.a, c.a, [Point(1.0, b, c)], self.chunks.stack_elements) for b, c in pairs])
-                )
+                self._kept.append(self._ready(self._sections_between(cuts)))
             self.tick("moments")
         # A model that writes into its own tensors has perhaps written over what the first graphs hold.
         if not all(map(torch.equal, buffers, self.live.model.buffers())) or not self._still_good():
@@ -161,6 +160,26 @@ class Passes:
             if section.closed is not None:
                 section.forget_graph()
         return found
+
+    def _learn(self) -> None:
+        """Read closed forms off the first samples of the first batch."""
+        if not self._recognitions or not self.batches:
+            return
+        self.live.seed = 0
+        try:
+            cuts = self.live.cut(samples_between(self.batches[0], 0, SAMPLES))
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            cuts = self.live.cut(self.batches[0])  # something in it is not one entry a sample, though of that length
+        for recognition, section in zip(self._recognitions, self._sections_between(cuts), strict=True):
+            recognition.learn(section)
+
+    def _sections_between(self, cuts: Sequence[Cut]) -> list[Section]:
+        return [
+            Section(before.a, after.a, [Point(1.0, before, after)], self.chunks.stack_elements)
+            for before, after in itertools.pairwise(cuts)
+        ]
 
     def _still_good(self) -> bool:
         """Whether the graphs of the first batch have outlived the other ones."""

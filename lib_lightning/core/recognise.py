@@ -1,14 +1,16 @@
 """Finding a section's closed form in the graph that autograd made of it, and holding it to account.
 
 What the graph says is a guess: which operations mix features, and which only bend single numbers, goes by their names.
-The weights are read off by backward passes that ask for one row of them at every position. Then the form has to give
-the same product with the Jacobian as autograd does, for a random vector, at every batch anew; where it does not, the
+On a few samples the weights are read off, by backward passes that ask for one row of them at every position, and the
+form has to give the same product with the Jacobian as autograd does, for a random vector. At every batch it then has to
+do so again, up to the linear map from a wide node layer, which is the same for all samples. Where it does not, the
 section is computed like any other.
 """
 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -18,26 +20,42 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from lib_lightning.core.closed import ClosedForm, Weights
-from lib_lightning.core.flow import Edge, before_layout, edge_of, flow
+from lib_lightning.core.flow import Edge, edge_of, flow
+from lib_lightning.core.gram import DENSE_WIDTH
 from lib_lightning.core.section import Section
 
+# Operations that bend nothing, by what autograd calls them: they leave numbers as they are, or add.
+_LAYOUT = re.compile(r"AccumulateGrad|Copy|Clone|Alias|View|Reshape|Squeeze|Unsqueeze|Permute|Transpose|Slice|Select")
+_ADD = re.compile(r"^(Add|Sub)Backward")
+# Samples to read weights off.
+SAMPLES = 64
 # A closed form is a handful of operations; a longer graph is none.
 _OPERATIONS = 40
-# One pass reads off one row for each position that counts. A batch that takes more passes than this is left to others.
-_PASSES = 8
+# One pass reads off one row for each position that counts; so many passes at most.
+_PASSES = 256
 # How closely products agree, as a power of the precision: rounding over thousands of terms, and no more.
 _SAME = 0.75
 
 
 class Recognition:
-    """Looks for the closed form of one section, batch after batch.
-
-    Weights read off one batch serve the next ones as long as they fit.
-    """
+    """Knows the closed form of one section, once it has been read off a few samples."""
 
     def __init__(self) -> None:
-        self._weights: Weights | None = None
-        self._hopeless = False
+        # A ReLU that is on for all of the few samples looks affine; then there are two.
+        self._forms: list[Weights] = []
+
+    def learn(self, section: Section) -> None:
+        """Read off all forms that fit a section.
+
+        Args:
+            section: The section at a few samples.
+        """
+        if _may_be_simple(section):
+            try:
+                search = _Search(section)
+                self._forms = [weights for weights in search.read_off() if search.fit(weights, whole=True)]
+            except (RuntimeError, NotImplementedError):
+                self._forms = []  # an operation that cannot be differentiated in parts
 
     def __call__(self, section: Section) -> ClosedForm | None:
         """Find the closed form of a section.
@@ -46,22 +64,13 @@ class Recognition:
             section: The section at one batch.
 
         Returns:
-            The form; None if there is none, or the batch is too small to read it off.
+            The form; None if there is none that fits.
         """
-        if self._hopeless or not _may_be_simple(section):
+        if not self._forms or not _may_be_simple(section):
             return None
-        try:
-            search = _Search(section)
-            known = search.known(self._weights) if self._weights else iter(())
-            form = next(filter(search.fits, itertools.chain(known, search.new())), None)
-        except (RuntimeError, NotImplementedError):
-            self._hopeless = True  # an operation that cannot be differentiated in parts
-            return None
-        if form is not None:
-            self._weights = form.weights
-        elif self._weights is None and search.conclusive:
-            self._hopeless = True
-        return form
+        search = _Search(section)
+        whole = section.d_in <= DENSE_WIDTH
+        return next((form for weights in self._forms if (form := search.fit(weights, whole)) is not None), None)
 
 
 class _Bend(NamedTuple):
@@ -94,6 +103,7 @@ class _Search:
         self.section, self.layer = section, point.before.layer
         (self.leaf,), self.a_out = point.before.leaves, point.after.a
         self.begin, self.end = edge_of(self.leaf), edge_of(self.a_out)
+        self.bends = list(_bends(self.begin, self.end))
         counts = torch.ones(section.n, section.S_in, dtype=torch.bool, device=section.a.device)
         for mask in (section.mask_in, section.mask_out):
             counts = counts if mask is None else counts & mask
@@ -103,52 +113,52 @@ class _Search:
         index = torch.arange(self.S_all, device=section.a.device)
         self.positions = self.layer.positions_of(index[None, :, None])[0, :, 0]
         generator = torch.Generator().manual_seed(0)
-        u = torch.randn(1, *self.a_out.shape, generator=generator).to(self.a_out)
-        self.u, self.product = u[0], section.vjp(u)[0]
-        # Nothing is learnt from a batch without derivatives, or too small to read weights off.
-        self.conclusive = bool(self.product.any())
+        self.u = self._counted(torch.randn(self.a_out.shape, generator=generator).to(self.a_out))
 
-    def fits(self, form: ClosedForm) -> bool:
-        """Whether a form gives the product that autograd gives."""
-        difference, size = (form.vjp(self.u) - self.product).norm(), self.product.norm()
-        return bool(size > 0) and bool(difference <= torch.finfo(size.dtype).eps ** _SAME * size)
+    def fit(self, weights: Weights, whole: bool) -> ClosedForm | None:
+        """The form with these weights, if it gives the products that autograd gives.
 
-    def known(self, weights: Weights) -> Iterator[ClosedForm]:
-        """Forms with given weights."""
+        Args:
+            weights: What is the same at all positions.
+            whole: Whether to hold the linear map from the node layer to account, too.
+
+        Returns:
+            The form; None if the products differ.
+        """
+        end, begin = self._place(self.end), self._place(self.begin)
         if weights.affine:
-            yield ClosedForm(weights, None, self.counts)
-            return
-        for bend in _bends(self.begin, self.end):
-            slopes = self._slopes(bend)
-            if bend.residual == weights.residual and slopes.shape[-1] == weights.hidden:
-                yield ClosedForm(weights, slopes, self.counts)
+            form = ClosedForm(weights, None, self.counts)
+            linear = not self.bends
+            same = (linear and not whole) or _same(form.vjp(self.u), self._pull(end, begin))
+            return form if same else None
+        for bend in self.bends:
+            start, stop = self._place(bend.start), self._place(bend.stop)
+            slopes = self._counted(start.read(_pull(stop, start, self.a_out.new_ones(stop.shape))))
+            if bend.residual != weights.residual or slopes.shape[-1] != weights.hidden:
+                continue
+            form = ClosedForm(weights, slopes, self.counts)
+            whole = whole or bend.start == self.begin
+            to, straight = (begin, form.vjp(self.u)) if whole else (start, form.to_hidden(self.u))
+            if _same(straight, self._pull(end, to)):
+                return form
+        return None
 
-    def new(self) -> Iterator[ClosedForm]:
-        """Forms with weights read off here."""
+    def read_off(self) -> Iterator[Weights]:
+        """Weights of all forms that this section could have."""
         d_in, d_out = self.section.d_in, self.section.d_out
         if self._enough(d_out):
-            J = self._read_off(self.end, self.begin, d_out)
-            yield ClosedForm(Weights(None, J, d_in, affine=True), None, self.counts)
-        for bend in _bends(self.begin, self.end):
-            slopes = self._slopes(bend)
-            h = slopes.shape[-1]
+            yield Weights(None, self._rows(self.end, self.begin, d_out), d_in, affine=True)
+        for bend in self.bends:
+            h = self._pull(self._place(self.end), self._place(bend.start)).shape[-1]
             if self._enough(max(h, d_out)):
-                W_1 = None if bend.start == self.begin else self._read_off(bend.start, self.begin, h)
-                W_2 = None if bend.stop == self.end else self._read_off(self.end, bend.stop, d_out)
-                yield ClosedForm(Weights(W_1, W_2, h, bend.residual), slopes, self.counts)
+                W_1 = None if bend.start == self.begin else self._rows(bend.start, self.begin, h)
+                W_2 = None if bend.stop == self.end else self._rows(self.end, bend.stop, d_out)
+                yield Weights(W_1, W_2, h, bend.residual)
 
     def _enough(self, units: int) -> bool:
-        enough = units <= _PASSES * len(self.x)
-        self.conclusive = self.conclusive and enough
-        return enough
+        return units <= _PASSES * len(self.x)
 
-    def _slopes(self, bend: _Bend) -> Tensor:
-        """Derivative of each number after a bend by the same one before it, ``(n, S, h)``."""
-        start, stop = self._place(bend.start), self._place(bend.stop)
-        slopes = start.read(_pull(stop, start, self.a_out.new_ones(stop.shape)))
-        return torch.where(self.counts[..., None], slopes, slopes.new_zeros(()))
-
-    def _read_off(self, stop: Edge, start: Edge, units: int) -> Tensor:
+    def _rows(self, stop: Edge, start: Edge, units: int) -> Tensor:
         """The linear map from one place to another, ``(units, width)``: each row at a position of its own."""
         of, by = self._place(stop), self._place(start)
         s_all = self.s if stop == self.end else self.positions[self.s]
@@ -168,9 +178,22 @@ class _Search:
         # Tensors between node layers are known to autograd only; what arrives there shows their shape. Their numbers
         # are taken to lie in the order of samples, positions and features: where they do not, the form will not fit.
         target = GradientEdge(*edge)
-        (gradient,) = torch.autograd.grad([self.a_out], [target], [self.u], retain_graph=True)
+        shape = _pull(self._place(self.end), _Place(target, torch.Size(), lambda t: t), self.u).shape
         rows = self.section.n, self.S_all, -1
-        return _Place(target, gradient.shape, lambda t: self.layer.positions_of(t.reshape(rows)))
+        return _Place(target, shape, lambda t: self.layer.positions_of(t.reshape(rows)))
+
+    def _pull(self, of: _Place, by: _Place) -> Tensor:
+        """What autograd makes of the random vector, ``(n, S, width)``."""
+        return self._counted(by.read(_pull(of, by, self.u)))
+
+    def _counted(self, rows: Tensor) -> Tensor:
+        return torch.where(self.counts[..., None], rows, rows.new_zeros(()))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two products are equal up to rounding, and tell something."""
+    size = b.norm()
+    return bool(size > 0) and bool((a - b).norm() <= torch.finfo(b.dtype).eps ** _SAME * size)
 
 
 def _pull(of: _Place, by: _Place, u: Tensor) -> Tensor:
@@ -189,15 +212,27 @@ def _may_be_simple(section: Section) -> bool:
 def _bends(begin: Edge, end: Edge) -> Iterator[_Bend]:
     """Runs of operations that mix nothing, and that everything passes, in a section with at most two that do."""
     parts, residual = flow([begin], end), False
-    add = before_layout(end).node
-    if add.name().startswith("AddBackward"):
+    add = _before_layout(end).node
+    if _ADD.search(add.name()):
         branches = [Edge(node, k) for node, k in add.next_functions if node is not None]
-        straight = [before_layout(branch) == begin for branch in branches]
+        straight = [_before_layout(branch) == begin for branch in branches]
         if len(branches) == 2 and sum(straight) == 1:
             parts, residual = flow([begin], branches[straight.index(False)]), True
     if not parts or len(parts) > _OPERATIONS or parts[-1].stage > 2:
         return
-    for _, group in itertools.groupby((part for part in parts if part.unavoidable), key=lambda part: part.stage):
+    for _, group in itertools.groupby(parts, key=lambda part: part.stage):
         run = list(group)
-        if run[-1].step > run[0].step:
-            yield _Bend(run[0].edge, run[-1].edge, residual)
+        names = [part.edge.node.name() for part in run[1:]]
+        passed = [part.edge for part in run if part.unavoidable]
+        if passed and not all(_LAYOUT.search(name) or _ADD.search(name) for name in names):
+            yield _Bend(passed[0], passed[-1], residual)
+
+
+def _before_layout(edge: Edge) -> Edge:
+    """The result that another one shows in another layout."""
+    while _LAYOUT.search(edge.node.name()):
+        inputs = [Edge(before, k) for before, k in edge.node.next_functions if before is not None]
+        if len(inputs) != 1:
+            break
+        (edge,) = inputs
+    return edge
