@@ -10,6 +10,9 @@ from torch import Tensor
 from lib_lightning.core.spectral import Cutoff, eigh_psd
 from lib_lightning.core.together import Together
 
+# Activations to centre at a time.
+_NUMBERS = 2**19
+
 
 @dataclass(frozen=True)
 class Basis:
@@ -61,16 +64,21 @@ class Basis:
             *together.first([self.mean, self.to_features, self.from_features, self.importance]),
         )
 
-    def encode(self, a: Tensor) -> Tensor:
+    def encode(self, a: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Express activations as features.
 
         Args:
             a: Activations, shape ``(..., d)``.
+            dtype: Type to compute features in; that of ``a`` by default.
 
         Returns:
-            Features ``fhat``, shape ``(..., r)``, in the type and on the device of ``a``.
+            Features ``fhat``, shape ``(..., r)``, on the device of ``a``.
         """
-        return (a - self.mean.to(a)) @ self.to_features.to(a)
+        dtype = dtype or a.dtype
+        mean, C = (t.to(a.device, dtype) for t in (self.mean, self.to_features))
+        # A few at a time, so that what is centred stays in the cache until it is multiplied.
+        rows = a.reshape(-1, a.shape[-1]).split(max(1, _NUMBERS // max(1, a.shape[-1])))
+        return torch.cat([(block.to(dtype) - mean) @ C for block in rows]).reshape(*a.shape[:-1], C.shape[1])
 
     def decode(self, features: Tensor) -> Tensor:
         """Express features as activations; what the features leave out stays at the mean.

@@ -34,6 +34,7 @@ from lib_lightning.core.memory import Chunks
 from lib_lightning.core.metric import JacobianMetric
 from lib_lightning.core.moments import Moments
 from lib_lightning.core.passes import Passes
+from lib_lightning.core.section import keep
 from lib_lightning.core.spectral import Cutoff
 from lib_lightning.core.together import ALONE, Together
 from lib_lightning.core.variances import FeatureVariances
@@ -149,8 +150,9 @@ def build(
     dtype: torch.dtype | None = None
     for cuts in passes.first():
         for layer_moments, cut in zip(moments, cuts, strict=True):
-            check_finite(cut.layer.name, cut.rows)
             layer_moments.update(cut.rows, cut.a.shape[0])
+            if not torch.isfinite(layer_moments.mean).all():  # a sum shows it, and costs less than a look at each
+                check_finite(cut.layer.name, cut.rows)
             dtype = cut.a.dtype
     for layer_moments in moments:
         layer_moments.reduce(together)
@@ -207,10 +209,12 @@ def build(
     edges = [Edges(before, after, groups) for before, after in itertools.pairwise(bases)]
     variances = [FeatureVariances(basis, groups) for basis in bases]
     for i, section in passes.sections("edges", means):
-        variances[i].update(section.a, section.mask_in, section.spans)
-        edges[i].update(section)
+        fhat = keep(bases[i].encode(section.a, torch.float64), section.mask_in)
+        edges[i].update(section, fhat)
+        variances[i].update(fhat, section.mask_in, section.spans)
         if i + 1 == last:
-            variances[last].update(section.a_out, section.mask_out, section.spans)
+            fhat = keep(bases[last].encode(section.a_out, torch.float64), section.mask_out)
+            variances[last].update(fhat, section.mask_out, section.spans)
     for i, section_edges in enumerate(edges):
         section_edges.reduce(together)
         _check_derivatives(live, i, section_edges.E)

@@ -131,7 +131,7 @@ class ClosedForm:
             return (J if straight is None else J + straight).square() * squares.double().sum(0)
         s = self.slopes[span].flatten(0, 1)[counts].to(product_dtype(self.slopes.dtype))
         B = C_pinv.T if w.W_1 is None else w.W_1.double() @ C_pinv.T
-        A, B = A.to(s), B.to(s)
+        A, B = A.to(s).contiguous(), B.to(s).contiguous()
         total = torch.zeros(A.shape[0], B.shape[1], dtype=torch.float64, device=s.device)
         h, r_in = B.shape
         rows = min(len(s), 256)

@@ -315,7 +315,8 @@ class _Recorder:
             )
         end = t.clone()
         replacement = self._replacement(key, t)
-        leaf = (t if replacement is None else replacement).detach().clone().requires_grad_(torch.is_grad_enabled())
+        # The leaf may share the end's memory: nobody else has it, and nobody writes there.
+        leaf = (end if replacement is None else replacement.clone()).detach().requires_grad_(torch.is_grad_enabled())
         self.seen[key] = (end, leaf)
         if key[0] == self.last and sum(i == self.last for i, _ in self.seen) == len(self.layers[key[0]].taps):
             self.reached = True
@@ -327,7 +328,7 @@ class _Recorder:
         t.detach_()
         # New memory for the same tensor object: what autograd has saved of `t` keeps the old, and its check that
         # nobody has written there since need not be told.
-        t.data = leaf.detach().clone()
+        t.data = torch.empty_like(leaf)
         with torch.autograd._unsafe_preserve_version_counter(t):  # type: ignore[attr-defined]
             t.copy_(leaf)
         return value

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lib_lightning.core.basis import Basis
 from lib_lightning.core.groups import leave_one_out
-from lib_lightning.core.section import Section, keep
+from lib_lightning.core.section import Section
 from lib_lightning.core.spectral import product_dtype
 from lib_lightning.core.together import Together
 
@@ -41,41 +41,36 @@ class Edges:
         shape = (groups, after.n_features, before.n_features)
         self._total = torch.zeros(shape, dtype=torch.float64, device=before.mean.device)
 
-    def update(self, section: Section) -> None:
+    def update(self, section: Section, fhat: Tensor) -> None:
         """Add one batch.
 
         Args:
             section: The section between the two node layers, at that batch.
+            fhat: Features of the first one, zero at positions that do not count, shape ``(n, S_in, r_in)``.
         """
+        fhat = fhat.to(section.a)
         for group, span in section.spans:
             self.rows[group] += section.rows_of(span)
         if section.closed is not None:
-            fhat = keep(self.before.encode(section.a), section.mask_in)
             C_pinv, C_next = self.before.from_features, self.after.to_features
             for group, span in section.spans:
                 self._total[group] += section.closed.edge_sum(fhat, C_pinv, C_next, span)
             return
         if section.jacobian:
-            self.update_known(section)
+            for i, g in section.jacobian:
+                self._add_rows(section, i, g, fhat)
             return
         if self._forward is None:
             cheaper = _FORWARD_COST * self.before.n_features < section.S_out * self.after.n_features
             self._forward = section.has_jvp() if cheaper else False
             self.fell_back = cheaper and self._forward is False
         if self._forward:
-            self.update_forward(section)
+            self.update_forward(section, fhat)
         else:
-            self.update_reverse(section)
+            self.update_reverse(section, fhat)
 
-    def update_known(self, section: Section) -> None:
-        """Add one batch whose Jacobian, times the next node layer's map to features, is at hand."""
-        fhat = keep(self.before.encode(section.a), section.mask_in)
-        for i, g in section.jacobian:
-            self._add_rows(section, i, g, fhat)
-
-    def update_forward(self, section: Section) -> None:
+    def update_forward(self, section: Section, fhat: Tensor) -> None:
         """Add one batch with one Jacobian-vector product for each input feature."""
-        fhat = keep(self.before.encode(section.a), section.mask_in)
         C_pinv, C_next = self.before.from_features.to(fhat), self.after.to_features.to(fhat)
         stack = section.stack
         for start in range(0, self.before.n_features, stack):
@@ -86,9 +81,8 @@ class Edges:
             for group, span in section.spans:
                 self._total[group, :, j] += squares[:, span].sum(dim=(1, 2)).T.double()
 
-    def update_reverse(self, section: Section) -> None:
+    def update_reverse(self, section: Section, fhat: Tensor) -> None:
         """Add one batch with one vector-Jacobian product for each output position and feature."""
-        fhat = keep(self.before.encode(section.a), section.mask_in)
         for i, cotangents in section.output_stacks(self.after.to_features.to(fhat)):
             self._add_rows(section, i, section.vjp(cotangents), fhat)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lib_lightning.core.gram import GramSum
 from lib_lightning.core.groups import leave_one_out
+from lib_lightning.core.probes import OrthogonalSigns
 from lib_lightning.core.section import Section
 from lib_lightning.core.together import Together
 
@@ -20,7 +21,8 @@ class JacobianMetric:
         d: Width of the node layer.
         C_next: The next node layer's map to features ``C^{l+1}``, shape ``(d_out, r_out)``, float64.
         n_probes: None sums over every output position ``t`` and feature ``i``; a number ``k`` draws that many vectors
-            of random signs over ``(t, i)`` for each sample instead, which gives the same ``M`` on average.
+            of random signs over ``(t, i)`` for each sample instead, which gives the same ``M`` on average. Sections in
+            closed form are summed exactly in any case.
         generator: Source of the random signs, on the CPU.
         groups: Number of groups of samples to sum apart.
 
@@ -31,10 +33,11 @@ class JacobianMetric:
     def __init__(
         self, d: int, C_next: Tensor, n_probes: int | None, generator: torch.Generator, groups: int = 1
     ) -> None:
-        self.C_next, self.n_probes, self.generator = C_next, n_probes, generator
+        self.C_next, self.n_probes = C_next, n_probes
         self.rows = torch.zeros(groups, dtype=torch.float64)
-        # Even and odd probes are summed apart: their spread is the error of sampling.
+        # Two halves of the probes, independent of each other, are summed apart: their spread is the error of sampling.
         self._probes = [1] if n_probes is None else [n_probes - n_probes // 2, n_probes // 2]
+        self._signs = [OrthogonalSigns(generator) for _ in self._probes]
         self._halves = len(self._probes)
         self._sampled = torch.zeros(1)
         self.gram = GramSum(d, parts=self._halves * groups)
@@ -61,15 +64,14 @@ class JacobianMetric:
                     section.jacobian.append((i, g))
             return
         self._sampled += 1
-        stack = section.stack
-        for start in range(0, self.n_probes, stack):
-            probes = range(start, min(start + stack, self.n_probes))
-            shape = (len(probes), section.n, section.S_out, C.shape[1])
-            signs = 1 - 2 * torch.randint(0, 2, shape, generator=self.generator)
-            cotangents = signs.to(C) @ C.T
-            for half in (0, 1):
-                if (k := cotangents[(half - start) % 2 :: 2]).shape[0]:
-                    self._add(section, k, half)
+        for half, k in enumerate(self._probes):
+            if k == 0:
+                continue
+            signs = self._signs[half].draw(section.n * k, section.S_out * C.shape[1])
+            # The probes of one sample follow one another, so that they are orthogonal wherever possible.
+            signs = signs.view(section.n, k, section.S_out, C.shape[1]).transpose(0, 1)
+            for part in signs.split(section.stack):
+                self._add(section, part.to(C) @ C.T, half)
 
     def _add(self, section: Section, cotangents: Tensor, half: int) -> Tensor:
         g = section.vjp(cotangents)
@@ -121,9 +123,9 @@ class JacobianMetric:
         if self.n_probes == 1:
             return None
         # In the coordinates of one orthonormal span, where norms are the same.
-        even, odd = self.gram.N[0::2].sum(0), self.gram.N[1::2].sum(0)
-        n_even, n_odd = self._probes
-        # Var(pooled mean) = sigma^2 / k and Var(even mean - odd mean) = sigma^2 (1/k_even + 1/k_odd).
-        spread = (even / n_even - odd / n_odd).norm() * (n_even * n_odd) ** 0.5 / self.n_probes
-        size = ((even + odd) / self.n_probes).norm()
+        first, second = self.gram.N[0::2].sum(0), self.gram.N[1::2].sum(0)
+        k_1, k_2 = self._probes
+        # Var(pooled mean) = sigma^2 / k and Var(mean of one half - mean of the other) = sigma^2 (1/k_1 + 1/k_2).
+        spread = (first / k_1 - second / k_2).norm() * (k_1 * k_2) ** 0.5 / self.n_probes
+        size = ((first + second) / self.n_probes).norm()
         return float(spread / size) if size > 0 else 0.0

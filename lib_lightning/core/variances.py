@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lib_lightning.core.basis import Basis
 from lib_lightning.core.groups import leave_one_out
-from lib_lightning.core.section import count_rows, keep
+from lib_lightning.core.section import count_rows
 from lib_lightning.core.together import Together
 
 
@@ -20,22 +20,20 @@ class FeatureVariances:
     """
 
     def __init__(self, basis: Basis, groups: int) -> None:
-        self.basis = basis
         self.rows = torch.zeros(groups, dtype=torch.float64)
         shape = (groups, basis.n_features)
         self._first, self._second = (
             torch.zeros(shape, dtype=torch.float64, device=basis.mean.device) for _ in range(2)
         )
 
-    def update(self, a: Tensor, mask: Tensor | None, spans: list[tuple[int, slice]]) -> None:
+    def update(self, fhat: Tensor, mask: Tensor | None, spans: list[tuple[int, slice]]) -> None:
         """Add one batch.
 
         Args:
-            a: Activations, shape ``(n, S, d)``.
+            fhat: Features, zero at positions that do not count, shape ``(n, S, r)``, float64.
             mask: True at positions that count, shape ``(n, S)``; None where all do.
             spans: The groups, and which samples of the batch belong to each.
         """
-        fhat = keep(self.basis.encode(a.double()), mask)
         for group, span in spans:
             self._first[group] += fhat[span].sum((0, 1))
             self._second[group] += fhat[span].square().sum((0, 1))

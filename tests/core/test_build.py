@@ -12,6 +12,7 @@ from lib_lightning import InteractionGraph, compute_interaction_graph
 from lib_lightning.core.build import Settings, build
 from lib_lightning.core.cut import LiveModel
 from lib_lightning.core.layers import as_node_layers
+from lib_lightning.core.memory import Chunks
 from lib_lightning.questions import as_mask_fn
 from tests.cases import Case
 from tests.conftest import CASES
@@ -85,7 +86,12 @@ def test_integrated_gradients_agree_with_transcription(case: Case, steps: int) -
 @pytest.mark.parametrize("stack_elements", [1, 200, 10**9])
 def test_any_batch_split_and_chunk_size_agrees(case: Case, sizes: tuple[int, ...], stack_elements: int) -> None:
     live = LiveModel(case.model, as_node_layers(case.node_layers), case.input_fn, mask_fn=as_mask_fn(case.mask))
-    built = build(live, case.batches(*sizes), Settings(rtol=RTOL, final_basis="neuron"), stack_elements=stack_elements)
+    built = build(
+        live,
+        case.batches(*sizes),
+        Settings(rtol=RTOL, final_basis="neuron"),
+        chunks=Chunks(stack_elements=stack_elements),
+    )
     whole = graph_of(case, final_basis="neuron")
     assert built.n_samples == whole.info["n_samples"]
     for basis, expected in zip(built.bases, whole.bases.values(), strict=True):

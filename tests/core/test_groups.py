@@ -18,7 +18,7 @@ from lib_lightning.core.cut import LiveModel
 from lib_lightning.core.edges import Edges
 from lib_lightning.core.groups import GROUPS, leave_one_out, spans, standard_error, too_close
 from lib_lightning.core.layers import as_node_layers
-from lib_lightning.core.memory import plan_chunks
+from lib_lightning.core.memory import Chunks, Demand, plan_chunks
 from lib_lightning.core.section import sections
 from lib_lightning.core.together import Together
 from lib_lightning.questions import as_mask_fn
@@ -33,7 +33,7 @@ SIZES = (7, 2, 11)
 @functools.cache
 def built_of(case: Case, groups: int, sizes: tuple[int, ...] = SIZES, **options: object) -> Built:
     live = LiveModel(case.model, as_node_layers(case.node_layers), case.input_fn, mask_fn=as_mask_fn(case.mask))
-    return build(live, case.batches(*sizes), Settings(rtol=RTOL, **options), groups=groups)
+    return build(live, case.batches(*sizes), Settings(rtol=RTOL, **options), chunks=Chunks(groups=groups))
 
 
 @functools.cache
@@ -146,7 +146,10 @@ def test_replicates_of_probes_are_sums_of_theirs(stack_elements: int) -> None:
     live = LiveModel(case.model, as_node_layers(case.node_layers), case.input_fn)
     for k in (1, 2, 5):
         built = build(
-            live, case.batches(*SIZES), Settings(rtol=RTOL, n_probes=k), stack_elements=stack_elements, groups=5
+            live,
+            case.batches(*SIZES),
+            Settings(rtol=RTOL, n_probes=k),
+            chunks=Chunks(stack_elements=stack_elements, groups=5),
         )
         for basis, replicates in zip(built.bases, built.importance_replicates, strict=True):
             assert replicates.shape == (5, basis.n_features)
@@ -250,7 +253,7 @@ def test_errors_of_edges_are_their_spread_over_new_samples_in_these_features(bas
         x = gaussian(1500, 6, seed) * SCALE
         for l, section in enumerate(sections(live, x, [b.mean for b in bases], 0, 2**18)):
             total = Edges(bases[l], bases[l + 1])
-            total.update(section)
+            total.update(section, bases[l].encode(section.a))
             found[l].append(total.E)
     for (pair, E), numbers in zip(first.edges.items(), found, strict=True):
         strong = 1e-3 * E.max() < E
@@ -300,7 +303,7 @@ def test_groups_of_two_processes_are_joined(name: str, own: int) -> None:
         live = LiveModel(model, as_node_layers(case.node_layers), case.input_fn, mask_fn=as_mask_fn(case.mask))
         # The second asks for more groups, as where more memory is: the smaller number holds.
         built[rank] = build(
-            live, parts[rank], Settings(rtol=RTOL, final_metric="fisher"), groups=groups + rank,
+            live, parts[rank], Settings(rtol=RTOL, final_metric="fisher"), chunks=Chunks(groups=groups + rank),
             together=OneOfTwo(rank, board, barrier),
         )  # fmt: skip
 
@@ -401,7 +404,7 @@ def test_little_memory_means_fewer_groups_and_then_none() -> None:
     x = torch.randn(16, 200).double()
     with_limit = {mib: plan_chunks(live, x, mib * 2**20).groups for mib in (5, 14, 20, 28, 200)}
     assert with_limit == {5: 1, 14: 2, 20: 4, 28: 8, 200: 8}
-    assert plan_chunks(live, x, 28 * 2**20, fisher=True).groups == 4
+    assert plan_chunks(live, x, 28 * 2**20, Demand(fisher=True)).groups == 4
     graph = compute_interaction_graph(model, [x], ["input", "1", "output"], memory_limit=5 / 2**10)
     assert graph.edge_errors == {}
     assert all(b.importance_error is None and b.unsure is None for b in graph.bases.values())

@@ -1,0 +1,74 @@
+"""Random signs to sample a metric with, spread more evenly than independent ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class OrthogonalSigns:
+    """Vectors of random signs, orthogonal to one another for as long as there are dimensions.
+
+    A vector by itself is as random as any: ``E[z z^T] = 1``, so what is sampled is right on average. But the squares
+    of a full set of orthogonal ones sum to exactly ``1``, so what is common to their samples is sampled without error
+    once all of them have been used.
+
+    Args:
+        generator: Source of randomness, on the CPU.
+
+    Note:
+        Rows of a Hadamard matrix (Sylvester's), with random signs and a random order of its columns, drawn anew each
+        time its rows are used up.
+
+    Example:
+        >>> signs = OrthogonalSigns(torch.Generator().manual_seed(0)).draw(4, 4).float()
+        >>> signs @ signs.T
+        tensor([[4., 0., 0., 0.],
+                [0., 4., 0., 0.],
+                [0., 0., 4., 0.],
+                [0., 0., 0., 4.]])
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+        self._bits = self._used = 0
+        self._flips, self._columns = torch.zeros(0, dtype=torch.int8), torch.zeros(0, dtype=torch.int64)
+
+    def draw(self, count: int, size: int) -> Tensor:
+        """Draw the next vectors.
+
+        Args:
+            count: How many.
+            size: Their length; vectors of another length than before begin a new set.
+
+        Returns:
+            Numbers 1 and -1, shape ``(count, size)``, int8, on the CPU.
+        """
+        parts = [torch.zeros(0, size, dtype=torch.int8)]
+        while count > 0:
+            if len(self._columns) != size or self._used == 2**self._bits:
+                self._begin(size)
+            rows = torch.arange(self._used, min(self._used + count, 2**self._bits))
+            parts.append(_hadamard_at(rows, self._columns, self._bits) * self._flips)
+            self._used += len(rows)
+            count -= len(rows)
+        return torch.cat(parts)
+
+    def _begin(self, size: int) -> None:
+        self._bits, self._used = max(1, size - 1).bit_length(), 0
+        self._columns = torch.randperm(2**self._bits, generator=self.generator)[:size]
+        self._flips = (1 - 2 * torch.randint(0, 2, (size,), generator=self.generator)).to(torch.int8)
+
+
+def _hadamard_at(rows: Tensor, columns: Tensor, bits: int) -> Tensor:
+    """Entries of Sylvester's Hadamard matrix of size ``2^bits``: the Kronecker product of two smaller ones."""
+    low = bits // 2
+    high_part = _hadamard(bits - low)[rows >> low][:, columns >> low]
+    return high_part * _hadamard(low)[rows & (2**low - 1)][:, columns & (2**low - 1)]
+
+
+def _hadamard(bits: int) -> Tensor:
+    H = torch.ones(1, 1, dtype=torch.int8)
+    for _ in range(bits):
+        H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
+    return H
