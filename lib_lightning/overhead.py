@@ -22,8 +22,8 @@ class Overhead:
         clock: Tells the time, in seconds.
 
     Attributes:
-        cost: Seconds of own work so far.
-        training: Seconds of training so far.
+        cost: Seconds of own work so far, when last asked.
+        training: Seconds of training so far, when last asked.
         newest: Seconds that the newest snapshot of each kind has cost.
 
     Example:

@@ -190,8 +190,10 @@ class RunBudget:
         with self.overhead.snapshot(self._kind(last)):
             if self._put_off_at == trainer.global_step:  # and is taken after all, as the last one
                 self.put_off, self.left_out = self.put_off - 1, self.left_out - 1
+            before = self._watcher.snapshots
             yield
-            self.left_out = 0
+            if self._watcher.snapshots > before:
+                self.left_out = 0
 
     def look(self, taken: Taken, live: LiveModel, batches: Sequence[Any], together: Together) -> None:
         """Note what a snapshot's cost is made of.
