@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -18,17 +17,16 @@ from lib_lightning.core.build import BasisKind, FinalBasisKind, FinalMetric, Set
 from lib_lightning.core.cut import InputFn, MaskFn
 from lib_lightning.core.layers import NodeLayer
 from lib_lightning.core.together import ALONE, Together
-from lib_lightning.display.loggers import log_numbers
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.labels import Labeller
 from lib_lightning.lineage.events import CHANGES
+from lib_lightning.run_budget import RunBudget, counted
 from lib_lightning.run_layers import RunLayers
 from lib_lightning.run_report import Hook, RunReport
 from lib_lightning.run_samples import RunSamples
 from lib_lightning.schedule import Schedule
 from lib_lightning.trainers import (
     called_from_aside,
-    logging_step,
     processes_of,
     refuse_what_cannot_work,
     validates,
@@ -89,6 +87,10 @@ class LIBCallback(pl.Callback):
         follow: Whether features are followed from snapshot to snapshot, and what emerges is noticed.
         on_event: A function, or several, to call with each `lib_lightning.lineage.Event`, on every process.
         adaptive: Take snapshots four times as often for a while after a feature or a metric has changed.
+        max_overhead: Share of the training time that all of this may cost: a snapshot that is due too early is left
+            out, and where that would be most of them, later ones take fewer samples, or probes. The first and the last
+            one are always taken. None (null) is 0.03 for the default schedule, and no limit for any that is given;
+            ``math.inf`` (.inf) is no limit.
 
     Raises:
         LIBError: If the node layers are a list of less than two.
@@ -127,13 +129,10 @@ class LIBCallback(pl.Callback):
         follow: bool = True,
         on_event: Hook | list[Hook] | None = None,
         adaptive: bool = False,
+        max_overhead: float | None = None,
     ) -> None:
         super().__init__()
         num_samples, val_dataloader = int(num_samples), int(val_dataloader)
-        if num_samples < 2:
-            raise ValueError(f"num_samples is a number from 2 on: a basis needs samples to vary; got {num_samples}.")
-        if memory_limit <= 0:
-            raise ValueError(f"memory_limit is a number of GiB above 0; got {memory_limit}.")
         settings = Settings(basis, final_basis, rtol, n_probes, integration_steps, final_metric)
         watched = Watched(settings, tuple(baselines), metrics, labeller, ablation, memory_limit, follow)
         self.watcher = Watcher(watched, name)
@@ -148,6 +147,7 @@ class LIBCallback(pl.Callback):
         self.name = name
         self._layers = RunLayers(node_layers, name, self.dtype, input_fn, mask, self.watcher.reset)
         self.schedule = Schedule(every_n_validations, every_n_steps, at_steps, log_spaced)
+        self.budget = RunBudget(max_overhead, self.schedule, self.watcher, num_samples)
         scored = None if ablation is None else ablation.val_dataloader
         self.samples = RunSamples(num_samples, dataloader, val_dataloader, ablation is not None, scored)
         self._reset()
@@ -160,6 +160,7 @@ class LIBCallback(pl.Callback):
         self._tried_step: int | None = None
         self._looked_at_training = False
         self.report.reset()
+        self.budget.reset()
         self._together: Together = ALONE
 
     @property
@@ -189,6 +190,7 @@ class LIBCallback(pl.Callback):
         if stage in ("fit", "validate"):
             self._reset()
 
+    @counted
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check names, now that the model is all there (it may be built in its own setup or configure_model)."""
         refuse_what_cannot_work(trainer, self.dtype)
@@ -201,11 +203,14 @@ class LIBCallback(pl.Callback):
         self._together = processes_of(trainer)
         self.samples.start(trainer, self._together, self.report.folder.main)
 
+    @counted
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that there will be samples, and take the snapshot before training if one is due."""
+        self.budget.begin(trainer.global_step)
         self.samples.prepare(trainer, partial(self._layers.check, pl_module))
         self._snapshot_if_due(trainer, pl_module)
 
+    @counted
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -216,6 +221,7 @@ class LIBCallback(pl.Callback):
 
     # validation: collect, compute, log
 
+    @counted
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Samples kept from the sanity check may be few: collect them anew from the first whole validation."""
         if trainer.state.fn != "fit":
@@ -224,18 +230,21 @@ class LIBCallback(pl.Callback):
             self.samples.collect(trainer, partial(self._layers.check, pl_module))
         self.samples.new_pass()
 
+    @counted
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Keep a copy of the batch."""
         self.samples.see(trainer, batch, dataloader_idx, partial(self._layers.check, pl_module))
 
+    @counted
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take a snapshot if one is due, and log the current numbers in any case."""
         self.samples.end_pass(trainer.sanity_checking)
         if not trainer.sanity_checking:
             self._at_validation(trainer, pl_module)
 
+    @counted
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Where there is no validation, do here what is done at its end."""
         if not validates(trainer):
@@ -246,32 +255,41 @@ class LIBCallback(pl.Callback):
         due = self.schedule.due_at_validation(trainer.global_step) if trainer.state.fn == "fit" else True
         if due or self.schedule.due_at_step(trainer.global_step) or self._graph_step is None:
             self._snapshot(trainer, pl_module)
-        numbers = self._current_scalars(trainer)  # the same on every process, but Lightning wants to be told
+        numbers = self._numbers(trainer)  # the same on every process, but Lightning wants to be told
         pl_module.log_dict(numbers, on_step=False, on_epoch=True, batch_size=1, sync_dist=self._together.size > 1)
 
+    @counted
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Take a snapshot if one is due at this step."""
         self._snapshot_if_due(trainer, pl_module)
 
+    @counted
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the last snapshot, write it as ``final.safetensors``, and say where everything is."""
         if self._snapshot(trainer, pl_module, last=True):
-            self._log_directly(trainer)
+            self.report.log(trainer, self._numbers(trainer))
         self.report.finish(trainer, self._graph_step, self._layers.names)
+        self.budget.finish()
 
     def _snapshot_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         due = self.samples.known and self.schedule.due_at_step(trainer.global_step)
         if due and self._snapshot(trainer, pl_module):
-            self._log_directly(trainer)
+            self.report.log(trainer, self._numbers(trainer))
 
     def _snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule, last: bool = False) -> bool:
-        """Take a snapshot, unless this step has had its try; tell whether there is a new one."""
-        step = trainer.global_step
+        """Take a snapshot, unless this step has had its try or it costs too much; tell whether there is a new one."""
+        step, asks = trainer.global_step, trainer.state.fn == "fit" and not last
         if self._tried_step == step:
             return False
+        if asks and not self.budget.allows(step, self.samples.buffer.complete, self._together):
+            return False
         self._tried_step = step
+        with self.budget.snapshot(trainer, last):
+            return self._try(trainer, pl_module, step, last)
+
+    def _try(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int, last: bool) -> bool:
         try:
             with self._together.agreed():
                 taken = self._take(trainer, pl_module, last)
@@ -294,26 +312,20 @@ class LIBCallback(pl.Callback):
 
     def _take(self, trainer: pl.Trainer, pl_module: pl.LightningModule, last: bool) -> Taken:
         live = self._layers.live(pl_module, self._together)
-        samples = self.samples.for_snapshot(trainer)
+        samples = self.samples.for_snapshot(trainer, self.budget.part)
         step, before = trainer.global_step, self._graph_step
-        when = {"step": step, "epoch": trainer.current_epoch}
-        distance = 1.0 if before is None else self.schedule.distance(before, step)
+        when = {"step": step, "epoch": trainer.current_epoch, **self.budget.chosen}
+        distance = 1.0 if before is None else self.schedule.distance(before, step, self.budget.left_out)
         with called_from_aside(trainer, pl_module, self.dtype):
             taken = self.watcher.take(live, samples, self._together, when, last, distance)
+            self.budget.look(taken, live, samples.batches, self._together)
         self.report.notes(taken)
         return taken
 
-    def _current_scalars(self, trainer: pl.Trainer) -> dict[str, float]:
-        steps = {"age": self._graph_step}
-        if self.watcher.watched.ablation is not None:
-            steps["ablation_age"] = self.watcher.ablated_step
-        ages = {f"{self.name}/{k}": math.nan if s is None else float(trainer.global_step - s) for k, s in steps.items()}
-        return self.watcher.numbers | ages
+    def _numbers(self, trainer: pl.Trainer) -> dict[str, float]:
+        return self.report.numbers(trainer, self._graph_step) | self.budget.numbers(trainer, self._together)
 
-    def _log_directly(self, trainer: pl.Trainer) -> None:
-        # LightningModule.log accepts nothing between validations that would reach the loggers at this step.
-        log_numbers(trainer.loggers, self._current_scalars(trainer), logging_step(trainer))
-
+    @counted
     def state_dict(self) -> dict[str, Any]:
         """State that travels in Lightning's checkpoints: plain numbers and strings only."""
         return {
@@ -323,6 +335,7 @@ class LIBCallback(pl.Callback):
             "samples": self.samples.state_dict(),
             "report": self.report.state_dict(),
             "proposed_layers": self._layers.state_dict(),
+            "budget": self.budget.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -333,3 +346,4 @@ class LIBCallback(pl.Callback):
         self.report.load_state_dict(state_dict["report"])
         if self.watcher.load_state_dict(state_dict["watcher"]):  # else it was of other node layers
             self._graph_step = self._tried_step = state_dict["graph_step"]
+            self.budget.load_state_dict(state_dict["budget"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
 from lib_lightning.display.film import Film
-from lib_lightning.display.loggers import log_image, log_text, where_to_look
+from lib_lightning.display.loggers import log_image, log_numbers, log_text, where_to_look
 from lib_lightning.folder import RunFolder, SnapshotFolder
 from lib_lightning.lineage.events import Event
 from lib_lightning.trainers import logging_step, run_folder
@@ -59,6 +60,27 @@ class RunReport:
         for note in {note for graph in taken.graphs.values() for note in graph.info["notes"]} - self._said:
             log.warning("%s: %s", self._watcher.name, note)
             self._said.add(note)
+
+    def numbers(self, trainer: pl.Trainer, step: int | None) -> dict[str, float]:
+        """The newest numbers, and how many steps ago they were taken.
+
+        Args:
+            trainer: The trainer.
+            step: Step of the newest snapshot; None if there is none.
+
+        Returns:
+            Everything to be logged, by name.
+        """
+        name, steps = self._watcher.name, {"age": step}
+        if self._watcher.watched.ablation is not None:
+            steps["ablation_age"] = self._watcher.ablated_step
+        ages = {f"{name}/{k}": math.nan if s is None else float(trainer.global_step - s) for k, s in steps.items()}
+        return self._watcher.numbers | ages
+
+    def log(self, trainer: pl.Trainer, numbers: dict[str, float]) -> None:
+        """Give numbers to the loggers at once."""
+        # LightningModule.log accepts nothing between validations that would reach the loggers at this step.
+        log_numbers(trainer.loggers, numbers, logging_step(trainer))
 
     def write(self, trainer: pl.Trainer, taken: Taken, step: int) -> None:
         """Write a snapshot and show its figures.

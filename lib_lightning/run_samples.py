@@ -14,7 +14,7 @@ from lib_lightning.core.errors import LIBError
 from lib_lightning.core.guard import random_states_kept
 from lib_lightning.core.together import ALONE, Together
 from lib_lightning.folder import SnapshotFolder
-from lib_lightning.samples import SampleBuffer, share_of
+from lib_lightning.samples import SampleBuffer, first_part, share_of
 from lib_lightning.trainers import (
     batches_in_turn,
     distinct_validation_samples,
@@ -45,6 +45,9 @@ class RunSamples:
         hold_out: Whether to keep as many samples more, which snapshots are not computed on.
         held_out_dataloader: Which validation data loader to take those from; None for those that follow.
 
+    Raises:
+        ValueError: If fewer than two samples are wanted.
+
     Attributes:
         buffer: The samples of this process.
         held_out: Samples that snapshots are not computed on.
@@ -60,6 +63,8 @@ class RunSamples:
         hold_out: bool = False,
         held_out_dataloader: int | None = None,
     ) -> None:
+        if num_samples < 2:
+            raise ValueError(f"num_samples is a number from 2 on: a basis needs samples to vary; got {num_samples}.")
         self.num_samples, self.dataloader, self.val_dataloader = num_samples, dataloader, val_dataloader
         self.hold_out, self.held_out_dataloader = hold_out, held_out_dataloader
         self._settings = {"num_samples": num_samples, "own": dataloader is not None, "val_dataloader": val_dataloader}
@@ -179,12 +184,21 @@ class RunSamples:
         place = self._together.rank, self._together.size
         return [(folder.samples_file(*place, kind), buffer) for kind, buffer in kinds.items()]
 
-    def for_snapshot(self, trainer: pl.Trainer) -> Samples:
-        """What to compute a snapshot on: this process's samples, or everybody's where all compute in step."""
+    def for_snapshot(self, trainer: pl.Trainer, part: float = 1.0) -> Samples:
+        """What to compute a snapshot on: this process's samples, or everybody's where all compute in step.
+
+        Args:
+            trainer: The trainer.
+            part: Part of each process's samples to compute on, the first ones.
+
+        Returns:
+            The samples.
+        """
         # Where there were not enough to hold any out, scores are of the same samples.
         any_held_out = any(int(t) for t in self._together.gather(torch.tensor([self.held_out.count])))
-        buffers = self.buffer, self.held_out if any_held_out else self.buffer, self.probes
-        batches, held_out, probes = (shared_samples(trainer, buffer.batches) for buffer in buffers)
+        own = self.buffer.batches if part == 1 else first_part(self.buffer.batches, part)
+        every = own, (self.held_out if any_held_out else self.buffer).batches, self.probes.batches
+        batches, held_out, probes = (shared_samples(trainer, batches) for batches in every)
         return Samples(batches, held_out, probes, self.seed)
 
     def _restore(self, trainer: pl.Trainer, check: Callable[[Any], None]) -> None:

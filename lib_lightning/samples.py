@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,29 @@ class SampleBuffer:
         self.clear()
         self.batches, self.count = batches, count
         return True
+
+
+def first_part(batches: Sequence[Any], part: float) -> list[Any]:
+    """Take the first of some samples: always the same ones, of the same batches.
+
+    Args:
+        batches: Batches.
+        part: How many to take, of all of them.
+
+    Returns:
+        Batches, the last one perhaps shorter; at least one sample if there is any.
+
+    Example:
+        >>> [len(batch) for batch in first_part([torch.zeros(4), torch.zeros(4)], 0.75)]
+        [4, 2]
+    """
+    wanted = round(part * sum(map(batch_size, batches)))
+    taken: list[Any] = []
+    for batch in batches:
+        if wanted > 0 or not taken:
+            taken.append(samples_between(batch, 0, max(1, wanted)) if wanted < batch_size(batch) else batch)
+        wanted -= batch_size(batch)
+    return taken
 
 
 def share_of(num_samples: int, rank: int, size: int) -> int:

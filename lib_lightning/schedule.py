@@ -22,6 +22,9 @@ class Schedule:
         per_decade: A snapshot before training and so many for each tenfold of the number of steps, evenly spaced on a
             logarithmic axis.
 
+    Attributes:
+        given: Whether one of them was given; without any, a snapshot is due at every validation.
+
     Raises:
         ValueError: If several are given, or a number is out of range.
 
@@ -56,6 +59,7 @@ class Schedule:
         for name, value in given.items():
             if not isinstance(value, Sequence) and value < 1:
                 raise ValueError(f"{name} is a number from 1 on; got {value}.")
+        self.given = bool(given)
         self.every_n_validations = 1 if not given else every_n_validations
         self.every_n_steps = every_n_steps
         self.at_steps = sorted(at_steps) if at_steps is not None else None
@@ -90,6 +94,12 @@ class Schedule:
         self._extra = waiting
         return due
 
+    @property
+    def gap(self) -> int | None:
+        """Steps between the two newest snapshots that were due anyway; None if unknown, or not the same throughout."""
+        even = self.every_n_validations or self.every_n_steps
+        return self._regular[1] - self._regular[0] if even and len(self._regular) == 2 else None
+
     def densify(self, step: int) -> None:
         """Ask for snapshots four times as often for a while, beside those that are due anyway.
 
@@ -110,12 +120,13 @@ class Schedule:
             self._extra = [step + self._extra_gap * k for k in range(1, _FOR + 1)]
             self._dense_until = self._extra[-1]
 
-    def distance(self, before: int, step: int) -> float:
+    def distance(self, before: int, step: int, left_out: int = 0) -> float:
         """How far apart two snapshots in a row are, in regular distances: 1, or less where they are denser.
 
         Args:
             before: Step of the one before.
             step: Step of the later one.
+            left_out: Number of those due between them that were not taken.
 
         Returns:
             The distance.
@@ -126,9 +137,12 @@ class Schedule:
             >>> schedule.densify(100)
             >>> schedule.distance(0, 100), schedule.distance(100, 125)
             (1.0, 0.25)
+            >>> Schedule(every_n_steps=100).distance(0, 300, left_out=2)
+            3.0
         """
         denser = self._dense_from <= before < self._dense_until
-        return min(1.0, (step - before) / (_DENSER * self._extra_gap)) if denser else 1.0
+        most = 1.0 + left_out
+        return min(most, (step - before) / (_DENSER * self._extra_gap)) if denser else most
 
     def state_dict(self) -> dict[str, Any]:
         """State to go on from, of plain numbers."""

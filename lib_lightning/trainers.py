@@ -170,6 +170,12 @@ def logging_step(trainer: pl.Trainer) -> int:
     return min(trainer.fit_loop.epoch_loop._batches_that_stepped, max(trainer.global_step - 1, 0))
 
 
+def wait_for_device(trainer: pl.Trainer) -> None:
+    """Wait until the device has done what training has asked of it, which goes on after the call has returned."""
+    if trainer.strategy.root_device.type == "cuda":
+        torch.cuda.synchronize(trainer.strategy.root_device)
+
+
 def place_in_data(trainer: pl.Trainer) -> tuple[int, int]:
     """Which part of the data this process sees: its number among processes with different data, and their number."""
     if isinstance(trainer.strategy, ModelParallelStrategy):

@@ -42,7 +42,7 @@ class Watched:
         follow: Whether features are followed from snapshot to snapshot.
 
     Raises:
-        ValueError: If a baseline is unknown, or the basis itself.
+        ValueError: If a baseline is unknown, or the basis itself; if there is to be no memory.
         LIBError: If a metric takes what is not of a graph.
     """
 
@@ -55,6 +55,8 @@ class Watched:
     follow: bool = True
 
     def __post_init__(self) -> None:
+        if self.memory_limit <= 0:
+            raise ValueError(f"memory_limit is a number of GiB above 0; got {self.memory_limit}.")
         for kind in self.baselines:
             replace(self.settings, basis=kind)
         if len({self.settings.basis, *self.baselines}) <= len(self.baselines):
@@ -99,6 +101,7 @@ class Taken:
         ablated_step: Step of the newest ablation.
         events: What has happened to features since the snapshot before.
         follower: What features are followed by from here on.
+        computing: Seconds that the graphs alone took, which depend on samples and probes.
     """
 
     graphs: dict[str, InteractionGraph]
@@ -106,6 +109,7 @@ class Taken:
     ablated_step: int | None
     events: list[Event]
     follower: Follower
+    computing: float = 0.0
 
 
 class Watcher:
@@ -117,6 +121,7 @@ class Watcher:
             name; their ratios ``NAME_over_pca``.
 
     Attributes:
+        settings: How graphs are computed from here on.
         graphs: The newest graph, by prefix; the first one is of the basis itself.
         numbers: The newest numbers, by name.
         snapshots: Number of snapshots taken.
@@ -127,7 +132,7 @@ class Watcher:
     """
 
     def __init__(self, watched: Watched, name: str) -> None:
-        self.watched, self.name = watched, name
+        self.watched, self.name, self.settings = watched, name, watched.settings
         own = "" if name == "lib" else f"{name}_"
         self.prefixes = {name: watched.settings.basis, **{f"{own}{kind}": kind for kind in watched.baselines}}
         self._over = {f"{own}{kind}": f"{name}_over_{kind}" for kind in watched.baselines}
@@ -157,12 +162,17 @@ class Watcher:
             f"{self.name}/seconds",
         ]
 
+    def ablates(self, last: bool) -> bool:
+        """Whether the next snapshot counts edges required; the last one of a run does."""
+        plan = self.watched.ablation
+        return plan is not None and (last or self.snapshots % plan.every_n_snapshots == 0)
+
     def take(
         self,
         live: LiveModel,
         samples: Samples,
         together: Together,
-        when: dict[str, int],
+        when: dict[str, Any],
         last: bool,
         distance: float = 1.0,
     ) -> Taken:
@@ -172,7 +182,7 @@ class Watcher:
             live: The model and its node layers.
             samples: What to compute on.
             together: The processes.
-            when: What to note in the graphs: ``step`` is the number of optimizer steps before it.
+            when: What to note in the graphs, plain data: ``step`` is the number of optimizer steps before it.
             last: Whether it is the last one of the run.
             distance: How far it is from the snapshot before, in regular distances.
 
@@ -181,15 +191,16 @@ class Watcher:
         """
         started = time.perf_counter()
         plan, metrics = self.watched.ablation, self.watched.collection
-        ablates = plan is not None and (last or self.snapshots % plan.every_n_snapshots == 0)
+        ablates, computing = self.ablates(last), 0.0
         module_options = _module_options(metrics)
         options: dict[str, Any] = {"input_fn": live.input_fn, "mask": live.mask_fn, "dtype": live.dtype}
         probe_samples = fingerprint(samples.probes, together) if self.watched.follow else None
         graphs: dict[str, InteractionGraph] = {}
         found: dict[str, float] = {}
         for prefix, kind in self.prefixes.items():
-            settings = replace(self.watched.settings, basis=kind)
+            settings, begun = replace(self.settings, basis=kind), time.perf_counter()
             graph = graph_of(live, samples.batches, settings, self.watched.memory_limit, together)
+            computing += time.perf_counter() - begun
             graph.info |= when
             curves = None
             if plan is not None and ablates:
@@ -217,7 +228,8 @@ class Watcher:
         numbers |= self._ratios(numbers)
         numbers[f"{self.name}/samples"] = float(graphs[self.name].info["n_samples"])
         numbers[f"{self.name}/seconds"] = time.perf_counter() - started
-        return Taken(graphs, numbers, when["step"] if ablates else self.ablated_step, events, follower)
+        ablated_step = when["step"] if ablates else self.ablated_step
+        return Taken(graphs, numbers, ablated_step, events, follower, computing)
 
     def accept(self, taken: Taken) -> None:
         """Make a snapshot the newest one."""

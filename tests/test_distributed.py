@@ -30,6 +30,7 @@ SAMPLES: dict[str, tuple[int, int, list[int]]] = {
     "fails": (71, 5, [36, 35]),
     "memory": (71, 5, [36, 35]),
     "probes": (71, 5, [36, 35]),
+    "budget": (71, 5, [36, 35]),
     "fully_sharded": (71, 5, [36, 35]),
     "tensor_parallel": (71, 5, [71, 71]),
 }
@@ -93,7 +94,7 @@ def test_two_processes_give_the_result_of_one(name: str, runs: tuple[Path, str])
 @pytest.mark.parametrize("name", sorted(RUNS))
 def test_both_processes_hold_the_same(name: str, runs: tuple[Path, str]) -> None:
     first, second = results(runs[0], name)
-    expected = {"fails": 1, "wide": 4, "empty_first": 4}.get(name, 2)
+    expected = {"fails": 1, "wide": 4, "empty_first": 4, "budget": 3}.get(name, 2)
     assert first["snapshots"] == second["snapshots"] == expected
     assert all(torch.equal(a, b) for a, b in zip(first["edges"], second["edges"], strict=True))
     # What has changed since the snapshot before is unknown where there was none, and NaN is not equal to itself.
@@ -121,6 +122,18 @@ def test_failure_on_one_process_is_told_by_both(runs: tuple[Path, str]) -> None:
     assert output.count("ValueError: this process has a bad day") == 1
     assert output.count("OtherProcessError: Process 1 has failed; its own message says why.") == 1
     assert output.count("is left out") == 2, "and by nobody else"
+
+
+def test_both_processes_put_off_what_the_first_one_cannot_afford(runs: tuple[Path, str]) -> None:
+    folder, output = runs
+    steps = [int(path.stem.removeprefix("step-")) for path in (folder / "budget" / "lib" / "snapshots").iterdir()]
+    # Two seconds each, for 1.5 of each second of training: those so far, one more, and the last one.
+    assert sorted(steps) == [0, 4, 6]
+    first, second = results(folder, "budget")
+    assert first["put_off"] == second["put_off"] == 4
+    assert first["metrics"]["lib/overhead"] == second["metrics"]["lib/overhead"] == 1
+    assert output.count("is put off") == 1
+    assert output.count("overhead 100.00% of the training time (6 s of 6 s, max_overhead=1.5)") == 1
 
 
 def test_probes_of_two_processes_estimate_the_same_metric(runs: tuple[Path, str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -191,17 +192,37 @@ def test_snapshots_are_denser_after_a_change(tmp_path: Path) -> None:
     assert steps[steps.index(first) :][:9] == list(range(first, first + 9))
 
 
-def test_nothing_is_told_where_only_the_samples_change(tmp_path: Path) -> None:
-    """Weights stand still; those of the sanity check are few, and others take their place at the first validation."""
+class Still(Steady):
+    """Weights stand still."""
 
-    class Still(Steady):
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), lr=0.0)
+    def __init__(self, n_val: int) -> None:
+        super().__init__(n_val)
+        self.net[1] = torch.nn.Identity()  # batch norm moves by itself
 
-    model = Still(n_val=300)
-    model.net[1] = torch.nn.Identity()  # batch norm moves by itself
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def test_nothing_is_told_where_only_the_probes_change(tmp_path: Path) -> None:
+    class Cheaper(pl.Callback):
+        """From the seventh step on, one random sign each in place of the exact metric."""
+
+        def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.global_step == 6:
+                callback.watcher.settings = replace(callback.watcher.settings, n_probes=1)
+
     callback = callback_with(every_n_steps=1)
-    trainer_of(tmp_path, callback).fit(model)
+    trainer_of(tmp_path, callback, Cheaper(), num_sanity_val_steps=-1).fit(Still(n_val=16))
+    graphs = snapshots(tmp_path)
+    exact, sampled = (graphs[step].bases[NODE_LAYERS[0]].importance for step in (6, 7))
+    assert (exact[0] - sampled[0]).abs() > 0.01 * exact[0], "numbers do change"
+    assert callback.watcher.events == []
+
+
+def test_nothing_is_told_where_only_the_samples_change(tmp_path: Path) -> None:
+    """Those of the sanity check are few, and others take their place at the first validation."""
+    callback = callback_with(every_n_steps=1)
+    trainer_of(tmp_path, callback).fit(Still(n_val=300))
     graphs = snapshots(tmp_path)
     assert {graph.info["n_samples"] for graph in graphs.values()} == {128, 300}
     assert len(graphs) == 13

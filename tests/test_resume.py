@@ -54,9 +54,10 @@ def files(folder: Path, after: int) -> dict[str, bytes]:
 
 def logged(folder: Path, after: int) -> list[dict[str, str]]:
     """All numbers logged after a step, but for how long it took."""
+    times = {"lib/seconds", "lib/overhead"}
     with (folder / "csv" / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if int(row["step"]) > after]
-    return [{k: v for k, v in row.items() if k.startswith("lib/") and k != "lib/seconds"} for row in rows]
+    return [{k: v for k, v in row.items() if k.startswith("lib/") and k not in times} for row in rows]
 
 
 def drawn(folder: Path, after: int) -> list[tuple[int, bytes]]:

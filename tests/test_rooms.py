@@ -15,7 +15,7 @@ PACKAGE = Path(lib_lightning.__file__).parent
 # From the top down. A room is a folder, or a file of the package itself.
 ROOMS = [
     ("version", "core"),
-    ("metrics", "export", "schedule", "processes"),
+    ("metrics", "export", "schedule", "processes", "overhead"),
     ("display",),
     ("graph", "questions"),
     ("lineage",),
@@ -23,7 +23,7 @@ ROOMS = [
     ("labels", "samples", "folder", "history"),
     ("ablation", "view"),
     ("watcher", "trainers"),
-    ("run_samples", "run_layers", "run_report"),
+    ("run_samples", "run_layers", "run_report", "run_budget"),
     ("callback", "trainer_cli"),
     ("cli",),
     ("__main__",),
@@ -80,6 +80,7 @@ def test_few_files_know_lightning() -> None:
         "callback.py",
         "cli.py",
         "display/loggers.py",
+        "run_budget.py",
         "run_layers.py",
         "run_report.py",
         "run_samples.py",

@@ -90,7 +90,7 @@ def test_any_metrics_under_their_own_names(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, callback)
     trainer.fit(Sorted())
     keys = {key.split("/")[1] for key in trainer.callback_metrics if key.startswith("lib/")}
-    assert keys == {"my_large", "my_parts", "samples", "seconds", "age", "born", "ended", "overlap"}
+    assert keys == {"my_large", "my_parts", "samples", "seconds", "age", "overhead", "born", "ended", "overlap"}
     graph = callback.graph
     assert graph is not None
     assert trainer.callback_metrics["lib/my_large/net.0.input"] == NumberOfFeatures(rtol=0.1)(
@@ -138,7 +138,7 @@ def test_ablations_at_their_own_pace_on_samples_held_out(tmp_path: Path, score: 
 
     class Note(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-            logged[trainer.global_step] = dict(callback._current_scalars(trainer))
+            logged[trainer.global_step] = dict(callback._numbers(trainer))
 
     trainer, model = trainer_of(tmp_path, callback, Note()), Sorted()
     trainer.fit(model)

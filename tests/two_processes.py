@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,6 +68,30 @@ class Model(pl.LightningModule):
         return self.val if self.val is not None else []
 
 
+class Timed(Model):
+    """A second for each step and two for each snapshot, if process 0 is asked; the other one's clock stands still."""
+
+    seconds = 0.0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.spend(1)
+        return super().training_step(batch, batch_idx)
+
+    def spend(self, seconds: float) -> None:
+        if dist.get_rank() == 0:
+            self.seconds += seconds
+
+    def watch(self, callback: LIBCallback) -> None:
+        take = callback.watcher.take
+
+        def take_two_seconds(*args: Any) -> Any:
+            self.spend(2)
+            return take(*args)
+
+        callback.watcher.take = take_two_seconds  # type: ignore[method-assign]
+        callback.budget.overhead.clock = lambda: self.seconds
+
+
 class FailsOnOne(Model):
     """One process cannot compute its snapshot in the first epoch, or has little memory all along."""
 
@@ -120,6 +145,7 @@ RUNS: dict[str, tuple[Any, Any]] = {
     "fails": (lambda: FailsOnOne(plain(71), ValueError), {}),
     "memory": (lambda: FailsOnOne(plain(71), MemoryError), {}),
     "probes": (lambda: Model(plain(71)), {"n_probes": 4}),
+    "budget": (lambda: Timed(plain(71)), {"every_n_steps": 1, "max_overhead": 1.5}),
     "fully_sharded": (lambda: Sharded(plain(71)), {"dtype": None}),
     "tensor_parallel": (lambda: Sharded(plain(71)), {"dtype": None, "node_layers": ["input", "output"]}),
 }
@@ -139,7 +165,10 @@ def main(folder: Path) -> None:
     for name, (model_of, options) in RUNS.items():
         print("==", name, flush=True)
         pl.seed_everything(0, verbose=False)
-        model, callback = model_of(), LIBCallback(**{"node_layers": NODE_LAYERS, "dtype": "float64", **options})
+        given = {"node_layers": NODE_LAYERS, "dtype": "float64", "max_overhead": math.inf, **options}
+        model, callback = model_of(), LIBCallback(**given)
+        if isinstance(model, Timed):
+            model.watch(callback)
         strategy = STRATEGIES.get(name, lambda: "ddp")
         trainer = trainer_of(folder / name, callback, devices=2, strategy=strategy(), max_epochs=2)
         trainer.fit(model)
@@ -155,6 +184,7 @@ def main(folder: Path) -> None:
             "metrics": {k: float(v) for k, v in trainer.callback_metrics.items()},
             "edges": [] if callback.graph is None else list(callback.graph.edges.values()),
             "count": callback.samples.buffer.count,
+            "put_off": callback.budget.put_off,
         }
         torch.save(here, folder / name / f"process-{trainer.global_rank}.pt")
 
