@@ -195,8 +195,10 @@ def _orthonormal(A: Tensor) -> Tensor:
             inverse = torch.linalg.solve_triangular(L, torch.eye(len(L)).to(L), upper=False)
             # Bounds of the smallest and the largest eigenvalue: if these say that nothing is rounding, nothing is.
             if 1 / inverse.square().sum() > least * products.abs().sum(0).max():
-                return A @ inverse.T
+                basis: Tensor = A @ inverse.T
+                return basis
     squares, vectors = torch.linalg.eigh(products)
     there = squares > least * squares[-1:].clamp_min(0)
     vectors = vectors[:, there]
-    return (A @ vectors) / squares[there].sqrt() if tall else vectors
+    found: Tensor = (A @ vectors) / squares[there].sqrt() if tall else vectors
+    return found
