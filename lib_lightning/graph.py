@@ -210,7 +210,9 @@ class InteractionGraph:
         return self.modules
 
     def measure(
-        self, metrics: MetricCollection | None = None, curves: Mapping[tuple[str, str], EdgeCurve] | None = None
+        self,
+        metrics: MetricCollection | GraphMetrics | None = None,
+        curves: Mapping[tuple[str, str], EdgeCurve] | None = None,
     ) -> dict[str, float]:
         """Compute metrics, and keep them with their standard errors as ``info["metrics"]``.
 
@@ -218,7 +220,7 @@ class InteractionGraph:
         of ablations are not known.
 
         Args:
-            metrics: As for `lib_lightning.metrics.summary.graph_scalars`.
+            metrics: As for `lib_lightning.metrics.summary.graph_scalars`, or made ready for several graphs.
             curves: Ablation curves by section: counts, scores and the unablated score.
 
         Returns:
@@ -232,7 +234,7 @@ class InteractionGraph:
             (4.0, {'value': 4.0, 'error': 0.0})
         """
         bases, edges = list(self.bases.values()), list(self.edges.values())
-        ready = GraphMetrics(metrics)
+        ready = metrics if isinstance(metrics, GraphMetrics) else GraphMetrics(metrics)
         numbers = ready.numbers(bases, edges, None if curves is None else [curves.get(p) for p in self.edges])
         errors = self._standard_errors(ready)
         self.info["metrics"] = {

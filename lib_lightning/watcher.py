@@ -23,7 +23,7 @@ from lib_lightning.labels import Labeller, label_features
 from lib_lightning.lineage.events import Event
 from lib_lightning.lineage.follower import Follower
 from lib_lightning.metrics.modules import Modularity
-from lib_lightning.metrics.summary import default_metrics, scalar_keys
+from lib_lightning.metrics.summary import GraphMetrics, default_metrics, scalar_keys
 from lib_lightning.metrics.taken import check_metrics
 from lib_lightning.values import fingerprint, probe_features
 
@@ -72,6 +72,19 @@ class Watched:
         if self.metrics is not None:
             return self.metrics
         return default_metrics() if self.ablation is None else default_metrics(self.ablation.tolerance)
+
+    @cached_property
+    def ready(self) -> GraphMetrics:
+        """The metrics, made ready for all snapshots: to copy them each time takes longer than most numbers."""
+        return GraphMetrics(self.collection)
+
+    @cached_property
+    def module_options(self) -> dict[str, Any]:
+        """How modules are measured, and drawn."""
+        for metric in self.collection.clone().values():
+            if isinstance(metric, Modularity):
+                return {name: getattr(metric, name) for name in ("weights", "resolution", "seed", "rtol")}
+        return {}
 
 
 @dataclass(frozen=True)
@@ -190,9 +203,8 @@ class Watcher:
             The snapshot.
         """
         started = time.perf_counter()
-        plan, metrics = self.watched.ablation, self.watched.collection
+        plan = self.watched.ablation
         ablates, computing = self.ablates(last), 0.0
-        module_options = _module_options(metrics)
         options: dict[str, Any] = {"input_fn": live.input_fn, "mask": live.mask_fn, "dtype": live.dtype}
         probe_samples = fingerprint(samples.probes, together) if self.watched.follow else None
         graphs: dict[str, InteractionGraph] = {}
@@ -209,8 +221,8 @@ class Watcher:
                     memory_limit=self.watched.memory_limit, together=together, **options,
                 )  # fmt: skip
                 curves = {section: answer.as_curve() for section, answer in required.items()}
-            found |= {f"{prefix}/{key}": value for key, value in graph.measure(metrics, curves).items()}
-            graph.find_modules(**module_options)
+            found |= {f"{prefix}/{key}": value for key, value in graph.measure(self.watched.ready, curves).items()}
+            graph.find_modules(**self.watched.module_options)
             if self.watched.labeller is not None and samples.batches:
                 with random_states_kept([]):  # a labeller may draw some
                     graph.labels = label_features(graph, live.model, samples.batches, self.watched.labeller, **options)
@@ -276,11 +288,3 @@ class Watcher:
                 own, other = numbers[f"{self.name}/{key}"], numbers[total]
                 ratios[f"{over}/{key}"] = own / other if other else math.nan
         return ratios
-
-
-def _module_options(metrics: MetricCollection) -> dict[str, Any]:
-    """Modules are drawn as they are measured."""
-    for metric in metrics.clone().values():
-        if isinstance(metric, Modularity):
-            return {name: getattr(metric, name) for name in ("weights", "resolution", "seed", "rtol")}
-    return {}

@@ -85,7 +85,10 @@ def panels(
         axes = figure.add_axes((x / width, y / height, panel_width / width, grid.height / height))
         last = k + grid.columns >= len(names)
         _style(axes, numbers_left=grid.own_scale or column == 0, numbers_below=last or not grid.one_below_another)
-        axes.set_title(heading, loc="left", fontsize=size, fontweight="bold", color=TEXT, parse_math=False)
+        # A place given for the title and for labels that there are not spares looking for one that is free.
+        axes.set_title(heading, loc="left", y=1.0, fontsize=size, fontweight="bold", color=TEXT, parse_math=False)
+        axes.xaxis.set_label_coords(0.5, -0.1)
+        axes.yaxis.set_label_coords(-0.1, 0.5)
         made.append(axes)
     figure.text(
         0.5 * (_LEFT + width - grid.right + _RIGHT) / width, 0.1 / height, xlabel, ha="center", fontsize=11, color=MUTED

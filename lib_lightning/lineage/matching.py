@@ -145,6 +145,8 @@ def _same(shared: Tensor) -> Tensor:
     # Features with half their variance in common come first; a sum of shares alone might tear such a pair apart for the
     # sake of two lesser ones.
     same = shared >= SAME
+    if (same.sum(0) <= 1).all() and (same.sum(1) <= 1).all():
+        return same.nonzero().T  # nobody competes, so the assignment below would have all of these
     rows, columns = linear_sum_assignment((shared + min(shared.shape) * same).numpy(), maximize=True)
     pairs = torch.tensor([rows.tolist(), columns.tolist()], dtype=torch.int64)
     return pairs[:, same[pairs[0], pairs[1]]]
@@ -162,6 +164,8 @@ def _turned(A: Tensor, B: Tensor, shared: Tensor, pairs: Tensor) -> Tensor:
         return pairs[:, :0]
     cosines = torch.linalg.svdvals(_orthonormal(A[:, before]).T @ _orthonormal(B[:, after]))
     count = int((cosines.square() >= SAME).sum()) - kept.shape[1]
+    if count <= 0:
+        return pairs[:, :0]
     rows, columns = linear_sum_assignment(shared[i][:, j].numpy(), maximize=True)
     turned = torch.stack([i[torch.from_numpy(rows)], j[torch.from_numpy(columns)]])
     best = shared[turned[0], turned[1]].argsort(descending=True, stable=True)
@@ -181,8 +185,20 @@ def _most_alike(shared: Tensor) -> Tensor:
 
 
 def _orthonormal(A: Tensor) -> Tensor:
-    U, s, _ = torch.linalg.svd(A, full_matrices=False)
-    # Values come in half precision: directions below its rounding are none.
-    largest = float(s[0]) if len(s) else 0.0
-    kept: Tensor = U[:, : int((s > torch.finfo(torch.float16).eps * largest).sum())]
-    return kept
+    """Span the same, as far as half precision, in which values come, can tell directions from rounding."""
+    least = torch.finfo(torch.float16).eps ** 2  # of squares: far above the rounding of the products
+    tall = 0 < A.shape[1] <= len(A)
+    products = A.T @ A if tall else A @ A.T
+    if tall:
+        L, failed = torch.linalg.cholesky_ex(products)
+        if not failed:
+            inverse = torch.linalg.solve_triangular(L, torch.eye(len(L)).to(L), upper=False)
+            # Bounds of the smallest and the largest eigenvalue: if these say that nothing is rounding, nothing is.
+            if 1 / inverse.square().sum() > least * products.abs().sum(0).max():
+                basis: Tensor = A @ inverse.T
+                return basis
+    squares, vectors = torch.linalg.eigh(products)
+    there = squares > least * squares[-1:].clamp_min(0)
+    vectors = vectors[:, there]
+    found: Tensor = (A @ vectors) / squares[there].sqrt() if tall else vectors
+    return found

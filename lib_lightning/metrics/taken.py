@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from lib_lightning.core.errors import LIBError
+from lib_lightning.metrics.average import GraphAverage
 
 # What can be given to a metric's update: something of each node layer, or one of two things of each section.
 Part = Literal["importance", "edges", "curve"]
@@ -90,11 +92,18 @@ def measure(metric: Metric, **inputs: Any) -> float:
         >>> measure(NumberOfEdges(), edges=torch.eye(3))
         3.0
     """
-    metric.reset()
-    if "like" in inputs and "like" not in inspect.signature(metric.update).parameters:
+    if "like" in inputs and not _takes_like(type(metric)):
         inputs.pop("like")
+    if isinstance(metric, GraphAverage) and type(metric).compute is GraphAverage.compute:
+        return metric.of_one(**inputs)
+    metric.reset()
     metric.update(**inputs)
     return float(metric.compute())
+
+
+@cache
+def _takes_like(kind: type[Metric]) -> bool:
+    return "like" in inspect.signature(kind.update).parameters
 
 
 def check_metrics(metrics: MetricCollection) -> None:

@@ -60,28 +60,59 @@ def fourier_variance(features: Tensor, a: Tensor, b: Tensor, modulus: int) -> Te
     centred = (centred * (variance > 0)).flatten(1)
     total = variance.sum(0)
 
-    wave_a, wave_b = _waves(a.long(), modulus), _waves(b.long(), modulus)
-    waves = (_waves(a.long() + b.long(), modulus), torch.cat([wave_a, wave_b], 1), wave_a, wave_b)
-    explained = torch.stack([_explained(w, centred).unflatten(-1, (S, r)).sum(1) for w in waves])
+    # Waves are functions of remainders, of which there are fewer than samples: whatever is summed over samples is first
+    # summed over those of one remainder.
+    table = _table(modulus, centred)
+    a, b = a.long() % modulus, b.long() % modulus
+    sum_of_both = _Waves(table, (a + b) % modulus, centred)
+    of_a, of_b = _Waves(table, a, centred), _Waves(table, b, centred)
+    pairs = torch.bincount(a * modulus + b, minlength=modulus**2).reshape(modulus, modulus).double()
+    mixed = of_a.waves @ pairs @ of_b.waves.mT / n
+    products = torch.cat([torch.cat([of_a.products, mixed], 2), torch.cat([mixed.mT, of_b.products], 2)], 1)
+    explained = torch.stack(
+        [
+            _explained(sum_of_both.products, sum_of_both.cross),
+            _explained(products, torch.cat([of_a.cross, of_b.cross], 1)),
+            _explained(of_a.products, of_a.cross),
+            _explained(of_b.products, of_b.cross),
+        ]
+    )
+    explained = explained.unflatten(-1, (S, r)).sum(-2)
     return torch.where(total > 0, explained / total, 0.0).clamp(0, 1)
 
 
-def _waves(m: Tensor, modulus: int) -> Tensor:
-    """Centred cosines and sines of every frequency, shape ``(p // 2, 2, n)``."""
-    k = torch.arange(1, modulus // 2 + 1, device=m.device)
+class _Waves:
+    """Waves of one number on samples: by remainder ``waves`` ``(K, 2, p)``, mean ``products`` and ``cross`` products.
+
+    Args:
+        table: All waves by remainder, shape ``(K, 2, p)``.
+        m: Remainder of each sample, shape ``(n,)``.
+        centred: What is to be explained, shape ``(n, m)``.
+    """
+
+    def __init__(self, table: Tensor, m: Tensor, centred: Tensor) -> None:
+        n, modulus = len(m), table.shape[-1]
+        counts = torch.bincount(m, minlength=modulus).double()
+        self.waves = table - (table @ counts / n)[..., None]
+        self.products = (self.waves * counts) @ self.waves.mT / n
+        sums = centred.new_zeros(modulus, centred.shape[1]).index_add_(0, m, centred)
+        self.cross = self.waves @ sums / n
+
+
+def _table(modulus: int, like: Tensor) -> Tensor:
+    """Cosines and sines of every frequency at every remainder, shape ``(p // 2, 2, p)``, float64."""
+    k = torch.arange(1, modulus // 2 + 1, device=like.device)
     # The remainder first, in integers: multiples of the period are then exact.
-    angle = (torch.outer(k, m) % modulus).double() * (2 * math.pi / modulus)
+    angle = (torch.outer(k, torch.arange(modulus, device=like.device)) % modulus).double() * (2 * math.pi / modulus)
     waves = torch.stack([angle.cos(), angle.sin()], 1)
     if modulus % 2 == 0:
         waves[-1, 1] = 0  # at half the modulus the sine is zero at all integers
-    return waves - waves.mean(-1, keepdim=True)
+    return waves
 
 
-def _explained(waves: Tensor, centred: Tensor) -> Tensor:
-    """Variance that each set of waves ``(K, q, n)`` explains of each column of ``(n, m)``: shape ``(K, m)``."""
-    n = waves.shape[-1]
-    cross = (waves.flatten(0, 1) @ centred).unflatten(0, waves.shape[:2]) / n
+def _explained(products: Tensor, cross: Tensor) -> Tensor:
+    """Variance that each set of waves explains, from their products ``(K, q, q)`` and ``(K, q, m)``: ``(K, m)``."""
     # On few samples, or where a sine is zero, waves coincide or vanish: those directions explain nothing more.
-    inverse = torch.linalg.pinv(waves @ waves.mT / n, atol=1e-12, rtol=1e-9, hermitian=True)
+    inverse = torch.linalg.pinv(products, atol=1e-12, rtol=1e-9, hermitian=True)
     explained: Tensor = (cross * (inverse @ cross)).sum(1)
     return explained

@@ -107,7 +107,7 @@ def modularity(
         >>> modularity([torch.eye(2)]), modularity([torch.ones(2, 2)])
         (tensor(0.5000, dtype=torch.float64), tensor(0., dtype=torch.float64))
     """
-    sizes, pairs, w = _layered_graph(edges, weights, rtol)
+    sizes, weighed = _weighed(edges, weights, rtol)
     if modules is None:
         modules = find_modules(edges, weights, resolution, seed, rtol)
     if [len(part) for part in modules] != sizes:
@@ -117,14 +117,17 @@ def modularity(
     alone = labels < 0
     labels = torch.where(alone, len(labels) + torch.arange(len(labels)), labels)
     labels = labels.unique(return_inverse=True)[1]
-    m = w.sum()
+    K = torch.zeros(len(labels), dtype=torch.float64)
+    parts = labels.split(sizes)
+    inside = K.new_zeros(())
+    for W, before, after in zip(weighed, parts, parts[1:], strict=False):
+        K.index_add_(0, before, W.sum(0)).index_add_(0, after, W.sum(1))
+        inside += W[after[:, None] == before].sum()
+    m = K.sum() / 2
     if m <= 0:
-        return w.new_zeros(())
-    ends = labels[pairs]
-    K = w.new_zeros(len(labels)).index_add_(0, ends.flatten(), w.repeat_interleave(2))
-    inside: Tensor = w[ends[:, 0] == ends[:, 1]].sum() / m
+        return inside
     expected: Tensor = (K / (2 * m)).square().sum()
-    return inside - resolution * expected
+    return inside / m - resolution * expected
 
 
 def module_sizes(modules: Sequence[Tensor]) -> Tensor:
@@ -195,20 +198,27 @@ def _fingerprint(edges: Sequence[Tensor], settings: tuple[object, ...]) -> bytes
     return state.digest()
 
 
-def _layered_graph(edges: Sequence[Tensor], weights: str, rtol: float) -> tuple[list[int], Tensor, Tensor]:
-    """Sizes of the node layers, the two nodes of each edge, numbered through all layers, and its weight."""
+def _weighed(edges: Sequence[Tensor], weights: str, rtol: float) -> tuple[list[int], list[Tensor]]:
+    """Sizes of the node layers, and the weight of each edge, on the CPU, each section with 1 in total."""
     if weights not in get_args(EdgeWeights):
         raise LIBError(f"weights={weights!r} is unknown: choose one of {', '.join(get_args(EdgeWeights))}.")
     if not edges or any(before.shape[0] != after.shape[1] for before, after in itertools.pairwise(edges)):
         shapes = ", ".join(str(tuple(E.shape)) for E in edges)
         raise LIBError(f"Edges of shapes [{shapes}] are no consecutive sections (r_out, r_in), the first one first.")
-    sizes = [edges[0].shape[1], *(E.shape[0] for E in edges)]
+    scaled = [_weigh(E.detach().cpu().double(), weights, rtol) for E in edges]
+    return [edges[0].shape[1], *(E.shape[0] for E in edges)], [
+        W / total if (total := W.sum()) > 0 else W for W in scaled
+    ]
+
+
+def _layered_graph(edges: Sequence[Tensor], weights: str, rtol: float) -> tuple[list[int], Tensor, Tensor]:
+    """Sizes of the node layers, the two nodes of each edge, numbered through all layers, and its weight."""
+    sizes, weighed = _weighed(edges, weights, rtol)
     pairs, all_w, first = [], [], 0
-    for E, r_in in zip(edges, sizes, strict=False):
-        W = _weigh(E.detach().cpu().double(), weights, rtol)
+    for W, r_in in zip(weighed, sizes, strict=False):
         i, j = W.nonzero(as_tuple=True)
         pairs.append(torch.stack([first + j, first + r_in + i], dim=1))
-        all_w.append(W[i, j] / W.sum())
+        all_w.append(W[i, j])
         first += r_in
     return sizes, torch.cat(pairs), torch.cat(all_w)
 
