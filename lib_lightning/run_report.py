@@ -13,7 +13,6 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
 from lib_lightning.display.film import Film
-from lib_lightning.display.image import undisturbed_by_collection
 from lib_lightning.display.loggers import log_image, log_numbers, log_text, where_to_look
 from lib_lightning.folder import RunFolder, SnapshotFolder
 from lib_lightning.lineage.events import Event
@@ -95,8 +94,7 @@ class RunReport:
             return
         films = {prefix: film.state_dict() for prefix, film in self._films.items()}
         try:
-            with undisturbed_by_collection():
-                figures = self.folder.write(taken.graphs, step, self._films)
+            figures = self.folder.write(taken.graphs, step, self._films)
         except BaseException:
             # As if it had never been: the next one may give its ids to other features.
             self.folder.discard(step)
@@ -156,9 +154,7 @@ class RunReport:
             self.folder.main.write_events([event.to_json() for event in self._watcher.events])
 
     def _draw(self, trainer: pl.Trainer) -> None:
-        if self.folder.main is None:
-            return
-        with undisturbed_by_collection():
+        if self.folder.main is not None:
             for what, figure in self._watcher.history.figures().items():
                 png = self.folder.main.write_figure(what, figure)
                 log_image(trainer.loggers, f"{self._watcher.name}/{what}", png, logging_step(trainer))

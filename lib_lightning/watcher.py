@@ -288,3 +288,4 @@ class Watcher:
                 own, other = numbers[f"{self.name}/{key}"], numbers[total]
                 ratios[f"{over}/{key}"] = own / other if other else math.nan
         return ratios
+

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import base64
-import gc
 import html
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -61,29 +58,6 @@ def _renderer(width: int, height: int, dpi: float) -> RendererAgg:
     # Matplotlib keeps what it knows of texts, above all how formulas are set, for each renderer; a figure alone would
     # have to find it out anew.
     return RendererAgg(width, height, dpi)
-
-
-@contextmanager
-def undisturbed_by_collection() -> Iterator[None]:
-    """Draw without Python's search for garbage in between, which takes a tenth of the time and finds nothing.
-
-    A figure is thousands of small objects: making them sets off search after search, through all that torch and
-    Lightning hold as well. What a figure leaves behind is found by the first one afterwards.
-
-    Example:
-        >>> with undisturbed_by_collection():
-        ...     gc.isenabled()
-        False
-        >>> gc.isenabled()
-        True
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def as_html(png: PNG, caption: str) -> str:
