@@ -34,6 +34,7 @@ from lib_lightning.core.metric import JacobianMetric
 from lib_lightning.core.moments import Moments
 from lib_lightning.core.section import Section, sections
 from lib_lightning.core.spectral import Cutoff
+from lib_lightning.core.steps import finished
 from lib_lightning.core.together import ALONE, Together
 from lib_lightning.core.variances import FeatureVariances
 
@@ -143,6 +144,7 @@ def build(
     def run(index: int, batch: Any, step: str) -> Iterator[tuple[int, Section]]:
         live.seed = index
         found = sections(live, batch, [m.mean for m in moments], settings.integration_steps, stack_elements)
+        finished("forward passes")
         for i, section in enumerate(found):
             if i in unstackable:
                 section.stack = 1
@@ -174,6 +176,7 @@ def build(
     groups = min(int(t) for t in together.gather(torch.tensor([groups])))
     starts = itertools.accumulate(sizes, initial=0)
     batch_spans = [list(spans(start, start + n, sum(sizes), groups)) for start, n in zip(starts, sizes, strict=False)]
+    finished("moments")
 
     # 2. Bases, from the last node layer to the first.
     generator = torch.Generator().manual_seed(together.rank)
@@ -217,6 +220,7 @@ def build(
         # The same sums give the same basis only up to rounding, and truncation is all or nothing.
         bases.insert(0, basis.shared(together))
         lengths.insert(0, None if metric is None else metric.replicates(bases[0].from_features))
+        finished(f"basis of {name}")
 
     # 3. Edges.
     edges = [Edges(before, after, groups) for before, after in itertools.pairwise(bases)]
@@ -227,6 +231,7 @@ def build(
             variances[i].update(section.a, section.mask_in, section.spans)
             if i + 1 == last:
                 variances[last].update(section.a_out, section.mask_out, section.spans)
+            finished(f"edges from {names[i]} to {names[i + 1]}")
     for i, section_edges in enumerate(edges):
         section_edges.reduce(together)
         _check_derivatives(live, i, section_edges.E)
@@ -240,6 +245,7 @@ def build(
         found = feature_variances.replicates()
         importances.append(found if length is None else found * length)
         bases[i] = _with_errors(bases[i], importances[i])
+    finished("standard errors")
     return Built(
         bases, [e.E for e in edges], moments[0].n, errors, list(notes), importances, [e.replicates for e in edges]
     )
