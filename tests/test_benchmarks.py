@@ -79,8 +79,7 @@ def test_every_benchmark_can_be_collected(path: Path) -> None:
     tests = [value for name, value in vars(module).items() if name.startswith("test_")]
     assert tests
     for test in tests:
-        parametrized = {
-            name for mark in getattr(test, "pytestmark", ()) for name in str(mark.args[:1])[2:-3].split(",")
-        }
+        marks = [mark for mark in getattr(test, "pytestmark", ()) if mark.name == "parametrize"]
+        parametrized = {name for mark in marks for name in mark.args[0].split(",")}
         fixtures = {"benchmark", "published", "tmp_path", *parametrized}
         assert set(inspect.signature(test).parameters) <= fixtures
