@@ -53,7 +53,7 @@ def _gain(F: plain.Function, a: Tensor, v: Tensor, C_next: Tensor) -> Tensor:
         tangent[:, s] = v
         with warnings.catch_warnings():  # torch.func speaking to torch.jit, when it is first used
             warnings.simplefilter("ignore", DeprecationWarning)
-            moved = torch.func.jvp(F, (a,), (tangent,))[1] @ C_next
+            moved = torch.func.jvp(F, (a,), (tangent,))[1].detach() @ C_next
         total += float(moved.double().square().sum())
     return torch.tensor(total / (a.shape[0] * a.shape[1]))
 

@@ -14,7 +14,7 @@ from tests.benchmarks.subjects import Subject, language_model, perceptron
 
 SUBJECTS: dict[str, Callable[[], Subject]] = {
     "cifar10": lambda: perceptron(None),
-    "language_model": lambda: language_model(32, 128, batch_size=32),
+    "language_model": lambda: language_model(8, 128, n_layers=2),
 }
 
 
