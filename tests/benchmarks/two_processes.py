@@ -20,7 +20,7 @@ REPEATS = 3
 SUBJECTS: dict[str, Callable[[], Subject]] = {
     "modular_addition": lambda: modular_addition(None),
     "cifar10": lambda: perceptron(None),
-    "language_model": lambda: language_model(16, 64, n_layers=2, batch_size=8),
+    "language_model": lambda: language_model(16, 16, n_layers=2, batch_size=4),
 }
 
 
