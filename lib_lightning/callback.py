@@ -143,7 +143,7 @@ class LIBCallback(pl.Callback):
         if dtype not in _DTYPES:
             raise ValueError(f"dtype is 'float32', 'float64' or None for the model's own; got {dtype!r}.")
         self.dtype = _DTYPES[dtype]
-        self.input_fn = input_fn
+        self.input_fn, self.mask = input_fn, mask
         self.name = name
         self._layers = RunLayers(node_layers, name, self.dtype, input_fn, mask, self.watcher.reset)
         self.schedule = Schedule(every_n_validations, every_n_steps, at_steps, log_spaced)

@@ -9,14 +9,15 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lib_lightning.core.cut import InputFn
 from lib_lightning.core.errors import LIBError
+from lib_lightning.core.nested import map_tensors
 from lib_lightning.export.files import write_bytes
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.metrics.summary import graph_scalars
@@ -25,9 +26,15 @@ from lib_lightning.samples import SampleBuffer
 from lib_lightning.version import __version__
 from lib_lightning.view.run import Run, write_film
 
+if TYPE_CHECKING:
+    from lib_lightning.callback import LIBCallback
+
 # Enough to look for node layers with.
 _SAMPLES = 8
+# Names do not depend on where a model is trained: it only has to run once.
+_HERE = ("accelerator=cpu",)
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+_OTHERS = ("nodes", "profile", "inspect", "plot", "view")
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -40,9 +47,9 @@ def main(args: Sequence[str] | None = None) -> None:
     if words and words[0] in TRAINER_COMMANDS:
         run_trainer(args)
         return
-    # What follows is LightningCLI's, but for one word of ours and the question what all this is.
-    if words and words[0] == "nodes" and not {"-h", "--help"} & set(words):
-        run = partial(_nodes, [word for word in words[1:] if word != "--all"], "--all" in words)
+    # What follows is LightningCLI's, but for one word of nodes and the question what all this is.
+    if words and words[0] in _LIKE_FIT and not {"-h", "--help"} & set(words):
+        run = partial(_LIKE_FIT[words[0]], words[1:])
     else:
         parsed = _parser().parse_args(words)
         run = partial(parsed.run, parsed)
@@ -81,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog="fit, validate, test and predict take the options of LightningCLI: lib-lightning fit --help.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="{fit,validate,test,predict,nodes,inspect,plot,view}")
+    commands = parser.add_subparsers(
+        required=True, metavar="{fit,validate,test,predict,nodes,profile,inspect,plot,view}"
+    )
     for command in TRAINER_COMMANDS:
         commands.add_parser(command, help=f"{command} with a Lightning trainer (see lib-lightning {command} --help)")
     nodes = commands.add_parser(
@@ -93,6 +102,14 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Model and data are given as for fit, by --config and any other option of it.",
     )
     nodes.add_argument("--all", action="store_true", help="show all names of each place")
+    commands.add_parser(
+        "profile",
+        help="measure where the time of one snapshot of a model goes",
+        usage="lib-lightning profile --config FILE [any option of fit]",
+        description="Measure where the time of one snapshot goes: seconds and floating-point operations of every step, "
+        "and how near they come to the speed of large matrix products on this machine. Nothing is trained or kept.",
+        epilog="Model, data and callbacks are given as for fit, by --config and any other option of it.",
+    )
     inspect = commands.add_parser("inspect", help="print what basis files hold")
     inspect.add_argument("files", nargs="+", type=Path, help="basis files (.safetensors)")
     inspect.set_defaults(run=_inspect)
@@ -114,10 +131,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _nodes(words: Sequence[str], show_all: bool) -> None:
-    _find_classes_here()
-    model, batch, input_fn = _first_validation_batch(words)
-    cuts = list_node_layers(model, batch, input_fn)
+def _nodes(words: Sequence[str]) -> None:
+    show_all = "--all" in words
+    model, (seen, *_) = _as_fit_sees_it([word for word in words if word != "--all"], _SAMPLES, _HERE)
+    cuts = list_node_layers(model, seen.buffer.batches[0], seen.callback.input_fn)
     sizes = [f"{cut.positions:,} x {cut.features:,}" for cut in cuts]
     names, numbers = max(len(cut.tap) for cut in cuts), max(map(len, [*sizes, "positions x features"]))
     print(f"  {'name':<{names}}  {'positions x features':>{numbers}}  module")
@@ -132,8 +149,55 @@ def _in_yaml(name: str) -> str:
     return name if set(name).isdisjoint(":#") else f'"{name}"'
 
 
-def _first_validation_batch(words: Sequence[str]) -> tuple[nn.Module, Any, InputFn | None]:
-    """Build model and data from options of fit, and run fit as far as the first batch of its sanity check."""
+def _profile(words: Sequence[str]) -> None:
+    from lib_lightning.profiling import RATE_SIZE, profile_snapshot
+
+    model, all_seen = _as_fit_sees_it(words, None, ())
+    for seen in all_seen:
+        callback, batches = seen.callback, seen.buffer.batches
+        options: Any = {"input_fn": callback.input_fn, "mask": callback.mask, "dtype": callback.dtype}
+        profile = profile_snapshot(model, batches, callback.node_layers, callback.watcher.watched, **options)
+        layers = " -> ".join(profile.node_layers)
+        print(f"{callback.name}: one snapshot of {layers} on {profile.samples:,} samples\n")
+        width = max(len(row.step) for row in profile.rows)
+        print(f"{'step':<{width}}  {'seconds':>9}  {'share':>6}  {'GFLOP':>10}  {'GFLOP/s':>9}  {'of peak':>7}")
+        for row in (*profile.rows, profile.total):
+            print(
+                f"{row.step:<{width}}  {row.seconds:>9.4f}  {row.share:>6.1%}  {row.gflop:>10,.3f}  {row.rate:>9,.1f}  "
+                f"{row.of_peak:>7.1%}"
+            )
+        peaks = ", ".join(f"{str(kind).removeprefix('torch.')} {rate:,.0f}" for kind, rate in profile.rates.items())
+        print(
+            f"\nPeak, by products of {RATE_SIZE:,} x {RATE_SIZE:,} matrices on {profile.device}, in GFLOP/s: {peaks}.\n"
+            "Counted are matrix products and convolutions; eigenproblems and the like take seconds only.\n"
+        )
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """The samples that a callback would see."""
+
+    callback: LIBCallback
+    buffer: SampleBuffer
+
+
+class _Enough(BaseException):
+    """All samples are there."""
+
+
+def _as_fit_sees_it(
+    words: Sequence[str], num_samples: int | None, options: Sequence[str]
+) -> tuple[nn.Module, list[_Seen]]:
+    """Build model and data from options of fit, and run fit as far as it takes to have samples.
+
+    Args:
+        words: Options of fit.
+        num_samples: Samples of the first validation batches; None for all that each callback wants.
+        options: Options that go before those.
+
+    Returns:
+        The model, where it is trained, and the samples of each callback, at least of one.
+    """
     from lightning.pytorch import Callback
     from lightning.pytorch.cli import LightningArgumentParser
 
@@ -146,31 +210,52 @@ def _first_validation_batch(words: Sequence[str]) -> tuple[nn.Module, Any, Input
             parser.add_method_arguments(self.trainer_class, "fit", skip=self.subcommands()["fit"])
 
     class Keep(Callback):
-        def on_validation_batch_start(self, trainer: Any, module: Any, batch: Any, *_: Any) -> None:
-            samples.add(batch)
+        def on_validation_batch_start(
+            self, trainer: Any, module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        ) -> None:
+            for seen in all_seen:
+                if seen.callback.samples.val_dataloader == dataloader_idx:
+                    seen.buffer.add(batch)
 
-    samples = SampleBuffer(_SAMPLES)
-    # Names do not depend on where the model is trained; here it only has to run once.
-    anywhere = [f"--trainer.{option}" for option in ("accelerator=cpu", "devices=1", "strategy=auto", "logger=false")]
+        def on_validation_batch_end(self, *_: Any) -> None:
+            if all(seen.buffer.batches if num_samples else seen.buffer.full for seen in all_seen):
+                raise _Enough
+
+    _find_classes_here()
     with _quiet():
-        cli = Build(args=[*words, *anywhere], run=False, save_config_callback=None)
+        alone = [f"--trainer.{option}" for option in ("devices=1", "strategy=auto", "logger=false", *options)]
+        cli = Build(args=[*words, *alone], run=False, save_config_callback=None)
         trainer: Any = cli.trainer
-        input_fns = [callback.input_fn for callback in trainer.callbacks if isinstance(callback, LIBCallback)]
+        callbacks = [callback for callback in trainer.callbacks if isinstance(callback, LIBCallback)]
+        all_seen = [
+            _Seen(callback, SampleBuffer(num_samples or callback.samples.num_samples))
+            for callback in callbacks or [LIBCallback()]
+        ]
         trainer.callbacks = [Keep()]
-        trainer.num_sanity_val_steps, trainer.limit_train_batches = 1, 0
+        trainer.num_sanity_val_steps, trainer.limit_train_batches = float("inf"), 0
         try:
+            for seen in all_seen:
+                for batch in () if num_samples else seen.callback.samples.dataloader or ():
+                    if seen.buffer.full:
+                        break
+                    seen.buffer.add(batch)
             trainer.fit(cli.model, datamodule=cli.datamodule)
+        except _Enough:
+            pass
         except Exception as error:
             raise LIBError(
                 f"The first validation batch of {type(cli.model).__name__} cannot be had: fit stops before with "
                 f"{type(error).__name__}: {error}"
             ) from error
-    if not samples.batches:
+    if not all(seen.buffer.batches for seen in all_seen):
         raise LIBError(
             "There is no validation batch to run the model on: it takes a validation data loader with data in it, and "
             "a validation_step."
         )
-    return cli.model, samples.batches[0], input_fns[0] if input_fns else None
+    device = trainer.strategy.root_device
+    for seen in all_seen:
+        seen.buffer.batches = [map_tensors(batch, lambda t: t.to(device)) for batch in seen.buffer.batches]
+    return cli.model.to(device), all_seen
 
 
 @contextmanager
@@ -217,3 +302,7 @@ def _plot(args: argparse.Namespace) -> None:
 def _view(args: argparse.Namespace) -> None:
     path = write_film([Run(path) for path in args.runs], args.output, args.edges, args.every)
     print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
+
+
+# Commands that take the options of fit.
+_LIKE_FIT = {"nodes": _nodes, "profile": _profile}

@@ -20,6 +20,7 @@ from lib_lightning.core.groups import standard_error
 from lib_lightning.core.layers import NodeLayer, as_node_layers
 from lib_lightning.core.memory import Chunks, Demand, in_chunks, is_out_of_memory, plan_chunks
 from lib_lightning.core.nested import batch_size, is_empty, numbers_in
+from lib_lightning.core.steps import finished
 from lib_lightning.core.together import ALONE, Together
 from lib_lightning.graph import InteractionGraph, Replicates
 from lib_lightning.questions import as_mask_fn, propose_node_layers, session
@@ -155,6 +156,7 @@ def graph_of(
                         check(live, batches[0])
                     chunks = _plan(live, batches, settings, memory_limit)
                 parts = in_chunks(live, batches, chunks.samples)
+                finished("checks and chunks")
                 with tqdm(total=passes * len(parts), disable=not progress, unit="chunk") as bar:
 
                     def tick(step: str, bar: Any = bar) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from lib_lightning.core.steps import finished
 from lib_lightning.display.film import Film
 from lib_lightning.display.image import PNG, render_png
 from lib_lightning.export.files import TEMPORARY, write_bytes
@@ -40,8 +41,11 @@ class SnapshotFolder:
             The figure.
         """
         graph.save(self.basis_file(step))
+        finished("files")
         png = render_png(graph.plot(film=film))
+        finished("figures")
         write_bytes(self.path / "figures" / f"{_name(step)}.png", png.data)
+        finished("files")
         return png
 
     def write_spectrum(self, graph: InteractionGraph, baselines: Sequence[InteractionGraph], step: int) -> PNG:
@@ -56,7 +60,9 @@ class SnapshotFolder:
             The figure.
         """
         png = render_png(graph.plot_spectrum(baselines))
+        finished("figures")
         write_bytes(self.path / "spectra" / f"{_name(step)}.png", png.data)
+        finished("files")
         return png
 
     def write_figure(self, name: str, figure: Figure) -> PNG:

@@ -16,6 +16,7 @@ from lib_lightning.compute import MEMORY_LIMIT, graph_of
 from lib_lightning.core.build import BasisKind, Settings
 from lib_lightning.core.cut import LiveModel
 from lib_lightning.core.guard import random_states_kept
+from lib_lightning.core.steps import finished
 from lib_lightning.core.together import Together
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.history import History
@@ -207,6 +208,7 @@ class Watcher:
         ablates, computing = self.ablates(last), 0.0
         options: dict[str, Any] = {"input_fn": live.input_fn, "mask": live.mask_fn, "dtype": live.dtype}
         probe_samples = fingerprint(samples.probes, together) if self.watched.follow else None
+        finished("probes")
         graphs: dict[str, InteractionGraph] = {}
         found: dict[str, float] = {}
         for prefix, kind in self.prefixes.items():
@@ -221,21 +223,26 @@ class Watcher:
                     memory_limit=self.watched.memory_limit, together=together, **options,
                 )  # fmt: skip
                 curves = {section: answer.as_curve() for section, answer in required.items()}
+                finished("edges required")
             found |= {f"{prefix}/{key}": value for key, value in graph.measure(self.watched.ready, curves).items()}
             graph.find_modules(**self.watched.module_options)
+            finished("metrics and modules")
             if self.watched.labeller is not None and samples.batches:
                 with random_states_kept([]):  # a labeller may draw some
                     graph.labels = label_features(graph, live.model, samples.batches, self.watched.labeller, **options)
+                finished("labels")
             if self.watched.follow:
                 graph.probes = probe_features(
                     graph, live.model, samples.probes, samples.seed, together=together, **options
                 )
                 graph.info["probe_samples"] = probe_samples
+                finished("probes")
             graphs[prefix] = graph
         follower, events = self.follower.copy(), []
         if self.watched.follow:
             events = follower.follow(graphs, found, distance)
             found |= follower.numbers()
+            finished("following")
         numbers = self.numbers | found  # an ablation's numbers stay until the next one
         numbers |= self._ratios(numbers)
         numbers[f"{self.name}/samples"] = float(graphs[self.name].info["n_samples"])
@@ -288,4 +295,3 @@ class Watcher:
                 own, other = numbers[f"{self.name}/{key}"], numbers[total]
                 ratios[f"{over}/{key}"] = own / other if other else math.nan
         return ratios
-

@@ -23,7 +23,7 @@ ROOMS = [
     ("labels", "samples", "folder", "history"),
     ("ablation", "view"),
     ("watcher", "trainers"),
-    ("run_samples", "run_layers", "run_report", "run_budget"),
+    ("run_samples", "run_layers", "run_report", "run_budget", "profiling"),
     ("callback", "trainer_cli"),
     ("cli",),
     ("__main__",),

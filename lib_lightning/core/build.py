@@ -36,6 +36,7 @@ from lib_lightning.core.moments import Moments
 from lib_lightning.core.passes import Passes
 from lib_lightning.core.section import keep
 from lib_lightning.core.spectral import Cutoff
+from lib_lightning.core.steps import finished
 from lib_lightning.core.together import ALONE, Together
 from lib_lightning.core.variances import FeatureVariances
 
@@ -160,6 +161,7 @@ def build(
             raise ActivationError("There are no samples to compute a basis from, or a mask leaves out all of them.")
     means = [m.mean for m in moments]
     dtype = _same_dtype(dtype, together)
+    finished("moments")
 
     # 2. Bases, from the last node layer to the first.
     generator = torch.Generator().manual_seed(together.rank)
@@ -204,6 +206,7 @@ def build(
         # The same sums give the same basis only up to rounding, and truncation is all or nothing.
         bases.insert(0, basis.shared(together))
         lengths.insert(0, None if metric is None else metric.replicates(bases[0].from_features))
+        finished(f"basis of {name}")
 
     # 3. Edges.
     edges = [Edges(before, after, groups) for before, after in itertools.pairwise(bases)]
@@ -215,6 +218,7 @@ def build(
         if i + 1 == last:
             fhat = keep(bases[last].encode(section.a_out, torch.float64), section.mask_out)
             variances[last].update(fhat, section.mask_out, section.spans)
+        finished(f"edges from {names[i]} to {names[i + 1]}")
     for i, section_edges in enumerate(edges):
         section_edges.reduce(together)
         _check_derivatives(live, i, section_edges.E)
@@ -226,6 +230,7 @@ def build(
         found = feature_variances.replicates()
         importances.append(found if length is None else found * length)
         bases[i] = _with_errors(bases[i], importances[i])
+    finished("standard errors")
 
     notes = [_ONE_BY_ONE.format(*names[i : i + 2]) for i in sorted(passes.unstackable)]
     notes += [_BACKWARDS.format(*names[i : i + 2]) for i in range(last) if edges[i].fell_back]

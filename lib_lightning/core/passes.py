@@ -19,6 +19,7 @@ from lib_lightning.core.memory import Chunks, is_out_of_memory
 from lib_lightning.core.nested import samples_between
 from lib_lightning.core.recognise import SAMPLES, Recognition
 from lib_lightning.core.section import Point, Section, sections
+from lib_lightning.core.steps import finished
 
 Tick = Callable[[str], None]
 
@@ -152,7 +153,9 @@ class Passes:
         if self._kept:
             return self._kept[index]
         self.live.seed = index
-        return self._ready(sections(self.live, batch, means, self.integration_steps, self.chunks.stack_elements))
+        found = sections(self.live, batch, means, self.integration_steps, self.chunks.stack_elements)
+        finished("forward passes")
+        return self._ready(found)
 
     def _ready(self, found: list[Section]) -> list[Section]:
         for recognise, section in zip(self._recognitions, found, strict=False):

@@ -206,7 +206,9 @@ def _weighed(edges: Sequence[Tensor], weights: str, rtol: float) -> tuple[list[i
         shapes = ", ".join(str(tuple(E.shape)) for E in edges)
         raise LIBError(f"Edges of shapes [{shapes}] are no consecutive sections (r_out, r_in), the first one first.")
     scaled = [_weigh(E.detach().cpu().double(), weights, rtol) for E in edges]
-    return [edges[0].shape[1], *(E.shape[0] for E in edges)], [W / total if (total := W.sum()) > 0 else W for W in scaled]
+    return [edges[0].shape[1], *(E.shape[0] for E in edges)], [
+        W / total if (total := W.sum()) > 0 else W for W in scaled
+    ]
 
 
 def _layered_graph(edges: Sequence[Tensor], weights: str, rtol: float) -> tuple[list[int], Tensor, Tensor]:

@@ -1,0 +1,262 @@
+"""Where the time of one snapshot goes: seconds and floating-point operations of every step, for any model."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from lib_lightning.core.build import Settings
+from lib_lightning.core.cut import InputFn, LiveModel, MaskFn
+from lib_lightning.core.errors import LIBError
+from lib_lightning.core.guard import random_states_kept
+from lib_lightning.core.layers import NodeLayer, as_node_layers
+from lib_lightning.core.steps import listening
+from lib_lightning.core.together import ALONE
+from lib_lightning.display.film import Film
+from lib_lightning.folder import RunFolder
+from lib_lightning.questions import as_mask_fn, check_node_layers, propose_node_layers, runnable
+from lib_lightning.samples import SampleBuffer
+from lib_lightning.values import PROBES
+from lib_lightning.watcher import Samples, Watched, Watcher
+
+# Rows and columns of the matrices whose product measures a machine, and how many products are timed.
+RATE_SIZE = 1500
+_RATE_PRODUCTS = 8
+REST = "the rest"
+
+# How many floating-point operations a matrix product or a convolution of given shapes takes, by operation.
+_FORMULAS = FlopCounterMode(display=False).flop_registry
+
+# Floating-point operations by type, and those by step.
+Flops = dict[torch.dtype, int]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One step of a snapshot.
+
+    Attributes:
+        step: Its name.
+        seconds: Wall-clock time.
+        share: Of the time of the whole snapshot, from 0 to 1.
+        gflop: Floating-point operations of matrix products and convolutions, in 10^9.
+        rate: Of them in a second, in 10^9.
+        of_peak: What the same operations take as one large matrix product each of their own type, as a share of the
+            seconds; NaN where that type's rate is not known.
+    """
+
+    step: str
+    seconds: float
+    share: float
+    gflop: float
+    rate: float
+    of_peak: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Where the time of one snapshot goes.
+
+    Attributes:
+        rows: Its steps, in the order in which each is first finished.
+        rates: What this machine reaches in large matrix products, in 10^9 operations a second, by type.
+        samples: Number of samples.
+        node_layers: Names of the node layers.
+        device: Where it was computed.
+    """
+
+    rows: list[Row]
+    rates: dict[torch.dtype, float]
+    samples: int
+    node_layers: list[str]
+    device: torch.device
+
+    @property
+    def total(self) -> Row:
+        """All steps together."""
+        seconds = sum(row.seconds for row in self.rows)
+        gflop, share = sum(row.gflop for row in self.rows), sum(row.share for row in self.rows)
+        return Row("total", seconds, share, gflop, gflop / seconds, sum(row.of_peak * row.share for row in self.rows))
+
+
+def profile_snapshot(
+    model: nn.Module,
+    batches: Iterable[Any],
+    node_layers: Sequence[str | NodeLayer] | None = None,
+    watched: Watched | None = None,
+    input_fn: InputFn | None = None,
+    mask: str | int | MaskFn | None = None,
+    dtype: torch.dtype | None = None,
+) -> Profile:
+    """Measure where the time of one snapshot of `lib_lightning.LIBCallback` goes.
+
+    Three snapshots are taken, and written to a folder that is removed afterwards: one to warm up, one against the
+    clock, and one to count operations, which slows it down. The model is left exactly as it was found. What is not
+    part of every snapshot is left out: ablations, and figures over the whole run.
+
+    Args:
+        model: Any module, on any device; the batches are on the same one.
+        batches: As for `lib_lightning.compute_interaction_graph`.
+        node_layers: As for `lib_lightning.compute_interaction_graph`.
+        watched: What a snapshot holds; by default what it does with ``LIBCallback()``.
+        input_fn: As for `lib_lightning.compute_interaction_graph`.
+        mask: As for `lib_lightning.compute_interaction_graph`.
+        dtype: As for `lib_lightning.compute_interaction_graph`.
+
+    Returns:
+        A row for each step, with baselines in the rows of the basis itself.
+
+    Raises:
+        NodeLayerError: If a node layer is unknown, never run, out of order, or does not cut the computation.
+        LIBError: If there are no samples, or the model cannot be run on them.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> profile = profile_snapshot(model, [torch.randn(64, 4)], ["input", "1", "output"])
+        >>> [row.step for row in profile.rows][2:5]
+        ['moments', 'basis of output', 'forward passes']
+        >>> round(profile.total.share, 6)
+        1.0
+    """
+    watched = replace(watched or Watched(Settings()), ablation=None)
+    samples = SampleBuffer(2**62)
+    for batch in batches:
+        samples.add(batch)
+    if not samples.count:
+        raise LIBError("There are no samples to take a snapshot of.")
+    probes = SampleBuffer(PROBES)
+    probes.choose(samples, seed=0)
+    device = next((t.device for t in itertools.chain(model.parameters(), model.buffers())), torch.device("cpu"))
+    with random_states_kept([]):
+        with runnable(model, input_fn):
+            asked = model, samples.batches[0]
+            layers = as_node_layers(node_layers or propose_node_layers(*asked, input_fn, as_mask_fn(mask)))
+            check_node_layers(*asked, layers, dtype, input_fn, mask)
+        live = LiveModel(model, layers, input_fn, dtype, as_mask_fn(mask))
+        take = _snapshots(live, watched, Samples(samples.batches, probes=probes.batches))
+        take(lambda step: None)
+        clock = _Clock(device)
+        take(clock)
+        clock(REST)
+        with _Count() as count:
+            take(count)
+        types = {torch.float32, torch.float64, *(kind for step in count.steps.values() for kind in step)}
+        found = {kind: product_rate(kind, device) for kind in sorted(types, key=str)}
+    rates = {kind: rate for kind, rate in found.items() if rate is not None}
+    rows = _rows(clock.steps, count.steps, rates)
+    return Profile(rows, rates, samples.count, [layer.name for layer in layers], device)
+
+
+def _snapshots(live: LiveModel, watched: Watched, samples: Samples) -> Callable[[Callable[[str], None]], None]:
+    """What takes and writes one snapshot after another, as in training, while somebody listens."""
+    watcher = Watcher(watched, "lib")
+    watcher.reset([layer.name for layer in live.layers])
+    films = {prefix: Film() for prefix in watcher.prefixes}
+
+    def take(listener: Callable[[str], None]) -> None:
+        with tempfile.TemporaryDirectory() as root, listening(listener):
+            when = {"step": watcher.snapshots, "epoch": 0}
+            taken = watcher.take(live, samples, ALONE, when, last=False)
+            RunFolder(Path(root), watcher.prefixes).write(taken.graphs, watcher.snapshots, films)
+        watcher.accept(taken)
+
+    return take
+
+
+class _Clock:
+    """Adds up the seconds of every step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.steps: dict[str, float] = defaultdict(float)
+        self._device, self._last = device, _now(device)
+
+    def __call__(self, step: str) -> None:
+        now = _now(self._device)
+        self.steps[step] += now - self._last
+        self._last = now
+
+
+class _Count(TorchDispatchMode):
+    """Adds up the floating-point operations of every step, as `FlopCounterMode` does, but by type.
+
+    That one also puts hooks on all modules, whose hooks are none of our business.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.steps: dict[str, Flops] = {}
+        self._open: Flops = defaultdict(int)
+
+    def __call__(self, step: str) -> None:
+        known = self.steps.setdefault(step, defaultdict(int))
+        for kind, flop in self._open.items():
+            known[kind] += flop
+        self._open.clear()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = _FORMULAS.get(func._overloadpacket)
+        if formula is not None:
+            kind = next(arg.dtype for arg in args if isinstance(arg, Tensor))
+            self._open[kind] += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def product_rate(dtype: torch.dtype, device: torch.device, size: int = RATE_SIZE) -> float | None:
+    """Measure how fast this machine multiplies large matrices, with as many threads as torch uses now.
+
+    Args:
+        dtype: Type of the entries.
+        device: Where.
+        size: Rows and columns.
+
+    Returns:
+        Floating-point operations a second, in 10^9; None where the device does not know the type.
+
+    Example:
+        >>> product_rate(torch.float32, torch.device("cpu"), size=64) > 0
+        True
+    """
+    try:
+        generator = torch.Generator(device).manual_seed(0)
+        a = torch.rand(size, size, generator=generator, device=device).to(dtype)
+        a @ a
+    except (RuntimeError, TypeError):
+        return None
+    times = []
+    for _ in range(_RATE_PRODUCTS):
+        started = _now(device)
+        a @ a
+        times.append(_now(device) - started)
+    return 2e-9 * size**3 / min(times)
+
+
+def _now(device: torch.device) -> float:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def _rows(seconds: Mapping[str, float], flops: Mapping[str, Flops], rates: Mapping[torch.dtype, float]) -> list[Row]:
+    whole = sum(seconds.values())
+    rows = []
+    for step, own in seconds.items():
+        by_type = {kind: 1e-9 * flop for kind, flop in flops.get(step, {}).items()}
+        at_peak = sum(gflop / rates.get(kind, math.nan) for kind, gflop in by_type.items())
+        gflop = sum(by_type.values())
+        rows.append(Row(step, own, own / whole, gflop, gflop / own if own else 0.0, at_peak / own if own else 0.0))
+    return rows

@@ -1,0 +1,25 @@
+"""The CIFAR-10 perceptron (3072-100-100-10, 4,660 images): exact, float64, no truncation but that of rounding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lib_lightning import compute_interaction_graph
+from tests.benchmarks.agreement import assert_right
+from tests.benchmarks.clock import fastest, note_ratios, plain_seconds, reference_seconds
+from tests.benchmarks.subjects import perceptron
+
+
+def test_exact(benchmark: Any, published: Path | None) -> None:
+    subject = perceptron(published)
+
+    def ours() -> Any:
+        return compute_interaction_graph(subject.model, subject.batches, subject.node_layers, rtol=0)
+
+    graph, own = fastest(benchmark, ours)
+    # The covariance of 3,072 pixels has many directions next to nothing.
+    assert_right(subject, graph, tolerance=1e-6)
+    note_ratios(
+        benchmark, own, plain_loop=plain_seconds(subject, graph), transcription=reference_seconds(subject, graph)
+    )

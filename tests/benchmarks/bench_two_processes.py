@@ -1,0 +1,41 @@
+"""DDP: two processes with one thread each against one such process, on the same samples. Needs two cores."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.benchmarks.two_processes import SUBJECTS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", sorted(SUBJECTS))
+def test_speedup(benchmark: Any, name: str, tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+
+    def launch() -> None:
+        script = str(ROOT / "tests" / "benchmarks" / "two_processes.py")
+        subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, name, path],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            check=True,
+            timeout=3000,
+        )
+
+    benchmark.pedantic(launch, rounds=1, iterations=1)
+    found = json.loads(path.read_text())
+    # Sums in another order: directions at the threshold may come or go, and they are next to nothing.
+    assert found["error"] < 1e-4
+    benchmark.extra_info |= {
+        "one process (s)": round(found["one"], 2),
+        "two processes (s)": round(found["two"], 2),
+        "speedup": round(found["one"] / found["two"], 2),
+    }

@@ -1,0 +1,148 @@
+"""Seconds, of ours and of the slow ways: those take minutes to days, so a part of their loops is timed."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lib_lightning import InteractionGraph
+from lib_lightning.core.steps import listening
+from tests import reference
+from tests.benchmarks import plain
+from tests.benchmarks.subjects import Subject
+
+T = TypeVar("T")
+
+
+def seconds(work: Callable[[], Any], repeats: int = 1) -> float:
+    """Least time of several runs."""
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def fastest(benchmark: Any, work: Callable[[], T], budget: float = 20.0, most: int = 7) -> tuple[T, float]:
+    """Run as often as a budget of seconds allows, after once to warm up; the result, and the least time."""
+    once = seconds(work)
+    rounds = max(1, min(most, int(budget / once)))
+    result = benchmark.pedantic(work, rounds=rounds, iterations=1)
+    least = benchmark.stats.stats.min if benchmark.stats is not None else once
+    return result, min(once, least)
+
+
+def extrapolated(work: Callable[[int], Any], part: int, whole: int) -> float:
+    """Seconds of so many rounds of a loop, from one round and a few more: what comes before the loop counts once."""
+    work(1)
+    one, more = seconds(lambda: work(1), 2), seconds(lambda: work(1 + part), 2)
+    return one + (whole - 1) * max(0.0, more - one) / part
+
+
+def edges_seconds(work: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds for the edges (after the last basis, with the forward passes for them), and for everything."""
+    bases, edges, started = 0.0, 0.0, time.perf_counter()
+
+    def note(step: str) -> None:
+        nonlocal bases, edges
+        if step.startswith("basis of"):
+            bases = time.perf_counter()
+        if step.startswith("edges from"):
+            edges = time.perf_counter()
+
+    with listening(note):
+        work()
+    return edges - bases, time.perf_counter() - started
+
+
+def plain_seconds(subject: Subject, graph: InteractionGraph, part: int = 3) -> dict[str, float]:
+    """Seconds of the plain loop over outputs for a whole graph.
+
+    Moments and eigenproblems are timed as they are. Of the loops over output positions and features ``1 + part`` are
+    run on all samples, with the graph's own bases.
+
+    Returns:
+        Seconds for ``moments``, ``bases`` and ``edges``.
+    """
+    a, bases = subject.activations(), _bases(subject, graph)
+    spent = {"moments": sum(seconds(lambda x=x: plain.covariance(x)) for x in a), "bases": 0.0, "edges": 0.0}
+    for l, F in enumerate(subject.chain):
+        (mu, C, C_pinv), (_, C_next, _) = bases[l : l + 2]
+        outputs = [(t, i) for t in range(a[l + 1].shape[1]) for i in range(C_next.shape[1])]
+        Sigma = plain.covariance(a[l])[1]
+        spent["bases"] += 2 * seconds(lambda Sigma=Sigma: torch.linalg.eigh(Sigma))
+
+        def metric(k: int, F: Any = F, a_l: Tensor = a[l], C_next: Tensor = C_next, o: Any = outputs) -> None:
+            plain.metric(F, a_l, C_next, o[:k])
+
+        def edges(k: int, F: Any = F, x: Any = (a[l], mu, C, C_pinv, C_next), o: Any = outputs) -> None:
+            plain.edges(F, *x, o[:k])
+
+        spent["bases"] += extrapolated(metric, part, len(outputs))
+        spent["edges"] += extrapolated(edges, part, len(outputs))
+    return spent
+
+
+def reference_seconds(subject: Subject, graph: InteractionGraph, part: int = 3) -> dict[str, float]:
+    """Seconds of the literal transcription of the paper (`tests.reference`) for a whole graph.
+
+    Its eigenproblems are timed as they are. Of its loops over samples, and over rows in the covariance, ``1 + part``
+    rounds are run, with the graph's own bases: those of a few samples would be narrower, and the work less.
+
+    Returns:
+        Seconds for ``moments``, ``bases`` and ``edges``.
+    """
+    a, bases = subject.activations(), _bases(subject, graph)
+    spent = {"moments": 0.0, "bases": 0.0, "edges": 0.0}
+    for x, (mu, _, _) in zip(a, bases, strict=True):
+        rows = x.flatten(0, 1)
+
+        def outer(k: int, rows: Tensor = rows, mu: Tensor = mu) -> None:
+            sum(torch.outer(r - mu, r - mu) for r in rows[:k])
+
+        spent["moments"] += extrapolated(outer, part, len(rows))
+    for l, F in enumerate(subject.chain):
+        (mu, C, C_pinv), (_, C_next, _) = bases[l : l + 2]
+        counts, counts_next = (torch.ones(x.shape[:2], dtype=torch.bool) for x in a[l : l + 2])
+        Sigma = plain.covariance(a[l])[1]
+        spent["bases"] += 2 * seconds(lambda Sigma=Sigma: reference.nonzero_eigh(Sigma, 0.0))
+
+        def metric(k: int, F: Any = F, x: Any = (a[l], mu, C_next, counts, counts_next)) -> None:
+            a_l, mu, C_next, counts, counts_next = x
+            reference.jacobian_metric(F, a_l[:k], mu, C_next, counts[:k], counts_next[:k])
+
+        def edges(k: int, F: Any = F, x: Any = (a[l], mu, C, C_pinv, C_next, counts, counts_next)) -> None:
+            a_l, mu, C, C_pinv, C_next, counts, counts_next = x
+            reference.edges(F, a_l[:k], mu, C, C_pinv, C_next, counts[:k], counts_next[:k])
+
+        spent["bases"] += extrapolated(metric, part, len(a[l]))
+        spent["edges"] += extrapolated(edges, part, len(a[l]))
+    return spent
+
+
+def note_ratios(benchmark: Any, own: float, **slow: dict[str, float]) -> None:
+    """Write down how many times as long the slow ways take, and their seconds, step by step."""
+    for name, spent in slow.items():
+        whole = sum(spent.values())
+        benchmark.extra_info[f"times the {name.replace('_', ' ')}"] = round(whole / own, 1)
+        steps = ", ".join(f"{step} {x:.3g}" for step, x in spent.items())
+        benchmark.extra_info[f"{name.replace('_', ' ')} (s)"] = f"{whole:.3g} ({steps})"
+
+
+def _bases(subject: Subject, graph: InteractionGraph) -> list[tuple[Tensor, Tensor, Tensor]]:
+    dtype = next(subject.model.parameters()).dtype
+    return [
+        (b.mean.to(dtype), b.to_features.to(dtype), b.from_features.to(dtype))
+        for b in (graph.bases[name] for name in subject.node_layers)
+    ]
+
+
+def pairs(graph: InteractionGraph) -> list[tuple[str, str]]:
+    """Neighbouring node layers."""
+    return list(itertools.pairwise(graph.node_layers))

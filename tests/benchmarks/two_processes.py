@@ -1,0 +1,65 @@
+"""Two processes on the same samples against one, each with one thread: ``torchrun --nproc_per_node 2 THIS FILE``."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import distributed as dist
+
+from lib_lightning import InteractionGraph, compute_interaction_graph
+from lib_lightning.processes import Processes
+from tests.benchmarks.agreement import edges_errors
+from tests.benchmarks.subjects import Subject, language_model, modular_addition, perceptron
+
+REPEATS = 3
+SUBJECTS: dict[str, Callable[[], Subject]] = {
+    "modular_addition": lambda: modular_addition(None),
+    "cifar10": lambda: perceptron(None),
+    "language_model": lambda: language_model(16, 16, n_layers=2, batch_size=4),
+}
+
+
+def timed(work: Callable[[], InteractionGraph], together: bool) -> tuple[float, InteractionGraph]:
+    """Least seconds of several runs, from when all are ready until the last one is done."""
+    times = []
+    for _ in range(REPEATS):
+        if together:
+            dist.barrier()
+        started = time.perf_counter()
+        graph = work()
+        if together:
+            dist.barrier()
+        times.append(time.perf_counter() - started)
+    return min(times), graph
+
+
+def main(name: str, path: Path) -> None:
+    """Measure, and write what was found as JSON."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    subject = SUBJECTS[name]()
+    batches = list(subject.data.split(max(1, min(subject.batch_size, len(subject.data) // 4))))
+    processes = Processes()
+    own = batches[rank::2]
+    both, graph = timed(
+        lambda: compute_interaction_graph(subject.model, own, subject.node_layers, together=processes), together=True
+    )
+    if rank == 0:  # the other one waits, and does nothing
+        one, alone = timed(
+            lambda: compute_interaction_graph(subject.model, batches, subject.node_layers), together=False
+        )
+        found = {"one": one, "two": both, "error": max(edges_errors(graph, alone))}
+        path.write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
