@@ -109,4 +109,4 @@ class Edges:
     @property
     def replicates(self) -> Tensor:
         """The edges with one group of samples left out at a time, ``(G, r_out, r_in)``; G is 0 with one group only."""
-        return leave_one_out(self._total, self.rows.to(self._total))
+        return leave_one_out(self._total, self.rows)

@@ -66,7 +66,7 @@ class FisherMetric:
         Returns:
             ``v M v^T`` of each direction and replicate, shape ``(G, r)``; G is 0 where there is only one group.
         """
-        return leave_one_out(((directions @ self._total) * directions).sum(-1), self.rows.to(directions))
+        return leave_one_out(((directions @ self._total) * directions).sum(-1), self.rows)
 
     def factor(self, cutoff: float) -> Tensor:
         """Square-root factor ``B`` with ``B^T B = M``.

@@ -43,7 +43,7 @@ def leave_one_out(sums: Tensor, counts: Tensor) -> Tensor:
 
     Args:
         sums: Sum over each group, shape ``(G, ...)``.
-        counts: What it is a sum of, shape ``(G,)``; groups of nothing are passed over.
+        counts: What it is a sum of, shape ``(G,)``, on the CPU; groups of nothing are passed over.
 
     Returns:
         One mean for each group that has something in it, shape ``(G', ...)``; none if there is only one.
@@ -52,8 +52,8 @@ def leave_one_out(sums: Tensor, counts: Tensor) -> Tensor:
         >>> leave_one_out(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([1, 1, 2]))
         tensor([2.6667, 2.3333, 1.5000])
     """
-    there = counts > 0
-    if int(there.sum()) < 2:
+    there = [g for g, count in enumerate(counts.tolist()) if count > 0]
+    if len(there) < 2:
         return sums[:0]
     sums, counts = sums[there], counts[there].to(sums)
     rest = (counts.sum() - counts).reshape(-1, *[1] * (sums.ndim - 1))

@@ -122,7 +122,7 @@ class JacobianMetric:
             ``v M v^T`` of each direction and replicate, shape ``(G, r)``; G is 0 where there is only one group.
         """
         lengths = self.gram.squared_lengths(directions).unflatten(0, (-1, self._halves)).sum(1)
-        return leave_one_out(lengths, self.rows.to(lengths)) / (self.n_probes or 1)
+        return leave_one_out(lengths, self.rows) / (self.n_probes or 1)
 
     @property
     def M(self) -> Tensor:

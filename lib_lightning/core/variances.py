@@ -45,5 +45,4 @@ class FeatureVariances:
 
     def replicates(self) -> Tensor:
         """Variances with one group of samples left out at a time, ``(G, r)``; G is 0 where there is only one group."""
-        rows = self.rows.to(self._first)
-        return leave_one_out(self._second, rows) - leave_one_out(self._first, rows).square()
+        return leave_one_out(self._second, self.rows) - leave_one_out(self._first, self.rows).square()
