@@ -6,6 +6,7 @@ as many rows as there are directions that anything reads, they are those of ``y 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lib_lightning.core.basis import Basis
@@ -56,6 +57,9 @@ class DualMoments:
         Returns:
             The basis with kind ``"lib"``.
         """
-        Lambda, Q = eigh_psd(self._K / self._count, cutoff.metric)
+        # Equal numbers differ from their mean by its rounding: features no larger than that are none.
+        rounding = float(((torch.finfo(self.mean.dtype).eps * self.mean).abs() @ self.B.abs().T).square().sum())
+        K = self._K / self._count
+        Lambda, Q = eigh_psd(K, cutoff.metric, rounding) if len(K) else (K.diagonal(), K)
         C_pinv = (Q.T @ self._cross) / (self._count * Lambda[:, None])
         return Basis(name, "lib", self.mean, self.B.T @ Q, C_pinv, Lambda)
