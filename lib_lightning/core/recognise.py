@@ -27,7 +27,9 @@ from lib_lightning.core.memory import is_out_of_memory
 from lib_lightning.core.section import Section
 
 # Operations that bend nothing, by what autograd calls them: they leave numbers as they are, or add.
-_LAYOUT = re.compile(r"AccumulateGrad|Copy|Clone|Alias|View|Reshape|Squeeze|Unsqueeze|Permute|Transpose|Slice|Select")
+_LAYOUT = re.compile(
+    r"AccumulateGrad|Copy|Clone|Alias|View|Reshape|Squeeze|Unsqueeze|Permute|Transpose|Slice|Select|Index"
+)
 _ADD = re.compile(r"^(Add|Sub)Backward")
 # Samples to read weights off.
 SAMPLES = 64
