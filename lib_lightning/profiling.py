@@ -126,7 +126,7 @@ def profile_snapshot(
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> profile = profile_snapshot(model, [torch.randn(64, 4)], ["input", "1", "output"])
         >>> [row.step for row in profile.rows][2:5]
-        ['moments', 'basis of output', 'forward passes']
+        ['moments', 'basis of output', 'basis of 1']
         >>> round(profile.total.share, 6)
         1.0
     """

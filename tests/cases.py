@@ -414,6 +414,51 @@ def padded() -> Case:
     )
 
 
+class PlainBlock(nn.Module):
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(d, 2 * d), nn.Linear(2 * d, d, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.silu(self.up(x)))
+
+
+def plain_residual() -> Case:
+    # Residual blocks without norms: every section has a closed form, also at the last of several positions.
+    model = nn.Sequential(PlainBlock(4), PlainBlock(4), nn.Linear(4, 3, bias=False)).double()
+    layers = [NodeLayer([tap], positions=-1) for tap in ("input", "0", "1", "output")]
+    return Case(
+        "plain_residual", model, torch.randn(N, 3, 4).double(), layers, lambda x: x[:, -1:], list(model),
+        affine=frozenset({2}),
+    )  # fmt: skip
+
+
+class BeforeActivations(nn.Module):
+    """Cut before its activation functions: each section begins with one; the last one is written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(5, 6), nn.Linear(6, 4, bias=False), nn.Linear(4, 3)
+
+    def bend(self, x: Tensor) -> Tensor:
+        return 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.04 * x**3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(self.bend(self.second(F.elu(self.first(x)))))
+
+
+def before_activations() -> Case:
+    model = BeforeActivations().double()
+    return Case(
+        "before_activations",
+        model,
+        torch.randn(N, 2, 5).double(),
+        ["first", "second", "output"],
+        model.first,
+        [lambda a: model.second(F.elu(a)), lambda a: model.third(model.bend(a))],
+    )
+
+
 def all_cases() -> list[Case]:
     """Every case, always with the same numbers."""
     with torch.random.fork_rng():
@@ -421,5 +466,5 @@ def all_cases() -> list[Case]:
         return [
             mlp("mlp_relu", nn.ReLU), mlp("mlp_tanh", nn.Tanh), mlp("mlp_gelu", nn.GELU), few_samples(), linear_chain(),
             positions(), residual(), transformer(), last_token(), conv(), returns_tuple(), dict_input(), tied(),
-            repeated(), norm_and_residual(), padded(),
+            repeated(), norm_and_residual(), padded(), plain_residual(), before_activations(),
         ]  # fmt: skip

@@ -122,7 +122,11 @@ def lib_basis(name: str, mean: Tensor, covariance: Tensor, B: Tensor, cutoff: Cu
         >>> basis.importance
         tensor([4., 1.], dtype=torch.float64)
     """
-    D, U = _principal_components(mean, covariance, cutoff.rounding)
+    return lib_of_components(name, mean, *_principal_components(mean, covariance, cutoff.rounding), B, cutoff)
+
+
+def lib_of_components(name: str, mean: Tensor, D: Tensor, U: Tensor, B: Tensor, cutoff: Cutoff) -> Basis:
+    """The same, from the principal components that are left: variances ``D (k,)`` and directions ``U (d, k)``."""
     _, s, Vt = torch.linalg.svd(B @ (U * D.sqrt()), full_matrices=False)
     keep = s.square() > cutoff.metric * s.square().amax() if s.numel() else torch.zeros_like(s, dtype=torch.bool)
     s, V = s[keep], Vt[keep].T

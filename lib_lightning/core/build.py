@@ -24,7 +24,7 @@ from torch import Tensor
 from lib_lightning.core.basis import Basis, centered_basis, lib_basis, neuron_basis, pca_basis
 from lib_lightning.core.check import check_finite
 from lib_lightning.core.cut import LiveModel
-from lib_lightning.core.dual import DualMoments
+from lib_lightning.core.dual import DualMoments, FewRows
 from lib_lightning.core.edges import Edges
 from lib_lightning.core.errors import ActivationError, NotFiniteError
 from lib_lightning.core.fisher import FisherMetric
@@ -197,7 +197,7 @@ def build(
             if moments[i].has_covariance:
                 basis = lib_basis(name, means[i], moments[i].covariance, B, cutoff)
             else:
-                dual = DualMoments(means[i], B)
+                dual = (FewRows if moments[i].count <= len(means[i]) else DualMoments)(means[i], B)
                 for rows, _ in passes.rows(step, i):
                     dual.update(rows)
                 dual.reduce(together)

@@ -55,28 +55,22 @@ class ClosedForm:
     slopes: Tensor | None
     counts: Tensor
 
-    def vjp(self, cotangent: Tensor) -> Tensor:
-        """Multiply from the output side: ``J^T u``.
+    def seen_along(self, cotangent: Tensor, directions: Tensor) -> Tensor:
+        """Multiply with the Jacobian from both sides, ``u^T J v``, without a product as wide as the node layer.
 
         Args:
-            cotangent: ``u``, shape ``(n, S, d_out)``.
+            cotangent: ``u``, zero at positions that do not count, shape ``(n, S, d_out)``.
+            directions: ``v``, one a column, shape ``(d_in, k)``.
 
         Returns:
-            Shape ``(n, S, d_in)``.
+            Shape ``(n, S, k)``.
         """
         w = self.weights
-        g = self.to_hidden(cotangent)
-        g = g if w.W_1 is None else g @ w.W_1
-        return g + self._counted(cotangent) if w.residual else g
-
-    def to_hidden(self, cotangent: Tensor) -> Tensor:
-        """Multiply from the output side, up to where the activation function begins: shape ``(n, S, h)``."""
-        u = self._counted(cotangent)
-        g = u if self.weights.W_2 is None else u @ self.weights.W_2
-        return g if self.slopes is None else g * self.slopes
-
-    def _counted(self, rows: Tensor) -> Tensor:
-        return torch.where(self.counts[..., None], rows, rows.new_zeros(()))
+        moved = directions if w.W_1 is None else w.W_1 @ directions
+        if self.slopes is None:
+            return cotangent @ (moved if w.W_2 is None else w.W_2 @ moved)
+        bent = ((cotangent if w.W_2 is None else cotangent @ w.W_2) * self.slopes) @ moved
+        return bent + cotangent @ directions if w.residual else bent
 
 
 class ClosedMetric:

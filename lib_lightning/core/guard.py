@@ -177,6 +177,35 @@ def attributes_kept(model: nn.Module) -> Callable[[], None]:
     return restore
 
 
+def unchanged(model: nn.Module) -> Callable[[], bool]:
+    """Take note of the tensors that a model keeps beside its parameters: buffers, and those in its plain attributes.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Tells whether these tensors (not others that have been put in their place) still hold what they hold now.
+    """
+    plain = [value for m in model.modules() for name, value in m.__dict__.items() if name not in _MODULE_NAMES]
+    found = [*model.buffers(), *_tensors(plain, set())]
+    # Of others autograd's own count of writes has to do: there is no comparing sparse tensors.
+    saved = [(t, t.detach().clone()) for t in found if type(t.data) is Tensor and t.layout == torch.strided]
+    return lambda: all(_equal(t, copy) for t, copy in saved)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _tensors(value: Any, seen: set[int]) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if not isinstance(value, (list, tuple, deque, dict, set)) or id(value) in seen:
+        return []
+    seen.add(id(value))
+    return [t for entry in _entries(value) for t in _tensors(entry, seen)]
+
+
 def _contents(value: Any, seen: set[int]) -> Callable[[], object] | None:
     """Take note of what a tensor, an array or a container holds, down to the last one; the result puts it back."""
     numpy: Any = sys.modules.get("numpy")

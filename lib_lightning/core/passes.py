@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lib_lightning.core.cut import Cut, LiveModel, rows_of
 from lib_lightning.core.groups import spans
+from lib_lightning.core.guard import unchanged
 from lib_lightning.core.memory import Chunks, is_out_of_memory
 from lib_lightning.core.nested import samples_between
 from lib_lightning.core.recognise import SAMPLES, Recognition
@@ -65,7 +66,7 @@ class Passes:
             The node layers at each batch.
         """
         self._learn()
-        buffers = [buffer.clone() for buffer in self.live.model.buffers()] if self._keep else []
+        as_before = unchanged(self.live.model) if self._keep else None
         sizes = []
         for index, batch in enumerate(self.batches):
             self.live.seed = index
@@ -77,7 +78,7 @@ class Passes:
                 self._kept.append(self._ready(self._sections_between(cuts)))
             self.tick("moments")
         # A model that writes into its own tensors has perhaps written over what the first graphs hold.
-        if not all(map(torch.equal, buffers, self.live.model.buffers())) or not self._still_good():
+        if as_before is not None and not (as_before() and self._still_good()):
             self._kept = []
         starts = itertools.accumulate(sizes, initial=0)
         groups = self.chunks.groups
@@ -169,12 +170,15 @@ class Passes:
         if not self._recognitions or not self.batches:
             return
         self.live.seed = 0
+        few = samples_between(self.batches[0], 0, SAMPLES)
         try:
-            cuts = self.live.cut(samples_between(self.batches[0], 0, SAMPLES))
+            with torch.no_grad():
+                self.live.cut(few)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            cuts = self.live.cut(self.batches[0])  # something in it is not one entry a sample, though of that length
+            few = self.batches[0]  # something in it is not one entry a sample, though it has that length
+        cuts = self.live.cut(few)
         for recognition, section in zip(self._recognitions, self._sections_between(cuts), strict=True):
             recognition.learn(section)
 
@@ -185,11 +189,13 @@ class Passes:
         ]
 
     def _still_good(self) -> bool:
-        """Whether the graphs of the first batch have outlived the other ones."""
+        """Whether the graphs of all batches have outlived the later ones."""
         try:
-            for section in self._kept[0] if len(self._kept) > 1 else []:
+            for section in itertools.chain(*self._kept[:-1]):
                 if section.closed is None:
                     section.vjp(torch.zeros_like(section.a_out)[None])
-        except RuntimeError:
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             return False
         return True

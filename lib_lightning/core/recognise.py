@@ -3,8 +3,8 @@
 What the graph says is a guess: which operations mix features, and which only bend single numbers, goes by their names.
 On a few samples the weights are read off, by backward passes that ask for one row of them at every position, and the
 form has to give the same product with the Jacobian as autograd does, for a random vector. At every batch it then has to
-do so again, up to the linear map from a wide node layer, which is the same for all samples. Where it does not, the
-section is computed like any other.
+do so again, all the way to the node layer: weights, too, may differ from batch to batch. Where it does not, the section
+is computed like any other.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -21,11 +23,13 @@ from torch.autograd.graph import GradientEdge
 
 from lib_lightning.core.closed import ClosedForm, Weights
 from lib_lightning.core.flow import Edge, edge_of, flow
-from lib_lightning.core.gram import DENSE_WIDTH
+from lib_lightning.core.memory import is_out_of_memory
 from lib_lightning.core.section import Section
 
 # Operations that bend nothing, by what autograd calls them: they leave numbers as they are, or add.
-_LAYOUT = re.compile(r"AccumulateGrad|Copy|Clone|Alias|View|Reshape|Squeeze|Unsqueeze|Permute|Transpose|Slice|Select")
+_LAYOUT = re.compile(
+    r"AccumulateGrad|Copy|Clone|Alias|View|Reshape|Squeeze|Unsqueeze|Permute|Transpose|Slice|Select|Index"
+)
 _ADD = re.compile(r"^(Add|Sub)Backward")
 # Samples to read weights off.
 SAMPLES = 64
@@ -33,6 +37,8 @@ SAMPLES = 64
 _OPERATIONS = 40
 # One pass reads off one row for each position that counts; so many passes at most.
 _PASSES = 256
+# Random directions that a product is looked at along, for each sample: that of one could be small by chance.
+_DIRECTIONS = 4
 # How closely products agree, as a power of the precision: rounding over thousands of terms, and no more.
 _SAME = 0.75
 
@@ -51,11 +57,9 @@ class Recognition:
             section: The section at a few samples.
         """
         if _may_be_simple(section):
-            try:
+            with _giving_up():
                 search = _Search(section)
-                self._forms = [weights for weights in search.read_off() if search.fit(weights, whole=True)]
-            except (RuntimeError, NotImplementedError):
-                self._forms = []  # an operation that cannot be differentiated in parts
+                self._forms = [weights for weights in search.read_off() if search.fit(weights)]
 
     def __call__(self, section: Section) -> ClosedForm | None:
         """Find the closed form of a section.
@@ -66,11 +70,11 @@ class Recognition:
         Returns:
             The form; None if there is none that fits.
         """
-        if not self._forms or not _may_be_simple(section):
-            return None
-        search = _Search(section)
-        whole = section.d_in <= DENSE_WIDTH
-        return next((form for weights in self._forms if (form := search.fit(weights, whole)) is not None), None)
+        if self._forms and _may_be_simple(section):
+            with _giving_up():
+                search = _Search(section)
+                return next((form for weights in self._forms if (form := search.fit(weights)) is not None), None)
+        return None
 
 
 class _Bend(NamedTuple):
@@ -114,34 +118,35 @@ class _Search:
         self.positions = self.layer.positions_of(index[None, :, None])[0, :, 0]
         generator = torch.Generator().manual_seed(0)
         self.u = self._counted(torch.randn(self.a_out.shape, generator=generator).to(self.a_out))
+        self.v = torch.randn(section.d_in, _DIRECTIONS, generator=generator).to(self.a_out)
 
-    def fit(self, weights: Weights, whole: bool) -> ClosedForm | None:
+    def fit(self, weights: Weights) -> ClosedForm | None:
         """The form with these weights, if it gives the products that autograd gives.
 
         Args:
             weights: What is the same at all positions.
-            whole: Whether to hold the linear map from the node layer to account, too.
 
         Returns:
             The form; None if the products differ.
         """
-        end, begin = self._place(self.end), self._place(self.begin)
         if weights.affine:
-            form = ClosedForm(weights, None, self.counts)
-            linear = not self.bends
-            same = (linear and not whole) or _same(form.vjp(self.u), self._pull(end, begin))
-            return form if same else None
+            return self._checked(ClosedForm(weights, None, self.counts))
         for bend in self.bends:
             start, stop = self._place(bend.start), self._place(bend.stop)
             slopes = self._counted(start.read(_pull(stop, start, self.a_out.new_ones(stop.shape))))
-            if bend.residual != weights.residual or slopes.shape[-1] != weights.hidden:
-                continue
-            form = ClosedForm(weights, slopes, self.counts)
-            whole = whole or bend.start == self.begin
-            to, straight = (begin, form.vjp(self.u)) if whole else (start, form.to_hidden(self.u))
-            if _same(straight, self._pull(end, to)):
-                return form
+            if bend.residual == weights.residual and slopes.shape[-1] == weights.hidden:
+                form = self._checked(ClosedForm(weights, slopes, self.counts))
+                if form is not None:
+                    return form
         return None
+
+    def _checked(self, form: ClosedForm) -> ClosedForm | None:
+        return form if _same(form.seen_along(self.u, self.v), self._product) else None
+
+    @cached_property
+    def _product(self) -> Tensor:
+        """What autograd makes of the random vector, along the random directions: shape ``(n, S, k)``."""
+        return self._pull(self._place(self.end), self._place(self.begin)) @ self.v
 
     def read_off(self) -> Iterator[Weights]:
         """Weights of all forms that this section could have."""
@@ -188,6 +193,16 @@ class _Search:
 
     def _counted(self, rows: Tensor) -> Tensor:
         return torch.where(self.counts[..., None], rows, rows.new_zeros(()))
+
+
+@contextmanager
+def _giving_up() -> Iterator[None]:
+    """A search that an error ends: a shape that is another at this batch, or an operation without such a derivative."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError, IndexError) as error:
+        if is_out_of_memory(error):
+            raise
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
