@@ -17,7 +17,7 @@ from lib_lightning.core.cut import Cut, LiveModel, rows_of
 from lib_lightning.core.groups import spans
 from lib_lightning.core.guard import unchanged
 from lib_lightning.core.memory import Chunks, is_out_of_memory
-from lib_lightning.core.nested import samples_between
+from lib_lightning.core.nested import batch_size, samples_between
 from lib_lightning.core.recognise import SAMPLES, Recognition
 from lib_lightning.core.section import Point, Section, sections
 from lib_lightning.core.steps import finished
@@ -170,14 +170,16 @@ class Passes:
         if not self._recognitions or not self.batches:
             return
         self.live.seed = 0
-        few = samples_between(self.batches[0], 0, SAMPLES)
-        try:
-            with torch.no_grad():
-                self.live.cut(few)
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            few = self.batches[0]  # something in it is not one entry a sample, though it has that length
+        few = self.batches[0]
+        if batch_size(few) > SAMPLES:
+            try:
+                with torch.no_grad():
+                    self.live.cut(samples_between(few, 0, SAMPLES))
+                few = samples_between(few, 0, SAMPLES)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                # Something in it is not one entry a sample, though it has that length: all of it, then.
         cuts = self.live.cut(few)
         for recognition, section in zip(self._recognitions, self._sections_between(cuts), strict=True):
             recognition.learn(section)
