@@ -1,4 +1,4 @@
-"""What all benchmarks share: every core for torch, and where published weights and data are."""
+"""What all benchmarks share: every core for torch, how fast the machine is now, and where published weights are."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lib_lightning.profiling import product_rate
+
 THREADS = int(os.environ.get("BENCH_THREADS", 0)) or os.cpu_count() or 1
 
 
@@ -18,6 +20,17 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(THREADS)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _rates(request: pytest.FixtureRequest, _threads: None) -> Iterator[None]:
+    """Note how fast the machine multiplies matrices at this moment, as others may be using it, too."""
+    benchmark = request.getfixturevalue("benchmark") if "benchmark" in request.fixturenames else None
+    yield
+    if benchmark is not None:
+        rates = {bits: product_rate(getattr(torch, f"float{bits}"), torch.device("cpu"), 1000) for bits in (32, 64)}
+        noted = ", ".join(f"{rate:.0f} in float{bits}" for bits, rate in rates.items() if rate is not None)
+        benchmark.extra_info["GFLOP/s of large products"] = noted
 
 
 @pytest.fixture(params=["published", "made-up"])
