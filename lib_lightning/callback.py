@@ -61,8 +61,8 @@ class LIBCallback(pl.Callback):
         basis: lib, or the baselines pca and neuron.
         final_basis: Basis of the last node layer: neuron, pca, centered for logits less their mean over the classes,
             or auto for neurons at the model's output and PCA anywhere else.
-        rtol: Directions of covariance, metric and importance below this share of the largest are dropped; 0 drops only
-            what rounding cannot tell from zero.
+        rtol: Directions of metric and importance (PCA: variance) below this share of the largest are dropped; 0 drops
+            only what rounding cannot tell from zero.
         n_probes: None (null) for the exact metric; a number for that many random-sign probes per sample.
         integration_steps: 0 takes gradients at the activations; a number averages them over that many points on the
             way from the mean.

@@ -66,8 +66,8 @@ def compute_interaction_graph(
         final_basis: Basis of the last node layer, which has no next one: ``"neuron"``, ``"pca"``, or ``"centered"`` for
             logits less their mean over the classes; ``"auto"`` takes neurons for ``"output"`` and PCA for anything
             else.
-        rtol: Directions of covariance, metric and importance below this share of the largest are dropped; 0 drops only
-            what rounding cannot tell from zero.
+        rtol: Directions of metric and importance (PCA: variance) below this share of the largest are dropped; 0 drops
+            only what rounding cannot tell from zero.
         n_probes: None for the exact metric; a number for that many random-sign probes per sample, which makes the
             cost independent of the number of output positions and features.
         integration_steps: 0 takes gradients at the activations; a number averages them over that many Gauss-Legendre

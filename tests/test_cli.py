@@ -83,7 +83,7 @@ def test_help_explains_every_option_of_the_callback() -> None:
     for words in (
         "Number of validation samples to compute on",
         "a snapshot before training and so many for each tenfold of the number of steps",
-        "Directions of covariance, metric and importance below this share",
+        "Directions of metric and importance (PCA: variance) below this",
         "Prefix of everything logged and name of the folder",
         "or a NodeLayer",
     ):

@@ -103,8 +103,8 @@ def lib_basis(name: str, mean: Tensor, covariance: Tensor, B: Tensor, cutoff: Cu
         mean: ``mu``, shape ``(d,)``, float64.
         covariance: ``Sigma``, shape ``(d, d)``, float64.
         B: Square-root factor of the Jacobian metric, ``B^T B = M``, shape ``(k, d)``, float64.
-        cutoff: Directions with an eigenvalue of ``Sigma``, or an importance, up to its share of the largest are
-            dropped.
+        cutoff: Directions with an importance up to its share of the largest are dropped. Of ``Sigma`` only directions
+            without any variance are: a small one may matter, if the metric says so.
 
     Returns:
         The basis with kind ``"lib"``.
@@ -120,7 +120,7 @@ def lib_basis(name: str, mean: Tensor, covariance: Tensor, B: Tensor, cutoff: Cu
         >>> basis.importance
         tensor([4., 1.], dtype=torch.float64)
     """
-    D, U = _principal_components(mean, covariance, cutoff)
+    D, U = _principal_components(mean, covariance, cutoff.rounding)
     _, s, Vt = torch.linalg.svd(B @ (U * D.sqrt()), full_matrices=False)
     keep = s.square() > cutoff.metric * s.square().amax() if s.numel() else torch.zeros_like(s, dtype=torch.bool)
     s, V = s[keep], Vt[keep].T
@@ -146,7 +146,7 @@ def pca_basis(name: str, mean: Tensor, covariance: Tensor, cutoff: Cutoff) -> Ba
         >>> pca_basis("fc", torch.zeros(2), torch.diag(torch.tensor([1.0, 4.0])), cutoff).importance
         tensor([4., 1.])
     """
-    D, U = _principal_components(mean, covariance, cutoff)
+    D, U = _principal_components(mean, covariance, cutoff.variance)
     return Basis(name, "pca", mean, U, U.T, D)
 
 
@@ -190,7 +190,7 @@ def centered_basis(name: str, mean: Tensor, covariance: Tensor) -> Basis:
     return Basis(name, "centered", mean, P, P, (P @ covariance @ P).diagonal().clone())
 
 
-def _principal_components(mean: Tensor, covariance: Tensor, cutoff: Cutoff) -> tuple[Tensor, Tensor]:
+def _principal_components(mean: Tensor, covariance: Tensor, cutoff: float) -> tuple[Tensor, Tensor]:
     # Equal numbers differ from their mean by its rounding: a variance no larger than that is no variance.
     rounding = float((torch.finfo(mean.dtype).eps * mean).square().sum())
-    return eigh_psd(covariance, cutoff.covariance, floor=rounding)
+    return eigh_psd(covariance, cutoff, floor=rounding)

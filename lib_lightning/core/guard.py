@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import checkpoint
 
 from lib_lightning.core.errors import LIBError, quoted
+from lib_lightning.core.precision import full_precision
 
 # What every module has: flags, parameters, buffers, children and hooks, which are looked after on their own.
 _MODULE_NAMES = frozenset(nn.Module().__dict__)
@@ -29,7 +30,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run a block of code in evaluation mode with gradients, then restore the model and all random states.
 
     Inside, gradients with respect to activations can be taken twice, even where the caller has switched them off
-    (``no_grad``, ``inference_mode``); parameters are constants; mixed precision, compiled code, activation
+    (``no_grad``, ``inference_mode``); parameters are constants; mixed precision, TF32, compiled code, activation
     checkpointing and the modules' backward hooks are off. Afterwards, also after an exception, these are as before: the
     training flag of every module, its buffers and plain attributes (numbers, tensors, arrays, and containers of them),
     ``data``, ``grad`` and ``requires_grad`` of every parameter, the weights that ``max_norm`` writes into, and the
@@ -61,6 +62,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         for device_type in {p.device.type for p in model.parameters()} | {"cpu"}:
             stack.enter_context(torch.autocast(device_type, enabled=False))
+        stack.callback(full_precision())
         # Fused attention has no second derivative, and the fast path of nn.TransformerEncoder none at all.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())

@@ -20,6 +20,10 @@ from lib_lightning.core.nested import batch_size, samples_between
 # One stack of vectors goes through a section at once. Small tensors gain from it (2 to 6 times fewer calls' overhead),
 # large ones lose to the cache; measured on CPU, the change of sign lies near this many numbers.
 STACK_ELEMENTS = 2**18
+# Tensors of more numbers than this leave a CPU's caches, and each comes in newly mapped memory: twice the time.
+_CPU_NUMBERS = 2**22
+# Samples that show whether a batch can be cut into chunks.
+_FEW = 8
 # Forward mode differentiates a backward pass, whose intermediates are kept beside those of the forward pass.
 _GRAPHS = 3
 # A backward pass holds a few tensors of the size of the largest one at a time.
@@ -117,6 +121,8 @@ def plan_chunks(live: LiveModel, batch: Any, memory_limit: int, demand: Demand =
     at_once = demand.samples * (two - one + 3 * itemsize * sum(cut.a.numel() // len(cut.a) for cut in cuts))
     rest = memory_limit // 2 - matrices - groups * sums - at_once
     keep = 0 < demand.samples <= samples and rest > 0
+    if cuts[0].a.device.type == "cpu":
+        samples = min(samples, _CPU_NUMBERS * len(cuts[0].a) // largest)
     return Chunks(max(1, samples), max(1, min(STACK_ELEMENTS, stack)), groups, keep, max(0, rest))
 
 
@@ -163,7 +169,7 @@ def in_chunks(live: LiveModel, batches: Sequence[Any], size: int) -> list[Any]:
     if all(batch_size(batch) <= size for batch in batches):
         return list(batches)
     large = next(batch for batch in batches if batch_size(batch) > size)
-    half = max(1, size // 2)
+    half = max(1, min(_FEW, size) // 2)
     try:
         more, fewer = (live.activations(samples_between(large, 0, stop)) for stop in (2 * half, half))
     except Exception as error:

@@ -18,7 +18,7 @@ class Cutoff:
         dtype: Type that activations and gradients were computed in.
 
     Example:
-        >>> Cutoff(1e-6, 100, torch.float64).covariance
+        >>> Cutoff(1e-6, 100, torch.float64).variance
         1e-06
         >>> Cutoff(0.0, 4, torch.float64).metric == 4 * torch.finfo(torch.float64).eps
         True
@@ -29,9 +29,14 @@ class Cutoff:
     dtype: torch.dtype
 
     @property
-    def covariance(self) -> float:
-        """Cutoff for variances: summed in float64, of numbers whose rounding is squared with them."""
-        return max(self.rtol, self.size * torch.finfo(torch.float64).eps, torch.finfo(self.dtype).eps ** 2)
+    def variance(self) -> float:
+        """Cutoff for variances that are importances in themselves."""
+        return max(self.rtol, self.rounding)
+
+    @property
+    def rounding(self) -> float:
+        """Below this a variance is none: summed in float64, of numbers whose rounding is squared with them."""
+        return max(self.size * torch.finfo(torch.float64).eps, torch.finfo(self.dtype).eps ** 2)
 
     @property
     def metric(self) -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -96,3 +98,35 @@ def test_what_a_module_keeps_for_itself_is_restored() -> None:
     assert model.seen is seen
     assert (model.seen, model.table) == ([1], {"a": 1})
     assert not hasattr(model, "new")
+
+
+_PRECISIONS = """
+import torch
+from lib_lightning.core.guard import undisturbed
+{setting}
+places = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]
+places += [torch.backends.mkldnn.matmul]
+state = lambda: [place.fp32_precision for place in places]
+before = state()
+with undisturbed(torch.nn.Linear(2, 2)):
+    assert set(state()) <= {{"ieee", "none"}}, state()
+assert state() == before, (state(), before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="this torch has no such switches")
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "",
+        "torch.set_float32_matmul_precision('high')",
+        "torch.set_float32_matmul_precision('medium')",
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'",  # after which the older switches raise errors
+    ],
+)
+def test_products_are_of_full_precision(setting: str) -> None:
+    # In a process of its own: torch remembers which of its two kinds of switches has been used.
+    run = subprocess.run(
+        [sys.executable, "-c", _PRECISIONS.format(setting=setting)], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
