@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib_lightning.core.build import Settings, build
 from lib_lightning.core.cut import LiveModel
@@ -23,7 +24,7 @@ from lib_lightning.core.steps import listening
 from lib_lightning.profiling import _Count
 from tests.benchmarks.clock import now
 
-REPEATS = 3
+REPEATS = 2
 # How far a counted exponent may be from the predicted one, which is that of the largest term alone.
 SAME = 0.2
 
@@ -121,7 +122,7 @@ class Sweep:
     predicted: float
 
 
-# No exponent of operations is predicted here: eigenproblems and products of single numbers are not counted.
+# Operations are those of matrix products: eigenproblems and what is done number by number are in the seconds only.
 SWEEPS = {
     "affine: moments, samples": Sweep(lambda n: affine(n=n), [2000, 4000, 8000, 16000], MOMENTS, 1),
     "affine: moments, width": Sweep(lambda d: affine(d=d), [32, 64, 128, 256], MOMENTS, 2),
@@ -218,3 +219,40 @@ def test_exponent(benchmark: Any, name: str) -> None:
         "seconds at the last value": round(spent[-1], 4),
     }
     assert abs(counted - sweep.predicted) < SAME
+
+
+class _Waits(TorchDispatchMode):
+    """Counts, by step, what makes the host wait for an accelerator: numbers that are read, and sizes that depend on
+    numbers. On a CPU, where nobody waits, the operations are the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: dict[str, int] = defaultdict(int)
+        self._open = 0
+
+    def __call__(self, step: str) -> None:
+        self.steps[step.partition(" ")[0]] += self._open
+        self._open = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        by_mask = func._overloadpacket is torch.ops.aten.index and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
+        self._open += by_mask or func._overloadpacket in _WAITING
+        return func(*args, **(kwargs or {}))
+
+
+_WAITING = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal}
+
+
+@pytest.mark.parametrize("probes", [None, 4], ids=["exact", "sampled"])
+def test_waits_are_as_many_whatever_the_number_of_products(benchmark: Any, probes: int | None) -> None:
+    def waits(S: int, d: int) -> dict[str, int]:
+        with _Waits() as found:
+            run(general(n=4, S=S, d=d, depth=3, probes=probes), found)
+        return dict(found.steps)
+
+    few = benchmark.pedantic(lambda: waits(4, 8), rounds=1, iterations=1)
+    benchmark.extra_info |= few
+    assert sum(few.values()) > 0
+    assert waits(16, 32) == few

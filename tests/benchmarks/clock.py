@@ -35,6 +35,12 @@ def seconds(work: Callable[[], Any], repeats: int = 1) -> float:
     return min(times)
 
 
+def product_rate(dtype: torch.dtype, size: int = 1000) -> float:
+    """How many floating-point operations this machine does now in a second of a large matrix product, in 10^9."""
+    a = torch.rand(size, size, dtype=dtype)
+    return 2e-9 * size**3 / seconds(lambda: a @ a, 8)
+
+
 def fastest(benchmark: Any, work: Callable[[], T], budget: float = 20.0, most: int = 7) -> tuple[T, float]:
     """Run as often as a budget of seconds allows, after once to warm up; the result, and the least time."""
     times = [seconds(work)]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib_lightning.profiling import product_rate
+from tests.benchmarks.clock import product_rate
 
 THREADS = int(os.environ.get("BENCH_THREADS", 0)) or os.cpu_count() or 1
 
@@ -28,9 +28,8 @@ def _rates(request: pytest.FixtureRequest, _threads: None) -> Iterator[None]:
     benchmark = request.getfixturevalue("benchmark") if "benchmark" in request.fixturenames else None
     yield
     if benchmark is not None:
-        rates = {bits: product_rate(getattr(torch, f"float{bits}"), torch.device("cpu"), 1000) for bits in (32, 64)}
-        noted = ", ".join(f"{rate:.0f} in float{bits}" for bits, rate in rates.items() if rate is not None)
-        benchmark.extra_info["GFLOP/s of large products"] = noted
+        rates = (f"{product_rate(dtype):.0f} in {dtype}" for dtype in (torch.float32, torch.float64))
+        benchmark.extra_info["GFLOP/s of large products"] = ", ".join(rates).replace("torch.", "")
 
 
 @pytest.fixture(params=["published", "made-up"])
