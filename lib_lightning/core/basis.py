@@ -75,6 +75,8 @@ class Basis:
             Features ``fhat``, shape ``(..., r)``, on the device of ``a``.
         """
         dtype = dtype or a.dtype
+        if self.kind == "neuron":  # the identity, which need not be multiplied by
+            return a.to(dtype) - self.mean.to(a.device, dtype)
         mean, C = (t.to(a.device, dtype) for t in (self.mean, self.to_features))
         # A few at a time, so that what is centred stays in the cache until it is multiplied.
         rows = a.reshape(-1, a.shape[-1]).split(max(1, _NUMBERS // max(1, a.shape[-1])))

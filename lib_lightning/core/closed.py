@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lib_lightning.core.spectral import product_dtype
 
-# Numbers of one block of products; small enough to stay in a core's cache between two operations.
-_BLOCK = 2**18
+# Positions, and numbers, of one block of products; small enough to stay in a core's cache between two operations.
+_ROWS, _BLOCK = 256, 2**18
 
 
 @dataclass(frozen=True)
@@ -78,70 +78,98 @@ class ClosedForm:
     def _counted(self, rows: Tensor) -> Tensor:
         return torch.where(self.counts[..., None], rows, rows.new_zeros(()))
 
-    def metric_sum(self, C_next: Tensor, span: slice) -> tuple[Tensor, Tensor]:
-        """Sum of ``g g^T`` over output features and some samples, as ``V^T X V``.
 
-        Args:
-            C_next: The next node layer's map to features, shape ``(d_out, r_out)``, float64.
-            span: The samples.
+class ClosedMetric:
+    """Streaming ``sum g g^T`` over output features and samples of a section in closed form.
+
+    Args:
+        weights: What is the same at all positions.
+        C_next: The next node layer's map to features, shape ``(d_out, r_out)``, float64.
+        groups: Number of groups of samples to sum apart.
+
+    Note:
+        Source: arXiv 2405.10928, Jacobian step of the transformation; see above.
+    """
+
+    def __init__(self, weights: Weights, C_next: Tensor, groups: int) -> None:
+        self.weights, self.C_next = weights, C_next
+        h = 0 if weights.affine else weights.hidden
+        self._count = C_next.new_zeros(groups)
+        self._slopes, self._products = C_next.new_zeros(groups, h), C_next.new_zeros(groups, h, h)
+
+    def add(self, form: ClosedForm, group: int, span: slice) -> None:
+        """Add some of the samples of one batch to a group."""
+        self._count[group] += form.counts[span].sum()
+        if form.slopes is not None:
+            s = form.slopes[span].flatten(0, 1).double()
+            self._slopes[group] += s.sum(0)
+            self._products[group] += s.T @ s
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """What has been summed up, of each group, as ``V^T X V``.
 
         Returns:
-            ``V``, shape ``(m, d_in)``, and ``X``, symmetric, shape ``(m, m)``; float64.
-
-        Note:
-            Source: arXiv 2405.10928, Jacobian step of the transformation; ``*`` in the sum above is elementwise.
+            ``V``, shape ``(m, d_in)``, and ``X``, shape ``(groups, m, m)``; float64.
         """
-        w = self.weights
-        A = C_next.T if w.W_2 is None else C_next.T @ w.W_2.double()
-        if self.slopes is None:
-            A = A + C_next.T if w.residual else A
-            return A, torch.eye(len(A)).to(A) * self.counts[span].sum()
-        s = self.slopes[span].flatten(0, 1).double()
-        X = (A.T @ A) * (s.T @ s)
-        V = torch.eye(A.shape[1]).to(A) if w.W_1 is None else w.W_1.double()
+        w, C = self.weights, self.C_next
+        A = C.T if w.W_2 is None else C.T @ w.W_2.double()
+        if w.affine:
+            A = A + C.T if w.residual else A
+            return A, torch.eye(len(A)).to(A) * self._count[:, None, None]
+        X = (A.T @ A) * self._products
+        V = torch.eye(w.hidden).to(A) if w.W_1 is None else w.W_1.double()
         if not w.residual:
             return V, X
-        mixed = (C_next @ A) * s.sum(0)
-        straight = C_next @ C_next.T * self.counts[span].sum()
-        V = torch.cat([torch.eye(len(C_next)).to(A), V])
-        return V, torch.cat([torch.cat([straight, mixed], 1), torch.cat([mixed.T, X], 1)])
+        mixed = (C @ A) * self._slopes[:, None]
+        straight = C @ C.T * self._count[:, None, None]
+        V = torch.cat([torch.eye(len(C)).to(A), V])
+        return V, torch.cat([torch.cat([straight, mixed], 2), torch.cat([mixed.mT, X], 2)], 1)
 
-    def edge_sum(self, fhat: Tensor, C_pinv: Tensor, C_next: Tensor, span: slice) -> Tensor:
-        """Sum of squared interactions over some samples.
+
+class ClosedEdges:
+    """Sums of squared interactions over samples of a section in closed form.
+
+    Args:
+        weights: What is the same at all positions.
+        C_pinv: The first node layer's map back ``C^+``, shape ``(r_in, d_in)``, float64.
+        C_next: The next node layer's map to features, shape ``(d_out, r_out)``, float64.
+
+    Note:
+        Source: arXiv 2405.10928, edges of the interaction graph (squared); see above.
+    """
+
+    def __init__(self, weights: Weights, C_pinv: Tensor, C_next: Tensor) -> None:
+        self.weights = weights
+        self.A = C_next.T if weights.W_2 is None else C_next.T @ weights.W_2.double()
+        self.B = C_pinv.T if weights.W_1 is None else weights.W_1.double() @ C_pinv.T
+        self.straight = C_next.T @ C_pinv.T if weights.residual else None
+
+    def sum(self, form: ClosedForm, fhat: Tensor, span: slice) -> Tensor:
+        """Sum over some of the samples of one batch.
 
         Args:
-            fhat: Features of all samples, zero where a position does not count, shape ``(n, S, r_in)``.
-            C_pinv: Their map back ``C^+``, shape ``(r_in, d_in)``, float64.
-            C_next: The next node layer's map to features, shape ``(d_out, r_out)``, float64.
+            form: The section at that batch.
+            fhat: Features of all of its samples, zero where a position does not count, shape ``(n, S, r_in)``.
             span: The samples.
 
         Returns:
             Shape ``(r_out, r_in)``, float64.
-
-        Note:
-            Source: arXiv 2405.10928, edges of the interaction graph (squared).
         """
-        w = self.weights
-        counts = self.counts[span].flatten()
+        counts = form.counts[span].flatten()
         squares = fhat[span].flatten(0, 1)[counts].square()
-        A = C_next.T if w.W_2 is None else C_next.T @ w.W_2.double()
-        straight = C_next.T @ C_pinv.T if w.residual else None
-        if self.slopes is None:
-            J = A @ C_pinv.T
-            return (J if straight is None else J + straight).square() * squares.double().sum(0)
-        s = self.slopes[span].flatten(0, 1)[counts].to(product_dtype(self.slopes.dtype))
-        B = C_pinv.T if w.W_1 is None else w.W_1.double() @ C_pinv.T
-        A, B = A.to(s).contiguous(), B.to(s).contiguous()
-        total = torch.zeros(A.shape[0], B.shape[1], dtype=torch.float64, device=s.device)
-        h, r_in = B.shape
-        rows = min(len(s), 256)
-        features = max(1, _BLOCK // max(1, rows * max(h, r_in)))
+        if form.slopes is None:
+            J = self.A @ self.B
+            return (J if self.straight is None else J + self.straight).square() * squares.double().sum(0)
+        s = form.slopes[span].flatten(0, 1)[counts].to(product_dtype(form.slopes.dtype))
+        A, B, squares = self.A.to(s).contiguous(), self.B.to(s).contiguous(), squares.to(s)
+        total = torch.zeros(len(A), B.shape[1], dtype=torch.float64, device=s.device)
+        rows = max(1, min(len(s), _ROWS))
+        features = max(1, _BLOCK // (rows * max(1, *B.shape)))
         for i in range(0, len(A), features):
             A_i = A[i : i + features]
-            for s_x, squares_x in zip(s.split(rows), squares.to(s).split(rows), strict=True):
-                moved = (A_i[:, None] * s_x).flatten(0, 1) @ B
-                moved = moved.unflatten(0, (len(A_i), -1))
-                if straight is not None:
-                    moved += straight[i : i + features, None].to(s)
+            for s_x, squares_x in zip(s.split(rows), squares.split(rows), strict=True):
+                moved = ((A_i[:, None] * s_x).flatten(0, 1) @ B).unflatten(0, (len(A_i), -1))
+                if self.straight is not None:
+                    moved += self.straight[i : i + features, None].to(s)
                 total[i : i + features] += moved.square_().mul_(squares_x).sum(1).double()
         return total

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lib_lightning.core.basis import Basis
+from lib_lightning.core.closed import ClosedEdges
 from lib_lightning.core.groups import leave_one_out
 from lib_lightning.core.section import Section
 from lib_lightning.core.spectral import product_dtype
@@ -38,6 +39,7 @@ class Edges:
         self.rows = torch.zeros(groups, dtype=torch.float64)
         self.fell_back = False
         self._forward: bool | None = None
+        self._closed: ClosedEdges | None = None
         shape = (groups, after.n_features, before.n_features)
         self._total = torch.zeros(shape, dtype=torch.float64, device=before.mean.device)
 
@@ -52,9 +54,11 @@ class Edges:
         for group, span in section.spans:
             self.rows[group] += section.rows_of(span)
         if section.closed is not None:
-            C_pinv, C_next = self.before.from_features, self.after.to_features
+            weights = section.closed.weights
+            if self._closed is None or self._closed.weights is not weights:
+                self._closed = ClosedEdges(weights, self.before.from_features, self.after.to_features)
             for group, span in section.spans:
-                self._total[group] += section.closed.edge_sum(fhat, C_pinv, C_next, span)
+                self._total[group] += self._closed.sum(section.closed, fhat, span)
             return
         if section.jacobian:
             for i, g in section.jacobian:

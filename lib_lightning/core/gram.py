@@ -70,17 +70,15 @@ class GramSum:
             rows = rows.double()
             self.N[part] += rows.T @ rows
 
-    def add_product(self, V: Tensor, X: Tensor, part: int = 0) -> None:
-        """Add many vectors by what is known of their sum: ``V^T X V``.
+    def add_product(self, V: Tensor, X: Tensor) -> None:
+        """Add many vectors to each sum by what is known of theirs: ``V^T X V``.
 
         Args:
             V: Directions that they lie in, one a row, shape ``(m, d)``, float64.
-            X: Their sum in these, symmetric, shape ``(m, m)``, float64.
-            part: The sum to add them to.
+            X: Their sums in these, symmetric, shape ``(parts, m, m)``, float64.
         """
-        self.N = self.N.to(V.device)
         coordinates = V if self.dense else self._coordinates(V)
-        self.N[part] += coordinates.T @ X @ coordinates
+        self.N = self.N.to(V.device) + coordinates.T @ X @ coordinates
 
     def reduce(self, together: Together) -> None:
         """Join the sums of several processes, over the span of all of them."""

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from lib_lightning.core.closed import ClosedMetric
 from lib_lightning.core.gram import GramSum
 from lib_lightning.core.groups import leave_one_out
 from lib_lightning.core.probes import OrthogonalSigns
@@ -40,7 +41,8 @@ class JacobianMetric:
         self._signs = [OrthogonalSigns(generator) for _ in self._probes]
         self._halves = len(self._probes)
         self._sampled = torch.zeros(1)
-        self.gram = GramSum(d, parts=self._halves * groups)
+        self._gram = GramSum(d, parts=self._halves * groups)
+        self._closed: ClosedMetric | None = None
 
     def update(self, section: Section) -> None:
         """Add one batch.
@@ -51,10 +53,12 @@ class JacobianMetric:
         for group, span in section.spans:
             self.rows[group] += section.rows_of(span)
         if section.closed is not None:
+            weights = section.closed.weights
+            if self._closed is None or self._closed.weights is not weights:
+                self._finish_closed()
+                self._closed = ClosedMetric(weights, self.C_next, len(self.rows))
             for group, span in section.spans:
-                V, X = section.closed.metric_sum(self.C_next, span)
-                for half, n_probes in enumerate(self._probes):  # exact, as if seen by each of them
-                    self.gram.add_product(V, n_probes * X, self._halves * group + half)
+                self._closed.add(section.closed, group, span)
             return
         C = self.C_next.to(section.a)
         if self.n_probes is None:
@@ -73,10 +77,23 @@ class JacobianMetric:
             for part in signs.split(section.stack):
                 self._add(section, part.to(C) @ C.T, half)
 
+    @property
+    def gram(self) -> GramSum:
+        """The sum, one part for each half of the probes in each group."""
+        self._finish_closed()
+        return self._gram
+
+    def _finish_closed(self) -> None:
+        if self._closed is not None:
+            V, X = self._closed.sums()
+            # Exact: as if seen by each of the probes.
+            self._gram.add_product(V, torch.stack([k * X for k in self._probes], 1).flatten(0, 1))
+            self._closed = None
+
     def _add(self, section: Section, cotangents: Tensor, half: int) -> Tensor:
         g = section.vjp(cotangents)
         for group, span in section.spans:
-            self.gram.add(g[:, span].flatten(0, 2), self._halves * group + half)
+            self._gram.add(g[:, span].flatten(0, 2), self._halves * group + half)
         return g
 
     def reduce(self, together: Together) -> None:

@@ -51,10 +51,12 @@ class Moments:
         delta = mean - before
         self.mean = before + delta * (count / max(1, total))
         if self.has_covariance:
-            centred = rows.double() - mean
-            scatter = centred.T @ centred
-            scatter += torch.outer(delta, delta) * (self.count * count / max(1, total))
-            self._scatter = scatter + self._scatter if self.count else scatter
+            # The step of the mean counts as one more row, so that the sum is gone through once.
+            step = delta * (self.count * count / max(1, total)) ** 0.5
+            centred = torch.cat([rows.double() - mean, step[None]])
+            if self.count == 0:
+                self._scatter = centred.new_zeros(len(mean), len(mean))
+            self._scatter.addmm_(centred.T, centred)
         self.count = total
 
     def reduce(self, together: Together) -> None:
