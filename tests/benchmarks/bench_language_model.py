@@ -13,7 +13,7 @@ import torch
 
 from lib_lightning import compute_interaction_graph
 from tests import reference
-from tests.benchmarks.clock import edges_seconds, pairs, plain_seconds
+from tests.benchmarks.clock import edges_seconds, pairs, plain_seconds, seconds
 from tests.benchmarks.subjects import Subject, language_model
 
 SEQUENCES, TOKENS, PROBES = 64, 128, 4
@@ -23,6 +23,17 @@ CURVE_SEQUENCES = 8
 def graph_of(subject: Subject) -> Any:
     """What is measured."""
     return compute_interaction_graph(subject.model, subject.batches, subject.node_layers, n_probes=PROBES)
+
+
+def backward_seconds(subject: Subject) -> list[float]:
+    """Seconds of one plain backward pass through each section."""
+    found = []
+    for F, a in zip(subject.chain, subject.activations(), strict=False):
+        leaf = a.requires_grad_()
+        end = F(leaf)
+        u = torch.randn_like(end)
+        found.append(seconds(lambda x=(end, leaf, u): torch.autograd.grad(*x, retain_graph=True), 5))
+    return found
 
 
 def assert_right() -> None:
@@ -74,9 +85,13 @@ def test_tokens(benchmark: Any, tokens: int) -> None:
     edges, _ = min(times)
     slow = plain_seconds(subject, kept[-1], part=2)["edges"]
     features = [basis.n_features for basis in kept[-1].bases.values()]
+    backward = backward_seconds(subject)
+    in_backward = sum(r * own for r, own in zip(features, backward, strict=False))
     benchmark.extra_info |= {
         "edges (s)": round(edges, 3),
         "edges (ms) per token": round(1e3 * edges / (tokens * CURVE_SEQUENCES), 3),
+        "one backward pass (ms)": round(1e3 * sum(backward), 2),
+        "edges, of one backward pass for each product": round(edges / in_backward, 2),
         "products with Jacobians": sum(features[:-1]),
         "those of the plain loop": tokens * sum(features[1:]),
         "edges: times the plain loop": round(slow / edges, 1),

@@ -38,4 +38,6 @@ def test_speedup(benchmark: Any, name: str, tmp_path: Path) -> None:
         "one process (s)": round(found["one"], 2),
         "two processes (s)": round(found["two"], 2),
         "speedup": round(found["one"] / found["two"], 2),
+        "work of one process (CPU s)": round(found["one_work"], 2),
+        "work of both of two (CPU s)": round(found["two_work"], 2),
     }

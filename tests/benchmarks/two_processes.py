@@ -24,18 +24,19 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
 }
 
 
-def timed(work: Callable[[], InteractionGraph], together: bool) -> tuple[float, InteractionGraph]:
-    """Least seconds of several runs, from when all are ready until the last one is done."""
-    times = []
+def timed(work: Callable[[], InteractionGraph], together: bool) -> tuple[float, float, InteractionGraph]:
+    """Least seconds of several runs: from when all are ready until the last one is done, and of this process's work."""
+    times, own = [], []
     for _ in range(REPEATS):
         if together:
             dist.barrier()
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         graph = work()
+        own.append(time.process_time() - worked)
         if together:
             dist.barrier()
         times.append(time.perf_counter() - started)
-    return min(times), graph
+    return min(times), min(own), graph
 
 
 def main(name: str, path: Path) -> None:
@@ -48,14 +49,17 @@ def main(name: str, path: Path) -> None:
     batches = list(subject.data.split(max(1, min(subject.batch_size, len(subject.data) // 4))))
     processes = Processes()
     own = batches[rank::2]
-    both, graph = timed(
+    both, own_work, graph = timed(
         lambda: compute_interaction_graph(subject.model, own, subject.node_layers, together=processes), together=True
     )
+    work = torch.tensor([own_work])
+    dist.all_reduce(work)
     if rank == 0:  # the other one waits, and does nothing
-        one, alone = timed(
+        one, one_work, alone = timed(
             lambda: compute_interaction_graph(subject.model, batches, subject.node_layers), together=False
         )
-        found = {"one": one, "two": both, "error": max(edges_errors(graph, alone))}
+        found = {"one": one, "two": both, "one_work": one_work, "two_work": float(work)}
+        found["error"] = max(edges_errors(graph, alone))
         path.write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()

@@ -1,0 +1,258 @@
+"""How work grows: operations and seconds of single steps against samples, positions, widths, features and depth.
+
+Operations of matrix products are counted, and their exponents (least squares, log against log) held to what is
+predicted; seconds are those of this process and are only noted down. Every sweep changes one number of one model.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lib_lightning.core.build import Settings, build
+from lib_lightning.core.cut import LiveModel
+from lib_lightning.core.layers import as_node_layers
+from lib_lightning.core.memory import Chunks
+from lib_lightning.core.steps import listening
+from lib_lightning.profiling import _Count
+from tests.benchmarks.clock import now
+
+REPEATS = 2
+# How far a counted exponent may be from the predicted one, which is that of the largest term alone.
+SAME = 0.2
+
+
+class Mixing(nn.Module):
+    """A section with no closed form that mixes positions: a residual stream through attention of a kind."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.key, self.value = nn.Linear(d, d), nn.Linear(d, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.key(x).tanh().mean(1, keepdim=True)
+        return x + self.value(x * mean).tanh()
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is computed, and of what.
+
+    Attributes:
+        model: The model.
+        data: All samples, as one batch.
+        node_layers: Where it is cut.
+        settings: What is computed.
+        chunks: How much at once.
+    """
+
+    model: nn.Module
+    data: Tensor
+    node_layers: Sequence[str]
+    settings: Settings = field(default_factory=lambda: Settings(rtol=0))
+    chunks: Chunks = field(default_factory=lambda: Chunks(keep=True))
+
+
+def affine(n: int = 2000, d: int = 64) -> Case:
+    """``d -> d``, linear."""
+    return Case(nn.Sequential(nn.Linear(d, d)), torch.randn(n, d), ["input", "0"])
+
+
+def bent(n: int = 2000, d: int = 48, h: int = 192, r: int = 48) -> Case:
+    """``d -> h -> r``, with one activation function."""
+    return Case(nn.Sequential(nn.Linear(d, h), nn.GELU(), nn.Linear(h, r)), torch.randn(n, d), ["input", "output"])
+
+
+def general(
+    n: int = 64, S: int = 16, d: int = 32, depth: int = 1, probes: int | None = None, points: int = 0,
+    keep: bool = True, jacobians: int = 0, outputs: int | None = None,
+) -> Case:  # fmt: skip
+    """Blocks of width ``d``; with ``outputs``, only so many numbers at one position are read in the end."""
+    model = nn.Sequential(*(Mixing(d) for _ in range(depth)))
+    names = ["input", *map(str, range(depth))]
+    if outputs is not None:
+        model.append(_Readout(d, outputs))
+        names = ["input", "output"]
+    settings = Settings(rtol=0, n_probes=probes, integration_steps=points)
+    return Case(model, torch.randn(n, S, d), names, settings, Chunks(keep=keep, jacobians=jacobians))
+
+
+class _Readout(nn.Module):
+    """A few numbers, read at the last position."""
+
+    def __init__(self, d: int, outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(d, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x[:, -1])
+
+
+def wide(d: int = 1024, n: int = 1000, h: int = 24) -> Case:
+    """``d -> h -> 10``: a wide node layer of which little is read."""
+    return Case(
+        nn.Sequential(nn.Linear(d, h), nn.GELU(), nn.Linear(h, 10)), torch.randn(n, d), ["input", "0", "output"]
+    )
+
+
+MOMENTS, BASIS, FORWARD, EDGES = "moments", "basis of input", "forward passes", "edges from"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One number that is changed.
+
+    Attributes:
+        make: From the number to what is computed.
+        values: Its values.
+        step: How the names of the steps begin whose work is added up.
+        predicted: The exponent of the largest term.
+    """
+
+    make: Callable[[int], Case]
+    values: Sequence[int]
+    step: str
+    predicted: float
+
+
+# Operations are those of matrix products: eigenproblems and what is done number by number are in the seconds only.
+SWEEPS = {
+    "affine: moments, samples": Sweep(lambda n: affine(n=n), [2000, 4000, 8000, 16000], MOMENTS, 1),
+    "affine: moments, width": Sweep(lambda d: affine(d=d), [32, 64, 128, 256], MOMENTS, 2),
+    "affine: metric, width": Sweep(lambda d: affine(d=d), [32, 64, 128, 256], BASIS, 3),
+    "one activation function: metric, samples": Sweep(lambda n: bent(n), [4000, 8000, 16000, 32000], BASIS, 1),
+    "one activation function: metric, hidden width": Sweep(
+        lambda h: bent(8000, 16, h, 16), [128, 256, 512], BASIS, 2
+    ),
+    "one activation function: edges, samples": Sweep(lambda n: bent(n), [500, 1000, 2000, 4000], EDGES, 1),
+    "one activation function: edges, hidden width": Sweep(
+        lambda h: bent(1000, h=h), [64, 128, 256, 512], EDGES, 1
+    ),
+    "one activation function: edges, features on both sides": Sweep(
+        lambda d: bent(1000, d, 128, d), [16, 32, 64, 128], EDGES, 2
+    ),
+    "general: exact metric, samples": Sweep(lambda n: general(n), [16, 32, 64, 128], BASIS, 1),
+    "general: exact metric, positions": Sweep(lambda S: general(S=S), [8, 16, 32, 64], BASIS, 2),
+    "general: exact metric, width": Sweep(lambda d: general(d=d), [16, 32, 64, 128], BASIS, 3),
+    "general: sampled metric, samples": Sweep(lambda n: general(n, probes=4), [64, 128, 256, 512], BASIS, 1),
+    "general: sampled metric, positions": Sweep(lambda S: general(S=S, probes=4), [16, 32, 64, 128], BASIS, 1),
+    "general: sampled metric, probes": Sweep(lambda k: general(256, probes=k), [2, 4, 8, 16], BASIS, 1),
+    "general: edges forward, samples": Sweep(lambda n: general(n, probes=1), [32, 64, 128, 256], EDGES, 1),
+    "general: edges forward, positions": Sweep(lambda S: general(S=S, probes=1), [16, 32, 64, 128], EDGES, 1),
+    "general: edges forward, width": Sweep(lambda d: general(d=d, probes=1), [16, 32, 64, 128], EDGES, 3),
+    "general: edges in reverse, outputs": Sweep(lambda r: general(outputs=r), [3, 6, 12, 24], EDGES, 1),
+    "general: edges in reverse, positions": Sweep(lambda S: general(S=S, outputs=8), [16, 32, 64, 128], EDGES, 1),
+    "general: edges from kept Jacobians, positions": Sweep(
+        lambda S: general(S=S, jacobians=2**30), [8, 16, 32], EDGES, 2
+    ),
+    "depth: all steps, graphs kept": Sweep(lambda L: general(depth=L, d=16, probes=2), [2, 4, 8, 16], "", 1),
+    "depth: forward passes, graphs not kept": Sweep(
+        lambda L: general(512, depth=L, d=16, probes=1, keep=False), [4, 8, 16, 32], FORWARD, 2
+    ),
+    "integrated gradients: metric, points": Sweep(lambda p: general(points=p), [2, 4, 8], BASIS, 1),
+    "integrated gradients: edges, points": Sweep(lambda p: general(probes=1, points=p), [2, 4, 8, 16], EDGES, 1),
+    "wide node layer by duality: basis, width": Sweep(wide, [1024, 2048, 4096, 8192], BASIS, 1),
+}  # fmt: skip
+
+
+def run(case: Case, listener: Callable[[str], None]) -> None:
+    """Compute bases and edges; tell of every step."""
+    live = LiveModel(case.model, as_node_layers(list(case.node_layers)))
+    with listening(listener):
+        build(live, [case.data], case.settings, chunks=case.chunks)
+
+
+def operations(case: Case, step: str) -> int:
+    """Floating-point operations of the matrix products in some steps."""
+    with _Count() as count:
+        run(case, count)
+    return sum(sum(by_type.values()) for name, by_type in count.steps.items() if name.startswith(step))
+
+
+def step_seconds(case: Case, step: str) -> float:
+    """Least seconds of some steps."""
+    found = []
+    for _ in range(REPEATS):
+        spent: dict[str, float] = defaultdict(float)
+        last = now()
+
+        def note(name: str, spent: dict[str, float] = spent) -> None:
+            nonlocal last
+            spent[name] += now() - last
+            last = now()
+
+        run(case, note)
+        found.append(sum(own for name, own in spent.items() if name.startswith(step)))
+    return min(found)
+
+
+def exponent(values: Sequence[float], costs: Sequence[float]) -> float:
+    """Least-squares slope of costs against values, log against log.
+
+    Example:
+        >>> round(exponent([1, 2, 4], [3, 12, 48]), 6)
+        2.0
+    """
+    x, y = (torch.tensor(v, dtype=torch.float64).log() for v in (values, costs))
+    return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
+
+
+@pytest.mark.parametrize("name", list(SWEEPS))
+def test_exponent(benchmark: Any, name: str) -> None:
+    sweep = SWEEPS[name]
+    cases = [sweep.make(value) for value in sweep.values]
+    counted = exponent(sweep.values, [operations(case, sweep.step) for case in cases])
+    spent: list[float] = []
+    benchmark.pedantic(lambda: spent.extend(step_seconds(case, sweep.step) for case in cases), rounds=1, iterations=1)
+    benchmark.extra_info |= {
+        "values": f"{sweep.values[0]} to {sweep.values[-1]}",
+        "predicted": sweep.predicted,
+        "operations": round(counted, 2),
+        "seconds": round(exponent(sweep.values, spent), 2),
+        "seconds at the last value": round(spent[-1], 4),
+    }
+    assert abs(counted - sweep.predicted) < SAME
+
+
+class _Waits(TorchDispatchMode):
+    """Counts, by step, what makes the host wait for an accelerator: numbers that are read, and sizes that depend on
+    numbers. On a CPU, where nobody waits, the operations are the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: dict[str, int] = defaultdict(int)
+        self._open = 0
+
+    def __call__(self, step: str) -> None:
+        self.steps[step.partition(" ")[0]] += self._open
+        self._open = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        by_mask = func._overloadpacket is torch.ops.aten.index and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
+        self._open += by_mask or func._overloadpacket in _WAITING
+        return func(*args, **(kwargs or {}))
+
+
+_WAITING = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal}
+
+
+@pytest.mark.parametrize("probes", [None, 4], ids=["exact", "sampled"])
+def test_waits_are_as_many_whatever_the_number_of_products(benchmark: Any, probes: int | None) -> None:
+    def waits(S: int, d: int) -> dict[str, int]:
+        with _Waits() as found:
+            run(general(n=4, S=S, d=d, depth=3, probes=probes), found)
+        return dict(found.steps)
+
+    few = benchmark.pedantic(lambda: waits(4, 8), rounds=1, iterations=1)
+    benchmark.extra_info |= few
+    assert sum(few.values()) > 0
+    assert waits(16, 32) == few
