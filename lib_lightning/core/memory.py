@@ -18,7 +18,7 @@ from lib_lightning.core.groups import GROUPS
 from lib_lightning.core.nested import batch_size, samples_between
 
 # One stack of vectors goes through a section at once. Small tensors gain from it (2 to 6 times fewer calls' overhead),
-# large ones lose to the cache; measured on CPU, the change of sign lies near this many numbers.
+# large ones lose: up to 3 times in attention. Measured on CPU, the change of sign lies near this many numbers.
 STACK_ELEMENTS = 2**18
 # Tensors of more numbers than this leave a CPU's caches, and each comes in newly mapped memory: twice the time.
 _CPU_NUMBERS = 2**22
@@ -116,14 +116,15 @@ def plan_chunks(live: LiveModel, batch: Any, memory_limit: int, demand: Demand =
     ends = max(cut.a.numel() for cut in cuts)
     # Half for graphs, a quarter for stacks; allocators do not give back the rest.
     samples = memory_limit // 2 // (_GRAPHS * max(1, demand.points) * max(1, two - one))
-    stack = memory_limit // 4 // (_WORKING * itemsize) * ends // max(ends, largest)
+    # What counts is the largest tensor on the way; sections know only their ends.
+    stack = min(STACK_ELEMENTS, memory_limit // 4 // (_WORKING * itemsize)) * ends // max(ends, largest)
     # All samples at once: graphs, activations on either side of each cut, and a second graph for one chunk at a time.
     at_once = demand.samples * (two - one + 3 * itemsize * sum(cut.a.numel() // len(cut.a) for cut in cuts))
     rest = memory_limit // 2 - matrices - groups * sums - at_once
     keep = 0 < demand.samples <= samples and rest > 0
     if cuts[0].a.device.type == "cpu":
         samples = min(samples, _CPU_NUMBERS * len(cuts[0].a) // largest)
-    return Chunks(max(1, samples), max(1, min(STACK_ELEMENTS, stack)), groups, keep, max(0, rest))
+    return Chunks(max(1, samples), max(1, stack), groups, keep, max(0, rest))
 
 
 def _kept_by_autograd(live: LiveModel, batch: Any) -> tuple[list[Cut], int, int]:

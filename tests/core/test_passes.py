@@ -121,7 +121,7 @@ def in_place(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def past_autograd(model: nn.Module, x: Tensor) -> Tensor:
-    state_of(model).data.fill_(float(x.abs().mean()))
+    state_of(model).data.fill_(float(x.detach().abs().mean()))
     return state_of(model)
 
 
