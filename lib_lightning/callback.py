@@ -157,6 +157,7 @@ class LIBCallback(pl.Callback):
         self.samples.reset()
         self._layers.reset()
         self._graph_step: int | None = None
+        self._logged_step: int | None = None
         self._tried_step: int | None = None
         self._looked_at_training = False
         self.report.reset()
@@ -255,7 +256,12 @@ class LIBCallback(pl.Callback):
         due = self.schedule.due_at_validation(trainer.global_step) if trainer.state.fn == "fit" else True
         if due or self.schedule.due_at_step(trainer.global_step) or self._graph_step is None:
             self._snapshot(trainer, pl_module)
-        numbers = self._numbers(trainer)  # the same on every process, but Lightning wants to be told
+        numbers = self._numbers(trainer)
+        if self._logged_step == self._graph_step is not None:
+            # Lightning keeps the numbers that it has: to give it the same ones again takes longer than all the rest.
+            numbers = {key: x for key, x in numbers.items() if key not in self.watcher.numbers}
+        self._logged_step = self._graph_step
+        # They are the same on every process, but Lightning wants to be told.
         pl_module.log_dict(numbers, on_step=False, on_epoch=True, batch_size=1, sync_dist=self._together.size > 1)
 
     @counted
@@ -300,6 +306,7 @@ class LIBCallback(pl.Callback):
                 self.name, step, type(error).__name__, error,
             )  # fmt: skip
             return False
+        draw = self.watcher.draws(last or trainer.state.fn != "fit")
         self.watcher.accept(taken)
         self._graph_step = step
         if self.adaptive:
@@ -307,7 +314,7 @@ class LIBCallback(pl.Callback):
             (changed,) = self._together.first([torch.tensor(any(event.kind in CHANGES for event in taken.events))])
             if changed:
                 self.schedule.densify(step)
-        self.report.tell(trainer, taken.events)
+        self.report.tell(trainer, taken.events, draw)
         return True
 
     def _take(self, trainer: pl.Trainer, pl_module: pl.LightningModule, last: bool) -> Taken:

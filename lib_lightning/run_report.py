@@ -107,17 +107,20 @@ class RunReport:
         for tag, png in figures.items():
             log_image(trainer.loggers, tag, png, logging_step(trainer))
 
-    def tell(self, trainer: pl.Trainer, events: Sequence[Event]) -> None:
-        """Tell of events since the snapshot before, and draw what there is over time; mistakes in hooks cost nothing.
+    def tell(self, trainer: pl.Trainer, events: Sequence[Event], draw: bool) -> None:
+        """Tell of events since the snapshot before; mistakes in hooks cost nothing.
 
         Args:
             trainer: The trainer.
             events: What has happened.
+            draw: Whether to draw the spectrum of this snapshot, and what there is over time.
         """
+        if draw:
+            self._watcher.drawn = self._watcher.snapshots
         if trainer.is_global_zero:
             with self._costs_nothing(trainer):
                 self._tell(trainer, events)
-                if self._watcher.history.worth_a_figure():
+                if draw:
                     self._draw(trainer)
         for k, hook in enumerate(self._hooks):
             for event in events:
@@ -154,10 +157,18 @@ class RunReport:
             self.folder.main.write_events([event.to_json() for event in self._watcher.events])
 
     def _draw(self, trainer: pl.Trainer) -> None:
-        if self.folder.main is not None:
-            for what, figure in self._watcher.history.figures().items():
-                png = self.folder.main.write_figure(what, figure)
-                log_image(trainer.loggers, f"{self._watcher.name}/{what}", png, logging_step(trainer))
+        watcher, folder = self._watcher, self.folder.main
+        if folder is None:
+            return
+        figures = {}
+        if watcher.graphs:  # none yet in a run that has only just gone on
+            own, *baselines = watcher.graphs.values()
+            figures["spectrum"] = folder.write_spectrum(own, baselines, own.info["step"])
+        if watcher.watched.follow:
+            over_time = watcher.history.figures()
+            figures |= {what: folder.write_figure(what, figure) for what, figure in over_time.items()}
+        for what, png in figures.items():
+            log_image(trainer.loggers, f"{watcher.name}/{what}", png, logging_step(trainer))
 
     def finish(self, trainer: pl.Trainer, step: int | None, node_layers: Sequence[str]) -> None:
         """Write what is known at the end only, and say where everything is.
@@ -170,7 +181,7 @@ class RunReport:
         if self.folder.main is None or not trainer.is_global_zero:
             return
         name = self._watcher.name
-        if self._watcher.history.unseen():
+        if self._watcher.drawn < self._watcher.snapshots:
             with self._costs_nothing(trainer):
                 self._draw(trainer)
         lines = [f"\n{name}: {self._watcher.snapshots} snapshots of {' -> '.join(node_layers)}"]
