@@ -157,7 +157,6 @@ class LIBCallback(pl.Callback):
         self.samples.reset()
         self._layers.reset()
         self._graph_step: int | None = None
-        self._logged_step: int | None = None
         self._tried_step: int | None = None
         self._looked_at_training = False
         self.report.reset()
@@ -211,14 +210,14 @@ class LIBCallback(pl.Callback):
         self.samples.prepare(trainer, partial(self._layers.check, pl_module))
         self._snapshot_if_due(trainer, pl_module)
 
-    @counted
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Without a sanity check, look for mistakes on the first training batch instead."""
         if not self._looked_at_training:
             self._looked_at_training = True
-            self._layers.check(pl_module, batch, strict=False)
+            with self.budget.overhead.own():  # not of every step: that would cost more than it counts
+                self._layers.check(pl_module, batch, strict=False)
 
     # validation: collect, compute, log
 
@@ -256,15 +255,9 @@ class LIBCallback(pl.Callback):
         due = self.schedule.due_at_validation(trainer.global_step) if trainer.state.fn == "fit" else True
         if due or self.schedule.due_at_step(trainer.global_step) or self._graph_step is None:
             self._snapshot(trainer, pl_module)
-        numbers = self._numbers(trainer)
-        if self._logged_step == self._graph_step is not None:
-            # Lightning keeps the numbers that it has: to give it the same ones again takes longer than all the rest.
-            numbers = {key: x for key, x in numbers.items() if key not in self.watcher.numbers}
-        self._logged_step = self._graph_step
-        # They are the same on every process, but Lightning wants to be told.
+        numbers = self.report.news(self._numbers(trainer), self._graph_step)
         pl_module.log_dict(numbers, on_step=False, on_epoch=True, batch_size=1, sync_dist=self._together.size > 1)
 
-    @counted
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -280,9 +273,10 @@ class LIBCallback(pl.Callback):
         self.budget.finish()
 
     def _snapshot_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        due = self.samples.known and self.schedule.due_at_step(trainer.global_step)
-        if due and self._snapshot(trainer, pl_module):
-            self.report.log(trainer, self._numbers(trainer))
+        if self.samples.known and self.schedule.due_at_step(trainer.global_step):
+            with self.budget.overhead.own():
+                if self._snapshot(trainer, pl_module):
+                    self.report.log(trainer, self._numbers(trainer))
 
     def _snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule, last: bool = False) -> bool:
         """Take a snapshot, unless this step has had its try or it costs too much; tell whether there is a new one."""

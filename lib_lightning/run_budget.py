@@ -30,8 +30,8 @@ DEFAULT = 0.03
 # metric goes through many times as many outputs.
 _THINNED = 4
 _FEWER, _ENOUGH = 4, 512
-# The first snapshot warms everything up. What it costs stands for what the last one will, which draws the figures of the
-# whole run, until these have been drawn.
+# The first snapshot warms everything up. What it costs stands for what the last one will, which draws the figures of
+# the whole run, until these have been drawn.
 _FIRST = "first"
 _PROBES, _MANY = 16, 128
 

@@ -186,7 +186,7 @@ class Watcher:
         return plan is not None and (last or self.snapshots % plan.every_n_snapshots == 0)
 
     def draws(self, last: bool) -> bool:
-        """Whether the figures of the whole run are worth drawing after the next snapshot; after the last one they are."""
+        """Whether the figures of the whole run are worth drawing after the next snapshot; the last one's are."""
         return last or self.snapshots + 1 >= max(_FIRST_DRAWN, 2 * self.drawn)
 
     def take(

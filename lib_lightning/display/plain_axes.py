@@ -47,7 +47,7 @@ class PlainAxes(Axes):
         self.grid_lines = False
         self.set_axis_off()
         for axis in (self.xaxis, self.yaxis):
-            axis.set_major_formatter(FuncFormatter(lambda number, _: short_number(number).replace("-", "−")))
+            axis.set_major_formatter(FuncFormatter(_written))
 
     def numbers(self) -> list[Text]:
         """The numbers at the axes, from the left and from below."""
@@ -105,3 +105,7 @@ class PlainAxes(Axes):
         for artist in (*self._lines(), *self.numbers()):
             artist.draw(renderer)
         super().draw(renderer)
+
+
+def _written(number: float, _: int | None = None) -> str:
+    return short_number(number).replace("-", "\N{MINUS SIGN}")
