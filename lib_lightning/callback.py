@@ -210,14 +210,14 @@ class LIBCallback(pl.Callback):
         self.samples.prepare(trainer, partial(self._layers.check, pl_module))
         self._snapshot_if_due(trainer, pl_module)
 
-    @counted
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Without a sanity check, look for mistakes on the first training batch instead."""
         if not self._looked_at_training:
             self._looked_at_training = True
-            self._layers.check(pl_module, batch, strict=False)
+            with self.budget.overhead.own():  # not of every step: that would cost more than it counts
+                self._layers.check(pl_module, batch, strict=False)
 
     # validation: collect, compute, log
 
@@ -255,10 +255,9 @@ class LIBCallback(pl.Callback):
         due = self.schedule.due_at_validation(trainer.global_step) if trainer.state.fn == "fit" else True
         if due or self.schedule.due_at_step(trainer.global_step) or self._graph_step is None:
             self._snapshot(trainer, pl_module)
-        numbers = self._numbers(trainer)  # the same on every process, but Lightning wants to be told
+        numbers = self.report.news(self._numbers(trainer), self._graph_step)
         pl_module.log_dict(numbers, on_step=False, on_epoch=True, batch_size=1, sync_dist=self._together.size > 1)
 
-    @counted
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -274,9 +273,10 @@ class LIBCallback(pl.Callback):
         self.budget.finish()
 
     def _snapshot_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        due = self.samples.known and self.schedule.due_at_step(trainer.global_step)
-        if due and self._snapshot(trainer, pl_module):
-            self.report.log(trainer, self._numbers(trainer))
+        if self.samples.known and self.schedule.due_at_step(trainer.global_step):
+            with self.budget.overhead.own():
+                if self._snapshot(trainer, pl_module):
+                    self.report.log(trainer, self._numbers(trainer))
 
     def _snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule, last: bool = False) -> bool:
         """Take a snapshot, unless this step has had its try or it costs too much; tell whether there is a new one."""
@@ -300,6 +300,7 @@ class LIBCallback(pl.Callback):
                 self.name, step, type(error).__name__, error,
             )  # fmt: skip
             return False
+        draw = self.watcher.draws(last or trainer.state.fn != "fit")
         self.watcher.accept(taken)
         self._graph_step = step
         if self.adaptive:
@@ -307,7 +308,7 @@ class LIBCallback(pl.Callback):
             (changed,) = self._together.first([torch.tensor(any(event.kind in CHANGES for event in taken.events))])
             if changed:
                 self.schedule.densify(step)
-        self.report.tell(trainer, taken.events)
+        self.report.tell(trainer, taken.events, draw)
         return True
 
     def _take(self, trainer: pl.Trainer, pl_module: pl.LightningModule, last: bool) -> Taken:

@@ -200,12 +200,10 @@ class RunFolder:
         """
         if self.main is None:
             return {}
-        figures = {
+        return {
             f"{prefix}/graph": self._folders[prefix].write(graph, step, films[prefix])
             for prefix, graph in graphs.items()
         }
-        main, own, *baselines = next(iter(graphs)), *graphs.values()
-        return {**figures, f"{main}/spectrum": self.main.write_spectrum(own, baselines, step)}
 
     def finish(self, step: int) -> None:
         """Write the snapshot of a step once more, as ``final.safetensors``."""

@@ -14,9 +14,6 @@ from lib_lightning.display.spectrum_over_time import draw_spectrum_over_time
 from lib_lightning.display.timeline import draw_timeline
 from lib_lightning.graph import InteractionGraph
 
-# Figures over time are drawn again once there are so many times as many snapshots as in the last ones.
-_WORTH_A_FIGURE = 1.5
-
 
 class History:
     """The snapshots of a run in one basis, as far as figures over time show them.
@@ -44,7 +41,6 @@ class History:
         self._moments: dict[str, list[Moment]] = {}
         # By metric and basis, in total.
         self._numbers: dict[str, dict[str, list[float]]] = {}
-        self._drawn = 0
 
     def add(self, step: int, graph: InteractionGraph, numbers: Mapping[BasisKind, Mapping[str, float]]) -> None:
         """Take in a snapshot; an earlier one of the same step, or of a later one, is forgotten.
@@ -68,21 +64,12 @@ class History:
                     series = self._numbers.setdefault(metric, {})
                     series[basis_name] = [*series.get(basis_name, [])[:kept], value]
 
-    def worth_a_figure(self) -> bool:
-        """Whether there is enough that the last figures over time do not show."""
-        return self.unseen() and len(self.steps) >= _WORTH_A_FIGURE * self._drawn
-
-    def unseen(self) -> bool:
-        """Whether there is anything that they do not show."""
-        return len(self.steps) != self._drawn
-
     def figures(self) -> dict[str, Figure]:
         """Draw everything over time.
 
         Returns:
             Figures by name.
         """
-        self._drawn = len(self.steps)
         spectra = {name: [moment.importance for moment in moments] for name, moments in self._moments.items()}
         return {
             "timeline": draw_timeline(self.steps, self._moments),
@@ -95,12 +82,11 @@ class History:
         moments = {name: [dict(vars(moment)) for moment in moments] for name, moments in self._moments.items()}
         return {
             "steps": self.steps,
-            "drawn": self._drawn,
             "moments": moments,
             "numbers": {k: dict(v) for k, v in self._numbers.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
-        self.steps, self._drawn, self._numbers = state["steps"], state["drawn"], state["numbers"]
+        self.steps, self._numbers = state["steps"], state["numbers"]
         self._moments = {name: [Moment(**moment) for moment in moments] for name, moments in state["moments"].items()}

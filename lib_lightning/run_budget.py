@@ -30,6 +30,9 @@ DEFAULT = 0.03
 # metric goes through many times as many outputs.
 _THINNED = 4
 _FEWER, _ENOUGH = 4, 512
+# The first snapshot warms everything up. What it costs stands for what the last one will, which draws the figures of
+# the whole run, until these have been drawn.
+_FIRST = "first"
 _PROBES, _MANY = 16, 128
 
 _Hook = TypeVar("_Hook", bound=Callable[..., Any])
@@ -130,7 +133,13 @@ class RunBudget:
         return affordable
 
     def _kind(self, last: bool) -> str:
-        return "ablation" if self._watcher.ablates(last) else "plain"
+        if self._watcher.ablates(last):
+            kind = "ablation"
+        elif self.overhead.newest:
+            kind = "plain"
+        else:
+            return _FIRST
+        return f"{kind}, with figures" if self._watcher.draws(last) else kind
 
     def _choice(self, step: int) -> tuple[float, int]:
         """Part of the samples and number of probes to go on with, 0 for what was asked for."""
@@ -190,10 +199,12 @@ class RunBudget:
         with self.overhead.snapshot(self._kind(last)):
             if self._put_off_at == trainer.global_step:  # and is taken after all, as the last one
                 self.put_off, self.left_out = self.put_off - 1, self.left_out - 1
-            before = self._watcher.snapshots
+            before, draws = self._watcher.snapshots, self._watcher.draws(last)
             yield
             if self._watcher.snapshots > before:
                 self.left_out = 0
+                if draws:
+                    self.overhead.newest.pop(_FIRST, None)
 
     def look(self, taken: Taken, live: LiveModel, batches: Sequence[Any], together: Together) -> None:
         """Note what a snapshot's cost is made of.

@@ -28,6 +28,9 @@ from lib_lightning.metrics.summary import GraphMetrics, default_metrics, scalar_
 from lib_lightning.metrics.taken import check_metrics
 from lib_lightning.values import fingerprint, probe_features
 
+# Figures of the whole run so far are drawn when there are so many snapshots, and again whenever these have doubled.
+_FIRST_DRAWN = 4
+
 
 @dataclass(frozen=True)
 class Watched:
@@ -139,6 +142,7 @@ class Watcher:
         graphs: The newest graph, by prefix; the first one is of the basis itself.
         numbers: The newest numbers, by name.
         snapshots: Number of snapshots taken.
+        drawn: Number of those that the figures of the whole run show.
         ablated_step: Step of the newest ablation.
         follower: Follows features from snapshot to snapshot.
         history: All snapshots in the first basis, as far as figures show them.
@@ -155,7 +159,7 @@ class Watcher:
     def reset(self, node_layers: Sequence[str]) -> None:
         """Start afresh, with node layers of these names; none if they are not known yet."""
         self.graphs: dict[str, InteractionGraph] = {}
-        self.snapshots = 0
+        self.snapshots = self.drawn = 0
         self.ablated_step: int | None = None
         self.follower, self.history = Follower(list(self.prefixes)), History()
         self.events: list[Event] = []
@@ -180,6 +184,10 @@ class Watcher:
         """Whether the next snapshot counts edges required; the last one of a run does."""
         plan = self.watched.ablation
         return plan is not None and (last or self.snapshots % plan.every_n_snapshots == 0)
+
+    def draws(self, last: bool) -> bool:
+        """Whether the figures of the whole run are worth drawing after the next snapshot; the last one's are."""
+        return last or self.snapshots + 1 >= max(_FIRST_DRAWN, 2 * self.drawn)
 
     def take(
         self,
@@ -271,7 +279,8 @@ class Watcher:
     def state_dict(self) -> dict[str, Any]:
         """State to go on from, of plain numbers."""
         return {
-            "numbers": dict(self.numbers), "snapshots": self.snapshots, "ablated_step": self.ablated_step,
+            "numbers": dict(self.numbers), "snapshots": self.snapshots, "drawn": self.drawn,
+            "ablated_step": self.ablated_step,
             "follower": self.follower.state_dict(), "history": self.history.state_dict(),
             "events": [event.to_json() for event in self.events],
         }  # fmt: skip
@@ -280,7 +289,8 @@ class Watcher:
         """Go on from a state, if it is of the same numbers; tell whether it was."""
         if set(state["numbers"]) != set(self.numbers):
             return False
-        self.numbers, self.snapshots, self.ablated_step = state["numbers"], state["snapshots"], state["ablated_step"]
+        self.numbers, self.ablated_step = state["numbers"], state["ablated_step"]
+        self.snapshots, self.drawn = state["snapshots"], state["drawn"]
         self.follower.load_state_dict(state["follower"])
         self.history.load_state_dict(state["history"])
         self.events = [Event.from_json(event) for event in state["events"]]

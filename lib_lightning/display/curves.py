@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -87,7 +87,7 @@ def _curve(counts: Tensor, scores: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return x[order][finite], y[order][finite]
 
 
-def _same_scale(all_axes: list[Axes]) -> None:
+def _same_scale(all_axes: Sequence[Axes]) -> None:
     """Show all panels at one scale of the scores, with numbers that are written out along the counts."""
     if not all_axes:
         return

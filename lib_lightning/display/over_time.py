@@ -16,6 +16,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, LogLocator, 
 from lib_lightning.display.lettering import DPI, short_number, shorten, shorten_front, width_of
 from lib_lightning.display.palette import BASES, BASIS_NAMES, MODULES, MUTED, TEXT, basis_styles
 from lib_lightning.display.panels import Grid, add_entries, panels
+from lib_lightning.display.plain_axes import PlainAxes
 from lib_lightning.display.steps_axis import is_log_spaced, set_steps
 
 _HEADING_SIZE, _NAME_SIZE, _LINE_HEIGHT = 11.0, 9.0, 10.5
@@ -106,7 +107,7 @@ def draw_over_time(
         across = 72 * (beside[-1].bbox.x1 - beside[0].bbox.x0) / DPI
         heading = shorten_front(row[0].name, across, _HEADING_SIZE, "bold")
         beside[0].set_title(
-            heading, loc="left", fontsize=_HEADING_SIZE, fontweight="bold", color=TEXT, parse_math=False
+            heading, loc="left", y=1.0, fontsize=_HEADING_SIZE, fontweight="bold", color=TEXT, parse_math=False
         )  # fmt: skip
         for axes, panel in zip(beside, row, strict=True):
             draw_curves(axes, panel.curves)
@@ -221,7 +222,7 @@ def _colors(curves: Sequence[Curve]) -> list[str]:
     return [color or free[k % len(free)] for k, color in enumerate(chosen)]
 
 
-def _set_scale(beside: Sequence[Axes], row: Sequence[Panel]) -> None:
+def _set_scale(beside: Sequence[PlainAxes], row: Sequence[Panel]) -> None:
     """Give panels that stand beside each other one scale, with numbers in short."""
     values = np.concatenate([[], *(_runs(curve).ravel() for panel in row for curve in panel.curves)])
     values = values[np.isfinite(values)]
@@ -240,8 +241,7 @@ def _set_scale(beside: Sequence[Axes], row: Sequence[Panel]) -> None:
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
         axes.set_ylim(row[0].limits or limits)
-        axes.grid(axis="y", color="#E6E6E6", lw=0.6, zorder=0)
-        axes.set_axisbelow(True)
+        axes.grid_lines = True
 
 
 def _log_ticks(low: float, high: float) -> Locator:

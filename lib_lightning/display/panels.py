@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 
 from lib_lightning.display.lettering import DPI, shorten_front, width_of
 from lib_lightning.display.palette import MUTED, TEXT
+from lib_lightning.display.plain_axes import PlainAxes
 
 Mark = Line2D | tuple[Line2D, ...]
 
@@ -46,7 +46,7 @@ class Grid:
 
 def panels(
     names: Sequence[str], title: str, xlabel: str, ylabel: str, n_entries: int = 1, grid: Grid | None = None
-) -> tuple[Figure, list[Axes]]:
+) -> tuple[Figure, list[PlainAxes]]:
     """Make a page of panels that share what is written at their axes.
 
     Args:
@@ -82,13 +82,13 @@ def panels(
         row, column = divmod(k, grid.columns)
         x = _LEFT + column * (panel_width + column_gap)
         y = height - top - (row + 1) * grid.height - row * row_gap
-        axes = figure.add_axes((x / width, y / height, panel_width / width, grid.height / height))
-        last = k + grid.columns >= len(names)
-        _style(axes, numbers_left=grid.own_scale or column == 0, numbers_below=last or not grid.one_below_another)
-        # A place given for the title and for labels that there are not spares looking for one that is free.
+        place = (x / width, y / height, panel_width / width, grid.height / height)
+        axes = figure.add_axes(place, axes_class=PlainAxes)
+        assert isinstance(axes, PlainAxes)
+        axes.numbers_left = grid.own_scale or column == 0
+        axes.numbers_below = k + grid.columns >= len(names) or not grid.one_below_another
+        # A place given for the title spares looking for one that is free.
         axes.set_title(heading, loc="left", y=1.0, fontsize=size, fontweight="bold", color=TEXT, parse_math=False)
-        axes.xaxis.set_label_coords(0.5, -0.1)
-        axes.yaxis.set_label_coords(-0.1, 0.5)
         made.append(axes)
     figure.text(
         0.5 * (_LEFT + width - grid.right + _RIGHT) / width, 0.1 / height, xlabel, ha="center", fontsize=11, color=MUTED
@@ -162,11 +162,3 @@ def _headings(names: Sequence[str], room: float) -> tuple[list[str], float]:
     widest = max((width_of(line, _LARGEST_NAME, "bold") for parts in lines for line in parts), default=0.0)
     size = max(_SMALLEST_NAME, _LARGEST_NAME * min(1.0, room / max(widest, 1.0)))
     return ["\n".join(shorten_front(line, room, size, "bold") for line in parts) for parts in lines], size
-
-
-def _style(axes: Axes, numbers_left: bool, numbers_below: bool) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#999999")
-    axes.tick_params(
-        labelsize=9.5, labelcolor=MUTED, color="#999999", labelleft=numbers_left, labelbottom=numbers_below
-    )

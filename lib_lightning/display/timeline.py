@@ -206,7 +206,7 @@ def _draw_layer(
     _draw_scale(axes)
     left_out = len(lives.ids) - len(shown)
     counts = f"{len(shown)} of {len(lives.ids)} lineages" if left_out else f"{len(lives.ids)} lineages"
-    axes.set_title(counts, loc="right", fontsize=9.5, color=MUTED)
+    axes.set_title(counts, loc="right", y=1.0, fontsize=9.5, color=MUTED)
 
 
 def _runs(colors: np.ndarray, start: int, stop: int, lives: Lives, lineage: int) -> list[tuple[int, int, str]]:

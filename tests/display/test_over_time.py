@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from lib_lightning.display.over_time import Curve, Panel, draw_over_time, draw_sparsity_over_time
 from lib_lightning.display.palette import BLUE, MODULES, VERMILION
+from lib_lightning.display.plain_axes import PlainAxes
 from lib_lightning.display.spectrum_over_time import counts_above, draw_spectrum_over_time
 from lib_lightning.display.steps_axis import is_log_spaced, set_steps
 from tests.display.pages import assert_readable, words
@@ -62,7 +63,12 @@ def test_panels_stand_below_each_other_on_one_axis() -> None:
     assert first.get_ylim() == (0, 1)
     assert first.get_position().x0 == second.get_position().x0
     assert first.get_position().y0 > second.get_position().y1
-    assert not any(t.get_visible() and t.label1.get_visible() for t in first.xaxis.get_major_ticks())
+    assert isinstance(first, PlainAxes)
+    assert isinstance(second, PlainAxes)
+    steps = ["0", "1", "10", "100", "1k"]
+    assert [axes.numbers_below for axes in (first, second)] == [False, True]
+    assert [t.get_text() for t in second.numbers()][:5] == steps
+    assert not set(steps[2:]) & {t.get_text() for t in first.numbers()}
     assert {"Grokking", "train", "test", "LIB", "99% test accuracy"} <= set(words(figure))
     assert [1700, 1700] in [list(line.get_xdata()) for line in second.lines]
     colors = {t.get_text(): t.get_color() for axes in figure.axes for t in axes.texts}
