@@ -36,7 +36,7 @@ class PlainAxes(Axes):
     Example:
         >>> from matplotlib.figure import Figure
         >>> axes = Figure().add_axes((0.1, 0.1, 0.8, 0.8), axes_class=PlainAxes)
-        >>> axes.set_xlim(0, 2000), axes.set_ylim(0, 1), axes.set_xticks([0, 2000]), axes.set_yticks([1])
+        >>> _ = axes.set(xlim=(0, 2000), ylim=(0, 1), xticks=[0, 2000], yticks=[1])
         >>> [number.get_text() for number in axes.numbers()]
         ['0', '2k', '1']
     """
