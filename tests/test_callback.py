@@ -125,10 +125,10 @@ def test_scalars_reach_loggers_and_other_callbacks(tmp_path: Path) -> None:
 
     with (Path(loggers[1].log_dir) / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["lib/edges/total"]]
-    assert [int(row["step"]) for row in rows] == [5, 11, 17]
+    assert [int(row["step"]) for row in rows] == [5, 17], "a point for each snapshot"
     events = EventAccumulator(loggers[0].log_dir, {"images": 0, "scalars": 0}).Reload()
     assert set(events.Tags()["scalars"]) >= KEYS
-    assert [e.step for e in events.Scalars("lib/edges/total")] == [5, 11, 17]
+    assert [e.step for e in events.Scalars("lib/edges/total")] == [5, 17]
     assert [e.step for e in events.Images("lib/graph")] == [5, 17]
 
 
