@@ -26,7 +26,7 @@ def test_shares_are_of_the_whole_and_every_step_is_there() -> None:
     layers = ["input", "2", "output"]
     profile = profile_snapshot(mlp(), [torch.randn(40, 5)] * 2, layers)
     steps = [row.step for row in profile.rows]
-    wanted = {"moments", "forward passes", *(f"basis of {layer}" for layer in layers), "edges from input to 2"}
+    wanted = {"moments", *(f"basis of {layer}" for layer in layers), "edges from input to 2"}
     wanted |= {"edges from 2 to output", "metrics and modules", "probes", "following", "figures", "files", "the rest"}
     assert wanted <= set(steps)
     assert len(steps) == len(set(steps))
@@ -49,11 +49,10 @@ def test_operations_of_a_linear_model_are_those_counted_by_hand(dtype: torch.dty
     watched = Watched(settings, follow=False)
     profile = profile_snapshot(model, [torch.randn(n, d_in, dtype=dtype)], ["input", "output"], watched)
     rows = {row.step: row for row in profile.rows}
-    # One multiplication and one addition for each weight and sample; neurons need no second run for their basis.
-    assert rows["forward passes"].gflop == pytest.approx(2e-9 * n * d_in * d_out)
-    assert rows["forward passes"].of_peak == pytest.approx(
-        rows["forward passes"].gflop / profile.rates[dtype] / rows["forward passes"].seconds
-    )
+    # Its closed form is C'^T W C^+T, in float64: one multiplication and one addition for each number of each product.
+    edges = rows["edges from input to output"]
+    assert edges.gflop == pytest.approx(2e-9 * (d_out * d_out * d_in + d_out * d_in * d_in))
+    assert edges.of_peak == pytest.approx(edges.gflop / profile.rates[torch.float64] / edges.seconds)
     assert rows["basis of input"].gflop == rows["figures"].gflop == 0
     assert "following" not in rows
 

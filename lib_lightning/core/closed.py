@@ -108,7 +108,6 @@ class ClosedMetric:
         w, C = self.weights, self.C_next
         A = C.T if w.W_2 is None else C.T @ w.W_2.double()
         if w.affine:
-            A = A + C.T if w.residual else A
             return A, torch.eye(len(A)).to(A) * self._count[:, None, None]
         X = (A.T @ A) * self._products
         V = torch.eye(w.hidden).to(A) if w.W_1 is None else w.W_1.double()
@@ -137,6 +136,8 @@ class ClosedEdges:
         self.A = C_next.T if weights.W_2 is None else C_next.T @ weights.W_2.double()
         self.B = C_pinv.T if weights.W_1 is None else weights.W_1.double() @ C_pinv.T
         self.straight = C_next.T @ C_pinv.T if weights.residual else None
+        # Of an affine section that is all.
+        self.J = self.A @ self.B if weights.affine else None
 
     def sum(self, form: ClosedForm, fhat: Tensor, span: slice) -> Tensor:
         """Sum over some of the samples of one batch.
@@ -151,9 +152,9 @@ class ClosedEdges:
         """
         counts = form.counts[span].flatten()
         squares = fhat[span].flatten(0, 1)[counts].square()
-        if form.slopes is None:
-            J = self.A @ self.B
-            return (J if self.straight is None else J + self.straight).square() * squares.double().sum(0)
+        if self.J is not None:
+            return self.J.square() * squares.double().sum(0)
+        assert form.slopes is not None
         s = form.slopes[span].flatten(0, 1)[counts].to(product_dtype(form.slopes.dtype))
         A, B, squares = self.A.to(s).contiguous(), self.B.to(s).contiguous(), squares.to(s)
         total = torch.zeros(len(A), B.shape[1], dtype=torch.float64, device=s.device)
