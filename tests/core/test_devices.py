@@ -61,7 +61,7 @@ def test_closed_forms(affine: bool, residual: bool) -> None:
     weights = Weights(None if affine else numbers(H, D), numbers(D, D if affine else H), H, residual, affine)
     counts = torch.ones(N, S, dtype=torch.bool, device=DEVICE)
     form = ClosedForm(weights, None if affine else numbers(N, S, H), counts)
-    assert form.vjp(numbers(N, S, D)).device == DEVICE
+    assert form.seen_along(numbers(N, S, D), numbers(D, 2)).device == DEVICE
     metric = ClosedMetric(weights, numbers(D, R), groups=2)
     metric.add(form, 1, slice(1, 4))
     V, X = metric.sums()
