@@ -17,7 +17,7 @@ from lib_lightning import NodeLayer, compute_interaction_graph
 
 torch.set_num_threads(1)
 blocks = [nn.Sequential(nn.Linear(16, 2000), nn.Tanh(), nn.Linear(2000, 16), nn.Tanh()) for _ in range(4)]
-model, batch = nn.Sequential(*blocks), torch.randn(1200, 16)
+model, batch = nn.Sequential(*blocks), torch.randn(4000, 16)
 options = eval(sys.argv[2])
 
 def graph(batch, limit):

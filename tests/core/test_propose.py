@@ -38,6 +38,8 @@ PROPOSED = {
     "dict_input": ["head:input", "output"],
     "tied": ["embed", "unembed:input", "output"],
     "repeated": ["input", "embed", "block#0", "block#1", "block#2", "output"],
+    "plain_residual": ["input", "0", "1", "output"],
+    "before_activations": ["input", "second:input", "third:input", "output"],
     "norm_and_residual": ["input", "embed", "blocks.0", "blocks.1", "output"],
 }
 

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lib_lightning import InteractionGraph, compute_interaction_graph
+from lib_lightning.core.recognise import Recognition
 from tests.wild.found import Found
 from tests.wild.oracle import RTOL, agrees, assert_same_graph, lively
 
@@ -191,12 +192,19 @@ def test_custom_functions(
     one_by_one: bool,
     positions: int,
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     x, layers = torch.randn(15, positions, 3).double(), ["0", "2", "output"]
     expected = compute_interaction_graph(with_sine(PlainSine()), [x[:8], x[8:]], layers, rtol=RTOL)
     assert expected.info["notes"] == []
+    graph = compute_interaction_graph(with_sine(Apply(function)), [x[:8], x[8:]], layers, rtol=RTOL)
+    assert_same_graph(graph, expected)
+    assert graph.info["notes"] == []
+    # A closed form needs the custom derivative once. Without it, and without a metric whose Jacobian serves the edges:
+    monkeypatch.setattr(Recognition, "learn", lambda self, section: None)
+    expected = compute_interaction_graph(with_sine(PlainSine()), [x[:8], x[8:]], layers, basis="neuron")
     with caplog.at_level(logging.WARNING):
-        graph = compute_interaction_graph(with_sine(Apply(function)), [x[:8], x[8:]], layers, rtol=RTOL)
+        graph = compute_interaction_graph(with_sine(Apply(function)), [x[:8], x[8:]], layers, basis="neuron")
     assert_same_graph(graph, expected)
     signs = [BACKWARDS] * (backwards and positions > 1) + [ONE_BY_ONE] * one_by_one
     assert_notes(graph, signs, caplog)
@@ -232,8 +240,11 @@ class Distances(nn.Module):
 
 
 def test_distances() -> None:
-    graph = agrees(lively(Distances()), torch.randn(12, 6, 3).double(), ["first", "head:input", "output"])
-    assert [BACKWARDS in note for note in graph.info["notes"]] == [True]
+    model, x, layers = lively(Distances()), torch.randn(12, 6, 3).double(), ["first", "head:input", "output"]
+    graph = agrees(model, x, layers)
+    assert graph.info["notes"] == []  # the metric's Jacobian serves the edges, too
+    sampled = compute_interaction_graph(model, [x], layers, n_probes=4)
+    assert [BACKWARDS in note for note in sampled.info["notes"]] == [True]
 
 
 class Experts(nn.Module):
