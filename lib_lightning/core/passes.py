@@ -19,7 +19,7 @@ from lib_lightning.core.guard import unchanged
 from lib_lightning.core.memory import Chunks, is_out_of_memory
 from lib_lightning.core.nested import batch_size, samples_between
 from lib_lightning.core.recognise import SAMPLES, Recognition
-from lib_lightning.core.section import Point, Section, sections
+from lib_lightning.core.section import Section, sections, sections_between
 from lib_lightning.core.steps import finished
 
 Tick = Callable[[str], None]
@@ -75,7 +75,7 @@ class Passes:
             yield cuts
             sizes.append(cuts[0].a.shape[0])
             if self._keep:
-                self._kept.append(self._ready(self._sections_between(cuts)))
+                self._kept.append(self._ready(sections_between(cuts, self.chunks.stack_elements)))
             self.tick("moments")
         # A model that writes into its own tensors has perhaps written over what the first graphs hold.
         if as_before is not None and not (as_before() and self._still_good()):
@@ -98,7 +98,7 @@ class Passes:
             The index of a section and the section, batch by batch.
         """
         for index, batch in enumerate(self.batches):
-            for i, section in enumerate(self._sections_of(index, batch, means)):
+            for i, section in enumerate(self._sections_of(index, batch, means, only)):
                 if only in (None, i):
                     if i in self.unstackable:
                         section.stack = 1
@@ -150,19 +150,20 @@ class Passes:
             cut = self.live.cut(batch)[i]
         return cut.a, cut.mask
 
-    def _sections_of(self, index: int, batch: Any, means: Sequence[Tensor]) -> list[Section]:
+    def _sections_of(self, index: int, batch: Any, means: Sequence[Tensor], only: int | None) -> list[Section]:
         if self._kept:
             return self._kept[index]
         self.live.seed = index
         found = sections(self.live, batch, means, self.integration_steps, self.chunks.stack_elements)
         finished("forward passes")
-        return self._ready(found)
+        return self._ready(found, only)
 
-    def _ready(self, found: list[Section]) -> list[Section]:
-        for recognise, section in zip(self._recognitions, found, strict=False):
-            section.closed = recognise(section)
-            if section.closed is not None:
-                section.forget_graph()
+    def _ready(self, found: list[Section], only: int | None = None) -> list[Section]:
+        for i, (recognise, section) in enumerate(zip(self._recognitions, found, strict=False)):
+            if only in (None, i):
+                section.closed = recognise(section)
+                if section.closed is not None:
+                    section.forget_graph()
         return found
 
     def _learn(self) -> None:
@@ -181,14 +182,9 @@ class Passes:
                     raise
                 # Something in it is not one entry a sample, though it has that length: all of it, then.
         cuts = self.live.cut(few)
-        for recognition, section in zip(self._recognitions, self._sections_between(cuts), strict=True):
+        found = sections_between(cuts, self.chunks.stack_elements)
+        for recognition, section in zip(self._recognitions, found, strict=True):
             recognition.learn(section)
-
-    def _sections_between(self, cuts: Sequence[Cut]) -> list[Section]:
-        return [
-            Section(before.a, after.a, [Point(1.0, before, after)], self.chunks.stack_elements)
-            for before, after in itertools.pairwise(cuts)
-        ]
 
     def _still_good(self) -> bool:
         """Whether the graphs of all batches have outlived the later ones."""

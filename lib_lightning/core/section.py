@@ -266,8 +266,7 @@ def sections(
         from its own node layer, so one forward pass with every node layer replaced serves all of them.
     """
     if integration_steps == 0:
-        cuts = live.cut(batch)
-        return [Section(b.a, c.a, [Point(1.0, b, c)], stack_elements) for b, c in itertools.pairwise(cuts)]
+        return sections_between(live.cut(batch), stack_elements)
     activations = live.activations(batch)
     # The last node layer starts no section: it stays as it is. A tap that is computed from another one of its layer
     # must not see that one replaced: then neighbours take turns, in two passes.
@@ -282,6 +281,19 @@ def sections(
                 points[i].append(Point(weight, cuts[i], cuts[i + 1]))
     pairs = itertools.pairwise(activations)
     return [Section(a, a_out, p, stack_elements) for (a, a_out), p in zip(pairs, points, strict=True)]
+
+
+def sections_between(cuts: Sequence[Cut], stack_elements: int) -> list[Section]:
+    """The section after each cut but the last, with the gradient at the activations.
+
+    Args:
+        cuts: Node layers of one forward pass.
+        stack_elements: As for `sections`.
+
+    Returns:
+        One section for each pair of neighbours.
+    """
+    return [Section(b.a, c.a, [Point(1.0, b, c)], stack_elements) for b, c in itertools.pairwise(cuts)]
 
 
 def gauss_legendre(k: int) -> Iterator[tuple[float, float]]:
