@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -32,8 +31,6 @@ from lib_lightning.trainers import (
     validates,
 )
 from lib_lightning.watcher import Taken, Watched, Watcher
-
-log = logging.getLogger(__name__)
 
 _DTYPES = {None: None, "float32": torch.float32, "float64": torch.float64}
 
@@ -88,9 +85,8 @@ class LIBCallback(pl.Callback):
         on_event: A function, or several, to call with each `lib_lightning.lineage.Event`, on every process.
         adaptive: Take snapshots four times as often for a while after a feature or a metric has changed.
         max_overhead: Share of the training time that all of this may cost: a snapshot that is due too early is left
-            out, and where that would be most of them, later ones take fewer samples, or probes. The first and the last
-            one are always taken. None (null) is 0.03 for the default schedule, and no limit for any that is given;
-            ``math.inf`` (.inf) is no limit.
+            out, and where that would be most of them, all take fewer samples, or probes. The first and the last one are
+            always taken. None (null) is 0.03 for the default schedule, none for any that is given; .inf is no limit.
 
     Raises:
         LIBError: If the node layers are a list of less than two.
@@ -281,9 +277,7 @@ class LIBCallback(pl.Callback):
     def _snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule, last: bool = False) -> bool:
         """Take a snapshot, unless this step has had its try or it costs too much; tell whether there is a new one."""
         step, asks = trainer.global_step, trainer.state.fn == "fit" and not last
-        if self._tried_step == step:
-            return False
-        if asks and not self.budget.allows(step, self.samples.buffer.complete, self._together):
+        if self._tried_step == step or (asks and not self.budget.allows(step, self.samples.buffer, self._together)):
             return False
         self._tried_step = step
         with self.budget.snapshot(trainer, last):
@@ -292,34 +286,35 @@ class LIBCallback(pl.Callback):
     def _try(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int, last: bool) -> bool:
         try:
             with self._together.agreed():
-                taken = self._take(trainer, pl_module, last)
+                taken = self._take(trainer, pl_module, step, last)
                 self.report.write(trainer, taken, step)
         except Exception as error:
-            log.warning(
-                "The snapshot of '%s' after %d steps failed and is left out; training goes on. %s: %s",
-                self.name, step, type(error).__name__, error,
-            )  # fmt: skip
+            self.report.failed(step, error)
             return False
         draw = self.watcher.draws(last or trainer.state.fn != "fit")
         self.watcher.accept(taken)
         self._graph_step = step
         if self.adaptive:
             # For all processes to be due at the same steps.
-            (changed,) = self._together.first([torch.tensor(any(event.kind in CHANGES for event in taken.events))])
-            if changed:
+            changed = torch.tensor(any(event.kind in CHANGES for event in taken.events))
+            if self._together.first([changed])[0]:
                 self.schedule.densify(step)
         self.report.tell(trainer, taken.events, draw)
         return True
 
-    def _take(self, trainer: pl.Trainer, pl_module: pl.LightningModule, last: bool) -> Taken:
+    def _take(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int, last: bool) -> Taken:
         live = self._layers.live(pl_module, self._together)
-        samples = self.samples.for_snapshot(trainer, self.budget.part)
-        step, before = trainer.global_step, self._graph_step
-        when = {"step": step, "epoch": trainer.current_epoch, **self.budget.chosen}
-        distance = 1.0 if before is None else self.schedule.distance(before, step, self.budget.left_out)
-        with called_from_aside(trainer, pl_module, self.dtype):
+        distance = self.schedule.distance(self._graph_step, step, self.budget.left_out)
+
+        def take() -> Taken:
+            when = {"step": step, "epoch": trainer.current_epoch, **self.budget.chosen}
+            samples = self.samples.for_snapshot(trainer, self.budget.part)
             taken = self.watcher.take(live, samples, self._together, when, last, distance)
             self.budget.look(taken, live, samples.batches, self._together)
+            return taken
+
+        with called_from_aside(trainer, pl_module, self.dtype):
+            taken = self.budget.take(take, step, self.samples.buffer, self._together)
         self.report.notes(taken)
         return taken
 

@@ -48,6 +48,7 @@ class Overhead:
         self.cost = self.training = 0.0
         self.newest: dict[str, float] = {}
         self._own = self._running = False
+        self._once = 0.0
         self._seen = self.clock()
 
     def begin(self) -> None:
@@ -76,12 +77,22 @@ class Overhead:
     def snapshot(self, kind: str) -> Iterator[None]:
         """A block of own work that is a snapshot, for better or worse: what it costs, the next one of its kind will."""
         with self.own():
-            before = self.cost
+            before, self._once = self.cost, 0.0
             try:
                 yield
             finally:
                 self._settle()
-                self.newest[kind] = self.cost - before
+                self.newest[kind] = self.cost - before - self._once
+
+    @property
+    def spent(self) -> float:
+        """Seconds of own work so far."""
+        self._settle()
+        return self.cost
+
+    def not_again(self, seconds: float) -> None:
+        """Of the snapshot under way, so many seconds of own work are not what the next one will cost."""
+        self._once += seconds
 
     @contextmanager
     def _charged_to(self, own: bool) -> Iterator[None]:

@@ -18,6 +18,7 @@ from lib_lightning.core.nested import is_empty, samples_between
 from lib_lightning.core.together import Together
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.overhead import Overhead
+from lib_lightning.samples import SampleBuffer
 from lib_lightning.schedule import Schedule
 from lib_lightning.trainers import wait_for_device
 from lib_lightning.values import feature_values
@@ -27,7 +28,8 @@ from lib_lightning.watcher import Taken, Watcher
 DEFAULT = 0.03
 # So many due snapshots for each one taken are thinned by spacing alone. Beyond, snapshots are made cheaper, once in a
 # run: down to a part of the samples, but not to so few that importances would be unsure, and to probes where the exact
-# metric goes through many times as many outputs.
+# metric goes through many times as many outputs. Nobody knows what the first one will cost, so it is tried on that
+# part, and goes on to all samples if these will be taken.
 _THINNED = 4
 _FEWER, _ENOUGH = 4, 512
 # The first snapshot warms everything up. What it costs stands for what the last one will, which draws the figures of
@@ -86,6 +88,7 @@ class RunBudget:
         self._put_off_at: int | None = None
         self._from: int | None = None
         self._computing, self._outputs = 0.0, 0
+        self._tried = False  # whether the part is only what the first snapshot was tried on
 
     def _go_on_with(self, part: float, n_probes: int) -> None:
         settings = self._watcher.watched.settings
@@ -105,12 +108,12 @@ class RunBudget:
         self.overhead.begin()
         self._from = step if self._from is None else self._from
 
-    def allows(self, step: int, complete: bool, together: Together) -> bool:
+    def allows(self, step: int, samples: SampleBuffer, together: Together) -> bool:
         """Tell whether a snapshot that is due is to be taken; all processes have to ask together.
 
         Args:
             step: Number of optimizer steps so far.
-            complete: Whether the samples are those that all later snapshots are computed on.
+            samples: The samples of this process.
             together: The processes, of which the first one's time counts.
 
         Returns:
@@ -121,10 +124,11 @@ class RunBudget:
         if step == self._put_off_at:
             return False
         affordable = self.overhead.affordable(self._kind(False))
-        choice = (self.part, self._n_probes) if affordable or not complete else self._choice(step)
+        chooses = samples.complete and (self._tried or not affordable)
+        choice = self._choice(step) if chooses else (self.part, self._n_probes)
         (answer,) = together.first([torch.tensor([affordable, *choice], dtype=torch.float64)])
         affordable, part, n_probes = bool(answer[0]), float(answer[1]), int(answer[2])
-        if (part, n_probes) != (self.part, self._n_probes):
+        if self._tried or (part, n_probes) != (self.part, self._n_probes):
             self._choose(part, n_probes)
         if not affordable:
             if not self.put_off:
@@ -141,37 +145,91 @@ class RunBudget:
             return _FIRST
         return f"{kind}, with figures" if self._watcher.draws(last) else kind
 
+    def take(self, take: Callable[[], Taken], step: int, samples: SampleBuffer, together: Together) -> Taken:
+        """Take a snapshot; the first one on as many samples as there is time for.
+
+        Args:
+            take: Takes it, on `part` of each process's samples.
+            step: Number of optimizer steps so far.
+            samples: The samples of this process.
+            together: The processes, of which the first one's time counts.
+
+        Returns:
+            The snapshot.
+        """
+        if self.overhead.newest or self.overhead.limit == math.inf or not samples.complete:
+            return take()
+        n = sum(int(t) for t in together.gather(torch.tensor([samples.count])))
+        part = _part(n)
+        if part == 1 or self._schedule.even is None or self._from is None or step <= self._from:
+            return take()
+        before = self.overhead.spent
+        self._go_on_with(part, 0)
+        try:
+            taken = take()
+        except BaseException:
+            self._go_on_with(1.0, 0)
+            raise
+        # As far from the next one as from the beginning, all samples have so much time.
+        affordable = _THINNED * self.overhead.limit * self.overhead.training
+        (tried,) = together.first([torch.tensor(taken.computing / part > affordable)])
+        self._tried = bool(tried)
+        if not tried:
+            self._go_on_with(1.0, 0)
+            self.overhead.not_again(self.overhead.spent - before)
+            return take()
+        rank_zero_info(
+            f"{self._watcher.name}: the first snapshot, after {step:,} steps, is computed on {round(part * n):,} of "
+            f"{n:,} samples, as max_overhead={self.overhead.limit:g} leaves little time for it."
+        )
+        return taken
+
     def _choice(self, step: int) -> tuple[float, int]:
         """Part of the samples and number of probes to go on with, 0 for what was asked for."""
         steps, gap, before = step - (self._from or 0), self._schedule.gap, (self.part, self._n_probes)
-        if self.chosen or gap is None or steps <= 0:
+        if self.chosen and not self._tried:
             return before
-        expected = self.overhead.expected(self._kind(False))
+        if gap is None or steps <= 0:
+            return 1.0, 0
+        computing, expected = self._on_all
         affordable = _THINNED * self.overhead.limit * self.overhead.training / steps * gap
         # Figures and files cost the same whatever they are made of.
-        if expected <= affordable or self._computing < expected / 2:
-            return before
-        n = self._n_samples
-        part = min(1.0, max(n // _FEWER, _ENOUGH) / n)
-        still_too_much = expected - self._computing * (1 - part) > affordable
+        if expected <= affordable or computing < expected / 2:
+            return 1.0, 0
+        part = _part(self._n_samples)
+        still_too_much = expected - computing * (1 - part) > affordable
         exact = "lib" in self._watcher.prefixes.values() and self._watcher.settings.n_probes is None
         return part, _PROBES if still_too_much and exact and self._outputs >= _MANY else 0
 
     @property
+    def _on_all(self) -> tuple[float, float]:
+        """Seconds that the graphs of all samples take, and a snapshot with them."""
+        computing = self._computing / self.part
+        return computing, self.overhead.expected(self._kind(False)) + computing - self._computing
+
+    @property
     def _n_samples(self) -> int:
-        return int(self._watcher.numbers[f"{self._watcher.name}/samples"])
+        return round(int(self._watcher.numbers[f"{self._watcher.name}/samples"]) / self.part)
 
     def _choose(self, part: float, n_probes: int) -> None:
-        expected, n = self.overhead.expected(self._kind(False)), self._n_samples
+        (computing, expected), n = self._on_all, self._n_samples
+        now = expected - computing * (1 - self.part)
+        self._tried = False
         self._go_on_with(part, n_probes)
-        self.overhead.expect(1 - self._computing * (1 - part) / expected)
+        self.overhead.expect((expected - computing * (1 - part)) / now)
         on = f"{round(part * n):,} of {n:,} samples" if part < 1 else f"all {n:,} samples"
         how = f", with n_probes={n_probes} in place of all {self._outputs:,} outputs of a layer" if n_probes else ""
+        limit, most = self.overhead.limit, _THINNED - 1
+        why, then = f"which max_overhead={limit:g} has time for", "numbers before and after may differ by that."
+        if self.chosen:
+            why = f"for which max_overhead={limit:g} would leave out more than {most} of {_THINNED} that are due"
+            then += (
+                " A larger max_overhead keeps what was asked for, as does a schedule with fewer snapshots and "
+                "max_overhead=inf."
+            )
         rank_zero_info(
-            f"{self._watcher.name}: snapshots cost {expected:.3g} s, for which max_overhead={self.overhead.limit:g} "
-            f"would leave out more than {_THINNED - 1} of {_THINNED} that are due. From here on they are computed on "
-            f"{on}{how}; numbers before and after may differ by that. A larger max_overhead keeps what was asked for, "
-            "as does a schedule with fewer snapshots and max_overhead=inf."
+            f"{self._watcher.name}: snapshots cost {expected:.3g} s, {why}. From here on they are computed on "
+            f"{on}{how}; {then}"
         )
 
     def _say_put_off(self, step: int) -> None:
@@ -251,7 +309,7 @@ class RunBudget:
         return {
             "overhead": self.overhead.state_dict(), "asked": list(self._asked), "chosen": [self.part, self._n_probes],
             "put_off": [self.put_off, self.left_out, self._put_off_at], "from": self._from,
-            "computing": self._computing, "outputs": self._outputs,
+            "computing": self._computing, "outputs": self._outputs, "tried": self._tried,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -260,7 +318,13 @@ class RunBudget:
         self.put_off, self.left_out, self._put_off_at = state["put_off"]
         self._from, self._computing, self._outputs = state["from"], state["computing"], state["outputs"]
         if state["asked"] == self._asked:
+            self._tried = state["tried"]
             self._go_on_with(*state["chosen"])
+
+
+def _part(n: int) -> float:
+    """Part of so many samples that will do."""
+    return min(1.0, max(n // _FEWER, _ENOUGH) / max(1, n))
 
 
 def _outputs(live: LiveModel, graph: InteractionGraph, batches: Sequence[Any]) -> int:

@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 
 Hook = Callable[[Event], Any]
 
+# Snapshots that make figures over time worth their second: between two there is nothing but a straight line.
+_OVER_TIME = 3
+
 
 class RunReport:
     """Writes and shows the snapshots of one run.
@@ -61,6 +64,13 @@ class RunReport:
         for note in {note for graph in taken.graphs.values() for note in graph.info["notes"]} - self._said:
             log.warning("%s: %s", self._watcher.name, note)
             self._said.add(note)
+
+    def failed(self, step: int, error: Exception) -> None:
+        """Say that there is no snapshot after so many steps, and why."""
+        log.warning(
+            "The snapshot of '%s' after %d steps failed and is left out; training goes on. %s: %s",
+            self._watcher.name, step, type(error).__name__, error,
+        )  # fmt: skip
 
     def numbers(self, trainer: pl.Trainer, step: int | None) -> dict[str, float]:
         """The newest numbers, and how many steps ago they were taken.
@@ -180,7 +190,7 @@ class RunReport:
         if watcher.graphs:  # none yet in a run that has only just gone on
             own, *baselines = watcher.graphs.values()
             figures["spectrum"] = folder.write_spectrum(own, baselines, own.info["step"])
-        if watcher.watched.follow:
+        if watcher.watched.follow and len(watcher.history.steps) >= _OVER_TIME:
             over_time = watcher.history.figures()
             figures |= {what: folder.write_figure(what, figure) for what, figure in over_time.items()}
         for what, png in figures.items():

@@ -81,6 +81,7 @@ class RunSamples:
         self._together: Together = ALONE
         self._folder: SnapshotFolder | None = None
         self._written_to: str | None = None
+        self._unwritten = False
         self._resumed: tuple[str, bool] | None = None
 
     @property
@@ -163,7 +164,7 @@ class RunSamples:
             self.keep(complete=False)
 
     def keep(self, complete: bool) -> None:
-        """Write the samples to a file; complete ones stay as they are for the rest of the run."""
+        """Keep the samples; complete ones stay as they are for the rest of the run."""
         self.known = True
         if self.buffer.complete:
             return
@@ -172,9 +173,7 @@ class RunSamples:
         if not self.probes.complete:
             self.probes.choose(self.buffer, self.seed)
             self.probes.complete = complete or self._enough_probes()
-        if self._folder is not None and self._writes:
-            saved = [buffer.save(path) for path, buffer in self._files(self._folder)]
-            self._written_to = str(self._folder.path.resolve()) if all(saved) else None
+        self._unwritten = True
 
     def _enough_probes(self) -> bool:
         return sum(int(t) for t in self._together.gather(torch.tensor([self.probes.count]))) >= _ENOUGH_PROBES
@@ -222,7 +221,11 @@ class RunSamples:
             self.keep(complete=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the samples are, for a resumed run."""
+        """Where the samples are, for a resumed run: written only now that there may be one."""
+        if self._unwritten and self._folder is not None and self._writes:
+            saved = [buffer.save(path) for path, buffer in self._files(self._folder)]
+            self._written_to = str(self._folder.path.resolve()) if all(saved) else None
+            self._unwritten = False
         return {"written_to": self._written_to, "complete": self.buffer.complete, "seed": self.seed,
             "settings": self._settings,
         }  # fmt: skip

@@ -85,6 +85,8 @@ class Schedule:
     def due_at_step(self, step: int) -> bool:
         """Say whether a snapshot is due after ``step`` optimizer steps; if so, move on to the next."""
         self._step = step
+        if self._next_step is None and not self._extra:  # asked after each step, mostly in vain
+            return False
         due = self._next_step is not None and step >= self._next_step
         if due:
             self._next_step = self._first_after(step)
@@ -97,8 +99,12 @@ class Schedule:
     @property
     def gap(self) -> int | None:
         """Steps between the two newest snapshots that were due anyway; None if unknown, or not the same throughout."""
-        even = self.every_n_validations or self.every_n_steps
-        return self._regular[1] - self._regular[0] if even and len(self._regular) == 2 else None
+        return self._regular[1] - self._regular[0] if self.even and len(self._regular) == 2 else None
+
+    @property
+    def even(self) -> int | None:
+        """Validations, or steps, between two that are due anyway; None if not the same throughout."""
+        return self.every_n_validations or self.every_n_steps
 
     def densify(self, step: int) -> None:
         """Ask for snapshots four times as often for a while, beside those that are due anyway.
@@ -120,11 +126,11 @@ class Schedule:
             self._extra = [step + self._extra_gap * k for k in range(1, _FOR + 1)]
             self._dense_until = self._extra[-1]
 
-    def distance(self, before: int, step: int, left_out: int = 0) -> float:
+    def distance(self, before: int | None, step: int, left_out: int = 0) -> float:
         """How far apart two snapshots in a row are, in regular distances: 1, or less where they are denser.
 
         Args:
-            before: Step of the one before.
+            before: Step of the one before; None if there is none.
             step: Step of the later one.
             left_out: Number of those due between them that were not taken.
 
@@ -140,6 +146,8 @@ class Schedule:
             >>> Schedule(every_n_steps=100).distance(0, 300, left_out=2)
             3.0
         """
+        if before is None:
+            return 1.0
         denser = self._dense_from <= before < self._dense_until
         most = 1.0 + left_out
         return min(most, (step - before) / (_DENSER * self._extra_gap)) if denser else most

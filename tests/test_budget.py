@@ -181,18 +181,42 @@ def test_where_spacing_would_leave_out_most_fewer_samples_are_taken_once_and_for
     graphs = {step: InteractionGraph.load(tmp_path / "lib" / "snapshots" / f"step-{step:08d}.safetensors")
         for step in steps_of(tmp_path)}  # fmt: skip
     found = [graph.info["n_samples"] for graph in graphs.values()]
-    assert found[0] == 1000
     assert len(found) >= 3
-    assert set(found[1:]) == {512}, "not below what is enough"
+    assert set(found) == {512}, "not below what is enough, and the first one no more"
     (x, _), *_ = callback.samples.batches
     used = callback.samples.for_snapshot(callback_trainer(callback), callback.budget.part).batches
     assert torch.equal(used[0][0], x), "the first ones"
-    first, *others = graphs.values()
-    assert "budget" not in first.info
     expected = {"max_overhead": 0.5, "part_of_samples": 0.512, "n_probes": None}
-    assert all(graph.info["budget"] == expected for graph in others)
+    assert all(graph.info["budget"] == expected for graph in graphs.values())
+    assert said.text.count("the first snapshot, after 6 steps, is computed on 512 of 1,000 samples, as") == 1
     assert said.text.count("From here on they are computed on 512 of 1,000 samples; numbers") == 1
     assert callback.budget.overhead.share <= 0.5
+
+
+@pytest.mark.parametrize(("epochs", "n", "cost"), [(1, 512, 20 - 15 * 0.488), (2, 1000, 20)])
+def test_the_first_one_goes_on_to_all_samples_if_they_will_be_taken(
+    epochs: int, n: int, cost: float, tmp_path: Path
+) -> None:
+    model = Timed(1000)
+    callback = timed(model, 20.0, 15.0, max_overhead=0.5)
+    trainer_of(tmp_path, callback, max_epochs=24, check_val_every_n_epoch=epochs).fit(model)
+    # All samples take 15 s, and three of four are left out at most if there are 2 s for each of training.
+    found = {InteractionGraph.load(tmp_path / "lib" / "snapshots" / f"step-{step:08d}.safetensors").info["n_samples"]
+        for step in steps_of(tmp_path)}  # fmt: skip
+    assert found == {n}
+    newest = callback.budget.overhead.newest.values()
+    assert {round(seconds, 6) for seconds in newest} == {cost}, "without the trial"
+
+
+def test_what_was_tried_is_given_up_where_figures_cost_more(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+    model = Timed(1000)
+    callback = timed(model, 60.0, 20.0, **CHEAPER)
+    trainer_of(tmp_path, callback, max_epochs=20).fit(model)
+    found = [InteractionGraph.load(tmp_path / "lib" / "snapshots" / f"step-{step:08d}.safetensors").info["n_samples"]
+        for step in steps_of(tmp_path)]  # fmt: skip
+    assert found == [512, *[1000] * (len(found) - 1)]
+    assert said.text.count("snapshots cost 60 s, which max_overhead=0.5 has time for. From here on they are") == 1
+    assert said.text.count("computed on all 1,000 samples; numbers before and after may differ by that.") == 1
 
 
 def callback_trainer(callback: LIBCallback) -> Any:

@@ -80,7 +80,7 @@ def test_training_is_untouched_to_the_last_bit(
     callback = LIBCallback(NODE_LAYERS, **SCHEDULES[schedule])
     with_it = run(kind(), tmp_path, callback, **TRAINERS[trainer])
     assert with_it == without
-    said = [record.getMessage() for record in caplog.records if record.name == "lib_lightning.callback"]
+    said = [record.getMessage() for record in caplog.records if record.name == "lib_lightning.run_report"]
     if kind is Failing:
         assert callback.snapshots == 0
         assert all("training goes on. RuntimeError: the model has a bad day" in message for message in said)

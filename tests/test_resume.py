@@ -95,6 +95,14 @@ def test_checkpoint_is_read_without_trusting_it(tmp_path: Path) -> None:
     assert (state["graph_step"], state["watcher"]["snapshots"]) == (8, 3)
 
 
+def test_samples_are_written_with_a_checkpoint_only(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, LIBCallback(NODE_LAYERS), max_epochs=1)
+    trainer.fit(Steady())
+    assert not (tmp_path / "lib" / "samples").exists()
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    assert {path.name for path in (tmp_path / "lib" / "samples").iterdir()} == {"1-of-1.pt", "probes-1-of-1.pt"}
+
+
 def test_samples_that_are_gone_are_taken_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     checkpoint = fit(tmp_path / "first", 2, SCHEDULE)
     samples = tmp_path / "first" / "run" / "lib" / "samples" / "1-of-1.pt"

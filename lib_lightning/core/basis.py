@@ -80,7 +80,10 @@ class Basis:
         mean, C = (t.to(a.device, dtype) for t in (self.mean, self.to_features))
         # A few at a time, so that what is centred stays in the cache until it is multiplied.
         rows = a.reshape(-1, a.shape[-1]).split(max(1, _NUMBERS // max(1, a.shape[-1])))
-        return torch.cat([(block.to(dtype) - mean) @ C for block in rows]).reshape(*a.shape[:-1], C.shape[1])
+        # Products with the few features first are up to twice as fast as their transposes.
+        C_T = C.T.contiguous()
+        features = torch.cat([(C_T @ (block.to(dtype) - mean).T).T for block in rows])
+        return features.reshape(*a.shape[:-1], C.shape[1])
 
     def decode(self, features: Tensor) -> Tensor:
         """Express features as activations; what the features leave out stays at the mean.
@@ -122,11 +125,7 @@ def lib_basis(name: str, mean: Tensor, covariance: Tensor, B: Tensor, cutoff: Cu
         >>> basis.importance
         tensor([4., 1.], dtype=torch.float64)
     """
-    return lib_of_components(name, mean, *_principal_components(mean, covariance, cutoff.rounding), B, cutoff)
-
-
-def lib_of_components(name: str, mean: Tensor, D: Tensor, U: Tensor, B: Tensor, cutoff: Cutoff) -> Basis:
-    """The same, from the principal components that are left: variances ``D (k,)`` and directions ``U (d, k)``."""
+    D, U = _principal_components(mean, covariance, cutoff.rounding)
     _, s, Vt = torch.linalg.svd(B @ (U * D.sqrt()), full_matrices=False)
     keep = s.square() > cutoff.metric * s.square().amax() if s.numel() else torch.zeros_like(s, dtype=torch.bool)
     s, V = s[keep], Vt[keep].T

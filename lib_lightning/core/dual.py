@@ -6,19 +6,25 @@ as many rows as there are directions that anything reads, they are those of ``y 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from lib_lightning.core.basis import Basis, lib_of_components
+from lib_lightning.core.basis import Basis
 from lib_lightning.core.spectral import Cutoff, eigh_psd
 from lib_lightning.core.together import Together
 
 # Activations to centre at a time, so that they stay in the cache until they are multiplied.
 _NUMBERS = 2**19
+# Rows of a symmetric product to compute at a time, up to its diagonal.
+_ROWS = 256
+# A pivot that is not this much larger than rounding may hide a direction that is nothing but rounding.
+_CLEARLY = 1e3
 
 
 class DualMoments:
-    """Streaming ``K = E[y y^T]`` and ``E[y^T (a - mu)]`` with ``y = (a - mu) B^T``.
+    """Streaming ``E[y^T (a - mu)]`` with ``y = (a - mu) B^T``, of which ``K = E[y^T y]`` is the product with ``B^T``.
 
     Args:
         mean: ``mu``, shape ``(d,)``, float64.
@@ -32,23 +38,22 @@ class DualMoments:
     def __init__(self, mean: Tensor, B: Tensor) -> None:
         self.mean, self.B = mean, B
         self._count = mean.new_zeros(1)
-        self._K, self._cross = mean.new_zeros(len(B), len(B)), mean.new_zeros(B.shape)
-        self._squares = torch.zeros_like(mean)
+        self._cross, self._squares = mean.new_zeros(B.shape), torch.zeros_like(mean)
 
     def update(self, rows: Tensor) -> None:
         """Add activations, one vector a row: ``(m, d)``."""
         for block in rows.split(max(1, _NUMBERS // max(1, rows.shape[1]))):
-            centred = block.double() - self.mean
-            y = centred @ self.B.T
-            self._K += y.T @ y
-            self._cross += y.T @ centred
-            self._squares += centred.square_().sum(0)
-        self._count += len(rows)
+            self._add(block.double() - self.mean)
+
+    def _add(self, centred: Tensor) -> None:
+        self._count += len(centred)
+        # With the few rows of B first: products of that shape are up to twice as fast as their transposes.
+        self._cross += (self.B @ centred.T) @ centred
+        self._squares += centred.square().sum(0)
 
     def reduce(self, together: Together) -> None:
         """Join the sums of several processes."""
-        sums = [self._count, self._K, self._cross, self._squares]
-        self._count, self._K, self._cross, self._squares = together.sum(sums)
+        self._count, self._cross, self._squares = together.sum([self._count, self._cross, self._squares])
 
     def basis(self, name: str, cutoff: Cutoff) -> Basis:
         """Local Interaction Basis: ``C = B^T Q``, ``C^+ = Lambda^-1 Q^T E[y^T (a - mu)]`` with ``K = Q Lambda Q^T``.
@@ -62,53 +67,73 @@ class DualMoments:
         """
         # Equal numbers differ from their mean by its rounding: a variance no larger than that is none.
         rounding = torch.finfo(self.mean.dtype).eps * self.mean.abs()
-        K = self._K / self._count
+        cross = self._cross / self._count
+        K = cross @ self.B.T
         floor = float((rounding @ self.B.abs().T).square().sum())
         Lambda, Q = eigh_psd(K, cutoff.metric, floor) if len(K) else (K.diagonal(), K)
-        C_pinv = (Q.T @ self._cross) / (self._count * Lambda[:, None])
+        C_pinv = (Q.T @ cross) / Lambda[:, None]
         # What never varies (the border of all images) is no part of a feature, however strongly it would be read.
         varies = self._squares / self._count > rounding.square()
         return Basis(name, "lib", self.mean, (self.B * varies).T @ Q, C_pinv, Lambda)
 
 
-class FewRows:
-    """All activations of a wide node layer, where they are fewer than its features.
+class FewRows(DualMoments):
+    """The same of activations that are fewer than their node layer is wide, and span only some of its directions.
 
-    They span only some directions, and features must not reach beyond: what `DualMoments` makes of ``B`` does. The
-    principal components are found by the products of activations with each other, a matrix as large as they are many.
-
-    Args:
-        mean: ``mu``, shape ``(d,)``, float64.
-        B: Square-root factor of the Jacobian metric, ``B^T B = M``, shape ``(k, d)``, float64.
-
-    Note:
-        Source: Sirovich (1987), the method of snapshots.
+    Features must not reach beyond these, where what they read has never been seen.
     """
 
     def __init__(self, mean: Tensor, B: Tensor) -> None:
-        self.mean, self.B = mean, B
+        super().__init__(mean, B)
         self._rows = [mean.new_zeros(0, len(mean))]
 
-    def update(self, rows: Tensor) -> None:
-        """Add activations, one vector a row: ``(m, d)``."""
-        self._rows.append((rows.double() - self.mean) if len(rows) else self._rows[0])
+    def _add(self, centred: Tensor) -> None:
+        super()._add(centred)
+        self._rows.append(centred)
 
     def reduce(self, together: Together) -> None:
-        """Join the activations of several processes."""
+        """Join the sums and the activations of several processes."""
+        super().reduce(together)
         self._rows = together.gather(torch.cat(self._rows))
 
     def basis(self, name: str, cutoff: Cutoff) -> Basis:
-        """Local Interaction Basis, as `lib_lightning.core.basis.lib_basis` makes it of the covariance.
+        """Local Interaction Basis, ``C`` being the part of ``B^T Q`` in the span of all activations.
 
         Args:
             name: Node layer.
-            cutoff: Directions with an importance up to its share of the largest are dropped.
+            cutoff: Directions with an importance up to its share of the largest are dropped; of the variances only
+                those that are rounding.
 
         Returns:
             The basis with kind ``"lib"``.
         """
+        beyond = super().basis(name, cutoff)
         X = torch.cat(self._rows)
         rounding = float((torch.finfo(X.dtype).eps * self.mean).square().sum())
-        D, V = eigh_psd(X @ X.T / len(X), cutoff.rounding, rounding)
-        U = X.T @ (V / (len(X) * D).sqrt())
-        return lib_of_components(name, self.mean, D, U, self.B, cutoff)
+        return replace(beyond, to_features=_in_span(X, beyond.to_features, cutoff.rounding, rounding))
+
+
+def _in_span(X: Tensor, C: Tensor, cutoff: float, floor: float) -> Tensor:
+    """The part of vectors ``C (d, r)`` in the span of rows ``X (n, d)`` that have a mean of zero.
+
+    Directions with a variance up to ``floor``, or this share of the largest, are none. Without such, the normal
+    equations of all rows but one, which the others determine, are solved; else the principal components are needed: by
+    the products of rows with each other (Sirovich, 1987, the method of snapshots).
+    """
+    n = len(X)
+    gram = X.new_zeros(n, n)
+    for rows in range(0, n, _ROWS):
+        end = min(n, rows + _ROWS)
+        gram[rows:end, :end] = X[rows:end] @ X[:end].T
+    L, failed = torch.linalg.cholesky_ex(gram[:-1, :-1])
+    pivots = L.diagonal().square() / n
+    # No eigenvalue is larger than the trace.
+    if n > 1 and not failed and pivots.amin() > _CLEARLY * max(floor, cutoff * float(gram.trace()) / n):
+        rest = X[:-1]
+        found = torch.cholesky_solve(rest @ C, L)
+        # Once more with what is left, as the equations square the condition of the rows.
+        found += torch.cholesky_solve(rest @ (C - rest.T @ found), L)
+        return rest.T @ found
+    D, V = eigh_psd((gram.tril() + gram.tril(-1).T) / n, cutoff, floor)
+    U = X.T @ (V / (n * D).sqrt())
+    return U @ (U.T @ C)

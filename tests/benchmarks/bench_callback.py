@@ -44,7 +44,7 @@ def modular_addition() -> tuple[pl.LightningModule, pl.LightningDataModule, dict
 
 def cifar10() -> tuple[pl.LightningModule, pl.LightningDataModule, dict[str, Any]]:
     """The recipe on made-up images: a validation after every epoch."""
-    return MLP([PIXELS, 100, 100, 10]), Images(), {"max_epochs": max(1, round(10 * LENGTH))}
+    return MLP([PIXELS, 100, 100, 10]), Images(), {"max_epochs": max(1, round(12 * LENGTH))}
 
 
 LAYERS = {

@@ -56,7 +56,7 @@ class Widths(TorchDispatchMode):
             if isinstance(t, Tensor) and t.ndim >= 2:
                 if t.shape[-2] == t.shape[-1]:
                     self.square = max(self.square, t.shape[-1])
-                if "linalg" in str(func):
+                if any(name in str(func) for name in ("eigh", "svd")):
                     self.eigen = max(self.eigen, min(t.shape[-2:]))
         return result
 
@@ -77,6 +77,18 @@ def test_no_matrix_of_the_full_width(act: nn.Module, final: dict[str, Any]) -> N
 @pytest.mark.parametrize("n", [1, 2, 9, 300, WIDE - 1, WIDE, WIDE + 1, 700])
 def test_the_same_basis_whatever_the_number_of_samples(n: int) -> None:
     assert_same_with_covariance(network(), list(torch.randn(n, WIDE).double().split(250)), LAYERS)
+
+
+@pytest.mark.parametrize("change", [lambda x: x[:100].repeat(2, 1), lambda x: torch.cat([x, 1e-9 * x[:, :1] + x[:1]])])
+def test_the_same_basis_where_few_rows_repeat_each_other(change: Callable[[Tensor], Tensor]) -> None:
+    assert_same_with_covariance(network(), [change(torch.randn(200, WIDE).double())], LAYERS)
+
+
+def test_no_eigenproblem_as_large_as_the_rows_are_many() -> None:
+    with Widths() as widths:
+        built(network(), list(torch.randn(400, WIDE).double().split(100)), LAYERS)
+    assert widths.eigen <= 64 + 12
+    assert widths.square == 400, "one system of equations"
 
 
 @pytest.mark.parametrize("n", [40, 700])
