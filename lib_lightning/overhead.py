@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -121,11 +122,12 @@ class Overhead:
         """From here on snapshots will cost so many times what they did."""
         self.newest = {kind: factor * seconds for kind, seconds in self.newest.items()}
 
-    def affordable(self, kind: str) -> bool:
+    def affordable(self, kind: str, at_the_end: float = 1.0) -> bool:
         """Tell whether there is time for a snapshot now, and will be for the last one, which comes without asking.
 
         Args:
             kind: Its kind. One that costs more now and then, and at the end, is a kind of its own.
+            at_the_end: What the last one costs beside the dearest so far.
 
         Returns:
             Whether both are within the limit; the first snapshot of all is always affordable.
@@ -133,7 +135,7 @@ class Overhead:
         self._settle()
         if not self.newest or self.limit == math.inf:
             return True
-        wanted = self.expected(kind) + max(self.newest.values())
+        wanted = self.expected(kind) + at_the_end * max(self.newest.values())
         return self.cost + wanted <= max(GRACE, self.limit * self.training)
 
     @property
@@ -151,3 +153,21 @@ class Overhead:
         """Go on from a state; the time until then has not passed."""
         self._settle()
         self.cost, self.training, self.newest = state["cost"], state["training"], dict(state["newest"])
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """A block in which Python does not look for garbage.
+
+    Figures make so many objects that it would go through all of torch's for it: a quarter of a second.
+
+    Yields:
+        Nothing.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

@@ -17,7 +17,7 @@ from lib_lightning.core.cut import LiveModel
 from lib_lightning.core.nested import is_empty, samples_between
 from lib_lightning.core.together import Together
 from lib_lightning.graph import InteractionGraph
-from lib_lightning.overhead import Overhead
+from lib_lightning.overhead import Overhead, no_garbage_collection
 from lib_lightning.samples import SampleBuffer
 from lib_lightning.schedule import Schedule
 from lib_lightning.trainers import wait_for_device
@@ -32,8 +32,8 @@ DEFAULT = 0.03
 # part, and goes on to all samples if these will be taken.
 _THINNED = 4
 _FEWER, _ENOUGH = 4, 512
-# The first snapshot warms everything up. What it costs stands for what the last one will, which draws the figures of
-# the whole run, until these have been drawn.
+# The first snapshot warms everything up. What it costs stands for what the last one will, which draws a spectrum, until
+# figures of the whole run have been drawn.
 _FIRST = "first"
 _PROBES, _MANY = 16, 128
 
@@ -123,7 +123,9 @@ class RunBudget:
             return True
         if step == self._put_off_at:
             return False
-        affordable = self.overhead.affordable(self._kind(False))
+        # Figures over time, where they come for the first time at the end, take as long as all the rest.
+        figures = self._watcher.watched.follow and _FIRST in self.overhead.newest
+        affordable = self.overhead.affordable(self._kind(False), at_the_end=2.0 if figures else 1.0)
         chooses = samples.complete and (self._tried or not affordable)
         choice = self._choice(step) if chooses else (self.part, self._n_probes)
         (answer,) = together.first([torch.tensor([affordable, *choice], dtype=torch.float64)])
@@ -170,9 +172,9 @@ class RunBudget:
         except BaseException:
             self._go_on_with(1.0, 0)
             raise
-        # As far from the next one as from the beginning, all samples have so much time.
+        # As far from the next one as from the beginning, snapshots have so much time, half of it for computing.
         affordable = _THINNED * self.overhead.limit * self.overhead.training
-        (tried,) = together.first([torch.tensor(taken.computing / part > affordable)])
+        (tried,) = together.first([torch.tensor(2 * taken.computing / part > affordable)])
         self._tried = bool(tried)
         if not tried:
             self._go_on_with(1.0, 0)
@@ -254,7 +256,7 @@ class RunBudget:
         """
         with self.overhead.waiting():
             wait_for_device(trainer)
-        with self.overhead.snapshot(self._kind(last)):
+        with self.overhead.snapshot(self._kind(last)), no_garbage_collection():
             if self._put_off_at == trainer.global_step:  # and is taken after all, as the last one
                 self.put_off, self.left_out = self.put_off - 1, self.left_out - 1
             before, draws = self._watcher.snapshots, self._watcher.draws(last)

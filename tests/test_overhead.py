@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lib_lightning.overhead import Overhead
+from lib_lightning.overhead import Overhead, no_garbage_collection
 from lib_lightning.samples import first_part
 from lib_lightning.trainers import wait_for_device
 
@@ -176,3 +177,19 @@ def test_what_training_has_begun_on_a_device_is_waited_for(
     monkeypatch.setattr("torch.cuda.synchronize", record)
     wait_for_device(SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device))))  # type: ignore[arg-type]
     assert seen == calls
+
+
+@pytest.mark.parametrize("was_on", [True, False])
+def test_no_garbage_collection_and_afterwards_as_before(was_on: bool) -> None:
+    def fail() -> None:
+        with no_garbage_collection():
+            assert not gc.isenabled()
+            raise ValueError("bad")
+
+    try:
+        (gc.enable if was_on else gc.disable)()
+        with pytest.raises(ValueError, match="bad"):
+            fail()
+        assert gc.isenabled() == was_on
+    finally:
+        gc.enable()
