@@ -327,8 +327,9 @@ class _Recorder:
             self.changed.append(weakref.ref(t))
         t.detach_()
         # New memory for the same tensor object: what autograd has saved of `t` keeps the old, and its check that
-        # nobody has written there since need not be told.
-        t.data = torch.empty_like(leaf)
+        # nobody has written there since need not be told. Nothing is saved of what has no graph.
+        if t.grad_fn is not None or replacement is not None:
+            t.data = torch.empty_like(leaf)
         with torch.autograd._unsafe_preserve_version_counter(t):  # type: ignore[attr-defined]
             t.copy_(leaf)
         return value

@@ -77,6 +77,8 @@ class GramSum:
             V: Directions that they lie in, one a row, shape ``(m, d)``, float64.
             X: Their sums in these, symmetric, shape ``(parts, m, m)``, float64.
         """
+        if self.rank == 0 and 2 * len(V) <= self.d:  # so few that each may count as a direction of its own
+            self.Q, self.N = torch.linalg.qr(V.T).Q.T, self.N.new_zeros(len(self.N), len(V), len(V))
         coordinates = V if self.dense else self._coordinates(V)
         self.N = self.N.to(V.device) + coordinates.T @ X @ coordinates
 
@@ -88,12 +90,13 @@ class GramSum:
         if any(bool(flag) for flag in dense) and not self.dense:
             self._make_dense()
         if not self.dense:
-            everyone = torch.cat([Q.double().reshape(-1, self.d) for Q in together.gather(self.Q.to(self.N))])
-            # Directions that two processes both found are nearly the same twice.
-            _, sizes, directions = torch.linalg.svd(everyone, full_matrices=False)
-            Q = directions[sizes > 1e-12]
-            own = self.Q.to(Q) @ Q.T
-            self.N, self.Q = own.T @ self.N @ own, Q
+            spans = [Q.double().reshape(-1, self.d) for Q in together.gather(self.Q.to(self.N))]
+            if not all(torch.equal(span, spans[0]) for span in spans):  # as they are if all read off the same weights
+                # Directions that two processes both found are nearly the same twice.
+                _, sizes, directions = torch.linalg.svd(torch.cat(spans), full_matrices=False)
+                Q = directions[sizes > 1e-12]
+                own = self.Q.to(Q) @ Q.T
+                self.N, self.Q = own.T @ self.N @ own, Q
         (self.N,) = together.sum([self.N])
 
     def matrix(self, part: int | None = None) -> Tensor:

@@ -2,35 +2,41 @@
 
 What the graph says is a guess: which operations mix features, and which only bend single numbers, goes by their names.
 On a few samples the weights are read off, by backward passes that ask for one row of them at every position, and the
-form has to give the same product with the Jacobian as autograd does, for a random vector. At every batch it then has to
-do so again, all the way to the node layer: weights, too, may differ from batch to batch. Where it does not, the section
-is computed like any other.
+form has to give the same product with the Jacobian as autograd does, for a random vector. Weights, too, may differ from
+batch to batch: at every one the graph has to consist of the same operations with the same weights in them, or else the
+form has to give the same product again, all the way to the node layer. Where it does not, the section is computed like
+any other.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from lib_lightning.core.closed import ClosedForm, Weights
-from lib_lightning.core.flow import Edge, edge_of, flow
+from lib_lightning.core.flow import Edge, Flow, edge_of, flow
 from lib_lightning.core.memory import is_out_of_memory
-from lib_lightning.core.section import Section
+from lib_lightning.core.section import Section, keep
 
 # Operations that bend nothing, by what autograd calls them: they leave numbers as they are, or add.
 _LAYOUT = re.compile(
     r"AccumulateGrad|Copy|Clone|Alias|View|Reshape|Squeeze|Unsqueeze|Permute|Transpose|Slice|Select|Index"
 )
 _ADD = re.compile(r"^(Add|Sub)Backward")
+# Operations that are what autograd shows of them, with no more than weights inside.
+_KNOWN = re.compile(
+    r"AccumulateGrad|^(Mm|Addmm|T|Transpose|View|UnsafeView|ReshapeAlias|Clone|Alias|Add|Sub)Backward\d"
+)
+_Constants = list[tuple[Any, ...]]
 # Samples to read weights off.
 SAMPLES = 64
 # A closed form is a handful of operations; a longer graph is none.
@@ -48,7 +54,7 @@ class Recognition:
 
     def __init__(self) -> None:
         # A ReLU that is on for all of the few samples looks affine; then there are two.
-        self._forms: list[Weights] = []
+        self._forms: list[tuple[Weights, _Constants | None]] = []
 
     def learn(self, section: Section) -> None:
         """Read off all forms that fit a section.
@@ -59,7 +65,9 @@ class Recognition:
         if _may_be_simple(section):
             with _giving_up():
                 search = _Search(section)
-                self._forms = [weights for weights in search.read_off() if search.fit(weights)]
+                for weights in search.read_off():
+                    fitting = (constants for form, constants in search.forms(weights) if search.agrees(form))
+                    self._forms += [(weights, constants) for constants in itertools.islice(fitting, 1)]
 
     def __call__(self, section: Section) -> ClosedForm | None:
         """Find the closed form of a section.
@@ -73,15 +81,19 @@ class Recognition:
         if self._forms and _may_be_simple(section):
             with _giving_up():
                 search = _Search(section)
-                return next((form for weights in self._forms if (form := search.fit(weights)) is not None), None)
+                for weights, known in self._forms:
+                    for form, constants in search.forms(weights):
+                        if _equal(known, constants) or search.agrees(form):
+                            return form
         return None
 
 
 class _Bend(NamedTuple):
-    """Where an activation function begins and ends; whether a residual passes it by."""
+    """Where an activation function begins and ends, the operations between, and whether a residual passes it by."""
 
     start: Edge
     stop: Edge
+    operations: frozenset[Node]
     residual: bool
 
 
@@ -107,46 +119,52 @@ class _Search:
         self.section, self.layer = section, point.before.layer
         (self.leaf,), self.a_out = point.before.leaves, point.after.a
         self.begin, self.end = edge_of(self.leaf), edge_of(self.a_out)
-        self.bends = list(_bends(self.begin, self.end))
+        self.parts = flow([self.begin], self.end)
+        self.bends = list(_bends(self.begin, self.end, self.parts))
         counts = torch.ones(section.n, section.S_in, dtype=torch.bool, device=section.a.device)
-        for mask in (section.mask_in, section.mask_out):
-            counts = counts if mask is None else counts & mask
-        self.counts, (self.x, self.s) = counts, counts.nonzero(as_tuple=True)
+        masks = [mask for mask in (section.mask_in, section.mask_out) if mask is not None]
+        for mask in masks:
+            counts = counts & mask
+        self.counts, self.masked = counts, bool(masks)
         # All positions, and where among them those lie that are looked at.
         self.S_all = replace(self.layer, positions=None).read([self.leaf]).shape[1]
         index = torch.arange(self.S_all, device=section.a.device)
         self.positions = self.layer.positions_of(index[None, :, None])[0, :, 0]
-        generator = torch.Generator().manual_seed(0)
-        self.u = self._counted(torch.randn(self.a_out.shape, generator=generator).to(self.a_out))
-        self.v = torch.randn(section.d_in, _DIRECTIONS, generator=generator).to(self.a_out)
+        self.u = self._counted(_random(self.a_out, self.a_out.shape))
 
-    def fit(self, weights: Weights) -> ClosedForm | None:
-        """The form with these weights, if it gives the products that autograd gives.
+    def forms(self, weights: Weights) -> Iterator[tuple[ClosedForm, _Constants | None]]:
+        """Forms with these weights that the section may have at this batch, each with what does not bend.
 
         Args:
             weights: What is the same at all positions.
 
-        Returns:
-            The form; None if the products differ.
+        Yields:
+            A form, and what the operations beside its activation function hold.
         """
         if weights.affine:
-            return self._checked(ClosedForm(weights, None, self.counts))
+            yield ClosedForm(weights, None, self.counts), self._constants(frozenset())
+            return
         for bend in self.bends:
             start, stop = self._place(bend.start), self._place(bend.stop)
             slopes = self._counted(start.read(_pull(stop, start, self.a_out.new_ones(stop.shape))))
             if bend.residual == weights.residual and slopes.shape[-1] == weights.hidden:
-                form = self._checked(ClosedForm(weights, slopes, self.counts))
-                if form is not None:
-                    return form
-        return None
+                yield ClosedForm(weights, slopes, self.counts), self._constants(bend.operations)
 
-    def _checked(self, form: ClosedForm) -> ClosedForm | None:
-        return form if _same(form.seen_along(self.u, self.v), self._product) else None
+    def agrees(self, form: ClosedForm) -> bool:
+        """Whether a form gives the products that autograd gives."""
+        v = _random(self.a_out, (self.section.d_in, _DIRECTIONS))
+        return _same(form.seen_along(self.u, v), self._product @ v)
+
+    def _constants(self, bent: frozenset[Node]) -> _Constants | None:
+        nodes = dict.fromkeys(part.edge.node for part in self.parts if part.edge.node not in bent)
+        if any(_KNOWN.search(node.name()) is None for node in nodes):
+            return None
+        return [(node.name(), *_held(node)) for node in nodes]
 
     @cached_property
     def _product(self) -> Tensor:
-        """What autograd makes of the random vector, along the random directions: shape ``(n, S, k)``."""
-        return self._pull(self._place(self.end), self._place(self.begin)) @ self.v
+        """What autograd makes of the random vector, all the way: shape ``(n, S, d_in)``."""
+        return self._pull(self._place(self.end), self._place(self.begin))
 
     def read_off(self) -> Iterator[Weights]:
         """Weights of all forms that this section could have."""
@@ -160,19 +178,25 @@ class _Search:
                 W_2 = None if bend.stop == self.end else self._rows(self.end, bend.stop, d_out)
                 yield Weights(W_1, W_2, h, bend.residual)
 
+    @cached_property
+    def _counting(self) -> tuple[Tensor, Tensor]:
+        """Samples and positions that count."""
+        x, s = self.counts.nonzero(as_tuple=True)
+        return x, s
+
     def _enough(self, units: int) -> bool:
-        return units <= _PASSES * len(self.x)
+        return units <= _PASSES * len(self._counting[0])
 
     def _rows(self, stop: Edge, start: Edge, units: int) -> Tensor:
         """The linear map from one place to another, ``(units, width)``: each row at a position of its own."""
-        of, by = self._place(stop), self._place(start)
-        s_all = self.s if stop == self.end else self.positions[self.s]
+        of, by, (x, s) = self._place(stop), self._place(start), self._counting
+        s_all = s if stop == self.end else self.positions[s]
         rows = []
-        for k in torch.arange(units, device=self.x.device).split(len(self.x)):
+        for k in torch.arange(units, device=x.device).split(len(x)):
             m = len(k)
             u = self.a_out.new_zeros(of.shape)
-            u.view(self.section.n, -1, units)[self.x[:m], s_all[:m], k] = 1
-            rows.append(by.read(_pull(of, by, u))[self.x[:m], self.s[:m]])
+            u.view(self.section.n, -1, units)[x[:m], s_all[:m], k] = 1
+            rows.append(by.read(_pull(of, by, u))[x[:m], s[:m]])
         return torch.cat(rows)
 
     def _place(self, edge: Edge) -> _Place:
@@ -192,7 +216,7 @@ class _Search:
         return self._counted(by.read(_pull(of, by, self.u)))
 
     def _counted(self, rows: Tensor) -> Tensor:
-        return torch.where(self.counts[..., None], rows, rows.new_zeros(()))
+        return keep(rows, self.counts) if self.masked else rows
 
 
 @contextmanager
@@ -203,6 +227,32 @@ def _giving_up() -> Iterator[None]:
     except (RuntimeError, NotImplementedError, IndexError) as error:
         if is_out_of_memory(error):
             raise
+
+
+def _random(like: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)
+
+
+def _held(node: Node) -> Iterator[Any]:
+    """What autograd has saved for an operation: of matrices a product with a random vector, which tells them apart."""
+    for name in dir(node):
+        if name.startswith("_saved_"):
+            value = getattr(node, name)
+            if isinstance(value, Tensor):
+                yield value @ _random(value, value.shape[-1:])
+            elif "strides" not in name:
+                yield value[1:] if "sizes" in name else value  # of whatever number of samples
+
+
+def _equal(a: _Constants | None, b: _Constants | None) -> bool:
+    """Whether these are the same operations with the same weights, and known to be no more than that."""
+
+    def same(x: Any, y: Any) -> bool:
+        return torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x == y
+
+    if a is None or b is None or [len(x) for x in a] != [len(x) for x in b]:
+        return False
+    return all(same(x, y) for one, other in zip(a, b, strict=True) for x, y in zip(one, other, strict=True))
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -224,9 +274,9 @@ def _may_be_simple(section: Section) -> bool:
     return len(point.before.leaves) == len(point.after.ends) == 1 and point.after.ends[0].requires_grad
 
 
-def _bends(begin: Edge, end: Edge) -> Iterator[_Bend]:
+def _bends(begin: Edge, end: Edge, parts: list[Flow]) -> Iterator[_Bend]:
     """Runs of operations that mix nothing, and that everything passes, in a section with at most two that do."""
-    parts, residual = flow([begin], end), False
+    residual = False
     add = _before_layout(end).node
     if _ADD.search(add.name()):
         branches = [Edge(node, k) for node, k in add.next_functions if node is not None]
@@ -240,7 +290,9 @@ def _bends(begin: Edge, end: Edge) -> Iterator[_Bend]:
         names = [part.edge.node.name() for part in run[1:]]
         passed = [part.edge for part in run if part.unavoidable]
         if passed and not all(_LAYOUT.search(name) or _ADD.search(name) for name in names):
-            yield _Bend(passed[0], passed[-1], residual)
+            edges = [part.edge for part in run]
+            between = edges[edges.index(passed[0]) + 1 : edges.index(passed[-1]) + 1]
+            yield _Bend(passed[0], passed[-1], frozenset(edge.node for edge in between), residual)
 
 
 def _before_layout(edge: Edge) -> Edge:
