@@ -34,8 +34,11 @@ _LAYOUT = re.compile(
 _ADD = re.compile(r"^(Add|Sub)Backward")
 # Operations that are what autograd shows of them, with no more than weights inside.
 _KNOWN = re.compile(
-    r"AccumulateGrad|^(Mm|Addmm|T|Transpose|View|UnsafeView|ReshapeAlias|Clone|Alias|Add|Sub)Backward\d"
+    r"::(AccumulateGrad|CopyBackwards)$"
+    r"|^(Mm|Addmm|T|Transpose|Permute|View|UnsafeView|ReshapeAlias|Clone|Alias|Add|Sub)Backward\d$"
 )
+# Operations whose derivative is torch's own: of others nothing is shown.
+_BUILT_IN = re.compile(r"Backward\d$")
 _Constants = list[tuple[Any, ...]]
 # Samples to read weights off.
 SAMPLES = 64
@@ -156,10 +159,10 @@ class _Search:
         return _same(form.seen_along(self.u, v), self._product @ v)
 
     def _constants(self, bent: frozenset[Node]) -> _Constants | None:
-        nodes = dict.fromkeys(part.edge.node for part in self.parts if part.edge.node not in bent)
-        if any(_KNOWN.search(node.name()) is None for node in nodes):
-            return None
-        return [(node.name(), *_held(node)) for node in nodes]
+        nodes = dict.fromkeys(part.edge.node for part in self.parts)
+        held = [_held(node, node in bent) for node in nodes]
+        known = [one for one in held if one is not None]
+        return known if len(known) == len(held) else None
 
     @cached_property
     def _product(self) -> Tensor:
@@ -233,15 +236,28 @@ def _random(like: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)
 
 
-def _held(node: Node) -> Iterator[Any]:
-    """What autograd has saved for an operation: of matrices a product with a random vector, which tells them apart."""
-    for name in dir(node):
-        if name.startswith("_saved_"):
-            value = getattr(node, name)
-            if isinstance(value, Tensor):
-                yield value @ _random(value, value.shape[-1:])
-            elif "strides" not in name:
-                yield value[1:] if "sizes" in name else value  # of whatever number of samples
+def _held(node: Node, bends: bool) -> tuple[Any, ...] | None:
+    """What an operation is made of, as far as autograd shows it; None if that may not be all.
+
+    Of weights a product with a random vector, which tells them apart. What bends numbers has saved them, too, and these
+    are not compared: unless they say which ones go where.
+    """
+    if (_BUILT_IN if bends else _KNOWN).search(node.name()) is None:
+        return None
+    found: list[Any] = [node.name()]
+    for name in (name for name in dir(node) if name.startswith("_saved_") and "strides" not in name):
+        value = getattr(node, name)
+        if isinstance(value, Tensor):
+            if bends and (value.is_floating_point() or value.dtype == torch.bool):
+                continue
+            if bends or value.ndim != 2:
+                return None
+            found.append(value @ _random(value, value.shape[-1:]))
+        elif isinstance(value, list):
+            return None
+        else:
+            found.append(value[1:] if "sizes" in name else value)  # of whatever number of samples
+    return tuple(found)
 
 
 def _equal(a: _Constants | None, b: _Constants | None) -> bool:

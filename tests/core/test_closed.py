@@ -17,7 +17,7 @@ from lib_lightning.core.closed import ClosedForm
 from lib_lightning.core.cut import LiveModel
 from lib_lightning.core.layers import as_node_layers
 from lib_lightning.core.memory import Chunks
-from lib_lightning.core.recognise import Recognition
+from lib_lightning.core.recognise import SAMPLES, Recognition, _Search
 from lib_lightning.core.section import Section
 from lib_lightning.questions import as_mask_fn, session
 from tests.cases import Case
@@ -216,6 +216,11 @@ def weights_by_batch(d: int, activation: bool) -> nn.Module:
     return Of(forward, w=nn.ParameterList([torch.randn(6, d) / d**0.5 for _ in range(2)]), c=nn.Linear(6, 3))
 
 
+def written_over(m: Any, x: Tensor, task: Tensor) -> Tensor:
+    m.a.weight.data.copy_(m.b.weight.data * int(task[0]))  # past autograd, which counts other writes
+    return m.a(x)
+
+
 # Closed at the samples that the form is read off, another one, or none, at others. Each takes a second input, 1 for the
 # first 70 samples.
 CHANGING: dict[str, Callable[[int], nn.Module]] = {
@@ -235,8 +240,15 @@ CHANGING: dict[str, Callable[[int], nn.Module]] = {
     "order by batch, then an activation": lambda d: Of(
         lambda m, x, t: torch.tanh(m.a(x if t[0] == 1 else x.flip(1))), a=nn.Linear(d, 3)
     ),
+    "weights written over": lambda d: Of(written_over, a=nn.Linear(d, 3), b=nn.Linear(d, 3)),
     "another function by batch": lambda d: Of(
         lambda m, x, t: torch.tanh(m.a(x)) if t[0] == 1 else m.a(x).softmax(-1), a=nn.Linear(d, 3)
+    ),
+    "another order by batch, after an activation": lambda d: Of(
+        lambda m, x, t: torch.tanh(m.a(x))[..., [0, 1, 2] if t[0] == 1 else [2, 0, 1]], a=nn.Linear(d, 3)
+    ),
+    "rolled by batch, after an activation": lambda d: Of(
+        lambda m, x, t: torch.tanh(m.a(x)).roll(0 if t[0] == 1 else 1, -1), a=nn.Linear(d, 3)
     ),
     "nothing read in the second batch": lambda d: Of(
         lambda m, x, t: m.a(x if t[0] == 1 else torch.zeros_like(x)), a=nn.Linear(d, 3)
@@ -348,6 +360,25 @@ def test_single_precision_far_from_zero(scale: float, kinds: Kinds) -> None:
     assert kinds == ["bent"]
     double = built(model.double(), [x.double()], IO, closed_forms=False, rtol=1e-6)
     assert_equal(single, double, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["linear", "linear, positions", "mlp", "residual mlp"])
+def test_the_same_weights_are_known_again(name: str, monkeypatch: pytest.MonkeyPatch, kinds: Kinds) -> None:
+    agrees = _Search.agrees
+
+    def not_again(self: _Search, form: ClosedForm) -> bool:
+        assert self.section.n <= SAMPLES, "held to account once more"
+        return agrees(self, form)
+
+    monkeypatch.setattr(_Search, "agrees", not_again)
+    mlp = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6))
+    model = {
+        "linear": nn.Linear(6, 6), "linear, positions": nn.Linear(6, 6), "mlp": mlp,
+        "residual mlp": Of(lambda m, x: x + m.mlp(x), mlp=mlp),
+    }[name].double()  # fmt: skip
+    x = torch.randn(3, 70, *([4] if "positions" in name else []), 6).double()
+    assert_same_without(model, list(x), IO)
+    assert kinds == 3 * [{"mlp": "bent", "residual mlp": "residual"}.get(name, "affine")]
 
 
 def test_no_backward_pass_serves_a_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
