@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from lib_lightning import compute_interaction_graph
 from tests import benchmarks, reference
 from tests.benchmarks import plain, subjects
+from tests.benchmarks.by_hand import perceptron_edges
 from tests.benchmarks.clock import extrapolated
 from tests.benchmarks.report import table
 from tests.cases import Case
@@ -55,6 +58,16 @@ def test_chains_are_the_models(subject: subjects.Subject) -> None:
         made.model(made.data)
     for a, name in zip(activations[1:], made.node_layers[1:], strict=True):
         torch.testing.assert_close(a.reshape(tapped[name].shape), tapped[name], atol=1e-5, rtol=1e-5)
+
+
+def test_by_hand_is_what_the_library_computes() -> None:
+    model = nn.Sequential(nn.Linear(9, 7), nn.ReLU(), nn.Linear(7, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    x = torch.randn(200, 9).double()
+    graph = compute_interaction_graph(model, [x], subjects.PERCEPTRON_LAYERS, rtol=0)
+    with torch.no_grad():
+        by_hand = perceptron_edges(model, x)
+    for E, expected in zip(by_hand, graph.edges.values(), strict=True):
+        assert (E - expected).norm() < 1e-9 * expected.norm()
 
 
 def test_loops_are_extrapolated_without_what_comes_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
