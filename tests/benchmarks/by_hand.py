@@ -1,6 +1,6 @@
 """The CIFAR-10 perceptron by hand: the method's shortcuts written down for this one network, and nothing else.
 
-No program that does more (standard errors, any model, live) can be much faster: what it takes is a measure of the machine.
+No program that does more (any model, live, standard errors) can be much faster: what it takes measures the machine.
 Source: arXiv 2405.10928; for ReLU ``J = W diag(s)``, and the principal components of ``a`` in the metric ``B^T B`` are
 those of ``(a - mu) B^T``.
 """
@@ -23,7 +23,7 @@ def perceptron_edges(model: nn.Sequential, x: Tensor) -> list[Tensor]:
     Returns:
         Edges of the three sections, ``(r_out, r_in)``.
     """
-    (W_1, b_1), (W_2, b_2), (W_3, b_3) = ((m.weight.detach(), m.bias.detach()) for m in model[::2])
+    (W_1, b_1), (W_2, b_2), (W_3, _) = ((m.weight.detach(), m.bias.detach()) for m in model[::2])
     h_1 = (x @ W_1.T + b_1).relu()
     h_2 = (h_1 @ W_2.T + b_2).relu()
     s_1, s_2 = (h_1 > 0).to(x), (h_2 > 0).to(x)
@@ -31,7 +31,7 @@ def perceptron_edges(model: nn.Sequential, x: Tensor) -> list[Tensor]:
     edges = [(W_3 @ C_pinv.T).square() * fhat.square().mean(0)]
     for a, W, s in ((h_1, W_2, s_2), (x, W_1, s_1)):
         D, V = torch.linalg.eigh((C @ C.T) * (s.T @ s / len(x)))
-        keep = D > _RANK * D[-1]
+        keep = _RANK * D[-1] < D
         before, C_pinv, fhat = _basis(a, (V[:, keep] * D[keep].sqrt()).T @ W)
         edges.append(torch.stack([(((s * c) @ (W @ C_pinv.T)) * fhat).square().mean(0) for c in C.T]))
         C = before
@@ -43,7 +43,7 @@ def _basis(a: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     centred = a - a.mean(0)
     y = centred @ B.T
     Lambda, Q = torch.linalg.eigh(y.T @ y / len(a))
-    keep = Lambda > _RANK * Lambda[-1]
+    keep = _RANK * Lambda[-1] < Lambda
     Lambda, Q = Lambda[keep].flip(0), Q[:, keep].flip(1)
     C = B.T @ Q
     return C, (Q.T @ (y.T @ centred)) / (len(a) * Lambda[:, None]), centred @ C
