@@ -1,14 +1,14 @@
-"""Several processes as one: sums over `torch.distributed`, in the states of torchmetrics."""
+"""Several processes as one, by `torch.distributed`."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lib_lightning.core.errors import LIBError
@@ -25,37 +25,6 @@ class OtherProcessError(LIBError, RuntimeError):
 
 class OtherProcessMemoryError(LIBError, MemoryError):
     """Another process has run out of memory; all try again with less."""
-
-
-class TensorSums(Metric):
-    """Sums of tensors, over updates and over processes.
-
-    Args:
-        like: Tensors of the shapes and types to sum.
-
-    Example:
-        >>> sums = TensorSums([torch.zeros(2), torch.zeros(())])
-        >>> sums.update([torch.ones(2), torch.tensor(3.0)])
-        >>> sums.compute()
-        [tensor([1., 1.]), tensor(3.)]
-    """
-
-    full_state_update = False
-
-    def __init__(self, like: Sequence[Tensor]) -> None:
-        super().__init__()
-        self._names = [f"sum_{i}" for i in range(len(like))]
-        for name, tensor in zip(self._names, like, strict=True):
-            self.add_state(name, torch.zeros_like(tensor), dist_reduce_fx="sum")
-
-    def update(self, tensors: Sequence[Tensor]) -> None:
-        """Add one tensor to each sum."""
-        for name, tensor in zip(self._names, tensors, strict=True):
-            setattr(self, name, getattr(self, name) + tensor)
-
-    def compute(self) -> list[Tensor]:
-        """The sums, over all processes."""
-        return [getattr(self, name) for name in self._names]
 
 
 class Processes(Together):
@@ -77,21 +46,31 @@ class Processes(Together):
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Sum over processes, entry by entry; the shapes are the same everywhere."""
         # What takes memory comes before all say that they are well.
-        sums = TensorSums(tensors).to(self._device)
-        sums.update([t.to(self._device) for t in tensors])
+        totals = [t.detach().to(self._device, copy=True).contiguous() for t in tensors]
         self._exchange_states(_FINE)
-        return [total.to(t.device) for t, total in zip(tensors, sums.compute(), strict=True)]
+        for total in totals:
+            dist.all_reduce(total)
+        return [total.to(t.device) for t, total in zip(tensors, totals, strict=True)]
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """The tensors of all processes, of any sizes, but with equally many axes."""
         self._exchange_states(_FINE)
-        return self._gather(tensor)
+        return [t.to(tensor.device) for t in gather_all_tensors(tensor.detach().to(self._device))]
 
     def first(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The tensors of process 0, for all to go on with the same numbers."""
         self._exchange_states(_FINE)
-        own = tensors if self.rank == 0 else [t.new_zeros((0,) * t.ndim) for t in tensors]
-        return [self._gather(t)[0] for t in own]
+        # They need not have the same shapes here: truncation is all or nothing.
+        shapes = torch.tensor([n for t in tensors for n in t.shape], device=self._device)
+        dist.broadcast(shapes, 0)
+        sizes = iter(shapes.tolist())
+        found = []
+        for t in tensors:
+            shape = list(itertools.islice(sizes, t.ndim))
+            own = t.detach().contiguous() if self.rank == 0 else t.new_empty(shape)
+            found.append(own.to(self._device))
+            dist.broadcast(found[-1], 0)
+        return [own.to(t.device) for t, own in zip(tensors, found, strict=True)]
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
@@ -115,11 +94,11 @@ class Processes(Together):
         else:
             self._exchange_states(_FINE)
 
-    def _gather(self, tensor: Tensor) -> list[Tensor]:
-        return [t.to(tensor.device) for t in gather_all_tensors(tensor.detach().to(self._device))]
-
     def _states(self, own: int) -> list[int]:
-        return [int(state) for state in self._gather(torch.tensor(own))]
+        states = torch.zeros(self.size, dtype=torch.int64, device=self._device)
+        states[self.rank] = own
+        dist.all_reduce(states)
+        return states.tolist()
 
     def _exchange_states(self, own: int) -> None:
         states = self._states(own)

@@ -145,7 +145,7 @@ RUNS: dict[str, tuple[Any, Any]] = {
     "fails": (lambda: FailsOnOne(plain(71), ValueError), {}),
     "memory": (lambda: FailsOnOne(plain(71), MemoryError), {}),
     "probes": (lambda: Model(plain(71)), {"n_probes": 4}),
-    "budget": (lambda: Timed(plain(71)), {"every_n_steps": 1, "max_overhead": 1.5}),
+    "budget": (lambda: Timed(plain(71)), {"every_n_steps": 1, "max_overhead": 1.5, "follow": False}),
     "fully_sharded": (lambda: Sharded(plain(71)), {"dtype": None}),
     "tensor_parallel": (lambda: Sharded(plain(71)), {"dtype": None, "node_layers": ["input", "output"]}),
 }
@@ -172,6 +172,7 @@ def main(folder: Path) -> None:
         strategy = STRATEGIES.get(name, lambda: "ddp")
         trainer = trainer_of(folder / name, callback, devices=2, strategy=strategy(), max_epochs=2)
         trainer.fit(model)
+        trainer.save_checkpoint(folder / name / "checkpoint")
         weights = whole(model)
         if name in STRATEGIES:
             pl.seed_everything(0, verbose=False)

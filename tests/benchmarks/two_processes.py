@@ -46,9 +46,10 @@ def main(name: str, path: Path) -> None:
     rank = dist.get_rank()
     torch.manual_seed(0)
     subject = SUBJECTS[name]()
-    batches = list(subject.data.split(max(1, min(subject.batch_size, len(subject.data) // 4))))
+    # As a distributed sampler shares them out: one half each.
+    halves = [half.split(subject.batch_size) for half in subject.data.chunk(2)]
+    batches, own = [*halves[0], *halves[1]], halves[rank]
     processes = Processes()
-    own = batches[rank::2]
     both, own_work, graph = timed(
         lambda: compute_interaction_graph(subject.model, own, subject.node_layers, together=processes), together=True
     )
