@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -33,11 +34,11 @@ def test_speedup(benchmark: Any, name: str, tmp_path: Path) -> None:
     benchmark.pedantic(launch, rounds=1, iterations=1)
     found = json.loads(path.read_text())
     # Sums in another order: directions at the threshold may come or go, and they are next to nothing.
-    assert found["error"] < 1e-4
+    assert max(pair["error"] for pair in found) < 1e-4
     benchmark.extra_info |= {
-        "one process (s)": round(found["one"], 2),
-        "two processes (s)": round(found["two"], 2),
-        "speedup": round(found["one"] / found["two"], 2),
-        "work of one process (CPU s)": round(found["one_work"], 2),
-        "work of both of two (CPU s)": round(found["two_work"], 2),
+        "one process (s)": round(min(pair["one"] for pair in found), 2),
+        "two processes (s)": round(min(pair["two"] for pair in found), 2),
+        "speedup, median of pairs": round(statistics.median(pair["one"] / pair["two"] for pair in found), 2),
+        "work of one process (CPU s)": round(min(pair["one_work"] for pair in found), 2),
+        "work of both of two (CPU s)": round(min(pair["two_work"] for pair in found), 2),
     }

@@ -16,7 +16,7 @@ from lib_lightning.processes import Processes
 from tests.benchmarks.agreement import edges_errors
 from tests.benchmarks.subjects import Subject, language_model, modular_addition, perceptron
 
-REPEATS = 3
+PAIRS = 5
 SUBJECTS: dict[str, Callable[[], Subject]] = {
     "modular_addition": lambda: modular_addition(None),
     "cifar10": lambda: perceptron(None),
@@ -24,19 +24,11 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
 }
 
 
-def timed(work: Callable[[], InteractionGraph], together: bool) -> tuple[float, float, InteractionGraph]:
-    """Least seconds of several runs: from when all are ready until the last one is done, and of this process's work."""
-    times, own = [], []
-    for _ in range(REPEATS):
-        if together:
-            dist.barrier()
-        started, worked = time.perf_counter(), time.process_time()
-        graph = work()
-        own.append(time.process_time() - worked)
-        if together:
-            dist.barrier()
-        times.append(time.perf_counter() - started)
-    return min(times), min(own), graph
+def timed(work: Callable[[], InteractionGraph]) -> tuple[float, float, InteractionGraph]:
+    """Seconds until it is done, those of this process's work, and the result."""
+    started, worked = time.perf_counter(), time.process_time()
+    graph = work()
+    return time.perf_counter() - started, time.process_time() - worked, graph
 
 
 def main(name: str, path: Path) -> None:
@@ -50,17 +42,27 @@ def main(name: str, path: Path) -> None:
     halves = [half.split(subject.batch_size) for half in subject.data.chunk(2)]
     batches, own = [*halves[0], *halves[1]], halves[rank]
     processes = Processes()
-    both, own_work, graph = timed(
-        lambda: compute_interaction_graph(subject.model, own, subject.node_layers, together=processes), together=True
-    )
-    work = torch.tensor([own_work])
-    dist.all_reduce(work)
-    if rank == 0:  # the other one waits, and does nothing
-        one, one_work, alone = timed(
-            lambda: compute_interaction_graph(subject.model, batches, subject.node_layers), together=False
-        )
-        found = {"one": one, "two": both, "one_work": one_work, "two_work": float(work)}
-        found["error"] = max(edges_errors(graph, alone))
+
+    def together() -> InteractionGraph:
+        graph = compute_interaction_graph(subject.model, own, subject.node_layers, together=processes)
+        dist.barrier()
+        return graph
+
+    def alone() -> InteractionGraph:
+        return compute_interaction_graph(subject.model, batches, subject.node_layers)
+
+    together()  # to warm up
+    found = []
+    for _ in range(PAIRS):  # in turns, as the machine's speed changes
+        dist.barrier()
+        two, work, graph = timed(together)
+        both = torch.tensor([work])
+        dist.all_reduce(both)
+        if rank == 0:  # the other one waits, and does nothing
+            one, one_work, expected = timed(alone)
+            error = max(edges_errors(graph, expected))
+            found.append({"one": one, "two": two, "one_work": one_work, "two_work": float(both), "error": error})
+    if rank == 0:
         path.write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
