@@ -163,7 +163,8 @@ class RunBudget:
             return take()
         n = sum(int(t) for t in together.gather(torch.tensor([samples.count])))
         part = _part(n)
-        if part == 1 or self._schedule.even is None or self._from is None or step <= self._from:
+        begun = self._from is not None and step > self._from and self._schedule.even is not None
+        if part == 1 or not begun or self._watcher.ablates(last=False):
             return take()
         before = self.overhead.spent
         self._go_on_with(part, 0)

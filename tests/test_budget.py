@@ -208,6 +208,22 @@ def test_the_first_one_goes_on_to_all_samples_if_they_will_be_taken(
     assert {round(seconds, 6) for seconds in newest} == {cost}, "without the trial"
 
 
+@pytest.mark.parametrize("options", [{}, {"ablation": AblationPlan("accuracy")}], ids=["plain", "ablation"])
+def test_nothing_dear_is_tried(options: dict[str, Any], tmp_path: Path) -> None:
+    model = Timed(1000)
+    callback = timed(model, 0.1, 0.05, **CHEAPER, **options)
+    seen: list[int] = []
+    take = callback.watcher.take
+
+    def noted(live: Any, samples: Any, *args: Any) -> Taken:
+        seen.append(sum(len(x) for x, _ in samples.batches))
+        return take(live, samples, *args)
+
+    callback.watcher.take = noted  # type: ignore[method-assign]
+    trainer_of(tmp_path, callback, max_epochs=1).fit(model)
+    assert seen == ([callback.samples.buffer.count] if options else [512, 1000])
+
+
 def test_what_was_tried_is_given_up_where_figures_cost_more(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
     model = Timed(1000)
     callback = timed(model, 60.0, 20.0, **CHEAPER)
