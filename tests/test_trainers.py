@@ -321,8 +321,10 @@ def test_samples_that_cannot_be_kept_cost_nothing(tmp_path: Path, caplog: pytest
             return [*batch, lambda: None]
 
     callback = LIBCallback(NODE_LAYERS)
-    trainer_of(tmp_path, callback, max_epochs=1).fit(Unkeepable())
+    trainer = trainer_of(tmp_path, callback, max_epochs=1)
+    trainer.fit(Unkeepable())
     assert callback.snapshots == 1
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
     assert "a run resumed from here takes new ones" in caplog.text
 
 

@@ -323,12 +323,11 @@ class _Recorder:
             raise _Reached
         if t._is_view() or id(t) in self.owned or (t.is_leaf and t.requires_grad):
             return replace_first_tensor(value, leaf.clone())
-        if t.grad_fn is None:
+        if not (has_graph := t.grad_fn is not None):
             self.changed.append(weakref.ref(t))
         t.detach_()
-        # New memory for the same tensor object: what autograd has saved of `t` keeps the old, and its check that
-        # nobody has written there since need not be told. Nothing is saved of what has no graph.
-        if t.grad_fn is not None or replacement is not None:
+        # New memory for it: what autograd has saved of `t` keeps the old, and its check for writes need not be told.
+        if has_graph or replacement is not None:
             t.data = torch.empty_like(leaf)
         with torch.autograd._unsafe_preserve_version_counter(t):  # type: ignore[attr-defined]
             t.copy_(leaf)
