@@ -13,8 +13,8 @@ from torchmetrics import MetricCollection
 from lib_lightning.ablation import AblationPlan
 from lib_lightning.compute import MEMORY_LIMIT
 from lib_lightning.core.build import BasisKind, FinalBasisKind, FinalMetric, Settings
-from lib_lightning.core.cut import InputFn, MaskFn
 from lib_lightning.core.layers import NodeLayer
+from lib_lightning.core.live import InputFn, MaskFn
 from lib_lightning.core.together import ALONE, Together
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.labels import Labeller

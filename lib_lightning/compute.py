@@ -14,10 +14,10 @@ from tqdm.auto import tqdm
 
 from lib_lightning.core.build import BasisKind, Built, FinalBasisKind, FinalMetric, Settings, build
 from lib_lightning.core.check import check
-from lib_lightning.core.cut import InputFn, LiveModel, MaskFn
 from lib_lightning.core.errors import ActivationError
 from lib_lightning.core.groups import standard_error
 from lib_lightning.core.layers import NodeLayer, as_node_layers
+from lib_lightning.core.live import InputFn, LiveModel, MaskFn
 from lib_lightning.core.memory import Chunks, Demand, in_chunks, is_out_of_memory, plan_chunks
 from lib_lightning.core.nested import batch_size, is_empty, numbers_in
 from lib_lightning.core.steps import finished

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lib_lightning.core.cut import InputFn, LiveModel, MaskFn
 from lib_lightning.core.errors import LIBError
+from lib_lightning.core.live import InputFn, LiveModel, MaskFn
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.metrics.functional.fourier import KINDS, fourier_variance
 from lib_lightning.questions import as_mask_fn

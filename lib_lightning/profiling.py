@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lib_lightning.core.build import Settings
-from lib_lightning.core.cut import InputFn, LiveModel, MaskFn
 from lib_lightning.core.errors import LIBError
 from lib_lightning.core.guard import random_states_kept
 from lib_lightning.core.layers import NodeLayer, as_node_layers
+from lib_lightning.core.live import InputFn, LiveModel, MaskFn
 from lib_lightning.core.steps import listening
 from lib_lightning.core.together import ALONE
 from lib_lightning.display.film import Film

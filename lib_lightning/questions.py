@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lib_lightning.core.check import check
-from lib_lightning.core.cut import InputFn, LiveModel, MaskFn
 from lib_lightning.core.cutpoint import CutPoint
 from lib_lightning.core.errors import LIBError, NodeLayerError, NotFiniteError
 from lib_lightning.core.guard import undisturbed
 from lib_lightning.core.layers import NodeLayer, as_node_layers
+from lib_lightning.core.live import InputFn, LiveModel, MaskFn
 from lib_lightning.core.nested import first_tensor, map_tensors
 from lib_lightning.core.propose import find_cuts, find_proposed, propose
 

@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
-from lib_lightning.core.cut import LiveModel
+from lib_lightning.core.live import LiveModel
 from lib_lightning.core.nested import is_empty, samples_between
 from lib_lightning.core.together import Together
 from lib_lightning.graph import InteractionGraph

@@ -11,9 +11,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
-from lib_lightning.core.cut import InputFn, LiveModel, MaskFn
 from lib_lightning.core.errors import LIBError
 from lib_lightning.core.layers import NodeLayer, as_node_layers, check_taps
+from lib_lightning.core.live import InputFn, LiveModel, MaskFn
 from lib_lightning.core.memory import is_out_of_memory
 from lib_lightning.core.nested import is_empty
 from lib_lightning.core.together import Together

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lib_lightning.core.cut import InputFn, LiveModel, MaskFn
 from lib_lightning.core.errors import LIBError
+from lib_lightning.core.live import InputFn, LiveModel, MaskFn
 from lib_lightning.core.nested import batch_size, first_tensor, is_empty, map_tensors
 from lib_lightning.core.together import ALONE, Together
 from lib_lightning.graph import InteractionGraph

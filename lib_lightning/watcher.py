@@ -14,8 +14,8 @@ from torchmetrics import MetricCollection
 from lib_lightning.ablation import AblationPlan, edges_required
 from lib_lightning.compute import MEMORY_LIMIT, graph_of
 from lib_lightning.core.build import BasisKind, Settings
-from lib_lightning.core.cut import LiveModel
 from lib_lightning.core.guard import random_states_kept
+from lib_lightning.core.live import LiveModel
 from lib_lightning.core.steps import finished
 from lib_lightning.core.together import Together
 from lib_lightning.graph import InteractionGraph

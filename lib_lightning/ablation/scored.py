@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lib_lightning.compute import MEMORY_LIMIT
 from lib_lightning.core.ablate import AblatedLayer, AblatedSection, strongest
 from lib_lightning.core.basis import Basis
-from lib_lightning.core.cut import InputFn, LiveModel, MaskFn
 from lib_lightning.core.errors import LIBError, NotFiniteError
+from lib_lightning.core.live import InputFn, LiveModel, MaskFn
 from lib_lightning.core.nested import batch_size, is_empty
 from lib_lightning.core.together import ALONE, Together
 from lib_lightning.graph import InteractionGraph

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lib_lightning.core.basis import Basis
-from lib_lightning.core.cut import LiveModel
 from lib_lightning.core.errors import NodeLayerError
+from lib_lightning.core.live import LiveModel
 from lib_lightning.core.section import keep
 
 # Rounding of an affine section, relative, as a power of eps: 4e-11 in float64, 2e-5 in float32.

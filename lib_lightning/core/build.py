@@ -23,13 +23,13 @@ from torch import Tensor
 
 from lib_lightning.core.basis import Basis, centered_basis, lib_basis, neuron_basis, pca_basis
 from lib_lightning.core.check import check_finite
-from lib_lightning.core.cut import LiveModel
 from lib_lightning.core.dual import DualMoments, FewRows
 from lib_lightning.core.edges import Edges
 from lib_lightning.core.errors import ActivationError, NotFiniteError
 from lib_lightning.core.fisher import FisherMetric
 from lib_lightning.core.groups import standard_error, too_close
 from lib_lightning.core.layers import OUTPUT
+from lib_lightning.core.live import LiveModel
 from lib_lightning.core.memory import Chunks
 from lib_lightning.core.metric import JacobianMetric
 from lib_lightning.core.moments import Moments

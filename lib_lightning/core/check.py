@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lib_lightning.core.cut import Cut, LiveModel
+from lib_lightning.core.cut import Cut
 from lib_lightning.core.errors import LIBError, NodeLayerError, NotFiniteError
+from lib_lightning.core.live import LiveModel
 from lib_lightning.core.nested import batch_size, first_tensor, map_tensors, samples_between
 from lib_lightning.core.section import keep, pull_back
 

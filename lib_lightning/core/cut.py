@@ -12,10 +12,9 @@ that tensor; `lib_lightning.core.check` tells when somebody does.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,13 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lib_lightning.core.errors import ActivationError, LIBError, NodeLayerError, quoted
-from lib_lightning.core.guard import attributes_kept
-from lib_lightning.core.layers import INPUT, NodeLayer, check_taps, find_module, split_tap
-from lib_lightning.core.nested import default_input_fn, first_tensor, map_tensors, replace_first_tensor
-
-InputFn = Callable[[Any], Any]
-MaskFn = Callable[[Any], Tensor]
+from lib_lightning.core.errors import ActivationError, NodeLayerError, quoted
+from lib_lightning.core.layers import INPUT, NodeLayer, find_module, split_tap
+from lib_lightning.core.nested import first_tensor, replace_first_tensor
 
 
 @dataclass(frozen=True)
@@ -68,162 +63,20 @@ def rows_of(a: Tensor, mask: Tensor | None) -> Tensor:
     return a.flatten(0, 1) if mask is None else a[mask]
 
 
-class LiveModel:
-    """A model, the node layers to cut it at, and how to feed it a batch.
-
-    Args:
-        model: Any module; never modified.
-        layers: Node layers in forward order.
-        input_fn: Turns a batch into what the model is called with: a mapping becomes keyword arguments, a tuple
-            becomes positional arguments, anything else is the only argument. By default the first entry of a tuple or
-            list batch, and any other batch as it is.
-        dtype: Floating-point type to compute in; the model's own by default. Parameters are converted for the length
-            of a call, on the side.
-        mask_fn: Marks the positions of a batch that count, as a tensor of shape ``(n, S)``, true where they do: what
-            it leaves out (padding) enters no sum. By default all of them.
-
-    Attributes:
-        seed: For random numbers that a forward pass may draw; to be set anew for each batch.
-
-    Raises:
-        NodeLayerError: If a tap names a module the model does not have, or the model has no ``forward``.
-        LIBError: If the model is wrapped in FullyShardedDataParallel.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Sequence[NodeLayer],
-        input_fn: InputFn | None = None,
-        dtype: torch.dtype | None = None,
-        mask_fn: MaskFn | None = None,
-    ) -> None:
-        self.model = model
-        self.layers = list(layers)
-        self.input_fn = input_fn or default_input_fn
-        self.dtype = dtype
-        self.mask_fn = mask_fn
-        self.seed = 0
-        self._changed: list[weakref.ref[Tensor]] = []
-        self._put_back: Callable[[], None] | None = None  # what a forward pass that is left halfway has not
-        self._widths: dict[tuple[int, int], int] = {}
-        if any(cls.__name__ == "FullyShardedDataParallel" for m in model.modules() for cls in type(m).__mro__):
-            raise LIBError(
-                "FullyShardedDataParallel frees a module's weights after one backward pass, and a basis needs many "
-                "over the same forward pass. Use its successor, torch.distributed.fsdp.fully_shard."
-            )
-        check_taps(model, self.layers)
-
-    def activations(self, batch: Any) -> list[Tensor]:
-        """Activations ``(n, S, d)`` of every node layer on one batch, without gradients."""
-        with torch.no_grad():
-            return [cut.a for cut in self.cut(batch)]
-
-    def cut(self, batch: Any, replace: Sequence[Tensor | None] | None = None) -> list[Cut]:
-        """Run the model once, cut at every node layer.
-
-        Args:
-            batch: One batch, as the data loader gives it.
-            replace: For each node layer activations ``(n, S, d)`` to continue with instead of the computed ones, or
-                None to leave it as it is.
-
-        Returns:
-            One `Cut` for each node layer, in order.
-
-        Raises:
-            NodeLayerError: If a node layer is never run, run repeatedly, or out of order.
-            ActivationError: If its activations are not floating-point numbers.
-        """
-        recorder = _Recorder(self.model, self.layers, replace or [None] * len(self.layers), self._widths)
-        with recorder.hooked():
-            self.run(batch)
-        self._changed += recorder.changed
-        cuts = recorder.finish()
-        return cuts if self.mask_fn is None else [_masked(cut, self.mask_fn(batch)) for cut in cuts]
-
-    def output(self, batch: Any, replace: Mapping[int, Tensor]) -> Any:
-        """Run the model with activations replaced, and nothing else in its way.
-
-        Args:
-            batch: One batch, as the data loader gives it.
-            replace: Activations ``(n, S, d)`` to continue with, by index of the node layer. `cut` has run before.
-
-        Returns:
-            What the model returns.
-        """
-        values = [replace.get(i) for i in range(len(self.layers))]
-        recorder = _Recorder(self.model, self.layers, values, self._widths)
-        with recorder.hooked(replace):
-            return self.run(batch)
-
-    def next_activations(self, batch: Any, index: int, a: Tensor) -> Tensor:
-        """The section after a node layer, at activations of one's own: the model runs up to the next node layer.
-
-        Args:
-            batch: One batch, as the data loader gives it.
-            index: Index ``l`` of the node layer.
-            a: Its activations ``a^l``, shape ``(n, S, d)``. `cut` has run before.
-
-        Returns:
-            ``a^{l+1}``, shape ``(n, S', d')``.
-        """
-        values = [a if i == index else None for i in range(len(self.layers))]
-        recorder = _Recorder(self.model, self.layers, values, self._widths)
-        recorder.last = index + 1
-        self._put_back = self._put_back or attributes_kept(self.model)
-        try:
-            with recorder.hooked((index, index + 1)):
-                self.run(batch)
-        except (_Reached, Exception):
-            # A model that catches whatever comes may go on for a while, and fail; we have what we wanted.
-            if not recorder.reached:
-                raise
-            self._put_back()
-        layer = self.layers[index + 1]
-        return layer.read([recorder.seen[index + 1, k][0] for k in range(len(layer.taps))])
-
-    def run(self, batch: Any) -> Any:
-        """Call the model on a batch, in the computation dtype, and return what it returns."""
-        # A model that draws random numbers draws the same ones each time it sees the same batch.
-        torch.default_generator.manual_seed(self.seed)
-        if torch.cuda.is_initialized():
-            torch.cuda.manual_seed_all(self.seed)
-        args, kwargs = self.inputs(batch)
-        if self.dtype is None:
-            return self.model(*args, **kwargs)
-        state = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        converted = {name: t.detach().to(self.dtype) for name, t in state.items() if t.is_floating_point()}
-        return torch.func.functional_call(self.model, converted, args, kwargs)
-
-    def inputs(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword arguments for a batch, in tensors of our own.
-
-        The first module may be a tap, or the model may write into its input: never on the caller's tensors.
-        """
-
-        def own(tensor: Tensor) -> Tensor:
-            return tensor.detach().to(self.dtype or tensor.dtype if tensor.is_floating_point() else None, copy=True)
-
-        inputs = map_tensors(self.input_fn(map_tensors(batch, lambda t: t)), own)
-        if isinstance(inputs, Mapping):
-            return (), dict(inputs)
-        return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
-
-    def release(self) -> None:
-        """Take tensors that outlive their forward pass (a state kept on a module, say) off our graphs."""
-        for reference in self._changed:
-            tensor = reference()
-            if tensor is not None:
-                tensor.detach_()
-        self._changed.clear()
-
-
-class _Reached(BaseException):
+class Reached(BaseException):
     """All has been seen that is wanted of this forward pass."""
 
 
-class _Recorder:
-    """The hooks of one forward pass and what they saw."""
+class Recorder:
+    """The hooks of one forward pass and what they saw.
+
+    Args:
+        model: The model.
+        layers: Node layers in forward order.
+        replace: For each of them activations ``(n, S, d)`` to go on with, or None.
+        widths: Number of features of each tap, by node layer and tap; filled as they run.
+        given: What the model's input is a copy of, by the ``id`` of the copy.
+    """
 
     def __init__(
         self,
@@ -231,8 +84,9 @@ class _Recorder:
         layers: Sequence[NodeLayer],
         replace: Sequence[Tensor | None],
         widths: dict[tuple[int, int], int],
+        given: Mapping[int, Tensor],
     ) -> None:
-        self.model, self.layers, self.replace, self.widths = model, layers, replace, widths
+        self.model, self.layers, self.replace, self.widths, self.given = model, layers, replace, widths, given
         self.owned = {id(t) for t in (*model.parameters(), *model.buffers())}
         self.seen: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.changed: list[weakref.ref[Tensor]] = []
@@ -241,6 +95,7 @@ class _Recorder:
 
     @contextmanager
     def hooked(self, only: Collection[int] | None = None) -> Iterator[None]:
+        """Have the hooks in place, of all node layers or of some."""
         handles: list[RemovableHandle] = []
         try:
             for layer_index, layer in enumerate(self.layers):
@@ -253,6 +108,11 @@ class _Recorder:
                 handle.remove()
 
     def finish(self) -> list[Cut]:
+        """The cuts, once the model has run.
+
+        Raises:
+            NodeLayerError: If a node layer did not run, or not in its turn.
+        """
         taps = {(i, k): tap for i, layer in enumerate(self.layers) for k, tap in enumerate(layer.taps)}
         missing = [tap for key, tap in taps.items() if key not in self.seen]
         if missing:
@@ -277,7 +137,7 @@ class _Recorder:
 
         def visit(value: Any) -> Any:
             if self.reached:  # a model that catches whatever comes is trying again
-                raise _Reached
+                raise Reached
             call = next(calls)
             if tap.call is None and call:
                 raise NodeLayerError(
@@ -313,14 +173,14 @@ class _Recorder:
                 f"'{tap}' holds {str(t.dtype).removeprefix('torch.')} numbers, which have no gradient. "
                 "Choose a node layer after they become activations, such as the embedding's output."
             )
-        end = t.clone()
+        end = self._kept(t)
         replacement = self._replacement(key, t)
         # The leaf may share the end's memory: nobody else has it, and nobody writes there.
         leaf = (end if replacement is None else replacement.clone()).detach().requires_grad_(torch.is_grad_enabled())
         self.seen[key] = (end, leaf)
         if key[0] == self.last and sum(i == self.last for i, _ in self.seen) == len(self.layers[key[0]].taps):
             self.reached = True
-            raise _Reached
+            raise Reached
         if t._is_view() or id(t) in self.owned or (t.is_leaf and t.requires_grad):
             return replace_first_tensor(value, leaf.clone())
         if not (has_graph := t.grad_fn is not None):
@@ -333,6 +193,12 @@ class _Recorder:
             t.copy_(leaf)
         return value
 
+    def _kept(self, t: Tensor) -> Tensor:
+        """A copy of a tensor that nobody writes to: of an input the caller has one, if the model has left it as is."""
+        given = self.given.get(id(t))
+        # Large inputs would take as long to copy, into new memory, as the rest of a small model; devices copy fast.
+        return given if given is not None and torch.equal(given, t) else t.clone()
+
     def _replacement(self, key: tuple[int, int], t: Tensor) -> Tensor | None:
         layer_index, tap_index = key
         values = self.replace[layer_index]
@@ -344,7 +210,3 @@ class _Recorder:
         start = sum(self.widths[layer_index, k] for k in range(tap_index))
         (written,) = layer.write(values[..., start : start + self.widths[key]], [t])
         return written.to(t.dtype)
-
-
-def _masked(cut: Cut, mask: Tensor) -> Cut:
-    return dataclasses.replace(cut, mask=cut.layer.select(mask.to(cut.ends[0].device) != 0, cut.ends))

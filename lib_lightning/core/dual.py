@@ -39,17 +39,21 @@ class DualMoments:
         self.mean, self.B = mean, B
         self._count = mean.new_zeros(1)
         self._cross, self._squares = mean.new_zeros(B.shape), torch.zeros_like(mean)
+        self._centred = mean.new_zeros(0, len(mean))  # the same memory for each block: new memory costs more than sums
 
     def update(self, rows: Tensor) -> None:
         """Add activations, one vector a row: ``(m, d)``."""
         for block in rows.split(max(1, _NUMBERS // max(1, rows.shape[1]))):
-            self._add(block.double() - self.mean)
+            if len(block) > len(self._centred):
+                self._centred = self.mean.new_empty(block.shape)
+            self._add(torch.sub(block, self.mean, out=self._centred[: len(block)]))
 
     def _add(self, centred: Tensor) -> None:
+        """Add centred activations; what they hold is lost."""
         self._count += len(centred)
         # With the few rows of B first: products of that shape are up to twice as fast as their transposes.
-        self._cross += (self.B @ centred.T) @ centred
-        self._squares += centred.square().sum(0)
+        self._cross.addmm_(self.B @ centred.T, centred)
+        self._squares += centred.square_().sum(0)
 
     def reduce(self, together: Together) -> None:
         """Join the sums of several processes."""
@@ -88,8 +92,8 @@ class FewRows(DualMoments):
         self._rows = [mean.new_zeros(0, len(mean))]
 
     def _add(self, centred: Tensor) -> None:
+        self._rows.append(centred.clone())
         super()._add(centred)
-        self._rows.append(centred)
 
     def reduce(self, together: Together) -> None:
         """Join the sums and the activations of several processes."""

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib_lightning.core.cut import Cut, LiveModel
+from lib_lightning.core.cut import Cut
 from lib_lightning.core.errors import ActivationError
 from lib_lightning.core.gram import DENSE_WIDTH
 from lib_lightning.core.groups import GROUPS
+from lib_lightning.core.live import LiveModel
 from lib_lightning.core.nested import batch_size, samples_between
 
 # One stack of vectors goes through a section at once. Small tensors gain from it (2 to 6 times fewer calls' overhead),

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib_lightning.core.cut import Cut, LiveModel, rows_of
+from lib_lightning.core.cut import Cut, rows_of
 from lib_lightning.core.groups import spans
 from lib_lightning.core.guard import unchanged
+from lib_lightning.core.live import LiveModel
 from lib_lightning.core.memory import Chunks, is_out_of_memory
 from lib_lightning.core.nested import batch_size, samples_between
 from lib_lightning.core.recognise import SAMPLES, Recognition

@@ -10,10 +10,10 @@ from typing import Any
 from torch import nn
 
 from lib_lightning.core.check import check
-from lib_lightning.core.cut import InputFn, LiveModel, MaskFn
 from lib_lightning.core.cutpoint import CutPoint, class_of, cut_point
 from lib_lightning.core.errors import LIBError, NodeLayerError
 from lib_lightning.core.layers import INPUT, OUTPUT, NodeLayer
+from lib_lightning.core.live import InputFn, LiveModel, MaskFn
 from lib_lightning.core.memory import is_out_of_memory
 from lib_lightning.core.nested import samples_between
 from lib_lightning.core.trace import trace

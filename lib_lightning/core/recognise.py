@@ -133,7 +133,11 @@ class _Search:
         self.S_all = replace(self.layer, positions=None).read([self.leaf]).shape[1]
         index = torch.arange(self.S_all, device=section.a.device)
         self.positions = self.layer.positions_of(index[None, :, None])[0, :, 0]
-        self.u = self._counted(_random(self.a_out, self.a_out.shape))
+
+    @cached_property
+    def u(self) -> Tensor:
+        """A random vector on the side of the output, zero at positions that do not count."""
+        return self._counted(_random(self.a_out, self.a_out.shape))
 
     def forms(self, weights: Weights) -> Iterator[tuple[ClosedForm, _Constants | None]]:
         """Forms with these weights that the section may have at this batch, each with what does not bend.
@@ -210,7 +214,7 @@ class _Search:
         # Tensors between node layers are known to autograd only; what arrives there shows their shape. Their numbers
         # are taken to lie in the order of samples, positions and features: where they do not, the form will not fit.
         target = GradientEdge(*edge)
-        shape = _pull(self._place(self.end), _Place(target, torch.Size(), lambda t: t), self.u).shape
+        shape = _pull(self._place(self.end), _Place(target, torch.Size(), lambda t: t), self.section.a_out).shape
         rows = self.section.n, self.S_all, -1
         return _Place(target, shape, lambda t: self.layer.positions_of(t.reshape(rows)))
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from lib_lightning.core.closed import ClosedForm
-from lib_lightning.core.cut import Cut, LiveModel
+from lib_lightning.core.cut import Cut
+from lib_lightning.core.live import LiveModel
 from lib_lightning.core.memory import STACK_ELEMENTS, is_out_of_memory
 
 
@@ -95,8 +96,8 @@ class Section:
 
             grads = self._in_stacks([cotangents], pull)
             rows = point.before.layer.read([grad.flatten(0, 1) for grad in grads])
-            products.append(point.weight * rows.unflatten(0, cotangents.shape[:2]))
-        return keep(_sum(products), self.mask_in)
+            products.append(rows.unflatten(0, cotangents.shape[:2]))
+        return keep(self._average(products), self.mask_in)
 
     def has_jvp(self) -> bool | None:
         """Tell whether `jvp` works here: some operations have no second derivative, or a silently wrong one.
@@ -153,8 +154,13 @@ class Section:
             written = point.before.layer.write(tangents.flatten(0, 1), zeros)
             stacks = [v.unflatten(0, (k, -1)) for v in written]
             (product,) = self._in_stacks(stacks, partial(_grad, grads, [placeholder]))
-            products.append(point.weight * product)
-        return keep(_sum(products), self.mask_out)
+            products.append(product)
+        return keep(self._average(products), self.mask_out)
+
+    def _average(self, products: Sequence[Tensor]) -> Tensor:
+        if len(products) == 1:  # of weight 1
+            return products[0]
+        return torch.stack([point.weight * p for point, p in zip(self.points, products, strict=True)]).sum(0)
 
     @cached_property
     def _has_own_backward(self) -> bool:
@@ -182,7 +188,8 @@ class Section:
                 # Some operation in here cannot be stacked: one vector at a time from now on.
                 self.stack, self.unstackable = 1, True
         singles = [product([stack[index] for stack in stacks], None) for index in range(k)]
-        return [torch.stack(parts) for parts in zip(*singles, strict=True)]
+        # One vector is its own stack: a copy of what it gives would cost as much as an operation of the model.
+        return [parts[0][None] if k == 1 else torch.stack(parts) for parts in zip(*singles, strict=True)]
 
 
 def pull_back(
@@ -341,7 +348,3 @@ def keep(stack: Tensor, mask: Tensor | None) -> Tensor:
 def count_rows(a: Tensor, mask: Tensor | None) -> int:
     """Number of samples times positions of activations ``(n, S, d)``, counting only those of a mask ``(n, S)``."""
     return a.shape[0] * a.shape[1] if mask is None else int(mask.sum())
-
-
-def _sum(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.stack(list(tensors)).sum(0)

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from lib_lightning.core.check import watched_inputs
-from lib_lightning.core.cut import LiveModel
 from lib_lightning.core.flow import Edge, Flow, edge_of, flow
 from lib_lightning.core.layers import INPUT, OUTPUT, find_module, module_paths
+from lib_lightning.core.live import LiveModel
 from lib_lightning.core.nested import batch_size, first_tensor, map_tensors, replace_first_tensor
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib_lightning.core.build import Settings, build
-from lib_lightning.core.cut import LiveModel
 from lib_lightning.core.layers import as_node_layers
+from lib_lightning.core.live import LiveModel
 from lib_lightning.core.memory import Chunks
 from lib_lightning.core.steps import listening
 from lib_lightning.profiling import _Count

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lib_lightning import InteractionGraph, compute_interaction_graph
 from lib_lightning.core.ablate import AblatedLayer, AblatedSection, strongest
-from lib_lightning.core.cut import LiveModel
 from lib_lightning.core.errors import NodeLayerError
+from lib_lightning.core.live import LiveModel
 from lib_lightning.core.nested import first_tensor
 from lib_lightning.questions import as_mask_fn, session
 from tests import reference

@@ -14,8 +14,8 @@ from lib_lightning import NodeLayer
 from lib_lightning.core import metric
 from lib_lightning.core.build import Built, Settings, build
 from lib_lightning.core.closed import ClosedForm
-from lib_lightning.core.cut import LiveModel
 from lib_lightning.core.layers import as_node_layers
+from lib_lightning.core.live import LiveModel
 from lib_lightning.core.memory import Chunks
 from lib_lightning.core.recognise import SAMPLES, Recognition, _Search
 from lib_lightning.core.section import Section

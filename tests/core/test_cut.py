@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lib_lightning import NodeLayer, compute_interaction_graph
-from lib_lightning.core.cut import LiveModel
 from lib_lightning.core.errors import ActivationError, NodeLayerError
 from lib_lightning.core.guard import undisturbed
 from lib_lightning.core.layers import as_node_layers
+from lib_lightning.core.live import LiveModel
 from lib_lightning.core.section import sections
 from lib_lightning.questions import check_node_layers
 from tests.cases import Case, ResidualMLP, TwoInputs

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib_lightning.core.build import Built, Settings, build
-from lib_lightning.core.cut import LiveModel
 from lib_lightning.core.layers import as_node_layers
+from lib_lightning.core.live import LiveModel
 from lib_lightning.core.memory import Chunks
 from lib_lightning.questions import as_mask_fn
 from tests.core.test_closed import IO, assert_equal, built

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from lib_lightning import InteractionGraph, compute_interaction_graph
 from lib_lightning.core.build import Built, Settings, build
-from lib_lightning.core.cut import LiveModel
 from lib_lightning.core.edges import Edges
 from lib_lightning.core.groups import GROUPS, leave_one_out, spans, standard_error, too_close
 from lib_lightning.core.layers import as_node_layers
+from lib_lightning.core.live import LiveModel
 from lib_lightning.core.memory import Chunks, Demand, plan_chunks
 from lib_lightning.core.section import sections
 from lib_lightning.core.together import Together

@@ -10,11 +10,11 @@ from torch import nn
 
 from lib_lightning import compute_interaction_graph
 from lib_lightning.core.build import Settings
-from lib_lightning.core.cut import LiveModel
 from lib_lightning.core.edges import Edges
 from lib_lightning.core.errors import ActivationError
 from lib_lightning.core.gram import GramSum
 from lib_lightning.core.layers import as_node_layers
+from lib_lightning.core.live import LiveModel
 from lib_lightning.core.metric import JacobianMetric
 from lib_lightning.core.moments import Moments
 from lib_lightning.core.probes import OrthogonalSigns

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lib_lightning import compute_interaction_graph
 from lib_lightning.core.build import Settings, build
-from lib_lightning.core.cut import LiveModel
 from lib_lightning.core.layers import as_node_layers
+from lib_lightning.core.live import LiveModel
 from lib_lightning.core.memory import Chunks, Demand, plan_chunks
 from lib_lightning.core.section import Section
 from tests.cases import Case
