@@ -18,6 +18,8 @@ from lib_lightning.core.together import Together
 
 _TOLD = "_lib_lightning_told"
 _FINE, _OUT_OF_MEMORY, _FAILED = range(3)
+# Numbers that process 0 can tell along with how it is: the sizes of a basis's tensors.
+_NUMBERS = 16
 
 
 class OtherProcessError(LIBError, RuntimeError):
@@ -46,7 +48,7 @@ class Processes(Together):
 
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Sum over processes, entry by entry; the shapes are the same everywhere."""
-        # What takes memory comes before all say that they are well. One exchange for all: each takes milliseconds.
+        # What takes memory comes before all say that they are well.
         flat = self._flat(tensors)
         self._exchange_states(_FINE)
         dist.all_reduce(flat)
@@ -59,12 +61,9 @@ class Processes(Together):
 
     def first(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The tensors of process 0, for all to go on with the same numbers."""
-        flat = self._flat(tensors)
-        self._exchange_states(_FINE)
+        flat = self._flat(tensors if self.rank == 0 else [])
         # They need not have the same shapes here: truncation is all or nothing.
-        sizes = torch.tensor([n for t in tensors for n in t.shape], device=self._device)
-        dist.broadcast(sizes, 0)
-        numbers = iter(sizes.tolist())
+        numbers = iter(self._exchange_states(_FINE, [n for t in tensors for n in t.shape]))
         shapes = [list(itertools.islice(numbers, t.ndim)) for t in tensors]
         flat = flat if self.rank == 0 else flat.new_empty(sum(map(math.prod, shapes)))
         dist.broadcast(flat, 0)
@@ -93,20 +92,27 @@ class Processes(Together):
             self._exchange_states(_FINE)
 
     def _flat(self, tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat([t.detach().to(self._device, torch.float64).flatten() for t in tensors])
+        flat = [t.detach().to(self._device, torch.float64).flatten() for t in tensors]
+        return torch.cat(flat) if flat else torch.zeros(0, dtype=torch.float64, device=self._device)
 
-    def _states(self, own: int) -> list[int]:
-        states = torch.zeros(self.size, dtype=torch.int64, device=self._device)
+    def _states(self, own: int, numbers: Sequence[int] = ()) -> tuple[list[int], list[int]]:
+        """How all processes are, and a few numbers of process 0."""
+        states = torch.zeros(self.size + _NUMBERS, dtype=torch.int64)
         states[self.rank] = own
+        if self.rank == 0:
+            states[self.size : self.size + len(numbers)] = torch.tensor(numbers, dtype=torch.int64)
+        states = states.to(self._device)
         dist.all_reduce(states)
-        return states.tolist()
+        everyone = states.tolist()
+        return everyone[: self.size], everyone[self.size :]
 
-    def _exchange_states(self, own: int) -> None:
-        states = self._states(own)
+    def _exchange_states(self, own: int, numbers: Sequence[int] = ()) -> list[int]:
+        states, told = self._states(own, numbers)
         if max(states) == _FAILED:
             raise OtherProcessError(f"Process {states.index(_FAILED)} has failed; its own message says why.")
         if max(states) > own:
             raise OtherProcessMemoryError(f"Process {states.index(_OUT_OF_MEMORY)} has run out of memory.")
+        return told
 
 
 class InStep(Processes):

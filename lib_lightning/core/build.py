@@ -32,19 +32,18 @@ from lib_lightning.core.layers import OUTPUT
 from lib_lightning.core.live import LiveModel
 from lib_lightning.core.memory import Chunks
 from lib_lightning.core.metric import JacobianMetric
-from lib_lightning.core.moments import Moments
+from lib_lightning.core.moments import Moments, join_moments
 from lib_lightning.core.passes import Passes
 from lib_lightning.core.section import keep
 from lib_lightning.core.spectral import Cutoff
 from lib_lightning.core.steps import finished
-from lib_lightning.core.together import ALONE, Together
+from lib_lightning.core.together import ALONE, Together, join
 from lib_lightning.core.variances import FeatureVariances
 
 BasisKind = Literal["lib", "pca", "neuron"]
 FinalBasisKind = Literal["auto", "neuron", "pca", "centered"]
 FinalMetric = Literal["fisher"]
 
-_DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 _ONE_BY_ONE = (
     "Between '{}' and '{}' an operation cannot be differentiated for several vectors at once: they go one by one, with "
     "the same result, more slowly."
@@ -148,19 +147,16 @@ def build(
 
     # 1. Moments.
     moments = [Moments(wide=kind != "lib") for kind in kinds]
-    dtype: torch.dtype | None = None
     for cuts in passes.first():
         for layer_moments, cut in zip(moments, cuts, strict=True):
             layer_moments.update(cut.rows, cut.a.shape[0])
             if not torch.isfinite(layer_moments.mean).all():  # a sum shows it, and costs less than a look at each
                 check_finite(cut.layer.name, cut.rows)
-            dtype = cut.a.dtype
-    for layer_moments in moments:
-        layer_moments.reduce(together)
-        if layer_moments.count == 0:
-            raise ActivationError("There are no samples to compute a basis from, or a mask leaves out all of them.")
+    join_moments(moments, together)
+    dtype = moments[-1].dtype
+    if dtype is None or not all(layer_moments.count for layer_moments in moments):
+        raise ActivationError("There are no samples to compute a basis from, or a mask leaves out all of them.")
     means = [m.mean for m in moments]
-    dtype = _same_dtype(dtype, together)
     finished("moments")
 
     # 2. Bases, from the last node layer to the first.
@@ -219,14 +215,13 @@ def build(
             fhat = keep(bases[last].encode(section.a_out, torch.float64), section.mask_out)
             variances[last].update(fhat, section.mask_out, section.spans)
         finished(f"edges from {names[i]} to {names[i + 1]}")
+    join([*edges, *variances], together)
     for i, section_edges in enumerate(edges):
-        section_edges.reduce(together)
         _check_derivatives(live, i, section_edges.E)
 
     # 4. Standard errors.
     importances: list[Tensor] = []
     for i, (feature_variances, length) in enumerate(zip(variances, lengths, strict=True)):
-        feature_variances.reduce(together)
         found = feature_variances.replicates()
         importances.append(found if length is None else found * length)
         bases[i] = _with_errors(bases[i], importances[i])
@@ -243,12 +238,6 @@ def _with_errors(basis: Basis, replicates: Tensor) -> Basis:
     fixed = basis.kind in ("neuron", "centered")  # their directions are given
     unsure = None if fixed else too_close(basis.importance, replicates)
     return replace(basis, importance_error=standard_error(replicates), unsure=unsure)
-
-
-def _same_dtype(dtype: torch.dtype | None, together: Together) -> torch.dtype:
-    """The type that activations have, also for a process that has seen none."""
-    own = -1 if dtype is None else _DTYPES.index(dtype)
-    return _DTYPES[max(int(index) for index in together.gather(torch.tensor([own])))]
 
 
 def final_kind(settings: Settings, taps: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lib_lightning.core.basis import Basis
 from lib_lightning.core.spectral import Cutoff, eigh_psd
-from lib_lightning.core.together import Together
+from lib_lightning.core.together import Summed, Together
 
 # Activations to centre at a time, so that they stay in the cache until they are multiplied.
 _NUMBERS = 2**19
@@ -23,7 +23,7 @@ _ROWS = 256
 _CLEARLY = 1e3
 
 
-class DualMoments:
+class DualMoments(Summed):
     """Streaming ``E[y^T (a - mu)]`` with ``y = (a - mu) B^T``, of which ``K = E[y^T y]`` is the product with ``B^T``.
 
     Args:
@@ -34,6 +34,8 @@ class DualMoments:
         Source: duality between the principal components of ``a`` in the metric ``M`` and those of ``y``: ``Sigma M``
         and ``B Sigma B^T`` have the same eigenvalues.
     """
+
+    sums = ("_count", "_cross", "_squares")
 
     def __init__(self, mean: Tensor, B: Tensor) -> None:
         self.mean, self.B = mean, B
@@ -54,10 +56,6 @@ class DualMoments:
         # With the few rows of B first: products of that shape are up to twice as fast as their transposes.
         self._cross.addmm_(self.B @ centred.T, centred)
         self._squares += centred.square_().sum(0)
-
-    def reduce(self, together: Together) -> None:
-        """Join the sums of several processes."""
-        self._count, self._cross, self._squares = together.sum([self._count, self._cross, self._squares])
 
     def basis(self, name: str, cutoff: Cutoff) -> Basis:
         """Local Interaction Basis: ``C = B^T Q``, ``C^+ = Lambda^-1 Q^T E[y^T (a - mu)]`` with ``K = Q Lambda Q^T``.

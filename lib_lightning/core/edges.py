@@ -10,13 +10,13 @@ from lib_lightning.core.closed import ClosedEdges
 from lib_lightning.core.groups import leave_one_out
 from lib_lightning.core.section import Section
 from lib_lightning.core.spectral import product_dtype
-from lib_lightning.core.together import Together
+from lib_lightning.core.together import Summed
 
 # A Jacobian-vector product is a backward pass through a backward pass: measured at 1 to 2 times a plain one.
 _FORWARD_COST = 2
 
 
-class Edges:
+class Edges(Summed):
     """Streaming ``E_ij = 1/(n S) sum_x sum_t (sum_s [d fhat'_{t,i} / d fhat_{s,j}] fhat_{s,j})^2``.
 
     Args:
@@ -33,6 +33,8 @@ class Edges:
         or one entry of a vector-Jacobian product for each ``(t, i)``; the cheaper of the two ways is taken, the second
         wherever the first has no derivative to go by.
     """
+
+    sums = ("rows", "_total")
 
     def __init__(self, before: Basis, after: Basis, groups: int = 1) -> None:
         self.before, self.after = before, after
@@ -96,10 +98,6 @@ class Edges:
         squares = moved.to(product_dtype(moved.dtype)).square()
         for group, span in section.spans:
             self._total[group].index_add_(0, i, squares[:, span].sum(dim=1).double())
-
-    def reduce(self, together: Together) -> None:
-        """Join the sums of several processes."""
-        self.rows, self._total = together.sum([self.rows, self._total])
 
     @property
     def E(self) -> Tensor:

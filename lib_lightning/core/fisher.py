@@ -7,10 +7,10 @@ from torch import Tensor
 
 from lib_lightning.core.groups import leave_one_out
 from lib_lightning.core.spectral import eigh_psd
-from lib_lightning.core.together import Together
+from lib_lightning.core.together import Summed
 
 
-class FisherMetric:
+class FisherMetric(Summed):
     """Streaming ``E[diag(p) - p p^T]`` with ``p = softmax(a)``, over samples and positions.
 
     To second order, a step ``v`` in the logits changes the distribution by a Kullback-Leibler divergence of
@@ -32,6 +32,8 @@ class FisherMetric:
                 [-0.2500,  0.2500]], dtype=torch.float64)
     """
 
+    sums = ("rows", "_total")
+
     def __init__(self, d: int, groups: int = 1) -> None:
         self.rows = torch.zeros(groups, dtype=torch.float64)
         self._total = torch.zeros(groups, d, d, dtype=torch.float64)
@@ -42,10 +44,6 @@ class FisherMetric:
         self._total = self._total.to(p.device)
         self.rows[group] += rows.shape[0]
         self._total[group] += torch.diag(p.sum(0)) - p.T @ p
-
-    def reduce(self, together: Together) -> None:
-        """Join the sums of several processes."""
-        self.rows, self._total = together.sum([self.rows, self._total])
 
     @property
     def relative_error(self) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lib_lightning.core.spectral import eigh_psd, product_dtype
-from lib_lightning.core.together import Together
+from lib_lightning.core.together import Summed, Together
 
 # Below this width the full matrix is cheaper than looking for a span.
 DENSE_WIDTH = 512
@@ -19,7 +19,7 @@ _SKETCH = 64
 _NUMBERS = 2**20
 
 
-class GramSum:
+class GramSum(Summed):
     """Streaming ``sum g g^T`` over vectors ``g``, as ``Q^T N Q`` with orthonormal rows of ``Q``.
 
     Args:
@@ -40,8 +40,10 @@ class GramSum:
                 [ 0.,  0.,  0.]], dtype=torch.float64))
     """
 
+    sums = ("N",)
+
     def __init__(self, d: int, parts: int = 1, dense_width: int = DENSE_WIDTH) -> None:
-        self.d = d
+        self.d, self._dense_width = d, dense_width
         self.dense = d <= dense_width  # Q is the identity, and not stored
         self.Q = torch.zeros(0, d)
         k = d if self.dense else 0
@@ -82,22 +84,23 @@ class GramSum:
         coordinates = V if self.dense else self._coordinates(V)
         self.N = self.N.to(V.device) + coordinates.T @ X @ coordinates
 
-    def reduce(self, together: Together) -> None:
-        """Join the sums of several processes, over the span of all of them."""
-        if together.size == 1:
+    def meet(self, together: Together) -> None:
+        """Widen the span to that of all processes, so that their sums can be joined."""
+        if together.size == 1 or self.d <= self._dense_width:
             return
-        dense = together.gather(self.N.new_ones(1) * self.dense)
-        if any(bool(flag) for flag in dense) and not self.dense:
-            self._make_dense()
-        if not self.dense:
+        # Where all have read it off the same weights, it is the same: a product with a random vector shows that.
+        seen = torch.randn(self.d, 1, generator=torch.Generator().manual_seed(0)).to(self.N)
+        shown = together.gather(torch.cat([self.N.new_ones(1) * self.dense, (self.Q.to(seen) @ seen)[:, 0]]))
+        if any(bool(one[0]) for one in shown):
+            if not self.dense:
+                self._make_dense()
+        elif not all(torch.equal(one, shown[0]) for one in shown):
+            # Directions that two processes both found are nearly the same twice.
             spans = [Q.double().reshape(-1, self.d) for Q in together.gather(self.Q.to(self.N))]
-            if not all(torch.equal(span, spans[0]) for span in spans):  # as they are if all read off the same weights
-                # Directions that two processes both found are nearly the same twice.
-                _, sizes, directions = torch.linalg.svd(torch.cat(spans), full_matrices=False)
-                Q = directions[sizes > 1e-12]
-                own = self.Q.to(Q) @ Q.T
-                self.N, self.Q = own.T @ self.N @ own, Q
-        (self.N,) = together.sum([self.N])
+            _, sizes, directions = torch.linalg.svd(torch.cat(spans), full_matrices=False)
+            Q = directions[sizes > 1e-12]
+            own = self.Q.to(Q) @ Q.T
+            self.N, self.Q = own.T @ self.N @ own, Q
 
     def matrix(self, part: int | None = None) -> Tensor:
         """One sum, or all together, as a matrix ``(d, d)``, float64."""

@@ -12,10 +12,10 @@ from lib_lightning.core.gram import GramSum
 from lib_lightning.core.groups import leave_one_out
 from lib_lightning.core.probes import OrthogonalSigns
 from lib_lightning.core.section import Section
-from lib_lightning.core.together import Together
+from lib_lightning.core.together import Summed, Together, join
 
 
-class JacobianMetric:
+class JacobianMetric(Summed):
     """Streaming ``M = 1/(n S) sum_x sum_{t,i} sum_s g g^T`` with ``g = d fhat^{l+1}_{t,i} / d a^l_s``.
 
     Args:
@@ -30,6 +30,8 @@ class JacobianMetric:
     Note:
         Source: arXiv 2405.10928, the Jacobian step of the transformation into the LIB. Random signs: Hutchinson (1990).
     """
+
+    sums = ("rows", "_sampled")
 
     def __init__(
         self, d: int, C_next: Tensor, n_probes: int | None, generator: torch.Generator, groups: int = 1
@@ -98,8 +100,8 @@ class JacobianMetric:
 
     def reduce(self, together: Together) -> None:
         """Join the sums of several processes."""
-        self.rows, self._sampled = together.sum([self.rows, self._sampled])
-        self.gram.reduce(together)
+        self.gram.meet(together)
+        join([self, self.gram], together)
 
     def factor(self, cutoff: float) -> Tensor:
         """Square-root factor ``B`` with ``B^T B = M``.

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from lib_lightning.core.gram import DENSE_WIDTH
-from lib_lightning.core.together import Together
+from lib_lightning.core.together import Summed, Together, join
+
+_DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
-class Moments:
+class Moments(Summed):
     """Running mean and sum of squared deviations in float64.
 
     Each batch is centred by itself and merged by the pairwise update of Chan, Golub and LeVeque (1979), so activations
@@ -17,6 +21,12 @@ class Moments:
 
     Args:
         wide: Whether the covariance is wanted also where it is wide; else only the mean is summed there.
+
+    Attributes:
+        n: Number of samples.
+        count: Number of activations.
+        mean: ``mu``, shape ``(d,)``, float64; empty as long as there are none.
+        dtype: Type that they came in.
 
     Example:
         >>> moments = Moments()
@@ -26,8 +36,11 @@ class Moments:
         (tensor([2.], dtype=torch.float64), tensor([[2.6667]], dtype=torch.float64), 3)
     """
 
+    sums = ("_scatter",)
+
     def __init__(self, wide: bool = True) -> None:
         self._wide = wide
+        self.dtype: torch.dtype | None = None
         self.n = 0
         self.count = 0
         self.mean = torch.zeros(0, dtype=torch.float64)
@@ -44,7 +57,7 @@ class Moments:
         count = rows.shape[0]
         if count == 0 and self.mean.numel():
             return
-        rows = rows.detach()
+        rows, self.dtype = rows.detach(), rows.dtype
         mean = rows.sum(0, dtype=torch.float64) / max(1, count)
         total = self.count + count
         before = self.mean if self.count else torch.zeros_like(mean)
@@ -59,24 +72,31 @@ class Moments:
             self._scatter.addmm_(centred.T, centred)
         self.count = total
 
-    def reduce(self, together: Together) -> None:
-        """Join what several processes have seen, the same way; some may have seen nothing."""
-        if together.size == 1:
-            return
-        totals = torch.cat([torch.tensor([self.n, self.count]).to(self.mean), self.mean])
-        everyone = together.gather(totals)
-        d = max(len(t) for t in everyone) - 2
-        counts = torch.stack([t[1] for t in everyone])
-        means = torch.stack([t[2:] if len(t) > 2 else t.new_zeros(d) for t in everyone])
+    @property
+    def totals(self) -> Tensor:
+        """Numbers that tell another process what has been seen, up to second moments."""
+        dtype = -1 if self.dtype is None else _DTYPES.index(self.dtype)
+        return torch.cat([torch.tensor([self.n, self.count, dtype, len(self.mean)]).to(self.mean), self.mean])
+
+    def meet(self, everyone: Sequence[Tensor]) -> None:
+        """Go over to the mean of several processes, so that what is left to do is to sum.
+
+        Args:
+            everyone: The `totals` of each, this one among them; some may have seen nothing.
+        """
+        n, counts, dtypes, widths = torch.stack([totals[:4] for totals in everyone]).T
+        d = int(widths.max())
+        means = torch.stack([totals[4:] if len(totals) > 4 else totals.new_zeros(d) for totals in everyone])
         total = counts.sum()
         mean = (counts[:, None] * means).sum(0) / total.clamp(min=1)
         if len(self.mean) < d:
             self.mean = mean.new_zeros(d)
         if self.has_covariance:
             delta = self.mean - mean
-            self._scatter = self._scatter if len(self._scatter) else mean.new_zeros(d, d)
-            (self._scatter,) = together.sum([self._scatter + self.count * torch.outer(delta, delta)])
-        self.n, self.count, self.mean = int(sum(t[0] for t in everyone)), int(total), mean
+            scatter = self._scatter if len(self._scatter) else mean.new_zeros(d, d)
+            self._scatter = scatter + self.count * torch.outer(delta, delta)
+        self.n, self.count, self.mean = int(n.sum()), int(total), mean
+        self.dtype = _DTYPES[int(dtypes.max())] if dtypes.max() >= 0 else None
 
     @property
     def covariance(self) -> Tensor:
@@ -87,3 +107,20 @@ class Moments:
     def has_covariance(self) -> bool:
         """Whether the covariance is summed."""
         return self._wide or len(self.mean) <= DENSE_WIDTH
+
+
+def join_moments(moments: Sequence[Moments], together: Together) -> None:
+    """Join what several processes have seen of all node layers, in two exchanges; some may have seen nothing.
+
+    Args:
+        moments: One for each node layer.
+        together: The processes.
+    """
+    if together.size == 1:
+        return
+    everyone = together.gather(torch.cat([layer.totals for layer in moments]))
+    for layer in moments:
+        ends = [4 + int(totals[3]) for totals in everyone]
+        layer.meet([totals[:end] for totals, end in zip(everyone, ends, strict=True)])
+        everyone = [totals[end:] for totals, end in zip(everyone, ends, strict=True)]
+    join([layer for layer in moments if layer.has_covariance], together)

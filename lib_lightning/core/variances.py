@@ -8,16 +8,18 @@ from torch import Tensor
 from lib_lightning.core.basis import Basis
 from lib_lightning.core.groups import leave_one_out
 from lib_lightning.core.section import count_rows
-from lib_lightning.core.together import Together
+from lib_lightning.core.together import Summed
 
 
-class FeatureVariances:
+class FeatureVariances(Summed):
     """Streaming mean and mean square of the features of one node layer, over groups of samples.
 
     Args:
         basis: Basis of the node layer.
         groups: Number of groups.
     """
+
+    sums = ("rows", "_first", "_second")
 
     def __init__(self, basis: Basis, groups: int) -> None:
         self.rows = torch.zeros(groups, dtype=torch.float64)
@@ -38,10 +40,6 @@ class FeatureVariances:
             self._first[group] += fhat[span].sum((0, 1))
             self._second[group] += fhat[span].square().sum((0, 1))
             self.rows[group] += count_rows(fhat[span], None if mask is None else mask[span])
-
-    def reduce(self, together: Together) -> None:
-        """Join the sums of several processes."""
-        self.rows, self._first, self._second = together.sum([self.rows, self._first, self._second])
 
     def replicates(self) -> Tensor:
         """Variances with one group of samples left out at a time, ``(G, r)``; G is 0 where there is only one group."""
