@@ -80,8 +80,10 @@ class GramSum(Summed):
             X: Their sums in these, symmetric, shape ``(parts, m, m)``, float64.
         """
         if self.rank == 0 and 2 * len(V) <= self.d:  # so few that each may count as a direction of its own
-            self.Q, self.N = torch.linalg.qr(V.T).Q.T, self.N.new_zeros(len(self.N), len(V), len(V))
-        coordinates = V if self.dense else self._coordinates(V)
+            self.N = self.N.new_zeros(len(self.N), len(V), len(V))
+            self.Q, coordinates = (factor.T for factor in torch.linalg.qr(V.T))
+        else:
+            coordinates = V if self.dense else self._coordinates(V)
         self.N = self.N.to(V.device) + coordinates.T @ X @ coordinates
 
     def meet(self, together: Together) -> None:
