@@ -265,6 +265,43 @@ def test_adding_in_place_to_a_tapped_tensor_is_the_same() -> None:
     assert all(torch.equal(E, graph.edges[pair]) for pair, E in again.edges.items())
 
 
+@pytest.mark.parametrize("write", ["mul_", "data", "after"])
+def test_models_that_write_into_their_input(write: str) -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if write == "mul_":
+                x.mul_(2)
+            elif write == "data":  # of which autograd's count of writes does not know
+                x.data.mul_(2)
+            y = torch.tanh(self.up(x))
+            if write == "after":
+                x.zero_()
+            return self.down(y)
+
+    model, x = Writes().double(), torch.randn(20, 3).double()
+    given = x.clone()
+    plain = nn.Sequential(model.up, nn.Tanh(), model.down)
+    graph = compute_interaction_graph(model, [x], ["up:input", "output"])
+    assert torch.equal(x, given)
+    expected = compute_interaction_graph(plain, [x if write == "after" else 2 * x], ["0:input", "output"])
+    torch.testing.assert_close(graph.bases["up:input"].mean, expected.bases["0:input"].mean)
+    torch.testing.assert_close(graph.edges["up:input", "output"], expected.edges["0:input", "output"])
+
+
+def test_activations_of_an_untouched_input_are_the_batch_itself() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 2)), torch.randn(20, 3)
+    with undisturbed(model):
+        (first, _) = LiveModel(model, as_node_layers(["0:input", "output"])).cut(x)
+        (converted, _) = LiveModel(model, as_node_layers(["0:input", "output"]), dtype=torch.float64).cut(x)
+    assert first.a.data_ptr() == x.data_ptr(), "no copy of a large batch"
+    assert converted.a.dtype == torch.float64
+    assert not x.requires_grad
+
+
 def test_activation_called_as_a_statement_is_the_same() -> None:
     class Statement(nn.Module):
         def __init__(self) -> None:

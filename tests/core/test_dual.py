@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,9 +16,10 @@ from lib_lightning.core.build import Built, Settings, build
 from lib_lightning.core.layers import as_node_layers
 from lib_lightning.core.live import LiveModel
 from lib_lightning.core.memory import Chunks
+from lib_lightning.core.together import Together
 from lib_lightning.questions import as_mask_fn
 from tests.core.test_closed import IO, assert_equal, built
-from tests.core.test_groups import OneOfTwo
+from tests.core.two_threads import in_two
 
 WIDE = 530  # more than DENSE_WIDTH
 LAYERS = ["input", "1", "output"]
@@ -151,22 +151,13 @@ def test_two_processes_and_one_without_samples(n: int, share: float) -> None:
     model, x, mask = network(), torch.randn(n, 2, WIDE).double(), torch.rand(n, 2) > 0.3
     own = int(share * n)
     parts = [[(x[:own], mask[:own])] if own else [], [(x[own:], mask[own:])]]
-    board: list[list[Tensor]] = [[], []]
-    found: dict[int, Built] = {}
-    barrier = threading.Barrier(2)
 
-    def work(rank: int) -> None:
+    def work(together: Together) -> Built:
         live = LiveModel(copy.deepcopy(model), as_node_layers(LAYERS), mask_fn=as_mask_fn(1))
-        found[rank] = build(
-            live, parts[rank], Settings(rtol=1e-11), chunks=Chunks(keep=True),
-            together=OneOfTwo(rank, board, barrier),
-        )  # fmt: skip
+        settings = Settings(rtol=1e-11)
+        return build(live, parts[together.rank], settings, chunks=Chunks(keep=True), together=together)
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    found = in_two(work)
     alone = built(model, [(x, mask)], LAYERS, mask=1)
     for rank in (0, 1):
         for a, b in zip(found[rank].bases, alone.bases, strict=True):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import threading
-from collections.abc import Sequence
 
 import pytest
 import torch
@@ -24,6 +22,7 @@ from lib_lightning.core.together import Together
 from lib_lightning.questions import as_mask_fn
 from tests.cases import Case, N
 from tests.conftest import CASES
+from tests.core.two_threads import in_two
 from tests.reference import activations, edges, fisher_metric, jacobian_metric
 
 RTOL = 1e-11
@@ -265,53 +264,21 @@ def test_errors_of_edges_are_their_spread_over_new_samples_in_these_features(bas
             assert coverage(errors, edges_found, strong) == pytest.approx(1, abs=0.25)
 
 
-class OneOfTwo(Together):
-    """Two threads in the place of two processes."""
-
-    size = 2
-
-    def __init__(self, rank: int, board: list[list[Tensor]], barrier: threading.Barrier) -> None:
-        self.rank, self.board, self.barrier = rank, board, barrier
-
-    def exchange(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-        self.board[self.rank] = list(tensors)
-        self.barrier.wait(60)
-        both = list(self.board)
-        self.barrier.wait(60)
-        return both
-
-    def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [x + y for x, y in zip(*self.exchange(tensors), strict=True)]
-
-    def gather(self, tensor: Tensor) -> list[Tensor]:
-        return [tensors[0] for tensors in self.exchange([tensor])]
-
-    def first(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return self.exchange(tensors)[0]
-
-
 @pytest.mark.parametrize("name", ["mlp_tanh", "positions", "padded"])
 @pytest.mark.parametrize("own", [14, 3, 0, N])  # 3 leaves groups without samples on one process; 0 and N all of them
 def test_groups_of_two_processes_are_joined(name: str, own: int) -> None:
-    case, groups, built = CASES[name], 5, {}
-    board: list[list[Tensor]] = [[], []]
-    barrier = threading.Barrier(2)
+    case, groups = CASES[name], 5
     parts = [case.batches(own, N)[:1] if own else [], case.batches(own, N)[1:] if own else case.batches(N)]
 
-    def work(rank: int) -> None:
+    def work(together: Together) -> Built:
         model = copy.deepcopy(case.model)
         live = LiveModel(model, as_node_layers(case.node_layers), case.input_fn, mask_fn=as_mask_fn(case.mask))
+        settings = Settings(rtol=RTOL, final_metric="fisher")
         # The second asks for more groups, as where more memory is: the smaller number holds.
-        built[rank] = build(
-            live, parts[rank], Settings(rtol=RTOL, final_metric="fisher"), chunks=Chunks(groups=groups + rank),
-            together=OneOfTwo(rank, board, barrier),
-        )  # fmt: skip
+        chunks = Chunks(groups=groups + together.rank)
+        return build(live, parts[together.rank], settings, chunks=chunks, together=together)
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
+    built = in_two(work)
     for a, b in zip(built[0].bases, built[1].bases, strict=True):
         assert torch.equal(a.importance_error, b.importance_error)
         assert torch.equal(a.unsure, b.unsure)

@@ -16,10 +16,12 @@ from lib_lightning.core.gram import GramSum
 from lib_lightning.core.layers import as_node_layers
 from lib_lightning.core.live import LiveModel
 from lib_lightning.core.metric import JacobianMetric
-from lib_lightning.core.moments import Moments
+from lib_lightning.core.moments import Moments, join_moments
 from lib_lightning.core.probes import OrthogonalSigns
 from lib_lightning.core.section import gauss_legendre, sections
+from lib_lightning.core.together import Together
 from tests.cases import Case
+from tests.core.two_threads import in_two
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 20])
@@ -266,6 +268,54 @@ def test_sum_over_a_span_is_the_whole_sum(rank: int, dense: bool, dtype: torch.d
         assert (gram.matrix(part) - expected[part]).norm() < tolerance * expected[part].norm()
     B = gram.factor(1e-14 if dtype == torch.float64 else 1e-7)
     assert (B.T @ B - expected.sum(0)).norm() < tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("other", ["same", "turned", "fewer", "nothing", "dense"])
+def test_sums_of_two_processes_meet_in_one_span(other: str) -> None:
+    directions = torch.randn(40, 400).double()
+    mine = torch.randn(60, 40).double() @ directions
+    theirs = {
+        "same": mine,
+        "turned": torch.randn(60, 40).double() @ torch.randn(40, 400).double(),
+        "fewer": torch.randn(60, 5).double() @ directions[:5],
+        "nothing": torch.zeros(0, 400).double(),
+        "dense": torch.randn(600, 400).double(),
+    }[other]
+
+    def work(together: Together) -> GramSum:
+        gram = GramSum(400, dense_width=0)
+        gram.add((mine, theirs)[together.rank])
+        gram.meet(together)
+        gram.reduce(together)
+        return gram
+
+    expected = mine.T @ mine + theirs.T @ theirs
+    for gram in in_two(work):
+        assert gram.rank == {"same": 40, "turned": 80, "dense": 400}.get(other, 40)
+        assert (gram.matrix() - expected).norm() < 1e-12 * expected.norm()
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_moments_of_two_processes_are_joined(wide: bool) -> None:
+    x = [torch.randn(30, 4).double() + 1e6, torch.randn(30, 600).float()]
+
+    def work(together: Together) -> list[Moments]:
+        moments = [Moments(wide), Moments(wide)]
+        for layer_moments, a in zip(moments, x, strict=True):
+            if together.rank == 0:
+                layer_moments.update(a[:10], 10)
+                layer_moments.update(a[10:], 20)
+        join_moments(moments, together)
+        return moments
+
+    for moments in in_two(work):
+        assert [m.dtype for m in moments] == [torch.float64, torch.float32]
+        assert moments[1].has_covariance == wide
+        for layer_moments, a in zip(moments, x, strict=True):
+            assert (layer_moments.n, layer_moments.count) == (30, 30)
+            torch.testing.assert_close(layer_moments.mean, a.double().mean(0))
+            if layer_moments.has_covariance:
+                torch.testing.assert_close(layer_moments.covariance, a.T.double().cov(correction=0))
 
 
 def test_a_span_is_found_again_after_nothing_and_lost_in_nan() -> None:
