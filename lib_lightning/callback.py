@@ -307,10 +307,10 @@ class LIBCallback(pl.Callback):
         distance = self.schedule.distance(self._graph_step, step, self.budget.left_out)
 
         def take() -> Taken:
-            when = {"step": step, "epoch": trainer.current_epoch, **self.budget.chosen}
-            samples = self.samples.for_snapshot(trainer, self.budget.part)
+            when = {"step": step, "epoch": trainer.current_epoch, **self.budget.extent.chosen}
+            samples = self.samples.for_snapshot(trainer, self.budget.extent.part)
             taken = self.watcher.take(live, samples, self._together, when, last, distance)
-            self.budget.look(taken, live, samples.batches, self._together)
+            self.budget.extent.look(taken, live, samples.batches, self._together)
             return taken
 
         with called_from_aside(trainer, pl_module, self.dtype):

@@ -145,7 +145,7 @@ def test_training_is_untouched_where_snapshots_are_put_off(tmp_path: Path) -> No
     with_it = run(model, tmp_path, callback, max_epochs=3)
     assert with_it == without
     assert callback.budget.put_off
-    assert callback.budget.chosen, "and made cheaper"
+    assert callback.budget.extent.chosen, "and made cheaper"
 
 
 def test_a_resumed_run_goes_on_with_its_share(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_where_spacing_would_leave_out_most_fewer_samples_are_taken_once_and_for
     assert len(found) >= 3
     assert set(found) == {512}, "not below what is enough, and the first one no more"
     (x, _), *_ = callback.samples.batches
-    used = callback.samples.for_snapshot(callback_trainer(callback), callback.budget.part).batches
+    used = callback.samples.for_snapshot(callback_trainer(callback), callback.budget.extent.part).batches
     assert torch.equal(used[0][0], x), "the first ones"
     expected = {"max_overhead": 0.5, "part_of_samples": 0.512, "n_probes": None}
     assert all(graph.info["budget"] == expected for graph in graphs.values())
@@ -243,7 +243,7 @@ def callback_trainer(callback: LIBCallback) -> Any:
 def test_many_outputs_are_replaced_by_probes(
     tmp_path: Path, said: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lib_lightning.run_budget._MANY", 2)
+    monkeypatch.setattr("lib_lightning.run_extent._MANY", 2)
     model = Timed(200)
     callback = timed(model, 40.0, 38.0, **CHEAPER)
     checkpoint = tmp_path / "model.ckpt"
@@ -255,7 +255,7 @@ def test_many_outputs_are_replaced_by_probes(
         for step in (6, 24)
     )
     widest = max(basis.n_features for basis in list(first.bases.values())[1:])
-    assert callback.budget._outputs == widest
+    assert callback.budget.extent._outputs == widest
     assert [graph.info["settings"]["n_probes"] for graph in (first, last)] == [None, 16]
     assert last.info["budget"] == {"max_overhead": 0.5, "part_of_samples": 1.0, "n_probes": 16}
     assert f"computed on all 200 samples, with n_probes=16 in place of all {widest} outputs of a layer" in said.text
@@ -289,7 +289,7 @@ def test_otherwise_all_samples_are_taken(
     model = Timed(1000)
     callback = timed(model, cost, computing, **{**CHEAPER, **options})
     trainer_of(tmp_path, callback, max_epochs=4).fit(model)
-    assert callback.budget.chosen == {}
+    assert callback.budget.extent.chosen == {}
     assert callback.graph is not None
     assert callback.graph.info["n_samples"] == 1000
 

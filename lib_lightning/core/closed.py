@@ -113,9 +113,9 @@ class ClosedMetric:
         V = torch.eye(w.hidden).to(A) if w.W_1 is None else w.W_1.double()
         if not w.residual:
             return V, X
-        mixed = (C @ A) * self._slopes[:, None]
-        straight = C @ C.T * self._count[:, None, None]
-        V = torch.cat([torch.eye(len(C)).to(A), V])
+        mixed = A * self._slopes[:, None]
+        straight = torch.eye(len(A)).to(A) * self._count[:, None, None]
+        V = torch.cat([C.T, V])
         return V, torch.cat([torch.cat([straight, mixed], 2), torch.cat([mixed.mT, X], 2)], 1)
 
 

@@ -70,7 +70,7 @@ class GramSum(Summed):
         # a quarter of the whole time, on a transformer little; splitting numbers into single ones was no faster.
         for rows in coordinates.split(max(1, _NUMBERS // max(1, coordinates.shape[1]))):
             rows = rows.double()
-            self.N[part] += rows.T @ rows
+            self.N[part].addmm_(rows.T, rows)
 
     def add_product(self, V: Tensor, X: Tensor) -> None:
         """Add many vectors to each sum by what is known of theirs: ``V^T X V``.
