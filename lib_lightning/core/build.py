@@ -26,6 +26,7 @@ from lib_lightning.core.check import check_finite
 from lib_lightning.core.dual import DualMoments, FewRows
 from lib_lightning.core.edges import Edges
 from lib_lightning.core.errors import ActivationError, NotFiniteError
+from lib_lightning.core.features import Features
 from lib_lightning.core.fisher import FisherMetric
 from lib_lightning.core.groups import standard_error, too_close
 from lib_lightning.core.layers import OUTPUT
@@ -34,7 +35,6 @@ from lib_lightning.core.memory import Chunks
 from lib_lightning.core.metric import JacobianMetric
 from lib_lightning.core.moments import Moments, join_moments
 from lib_lightning.core.passes import Passes
-from lib_lightning.core.section import keep
 from lib_lightning.core.spectral import Cutoff
 from lib_lightning.core.steps import finished
 from lib_lightning.core.together import ALONE, Together, join
@@ -165,6 +165,7 @@ def build(
     errors: dict[str, float | None] = {}
     # What an importance is beside a variance: the length of the feature's direction in the metric, for each replicate.
     lengths: list[Tensor | None] = []
+    known: dict[int, Tensor | None] = {}
     for i in reversed(range(len(names))):
         name, kind, step = names[i], kinds[i], f"basis of {names[i]}"
         cutoff = Cutoff(settings.rtol, len(means[i]), dtype)
@@ -193,11 +194,13 @@ def build(
             if moments[i].has_covariance:
                 basis = lib_basis(name, means[i], moments[i].covariance, B, cutoff)
             else:
-                dual = (FewRows if moments[i].count <= len(means[i]) else DualMoments)(means[i], B)
+                keeps = passes.kept and together.size == 1  # other processes' features may differ by rounding
+                dual = (FewRows if moments[i].count <= len(means[i]) else DualMoments)(means[i], B, keeps)
                 for rows, _ in passes.rows(step, i):
                     dual.update(rows)
                 dual.reduce(together)
                 basis = dual.basis(name, cutoff)
+                known[i] = dual.features()
             errors[name] = metric.relative_error
         # The same sums give the same basis only up to rounding, and truncation is all or nothing.
         bases.insert(0, basis.shared(together))
@@ -207,12 +210,13 @@ def build(
     # 3. Edges.
     edges = [Edges(before, after, groups) for before, after in itertools.pairwise(bases)]
     variances = [FeatureVariances(basis, groups) for basis in bases]
+    features = [Features(basis, known.get(i)) for i, basis in enumerate(bases)]
     for i, section in passes.sections("edges", means):
-        fhat = keep(bases[i].encode(section.a, torch.float64), section.mask_in)
+        fhat = features[i].of(section.a, section.mask_in)
         edges[i].update(section, fhat)
         variances[i].update(fhat, section.mask_in, section.spans)
         if i + 1 == last:
-            fhat = keep(bases[last].encode(section.a_out, torch.float64), section.mask_out)
+            fhat = features[last].of(section.a_out, section.mask_out)
             variances[last].update(fhat, section.mask_out, section.spans)
         finished(f"edges from {names[i]} to {names[i + 1]}")
     join([*edges, *variances], together)

@@ -17,6 +17,8 @@ from lib_lightning.core.together import Summed, Together
 
 # Activations to centre at a time, so that they stay in the cache until they are multiplied.
 _NUMBERS = 2**19
+# How many times as wide as `y` activations have to be for it to be kept beside them.
+_FEW = 8
 # Rows of a symmetric product to compute at a time, up to its diagonal.
 _ROWS = 256
 # A pivot that is not this much larger than rounding may hide a direction that is nothing but rounding.
@@ -29,6 +31,7 @@ class DualMoments(Summed):
     Args:
         mean: ``mu``, shape ``(d,)``, float64.
         B: Square-root factor of the Jacobian metric, ``B^T B = M``, shape ``(k, d)``, float64.
+        keep: Whether to keep ``y``, of which features come for nothing, if it is much smaller than the activations.
 
     Note:
         Source: duality between the principal components of ``a`` in the metric ``M`` and those of ``y``: ``Sigma M``
@@ -37,11 +40,13 @@ class DualMoments(Summed):
 
     sums = ("_count", "_cross", "_squares")
 
-    def __init__(self, mean: Tensor, B: Tensor) -> None:
+    def __init__(self, mean: Tensor, B: Tensor, keep: bool = False) -> None:
         self.mean, self.B = mean, B
         self._count = mean.new_zeros(1)
         self._cross, self._squares = mean.new_zeros(B.shape), torch.zeros_like(mean)
         self._centred = mean.new_zeros(0, len(mean))  # the same memory for each block: new memory costs more than sums
+        self._Q = B.new_zeros(len(B), 0)
+        self._y: list[Tensor] | None = [] if keep and _FEW * len(B) <= len(mean) else None
 
     def update(self, rows: Tensor) -> None:
         """Add activations, one vector a row: ``(m, d)``."""
@@ -54,7 +59,10 @@ class DualMoments(Summed):
         """Add centred activations; what they hold is lost."""
         self._count += len(centred)
         # With the few rows of B first: products of that shape are up to twice as fast as their transposes.
-        self._cross.addmm_(self.B @ centred.T, centred)
+        y = self.B @ centred.T
+        self._cross.addmm_(y, centred)
+        if self._y is not None:
+            self._y.append(y)
         self._squares += centred.square_().sum(0)
 
     def basis(self, name: str, cutoff: Cutoff) -> Basis:
@@ -76,7 +84,12 @@ class DualMoments(Summed):
         C_pinv = (Q.T @ cross) / Lambda[:, None]
         # What never varies (the border of all images) is no part of a feature, however strongly it would be read.
         varies = self._squares / self._count > rounding.square()
+        self._Q = Q
         return Basis(name, "lib", self.mean, (self.B * varies).T @ Q, C_pinv, Lambda)
+
+    def features(self) -> Tensor | None:
+        """Features of all activations in the basis just found, ``(m, r)``, in the order in which they came, if kept."""
+        return None if self._y is None else torch.cat([(self._Q.T @ y).T for y in self._y])
 
 
 class FewRows(DualMoments):
@@ -85,8 +98,8 @@ class FewRows(DualMoments):
     Features must not reach beyond these, where what they read has never been seen.
     """
 
-    def __init__(self, mean: Tensor, B: Tensor) -> None:
-        super().__init__(mean, B)
+    def __init__(self, mean: Tensor, B: Tensor, keep: bool = False) -> None:
+        super().__init__(mean, B, keep)
         self._rows = [mean.new_zeros(0, len(mean))]
 
     def _add(self, centred: Tensor) -> None:

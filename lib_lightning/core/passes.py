@@ -110,6 +110,11 @@ class Passes:
                         self.unstackable.add(i)
             self.tick(step)
 
+    @property
+    def kept(self) -> bool:
+        """Whether the graphs of all batches are kept, now that they have been run."""
+        return bool(self._kept)
+
     def keep_jacobian(self, i: int, r_out: int) -> None:
         """Have what is computed for the metric of a section serve its edges, too, if there is memory for it.
 

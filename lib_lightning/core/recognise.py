@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -249,7 +249,7 @@ def _held(node: Node, bends: bool) -> tuple[Any, ...] | None:
     if (_BUILT_IN if bends else _KNOWN).search(node.name()) is None:
         return None
     found: list[Any] = [node.name()]
-    for name in (name for name in dir(node) if name.startswith("_saved_") and "strides" not in name):
+    for name in _saved_names(type(node)):
         value = getattr(node, name)
         if isinstance(value, Tensor):
             if bends and (value.is_floating_point() or value.dtype == torch.bool):
@@ -262,6 +262,11 @@ def _held(node: Node, bends: bool) -> tuple[Any, ...] | None:
         else:
             found.append(value[1:] if "sizes" in name else value)  # of whatever number of samples
     return tuple(found)
+
+
+@cache
+def _saved_names(operation: type[Node]) -> list[str]:
+    return [name for name in dir(operation) if name.startswith("_saved_") and "strides" not in name]
 
 
 def _equal(a: _Constants | None, b: _Constants | None) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lib_lightning.core.basis import Basis
 from lib_lightning.core.build import Built, Settings, build
 from lib_lightning.core.layers import as_node_layers
 from lib_lightning.core.live import LiveModel
@@ -172,3 +173,18 @@ def test_sampled_metrics_of_wide_node_layers() -> None:
     wide = assert_same_with_covariance(model, [x], ["input", "2", "output"], n_probes=3)
     assert wide.bases[0].kind == "lib"
     assert built(model, [x], IO, n_probes=3).metric_errors["input"] > 0
+
+
+@pytest.mark.parametrize("n", [60, 700])  # fewer than features, and more
+def test_features_of_wide_layers_are_not_computed_twice(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, mask = network(), torch.randn(n, 2, WIDE).double(), torch.rand(n, 2) > 0.3
+    batches = list(zip(x.split(50), mask.split(50), strict=True))
+    encoded: list[str] = []
+    encode = Basis.encode
+    monkeypatch.setattr(Basis, "encode", lambda self, *args: encoded.append(self.name) or encode(self, *args))  # type: ignore[func-returns-value]
+    anew = built(model, batches, LAYERS, mask=1, chunks=Chunks(keep=False))
+    assert "input" in encoded
+    encoded.clear()
+    kept = built(model, batches, LAYERS, mask=1, chunks=Chunks(keep=True))
+    assert "input" not in encoded
+    assert_equal(kept, anew)
