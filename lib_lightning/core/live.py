@@ -142,22 +142,25 @@ class LiveModel:
         if torch.cuda.is_initialized():
             torch.cuda.manual_seed_all(self.seed)
         args, kwargs = self.inputs(batch)
-        if self.dtype is None:
-            return self.model(*args, **kwargs)
-        state = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        converted = {name: t.detach().to(self.dtype) for name, t in state.items() if t.is_floating_point()}
-        return torch.func.functional_call(self.model, converted, args, kwargs)
+        try:
+            if self.dtype is None:
+                return self.model(*args, **kwargs)
+            state = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+            converted = {name: t.detach().to(self.dtype) for name, t in state.items() if t.is_floating_point()}
+            return torch.func.functional_call(self.model, converted, args, kwargs)
+        finally:
+            self._given.clear()
 
     def inputs(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments for a batch, in tensors of our own.
 
         The first module may be a tap, or the model may write into its input: never on the caller's tensors.
         """
-        self._given.clear()
 
         def own(tensor: Tensor) -> Tensor:
             copy = tensor.detach().to(self.dtype or tensor.dtype if tensor.is_floating_point() else None, copy=True)
-            if type(tensor) is Tensor and tensor.device.type == "cpu" and copy.dtype == tensor.dtype:
+            plain = type(tensor) is Tensor and tensor.layout == torch.strided and not tensor.is_inference()
+            if plain and tensor.device.type == "cpu" and copy.dtype == tensor.dtype:
                 self._given[id(copy)] = tensor.detach()
             return copy
 

@@ -297,8 +297,12 @@ def test_activations_of_an_untouched_input_are_the_batch_itself() -> None:
     with undisturbed(model):
         (first, _) = LiveModel(model, as_node_layers(["0:input", "output"])).cut(x)
         (converted, _) = LiveModel(model, as_node_layers(["0:input", "output"]), dtype=torch.float64).cut(x)
+        with torch.inference_mode():
+            made_there = x.clone()
+        (copied, _) = LiveModel(model, as_node_layers(["0:input", "output"])).cut(made_there)
     assert first.a.data_ptr() == x.data_ptr(), "no copy of a large batch"
     assert converted.a.dtype == torch.float64
+    assert torch.equal(copied.a[:, 0], x), "autograd takes no tensors of inference mode"
     assert not x.requires_grad
 
 
