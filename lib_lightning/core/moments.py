@@ -74,9 +74,10 @@ class Moments(Summed):
 
     @property
     def totals(self) -> Tensor:
-        """Numbers that tell another process what has been seen, up to second moments."""
+        """Numbers that tell another process what has been seen, but for second moments; on the CPU."""
         dtype = -1 if self.dtype is None else _DTYPES.index(self.dtype)
-        return torch.cat([torch.tensor([self.n, self.count, dtype, len(self.mean)]).to(self.mean), self.mean])
+        numbers = torch.tensor([self.n, self.count, dtype, len(self.mean)], dtype=torch.float64)
+        return torch.cat([numbers, self.mean.cpu()])
 
     def meet(self, everyone: Sequence[Tensor]) -> None:
         """Go over to the mean of several processes, so that what is left to do is to sum.
@@ -88,7 +89,7 @@ class Moments(Summed):
         d = int(widths.max())
         means = torch.stack([totals[4:] if len(totals) > 4 else totals.new_zeros(d) for totals in everyone])
         total = counts.sum()
-        mean = (counts[:, None] * means).sum(0) / total.clamp(min=1)
+        mean = ((counts[:, None] * means).sum(0) / total.clamp(min=1)).to(self.mean)
         if len(self.mean) < d:
             self.mean = mean.new_zeros(d)
         if self.has_covariance:
