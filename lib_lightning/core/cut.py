@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -75,7 +75,7 @@ class Recorder:
         layers: Node layers in forward order.
         replace: For each of them activations ``(n, S, d)`` to go on with, or None.
         widths: Number of features of each tap, by node layer and tap; filled as they run.
-        given: What the model's input is a copy of, by the ``id`` of the copy.
+        given: Tensors of the model's input, and what each is a copy of, by the ``id`` of the copy.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Recorder:
         layers: Sequence[NodeLayer],
         replace: Sequence[Tensor | None],
         widths: dict[tuple[int, int], int],
-        given: Mapping[int, Tensor],
+        given: dict[int, tuple[Tensor, Tensor]],
     ) -> None:
         self.model, self.layers, self.replace, self.widths, self.given = model, layers, replace, widths, given
         self.owned = {id(t) for t in (*model.parameters(), *model.buffers())}
@@ -195,9 +195,10 @@ class Recorder:
 
     def _kept(self, t: Tensor) -> Tensor:
         """A copy of a tensor that nobody writes to: of an input the caller has one, if the model has left it as is."""
-        given = self.given.get(id(t))
+        copy, given = self.given.pop(id(t), (None, t))
         # Large inputs would take as long to copy, into new memory, as the rest of a small model; devices copy fast.
-        return given if given is not None and torch.equal(given, t) else t.clone()
+        # Where another tap has been before, it is no input any more, though it may well hold the same numbers.
+        return given if copy is t and not t.requires_grad and torch.equal(given, t) else t.clone()
 
     def _replacement(self, key: tuple[int, int], t: Tensor) -> Tensor | None:
         layer_index, tap_index = key

@@ -59,7 +59,7 @@ class LiveModel:
         self._changed: list[weakref.ref[Tensor]] = []
         self._put_back: Callable[[], None] | None = None  # what a forward pass that is left halfway has not
         self._widths: dict[tuple[int, int], int] = {}
-        self._given: dict[int, Tensor] = {}
+        self._given: dict[int, tuple[Tensor, Tensor]] = {}
         if any(cls.__name__ == "FullyShardedDataParallel" for m in model.modules() for cls in type(m).__mro__):
             raise LIBError(
                 "FullyShardedDataParallel frees a module's weights after one backward pass, and a basis needs many "
@@ -156,15 +156,22 @@ class LiveModel:
 
         The first module may be a tap, or the model may write into its input: never on the caller's tensors.
         """
+        self._given.clear()
+        batch_tensors: set[int] = set()
+
+        def of_batch(tensor: Tensor) -> Tensor:
+            batch_tensors.add(id(tensor))
+            return tensor
 
         def own(tensor: Tensor) -> Tensor:
             copy = tensor.detach().to(self.dtype or tensor.dtype if tensor.is_floating_point() else None, copy=True)
             plain = type(tensor) is Tensor and tensor.layout == torch.strided and not tensor.is_inference()
-            if plain and tensor.device.type == "cpu" and copy.dtype == tensor.dtype:
-                self._given[id(copy)] = tensor.detach()
+            # Not what `input_fn` has made: it may use the same memory for the next batch.
+            if id(tensor) in batch_tensors and plain and tensor.device.type == "cpu" and copy.dtype == tensor.dtype:
+                self._given[id(copy)] = copy, tensor.detach()
             return copy
 
-        inputs = map_tensors(self.input_fn(map_tensors(batch, lambda t: t)), own)
+        inputs = map_tensors(self.input_fn(map_tensors(batch, of_batch)), own)
         if isinstance(inputs, Mapping):
             return (), dict(inputs)
         return (inputs if isinstance(inputs, tuple) else (inputs,)), {}

@@ -292,6 +292,26 @@ def test_models_that_write_into_their_input(write: str) -> None:
     torch.testing.assert_close(graph.edges["up:input", "output"], expected.edges["0:input", "output"])
 
 
+@pytest.mark.parametrize("between", [nn.Identity(), nn.Dropout(), nn.ReLU(inplace=True)])
+@pytest.mark.parametrize("taps", [["input", "0", "output"], ["input", "1:input", "output"], ["0:input", "0", "output"]])
+def test_an_input_that_passes_two_taps(between: nn.Module, taps: list[str]) -> None:
+    model, x = nn.Sequential(between, nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double().eval(), torch.rand(30, 3)
+    batches = list(x.double().split(10))
+    graph = compute_interaction_graph(model, batches, taps)  # of positive numbers all are left as they are
+    first, second = graph.node_layers[:2]
+    assert graph.bases[first].n_features == graph.bases[second].n_features > 0
+    torch.testing.assert_close(graph.edges[first, second].sum(0), graph.bases[first].importance)
+
+
+def test_an_input_fn_may_use_the_same_memory_again() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(), torch.randn(40, 3).double()
+    memory = torch.zeros(20, 3).double()
+    graph = compute_interaction_graph(model, x.split(20), ["input", "1", "output"], input_fn=memory.copy_)
+    expected = compute_interaction_graph(model, x.split(20), ["input", "1", "output"])
+    for pair, E in expected.edges.items():
+        torch.testing.assert_close(graph.edges[pair], E)
+
+
 def test_activations_of_an_untouched_input_are_the_batch_itself() -> None:
     model, x = nn.Sequential(nn.Linear(3, 2)), torch.randn(20, 3)
     with undisturbed(model):
