@@ -194,13 +194,13 @@ def build(
             if moments[i].has_covariance:
                 basis = lib_basis(name, means[i], moments[i].covariance, B, cutoff)
             else:
+                (B,) = together.first([B])  # a factor is one of many, and sums need the same
                 keeps = passes.kept and together.size == 1  # other processes' features may differ by rounding
                 dual = (FewRows if moments[i].count <= len(means[i]) else DualMoments)(means[i], B, keeps)
                 for rows, _ in passes.rows(step, i):
                     dual.update(rows)
                 dual.reduce(together)
-                basis = dual.basis(name, cutoff)
-                known[i] = dual.features()
+                basis, known[i] = dual.solve(name, cutoff)
             errors[name] = metric.relative_error
         # The same sums give the same basis only up to rounding, and truncation is all or nothing.
         bases.insert(0, basis.shared(together))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lib_lightning.core.basis import Basis
 from lib_lightning.core.spectral import Cutoff, eigh_psd
-from lib_lightning.core.together import Summed, Together
+from lib_lightning.core.together import Summed, Together, join
 
 # Activations to centre at a time, so that they stay in the cache until they are multiplied.
 _NUMBERS = 2**19
@@ -45,7 +45,6 @@ class DualMoments(Summed):
         self._count = mean.new_zeros(1)
         self._cross, self._squares = mean.new_zeros(B.shape), torch.zeros_like(mean)
         self._centred = mean.new_zeros(0, len(mean))  # the same memory for each block: new memory costs more than sums
-        self._Q = B.new_zeros(len(B), 0)
         self._y: list[Tensor] | None = [] if keep and _FEW * len(B) <= len(mean) else None
 
     def update(self, rows: Tensor) -> None:
@@ -65,7 +64,11 @@ class DualMoments(Summed):
             self._y.append(y)
         self._squares += centred.square_().sum(0)
 
-    def basis(self, name: str, cutoff: Cutoff) -> Basis:
+    def reduce(self, together: Together) -> None:
+        """Join the sums of several processes."""
+        join([self], together)
+
+    def solve(self, name: str, cutoff: Cutoff) -> tuple[Basis, Tensor | None]:
         """Local Interaction Basis: ``C = B^T Q``, ``C^+ = Lambda^-1 Q^T E[y^T (a - mu)]`` with ``K = Q Lambda Q^T``.
 
         Args:
@@ -73,7 +76,8 @@ class DualMoments(Summed):
             cutoff: Directions with an importance up to its share of the largest are dropped.
 
         Returns:
-            The basis with kind ``"lib"``.
+            The basis with kind ``"lib"``, and the features of all activations in it, ``(m, r)``, in the order in which
+            they came, if ``y`` has been kept.
         """
         # Equal numbers differ from their mean by its rounding: a variance no larger than that is none.
         rounding = torch.finfo(self.mean.dtype).eps * self.mean.abs()
@@ -84,12 +88,8 @@ class DualMoments(Summed):
         C_pinv = (Q.T @ cross) / Lambda[:, None]
         # What never varies (the border of all images) is no part of a feature, however strongly it would be read.
         varies = self._squares / self._count > rounding.square()
-        self._Q = Q
-        return Basis(name, "lib", self.mean, (self.B * varies).T @ Q, C_pinv, Lambda)
-
-    def features(self) -> Tensor | None:
-        """Features of all activations in the basis just found, ``(m, r)``, in the order in which they came, if kept."""
-        return None if self._y is None else torch.cat([(self._Q.T @ y).T for y in self._y])
+        basis = Basis(name, "lib", self.mean, (self.B * varies).T @ Q, C_pinv, Lambda)
+        return basis, None if self._y is None else torch.cat([(Q.T @ y).T for y in self._y])
 
 
 class FewRows(DualMoments):
@@ -111,7 +111,7 @@ class FewRows(DualMoments):
         super().reduce(together)
         self._rows = together.gather(torch.cat(self._rows))
 
-    def basis(self, name: str, cutoff: Cutoff) -> Basis:
+    def solve(self, name: str, cutoff: Cutoff) -> tuple[Basis, Tensor | None]:
         """Local Interaction Basis, ``C`` being the part of ``B^T Q`` in the span of all activations.
 
         Args:
@@ -120,12 +120,13 @@ class FewRows(DualMoments):
                 those that are rounding.
 
         Returns:
-            The basis with kind ``"lib"``.
+            The basis with kind ``"lib"``, and the features, which are the same: what is left out reads nothing here.
         """
-        beyond = super().basis(name, cutoff)
+        beyond, features = super().solve(name, cutoff)
         X = torch.cat(self._rows)
         rounding = float((torch.finfo(X.dtype).eps * self.mean).square().sum())
-        return replace(beyond, to_features=_in_span(X, beyond.to_features, cutoff.rounding, rounding))
+        to_features = _in_span(X, beyond.to_features, cutoff.rounding, rounding)
+        return replace(beyond, to_features=to_features), features
 
 
 def _in_span(X: Tensor, C: Tensor, cutoff: float, floor: float) -> Tensor:

@@ -6,6 +6,8 @@ reads. Their span is found as they come and only its own small Gram matrix is su
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -72,19 +74,21 @@ class GramSum(Summed):
             rows = rows.double()
             self.N[part].addmm_(rows.T, rows)
 
-    def add_product(self, V: Tensor, X: Tensor) -> None:
+    def add_product(self, V: Tensor, sums: Iterable[Tensor]) -> None:
         """Add many vectors to each sum by what is known of theirs: ``V^T X V``.
 
         Args:
             V: Directions that they lie in, one a row, shape ``(m, d)``, float64.
-            X: Their sums in these, symmetric, shape ``(parts, m, m)``, float64.
+            sums: For each part ``X``, their sum in these, symmetric, shape ``(m, m)``, float64.
         """
         if self.rank == 0 and 2 * len(V) <= self.d:  # so few that each may count as a direction of its own
             self.N = self.N.new_zeros(len(self.N), len(V), len(V))
             self.Q, coordinates = (factor.T for factor in torch.linalg.qr(V.T))
         else:
             coordinates = V if self.dense else self._coordinates(V)
-        self.N = self.N.to(V.device) + coordinates.T @ X @ coordinates
+        self.N = self.N.to(V.device)
+        for N, X in zip(self.N, sums, strict=True):
+            N.addmm_(coordinates.T @ X, coordinates)
 
     def meet(self, together: Together) -> None:
         """Widen the span to that of all processes, so that their sums can be joined."""
@@ -100,7 +104,8 @@ class GramSum(Summed):
             # Directions that two processes both found are nearly the same twice.
             spans = [Q.double().reshape(-1, self.d) for Q in together.gather(self.Q.to(self.N))]
             _, sizes, directions = torch.linalg.svd(torch.cat(spans), full_matrices=False)
-            Q = directions[sizes > 1e-12]
+            # Coordinates add up only in one and the same span, which a factorisation gives up to rounding and signs.
+            (Q,) = together.first([directions[sizes > 1e-12]])
             own = self.Q.to(Q) @ Q.T
             self.N, self.Q = own.T @ self.N @ own, Q
 

@@ -87,9 +87,9 @@ class JacobianMetric(Summed):
 
     def _finish_closed(self) -> None:
         if self._closed is not None:
-            V, X = self._closed.sums()
+            V, sums = self._closed.sums()
             # Exact: as if seen by each of the probes.
-            self._gram.add_product(V, torch.stack([k * X for k in self._probes], 1).flatten(0, 1))
+            self._gram.add_product(V, (k * X for X in sums for k in self._probes))
             self._closed = None
 
     def _add(self, section: Section, cotangents: Tensor, half: int) -> Tensor:

@@ -66,7 +66,9 @@ class Moments(Summed):
         if self.has_covariance:
             # The step of the mean counts as one more row, so that the sum is gone through once.
             step = delta * (self.count * count / max(1, total)) ** 0.5
-            centred = torch.cat([rows.double() - mean, step[None]])
+            centred = mean.new_empty(count + 1, len(mean))
+            torch.sub(rows, mean, out=centred[:-1])
+            centred[-1] = step
             if self.count == 0:
                 self._scatter = centred.new_zeros(len(mean), len(mean))
             self._scatter.addmm_(centred.T, centred)

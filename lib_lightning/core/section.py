@@ -131,9 +131,9 @@ class Section:
         for start in range(0, self.S_out * r_out, stack):
             t_i = torch.arange(start, min(start + stack, self.S_out * r_out), device=C.device)
             t, i = t_i // r_out, t_i % r_out
-            cotangents = C.new_zeros(len(t_i), self.n, self.S_out, self.d_out)
-            cotangents[torch.arange(len(t_i), device=C.device), :, t] = C.T[i][:, None]
-            yield i, cotangents
+            picked = C.new_zeros(len(t_i), self.S_out, self.d_out)
+            picked[torch.arange(len(t_i), device=C.device), t] = C.T[i]
+            yield i, picked[:, None].expand(-1, self.n, -1, -1).contiguous()
 
     def jvp(self, tangents: Tensor) -> Tensor:
         """Multiply from the input side: ``J v`` for a stack of ``v``.

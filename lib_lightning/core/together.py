@@ -50,10 +50,6 @@ class Summed:
 
     sums: ClassVar[tuple[str, ...]] = ()
 
-    def reduce(self, together: Together) -> None:
-        """Join the sums of several processes."""
-        join([self], together)
-
 
 def join(parts: Sequence[Summed], together: Together) -> None:
     """Join the sums of several processes, all of them in one exchange: each takes milliseconds, whatever its size.

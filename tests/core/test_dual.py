@@ -17,6 +17,7 @@ from lib_lightning.core.build import Built, Settings, build
 from lib_lightning.core.layers import as_node_layers
 from lib_lightning.core.live import LiveModel
 from lib_lightning.core.memory import Chunks
+from lib_lightning.core.metric import JacobianMetric
 from lib_lightning.core.together import Together
 from lib_lightning.questions import as_mask_fn
 from tests.core.test_closed import IO, assert_equal, built
@@ -148,7 +149,18 @@ def test_the_same_basis_at_any_scale(change: Callable[[Tensor], Tensor], dtype: 
 
 @pytest.mark.parametrize("n", [60, 600])
 @pytest.mark.parametrize("share", [0.4, 0.0])
-def test_two_processes_and_one_without_samples(n: int, share: float) -> None:
+@pytest.mark.parametrize("turned", [False, True])
+def test_two_processes_and_one_without_samples(
+    n: int, share: float, turned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if turned:  # eigenvectors may come with other signs, or turned, where threads work at another pace
+        factor = JacobianMetric.factor
+
+        def another(self: JacobianMetric, cutoff: float) -> Tensor:
+            B = factor(self, cutoff)
+            return torch.linalg.qr(torch.randn(len(B), len(B)).to(B)).Q @ B
+
+        monkeypatch.setattr(JacobianMetric, "factor", another)
     model, x, mask = network(), torch.randn(n, 2, WIDE).double(), torch.rand(n, 2) > 0.3
     own = int(share * n)
     parts = [[(x[:own], mask[:own])] if own else [], [(x[own:], mask[own:])]]

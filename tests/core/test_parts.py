@@ -19,7 +19,7 @@ from lib_lightning.core.metric import JacobianMetric
 from lib_lightning.core.moments import Moments, join_moments
 from lib_lightning.core.probes import OrthogonalSigns
 from lib_lightning.core.section import gauss_legendre, sections
-from lib_lightning.core.together import Together
+from lib_lightning.core.together import Together, join
 from tests.cases import Case
 from tests.core.two_threads import in_two
 
@@ -286,7 +286,7 @@ def test_sums_of_two_processes_meet_in_one_span(other: str) -> None:
         gram = GramSum(400, dense_width=0)
         gram.add((mine, theirs)[together.rank])
         gram.meet(together)
-        gram.reduce(together)
+        join([gram], together)
         return gram
 
     expected = mine.T @ mine + theirs.T @ theirs
