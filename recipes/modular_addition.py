@@ -39,10 +39,11 @@ class LastTokenAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Read all positions ``(n, S, d_model)``, write the last one ``(n, d_model)``."""
-        q = self.query(x[:, -1]).unflatten(-1, (self.n_heads, -1))
+        q = self.query(x[:, -1]).unflatten(-1, (1, self.n_heads, -1))
         k, v = (proj(x).unflatten(-1, (self.n_heads, -1)) for proj in (self.key, self.value))
-        pattern = (torch.einsum("nhd,nshd->nhs", q, k) / q.shape[-1] ** 0.5).softmax(-1)
-        return self.out(torch.einsum("nhs,nshd->nhd", pattern, v).flatten(1))
+        # As matrix products these would have a single column; sums of products take half of their time.
+        pattern = ((q * k).sum(-1, keepdim=True) / q.shape[-1] ** 0.5).softmax(1)
+        return self.out((pattern * v).sum(1).flatten(1))
 
 
 class ModularAdditionTransformer(nn.Module):
