@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
@@ -14,6 +16,9 @@ from torch.autograd.graph import Node, get_gradient_edge
 _MIXING = re.compile(r"mm|Mm|Mv|Dot|Conv|Linear|Rnn|Attention|MatMul|Matmul")
 # Operations that leave every number where it is, as long as the shape is the same in the end.
 _IDLE = re.compile(r"^(AccumulateGrad|Clone|Alias|Slice|Squeeze|Unsqueeze|View|UnsafeView|ReshapeAlias)")
+
+# Operations that show what they save, if only that it is nothing.
+_SHOWN = re.compile(r"Backward\d$|::(AccumulateGrad|CopyBackwards)$")
 
 
 class Edge(NamedTuple):
@@ -59,6 +64,12 @@ def edge_of(t: Tensor) -> Edge:
     return Edge(edge.node, edge.output_nr)
 
 
+def shape_of(edge: Edge) -> torch.Size:
+    """The shape of a result that only autograd knows."""
+    # Not public, but where torch.autograd.grad itself looks.
+    return torch.Size(edge.node._input_metadata[edge.output].shape)
+
+
 def flow(sources: Sequence[Edge], output: Edge) -> list[Flow]:
     """All results that lie on some path from the sources to the output, in an order in which paths only lead forwards.
 
@@ -74,7 +85,7 @@ def flow(sources: Sequence[Edge], output: Edge) -> list[Flow]:
     """
     begin = {source.node for source in sources}
     inputs: dict[Node, list[Edge]] = {}
-    for node in _order(output.node):
+    for node in operations(output.node):
         edges = [Edge(before, k) for before, k in node.next_functions if before in inputs]
         if edges or node in begin:
             inputs[node] = edges
@@ -106,7 +117,36 @@ def flow(sources: Sequence[Edge], output: Edge) -> list[Flow]:
     return parts
 
 
-def _order(last: Node) -> list[Node]:
+@cache
+def saved_names(operation: type[Node]) -> list[str]:
+    """Names under which autograd shows what an operation has saved for its derivative."""
+    return [name for name in dir(operation) if name.startswith("_saved_") or name == "saved_tensors"]
+
+
+def seems_intact(output: Tensor) -> bool:
+    """Tell whether a computation can still be differentiated, by what autograd shows of it, without doing so.
+
+    Args:
+        output: Its result.
+
+    Returns:
+        True if nothing has been written to what its operations have saved; False if so, or if one does not show it.
+    """
+    if output.grad_fn is None:
+        return True
+    for node in operations(output.grad_fn):
+        names = saved_names(type(node))
+        if not names and _SHOWN.search(node.name()) is None:
+            return False
+        try:
+            for name in names:
+                getattr(node, name)
+        except RuntimeError:  # as a derivative would raise
+            return False
+    return True
+
+
+def operations(last: Node) -> list[Node]:
     """All operations that lead to one, each after those it uses."""
     order: dict[Node, None] = {}
     stack = [(last, False)]

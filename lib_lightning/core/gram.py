@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from lib_lightning.core.spectral import eigh_psd, product_dtype
+from lib_lightning.core.spectral import add_gram, eigh_psd, product_dtype
 from lib_lightning.core.together import Summed, Together
 
 # Below this width the full matrix is cheaper than looking for a span.
@@ -71,8 +71,7 @@ class GramSum(Summed):
         # enough for directions that nothing reads, but that vary greatly, to look important. On a small MLP this costs
         # a quarter of the whole time, on a transformer little; splitting numbers into single ones was no faster.
         for rows in coordinates.split(max(1, _NUMBERS // max(1, coordinates.shape[1]))):
-            rows = rows.double()
-            self.N[part].addmm_(rows.T, rows)
+            add_gram(self.N[part], rows.double())
 
     def add_product(self, V: Tensor, sums: Iterable[Tensor]) -> None:
         """Add many vectors to each sum by what is known of theirs: ``V^T X V``.

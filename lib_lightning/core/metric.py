@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -64,10 +65,14 @@ class JacobianMetric(Summed):
             return
         C = self.C_next.to(section.a)
         if self.n_probes is None:
-            for i, cotangents in section.output_stacks(C):
-                g = self._add(section, cotangents, 0)
-                if section.keeps_jacobian:
-                    section.jacobian.append((i, g))
+            products: Iterable[tuple[Tensor, Tensor]] = (
+                (i, section.vjp(cotangents)) for i, cotangents in section.output_stacks(C)
+            )
+            if section.keeps_jacobian:
+                # All of them before any is summed: each then finds the processor's cache as the last one has left it.
+                products = section.jacobian = list(products)
+            for _, g in products:
+                self._add(section, g, 0)
             return
         self._sampled += 1
         for half, k in enumerate(self._probes):
@@ -77,7 +82,7 @@ class JacobianMetric(Summed):
             # The probes of one sample follow one another, so that they are orthogonal wherever possible.
             signs = signs.view(section.n, k, section.S_out, C.shape[1]).transpose(0, 1)
             for part in signs.split(section.stack):
-                self._add(section, part.to(C) @ C.T, half)
+                self._add(section, section.vjp(part.to(C) @ C.T), half)
 
     @property
     def gram(self) -> GramSum:
@@ -92,11 +97,9 @@ class JacobianMetric(Summed):
             self._gram.add_product(V, (k * X for X in sums for k in self._probes))
             self._closed = None
 
-    def _add(self, section: Section, cotangents: Tensor, half: int) -> Tensor:
-        g = section.vjp(cotangents)
+    def _add(self, section: Section, g: Tensor, half: int) -> None:
         for group, span in section.spans:
             self._gram.add(g[:, span].flatten(0, 2), self._halves * group + half)
-        return g
 
     def reduce(self, together: Together) -> None:
         """Join the sums of several processes."""

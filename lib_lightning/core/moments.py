@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lib_lightning.core.gram import DENSE_WIDTH
+from lib_lightning.core.spectral import add_gram
 from lib_lightning.core.together import Summed, Together, join
 
 _DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -71,7 +72,7 @@ class Moments(Summed):
             centred[-1] = step
             if self.count == 0:
                 self._scatter = centred.new_zeros(len(mean), len(mean))
-            self._scatter.addmm_(centred.T, centred)
+            add_gram(self._scatter, centred)
         self.count = total
 
     @property

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from lib_lightning.core.cut import Cut, rows_of
+from lib_lightning.core.flow import seems_intact
 from lib_lightning.core.groups import spans
 from lib_lightning.core.guard import unchanged
 from lib_lightning.core.live import LiveModel
 from lib_lightning.core.memory import Chunks, is_out_of_memory
-from lib_lightning.core.nested import batch_size, samples_between
+from lib_lightning.core.nested import samples_between
 from lib_lightning.core.recognise import SAMPLES, Recognition
 from lib_lightning.core.section import Section, sections, sections_between
 from lib_lightning.core.steps import finished
@@ -177,17 +178,13 @@ class Passes:
         if not self._recognitions or not self.batches:
             return
         self.live.seed = 0
-        few = self.batches[0]
-        if batch_size(few) > SAMPLES:
-            try:
-                with torch.no_grad():
-                    self.live.cut(samples_between(few, 0, SAMPLES))
-                few = samples_between(few, 0, SAMPLES)
-            except Exception as error:
-                if is_out_of_memory(error):
-                    raise
-                # Something in it is not one entry a sample, though it has that length: all of it, then.
-        cuts = self.live.cut(few)
+        try:
+            cuts = self.live.cut(samples_between(self.batches[0], 0, SAMPLES))
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            # Something in it is not one entry a sample, though it has that length: all of it, then.
+            cuts = self.live.cut(self.batches[0])
         found = sections_between(cuts, self.chunks.stack_elements)
         for recognition, section in zip(self._recognitions, found, strict=True):
             recognition.learn(section)
@@ -196,7 +193,8 @@ class Passes:
         """Whether the graphs of all batches have outlived the later ones."""
         try:
             for section in itertools.chain(*self._kept[:-1]):
-                if section.closed is None:
+                ends = [end for point in section.points for end in point.after.ends]
+                if section.closed is None and not all(map(seems_intact, ends)):
                     section.vjp(torch.zeros_like(section.a_out)[None])
         except RuntimeError as error:
             if is_out_of_memory(error):

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from lib_lightning.core.closed import ClosedForm, Weights
-from lib_lightning.core.flow import Edge, Flow, edge_of, flow
+from lib_lightning.core.flow import Edge, Flow, edge_of, flow, saved_names, shape_of
 from lib_lightning.core.memory import is_out_of_memory
 from lib_lightning.core.section import Section, keep
 
@@ -211,12 +211,10 @@ class _Search:
             return _Place(self.a_out, self.a_out.shape, lambda t: t)
         if edge == self.begin:
             return _Place(self.leaf, self.leaf.shape, lambda t: self.layer.read([t]))
-        # Tensors between node layers are known to autograd only; what arrives there shows their shape. Their numbers
-        # are taken to lie in the order of samples, positions and features: where they do not, the form will not fit.
-        target = GradientEdge(*edge)
-        shape = _pull(self._place(self.end), _Place(target, torch.Size(), lambda t: t), self.section.a_out).shape
+        # Tensors between node layers are known to autograd only. Their numbers are taken to lie in the order of
+        # samples, positions and features: where they do not, the form will not fit.
         rows = self.section.n, self.S_all, -1
-        return _Place(target, shape, lambda t: self.layer.positions_of(t.reshape(rows)))
+        return _Place(GradientEdge(*edge), shape_of(edge), lambda t: self.layer.positions_of(t.reshape(rows)))
 
     def _pull(self, of: _Place, by: _Place) -> Tensor:
         """What autograd makes of the random vector, ``(n, S, width)``."""
@@ -249,7 +247,9 @@ def _held(node: Node, bends: bool) -> tuple[Any, ...] | None:
     if (_BUILT_IN if bends else _KNOWN).search(node.name()) is None:
         return None
     found: list[Any] = [node.name()]
-    for name in _saved_names(type(node)):
+    for name in saved_names(type(node)):
+        if "strides" in name:
+            continue
         value = getattr(node, name)
         if isinstance(value, Tensor):
             if bends and (value.is_floating_point() or value.dtype == torch.bool):
@@ -262,11 +262,6 @@ def _held(node: Node, bends: bool) -> tuple[Any, ...] | None:
         else:
             found.append(value[1:] if "sizes" in name else value)  # of whatever number of samples
     return tuple(found)
-
-
-@cache
-def _saved_names(operation: type[Node]) -> list[str]:
-    return [name for name in dir(operation) if name.startswith("_saved_") and "strides" not in name]
 
 
 def _equal(a: _Constants | None, b: _Constants | None) -> bool:

@@ -128,11 +128,11 @@ class Section:
             shape ``(k, n, S_out, d_out)``.
         """
         r_out, stack = C.shape[1], self.stack
-        for start in range(0, self.S_out * r_out, stack):
-            t_i = torch.arange(start, min(start + stack, self.S_out * r_out), device=C.device)
+        k = torch.arange(self.S_out * r_out, device=C.device)
+        for t_i in k.split(stack) if len(k) else ():
             t, i = t_i // r_out, t_i % r_out
-            picked = C.new_zeros(len(t_i), self.S_out, self.d_out)
-            picked[torch.arange(len(t_i), device=C.device), t] = C.T[i]
+            picked = C.new_zeros(len(t), self.S_out, self.d_out)
+            picked[k[: len(t)], t] = C.T[i]
             yield i, picked[:, None].expand(-1, self.n, -1, -1).contiguous()
 
     def jvp(self, tangents: Tensor) -> Tensor:

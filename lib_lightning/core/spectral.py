@@ -1,4 +1,4 @@
-"""Symmetric positive semi-definite matrices: eigenvectors, and which of them are rounding."""
+"""Symmetric positive semi-definite matrices: their sums, their eigenvectors, and which of these are rounding."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+# Up to this width threads multiply faster by rows. Measured on two cores: a fifth at 128, nothing at 512.
+_NARROW = 256
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,32 @@ class Cutoff:
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
     """Type to multiply and sum one batch in: half precision would overflow."""
     return torch.float32 if torch.finfo(dtype).bits < 32 else dtype
+
+
+def add_gram(total: Tensor, rows: Tensor) -> None:
+    """Add ``rows^T rows`` to a matrix, in place.
+
+    Args:
+        total: The matrix, shape ``(d, d)``, float64.
+        rows: Shape ``(m, d)``, float64.
+
+    Example:
+        >>> total = torch.zeros(2, 2, dtype=torch.float64)
+        >>> add_gram(total, torch.tensor([[1.0, 2.0], [0.0, 1.0]], dtype=torch.float64))
+        >>> total
+        tensor([[1., 2.],
+                [2., 5.]], dtype=torch.float64)
+    """
+    m, d = rows.shape
+    # Threads that share the entries of a narrow result wait for each other; each takes some of the rows instead.
+    threads = torch.get_num_threads() if rows.device.type == "cpu" and d <= _NARROW else 1
+    shares = min(threads, m // max(1, d))
+    if shares > 1:
+        each = m // shares
+        parts = rows[: each * shares].unflatten(0, (shares, each))
+        total += torch.bmm(parts.mT, parts).sum(0)
+        rows = rows[each * shares :]
+    total.addmm_(rows.T, rows)
 
 
 def eigh_psd(matrix: Tensor, cutoff: float, floor: float = 0.0) -> tuple[Tensor, Tensor]:

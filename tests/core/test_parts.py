@@ -19,6 +19,7 @@ from lib_lightning.core.metric import JacobianMetric
 from lib_lightning.core.moments import Moments, join_moments
 from lib_lightning.core.probes import OrthogonalSigns
 from lib_lightning.core.section import gauss_legendre, sections
+from lib_lightning.core.spectral import add_gram
 from lib_lightning.core.together import Together, join
 from tests.cases import Case
 from tests.core.two_threads import in_two
@@ -344,3 +345,15 @@ def test_the_sum_is_more_exact_than_its_vectors() -> None:
     gram.add(g)
     values = torch.linalg.eigvalsh(gram.matrix())
     assert values[:8].abs().max() < 1e-12 * values[-1]
+
+
+@pytest.mark.parametrize("d", [1, 5, 300])
+@pytest.mark.parametrize("m", [0, 1, 7, 1000])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_sums_of_products_by_any_number_of_threads(
+    threads: int, m: int, d: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    rows, total = torch.randn(m, d).double(), torch.eye(d).double()
+    add_gram(total, rows)
+    torch.testing.assert_close(total, torch.eye(d).double() + rows.T @ rows, rtol=1e-13, atol=1e-12)
