@@ -181,7 +181,7 @@ def build(
                 metric = FisherMetric(len(means[i]), groups)
                 for rows, group in passes.rows(step, i):
                     metric.update(rows, group)
-                metric.reduce(together)
+                join([metric], together)
             else:
                 metric = JacobianMetric(len(means[i]), bases[0].to_features, settings.n_probes, generator, groups)
                 if settings.n_probes is None:

@@ -75,7 +75,7 @@ class ClosedForm:
 
 
 def _are_counts(s: Tensor) -> bool:
-    """Whether all slopes are 0 or 1: single precision counts them without rounding, and twice as fast."""
+    """Whether all slopes are 0 or 1: single precision counts up to 2^24 without rounding, and twice as fast."""
     # An accelerator would have to wait for the answer.
     return s.device.type == "cpu" and len(s) < 2**24 and torch.equal(s, s.square())
 
@@ -171,7 +171,7 @@ class ClosedEdges:
         total = torch.zeros(len(A), B.shape[1], dtype=torch.float64, device=s.device)
         rows, r_in = max(1, min(len(s), _ROWS)), B.shape[1]
         # The three factors of one term are A, s and B: the two that make the smaller product are multiplied first.
-        weights_first = len(s) > r_in
+        weights_first = len(s) > r_in > 0
         features = max(1, _BLOCK // ((max(rows, len(B)) * r_in) if weights_first else (rows * max(1, *B.shape))))
         for i in range(0, len(A), features):
             A_i = A[i : i + features]

@@ -63,8 +63,8 @@ class Edges(Summed):
                 self._total[group] += self._closed.sum(section.closed, fhat, span)
             return
         if section.jacobian:
-            i, g = (torch.cat(parts) for parts in zip(*((i, self._from(g)) for i, g in section.jacobian), strict=True))
-            self._add_rows(section, i, g, fhat)
+            for i, g in section.jacobian:
+                self._add_rows(section, i, g, fhat)
             return
         if self._forward is None:
             cheaper = _FORWARD_COST * self.before.n_features < section.S_out * self.after.n_features
@@ -90,15 +90,11 @@ class Edges(Summed):
     def update_reverse(self, section: Section, fhat: Tensor) -> None:
         """Add one batch with one vector-Jacobian product for each output position and feature."""
         for i, cotangents in section.output_stacks(self.after.to_features.to(fhat)):
-            self._add_rows(section, i, self._from(section.vjp(cotangents)), fhat)
-
-    def _from(self, g: Tensor) -> Tensor:
-        """Gradients with respect to features, of those with respect to activations."""
-        return g @ self.before.from_features.to(g).T
+            self._add_rows(section, i, section.vjp(cotangents), fhat)
 
     def _add_rows(self, section: Section, i: Tensor, g: Tensor, fhat: Tensor) -> None:
-        """Add gradients ``d fhat'_{t,i} / d fhat``, shape ``(k, n, S_in, r_in)``, of output features ``i``."""
-        moved = g.mul_(fhat).sum(dim=2)
+        """Add gradients ``(k, n, S_in, d_in)`` of output features ``i``."""
+        moved = (g @ self.before.from_features.to(fhat).T).mul_(fhat).sum(dim=2)
         squares = moved.to(product_dtype(moved.dtype)).square()
         for group, span in section.spans:
             self._total[group].index_add_(0, i, squares[:, span].sum(dim=1).double())

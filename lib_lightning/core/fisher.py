@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lib_lightning.core.groups import leave_one_out
 from lib_lightning.core.spectral import eigh_psd
-from lib_lightning.core.together import Summed, Together, join
+from lib_lightning.core.together import Summed
 
 
 class FisherMetric(Summed):
@@ -44,10 +44,6 @@ class FisherMetric(Summed):
         self._total = self._total.to(p.device)
         self.rows[group] += rows.shape[0]
         self._total[group] += torch.diag(p.sum(0)) - p.T @ p
-
-    def reduce(self, together: Together) -> None:
-        """Join the sums of several processes."""
-        join([self], together)
 
     @property
     def relative_error(self) -> float:

@@ -17,7 +17,7 @@ _MIXING = re.compile(r"mm|Mm|Mv|Dot|Conv|Linear|Rnn|Attention|MatMul|Matmul")
 # Operations that leave every number where it is, as long as the shape is the same in the end.
 _IDLE = re.compile(r"^(AccumulateGrad|Clone|Alias|Slice|Squeeze|Unsqueeze|View|UnsafeView|ReshapeAlias)")
 
-# Operations that show what they save, if only that it is nothing.
+# Operations that autograd describes: where it names nothing that they have saved, there is nothing.
 _SHOWN = re.compile(r"Backward\d$|::(AccumulateGrad|CopyBackwards)$")
 
 

@@ -19,7 +19,7 @@ from lib_lightning.core.groups import spans
 from lib_lightning.core.guard import unchanged
 from lib_lightning.core.live import LiveModel
 from lib_lightning.core.memory import Chunks, is_out_of_memory
-from lib_lightning.core.nested import samples_between
+from lib_lightning.core.nested import batch_size, samples_between
 from lib_lightning.core.recognise import SAMPLES, Recognition
 from lib_lightning.core.section import Section, sections, sections_between
 from lib_lightning.core.steps import finished
@@ -178,13 +178,15 @@ class Passes:
         if not self._recognitions or not self.batches:
             return
         self.live.seed = 0
+        batch = self.batches[0]
+        few = samples_between(batch, 0, SAMPLES) if batch_size(batch) > SAMPLES else batch
         try:
-            cuts = self.live.cut(samples_between(self.batches[0], 0, SAMPLES))
+            cuts = self.live.cut(few)
         except Exception as error:
-            if is_out_of_memory(error):
+            if few is batch or is_out_of_memory(error):
                 raise
             # Something in it is not one entry a sample, though it has that length: all of it, then.
-            cuts = self.live.cut(self.batches[0])
+            cuts = self.live.cut(batch)
         found = sections_between(cuts, self.chunks.stack_elements)
         for recognition, section in zip(self._recognitions, found, strict=True):
             recognition.learn(section)

@@ -386,3 +386,12 @@ def test_the_same_weights_are_known_again(name: str, monkeypatch: pytest.MonkeyP
 def test_no_backward_pass_serves_a_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metric.JacobianMetric, "_add", lambda *args: pytest.fail("a product with the Jacobian"))
     built_of(CASES["mlp_relu"])
+
+
+@pytest.mark.parametrize("layers", [["input", "2", "output"], ["input", "0", "2", "output"]])
+def test_a_head_of_zeros_leaves_no_features(layers: list[str], kinds: Kinds) -> None:
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4)).double()
+    nn.init.zeros_(model[4].weight)
+    found = built(model, [torch.randn(50, 5).double()], layers)
+    assert [basis.n_features for basis in found.bases] == [0] * (len(layers) - 1) + [4]
+    assert "bent" in kinds

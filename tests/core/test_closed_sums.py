@@ -13,10 +13,10 @@ H, D_IN, D_OUT, R_IN, R_OUT = 6, 5, 4, 5, 3
 Parts = tuple[Weights, Tensor, Tensor]
 
 
-def parts(residual: bool) -> Parts:
+def parts(residual: bool, r_in: int = R_IN, r_out: int = R_OUT) -> Parts:
     d_out = D_IN if residual else D_OUT
     weights = Weights(torch.randn(H, D_IN).double(), torch.randn(d_out, H).double(), H, residual)
-    return weights, torch.randn(R_IN, D_IN).double(), torch.randn(d_out, R_OUT).double()
+    return weights, torch.randn(r_in, D_IN).double(), torch.randn(d_out, r_out).double()
 
 
 def jacobian(weights: Weights, s: Tensor) -> Tensor:
@@ -39,6 +39,16 @@ def test_edges_are_the_sum_over_samples(n: int, residual: bool, block: int, monk
         (C_next.T @ jacobian(weights, s[0]) @ C_pinv.T * f).square() for s, f in zip(slopes, fhat, strict=True)
     )
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("r_in", "r_out"), [(0, R_OUT), (R_IN, 0), (0, 0)])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("n", [0, 1, 40])
+def test_no_features_have_no_edges(n: int, residual: bool, r_in: int, r_out: int) -> None:
+    weights, C_pinv, C_next = parts(residual, r_in, r_out)
+    form = ClosedForm(weights, torch.rand(n, 1, H).double(), torch.ones(n, 1, dtype=torch.bool))
+    fhat = torch.randn(n, 1, r_in).double()
+    assert ClosedEdges(weights, C_pinv, C_next).sum(form, fhat, slice(None)).shape == (r_out, r_in)
 
 
 @pytest.mark.parametrize("slopes", ["of a ReLU", "of a leaky ReLU", "smooth", "zero", "one"])
