@@ -127,11 +127,12 @@ class Section:
             The feature indices ``i``, shape ``(k,)``, and the cotangents that pick ``fhat_{t,i}`` of every sample,
             shape ``(k, n, S_out, d_out)``.
         """
-        k, r_out = torch.arange(self.S_out * C.shape[1], device=C.device), max(1, C.shape[1])
+        rows, r_out = C.T.contiguous(), max(1, C.shape[1])
+        k = torch.arange(self.S_out * C.shape[1], device=C.device)
         parts = zip((k // r_out).split(self.stack), (k % r_out).split(self.stack), strict=True)
         for t, i in parts if len(k) else ():
             picked = C.new_zeros(len(t), self.S_out, self.d_out)
-            picked[k[: len(t)], t] = C.T[i]
+            picked[k[: len(t)], t] = rows[i]
             yield i, picked[:, None].expand(-1, self.n, -1, -1).contiguous()
 
     def jvp(self, tangents: Tensor) -> Tensor:
