@@ -16,7 +16,6 @@ from torch.autograd.graph import Node, get_gradient_edge
 _MIXING = re.compile(r"mm|Mm|Mv|Dot|Conv|Linear|Rnn|Attention|MatMul|Matmul")
 # Operations that leave every number where it is, as long as the shape is the same in the end.
 _IDLE = re.compile(r"^(AccumulateGrad|Clone|Alias|Slice|Squeeze|Unsqueeze|View|UnsafeView|ReshapeAlias)")
-
 # Operations that autograd describes: where it names nothing that they have saved, there is nothing.
 _SHOWN = re.compile(r"Backward\d$|::(AccumulateGrad|CopyBackwards)$")
 
@@ -65,7 +64,18 @@ def edge_of(t: Tensor) -> Edge:
 
 
 def shape_of(edge: Edge) -> torch.Size:
-    """The shape of a result that only autograd knows."""
+    """The shape of a result that only autograd knows.
+
+    Args:
+        edge: The result.
+
+    Returns:
+        Its shape.
+
+    Example:
+        >>> shape_of(edge_of(torch.ones(2, 3, requires_grad=True)))
+        torch.Size([2, 3])
+    """
     # Not public, but where torch.autograd.grad itself looks.
     return torch.Size(edge.node._input_metadata[edge.output].shape)
 
@@ -119,7 +129,18 @@ def flow(sources: Sequence[Edge], output: Edge) -> list[Flow]:
 
 @cache
 def saved_names(operation: type[Node]) -> list[str]:
-    """Names under which autograd shows what an operation has saved for its derivative."""
+    """Names under which autograd shows what an operation has saved for its derivative.
+
+    Args:
+        operation: The type of a node in autograd's graph.
+
+    Returns:
+        Names of the node's attributes.
+
+    Example:
+        >>> saved_names(type(torch.ones(2, requires_grad=True).exp().grad_fn))
+        ['_saved_result']
+    """
     return [name for name in dir(operation) if name.startswith("_saved_") or name == "saved_tensors"]
 
 
@@ -131,6 +152,12 @@ def seems_intact(output: Tensor) -> bool:
 
     Returns:
         True if nothing has been written to what its operations have saved; False if so, or if one does not show it.
+
+    Example:
+        >>> x, weight = torch.ones(2, requires_grad=True), torch.ones(2)
+        >>> y = x * weight
+        >>> seems_intact(y), weight.add_(1), seems_intact(y)
+        (True, tensor([2., 2.]), False)
     """
     if output.grad_fn is None:
         return True
@@ -147,7 +174,14 @@ def seems_intact(output: Tensor) -> bool:
 
 
 def operations(last: Node) -> list[Node]:
-    """All operations that lead to one, each after those it uses."""
+    """All operations that lead to one, each after those it uses.
+
+    Args:
+        last: The operation that they lead to.
+
+    Returns:
+        The operations, ``last`` at the end.
+    """
     order: dict[Node, None] = {}
     stack = [(last, False)]
     while stack:
