@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 from lib_lightning.version import __version__
 
 if TYPE_CHECKING:
-    from lib_lightning.callback import LIBCallback
-    from lib_lightning.compute import compute_interaction_graph
-    from lib_lightning.core.basis import Basis
-    from lib_lightning.core.layers import NodeLayer
+    from lib_lightning.algorithm.basis import Basis
+    from lib_lightning.api import compute_interaction_graph, list_node_layers
     from lib_lightning.graph import InteractionGraph
-    from lib_lightning.questions import list_node_layers
+    from lib_lightning.model.node_layer import NodeLayer
+    from lib_lightning.training.callback import LIBCallback
 
 __all__ = [
     "Basis",
@@ -28,12 +27,12 @@ __all__ = [
 # Torch and Lightning take seconds to import: who only computes a graph need not wait for Lightning, and TensorBoard,
 # which only reads files, for neither.
 _WHERE = {
-    "Basis": "core.basis",
+    "Basis": "algorithm.basis",
     "InteractionGraph": "graph",
-    "LIBCallback": "callback",
-    "NodeLayer": "core.layers",
-    "compute_interaction_graph": "compute",
-    "list_node_layers": "questions",
+    "LIBCallback": "training.callback",
+    "NodeLayer": "model.node_layer",
+    "compute_interaction_graph": "api",
+    "list_node_layers": "api",
 }
 
 

@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-from lib_lightning.core.basis import Basis
-from lib_lightning.core.errors import LIBError
-from lib_lightning.core.groups import standard_error
-from lib_lightning.core.layers import NodeLayer
-from lib_lightning.export.files import BasisFileError, read_file, write_file
+from lib_lightning.algorithm.basis import Basis
+from lib_lightning.algorithm.jackknife import standard_error
+from lib_lightning.errors import LIBError
+from lib_lightning.io.basis_file import BasisFileError, read_file, write_file
 from lib_lightning.metrics.functional import find_modules
 from lib_lightning.metrics.summary import GraphMetrics
+from lib_lightning.model.node_layer import NodeLayer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from lib_lightning.display.film import Film
+    from lib_lightning.plots.animated_layout import AnimatedLayout
 
 _BASIS_TENSORS = ("mean", "to_features", "from_features", "importance")
 # What a file may do without: files of before there were any, and graphs where they are unknown.
@@ -274,7 +274,7 @@ class InteractionGraph:
                 graph.add_edge((before, j), (after, i), weight=float(E[i, j]))
         return graph
 
-    def plot(self, max_edges: int = 300, max_features: int = 40, film: Film | None = None) -> Figure:
+    def plot(self, max_edges: int = 300, max_features: int = 40, film: AnimatedLayout | None = None) -> Figure:
         """Draw the graph: node layers as columns, features sized by importance, edges by strength.
 
         Modules, where there are any, become bands in colours of their own; names are written beside their features.
@@ -287,7 +287,7 @@ class InteractionGraph:
         Returns:
             A matplotlib figure of its own, unknown to pyplot.
         """
-        from lib_lightning.display.graph import draw_graph
+        from lib_lightning.plots.graph import draw_graph
 
         bases = self.bases.values()
         followed = film is not None and self.lineages.keys() == self.bases.keys()
@@ -322,14 +322,14 @@ class InteractionGraph:
             >>> len(lib.plot_spectrum([pca]).axes)
             2
         """
-        from lib_lightning.display.spectrum import draw_spectrum
+        from lib_lightning.plots.spectrum import draw_spectrum
 
         graphs = {graph._kind(): list(graph.bases.values()) for graph in (*baselines, self)}
         own = self._kind()
         return draw_spectrum({own: graphs.pop(own), **graphs}, title="Importance of features" + self._when())
 
     def _repr_html_(self) -> str:
-        from lib_lightning.display.image import as_html, render_png
+        from lib_lightning.plots.image import as_html, render_png
 
         return as_html(render_png(self.plot()), caption=f"{self!r}{self._when()}")
 

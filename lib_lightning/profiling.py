@@ -17,19 +17,20 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib_lightning.core.build import Settings
-from lib_lightning.core.errors import LIBError
-from lib_lightning.core.guard import random_states_kept
-from lib_lightning.core.layers import NodeLayer, as_node_layers
-from lib_lightning.core.live import InputFn, LiveModel, MaskFn
-from lib_lightning.core.steps import listening
-from lib_lightning.core.together import ALONE
-from lib_lightning.display.film import Film
-from lib_lightning.folder import RunFolder
-from lib_lightning.questions import as_mask_fn, check_node_layers, propose_node_layers, runnable
-from lib_lightning.samples import SampleBuffer
-from lib_lightning.values import PROBES
-from lib_lightning.watcher import Samples, Watched, Watcher
+from lib_lightning.algorithm.config import LIBConfig
+from lib_lightning.algorithm.progress import on_phase
+from lib_lightning.api import check_node_layers, propose_node_layers
+from lib_lightning.distributed.process_group import SINGLE_PROCESS
+from lib_lightning.errors import LIBError
+from lib_lightning.lineage.reference_features import NUM_REFERENCE_VALUES
+from lib_lightning.model.instrumented import InputFn, InstrumentedModel, MaskFn
+from lib_lightning.model.node_layer import NodeLayer, as_node_layers
+from lib_lightning.model.preserve import preserve_rng
+from lib_lightning.model.questions import as_mask_fn, wrap_forward_errors
+from lib_lightning.plots.animated_layout import AnimatedLayout
+from lib_lightning.training.sample_buffer import SampleBuffer
+from lib_lightning.training.snapshot import SnapshotComputer, SnapshotConfig, SnapshotData
+from lib_lightning.training.writer import RunDirectory
 
 # Rows and columns of the matrices whose product measures a machine, and how many products are timed.
 RATE_SIZE = 1500
@@ -95,7 +96,7 @@ def profile_snapshot(
     model: nn.Module,
     batches: Iterable[Any],
     node_layers: Sequence[str | NodeLayer] | None = None,
-    watched: Watched | None = None,
+    watched: SnapshotConfig | None = None,
     input_fn: InputFn | None = None,
     mask: str | int | MaskFn | None = None,
     dtype: torch.dtype | None = None,
@@ -130,22 +131,22 @@ def profile_snapshot(
         >>> round(profile.total.share, 6)
         1.0
     """
-    watched = replace(watched or Watched(Settings()), ablation=None)
+    watched = replace(watched or SnapshotConfig(LIBConfig()), ablation=None)
     samples = SampleBuffer(2**62)
     for batch in batches:
         samples.add(batch)
     if not samples.count:
         raise LIBError("There are no samples to take a snapshot of.")
-    probes = SampleBuffer(PROBES)
+    probes = SampleBuffer(NUM_REFERENCE_VALUES)
     probes.choose(samples, seed=0)
     device = next((t.device for t in itertools.chain(model.parameters(), model.buffers())), torch.device("cpu"))
-    with random_states_kept([]):
-        with runnable(model, input_fn):
+    with preserve_rng([]):
+        with wrap_forward_errors(model, input_fn):
             asked = model, samples.batches[0]
             layers = as_node_layers(node_layers or propose_node_layers(*asked, input_fn, as_mask_fn(mask)))
             check_node_layers(*asked, layers, dtype, input_fn, mask)
-        live = LiveModel(model, layers, input_fn, dtype, as_mask_fn(mask))
-        take = _snapshots(live, watched, Samples(samples.batches, probes=probes.batches))
+        instrumented = InstrumentedModel(model, layers, input_fn, dtype, as_mask_fn(mask))
+        take = _snapshots(instrumented, watched, SnapshotData(samples.batches, probes=probes.batches))
         take(lambda step: None)
         clock = _Clock(device)
         take(clock)
@@ -159,17 +160,19 @@ def profile_snapshot(
     return Profile(rows, rates, samples.count, [layer.name for layer in layers], device)
 
 
-def _snapshots(live: LiveModel, watched: Watched, samples: Samples) -> Callable[[Callable[[str], None]], None]:
+def _snapshots(
+    instrumented: InstrumentedModel, watched: SnapshotConfig, samples: SnapshotData
+) -> Callable[[Callable[[str], None]], None]:
     """What takes and writes one snapshot after another, as in training, while somebody listens."""
-    watcher = Watcher(watched, "lib")
-    watcher.reset([layer.name for layer in live.layers])
-    films = {prefix: Film() for prefix in watcher.prefixes}
+    watcher = SnapshotComputer(watched, "lib")
+    watcher.reset([layer.name for layer in instrumented.layers])
+    films = {prefix: AnimatedLayout() for prefix in watcher.prefixes}
 
     def take(listener: Callable[[str], None]) -> None:
-        with tempfile.TemporaryDirectory() as root, listening(listener):
+        with tempfile.TemporaryDirectory() as root, on_phase(listener):
             when = {"step": watcher.snapshots, "epoch": 0}
-            taken = watcher.take(live, samples, ALONE, when, last=False)
-            RunFolder(Path(root), watcher.prefixes).write(taken.graphs, watcher.snapshots, films)
+            taken = watcher.take(instrumented, samples, SINGLE_PROCESS, when, last=False)
+            RunDirectory(Path(root), watcher.prefixes).write(taken.graphs, watcher.snapshots, films)
         watcher.accept(taken)
 
     return take

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lib_lightning.core.errors import LIBError
+from lib_lightning.errors import LIBError
 from recipes.mlp import Labelled, LabelledData
 
 FOLDER = "cifar-10-batches-py"

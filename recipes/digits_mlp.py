@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lib_lightning.core.errors import LIBError
+from lib_lightning.errors import LIBError
 from recipes.mlp import Labelled, LabelledData
 
 

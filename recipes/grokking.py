@@ -25,10 +25,10 @@ from lightning.pytorch.loggers import CSVLogger
 from matplotlib.figure import Figure
 
 from lib_lightning import InteractionGraph, LIBCallback, NodeLayer
-from lib_lightning.display.image import render_png
-from lib_lightning.display.over_time import Curve, Panel, draw_over_time
-from lib_lightning.labels import FourierLabels
+from lib_lightning.labels.fourier import FourierLabels
 from lib_lightning.metrics.functional import effective_edges, effective_features, number_of_features
+from lib_lightning.plots.image import render_png
+from lib_lightning.plots.over_time import Curve, Panel, draw_over_time
 from recipes.modular_addition import AllPairs, ModularAddition
 
 RESULTS = Path(__file__).parent / "grokking.json"

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from lib_lightning import InteractionGraph, compute_interaction_graph
-from lib_lightning.core.errors import LIBError
+from lib_lightning.errors import LIBError
 from lib_lightning.metrics import find_modules
 
 BASES = ("lib", "pca", "neuron")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lib_lightning.core.errors import LIBError
+from lib_lightning.errors import LIBError
 
 BYTES = 256
 

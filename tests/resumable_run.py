@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lib_lightning import LIBCallback
-from tests.training import trainer_of
+from tests.tiny_training import trainer_of
 
 NODE_LAYERS = ["net.0:input", "net.2:input", "output"]
 STEPS_PER_EPOCH, EPOCHS = 10, 4

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lib_lightning import InteractionGraph
-from lib_lightning.display.image import render_png
+from lib_lightning.plots.image import render_png
 from recipes.grokking import RESULTS, SEEDS, draw, halfway, measure, memorised, reached, report, train
 
 ROOT = Path(__file__).parents[1]

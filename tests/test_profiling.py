@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from lib_lightning.cli import main
-from lib_lightning.core.build import Settings
-from lib_lightning.core.errors import LIBError
+from lib_lightning.algorithm.config import LIBConfig
+from lib_lightning.errors import LIBError
 from lib_lightning.profiling import profile_snapshot
-from lib_lightning.watcher import Watched
+from lib_lightning.training.cli import main
+from lib_lightning.training.snapshot import SnapshotConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,8 +45,8 @@ def test_shares_are_of_the_whole_and_every_step_is_there() -> None:
 def test_operations_of_a_linear_model_are_those_counted_by_hand(dtype: torch.dtype) -> None:
     n, d_in, d_out = 64, 6, 4
     model = nn.Linear(d_in, d_out).to(dtype)
-    settings = Settings(basis="neuron")
-    watched = Watched(settings, follow=False)
+    settings = LIBConfig(basis="neuron")
+    watched = SnapshotConfig(settings, follow=False)
     profile = profile_snapshot(model, [torch.randn(n, d_in, dtype=dtype)], ["input", "output"], watched)
     rows = {row.step: row for row in profile.rows}
     # Its closed form is C'^T W C^+T, in float64: one multiplication and one addition for each number of each product.
@@ -61,7 +61,7 @@ def test_baselines_and_proposed_node_layers() -> None:
     model, batches = mlp(), [torch.randn(40, 5)]
     alone = profile_snapshot(model, batches)
     assert alone.node_layers == ["input", "2", "output"]
-    beside = profile_snapshot(model, batches, watched=Watched(Settings(), baselines=("neuron",)))
+    beside = profile_snapshot(model, batches, watched=SnapshotConfig(LIBConfig(), baselines=("neuron",)))
     edges = [{row.step: row for row in p.rows}["edges from 2 to output"].gflop for p in (alone, beside)]
     assert edges[1] > edges[0] > 0
 
@@ -117,7 +117,7 @@ def test_command_takes_each_callback_in_turn(
     monkeypatch.chdir(ROOT)
     one = "{class_path: lib_lightning.LIBCallback, init_args: {name: %s, num_samples: %d, basis: %s}}"
     both = f"[{one % ('a', 20, 'lib')}, {one % ('b', 30, 'pca')}]"
-    main(["profile", "--model", "tests.training.Classifier", "--trainer.callbacks", both])
+    main(["profile", "--model", "tests.tiny_training.Classifier", "--trainer.callbacks", both])
     printed = capsys.readouterr().out
     assert "a: one snapshot of input -> net.3 -> output on 20 samples" in printed
     # There are no more validation samples than that.
@@ -127,9 +127,9 @@ def test_command_takes_each_callback_in_turn(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model", "tests.test_cli.WithoutValidation"], "There is no validation batch to run the model on"),
-        (["--model", "tests.test_cli.BadDay"], "stops before with RuntimeError: no data today"),
-        (["--model", "tests.test_cli.TwoArguments"], "TwoArguments cannot be run on a validation batch"),
+        (["--model", "tests.training.test_cli.WithoutValidation"], "There is no validation batch to run the model on"),
+        (["--model", "tests.training.test_cli.BadDay"], "stops before with RuntimeError: no data today"),
+        (["--model", "tests.training.test_cli.TwoArguments"], "TwoArguments cannot be run on a validation batch"),
         ([*SMALL, "--trainer.callbacks.node_layers=[transformer.embedd, output]"], "no module 'transformer.embedd'"),
     ],
 )

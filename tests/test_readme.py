@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lib_lightning.cli import main
+from lib_lightning.training.cli import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

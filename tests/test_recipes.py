@@ -15,8 +15,8 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 
 from lib_lightning import InteractionGraph
-from lib_lightning.cli import main
-from lib_lightning.core.errors import LIBError
+from lib_lightning.errors import LIBError
+from lib_lightning.training.cli import main
 from recipes.cifar10_mlp import TEST_FILES, TRAIN_FILES, Cifar10
 from recipes.digits_mlp import Digits
 from recipes.language_model import GPTNeo, LanguageModel, Text, load_pretrained

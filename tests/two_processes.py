@@ -1,4 +1,4 @@
-"""Runs on two processes, at which `tests/test_distributed.py` looks: ``torchrun --nproc_per_node 2 THIS FOLDER``."""
+"""Runs on two processes, at which `tests/training/test_distributed.py` looks: ``torchrun --nproc_per_node 2 THIS FOLDER``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lib_lightning import LIBCallback
-from tests.training import trainer_of
+from tests.tiny_training import trainer_of
 
 NODE_LAYERS = ["net.0:input", "net.2:input", "output"]
 

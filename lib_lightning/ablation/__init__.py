@@ -4,13 +4,13 @@ The causal check of a basis: a graph is as sparse as the number of edges that th
 one split of the data, and score on another.
 """
 
-from lib_lightning.ablation.curves import EdgesRequired, edge_ablation_curve, edges_required, node_ablation_curve
+from lib_lightning.ablation.curves import EdgesRequiredResult, edge_ablation_curve, edges_required, node_ablation_curve
 from lib_lightning.ablation.plan import AblationPlan
 from lib_lightning.ablation.scores import accuracy, log_likelihood
 
 __all__ = [
     "AblationPlan",
-    "EdgesRequired",
+    "EdgesRequiredResult",
     "accuracy",
     "edge_ablation_curve",
     "edges_required",

@@ -9,15 +9,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lib_lightning.ablation.scored import Score, ScoredModel, scored_model
-from lib_lightning.ablation.search import Counts, Tried, bisect, scan, try_counts
-from lib_lightning.core.ablate import strongest
-from lib_lightning.core.errors import NodeLayerError, quoted
+from lib_lightning.ablation.interventions import top_k_mask
+from lib_lightning.ablation.scored_model import Score, ScoredModel, scored_model
+from lib_lightning.ablation.search import Counts, ScoreCache, bisect, scan, try_counts
+from lib_lightning.errors import NodeLayerError, quoted
 from lib_lightning.graph import EdgeCurve, InteractionGraph
 
 
 @dataclass(frozen=True)
-class EdgesRequired:
+class EdgesRequiredResult:
     """How many edges of a section the model needs for its score.
 
     Attributes:
@@ -91,7 +91,7 @@ def node_ablation_curve(
         raise NodeLayerError(f"The graph has no node layer '{node_layer}', but {quoted(graph.node_layers)}.")
     with scored_model(model, batches, graph, score, **options) as scored:
         r = graph.bases[node_layer].n_features
-        tried = Tried(scored.with_features(node_layer), r, scored.unablated - tolerance)
+        tried = ScoreCache(scored.with_features(node_layer), r, scored.unablated - tolerance)
         return try_counts(tried, counts, r + 1)
 
 
@@ -140,7 +140,7 @@ def edge_ablation_curve(
     _check_sections(graph, [section])
     with scored_model(model, batches, graph, score, **options) as scored:
         E = graph.edges[section]
-        tried = Tried(scored.with_edges(*section), E.numel(), scored.unablated - tolerance)
+        tried = ScoreCache(scored.with_edges(*section), E.numel(), scored.unablated - tolerance)
         return try_counts(tried, counts, _paper_bracket(graph, section))
 
 
@@ -153,7 +153,7 @@ def edges_required(
     sections: Sequence[tuple[str, str]] | None = None,
     search: Literal["scan", "bisection"] = "scan",
     **options: Any,
-) -> dict[tuple[str, str], EdgesRequired]:
+) -> dict[tuple[str, str], EdgesRequiredResult]:
     """Count the edges that a model needs in each section for its score.
 
     The score is no monotone function of the number of edges, so there may be several smallest numbers that will do. By
@@ -200,13 +200,13 @@ def edges_required(
         return {section: _required(scored, section, tolerance, search) for section in sections}
 
 
-def _required(scored: ScoredModel, section: tuple[str, str], tolerance: float, search: str) -> EdgesRequired:
+def _required(scored: ScoredModel, section: tuple[str, str], tolerance: float, search: str) -> EdgesRequiredResult:
     E = scored.graph.edges[section]
-    tried = Tried(scored.with_edges(*section), E.numel(), scored.unablated - tolerance)
+    tried = ScoreCache(scored.with_edges(*section), E.numel(), scored.unablated - tolerance)
     count = scan(tried) if search == "scan" else bisect(tried, _paper_bracket(scored.graph, section))
     kept = E.numel() if count is None else count
     score = tried(kept)
-    return EdgesRequired(count, strongest(E, kept), score, scored.unablated, dict(sorted(tried.scores.items())))
+    return EdgesRequiredResult(count, top_k_mask(E, kept), score, scored.unablated, dict(sorted(tried.scores.items())))
 
 
 def _paper_bracket(graph: InteractionGraph, section: tuple[str, str]) -> int:

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from lib_lightning.ablation.scored import Score
+from lib_lightning.ablation.scored_model import Score
 from lib_lightning.ablation.scores import accuracy, log_likelihood
 
 NamedScore = Literal["accuracy", "log_likelihood"]

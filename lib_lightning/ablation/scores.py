@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lib_lightning.core.errors import LIBError
-from lib_lightning.core.nested import first_tensor
+from lib_lightning.errors import LIBError
+from lib_lightning.model.batch import first_tensor
 
 
 def accuracy(output: Any, batch: Any) -> Tensor:

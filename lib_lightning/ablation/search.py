@@ -7,8 +7,8 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
-Schedule = Literal["every", "exponential", "bisection"]
-Counts = Schedule | Sequence[int]
+CountGrid = Literal["every", "exponential", "bisection"]
+Counts = CountGrid | Sequence[int]
 
 # An exponential schedule goes in half powers of two.
 _BASE = 2**0.5
@@ -16,7 +16,7 @@ _BASE = 2**0.5
 _SCAN_SHARE, _LEAST, _MOST = 0.05, 8, 100
 
 
-class Tried:
+class ScoreCache:
     """A mean score as a function of how many features or edges are kept, never computed twice.
 
     Args:
@@ -44,7 +44,7 @@ class Tried:
         return self(count) >= self.enough
 
 
-def scan(tried: Tried) -> int | None:
+def scan(tried: ScoreCache) -> int | None:
     """The smallest number from which on every number tried holds.
 
     Half powers of two are tried from the top down to the first one that fails; the gap above it is halved until it is
@@ -58,7 +58,7 @@ def scan(tried: Tried) -> int | None:
         The number; None if not even all of them hold.
 
     Example:
-        >>> scan(Tried(lambda count: float(count in (5, 6) or count > 9), 100, 1.0))
+        >>> scan(ScoreCache(lambda count: float(count in (5, 6) or count > 9), 100, 1.0))
         10
     """
     grid = [0, *powers_of(_BASE, tried.largest)]
@@ -82,7 +82,7 @@ def _scanned(answer: int) -> int:
     return min(_MOST, max(_LEAST, round(_SCAN_SHARE * answer)))
 
 
-def bisect(tried: Tried, bracket: int) -> int | None:
+def bisect(tried: ScoreCache, bracket: int) -> int | None:
     """The number at which halving an interval ends, as in the runs of the paper.
 
     Args:
@@ -93,7 +93,7 @@ def bisect(tried: Tried, bracket: int) -> int | None:
         The smallest number tried that holds with all smaller ones tried failing; None if none does.
 
     Example:
-        >>> tried = Tried(lambda count: float(count in (5, 6) or count > 9), 100, 1.0)
+        >>> tried = ScoreCache(lambda count: float(count in (5, 6) or count > 9), 100, 1.0)
         >>> bisect(tried, 30), bisect(tried, 20)
         (10, 5)
     """
@@ -101,7 +101,7 @@ def bisect(tried: Tried, bracket: int) -> int | None:
     return min(answer, tried.largest) if tried.holds(answer) else None
 
 
-def _halve(tried: Tried, fails: int, holds: int) -> int:
+def _halve(tried: ScoreCache, fails: int, holds: int) -> int:
     while holds - fails > 1:
         middle = (fails + holds + 1) // 2  # of the answers still possible, from fails + 1 to holds
         if tried.holds(middle):
@@ -111,7 +111,7 @@ def _halve(tried: Tried, fails: int, holds: int) -> int:
     return holds
 
 
-def try_counts(tried: Tried, counts: Counts, bracket: int) -> dict[int, float]:
+def try_counts(tried: ScoreCache, counts: Counts, bracket: int) -> dict[int, float]:
     """Scores of the numbers that a schedule asks for.
 
     Args:
@@ -126,7 +126,7 @@ def try_counts(tried: Tried, counts: Counts, bracket: int) -> dict[int, float]:
         ValueError: If a number is out of range, or the schedule unknown.
 
     Example:
-        >>> try_counts(Tried(float, 6, 1.0), "exponential", 6)
+        >>> try_counts(ScoreCache(float, 6, 1.0), "exponential", 6)
         {0: 0.0, 1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0, 6: 6.0}
     """
     if counts == "bisection":
@@ -140,7 +140,7 @@ def try_counts(tried: Tried, counts: Counts, bracket: int) -> dict[int, float]:
         try:
             wanted = sorted({operator.index(count) for count in counts})
         except TypeError:
-            schedules = ", ".join(get_args(Schedule))
+            schedules = ", ".join(get_args(CountGrid))
             raise ValueError(f"counts is one of {schedules}, or a list of whole numbers; got {counts!r}.") from None
     if wanted and not 0 <= wanted[0] <= wanted[-1] <= tried.largest:
         raise ValueError(f"There are {tried.largest} to keep some of; {list(wanted)} asks for less than 0 or for more.")

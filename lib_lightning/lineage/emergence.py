@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib_lightning.lineage.change import Change, ChangeDetector
+from lib_lightning.lineage.change_detection import Change, ChangeDetector
 from lib_lightning.lineage.events import Event, Kind
 
 # Shares below it are as none: those of features that are not there.

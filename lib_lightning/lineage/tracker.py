@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib_lightning.core.errors import LIBError
+from lib_lightning.errors import LIBError
 from lib_lightning.graph import InteractionGraph, Lineages
 from lib_lightning.lineage.events import Event
 from lib_lightning.lineage.matching import Match, match_features
 
 # Features of these kinds are what their number says, such as a class.
-IN_ORDER = ("neuron", "centered")
+FIXED_ORDER = ("neuron", "centered")
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class FeatureTracker:
 
     Example:
         >>> from lib_lightning import compute_interaction_graph
-        >>> from lib_lightning.values import probe_features
+        >>> from lib_lightning.lineage.reference_features import reference_features
         >>> model, batches, tracker = torch.nn.Linear(4, 2), [torch.randn(200, 4)], FeatureTracker()
         >>> for step in range(2):
         ...     graph = compute_interaction_graph(model, batches, ["input", "output"])
-        ...     graph.probes = probe_features(graph, model, batches)
+        ...     graph.probes = reference_features(graph, model, batches)
         ...     events = tracker.update(graph, step)
         >>> graph.lineages["input"].ids, events
         (tensor([0, 1]), [])
@@ -88,7 +88,7 @@ class FeatureTracker:
         if set(graph.probes) != set(graph.node_layers):
             raise LIBError(
                 "Features are followed by their values on probe samples, and this graph has none: set graph.probes to "
-                "lib_lightning.values.probe_features(graph, model, batches), with the same batches every time."
+                "lib_lightning.lineage.reference_features.reference_features(graph, model, batches), with the same batches every time."
             )
         step = graph.info.get("step") if step is None else step
         if step is None:
@@ -105,13 +105,13 @@ class FeatureTracker:
             share = basis.importance / basis.importance.sum().clamp_min(torch.finfo(torch.float64).tiny)
             before = self._last.get(name)
             if again and before is not None and _comparable(before, values, basis.kind):
-                match = match_features(before.values, values, basis.kind in IN_ORDER)
+                match = match_features(before.values, values, basis.kind in FIXED_ORDER)
                 lineages[name], next_id = _continued(match, before)
                 ended = match.ended
                 turnover[name] = Turnover(int((match.before < 0).sum()), len(ended), match.overlap)
                 events += _events(name, step, match, before, lineages[name], share)
             else:
-                start = 0 if before is None or basis.kind in IN_ORDER else before.next_id
+                start = 0 if before is None or basis.kind in FIXED_ORDER else before.next_id
                 lineages[name] = _new(start, basis.n_features)
                 next_id = start + basis.n_features
             last[name] = _Last(values, lineages[name].ids, share, next_id)
@@ -135,7 +135,7 @@ class FeatureTracker:
 
 
 def _comparable(before: _Last, values: Tensor, kind: str) -> bool:
-    return kind not in IN_ORDER or before.values.shape == values.shape
+    return kind not in FIXED_ORDER or before.values.shape == values.shape
 
 
 def _new(start: int, count: int) -> Lineages:

@@ -5,7 +5,6 @@ from lib_lightning.metrics.average import GraphAverage
 from lib_lightning.metrics.edges import EffectiveEdges, NumberOfEdges, ShareOfEdges
 from lib_lightning.metrics.features import EffectiveFeatures, NumberOfFeatures, ParticipationRatio
 from lib_lightning.metrics.functional import (
-    edges_required,
     effective_edges,
     effective_features,
     find_modules,
@@ -13,6 +12,7 @@ from lib_lightning.metrics.functional import (
     gini,
     hoyer,
     largest_module,
+    min_edges_from_curve,
     modularity,
     module_sizes,
     number_of_edges,
@@ -23,10 +23,10 @@ from lib_lightning.metrics.functional import (
     share_of_edges,
     standard_error,
 )
+from lib_lightning.metrics.inputs import check_metrics
 from lib_lightning.metrics.modules import LargestModule, Modularity, NumberOfModules
 from lib_lightning.metrics.sparsity import Gini, Hoyer
 from lib_lightning.metrics.summary import default_metrics, graph_scalars
-from lib_lightning.metrics.taken import check_metrics
 
 __all__ = [
     "EdgesRequired",
@@ -44,7 +44,7 @@ __all__ = [
     "ShareOfEdges",
     "check_metrics",
     "default_metrics",
-    "edges_required",
+    "min_edges_from_curve",
     "effective_edges",
     "effective_features",
     "find_modules",

@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from lib_lightning.metrics.average import GraphAverage
-from lib_lightning.metrics.functional.ablation import edges_required
+from lib_lightning.metrics.functional.ablation import min_edges_from_curve
 
 
 class EdgesRequired(GraphAverage):
-    """Number of edges that a model needs to do as well as with all; see `edges_required`.
+    """Number of edges that a model needs to do as well as with all; see `min_edges_from_curve`.
 
     Args:
         tolerance: How far a score may fall below that of the model as it is, in units of the score.
@@ -32,4 +32,4 @@ class EdgesRequired(GraphAverage):
 
     def update(self, counts: Tensor, scores: Tensor, unablated: float | Tensor) -> None:
         """Add the ablation curve of one section: mean scores ``(k,)`` with so many edges ``(k,)``, and with all."""
-        self._add(edges_required(counts, scores, unablated, self.tolerance))
+        self._add(min_edges_from_curve(counts, scores, unablated, self.tolerance))

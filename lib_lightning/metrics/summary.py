@@ -10,13 +10,13 @@ from typing import Any
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from lib_lightning.core.basis import Basis
+from lib_lightning.algorithm.basis import Basis
 from lib_lightning.metrics.ablation import EdgesRequired
 from lib_lightning.metrics.edges import EffectiveEdges, NumberOfEdges, ShareOfEdges
 from lib_lightning.metrics.features import EffectiveFeatures, NumberOfFeatures, ParticipationRatio
+from lib_lightning.metrics.inputs import Part, input_kind, local_copy, measure, total_of
 from lib_lightning.metrics.modules import LargestModule, Modularity, NumberOfModules
 from lib_lightning.metrics.sparsity import Gini, Hoyer
-from lib_lightning.metrics.taken import Part, fresh, measure, taken_by, total_of
 
 
 def default_metrics(tolerance: float = 1e-3) -> MetricCollection:
@@ -64,7 +64,7 @@ def graph_scalars(
         bases: One basis for each node layer, in forward order.
         edges: One matrix ``(r_out, r_in)`` for each pair of neighbouring node layers.
         metrics: What to compute, None for `default_metrics`; they stay as they are. Each process computes for itself.
-        curves: An ablation curve for each section, as `edges_required` takes it: counts, scores and the unablated
+        curves: An ablation curve for each section, as `min_edges_from_curve` takes it: counts, scores and the unablated
             score; None for a section that has none. Without any, metrics of such curves are left out.
         like: Edges of the same shapes for metrics whose update takes ``like``: those of modules then take the modules
             of these.
@@ -79,7 +79,7 @@ def graph_scalars(
 
     Example:
         >>> import torch
-        >>> from lib_lightning.core.basis import neuron_basis
+        >>> from lib_lightning.algorithm.basis import neuron_basis
         >>> layers = [neuron_basis(name, torch.zeros(2), torch.eye(2)) for name in ("fc:input", "output")]
         >>> graph_scalars(layers, [torch.eye(2)])["edges/fc.input-to-output"]
         2.0
@@ -95,7 +95,7 @@ class GraphMetrics:
     """
 
     def __init__(self, metrics: MetricCollection | None = None) -> None:
-        self._by_part = [(name, fresh(metric), part) for name, metric, part in _by_part(metrics)]
+        self._by_part = [(name, local_copy(metric), part) for name, metric, part in _by_part(metrics)]
 
     def numbers(
         self,
@@ -169,7 +169,7 @@ def _by_part(metrics: MetricCollection | None) -> list[tuple[str, Metric, Part]]
     """Metrics, their names and what they take: those of node layers first, then those of sections."""
     # To ask a collection for its metrics ties those of one compute group together: only a copy is asked.
     collection = default_metrics() if metrics is None else metrics.clone()
-    found = [(name, metric, taken_by(name, metric)) for name, metric in collection.items()]
+    found = [(name, metric, input_kind(name, metric)) for name, metric in collection.items()]
     order: list[Part] = ["importance", "edges", "curve"]
     return sorted(found, key=lambda one: order.index(one[2]))
 

@@ -12,23 +12,23 @@ from torch import Tensor, nn
 
 from lib_lightning import InteractionGraph, compute_interaction_graph
 from lib_lightning.ablation import (
-    EdgesRequired,
+    EdgesRequiredResult,
     accuracy,
     edge_ablation_curve,
     edges_required,
     log_likelihood,
     node_ablation_curve,
 )
-from lib_lightning.core.errors import LIBError, NodeLayerError, NotFiniteError
-from lib_lightning.core.nested import first_tensor
+from lib_lightning.errors import LIBError, NodeLayerError, NotFiniteError
+from lib_lightning.model.batch import first_tensor
 from tests import reference
+from tests.ablation.test_interventions import activations_of, counts_of, graph_of, maps_of
 from tests.cases import Case
 from tests.conftest import CASES
-from tests.core.test_ablate import activations_of, counts_of, graph_of, maps_of
-from tests.wild.found import Found
-from tests.wild.models import gpt2, tokens
-from tests.wild.oracle import lively
-from tests.wild.test_found import KINDS, LAYERS, mlp
+from tests.integration.models import gpt2, tokens
+from tests.integration.oracle import lively
+from tests.integration.state_check import Found
+from tests.integration.test_state_check import KINDS, LAYERS, mlp
 
 SECTION = ("1", "2")
 
@@ -83,7 +83,7 @@ def test_edges_required_says_all_there_is_to_say() -> None:
     assert list(found) == list(graph.edges)
     for section, answer in found.items():
         E = graph.edges[section]
-        assert isinstance(answer, EdgesRequired)
+        assert isinstance(answer, EdgesRequiredResult)
         assert answer.unablated == 1.0
         assert answer.mask.shape == E.shape
         assert answer.mask.dtype == torch.bool

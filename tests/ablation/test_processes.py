@@ -9,10 +9,10 @@ from torch import distributed as dist
 from torch import multiprocessing, nn
 
 from lib_lightning import InteractionGraph, compute_interaction_graph
-from lib_lightning.ablation import EdgesRequired, accuracy, edges_required, node_ablation_curve
-from lib_lightning.processes import Processes
+from lib_lightning.ablation import EdgesRequiredResult, accuracy, edges_required, node_ablation_curve
+from lib_lightning.distributed.torch_group import TorchProcessGroup
 
-Answers = tuple[dict[tuple[str, str], EdgesRequired], dict[int, float]]
+Answers = tuple[dict[tuple[str, str], EdgesRequiredResult], dict[int, float]]
 NODE_LAYERS = ["0:input", "1", "output"]
 
 
@@ -25,7 +25,9 @@ def model_and_data() -> tuple[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]
     return model, list(zip(x.split(20), labels.split(20), strict=True))
 
 
-def answers(graph: InteractionGraph, batches: list[tuple[torch.Tensor, torch.Tensor]], **options: Processes) -> Answers:
+def answers(
+    graph: InteractionGraph, batches: list[tuple[torch.Tensor, torch.Tensor]], **options: TorchProcessGroup
+) -> Answers:
     model, _ = model_and_data()
     required = edges_required(model, batches, graph, accuracy, 0.01, **options)
     return required, node_ablation_curve(model, batches, graph, accuracy, "1", "every", **options)
@@ -35,7 +37,7 @@ def work(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     graph, batches = InteractionGraph.load(f"{folder}/graph.safetensors"), model_and_data()[1]
     for name, own in {"uneven": [batches[:3], batches[3:]], "one": [[], batches]}.items():
-        torch.save(answers(graph, own[rank], together=Processes()), f"{folder}/{name}{rank}.pt")
+        torch.save(answers(graph, own[rank], process_group=TorchProcessGroup()), f"{folder}/{name}{rank}.pt")
     dist.destroy_process_group()
 
 

@@ -7,12 +7,12 @@ import random
 
 import pytest
 
-from lib_lightning.ablation.search import Tried, bisect, powers_of, scan, try_counts
+from lib_lightning.ablation.search import ScoreCache, bisect, powers_of, scan, try_counts
 
 
-def holding(numbers: set[int], largest: int) -> Tried:
+def holding(numbers: set[int], largest: int) -> ScoreCache:
     """A score that these numbers hold at."""
-    return Tried(lambda count: float(count in numbers), largest, 1.0)
+    return ScoreCache(lambda count: float(count in numbers), largest, 1.0)
 
 
 def up_and_down(seed: int, largest: int) -> set[int]:
@@ -88,7 +88,7 @@ def test_nothing_is_computed_twice() -> None:
         calls.append(count)
         return float(count >= 30)
 
-    tried = Tried(evaluate, 100, 1.0)
+    tried = ScoreCache(evaluate, 100, 1.0)
     scan(tried)
     bisect(tried, 5000)
     try_counts(tried, "exponential", 100)
@@ -98,7 +98,7 @@ def test_nothing_is_computed_twice() -> None:
 
 def test_schedules() -> None:
     def counts(schedule, largest: int = 12) -> list[int]:
-        scores = try_counts(Tried(lambda count: count / largest, largest, 0.5), schedule, largest + 1)
+        scores = try_counts(ScoreCache(lambda count: count / largest, largest, 0.5), schedule, largest + 1)
         assert scores == {count: count / largest for count in scores}
         return list(scores)
 
@@ -112,7 +112,7 @@ def test_schedules() -> None:
 
 def test_nothing_to_keep() -> None:
     for schedule in ("every", "exponential"):
-        assert try_counts(Tried(float, 0, 1.0), schedule, 1) == {0: 0.0}
+        assert try_counts(ScoreCache(float, 0, 1.0), schedule, 1) == {0: 0.0}
 
 
 def test_powers() -> None:
@@ -125,4 +125,4 @@ def test_powers() -> None:
 @pytest.mark.parametrize("counts", [[-1, 2], [3, 13], "all", 5, [1.5]])
 def test_bad_counts_are_refused(counts) -> None:
     with pytest.raises(ValueError, match=r"There are 12 to keep some of|counts is one of every, exponential"):
-        try_counts(Tried(float, 12, 1.0), counts, 13)
+        try_counts(ScoreCache(float, 12, 1.0), counts, 13)

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lib_lightning.core.build import Settings, build
-from lib_lightning.core.layers import as_node_layers
-from lib_lightning.core.live import LiveModel
-from lib_lightning.core.memory import Chunks
-from lib_lightning.core.steps import listening
+from lib_lightning.algorithm.build import build_graph
+from lib_lightning.algorithm.config import LIBConfig
+from lib_lightning.algorithm.memory_plan import MemoryPlan
+from lib_lightning.algorithm.progress import on_phase
+from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.node_layer import as_node_layers
 from lib_lightning.profiling import _Count
 from tests.benchmarks.clock import now
 
@@ -56,8 +57,8 @@ class Case:
     model: nn.Module
     data: Tensor
     node_layers: Sequence[str]
-    settings: Settings = field(default_factory=lambda: Settings(rtol=0))
-    chunks: Chunks = field(default_factory=lambda: Chunks(keep=True))
+    settings: LIBConfig = field(default_factory=lambda: LIBConfig(rtol=0))
+    chunks: MemoryPlan = field(default_factory=lambda: MemoryPlan(keep=True))
 
 
 def affine(n: int = 2000, d: int = 64) -> Case:
@@ -80,8 +81,8 @@ def general(
     if outputs is not None:
         model.append(_Readout(d, outputs))
         names = ["input", "output"]
-    settings = Settings(rtol=0, n_probes=probes, integration_steps=points)
-    return Case(model, torch.randn(n, S, d), names, settings, Chunks(keep=keep, jacobians=jacobians))
+    settings = LIBConfig(rtol=0, n_probes=probes, integration_steps=points)
+    return Case(model, torch.randn(n, S, d), names, settings, MemoryPlan(keep=keep, jacobians=jacobians))
 
 
 class _Readout(nn.Module):
@@ -164,9 +165,9 @@ SWEEPS = {
 
 def run(case: Case, listener: Callable[[str], None]) -> None:
     """Compute bases and edges; tell of every step."""
-    live = LiveModel(case.model, as_node_layers(list(case.node_layers)))
-    with listening(listener):
-        build(live, [case.data], case.settings, chunks=case.chunks)
+    instrumented = InstrumentedModel(case.model, as_node_layers(list(case.node_layers)))
+    with on_phase(listener):
+        build_graph(instrumented, [case.data], case.settings, chunks=case.chunks)
 
 
 def operations(case: Case, step: str) -> int:

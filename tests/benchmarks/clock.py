@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lib_lightning import InteractionGraph
-from lib_lightning.core.steps import listening
+from lib_lightning.algorithm.progress import on_phase
 from tests import reference
 from tests.benchmarks import plain
 from tests.benchmarks.subjects import Subject
@@ -69,7 +69,7 @@ def edges_seconds(work: Callable[[], Any]) -> tuple[float, float]:
         if step.startswith("edges from"):
             edges = now()
 
-    with listening(note):
+    with on_phase(note):
         work()
     return edges - bases, now() - started
 

@@ -12,7 +12,7 @@ import torch
 from torch import distributed as dist
 
 from lib_lightning import InteractionGraph, compute_interaction_graph
-from lib_lightning.processes import Processes
+from lib_lightning.distributed.torch_group import TorchProcessGroup
 from tests.benchmarks.agreement import edges_errors
 from tests.benchmarks.subjects import Subject, language_model, modular_addition, perceptron
 
@@ -41,21 +41,21 @@ def main(name: str, path: Path) -> None:
     # As a distributed sampler shares them out: one half each.
     halves = [half.split(subject.batch_size) for half in subject.data.chunk(2)]
     batches, own = [*halves[0], *halves[1]], halves[rank]
-    processes = Processes()
+    processes = TorchProcessGroup()
 
-    def together() -> InteractionGraph:
-        graph = compute_interaction_graph(subject.model, own, subject.node_layers, together=processes)
+    def process_group() -> InteractionGraph:
+        graph = compute_interaction_graph(subject.model, own, subject.node_layers, process_group=processes)
         dist.barrier()
         return graph
 
     def alone() -> InteractionGraph:
         return compute_interaction_graph(subject.model, batches, subject.node_layers)
 
-    together()  # to warm up
+    process_group()  # to warm up
     found = []
     for _ in range(PAIRS):  # in turns, as the machine's speed changes
         dist.barrier()
-        two, work, graph = timed(together)
+        two, work, graph = timed(process_group)
         both = torch.tensor([work])
         dist.all_reduce(both)
         if rank == 0:  # the other one waits, and does nothing

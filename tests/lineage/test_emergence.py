@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lib_lightning.lineage.emergence import EmergenceDetector
 from lib_lightning.lineage.events import Event
-from lib_lightning.schedule import Schedule
+from lib_lightning.training.schedule import Schedule
 
 # Ten for each tenfold of steps, from 0 to 3,000.
 STEPS = [step for schedule in [Schedule(per_decade=10)] for step in range(3001) if schedule.due_at_step(step)]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from lib_lightning.core.errors import LIBError
+from lib_lightning.errors import LIBError
 from lib_lightning.lineage import FeatureTracker
 from lib_lightning.lineage.events import Event
 from tests.lineage.trajectories import SAMPLES, Trajectory, snapshot
@@ -184,5 +184,5 @@ def test_graphs_without_values_or_step_are_refused() -> None:
         FeatureTracker().update(graph)
     FeatureTracker().update(graph, step=3)
     graph.probes = {}
-    with pytest.raises(LIBError, match="probe_features"):
+    with pytest.raises(LIBError, match="reference_features"):
         FeatureTracker().update(graph, step=3)

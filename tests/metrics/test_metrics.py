@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from lib_lightning.core.errors import LIBError
+from lib_lightning.errors import LIBError
 from lib_lightning.metrics import (
     EdgesRequired,
     EffectiveEdges,
@@ -24,13 +24,13 @@ from lib_lightning.metrics import (
     NumberOfModules,
     ParticipationRatio,
     ShareOfEdges,
-    edges_required,
     effective_edges,
     effective_features,
     find_modules,
     gini,
     hoyer,
     largest_module,
+    min_edges_from_curve,
     modularity,
     number_of_edges,
     number_of_features,
@@ -67,7 +67,7 @@ PAIRS = [
     (Modularity("amplitude", 1.2), lambda x: modularity([x], None, "amplitude", 1.2), section),
     (NumberOfModules(resolution=1.5), lambda x: number_of_modules(find_modules([x], resolution=1.5)), section),
     (LargestModule("binary", rtol=0.1), lambda x: largest_module(find_modules([x], "binary", rtol=0.1)), section),
-    (EdgesRequired(tolerance=0.1), lambda *x: edges_required(*x, tolerance=0.1), curve),
+    (EdgesRequired(tolerance=0.1), lambda *x: min_edges_from_curve(*x, tolerance=0.1), curve),
 ]
 NAMES = [type(metric).__name__ for metric, _, _ in PAIRS]
 
@@ -195,15 +195,15 @@ def test_edges_required_as_it_is_written() -> None:
     for _ in range(50):
         counts, scores = torch.randint(0, 9, (6,)), (torch.rand(6, dtype=torch.float64) > 0.3).double()
         expected = slow_edges_required(counts.tolist(), scores.tolist(), 1.0, 1e-3)
-        assert float(edges_required(counts, scores, torch.tensor(1.0))) == pytest.approx(expected, nan_ok=True)
+        assert float(min_edges_from_curve(counts, scores, torch.tensor(1.0))) == pytest.approx(expected, nan_ok=True)
 
 
 def test_edges_required_at_the_limits() -> None:
     counts = torch.tensor([1, 2, 3])
-    assert float(edges_required(counts, torch.tensor([0.5, 0.5, 0.75]), 0.75, tolerance=0.25)) == 1
-    assert math.isnan(edges_required(counts, torch.tensor([1.0, 1.0, 0.0]), 1.0))
-    assert math.isnan(edges_required(counts, torch.tensor([1.0, 1.0, math.nan]), 1.0))
-    assert math.isnan(edges_required(counts[:0], torch.zeros(0), 1.0))
+    assert float(min_edges_from_curve(counts, torch.tensor([0.5, 0.5, 0.75]), 0.75, tolerance=0.25)) == 1
+    assert math.isnan(min_edges_from_curve(counts, torch.tensor([1.0, 1.0, 0.0]), 1.0))
+    assert math.isnan(min_edges_from_curve(counts, torch.tensor([1.0, 1.0, math.nan]), 1.0))
+    assert math.isnan(min_edges_from_curve(counts[:0], torch.zeros(0), 1.0))
 
 
 def test_standard_error_of_a_mean_is_the_usual_one() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lib_lightning.core.errors import LIBError
+from lib_lightning.errors import LIBError
 from lib_lightning.metrics import (
     LargestModule,
     Modularity,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from lib_lightning import InteractionGraph, compute_interaction_graph
-from lib_lightning.core.errors import LIBError
+from lib_lightning.errors import LIBError
 from lib_lightning.metrics import (
     EffectiveEdges,
     Gini,

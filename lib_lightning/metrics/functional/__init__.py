@@ -1,7 +1,7 @@
 """The formulas, as pure functions of tensors."""
 
-from lib_lightning.core.groups import standard_error
-from lib_lightning.metrics.functional.ablation import edges_required
+from lib_lightning.algorithm.jackknife import standard_error
+from lib_lightning.metrics.functional.ablation import min_edges_from_curve
 from lib_lightning.metrics.functional.edges import effective_edges, number_of_edges, share_of_edges
 from lib_lightning.metrics.functional.features import effective_features, number_of_features
 from lib_lightning.metrics.functional.fourier import fourier_variance
@@ -17,7 +17,7 @@ from lib_lightning.metrics.functional.perplexity import perplexity
 from lib_lightning.metrics.functional.sparsity import gini, hoyer
 
 __all__ = [
-    "edges_required",
+    "min_edges_from_curve",
     "effective_edges",
     "effective_features",
     "find_modules",

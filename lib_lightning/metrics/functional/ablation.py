@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def edges_required(counts: Tensor, scores: Tensor, unablated: float | Tensor, tolerance: float = 1e-3) -> Tensor:
+def min_edges_from_curve(counts: Tensor, scores: Tensor, unablated: float | Tensor, tolerance: float = 1e-3) -> Tensor:
     """Smallest number of edges from which on the model scores as well as with all of them, up to a tolerance.
 
     Args:
@@ -27,7 +27,7 @@ def edges_required(counts: Tensor, scores: Tensor, unablated: float | Tensor, to
 
     Example:
         >>> counts, scores = torch.tensor([1, 10, 100, 1000]), torch.tensor([0.9, 0.5, 0.8995, 0.91])
-        >>> edges_required(counts, scores, unablated=0.9)
+        >>> min_edges_from_curve(counts, scores, unablated=0.9)
         tensor(100., dtype=torch.float64)
     """
     enough = scores.double() >= torch.as_tensor(unablated, dtype=torch.float64, device=scores.device) - tolerance

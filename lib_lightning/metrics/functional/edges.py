@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lib_lightning.core.errors import LIBError
+from lib_lightning.errors import LIBError
 from lib_lightning.metrics.functional.perplexity import perplexity
 
 

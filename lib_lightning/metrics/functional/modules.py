@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lib_lightning.core.errors import LIBError
+from lib_lightning.errors import LIBError
 from lib_lightning.metrics.functional.leiden import leiden
 
 # Several numbers describe the same modules, and finding these costs more than everything else about a graph: the last

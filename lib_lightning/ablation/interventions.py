@@ -1,0 +1,222 @@
+"""What is left of a layer when only some features or some edges are: the paper's interventions, in the live model.
+
+*Node ablation* keeps the first ``m`` features of a node layer. *Edge ablation* keeps the ``k`` strongest edges of a
+section: each output feature is computed from an input in which only the features with a kept edge to it are left.
+Whatever is not kept stays at its mean.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lib_lightning.algorithm.basis import Basis
+from lib_lightning.errors import NodeLayerError
+from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.vjp import apply_mask
+
+# Rounding of an affine section, relative, as a power of eps: 4e-11 in float64, 2e-5 in float32.
+_AFFINE = 2 / 3
+# How far out a section has to be what it is near the mean, in spreads of the features.
+_FAR = (100.0, -100.0)
+
+
+def keep_features(basis: Basis, a: Tensor, m: int) -> Tensor:
+    """Activations with only the ``m`` most important features left: ``mu + (a - mu) C_m C_m^+``.
+
+    Args:
+        basis: Basis of the node layer.
+        a: Activations, shape ``(..., d)``.
+        m: Number of features to keep.
+
+    Returns:
+        Activations, shape ``(..., d)``.
+
+    Note:
+        Source: arXiv 2405.10928, node ablations.
+
+    Example:
+        >>> from lib_lightning.algorithm.basis import neuron_basis
+        >>> basis = neuron_basis("fc", torch.zeros(2), torch.diag(torch.tensor([1.0, 4.0])))
+        >>> keep_features(basis, torch.tensor([5.0, 6.0]), 1)
+        tensor([0., 6.])
+    """
+    kept = basis.importance.argsort(descending=True, stable=True)[:m]
+    fhat = (a - basis.mean.to(a)) @ basis.to_features[:, kept].to(a)
+    return basis.mean.to(a) + fhat @ basis.from_features[kept].to(a)
+
+
+def top_k_mask(E: Tensor, k: int) -> Tensor:
+    """Mask of the ``k`` largest entries of the edges; equal ones in the order of the matrix.
+
+    Args:
+        E: Edges, shape ``(r_out, r_in)``.
+        k: Number of edges to keep.
+
+    Returns:
+        True where an edge is kept, shape ``(r_out, r_in)``.
+
+    Example:
+        >>> top_k_mask(torch.tensor([[1.0, 3.0], [2.0, 0.0]]), 2)
+        tensor([[False,  True],
+                [ True, False]])
+    """
+    mask = torch.zeros(E.numel(), dtype=torch.bool)
+    mask[E.detach().cpu().flatten().argsort(descending=True, stable=True)[:k]] = True
+    return mask.reshape(E.shape)
+
+
+class AblatedLayer:
+    """One node layer at one batch, whose features can be taken away.
+
+    Args:
+        instrumented: The model.
+        batch: One batch.
+        index: Index ``l`` of the node layer.
+        basis: Its basis.
+
+    Raises:
+        NodeLayerError: If the basis is of another width.
+    """
+
+    def __init__(self, instrumented: InstrumentedModel, batch: Any, index: int, basis: Basis) -> None:
+        self.instrumented, self.batch, self.index, self.basis = instrumented, batch, index, basis
+        cut = instrumented.capture(batch)[index]
+        self.a, self.mask = cut.a, cut.mask
+        check_width(basis, self.a)
+        self.nbytes = _nbytes(self.a)
+
+    def output(self, m: int) -> Any:
+        """What the model returns if only the ``m`` most important features are left."""
+        a = merge_masked(keep_features(self.basis, self.a, m), self.a, self.mask)
+        return self.instrumented.output(self.batch, {self.index: a})
+
+
+class AblatedSection:
+    """One section at one batch, computed along some of its edges only.
+
+    Output features that share the same inputs are computed together, and those whose inputs are as in the call before
+    are not computed again. In an affine section, which is found out by trying, all are: one product in place of a
+    forward pass for each.
+
+    Args:
+        instrumented: The model.
+        batch: One batch.
+        index: Index ``l`` of the node layer before the section.
+        before: Basis of that node layer.
+        after: Basis of the next one.
+
+    Raises:
+        NodeLayerError: If a basis is of another width.
+
+    Note:
+        Source: arXiv 2405.10928, edge ablations.
+    """
+
+    def __init__(self, instrumented: InstrumentedModel, batch: Any, index: int, before: Basis, after: Basis) -> None:
+        self.instrumented, self.batch, self.index, self.before, self.after = instrumented, batch, index, before, after
+        cuts = instrumented.capture(batch)
+        self.a, self.mask_in = cuts[index].a, cuts[index].mask
+        self.a_out, self.mask_out = cuts[index + 1].a, cuts[index + 1].mask
+        check_width(before, self.a)
+        check_width(after, self.a_out)
+        self.fhat = apply_mask(before.encode(self.a), self.mask_in)
+        self._mask = torch.zeros(after.n_features, before.n_features, dtype=torch.bool)
+        # With nothing kept, every output feature comes from the mean.
+        self._at_mean = self._section(torch.zeros_like(self.fhat))
+        self._features = self._at_mean.clone()
+        self.J = self._affine_map()
+        self.nbytes = _nbytes(self.a, self.a_out, self.fhat, self._at_mean, self._features)
+
+    def features(self, mask: Tensor) -> Tensor:
+        """Features of the next node layer, computed along kept edges.
+
+        Args:
+            mask: True where an edge is kept, shape ``(r_out, r_in)``.
+
+        Returns:
+            ``fhat^{l+1}``, shape ``(n, S_out, r_out)``.
+        """
+        if self.J is not None:
+            kept = torch.where(mask.to(self.J.device), self.J, self.J.new_zeros(()))
+            return self._at_mean + self.fhat @ kept.T
+        changed = (mask != self._mask).any(1).nonzero().flatten()
+        patterns, group = mask[changed].unique(dim=0, return_inverse=True)
+        for g, pattern in enumerate(patterns):
+            rows = changed[group == g].to(self.fhat.device)
+            self._features[..., rows] = self._section(self.fhat * pattern.to(self.fhat))[..., rows]
+        self._mask = mask.clone()
+        return self._features.clone()
+
+    def output(self, mask: Tensor) -> Any:
+        """What the model returns if only the edges of a mask ``(r_out, r_in)`` are left in this section."""
+        a = merge_masked(self.after.decode(self.features(mask)), self.a_out, self.mask_out)
+        return self.instrumented.output(self.batch, {self.index + 1: a})
+
+    def _section(self, fhat: Tensor) -> Tensor:
+        a = merge_masked(self.before.decode(fhat), self.a, self.mask_in)
+        return self.after.encode(self.instrumented.next_activations(self.batch, self.index, a))
+
+    def _affine_map(self) -> Tensor | None:
+        """``J`` with ``fhat^{l+1} = fhat^{l+1}(mu) + fhat^l J^T`` at every position; None if there is none."""
+        n, S, r = self.fhat.shape
+        if self._at_mean.shape[1] != S or min(n, r) == 0:
+            return None
+        # Two halves of the features, so that nothing can cancel, also from afar and from the other side: a unit that
+        # is on wherever the samples are (a ReLU with a large bias) is off there, and one that hardly bends does here.
+        halves = [self.fhat.clone(), self.fhat.clone()]
+        for half in (0, 1):
+            halves[half][..., half::2] = 0
+        moved = [self._section(part) - self._at_mean for part in halves]
+        for factor in _FAR:
+            for part, change in zip(halves, moved, strict=True):
+                if not self._is_same((self._section(factor * part) - self._at_mean) / factor, change):
+                    return None
+        # Each sample shows one column, at its first position that counts, by a step as large as that feature's spread.
+        spread = self.before.importance.clamp(min=0).sqrt().to(self.fhat)
+        size = torch.where(spread > 0, spread, 1.0)
+        first = self.fhat.new_zeros(n).long() if self.mask_in is None else self.mask_in.long().argmax(1)
+        columns = []
+        for start in range(0, r, n):
+            j = torch.arange(start, min(start + n, r), device=self.fhat.device)
+            x = torch.arange(len(j), device=self.fhat.device)
+            step = torch.zeros_like(self.fhat)
+            step[x, :, j] = size[j, None]
+            columns.append((self._section(step) - self._at_mean)[x, first[x]] / size[j, None])
+        J = torch.cat(columns).T
+        # What is found for one sample must be so for all.
+        same = all(self._is_same(part @ J.T, change) for part, change in zip(halves, moved, strict=True))
+        return J if same else None
+
+    def _is_same(self, a: Tensor, b: Tensor) -> bool:
+        """Whether changes of the features are equal up to rounding, at the positions that count; never if NaN."""
+        difference, size = apply_mask(a - b, self.mask_out), apply_mask(b, self.mask_out)
+        return bool(difference.norm() <= torch.finfo(b.dtype).eps ** _AFFINE * size.norm())
+
+
+def _nbytes(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def merge_masked(new: Tensor, old: Tensor, mask: Tensor | None) -> Tensor:
+    """New activations at the positions that count, the old ones at those that a mask ``(n, S)`` leaves out."""
+    return new if mask is None else torch.where(mask[..., None], new, old)
+
+
+def check_width(basis: Basis, a: Tensor) -> None:
+    """Refuse a basis that does not belong to these activations.
+
+    Args:
+        basis: The basis.
+        a: Activations, shape ``(n, S, d)``.
+
+    Raises:
+        NodeLayerError: If the widths differ.
+    """
+    if a.shape[-1] != basis.mean.shape[0]:
+        raise NodeLayerError(
+            f"The basis of '{basis.name}' is for {basis.mean.shape[0]} activations at each position, and the model has "
+            f"{a.shape[-1]} there: the graph was computed on another model, or at another place."
+        )

@@ -1,0 +1,201 @@
+"""The bases of one node layer: LIB, PCA and single neurons, as affine maps between activations and features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from lib_lightning.algorithm.linalg import Cutoff, eigh_psd
+from lib_lightning.distributed.process_group import ProcessGroup
+
+# Activations to centre at a time.
+_NUMBERS = 2**19
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Features of one node layer: ``fhat = (a - mu) C`` and back ``a ~ mu + fhat C^+``.
+
+    Attributes:
+        name: Node layer.
+        kind: ``"lib"``, ``"pca"`` or ``"neuron"``; for a last node layer also ``"centered"``.
+        mean: ``mu``, shape ``(d,)``, float64.
+        to_features: ``C``, shape ``(d, r)``, float64.
+        from_features: ``C^+``, shape ``(r, d)``, float64.
+        importance: ``Lambda``, shape ``(r,)``, float64: the variance of each feature, which in a LIB is its effect on
+            the next node layer. Largest first; single neurons keep their own order.
+        importance_error: Standard error of each importance, shape ``(r,)``, float64; None where it is unknown. Features
+            of new samples turn a little, to first order without effect on importances.
+        unsure: True for a feature whose importance is so close to another one's that these samples do not fix its
+            direction, shape ``(r,)``; None where that is unknown.
+
+    Example:
+        >>> basis = neuron_basis("fc", torch.tensor([1.0, 2.0]), torch.eye(2))
+        >>> basis.encode(torch.tensor([3.0, 3.0]))
+        tensor([2., 1.])
+    """
+
+    name: str
+    kind: str
+    mean: Tensor
+    to_features: Tensor
+    from_features: Tensor
+    importance: Tensor
+    importance_error: Tensor | None = None
+    unsure: Tensor | None = None
+
+    @property
+    def n_features(self) -> int:
+        """Number of features ``r``."""
+        return self.importance.shape[0]
+
+    def to(self, device: torch.device | str) -> Basis:
+        """Copy to a device, where it is not there already."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)[2:]}
+        return replace(self, **{name: t.to(device) for name, t in tensors.items() if t is not None})
+
+    def shared(self, process_group: ProcessGroup) -> Basis:
+        """The basis that process 0 has."""
+        return Basis(
+            self.name,
+            self.kind,
+            *process_group.broadcast([self.mean, self.to_features, self.from_features, self.importance]),
+        )
+
+    def encode(self, a: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Express activations as features.
+
+        Args:
+            a: Activations, shape ``(..., d)``.
+            dtype: Type to compute features in; that of ``a`` by default.
+
+        Returns:
+            Features ``fhat``, shape ``(..., r)``, on the device of ``a``.
+        """
+        dtype = dtype or a.dtype
+        if self.kind == "neuron":  # the identity, which need not be multiplied by
+            return a.to(dtype) - self.mean.to(a.device, dtype)
+        mean, C = (t.to(a.device, dtype) for t in (self.mean, self.to_features))
+        # A few at a time, so that what is centred stays in the cache until it is multiplied.
+        rows = a.reshape(-1, a.shape[-1]).split(max(1, _NUMBERS // max(1, a.shape[-1])))
+        # Products with the few features first are up to twice as fast as their transposes.
+        C_T = C.T.contiguous()
+        features = torch.cat([(C_T @ (block.to(dtype) - mean).T).T for block in rows])
+        return features.reshape(*a.shape[:-1], C.shape[1])
+
+    def decode(self, features: Tensor) -> Tensor:
+        """Express features as activations; what the features leave out stays at the mean.
+
+        Args:
+            features: ``fhat``, shape ``(..., r)``.
+
+        Returns:
+            Activations, shape ``(..., d)``, in the type and on the device of ``features``.
+        """
+        return self.mean.to(features) + features @ self.from_features.to(features)
+
+
+def lib_basis(name: str, mean: Tensor, covariance: Tensor, B: Tensor, cutoff: Cutoff) -> Basis:
+    """Local Interaction Basis of one node layer.
+
+    Features are ordered and scaled by how much they move the next node layer: uncorrelated on the data, and with
+    orthonormal Jacobians towards the next layer's features.
+
+    Args:
+        name: Node layer.
+        mean: ``mu``, shape ``(d,)``, float64.
+        covariance: ``Sigma``, shape ``(d, d)``, float64.
+        B: Square-root factor of the Jacobian metric, ``B^T B = M``, shape ``(k, d)``, float64.
+        cutoff: Directions with an importance up to its share of the largest are dropped. Of ``Sigma`` only directions
+            without any variance are: a small one may matter, if the metric says so.
+
+    Returns:
+        The basis with kind ``"lib"``.
+
+    Note:
+        Source: arXiv 2405.10928, transformation into the LIB. The singular values of ``B U D^{1/2}`` are taken instead
+        of the eigenvalues of ``D^{1/2} U^T M U D^{1/2}``: the same, without squaring the small ones away.
+
+    Example:
+        >>> eye = torch.eye(2, dtype=torch.float64)
+        >>> cutoff = Cutoff(1e-9, 2, torch.float64)
+        >>> basis = lib_basis("fc", eye[0], torch.diag(torch.tensor([4.0, 1.0])).double(), eye, cutoff)
+        >>> basis.importance
+        tensor([4., 1.], dtype=torch.float64)
+    """
+    D, U = _principal_components(mean, covariance, cutoff.rounding)
+    _, s, Vt = torch.linalg.svd(B @ (U * D.sqrt()), full_matrices=False)
+    keep = s.square() > cutoff.metric * s.square().amax() if s.numel() else torch.zeros_like(s, dtype=torch.bool)
+    s, V = s[keep], Vt[keep].T
+    C = (U / D.sqrt()) @ (V * s)
+    C_pinv = (V / s).T @ (U * D.sqrt()).T
+    return Basis(name, "lib", mean, C, C_pinv, s.square())
+
+
+def pca_basis(name: str, mean: Tensor, covariance: Tensor, cutoff: Cutoff) -> Basis:
+    """Principal components of one node layer: the baseline.
+
+    Args:
+        name: Node layer.
+        mean: ``mu``, shape ``(d,)``, float64.
+        covariance: ``Sigma``, shape ``(d, d)``, float64.
+        cutoff: Directions with a variance up to its share of the largest are dropped.
+
+    Returns:
+        The basis with kind ``"pca"``; its importances are variances.
+
+    Example:
+        >>> cutoff = Cutoff(1e-9, 2, torch.float32)
+        >>> pca_basis("fc", torch.zeros(2), torch.diag(torch.tensor([1.0, 4.0])), cutoff).importance
+        tensor([4., 1.])
+    """
+    D, U = _principal_components(mean, covariance, cutoff.variance)
+    return Basis(name, "pca", mean, U, U.T, D)
+
+
+def neuron_basis(name: str, mean: Tensor, covariance: Tensor) -> Basis:
+    """Single activations as features, in their own order.
+
+    Args:
+        name: Node layer.
+        mean: ``mu``, shape ``(d,)``, float64.
+        covariance: ``Sigma``, shape ``(d, d)``, float64.
+
+    Returns:
+        The basis with kind ``"neuron"``; its importances are variances.
+
+    Example:
+        >>> neuron_basis("fc", torch.zeros(2), torch.diag(torch.tensor([1.0, 4.0]))).importance
+        tensor([1., 4.])
+    """
+    eye = torch.eye(mean.shape[0], dtype=mean.dtype, device=mean.device)
+    return Basis(name, "neuron", mean, eye, eye, covariance.diagonal().clone())
+
+
+def centered_basis(name: str, mean: Tensor, covariance: Tensor) -> Basis:
+    """Single logits less their mean over the classes, in their own order: softmax sees no more of them.
+
+    Args:
+        name: Node layer.
+        mean: ``mu``, shape ``(d,)``, float64.
+        covariance: ``Sigma``, shape ``(d, d)``, float64.
+
+    Returns:
+        The basis with kind ``"centered"``; its importances are variances.
+
+    Example:
+        >>> basis = centered_basis("output", torch.zeros(2), torch.eye(2))
+        >>> basis.encode(torch.tensor([3.0, 1.0])), basis.importance
+        (tensor([ 1., -1.]), tensor([0.5000, 0.5000]))
+    """
+    d = mean.shape[0]
+    P = torch.eye(d, dtype=mean.dtype, device=mean.device) - 1 / d
+    return Basis(name, "centered", mean, P, P, (P @ covariance @ P).diagonal().clone())
+
+
+def _principal_components(mean: Tensor, covariance: Tensor, cutoff: float) -> tuple[Tensor, Tensor]:
+    # Equal numbers differ from their mean by its rounding: a variance no larger than that is no variance.
+    rounding = float((torch.finfo(mean.dtype).eps * mean).square().sum())
+    return eigh_psd(covariance, cutoff, floor=rounding)

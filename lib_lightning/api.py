@@ -1,0 +1,319 @@
+"""From a module and some batches to its interaction graph: the entry point that needs no trainer."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lib_lightning.algorithm.build import BuildResult, build_graph
+from lib_lightning.algorithm.config import BasisKind, FinalBasisKind, FinalMetric, LIBConfig
+from lib_lightning.algorithm.jackknife import standard_error
+from lib_lightning.algorithm.memory_plan import MemoryPlan, Workload, plan_memory, split_batches
+from lib_lightning.algorithm.progress import phase_done
+from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from lib_lightning.errors import ActivationError, is_out_of_memory
+from lib_lightning.graph import InteractionGraph, Replicates
+from lib_lightning.model.batch import batch_size, is_empty, num_elements
+from lib_lightning.model.cut_point import CutPoint
+from lib_lightning.model.instrumented import InputFn, InstrumentedModel, MaskFn
+from lib_lightning.model.node_layer import NodeLayer, as_node_layers
+from lib_lightning.model.preserve import preserve_model
+from lib_lightning.model.propose import find_cuts, find_proposed, propose
+from lib_lightning.model.questions import _refuse_without_tensors, as_mask_fn, model_session, wrap_forward_errors
+from lib_lightning.model.validate import validate_node_layers
+from lib_lightning.version import __version__
+
+log = logging.getLogger(__name__)
+
+# In GiB.
+MEMORY_LIMIT = 2.0
+# How often chunks are halved before memory is given up on.
+_HALVINGS = 6
+
+
+def compute_interaction_graph(
+    model: nn.Module,
+    batches: Iterable[Any],
+    node_layers: Sequence[str | NodeLayer] | None = None,
+    basis: BasisKind = "lib",
+    final_basis: FinalBasisKind = "auto",
+    rtol: float = 1e-6,
+    n_probes: int | None = None,
+    integration_steps: int = 0,
+    dtype: torch.dtype | None = None,
+    input_fn: InputFn | None = None,
+    mask: str | int | MaskFn | None = None,
+    memory_limit: float = MEMORY_LIMIT,
+    process_group: ProcessGroup = SINGLE_PROCESS,
+    progress: bool = False,
+    final_metric: FinalMetric | None = None,
+) -> InteractionGraph:
+    """Compute the Local Interaction Basis of a model's activations and the interactions between its features.
+
+    The model is run in evaluation mode and left exactly as it was found.
+
+    Args:
+        model: Any module.
+        batches: Batches as a data loader gives them: tensors, tuples, lists or dicts. They are gone through several
+            times, so an iterator is read into memory first.
+        node_layers: Where to cut the model, in forward order: ``"module.path"`` for a module's output,
+            ``"module.path:input"`` for its input, ``"input"`` and ``"output"`` for the model's own, or a `NodeLayer`.
+            None takes those that `list_node_layers` proposes, and a warning says which.
+        basis: ``"lib"``, or the baselines ``"pca"`` and ``"neuron"``.
+        final_basis: Basis of the last node layer, which has no next one: ``"neuron"``, ``"pca"``, or ``"centered"`` for
+            logits less their mean over the classes; ``"auto"`` takes neurons for ``"output"`` and PCA for anything
+            else.
+        rtol: Directions of metric and importance (PCA: variance) below this share of the largest are dropped; 0 drops
+            only what rounding cannot tell from zero.
+        n_probes: None for the exact metric; a number for that many random-sign probes per sample, which makes the
+            cost independent of the number of output positions and features.
+        integration_steps: 0 takes gradients at the activations; a number averages them over that many Gauss-Legendre
+            points on the way from the mean.
+        dtype: Floating-point type to compute in, the model's own by default. Sums are always float64.
+        input_fn: Turns a batch into what the model is called with: a dict becomes keyword arguments, a tuple positional
+            ones. By default the first entry of a tuple or list, and any other batch as it is.
+        mask: Marks the positions that count, where some are padding: the name or index of the batch's entry that does,
+            such as ``"attention_mask"``, or a function from a batch to a tensor ``(n, S)``.
+        memory_limit: Memory to use beside model and batches, in GiB: batches go through the model in chunks of samples
+            that keep within it. Should memory run out nevertheless, the chunks are halved.
+        process_group: Processes that each call this with batches of their own, and all get the graph of all samples:
+            `lib_lightning.distributed.torch_group.TorchProcessGroup()`. By default this process is alone.
+        progress: Whether to show a progress bar.
+        final_metric: ``"fisher"`` measures the last node layer, which are logits, by the distribution that they stand
+            for: importance then means effect on what the model predicts.
+
+    Returns:
+        The interaction graph: a basis for each node layer, edges between neighbouring ones.
+
+    Raises:
+        NodeLayerError: If a node layer is unknown, never run, out of order, or does not cut the computation.
+        ActivationError: If activations are integers, NaN or infinite, or there are no samples.
+        ValueError: If a setting is outside its range.
+        TypeError: If ``batches`` is a single tensor, or ``dtype`` no floating-point type.
+
+    Note:
+        Source: arXiv 2405.10928; see `lib_lightning.algorithm.build` for the steps.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> graph = compute_interaction_graph(model, [torch.randn(64, 4)], ["input", "1", "output"])
+        >>> graph.node_layers
+        ['input', '1', 'output']
+        >>> graph.edges["1", "output"].shape[0]
+        2
+    """
+    settings = LIBConfig(basis, final_basis, rtol, n_probes, integration_steps, final_metric)
+    if isinstance(batches, (Tensor, Mapping)):
+        raise TypeError("batches is a list (or any iterable) of batches; for a single one write [batch].")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype is a floating-point type such as torch.float64, or None; got {dtype!r}.")
+    batches = list(batches)
+    mask_fn = as_mask_fn(mask)
+    if node_layers is None:
+        node_layers = _proposed(model, batches, input_fn, mask_fn)
+    instrumented = InstrumentedModel(model, as_node_layers(node_layers), input_fn, dtype, mask_fn)
+    graph = graph_of(instrumented, batches, settings, memory_limit, process_group, check_first=True, progress=progress)
+    for note in graph.info["notes"]:
+        log.warning(note)
+    return graph
+
+
+def graph_of(
+    instrumented: InstrumentedModel,
+    batches: Sequence[Any],
+    settings: LIBConfig,
+    memory_limit: float = MEMORY_LIMIT,
+    process_group: ProcessGroup = SINGLE_PROCESS,
+    check_first: bool = False,
+    progress: bool = False,
+) -> InteractionGraph:
+    """Compute the interaction graph of a live model: `compute_interaction_graph`, with everything made up beforehand.
+
+    Args:
+        instrumented: The model and its node layers.
+        batches: All batches.
+        settings: What to compute.
+        memory_limit: As for `compute_interaction_graph`.
+        process_group: As for `compute_interaction_graph`.
+        check_first: Whether to hold the node layers to account before anything else.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The interaction graph, on the CPU.
+    """
+    batches = [batch for batch in batches if not is_empty(batch)]
+    largest = max(map(batch_size, batches), default=1)
+    passes = 2 + (len(instrumented.layers) - 1 if settings.basis == "lib" else 0) + (settings.final_metric is not None)
+    chunks: MemoryPlan | None = None
+    for attempt in itertools.count():
+        try:
+            with process_group.sync_errors(), model_session(instrumented):
+                if chunks is None:
+                    if check_first and batches:
+                        validate_node_layers(instrumented, batches[0])
+                    chunks = _plan(instrumented, batches, settings, memory_limit)
+                parts = split_batches(instrumented, batches, chunks.samples)
+                phase_done("checks and chunks")
+                with tqdm(total=passes * len(parts), disable=not progress, unit="chunk") as bar:
+
+                    def tick(step: str, bar: Any = bar) -> None:
+                        bar.set_description(step, refresh=False)
+                        bar.update()
+
+                    built = build_graph(instrumented, parts, settings, tick, chunks, process_group)
+                return _as_graph(built, settings, instrumented)
+        except Exception as error:
+            if attempt == _HALVINGS or not is_out_of_memory(error):
+                raise
+        chunks = (chunks or MemoryPlan()).halved(largest)
+    raise AssertionError("the loop ends by itself")
+
+
+def _plan(
+    instrumented: InstrumentedModel, batches: Sequence[Any], settings: LIBConfig, memory_limit: float
+) -> MemoryPlan:
+    if not batches:  # another process has some
+        return MemoryPlan()
+    # Batches may differ in length; the longest samples take the most.
+    longest = max(batches, key=lambda batch: num_elements(batch) / max(1, batch_size(batch)))
+    demand = Workload(
+        sum(map(batch_size, batches)),
+        settings.integration_steps,
+        settings.basis == "lib",
+        settings.final_metric == "fisher",
+    )
+    return plan_memory(instrumented, longest, int(memory_limit * 2**30), demand)
+
+
+def _as_graph(built: BuildResult, settings: LIBConfig, instrumented: InstrumentedModel) -> InteractionGraph:
+    info = {
+        "settings": {
+            **asdict(settings),
+            "dtype": None if instrumented.dtype is None else str(instrumented.dtype).split(".")[-1],
+        },
+        "node_layers": [
+            {"name": x.name, "taps": list(x.taps), "positions": x.positions, "feature_dim": x.feature_dim}
+            for x in instrumented.layers
+        ],
+        "n_samples": built.n_samples,
+        "metric_errors": built.metric_errors,
+        "notes": built.notes,
+        "versions": {"lib_lightning": __version__, "torch": str(torch.__version__)},
+    }
+    names = [basis.name for basis in built.bases]
+    bases = {basis.name: basis.to("cpu") for basis in built.bases}
+    pairs = list(itertools.pairwise(names))
+    edges = {pair: E.cpu() for pair, E in zip(pairs, built.edges, strict=True)}
+    replicates = Replicates(
+        {name: x.cpu() for name, x in zip(names, built.importance_replicates, strict=True)},
+        {pair: x.cpu() for pair, x in zip(pairs, built.edge_replicates, strict=True)},
+    )
+    errors = {pair: standard_error(x) for pair, x in replicates.edges.items() if len(x) > 1}
+    return InteractionGraph(bases, edges, info, errors, replicates=replicates)
+
+
+def _proposed(model: nn.Module, batches: Sequence[Any], input_fn: InputFn | None, mask_fn: MaskFn | None) -> list[str]:
+    batch = next((batch for batch in batches if not is_empty(batch)), None)
+    if batch is None:
+        raise ActivationError("There are no samples to choose node layers with.")
+    node_layers = propose_node_layers(model, batch, input_fn, mask_fn)
+    log.warning("No node layers were given; %s is cut at node_layers=%s.", type(model).__name__, node_layers)
+    return node_layers
+
+
+def check_node_layers(
+    model: nn.Module,
+    batch: Any,
+    node_layers: Sequence[str | NodeLayer],
+    dtype: torch.dtype | None = None,
+    input_fn: InputFn | None = None,
+    mask: str | int | MaskFn | None = None,
+) -> None:
+    """Find mistakes in a choice of node layers by running one batch, without computing anything else.
+
+    Args:
+        model: Any module; left exactly as it was found.
+        batch: One batch; a few samples are enough.
+        node_layers: As for `compute_interaction_graph`.
+        dtype: As for `compute_interaction_graph`.
+        input_fn: As for `compute_interaction_graph`.
+        mask: As for `compute_interaction_graph`.
+
+    Raises:
+        NodeLayerError: If a node layer is unknown, never run, out of order, or does not cut the computation.
+        ActivationError: If activations are integers, NaN or infinite.
+
+    Example:
+        >>> check_node_layers(nn.Linear(2, 2), torch.ones(1, 2), ["input", "output"])
+    """
+    instrumented = InstrumentedModel(model, as_node_layers(node_layers), input_fn, dtype, as_mask_fn(mask))
+    _refuse_without_tensors(batch)
+    with model_session(instrumented):
+        validate_node_layers(instrumented, batch)
+
+
+def list_node_layers(model: nn.Module, batch: Any, input_fn: InputFn | None = None) -> list[CutPoint]:
+    """List every place where a model can be cut with a single tensor, and which of them are proposed as node layers.
+
+    Of several inputs that each go their own way to the output (images and time steps), only the largest count: the
+    others are context. Node layers then begin before the two meet.
+
+    Args:
+        model: Any module; left exactly as it was found.
+        batch: One batch; a few samples are enough.
+        input_fn: As for `compute_interaction_graph`.
+
+    Returns:
+        The places, in forward order; ``tap`` is what to write as a node layer.
+
+    Raises:
+        NodeLayerError: If there are fewer than two.
+        ActivationError: If there would be more, but for activations that are NaN or infinite.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> for cut in list_node_layers(model, torch.randn(3, 4)):
+        ...     print(cut.tap, cut.positions, cut.features, cut.module, cut.proposed)
+        input 1 4 Sequential True
+        0 1 8 Linear False
+        1 1 8 ReLU True
+        output 1 2 Sequential True
+    """
+    with wrap_forward_errors(model, input_fn), preserve_model(model):
+        cuts = find_cuts(model, batch, input_fn)
+    taps = propose(cuts)
+    return [replace(cut, proposed=cut.tap in taps) for cut in cuts]
+
+
+def propose_node_layers(
+    model: nn.Module, batch: Any, input_fn: InputFn | None = None, mask: str | int | MaskFn | None = None
+) -> list[str]:
+    """Choose node layers for a model: those that `list_node_layers` proposes, in less time.
+
+    Args:
+        model: Any module; left exactly as it was found.
+        batch: One batch; a few samples are enough.
+        input_fn: As for `compute_interaction_graph`.
+        mask: As for `compute_interaction_graph`.
+
+    Returns:
+        Two to six node layers, in forward order.
+
+    Raises:
+        NodeLayerError: If the model cannot be cut at two places.
+        ActivationError: If it could be, but for activations that are NaN or infinite.
+
+    Example:
+        >>> propose_node_layers(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 4))
+        ['input', '1', 'output']
+    """
+    _refuse_without_tensors(batch)
+    with preserve_model(model):
+        return find_proposed(model, batch, input_fn, as_mask_fn(mask))

@@ -1,1 +1,0 @@
-"""Pictures: the interaction graph as a figure, and its way to the loggers."""

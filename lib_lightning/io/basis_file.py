@@ -1,0 +1,174 @@
+"""Basis files: safetensors with a versioned JSON header, written in one step and checked when read."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from lib_lightning.errors import LIBError
+
+if TYPE_CHECKING:
+    # Whoever only reads parts of files, as TensorBoard does, need not wait for torch.
+    import numpy as np
+    from torch import Tensor
+
+FORMAT = "lib-lightning"
+FORMAT_VERSION = 1
+# How the name of a file ends while it is being written.
+TEMPORARY = ".tmp"
+_HEADER_KEY = "lib_lightning"
+
+
+class BasisFileError(LIBError, ValueError):
+    """A file that is not a whole basis file this version can read."""
+
+
+def write_file(path: str | PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write tensors and a header to one file.
+
+    The bytes go to a temporary name in the same folder, which is then renamed: whenever the process dies, the file is
+    there whole or not at all.
+
+    Args:
+        path: Where to write; folders are made as needed, a file of that name is replaced.
+        tensors: What to store, by name.
+        header: What to say about it; anything JSON can hold.
+
+    Raises:
+        TypeError: If the header holds something that JSON cannot.
+    """
+    from safetensors.torch import save
+
+    whole = {**header, "format": FORMAT, "format_version": FORMAT_VERSION}
+    whole["content_hash"] = content_hash(tensors, whole)
+    stored = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    write_bytes(path, save(stored, metadata={_HEADER_KEY: json.dumps(whole, allow_nan=False)}))
+
+
+def write_bytes(path: str | PathLike[str], data: bytes) -> None:
+    """Write a file in one step: there whole, or not at all.
+
+    Args:
+        path: Where to write; folders are made as needed, a file of that name is replaced.
+        data: Its content.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def read_file(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a file that `write_file` wrote. Nothing in it is ever executed.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its tensors and its header.
+
+    Raises:
+        BasisFileError: If the file is truncated, altered, of another kind, or of a newer format.
+        FileNotFoundError: If there is no such file.
+    """
+    with _opened(path, "pt") as (file, header):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        stored_hash = header.pop("content_hash", None)
+        altered = stored_hash != content_hash(tensors, header)
+    if altered:
+        raise BasisFileError(f"'{path}' was altered after it was written: its content does not match its hash.")
+    return tensors, header
+
+
+def read_parts(
+    path: str | PathLike[str], wanted: Callable[[str], bool]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Read the header and some of the tensors of a file that `write_file` wrote, without its hash: fast.
+
+    Args:
+        path: The file.
+        wanted: Tells from the name of a tensor whether to read it.
+
+    Returns:
+        These tensors, as arrays of numpy, and the header.
+
+    Raises:
+        BasisFileError: If the file is truncated, of another kind, or of a newer format.
+        FileNotFoundError: If there is no such file.
+
+    Example:
+        >>> import tempfile, torch
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_file(f"{folder}/file", {"small": torch.ones(2), "large": torch.ones(999)}, {"step": 3})
+        ...     tensors, header = read_parts(f"{folder}/file", lambda name: name == "small")
+        >>> tensors, header["step"]
+        ({'small': array([1., 1.], dtype=float32)}, 3)
+    """
+    with _opened(path, "np") as (file, header):
+        return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}, header  # noqa: SIM118
+
+
+@contextmanager
+def _opened(path: str | PathLike[str], framework: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Open a basis file, check its header, and say in a sentence what is wrong with it."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no basis file '{path}'.")
+    try:
+        with safe_open(path, framework=framework) as file:
+            header = json.loads((file.metadata() or {}).get(_HEADER_KEY, "null"))
+            _check_header(path, header)
+            yield file, header
+    except BasisFileError:
+        raise
+    except (SafetensorError, ValueError, TypeError, RecursionError) as error:
+        raise BasisFileError(
+            f"'{path}' is truncated or not a basis file ({error}). Basis files are written by InteractionGraph.save "
+            "and by LIBCallback."
+        ) from error
+
+
+def content_hash(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+    """SHA-256 over header and tensors, independent of the order they are stored in.
+
+    Args:
+        tensors: Tensors by name.
+        header: The header without the hash.
+
+    Returns:
+        The hash in hexadecimal.
+    """
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True, allow_nan=False).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check_header(path: Path, header: Any) -> None:
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise BasisFileError(f"'{path}' is a safetensors file, but not a basis file of lib-lightning.")
+    version = header.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise BasisFileError(
+            f"'{path}' has format version {version}; this lib-lightning reads up to {FORMAT_VERSION}. "
+            "Update it: pip install --upgrade lib-lightning."
+        )

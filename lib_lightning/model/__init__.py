@@ -1,0 +1,1 @@
+"""Running an unmodified module, and cutting it at node layers."""

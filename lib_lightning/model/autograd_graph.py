@@ -1,0 +1,196 @@
+"""All ways through a computation, as autograd keeps them, and the results that every one of them passes."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
+
+# Operations that mix features or positions, by what autograd calls them; all others only reshape, scale or bend.
+_MIXING = re.compile(r"mm|Mm|Mv|Dot|Conv|Linear|Rnn|Attention|MatMul|Matmul")
+# Operations that leave every number where it is, as long as the shape is the same in the end.
+_IDLE = re.compile(r"^(AccumulateGrad|Clone|Alias|Slice|Squeeze|Unsqueeze|View|UnsafeView|ReshapeAlias)")
+# Operations that autograd describes: where it names nothing that they have saved, there is nothing.
+_SHOWN = re.compile(r"Backward\d$|::(AccumulateGrad|CopyBackwards)$")
+
+
+class Edge(NamedTuple):
+    """A result, as autograd knows it.
+
+    Attributes:
+        node: The operation that made it.
+        output: Which of the operation's results it is.
+    """
+
+    node: Node
+    output: int
+
+
+class PathNode(NamedTuple):
+    """A result on the way from the sources to the output.
+
+    Attributes:
+        edge: Which.
+        unavoidable: Whether every path passes it.
+        stage: Mixing operations before it.
+        step: Operations before it that change more than a layout.
+        uses: Operations on the way that use it.
+    """
+
+    edge: Edge
+    unavoidable: bool
+    stage: int
+    step: int
+    uses: int
+
+
+def edge_of(t: Tensor) -> Edge:
+    """The result that a tensor holds.
+
+    Args:
+        t: A tensor that requires a gradient.
+
+    Returns:
+        The result as autograd knows it at the moment; writing to the tensor in place makes it another one.
+    """
+    edge = get_gradient_edge(t)
+    return Edge(edge.node, edge.output_nr)
+
+
+def shape_of(edge: Edge) -> torch.Size:
+    """The shape of a result that only autograd knows.
+
+    Args:
+        edge: The result.
+
+    Returns:
+        Its shape.
+
+    Example:
+        >>> shape_of(edge_of(torch.ones(2, 3, requires_grad=True)))
+        torch.Size([2, 3])
+    """
+    # Not public, but where torch.autograd.grad itself looks.
+    return torch.Size(edge.node._input_metadata[edge.output].shape)
+
+
+def path_nodes(sources: Sequence[Edge], output: Edge) -> list[PathNode]:
+    """All results that lie on some path from the sources to the output, in an order in which paths only lead forwards.
+
+    What no step leads across, in such an order, is passed by every path. (Had a step led across, it could be extended
+    to a path that avoids it.)
+
+    Args:
+        sources: Where paths begin.
+        output: Where they end.
+
+    Returns:
+        The results, in forward order.
+    """
+    begin = {source.node for source in sources}
+    inputs: dict[Node, list[Edge]] = {}
+    for node in topological_order(output.node):
+        edges = [Edge(before, k) for before, k in node.next_functions if before in inputs]
+        if edges or node in begin:
+            inputs[node] = edges
+    if output.node not in inputs:
+        return []
+    users: dict[Edge, set[Node]] = defaultdict(set)
+    for node, edges in inputs.items():
+        for edge in edges:
+            users[edge].add(node)
+    users[output] |= set()
+    results: dict[Node, list[Edge]] = defaultdict(list)
+    for edge in users:
+        results[edge.node].append(edge)
+    place: dict[Node | Edge, int] = {}
+    for node in inputs:
+        place[node] = len(place)
+        for edge in results[node]:
+            place[edge] = len(place)
+    parts = []
+    stage = step = 0
+    furthest = max(place[node] for node in begin if node in place)
+    for node in inputs:
+        stage += bool(_MIXING.search(node.name()))
+        step += not _IDLE.search(node.name())
+        furthest = max([furthest, *(place[edge] for edge in results[node])])
+        for edge in results[node]:
+            parts.append(PathNode(edge, furthest <= place[edge], stage, step, len(users[edge])))
+            furthest = max([furthest, *(place[user] for user in users[edge])])
+    return parts
+
+
+@cache
+def saved_names(operation: type[Node]) -> list[str]:
+    """Names under which autograd shows what an operation has saved for its derivative.
+
+    Args:
+        operation: The type of a node in autograd's graph.
+
+    Returns:
+        Names of the node's attributes.
+
+    Example:
+        >>> saved_names(type(torch.ones(2, requires_grad=True).exp().grad_fn))
+        ['_saved_result']
+    """
+    return [name for name in dir(operation) if name.startswith("_saved_") or name == "saved_tensors"]
+
+
+def saved_tensors_intact(output: Tensor) -> bool:
+    """Tell whether a computation can still be differentiated, by what autograd shows of it, without doing so.
+
+    Args:
+        output: Its result.
+
+    Returns:
+        True if nothing has been written to what its operations have saved; False if so, or if one does not show it.
+
+    Example:
+        >>> x, weight = torch.ones(2, requires_grad=True), torch.ones(2)
+        >>> y = x * weight
+        >>> saved_tensors_intact(y), weight.add_(1), saved_tensors_intact(y)
+        (True, tensor([2., 2.]), False)
+    """
+    if output.grad_fn is None:
+        return True
+    for node in topological_order(output.grad_fn):
+        names = saved_names(type(node))
+        if not names and _SHOWN.search(node.name()) is None:
+            return False
+        try:
+            for name in names:
+                getattr(node, name)
+        except RuntimeError:  # as a derivative would raise
+            return False
+    return True
+
+
+def topological_order(last: Node) -> list[Node]:
+    """All operations that lead to one, each after those it uses.
+
+    Args:
+        last: The operation that they lead to.
+
+    Returns:
+        The operations, ``last`` at the end.
+    """
+    order: dict[Node, None] = {}
+    stack = [(last, False)]
+    while stack:
+        node, complete = stack.pop()
+        if complete:
+            order[node] = None
+        elif node not in order:
+            stack.append((node, True))
+            stack += [
+                (before, False) for before, _ in node.next_functions if before is not None and before not in order
+            ]
+    return list(order)

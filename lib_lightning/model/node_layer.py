@@ -1,0 +1,261 @@
+"""Node layers: which activations of a model are looked at, and how they read as samples, positions and features."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lib_lightning.errors import NodeLayerError
+
+INPUT, OUTPUT = "input", "output"
+
+
+@dataclass(frozen=True)
+class NodeLayer:
+    """One cut through a model: everything after it sees the model's input only through its activations.
+
+    A plain string stands for the common cases: ``"module.path"`` is that module's output, ``"module.path:input"``
+    its input, ``"input"`` and ``"output"`` are the model's own; ``"module.path#1"`` is the second call of a module that
+    runs several times in one forward pass. This class is for the rest.
+
+    Args:
+        taps: Where the activations are read, one string as above for each tensor; several are concatenated along the
+            feature axis.
+        name: What to call the node layer; by default its taps joined by ``+``.
+        positions: Which positions (tokens, pixels) to look at: an index or a list of indices into the flattened
+            positions, negative ones counted from the end; all of them by default.
+        feature_dim: The axis that holds the features. By default axis 1 of four-dimensional tensors (channels first
+            images) and the last axis of all others.
+
+    Raises:
+        NodeLayerError: If there is no tap, or a tap has an empty module path.
+
+    Example:
+        >>> NodeLayer(["left", "right"], positions=-1).name
+        'left+right'
+        >>> NodeLayer(["conv:input"], name="pixels").taps
+        ('conv:input',)
+    """
+
+    taps: str | Sequence[str]
+    name: str = ""
+    positions: int | Sequence[int] | None = None
+    feature_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        taps = (self.taps,) if isinstance(self.taps, str) else tuple(self.taps)
+        if not taps:
+            raise NodeLayerError("A node layer needs at least one tap, such as 'module.path' or 'output'.")
+        for tap in taps:
+            split_tap(tap)
+        object.__setattr__(self, "taps", taps)
+        if self.positions is not None and not isinstance(self.positions, int):
+            object.__setattr__(self, "positions", tuple(int(p) for p in self.positions))
+            if not self.positions:
+                raise NodeLayerError("positions is an index or a list of at least one; leave it out for all of them.")
+        object.__setattr__(self, "name", self.name or "+".join(taps))
+
+    def read(self, tensors: Sequence[Tensor]) -> Tensor:
+        """View the tapped tensors as one array of samples, positions and features.
+
+        Args:
+            tensors: One tensor for each tap, the batch on axis 0.
+
+        Returns:
+            Activations ``a`` of shape ``(n, S, d)``; differentiable with respect to ``tensors``.
+
+        Raises:
+            NodeLayerError: If the tensors cannot be read that way.
+
+        Example:
+            >>> NodeLayer(["conv"]).read([torch.zeros(2, 3, 5, 5)]).shape
+            torch.Size([2, 25, 3])
+        """
+        rows = [self._to_rows(tensor) for tensor in tensors]
+        if len({row.shape[:2] for row in rows}) > 1:
+            shapes = ", ".join(f"{tap} {tuple(t.shape)}" for tap, t in zip(self.taps, tensors, strict=True))
+            raise NodeLayerError(
+                f"The taps of node layer '{self.name}' differ in samples or positions and cannot be joined: {shapes}."
+            )
+        a = torch.cat(rows, dim=-1) if len(rows) > 1 else rows[0]
+        return self.positions_of(a)
+
+    def write(self, values: Tensor, into: Sequence[Tensor]) -> list[Tensor]:
+        """Put activations back into the layout of the tapped tensors: the inverse of `read`.
+
+        Args:
+            values: Activations of shape ``(n, S, d)``.
+            into: One tensor for each tap; positions that are not looked at keep its values. Not modified.
+
+        Returns:
+            New tensors with the shapes of ``into``.
+
+        Example:
+            >>> layer, tokens = NodeLayer(["block"], positions=-1), torch.zeros(1, 3, 2)
+            >>> layer.write(torch.ones(1, 1, 2), [tokens])[0].sum(dim=(0, 2))
+            tensor([0., 0., 2.])
+        """
+        rows = [self._to_rows(tensor) for tensor in into]
+        parts = values.split([row.shape[-1] for row in rows], dim=-1)
+        written = []
+        for tensor, row, part in zip(into, rows, parts, strict=True):
+            if self.positions is not None:
+                index = self._position_index(row.shape[1], row.device)
+                part = row.clone().index_copy(1, index, part.to(row.dtype))
+            written.append(self._from_rows(part, tensor.shape))
+        return written
+
+    def only(self, tap: int) -> NodeLayer:
+        """The same node layer with one of its taps."""
+        return self if len(self.taps) == 1 else replace(self, taps=[self.taps[tap]])
+
+    def width(self, tensor: Tensor) -> int:
+        """Number of features in a tapped tensor."""
+        return self._to_rows(tensor).shape[-1]
+
+    def select(self, mask: Tensor, tensors: Sequence[Tensor]) -> Tensor | None:
+        """Match a mask of the batch's positions with the positions that are looked at.
+
+        Args:
+            mask: True at positions that count, shape ``(n, S)`` with the ``S`` positions of the batch.
+            tensors: One tensor for each tap.
+
+        Returns:
+            A mask ``(n, S)`` for the activations that `read` gives; None for a single position per sample, such as
+            after pooling, of which nothing is padding.
+
+        Raises:
+            NodeLayerError: If the node layer has yet another number of positions.
+        """
+        n, S, _ = self._to_rows(tensors[0]).shape
+        if S == 1 and self.positions is None and mask.shape != (n, 1):
+            return None
+        if mask.shape != (n, S):
+            raise NodeLayerError(
+                f"The mask has shape {tuple(mask.shape)}, but node layer '{self.name}' has {n} samples and {S} "
+                "positions: a mask marks the positions of every node layer that has more than one."
+            )
+        return mask if self.positions is None else mask[:, self._position_index(S, mask.device)]
+
+    def _feature_axis(self, ndim: int) -> int:
+        if self.feature_dim is not None:
+            return self.feature_dim
+        return 1 if ndim == 4 else -1
+
+    def _to_rows(self, tensor: Tensor) -> Tensor:
+        if tensor.ndim == 0:
+            raise NodeLayerError(
+                f"Node layer '{self.name}' is a single number; it needs a batch axis. Tap it before the reduction."
+            )
+        if tensor.ndim == 1:
+            return tensor.reshape(-1, 1, 1)
+        axis = self._feature_axis(tensor.ndim)
+        if not -tensor.ndim <= axis < tensor.ndim or axis in (0, -tensor.ndim):
+            raise NodeLayerError(
+                f"feature_dim={axis} of node layer '{self.name}' is not a feature axis of shape {tuple(tensor.shape)}."
+            )
+        moved = tensor.movedim(axis, -1)
+        return moved.reshape(moved.shape[0], math.prod(moved.shape[1:-1]), moved.shape[-1])
+
+    def _from_rows(self, rows: Tensor, shape: torch.Size) -> Tensor:
+        if len(shape) == 1:
+            return rows.reshape(shape)
+        axis = self._feature_axis(len(shape))
+        moved_shape = torch.empty(shape, device="meta").movedim(axis, -1).shape
+        return rows.reshape(moved_shape).movedim(-1, axis)
+
+    def positions_of(self, rows: Tensor) -> Tensor:
+        """Select the positions that are looked at: ``(n, S_all, d)`` to ``(n, S, d)``."""
+        return rows if self.positions is None else rows[:, self._position_index(rows.shape[1], rows.device)]
+
+    def _position_index(self, size: int, device: torch.device) -> Tensor:
+        assert self.positions is not None
+        wanted = (self.positions,) if isinstance(self.positions, int) else self.positions
+        if any(not -size <= p < size for p in wanted):
+            raise NodeLayerError(f"Node layer '{self.name}' has {size} positions; {list(wanted)} asks for others.")
+        return torch.tensor([p % size for p in wanted], device=device)
+
+
+def as_node_layers(specs: Sequence[str | NodeLayer]) -> list[NodeLayer]:
+    """Turn a user's list of node layers into `NodeLayer` objects with unique names.
+
+    Args:
+        specs: Strings or node layers, in forward order.
+
+    Returns:
+        One node layer for each entry.
+
+    Raises:
+        NodeLayerError: If there are fewer than two, or two of them share a name.
+
+    Example:
+        >>> [layer.name for layer in as_node_layers(["fc1:input", "output"])]
+        ['fc1:input', 'output']
+    """
+    if isinstance(specs, str) or len(specs) < 2:
+        raise NodeLayerError(f"At least two node layers are needed to have something between them; got {specs!r}.")
+    layers = [spec if isinstance(spec, NodeLayer) else _as_node_layer(spec) for spec in specs]
+    names = [layer.name for layer in layers]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise NodeLayerError(f"Node layers must differ in name; {', '.join(repeated)} is given more than once.")
+    return layers
+
+
+def _as_node_layer(spec: object) -> NodeLayer:
+    taps = [spec] if isinstance(spec, str) else spec
+    if not isinstance(taps, (list, tuple)) or not all(isinstance(tap, str) for tap in taps):
+        raise NodeLayerError(
+            f"{spec!r} is no node layer: it is a string such as 'module.path', a list of those, or a NodeLayer."
+        )
+    return NodeLayer(taps)
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A tap, taken apart.
+
+    Attributes:
+        path: Path of the module; empty for the model itself.
+        side: ``"input"`` or ``"output"``.
+        call: Which of the module's calls in one forward pass, from 0; None where it has to be the only one.
+    """
+
+    path: str
+    side: str
+    call: int | None
+
+
+def split_tap(tap: str) -> Tap:
+    """Take a tap apart.
+
+    Args:
+        tap: ``"module.path"``, ``"module.path:input"``, ``"module.path:output"``, ``"input"`` or ``"output"``; after
+            the path may stand the number of a call, ``"module.path#1:input"``.
+
+    Returns:
+        Its parts.
+
+    Raises:
+        NodeLayerError: If the tap is not of that form.
+
+    Example:
+        >>> split_tap("fc1:input"), split_tap("fc1#2"), split_tap("output")
+        (Tap(path='fc1', side='input', call=None),
+         Tap(path='fc1', side='output', call=2),
+         Tap(path='', side='output', call=None))
+    """
+    if tap in (INPUT, OUTPUT):
+        return Tap("", tap, None)
+    place, colon, side = tap.partition(":")
+    path, number, call = place.partition("#")
+    if not path or (colon and side not in (INPUT, OUTPUT)) or (number and not call.isdecimal()):
+        raise NodeLayerError(
+            f"'{tap}' is not a tap: write 'module.path' for a module's output, 'module.path:input' for its input, "
+            "'module.path#1' for the second of several calls, or 'input' or 'output' for the model's own."
+        )
+    return Tap(path, side or OUTPUT, int(call) if number else None)

@@ -1,0 +1,137 @@
+"""How importance falls from feature to feature: one panel for each node layer, one line for each basis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator
+from torch import Tensor
+
+from lib_lightning.algorithm.basis import Basis
+from lib_lightning.plots.palette import BASIS_NAMES, MUTED, basis_styles
+from lib_lightning.plots.panels import add_entries, panels
+from lib_lightning.plots.text_metrics import DPI, shorten
+
+# The share of a layer's largest importance below which nothing is drawn.
+FLOOR = 1e-6
+# Points between features: where they are closer, only the unsure ones keep their marks.
+_LEAST_SPACING = 3.0
+_WORDS = 8.5
+# Where numbers stand, in plain letters: to set powers as formulas takes longer than all the rest of the figure.
+_TICKS = {1.0: "1", 1e-2: "10⁻²", 1e-4: "10⁻⁴", FLOOR: "10⁻⁶"}
+_FLOOR_LINE: dict[str, Any] = {"lw": 0.9, "ls": (0, (4, 2))}
+
+
+def draw_spectrum(bases: Mapping[str, Sequence[Basis]], title: str = "Importance of features") -> Figure:
+    """Draw importance spectra.
+
+    Each basis is measured by its own largest importance in the layer, since those of different bases are different
+    quantities. Bands reach two standard errors up and down, and features whose direction the samples do not fix are
+    hollow, where the bases know them.
+
+    Args:
+        bases: For the name of each basis ("lib", "pca", "neuron") what it is in the node layers.
+        title: Title of the figure.
+
+    Returns:
+        A matplotlib figure that pyplot does not know of.
+
+    Example:
+        >>> import torch
+        >>> from lib_lightning.algorithm.basis import neuron_basis
+        >>> figure = draw_spectrum({"neuron": [neuron_basis("fc", torch.zeros(3), torch.eye(3))]})
+        >>> len(figure.axes)
+        1
+    """
+    layers = list(dict.fromkeys(basis.name for layer in bases.values() for basis in layer))
+    styles = basis_styles(list(bases))
+    all_bases = [basis for layer in bases.values() for basis in layer]
+    unsure = any(basis.unsure is not None and bool(basis.unsure.any()) for basis in all_bases)
+    banded = any(np.isfinite(_errors(basis)).any() for basis in all_bases)
+    explained = [
+        (Line2D([], [], color=MUTED, lw=7, alpha=0.3, solid_capstyle="butt"), "± 2 standard errors", banded),
+        (
+            Line2D([], [], ls="", marker="o", color=MUTED, markerfacecolor="white", ms=6),
+            "direction not fixed by the samples",
+            unsure,
+        ),
+    ]
+    meaning = [(mark, label) for mark, label, there in explained if there]
+    lines = [
+        (Line2D([], [], color=styles[name][0], marker=styles[name][1], ms=5, lw=1.6), BASIS_NAMES.get(name, name))
+        for name in bases
+    ]
+    lines.append((Line2D([], [], color=MUTED, **_FLOOR_LINE), "not drawn below"))
+    entries = [lines, meaning] if meaning else [lines]
+
+    figure, all_axes = panels(
+        layers, title, "features by importance; the largest of each basis is 1", "importance", len(entries)
+    )
+    for axes, layer in zip(all_axes, layers, strict=True):
+        here = {name: basis for name, of_layers in bases.items() for basis in of_layers if basis.name == layer}
+        _frame(axes, max(basis.n_features for basis in here.values()))
+        # Where bases agree all stay visible: the first ones lie on top, and are the thinnest.
+        cut = {name: _draw_line(axes, here[name], styles[name], k) for k, name in enumerate(here)}
+        below = ", ".join(f"{n:,} {BASIS_NAMES.get(name, name)}" for name, n in cut.items() if n)
+        if below:
+            words = shorten(f"below: {below}", 0.95 * 72 * axes.bbox.width / DPI, _WORDS)
+            axes.text(
+                0.03, 0.02, words, transform=axes.transAxes, fontsize=_WORDS, color=MUTED, parse_math=False
+            )  # fmt: skip
+    add_entries(figure, entries)
+    return figure
+
+
+def _frame(axes: Axes, longest: int) -> None:
+    axes.set_xlim(1 - 0.03 * longest - 0.3, longest + 0.03 * longest + 0.3)
+    axes.set_yscale("log")
+    axes.set_ylim(0.03 * FLOOR, 3)
+    axes.yaxis.set_major_locator(FixedLocator(list(_TICKS)))
+    axes.yaxis.set_major_formatter(FixedFormatter(list(_TICKS.values())))
+    axes.axhline(FLOOR, color=MUTED, zorder=1, **_FLOOR_LINE)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+
+
+def _draw_line(axes: Axes, basis: Basis, style: tuple[str, str], depth: int) -> int:
+    """Draw one spectrum down to the floor, and count the features below it."""
+    importance = _array(basis.importance)
+    largest = importance.max(initial=0.0)
+    if largest <= 0:
+        return len(importance)
+    order = np.argsort(-importance, kind="stable")
+    share = importance[order] / largest
+    error = _errors(basis)[order] / largest
+    unsure = np.zeros(len(order), dtype=bool) if basis.unsure is None else _array(basis.unsure).astype(bool)[order]
+    count = int((share >= FLOOR).sum())
+    x, share, error, unsure = np.arange(1, count + 1), share[:count], error[:count], unsure[:count]
+    color, marker = style
+    known = np.isfinite(error)
+    z = 4 - depth / 10
+    low, high = np.maximum(share - 2 * error, FLOOR), share + 2 * error
+    axes.fill_between(x, low, high, where=known, color=color, alpha=0.25, lw=0, zorder=2)
+    axes.plot(x, share, color=color, lw=1.7 + 0.8 * depth, zorder=z)
+    spacing = axes.bbox.width * 72 / DPI / np.ptp(axes.get_xlim())
+    size = float(np.clip(spacing, 3.0, 5.0 + 1.5 * depth))
+    sure = ~unsure & (spacing >= _LEAST_SPACING)
+    for chosen, face in ((sure, color), (unsure, "white")):
+        axes.plot(
+            x[chosen], share[chosen], marker, ms=size, color=color, markerfacecolor=face, mew=1.0, zorder=z + 0.01
+        )
+    return len(order) - count
+
+
+def _errors(basis: Basis) -> np.ndarray:
+    """Standard errors, NaN for those that are none."""
+    if basis.importance_error is None:
+        return np.full(basis.n_features, np.nan)
+    error = _array(basis.importance_error)
+    return np.where(error >= 0, error, np.nan)
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return np.asarray(tensor.detach().cpu().double().numpy())

@@ -1,0 +1,214 @@
+"""Kept graphs: one forward pass where memory allows, the same numbers, and nothing stale or left over."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lib_lightning import compute_interaction_graph
+from lib_lightning.algorithm.build import build_graph
+from lib_lightning.algorithm.config import LIBConfig
+from lib_lightning.algorithm.memory_plan import MemoryPlan, Workload, plan_memory
+from lib_lightning.jacobian.section import Section
+from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.node_layer import as_node_layers
+from tests.cases import Case
+from tests.jacobian.test_closed_form import IO, assert_equal, built, built_of
+
+LAYERS = ["input", "norm", "output"]
+
+
+class Counting(nn.Module):
+    """Of its two sections the first has no closed form."""
+
+    def __init__(self, scale: Callable[[nn.Module, Tensor], Tensor | float] = lambda model, x: 1.0) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 3)
+        self.scale = scale
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        calls.append(len(x))
+        return self.last(torch.tanh(self.norm(self.first(x) * self.scale(self, x))))
+
+
+calls: list[int] = []
+
+
+def batches(*sizes: int) -> list[Tensor]:
+    # Each larger than the one before: what depends on a batch's size of numbers differs.
+    return [3**k * torch.randn(n, 5).double() for k, n in enumerate(sizes)]
+
+
+def test_kept_graphs_give_the_same_numbers(case: Case) -> None:
+    plain = built_of(case, chunks=MemoryPlan(), closed_forms=False)
+    assert_equal(built_of(case, chunks=MemoryPlan(keep=True), closed_forms=False), plain)
+    assert_equal(built_of(case, chunks=MemoryPlan(keep=True, jacobians=2**24), closed_forms=False), plain)
+
+
+@pytest.mark.parametrize(
+    ("closed_forms", "keep", "expected"),
+    [
+        (False, True, [4, 4, 2]),
+        (True, True, [4, 4, 4, 2]),  # a few samples of the first batch to read weights off
+        (False, False, [4, 4, 2] * 4),  # moments, two bases, edges
+    ],
+)
+def test_one_forward_pass_where_memory_allows(closed_forms: bool, keep: bool, expected: list[int]) -> None:
+    model, x = Counting(), batches(4, 4, 2)
+    calls.clear()
+    built(model, x, LAYERS, closed_forms, MemoryPlan(keep=keep))
+    assert calls == expected
+
+
+def test_integrated_gradients_keep_nothing() -> None:
+    model, x = Counting(), batches(4, 4)
+    kept = built(model, x, LAYERS, integration_steps=2)
+    assert_equal(kept, built(model, x, LAYERS, chunks=MemoryPlan(), closed_forms=False, integration_steps=2))
+
+
+def test_jacobians_are_kept_where_they_are_affordable(monkeypatch: pytest.MonkeyPatch) -> None:
+    products: list[Tensor] = []
+    plain = Section.vjp
+
+    def noted(self: Section, cotangents: Tensor) -> Tensor:
+        products.append(cotangents)
+        return plain(self, cotangents)
+
+    monkeypatch.setattr(Section, "vjp", noted)
+    model, x = Counting(), batches(10)
+    r = built(model, x, LAYERS).bases[1].n_features
+    # Gradients of each feature, over 10 samples, of as many numbers of 8 bytes as the node layer is wide.
+    needed = 8 * 10 * 3 * 6, 8 * 10 * r * 5
+    count = {}
+    for jacobians in (0, needed[0], sum(needed)):
+        products.clear()
+        built(model, x, LAYERS, False, MemoryPlan(keep=True, jacobians=jacobians, stack_elements=1))
+        count[jacobians] = len(products)
+    # The last section comes first; what is left is then too little for the other one.
+    assert count[0] > count[needed[0]] > count[sum(needed)] == 3 + r
+
+
+def test_memory_decides_what_is_kept() -> None:
+    model, x = Counting(), torch.randn(2000, 5).double()
+    instrumented = InstrumentedModel(model, as_node_layers(LAYERS))
+    plans = [plan_memory(instrumented, x, limit, Workload(len(x), lib=True)) for limit in (10**5, 10**7, 10**9)]
+    assert [plan.keep for plan in plans] == [False, True, True]
+    assert plans[0].jacobians == 0 < plans[1].jacobians < plans[2].jacobians
+    assert not plan_memory(instrumented, x, 10**9).keep, "of how many samples nobody knows"
+    seen = {}
+    for limit in (0.1, 1e-4):
+        calls.clear()
+        compute_interaction_graph(model, [x], LAYERS, memory_limit=limit)
+        seen[limit] = sum(calls)
+    # Checks and chunks look at the batch a few times before; then moments, two bases and edges.
+    assert seen[1e-4] >= seen[0.1] + 3 * len(x)
+
+
+def state_of(model: nn.Module) -> Tensor:
+    state = model.holder[0]["state"] if hasattr(model, "holder") else model.state
+    assert isinstance(state, Tensor)
+    return state
+
+
+def in_place(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return state_of(model).fill_(float(x.abs().mean()))
+
+
+def past_autograd(model: nn.Module, x: Tensor) -> Tensor:
+    state_of(model).data.fill_(float(x.detach().abs().mean()))
+    return state_of(model)
+
+
+def in_a_cache_that_grows(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        if not hasattr(model, "cache") or len(model.cache) < len(x):
+            model.cache = torch.zeros(len(x), 1).double()
+        cache = model.cache[: len(x)]
+        assert isinstance(cache, Tensor)
+        return cache.fill_(float(x.abs().mean()))
+
+
+@pytest.mark.parametrize("place", ["attribute", "buffer", "inside"])
+@pytest.mark.parametrize("write", [in_place, past_autograd, in_a_cache_that_grows])
+def test_graphs_that_later_batches_write_over_are_not_used(
+    write: Callable[[nn.Module, Tensor], Tensor], place: str
+) -> None:
+    model, x, state = Counting(write), batches(4, 8, 8), torch.ones(1, 1).double()
+    if place == "buffer":
+        model.register_buffer("state", state)
+    elif place == "inside":
+        model.holder = [{"state": state}]
+    else:
+        model.state = state
+    assert_equal(built(model, x, LAYERS), built(model, x, LAYERS, closed_forms=False, chunks=MemoryPlan()))
+
+
+def test_a_note_of_the_last_batch_costs_no_pass() -> None:
+    def note(model: nn.Module, x: Tensor) -> float:
+        model.latest = x.detach().mean()
+        model.count = model.count + 1 if hasattr(model, "count") else torch.zeros(())
+        return 1.0
+
+    calls.clear()
+    built(Counting(note), batches(4, 4), LAYERS)
+    assert calls == [4, 4, 4]
+
+
+@pytest.mark.parametrize("value", ["sparse", "nan", "empty", "bool"])
+def test_buffers_of_all_kinds_do_not_stand_in_the_way(value: str) -> None:
+    buffer = {
+        "sparse": torch.eye(3).to_sparse(), "nan": torch.full((2,), torch.nan), "empty": torch.zeros(0),
+        "bool": torch.tensor([True, False]),
+    }[value]  # fmt: skip
+    model, x = Counting(), batches(4, 4)
+    model.register_buffer("buffer", buffer)
+    calls.clear()
+    built(model, x, LAYERS)
+    assert calls == [4, 4, 4]
+
+
+def test_no_graph_outlives_the_computation() -> None:
+    made: list[weakref.ref[Witness]] = []
+
+    class Witness:
+        """Lives as long as the operation that it is hung on."""
+
+        def __call__(self, gradients: object) -> None:
+            return None
+
+    class Noting(Counting):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            if y.grad_fn is not None:
+                witness = Witness()
+                y.grad_fn.register_prehook(witness)
+                made.append(weakref.ref(witness))
+            return y
+
+    model, x = Noting(), batches(40, 40)
+    gc.collect()
+    gc.disable()
+    try:
+        compute_interaction_graph(model, x, LAYERS)
+        assert made
+        assert all(reference() is None for reference in made), "without the help of the garbage collector"
+    finally:
+        gc.enable()
+
+
+def test_random_numbers_are_as_before() -> None:
+    model, x = Counting(), batches(40, 40)
+    before = torch.get_rng_state()
+    compute_interaction_graph(model, x, LAYERS)
+    assert torch.equal(torch.get_rng_state(), before)
+    instrumented = InstrumentedModel(model, as_node_layers(IO))
+    plain = built(model, x, IO, n_probes=2)
+    torch.manual_seed(5)
+    assert_equal(build_graph(instrumented, x, LIBConfig(rtol=1e-11, n_probes=2)), plain)

@@ -1,0 +1,89 @@
+"""Modules that their user has hooked already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lib_lightning import compute_interaction_graph
+from tests.integration.oracle import RTOL, assert_exact, assert_same_graph, dense, lively
+from tests.integration.state_check import Found
+from tests.integration.test_state_check import mlp
+
+
+class Log:
+    """What hooks have seen, in order."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[str, list[float]]] = []
+
+    def hook(self, name: str, scale: float | None = None) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            self.entries.append((name, output.flatten().tolist()))
+            return None if scale is None else output * scale
+
+        return hook
+
+
+def test_hooks_of_the_user_work_in_their_order_with_values_as_before() -> None:
+    x, log = torch.randn(20, 4).double(), Log()
+    model = lively(mlp())
+    model[0].register_forward_hook(log.hook("doubles", 2.0))
+    model[0].register_forward_hook(log.hook("sees doubled"))
+    model[0].register_forward_hook(log.hook("first"), prepend=True)
+    model[2].register_forward_pre_hook(lambda _, args: (args[0] + 1,))
+    model[2].register_forward_hook(log.hook("second"))
+    with torch.no_grad():
+        model(x)
+    expected, log.entries = log.entries, []
+    found = Found(model)
+    graph = compute_interaction_graph(model, [x], ["input", "0", "2:input", "2", "output"], rtol=RTOL)
+    found.assert_same()
+    assert [name for name, _ in log.entries[:4]] == ["first", "doubles", "sees doubled", "second"]
+    # The passes over the whole batch as it is (others hold the node layers to account, on three samples).
+    whole = [entry for entry in log.entries if len(entry[1]) == len(expected[0][1]) or len(entry[1]) == 20 * 5]
+    assert all(entry in expected for entry in whole)
+    assert len(whole) >= 4
+    log.entries.clear()
+    with torch.no_grad():
+        model(x)
+    assert log.entries == expected
+    assert_exact(graph, *dense(model, x, ["input", "0", "2:input", "2", "output"]))
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.f, self.head = nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        return self.head(x + torch.tanh(self.f(self.norm(x))))
+
+
+@pytest.mark.parametrize("scale", [None, 3.0])
+def test_backward_hooks_of_the_user_rest(scale: float | None) -> None:
+    # They are about the gradients of training: ours are none of their business, nor may they change them. Around
+    # modules that have them, torch hands on views, which cannot be cut in place.
+    model, x, calls = lively(ResidualBlock()), torch.randn(20, 4).double(), []
+    layers = ["input", "norm:input", "head:input", "output"]
+    expected = compute_interaction_graph(model, [x], layers)
+
+    def change(_: nn.Module, grads: tuple[Tensor, ...], *more: Any) -> Any:
+        calls.append(1)
+        return None if scale is None else tuple(scale * grad for grad in grads)
+
+    for module in (model, model.embed, model.f):
+        module.register_full_backward_hook(change)
+        module.register_full_backward_pre_hook(change)
+    found = Found(model)
+    graph = compute_interaction_graph(model, [x], layers)
+    found.assert_same()
+    assert not calls
+    assert_same_graph(graph, expected)
+    model(x.requires_grad_()).sum().backward()
+    assert len(calls) == 6

@@ -1,0 +1,190 @@
+"""Basis files: whole or not at all, exact, and suspicious of everything else."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from lib_lightning import InteractionGraph, compute_interaction_graph
+from lib_lightning.graph import Lineages
+from lib_lightning.io.basis_file import BasisFileError, read_file, write_bytes, write_file
+
+
+@pytest.fixture
+def graph() -> InteractionGraph:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    graph = compute_interaction_graph(model, [torch.randn(20, 4)], ["input", "1", "output"], n_probes=2)
+    graph.info |= {"step": 12, "epoch": 3}
+    return graph
+
+
+def test_loading_gives_back_every_bit(graph: InteractionGraph, tmp_path: Path) -> None:
+    graph.save(tmp_path / "deep" / "graph.safetensors")
+    loaded = InteractionGraph.load(tmp_path / "deep" / "graph.safetensors")
+    assert loaded.info == graph.info
+    assert loaded.node_layers == graph.node_layers
+    for name, basis in graph.bases.items():
+        assert loaded.bases[name].kind == basis.kind
+        for key in ("mean", "to_features", "from_features", "importance"):
+            assert torch.equal(getattr(loaded.bases[name], key), getattr(basis, key))
+    assert all(torch.equal(loaded.edges[pair], E) for pair, E in graph.edges.items())
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["graph.safetensors"]
+
+
+def test_probes_and_lineages_come_back(graph: InteractionGraph, tmp_path: Path) -> None:
+    r = graph.bases["1"].n_features
+    graph.probes = {"1": torch.randn(7, r).half()}
+    similarity = torch.rand(r, dtype=torch.float64)
+    similarity[0] = torch.nan
+    graph.lineages = {"1": Lineages(torch.arange(r) + 3, similarity, torch.full((r,), -1))}
+    graph.save(tmp_path / "graph.safetensors")
+    loaded = InteractionGraph.load(tmp_path / "graph.safetensors")
+    assert list(loaded.probes) == list(loaded.lineages) == ["1"]
+    assert torch.equal(loaded.probes["1"], graph.probes["1"])
+    for key, tensor in vars(graph.lineages["1"]).items():
+        assert torch.equal(getattr(loaded.lineages["1"], key).nan_to_num(-7), tensor.nan_to_num(-7))
+
+
+def test_errors_modules_and_labels_come_back(graph: InteractionGraph, tmp_path: Path) -> None:
+    graph.modules = {"1": torch.arange(graph.bases["1"].n_features) % 2 - 1}
+    graph.labels = {"output": ["cat", "", "dog"]}
+    graph.save(tmp_path / "graph.safetensors")
+    loaded = InteractionGraph.load(tmp_path / "graph.safetensors")
+    assert list(loaded.edge_errors) == list(graph.edge_errors) == list(graph.edges)
+    assert all(torch.equal(loaded.edge_errors[pair], error) for pair, error in graph.edge_errors.items())
+    for name in ("input", "1"):
+        for key in ("importance_error", "unsure"):
+            assert torch.equal(getattr(loaded.bases[name], key), getattr(graph.bases[name], key))
+    assert torch.equal(loaded.bases["output"].importance_error, graph.bases["output"].importance_error)
+    assert loaded.bases["output"].unsure is None
+    assert list(loaded.modules) == ["1"]
+    assert torch.equal(loaded.modules["1"], graph.modules["1"])
+    assert loaded.labels == graph.labels
+    assert graph.replicates is not None
+    assert loaded.replicates is None
+
+
+def test_files_without_errors_load(graph: InteractionGraph, tmp_path: Path) -> None:
+    graph.save(tmp_path / "graph.safetensors")
+    tensors, header = read_file(tmp_path / "graph.safetensors")
+    bare = {name: t for name, t in tensors.items() if not name.endswith(("_error", "unsure")) and "errors" not in name}
+    assert len(bare) < len(tensors)
+    header = {key: header[key] for key in ("layers", "kinds", "info")}
+    write_file(tmp_path / "bare.safetensors", bare, header)
+    loaded = InteractionGraph.load(tmp_path / "bare.safetensors")
+    assert (loaded.edge_errors, loaded.modules, loaded.labels) == ({}, {}, {})
+    assert [(b.importance_error, b.unsure) for b in loaded.bases.values()] == [(None, None)] * 3
+    loaded.save(tmp_path / "again.safetensors")
+    assert set(read_file(tmp_path / "again.safetensors")[0]) == set(bare)
+    assert loaded.bases["1"].to("cpu").unsure is None
+
+
+def test_header_says_how_it_was_made(graph: InteractionGraph, tmp_path: Path) -> None:
+    graph.save(tmp_path / "graph.safetensors")
+    _, header = read_file(tmp_path / "graph.safetensors")
+    assert (header["format"], header["format_version"]) == ("lib-lightning", 1)
+    assert header["layers"] == ["input", "1", "output"]
+    assert header["kinds"] == ["lib", "lib", "neuron"]
+    info = header["info"]
+    assert (info["step"], info["epoch"], info["n_samples"]) == (12, 3, 20)
+    assert set(info["versions"]) == {"lib_lightning", "torch"}
+    assert info["settings"]["n_probes"] == 2
+    assert info["node_layers"][1] == {"name": "1", "taps": ["1"], "positions": None, "feature_dim": None}
+
+
+def test_no_truncated_file_loads(graph: InteractionGraph, tmp_path: Path) -> None:
+    path = tmp_path / "graph.safetensors"
+    graph.save(path)
+    whole = path.read_bytes()
+    for length in range(0, len(whole), max(1, len(whole) // 40)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(BasisFileError, match="truncated or not a basis file"):
+            InteractionGraph.load(path)
+
+
+def test_no_altered_file_loads(graph: InteractionGraph, tmp_path: Path) -> None:
+    path = tmp_path / "graph.safetensors"
+    graph.save(path)
+    whole = bytearray(path.read_bytes())
+    whole[-5] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(BasisFileError, match="altered after it was written"):
+        InteractionGraph.load(path)
+
+
+def test_foreign_and_newer_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "file.safetensors"
+    save_file({"weight": torch.zeros(2)}, path)
+    with pytest.raises(BasisFileError, match="not a basis file of lib-lightning"):
+        InteractionGraph.load(path)
+    newer = {"format": "lib-lightning", "format_version": 2}
+    save_file({"weight": torch.zeros(2)}, path, metadata={"lib_lightning": json.dumps(newer)})
+    with pytest.raises(BasisFileError, match=r"format version 2; this lib-lightning reads up to 1\. Update it"):
+        InteractionGraph.load(path)
+    write_file(path, {}, {"layers": ["a"], "kinds": ["lib"], "info": {}})
+    with pytest.raises(BasisFileError, match=r"a part of it is missing: 'basis\.0\.mean'"):
+        InteractionGraph.load(path)
+    with pytest.raises(FileNotFoundError, match="There is no basis file"):
+        InteractionGraph.load(tmp_path / "nothing.safetensors")
+
+
+def test_nothing_is_ever_unpickled(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return Path.touch, (tmp_path / "sprung",)  # type: ignore[return-value]
+
+    (tmp_path / "trap.safetensors").write_bytes(pickle.dumps(Trap()))
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "torch.safetensors")
+    for name in ("trap", "torch"):
+        with pytest.raises(BasisFileError, match="truncated or not a basis file"):
+            InteractionGraph.load(tmp_path / f"{name}.safetensors")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_bytes(path, b"old")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            write_bytes(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("after", [0.0, 0.02, 0.05])
+def test_kill_leaves_whole_files_only(tmp_path: Path, after: float) -> None:
+    script = (
+        "import sys, torch; from pathlib import Path; from lib_lightning.io.basis_file import write_file\n"
+        "for i in range(10**6):\n"
+        "    write_file(Path(sys.argv[1]) / f'{i}.safetensors', {'x': torch.randn(2**18)}, {'i': i})\n"
+        "    print(i, flush=True)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(after)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    files = list(tmp_path.glob("*.safetensors"))
+    assert files
+    assert all(read_file(path)[1]["i"] == int(path.stem) for path in files)
+
+
+def test_networkx_holds_features_and_edges(graph: InteractionGraph) -> None:
+    nx_graph = graph.to_networkx()
+    assert nx_graph.number_of_nodes() == sum(basis.n_features for basis in graph.bases.values())
+    assert nx_graph.nodes["1", 0] == {"importance": float(graph.bases["1"].importance[0]), "layer": 1}
+    E = graph.edges["1", "output"]
+    assert nx_graph.edges[("1", 0), ("output", 2)]["weight"] == float(E[2, 0])
+    assert nx_graph.number_of_edges() == sum(int((E > 0).sum()) for E in graph.edges.values())

@@ -1,0 +1,73 @@
+"""The sums of closed forms, written out, whichever way they are taken."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lib_lightning.jacobian import closed_form as closed
+from lib_lightning.jacobian.closed_form import ClosedEdges, ClosedForm, ClosedMetric, Factors
+
+H, D_IN, D_OUT, R_IN, R_OUT = 6, 5, 4, 5, 3
+Parts = tuple[Factors, Tensor, Tensor]
+
+
+def parts(residual: bool, r_in: int = R_IN, r_out: int = R_OUT) -> Parts:
+    d_out = D_IN if residual else D_OUT
+    weights = Factors(torch.randn(H, D_IN).double(), torch.randn(d_out, H).double(), H, residual)
+    return weights, torch.randn(r_in, D_IN).double(), torch.randn(d_out, r_out).double()
+
+
+def jacobian(weights: Factors, s: Tensor) -> Tensor:
+    assert weights.W_1 is not None
+    assert weights.W_2 is not None
+    J = weights.W_2 @ torch.diag(s.double()) @ weights.W_1
+    return J + torch.eye(D_IN).double() if weights.residual else J
+
+
+@pytest.mark.parametrize("block", [1, 100, 2**18])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("n", [1, R_IN, R_IN + 1, 40, 600])
+def test_edges_are_the_sum_over_samples(n: int, residual: bool, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(closed, "_BLOCK", block)
+    weights, C_pinv, C_next = parts(residual)
+    slopes, fhat = torch.rand(n, 1, H).double(), torch.randn(n, 1, R_IN).double()
+    form = ClosedForm(weights, slopes, torch.ones(n, 1, dtype=torch.bool))
+    found = ClosedEdges(weights, C_pinv, C_next).sum(form, fhat, slice(None))
+    expected = sum(
+        (C_next.T @ jacobian(weights, s[0]) @ C_pinv.T * f).square() for s, f in zip(slopes, fhat, strict=True)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("r_in", "r_out"), [(0, R_OUT), (R_IN, 0), (0, 0)])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("n", [0, 1, 40])
+def test_no_features_have_no_edges(n: int, residual: bool, r_in: int, r_out: int) -> None:
+    weights, C_pinv, C_next = parts(residual, r_in, r_out)
+    form = ClosedForm(weights, torch.rand(n, 1, H).double(), torch.ones(n, 1, dtype=torch.bool))
+    fhat = torch.randn(n, 1, r_in).double()
+    assert ClosedEdges(weights, C_pinv, C_next).sum(form, fhat, slice(None)).shape == (r_out, r_in)
+
+
+@pytest.mark.parametrize("slopes", ["of a ReLU", "of a leaky ReLU", "smooth", "zero", "one"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_metric_is_summed_without_rounding(residual: bool, dtype: torch.dtype, slopes: str) -> None:
+    weights, _, C_next = parts(residual)
+    some = torch.rand(3000, 1, H)
+    s = {
+        "of a ReLU": (some > 0.3).float(),
+        "of a leaky ReLU": torch.where(some > 0.3, 1.0, 0.01),
+        "smooth": some,
+        "zero": torch.zeros_like(some),
+        "one": torch.ones_like(some),
+    }[slopes].to(dtype)
+    metric = ClosedMetric(weights, C_next, 1)
+    form = ClosedForm(weights, s, torch.ones(3000, 1, dtype=torch.bool))
+    for span in (slice(0, 1000), slice(1000, 3000)):
+        metric.add(form, 0, span)
+    V, (X,) = metric.sums()
+    gradients = torch.stack([C_next.T @ jacobian(weights, x[0]) for x in s]).flatten(0, 1)
+    torch.testing.assert_close(V.T @ X @ V, gradients.T @ gradients, rtol=1e-12, atol=1e-12)

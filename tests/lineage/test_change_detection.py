@@ -1,0 +1,271 @@
+"""The change detector against its definition, its false alarms on noise and its delays on changes of known size."""
+
+from __future__ import annotations
+
+import io
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from scipy import integrate, stats
+from torch import Tensor
+
+from lib_lightning.lineage.change_detection import DURATIONS, SHIFTS, Change, ChangeDetector
+
+
+def run(detector: ChangeDetector, series: Tensor, gaps: list[float] | None = None) -> list[tuple[int, Change]]:
+    """All changes found in series ``(m, N)``, with the snapshots at which they were found."""
+    gaps = [1.0] * series.shape[1] if gaps is None else gaps
+    return [(t, c) for t in range(series.shape[1]) for c in detector.update(t, series[:, t], gaps[t])]
+
+
+def walks(m: int, n: int, seed: int = 0, drift: float = 0.0) -> Tensor:
+    noise = torch.randn(m, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (noise + drift).cumsum(1)
+
+
+def slow_ratio(d: np.ndarray, gaps: np.ndarray, s: int, power: float, resolution: float = 0.0) -> float:
+    """Likelihood ratio of all invariants for an onset before increment ``s``, from its definition.
+
+    With ``Q`` an orthonormal basis of what is perpendicular to the trend, ``w = Q' y`` does not depend on it and has
+    variance ``I + tau^2 z z'`` up to scale; integrated over the scale, its density is
+    ``det(V)^(-1/2) (w' V^-1 w)^(-(n-1)/2)``.
+    """
+    n, root = len(d), gaps**power
+    y, u = d / root, gaps / root
+    Q = np.linalg.svd(u[None])[2][1:]
+    w = Q @ y
+    floor = (n - 1) * resolution**2
+    ratios = []
+    for duration, tau in product(DURATIONS, SHIFTS):
+        inside = (np.arange(n) >= s) & (np.arange(n) < (s + duration if duration else n))
+        z = Q @ (u * inside)
+        V = np.eye(n - 1) + tau**2 * np.outer(z, z)
+        quadratic = w @ np.linalg.solve(V, w) + floor
+        ratios.append(np.linalg.det(V) ** -0.5 * ((w @ w + floor) / quadratic) ** ((n - 1) / 2))
+    return float(np.mean(ratios))
+
+
+def slow_evidence(x: np.ndarray, gaps: np.ndarray, m: int, resolution: float = 0.0, min_before: int = 3) -> float:
+    """The whole statistic of a series that has been known throughout, gaps given for each snapshot."""
+    d = np.diff(x)
+    onsets = range(min_before, len(d))
+    return sum(min(slow_ratio(d, gaps[1:], s, power, resolution) for power in (0, 0.5)) / m for s in onsets)
+
+
+def evidence_of(detector: ChangeDetector, series: Tensor, gaps: list[float] | None = None) -> Tensor:
+    """Statistics after all snapshots, without looking whether they are large."""
+    run(detector, series, gaps)
+    return detector._evidence(series[:, -1]).logsumexp(1).exp()
+
+
+@pytest.mark.parametrize("resolution", [0.0, 0.7])
+@pytest.mark.parametrize("irregular", [False, True])
+def test_the_statistic_is_what_it_says(resolution: float, irregular: bool) -> None:
+    series = walks(3, 13, drift=0.3)
+    gaps = [1.0, 1, 1, 0.25, 0.25, 0.5, 1, 1, 2, 1, 0.25, 1, 1] if irregular else [1.0] * 13
+    found = evidence_of(ChangeDetector(1e-9, resolution=resolution), series, gaps)
+    expected = [slow_evidence(x, np.array(gaps), 3, resolution) for x in series.numpy()]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=0)
+
+
+def test_increments_that_have_left_the_window_still_count_as_before() -> None:
+    series = walks(4, 30)
+    d = np.diff(series[0].numpy())
+    found = evidence_of(ChangeDetector(1e-9, window=5), series)[0]
+    expected = sum(slow_ratio(d, np.ones(29), s, 0) for s in range(24, 29)) / 4
+    assert float(found) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("n", "g"), [(3, 0.5), (4, 100.0), (10, 3.0), (40, 4096.0)])
+def test_a_ratio_is_1_on_average_without_a_change(n: int, g: float) -> None:
+    # Without a change the explained share of the variation is a Beta variable, whatever trend and variance are.
+    share = stats.beta(0.5, (n - 2) / 2)
+
+    def ratio(t: float) -> float:  # with R^2 = sin(t)^2, or the density has poles at its ends
+        r2 = math.sin(t) ** 2
+        density = share.pdf(r2) * 2 * math.sin(t) * math.cos(t)
+        return density * (1 + g) ** -0.5 * (1 - r2 * g / (1 + g)) ** (-(n - 1) / 2)
+
+    assert integrate.quad(ratio, 0, math.pi / 2, epsabs=1e-12, limit=500)[0] == pytest.approx(1, abs=1e-7)
+
+
+@pytest.mark.parametrize("drift", [0.0, 5.0])
+def test_without_a_change_the_statistic_is_distributed_as_it_should_be(drift: float) -> None:
+    # Of four increments there is one onset to consider, and its ratio is an increasing function of a Beta variable.
+    statistic = 2000 * evidence_of(ChangeDetector(1e-9, window=4), walks(2000, 5, seed=3, drift=drift))
+    explained = torch.linspace(0, 1, 200001, dtype=torch.float64)
+    g = 0.75 * torch.tensor(SHIFTS, dtype=torch.float64)[:, None] ** 2
+    ratio = ((1 + g) ** -0.5 * (1 - explained * g / (1 + g)) ** -1.5).mean(0)
+    found = np.interp(statistic.numpy(), ratio.numpy(), explained.numpy())
+    assert stats.kstest(found, stats.beta(0.5, 1).cdf).pvalue > 0.01
+
+
+@pytest.mark.parametrize("drift", [0.0, 2.0])
+@pytest.mark.parametrize(("alpha", "m"), [(1 / 50, 1), (1 / 200, 1), (0.5, 20)])
+def test_false_alarms_stay_within_the_bound(alpha: float, m: int, drift: float) -> None:
+    # Each of 600 families of m series, in one detector: alarms then come at alpha/m for each series. 100 snapshots.
+    copies, n = 600 // m, 100
+    detector = ChangeDetector(0.999, window=32)
+    # The threshold of a family of m among copies of it.
+    detector.false_alarms = alpha * copies
+    alarms = len(run(detector, walks(copies * m, n, seed=m, drift=drift)))
+    assert 0 < alarms <= alpha * n * copies
+
+
+def test_series_that_scatter_about_a_level_raise_fewer_alarms_still() -> None:
+    detector = ChangeDetector(0.999, window=32)
+    detector.false_alarms = 600 / 50
+    scatter = torch.randn(600, 100, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert len(run(detector, scatter)) <= 0.2 * 100 * 600 / 50
+
+
+@pytest.mark.parametrize("wandering", [True, False])
+def test_denser_snapshots_raise_no_alarms(wandering: bool) -> None:
+    gaps = [1.0] * 20 + [0.25] * 40 + [1.0] * 20
+    noise = torch.randn(500, 80, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    time = torch.tensor(gaps, dtype=torch.float64)
+    # A steady trend, ten times the noise, goes on while snapshots lie closer together.
+    series = 10 * time.cumsum(0) + ((noise * time.sqrt()).cumsum(1) if wandering else noise)
+    detector = ChangeDetector(0.999, window=32)
+    detector.false_alarms = 500 / 50
+    assert len(run(detector, series, gaps)) <= 80 * 500 / 50
+    # Told nothing of the gaps, it would see the trend change twice in every series.
+    naive = ChangeDetector(0.999, window=32)
+    naive.false_alarms = 500 / 50
+    assert len(run(naive, series)) >= 900
+
+
+@pytest.mark.parametrize(
+    ("jump", "slope", "delay"),
+    [(20.0, 0.0, 1), (-20.0, 0.0, 1), (0.0, 5.0, 4), (0.0, -5.0, 4)],
+)
+def test_changes_are_found_in_time(jump: float, slope: float, delay: int) -> None:
+    # Increments have standard deviation 1; there are 20 before the change; one false alarm in 100 snapshots is allowed.
+    time = torch.arange(30, dtype=torch.float64)
+    change = jump * (time >= 21) + slope * (time - 20).clamp_min(0)
+    detector = ChangeDetector(0.999)
+    detector.false_alarms = 50 * 0.01
+    alarms = run(detector, walks(50, 30, seed=1, drift=0.5) + change)
+    found = {c.series for t, c in alarms if 20 < t <= 20 + delay and 18 <= c.onset <= 21}
+    assert len(found) >= 48
+
+
+def test_what_is_said_of_a_change() -> None:
+    x = walks(1, 40, seed=7) + 30.0 * (torch.arange(40) >= 25)
+    [(t, change)] = run(ChangeDetector(0.01), x)
+    assert (t, change.series, change.onset) == (25, 0, 24)
+    assert (change.before, change.after) == (float(x[0, 24]), float(x[0, 25]))
+    assert change.evidence == pytest.approx(math.log10(slow_evidence(x[0, :26].numpy(), np.ones(26), 1)), rel=1e-9)
+
+
+def test_a_constant_that_jumps() -> None:
+    constant = torch.zeros(1, 30, dtype=torch.float64)
+    assert run(ChangeDetector(0.05), constant) == []
+    assert run(ChangeDetector(0.05, resolution=0.1), constant) == []
+    jump = constant + 1.0 * (torch.arange(30) >= 15)
+    for resolution in (0.0, 0.1):
+        assert [(t, c.onset) for t, c in run(ChangeDetector(0.01, resolution=resolution), jump)] == [(15, 14)]
+    # Rounding is none: below the resolution nothing is.
+    assert run(ChangeDetector(0.01, resolution=0.1), jump * 0.05) == []
+
+
+def test_units_and_origins_do_not_matter() -> None:
+    series = walks(5, 60) + 12.0 * (torch.arange(60) >= 30)
+    trend = torch.arange(60) * 2.0**10
+    expected = run(ChangeDetector(0.05), series)
+    for scale, shift in [(2.0**20, 0.0), (2.0**-20, 2.0**-10), (1.0, 2.0**12), (1.0, trend)]:
+        found = run(ChangeDetector(0.05), series * scale + shift)
+        assert [(t, c.series, c.onset) for t, c in found] == [(t, c.series, c.onset) for t, c in expected]
+        assert [c.evidence for _, c in found] == pytest.approx([c.evidence for _, c in expected], rel=1e-8)
+    assert len(expected) >= 5
+
+
+def test_changes_that_are_too_small_too_low_or_do_not_last_do_not_count() -> None:
+    time = torch.arange(30)
+    jump = walks(1, 30, seed=2) * 0.01 + 1.0 * (time >= 15)
+    spike = walks(1, 30, seed=2) * 0.01 + 1.0 * (time == 15)
+    assert len(run(ChangeDetector(0.01, min_change=0.9), jump)) == 1
+    assert run(ChangeDetector(0.01, min_change=1.2), jump) == []
+    assert len(run(ChangeDetector(0.01, min_level=0.9), jump)) == 1
+    assert run(ChangeDetector(0.01, min_level=1.2), jump) == []
+    assert [t for t, _ in run(ChangeDetector(0.01, min_change=0.5), spike)] == [15]
+    assert run(ChangeDetector(0.01, min_change=0.5, persistence=2), spike) == []
+    assert [(t, c.onset) for t, c in run(ChangeDetector(0.01, min_change=0.5, persistence=2), jump)] == [(16, 14)]
+    # A fall that slows down has a new trend, upwards, but a level that went on falling.
+    slower = walks(1, 30, seed=2) * 0.01 - time.clamp_max(15) - 0.1 * (time - 15).clamp_min(0)
+    assert len(run(ChangeDetector(0.01), slower)) == 1
+    assert run(ChangeDetector(0.01, min_change=0.5), slower) == []
+
+
+def test_unknown_values_are_passed_over() -> None:
+    series = walks(1, 30, seed=5, drift=3.0)
+    holes = series.clone()
+    holes[0, [4, 11, 12, 29]] = math.nan
+    detector = ChangeDetector(1e-9)
+    run(detector, holes)
+    known = [t for t in range(29) if t not in (4, 11, 12)]
+    gaps = np.diff(known, prepend=0).astype(float)
+    found = detector._evidence(series[:, 28]).logsumexp(1).exp()
+    assert float(found) == pytest.approx(slow_evidence(series[0, known].numpy(), gaps, 1), rel=1e-9)
+    # A series that begins later is as if it had begun then.
+    late = torch.cat([torch.full((1, 7), math.nan, dtype=torch.float64), series], 1)
+    expected = evidence_of(ChangeDetector(1e-9), series)
+    torch.testing.assert_close(evidence_of(ChangeDetector(1e-9), late), expected, rtol=1e-12, atol=0)
+
+
+def test_together_is_as_one_at_a_time() -> None:
+    series = walks(6, 50) + 25.0 * (torch.arange(50) >= torch.arange(20, 26)[:, None])
+    process_group = run(ChangeDetector(0.06), series)
+    alone = [(t, i, c) for i in range(6) for t, c in run(ChangeDetector(0.01), series[i : i + 1])]
+    assert [(t, c.series, c.onset) for t, c in process_group] == [
+        (t, i, c.onset) for t, i, c in sorted(alone, key=lambda x: x[:2])
+    ]
+    assert len(process_group) >= 6
+
+
+def test_it_goes_on_where_it_was() -> None:
+    series = walks(8, 80) + 15.0 * (torch.arange(80) >= 60)
+    detector = ChangeDetector(0.2, window=16)
+    run(detector, series[:, :41])
+    file = io.BytesIO()
+    torch.save(detector.state_dict(), file)
+    file.seek(0)
+    resumed = ChangeDetector(0.2, window=16)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    rest = [detector.update(t, series[:, t]) for t in range(41, 80)]
+    assert [resumed.update(t, series[:, t]) for t in range(41, 80)] == rest
+    assert any(rest)
+    with pytest.raises(ValueError, match="window of 16, not 64"):
+        ChangeDetector().load_state_dict(detector.state_dict())
+
+
+def test_series_come_and_go() -> None:
+    series = walks(4, 40)
+    detector = ChangeDetector(1e-9)
+    run(detector, series[:3, :20])
+    detector.add(1, like=1)
+    assert (len(detector), detector.known(3)) == (4, 19)
+    detector.keep(torch.tensor([3, 0]))
+    twin = ChangeDetector(1e-9)
+    run(twin, series[[1, 0], :20])
+    for t in range(20, 40):
+        detector.update(t, series[[1, 0], t])
+        twin.update(t, series[[1, 0], t])
+    weighted = [d._evidence(series[[1, 0], 39]) - d._series["weights"].log() for d in (detector, twin)]
+    torch.testing.assert_close(*weighted, rtol=1e-12, atol=0, equal_nan=True)
+
+
+def test_settings_are_checked() -> None:
+    for wrong in ({"false_alarms": 0.0}, {"false_alarms": 1.0}, {"min_change": -1.0}, {"resolution": math.nan},
+                  {"persistence": 0}, {"persistence": 65}, {"min_before": 1}):  # fmt: skip
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            ChangeDetector(**wrong)  # type: ignore[arg-type]
+    detector = ChangeDetector()
+    detector.update(0, torch.zeros(2))
+    with pytest.raises(ValueError, match=r"There are 2 series, and values of shape \(1,\)"):
+        detector.update(1, torch.zeros(1))
+    with pytest.raises(ValueError, match="gap is a positive number"):
+        detector.update(1, torch.zeros(2), gap=0.0)

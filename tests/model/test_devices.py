@@ -1,0 +1,117 @@
+"""On an accelerator: every sum stays where the activations are. Played with tensors that are on one in name only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lib_lightning.algorithm.basis import Basis
+from lib_lightning.algorithm.covariance import RunningCovariance
+from lib_lightning.algorithm.edges import Edges
+from lib_lightning.algorithm.fisher_metric import FisherMetric
+from lib_lightning.algorithm.jackknife import FeatureVariances
+from lib_lightning.algorithm.jacobian_metric import JacobianMetric
+from lib_lightning.algorithm.low_rank_gram import LowRankGram
+from lib_lightning.algorithm.wide_layers import DualEigenproblem
+from lib_lightning.jacobian.closed_form import ClosedEdges, ClosedForm, ClosedMetric, Factors
+from lib_lightning.jacobian.section import Section
+
+# An operation between tensors of two devices is an error here, too; and so is asking for a value, for which the
+# processor would have to wait.
+DEVICE = torch.device("meta")
+N, S, D, H, R = 6, 3, 5, 7, 4
+
+
+@pytest.fixture(autouse=True)
+def fake() -> Iterator[None]:
+    with FakeTensorMode():
+        yield
+
+
+def numbers(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device=DEVICE)
+
+
+def basis(d: int, r: int) -> Basis:
+    return Basis("layer", "lib", numbers(d), numbers(d, r), numbers(r, d), numbers(r))
+
+
+def test_the_check_sees_what_it_is_for() -> None:
+    with pytest.raises(RuntimeError, match="device"):
+        numbers(2) + torch.zeros(2)
+
+
+def test_moments_and_variances() -> None:
+    moments = RunningCovariance()
+    moments.update(numbers(N, D, dtype=torch.float32), 2)
+    moments.update(numbers(N, D, dtype=torch.float32), 2)
+    assert moments.covariance.device == DEVICE
+    variances = FeatureVariances(basis(D, R), groups=2)
+    variances.update(numbers(N, S, R), None, [(0, slice(0, 2)), (1, slice(2, 6))])
+    assert variances._second.device == DEVICE
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_closed_forms(affine: bool, residual: bool) -> None:
+    weights = Factors(None if affine else numbers(H, D), numbers(D, D if affine else H), H, residual, affine)
+    counts = torch.ones(N, S, dtype=torch.bool, device=DEVICE)
+    form = ClosedForm(weights, None if affine else numbers(N, S, H), counts)
+    assert form.seen_along(numbers(N, S, D), numbers(D, 2)).device == DEVICE
+    metric = ClosedMetric(weights, numbers(D, R), groups=2)
+    metric.add(form, 1, slice(1, 4))
+    V, sums = metric.sums()
+    X = list(sums)
+    assert V.device == X[0].device == DEVICE
+    gram = LowRankGram(D, parts=2)
+    gram.add_product(V, X)
+    assert gram.matrix().device == DEVICE
+    if affine:  # how many positions count is not known of these tensors, and the products come in blocks of them
+        edges = ClosedEdges(weights, numbers(R, D), numbers(D, R))
+        assert edges.J is not None
+        assert edges.J.device == DEVICE
+
+
+def test_dual_moments_and_fisher() -> None:
+    dual = DualEigenproblem(numbers(D), numbers(2, D))
+    dual.update(numbers(N, D, dtype=torch.float32))
+    assert dual._cross.device == DEVICE
+    fisher = FisherMetric(D)
+    fisher.update(numbers(N, D), 0)
+    assert fisher.M.device == DEVICE
+
+
+class Linear(Section):
+    """A section with products, but without a graph."""
+
+    def __init__(self) -> None:
+        self.a, self.a_out = numbers(N, S, D), numbers(N, S, D)
+        self.n, self.S_in, self.S_out, self.d_in, self.d_out = N, S, S, D, D
+        self.mask_in = self.mask_out = self.closed = None
+        self.keeps_jacobian, self.jacobian, self.stack = True, [], 4
+        self.spans = [(0, slice(0, 2)), (1, slice(2, 6))]
+
+    def vjp(self, cotangents: Tensor) -> Tensor:
+        return cotangents * numbers(())
+
+    jvp = vjp
+
+    def has_jvp(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("n_probes", [None, 3])
+def test_general_sections(n_probes: int | None) -> None:
+    section = Linear()
+    metric = JacobianMetric(D, numbers(D, R), n_probes, torch.Generator(), groups=2)
+    metric.update(section)
+    assert metric.M.device == metric.gram.squared_lengths(numbers(R, D)).device == DEVICE
+    edges = Edges(basis(D, R), basis(D, R), groups=2)
+    edges.update(section, numbers(N, S, R))
+    edges.update_forward(section, numbers(N, S, R))
+    edges.update_reverse(section, numbers(N, S, R))
+    assert edges.E.device == DEVICE

@@ -1,0 +1,37 @@
+"""What every figure must be: readable, whole, and nobody else's."""
+
+from __future__ import annotations
+
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from lib_lightning.plots.image import render_png
+
+
+def all_texts(figure: Figure) -> list[Text]:
+    """Every text with something to read, but for the numbers at axes, which matplotlib itself keeps apart."""
+    texts = [*figure.texts, *(t for legend in figure.legends for t in legend.get_texts())]
+    for axes in figure.axes:
+        texts += [*axes.texts, axes.title, axes._left_title]
+    return [text for text in texts if text.get_text().strip()]
+
+
+def words(figure: Figure) -> list[str]:
+    return [text.get_text() for text in all_texts(figure)]
+
+
+def assert_readable(figure: Figure) -> None:
+    """No text leaves the page or lies on another one, and pyplot does not keep the figure."""
+    png = render_png(figure)
+    renderer = figure.canvas.get_renderer()
+    texts = all_texts(figure)
+    boxes = [text.get_window_extent(renderer) for text in texts]
+    for k, (text, box) in enumerate(zip(texts, boxes, strict=True)):
+        assert box.x0 >= 0, text
+        assert box.x1 <= png.width, text
+        assert box.y0 >= 0, text
+        assert box.y1 <= png.height, text
+        for other, below in zip(texts[k + 1 :], boxes[k + 1 :], strict=True):
+            assert not box.overlaps(below), (text, other)
+    assert not pyplot.get_fignums()

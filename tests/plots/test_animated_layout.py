@@ -1,0 +1,189 @@
+"""The film of graphs: features that stay keep their places, modules their colours."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.collections import PathCollection
+from matplotlib.colors import to_hex
+from matplotlib.text import Annotation
+from torch import Tensor
+
+from lib_lightning.algorithm.basis import Basis
+from lib_lightning.plots.animated_layout import AnimatedLayout
+from lib_lightning.plots.graph import draw_graph
+from lib_lightning.plots.layout import Column
+from lib_lightning.plots.lineage_series import LayerSnapshot
+from lib_lightning.plots.module_colors import ModuleColors
+from lib_lightning.plots.palette import MODULES, NO_MODULE, OTHER_MODULES
+from tests.plots.pages import assert_readable, words
+
+
+def layer(name: str, importance: Tensor, kind: str = "lib") -> Basis:
+    eye = torch.eye(len(importance))
+    return Basis(name, kind, torch.zeros(len(importance)), eye, eye, importance.double())
+
+
+def places(column: Column) -> dict[int, float]:
+    assert column.numbers is not None
+    return dict(zip(column.numbers.tolist(), column.heights.tolist(), strict=True))
+
+
+Frame = tuple[list[Basis], list[Tensor], list[Tensor], list[Tensor]]
+
+
+def frames(count: int, sizes: tuple[int, ...] = (60, 30, 12)) -> list[Frame]:
+    """Graphs in which some features are replaced and all change their order; the last layer is one of neurons."""
+    torch.manual_seed(0)
+    ids = [torch.arange(r) for r in sizes]
+    made = []
+    for t in range(count):
+        order = [torch.randperm(r) for r in sizes[:-1]] + [torch.arange(sizes[-1])]
+        ids = [of_layer[index] for of_layer, index in zip(ids, order, strict=True)]
+        for k, r in enumerate(sizes[:-1]):
+            ids[k] = ids[k].clone()
+            ids[k][: r // 10] = torch.arange(1000 * (t + 1), 1000 * (t + 1) + r // 10)
+        bases = [layer(str(k), torch.rand(r), "neuron" if k == len(sizes) - 1 else "lib") for k, r in enumerate(sizes)]
+        edges = [torch.rand(b, a) ** 9 for a, b in pairwise(sizes)]
+        made.append((bases, list(ids), edges, [torch.randint(-1, 9, (r,)) for r in sizes]))
+    return made
+
+
+def test_features_that_stay_visible_keep_their_height_exactly() -> None:
+    film, before = AnimatedLayout(limit=20), None
+    stayed = 0
+    for bases, ids, edges, modules in frames(12):
+        columns, _ = film.columns(bases, ids, edges, modules)
+        now = [places(column) for column in columns]
+        for column, height, basis, own in zip(columns, now, bases, ids, strict=True):
+            assert len(height) == len(set(height.values())) == min(20, basis.n_features)
+            wanted = set(own[basis.importance.argsort(descending=True)[:20]].tolist())
+            assert set(height) == wanted
+            assert own[torch.from_numpy(column.shown)].tolist() == list(height)
+            assert (np.diff(column.heights) < 0).all()
+        if before is not None:
+            for old, new in zip(before, now, strict=True):
+                stay = old.keys() & new.keys()
+                stayed += len(stay)
+                assert {k: old[k] for k in stay} == {k: new[k] for k in stay}
+        before = now
+    assert stayed > 100
+
+
+def test_single_neurons_keep_their_own_order_and_height() -> None:
+    torch.manual_seed(0)
+    for kind in ("neuron", "centered"):
+        film, seen = AnimatedLayout(limit=5), {}
+        for _ in range(6):
+            (column,), _ = film.columns([layer("output", torch.rand(14), kind)], [torch.arange(14)], [])
+            assert (np.diff(column.shown) > 0).all()
+            for neuron, height in places(column).items():
+                assert seen.setdefault(neuron, height) == height == pytest.approx(1 - neuron / 13)
+
+
+def test_a_new_feature_takes_the_free_place_nearest_to_its_partners() -> None:
+    output = layer("output", torch.ones(12), "neuron")
+    numbers, film = torch.arange(12), AnimatedLayout(limit=40)
+    first = layer("a", torch.tensor([2.0, 1.0]))
+    film.columns([first, output], [torch.tensor([0, 1]), numbers], [torch.ones(12, 2)])
+    grown, E = layer("a", torch.tensor([2.0, 1.0, 0.5, 0.4])), torch.zeros(12, 4)
+    E[2, 2], E[10, 2], E[:, :2] = 3.0, 1.0, 1.0  # the third one's partners; the fourth one has none
+    column = film.columns([grown, output], [torch.tensor([0, 1, 7, 8]), numbers], [E])[0][0]
+    height, spacing = places(column), 1 / 49
+    assert height[7] == pytest.approx(1 - (3 * 2 + 10) / 4 / 11, abs=spacing / 2 + 1e-9)
+    assert abs(height[8] - 0.5) <= 3 * spacing
+    # The same partners again: the nearest place is taken, so the next one serves.
+    more, E = layer("a", torch.tensor([2.0, 1.0, 0.5, 0.4, 0.3])), torch.cat([E, E[:, 2:3]], 1)
+    again = places(film.columns([more, output], [torch.tensor([0, 1, 7, 8, 9]), numbers], [E])[0][0])
+    assert abs(again[9] - again[7]) == pytest.approx(spacing)
+
+
+def test_colours_follow_modules_through_new_numbers() -> None:
+    film, found = AnimatedLayout(), []
+    for turn, (bases, ids, edges, _) in enumerate(frames(5, (10, 8))):
+        # Even and odd lineages, numbered anew in every graph.
+        number_of = torch.tensor([0, 1] if turn % 2 else [7, 3])
+        _, colors = film.columns(bases, ids, edges, [number_of[of_layer % 2] for of_layer in ids])
+        assert colors is not None
+        found.append([colors[int(number)] for number in number_of])
+    assert found == found[:1] * 5
+    assert set(found[0]) == set(MODULES[:2])
+
+
+def test_a_colour_out_of_use_waits_before_it_is_used_again() -> None:
+    colors = ModuleColors()
+
+    def update(ids: list[int], modules: list[int], importance: list[float] | None = None) -> dict[int, str]:
+        weights = torch.tensor(importance or [1.0] * len(ids))
+        return colors.update({"fc": LayerSnapshot(torch.tensor(ids), weights, torch.tensor(modules))})
+
+    assert update([0, 1, 2], [0, 1, -1]) == {0: MODULES[0], 1: MODULES[1], -1: NO_MODULE}
+    assert update([0, 5, 6], [1, 0, 1]) == {1: MODULES[0], 0: MODULES[2]}  # 5 is new; the colour of 1 rests
+    many = list(range(100, 109))
+    found = update(many, list(range(9)))
+    assert [found[k] for k in range(9)] == [
+        *MODULES[3:],
+        MODULES[1],
+        MODULES[0],
+        MODULES[2],
+        OTHER_MODULES,
+        OTHER_MODULES,
+    ]
+    # Two modules become one: the heavier share decides.
+    assert update([100, 101], [4, 4], [1.0, 3.0]) == {4: found[1]}
+    assert colors.update({"fc": LayerSnapshot(torch.tensor([0]), torch.ones(1))}) == {}
+    assert update([101], [0]) == {0: found[1]}, "a snapshot without modules forgets nothing"
+
+
+def test_a_state_goes_through_a_checkpoint() -> None:
+    first, second, third = frames(3)
+    film = AnimatedLayout(limit=15)
+    for bases, ids, edges, modules in (first, second):
+        film.columns(bases, ids, edges, modules)
+    file = io.BytesIO()
+    torch.save(film.state_dict(), file)
+    file.seek(0)
+    resumed = AnimatedLayout()
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    bases, ids, edges, modules = third
+    columns, colors = film.columns(bases, ids, edges, modules)
+    same_columns, same_colors = resumed.columns(bases, ids, edges, modules)
+    assert colors == same_colors
+    assert [places(column) for column in columns] == [places(column) for column in same_columns]
+    assert film.state_dict() == resumed.state_dict()
+
+
+@pytest.mark.parametrize("with_modules", [True, False])
+def test_a_figure_follows_the_film(with_modules: bool) -> None:
+    film, heights, colors = AnimatedLayout(limit=9), {}, {}
+    for bases, ids, edges, _ in frames(4, (9, 7, 5)):
+        modules = [of_layer % 3 for of_layer in ids] if with_modules else None
+        figure = draw_graph(bases, edges, modules=modules, lineages=ids, film=film)
+        assert_readable(figure)
+        assert ("lineage" in words(figure), "modules" in words(figure)) == (True, with_modules)
+        assert not figure.axes[0].patches, "no bands"
+        dots = [c for c in figure.axes[0].collections if isinstance(c, PathCollection)]
+        notes = [t for t in figure.axes[0].texts if isinstance(t, Annotation)]
+        # What stands on the left of a dot is the number of its lineage.
+        written = {t.xy: int(t.get_text()) for t in notes if t.get_text().isdigit()}
+        for x, of_layer in enumerate(dots):
+            offsets, faces = np.asarray(of_layer.get_offsets()), of_layer.get_facecolors()
+            assert (np.diff(of_layer.get_sizes()) <= 0).all(), "small dots lie on large ones"
+            for (_, height), face in zip(offsets, faces, strict=True):
+                if (lineage := written.get((x, height))) is not None:
+                    heights.setdefault((x, lineage), set()).add(height)
+                    colors.setdefault(lineage % 3, set()).add(to_hex(face))
+    assert max(map(len, heights.values())) == 1
+    assert [len(found) for found in colors.values()] == [1, 1, 1]
+    assert len(set.union(*colors.values())) == (3 if with_modules else 1)
+
+
+def test_a_film_needs_lineages() -> None:
+    basis = layer("a", torch.ones(2))
+    with pytest.raises(ValueError, match="lineages= is missing"):
+        draw_graph([basis, replace(basis, name="b")], [torch.eye(2)], film=AnimatedLayout())

@@ -1,0 +1,103 @@
+"""The graph figure: what it says, that it is readable, and that nothing of it is kept."""
+
+from __future__ import annotations
+
+import gc
+import io
+import resource
+import weakref
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import pyplot
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from PIL import Image
+
+from lib_lightning.algorithm.basis import Basis
+from lib_lightning.plots.graph import draw_graph
+from lib_lightning.plots.image import render_png
+
+
+def layer(name: str, importance: torch.Tensor, kind: str = "lib") -> Basis:
+    eye = torch.eye(len(importance))
+    return Basis(name, kind, torch.zeros(len(importance)), eye, eye, importance)
+
+
+def texts(figure: Figure) -> list[str]:
+    return [t.get_text() for t in (*figure.texts, *figure.axes[0].texts)]
+
+
+@pytest.fixture
+def wide() -> Figure:
+    bases = [layer("first", torch.rand(60).sort(descending=True).values), layer("output", torch.rand(5), "neuron")]
+    return draw_graph(bases, [torch.rand(5, 60)], "A title", max_edges=100, max_features=40)
+
+
+def test_it_says_what_is_shown_of_how_many(wide: Figure) -> None:
+    said = texts(wide)
+    assert {"A title", "first", "output", "40 of 60 features", "5 neurons"} <= set(said)
+    (edges,) = (text for text in said if "edges" in text)
+    assert edges.startswith("100 of 300 edges\n")
+    assert edges.endswith("% of strength")
+
+
+def test_the_strongest_edges_are_drawn_and_the_weakest_lie_below() -> None:
+    E = torch.tensor([[1.0, 0.25], [0.0, 0.04]])
+    figure = draw_graph([layer("a", torch.tensor([1.0, 0.1])), layer("b", torch.tensor([1.0, 0.1]))], [E], max_edges=2)
+    (lines,) = (c for c in figure.axes[0].collections if isinstance(c, LineCollection))
+    widths, opacity = np.asarray(lines.get_linewidths()), lines.get_colors()[:, 3]
+    assert len(widths) == 2
+    assert widths[1] > widths[0]
+    assert opacity[1] > opacity[0]
+    assert "2 of 4 edges\n97% of strength" in texts(figure)
+
+
+def test_dots_grow_with_importance(wide: Figure) -> None:
+    dots = [c for c in wide.axes[0].collections if not isinstance(c, LineCollection)]
+    sizes = dots[0].get_sizes()
+    assert (np.diff(sizes) <= 0).all()
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (0, 3), (3, 0), (300, 300), (12, 40, 3, 7, 9, 2)])
+def test_any_size_is_drawn_without_text_on_text(sizes: tuple[int, ...]) -> None:
+    bases = [layer(f"blocks.{k}.attention:input", torch.rand(r)) for k, r in enumerate(sizes)]
+    figure = draw_graph(bases, [torch.rand(b, a) for a, b in pairwise(sizes)])
+    png = render_png(figure)
+    image = Image.open(io.BytesIO(png.data))
+    assert image.size == (png.width, png.height)
+    renderer = figure.canvas.get_renderer()
+    boxes = [t.get_window_extent(renderer) for t in (*figure.texts, *figure.axes[0].texts) if len(t.get_text()) > 3]
+    for k, box in enumerate(boxes):
+        assert box.x0 >= 0
+        assert box.x1 <= png.width
+        assert not any(box.overlaps(other) for other in boxes[k + 1 :])
+
+
+def test_the_image_is_small() -> None:
+    bases = [layer(str(k), torch.rand(40)) for k in range(4)]
+    png = render_png(draw_graph(bases, [torch.rand(40, 40)] * 3, max_edges=500))
+    assert len(png.data) < 250_000
+
+
+def test_hundreds_of_figures_leave_nothing_behind() -> None:
+    bases = [layer("a", torch.ones(2)), layer("b", torch.ones(2))]
+    alive: weakref.WeakSet[Figure] = weakref.WeakSet()
+
+    def draw(times: int) -> int:
+        for _ in range(times):
+            figure = draw_graph(bases, [torch.eye(2)])
+            render_png(figure)
+            alive.add(figure)
+        del figure
+        gc.collect()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    settled = draw(100)
+    grown = draw(150) - settled
+    assert not alive
+    assert not pyplot.get_fignums()
+    # Kilobytes. One kept figure holds over 2 MB of pixels, so a leak would show as 300,000 at least.
+    assert grown < 100_000

@@ -1,0 +1,212 @@
+"""The timeline of features: bands as wide as it says, and births, splits and deaths where they are."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection, PathCollection, PolyCollection
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from lib_lightning.plots.image import render_png
+from lib_lightning.plots.lineage_series import LayerSnapshot, lineage_table
+from lib_lightning.plots.palette import MODULES, NO_MODULE, OTHER_MODULES
+from lib_lightning.plots.timeline import draw_timeline
+from tests.plots.pages import assert_readable, words
+
+STEPS = [0, 1, 3, 10, 32, 100]
+
+
+def moment(
+    ids: list[int],
+    importance: list[float],
+    modules: list[int] | None = None,
+    labels: list[str] | None = None,
+    parents: dict[int, int] | None = None,
+) -> LayerSnapshot:
+    return LayerSnapshot(
+        torch.tensor(ids),
+        torch.tensor(importance, dtype=torch.float64),
+        None if modules is None else torch.tensor(modules),
+        labels,
+        None if parents is None else torch.tensor([parents.get(k, -1) for k in ids]),
+    )
+
+
+def life() -> list[LayerSnapshot]:
+    """0 is there throughout, 1 is missing at step 3 and gone after step 10, 2 splits from 0 at step 10."""
+    return [
+        moment([0, 1], [3.0, 1.0]),
+        moment([1, 0], [1.0, 1.0]),
+        moment([0], [5.0]),
+        moment([2, 1, 0], [4.0, 1.0, 4.0], parents={2: 0, 0: 1}),
+        moment([0, 2], [9.0, 16.0]),
+        moment([0, 2], [1.0, 0.0]),
+    ]
+
+
+def bands(axes: Axes) -> list[np.ndarray]:
+    """The polygons of the bands, one for each stretch of one colour."""
+    (found,) = (c for c in axes.collections if type(c) is PolyCollection and c.get_zorder() == 2)
+    return [path.vertices for path in found.get_paths()]
+
+
+def faces(axes: Axes) -> list[str]:
+    (found,) = (c for c in axes.collections if type(c) is PolyCollection and c.get_zorder() == 2)
+    return [to_hex(color).upper() for color in found.get_facecolors()]
+
+
+def width_at(band: np.ndarray, step: float) -> float:
+    y = [point[1] for point in band if point[0] == step]
+    return float(max(y) - min(y)) if y else 0.0
+
+
+def marks(axes: Axes) -> list[np.ndarray]:
+    """Where births and deaths are marked."""
+    return [np.asarray(c.get_offsets()) for c in axes.collections if isinstance(c, PathCollection)]
+
+
+@pytest.fixture
+def axes() -> Axes:
+    return draw_timeline(STEPS, {"fc": life()}).axes[0]
+
+
+def test_lives_are_followed_over_gaps() -> None:
+    lives = lineage_table(life())
+    assert lives.ids.tolist() == [0, 1, 2]
+    assert lives.first.tolist() == [0, 0, 3]
+    assert lives.last.tolist() == [5, 3, 5]
+    assert lives.parents.tolist() == [-1, -1, 0], "only the new ones have split"
+    assert lives.share[:, 1] == pytest.approx([0.25, 0.5, 0, 1 / 9, 0, 0])
+
+
+def test_a_band_is_as_wide_as_the_root_of_its_share(axes: Axes) -> None:
+    by_lineage = bands(axes)  # 0, then 2, which has split from it, then 1
+    expected = np.sqrt([[0.75, 0.5, 1, 4 / 9, 0.36, 1], [0, 0, 0, 4 / 9, 0.64, 0], [0.25, 0.5, 0, 1 / 9, 0, 0]])
+    for band, widths in zip(by_lineage, expected, strict=True):
+        assert [width_at(band, step) for step in STEPS] == pytest.approx(widths, abs=1e-12)
+    assert "training steps; a band is as wide as the √ of its share of importance" in words(axes.figure)
+    assert {"100%", "10%"} <= set(words(axes.figure))
+    scale = [np.ptp(line.get_ydata()) for line in axes.lines]
+    assert scale == pytest.approx([1.0, np.sqrt(0.1)])
+
+
+def test_bands_lie_on_each_other_without_gaps_or_jumps(axes: Axes) -> None:
+    lowest, middle, highest = bands(axes)
+    for step in STEPS[3:4]:
+        rims = [sorted({y for x, y in band if x == step}) for band in (lowest, middle, highest)]
+        assert rims[0][0] == 0
+        assert rims[0][-1] == pytest.approx(rims[1][0])
+        assert rims[1][-1] == pytest.approx(rims[2][0])
+    # It opens from nothing at the snapshot before, and closes at the one after.
+    assert {x for x, _ in middle} == {3, 10, 32, 100}
+    assert {x for x, _ in highest} == {0, 1, 3, 10, 32}
+
+
+def test_births_deaths_and_splits_are_marked_where_they_are(axes: Axes) -> None:
+    born, dead = marks(axes)
+    lineage_0, lineage_2, lineage_1 = bands(axes)
+    assert born == pytest.approx(np.array([[10, np.mean([2 / 3, 4 / 3])]]))
+    assert dead == pytest.approx(np.array([[10, np.mean([4 / 3, 5 / 3])]]))
+    (link,) = (c for c in axes.collections if isinstance(c, LineCollection))
+    assert link.get_segments()[0] == pytest.approx(np.array([[3, 0.5], [10, 1.0]]))
+    assert len(link.get_segments()) == 1
+    assert all(len(band) for band in (lineage_0, lineage_1, lineage_2))
+
+
+def test_what_is_left_out_is_counted_and_one_band() -> None:
+    figure = draw_timeline(STEPS, {"fc": life()}, limit=1)
+    (axes,) = figure.axes
+    assert "1 of 3 lineages" in texts_right(axes)
+    assert len(bands(axes)) == 1
+    others = next(c for c in axes.collections if c.get_zorder() == 1).get_paths()[0].vertices
+    assert width_at(others, 10) == pytest.approx(np.sqrt(5 / 9))
+    assert "3 lineages" in texts_right(draw_timeline(STEPS, {"fc": life()}).axes[0])
+
+
+def texts_right(axes: Axes) -> str:
+    return str(axes.get_title(loc="right"))
+
+
+def test_colours_follow_modules_through_new_numbers() -> None:
+    moments = [
+        moment([0, 1, 2], [4.0, 2.0, 1.0], modules=[0, 1, -1]),
+        moment([0, 1, 2], [4.0, 2.0, 1.0], modules=[5, 3, -1]),
+        moment([0, 1, 2], [4.0, 2.0, 1.0], modules=[1, 1, 0]),
+    ]
+    (axes,) = draw_timeline([0, 10, 20], {"fc": moments}).axes
+    # 1 joins the module of 0, which is the heavier one; 2 makes a module, whose colour was not in use.
+    assert faces(axes) == [MODULES[0], MODULES[1], MODULES[0], NO_MODULE, MODULES[2]]
+    assert {"modules", "in none"} <= set(words(axes.figure))
+
+
+def test_colours_go_by_what_names_are_about() -> None:
+    names = [["k=4 a 60%", "k=17 a+b 93%", ""], ["k=4 b 99%", "k=17 a+b 95%", "first word 12%"]]
+    moments = [moment([0, 1, 2], [1.0, 4.0, 1.5], labels=some) for some in names]
+    figure = draw_timeline([0, 10], {"fc": moments, "output": [moment([0], [1.0])] * 2})
+    axes, output = figure.axes
+    assert faces(axes) == [MODULES[0], NO_MODULE, MODULES[2], MODULES[1]]  # 17, the third until and from 10 on, 4
+    assert faces(output) == [NO_MODULE]
+    legend = [t.get_text() for t in figure.legends[0].get_texts()]
+    assert legend == ["k=17", "k=4", "first word", "no name"]
+    written = {t.get_text() for t in axes.texts}
+    assert {"k=17 a+b", "first word", "k=4 b"} <= written
+
+
+def test_themes_beyond_the_colours_share_a_neutral_one() -> None:
+    n = len(MODULES) + 2
+    names = [f"k={k} a+b 90%" for k in range(n)]
+    figure = draw_timeline([0, 10], {"fc": [moment(list(range(n)), [float(n - k) for k in range(n)], None, names)] * 2})
+    assert faces(figure.axes[0]) == [*MODULES, OTHER_MODULES, OTHER_MODULES]
+    assert "2 more" in words(figure)
+    assert_readable(figure)
+
+
+def test_another_number_of_snapshots_is_refused() -> None:
+    with pytest.raises(ValueError, match="'fc' has 6 snapshots, and there are 2 steps"):
+        draw_timeline([0, 1], {"fc": life()})
+
+
+def crowd(snapshots: int, features: int, labels: bool) -> list[LayerSnapshot]:
+    generator = torch.Generator().manual_seed(0)
+    ids, moments, following = torch.arange(features), [], features
+    for t in range(snapshots):
+        parents = torch.full((features,), -1)
+        if t:
+            replaced = torch.randperm(features, generator=generator)[: features // 50]
+            parents[replaced] = ids[(replaced + 1) % features]
+            ids = ids.clone()
+            ids[replaced] = torch.arange(following, following + len(replaced))
+            following += len(replaced)
+        modules = torch.randint(-1, 20, (features,), generator=generator)
+        names = [f"k={m} a+b 9{m % 10}%" if m > 0 else "" for m in modules.tolist()] if labels else None
+        importance = torch.rand(features, generator=generator).double() ** 8
+        moments.append(LayerSnapshot(ids, importance, modules, names, parents))
+    return moments
+
+
+@pytest.mark.parametrize(
+    ("snapshots", "features", "layers", "labels"),
+    [
+        (1, 3, 1, False),
+        (2, 1, 2, True),
+        (40, 60, 4, True),
+        (200, 300, 8, False),
+        (1000, 100, 2, True),
+        (3, 0, 1, False),
+    ],
+)
+def test_any_size_is_readable_and_quick(snapshots: int, features: int, layers: int, labels: bool) -> None:
+    moments = crowd(snapshots, features, labels)
+    start = time.process_time()
+    figure = draw_timeline(
+        range(snapshots), {f"transformer.h.{k}.attention.dropout:input": moments for k in range(layers)}
+    )
+    render_png(figure)
+    assert time.process_time() - start < 15  # about 1 second on a quiet machine
+    assert isinstance(figure, Figure)
+    assert_readable(figure)

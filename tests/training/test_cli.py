@@ -1,0 +1,236 @@
+"""The command line, as it is typed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.demos.boring_classes import BoringModel
+from torch import Tensor, nn
+
+from lib_lightning import InteractionGraph, compute_interaction_graph
+from lib_lightning.training.cli import main
+
+ROOT = Path(__file__).parents[1]
+
+
+def command(*args: str, code: int = 0) -> str:
+    """Run the command line in a process of its own and return all it prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", "lib_lightning", *args],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+    assert done.returncode == code, done.stdout
+    return done.stdout
+
+
+@pytest.fixture
+def basis_file(tmp_path: Path) -> Path:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    graph = compute_interaction_graph(model, [torch.randn(20, 4)], ["input", "1", "output"])
+    graph.info |= {"step": 1200, "epoch": 3}
+    graph.save(tmp_path / "graph.safetensors")
+    return tmp_path / "graph.safetensors"
+
+
+def test_inspect_prints_how_and_how_many(basis_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["inspect", str(basis_file)])
+    printed = capsys.readouterr().out
+    assert "step 1,200, epoch 3, n_samples 20" in printed
+    assert "basis lib" in printed
+    features = InteractionGraph.load(basis_file).bases["1"].n_features
+    assert any(line.split() == ["features/1", str(features)] for line in printed.splitlines())
+
+
+def test_plot_writes_an_image(basis_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plot", str(basis_file)])
+    image = basis_file.with_suffix(".png")
+    assert capsys.readouterr().out.strip() == str(image)
+    assert image.read_bytes().startswith(b"\x89PNG")
+    main(["plot", str(basis_file), "-o", str(basis_file.parent / "other.png"), "--max-edges", "4"])
+    assert (basis_file.parent / "other.png").exists()
+
+
+def test_plot_draws_the_spectrum_beside_the_graph(basis_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plot", str(basis_file), "--kind", "spectrum"])
+    image = basis_file.with_suffix(".spectrum.png")
+    assert capsys.readouterr().out.strip() == str(image)
+    assert image.read_bytes().startswith(b"\x89PNG")
+    assert not basis_file.with_suffix(".png").exists()
+
+
+@pytest.mark.parametrize("subcommand", ["inspect", "plot"])
+def test_wrong_files_get_one_sentence(subcommand: str, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(SystemExit, match=r"^lib-lightning: '.*text' is truncated or not a basis file"):
+        main([subcommand, str(tmp_path / "text")])
+    with pytest.raises(SystemExit, match=r"^lib-lightning: There is no basis file"):
+        main([subcommand, str(tmp_path / "nothing")])
+
+
+def test_help_explains_every_option_of_the_callback() -> None:
+    text = " ".join(command("fit", "--trainer.callbacks.help", "LIBCallback").split())
+    for words in (
+        "Number of validation samples to compute on",
+        "a snapshot before training and so many for each tenfold of the number of steps",
+        "Directions of metric and importance (PCA: variance) below this",
+        "Prefix of everything logged and name of the folder",
+        "or a NodeLayer",
+    ):
+        assert words in text
+
+
+def test_options_are_overridden_and_interpolated() -> None:
+    overrides = ["--data.modulus", "31", "--trainer.callbacks.num_samples", "77", "--model.d_mlp", "9"]
+    printed = command("fit", "--config", "recipes/modular_addition.yaml", *overrides, "--print_config")
+    assert printed.count("modulus: 31") == 3, "of the data, the model and the labeller"
+    assert "num_samples: 77" in printed
+    assert "d_mlp: 9" in printed
+
+
+def test_mistakes_get_one_sentence_before_training(tmp_path: Path) -> None:
+    printed = command(
+        *("fit", "--config", "recipes/modular_addition.yaml", "--trainer.default_root_dir", str(tmp_path)),
+        *("--trainer.callbacks.node_layers", "[transformer.embedd, output]"),
+        code=1,
+    )
+    assert printed.splitlines()[-1] == (
+        "lib-lightning: ModularAddition has no module 'transformer.embedd' (node layer 'transformer.embedd'). Near "
+        "matches: 'transformer.embed', 'transformer.unembed', 'transformer.embed.tokens'."
+    )
+    assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "answer"),
+    [
+        (
+            ["--trainer.callbacks.num_samples=1"],
+            "num_samples is a number from 2 on: a basis needs samples to vary; got 1.",
+        ),
+        (["--trainer.callbacks.node_layers=[a]"], "At least two node layers are needed to have something between them"),
+        (["--trainer.callbacks.basis=lob"], "Expected a typing.Literal['lib', 'pca', 'neuron']. Got value: lob"),
+        (["--trainer.callbacks.bases=lib"], "Option 'bases' is not accepted"),
+        (["--model.lr=much"], "Expected a <class 'float'>. Got value: much"),
+        (["--trainer.max_epoks=1"], "unrecognized arguments: --trainer.max_epoks=1"),
+        (["--config=nowhere.yaml"], "File does not exist"),
+    ],
+)
+def test_wrong_options_get_a_short_answer(
+    options: list[str], answer: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--config", "recipes/modular_addition.yaml", *options])
+    said = capfd.readouterr().err
+    said = said[said.index("lib-lightning: ") :]
+    assert stopped.value.code == 2
+    assert answer in said
+    assert len(said.splitlines()) <= 3
+
+
+def test_top_level_help_names_every_command() -> None:
+    printed = command("--help")
+    assert all(name in printed for name in ("fit", "validate", "test", "predict", "nodes", "inspect", "plot"))
+
+
+TABLE = """\
+  name                       positions x features  module
+  transformer.embed.tokens                 3 x 64  Embedding
+* transformer.embed                        3 x 64  Embedding
+* transformer.mlp:input                    1 x 64  Sequential
+* transformer.unembed:input                1 x 64  Linear
+* output                                   1 x 14  ModularAddition
+
+node_layers: [transformer.embed, "transformer.mlp:input", "transformer.unembed:input", output]
+"""
+
+
+def test_nodes_lists_where_the_model_can_be_cut() -> None:
+    before = set(ROOT.iterdir())
+    assert command("nodes", "--config", "recipes/modular_addition.yaml", "--data.modulus", "13") == TABLE
+    assert set(ROOT.iterdir()) == before, "and writes nothing"
+
+
+def test_nodes_takes_a_file_that_fit_has_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    recipe = ("--config", "recipes/modular_addition.yaml", "--data.modulus", "13")
+    with pytest.raises(SystemExit):
+        main(["fit", *recipe, "--print_config"])
+    written = capsys.readouterr().out
+    assert "ckpt_path: null" in written
+    # Without the callback, for an accelerator that is not here.
+    (tmp_path / "config.yaml").write_text(written.replace("accelerator: cpu", "accelerator: tpu"))
+    main(["nodes", "--config", str(tmp_path / "config.yaml"), "--trainer.callbacks", "null", "--all"])
+    printed = capsys.readouterr().out
+    assert "".join(line for line in printed.splitlines(keepends=True) if "    =" not in line) == TABLE
+    assert "\n    = transformer.unembed\n    = transformer\n" in printed
+
+
+def test_nodes_prints_a_list_that_node_layers_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["nodes", "--model", "tests.tiny_training.Classifier"])
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed.splitlines()[-1]) == {"node_layers": ["input", "net.3", "output"]}
+
+
+class WithoutValidation(BoringModel):
+    val_dataloader = None
+
+
+class TwoArguments(BoringModel):
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return super().forward(x) * scale
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self(batch, torch.ones(()))
+
+
+class BadDay(BoringModel):
+    def setup(self, stage: str) -> None:
+        raise RuntimeError("no data today")
+
+
+def scaled(batch: Tensor) -> tuple[Tensor, Tensor]:
+    return batch, torch.ones(())
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (WithoutValidation, "^lib-lightning: There is no validation batch to run the model on"),
+        (
+            TwoArguments,
+            r"^lib-lightning: TwoArguments cannot be run on a validation batch: TypeError: .*'scale'. By def",
+        ),
+        (
+            BadDay,
+            "^lib-lightning: The first validation batch of BadDay .* stops before with RuntimeError: no data today",
+        ),
+    ],
+)
+def test_nodes_fails_with_one_sentence(model: type[BoringModel], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        main(["nodes", "--model", f"tests.training.test_cli.{model.__name__}"])
+
+
+def test_nodes_feeds_the_model_as_the_callback_does(capsys: pytest.CaptureFixture[str]) -> None:
+    callback = {"class_path": "lib_lightning.LIBCallback"}
+    callback["init_args"] = {"node_layers": ["input", "output"], "input_fn": "tests.training.test_cli.scaled"}
+    main(["nodes", "--model", "tests.training.test_cli.TwoArguments", "--trainer.callbacks", json.dumps([callback])])
+    assert capsys.readouterr().out.splitlines()[-1] == "node_layers: [input, output]"
+
+
+def test_saved_graphs_load_elsewhere(basis_file: Path) -> None:
+    assert InteractionGraph.load(basis_file).node_layers == ["input", "1", "output"]

@@ -1,0 +1,256 @@
+"""Figures and numbers on their way to loggers: real ones of Lightning, and doubles of those that talk to a service."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lib_lightning import LIBCallback
+from lib_lightning.plots.image import PNG
+from lib_lightning.training.loggers import log_image
+from tests.tiny_training import NODE_LAYERS, Classifier, trainer_of
+
+# Optimizer steps 6 and 12 end in validations, 12 is also the end; 2 and 9 lie between. The axis counts from 0.
+AT_STEPS = [0, 2, 6, 9]
+ON_AXIS = [0, 1, 5, 8, 11]
+# A graph of each; the spectrum is one of the figures that are drawn after the fourth and the last one.
+SHOWN = [(kind, step) for step in ON_AXIS for kind in ("graph", "spectrum") if kind == "graph" or step in (8, 11)]
+
+
+class Remembers(Logger):
+    """Keeps what a logger is given instead of sending it away; comes first in the doubles below."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.metrics: list[tuple[dict[str, float], int | None]] = []
+        self.images: list[tuple[dict[str, Any], Image.Image]] = []
+        self.folder = folder
+
+    name = version = property(lambda self: "double")
+    save_dir = property(lambda self: self.folder)
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None: ...
+
+    def after_save_checkpoint(self, *_: Any) -> None: ...
+
+    def finalize(self, status: str) -> None: ...
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.metrics.append((dict(metrics), step))
+
+    def steps_of(self, key: str) -> list[int | None]:
+        return [step for metrics, step in self.metrics if key in metrics]
+
+
+class Wandb(Remembers, WandbLogger):
+    experiment = property(lambda self: object())  # the run itself, with a step of its own, is not to be used
+
+    def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
+        assert isinstance(images, list)
+        assert not kwargs
+        self.images += [({"key": key, "step": step}, image) for image in images]
+
+
+class MLFlow(Remembers, MLFlowLogger):
+    """The logger and its client in one."""
+
+    experiment = property(lambda self: self)
+    run_id = property(lambda self: "run")
+
+    def log_image(
+        self,
+        run_id: str,
+        image: Any,
+        artifact_file: str | None = None,
+        key: str | None = None,
+        step: int | None = None,
+        timestamp: int | None = None,
+        synchronous: bool | None = None,
+    ) -> None:
+        assert artifact_file is timestamp is synchronous is None
+        self.images.append(({"run_id": run_id, "key": key, "step": step}, image))
+
+
+class OldMLFlow(MLFlow):
+    def log_image(self, run_id: str, image: Any, artifact_file: str) -> None:
+        self.images.append(({"run_id": run_id, "artifact_file": artifact_file}, image))
+
+
+class BrokenWandb(Wandb):
+    def log_image(self, *_: Any, **__: Any) -> None:
+        raise ConnectionError("the service is away")
+
+
+class BrokenMLFlow(MLFlow):
+    def log_image(self, run_id: str, image: Any, key: str, step: int) -> None:
+        raise KeyError("no such run")
+
+
+def fit(folder: Path, loggers: list[Logger] | bool, **options: Any) -> LIBCallback:
+    callback = LIBCallback(NODE_LAYERS, at_steps=AT_STEPS, follow=False, **options)
+    trainer_of(folder, callback, logger=loggers, log_every_n_steps=1).fit(Classifier())
+    assert callback.snapshots == len(ON_AXIS)
+    return callback
+
+
+def pixels(file: Any) -> np.ndarray:
+    return np.asarray(Image.open(file).convert("RGB"))
+
+
+def figures(folder: Path, kind: str = "figures") -> list[np.ndarray]:
+    return [pixels(path) for path in sorted(folder.rglob(f"lib/{kind}/*.png"))]
+
+
+def assert_figures_of(folder: Path, logger: Remembers) -> None:
+    """Each image has the pixels of the file of its snapshot: the graph, then the importances."""
+    files = {"graph": iter(figures(folder)), "spectrum": iter(figures(folder, "spectra"))}
+    expected = [next(files[kind]) for kind, _ in SHOWN]
+    assert not any(list(rest) for rest in files.values())
+    for (_, image), figure in zip(logger.images, expected, strict=True):
+        assert isinstance(image, Image.Image)
+        assert np.array_equal(np.asarray(image.convert("RGB")), figure)
+
+
+def assert_numbers(logger: Remembers) -> None:
+    assert logger.steps_of("lib/edges/total") == [0, 1, 5, 5, 8, 11, 11]  # directly, and once more by a validation
+    assert logger.steps_of("val_loss") == [5, 11]
+
+
+def assert_in_tensorboard(logger: TensorBoardLogger) -> None:
+    events = EventAccumulator(logger.log_dir, {"images": 0, "scalars": 0}).Reload()
+    for tag, kind in (("lib/graph", "figures"), ("lib/spectrum", "spectra")):
+        images = events.Images(tag)
+        assert [e.step for e in images] == [step for shown, step in SHOWN if f"lib/{shown}" == tag]
+        for e, figure in zip(images, figures(Path(logger.log_dir), kind), strict=True):
+            assert np.array_equal(pixels(io.BytesIO(e.encoded_image_string)), figure)
+            assert (e.height, e.width) == figure.shape[:2]
+    assert [e.step for e in events.Scalars("lib/edges/total")] == [0, 1, 5, 5, 8, 11, 11]
+
+
+def test_wandb_gets_figure_and_numbers_at_the_trainers_step(tmp_path: Path) -> None:
+    logger = Wandb(tmp_path)
+    fit(tmp_path, [logger])
+    expected = [{"key": f"lib/{kind}", "step": step} for kind, step in SHOWN]
+    assert [call for call, _ in logger.images] == expected
+    assert_figures_of(tmp_path, logger)
+    assert_numbers(logger)
+
+
+def test_mlflow_gets_figure_and_numbers_under_a_key_that_it_can_read_back(tmp_path: Path) -> None:
+    logger = MLFlow(tmp_path)
+    fit(tmp_path, [logger])
+    calls = [call for call, _ in logger.images]
+    assert calls == [{"run_id": "run", "key": f"lib.{kind}", "step": step} for kind, step in SHOWN]
+    assert_figures_of(tmp_path, logger)
+    assert {image.mode for _, image in logger.images} == {"RGB"}  # its preview of a palette would be torn
+    assert_numbers(logger)
+
+
+def test_mlflow_accepts_any_name(tmp_path: Path) -> None:
+    logger, png = MLFlow(tmp_path), PNG(blank(), 3, 2)
+    log_image([logger], "lib: é/b_c-d.e f/graph", png, 7)
+    ((call, image),) = logger.images
+    assert call["key"] == "lib. ..b_c-d.e f.graph"
+    assert image.size == (3, 2)
+
+
+def test_an_mlflow_without_steps_gets_a_file_for_each(tmp_path: Path) -> None:
+    logger = OldMLFlow(tmp_path)
+    fit(tmp_path, [logger])
+    names = [f"lib.{kind}/step-{step:08d}.png" for kind, step in SHOWN]
+    assert [call for call, _ in logger.images] == [{"run_id": "run", "artifact_file": name} for name in names]
+    assert_figures_of(tmp_path, logger)
+
+
+def test_a_logger_without_a_folder_is_served_too(tmp_path: Path) -> None:
+    logger = MLFlow(None)  # as with a tracking server
+    fit(tmp_path, [logger])
+    assert_figures_of(tmp_path, logger)
+
+
+def test_tensorboard_alone(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    fit(tmp_path, [logger])
+    assert_in_tensorboard(logger)
+
+
+def test_csv_gets_numbers_and_no_complaint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logger = CSVLogger(tmp_path)
+    fit(tmp_path, [logger])
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        steps = {int(row["step"]) for row in csv.DictReader(file) if row["lib/edges/total"]}
+    assert steps == set(ON_AXIS)
+    assert len(figures(Path(logger.log_dir))) == len(ON_AXIS)
+    assert not said(caplog)
+
+
+def test_no_logger_leaves_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fit(tmp_path, False)
+    assert len(figures(tmp_path)) == len(ON_AXIS)
+    assert not said(caplog)
+
+
+def test_two_callbacks_share_loggers_under_their_names(tmp_path: Path) -> None:
+    logger = Wandb(tmp_path)
+    callbacks = [
+        LIBCallback(NODE_LAYERS, follow=False),
+        LIBCallback(NODE_LAYERS, basis="pca", name="pca", follow=False),
+    ]
+    trainer_of(tmp_path, *callbacks, logger=[logger]).fit(Classifier())
+    expected = [(f"{name}/graph", step) for step in (5, 11) for name in ("lib", "pca")]
+    # The last snapshot is that of the last validation: the spectra follow at the end of training.
+    expected += [(f"{name}/spectrum", 11) for name in ("lib", "pca")]
+    assert [(c["key"], c["step"]) for c, _ in logger.images] == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (BrokenWandb, "BrokenWandb did not take .* ConnectionError: the service is away"),
+        (BrokenMLFlow, "BrokenMLFlow did not take .* KeyError: 'no such run'"),
+    ],
+)
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_a_failing_logger_costs_the_others_nothing(
+    kind: type[Remembers], reason: str, place: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensorboard, wandb, mlflow = TensorBoardLogger(tmp_path, version="."), Wandb(tmp_path), MLFlow(tmp_path)
+    folder = Path(tensorboard.log_dir)
+    broken = kind(folder)
+    loggers: list[Logger] = [tensorboard, wandb, mlflow]
+    loggers.insert(place, broken)
+    fit(tmp_path, loggers)
+    assert_in_tensorboard(tensorboard)
+    for logger in (wandb, mlflow):
+        assert_figures_of(folder, logger)
+        assert_numbers(logger)
+    assert_numbers(broken)
+    (message,) = said(caplog)  # once, not at every snapshot
+    assert re.match(reason, message)
+
+
+def test_every_failing_logger_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fit(tmp_path, [BrokenWandb(tmp_path), BrokenWandb(tmp_path), BrokenMLFlow(tmp_path)])
+    kinds = [message.split()[0] for message in said(caplog)]
+    assert kinds == ["BrokenWandb", "BrokenWandb", "BrokenMLFlow"]
+    assert all("'lib/graph' at step 0" in message for message in said(caplog))
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    return [record.getMessage() for record in warnings if record.name.startswith("lib_lightning")]
+
+
+def blank() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (3, 2)).save(file, "PNG")
+    return file.getvalue()

@@ -1,0 +1,239 @@
+"""What a snapshot holds beside the graph: baselines, any metrics, labels, modules, errors, ablations now and then."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric, MetricCollection
+
+from lib_lightning import InteractionGraph, LIBCallback, compute_interaction_graph
+from lib_lightning.ablation import AblationPlan, accuracy, edges_required
+from lib_lightning.errors import LIBError
+from lib_lightning.metrics import Gini, Modularity, NumberOfFeatures, find_modules
+from tests.tiny_training import NODE_LAYERS, Classifier, Noisy, trainer_of
+from tests.training.test_callback import run
+
+
+def scores_of(output: Tensor, batch: Any) -> Tensor:
+    """A score function of a user's own."""
+    return -(output[:, 0] - output[:, 1]).abs()
+
+
+class Sorted(Classifier):
+    """Validation samples that are the same in every pass, and enough of them to hold some out."""
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        x = Noisy(60).x
+        return DataLoader(list(zip(x, x.sum(1).gt(0).long(), strict=True)), batch_size=7)
+
+
+def callback_with(**options: Any) -> LIBCallback:
+    return LIBCallback(**{"node_layers": NODE_LAYERS, "num_samples": 24, "dtype": "float64", **options})
+
+
+def test_training_is_untouched_by_all_of_it(tmp_path: Path) -> None:
+    def labeller(features: Tensor, inputs: Tensor) -> list[str]:
+        return [f"{torch.rand(()):.2f}" for _ in range(features.shape[-1])]
+
+    everything = callback_with(
+        baselines=["pca", "neuron"], labeller=labeller, ablation=AblationPlan(every_n_snapshots=1), every_n_steps=3
+    )
+    plain = run(Sorted(), tmp_path / "plain")
+    assert run(Sorted(), tmp_path / "watched", everything) == plain
+    assert everything.snapshots == 5
+
+
+@pytest.mark.parametrize("snapshots", [2, 3])
+def test_figures_over_time_are_drawn_of_three_snapshots(snapshots: int, tmp_path: Path) -> None:
+    callback = callback_with()
+    logger = TensorBoardLogger(tmp_path, name="")
+    trainer_of(tmp_path, callback, logger=logger, max_epochs=snapshots).fit(Sorted())
+    assert callback.snapshots == snapshots
+    over_time = {"lib/timeline", "lib/spectrum_over_time", "lib/sparsity_over_time"}
+    drawn = over_time & set(EventAccumulator(str(tmp_path / "version_0")).Reload().Tags()["images"])
+    assert drawn == (over_time if snapshots == 3 else set())
+
+
+def test_baselines_are_of_the_same_samples_and_their_ratios_logged(tmp_path: Path) -> None:
+    callback = callback_with(baselines=["pca", "neuron"])
+    trainer, model = trainer_of(tmp_path, callback, logger=TensorBoardLogger(tmp_path, name="")), Sorted()
+    trainer.fit(model)
+    numbers = trainer.callback_metrics
+    samples = callback.samples.batches
+    for kind in ("lib", "pca", "neuron"):
+        expected = compute_interaction_graph(model, samples, NODE_LAYERS, basis=kind, dtype=torch.float64)
+        assert numbers[f"{kind}/effective_edges/total"] == pytest.approx(expected.measure()["effective_edges/total"])
+        saved = InteractionGraph.load(tmp_path / "version_0" / kind / "final.safetensors")
+        assert saved.bases[NODE_LAYERS[0]].kind == kind
+        for pair, E in expected.edges.items():
+            torch.testing.assert_close(saved.edges[pair], E)
+    for kind in ("pca", "neuron"):
+        for metric in ("features", "gini", "modularity"):
+            ratio = numbers[f"lib/{metric}/total"] / numbers[f"{kind}/{metric}/total"]
+            assert numbers[f"lib_over_{kind}/{metric}/total"] == pytest.approx(float(ratio))
+    events = EventAccumulator(str(tmp_path / "version_0")).Reload()
+    assert set(events.Tags()["images"]) == {"lib/graph", "pca/graph", "neuron/graph", "lib/spectrum"}
+    assert {"lib/modularity/total", "lib_over_pca/edges/total"} <= set(events.Tags()["scalars"])
+    # At the end, as it takes a seventh of a snapshot's time.
+    assert [p.name for p in (tmp_path / "version_0" / "lib" / "spectra").iterdir()] == ["step-00000012.png"]
+    assert callback.snapshots == 2
+
+
+def test_names_of_baselines_follow_that_of_the_callback(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, callback_with(baselines=["pca"]), callback_with(baselines=["pca"], name="other"))
+    trainer.fit(Sorted())
+    prefixes = {key.split("/")[0] for key in trainer.callback_metrics} - {"val_loss"}
+    assert prefixes == {"lib", "pca", "lib_over_pca", "other", "other_pca", "other_over_pca"}
+    assert {"lib", "pca", "other", "other_pca"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_any_metrics_under_their_own_names(tmp_path: Path) -> None:
+    metrics = MetricCollection({"large": NumberOfFeatures(rtol=0.1), "parts": Modularity(resolution=2.0)}, prefix="my_")
+    callback = callback_with(metrics=metrics)
+    trainer = trainer_of(tmp_path, callback)
+    trainer.fit(Sorted())
+    keys = {key.split("/")[1] for key in trainer.callback_metrics if key.startswith("lib/")}
+    assert keys == {"my_large", "my_parts", "samples", "seconds", "age", "overhead", "born", "ended", "overlap"}
+    graph = callback.graph
+    assert graph is not None
+    assert trainer.callback_metrics["lib/my_large/net.0.input"] == NumberOfFeatures(rtol=0.1)(
+        graph.bases["net.0:input"].importance
+    )
+    # The figure's modules are those that are measured.
+    expected = find_modules(list(graph.edges.values()), resolution=2.0)
+    assert all(torch.equal(a, b) for a, b in zip(graph.modules.values(), expected, strict=True))
+
+
+def test_metrics_of_something_else_are_refused_at_once() -> None:
+    with pytest.raises(LIBError, match="'mean'"):
+        callback_with(metrics=MetricCollection({"mean": MeanMetric()}))
+    with pytest.raises(ValueError, match="baselines are bases other than 'lib'"):
+        callback_with(baselines=["lib"])
+    with pytest.raises(ValueError, match="basis is one of"):
+        callback_with(baselines=["ica"])
+
+
+def test_files_hold_errors_labels_modules_and_metrics(tmp_path: Path) -> None:
+    seen = []
+
+    def labeller(features: Tensor, inputs: Tensor) -> list[str]:
+        seen.append((features.shape, inputs.shape))
+        return [f"feature {j}" for j in range(features.shape[-1])]
+
+    trainer_of(tmp_path, callback_with(labeller=labeller, metrics=MetricCollection({"gini": Gini()}))).fit(Sorted())
+    graph = InteractionGraph.load(tmp_path / "lib" / "final.safetensors")
+    assert seen[0][0][:2] == (24, 1)
+    assert seen[0][1] == (24, 5)
+    assert graph.labels["net.0:input"][0] == "feature 0"
+    assert set(graph.modules) == set(NODE_LAYERS)
+    assert (graph.edge_errors["net.0:input", "net.4:input"] > 0).any()
+    error = graph.bases["net.0:input"].importance_error
+    assert error is not None
+    assert (error > 0).all()
+    assert graph.info["metrics"]["gini/total"]["error"] > 0
+
+
+@pytest.mark.parametrize("score", ["accuracy", scores_of])
+def test_ablations_at_their_own_pace_on_samples_held_out(tmp_path: Path, score: Any) -> None:
+    plan = AblationPlan(score=score, every_n_snapshots=3, tolerance=0.02)
+    callback = callback_with(every_n_steps=2, ablation=plan)
+    logged: dict[int, dict[str, float]] = {}
+
+    class Note(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            logged[trainer.global_step] = dict(callback._numbers(trainer))
+
+    trainer, model = trainer_of(tmp_path, callback, Note()), Sorted()
+    trainer.fit(model)
+    x = Noisy(60).x
+    assert torch.equal(torch.cat([b[0] for b in callback.samples.batches]), x[:24])
+    assert torch.equal(torch.cat([b[0] for b in callback.samples.held_out.batches]), x[24:48])
+    # Snapshots after 0, 2, 4, 6, 8, 10, 12 steps; ablations at the first, fourth and last.
+    assert [logged[step]["lib/ablation_age"] for step in (2, 5, 6, 8, 11)] == [2.0, 5.0, 0.0, 2.0, 5.0]
+    assert callback.watcher.ablated_step == 12
+    assert callback.graph is not None
+    expected = edges_required(
+        model, callback.samples.held_out.batches, callback.graph, plan.score_fn, 0.02, dtype=torch.float64
+    )
+    counts = [math.nan if a.count is None else a.count for a in expected.values()]
+    key = "lib/edges_required/"
+    found = [callback.watcher.numbers[key + s] for s in ("net.0.input-to-net.4.input", "net.4.input-to-output")]
+    assert found == pytest.approx(counts, nan_ok=True)
+    assert callback.watcher.numbers[key + "total"] == pytest.approx(sum(counts), nan_ok=True)
+
+
+def test_ablations_where_nothing_can_be_held_out_or_comes_from_elsewhere(tmp_path: Path) -> None:
+    class Two(Sorted):
+        def val_dataloader(self) -> Any:
+            other = DataLoader(list(zip(Noisy(30).x, torch.zeros(30).long(), strict=True)), batch_size=10)
+            return [super().val_dataloader(), other]
+
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            pass
+
+    elsewhere = callback_with(ablation=AblationPlan(val_dataloader=1))
+    too_few = callback_with(ablation=AblationPlan(), num_samples=100, name="few")
+    trainer_of(tmp_path, elsewhere, too_few, limit_val_batches=1.0).fit(Two())
+    assert torch.equal(torch.cat([b[0] for b in elsewhere.samples.held_out.batches]), Noisy(30).x[:24])
+    assert too_few.samples.held_out.count == 0
+    for callback in (elsewhere, too_few):
+        assert not math.isnan(callback.watcher.numbers[f"{callback.name}/edges_required/total"])
+
+
+def test_a_dataloader_of_its_own_gives_both(tmp_path: Path) -> None:
+    batches = [(x, x.sum(1).gt(0).long()) for x in Noisy(60).x.split(10)]
+    callback = callback_with(dataloader=batches, ablation=AblationPlan())
+    trainer_of(tmp_path, callback, limit_val_batches=0).fit(Classifier())
+    assert torch.equal(torch.cat([b[0] for b in callback.samples.held_out.batches]), Noisy(60).x[24:48])
+    assert callback.snapshots
+
+
+def test_resumed_runs_go_on_with_the_same_held_out_samples_and_pace(tmp_path: Path) -> None:
+    def new() -> LIBCallback:
+        return callback_with(every_n_steps=2, ablation=AblationPlan(every_n_snapshots=3))
+
+    first, second = new(), new()
+    trainer = trainer_of(tmp_path, first, max_epochs=1)
+    trainer.fit(Sorted())
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    trainer_of(tmp_path, second).fit(Sorted(), ckpt_path=tmp_path / "half.ckpt", weights_only=False)
+    for a, b in zip(first.samples.held_out.batches, second.samples.held_out.batches, strict=True):
+        assert torch.equal(a[0], b[0])
+    assert second.snapshots == 7
+
+
+def test_a_score_that_fails_costs_only_the_snapshot(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def fails(output: Tensor, batch: Any) -> Tensor:
+        return output
+
+    callback = callback_with(ablation=AblationPlan(score=fails))
+    plain = run(Sorted(), tmp_path / "plain")
+    assert run(Sorted(), tmp_path / "watched", callback) == plain
+    assert "one number for each of the" in caplog.text
+    assert callback.snapshots == 0
+
+
+@pytest.mark.parametrize("options", [{"final_basis": "centered"}, {"final_metric": "fisher"}])
+def test_other_measures_of_the_last_layer(tmp_path: Path, options: dict[str, Any]) -> None:
+    callback = callback_with(**options, baselines=["pca"])
+    trainer_of(tmp_path, callback).fit(Sorted())
+    assert callback.graph is not None
+    last = callback.graph.bases["output"]
+    assert last.kind == {"centered": "centered", "fisher": "lib"}[next(iter(options.values()))]
+    assert torch.allclose(last.to_features.sum(0), torch.zeros(last.n_features).double(), atol=1e-9)
+
+
+def test_a_plan_is_checked() -> None:
+    assert AblationPlan().score_fn is accuracy
+    for wrong in ({"score": "f1"}, {"tolerance": -1.0}, {"every_n_snapshots": 0}):
+        with pytest.raises(ValueError, match="got"):
+            AblationPlan(**wrong)  # type: ignore[arg-type]

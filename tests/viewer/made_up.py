@@ -1,0 +1,181 @@
+"""A film that no network has made: lineages that are born, split and die, in modules whose numbers change."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+_MODULES = 6
+
+
+@dataclass
+class Lineage:
+    """A feature over time."""
+
+    id: int
+    group: int
+    birth: int
+    death: int
+    size: float
+    rise: float
+    parent: int = -1
+
+
+@dataclass
+class MadeUpFilm:
+    """Has the methods of `lib_lightning.viewer.run_view.RunView` that a page needs."""
+
+    name: str
+    all_steps: list[int]
+    layers: list[tuple[str, str]]
+    features: int = 24
+    edges_: int = 400
+    modules: bool = True
+    seed: int = 0
+    written: int | None = None
+    lineages: list[list[Lineage]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng(self.seed)
+        last = len(self.all_steps)
+        for _ in self.layers:
+            column: list[Lineage] = []
+            for i in range(self.features):
+                early = i < 0.6 * self.features
+                birth = 0 if early else int(rng.integers(1, max(2, int(0.7 * last))))
+                short = rng.random() < 0.3
+                death = min(last, birth + int(rng.integers(2, max(3, last // 2)))) if short else last
+                parent = int(rng.integers(0, i)) if not early and rng.random() < 0.5 else -1
+                column.append(
+                    Lineage(i, i % _MODULES, birth, death, 10 ** -rng.uniform(0, 3.5), rng.uniform(-1, 1), parent)
+                )
+            self.lineages.append(column)
+
+    def alive(self, k: int, layer: int) -> list[Lineage]:
+        """Lineages of a snapshot, the most important first."""
+        there = [one for one in self.lineages[layer] if one.birth <= k < one.death]
+        return sorted(there, key=lambda one: -self.importance(one, k))
+
+    def importance(self, one: Lineage, k: int) -> float:
+        """A smooth curve of its own."""
+        age = (k - one.birth) / max(1, len(self.all_steps) - 1)
+        grown = min(1.0, 0.15 + 0.3 * (k - one.birth)) if one.birth else 1.0
+        return float(one.size * grown * 10 ** (one.rise * age) * (1 + 0.1 * np.sin(k * 0.7 + one.id)))
+
+    def label(self, layer: int, one: Lineage) -> str:
+        """A name like those of `FourierLabels`; the least of them have none."""
+        return f"k={5 + 3 * one.group} {'a+b' if layer > 1 else 'ab'[one.id % 2]} {99 - one.id}%" if one.id % 4 else ""
+
+    def numbers_of_modules(self, k: int) -> dict[int, int]:
+        """The number of each group: by size, so that it changes from snapshot to snapshot."""
+        counts = np.zeros(_MODULES, dtype=int)
+        for layer in range(len(self.layers)):
+            for one in self.alive(k, layer):
+                counts[one.group] += 1
+        return {int(group): n for n, group in enumerate(np.argsort(-counts, kind="stable"))}
+
+    def entry(self) -> dict[str, Any]:
+        return {"name": self.name, "version": str(len(self.steps())), "snapshots": len(self.steps())}
+
+    def steps(self, every: int = 1) -> list[int]:
+        return self.all_steps[: self.written]
+
+    def run(self, every: int = 1) -> str:
+        labels = [
+            {str(one.id): self.label(l, one) for one in column if self.label(l, one)}
+            for l, column in enumerate(self.lineages)
+        ]
+        return json.dumps(
+            {
+                "name": self.name,
+                "every": every,
+                "version": str(len(self.steps())),
+                "layers": [{"name": name, "kind": kind} for name, kind in self.layers],
+                "snapshots": [self._outline(k) for k in range(len(self.steps()))],
+                "labels": labels,
+                "events": self._events(),
+                "scalars": self._scalars(),
+            }
+        )
+
+    def _outline(self, k: int) -> dict[str, Any]:
+        layers = [self._layer(k, l) for l in range(len(self.layers))]
+        total = sum(len(layer["importance"]) for layer in layers)
+        metrics = {
+            "features/total": {"value": total, "error": None},
+            "effective_edges/total": {"value": 900 * np.exp(-4 * k / len(self.all_steps)) + 60, "error": 12.5},
+            "modularity/total": {"value": 0.2 + 0.5 * k / len(self.all_steps), "error": None},
+        }
+        keys = ("ids", "importance", "modules", "parents")
+        return {
+            "step": self.all_steps[k],
+            "epoch": self.all_steps[k] // 10,
+            "samples": 1740,
+            "layers": [{key: layer[key] for key in keys} for layer in layers],
+            "metrics": metrics,
+        }
+
+    def _layer(self, k: int, l: int) -> dict[str, Any]:
+        there = self.alive(k, l)
+        numbers = self.numbers_of_modules(k)
+        importance = [float(f"{self.importance(one, k):.5g}") for one in there]
+        return {
+            "ids": [one.id for one in there],
+            "importance": importance,
+            "error": [float(f"{0.06 * value:.5g}") for value in importance],
+            "similarity": [None if one.birth == k else float(f"{1 - 0.003 * one.id:.5g}") for one in there],
+            "parents": [one.parent if one.birth == k and k > 0 else -1 for one in there],
+            "modules": [numbers[one.group] if one.id % 9 else -1 for one in there] if self.modules else None,
+            "labels": [self.label(l, one) for one in there],
+            "unsure": [one.id % 7 == 3 for one in there],
+        }
+
+    def snapshot(self, step: int, edges: int = 400) -> str:
+        k = self.all_steps.index(step)
+        sections = []
+        for l in range(len(self.layers) - 1):
+            weight, source, target = self.section(k, l)
+            kept = min(edges, self.edges_)
+            held = {"source": source[:kept], "target": target[:kept], "weight": weight[:kept], "error": None}
+            sections.append({"count": len(weight), "strength": sum(weight), "strongest": weight[0], "edges": held})
+        layers = [self._layer(k, l) for l in range(len(self.layers))]
+        return json.dumps({"step": step, "layers": layers, "sections": sections})
+
+    def section(self, k: int, l: int) -> tuple[list[float], list[int], list[int]]:
+        """Strengths of all edges of a section, the strongest first, and the features at their ends."""
+        before, after = self.alive(k, l), self.alive(k, l + 1)
+        rng = np.random.default_rng(self.seed + l)
+        noise = 10 ** rng.uniform(-2.5, 0, (self.features, self.features))
+        sharp = 0.5 * (k + 1) / len(self.all_steps) + 0.5
+        sizes = [np.sqrt([self.importance(one, k) for one in column]) for column in (after, before)]
+        ids, groups = ([[getattr(one, key) for one in column] for column in (after, before)] for key in ("id", "group"))
+        inside = np.equal.outer(*groups)
+        strength = noise[np.ix_(*ids)] * np.where(inside, 1.0, 1 - 0.97 * sharp) * np.outer(*sizes)
+        order = np.argsort(-strength, axis=None, kind="stable")
+        target, source = np.unravel_index(order, strength.shape)
+        weight = [float(f"{value:.5g}") for value in strength.flat[order]]
+        return weight, source.tolist(), target.tolist()
+
+    def _events(self) -> list[dict[str, Any]]:
+        events = []
+        for (name, _), column in zip(self.layers, self.lineages, strict=True):
+            for one in column:
+                if 0 < one.birth < len(self.steps()):
+                    step = self.all_steps[one.birth]
+                    kind, text = "emerged", f"feature {name}/{one.id} emerged at step {step:,}"
+                    if one.parent >= 0:
+                        kind, text = "split", f"feature {name}/{one.id} split from {name}/{one.parent} at step {step:,}"
+                    events.append({"step": step, "kind": kind, "text": text, "layer": name, "lineage": one.id})
+        return sorted(events, key=lambda event: event["step"])
+
+    def _scalars(self) -> dict[str, Any]:
+        steps = list(range(0, self.all_steps[-1] + 1, max(1, self.all_steps[-1] // 400)))
+        loss = [float(f"{4 * np.exp(-6 * step / steps[-1]) + 0.02:.5g}") for step in steps]
+        accuracy = [float(f"{1 / (1 + np.exp(-12 * (step / steps[-1] - 0.55))):.5g}") for step in steps]
+        return {
+            "loss/train": {"steps": steps, "values": loss},
+            "accuracy/val": {"steps": steps, "values": accuracy},
+        }
