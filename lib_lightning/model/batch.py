@@ -197,7 +197,7 @@ def hash_batches(batches: Iterable[Any], process_group: ProcessGroup = SINGLE_PR
         A hash of all their tensors, the same on every process.
 
     Example:
-        >>> hash_batches([torch.zeros(2)]) == fingerprint([torch.zeros(2)]) != fingerprint([torch.ones(2)])
+        >>> hash_batches([torch.zeros(2)]) == hash_batches([torch.zeros(2)]) != hash_batches([torch.ones(2)])
         True
     """
     digest = hashlib.sha256()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lib_lightning import InteractionGraph, compute_interaction_graph
 from lib_lightning.training.cli import main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def command(*args: str, code: int = 0) -> str:

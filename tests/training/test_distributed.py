@@ -15,7 +15,7 @@ from torch import nn
 from lib_lightning import InteractionGraph, compute_interaction_graph
 from tests.two_processes import RUNS, samples
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # Number of samples, their width, and those that each process computes on.
 SAMPLES: dict[str, tuple[int, int, list[int]]] = {
     "repeated": (71, 5, [36, 35]),

@@ -21,7 +21,7 @@ from lib_lightning import InteractionGraph, LIBCallback
 from tests.resumable_run import EPOCHS, NODE_LAYERS, SCHEDULE, STEPS_PER_EPOCH, Steady
 from tests.tiny_training import trainer_of
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LAST = EPOCHS * STEPS_PER_EPOCH
 
 SCHEDULES: dict[str, dict[str, Any]] = {
