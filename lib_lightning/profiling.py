@@ -22,7 +22,7 @@ from lib_lightning.algorithm.progress import on_phase
 from lib_lightning.api import check_node_layers, propose_node_layers
 from lib_lightning.distributed.process_group import SINGLE_PROCESS
 from lib_lightning.errors import LIBError
-from lib_lightning.lineage.reference_features import NUM_REFERENCE_VALUES
+from lib_lightning.lineage.reference import NUM_REFERENCE_VALUES
 from lib_lightning.model.instrumented import InputFn, InstrumentedModel, MaskFn
 from lib_lightning.model.node_layer import NodeLayer, as_node_layers
 from lib_lightning.model.preserve import preserve_rng

@@ -12,7 +12,7 @@ from lib_lightning import InteractionGraph, NodeLayer, compute_interaction_graph
 from lib_lightning.distributed.process_group import ProcessGroup
 from lib_lightning.errors import LIBError
 from lib_lightning.lineage import match_features
-from lib_lightning.lineage.reference_features import reference_features
+from lib_lightning.lineage.reference import reference_features
 from lib_lightning.model.batch import hash_batches
 
 

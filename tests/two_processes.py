@@ -1,4 +1,4 @@
-"""Runs on two processes, at which `tests/training/test_distributed.py` looks: ``torchrun --nproc_per_node 2 THIS FOLDER``."""
+"""Two processes, for `tests/training/test_distributed.py`: ``torchrun --nproc_per_node 2 THIS FOLDER``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FeatureReader of one node layer on all samples, batch after batch: computed, or taken from where they came for nothing."""
+"""Features of one node layer, batch by batch: encoded, or read from values computed earlier."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class FeatureReader:
 
     Args:
         basis: Basis of the node layer.
-        known: FeatureReader of all batches at the positions that count, in order, shape ``(m, r)``, float64, if there are.
+        known: Features of all batches at the positions that count, in order, shape ``(m, r)``, float64, if there are.
 
     Example:
         >>> from lib_lightning.algorithm.basis import neuron_basis
@@ -27,7 +27,7 @@ class FeatureReader:
         self.basis, self._known = basis, known
 
     def of(self, a: Tensor, mask: Tensor | None) -> Tensor:
-        """FeatureReader of the next batch.
+        """Features of the next batch.
 
         Args:
             a: Its activations, shape ``(n, S, d)``.

@@ -134,7 +134,7 @@ class FeatureVariances(Reducible):
         Args:
             fhat: Features, zero at positions that do not count, shape ``(n, S, r)``, float64.
             mask: True at positions that count, shape ``(n, S)``; None where all do.
-            spans: The groups, and which samples of the batch belong to each.
+            group_slices: The groups, and which samples of the batch belong to each.
         """
         for group, span in group_slices:
             self._first[group] += fhat[span].sum((0, 1))

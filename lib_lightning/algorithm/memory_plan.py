@@ -129,7 +129,7 @@ def plan_memory(
 
 
 def _kept_by_autograd(instrumented: InstrumentedModel, batch: Any) -> tuple[list[CapturedLayer], int, int]:
-    """CapturedLayer a batch; bytes that autograd keeps of it, and numbers in the largest tensor among them."""
+    """Capture a batch; bytes that autograd keeps of it, and numbers in the largest tensor among them."""
     state = (*instrumented.model.parameters(), *instrumented.model.buffers())
     weights = {t.untyped_storage()._cdata for t in state if t.layout == torch.strided}
     kept: dict[int, int] = {}
@@ -157,7 +157,7 @@ def _kept_by_autograd(instrumented: InstrumentedModel, batch: Any) -> tuple[list
 
 
 def split_batches(instrumented: InstrumentedModel, batches: Sequence[Any], size: int) -> list[Any]:
-    """CapturedLayer batches into chunks of samples.
+    """Cut batches into chunks of samples.
 
     Args:
         instrumented: The model, which tells whether a batch can be cut at all.

@@ -115,7 +115,7 @@ class TorchProcessGroup(ProcessGroup):
 
 
 class ReplicatedGroup(TorchProcessGroup):
-    """TorchProcessGroup that hold a model together and run it in step, all on the same samples: nothing is to be summed.
+    """Processes that hold a model together and run it in step, all on the same samples: nothing is to be summed.
 
     What comes from process 0 still does: a truncation that falls out differently would take them out of step.
     """

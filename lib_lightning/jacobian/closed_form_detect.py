@@ -175,7 +175,7 @@ class _Search:
         return self._pull(self._place(self.end), self._place(self.begin))
 
     def read_off(self) -> Iterator[Factors]:
-        """Factors of all forms that this section could have."""
+        """Weights of all forms that this section could have."""
         d_in, d_out = self.section.d_in, self.section.d_out
         if self._enough(d_out):
             yield Factors(None, self._rows(self.end, self.begin, d_out), d_in, affine=True)

@@ -4,6 +4,16 @@ from lib_lightning.lineage.emergence import EmergenceDetector
 from lib_lightning.lineage.events import Event
 from lib_lightning.lineage.first_seen import FeatureHistory, retrace
 from lib_lightning.lineage.matching import Match, match_features
+from lib_lightning.lineage.reference import reference_features
 from lib_lightning.lineage.tracker import FeatureTracker
 
-__all__ = ["EmergenceDetector", "Event", "FeatureTracker", "Match", "FeatureHistory", "match_features", "retrace"]
+__all__ = [
+    "EmergenceDetector",
+    "Event",
+    "FeatureHistory",
+    "FeatureTracker",
+    "Match",
+    "match_features",
+    "reference_features",
+    "retrace",
+]

@@ -55,7 +55,7 @@ class FeatureTracker:
 
     Example:
         >>> from lib_lightning import compute_interaction_graph
-        >>> from lib_lightning.lineage.reference_features import reference_features
+        >>> from lib_lightning.lineage.reference import reference_features
         >>> model, batches, tracker = torch.nn.Linear(4, 2), [torch.randn(200, 4)], FeatureTracker()
         >>> for step in range(2):
         ...     graph = compute_interaction_graph(model, batches, ["input", "output"])
@@ -88,7 +88,7 @@ class FeatureTracker:
         if set(graph.probes) != set(graph.node_layers):
             raise LIBError(
                 "Features are followed by their values on probe samples, and this graph has none: set graph.probes to "
-                "lib_lightning.lineage.reference_features.reference_features(graph, model, batches), with the same batches every time."
+                "lib_lightning.lineage.reference_features(graph, model, batches), with the same batches every time."
             )
         step = graph.info.get("step") if step is None else step
         if step is None:

@@ -84,7 +84,7 @@ def trace_forward(instrumented: InstrumentedModel, batch: Any) -> Trace:
     """Find the tensors that every path with gradients from the model's input to its output passes.
 
     Args:
-        instrumented: The model; its node layers do not matter. To be called within `lib_lightning.model.preserve.preserve_model`.
+        instrumented: The model; its node layers do not matter. Call it within `preserve_model`.
         batch: One batch; a few samples are enough.
 
     Returns:

@@ -34,7 +34,8 @@ _LAST = 3
 def find_cuts(model: nn.Module, batch: Any, input_fn: InputFn | None = None) -> list[CutPoint]:
     """Find every place where a model can be cut with a single tensor.
 
-    One forward pass shows where all paths with gradients lead through; `validate_node_layers` then removes what has a path without.
+    One forward pass shows where all paths with gradients lead through; `validate_node_layers` then
+    removes what has a path without.
     To be called within `lib_lightning.model.preserve.preserve_model`.
 
     Args:

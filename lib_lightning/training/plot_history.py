@@ -25,8 +25,9 @@ class PlotHistory:
         >>> import torch
         >>> from lib_lightning import compute_interaction_graph
         >>> from lib_lightning.lineage import FeatureTracker
-        >>> from lib_lightning.lineage.reference_features import reference_features
-        >>> model, batches, tracker, history = torch.nn.Linear(4, 2), [torch.randn(99, 4)], FeatureTracker(), PlotHistory()
+        >>> from lib_lightning.lineage.reference import reference_features
+        >>> model, batches = torch.nn.Linear(4, 2), [torch.randn(99, 4)]
+        >>> tracker, history = FeatureTracker(), PlotHistory()
         >>> for step in (0, 10):
         ...     graph = compute_interaction_graph(model, batches, ["input", "output"])
         ...     graph.probes = reference_features(graph, model, batches)

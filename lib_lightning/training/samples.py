@@ -26,14 +26,14 @@ from lib_lightning.training.writer import SnapshotDirectory
 
 log = logging.getLogger(__name__)
 
-# SnapshotData that features are followed on, and how many of the sanity check's will do: eight for each of 64 dimensions are
+# Samples that features are followed on, and how many of the sanity check's will do: eight for each of 64 dimensions are
 # enough to see that features have only turned among themselves.
 NUM_REFERENCE_SAMPLES = 1024
 _ENOUGH_REFERENCE_SAMPLES = 512
 
 
 class SampleStore:
-    """SnapshotData of one run: those of the first whole validation, before it those of the sanity check, or the user's own.
+    """Samples of one run: those of the first whole validation, before it those of the sanity check, or the user's own.
 
     They are written beside the snapshots, so that a resumed run goes on with the same ones. Some of the first of them,
     chosen by a seed, are probe samples: those stay the same throughout.

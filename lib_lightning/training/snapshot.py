@@ -19,7 +19,7 @@ from lib_lightning.distributed.process_group import ProcessGroup
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.labels.labeller import Labeller, label_features
 from lib_lightning.lineage.events import Event
-from lib_lightning.lineage.reference_features import reference_features
+from lib_lightning.lineage.reference import reference_features
 from lib_lightning.lineage.snapshot_tracker import SnapshotTracker
 from lib_lightning.metrics.inputs import check_metrics
 from lib_lightning.metrics.modules import Modularity

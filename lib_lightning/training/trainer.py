@@ -234,7 +234,7 @@ def shared_samples(trainer: pl.Trainer, batches: list[Any]) -> list[Any]:
     own = (data_rank(trainer)[0], [map_tensors(batch, lambda t: t.cpu()) for batch in batches])
     everyone: list[Any] = [None] * trainer.world_size
     dist.all_gather_object(everyone, own)
-    # TorchProcessGroup that split a layer, not the data, have seen the same samples.
+    # Processes that split a layer, not the data, have seen the same samples.
     by_place = dict(reversed(everyone))
     device = trainer.strategy.root_device
     return [map_tensors(batch, lambda t: t.to(device)) for place in sorted(by_place) for batch in by_place[place]]

@@ -38,11 +38,11 @@ class Network:
         node_layers: Where it is cut; the last one is the output.
         fit: Batches of the training split, to compute bases and edges on.
         test: Batches of the test split, to score on.
-        score: As for `min_edges_from_curve`.
-        tolerance: As for `min_edges_from_curve`.
-        search: As for `min_edges_from_curve`.
+        score: As for `edges_required`.
+        tolerance: As for `edges_required`.
+        search: As for `edges_required`.
         options: More options of `compute_interaction_graph`.
-        ablation: More options of `min_edges_from_curve`.
+        ablation: More options of `edges_required`.
         told: What else to say about it in the file of results.
     """
 
@@ -68,7 +68,7 @@ def measure(network: Network, basis: str) -> dict[str, Any]:
         basis: One of `BASES`.
 
     Returns:
-        ``features`` of each node layer, ``edges``, ``effective_edges``, ``modularity`` and ``min_edges_from_curve`` of each
+        ``features`` of each node layer, ``edges``, ``effective_edges``, ``modularity`` and ``edges_required`` of each
         section (None where not even all edges are enough), and of all: for ``features`` that is the sum over all node
         layers but the last. ``seconds`` are those of the processor, for the graph and for the ablations.
     """

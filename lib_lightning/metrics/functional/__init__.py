@@ -17,7 +17,6 @@ from lib_lightning.metrics.functional.perplexity import perplexity
 from lib_lightning.metrics.functional.sparsity import gini, hoyer
 
 __all__ = [
-    "min_edges_from_curve",
     "effective_edges",
     "effective_features",
     "find_modules",
@@ -25,6 +24,7 @@ __all__ = [
     "gini",
     "hoyer",
     "largest_module",
+    "min_edges_from_curve",
     "modularity",
     "module_sizes",
     "number_of_edges",
