@@ -274,46 +274,47 @@ class InteractionGraph:
                 graph.add_edge((before, j), (after, i), weight=float(E[i, j]))
         return graph
 
-    def plot(self, max_edges: int = 300, max_features: int = 40, film: AnimatedLayout | None = None) -> Figure:
-        """Draw the graph: node layers as columns, features sized by importance, edges by strength.
+    def plot(self, max_edges: int = 300, max_features: int = 40, layout: AnimatedLayout | None = None) -> Figure:
+        """Draw the graph: one column per node layer, dots sized by importance, lines by edge strength.
 
-        Modules, where there are any, become bands in colours of their own; names are written beside their features.
+        Modules, if known, are drawn as coloured bands; labels are written beside their features.
 
         Args:
-            max_edges: Most edges to draw, shared among the sections.
-            max_features: Most features to draw in a column.
-            film: The graphs before, for features of the same lineages to keep their places.
+            max_edges: Maximum number of edges to draw, divided equally among the sections.
+            max_features: Maximum number of features to draw per node layer.
+            layout: Layout of the previous graphs; features of the same lineages keep their positions.
 
         Returns:
-            A matplotlib figure of its own, unknown to pyplot.
+            A matplotlib figure that is not registered with pyplot.
         """
         from lib_lightning.plots.graph import draw_graph
 
         bases = self.bases.values()
-        followed = film is not None and self.lineages.keys() == self.bases.keys()
+        animated = layout is not None and self.lineages.keys() == self.bases.keys()
         return draw_graph(
             list(bases),
             list(self.edges.values()),
             title="Interaction graph" + self._when(),
             max_edges=max_edges,
             max_features=max_features,
-            # Layers without modules of their own, such as outputs, may stand beside those that have them.
+            # Some layers, such as the output, may have no modules.
             modules=[self.modules.get(b.name, torch.full((b.n_features,), -1)) for b in bases]
             if self.modules
             else None,
             labels=[self.labels.get(b.name, [""] * b.n_features) for b in bases] if self.labels else None,
-            lineages=[self.lineages[b.name].ids for b in bases] if followed else None,
-            film=film if followed else None,
+            lineages=[self.lineages[b.name].ids for b in bases] if animated else None,
+            layout=layout if animated else None,
         )
 
     def plot_spectrum(self, baselines: Sequence[InteractionGraph] = ()) -> Figure:
-        """Draw how importance falls from feature to feature, in every node layer.
+        """Draw the importance spectrum of every node layer.
 
         Args:
-            baselines: Graphs of the same model in other bases, to be drawn beside this one.
+            baselines: Graphs of the same model to compare with, such as those in other bases. Graphs in a basis
+                of the same kind are numbered, this one first.
 
         Returns:
-            A matplotlib figure of its own, unknown to pyplot.
+            A matplotlib figure that is not registered with pyplot.
 
         Example:
             >>> from lib_lightning import compute_interaction_graph
@@ -322,11 +323,17 @@ class InteractionGraph:
             >>> len(lib.plot_spectrum([pca]).axes)
             2
         """
+        from lib_lightning.plots.palette import BASIS_NAMES
         from lib_lightning.plots.spectrum import draw_spectrum
 
-        graphs = {graph._kind(): list(graph.bases.values()) for graph in (*baselines, self)}
-        own = self._kind()
-        return draw_spectrum({own: graphs.pop(own), **graphs}, title="Importance of features" + self._when())
+        graphs: dict[str, list[Basis]] = {}
+        for graph in (self, *baselines):
+            kind, number = graph._kind(), 2
+            name: str = kind
+            while name in graphs:
+                name, number = f"{BASIS_NAMES.get(kind, kind)} ({number})", number + 1
+            graphs[name] = list(graph.bases.values())
+        return draw_spectrum(graphs, title="Importance of features" + self._when())
 
     def _repr_html_(self) -> str:
         from lib_lightning.plots.image import as_html, render_png
@@ -338,7 +345,7 @@ class InteractionGraph:
         return f" after {step:,} steps" if step is not None else ""
 
     def _kind(self) -> str:
-        # The last node layer of every graph has single neurons.
+        # The last node layer may be in another basis than the others, such as single neurons (final_basis="auto").
         return next(iter(self.bases.values())).kind
 
 

@@ -43,7 +43,7 @@ def draw_graph(
     modules: Sequence[Tensor] | None = None,
     labels: Sequence[Sequence[str]] | None = None,
     lineages: Sequence[Tensor] | None = None,
-    film: AnimatedLayout | None = None,
+    layout: AnimatedLayout | None = None,
 ) -> Figure:
     """Draw an interaction graph.
 
@@ -58,15 +58,15 @@ def draw_graph(
         modules: For each node layer the module of each feature, shape ``(r,)``, -1 for none: they become bands at one
             height in all columns. Those with most features have colours of their own.
         labels: For each node layer a name for each feature, "" for none, written beside the dots where there is room.
-        lineages: For each node layer the lineage of each feature, shape ``(r,)``; what ``film`` goes by.
-        film: Where features lay and which colours modules had in the graphs before; this one follows them, and is
-            added. It limits the features in a column itself, instead of ``max_features``. Modules are no bands then.
+        lineages: For each node layer the lineage of each feature, shape ``(r,)``; required with ``layout``.
+        layout: Layout of the previous graphs, updated with this one: features and modules that it knows keep their
+            positions and colours. Its own limit replaces ``max_features``, and modules are not drawn as bands.
 
     Returns:
         A matplotlib figure that pyplot does not know of, so that nothing is kept when it is dropped.
 
     Raises:
-        ValueError: If there is a film and no lineages.
+        ValueError: If ``layout`` is given without ``lineages``.
 
     Example:
         >>> import torch
@@ -77,10 +77,10 @@ def draw_graph(
     """
     bands: dict[int, Band] = {}
     colors: dict[int, str] | None = None
-    if film is not None:
+    if layout is not None:
         if lineages is None:
-            raise ValueError("A film follows lineages: lineages= is missing.")
-        columns, colors = film.columns(bases, lineages, edges, modules)
+            raise ValueError("layout= keeps features of the same lineage in place: lineages= is missing.")
+        columns, colors = layout.columns(bases, lineages, edges, modules)
     elif modules is None:
         columns = columns_of(bases, max_features)
     else:

@@ -42,7 +42,7 @@ class SnapshotDirectory:
         """
         graph.save(self.basis_file(step))
         phase_done("files")
-        png = render_png(graph.plot(film=film))
+        png = render_png(graph.plot(layout=film))
         phase_done("figures")
         write_bytes(self.path / "figures" / f"{_name(step)}.png", png.data)
         phase_done("files")

@@ -163,7 +163,7 @@ def test_a_figure_follows_the_film(with_modules: bool) -> None:
     film, heights, colors = AnimatedLayout(limit=9), {}, {}
     for bases, ids, edges, _ in frames(4, (9, 7, 5)):
         modules = [of_layer % 3 for of_layer in ids] if with_modules else None
-        figure = draw_graph(bases, edges, modules=modules, lineages=ids, film=film)
+        figure = draw_graph(bases, edges, modules=modules, lineages=ids, layout=film)
         assert_readable(figure)
         assert ("lineage" in words(figure), "modules" in words(figure)) == (True, with_modules)
         assert not figure.axes[0].patches, "no bands"
@@ -186,4 +186,4 @@ def test_a_figure_follows_the_film(with_modules: bool) -> None:
 def test_a_film_needs_lineages() -> None:
     basis = layer("a", torch.ones(2))
     with pytest.raises(ValueError, match="lineages= is missing"):
-        draw_graph([basis, replace(basis, name="b")], [torch.eye(2)], film=AnimatedLayout())
+        draw_graph([basis, replace(basis, name="b")], [torch.eye(2)], layout=AnimatedLayout())

@@ -118,3 +118,18 @@ def test_a_graph_draws_itself_beside_its_baselines() -> None:
         share = np.sort(basis.importance.numpy())[::-1] / float(basis.importance.max())
         assert drawn[0].get_ydata() == pytest.approx(share)
     assert len(spectra(lib.plot_spectrum().axes[0])) == 1
+
+
+def test_graphs_in_a_basis_of_the_same_kind_are_all_drawn_under_different_names() -> None:
+    model, batches = nn.Linear(4, 3), [torch.randn(50, 4)]
+    first, second, third = (
+        compute_interaction_graph(model, [batch * scale for batch in batches], ["input", "output"])
+        for scale in (torch.ones(4), torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([9.0, 1.0, 1.0, 1.0]))
+    )
+    figure = first.plot_spectrum([second, third])
+    drawn = spectra(figure.axes[0])
+    assert len(drawn) == len({line.get_color() for line in drawn}) == 3
+    assert {"LIB", "LIB (2)", "LIB (3)"} <= set(words(figure))
+    for line, graph in zip(drawn, (first, second, third), strict=True):
+        importance = graph.bases["input"].importance
+        assert line.get_ydata() == pytest.approx((importance / importance.max()).numpy())

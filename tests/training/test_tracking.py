@@ -135,7 +135,7 @@ def test_features_keep_their_places_in_figures(broken: tuple[Path, LIBCallback, 
     for kind in ("lib", "pca"):
         film = AnimatedLayout()
         for path in sorted((broken[0] / kind / "snapshots").iterdir()):
-            drawn = render_png(InteractionGraph.load(path).plot(film=film)).data
+            drawn = render_png(InteractionGraph.load(path).plot(layout=film)).data
             assert drawn == (broken[0] / kind / "figures" / f"{path.stem}.png").read_bytes()
 
 
@@ -269,7 +269,7 @@ def test_a_snapshot_that_cannot_be_drawn_is_as_if_it_had_never_been(
         tracker.update(graph)
         assert ids(graph) == written
         figure = (tmp_path / "lib" / "figures" / f"step-{step:08d}.png").read_bytes()
-        assert render_png(graph.plot(film=film)).data == figure
+        assert render_png(graph.plot(layout=film)).data == figure
 
 
 def test_adaptive_waits_for_events() -> None:
