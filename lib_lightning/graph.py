@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import networkx as nx
 import torch
@@ -17,6 +18,7 @@ from torchmetrics import MetricCollection
 from lib_lightning.algorithm.basis import Basis
 from lib_lightning.algorithm.jackknife import standard_error
 from lib_lightning.errors import LIBError
+from lib_lightning.io import basis_format as keys
 from lib_lightning.io.basis_file import BasisFileError, read_file, write_file
 from lib_lightning.metrics.functional import find_modules
 from lib_lightning.metrics.summary import GraphMetrics
@@ -26,11 +28,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from lib_lightning.plots.animated_layout import AnimatedLayout
-
-_BASIS_TENSORS = ("mean", "to_features", "from_features", "importance")
-# What a file may do without: files of before there were any, and graphs where they are unknown.
-_OPTIONAL_BASIS_TENSORS = ("importance_error", "unsure")
-
 
 # Numbers of edges kept, scores with them, and the score of the model as it is.
 EdgeCurve = tuple[Tensor, Tensor, float]
@@ -80,8 +77,9 @@ class InteractionGraph:
         modules: For each node layer the module that each feature belongs to, shape ``(r,)``, int64, -1 for none; empty
             where they have not been looked for.
         labels: For each node layer that has any, a name for each feature; "" for none.
-        probes: For each node layer the values of its features on probe samples, each scaled to mean 0 and variance 1,
-            shape ``(N, r)``, float16; the same samples throughout a run, and empty where there are none.
+        reference_features: For each node layer the values of its features on reference samples, each feature scaled to
+            mean 0 and variance 1, shape ``(N, r)``, float16. The samples are the same throughout a run. Empty if the
+            features are not tracked.
         lineages: For each node layer which features are those of the snapshots before; empty for a single graph.
         replicates: The same graph with parts of the samples left out; not in files, and None for a graph read from one.
 
@@ -99,7 +97,7 @@ class InteractionGraph:
     edge_errors: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     modules: dict[str, Tensor] = field(default_factory=dict)
     labels: dict[str, list[str]] = field(default_factory=dict)
-    probes: dict[str, Tensor] = field(default_factory=dict)
+    reference_features: dict[str, Tensor] = field(default_factory=dict)
     lineages: dict[str, Lineages] = field(default_factory=dict)
     replicates: Replicates | None = field(default=None, repr=False, compare=False)
 
@@ -108,18 +106,34 @@ class InteractionGraph:
         """Names of the node layers, in forward order."""
         return list(self.bases)
 
-    def layers(self) -> list[NodeLayer]:
-        """The node layers themselves, to cut a model at.
+    @property
+    def probes(self) -> dict[str, Tensor]:
+        """Deprecated name of `reference_features`."""
+        warnings.warn("InteractionGraph.probes is now reference_features.", DeprecationWarning, stacklevel=2)
+        return self.reference_features
+
+    @probes.setter
+    def probes(self, values: dict[str, Tensor]) -> None:
+        warnings.warn("InteractionGraph.probes is now reference_features.", DeprecationWarning, stacklevel=2)
+        self.reference_features = values
+
+    def node_layer_specs(self) -> list[NodeLayer]:
+        """The node layers as `NodeLayer` objects: where they are in the model.
 
         Returns:
-            One `NodeLayer` for each name.
+            One `NodeLayer` for each name in `node_layers`.
 
         Raises:
-            LIBError: If the graph does not say where they are.
+            LIBError: If the graph does not know where its node layers are.
         """
-        if "node_layers" not in self.info:
+        if keys.NODE_LAYERS not in self.info:
             raise LIBError("This graph does not say where in the model its node layers are: info has no 'node_layers'.")
-        return [NodeLayer(**layer) for layer in self.info["node_layers"]]
+        return [NodeLayer(**layer) for layer in self.info[keys.NODE_LAYERS]]
+
+    def layers(self) -> list[NodeLayer]:
+        """Deprecated name of `node_layer_specs`."""
+        warnings.warn("InteractionGraph.layers() is now node_layer_specs().", DeprecationWarning, stacklevel=2)
+        return self.node_layer_specs()
 
     def __repr__(self) -> str:
         layers = " -> ".join(f"{b.name}: {b.n_features} {b.kind}" for b in self.bases.values())
@@ -131,27 +145,30 @@ class InteractionGraph:
         Args:
             path: Where to write; folders are made as needed.
         """
-        tensors = {
-            f"basis.{i}.{key}": tensor
-            for i, b in enumerate(self.bases.values())
-            for key in (*_BASIS_TENSORS, *_OPTIONAL_BASIS_TENSORS)
-            if (tensor := getattr(b, key)) is not None
+        tensors: dict[str, Tensor] = {}
+        for i, (layer, basis) in enumerate(self.bases.items()):
+            for name, key in keys.BASIS.items():
+                # The attribute `degenerate` is still called `unsure` in the algorithm.
+                value = getattr(basis, name, None) if hasattr(basis, name) else basis.unsure
+                if value is not None:
+                    tensors[key.format(i)] = value
+            if layer in self.modules:
+                tensors[keys.MODULES.format(i)] = self.modules[layer]
+            if layer in self.reference_features:
+                tensors[keys.REFERENCE_FEATURES.format(i)] = self.reference_features[layer]
+            if layer in self.lineages:
+                tensors |= {key.format(i): getattr(self.lineages[layer], name) for name, key in keys.LINEAGES.items()}
+        for i, (section, E) in enumerate(self.edges.items()):
+            tensors[keys.EDGES.format(i)] = E
+            if section in self.edge_errors:
+                tensors[keys.EDGE_ERRORS.format(i)] = self.edge_errors[section]
+        header = {
+            keys.LAYERS: self.node_layers,
+            keys.KINDS: [basis.kind for basis in self.bases.values()],
+            keys.INFO: self.info,
+            keys.LABELS: self.labels,
         }
-        for i, (pair, E) in enumerate(self.edges.items()):
-            tensors[f"edges.{i}"] = E
-            if pair in self.edge_errors:
-                tensors[f"edge_errors.{i}"] = self.edge_errors[pair]
-        for i, name in enumerate(self.node_layers):
-            if name in self.modules:
-                tensors[f"modules.{i}"] = self.modules[name]
-            if name in self.probes:
-                tensors[f"probes.{i}"] = self.probes[name]
-            if name in self.lineages:
-                tensors |= {f"lineages.{i}.{key}": tensor for key, tensor in vars(self.lineages[name]).items()}
-        kinds = [b.kind for b in self.bases.values()]
-        write_file(
-            path, tensors, {"layers": self.node_layers, "kinds": kinds, "info": self.info, "labels": self.labels}
-        )
+        write_file(path, tensors, header)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> InteractionGraph:
@@ -169,30 +186,35 @@ class InteractionGraph:
         """
         tensors, header = read_file(path)
         try:
-            labels = header.get("labels", {})
-            if not isinstance(header["info"], dict) or not isinstance(labels, dict):
-                raise TypeError("info or labels is no table")
-            names, kinds = header["layers"], header["kinds"]
+            info, labels = header[keys.INFO], header.get(keys.LABELS, {})
+            if not isinstance(info, dict) or not isinstance(labels, dict):
+                raise TypeError("info and labels must be JSON objects")
+            layers, kinds = header[keys.LAYERS], header[keys.KINDS]
+            sections = list(itertools.pairwise(layers))
             bases = {
-                name: Basis(
-                    name,
+                layer: Basis(
+                    layer,
                     kind,
-                    *(tensors[f"basis.{i}.{key}"] for key in _BASIS_TENSORS),
-                    *(tensors.get(f"basis.{i}.{key}") for key in _OPTIONAL_BASIS_TENSORS),
+                    *(tensors[key.format(i)] for key in keys.BASIS_REQUIRED.values()),
+                    *(tensors.get(key.format(i)) for key in keys.BASIS_OPTIONAL.values()),
                 )
-                for i, (name, kind) in enumerate(zip(names, kinds, strict=True))
+                for i, (layer, kind) in enumerate(zip(layers, kinds, strict=True))
             }
-            pairs = dict(enumerate(itertools.pairwise(names)))
-            edges = {pair: tensors[f"edges.{i}"] for i, pair in pairs.items()}
-            errors = {pair: tensors[f"edge_errors.{i}"] for i, pair in pairs.items() if f"edge_errors.{i}" in tensors}
-            modules = {name: tensors[f"modules.{i}"] for i, name in enumerate(names) if f"modules.{i}" in tensors}
-            probes = {name: tensors[f"probes.{i}"] for i, name in enumerate(names) if f"probes.{i}" in tensors}
             lineages = {
-                name: Lineages(*(tensors[f"lineages.{i}.{field.name}"] for field in fields(Lineages)))
-                for i, name in enumerate(names)
-                if f"lineages.{i}.ids" in tensors
+                layer: Lineages(**{name: tensors[key.format(i)] for name, key in keys.LINEAGES.items()})
+                for i, layer in enumerate(layers)
+                if keys.LINEAGES["ids"].format(i) in tensors
             }
-            return cls(bases, edges, header["info"], errors, modules, labels, probes, lineages)
+            return cls(
+                bases,
+                {section: tensors[keys.EDGES.format(i)] for i, section in enumerate(sections)},
+                info,
+                _present(tensors, keys.EDGE_ERRORS, sections),
+                _present(tensors, keys.MODULES, layers),
+                labels,
+                _present(tensors, keys.REFERENCE_FEATURES, layers),
+                lineages,
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise BasisFileError(f"'{path}' is a basis file, but a part of it is missing: {error}.") from error
 
@@ -347,6 +369,14 @@ class InteractionGraph:
     def _kind(self) -> str:
         # The last node layer may be in another basis than the others, such as single neurons (final_basis="auto").
         return next(iter(self.bases.values())).kind
+
+
+_Place = TypeVar("_Place")
+
+
+def _present(tensors: Mapping[str, Tensor], key: str, places: Sequence[_Place]) -> dict[_Place, Tensor]:
+    """The tensors of one kind that a file has, by node layer or section."""
+    return {place: tensors[key.format(i)] for i, place in enumerate(places) if key.format(i) in tensors}
 
 
 def _or_none(value: float) -> float | None:

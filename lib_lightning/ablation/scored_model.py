@@ -53,7 +53,7 @@ def scored_model(
     Yields:
         The scored model.
     """
-    instrumented = InstrumentedModel(model, graph.layers(), input_fn, dtype, as_mask_fn(mask))
+    instrumented = InstrumentedModel(model, graph.node_layer_specs(), input_fn, dtype, as_mask_fn(mask))
     with process_group.sync_errors(), model_session(instrumented), torch.no_grad():
         parts = [batch for batch in batches if not is_empty(batch)]
         yield ScoredModel(instrumented, parts, graph, score, memory_limit, process_group)

@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from lib_lightning.errors import LIBError
+from lib_lightning.io.basis_format import CONTENT_HASH, FORMAT, FORMAT_VERSION, current_header, current_tensor_key
 
 if TYPE_CHECKING:
     # Whoever only reads parts of files, as TensorBoard does, need not wait for torch.
     import numpy as np
     from torch import Tensor
 
-FORMAT = "lib-lightning"
-FORMAT_VERSION = 1
+_FORMAT = "lib-lightning"
+_VERSION = 1
 # How the name of a file ends while it is being written.
 TEMPORARY = ".tmp"
 _HEADER_KEY = "lib_lightning"
@@ -48,8 +49,8 @@ def write_file(path: str | PathLike[str], tensors: Mapping[str, Tensor], header:
     """
     from safetensors.torch import save
 
-    whole = {**header, "format": FORMAT, "format_version": FORMAT_VERSION}
-    whole["content_hash"] = content_hash(tensors, whole)
+    whole = {**header, FORMAT: _FORMAT, FORMAT_VERSION: _VERSION}
+    whole[CONTENT_HASH] = content_hash(tensors, whole)
     stored = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     write_bytes(path, save(stored, metadata={_HEADER_KEY: json.dumps(whole, allow_nan=False)}))
 
@@ -90,11 +91,11 @@ def read_file(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, A
     """
     with _opened(path, "pt") as (file, header):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        stored_hash = header.pop("content_hash", None)
+        stored_hash = header.pop(CONTENT_HASH, None)
         altered = stored_hash != content_hash(tensors, header)
     if altered:
         raise BasisFileError(f"'{path}' was altered after it was written: its content does not match its hash.")
-    return tensors, header
+    return {current_tensor_key(key): tensor for key, tensor in tensors.items()}, current_header(header)
 
 
 def read_parts(
@@ -122,7 +123,8 @@ def read_parts(
         ({'small': array([1., 1.], dtype=float32)}, 3)
     """
     with _opened(path, "np") as (file, header):
-        return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}, header  # noqa: SIM118
+        stored = {current_tensor_key(name): name for name in file.keys()}  # noqa: SIM118
+        return {key: file.get_tensor(name) for key, name in stored.items() if wanted(key)}, current_header(header)
 
 
 @contextmanager
@@ -164,11 +166,11 @@ def content_hash(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> st
 
 
 def _check_header(path: Path, header: Any) -> None:
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
+    if not isinstance(header, dict) or header.get(FORMAT) != _FORMAT:
         raise BasisFileError(f"'{path}' is a safetensors file, but not a basis file of lib-lightning.")
-    version = header.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    version = header.get(FORMAT_VERSION)
+    if not isinstance(version, int) or version > _VERSION:
         raise BasisFileError(
-            f"'{path}' has format version {version}; this lib-lightning reads up to {FORMAT_VERSION}. "
+            f"'{path}' has format version {version}; this lib-lightning reads up to {_VERSION}. "
             "Update it: pip install --upgrade lib-lightning."
         )

@@ -77,7 +77,7 @@ def label_features(
         >>> graph.labels
         {'input': ['first', 'second']}
     """
-    layers = graph.layers()
+    layers = graph.node_layer_specs()
     instrumented = InstrumentedModel(model, layers, input_fn, dtype, as_mask_fn(mask))
     last = graph.bases[layers[-1].name]
     named = layers[:-1] if last.kind == "neuron" else layers

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_file import BasisFileError, read_parts
+from lib_lightning.io.basis_format import INFO, LAYERS, REFERENCE_FEATURES, REFERENCE_SAMPLES
 from lib_lightning.lineage.matching import SAME, standardised
 from lib_lightning.lineage.tracker import FIXED_ORDER
 
@@ -108,17 +109,17 @@ def retrace_files(final: InteractionGraph, files: Sequence[tuple[int, Path]]) ->
     Returns:
         For each node layer how like its features there have been; nothing for a graph without such values.
     """
-    if set(final.probes) != set(final.node_layers):
+    if set(final.reference_features) != set(final.node_layers):
         return {}
     steps: list[int] = []
     values: dict[str, list[torch.Tensor]] = {name: [] for name in final.node_layers}
     for step, path in files:
         try:
-            tensors, header = read_parts(path, lambda key: key.startswith("probes."))
+            tensors, header = read_parts(path, lambda key: key.startswith(REFERENCE_FEATURES.format("")))
         except (BasisFileError, OSError):
             continue
-        there = {name: tensors.get(f"probes.{i}") for i, name in enumerate(header.get("layers", []))}
-        same = header.get("info", {}).get("probe_samples") == final.info.get("probe_samples")
+        there = {name: tensors.get(REFERENCE_FEATURES.format(i)) for i, name in enumerate(header.get(LAYERS, []))}
+        same = header.get(INFO, {}).get(REFERENCE_SAMPLES) == final.info.get(REFERENCE_SAMPLES)
         known = {name: x for name, x in there.items() if x is not None and _comparable(final, name, x.shape)}
         if same and set(known) == set(values):
             steps.append(step)
@@ -126,15 +127,17 @@ def retrace_files(final: InteractionGraph, files: Sequence[tuple[int, Path]]) ->
                 values[name].append(torch.from_numpy(x))
     return {
         name: retrace(probes, steps, values[name], final.bases[name].kind in FIXED_ORDER)
-        for name, probes in final.probes.items()
+        for name, probes in final.reference_features.items()
     }
 
 
 def _comparable(final: InteractionGraph, name: str, shape: tuple[int, ...]) -> bool:
-    if name not in final.probes:
+    if name not in final.reference_features:
         return False
     in_order = final.bases[name].kind in FIXED_ORDER
-    return shape == final.probes[name].shape if in_order else shape[0] == len(final.probes[name])
+    return (
+        shape == final.reference_features[name].shape if in_order else shape[0] == len(final.reference_features[name])
+    )
 
 
 def first_seen(final: InteractionGraph, retraced: dict[str, FeatureHistory]) -> dict[str, Any]:

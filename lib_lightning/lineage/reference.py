@@ -32,7 +32,7 @@ def reference_features(
     dtype: torch.dtype | None = None,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, Tensor]:
-    """Look at the features of every node layer on probe samples, for ``graph.probes``: what they are followed by.
+    """Evaluate the features of every node layer on reference samples, for ``graph.reference_features``.
 
     With the same batches and the same seed the values are those of the same samples and positions, on every process.
 
@@ -61,7 +61,7 @@ def reference_features(
         >>> reference_features(graph, model, [x])["output"].shape
         torch.Size([20, 2])
     """
-    instrumented = InstrumentedModel(model, graph.layers(), input_fn, dtype, as_mask_fn(mask))
+    instrumented = InstrumentedModel(model, graph.node_layer_specs(), input_fn, dtype, as_mask_fn(mask))
     batches = list(batches)
     samples = sum(int(t) for t in process_group.gather(torch.tensor([sum(map(batch_size, batches))])))
     if not samples:

@@ -53,7 +53,7 @@ class SnapshotTracker:
         # On other samples or with other probes numbers are others, though nothing has happened: what they do has to
         # be learned anew.
         n_probes = graph.info.get("settings", {}).get("n_probes")
-        samples = [graph.info.get("probe_samples"), graph.info.get("n_samples"), n_probes]
+        samples = [graph.info.get("reference_samples"), graph.info.get("n_samples"), n_probes]
         if samples != self._samples:
             self._samples, self.detector = samples, EmergenceDetector()
         features = {

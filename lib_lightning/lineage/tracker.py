@@ -59,7 +59,7 @@ class FeatureTracker:
         >>> model, batches, tracker = torch.nn.Linear(4, 2), [torch.randn(200, 4)], FeatureTracker()
         >>> for step in range(2):
         ...     graph = compute_interaction_graph(model, batches, ["input", "output"])
-        ...     graph.probes = reference_features(graph, model, batches)
+        ...     graph.reference_features = reference_features(graph, model, batches)
         ...     events = tracker.update(graph, step)
         >>> graph.lineages["input"].ids, events
         (tensor([0, 1]), [])
@@ -74,8 +74,8 @@ class FeatureTracker:
         """Find the lineages of a snapshot, and write them to ``graph.lineages``.
 
         Args:
-            graph: The snapshot, with values on probe samples (``graph.probes``) that are the same throughout. Where
-                ``info["probe_samples"]`` says that they are others than before, all lineages start anew.
+            graph: The snapshot, with ``graph.reference_features`` on the same samples as all others. If
+                ``info["reference_samples"]``, the hash of these samples, changes, all lineages start anew.
             step: Number of optimizer steps before it; ``info["step"]`` by default.
 
         Returns:
@@ -85,23 +85,25 @@ class FeatureTracker:
         Raises:
             LIBError: If the graph has no such values, or no step.
         """
-        if set(graph.probes) != set(graph.node_layers):
+        if set(graph.reference_features) != set(graph.node_layers):
             raise LIBError(
-                "Features are followed by their values on probe samples, and this graph has none: set graph.probes to "
+                "This graph has no reference features, which features are tracked by. Set graph.reference_features to "
                 "lib_lightning.lineage.reference_features(graph, model, batches), with the same batches every time."
             )
         step = graph.info.get("step") if step is None else step
         if step is None:
             raise LIBError("The graph does not say after which step it was taken: give step=.")
-        samples = graph.info.get("probe_samples")
+        samples = graph.info.get("reference_samples")
         again = samples == self._samples and set(self._last) == set(graph.node_layers)
-        again = again and all(len(self._last[name].values) == len(probes) for name, probes in graph.probes.items())
+        again = again and all(
+            len(self._last[name].values) == len(probes) for name, probes in graph.reference_features.items()
+        )
         events: list[Event] = []
         lineages: dict[str, Lineages] = {}
         turnover: dict[str, Turnover] = {}
         last: dict[str, _Last] = {}
         for name, basis in graph.bases.items():
-            values = graph.probes[name]
+            values = graph.reference_features[name]
             share = basis.importance / basis.importance.sum().clamp_min(torch.finfo(torch.float64).tiny)
             before = self._last.get(name)
             if again and before is not None and _comparable(before, values, basis.kind):

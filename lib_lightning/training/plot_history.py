@@ -30,7 +30,7 @@ class PlotHistory:
         >>> tracker, history = FeatureTracker(), PlotHistory()
         >>> for step in (0, 10):
         ...     graph = compute_interaction_graph(model, batches, ["input", "output"])
-        ...     graph.probes = reference_features(graph, model, batches)
+        ...     graph.reference_features = reference_features(graph, model, batches)
         ...     events = tracker.update(graph, step)
         ...     history.add(step, graph, {"lib": graph.measure()})
         >>> list(history.figures())

@@ -247,10 +247,10 @@ class SnapshotComputer:
                     )
                 phase_done("labels")
             if self.watched.follow:
-                graph.probes = reference_features(
+                graph.reference_features = reference_features(
                     graph, instrumented.model, samples.probes, samples.seed, process_group=process_group, **options
                 )
-                graph.info["probe_samples"] = probe_samples
+                graph.info["reference_samples"] = probe_samples
                 phase_done("probes")
             graphs[prefix] = graph
         follower, events = self.follower.copy(), []

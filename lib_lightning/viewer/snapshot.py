@@ -12,6 +12,7 @@ import numpy as np
 
 from lib_lightning.errors import LIBError
 from lib_lightning.io.basis_file import read_parts
+from lib_lightning.io.basis_format import BASIS, EDGE_ERRORS, EDGES, LINEAGES, MODULES
 from lib_lightning.viewer.json_text import dump, integers, number, numbers, object_
 from lib_lightning.viewer.run_discovery import FileStamp
 
@@ -19,17 +20,17 @@ from lib_lightning.viewer.run_discovery import FileStamp
 UNREADABLE = (LIBError, OSError, AttributeError, IndexError, KeyError, TypeError, ValueError)
 # Where files have what there is of each feature; {} is the number of the node layer.
 _FEW = {
-    "ids": "lineages.{}.ids",
-    "importance": "basis.{}.importance",
-    "parents": "lineages.{}.parents",
-    "modules": "modules.{}",
+    "ids": LINEAGES["ids"],
+    "importance": BASIS["importance"],
+    "parents": LINEAGES["parents"],
+    "modules": MODULES,
 }
 _MORE = {
-    "error": "basis.{}.importance_error",
-    "similarity": "lineages.{}.similarity",
-    "unsure": "basis.{}.unsure",
+    "error": BASIS["importance_error"],
+    "similarity": LINEAGES["similarity"],
+    "unsure": BASIS["degenerate"],
 }
-_SECTION = ("edges.{}", "edge_errors.{}")
+_SECTION = (EDGES, EDGE_ERRORS)
 _WHOLE_NUMBERS = {"ids", "parents", "modules", "unsure"}
 
 

@@ -60,7 +60,7 @@ def test_curves_are_means_of_the_transcription(case: Case) -> None:
     options = {"input_fn": case.input_fn, "mask": case.mask}
 
     def score(output: Any, batch: Any) -> Tensor:
-        last = graph.layers()[-1].read([first_tensor(output)])
+        last = graph.node_layer_specs()[-1].read([first_tensor(output)])
         return last.flatten(1).square().mean(1)
 
     for l, (section, E) in enumerate(graph.edges.items()):

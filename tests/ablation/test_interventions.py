@@ -24,7 +24,7 @@ BASES = ["lib", "pca", "neuron"]
 
 
 def live_of(case: Case, graph: InteractionGraph) -> InstrumentedModel:
-    return InstrumentedModel(case.model, graph.layers(), case.input_fn, None, as_mask_fn(case.mask))
+    return InstrumentedModel(case.model, graph.node_layer_specs(), case.input_fn, None, as_mask_fn(case.mask))
 
 
 @functools.cache
@@ -148,7 +148,7 @@ def test_what_is_affine_on_the_samples_alone_is_computed_in_full(kind: str) -> N
     model, x = NearlyAffine(kind).double(), torch.randn(40, 4).double()
     x[7, 0] = 2.5
     graph = compute_interaction_graph(model, [x], ["input", "output"], basis="pca")
-    instrumented = InstrumentedModel(model, graph.layers())
+    instrumented = InstrumentedModel(model, graph.node_layer_specs())
     with model_session(instrumented), torch.no_grad():
         assert AblatedSection(instrumented, x, 0, *graph.bases.values()).J is None
 

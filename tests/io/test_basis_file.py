@@ -42,14 +42,14 @@ def test_loading_gives_back_every_bit(graph: InteractionGraph, tmp_path: Path) -
 
 def test_probes_and_lineages_come_back(graph: InteractionGraph, tmp_path: Path) -> None:
     r = graph.bases["1"].n_features
-    graph.probes = {"1": torch.randn(7, r).half()}
+    graph.reference_features = {"1": torch.randn(7, r).half()}
     similarity = torch.rand(r, dtype=torch.float64)
     similarity[0] = torch.nan
     graph.lineages = {"1": Lineages(torch.arange(r) + 3, similarity, torch.full((r,), -1))}
     graph.save(tmp_path / "graph.safetensors")
     loaded = InteractionGraph.load(tmp_path / "graph.safetensors")
-    assert list(loaded.probes) == list(loaded.lineages) == ["1"]
-    assert torch.equal(loaded.probes["1"], graph.probes["1"])
+    assert list(loaded.reference_features) == list(loaded.lineages) == ["1"]
+    assert torch.equal(loaded.reference_features["1"], graph.reference_features["1"])
     for key, tensor in vars(graph.lineages["1"]).items():
         assert torch.equal(getattr(loaded.lineages["1"], key).nan_to_num(-7), tensor.nan_to_num(-7))
 
@@ -76,7 +76,9 @@ def test_errors_modules_and_labels_come_back(graph: InteractionGraph, tmp_path: 
 def test_files_without_errors_load(graph: InteractionGraph, tmp_path: Path) -> None:
     graph.save(tmp_path / "graph.safetensors")
     tensors, header = read_file(tmp_path / "graph.safetensors")
-    bare = {name: t for name, t in tensors.items() if not name.endswith(("_error", "unsure")) and "errors" not in name}
+    bare = {
+        name: t for name, t in tensors.items() if not name.endswith(("_error", "degenerate")) and "errors" not in name
+    }
     assert len(bare) < len(tensors)
     header = {key: header[key] for key in ("layers", "kinds", "info")}
     write_file(tmp_path / "bare.safetensors", bare, header)

@@ -65,7 +65,7 @@ def test_what_is_said_of_every_feature(tmp_path: Path) -> None:
 
 def test_nothing_is_said_without_values_on_probe_samples() -> None:
     final = snapshot({"a": directions()}, 1)
-    final.probes = {}
+    final.reference_features = {}
     assert retrace_files(final, []) == {}
     never = snapshot({"a": directions()[:, :1]}, 1)
     assert first_seen(never, retrace_files(never, []))["a"] == {

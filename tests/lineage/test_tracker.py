@@ -98,7 +98,7 @@ def test_similarity_is_the_correlation_with_the_feature_before() -> None:
     true.step()
     second, after = true.graph(1)
     tracker.update(second)
-    a, b = (graph.probes["layer"].double() for graph in (first, second))
+    a, b = (graph.reference_features["layer"].double() for graph in (first, second))
     for j, lineage in enumerate(after):
         pair = torch.stack([a[:, before.index(lineage)], b[:, j]])
         expected = float(torch.corrcoef(pair)[0, 1].abs())
@@ -183,6 +183,6 @@ def test_graphs_without_values_or_step_are_refused() -> None:
     with pytest.raises(LIBError, match="step="):
         FeatureTracker().update(graph)
     FeatureTracker().update(graph, step=3)
-    graph.probes = {}
+    graph.reference_features = {}
     with pytest.raises(LIBError, match="reference_features"):
         FeatureTracker().update(graph, step=3)

@@ -98,6 +98,6 @@ def snapshot(values: dict[str, Tensor], step: int, kind: str = "lib", samples: s
         (a, b): torch.ones(values[b].shape[1], values[a].shape[1], dtype=torch.float64)
         for a, b in itertools.pairwise(names)
     }
-    graph = InteractionGraph(bases, edges, {"step": step, "probe_samples": samples})
-    graph.probes = {name: x.half() for name, x in values.items()}
+    graph = InteractionGraph(bases, edges, {"step": step, "reference_samples": samples})
+    graph.reference_features = {name: x.half() for name, x in values.items()}
     return graph

@@ -152,10 +152,11 @@ def test_since_when_final_features_have_been_there(broken: tuple[Path, LIBCallba
     assert hidden["formed"] >= 8
     strongest = hidden["features"][0]
     graphs = snapshots(folder)
-    values = final.probes[NODE_LAYERS[1]][:, 0].double()
+    values = final.reference_features[NODE_LAYERS[1]][:, 0].double()
     like = {
         step: max(
-            float(torch.corrcoef(torch.stack([values, x]))[0, 1] ** 2) for x in graph.probes[NODE_LAYERS[1]].double().T
+            float(torch.corrcoef(torch.stack([values, x]))[0, 1] ** 2)
+            for x in graph.reference_features[NODE_LAYERS[1]].double().T
         )
         for step, graph in graphs.items()
     }
@@ -281,14 +282,14 @@ def test_not_following(tmp_path: Path) -> None:
     callback = callback_with(follow=False)
     trainer_of(tmp_path, callback, num_sanity_val_steps=-1).fit(Steady(breaks_at=6))
     graphs = snapshots(tmp_path)
-    assert not any(graph.probes or graph.lineages for graph in graphs.values())
+    assert not any(graph.reference_features or graph.lineages for graph in graphs.values())
     assert not any("/born/" in key for key in callback.watcher.numbers)
     assert not callback.watcher.events
     assert not list((tmp_path / "lib").glob("*.png"))
 
 
 def samples_of(graphs: dict[int, InteractionGraph]) -> list[str]:
-    return [graph.info["probe_samples"] for graph in graphs.values()]
+    return [graph.info["reference_samples"] for graph in graphs.values()]
 
 
 def test_probe_samples_stay_the_same_from_the_sanity_check_on(tmp_path: Path) -> None:
@@ -297,7 +298,7 @@ def test_probe_samples_stay_the_same_from_the_sanity_check_on(tmp_path: Path) ->
     graphs = snapshots(tmp_path)
     assert {graph.info["n_samples"] for graph in graphs.values()} == {512, 700}
     assert len(set(samples_of(graphs))) == 1
-    assert {len(graph.probes[NODE_LAYERS[0]]) for graph in graphs.values()} == {512}
+    assert {len(graph.reference_features[NODE_LAYERS[0]]) for graph in graphs.values()} == {512}
 
 
 def test_too_few_probe_samples_are_replaced_once(tmp_path: Path) -> None:

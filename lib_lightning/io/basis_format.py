@@ -1,0 +1,76 @@
+"""Names of everything in a basis file: the keys of its tensors and of its header.
+
+A tensor belongs to node layer ``i``, counted from 0 in forward order, or to the section between node layers ``i`` and
+``i + 1``. Its key has ``{}`` in place of ``i``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Of each node layer. The names are those of the attributes of `Basis`; the last ones may be missing.
+BASIS_REQUIRED = {name: f"basis.{{}}.{name}" for name in ("mean", "to_features", "from_features", "importance")}
+BASIS_OPTIONAL = {name: f"basis.{{}}.{name}" for name in ("importance_error", "degenerate")}
+BASIS = BASIS_REQUIRED | BASIS_OPTIONAL
+# The names are those of the attributes of `Lineages`: all of them, or none.
+LINEAGES = {name: f"lineages.{{}}.{name}" for name in ("ids", "similarity", "parents")}
+MODULES = "modules.{}"
+REFERENCE_FEATURES = "reference_features.{}"
+# Of each section.
+EDGES = "edges.{}"
+EDGE_ERRORS = "edge_errors.{}"
+
+# Keys of the header.
+FORMAT = "format"
+FORMAT_VERSION = "format_version"
+CONTENT_HASH = "content_hash"
+LAYERS = "layers"
+KINDS = "kinds"
+LABELS = "labels"
+INFO = "info"
+
+# Keys of the header's info, which is `InteractionGraph.info`.
+SETTINGS = "settings"
+NODE_LAYERS = "node_layers"
+NUM_SAMPLES = "n_samples"
+NOTES = "notes"
+VERSIONS = "versions"
+STEP = "step"
+EPOCH = "epoch"
+METRICS = "metrics"
+REFERENCE_SAMPLES = "reference_samples"
+
+# Names in files of version 0.1, and what they are now. Dots separate the parts of a tensor's key.
+OLD_TENSOR_NAMES = {"probes": "reference_features", "unsure": "degenerate"}
+OLD_INFO_NAMES = {"probe_samples": REFERENCE_SAMPLES}
+
+
+def current_tensor_key(key: str) -> str:
+    """Key of a tensor today, whichever version has written the file.
+
+    Args:
+        key: The key in the file.
+
+    Returns:
+        The present key.
+
+    Example:
+        >>> current_tensor_key("probes.0"), current_tensor_key("basis.0.mean")
+        ('reference_features.0', 'basis.0.mean')
+    """
+    return ".".join(OLD_TENSOR_NAMES.get(part, part) for part in key.split("."))
+
+
+def current_header(header: dict[str, Any]) -> dict[str, Any]:
+    """Header with the keys of today, whichever version has written the file.
+
+    Args:
+        header: The header in the file.
+
+    Returns:
+        The same with present keys.
+    """
+    info = header.get(INFO)
+    if not isinstance(info, dict):
+        return header
+    return {**header, INFO: {OLD_INFO_NAMES.get(key, key): value for key, value in info.items()}}
