@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import functools
+import itertools
 import math
 import random
 from collections.abc import Callable
@@ -22,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lib_lightning import InteractionGraph, LIBCallback, NodeLayer, compute_interaction_graph
 from lib_lightning.errors import LIBError
 from lib_lightning.metrics.summary import scalar_keys
+from tests.pairwise import pairs_of, pairwise
 from tests.tiny_training import NODE_LAYERS, Classifier, Failing, Noisy, trainer_of
 
 KEYS = {f"lib/{key}" for key in [*scalar_keys(NODE_LAYERS), "samples", "seconds", "age", "overhead"]}
@@ -58,6 +61,9 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "steps": {"every_n_steps": 2},
     "list": {"at_steps": [0, 1, 7]},
     "log": {"log_spaced": 4},
+}
+COMPUTATIONS: dict[str, dict[str, Any]] = {
+    "exact": {},
     "probes": {"n_probes": 2, "integration_steps": 2},
     "float64": {"dtype": "float64"},
 }
@@ -68,25 +74,45 @@ TRAINERS: dict[str, dict[str, Any]] = {
     "bf16": {"precision": "bf16-mixed"},
     "often": {"val_check_interval": 0.5, "gradient_clip_val": 0.1},
 }
+MODELS: dict[str, type[Classifier]] = {"working": Classifier, "failing": Failing}
+OPTIONS = {"schedule": [*SCHEDULES], "computation": [*COMPUTATIONS], "trainer": [*TRAINERS], "model": [*MODELS]}
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("trainer", TRAINERS)
-@pytest.mark.parametrize("kind", [Classifier, Failing])
+@pytest.fixture(scope="module")
+def without_callback(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """Training without the callback, run once for each trainer."""
+    return functools.cache(lambda trainer: run(Classifier(), tmp_path_factory.mktemp(trainer), **TRAINERS[trainer]))
+
+
+def test_cases_cover_all_pairs_of_options() -> None:
+    cases = pairwise(OPTIONS)
+    covered = set().union(*(pairs_of([*OPTIONS], case) for case in cases))
+    possible = set().union(*(pairs_of([*OPTIONS], case) for case in itertools.product(*OPTIONS.values())))
+    assert covered == possible
+    assert len(covered) == 71
+    assert len(cases) <= 24, "of 120 combinations"
+
+
+@pytest.mark.parametrize(("schedule", "computation", "trainer", "model"), pairwise(OPTIONS))
 def test_training_is_untouched_to_the_last_bit(
-    schedule: str, trainer: str, kind: type[Classifier], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    schedule: str,
+    computation: str,
+    trainer: str,
+    model: str,
+    without_callback: Callable[[str], dict[str, Any]],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    without = run(Classifier(), tmp_path, **TRAINERS[trainer])
-    callback = LIBCallback(NODE_LAYERS, **SCHEDULES[schedule])
-    with_it = run(kind(), tmp_path, callback, **TRAINERS[trainer])
-    assert with_it == without
-    said = [record.getMessage() for record in caplog.records if record.name == "lib_lightning.training.reporter"]
-    if kind is Failing:
+    callback = LIBCallback(NODE_LAYERS, **SCHEDULES[schedule], **COMPUTATIONS[computation])
+    with_callback = run(MODELS[model](), tmp_path, callback, **TRAINERS[trainer])
+    messages = [record.getMessage() for record in caplog.records if record.name == "lib_lightning.training.reporter"]
+    assert with_callback == without_callback(trainer)
+    if model == "failing":
         assert callback.snapshots == 0
-        assert all("training goes on. RuntimeError: the model has a bad day" in message for message in said)
+        assert all("training goes on. RuntimeError: the model has a bad day" in message for message in messages)
     else:
         assert callback.snapshots >= 2
-    assert bool(said) == (kind is Failing)
+    assert bool(messages) == (model == "failing")
 
 
 def test_scalars_reach_loggers_and_other_callbacks(tmp_path: Path) -> None:
