@@ -22,11 +22,12 @@ from lib_lightning.errors import ActivationError, is_out_of_memory
 from lib_lightning.graph import InteractionGraph, Replicates
 from lib_lightning.model.batch import batch_size, is_empty, num_elements
 from lib_lightning.model.cut_point import CutPoint
-from lib_lightning.model.instrumented import InputFn, InstrumentedModel, MaskFn
+from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
 from lib_lightning.model.node_layer import NodeLayer, as_node_layers
 from lib_lightning.model.preserve import preserve_model
 from lib_lightning.model.propose import find_cuts, find_proposed, propose
-from lib_lightning.model.questions import _refuse_without_tensors, as_mask_fn, model_session, wrap_forward_errors
+from lib_lightning.model.questions import _refuse_without_tensors, model_session, wrap_forward_errors
 from lib_lightning.model.validate import validate_node_layers
 from lib_lightning.version import __version__
 
@@ -112,13 +113,11 @@ def compute_interaction_graph(
     settings = LIBConfig(basis, final_basis, rtol, n_probes, integration_steps, final_metric)
     if isinstance(batches, (Tensor, Mapping)):
         raise TypeError("batches is a list (or any iterable) of batches; for a single one write [batch].")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype is a floating-point type such as torch.float64, or None; got {dtype!r}.")
+    spec = ModelSpec(input_fn, mask, dtype)
     batches = list(batches)
-    mask_fn = as_mask_fn(mask)
     if node_layers is None:
-        node_layers = _proposed(model, batches, input_fn, mask_fn)
-    instrumented = InstrumentedModel(model, as_node_layers(node_layers), input_fn, dtype, mask_fn)
+        node_layers = _proposed(model, batches, spec)
+    instrumented = InstrumentedModel(model, as_node_layers(node_layers), spec)
     graph = graph_of(instrumented, batches, settings, memory_limit, process_group, check_first=True, progress=progress)
     for note in graph.info["notes"]:
         log.warning(note)
@@ -196,7 +195,7 @@ def _as_graph(built: BuildResult, settings: LIBConfig, instrumented: Instrumente
     info = {
         "settings": {
             **asdict(settings),
-            "dtype": None if instrumented.dtype is None else str(instrumented.dtype).split(".")[-1],
+            "dtype": None if instrumented.spec.dtype is None else str(instrumented.spec.dtype).split(".")[-1],
         },
         "node_layers": [
             {"name": x.name, "taps": list(x.taps), "positions": x.positions, "feature_dim": x.feature_dim}
@@ -219,11 +218,11 @@ def _as_graph(built: BuildResult, settings: LIBConfig, instrumented: Instrumente
     return InteractionGraph(bases, edges, info, errors, replicates=replicates)
 
 
-def _proposed(model: nn.Module, batches: Sequence[Any], input_fn: InputFn | None, mask_fn: MaskFn | None) -> list[str]:
+def _proposed(model: nn.Module, batches: Sequence[Any], spec: ModelSpec) -> list[str]:
     batch = next((batch for batch in batches if not is_empty(batch)), None)
     if batch is None:
         raise ActivationError("There are no samples to choose node layers with.")
-    node_layers = propose_node_layers(model, batch, input_fn, mask_fn)
+    node_layers = propose_node_layers(model, batch, spec.input_fn, spec.mask)
     log.warning("No node layers were given; %s is cut at node_layers=%s.", type(model).__name__, node_layers)
     return node_layers
 
@@ -253,7 +252,7 @@ def check_node_layers(
     Example:
         >>> check_node_layers(nn.Linear(2, 2), torch.ones(1, 2), ["input", "output"])
     """
-    instrumented = InstrumentedModel(model, as_node_layers(node_layers), input_fn, dtype, as_mask_fn(mask))
+    instrumented = InstrumentedModel(model, as_node_layers(node_layers), ModelSpec(input_fn, mask, dtype))
     _refuse_without_tensors(batch)
     with model_session(instrumented):
         validate_node_layers(instrumented, batch)
@@ -286,8 +285,9 @@ def list_node_layers(model: nn.Module, batch: Any, input_fn: InputFn | None = No
         1 1 8 ReLU True
         output 1 2 Sequential True
     """
-    with wrap_forward_errors(model, input_fn), preserve_model(model):
-        cuts = find_cuts(model, batch, input_fn)
+    spec = ModelSpec(input_fn)
+    with wrap_forward_errors(model, spec), preserve_model(model):
+        cuts = find_cuts(model, batch, spec)
     taps = propose(cuts)
     return [replace(cut, proposed=cut.tap in taps) for cut in cuts]
 
@@ -316,4 +316,4 @@ def propose_node_layers(
     """
     _refuse_without_tensors(batch)
     with preserve_model(model):
-        return find_proposed(model, batch, input_fn, as_mask_fn(mask))
+        return find_proposed(model, batch, ModelSpec(input_fn, mask))

@@ -23,10 +23,11 @@ from lib_lightning.api import check_node_layers, propose_node_layers
 from lib_lightning.distributed.process_group import SINGLE_PROCESS
 from lib_lightning.errors import LIBError
 from lib_lightning.lineage.reference import NUM_REFERENCE_VALUES
-from lib_lightning.model.instrumented import InputFn, InstrumentedModel, MaskFn
+from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
 from lib_lightning.model.node_layer import NodeLayer, as_node_layers
 from lib_lightning.model.preserve import preserve_rng
-from lib_lightning.model.questions import as_mask_fn, wrap_forward_errors
+from lib_lightning.model.questions import wrap_forward_errors
 from lib_lightning.plots.animated_layout import AnimatedLayout
 from lib_lightning.training.sample_buffer import SampleBuffer
 from lib_lightning.training.snapshot import SnapshotComputer, SnapshotConfig, SnapshotData
@@ -140,12 +141,13 @@ def profile_snapshot(
     probes = SampleBuffer(NUM_REFERENCE_VALUES)
     probes.choose(samples, seed=0)
     device = next((t.device for t in itertools.chain(model.parameters(), model.buffers())), torch.device("cpu"))
+    spec = ModelSpec(input_fn, mask, dtype)
     with preserve_rng([]):
-        with wrap_forward_errors(model, input_fn):
+        with wrap_forward_errors(model, spec):
             asked = model, samples.batches[0]
-            layers = as_node_layers(node_layers or propose_node_layers(*asked, input_fn, as_mask_fn(mask)))
+            layers = as_node_layers(node_layers or propose_node_layers(*asked, input_fn, mask))
             check_node_layers(*asked, layers, dtype, input_fn, mask)
-        instrumented = InstrumentedModel(model, layers, input_fn, dtype, as_mask_fn(mask))
+        instrumented = InstrumentedModel(model, layers, spec)
         take = _snapshots(instrumented, watched, SnapshotData(samples.batches, probes=probes.batches))
         take(lambda step: None)
         clock = _Clock(device)

@@ -17,8 +17,9 @@ from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.errors import LIBError, NotFiniteError
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.model.batch import batch_size, is_empty
-from lib_lightning.model.instrumented import InputFn, InstrumentedModel, MaskFn
-from lib_lightning.model.questions import as_mask_fn, model_session
+from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
+from lib_lightning.model.questions import model_session
 
 Score = Callable[[Any, Any], Tensor]
 
@@ -53,7 +54,7 @@ def scored_model(
     Yields:
         The scored model.
     """
-    instrumented = InstrumentedModel(model, graph.node_layer_specs(), input_fn, dtype, as_mask_fn(mask))
+    instrumented = InstrumentedModel(model, graph.node_layer_specs(), ModelSpec(input_fn, mask, dtype))
     with process_group.sync_errors(), model_session(instrumented), torch.no_grad():
         parts = [batch for batch in batches if not is_empty(batch)]
         yield ScoredModel(instrumented, parts, graph, score, memory_limit, process_group)

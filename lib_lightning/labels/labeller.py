@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lib_lightning.errors import LIBError
 from lib_lightning.features import feature_values
 from lib_lightning.graph import InteractionGraph
-from lib_lightning.model.instrumented import InputFn, InstrumentedModel, MaskFn
-from lib_lightning.model.questions import as_mask_fn
+from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
 
 
 class Labeller(Protocol):
@@ -78,7 +78,7 @@ def label_features(
         {'input': ['first', 'second']}
     """
     layers = graph.node_layer_specs()
-    instrumented = InstrumentedModel(model, layers, input_fn, dtype, as_mask_fn(mask))
+    instrumented = InstrumentedModel(model, layers, ModelSpec(input_fn, mask, dtype))
     last = graph.bases[layers[-1].name]
     named = layers[:-1] if last.kind == "neuron" else layers
 

@@ -14,8 +14,8 @@ from lib_lightning.features import feature_values
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.lineage.matching import standardised
 from lib_lightning.model.batch import batch_size
-from lib_lightning.model.instrumented import InputFn, InstrumentedModel, MaskFn
-from lib_lightning.model.questions import as_mask_fn
+from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
 
 # Values of a feature that are enough to tell it by: chance correlations of so many are 0.03.
 NUM_REFERENCE_VALUES = 1024
@@ -61,7 +61,7 @@ def reference_features(
         >>> reference_features(graph, model, [x])["output"].shape
         torch.Size([20, 2])
     """
-    instrumented = InstrumentedModel(model, graph.node_layer_specs(), input_fn, dtype, as_mask_fn(mask))
+    instrumented = InstrumentedModel(model, graph.node_layer_specs(), ModelSpec(input_fn, mask, dtype))
     batches = list(batches)
     samples = sum(int(t) for t in process_group.gather(torch.tensor([sum(map(batch_size, batches))])))
     if not samples:

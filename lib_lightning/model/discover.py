@@ -109,7 +109,7 @@ class _Recorder:
 
     def __init__(self, instrumented: InstrumentedModel, batch: Any, adopts: bool = False) -> None:
         self.model, self.adopts = instrumented.model, adopts
-        self.n = batch_size(batch) or batch_size(instrumented.input_fn(batch))
+        self.n = batch_size(batch) or batch_size(instrumented.spec.input_of(batch))
         self.owned = {id(t) for t in (*instrumented.model.parameters(), *instrumented.model.buffers())}
         self.adopted: list[Tensor] = []
         self.paths: dict[int, list[str]] = defaultdict(list)

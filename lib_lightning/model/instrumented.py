@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from lib_lightning.errors import LIBError
-from lib_lightning.model.batch import default_input_fn, map_tensors
+from lib_lightning.model.batch import map_tensors
 from lib_lightning.model.capture import ActivationRecorder, CapturedLayer, StopForward
+from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.module_paths import check_taps
 from lib_lightning.model.node_layer import NodeLayer
 from lib_lightning.model.preserve import preserve_attributes
 
-InputFn = Callable[[Any], Any]
-MaskFn = Callable[[Any], Tensor]
+_DEFAULT = ModelSpec()
 
 
 class InstrumentedModel:
@@ -27,13 +27,8 @@ class InstrumentedModel:
     Args:
         model: Any module; never modified.
         layers: Node layers in forward order.
-        input_fn: Turns a batch into what the model is called with: a mapping becomes keyword arguments, a tuple
-            becomes positional arguments, anything else is the only argument. By default the first entry of a tuple or
-            list batch, and any other batch as it is.
-        dtype: Floating-point type to compute in; the model's own by default. Parameters are converted for the length
-            of a call, on the side.
-        mask_fn: Marks the positions of a batch that count, as a tensor of shape ``(n, S)``, true where they do: what
-            it leaves out (padding) enters no sum. By default all of them.
+        spec: How to call the model on a batch. To compute in another dtype, each call converts copies of the
+            parameters. Masked positions enter no sum.
 
     Attributes:
         seed: For random numbers that a forward pass may draw; to be set anew for each batch.
@@ -43,19 +38,10 @@ class InstrumentedModel:
         LIBError: If the model is wrapped in FullyShardedDataParallel.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Sequence[NodeLayer],
-        input_fn: InputFn | None = None,
-        dtype: torch.dtype | None = None,
-        mask_fn: MaskFn | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[NodeLayer], spec: ModelSpec = _DEFAULT) -> None:
         self.model = model
         self.layers = list(layers)
-        self.input_fn = input_fn or default_input_fn
-        self.dtype = dtype
-        self.mask_fn = mask_fn
+        self.spec = spec
         self.seed = 0
         self._changed: list[weakref.ref[Tensor]] = []
         self._put_back: Callable[[], None] | None = None  # what a forward pass that is left halfway has not
@@ -95,7 +81,8 @@ class InstrumentedModel:
             self.run(batch)
         self._changed += recorder.changed
         cuts = recorder.finish()
-        return cuts if self.mask_fn is None else [_masked(cut, self.mask_fn(batch)) for cut in cuts]
+        mask = self.spec.mask_of(batch)
+        return cuts if mask is None else [_masked(cut, mask) for cut in cuts]
 
     def output(self, batch: Any, replace: Mapping[int, Tensor]) -> Any:
         """Run the model with activations replaced, and nothing else in its way.
@@ -146,10 +133,10 @@ class InstrumentedModel:
             torch.cuda.manual_seed_all(self.seed)
         args, kwargs = self.inputs(batch)
         try:
-            if self.dtype is None:
+            if self.spec.dtype is None:
                 return self.model(*args, **kwargs)
             state = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-            converted = {name: t.detach().to(self.dtype) for name, t in state.items() if t.is_floating_point()}
+            converted = {name: t.detach().to(self.spec.dtype) for name, t in state.items() if t.is_floating_point()}
             return torch.func.functional_call(self.model, converted, args, kwargs)
         finally:
             self._given.clear()
@@ -167,14 +154,16 @@ class InstrumentedModel:
             return tensor
 
         def own(tensor: Tensor) -> Tensor:
-            copy = tensor.detach().to(self.dtype or tensor.dtype if tensor.is_floating_point() else None, copy=True)
+            copy = tensor.detach().to(
+                self.spec.dtype or tensor.dtype if tensor.is_floating_point() else None, copy=True
+            )
             plain = type(tensor) is Tensor and tensor.layout == torch.strided and not tensor.is_inference()
             # Not what `input_fn` has made: it may use the same memory for the next batch.
             if id(tensor) in batch_tensors and plain and tensor.device.type == "cpu" and copy.dtype == tensor.dtype:
                 self._given[id(copy)] = copy, tensor.detach()
             return copy
 
-        inputs = map_tensors(self.input_fn(map_tensors(batch, of_batch)), own)
+        inputs = map_tensors(self.spec.input_of(map_tensors(batch, of_batch)), own)
         if isinstance(inputs, Mapping):
             return (), dict(inputs)
         return (inputs if isinstance(inputs, tuple) else (inputs,)), {}

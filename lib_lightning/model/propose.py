@@ -13,7 +13,8 @@ from lib_lightning.errors import LIBError, NodeLayerError, is_out_of_memory
 from lib_lightning.model.batch import slice_batch
 from lib_lightning.model.cut_point import CutPoint, class_of, cut_point
 from lib_lightning.model.discover import trace_forward
-from lib_lightning.model.instrumented import InputFn, InstrumentedModel, MaskFn
+from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.node_layer import INPUT, OUTPUT, NodeLayer
 from lib_lightning.model.validate import validate_node_layers
 
@@ -29,9 +30,10 @@ _SAMPLES = 3
 _NAMES = 4
 # How many are tried as the last one.
 _LAST = 3
+_DEFAULT = ModelSpec()
 
 
-def find_cuts(model: nn.Module, batch: Any, input_fn: InputFn | None = None) -> list[CutPoint]:
+def find_cuts(model: nn.Module, batch: Any, spec: ModelSpec = _DEFAULT) -> list[CutPoint]:
     """Find every place where a model can be cut with a single tensor.
 
     One forward pass shows where all paths with gradients lead through; `validate_node_layers` then
@@ -41,7 +43,7 @@ def find_cuts(model: nn.Module, batch: Any, input_fn: InputFn | None = None) -> 
     Args:
         model: Any module.
         batch: One batch, of which a few samples are used.
-        input_fn: As for `InstrumentedModel`.
+        spec: How to call the model on the batch.
 
     Returns:
         The places, in forward order.
@@ -56,20 +58,17 @@ def find_cuts(model: nn.Module, batch: Any, input_fn: InputFn | None = None) -> 
         >>> [(cut.tap, cut.features, cut.aliases) for cut in find_cuts(model, torch.randn(3, 4))]
         [('input', 4, ('0:input',)), ('0', 8, ('1:input',)), ('1', 8, ('2:input',)), ('output', 2, ('2',))]
     """
-    search = _Search(model, batch, input_fn)
+    search = _Search(model, batch, spec)
     return search.verified(search.candidates())
 
 
-def find_proposed(
-    model: nn.Module, batch: Any, input_fn: InputFn | None = None, mask_fn: MaskFn | None = None
-) -> list[str]:
+def find_proposed(model: nn.Module, batch: Any, spec: ModelSpec = _DEFAULT) -> list[str]:
     """Choose node layers for a model: `propose` of `find_cuts`, in fewer passes through the model.
 
     Args:
         model: Any module.
         batch: One batch, of which a few samples are used.
-        input_fn: As for `InstrumentedModel`.
-        mask_fn: As for `InstrumentedModel`.
+        spec: How to call the model on the batch.
 
     Returns:
         Taps, in forward order.
@@ -84,7 +83,7 @@ def find_proposed(
         >>> find_proposed(model, torch.randn(3, 4))
         ['input', '1', 'output']
     """
-    search = _Search(model, batch, input_fn, mask_fn)
+    search = _Search(model, batch, spec)
     cuts = search.candidates()
     taps = propose(cuts)
     if search.holds([cut for cut in cuts if cut.tap in taps]):
@@ -174,15 +173,13 @@ def _too_few(taps: Sequence[str]) -> str:
 class _Search:
     """A model and a few samples to look for cuts with."""
 
-    def __init__(
-        self, model: nn.Module, batch: Any, input_fn: InputFn | None = None, mask_fn: MaskFn | None = None
-    ) -> None:
-        self.model, self.batch, self.input_fn, self.mask_fn = model, batch, input_fn, mask_fn
+    def __init__(self, model: nn.Module, batch: Any, spec: ModelSpec) -> None:
+        self.model, self.batch, self.spec = model, batch, spec
         self.problem: Exception | None = None
 
     def candidates(self) -> list[CutPoint]:
         """Places that all paths with gradients lead through, after a single forward pass."""
-        instrumented = InstrumentedModel(self.model, [], self.input_fn)
+        instrumented = InstrumentedModel(self.model, [], replace(self.spec, mask=None, dtype=None))
         few = slice_batch(self.batch, 0, _SAMPLES)
         try:
             found = trace_forward(instrumented, few)
@@ -220,7 +217,7 @@ class _Search:
     def holds(self, cuts: Sequence[CutPoint]) -> bool:
         """Whether `validate_node_layers` accepts these node layers together."""
         layers = [NodeLayer([cut.tap]) for cut in cuts]
-        instrumented = InstrumentedModel(self.model, layers, self.input_fn, mask_fn=self.mask_fn)
+        instrumented = InstrumentedModel(self.model, layers, replace(self.spec, dtype=None))
         try:
             validate_node_layers(instrumented, self.batch)
         except (LIBError, RuntimeError) as error:

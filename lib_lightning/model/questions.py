@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lib_lightning.errors import LIBError, NodeLayerError, NotFiniteError
 from lib_lightning.model.batch import first_tensor, map_tensors
-from lib_lightning.model.instrumented import InputFn, InstrumentedModel, MaskFn
+from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.preserve import preserve_model
 
 
@@ -24,12 +25,12 @@ def _refuse_without_tensors(batch: Any) -> None:
 
 
 @contextmanager
-def wrap_forward_errors(model: nn.Module, input_fn: InputFn | None) -> Iterator[None]:
+def wrap_forward_errors(model: nn.Module, spec: ModelSpec) -> Iterator[None]:
     """A block that calls a model on a batch for the first time; what goes wrong is said in a sentence.
 
     Args:
         model: The model.
-        input_fn: As for `compute_interaction_graph`.
+        spec: How it is called.
 
     Raises:
         LIBError: If the model cannot be called, with the reason.
@@ -42,7 +43,7 @@ def wrap_forward_errors(model: nn.Module, input_fn: InputFn | None) -> Iterator[
         advice = (
             " By default it is called with the first entry of a tuple or list, and with a dict's entries by name; "
             "input_fn= says otherwise."
-            if input_fn is None
+            if spec.input_fn is None
             else " input_fn gives what it is called with: a tuple becomes positional arguments, a dict keyword "
             "arguments, and anything else, a list too, is the only argument."
         )
@@ -70,37 +71,6 @@ def is_model_error(error: Exception, batch: Any) -> bool:
 
     map_tensors(batch, look)
     return isinstance(error, NodeLayerError) or (isinstance(error, NotFiniteError) and finite)
-
-
-def as_mask_fn(mask: str | int | MaskFn | None) -> MaskFn | None:
-    """Make a function of what a user gives as a mask.
-
-    Args:
-        mask: A function, or the name or index of the batch's entry that is the mask.
-
-    Returns:
-        A function from a batch to its mask; None for None.
-
-    Example:
-        >>> as_mask_fn("attention_mask")({"attention_mask": torch.ones(1, 2)})
-        tensor([[1., 1.]])
-    """
-    if mask is None:
-        return None
-
-    def from_batch(batch: Any) -> Tensor:
-        try:
-            found = mask(batch) if callable(mask) else batch[mask]
-        except (KeyError, IndexError, TypeError) as error:
-            raise LIBError(
-                f"mask={mask!r} gives no mask for a batch of type {type(batch).__name__}: {type(error).__name__}: "
-                f"{error}. It is the name or index of an entry of the batch, or a function from a batch to a tensor."
-            ) from error
-        if not isinstance(found, Tensor):
-            raise LIBError(f"mask={mask!r} gives {type(found).__name__} instead of a tensor of shape (n, S).")
-        return found
-
-    return from_batch
 
 
 @contextmanager

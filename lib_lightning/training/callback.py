@@ -17,7 +17,7 @@ from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.labels.labeller import Labeller
 from lib_lightning.lineage.events import CHANGES
-from lib_lightning.model.instrumented import InputFn, MaskFn
+from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
 from lib_lightning.model.node_layer import NodeLayer
 from lib_lightning.training.budget import SnapshotTrigger, timed_hook
 from lib_lightning.training.node_layers import NodeLayerResolver
@@ -141,7 +141,7 @@ class LIBCallback(pl.Callback):
         self.dtype = _DTYPES[dtype]
         self.input_fn, self.mask = input_fn, mask
         self.name = name
-        self._layers = NodeLayerResolver(node_layers, name, self.dtype, input_fn, mask, self.watcher.reset)
+        self._layers = NodeLayerResolver(node_layers, name, ModelSpec(input_fn, mask, self.dtype), self.watcher.reset)
         self.schedule = Schedule(every_n_validations, every_n_steps, at_steps, log_spaced)
         self.budget = SnapshotTrigger(max_overhead, self.schedule, self.watcher, num_samples)
         scored = None if ablation is None else ablation.val_dataloader

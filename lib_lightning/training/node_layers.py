@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from lib_lightning.api import check_node_layers, propose_node_layers
@@ -16,10 +15,11 @@ from lib_lightning.distributed.process_group import ProcessGroup
 from lib_lightning.distributed.torch_group import broadcast_text
 from lib_lightning.errors import LIBError, is_out_of_memory
 from lib_lightning.model.batch import is_empty
-from lib_lightning.model.instrumented import InputFn, InstrumentedModel, MaskFn
+from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.module_paths import check_taps
 from lib_lightning.model.node_layer import NodeLayer, as_node_layers
-from lib_lightning.model.questions import as_mask_fn, is_model_error, wrap_forward_errors
+from lib_lightning.model.questions import is_model_error, wrap_forward_errors
 from lib_lightning.training.trainer import isolated_forward
 
 log = logging.getLogger(__name__)
@@ -31,9 +31,7 @@ class NodeLayerResolver:
     Args:
         given: As a user gives them; None for a proposal.
         name: What to call the callback in messages.
-        dtype: As for `lib_lightning.compute_interaction_graph`.
-        input_fn: As for `lib_lightning.compute_interaction_graph`.
-        mask: As for `lib_lightning.compute_interaction_graph`.
+        spec: How to call the model on a batch.
         chosen: Called with their names whenever they become known or change.
 
     Attributes:
@@ -47,13 +45,11 @@ class NodeLayerResolver:
         self,
         given: Sequence[str | NodeLayer] | None,
         name: str,
-        dtype: torch.dtype | None,
-        input_fn: InputFn | None,
-        mask: str | int | MaskFn | None,
+        spec: ModelSpec,
         chosen: Callable[[list[str]], None],
     ) -> None:
         self._given = None if given is None else as_node_layers(given)
-        self._name, self._dtype, self._input_fn, self._mask, self._chosen = name, dtype, input_fn, mask, chosen
+        self._name, self._spec, self._chosen = name, spec, chosen
         self.reset()
 
     def reset(self) -> None:
@@ -89,12 +85,12 @@ class NodeLayerResolver:
             return
         try:
             with (
-                isolated_forward(pl_module.trainer, pl_module, self._dtype),
-                wrap_forward_errors(pl_module, self._input_fn),
+                isolated_forward(pl_module.trainer, pl_module, self._spec.dtype),
+                wrap_forward_errors(pl_module, self._spec),
             ):
-                asked = (pl_module, batch, self._input_fn, self._mask)
-                layers = self.layers or as_node_layers(propose_node_layers(*asked))
-                check_node_layers(pl_module, batch, layers, self._dtype, self._input_fn, self._mask)
+                spec = self._spec
+                layers = self.layers or as_node_layers(propose_node_layers(pl_module, batch, spec.input_fn, spec.mask))
+                check_node_layers(pl_module, batch, layers, spec.dtype, spec.input_fn, spec.mask)
         except LIBError as error:
             if is_out_of_memory(error.__cause__ or error):
                 log.warning("'%s' has too little memory to look at its node layers: %s", self._name, error)
@@ -120,7 +116,7 @@ class NodeLayerResolver:
                 raise LIBError("No batch has been seen that node layers could be proposed from.")
             if own != agreed:
                 self._choose(as_node_layers(json.loads(agreed)))
-        return InstrumentedModel(pl_module, self.layers or [], self._input_fn, self._dtype, as_mask_fn(self._mask))
+        return InstrumentedModel(pl_module, self.layers or [], self._spec)
 
     def state_dict(self) -> list[str] | None:
         """Names of node layers that were proposed, for a resumed run."""

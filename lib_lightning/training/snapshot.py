@@ -215,11 +215,7 @@ class SnapshotComputer:
         started = time.perf_counter()
         plan = self.watched.ablation
         ablates, computing = self.ablates(last), 0.0
-        options: dict[str, Any] = {
-            "input_fn": instrumented.input_fn,
-            "mask": instrumented.mask_fn,
-            "dtype": instrumented.dtype,
-        }
+        options: dict[str, Any] = vars(instrumented.spec)
         probe_samples = hash_batches(samples.probes, process_group) if self.watched.follow else None
         phase_done("probes")
         graphs: dict[str, InteractionGraph] = {}

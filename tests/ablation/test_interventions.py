@@ -14,7 +14,8 @@ from lib_lightning.ablation.interventions import AblatedLayer, AblatedSection, t
 from lib_lightning.errors import NodeLayerError
 from lib_lightning.model.batch import first_tensor
 from lib_lightning.model.instrumented import InstrumentedModel
-from lib_lightning.model.questions import as_mask_fn, model_session
+from lib_lightning.model.model_spec import ModelSpec
+from lib_lightning.model.questions import model_session
 from tests import reference
 from tests.cases import Case
 from tests.conftest import CASES
@@ -24,7 +25,7 @@ BASES = ["lib", "pca", "neuron"]
 
 
 def live_of(case: Case, graph: InteractionGraph) -> InstrumentedModel:
-    return InstrumentedModel(case.model, graph.node_layer_specs(), case.input_fn, None, as_mask_fn(case.mask))
+    return InstrumentedModel(case.model, graph.node_layer_specs(), ModelSpec(case.input_fn, case.mask))
 
 
 @functools.cache

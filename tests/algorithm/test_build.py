@@ -13,8 +13,8 @@ from lib_lightning.algorithm.build import build_graph
 from lib_lightning.algorithm.config import LIBConfig
 from lib_lightning.algorithm.memory_plan import MemoryPlan
 from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.node_layer import as_node_layers
-from lib_lightning.model.questions import as_mask_fn
 from tests.cases import Case
 from tests.conftest import CASES
 from tests.reference import Reference, fisher_metric, jacobian, nonzero_eigh, transcribe
@@ -86,9 +86,7 @@ def test_integrated_gradients_agree_with_transcription(case: Case, steps: int) -
 @pytest.mark.parametrize("sizes", [(1,), (7, 2, 11)])
 @pytest.mark.parametrize("stack_elements", [1, 200, 10**9])
 def test_any_batch_split_and_chunk_size_agrees(case: Case, sizes: tuple[int, ...], stack_elements: int) -> None:
-    instrumented = InstrumentedModel(
-        case.model, as_node_layers(case.node_layers), case.input_fn, mask_fn=as_mask_fn(case.mask)
-    )
+    instrumented = InstrumentedModel(case.model, as_node_layers(case.node_layers), ModelSpec(case.input_fn, case.mask))
     built = build_graph(
         instrumented,
         case.batches(*sizes),

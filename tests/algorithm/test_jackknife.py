@@ -19,8 +19,8 @@ from lib_lightning.algorithm.memory_plan import MemoryPlan, Workload, plan_memor
 from lib_lightning.distributed.process_group import ProcessGroup
 from lib_lightning.jacobian.integrated_gradients import sections
 from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.node_layer import as_node_layers
-from lib_lightning.model.questions import as_mask_fn
 from tests.algorithm.two_threads import in_two
 from tests.cases import Case, N
 from tests.conftest import CASES
@@ -32,9 +32,7 @@ SIZES = (7, 2, 11)
 
 @functools.cache
 def built_of(case: Case, groups: int, sizes: tuple[int, ...] = SIZES, **options: object) -> BuildResult:
-    instrumented = InstrumentedModel(
-        case.model, as_node_layers(case.node_layers), case.input_fn, mask_fn=as_mask_fn(case.mask)
-    )
+    instrumented = InstrumentedModel(case.model, as_node_layers(case.node_layers), ModelSpec(case.input_fn, case.mask))
     return build_graph(
         instrumented, case.batches(*sizes), LIBConfig(rtol=RTOL, **options), chunks=MemoryPlan(groups=groups)
     )
@@ -147,7 +145,7 @@ def assert_replicates(case: Case, built: BuildResult, groups: list[int], steps: 
 def test_replicates_of_probes_are_sums_of_theirs(stack_elements: int) -> None:
     # Each sample twice as its own group: the replicates' mean over all groups is the metric of all, probes or not.
     case = CASES["mlp_tanh"]
-    instrumented = InstrumentedModel(case.model, as_node_layers(case.node_layers), case.input_fn)
+    instrumented = InstrumentedModel(case.model, as_node_layers(case.node_layers), ModelSpec(case.input_fn))
     for k in (1, 2, 5):
         built = build_graph(
             instrumented,
@@ -277,9 +275,7 @@ def test_groups_of_two_processes_are_joined(name: str, own: int) -> None:
 
     def work(process_group: ProcessGroup) -> BuildResult:
         model = copy.deepcopy(case.model)
-        instrumented = InstrumentedModel(
-            model, as_node_layers(case.node_layers), case.input_fn, mask_fn=as_mask_fn(case.mask)
-        )
+        instrumented = InstrumentedModel(model, as_node_layers(case.node_layers), ModelSpec(case.input_fn, case.mask))
         settings = LIBConfig(rtol=RTOL, final_metric="fisher")
         # The second asks for more groups, as where more memory is: the smaller number holds.
         chunks = MemoryPlan(groups=groups + process_group.rank)

@@ -20,6 +20,7 @@ from lib_lightning.distributed.process_group import ProcessGroup, all_reduce
 from lib_lightning.errors import ActivationError
 from lib_lightning.jacobian.integrated_gradients import gauss_legendre, sections
 from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.node_layer import as_node_layers
 from tests.algorithm.two_threads import in_two
 from tests.cases import Case
@@ -33,7 +34,7 @@ def test_quadrature_is_exact_for_polynomials(k: int) -> None:
 
 @pytest.mark.parametrize("steps", [0, 3])
 def test_forward_and_reverse_products_belong_to_one_jacobian(case: Case, steps: int) -> None:
-    instrumented = InstrumentedModel(case.model, as_node_layers(case.node_layers), case.input_fn)
+    instrumented = InstrumentedModel(case.model, as_node_layers(case.node_layers), ModelSpec(case.input_fn))
     means = [a.mean((0, 1)) for a in instrumented.activations(case.data)]
     for section in sections(instrumented, case.data, means, steps, 10**6):
         for k in (1, 3):
@@ -46,7 +47,7 @@ def test_forward_and_reverse_products_belong_to_one_jacobian(case: Case, steps: 
 def test_edges_are_the_same_either_way(case: Case) -> None:
     graph = compute_interaction_graph(case.model, [case.data], case.node_layers, input_fn=case.input_fn)
     bases = list(graph.bases.values())
-    instrumented = InstrumentedModel(case.model, as_node_layers(case.node_layers), case.input_fn)
+    instrumented = InstrumentedModel(case.model, as_node_layers(case.node_layers), ModelSpec(case.input_fn))
     for before, after, section in zip(
         bases, bases[1:], sections(instrumented, case.data, [b.mean for b in bases], 0, 500), strict=False
     ):

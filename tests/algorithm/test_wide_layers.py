@@ -19,8 +19,8 @@ from lib_lightning.algorithm.jacobian_metric import JacobianMetric
 from lib_lightning.algorithm.memory_plan import MemoryPlan
 from lib_lightning.distributed.process_group import ProcessGroup
 from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.node_layer import as_node_layers
-from lib_lightning.model.questions import as_mask_fn
 from tests.algorithm.two_threads import in_two
 from tests.jacobian.test_closed_form import IO, assert_equal, built
 
@@ -167,7 +167,7 @@ def test_two_processes_and_one_without_samples(
     parts = [[(x[:own], mask[:own])] if own else [], [(x[own:], mask[own:])]]
 
     def work(process_group: ProcessGroup) -> BuildResult:
-        instrumented = InstrumentedModel(copy.deepcopy(model), as_node_layers(LAYERS), mask_fn=as_mask_fn(1))
+        instrumented = InstrumentedModel(copy.deepcopy(model), as_node_layers(LAYERS), ModelSpec(mask=1))
         settings = LIBConfig(rtol=1e-11)
         return build_graph(
             instrumented, parts[process_group.rank], settings, chunks=MemoryPlan(keep=True), process_group=process_group

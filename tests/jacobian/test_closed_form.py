@@ -19,8 +19,9 @@ from lib_lightning.jacobian.closed_form import ClosedForm
 from lib_lightning.jacobian.closed_form_detect import SAMPLES, ClosedFormDetector, _Search
 from lib_lightning.jacobian.section import Section
 from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.node_layer import as_node_layers
-from lib_lightning.model.questions import as_mask_fn, model_session
+from lib_lightning.model.questions import model_session
 from tests.cases import Case
 from tests.conftest import CASES
 
@@ -59,7 +60,7 @@ def built(
     input_fn: Callable[[Any], Any] | None = None,
     **options: Any,
 ) -> BuildResult:
-    instrumented = InstrumentedModel(model, as_node_layers(layers), input_fn, mask_fn=as_mask_fn(mask))
+    instrumented = InstrumentedModel(model, as_node_layers(layers), ModelSpec(input_fn, mask))
     with model_session(instrumented):
         return build_graph(
             instrumented, batches, LIBConfig(**{"rtol": 1e-11, **options}), chunks=chunks, closed_forms=closed_forms

@@ -14,13 +14,14 @@ from lib_lightning.api import check_node_layers
 from lib_lightning.errors import ActivationError, NodeLayerError
 from lib_lightning.jacobian.integrated_gradients import sections
 from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.node_layer import as_node_layers
 from lib_lightning.model.preserve import preserve_model
 from tests.cases import Case, ResidualMLP, TwoInputs
 
 
 def test_sections_join_to_the_whole_model(case: Case) -> None:
-    instrumented = InstrumentedModel(case.model, as_node_layers(case.node_layers), case.input_fn)
+    instrumented = InstrumentedModel(case.model, as_node_layers(case.node_layers), ModelSpec(case.input_fn))
     for cut, F, cut_after in zip(
         instrumented.capture(case.data), case.sections, instrumented.capture(case.data)[1:], strict=False
     ):
@@ -28,7 +29,7 @@ def test_sections_join_to_the_whole_model(case: Case) -> None:
 
 
 def test_replaced_activations_reach_everything_after(case: Case) -> None:
-    instrumented = InstrumentedModel(case.model, as_node_layers(case.node_layers), case.input_fn)
+    instrumented = InstrumentedModel(case.model, as_node_layers(case.node_layers), ModelSpec(case.input_fn))
     activations = instrumented.activations(case.data)
     new = activations[1] + torch.randn_like(activations[1])
     expected = new
@@ -318,7 +319,9 @@ def test_activations_of_an_untouched_input_are_the_batch_itself() -> None:
     model, x = nn.Sequential(nn.Linear(3, 2)), torch.randn(20, 3)
     with preserve_model(model):
         (first, _) = InstrumentedModel(model, as_node_layers(["0:input", "output"])).capture(x)
-        (converted, _) = InstrumentedModel(model, as_node_layers(["0:input", "output"]), dtype=torch.float64).capture(x)
+        (converted, _) = InstrumentedModel(
+            model, as_node_layers(["0:input", "output"]), ModelSpec(dtype=torch.float64)
+        ).capture(x)
         with torch.inference_mode():
             made_there = x.clone()
         (copied, _) = InstrumentedModel(model, as_node_layers(["0:input", "output"])).capture(made_there)

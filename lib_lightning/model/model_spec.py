@@ -1,0 +1,84 @@
+"""How to call a model on a batch: its inputs, the mask of valid positions, and the computation dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lib_lightning.errors import LIBError
+from lib_lightning.model.batch import default_input_fn
+
+InputFn = Callable[[Any], Any]
+MaskFn = Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """How to call a model on a batch.
+
+    Args:
+        input_fn: Converts a batch to the model's input: a mapping becomes keyword arguments, a tuple becomes positional
+            arguments, and anything else is the only argument. By default the first entry of a tuple or list, and any
+            other batch unchanged.
+        mask: Marks the valid positions of a batch, for example those that are not padding: the name or index of the
+            batch's entry that holds the mask, such as ``"attention_mask"``, or a function from a batch to a tensor of
+            shape ``(n, S)``. By default all positions are valid.
+        dtype: Floating-point type to compute in. By default the model's own.
+
+    Raises:
+        TypeError: If ``dtype`` is not a floating-point type.
+
+    Example:
+        >>> spec = ModelSpec(mask="attention_mask")
+        >>> spec.mask_of({"attention_mask": torch.ones(1, 2)})
+        tensor([[1., 1.]])
+    """
+
+    input_fn: InputFn | None = None
+    mask: str | int | MaskFn | None = None
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
+            raise TypeError(f"dtype is a floating-point type such as torch.float64, or None; got {self.dtype!r}.")
+
+    def input_of(self, batch: Any) -> Any:
+        """The model's input for a batch.
+
+        Args:
+            batch: One batch, as the data loader gives it.
+
+        Returns:
+            A mapping of keyword arguments, a tuple of positional arguments, or the only argument.
+        """
+        return (self.input_fn or default_input_fn)(batch)
+
+    def mask_of(self, batch: Any) -> Tensor | None:
+        """The mask of a batch's valid positions.
+
+        Args:
+            batch: One batch, as the data loader gives it.
+
+        Returns:
+            Nonzero at valid positions, shape ``(n, S)``; None if all positions are valid.
+
+        Raises:
+            LIBError: If the batch has no such entry, or the result is not a tensor.
+        """
+        if self.mask is None:
+            return None
+        try:
+            found = self.mask(batch) if callable(self.mask) else batch[self.mask]
+        except (KeyError, IndexError, TypeError) as error:
+            raise LIBError(
+                f"mask={self.mask!r} gives no mask for a batch of type {type(batch).__name__}: "
+                f"{type(error).__name__}: {error}. It is the name or index of an entry of the batch, or a function "
+                "from a batch to a tensor."
+            ) from error
+        if not isinstance(found, Tensor):
+            raise LIBError(f"mask={self.mask!r} gives {type(found).__name__} instead of a tensor of shape (n, S).")
+        return found
