@@ -20,17 +20,14 @@ from lib_lightning.algorithm.jackknife import standard_error
 from lib_lightning.errors import LIBError
 from lib_lightning.io import basis_format as keys
 from lib_lightning.io.basis_file import BasisFileError, read_file, write_file
-from lib_lightning.metrics.functional import find_modules
-from lib_lightning.metrics.summary import GraphMetrics
+from lib_lightning.metrics.modules import Partitions
+from lib_lightning.metrics.summary import EdgeCurve, GraphMetrics
 from lib_lightning.model.node_layer import NodeLayer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from lib_lightning.plots.animated_layout import AnimatedLayout
-
-# Numbers of edges kept, scores with them, and the score of the model as it is.
-EdgeCurve = tuple[Tensor, Tensor, float]
 
 
 @dataclass(frozen=True)
@@ -218,35 +215,42 @@ class InteractionGraph:
         except (KeyError, TypeError, ValueError) as error:
             raise BasisFileError(f"'{path}' is a basis file, but a part of it is missing: {error}.") from error
 
-    def find_modules(self, **options: Any) -> dict[str, Tensor]:
-        """Find the modules of all sections together, and keep them as `modules`.
+    def find_modules(self, partitions: Partitions | None = None, **options: Any) -> dict[str, Tensor]:
+        """Find the modules of the whole graph, and store them as `modules`.
 
         Args:
+            partitions: Searches to reuse, such as those of `measure`; None for new ones.
             options: As for `lib_lightning.metrics.find_modules`.
 
         Returns:
             The module of each feature, by node layer.
         """
-        found = find_modules(list(self.edges.values()), **options)
-        self.modules = dict(zip(self.node_layers, found, strict=True))
+        partitions = self.partitions() if partitions is None else partitions
+        self.modules = dict(zip(self.node_layers, partitions.find(**options), strict=True))
         return self.modules
+
+    def partitions(self) -> Partitions:
+        """Searches for the modules of this graph, to be shared by `measure` and `find_modules`."""
+        return Partitions(list(self.edges.values()))
 
     def measure(
         self,
         metrics: MetricCollection | GraphMetrics | None = None,
         curves: Mapping[tuple[str, str], EdgeCurve] | None = None,
+        partitions: Partitions | None = None,
     ) -> dict[str, float]:
-        """Compute metrics, and keep them with their standard errors as ``info["metrics"]``.
+        """Compute metrics, and store them with their standard errors as ``info["metrics"]``.
 
-        Standard errors are jackknifed from `replicates`; those of numbers of modules are given the modules, and those
-        of ablations are not known.
+        Standard errors are those of the jackknife over `replicates`. For metrics of modules, they hold for these
+        modules. For metrics of ablation curves, they are unknown.
 
         Args:
-            metrics: As for `lib_lightning.metrics.summary.graph_scalars`, or made ready for several graphs.
+            metrics: As for `lib_lightning.metrics.graph_scalars`, or prepared for several graphs.
             curves: Ablation curves by section: counts, scores and the unablated score.
+            partitions: Searches for modules to reuse; None for new ones.
 
         Returns:
-            The numbers, by name.
+            The scalars, by name.
 
         Example:
             >>> import torch
@@ -255,30 +259,36 @@ class InteractionGraph:
             >>> graph.measure()["features/total"], graph.info["metrics"]["features/total"]
             (4.0, {'value': 4.0, 'error': 0.0})
         """
-        bases, edges = list(self.bases.values()), list(self.edges.values())
-        ready = metrics if isinstance(metrics, GraphMetrics) else GraphMetrics(metrics)
-        numbers = ready.numbers(bases, edges, None if curves is None else [curves.get(p) for p in self.edges])
-        errors = self._standard_errors(ready)
-        self.info["metrics"] = {
-            # JSON knows no NaN.
+        prepared = metrics if isinstance(metrics, GraphMetrics) else GraphMetrics(metrics)
+        partitions = self.partitions() if partitions is None else partitions
+        scalars = prepared.compute(
+            list(self.bases.values()),
+            list(self.edges.values()),
+            None if curves is None else [curves.get(section) for section in self.edges],
+            partitions,
+        )
+        errors = self._standard_errors(prepared, partitions)
+        self.info[keys.METRICS] = {
+            # JSON has no NaN.
             key: {"value": _or_none(value), "error": _or_none(errors.get(key, math.nan))}
-            for key, value in numbers.items()
+            for key, value in scalars.items()
         }
-        return numbers
+        return scalars
 
-    def _standard_errors(self, metrics: GraphMetrics) -> dict[str, float]:
+    def _standard_errors(self, metrics: GraphMetrics, partitions: Partitions) -> dict[str, float]:
         if self.replicates is None:
             return {}
+        importance, edges = self.replicates.importance, self.replicates.edges
         replicates = [
-            metrics.numbers(
-                [replace(basis, importance=self.replicates.importance[name][g]) for name, basis in self.bases.items()],
-                [E[g] for E in self.replicates.edges.values()],
-                like=list(self.edges.values()),
+            metrics.compute(
+                [replace(basis, importance=importance[name][g]) for name, basis in self.bases.items()],
+                [E[g] for E in edges.values()],
+                partitions=partitions,
             )
-            for g in range(min(len(E) for E in self.replicates.edges.values()))
+            for g in range(min(len(E) for E in edges.values()))
         ]
-        keys = replicates[0] if replicates else {}
-        return {key: float(standard_error(torch.tensor([r[key] for r in replicates]).double())) for key in keys}
+        names = replicates[0] if replicates else {}
+        return {key: float(standard_error(torch.tensor([r[key] for r in replicates]).double())) for key in names}
 
     def to_networkx(self) -> nx.DiGraph[tuple[str, int]]:
         """Convert to a directed graph.

@@ -13,7 +13,8 @@ from lib_lightning.ablation.interventions import top_k_mask
 from lib_lightning.ablation.scored_model import Score, ScoredModel, scored_model
 from lib_lightning.ablation.search import Counts, ScoreCache, bisect, scan, try_counts
 from lib_lightning.errors import NodeLayerError, quoted
-from lib_lightning.graph import EdgeCurve, InteractionGraph
+from lib_lightning.graph import InteractionGraph
+from lib_lightning.metrics.summary import EdgeCurve
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class EdgesRequired(GraphAverage):
     """
 
     higher_is_better = False
-    total_is = "sum"
+    aggregation = "sum"
 
     def __init__(self, tolerance: float = 1e-3, **kwargs: Any) -> None:
         super().__init__(tolerance, **kwargs)

@@ -1,4 +1,4 @@
-"""The state that all metrics of a graph share: an average over the graphs seen."""
+"""Base class of the metrics of interaction graphs: an average over the graphs seen."""
 
 from __future__ import annotations
 
@@ -8,67 +8,72 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+Aggregation = Literal["sum", "mean", "joint"]
+
 
 class GraphAverage(Metric):
-    """Average of a number over the graphs it was updated with, and over processes.
+    """Average of a value over the graphs that the metric was updated with, on all processes.
+
+    Subclasses define `update`, which passes the value of one graph to `_add`.
 
     Args:
-        settings: All that makes two metrics of the same class differ.
+        settings: Everything that two metrics of the same class may differ in.
         kwargs: Options of `torchmetrics.Metric`.
 
     Attributes:
-        total_is: What stands for a whole graph beside the numbers of its parts: their ``"sum"`` (counts), their
-            ``"mean"`` (shares), or the number of the ``"whole"``, computed from all sections at once.
+        aggregation: How the value of a whole graph is obtained: as the ``"sum"`` of its parts (counts), as their
+            ``"mean"`` (fractions), or by a ``"joint"`` update with all sections.
     """
 
     is_differentiable = False
     full_state_update = False
-    total_is: ClassVar[Literal["sum", "mean", "whole"]] = "mean"
+    aggregation: ClassVar[Aggregation] = "mean"
     count: Tensor
 
     def __init__(self, *settings: object, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        # A MetricCollection takes two metrics for the same one, and updates only the first of them, if their states
-        # have equal names and, after the first update, equal values. Our metrics often agree on one graph and not on
-        # the next: so the name says what is summed.
+        # MetricCollection merges metrics whose states have the same names and equal values after the first update, and
+        # updates only one of them. Different metrics often agree on one graph, so the name of the state identifies the
+        # metric and its settings.
         self._sum = f"sum of {type(self).__qualname__}{settings}"
         self.add_state(self._sum, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def _add(self, value: Tensor) -> None:
-        if (seen := self.__dict__.get("_seen")) is not None:
-            seen.append(value)
+        if (values := self.__dict__.get("_single_values")) is not None:
+            values.append(value)
             return
-        so_far: Tensor = getattr(self, self._sum)
-        setattr(self, self._sum, so_far + value.detach().to(so_far))
+        total: Tensor = getattr(self, self._sum)
+        setattr(self, self._sum, total + value.detach().to(total))
         self.count += 1
 
-    def of_one(self, **inputs: Any) -> float:
-        """The number of a single graph, without a trace in the average.
+    def single_value(self, **inputs: Any) -> float:
+        """Compute the value of a single graph without changing the average.
 
-        What torchmetrics does around `update` and `compute` takes several times as long as most numbers themselves.
+        Skips the bookkeeping that torchmetrics adds to `update` and `compute`, which takes several times as long as
+        most of the values themselves.
 
         Args:
             inputs: Arguments of `update`.
 
         Returns:
-            What `compute` would give after this one update.
+            What `compute` would return after this update alone.
 
         Example:
             >>> from lib_lightning.metrics.edges import NumberOfEdges
             >>> metric = NumberOfEdges()
-            >>> metric.of_one(edges=torch.eye(3)), int(metric.count)
+            >>> metric.single_value(edges=torch.eye(3)), int(metric.count)
             (3.0, 0)
         """
-        seen: list[Tensor] = []
-        self.__dict__["_seen"] = seen
+        values: list[Tensor] = []
+        self.__dict__["_single_values"] = values
         try:
             type(self).update(self, **inputs)
         finally:
-            del self.__dict__["_seen"]
-        return sum(float(value) for value in seen) / len(seen)
+            del self.__dict__["_single_values"]
+        return sum(float(value) for value in values) / len(values)
 
     def compute(self) -> Tensor:
-        """Average so far, a float64 scalar; NaN before the first graph."""
-        so_far: Tensor = getattr(self, self._sum)
-        return so_far / self.count
+        """Average over the graphs so far, a float64 scalar; NaN before the first graph."""
+        total: Tensor = getattr(self, self._sum)
+        return total / self.count

@@ -24,7 +24,7 @@ class NumberOfEdges(GraphAverage):
     """
 
     higher_is_better = False
-    total_is = "sum"
+    aggregation = "sum"
 
     def __init__(self, rtol: float = 1e-3, **kwargs: Any) -> None:
         super().__init__(rtol, **kwargs)
@@ -48,7 +48,7 @@ class EffectiveEdges(GraphAverage):
     """
 
     higher_is_better = False
-    total_is = "sum"
+    aggregation = "sum"
 
     def update(self, edges: Tensor) -> None:
         """Add the edges ``(r_out, r_in)`` of one section."""

@@ -26,7 +26,7 @@ class NumberOfFeatures(GraphAverage):
     """
 
     higher_is_better = None
-    total_is = "sum"
+    aggregation = "sum"
 
     def __init__(self, rtol: float = 1e-6, **kwargs: Any) -> None:
         super().__init__(rtol, **kwargs)
@@ -50,7 +50,7 @@ class EffectiveFeatures(GraphAverage):
     """
 
     higher_is_better = None
-    total_is = "sum"
+    aggregation = "sum"
 
     def update(self, importance: Tensor) -> None:
         """Add the importances ``(r,)`` of one node layer."""
@@ -70,7 +70,7 @@ class ParticipationRatio(GraphAverage):
     """
 
     higher_is_better = None
-    total_is = "sum"
+    aggregation = "sum"
 
     def update(self, importance: Tensor) -> None:
         """Add the importances ``(r,)`` of one node layer."""

@@ -1,41 +1,41 @@
-"""What a metric takes of a graph, by the arguments of its update, and the number that it makes of it."""
+"""How the metrics of a graph are recognised and evaluated: by the arguments of their `update`."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from functools import cache
-from typing import Any, Literal
+import warnings
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from lib_lightning.errors import LIBError
-from lib_lightning.metrics.average import GraphAverage
+from lib_lightning.metrics.average import Aggregation, GraphAverage
 
-# What can be given to a metric's update: something of each node layer, or one of two things of each section.
-Part = Literal["importance", "edges", "curve"]
-ARGUMENTS: dict[Part, frozenset[str]] = {
+# What a metric is updated with: the importances of a node layer, the edges of a section, or its ablation curve.
+InputKind = Literal["importance", "edges", "curve"]
+ARGUMENTS: dict[InputKind, frozenset[str]] = {
     "importance": frozenset({"importance"}),
     "edges": frozenset({"edges"}),
     "curve": frozenset({"counts", "scores", "unablated"}),
 }
-_MAY_TAKE = "update(importance), update(edges) or update(counts, scores, unablated)"
+_SUPPORTED = "update(importance), update(edges) or update(counts, scores, unablated)"
 
 
-def input_kind(name: str, metric: Metric) -> Part:
-    """Tell what a metric is updated with.
+def input_kind(name: str, metric: Metric) -> InputKind:
+    """Determine what a metric is updated with.
 
     Args:
-        name: The metric's name, for what is said about it.
+        name: The metric's name, for the error message.
         metric: Any metric.
 
     Returns:
         ``"importance"``, ``"edges"`` or ``"curve"``.
 
     Raises:
-        LIBError: If it takes anything else.
+        LIBError: If its `update` requires anything else.
 
     Example:
         >>> from lib_lightning.metrics.edges import NumberOfEdges
@@ -43,78 +43,87 @@ def input_kind(name: str, metric: Metric) -> Part:
         'edges'
     """
     parameters = inspect.signature(metric.update).parameters.values()
-    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    accepted = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     required = {p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    for part, arguments in ARGUMENTS.items():
-        if required <= arguments <= named:
-            return part
-    taken = ", ".join(str(p) for p in parameters)
-    raise LIBError(f"Metric '{name}' has update({taken}); a metric of a graph has {_MAY_TAKE}.")
+    for kind, arguments in ARGUMENTS.items():
+        if required <= arguments <= accepted:
+            return kind
+    signature = ", ".join(str(p) for p in parameters)
+    raise LIBError(f"Metric '{name}' has update({signature}); a metric of a graph has {_SUPPORTED}.")
 
 
-def total_of(metric: Metric) -> str:
-    """What a metric says its total is: see `GraphAverage.total_is`; for metrics that say nothing, the mean."""
-    return str(getattr(metric, "total_is", "mean"))
+def aggregation_of(metric: Metric) -> str:
+    """How a metric obtains the value of a whole graph: see `GraphAverage.aggregation`. The default is the mean.
+
+    Args:
+        metric: Any metric. One of version 0.1 may define ``total_is``, with ``"whole"`` for ``"joint"``.
+
+    Returns:
+        Its `aggregation`, unchecked.
+    """
+    for owner in (metric, *type(metric).__mro__):
+        if "aggregation" in vars(owner):
+            return str(metric.aggregation)
+        if "total_is" in vars(owner):
+            warnings.warn(
+                f"{type(metric).__name__}.total_is is now called aggregation, and 'whole' is 'joint'.",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            return str({"whole": "joint"}.get(metric.total_is, metric.total_is))
+    return "mean"
 
 
 def local_copy(metric: Metric) -> Metric:
-    """Copy a metric, empty, to be used by one process for itself.
+    """Copy a metric, without its state, for use within one process.
 
     Args:
-        metric: Any metric; it stays as it is.
+        metric: Any metric; it is not changed.
 
     Returns:
-        The copy.
+        The copy. It never synchronizes with other processes, for all of them hold the same graph.
     """
-    own = copy.deepcopy(metric)
-    own.reset()
-    # All processes hold the same graph: nothing is to be gathered, and nobody to be waited for.
-    own.distributed_available_fn = _alone
-    return own
+    local = copy.deepcopy(metric)
+    local.reset()
+    local.distributed_available_fn = _not_distributed
+    return local
 
 
-def _alone() -> bool:
+def _not_distributed() -> bool:
     return False
 
 
-def measure(metric: Metric, **inputs: Any) -> float:
-    """The number that a metric gives for one part of a graph, or for all at once.
+def evaluate(metric: Metric, **inputs: Any) -> float:
+    """Value of a metric for one part of a graph, or for several sections jointly.
 
     Args:
-        metric: A metric of ours to use; what it knew is forgotten.
-        inputs: Arguments of its update; ``like`` only counts where it takes that.
+        metric: A metric from `local_copy`; its state is overwritten.
+        inputs: Arguments of its `update`.
 
     Returns:
-        The number.
+        The value.
 
     Example:
         >>> from lib_lightning.metrics.edges import NumberOfEdges
-        >>> measure(NumberOfEdges(), edges=torch.eye(3))
+        >>> evaluate(NumberOfEdges(), edges=torch.eye(3))
         3.0
     """
-    if "like" in inputs and not _takes_like(type(metric)):
-        inputs.pop("like")
     if isinstance(metric, GraphAverage) and type(metric).compute is GraphAverage.compute:
-        return metric.of_one(**inputs)
+        return metric.single_value(**inputs)
     metric.reset()
     metric.update(**inputs)
     return float(metric.compute())
 
 
-@cache
-def _takes_like(kind: type[Metric]) -> bool:
-    return "like" in inspect.signature(kind.update).parameters
-
-
 def check_metrics(metrics: MetricCollection) -> None:
-    """Refuse metrics that cannot be computed from a graph: they are tried on a tiny one.
+    """Check that metrics can be computed from a graph, by evaluating them on a tiny one.
 
     Args:
-        metrics: Metrics under their names; they stay as they are.
+        metrics: Metrics by name; they are not changed.
 
     Raises:
-        LIBError: If one of them takes something else than a graph has, fails, gives something else than one number, or
-            has an unknown `total_is`.
+        LIBError: If a metric needs anything that a graph does not have, fails, returns anything but one number, or has
+            an unknown `aggregation`.
 
     Example:
         >>> from torchmetrics import MeanMetric
@@ -124,24 +133,22 @@ def check_metrics(metrics: MetricCollection) -> None:
         update(importance), update(edges) or update(counts, scores, unablated).
     """
     E = torch.tensor([[1.0, 0.5], [0.0, 0.25]], dtype=torch.float64)
-    curve = {"counts": torch.tensor([1, 2, 3]), "scores": torch.tensor([0.1, 0.9, 0.9]), "unablated": 0.9}
-    tiny: dict[Part, dict[str, Any]] = {
+    examples: dict[InputKind, dict[str, Any]] = {
         "importance": {"importance": torch.tensor([2.0, 1.0], dtype=torch.float64)},
         "edges": {"edges": E},
-        "curve": curve,
+        "curve": {"counts": torch.tensor([1, 2, 3]), "scores": torch.tensor([0.1, 0.9, 0.9]), "unablated": 0.9},
     }
     for name, metric in metrics.clone().items():
-        part = input_kind(name, metric)
-        total = total_of(metric)
-        if total not in ("sum", "mean", "whole") or (total == "whole" and part != "edges"):
+        kind, aggregation = input_kind(name, metric), aggregation_of(metric)
+        if aggregation not in get_args(Aggregation) or (aggregation == "joint" and kind != "edges"):
             raise LIBError(
-                f"Metric '{name}' has total_is={total!r}; it is 'sum' or 'mean', or 'whole' for metrics with "
-                "update(edges) that takes one matrix or a list of them."
+                f"Metric '{name}' has aggregation={aggregation!r}; it is 'sum' or 'mean', or 'joint' for metrics with "
+                "update(edges) that accepts one matrix or a list of them."
             )
-        own = local_copy(metric)
-        _try(name, own, tiny[part])
-        if total == "whole":
-            _try(name, own, {"edges": [E, E]})
+        local = local_copy(metric)
+        _try(name, local, examples[kind])
+        if aggregation == "joint":
+            _try(name, local, {"edges": [E, E]})
 
 
 def _try(name: str, metric: Metric, inputs: dict[str, Any]) -> None:
@@ -153,4 +160,4 @@ def _try(name: str, metric: Metric, inputs: dict[str, Any]) -> None:
         raise LIBError(f"Metric '{name}' fails on a small graph. {type(error).__name__}: {error}") from error
     if not (isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)):
         what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__}"
-        raise LIBError(f"Metric '{name}' gives {what}; a metric of a graph gives one number.")
+        raise LIBError(f"Metric '{name}' returns {what}; a metric of a graph returns one number.")

@@ -1,10 +1,10 @@
-"""The scalars of one interaction graph, under stable names."""
+"""Scalars of an interaction graph: all metrics under stable names."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -14,19 +14,22 @@ from lib_lightning.algorithm.basis import Basis
 from lib_lightning.metrics.ablation import EdgesRequired
 from lib_lightning.metrics.edges import EffectiveEdges, NumberOfEdges, ShareOfEdges
 from lib_lightning.metrics.features import EffectiveFeatures, NumberOfFeatures, ParticipationRatio
-from lib_lightning.metrics.inputs import Part, input_kind, local_copy, measure, total_of
-from lib_lightning.metrics.modules import LargestModule, Modularity, NumberOfModules
+from lib_lightning.metrics.inputs import ARGUMENTS, InputKind, aggregation_of, evaluate, input_kind, local_copy
+from lib_lightning.metrics.modules import LargestModule, Modularity, ModuleMetric, NumberOfModules, Partitions
 from lib_lightning.metrics.sparsity import Gini, Hoyer
+
+# Numbers of edges kept, the score with each, and the score of the unablated model.
+EdgeCurve = tuple[Tensor, Tensor, float]
 
 
 def default_metrics(tolerance: float = 1e-3) -> MetricCollection:
-    """The metrics that are computed unless others are asked for.
+    """The metrics that are computed by default.
 
     Args:
-        tolerance: Loss of score that edges required may cost.
+        tolerance: For `EdgesRequired`: how far the score may fall.
 
     Returns:
-        A new collection; its names are those under which the numbers are logged.
+        A new collection. Its keys are the names under which the values are logged.
 
     Example:
         >>> list(default_metrics())[:3]
@@ -43,7 +46,7 @@ def default_metrics(tolerance: float = 1e-3) -> MetricCollection:
             "gini": Gini(),
             "hoyer": Hoyer(),
             "modularity": Modularity(),
-            # Not "modules": a collection is a torch module itself, and has that name already.
+            # Not "modules", which is a method of the collection, an nn.Module.
             "number_of_modules": NumberOfModules(),
             "largest_module": LargestModule(),
             "edges_required": EdgesRequired(tolerance),
@@ -55,27 +58,26 @@ def graph_scalars(
     bases: Sequence[Basis],
     edges: Sequence[Tensor],
     metrics: MetricCollection | None = None,
-    curves: Sequence[tuple[Tensor, Tensor, float] | None] | None = None,
-    like: Sequence[Tensor] | None = None,
+    curves: Sequence[EdgeCurve | None] | None = None,
+    modules_from: Sequence[Tensor] | None = None,
 ) -> dict[str, float]:
-    """Compute metrics of each part of a graph, and of all of it.
+    """Compute metrics of each node layer and section of a graph, and of the whole graph.
 
     Args:
         bases: One basis for each node layer, in forward order.
-        edges: One matrix ``(r_out, r_in)`` for each pair of neighbouring node layers.
-        metrics: What to compute, None for `default_metrics`; they stay as they are. Each process computes for itself.
+        edges: One matrix ``(r_out, r_in)`` for each section.
+        metrics: The metrics, `default_metrics` if None. They are not changed, and not synchronized across processes.
         curves: An ablation curve for each section, as `min_edges_from_curve` takes it: counts, scores and the unablated
-            score; None for a section that has none. Without any, metrics of such curves are left out.
-        like: Edges of the same shapes for metrics whose update takes ``like``: those of modules then take the modules
-            of these.
+            score; None for a section without one. If there are none at all, metrics of curves are skipped.
+        modules_from: Edges of the same shapes whose modules the metrics of modules use; ``edges`` if None.
 
     Returns:
-        ``<metric>/<layer>`` of metrics whose update takes ``importance``, ``<metric>/<section>`` of those whose update
-        takes ``edges`` or ``counts, scores, unablated``, and ``<metric>/total`` of each: the sum, the mean or the
-        number of all sections together, by the metric's ``total_is``.
+        ``<metric>/<layer>`` for metrics with ``update(importance)``, ``<metric>/<section>`` for metrics with
+        ``update(edges)`` or ``update(counts, scores, unablated)``, and ``<metric>/total`` for each: the sum, the mean
+        or the joint value of the parts, by the metric's ``aggregation``.
 
     Raises:
-        LIBError: If a metric takes anything else.
+        LIBError: If the `update` of a metric requires anything else.
 
     Example:
         >>> import torch
@@ -84,62 +86,74 @@ def graph_scalars(
         >>> graph_scalars(layers, [torch.eye(2)])["edges/fc.input-to-output"]
         2.0
     """
-    return GraphMetrics(metrics).numbers(bases, edges, curves, like)
+    partitions = Partitions(edges if modules_from is None else modules_from)
+    return GraphMetrics(metrics).compute(bases, edges, curves, partitions)
 
 
 class GraphMetrics:
-    """Metrics made ready to be computed of several graphs.
+    """Metrics prepared for several graphs.
 
     Args:
         metrics: As for `graph_scalars`.
     """
 
     def __init__(self, metrics: MetricCollection | None = None) -> None:
-        self._by_part = [(name, local_copy(metric), part) for name, metric, part in _by_part(metrics)]
+        self._metrics = [(name, local_copy(metric), kind) for name, metric, kind in _by_input_kind(metrics)]
 
-    def numbers(
+    def compute(
         self,
         bases: Sequence[Basis],
         edges: Sequence[Tensor],
-        curves: Sequence[tuple[Tensor, Tensor, float] | None] | None = None,
-        like: Sequence[Tensor] | None = None,
+        curves: Sequence[EdgeCurve | None] | None = None,
+        partitions: Partitions | None = None,
     ) -> dict[str, float]:
-        """Compute them, as `graph_scalars` does."""
+        """Compute the metrics of one graph.
+
+        Args:
+            bases: As for `graph_scalars`.
+            edges: As for `graph_scalars`.
+            curves: As for `graph_scalars`.
+            partitions: Modules for the metrics of modules; None to search in ``edges``.
+
+        Returns:
+            The scalars by name, as `graph_scalars` returns them.
+        """
+        partitions = Partitions(edges) if partitions is None else partitions
         sections = section_keys([basis.name for basis in bases])
-        parts: dict[Part, dict[str, dict[str, Any]]] = {
+        parts: dict[InputKind, dict[str, dict[str, Any]]] = {
             "importance": {layer_key(basis.name): {"importance": basis.importance} for basis in bases},
             "edges": {section: {"edges": E} for section, E in zip(sections, edges, strict=True)},
         }
-        if like is not None:
-            for section, E in zip(sections, like, strict=True):
-                parts["edges"][section] |= {"like": E}
         if curves is not None:
             parts["curve"] = {
                 section: {} if curve is None else dict(zip(("counts", "scores", "unablated"), curve, strict=True))
                 for section, curve in zip(sections, curves, strict=True)
             }
-        values: dict[str, float] = {}
-        for name, own, part in self._by_part:
-            if part not in parts:
+        scalars: dict[str, float] = {}
+        for name, metric, kind in self._metrics:
+            if kind not in parts:
                 continue
-            numbers = {f"{name}/{key}": _number(own, inputs) for key, inputs in parts[part].items()}
-            values |= numbers | {f"{name}/total": _total(own, numbers, edges, like)}
-        return values
+            values = {
+                f"{name}/{key}": evaluate(metric, **inputs, **_modules(metric, partitions, i)) if inputs else math.nan
+                for i, (key, inputs) in enumerate(parts[kind].items())
+            }
+            scalars |= values | {f"{name}/total": _total(metric, list(values.values()), edges, partitions)}
+        return scalars
 
 
 def scalar_keys(names: Sequence[str], metrics: MetricCollection | None = None, causal: bool = False) -> list[str]:
-    """The keys that `graph_scalars` gives for node layers of these names, before there is a graph.
+    """The keys that `graph_scalars` returns for node layers with these names.
 
     Args:
         names: Names of the node layers, in forward order.
-        metrics: What will be computed, None for `default_metrics`.
-        causal: Give the keys that only ablation curves add, in place of those that are always there.
+        metrics: The metrics, `default_metrics` if None.
+        causal: Return the keys of metrics of ablation curves, instead of all others.
 
     Returns:
         The keys.
 
     Raises:
-        LIBError: If a metric takes what is not of a graph.
+        LIBError: If the `update` of a metric requires anything that a graph does not have.
 
     Example:
         >>> scalar_keys(["a", "b"])[:3], scalar_keys(["a", "b"], causal=True)
@@ -149,14 +163,14 @@ def scalar_keys(names: Sequence[str], metrics: MetricCollection | None = None, c
     layers, sections = [layer_key(name) for name in names], section_keys(names)
     return [
         f"{metric}/{key}"
-        for metric, _, part in _by_part(metrics)
-        if (part == "curve") == causal
-        for key in (*(layers if part == "importance" else sections), "total")
+        for metric, _, kind in _by_input_kind(metrics)
+        if (kind == "curve") == causal
+        for key in (*(layers if kind == "importance" else sections), "total")
     ]
 
 
 def layer_key(name: str) -> str:
-    """A node layer's name as part of a scalar's name: loggers do not take colons."""
+    """A node layer's name as part of a scalar's name, in which loggers do not allow colons."""
     return name.replace(":", ".")
 
 
@@ -165,27 +179,25 @@ def section_keys(names: Sequence[str]) -> list[str]:
     return [f"{layer_key(a)}-to-{layer_key(b)}" for a, b in itertools.pairwise(names)]
 
 
-def _by_part(metrics: MetricCollection | None) -> list[tuple[str, Metric, Part]]:
-    """Metrics, their names and what they take: those of node layers first, then those of sections."""
-    # To ask a collection for its metrics ties those of one compute group together: only a copy is asked.
+def _by_input_kind(metrics: MetricCollection | None) -> list[tuple[str, Metric, InputKind]]:
+    """Names, metrics and their kinds of input: metrics of node layers first, then those of sections."""
+    # Reading the metrics of a collection links the states of its compute groups, so a copy is read.
     collection = default_metrics() if metrics is None else metrics.clone()
     found = [(name, metric, input_kind(name, metric)) for name, metric in collection.items()]
-    order: list[Part] = ["importance", "edges", "curve"]
+    order = list(ARGUMENTS)
     return sorted(found, key=lambda one: order.index(one[2]))
 
 
-def _number(metric: Metric, inputs: dict[str, Any]) -> float:
-    return measure(metric, **inputs) if inputs else math.nan
+def _modules(metric: Metric, partitions: Partitions, section: int | None = None) -> dict[str, Any]:
+    return {"modules": metric.modules(partitions, section)} if isinstance(metric, ModuleMetric) else {}
 
 
-def _total(
-    metric: Metric, numbers: Mapping[str, float], edges: Sequence[Tensor], like: Sequence[Tensor] | None
-) -> float:
-    kind = total_of(metric)
-    if kind == "sum":
-        return sum(numbers.values())
-    if not numbers:
+def _total(metric: Metric, values: Sequence[float], edges: Sequence[Tensor], partitions: Partitions) -> float:
+    aggregation = aggregation_of(metric)
+    if aggregation == "sum":
+        return sum(values)
+    if not values:
         return math.nan
-    if kind == "whole":
-        return measure(metric, edges=list(edges), **({} if like is None else {"like": list(like)}))
-    return sum(numbers.values()) / len(numbers)
+    if aggregation == "joint":
+        return evaluate(metric, edges=list(edges), **_modules(metric, partitions))
+    return sum(values) / len(values)

@@ -233,8 +233,10 @@ class SnapshotComputer:
                 )  # fmt: skip
                 curves = {section: answer.as_curve() for section, answer in required.items()}
                 phase_done("edges required")
-            found |= {f"{prefix}/{key}": value for key, value in graph.measure(self.watched.ready, curves).items()}
-            graph.find_modules(**self.watched.module_options)
+            partitions = graph.partitions()
+            numbers_here = graph.measure(self.watched.ready, curves, partitions)
+            found |= {f"{prefix}/{key}": value for key, value in numbers_here.items()}
+            graph.find_modules(partitions, **self.watched.module_options)
             phase_done("metrics and modules")
             if self.watched.labeller is not None and samples.batches:
                 with preserve_rng([]):  # a labeller may draw some

@@ -1,14 +1,17 @@
-"""Modules: planted ones are found, always the same, and nobody's random numbers are touched."""
+"""Modules: planted ones are found, the search is deterministic, and random states are preserved."""
 
 from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from lib_lightning.algorithm.basis import neuron_basis
 from lib_lightning.errors import LIBError
 from lib_lightning.metrics import (
     LargestModule,
@@ -20,18 +23,14 @@ from lib_lightning.metrics import (
     module_sizes,
     number_of_modules,
 )
-from lib_lightning.metrics.functional import modules as remembering
 from lib_lightning.metrics.functional.leiden import leiden
-
-
-@pytest.fixture(autouse=True)
-def _nothing_remembered() -> None:
-    remembering._found.clear()
+from lib_lightning.metrics.modules import Partitions
+from lib_lightning.metrics.summary import GraphMetrics
 
 
 def planted(sizes: list[int], background: float = 0.05, n_modules: int = 3) -> tuple[list[Tensor], list[Tensor]]:
     """Sections in which features of one module act on each other, and the modules, numbered by size."""
-    # The k-th module has k + 2 shares of each layer, so that sizes differ.
+    # Sizes of the modules are in proportion to 2, 3, 4, ..., so that they differ.
     shares = torch.arange(2, n_modules + 2).double()
     labels = [torch.multinomial(shares, r, replacement=True) for r in sizes]
     order = torch.cat(labels).bincount(minlength=n_modules).argsort(descending=True).argsort()
@@ -75,7 +74,7 @@ def test_planted_modules_are_found(weights: str, sizes: list[int]) -> None:
 
 
 @pytest.mark.parametrize("resolution", [0.5, 1.0, 2.0])
-def test_modularity_as_newman_writes_it(resolution: float) -> None:
+def test_modularity_equals_newmans_formula(resolution: float) -> None:
     edges = [torch.rand(3, 4).double() ** 3, 1e6 * torch.rand(5, 3).double() ** 3]
     labels = [torch.randint(0, 3, (n,)) for n in (4, 3, 5)]
     for transform, weights in ((lambda E: E, "strength"), (lambda E: E**0.5, "amplitude")):
@@ -87,7 +86,7 @@ def test_modularity_as_newman_writes_it(resolution: float) -> None:
     assert float(modularity(edges, labels, "binary", resolution, rtol=0.2)) == pytest.approx(expected, abs=1e-12)
 
 
-def test_who_is_in_no_module_is_alone() -> None:
+def test_features_in_no_module_are_modules_of_one() -> None:
     E = torch.rand(3, 2).double()
     alone = modularity([E], [torch.tensor([-1, 0]), torch.tensor([0, -1, -1])])
     numbered = modularity([E], [torch.tensor([1, 0]), torch.tensor([0, 2, 3])])
@@ -103,7 +102,7 @@ def test_the_search_finds_the_best_of_all_partitions() -> None:
     for _ in range(5):
         E = torch.rand(3, 3, dtype=torch.float64) ** 3
         best = max(float(modularity([E], list(torch.tensor(p).split([3, 3])))) for p in partitions(6))
-        # So small a graph has few ways to go wrong.
+        # The search is exact on graphs this small.
         assert float(modularity([E])) == pytest.approx(best, abs=1e-12)
 
 
@@ -112,27 +111,42 @@ def test_same_seed_same_modules(r: int) -> None:
     edges = [torch.rand(r, r).double() ** 6 for _ in range(2)]
     runs = []
     for k in range(2):
-        remembering._found.clear()
         random.seed(k)
         runs.append([x.tolist() for x in find_modules(edges, seed=4)])
     assert runs[0] == runs[1]
 
 
-def test_what_is_remembered_is_what_would_be_found_and_cannot_be_spoilt() -> None:
-    E, other = torch.rand(6, 6).double(), torch.rand(6, 6).double()
-    first = find_modules([E])
-    kept = [x.tolist() for x in first]
-    first[0][:] = 77
-    assert [x.tolist() for x in find_modules([E])] == kept
-    E.copy_(other)
-    torch.testing.assert_close(find_modules([E]), find_modules([other]))
-    for k in range(remembering._KEPT + 5):
-        find_modules([torch.eye(1) * (k + 1)])
-    assert len(remembering._found) == remembering._KEPT
+def test_partitions_are_those_of_find_modules_and_searched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    searches = []
+
+    def counted(edges: Sequence[Tensor], *settings: Any) -> list[Tensor]:
+        searches.append(len(edges))
+        return find_modules(edges, *settings)
+
+    monkeypatch.setattr("lib_lightning.metrics.modules.find_modules", counted)
+    edges, _ = planted([30, 40, 30])
+    bases = [neuron_basis(str(i), torch.zeros(r), torch.eye(r)) for i, r in enumerate((30, 40, 30))]
+    partitions = Partitions(edges)
+    scalars = GraphMetrics().compute(bases, edges, partitions=partitions)
+    # Three metrics, and one search for each section and for the whole graph.
+    assert sorted(searches) == [1, 1, 2]
+    assert scalars["modularity/total"] == float(modularity(edges))
+    assert scalars["number_of_modules/1-to-2"] == float(number_of_modules(find_modules(edges[1:])))
+    torch.testing.assert_close(partitions.find(), find_modules(edges))
+    torch.testing.assert_close(partitions.find(0), find_modules(edges[:1]))
+    assert len(searches) == 3
+    torch.testing.assert_close(partitions.find(resolution=2.0), find_modules(edges, resolution=2.0))
+    assert len(searches) == 4
+
+
+def test_metrics_use_the_modules_they_are_given() -> None:
+    E, modules = torch.rand(3, 3).double(), [torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1])]
+    assert Modularity().single_value(edges=E, modules=modules) == float(modularity([E], modules))
+    assert NumberOfModules().single_value(edges=E, modules=modules) == 2
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_nobodys_random_numbers_are_touched(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_states_are_preserved(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     import igraph
 
     if fails:
@@ -164,14 +178,14 @@ def test_features_without_edges_have_no_module() -> None:
     assert [float(f(find_modules(nothing))) for f in (number_of_modules, largest_module)] == [0, 0]
 
 
-def test_no_section_drowns_the_others() -> None:
+def test_sections_have_equal_weight() -> None:
     edges, labels = planted([30, 30, 30, 30])
     scaled = [E * s for E, s in zip(edges, (1e-200, 1.0, 1e100), strict=True)]
     assert [x.tolist() for x in find_modules(scaled)] == [x.tolist() for x in labels]
     torch.testing.assert_close(modularity(scaled), modularity(edges))
 
 
-def test_metrics_of_one_section_and_of_all() -> None:
+def test_metrics_of_one_section_and_of_a_graph() -> None:
     edges, _ = planted([30, 40, 30])
     for metric, function in (
         (Modularity(), lambda x: modularity(x)),
@@ -192,7 +206,7 @@ def test_metrics_of_one_section_and_of_all() -> None:
         ([torch.tensor([[1.0, -1.0]])], "not negative"),
     ],
 )
-def test_what_has_no_modules_is_refused(edges: list[Tensor], message: str) -> None:
+def test_invalid_edges_are_refused(edges: list[Tensor], message: str) -> None:
     with pytest.raises(LIBError, match=message):
         find_modules(edges)
 
@@ -205,7 +219,7 @@ def test_unknown_weights_and_modules_that_do_not_fit_are_refused() -> None:
 
 
 def test_many_edges_most_of_them_weak() -> None:
-    # Above the number from which the strong ones go first; here they hold nearly everything.
+    # More edges than `leiden.FEW`: the search starts from the strong ones, which have nearly all of the weight.
     edges, labels = planted([80, 80], background=1e-3)
     strong = [torch.where(E < 0.002, E, E**4) for E in edges]
     pairs = strong[0].nonzero().flip(1) + torch.tensor([0, 80])

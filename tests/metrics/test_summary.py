@@ -1,4 +1,4 @@
-"""The scalars of a graph: names known beforehand, totals by what a metric says, any metrics, nothing changed."""
+"""Scalars of a graph: stable keys, totals by aggregation, metrics of users, metrics unchanged."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CURVE = (torch.tensor([1, 2, 3]), torch.tensor([0.1, 0.9, 0.9]), 0.9)
 
 
 class Largest(Metric):
-    """A metric as somebody else would write it, that knows nothing of us."""
+    """A metric that a user would write, without our base class."""
 
     full_state_update = False
 
@@ -56,14 +56,22 @@ class Both(Largest):
 
 class Fails(Largest):
     def update(self, edges: Tensor) -> None:
-        raise ValueError("this one has a bad day")
+        raise ValueError("this metric always fails")
 
 
-class OddTotal(Largest):
-    total_is = "product"
+class UnknownAggregation(Largest):
+    aggregation = "product"
 
 
-class WholeFeatures(NumberOfFeatures):
+class JointFeatures(NumberOfFeatures):
+    aggregation = "joint"
+
+
+class SumOfVersion01(Largest):
+    total_is = "sum"
+
+
+class WholeOfVersion01(Modularity):
     total_is = "whole"
 
 
@@ -78,7 +86,7 @@ def scalars_of(graph: InteractionGraph, *args: Any, **kwargs: Any) -> dict[str, 
     return graph_scalars(list(graph.bases.values()), list(graph.edges.values()), *args, **kwargs)
 
 
-def test_every_part_of_a_graph_has_a_stable_name(graph: InteractionGraph) -> None:
+def test_every_node_layer_and_section_has_a_stable_key(graph: InteractionGraph) -> None:
     scalars = scalars_of(graph)
     assert list(scalars) == scalar_keys(graph.node_layers)
     assert scalars["features/0.input"] == graph.bases["0:input"].n_features
@@ -95,7 +103,7 @@ def test_names_of_the_default_metrics() -> None:
     check_metrics(default_metrics())
 
 
-def test_counts_are_what_their_functions_give_to_the_last_bit(graph: InteractionGraph) -> None:
+def test_scalars_equal_their_functions_to_the_last_bit(graph: InteractionGraph) -> None:
     scalars = scalars_of(graph)
     layers = {name.replace(":", "."): basis.importance for name, basis in graph.bases.items()}
     sections = {f"{a}-to-{b}".replace(":", "."): E for (a, b), E in graph.edges.items()}
@@ -110,14 +118,25 @@ def test_counts_are_what_their_functions_give_to_the_last_bit(graph: Interaction
         assert {key: scalars[key] for key in values} == values
 
 
-def test_a_total_is_a_sum_or_a_mean_or_of_the_whole(graph: InteractionGraph) -> None:
+def test_totals_are_sums_means_or_joint_values(graph: InteractionGraph) -> None:
     scalars, edges = scalars_of(graph), list(graph.edges.values())
     assert scalars["gini/total"] == pytest.approx(sum(float(gini(E)) for E in edges) / 2)
     assert scalars["modularity/total"] == float(modularity(edges))
     assert scalars["modularity/1-to-output"] == float(modularity(edges[1:]))
 
 
-def test_numbers_of_ablation_curves_are_added_by_themselves(graph: InteractionGraph) -> None:
+def test_total_is_of_version_0_1_still_works(graph: InteractionGraph) -> None:
+    metrics = MetricCollection({"largest": SumOfVersion01(), "modularity": WholeOfVersion01()})
+    with pytest.warns(DeprecationWarning, match="total_is is now called aggregation"):
+        check_metrics(metrics)
+    with pytest.warns(DeprecationWarning, match="total_is is now called aggregation"):
+        scalars = scalars_of(graph, metrics)
+    edges = list(graph.edges.values())
+    assert scalars["largest/total"] == pytest.approx(sum(float(E.amax()) for E in edges))
+    assert scalars["modularity/total"] == float(modularity(edges))
+
+
+def test_metrics_of_ablation_curves_are_added_only_with_curves(graph: InteractionGraph) -> None:
     without, both = scalars_of(graph), scalars_of(graph, curves=[CURVE, CURVE])
     added = scalar_keys(graph.node_layers, causal=True)
     assert set(both) == {*without, *added}
@@ -143,7 +162,7 @@ def test_a_collection_keeps_its_names(graph: InteractionGraph, compute_groups: A
     assert {key.rpartition("/")[0] for key in scalars} == {"my_edges_now", "my_effective_now"}
 
 
-def test_metrics_are_left_as_they_are(graph: InteractionGraph) -> None:
+def test_metrics_are_not_changed(graph: InteractionGraph) -> None:
     metrics = MetricCollection({"a": NumberOfEdges(), "b": NumberOfEdges(), "c": Gini(), "d": Largest()})
     metrics.update(edges=torch.eye(3))
     expected = metrics.clone()
@@ -156,7 +175,7 @@ def test_metrics_are_left_as_they_are(graph: InteractionGraph) -> None:
     assert metrics.compute() == expected.compute()
 
 
-def test_a_metric_of_somebody_else(graph: InteractionGraph) -> None:
+def test_metric_of_a_user(graph: InteractionGraph) -> None:
     metrics = MetricCollection({"largest": Largest()})
     check_metrics(metrics)
     scalars = scalars_of(graph, metrics)
@@ -166,7 +185,7 @@ def test_a_metric_of_somebody_else(graph: InteractionGraph) -> None:
 
 def test_nothing_is_gathered_from_other_processes(graph: InteractionGraph) -> None:
     def gather(*_: Any) -> None:
-        raise AssertionError("a process waits for the others")
+        raise AssertionError("a metric was synchronized")
 
     metrics = MetricCollection(
         {
@@ -183,14 +202,14 @@ def test_nothing_is_gathered_from_other_processes(graph: InteractionGraph) -> No
     [
         (MeanMetric(), r"'mine' has update\(value.*update\(counts, scores, unablated\)"),
         (Both(), r"'mine' has update\(importance: .*, edges: .*a metric of a graph has update\(importance\)"),
-        (Fails(), "'mine' fails on a small graph. ValueError: this one has a bad day"),
-        (Largest(torch.zeros(2)), r"'mine' gives a tensor of shape \(2,\); a metric of a graph gives one number"),
-        (Largest({"a": 1.0}), "'mine' gives dict"),
-        (OddTotal(), "'mine' has total_is='product'"),
-        (WholeFeatures(), "'mine' has total_is='whole'"),
+        (Fails(), "'mine' fails on a small graph. ValueError: this metric always fails"),
+        (Largest(torch.zeros(2)), r"'mine' returns a tensor of shape \(2,\); a metric of a graph returns one number"),
+        (Largest({"a": 1.0}), "'mine' returns dict"),
+        (UnknownAggregation(), "'mine' has aggregation='product'"),
+        (JointFeatures(), "'mine' has aggregation='joint'"),
     ],
 )
-def test_metrics_that_do_not_fit_are_refused_early(metric: Metric, message: str) -> None:
+def test_unsuitable_metrics_are_refused(metric: Metric, message: str) -> None:
     with pytest.raises(LIBError, match=message):
         check_metrics(MetricCollection({"edges": NumberOfEdges(), "mine": metric}))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -12,11 +11,6 @@ from torch import Tensor
 
 from lib_lightning.errors import LIBError
 from lib_lightning.metrics.functional.leiden import leiden
-
-# Several numbers describe the same modules, and finding these costs more than everything else about a graph: the last
-# ones found are kept, each under a fingerprint of all that they depend on.
-_KEPT = 128
-_found: dict[bytes, tuple[Tensor, ...]] = {}
 
 EdgeWeights = Literal["strength", "amplitude", "binary"]
 
@@ -60,13 +54,12 @@ def find_modules(
         >>> find_modules([crossing, torch.eye(2)])
         [tensor([1, 0, 0]), tensor([0, 1]), tensor([0, 1])]
     """
-    key = _fingerprint(edges, (weights, resolution, seed, rtol))
-    if (found := _found.get(key)) is None:
-        found = _search(edges, weights, resolution, seed, rtol)
-        while len(_found) >= _KEPT:
-            _found.pop(next(iter(_found)), None)
-        _found[key] = found
-    return [part.to(edges[0].device, copy=True) for part in found]
+    sizes, pairs, w = _layered_graph(edges, weights, rtol)
+    parts = leiden(sum(sizes), pairs, w, resolution, seed)
+    connected = torch.zeros(sum(sizes), dtype=torch.bool)
+    connected[pairs.flatten()] = True
+    labels = torch.where(connected, _by_size(parts, connected), -1)
+    return [part.to(edges[0].device) for part in labels.split(sizes)]
 
 
 def modularity(
@@ -179,23 +172,6 @@ def largest_module(modules: Sequence[Tensor]) -> Tensor:
     """
     sizes = module_sizes(modules).double()
     return sizes[0] / sizes.sum() if len(sizes) else sizes.new_zeros(())
-
-
-def _search(edges: Sequence[Tensor], weights: str, resolution: float, seed: int, rtol: float) -> tuple[Tensor, ...]:
-    sizes, pairs, w = _layered_graph(edges, weights, rtol)
-    parts = leiden(sum(sizes), pairs, w, resolution, seed)
-    connected = torch.zeros(sum(sizes), dtype=torch.bool)
-    connected[pairs.flatten()] = True
-    labels = torch.where(connected, _by_size(parts, connected), -1)
-    return tuple(labels.split(sizes))
-
-
-def _fingerprint(edges: Sequence[Tensor], settings: tuple[object, ...]) -> bytes:
-    shapes = [(tuple(E.shape), str(E.dtype)) for E in edges]
-    state = hashlib.blake2b(repr((shapes, settings)).encode())
-    for E in edges:
-        state.update(E.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return state.digest()
 
 
 def _weighed(edges: Sequence[Tensor], weights: str, rtol: float) -> tuple[list[int], list[Tensor]]:
