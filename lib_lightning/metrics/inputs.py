@@ -70,7 +70,7 @@ def aggregation_of(metric: Metric) -> str:
                 DeprecationWarning,
                 stacklevel=2,
             )
-            return str({"whole": "joint"}.get(metric.total_is, metric.total_is))
+            return "joint" if metric.total_is == "whole" else str(metric.total_is)
     return "mean"
 
 

@@ -78,7 +78,7 @@ class ModuleMetric(GraphAverage):
         self.weights: EdgeWeights = weights
         self.resolution, self.seed, self.rtol = resolution, seed, rtol
 
-    def modules(self, partitions: Partitions, section: int | None = None) -> list[Tensor]:
+    def partition(self, partitions: Partitions, section: int | None = None) -> list[Tensor]:
         """Modules of a section, or of the whole graph, with the settings of this metric."""
         return partitions.find(section, self.weights, self.resolution, self.seed, self.rtol)
 
@@ -90,7 +90,7 @@ class ModuleMetric(GraphAverage):
             modules: The module of each feature, for each node layer; None to search for them.
         """
         sections = [edges] if isinstance(edges, Tensor) else list(edges)
-        modules = self.modules(Partitions(sections)) if modules is None else modules
+        modules = self.partition(Partitions(sections)) if modules is None else modules
         self._add(self._value(sections, modules))
 
     def _value(self, edges: Sequence[Tensor], modules: Sequence[Tensor]) -> Tensor:

@@ -189,7 +189,7 @@ def _by_input_kind(metrics: MetricCollection | None) -> list[tuple[str, Metric, 
 
 
 def _modules(metric: Metric, partitions: Partitions, section: int | None = None) -> dict[str, Any]:
-    return {"modules": metric.modules(partitions, section)} if isinstance(metric, ModuleMetric) else {}
+    return {"modules": metric.partition(partitions, section)} if isinstance(metric, ModuleMetric) else {}
 
 
 def _total(metric: Metric, values: Sequence[float], edges: Sequence[Tensor], partitions: Partitions) -> float:
