@@ -20,15 +20,14 @@ from lib_lightning.algorithm.progress import phase_done
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.errors import ActivationError, is_out_of_memory
 from lib_lightning.graph import InteractionGraph, Replicates
-from lib_lightning.model.batch import batch_size, is_empty, num_elements
-from lib_lightning.model.cut_point import CutPoint
-from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.batch import batch_size, check_has_tensors, is_empty, num_elements
+from lib_lightning.model.discover import CutPoint
+from lib_lightning.model.instrumented import InstrumentedModel, model_session
 from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
 from lib_lightning.model.node_layer import NodeLayer, as_node_layers
 from lib_lightning.model.preserve import preserve_model
 from lib_lightning.model.propose import find_cuts, find_proposed, propose
-from lib_lightning.model.questions import _refuse_without_tensors, model_session, wrap_forward_errors
-from lib_lightning.model.validate import validate_node_layers
+from lib_lightning.model.validate import validate_node_layers, wrap_forward_errors
 from lib_lightning.version import __version__
 
 log = logging.getLogger(__name__)
@@ -253,7 +252,7 @@ def check_node_layers(
         >>> check_node_layers(nn.Linear(2, 2), torch.ones(1, 2), ["input", "output"])
     """
     instrumented = InstrumentedModel(model, as_node_layers(node_layers), ModelSpec(input_fn, mask, dtype))
-    _refuse_without_tensors(batch)
+    check_has_tensors(batch)
     with model_session(instrumented):
         validate_node_layers(instrumented, batch)
 
@@ -314,6 +313,6 @@ def propose_node_layers(
         >>> propose_node_layers(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 4))
         ['input', '1', 'output']
     """
-    _refuse_without_tensors(batch)
+    check_has_tensors(batch)
     with preserve_model(model):
         return find_proposed(model, batch, ModelSpec(input_fn, mask))

@@ -1,4 +1,4 @@
-"""Values of features on samples: what names them, and what tells them again in the next snapshot."""
+"""Values of a graph's features on samples."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from torch import Tensor
 from lib_lightning.errors import LIBError
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.model.batch import first_tensor, is_empty
-from lib_lightning.model.instrumented import InstrumentedModel
-from lib_lightning.model.questions import model_session
+from lib_lightning.model.instrumented import InstrumentedModel, model_session
 
 
 @dataclass(frozen=True)
 class FeatureBatch:
-    """Values of features on the samples of one batch, on the CPU.
+    """Feature values on the samples of one batch, on the CPU.
 
     Attributes:
-        inputs: What the model was given: the first tensor of its inputs, shape ``(n, ...)``.
-        features: For each node layer ``fhat``, shape ``(n, S, r)``.
-        masks: For each node layer the positions that count, shape ``(n, S)``; None for all.
+        inputs: The first tensor of the model's inputs, shape ``(n, ...)``.
+        features: Feature values ``fhat`` of each node layer, shape ``(n, S, r)``.
+        masks: For each node layer, True at valid positions, shape ``(n, S)``; None if all positions are valid.
     """
 
     inputs: Tensor
@@ -34,27 +33,36 @@ class FeatureBatch:
 def feature_values(
     instrumented: InstrumentedModel, graph: InteractionGraph, batches: Iterable[Any]
 ) -> Iterator[FeatureBatch]:
-    """Compute the features of every node layer on some batches.
+    """Compute the feature values of every node layer.
 
     Args:
         instrumented: The model and its node layers.
         graph: Its interaction graph.
-        batches: Batches; empty ones are passed over.
+        batches: Batches; empty ones are skipped.
 
     Yields:
         The values on each batch.
 
     Raises:
-        LIBError: If there is no tensor in a batch.
+        LIBError: If the model's input contains no tensor.
+
+    Example:
+        >>> from lib_lightning import compute_interaction_graph
+        >>> model, x = torch.nn.Linear(3, 2), torch.randn(20, 3)
+        >>> graph = compute_interaction_graph(model, [x], ["input", "output"])
+        >>> instrumented = InstrumentedModel(model, graph.node_layer_specs())
+        >>> [batch.features["output"].shape for batch in feature_values(instrumented, graph, [x])]
+        [torch.Size([20, 1, 2])]
     """
     with model_session(instrumented), torch.no_grad():
-        for instrumented.seed, batch in enumerate(batch for batch in batches if not is_empty(batch)):
-            given = first_tensor(instrumented.inputs(batch))
-            if given is None:
-                raise LIBError(f"There is no tensor in a batch of type {type(batch).__name__}.")
-            cuts = dict(zip(graph.bases, instrumented.capture(batch), strict=True))
+        for seed, batch in enumerate(batch for batch in batches if not is_empty(batch)):
+            instrumented.manual_seed(seed)
+            inputs = first_tensor(instrumented.inputs(batch))
+            if inputs is None:
+                raise LIBError(f"The model's input for a batch of type {type(batch).__name__} contains no tensor.")
+            captured = dict(zip(graph.bases, instrumented.capture(batch), strict=True))
             yield FeatureBatch(
-                given.cpu(),
-                {name: graph.bases[name].encode(cut.a).cpu() for name, cut in cuts.items()},
-                {name: None if cut.mask is None else cut.mask.cpu() for name, cut in cuts.items()},
+                inputs.cpu(),
+                {name: graph.bases[name].encode(layer.a).cpu() for name, layer in captured.items()},
+                {name: None if layer.mask is None else layer.mask.cpu() for name, layer in captured.items()},
             )

@@ -27,7 +27,7 @@ from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
 from lib_lightning.model.node_layer import NodeLayer, as_node_layers
 from lib_lightning.model.preserve import preserve_rng
-from lib_lightning.model.questions import wrap_forward_errors
+from lib_lightning.model.validate import wrap_forward_errors
 from lib_lightning.plots.animated_layout import AnimatedLayout
 from lib_lightning.training.sample_buffer import SampleBuffer
 from lib_lightning.training.snapshot import SnapshotComputer, SnapshotConfig, SnapshotData

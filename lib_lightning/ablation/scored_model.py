@@ -17,9 +17,8 @@ from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.errors import LIBError, NotFiniteError
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.model.batch import batch_size, is_empty
-from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.instrumented import InstrumentedModel, model_session
 from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
-from lib_lightning.model.questions import model_session
 
 Score = Callable[[Any, Any], Tensor]
 
@@ -175,7 +174,7 @@ class _AblationCache(Generic[_T]):
 
     def __iter__(self) -> Iterator[_Ablated[_T]]:
         for index, part in enumerate(self.parts):
-            self.instrumented.seed = index
+            self.instrumented.manual_seed(index)
             state = self._kept.get(index)
             if state is None:
                 state = self.make(part)

@@ -185,7 +185,7 @@ def split_batches(instrumented: InstrumentedModel, batches: Sequence[Any], size:
     )
     if not same:
         # A model that draws random numbers draws others for another number of samples: that is no reason.
-        instrumented.seed += 1
+        instrumented.manual_seed(instrumented.seed + 1)
         other = instrumented.activations(slice_batch(large, 0, 2 * half))
         same = any(not torch.equal(a, b) for a, b in zip(more, other, strict=True))
     return [chunk for batch in batches for chunk in _chunks(batch, size)] if same else list(batches)

@@ -75,7 +75,7 @@ class SectionCache:
         as_before = tensors_unchanged(self.instrumented.model) if self._keep else None
         sizes = []
         for index, batch in enumerate(self.batches):
-            self.instrumented.seed = index
+            self.instrumented.manual_seed(index)
             with torch.set_grad_enabled(self._keep):
                 cuts = self.instrumented.capture(batch)
             yield cuts
@@ -156,7 +156,7 @@ class SectionCache:
             if i < len(sections):
                 return sections[i].a, sections[i].mask_in
             return sections[-1].a_out, sections[-1].mask_out
-        self.instrumented.seed = index
+        self.instrumented.manual_seed(index)
         with torch.no_grad():
             cut = self.instrumented.capture(batch)[i]
         return cut.a, cut.mask
@@ -164,7 +164,7 @@ class SectionCache:
     def _sections_of(self, index: int, batch: Any, means: Sequence[Tensor], only: int | None) -> list[Section]:
         if self._kept:
             return self._kept[index]
-        self.instrumented.seed = index
+        self.instrumented.manual_seed(index)
         found = sections(self.instrumented, batch, means, self.integration_steps, self.chunks.stack_elements)
         phase_done("forward passes")
         return self._ready(found, only)
@@ -181,7 +181,7 @@ class SectionCache:
         """Read closed forms off the first samples of the first batch."""
         if not self._recognitions or not self.batches:
             return
-        self.instrumented.seed = 0
+        self.instrumented.manual_seed(0)
         batch = self.batches[0]
         few = slice_batch(batch, 0, SAMPLES) if batch_size(batch) > SAMPLES else batch
         try:
@@ -199,7 +199,7 @@ class SectionCache:
         """Whether the graphs of all batches have outlived the later ones."""
         try:
             for section in itertools.chain(*self._kept[:-1]):
-                ends = [end for point in section.points for end in point.after.ends]
+                ends = [end for point in section.points for end in point.after.outputs]
                 if section.closed is None and not all(map(saved_tensors_intact, ends)):
                     section.vjp(torch.zeros_like(section.a_out)[None])
         except RuntimeError as error:

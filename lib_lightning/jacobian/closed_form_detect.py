@@ -292,7 +292,7 @@ def _may_be_simple(section: Section) -> bool:
     if len(section.points) != 1 or section.S_in != section.S_out or torch.finfo(section.a.dtype).bits < 32:
         return False
     (point,) = section.points
-    return len(point.before.leaves) == len(point.after.ends) == 1 and point.after.ends[0].requires_grad
+    return len(point.before.leaves) == len(point.after.outputs) == 1 and point.after.outputs[0].requires_grad
 
 
 def _bends(begin: Edge, end: Edge, parts: list[PathNode]) -> Iterator[ElementwiseSpan]:
@@ -304,12 +304,12 @@ def _bends(begin: Edge, end: Edge, parts: list[PathNode]) -> Iterator[Elementwis
         straight = [_before_layout(branch) == begin for branch in branches]
         if len(branches) == 2 and sum(straight) == 1:
             parts, residual = path_nodes([begin], branches[straight.index(False)]), True
-    if not parts or len(parts) > _OPERATIONS or parts[-1].stage > 2:
+    if not parts or len(parts) > _OPERATIONS or parts[-1].mixing_depth > 2:
         return
-    for _, group in itertools.groupby(parts, key=lambda part: part.stage):
+    for _, group in itertools.groupby(parts, key=lambda part: part.mixing_depth):
         run = list(group)
         names = [part.edge.node.name() for part in run[1:]]
-        passed = [part.edge for part in run if part.unavoidable]
+        passed = [part.edge for part in run if part.is_dominator]
         if passed and not all(_LAYOUT.search(name) or _ADD.search(name) for name in names):
             edges = [part.edge for part in run]
             between = edges[edges.index(passed[0]) + 1 : edges.index(passed[-1]) + 1]

@@ -170,7 +170,7 @@ class Section:
     @cached_property
     def _has_own_backward(self) -> bool:
         """Whether code in Python differentiates here: in a stack, `grad.data` in it would crash the process."""
-        return any(_has_own_backward(point.after.ends) for point in self.points)
+        return any(_has_own_backward(point.after.outputs) for point in self.points)
 
     def _transpose(self, point: QuadraturePoint) -> tuple[Tensor, Sequence[Tensor]]:
         shape = (self.n, self.S_out, self.d_out)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from torch.autograd.graph import Node, get_gradient_edge
 _MIXING = re.compile(r"mm|Mm|Mv|Dot|Conv|Linear|Rnn|Attention|MatMul|Matmul")
 # Operations that leave every number where it is, as long as the shape is the same in the end.
 _IDLE = re.compile(r"^(AccumulateGrad|Clone|Alias|Slice|Squeeze|Unsqueeze|View|UnsafeView|ReshapeAlias)")
+# Writes to a tensor without a change of its version counter.
+_VERSION_KEPT: Any = getattr(torch.autograd, "_unsafe_preserve_version_counter", None)
 # Operations that autograd describes: where it names nothing that they have saved, there is nothing.
 _SHOWN = re.compile(r"Backward\d$|::(AccumulateGrad|CopyBackwards)$")
 
@@ -37,16 +40,16 @@ class PathNode(NamedTuple):
 
     Attributes:
         edge: Which.
-        unavoidable: Whether every path passes it.
-        stage: Mixing operations before it.
-        step: Operations before it that change more than a layout.
+        is_dominator: Whether every path from the sources to the output goes through it.
+        mixing_depth: Number of operations before it that mix features or positions.
+        op_depth: Number of operations before it that change more than the layout.
         uses: Operations on the way that use it.
     """
 
     edge: Edge
-    unavoidable: bool
-    stage: int
-    step: int
+    is_dominator: bool
+    mixing_depth: int
+    op_depth: int
     uses: int
 
 
@@ -78,6 +81,49 @@ def shape_of(edge: Edge) -> torch.Size:
     """
     # Not public, but where torch.autograd.grad itself looks.
     return torch.Size(edge.node._input_metadata[edge.output].shape)
+
+
+def is_view(t: Tensor) -> bool:
+    """Whether a tensor is a view of another one, which autograd does not allow to be detached in place.
+
+    Args:
+        t: The tensor.
+
+    Returns:
+        True if so, or if this version of torch does not say.
+    """
+    try:
+        return t._is_view()
+    except AttributeError:
+        return getattr(t, "_base", t) is not None
+
+
+def overwrite(t: Tensor, value: Tensor, new_memory: bool) -> None:
+    """Give a tensor another value in place and another history: the graph of that value.
+
+    Tensors that autograd has saved of the old history remain valid; see `saved_tensors_kept`.
+
+    Args:
+        t: The tensor; not a view.
+        value: The value, in the same shape.
+        new_memory: Whether to move the tensor to new memory first. Needed if it has a history and the value differs.
+    """
+    t.detach_()
+    if new_memory:  # what autograd has saved keeps the old memory
+        t.data = torch.empty_like(value)
+    with _VERSION_KEPT(t) if _VERSION_KEPT else nullcontext():
+        t.copy_(value)
+
+
+@contextmanager
+def saved_tensors_kept() -> Iterator[None]:
+    """A block around a forward pass in which `overwrite` is used.
+
+    Autograd refuses to use a saved tensor whose version counter has increased since. `overwrite` sets the counter back;
+    in a version of torch where this is not possible, autograd saves copies in this block, which takes more memory.
+    """
+    with nullcontext() if _VERSION_KEPT else torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t):
+        yield
 
 
 def path_nodes(sources: Sequence[Edge], output: Edge) -> list[PathNode]:
@@ -115,14 +161,14 @@ def path_nodes(sources: Sequence[Edge], output: Edge) -> list[PathNode]:
         for edge in results[node]:
             place[edge] = len(place)
     parts = []
-    stage = step = 0
+    mixing_depth = op_depth = 0
     furthest = max(place[node] for node in begin if node in place)
     for node in inputs:
-        stage += bool(_MIXING.search(node.name()))
-        step += not _IDLE.search(node.name())
+        mixing_depth += bool(_MIXING.search(node.name()))
+        op_depth += not _IDLE.search(node.name())
         furthest = max([furthest, *(place[edge] for edge in results[node])])
         for edge in results[node]:
-            parts.append(PathNode(edge, furthest <= place[edge], stage, step, len(users[edge])))
+            parts.append(PathNode(edge, furthest <= place[edge], mixing_depth, op_depth, len(users[edge])))
             furthest = max([furthest, *(place[user] for user in users[edge])])
     return parts
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from lib_lightning.errors import LIBError
 
 
 def map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
@@ -59,8 +60,7 @@ def first_tensor(value: Any) -> Tensor | None:
         >>> first_tensor({"loss": torch.tensor(0.5), "logits": torch.ones(2, 1)}).shape
         torch.Size([2, 1])
     """
-    found: list[Tensor] = []
-    map_tensors(value, lambda t: found.append(t) or t)  # type: ignore[func-returns-value]
+    found = tensors_in(value)
     return next((t for t in found if t.ndim > 0), found[0] if found else None)
 
 
@@ -108,17 +108,49 @@ def is_empty(batch: Any) -> bool:
     return first_tensor(batch) is not None and batch_size(batch) == 0
 
 
-def num_elements(batch: Any) -> int:
-    """How many numbers there are in all tensors of a batch."""
-    count = 0
+def check_has_tensors(batch: Any) -> None:
+    """Raise an error for a batch without tensors.
+
+    Args:
+        batch: One batch.
+
+    Raises:
+        LIBError: If there is no tensor in the batch.
+    """
+    if first_tensor(batch) is None:
+        raise LIBError(
+            f"There is no tensor in a batch of type {type(batch).__name__}: batches are tensors, or tuples, lists, "
+            "dicts and dataclasses of them."
+        )
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in nested containers, in order.
+
+    Args:
+        value: Tensors in tuples, lists, mappings and dataclasses.
+
+    Returns:
+        The tensors.
+
+    Example:
+        >>> import torch
+        >>> tensors_in({"x": (torch.ones(1), "label")})
+        [tensor([1.])]
+    """
+    found: list[Tensor] = []
 
     def add(t: Tensor) -> Tensor:
-        nonlocal count
-        count += t.numel()
+        found.append(t)
         return t
 
-    map_tensors(batch, add)
-    return count
+    map_tensors(value, add)
+    return found
+
+
+def num_elements(batch: Any) -> int:
+    """Number of elements of all tensors in a batch."""
+    return sum(t.numel() for t in tensors_in(batch))
 
 
 def slice_batch(batch: Any, start: int, stop: int) -> Any:
@@ -186,29 +218,43 @@ def _with_items(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
     return new
 
 
+def hash_tensors(tensors: Iterable[tuple[str, Tensor]], prefix: bytes = b"") -> bytes:
+    """SHA-256 of tensors: of their labels, dtypes, shapes and values.
+
+    Args:
+        tensors: A label and a tensor each, on any device.
+        prefix: Bytes that are hashed before the tensors.
+
+    Returns:
+        The hash, 32 bytes.
+
+    Example:
+        >>> import torch
+        >>> hash_tensors([("", torch.zeros(2))]) == hash_tensors([("", torch.zeros(2, 1))])
+        False
+    """
+    digest = hashlib.sha256(prefix)
+    for label, t in tensors:
+        digest.update(f"{label}{t.dtype} {tuple(t.shape)}".encode())
+        # As bytes, because NumPy does not know every dtype.
+        digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.digest()
+
+
 def hash_batches(batches: Iterable[Any], process_group: ProcessGroup = SINGLE_PROCESS) -> str:
-    """Tell samples from other samples.
+    """Hash of all tensors in some batches.
 
     Args:
         batches: Batches of this process.
         process_group: The processes.
 
     Returns:
-        A hash of all their tensors, the same on every process.
+        The hash in hexadecimal, the same on every process.
 
     Example:
         >>> hash_batches([torch.zeros(2)]) == hash_batches([torch.zeros(2)]) != hash_batches([torch.ones(2)])
         True
     """
-    digest = hashlib.sha256()
-
-    def add(t: Tensor) -> Tensor:
-        digest.update(f"{t.dtype} {tuple(t.shape)}".encode())
-        # Any type's bytes, also those that NumPy does not know.
-        digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return t
-
-    for batch in batches:
-        map_tensors(batch, add)
-    own = torch.tensor(list(digest.digest()), dtype=torch.uint8)
-    return hashlib.sha256(b"".join(bytes(t.tolist()) for t in process_group.gather(own))).hexdigest()[:16]
+    digest = hash_tensors(("", t) for batch in batches for t in tensors_in(batch))
+    gathered = process_group.gather(torch.tensor(list(digest), dtype=torch.uint8))
+    return hashlib.sha256(b"".join(bytes(t.tolist()) for t in gathered)).hexdigest()[:16]

@@ -1,13 +1,13 @@
-"""Cutting a live model at its node layers, without touching the model.
+"""Cutting the forward pass of a model at its node layers, without changing the model's code.
 
-A hook at each tap sees the tensor ``t`` that the model is about to use. It keeps a copy as the *end* of the section
-before, makes a fresh *leaf*, and lets ``t`` itself, in place, go on as a copy of that leaf. In place matters: whatever
-else holds the same tensor object (the skip path of a residual block) then hangs on the new leaf too, so one forward
-pass yields every section between two node layers as its own small autograd graph.
+A hook at each tap receives the tensor ``t`` that the model is about to use. It keeps a copy as the *output* of the
+section before, makes a new *leaf*, and overwrites ``t`` in place with a copy of that leaf. In place, because any other
+reference to the same tensor object (the skip path of a residual block) then continues from the leaf, too. One forward
+pass thus yields a separate autograd graph for each section between two node layers.
 
-Two kinds of tensors cannot be changed in place: views (autograd forbids it) and tensors that belong to the model
-(parameters, buffers). There the module is handed a copy of the leaf instead, which is right wherever nobody else uses
-that tensor; `lib_lightning.model.validate` tells when somebody does.
+Two kinds of tensors cannot be overwritten in place: views (autograd forbids it) and the model's own parameters and
+buffers. For these the hook returns a copy of the leaf. That is correct if nothing else uses the tensor, which
+`lib_lightning.model.validate` checks.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lib_lightning.errors import ActivationError, NodeLayerError, quoted
+from lib_lightning.model.autograd_graph import is_view, overwrite, saved_tensors_kept
 from lib_lightning.model.batch import first_tensor, replace_first_tensor
 from lib_lightning.model.module_paths import find_module
 from lib_lightning.model.node_layer import INPUT, NodeLayer, split_tap
@@ -35,48 +36,53 @@ class CapturedLayer:
 
     Attributes:
         layer: The node layer.
-        ends: The tapped tensors as computed, on the graph of the section before.
-        leaves: What the model went on with, as leaves on which the section after hangs.
-        order: Indices of the taps in the order in which they ran. A tap may be computed from another one of its layer
-            that ran before; its end then hangs on that one's leaf.
-        mask: True at positions that count, shape ``(n, S)``; None where all of them do.
+        outputs: The tapped tensors as computed, one for each tap: outputs of the section before, on its graph.
+        leaves: The tensors that the model continued with: leaves of the graph of the section after.
+        order: Indices of the taps in the order in which they were called. A tap may be computed from another tap of
+            the same node layer; its output is then on the graph of that tap's leaf.
+        mask: True at valid positions, shape ``(n, S)``; None if all positions are valid.
     """
 
     layer: NodeLayer
-    ends: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
     leaves: tuple[Tensor, ...]
     order: tuple[int, ...]
     mask: Tensor | None = None
 
     @property
     def a(self) -> Tensor:
-        """Activations ``(n, S, d)`` as computed, differentiable towards the node layer before."""
-        return self.layer.read(self.ends)
+        """Activations ``(n, S, d)`` as computed, differentiable with respect to the node layer before."""
+        return self.layer.read(self.outputs)
 
     @property
     def rows(self) -> Tensor:
-        """Activations at the positions that count, one a row: ``(m, d)``."""
+        """Detached activations at valid positions, one per row: ``(m, d)``."""
         return rows_of(self.a.detach(), self.mask)
 
 
 def rows_of(a: Tensor, mask: Tensor | None) -> Tensor:
-    """Activations ``(n, S, d)`` one a row, ``(m, d)``: those at positions of a mask ``(n, S)``, if there is one."""
+    """Activations ``(n, S, d)`` at the positions of a mask ``(n, S)``, one per row: ``(m, d)``."""
     return a.flatten(0, 1) if mask is None else a[mask]
 
 
 class StopForward(BaseException):
-    """All has been seen that is wanted of this forward pass."""
+    """Ends a forward pass after the last node layer that is needed."""
 
 
 class ActivationRecorder:
-    """The hooks of one forward pass and what they saw.
+    """The hooks of one forward pass, and the tensors they recorded.
 
     Args:
         model: The model.
         layers: Node layers in forward order.
-        replace: For each of them activations ``(n, S, d)`` to go on with, or None.
-        widths: Number of features of each tap, by node layer and tap; filled as they run.
-        given: Tensors of the model's input, and what each is a copy of, by the ``id`` of the copy.
+        replace: For each node layer, activations ``(n, S, d)`` to continue with, or None for the computed ones.
+        widths: Number of features of each tap, by node layer and tap; filled during the forward pass.
+        caller_tensors: Copies of the caller's input tensors and the originals, by ``id`` of the copy.
+        stop_after: Index of the node layer after which to end the forward pass; None to run all of it.
+
+    Attributes:
+        detached: Tensors without a graph that were overwritten with leaves. A module may store them.
+        stopped: Whether the node layer ``stop_after`` has been recorded.
     """
 
     def __init__(
@@ -85,59 +91,68 @@ class ActivationRecorder:
         layers: Sequence[NodeLayer],
         replace: Sequence[Tensor | None],
         widths: dict[tuple[int, int], int],
-        given: dict[int, tuple[Tensor, Tensor]],
+        caller_tensors: dict[int, tuple[Tensor, Tensor]],
+        stop_after: int | None = None,
     ) -> None:
-        self.model, self.layers, self.replace, self.widths, self.given = model, layers, replace, widths, given
-        self.owned = {id(t) for t in (*model.parameters(), *model.buffers())}
-        self.seen: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        self.changed: list[weakref.ref[Tensor]] = []
-        self.last: int | None = None  # node layer after which the model need not go on
-        self.reached = False  # whether it has come that far
+        self._model, self._layers, self._replace = model, layers, replace
+        self._widths, self._caller_tensors, self._stop_after = widths, caller_tensors, stop_after
+        self._parameter_ids = {id(t) for t in (*model.parameters(), *model.buffers())}
+        # Output and leaf of each tap, by node layer and tap, in the order of the calls.
+        self._recorded: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self.detached: list[weakref.ref[Tensor]] = []
+        self.stopped = False
 
     @contextmanager
     def hooked(self, only: Collection[int] | None = None) -> Iterator[None]:
-        """Have the hooks in place, of all node layers or of some."""
+        """Register the hooks of all node layers, or of those with the indices ``only``."""
         handles: list[RemovableHandle] = []
         try:
-            for layer_index, layer in enumerate(self.layers):
+            for layer_index, layer in enumerate(self._layers):
                 for tap_index, tap in enumerate(layer.taps):
                     if only is None or layer_index in only:
                         handles.append(self._attach(tap, (layer_index, tap_index)))
-            yield
+            with saved_tensors_kept():
+                yield
         finally:
             for handle in handles:
                 handle.remove()
 
     def finish(self) -> list[CapturedLayer]:
-        """The cuts, once the model has run.
+        """All node layers, after the forward pass.
 
         Raises:
-            NodeLayerError: If a node layer did not run, or not in its turn.
+            NodeLayerError: If a node layer was not called, or called out of order.
         """
-        taps = {(i, k): tap for i, layer in enumerate(self.layers) for k, tap in enumerate(layer.taps)}
-        missing = [tap for key, tap in taps.items() if key not in self.seen]
+        taps = {(i, k): tap for i, layer in enumerate(self._layers) for k, tap in enumerate(layer.taps)}
+        missing = [tap for key, tap in taps.items() if key not in self._recorded]
         if missing:
             raise NodeLayerError(
                 f"{quoted(missing)} did not run in the model's forward pass. Choose modules that forward() calls."
             )
-        order = [i for i, _ in self.seen]
+        order = [i for i, _ in self._recorded]
         if order != sorted(order):
             raise NodeLayerError(
-                f"Node layers are out of order: give them as they run, {quoted([taps[key] for key in self.seen])}."
+                "Node layers are out of order: list them in the order of the forward pass, "
+                f"{quoted([taps[key] for key in self._recorded])}."
             )
-        cuts = []
-        for i, layer in enumerate(self.layers):
-            ends, leaves = zip(*(self.seen[i, k] for k in range(len(layer.taps))), strict=True)
-            cuts.append(CapturedLayer(layer, ends, leaves, tuple(k for j, k in self.seen if j == i)))
-        return cuts
+        captured = []
+        for i, layer in enumerate(self._layers):
+            outputs, leaves = zip(*(self._recorded[i, k] for k in range(len(layer.taps))), strict=True)
+            captured.append(CapturedLayer(layer, outputs, leaves, tuple(k for j, k in self._recorded if j == i)))
+        return captured
+
+    def activations(self, index: int) -> Tensor:
+        """Recorded activations ``(n, S, d)`` of one node layer."""
+        layer = self._layers[index]
+        return layer.read([self._recorded[index, k][0] for k in range(len(layer.taps))])
 
     def _attach(self, name: str, key: tuple[int, int]) -> RemovableHandle:
         tap = split_tap(name)
-        module = find_module(self.model, tap.path)
+        module = find_module(self._model, tap.path)
         calls = itertools.count()
 
         def visit(value: Any) -> Any:
-            if self.reached:  # a model that catches whatever comes is trying again
+            if self.stopped:  # a model with a catch-all handler has caught the exception and continues
                 raise StopForward
             call = next(calls)
             if tap.call is None and call:
@@ -145,7 +160,7 @@ class ActivationRecorder:
                     f"'{name}' runs more than once in a forward pass, so it does not cut the computation at one place. "
                     f"Choose one of its calls ('{tap.path}#0' is the first), or the block around it."
                 )
-            return self._visit(name, key, value) if call == (tap.call or 0) else value
+            return self._record(name, key, value) if call == (tap.call or 0) else value
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
             args, kwargs = visit((args, kwargs))
@@ -158,11 +173,12 @@ class ActivationRecorder:
             return module.register_forward_pre_hook(before, with_kwargs=True)
         return module.register_forward_hook(after)
 
-    def _visit(self, tap: str, key: tuple[int, int], value: Any) -> Any:
+    def _record(self, tap: str, key: tuple[int, int], value: Any) -> Any:
+        """Record the tensor of one tap, and return the value that the model continues with."""
         t = first_tensor(value)
         if t is None:
             raise ActivationError(
-                f"'{tap}' holds no tensor, but {type(value).__name__}. Choose a module inside it that gives tensors."
+                f"'{tap}' holds no tensor, but {type(value).__name__}. Choose a module inside it that returns tensors."
             )
         if hasattr(t, "full_tensor"):
             raise ActivationError(
@@ -174,41 +190,39 @@ class ActivationRecorder:
                 f"'{tap}' holds {str(t.dtype).removeprefix('torch.')} numbers, which have no gradient. "
                 "Choose a node layer after they become activations, such as the embedding's output."
             )
-        end = self._kept(t)
+        output = self._unmodified_copy(t)
         replacement = self._replacement(key, t)
-        # The leaf may share the end's memory: nobody else has it, and nobody writes there.
-        leaf = (end if replacement is None else replacement.clone()).detach().requires_grad_(torch.is_grad_enabled())
-        self.seen[key] = (end, leaf)
-        if key[0] == self.last and sum(i == self.last for i, _ in self.seen) == len(self.layers[key[0]].taps):
-            self.reached = True
-            raise StopForward
-        if t._is_view() or id(t) in self.owned or (t.is_leaf and t.requires_grad):
+        # The leaf may share the output's memory: nothing else has a reference to it, and nothing writes to it.
+        leaf = (output if replacement is None else replacement.clone()).detach()
+        leaf.requires_grad_(torch.is_grad_enabled())
+        self._recorded[key] = (output, leaf)
+        if key[0] == self._stop_after:
+            self.stopped = sum(i == key[0] for i, _ in self._recorded) == len(self._layers[key[0]].taps)
+            if self.stopped:
+                raise StopForward
+        if is_view(t) or id(t) in self._parameter_ids or (t.is_leaf and t.requires_grad):
             return replace_first_tensor(value, leaf.clone())
-        if not (has_graph := t.grad_fn is not None):
-            self.changed.append(weakref.ref(t))
-        t.detach_()
-        # New memory for it: what autograd has saved of `t` keeps the old, and its check for writes need not be told.
-        if has_graph or replacement is not None:
-            t.data = torch.empty_like(leaf)
-        with torch.autograd._unsafe_preserve_version_counter(t):  # type: ignore[attr-defined]
-            t.copy_(leaf)
+        has_graph = t.grad_fn is not None
+        if not has_graph:
+            self.detached.append(weakref.ref(t))
+        overwrite(t, leaf, new_memory=has_graph or replacement is not None)
         return value
 
-    def _kept(self, t: Tensor) -> Tensor:
-        """A copy of a tensor that nobody writes to: of an input the caller has one, if the model has left it as is."""
-        copy, given = self.given.pop(id(t), (None, t))
-        # Large inputs would take as long to copy, into new memory, as the rest of a small model; devices copy fast.
-        # Where another tap has been before, it is no input any more, though it may well hold the same numbers.
-        return given if copy is t and not t.requires_grad and torch.equal(given, t) else t.clone()
+    def _unmodified_copy(self, t: Tensor) -> Tensor:
+        """A copy that nothing writes to. For an unmodified input of the model, that is the caller's tensor."""
+        copy, original = self._caller_tensors.pop(id(t), (None, t))
+        # Copying a large input into new memory would take as long as the rest of a small model; devices copy fast.
+        # After another tap it is no longer the input, though it may have the same values.
+        return original if copy is t and not t.requires_grad and torch.equal(original, t) else t.clone()
 
     def _replacement(self, key: tuple[int, int], t: Tensor) -> Tensor | None:
         layer_index, tap_index = key
-        values = self.replace[layer_index]
-        layer = self.layers[layer_index].only(tap_index)
-        self.widths[key] = layer.width(t)
+        values = self._replace[layer_index]
+        layer = self._layers[layer_index].only(tap_index)
+        self._widths[key] = layer.width(t)
         if values is None:
             return None
-        # Taps of one layer arrive one by one; each takes its own share of the features.
-        start = sum(self.widths[layer_index, k] for k in range(tap_index))
-        (written,) = layer.write(values[..., start : start + self.widths[key]], [t])
+        # The taps of one node layer are called one after another; each takes its part of the features.
+        start = sum(self._widths[layer_index, k] for k in range(tap_index))
+        (written,) = layer.write(values[..., start : start + self._widths[key]], [t])
         return written.to(t.dtype)

@@ -1,7 +1,8 @@
-"""Which tensors everything passes: one forward pass, watched at every module, and the graph that autograd made of it.
+"""Finding the places where a model can be cut, from one forward pass.
 
-A tensor cuts the computation where every path from the model's input to its output leads through it. Autograd keeps all
-paths that carry gradients, so one forward pass is enough to find these tensors, whatever the modules are called.
+A tensor cuts the computation if it is a dominator: every path from the model's input to its output goes through it.
+Autograd records every path that carries gradients, so a single forward pass, hooked at every module, is enough to find
+these tensors, whatever the modules are called.
 """
 
 from __future__ import annotations
@@ -21,192 +22,275 @@ from lib_lightning.model.autograd_graph import Edge, PathNode, edge_of, path_nod
 from lib_lightning.model.batch import batch_size, first_tensor, map_tensors, replace_first_tensor
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.module_paths import find_module, module_paths
-from lib_lightning.model.node_layer import INPUT, OUTPUT
-from lib_lightning.model.validate import watched_inputs
+from lib_lightning.model.node_layer import INPUT, OUTPUT, NodeLayer, split_tap
+from lib_lightning.model.torch_internals import is_script_module
+from lib_lightning.model.validate import varying_inputs
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+@dataclass(frozen=True)
+class CutPoint:
+    """A place where a model can be cut with a single tensor.
+
+    Attributes:
+        tap: Its name, to be used as a node layer.
+        shape: Shape of the tensor, without the batch axis.
+        positions: Number of positions ``S``, as a `NodeLayer` reads them.
+        features: Number of features ``d`` at each position.
+        aliases: Other names of the same tensor: inputs and outputs of other modules.
+        module: Class name of the module that ``tap`` names.
+        proposed: Whether it is one of the proposed node layers.
+        mixing_depth: Number of operations before it that mix features or positions. Cut points of the same depth differ
+            by elementwise nonlinearities, norms, pooling, or layout.
+        block_depth: For the output of a block that is repeated, its depth in the module tree; otherwise -1.
+        is_norm: Whether it is the output of a norm that no skip connection bypasses.
+    """
+
+    tap: str
+    shape: tuple[int, ...]
+    positions: int
+    features: int
+    aliases: tuple[str, ...]
+    module: str
+    proposed: bool = False
+    mixing_depth: int = field(default=0, repr=False)
+    block_depth: int = field(default=-1, repr=False)
+    is_norm: bool = field(default=False, repr=False)
 
 
 @dataclass
 class CallSite:
-    """Where a module takes or gives a tensor.
+    """A module's input or output in one of its calls.
 
     Attributes:
         module: The module.
         side: ``"input"`` or ``"output"``.
-        call: Which of the module's calls in the forward pass.
-        time: Counts the places of the forward pass.
-        given_on: Whether the module gives what it took, as it is.
+        call: Index of the call among the module's calls in the forward pass.
+        time: Index among all call sites of the forward pass.
+        passthrough: Whether the module returns its input unchanged.
     """
 
     module: nn.Module
     side: str
     call: int
     time: int
-    given_on: bool = False
+    passthrough: bool = False
 
 
 @dataclass
 class TracedTensor:
-    """One tensor of a forward pass.
+    """A tensor of the forward pass that is the input or output of a module.
 
     Attributes:
-        shape: Its shape, the batch on axis 0.
-        usable: Whether node layers can hold it: floating-point numbers, one entry for each sample.
-        places: Where modules take or give it, in the order of time, before anything else is made of it.
-        stage: How many operations that mix features or positions lie before it.
-        step: How many operations lie before it that change more than a layout.
-        uses: How many operations use it.
+        shape: Its shape, with the batch on axis 0.
+        is_usable: Whether a node layer can hold it: floating point, and one entry for each sample.
+        call_sites: Modules it is an input or output of, in the order of the forward pass.
+        mixing_depth: Number of operations before it that mix features or positions.
+        op_depth: Number of operations before it that change more than the layout.
+        uses: Number of operations that use it.
     """
 
     shape: torch.Size
-    usable: bool
-    places: list[CallSite] = field(default_factory=list)
-    stage: int = 0
-    step: int = 0
+    is_usable: bool
+    call_sites: list[CallSite] = field(default_factory=list)
+    mixing_depth: int = 0
+    op_depth: int = 0
     uses: int = 0
 
 
-@dataclass
-class Trace:
-    """What one forward pass shows.
-
-    Attributes:
-        passed: Tensors that everything passes, in forward order.
-        calls: How often each module was called, by its ``id``.
-        paths: Paths of each module, by its ``id``; several where it stands in several places.
-    """
-
-    passed: list[TracedTensor]
-    calls: dict[int, int]
-    paths: dict[int, list[str]]
-
-
-def trace_forward(instrumented: InstrumentedModel, batch: Any) -> Trace:
-    """Find the tensors that every path with gradients from the model's input to its output passes.
+def discover_cut_points(instrumented: InstrumentedModel, batch: Any) -> list[CutPoint]:
+    """Find the tensors that dominate all paths with gradients from the model's input to its output.
 
     Args:
-        instrumented: The model; its node layers do not matter. Call it within `preserve_model`.
+        instrumented: The model; its node layers are ignored. Call this within `preserve_model`.
         batch: One batch; a few samples are enough.
 
     Returns:
-        The tensors that some module takes or gives, and can be cut at.
+        The cut points that are inputs or outputs of modules, in forward order. Paths without gradients are not checked.
     """
-    recorder = _Recorder(instrumented, batch)
-    with recorder.hooked(), watched_inputs(instrumented, recorder.n, lambda _, t: t.requires_grad_(True)) as inputs:
+    trace = _Trace(instrumented, batch)
+    with (
+        trace.hooked(),
+        varying_inputs(instrumented, trace.n, lambda _, t: t.requires_grad_(True)) as inputs,
+    ):
         instrumented.run(batch)
-    passed = recorder.passed(list(inputs.values()))
-    if not passed:
-        # Nothing that varies was seen to enter, or no gradient comes from where it does (a frozen part under no_grad):
-        # what varies and has no history, wherever a module takes or gives it, is an input then.
-        recorder = _Recorder(instrumented, batch, adopts=True)
-        with recorder.hooked():
+    dominators = trace.dominators(list(inputs.values()))
+    if not dominators:
+        # Either no varying input was found, or no gradient reaches it (a frozen part under no_grad). Then every varying
+        # tensor without history at a module's input or output is treated as an input.
+        trace = _Trace(instrumented, batch, infer_inputs=True)
+        with trace.hooked():
             instrumented.run(batch)
-        passed = recorder.passed(recorder.adopted)
-    return Trace(passed, recorder.calls, recorder.paths)
+        dominators = trace.dominators(trace.inferred)
+    return [trace.cut_point(tensor) for tensor in dominators]
 
 
-class _Recorder:
-    """The hooks of one forward pass and what they saw."""
+def class_name(model: nn.Module, tap: str) -> str:
+    """Class name of the module that a tap names."""
+    return type(find_module(model, split_tap(tap).path)).__name__
 
-    def __init__(self, instrumented: InstrumentedModel, batch: Any, adopts: bool = False) -> None:
-        self.model, self.adopts = instrumented.model, adopts
+
+class _Trace:
+    """One forward pass with hooks at every module, and the tensors they recorded."""
+
+    def __init__(self, instrumented: InstrumentedModel, batch: Any, infer_inputs: bool = False) -> None:
+        self.model, self.infer_inputs = instrumented.model, infer_inputs
         self.n = batch_size(batch) or batch_size(instrumented.spec.input_of(batch))
-        self.owned = {id(t) for t in (*instrumented.model.parameters(), *instrumented.model.buffers())}
-        self.adopted: list[Tensor] = []
-        self.paths: dict[int, list[str]] = defaultdict(list)
-        self.calls: dict[int, int] = defaultdict(int)
-        self.root = find_module(instrumented.model, "")
-        self._modules = {}
-        for path in module_paths(instrumented.model):
-            module = find_module(instrumented.model, path)
-            if not isinstance(module, torch.jit.RecursiveScriptModule):  # type: ignore[attr-defined]  # takes no hooks
-                self._modules[id(module)] = module
-                self.paths[id(module)].append(path)
+        self.inferred: list[Tensor] = []
+        self._parameter_ids = {id(t) for t in (*self.model.parameters(), *self.model.buffers())}
+        self._root = find_module(self.model, "")
+        self._hookable: dict[int, nn.Module] = {}
+        # Paths of each module, by id; several for a module that is registered in several places.
+        self._paths: dict[int, list[str]] = defaultdict(list)
+        for path in module_paths(self.model):
+            module = find_module(self.model, path)
+            if not is_script_module(module):
+                self._hookable[id(module)] = module
+                self._paths[id(module)].append(path)
+        self._n_calls: dict[int, int] = defaultdict(int)
         self._clock = itertools.count()
-        self._seen: dict[Edge, TracedTensor] = {}
+        self._traced: dict[Edge, TracedTensor] = {}
         self._output: Edge | None = None
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
+        """Register the hooks."""
         with ExitStack() as stack:
-            for module in self._modules.values():
+            for module in self._hookable.values():
                 for handle in self._attach(module):
                     stack.callback(handle.remove)
             yield
 
+    def dominators(self, sources: Sequence[Tensor]) -> list[TracedTensor]:
+        """Tensors that every path from the sources to the output goes through; at least two, or none."""
+        # If several inputs have separate paths to the end, the smaller ones are context: a mask, a time step.
+        largest = max((t.numel() for t in sources), default=0)
+        for chosen in (list(sources), [t for t in sources if t.numel() == largest]):
+            nodes = path_nodes([edge_of(t) for t in chosen], self._output) if self._output else []
+            dominators = self._merge_aliases(nodes)
+            if len(dominators) > 1:
+                return dominators
+        return []
+
+    def cut_point(self, tensor: TracedTensor) -> CutPoint:
+        """Name a traced tensor and describe it."""
+        best = min(tensor.call_sites, key=self._rank)
+        taps = [name for site in (best, *tensor.call_sites) for name in self._names(site)]
+        tap, *aliases = dict.fromkeys(taps)
+        a = NodeLayer([tap]).read([torch.empty(tensor.shape, device="meta")])
+        made_by = [site for site in tensor.call_sites if site.side == OUTPUT and not site.passthrough]
+        depths = [depth for site in made_by if (depth := self._block_depth(site)) >= 0]
+        return CutPoint(
+            tap,
+            tuple(tensor.shape[1:]),
+            a.shape[1],
+            a.shape[2],
+            tuple(aliases),
+            class_name(self.model, tap),
+            mixing_depth=tensor.mixing_depth,
+            block_depth=min(depths, default=-1),
+            is_norm=tensor.uses == 1 and any("norm" in type(site.module).__name__.lower() for site in made_by),
+        )
+
+    def _names(self, site: CallSite) -> list[str]:
+        number = f"#{site.call}" if self._n_calls[id(site.module)] > 1 else ""
+        side = ":input" if site.side == INPUT else ""
+        return [f"{path}{number}{side}" if path else site.side for path in self._paths[id(site.module)]]
+
+    def _rank(self, site: CallSite) -> tuple[int, int]:
+        """Sort key of the names of one tensor, the best name first."""
+        depth = min(path.count(".") + 1 if path else 0 for path in self._paths[id(site.module)])
+        if depth == 0:
+            return 0, 0
+        if site.passthrough:
+            return 4, 0
+        # The first of several inputs. Of several outputs that of a block, or else the one with the shortest path,
+        # rather than that of the last module inside it.
+        if site.side == INPUT:
+            return 3, 0
+        block = self._block_depth(site)
+        return (1, block) if block >= 0 else (2, depth)
+
+    def _block_depth(self, site: CallSite) -> int:
+        """Depth of a block in the module tree; -1 for a module without children, or one that is not repeated."""
+        path = self._paths[id(site.module)][0]
+        if not path or not any(True for _ in site.module.children()):
+            return -1
+        is_in_row = isinstance(find_module(self.model, path.rpartition(".")[0]), _CONTAINERS)
+        return path.count(".") if is_in_row or self._n_calls[id(site.module)] > 1 else -1
+
     def _attach(self, module: nn.Module) -> Sequence[torch.utils.hooks.RemovableHandle]:
-        taken: list[tuple[Edge | None, CallSite]] = []
+        inputs: list[tuple[Edge | None, CallSite]] = []
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-            value = self._adopt((args, kwargs), everything=module is self.root)
-            place = CallSite(module, INPUT, len(taken), next(self._clock))
-            taken.append((self._note(value, place), place))
+            value = self._infer_input((args, kwargs), all_tensors=module is self._root)
+            site = CallSite(module, INPUT, len(inputs), next(self._clock))
+            inputs.append((self._record(value, site), site))
             return value[0], value[1]
 
         def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            output = self._adopt(output)
-            call, self.calls[id(module)] = self.calls[id(module)], self.calls[id(module)] + 1
-            place = CallSite(module, OUTPUT, call, next(self._clock))
-            edge = self._note(output, place)
-            if call < len(taken) and taken[call][0] == edge:
-                place.given_on = taken[call][1].given_on = True
-            if module is self.root:
+            output = self._infer_input(output)
+            call, self._n_calls[id(module)] = self._n_calls[id(module)], self._n_calls[id(module)] + 1
+            site = CallSite(module, OUTPUT, call, next(self._clock))
+            edge = self._record(output, site)
+            if call < len(inputs) and inputs[call][0] == edge:
+                site.passthrough = inputs[call][1].passthrough = True
+            if module is self._root:
                 self._output = edge
             return output
 
         return module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)
 
-    def _note(self, value: Any, place: CallSite) -> Edge | None:
+    def _record(self, value: Any, site: CallSite) -> Edge | None:
         t = first_tensor(value)
-        edge = edge_of(t) if t is not None and t.requires_grad else None
-        if t is not None and edge is not None:
-            if edge not in self._seen:
-                usable = t.is_floating_point() and t.ndim > 0 and t.shape[0] == self.n
-                self._seen[edge] = TracedTensor(t.shape, usable)
-            self._seen[edge].places.append(place)
+        if t is None or not t.requires_grad:
+            return None
+        edge = edge_of(t)
+        if edge not in self._traced:
+            is_usable = t.is_floating_point() and t.ndim > 0 and t.shape[0] == self.n
+            self._traced[edge] = TracedTensor(t.shape, is_usable)
+        self._traced[edge].call_sites.append(site)
         return edge
 
-    def _adopt(self, value: Any, everything: bool = False) -> Any:
-        """Let a tensor without history that varies from sample to sample begin one."""
-        if not self.adopts:
+    def _infer_input(self, value: Any, all_tensors: bool = False) -> Any:
+        """Start a history at a tensor without one, if its values differ between samples."""
+        if not self.infer_inputs:
             return value
 
-        def adopt(t: Tensor) -> Tensor:
-            apart = t.requires_grad or id(t) in self.owned or t.ndim == 0 or t.shape[0] != self.n
-            if apart or not t.is_floating_point() or (self.n > 1 and bool((t == t[:1]).all())):
+        def track(t: Tensor) -> Tensor:
+            is_input = not (t.requires_grad or id(t) in self._parameter_ids or t.ndim == 0 or t.shape[0] != self.n)
+            if not is_input or not t.is_floating_point() or (self.n > 1 and bool((t == t[:1]).all())):
                 return t
-            self.adopted.append(t.detach().clone().requires_grad_(True))
-            return self.adopted[-1].clone()
+            self.inferred.append(t.detach().clone().requires_grad_(True))
+            return self.inferred[-1].clone()
 
-        if everything:
-            return map_tensors(value, adopt)
+        if all_tensors:
+            return map_tensors(value, track)
         first = first_tensor(value)
-        new = first if first is None else adopt(first)
+        new = first if first is None else track(first)
         return value if new is None or new is first else replace_first_tensor(value, new)
 
-    def passed(self, sources: Sequence[Tensor]) -> list[TracedTensor]:
-        """TracedTensor tensors that everything passes from the sources to the output; at least two, or none."""
-        # Where each of several inputs goes its own way to the end, a smaller one is context: a mask, a time step.
-        largest = max((t.numel() for t in sources), default=0)
-        for chosen in (list(sources), [t for t in sources if t.numel() == largest]):
-            passed = self._merged(path_nodes([edge_of(t) for t in chosen], self._output) if self._output else [])
-            if len(passed) > 1:
-                return passed
-        return []
-
-    def _merged(self, parts: Sequence[PathNode]) -> list[TracedTensor]:
-        passed: list[TracedTensor] = []
-        made = math.inf  # when the first tensor was seen that is made of the one at hand
-        for part in reversed(parts):
-            seen = self._seen.get(part.edge)
-            if seen is None:
+    def _merge_aliases(self, nodes: Sequence[PathNode]) -> list[TracedTensor]:
+        """The dominators among the nodes of all paths; those that differ only in layout become one."""
+        dominators: list[TracedTensor] = []
+        next_time = math.inf  # of the first call site of a tensor computed from the current one
+        for node in reversed(nodes):
+            traced = self._traced.get(node.edge)
+            if traced is None:
                 continue
-            if part.unavoidable and seen.usable:
-                places = [place for place in seen.places if place.time < made]
-                seen = replace(seen, places=places, stage=part.stage, step=part.step, uses=part.uses)
-                after = passed[-1] if passed else None
-                if after is not None and (after.step, after.shape) == (seen.step, seen.shape):
-                    passed[-1] = replace(seen, places=places + after.places, uses=after.uses)
-                elif places:
-                    passed.append(seen)
-            made = min(made, self._seen[part.edge].places[0].time)
-        return passed[::-1]
+            if node.is_dominator and traced.is_usable:
+                tensor = replace(
+                    traced,
+                    call_sites=[site for site in traced.call_sites if site.time < next_time],
+                    mixing_depth=node.mixing_depth,
+                    op_depth=node.op_depth,
+                    uses=node.uses,
+                )
+                after = dominators[-1] if dominators else None
+                if after is not None and (after.op_depth, after.shape) == (tensor.op_depth, tensor.shape):
+                    dominators[-1] = replace(tensor, call_sites=tensor.call_sites + after.call_sites, uses=after.uses)
+                elif tensor.call_sites:
+                    dominators.append(tensor)
+            next_time = min(next_time, traced.call_sites[0].time)
+        return dominators[::-1]

@@ -1,10 +1,11 @@
-"""A model as it is, run on a batch: whole, cut at its node layers, or with activations of one's own."""
+"""A model with its node layers: run on a batch, cut at the node layers, or with replaced activations."""
 
 from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,25 +17,22 @@ from lib_lightning.model.capture import ActivationRecorder, CapturedLayer, StopF
 from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.module_paths import check_taps
 from lib_lightning.model.node_layer import NodeLayer
-from lib_lightning.model.preserve import preserve_attributes
+from lib_lightning.model.preserve import preserve_attributes, preserve_model
 
 _DEFAULT = ModelSpec()
 
 
 class InstrumentedModel:
-    """A model, the node layers to cut it at, and how to feed it a batch.
+    """A model, the node layers to cut it at, and how to call it on a batch.
 
     Args:
-        model: Any module; never modified.
+        model: Any module; its code is not modified.
         layers: Node layers in forward order.
         spec: How to call the model on a batch. To compute in another dtype, each call converts copies of the
             parameters. Masked positions enter no sum.
 
-    Attributes:
-        seed: For random numbers that a forward pass may draw; to be set anew for each batch.
-
     Raises:
-        NodeLayerError: If a tap names a module the model does not have, or the model has no ``forward``.
+        NodeLayerError: If a tap names a module that the model does not have, or the model has no ``forward``.
         LIBError: If the model is wrapped in FullyShardedDataParallel.
     """
 
@@ -42,140 +40,162 @@ class InstrumentedModel:
         self.model = model
         self.layers = list(layers)
         self.spec = spec
-        self.seed = 0
-        self._changed: list[weakref.ref[Tensor]] = []
-        self._put_back: Callable[[], None] | None = None  # what a forward pass that is left halfway has not
+        self._seed = 0
+        self._detached: list[weakref.ref[Tensor]] = []
+        # Undoes what an interrupted forward pass has written to the attributes of modules.
+        self._restore_attributes: Callable[[], None] | None = None
         self._widths: dict[tuple[int, int], int] = {}
-        self._given: dict[int, tuple[Tensor, Tensor]] = {}
+        self._caller_tensors: dict[int, tuple[Tensor, Tensor]] = {}
         if any(cls.__name__ == "FullyShardedDataParallel" for m in model.modules() for cls in type(m).__mro__):
             raise LIBError(
-                "FullyShardedDataParallel frees a module's weights after one backward pass, and a basis needs many "
+                "FullyShardedDataParallel frees a module's weights after one backward pass, and a basis needs several "
                 "over the same forward pass. Use its successor, torch.distributed.fsdp.fully_shard."
             )
         check_taps(model, self.layers)
 
+    @property
+    def seed(self) -> int:
+        """Seed of the random numbers that a forward pass draws."""
+        return self._seed
+
+    def manual_seed(self, seed: int) -> None:
+        """Set the seed of the random numbers that each of the following forward passes draws.
+
+        Args:
+            seed: The seed. With one seed per batch, a stochastic model repeats itself whenever it sees the same batch.
+        """
+        self._seed = seed
+
     def activations(self, batch: Any) -> list[Tensor]:
         """Activations ``(n, S, d)`` of every node layer on one batch, without gradients."""
         with torch.no_grad():
-            return [cut.a for cut in self.capture(batch)]
+            return [layer.a for layer in self.capture(batch)]
 
     def capture(self, batch: Any, replace: Sequence[Tensor | None] | None = None) -> list[CapturedLayer]:
-        """Run the model once, cut at every node layer.
+        """Run the model once and cut the computation at every node layer.
 
         Args:
             batch: One batch, as the data loader gives it.
-            replace: For each node layer activations ``(n, S, d)`` to continue with instead of the computed ones, or
-                None to leave it as it is.
+            replace: For each node layer, activations ``(n, S, d)`` to continue with, or None for the computed ones.
 
         Returns:
             One `CapturedLayer` for each node layer, in order.
 
         Raises:
-            NodeLayerError: If a node layer is never run, run repeatedly, or out of order.
+            NodeLayerError: If a node layer is not called, called repeatedly, or called out of order.
             ActivationError: If its activations are not floating-point numbers.
         """
-        recorder = ActivationRecorder(
-            self.model, self.layers, replace or [None] * len(self.layers), self._widths, self._given
-        )
+        recorder = self._recorder(replace or [None] * len(self.layers))
         with recorder.hooked():
             self.run(batch)
-        self._changed += recorder.changed
-        cuts = recorder.finish()
+        self._detached += recorder.detached
+        captured = recorder.finish()
         mask = self.spec.mask_of(batch)
-        return cuts if mask is None else [_masked(cut, mask) for cut in cuts]
+        return captured if mask is None else [_with_mask(layer, mask) for layer in captured]
 
     def output(self, batch: Any, replace: Mapping[int, Tensor]) -> Any:
-        """Run the model with activations replaced, and nothing else in its way.
+        """Run the model with replaced activations; other node layers are not hooked.
 
         Args:
             batch: One batch, as the data loader gives it.
-            replace: Activations ``(n, S, d)`` to continue with, by index of the node layer. `capture` has run before.
+            replace: Activations ``(n, S, d)`` to continue with, by index of the node layer. Requires an earlier call
+                of `capture`.
 
         Returns:
-            What the model returns.
+            The model's output.
         """
-        values = [replace.get(i) for i in range(len(self.layers))]
-        recorder = ActivationRecorder(self.model, self.layers, values, self._widths, self._given)
-        with recorder.hooked(replace):
+        with self._recorder([replace.get(i) for i in range(len(self.layers))]).hooked(replace):
             return self.run(batch)
 
     def next_activations(self, batch: Any, index: int, a: Tensor) -> Tensor:
-        """The section after a node layer, at activations of one's own: the model runs up to the next node layer.
+        """Evaluate the section after a node layer at given activations. The model runs up to the next node layer.
 
         Args:
             batch: One batch, as the data loader gives it.
             index: Index ``l`` of the node layer.
-            a: Its activations ``a^l``, shape ``(n, S, d)``. `capture` has run before.
+            a: Its activations ``a^l``, shape ``(n, S, d)``. Requires an earlier call of `capture`.
 
         Returns:
             ``a^{l+1}``, shape ``(n, S', d')``.
         """
         values = [a if i == index else None for i in range(len(self.layers))]
-        recorder = ActivationRecorder(self.model, self.layers, values, self._widths, self._given)
-        recorder.last = index + 1
-        self._put_back = self._put_back or preserve_attributes(self.model)
+        recorder = self._recorder(values, stop_after=index + 1)
+        self._restore_attributes = self._restore_attributes or preserve_attributes(self.model)
         try:
             with recorder.hooked((index, index + 1)):
                 self.run(batch)
         except (StopForward, Exception):
-            # A model that catches whatever comes may go on for a while, and fail; we have what we wanted.
-            if not recorder.reached:
+            # A model with a catch-all handler may continue for a while and fail; the activations are known by then.
+            if not recorder.stopped:
                 raise
-            self._put_back()
-        layer = self.layers[index + 1]
-        return layer.read([recorder.seen[index + 1, k][0] for k in range(len(layer.taps))])
+            self._restore_attributes()
+        return recorder.activations(index + 1)
 
     def run(self, batch: Any) -> Any:
-        """Call the model on a batch, in the computation dtype, and return what it returns."""
-        # A model that draws random numbers draws the same ones each time it sees the same batch.
-        torch.default_generator.manual_seed(self.seed)
+        """Call the model on a batch, in the computation dtype, and return its output."""
+        # A model that draws random numbers draws the same ones whenever it sees the same batch.
+        torch.default_generator.manual_seed(self._seed)
         if torch.cuda.is_initialized():
-            torch.cuda.manual_seed_all(self.seed)
+            torch.cuda.manual_seed_all(self._seed)
         args, kwargs = self.inputs(batch)
+        dtype = self.spec.dtype
         try:
-            if self.spec.dtype is None:
+            if dtype is None:
                 return self.model(*args, **kwargs)
             state = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-            converted = {name: t.detach().to(self.spec.dtype) for name, t in state.items() if t.is_floating_point()}
+            converted = {name: t.detach().to(dtype) for name, t in state.items() if t.is_floating_point()}
             return torch.func.functional_call(self.model, converted, args, kwargs)
         finally:
-            self._given.clear()
+            self._caller_tensors.clear()
 
     def inputs(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword arguments for a batch, in tensors of our own.
+        """Positional and keyword arguments for a batch, as copies.
 
-        The first module may be a tap, or the model may write into its input: never on the caller's tensors.
+        The first module may be tapped and the model may write into its input; neither may change the caller's tensors.
         """
-        self._given.clear()
+        self._caller_tensors.clear()
         batch_tensors: set[int] = set()
 
-        def of_batch(tensor: Tensor) -> Tensor:
+        def register(tensor: Tensor) -> Tensor:
             batch_tensors.add(id(tensor))
             return tensor
 
-        def own(tensor: Tensor) -> Tensor:
-            copy = tensor.detach().to(
-                self.spec.dtype or tensor.dtype if tensor.is_floating_point() else None, copy=True
-            )
-            plain = type(tensor) is Tensor and tensor.layout == torch.strided and not tensor.is_inference()
-            # Not what `input_fn` has made: it may use the same memory for the next batch.
-            if id(tensor) in batch_tensors and plain and tensor.device.type == "cpu" and copy.dtype == tensor.dtype:
-                self._given[id(copy)] = copy, tensor.detach()
+        def to_copy(tensor: Tensor) -> Tensor:
+            dtype = self.spec.dtype if tensor.is_floating_point() else None
+            copy = tensor.detach().to(dtype or tensor.dtype, copy=True)
+            is_plain = type(tensor) is Tensor and tensor.layout == torch.strided and not tensor.is_inference()
+            # Excludes tensors made by `input_fn`, which may use the same memory for the next batch.
+            if id(tensor) in batch_tensors and is_plain and tensor.device.type == "cpu" and copy.dtype == tensor.dtype:
+                self._caller_tensors[id(copy)] = copy, tensor.detach()
             return copy
 
-        inputs = map_tensors(self.spec.input_of(map_tensors(batch, of_batch)), own)
+        inputs = map_tensors(self.spec.input_of(map_tensors(batch, register)), to_copy)
         if isinstance(inputs, Mapping):
             return (), dict(inputs)
         return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
 
     def release(self) -> None:
-        """Take tensors that outlive their forward pass (a state kept on a module, say) off our graphs."""
-        for reference in self._changed:
+        """Detach tensors that outlive their forward pass, such as a recurrent state that a module stores."""
+        for reference in self._detached:
             tensor = reference()
             if tensor is not None:
                 tensor.detach_()
-        self._changed.clear()
+        self._detached.clear()
+
+    def _recorder(self, replace: Sequence[Tensor | None], stop_after: int | None = None) -> ActivationRecorder:
+        return ActivationRecorder(self.model, self.layers, replace, self._widths, self._caller_tensors, stop_after)
 
 
-def _masked(cut: CapturedLayer, mask: Tensor) -> CapturedLayer:
-    return dataclasses.replace(cut, mask=cut.layer.select(mask.to(cut.ends[0].device) != 0, cut.ends))
+@contextmanager
+def model_session(instrumented: InstrumentedModel) -> Iterator[None]:
+    """Run a block that calls the model, and restore the model afterwards; see `preserve_model`."""
+    with preserve_model(instrumented.model):
+        try:
+            yield
+        finally:
+            instrumented.release()
+
+
+def _with_mask(captured: CapturedLayer, mask: Tensor) -> CapturedLayer:
+    outputs = captured.outputs
+    return dataclasses.replace(captured, mask=captured.layer.select(mask.to(outputs[0].device) != 0, outputs))

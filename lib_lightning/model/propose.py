@@ -1,4 +1,4 @@
-"""Node layers by name: where a model can be cut, and which of these places are worth looking at."""
+"""Proposing node layers: which of the places where a model can be cut to look at."""
 
 from __future__ import annotations
 
@@ -11,24 +11,23 @@ from torch import nn
 
 from lib_lightning.errors import LIBError, NodeLayerError, is_out_of_memory
 from lib_lightning.model.batch import slice_batch
-from lib_lightning.model.cut_point import CutPoint, class_of, cut_point
-from lib_lightning.model.discover import trace_forward
+from lib_lightning.model.discover import CutPoint, class_name, discover_cut_points
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.node_layer import INPUT, OUTPUT, NodeLayer
 from lib_lightning.model.validate import validate_node_layers
 
-# As many as are easily looked at together, and as one snapshot takes.
+# Proposed node layers at most: as many as fit side by side in a figure, and as a snapshot can afford.
 LIMIT = 6
-# The covariance of this many features takes 128 MiB, of four times as many 2 GiB.
-_WIDE = 4096
-# Numbers in one sample: photographs have more, features of networks mostly fewer.
-_ENORMOUS = 2**16
-# Enough to see samples influence each other, as for the check.
+# Features of a node layer at most. Their covariance takes 128 MiB; that of four times as many would take 2 GiB.
+_MAX_FEATURES = 4096
+# Numbers in one sample of the input at most. Photographs have more, features of networks mostly fewer.
+_MAX_INPUT_SIZE = 2**16
+# Samples of the forward pass, as in `validate_node_layers`.
 _SAMPLES = 3
-# How many other names are tried where one is no cut.
-_NAMES = 4
-# How many are tried as the last one.
+# Aliases to try if a cut point is not valid.
+_ALIASES = 4
+# Cut points to try as the last node layer.
 _LAST = 3
 _DEFAULT = ModelSpec()
 
@@ -36,9 +35,8 @@ _DEFAULT = ModelSpec()
 def find_cuts(model: nn.Module, batch: Any, spec: ModelSpec = _DEFAULT) -> list[CutPoint]:
     """Find every place where a model can be cut with a single tensor.
 
-    One forward pass shows where all paths with gradients lead through; `validate_node_layers` then
-    removes what has a path without.
-    To be called within `lib_lightning.model.preserve.preserve_model`.
+    One forward pass finds the tensors that dominate all paths with gradients. `validate_node_layers` then excludes
+    those that have a path without gradients around them. Call this within `preserve_model`.
 
     Args:
         model: Any module.
@@ -46,11 +44,11 @@ def find_cuts(model: nn.Module, batch: Any, spec: ModelSpec = _DEFAULT) -> list[
         spec: How to call the model on the batch.
 
     Returns:
-        The places, in forward order.
+        The cut points, in forward order.
 
     Raises:
         NodeLayerError: If there are fewer than two.
-        ActivationError: If there would be more, but for activations that are NaN or infinite.
+        ActivationError: If there would be at least two, but their activations are NaN or infinite.
 
     Example:
         >>> import torch
@@ -59,11 +57,11 @@ def find_cuts(model: nn.Module, batch: Any, spec: ModelSpec = _DEFAULT) -> list[
         [('input', 4, ('0:input',)), ('0', 8, ('1:input',)), ('1', 8, ('2:input',)), ('output', 2, ('2',))]
     """
     search = _Search(model, batch, spec)
-    return search.verified(search.candidates())
+    return search.validated(search.candidates())
 
 
 def find_proposed(model: nn.Module, batch: Any, spec: ModelSpec = _DEFAULT) -> list[str]:
-    """Choose node layers for a model: `propose` of `find_cuts`, in fewer passes through the model.
+    """Propose node layers for a model: `propose` of `find_cuts`, with fewer forward passes.
 
     Args:
         model: Any module.
@@ -86,28 +84,29 @@ def find_proposed(model: nn.Module, batch: Any, spec: ModelSpec = _DEFAULT) -> l
     search = _Search(model, batch, spec)
     cuts = search.candidates()
     taps = propose(cuts)
-    if search.holds([cut for cut in cuts if cut.tap in taps]):
+    if search.are_valid([cut for cut in cuts if cut.tap in taps]):
         return taps
-    return propose(search.verified(cuts))
+    return propose(search.validated(cuts))
 
 
 def propose(cuts: Sequence[CutPoint], limit: int = LIMIT) -> list[str]:
-    """Choose those places that are worth looking at.
+    """Choose the cut points to look at.
 
-    Of several between which nothing is mixed, one: what goes into the next layer (after the activation function, not
-    before it), or the output of a block rather than what a norm or pooling makes of it. The first and the last always.
-    Of too many in between, some at even distances: ends of blocks, where there is a row of these. Very wide ones, and
-    inputs of very many numbers, only if nothing else is there.
+    Of several cut points without a mixing operation between them, one is chosen: the input of the next layer (after the
+    elementwise nonlinearity, not before it), or the output of a block rather than what a norm or pooling makes of it.
+    The first and the last one are always chosen. If more than ``limit`` remain, some at even distances are chosen, from
+    the outputs of repeated blocks if there are any. Very wide node layers, and inputs of very many numbers, are chosen
+    only if there is nothing else.
 
     Args:
-        cuts: Places to choose from, in forward order.
-        limit: Most places to choose.
+        cuts: Cut points, in forward order.
+        limit: Number of cut points to choose at most.
 
     Returns:
         Their taps, in forward order.
 
     Raises:
-        NodeLayerError: If there are fewer than two places.
+        NodeLayerError: If there are fewer than two cut points.
         ValueError: If the limit is below 2.
 
     Example:
@@ -117,113 +116,110 @@ def propose(cuts: Sequence[CutPoint], limit: int = LIMIT) -> list[str]:
         ['input', '1', 'output']
     """
     if limit < 2:
-        raise ValueError(f"limit is at least 2: two node layers have something between them; got {limit}.")
+        raise ValueError(f"limit is the largest number of node layers to propose, at least 2; got {limit}.")
     if len(cuts) < 2:
         raise NodeLayerError(_too_few([cut.tap for cut in cuts]))
-    modest = [cut for cut in cuts if cut.features <= _WIDE]
-    for fitting in ([cut for cut in modest if not _is_enormous(cut)], modest):
-        if len(fitting) > 1:
-            cuts = fitting
+    narrow = [cut for cut in cuts if cut.features <= _MAX_FEATURES]
+    for candidates in ([cut for cut in narrow if not _is_large_input(cut)], narrow):
+        if len(candidates) > 1:
+            cuts = candidates
             break
-    chosen = [_of_stage(list(stage)) for _, stage in groupby(cuts, lambda cut: cut.stage)]
+    chosen = [_choose_from(list(group)) for _, group in groupby(cuts, lambda cut: cut.mixing_depth)]
     if len(chosen) == 1:
         chosen = [cuts[0], cuts[-1]]
     if len(chosen) > limit:
         first, *others = chosen
-        depths = sorted({cut.block for cut in others if cut.block >= 0})
-        rows = [row for depth in depths if len(row := [cut for cut in others if cut.block == depth]) > 1]
+        depths = sorted({cut.block_depth for cut in others if cut.block_depth >= 0})
+        rows = [row for depth in depths if len(row := [cut for cut in others if cut.block_depth == depth]) > 1]
         full = [row for row in rows if len(row) >= limit - 2]
         row = full[0] if full else max(rows, key=len, default=others)
         last = [] if row[-1] is others[-1] else [others[-1]]
-        chosen = [first, *_spread(row, limit - 1 - len(last)), *last]
+        chosen = [first, *_evenly_spaced(row, limit - 1 - len(last)), *last]
     return [cut.tap for cut in chosen]
 
 
-def _is_enormous(cut: CutPoint) -> bool:
-    return cut.tap == INPUT and cut.positions * cut.features > _ENORMOUS
+def _is_large_input(cut: CutPoint) -> bool:
+    return cut.tap == INPUT and cut.positions * cut.features > _MAX_INPUT_SIZE
 
 
-def _of_stage(stage: Sequence[CutPoint]) -> CutPoint:
-    """One of several places between which nothing is mixed."""
-    first, last = stage[0], stage[-1]
+def _choose_from(group: Sequence[CutPoint]) -> CutPoint:
+    """One of several cut points without a mixing operation between them."""
+    first, last = group[0], group[-1]
     if last.tap == OUTPUT:
         return last
     if first.tap == INPUT:
-        # Pixels flattened for a linear layer are its features; as an image they would be positions.
+        # Pixels that are flattened for a linear layer are its features; as an image they would be positions.
         return last if last.positions == 1 else first
-    blocks = [cut for cut in stage if cut.block >= 0]
-    return blocks[-1] if blocks else next((cut for cut in reversed(stage) if not cut.norm), last)
+    blocks = [cut for cut in group if cut.block_depth >= 0]
+    return blocks[-1] if blocks else next((cut for cut in reversed(group) if not cut.is_norm), last)
 
 
-def _spread(cuts: Sequence[CutPoint], wanted: int) -> list[CutPoint]:
-    """So many of them at even distances, with the last one."""
-    wanted = min(wanted, len(cuts))
-    return [cuts[(i + 1) * len(cuts) // wanted - 1] for i in range(wanted)]
+def _evenly_spaced(cuts: Sequence[CutPoint], count: int) -> list[CutPoint]:
+    """Some cut points at even distances, the last one included."""
+    count = min(count, len(cuts))
+    return [cuts[(i + 1) * len(cuts) // count - 1] for i in range(count)]
 
 
 def _too_few(taps: Sequence[str]) -> str:
     found = f"only '{taps[0]}'" if taps else "none"
     return (
-        f"At least two node layers are needed, and of the tensors that modules take or give for each sample, {found} "
-        "is passed by everything between the model's input and its output. Choose node layers by hand: tensors that "
-        "run side by side can be joined in one NodeLayer(taps=[...])."
+        f"At least two node layers are needed, and of the inputs and outputs of modules, {found} is on every path from "
+        "the model's input to its output. Choose node layers by hand: tensors on parallel paths can be joined in one "
+        "NodeLayer(taps=[...])."
     )
 
 
 class _Search:
-    """A model and a few samples to look for cuts with."""
+    """A search for cut points of one model, on one batch."""
 
     def __init__(self, model: nn.Module, batch: Any, spec: ModelSpec) -> None:
-        self.model, self.batch, self.spec = model, batch, spec
-        self.problem: Exception | None = None
+        self.model, self.batch, self.spec = model, batch, replace(spec, dtype=None)
+        self._error: Exception | None = None
 
     def candidates(self) -> list[CutPoint]:
-        """Places that all paths with gradients lead through, after a single forward pass."""
-        instrumented = InstrumentedModel(self.model, [], replace(self.spec, mask=None, dtype=None))
-        few = slice_batch(self.batch, 0, _SAMPLES)
+        """Tensors that dominate all paths with gradients, from a single forward pass."""
+        instrumented = InstrumentedModel(self.model, [], self.spec)
         try:
-            found = trace_forward(instrumented, few)
+            cuts = discover_cut_points(instrumented, slice_batch(self.batch, 0, _SAMPLES))
         except Exception:
-            # Perhaps something in the batch is not one entry a sample, though it has that length.
-            found = trace_forward(instrumented, self.batch)
-        cuts = [cut_point(self.model, seen, found) for seen in found.passed]
+            # The batch may contain a tensor of the same length that does not have one entry per sample.
+            cuts = discover_cut_points(instrumented, self.batch)
         if len(cuts) < 2:
             raise NodeLayerError(_too_few([cut.tap for cut in cuts]))
         return cuts
 
-    def verified(self, cuts: list[CutPoint]) -> list[CutPoint]:
-        """Those that `validate_node_layers` finds no fault with; at least two."""
-        if self.holds(cuts):
+    def validated(self, cuts: list[CutPoint]) -> list[CutPoint]:
+        """The cut points that `validate_node_layers` accepts; at least two."""
+        if self.are_valid(cuts):
             return cuts
-        # If none goes with the last one, it is the last one that is wrong.
+        # If no cut point is valid together with the last one, the last one itself is not valid.
         for end in range(len(cuts) - 1, max(0, len(cuts) - 1 - _LAST), -1):
             last = cuts[end]
-            proper = [good for cut in cuts[:end] if (good := self._proper(cut, last))]
-            if proper:
-                return [*proper, last]
-        assert self.problem is not None
-        raise self.problem
+            valid = [good for cut in cuts[:end] if (good := self._valid_alias(cut, last))]
+            if valid:
+                return [*valid, last]
+        assert self._error is not None
+        raise self._error
 
-    def _proper(self, cut: CutPoint, last: CutPoint) -> CutPoint | None:
-        """One that goes with the last one, perhaps under another name: where another module takes the same tensor."""
-        if self.holds([cut, last]):
+    def _valid_alias(self, cut: CutPoint, last: CutPoint) -> CutPoint | None:
+        """A cut point that is valid together with the last one, perhaps under another name of the same tensor."""
+        if self.are_valid([cut, last]):
             return cut
-        for tap in cut.aliases[:_NAMES]:
-            other = replace(cut, tap=tap, aliases=(), module=class_of(self.model, tap))
-            if self.holds([other, last]):
+        for tap in cut.aliases[:_ALIASES]:
+            other = replace(cut, tap=tap, aliases=(), module=class_name(self.model, tap))
+            if self.are_valid([other, last]):
                 return other
         return None
 
-    def holds(self, cuts: Sequence[CutPoint]) -> bool:
-        """Whether `validate_node_layers` accepts these node layers together."""
-        layers = [NodeLayer([cut.tap]) for cut in cuts]
-        instrumented = InstrumentedModel(self.model, layers, replace(self.spec, dtype=None))
+    def are_valid(self, cuts: Sequence[CutPoint]) -> bool:
+        """Whether `validate_node_layers` accepts the cut points together."""
+        instrumented = InstrumentedModel(self.model, [NodeLayer([cut.tap]) for cut in cuts], self.spec)
         try:
             validate_node_layers(instrumented, self.batch)
         except (LIBError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise
-            self.problem = self.problem or error
+            self._error = self._error or error
             return False
         finally:
             instrumented.release()

@@ -1,7 +1,8 @@
-"""Is it a proper cut? Every node layer is held to account once, on a few samples, before anything is computed.
+"""Validating node layers: whether they cut the computation, tested on a few samples before anything is computed.
 
-Gradients tell most: each section is its own graph, so a gradient that arrives anywhere else than at the node layer
-before shows a path around it. Swapping inputs tells the rest.
+Most of it is tested with gradients. Each section is a separate autograd graph, so a gradient with respect to anything
+but the node layer before reveals a path around that node layer. Paths without gradients are found by permuting the
+samples of the input.
 """
 
 from __future__ import annotations
@@ -15,23 +16,25 @@ import torch
 from torch import Tensor, nn
 
 from lib_lightning.errors import LIBError, NodeLayerError, NotFiniteError
-from lib_lightning.model.batch import batch_size, first_tensor, map_tensors, slice_batch
+from lib_lightning.model.batch import batch_size, first_tensor, map_tensors, slice_batch, tensors_in
 from lib_lightning.model.capture import CapturedLayer
 from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.vjp import apply_mask, vjp
 
-# Enough to see samples influence each other.
+# Enough samples to detect interactions between samples.
 _SAMPLES = 3
+_INPUT = "the model's input"
 _USED = (
     "A tapped tensor is also used before it reaches its tap, or written to afterwards, in a way that cannot be cut. "
     "Tap the module before or after it instead."
 )
 _DIFFERENTIATED = (
-    "A node layer lies within what the model itself differentiates or maps (autograd.grad, torch.func). Tap modules "
+    "A node layer is inside code that the model itself differentiates or maps (autograd.grad, torch.func). Tap modules "
     "before or after that."
 )
-# What torch says where a cut is not possible, and what that means.
-_SIGNS = {
+# What the error messages of torch mean for a node layer.
+_TORCH_ERRORS = {
     "detached in-place": _USED,
     "leaf Variable that requires grad": _USED,
     "have been used in the graph": _DIFFERENTIATED,
@@ -39,129 +42,167 @@ _SIGNS = {
 }
 
 
+@contextmanager
+def wrap_forward_errors(model: nn.Module, spec: ModelSpec) -> Iterator[None]:
+    """Run a block that calls a model for the first time, and explain its errors.
+
+    Args:
+        model: The model.
+        spec: How it is called.
+
+    Raises:
+        LIBError: If the model cannot be called, with the reason.
+    """
+    try:
+        yield
+    except LIBError:
+        raise
+    except Exception as error:
+        advice = (
+            " By default it is called with the first entry of a tuple or list, and with a dict's entries by name; "
+            "input_fn= changes that."
+            if spec.input_fn is None
+            else " input_fn returns its arguments: a tuple becomes positional arguments, a dict keyword arguments, and "
+            "anything else, a list too, is the only argument."
+        )
+        raise LIBError(
+            f"{type(model).__name__} cannot be run on a validation batch: {type(error).__name__}: {error}.{advice}"
+        ) from error
+
+
+def is_model_error(error: Exception, batch: Any) -> bool:
+    """Whether an error would also occur with any other batch: an invalid node layer, or NaN from a finite batch.
+
+    Args:
+        error: An error that occurred with a batch.
+        batch: The batch.
+
+    Returns:
+        True if so.
+    """
+    if isinstance(error, NodeLayerError):
+        return True
+    return isinstance(error, NotFiniteError) and all(bool(torch.isfinite(t).all()) for t in tensors_in(batch))
+
+
 def validate_node_layers(instrumented: InstrumentedModel, batch: Any) -> None:
-    """Refuse node layers that do not cut the computation.
+    """Raise an error if the node layers do not cut the computation.
 
     Args:
         instrumented: The model and its node layers.
         batch: One batch, of which a few samples are used.
 
     Raises:
-        NodeLayerError: Naming the node layer and what is wrong with it.
+        NodeLayerError: If a node layer does not cut the computation, with its name and the reason.
         ActivationError: If activations are integers, NaN or infinite.
     """
     try:
-        _check(instrumented, slice_batch(batch, 0, _SAMPLES))
+        _validate(instrumented, slice_batch(batch, 0, _SAMPLES))
     except LIBError:
         raise
     except Exception:
-        # Perhaps something in the batch is not one entry a sample, though it has that length.
-        _check(instrumented, batch)
+        # The batch may contain a tensor of the same length that does not have one entry per sample.
+        _validate(instrumented, batch)
 
 
-def _check(instrumented: InstrumentedModel, batch: Any) -> None:
+def _validate(instrumented: InstrumentedModel, batch: Any) -> None:
     try:
-        with watched_inputs(instrumented, batch_size(batch), _as_leaf) as inputs:
-            cuts = instrumented.capture(batch)
-        for cut in cuts:
-            check_finite(cut.layer.name, cut.rows)
-        # What the first node layer does not depend on is context (a mask, a time step), not what it cuts off.
-        inputs = {index: leaf for index, leaf in inputs.items() if _reaches(cuts[0].ends, [leaf])}
-        _check_bypass(cuts, list(inputs.values()))
-        for before, after in pairwise(cuts):
+        with varying_inputs(instrumented, batch_size(batch), lambda _, t: t.requires_grad_(True)) as inputs:
+            captured = instrumented.capture(batch)
+        for layer in captured:
+            check_finite(layer.layer.name, layer.rows)
+        # Inputs that the first node layer does not depend on are context (a mask, a time step): treated as constants.
+        inputs = {index: leaf for index, leaf in inputs.items() if _depends(captured[0].outputs, [leaf])}
+        _check_bypass(captured, list(inputs.values()))
+        for before, after in pairwise(captured):
             _check_section(before, after)
     except RuntimeError as error:
-        for sign, sentence in _SIGNS.items():
-            if sign in str(error):
-                raise NodeLayerError(f"{sentence} ({error})") from error
+        for message, meaning in _TORCH_ERRORS.items():
+            if message in str(error):
+                raise NodeLayerError(f"{meaning} ({error})") from error
         raise
-    if _draws_the_same_twice(instrumented, batch, cuts):
-        _check_same_result(instrumented, batch, cuts)
-        _check_swap(instrumented, batch, cuts, set(inputs))
+    if _is_repeatable(instrumented, batch, captured):
+        _check_same_output(instrumented, batch, captured)
+        _check_permuted_inputs(instrumented, batch, captured, set(inputs))
 
 
 def check_finite(name: str, a: Tensor) -> None:
-    """Refuse activations that are NaN or infinite.
+    """Raise an error for activations that are NaN or infinite.
 
     Args:
         name: Node layer.
         a: Its activations.
 
     Raises:
-        NotFiniteError: Naming the node layer and what was found.
+        NotFiniteError: With the node layer and the number of such activations.
     """
     finite = torch.isfinite(a)
     if not finite.all():
         what = "NaN" if a.isnan().any() else "infinite"
         raise NotFiniteError(
             f"Node layer '{name}' has {what} activations ({int((~finite).sum())} of {a.numel()} numbers). "
-            "No basis can be computed from them; look at the model or at the batch."
+            "No basis can be computed from them; check the model and the batch."
         )
 
 
 @contextmanager
-def watched_inputs(
-    instrumented: InstrumentedModel, n: int, change: Callable[[int, Tensor], Tensor]
+def varying_inputs(
+    instrumented: InstrumentedModel, n: int, replace: Callable[[int, Tensor], Tensor]
 ) -> Iterator[dict[int, Tensor]]:
-    """See, and change, what differs from sample to sample where it enters: float inputs and outputs of embeddings.
+    """Replace the tensors that bring the samples into the model: its float inputs, and outputs of embeddings.
 
     Args:
         instrumented: The model.
-        n: Number of samples in the batch that it is going to be run on.
-        change: What to go on with, given which one of them it is, and its tensor.
+        n: Number of samples of the batch that the model is going to be called on.
+        replace: From the index of such a tensor and the tensor, detached, to the one to continue with.
 
     Yields:
-        What the model goes on with, by which one it is; filled while the model runs.
+        The replacements by index; filled during the forward pass. Tensors that are the same for all samples are not
+        replaced.
     """
-    seen: dict[int, Tensor] = {}
-    count = 0
+    inputs: dict[int, Tensor] = {}
 
-    def watch(tensor: Tensor) -> Tensor:
-        nonlocal count
+    def visit(tensor: Tensor) -> Tensor:
         varies = tensor.ndim > 0 and tensor.shape[0] == n > 1 and bool((tensor != tensor[:1]).any())
         if not (tensor.is_floating_point() and varies):
             return tensor
-        seen[count] = change(count, tensor.detach())
-        count += 1
-        return seen[count - 1].clone()
+        index = len(inputs)
+        inputs[index] = replace(index, tensor.detach())
+        return inputs[index].clone()
 
     handles = [
         instrumented.model.register_forward_pre_hook(
-            lambda _, args, kwargs: map_tensors((args, kwargs), watch), with_kwargs=True, prepend=True
+            lambda _, args, kwargs: map_tensors((args, kwargs), visit), with_kwargs=True, prepend=True
         )
     ]
     for module in instrumented.model.modules():
         if isinstance(module, nn.Embedding):
-            handles.append(module.register_forward_hook(lambda _, args, output: watch(output), prepend=True))
+            handles.append(module.register_forward_hook(lambda _, args, output: visit(output), prepend=True))
     try:
-        yield seen
+        yield inputs
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _as_leaf(index: int, tensor: Tensor) -> Tensor:
-    return tensor.requires_grad_(True)
-
-
-def _check_bypass(cuts: Sequence[CapturedLayer], inputs: Sequence[Tensor]) -> None:
-    earlier = [("the model's input", inputs), *((cut.layer.name, cut.leaves) for cut in cuts)]
-    for position in range(1, len(cuts)):
-        for start, leaves in earlier[:position]:
-            if _reaches(cuts[position].ends, leaves):
-                source = start if start == "the model's input" else f"'{start}'"
+def _check_bypass(captured: Sequence[CapturedLayer], inputs: Sequence[Tensor]) -> None:
+    """Each node layer may depend on the one before only, not on earlier ones or on the model's input."""
+    earlier = [(_INPUT, inputs), *((f"'{layer.layer.name}'", layer.leaves) for layer in captured)]
+    for position in range(1, len(captured)):
+        for source, leaves in earlier[:position]:
+            if _depends(captured[position].outputs, leaves):
                 raise NodeLayerError(
-                    f"Node layer '{cuts[position - 1].layer.name}' does not cut the computation: "
-                    f"'{cuts[position].layer.name}' also depends on {source} past it (a skip connection?). Tap the "
-                    "residual stream itself, such as a block's output or the input of the norm that follows; paths "
-                    "that run side by side can be joined in one NodeLayer(taps=[...])."
+                    f"Node layer '{captured[position - 1].layer.name}' does not cut the computation: "
+                    f"'{captured[position].layer.name}' also depends on {source} past it (a skip connection?). Tap the "
+                    "residual stream itself, such as a block's output or the input of the norm that follows; parallel "
+                    "paths can be joined in one NodeLayer(taps=[...])."
                 )
 
 
 def _check_section(before: CapturedLayer, after: CapturedLayer) -> None:
     names = f"'{after.layer.name}'", f"'{before.layer.name}'"
     a, a_next = before.a, after.a
-    if not _reaches(after.ends, before.leaves):
+    if not _depends(after.outputs, before.leaves):
         raise NodeLayerError(
             f"Node layer {names[0]} has no gradient with respect to {names[1]}: it does not depend on it, or something "
             "between them (detach, argmax, no_grad) stops gradients."
@@ -171,79 +212,82 @@ def _check_section(before: CapturedLayer, after: CapturedLayer) -> None:
             f"Node layers {names[1]} and {names[0]} differ in samples ({a.shape[0]} and {a_next.shape[0]}): axis 0 of "
             "each must be the batch."
         )
-    direction = torch.rand(a_next.shape, generator=torch.Generator().manual_seed(0)).to(a_next)
-    direction = apply_mask(direction, after.mask)
-    grads = vjp(before, after, direction)
-    seen = before.layer.write(
+    u = torch.rand(a_next.shape, generator=torch.Generator().manual_seed(0)).to(a_next)
+    u = apply_mask(u, after.mask)
+    grads = vjp(before, after, u)
+    selected = before.layer.write(
         apply_mask(before.layer.read(grads), before.mask), [torch.zeros_like(grad) for grad in grads]
     )
-    # Compared so that NaN, which a derivative may well be, shows no path.
-    if any(bool(((grad - part).abs() > 0).any()) for grad, part in zip(grads, seen, strict=True)):
+    # A comparison that is false for NaN: a derivative may be NaN, which is no evidence of a path.
+    if any(bool(((grad - part).abs() > 0).any()) for grad, part in zip(grads, selected, strict=True)):
         raise NodeLayerError(
             f"Node layer {names[1]} does not cut the computation: {names[0]} also depends on it at positions that are "
-            "left out. Look at all positions there, or at fewer afterwards."
+            "excluded. Include all positions there, or fewer afterwards."
         )
     for sample, others in ((0, slice(1, None)), (-1, slice(None, -1))):
-        alone = torch.zeros_like(direction)
-        alone[sample] = direction[sample]
-        if any(bool((grad[others].abs() > 0).any()) for grad in vjp(before, after, alone)):
+        u_sample = torch.zeros_like(u)
+        u_sample[sample] = u[sample]
+        if any(bool((grad[others].abs() > 0).any()) for grad in vjp(before, after, u_sample)):
             raise NodeLayerError(
                 f"Samples influence each other between {names[1]} and {names[0]}: is axis 0 the batch? Models that "
-                "take the sequence first need batch_first=True; a norm over the batch is no function of one sample."
+                "take the sequence first need batch_first=True; a norm over the batch is not a function of one sample."
             )
 
 
-def _draws_the_same_twice(instrumented: InstrumentedModel, batch: Any, cuts: Sequence[CapturedLayer]) -> bool:
-    """Whether a model that may draw random numbers, or count its calls, can be compared with itself at all."""
+def _is_repeatable(instrumented: InstrumentedModel, batch: Any, captured: Sequence[CapturedLayer]) -> bool:
+    """Whether a second forward pass gives the same activations; not so if the model counts its calls, for example."""
     with torch.no_grad():
         again = instrumented.capture(batch)
-    return all(_close(a.a, b.a) for a, b in zip(again, cuts, strict=True))
+    return all(_close(x.a, y.a) for x, y in zip(again, captured, strict=True))
 
 
-def _check_same_result(instrumented: InstrumentedModel, batch: Any, cuts: Sequence[CapturedLayer]) -> None:
-    if cuts[-1].layer.taps != ("output",):
+def _check_same_output(instrumented: InstrumentedModel, batch: Any, captured: Sequence[CapturedLayer]) -> None:
+    if captured[-1].layer.taps != ("output",):
         return
     with torch.no_grad():
-        plain = first_tensor(instrumented.run(batch))
-    if plain is None or not _close(plain, cuts[-1].ends[0]):
+        output = first_tensor(instrumented.run(batch))
+    if output is None or not _close(output, captured[-1].outputs[0]):
         raise NodeLayerError(
-            "The model gives another result when it is cut: one of the node layers is written to in place while "
-            "something else still uses it. Tap the output of the module that writes, instead of its input."
+            "The model's output changes when it is cut: a tapped tensor is written to in place while something else "
+            "still uses it. Tap the output of the module that writes to it, instead of its input."
         )
 
 
-def _check_swap(instrumented: InstrumentedModel, batch: Any, cuts: Sequence[CapturedLayer], inputs: set[int]) -> None:
-    """Feed each sample the input of another, give a node layer its own activations: all after must be as before.
+def _check_permuted_inputs(
+    instrumented: InstrumentedModel, batch: Any, captured: Sequence[CapturedLayer], inputs: set[int]
+) -> None:
+    """With the samples of the input permuted but a node layer's activations unchanged, later ones must not change.
 
-    It sees what gradients do not: paths through detach, comparisons and argmax.
+    This finds paths without gradients: through detach, comparisons and argmax.
     """
 
-    def another(index: int, tensor: Tensor) -> Tensor:
+    def permute(index: int, tensor: Tensor) -> Tensor:
         return tensor.roll(1, 0) if index in inputs else tensor
 
-    for position in range(len(cuts) - 1 if inputs else 0):
-        own = [cut.a.detach() if k == position else None for k, cut in enumerate(cuts)]
-        with torch.no_grad(), watched_inputs(instrumented, batch_size(batch), another):
-            swapped = instrumented.capture(batch, own)
-        for before, after in zip(cuts[position + 1 :], swapped[position + 1 :], strict=True):
-            if not _close(before.a, after.a):
+    for position in range(len(captured) - 1 if inputs else 0):
+        unchanged = [layer.a.detach() if k == position else None for k, layer in enumerate(captured)]
+        with torch.no_grad(), varying_inputs(instrumented, batch_size(batch), permute):
+            permuted = instrumented.capture(batch, unchanged)
+        for x, y in zip(captured[position + 1 :], permuted[position + 1 :], strict=True):
+            if not _close(x.a, y.a):
                 raise NodeLayerError(
-                    f"Node layer '{cuts[position].layer.name}' does not cut the computation: '{before.layer.name}' "
+                    f"Node layer '{captured[position].layer.name}' does not cut the computation: '{x.layer.name}' "
                     "also depends on the model's input past it, on a path without gradient (detach, argmax, ...)."
                 )
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    # The same operations on the same numbers; an accelerator may add them in another order.
-    # Half precision has too few digits for a margin of a thousand roundings.
+    # The same operations on the same numbers, but an accelerator may sum them in another order. In half precision a
+    # tolerance of 1000 eps would exceed the numbers themselves.
     eps = torch.finfo(a.dtype).eps
     return a.shape == b.shape and bool((a - b).abs().max() <= min(1000 * eps, eps**0.5) * b.abs().max())
 
 
-def _reaches(ends: Sequence[Tensor], leaves: Sequence[Tensor]) -> bool:
-    ends = [end for end in ends if end.requires_grad]
-    if not ends or not leaves:
+def _depends(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> bool:
+    """Whether there is a path with gradients from any of the leaves to any of the outputs."""
+    outputs = [output for output in outputs if output.requires_grad]
+    if not outputs or not leaves:
         return False
-    directions = [torch.ones_like(end) for end in ends]
-    grads = torch.autograd.grad(ends, list(leaves), directions, retain_graph=True, allow_unused=True)
+    ones = [torch.ones_like(output) for output in outputs]
+    grads = torch.autograd.grad(outputs, list(leaves), ones, retain_graph=True, allow_unused=True)
     return any(grad is not None for grad in grads)

@@ -25,18 +25,18 @@ def vjp(
     Returns:
         One gradient for each leaf of ``before``, in its shape, after the axis of the stack if there is one.
     """
-    if len(after.ends) == 1:
+    if len(after.outputs) == 1:
         return _grad([after.a], before.leaves, [cotangent], k, create_graph)
     # One tap may be computed from another: from the last to the first, each hands on what it owes to those before it.
     stacked = () if k is None else (k,)
-    zeros = [end.new_zeros(*stacked, *end.shape).flatten(0, len(stacked)) for end in after.ends]
+    zeros = [end.new_zeros(*stacked, *end.shape).flatten(0, len(stacked)) for end in after.outputs]
     shares = after.layer.write(cotangent.flatten(0, len(stacked)), zeros)
-    owed = [share.reshape(*stacked, *end.shape) for share, end in zip(shares, after.ends, strict=True)]
+    owed = [share.reshape(*stacked, *end.shape) for share, end in zip(shares, after.outputs, strict=True)]
     total = [leaf.new_zeros(*stacked, *leaf.shape) for leaf in before.leaves]
     for position in reversed(range(len(after.order))):
         tap, earlier = after.order[position], after.order[:position]
         leaves = [*(after.leaves[t] for t in earlier), *before.leaves]
-        grads = _grad([after.ends[tap]], leaves, [owed[tap]], k, create_graph)
+        grads = _grad([after.outputs[tap]], leaves, [owed[tap]], k, create_graph)
         for t, grad in zip(earlier, grads, strict=False):
             owed[t] = owed[t] + grad
         total = [x + y for x, y in zip(total, grads[len(earlier) :], strict=True)]

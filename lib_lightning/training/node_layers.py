@@ -19,7 +19,7 @@ from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.module_paths import check_taps
 from lib_lightning.model.node_layer import NodeLayer, as_node_layers
-from lib_lightning.model.questions import is_model_error, wrap_forward_errors
+from lib_lightning.model.validate import is_model_error, wrap_forward_errors
 from lib_lightning.training.trainer import isolated_forward
 
 log = logging.getLogger(__name__)

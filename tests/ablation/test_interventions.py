@@ -13,9 +13,8 @@ from lib_lightning import InteractionGraph, compute_interaction_graph
 from lib_lightning.ablation.interventions import AblatedLayer, AblatedSection, top_k_mask
 from lib_lightning.errors import NodeLayerError
 from lib_lightning.model.batch import first_tensor
-from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.instrumented import InstrumentedModel, model_session
 from lib_lightning.model.model_spec import ModelSpec
-from lib_lightning.model.questions import model_session
 from tests import reference
 from tests.cases import Case
 from tests.conftest import CASES

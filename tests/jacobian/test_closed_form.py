@@ -18,10 +18,9 @@ from lib_lightning.algorithm.memory_plan import MemoryPlan
 from lib_lightning.jacobian.closed_form import ClosedForm
 from lib_lightning.jacobian.closed_form_detect import SAMPLES, ClosedFormDetector, _Search
 from lib_lightning.jacobian.section import Section
-from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.instrumented import InstrumentedModel, model_session
 from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.node_layer import as_node_layers
-from lib_lightning.model.questions import model_session
 from tests.cases import Case
 from tests.conftest import CASES
 

@@ -38,7 +38,7 @@ def test_replaced_activations_reach_everything_after(case: Case) -> None:
     with torch.no_grad():
         cuts = instrumented.capture(case.data, [None, new, *[None] * (len(activations) - 2)])
     torch.testing.assert_close(cuts[-1].a, expected)
-    if len(cuts[1].ends) == 1:  # of several taps, one may be computed from another, which was replaced
+    if len(cuts[1].outputs) == 1:  # of several taps, one may be computed from another, which was replaced
         assert torch.equal(cuts[1].a, activations[1]), "the end keeps what was computed"
 
 
@@ -123,7 +123,11 @@ def test_what_stops_gradients_is_named() -> None:
             r"has no module 'haed' \(node layer 'haed'\). Near matches: 'head'",
         ),
         (["body:input", "blody:input"], NodeLayerError, r"Near matches: 'body:input'"),
-        (["head", "body", "output"], NodeLayerError, r"out of order: give them as they run, 'body', 'head', 'output'"),
+        (
+            ["head", "body", "output"],
+            NodeLayerError,
+            r"list them in the order of the forward pass, 'body', 'head', 'output'",
+        ),
         (["body", "unused", "output"], NodeLayerError, r"'unused' did not run"),
         (["body", "twice", "output"], NodeLayerError, r"'twice' runs more than once"),
         (["input", "body", "output"], ActivationError, r"'input' holds int64 numbers, which have no gradient"),

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from lib_lightning import compute_interaction_graph, list_node_layers
 from lib_lightning.api import check_node_layers, propose_node_layers
 from lib_lightning.errors import ActivationError, LIBError, NodeLayerError
-from lib_lightning.model.cut_point import CutPoint
+from lib_lightning.model.discover import CutPoint
 from lib_lightning.model.propose import propose
 from tests.cases import Case, Repeated, ResidualBlock, ResidualMLP, Transformer, TwoInputs
 from tests.tiny_training import Classifier
@@ -482,7 +482,7 @@ def test_blocks_first_when_there_are_too_many() -> None:
     assert propose(cuts, limit=2) == ["input", "output"]
     assert propose(cuts[:-1], limit=3) == ["input", "b.3", "b.7"], "the last one is one of the row"
     assert propose(cuts[:4], limit=9) == ["input", "b.0.norm:input", "b.0", "b.1.norm:input"]
-    with pytest.raises(ValueError, match="limit is at least 2"):
+    with pytest.raises(ValueError, match="at least 2; got"):
         propose(cuts, limit=1)
     with pytest.raises(NodeLayerError, match=r"At least two node layers are needed, .* only 'input' is passed"):
         propose(cuts[:1])
