@@ -33,7 +33,7 @@ def test_part_of_a_gpt2_block_before_the_output_alone() -> None:
 
 def test_last_token_before_attention() -> None:
     last = NodeLayer(["transformer.h.0"], positions=-1)
-    with pytest.raises(NodeLayerError, match=r"'transformer.h.1' also depends on it at positions that are left out"):
+    with pytest.raises(NodeLayerError, match=r"'transformer.h.1' also depends on it at positions that are excluded"):
         compute_interaction_graph(gpt2(), [{"input_ids": tokens(10, 3)}], [last, "transformer.h.1"])
 
 
@@ -75,7 +75,7 @@ class Inside(nn.Module):
 def test_derivatives_within_the_model(kind: str) -> None:
     model, x = lively(Inside(kind)), torch.randn(15, 3).double()
     agrees(model, x, ["input", "first", "head:input", "output"])
-    with pytest.raises(NodeLayerError, match=r"within what the model itself differentiates or maps \("):
+    with pytest.raises(NodeLayerError, match=r"inside code that the model itself differentiates or maps \("):
         compute_interaction_graph(model, [x], ["first", "energy.0", "output"])
 
 

@@ -93,7 +93,7 @@ def test_bypass_through_positions_that_are_not_looked_at_is_found() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.second(self.first(x)).sum(1)
 
-    with pytest.raises(NodeLayerError, match="at positions that are left out"):
+    with pytest.raises(NodeLayerError, match="at positions that are excluded"):
         check_node_layers(Sum(), torch.randn(3, 4, 3), ["input", NodeLayer(["first"], positions=-1), "output"])
 
 

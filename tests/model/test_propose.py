@@ -335,7 +335,7 @@ X = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
 def test_models_of_all_kinds(model: Callable[[], nn.Module], batch: Tensor, expected: list[str] | None) -> None:
     if expected is None:
         with pytest.raises(
-            NodeLayerError, match="At least two node layers are needed, and of the tensors that modules"
+            NodeLayerError, match="At least two node layers are needed, and of the inputs and outputs of modules"
         ):
             list_node_layers(model(), batch)
     else:
@@ -471,12 +471,12 @@ def test_wide_layers_and_large_inputs_only_if_nothing_else_is_there() -> None:
 
 
 def test_blocks_first_when_there_are_too_many() -> None:
-    def cut(tap: str, stage: int, block: int = -1) -> CutPoint:
-        return CutPoint(tap, (4,), 1, 4, (), "Module", stage=stage, block=block)
+    def cut(tap: str, mixing_depth: int, block_depth: int = -1) -> CutPoint:
+        return CutPoint(tap, (4,), 1, 4, (), "Module", mixing_depth=mixing_depth, block_depth=block_depth)
 
     row = [cut(f"b.{i}", 2 * i + 2, 1) for i in range(8)]
     middles = [cut(f"b.{i}.norm:input", 2 * i + 1) for i in range(8)]
-    cuts = sorted([cut("input", 0), *row, *middles, cut("output", 99)], key=lambda cut: cut.stage)
+    cuts = sorted([cut("input", 0), *row, *middles, cut("output", 99)], key=lambda cut: cut.mixing_depth)
     assert propose(cuts) == ["input", "b.1", "b.3", "b.5", "b.7", "output"]
     assert propose(cuts, limit=3) == ["input", "b.7", "output"]
     assert propose(cuts, limit=2) == ["input", "output"]
@@ -484,7 +484,7 @@ def test_blocks_first_when_there_are_too_many() -> None:
     assert propose(cuts[:4], limit=9) == ["input", "b.0.norm:input", "b.0", "b.1.norm:input"]
     with pytest.raises(ValueError, match="at least 2; got"):
         propose(cuts, limit=1)
-    with pytest.raises(NodeLayerError, match=r"At least two node layers are needed, .* only 'input' is passed"):
+    with pytest.raises(NodeLayerError, match=r"At least two node layers are needed, .* only 'input' is on every path"):
         propose(cuts[:1])
 
 
