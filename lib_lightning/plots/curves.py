@@ -1,4 +1,4 @@
-"""Ablation curves: how well a model does with only so many of its edges or features."""
+"""Ablation curves: the score of a model against the number of edges or features that are kept."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from torch import Tensor
 
 from lib_lightning.plots.palette import BASIS_NAMES, TEXT, basis_styles
-from lib_lightning.plots.panels import add_entries, panels
+from lib_lightning.plots.panels import add_legend, panels
 from lib_lightning.plots.text_metrics import short_number
 
 _STROKE = [withStroke(linewidth=2.5, foreground="white")]
-_NUMBER_SIZE = 9.5
+_COUNT_SIZE = 9.5
 
 
 def draw_ablation_curves(
@@ -29,20 +29,21 @@ def draw_ablation_curves(
     ylabel: str = "score",
     title: str = "Edge ablation",
 ) -> Figure:
-    """Draw scores over the number of edges, or features, that are kept.
+    """Draw the score against the number of edges or features that are kept.
 
     Args:
-        curves: For each section, or node layer, and each basis ("lib", "pca", "neuron") how many are kept, shape
-            ``(k,)``, and the scores with them, shape ``(k,)``.
-        unablated: Score of the model itself.
-        tolerance: How far from it a score may lie; shaded.
-        required: For each section and basis how many it takes to stay that close; a basis that never does is left out.
-        xlabel: What is counted.
-        ylabel: What the score is.
+        curves: For each section (or node layer) and each basis ("lib", "pca", "neuron"), the numbers kept, shape
+            ``(k,)``, and the scores, shape ``(k,)``.
+        unablated: Score of the unablated model.
+        tolerance: Allowed deviation from the unablated score; shaded.
+        required: For each section and basis, the smallest number kept with a score within the tolerance. Bases that
+            never reach the tolerance have no entry.
+        xlabel: Label of the x axes.
+        ylabel: Label of the y axes.
         title: Title of the figure.
 
     Returns:
-        A matplotlib figure that pyplot does not know of.
+        A matplotlib figure that is not registered with pyplot.
 
     Example:
         >>> import torch
@@ -53,30 +54,30 @@ def draw_ablation_curves(
     """
     names = list(dict.fromkeys(name for section in curves.values() for name in section))
     styles = basis_styles(names)
-    lines = [
+    basis_entries = [
         (Line2D([], [], color=styles[name][0], marker=styles[name][1], ms=5, lw=1.6), BASIS_NAMES.get(name, name))
         for name in names
     ]
-    whole = "whole model" if tolerance is None else f"whole model ± {tolerance:g}"
-    meaning = [(Line2D([], [], color=TEXT, lw=1.2, ls=(0, (4, 2))), whole)]
+    unablated_label = "unablated model" if tolerance is None else f"unablated model ± {tolerance:g}"
+    mark_entries = [(Line2D([], [], color=TEXT, lw=1.2, ls=(0, (4, 2))), unablated_label)]
     if required:
         ring = Line2D([], [], ls="", marker="o", ms=9, color=TEXT, markerfacecolor="none", mew=1.4)
-        meaning.append((ring, "required" if tolerance is None else "required to stay within"))
+        mark_entries.append((ring, "required" if tolerance is None else "required to stay within"))
     figure, all_axes = panels(list(curves), title, xlabel, ylabel, 2)
     with_zero = any(bool((counts <= 0).any()) for section in curves.values() for counts, _ in section.values())
-    for axes, of_bases in zip(all_axes, curves.values(), strict=True):
+    for axes, by_basis in zip(all_axes, curves.values(), strict=True):
         axes.set_xscale("symlog", linthresh=1, linscale=0.4) if with_zero else axes.set_xscale("log")
         if tolerance is not None:
             axes.axhspan(unablated - tolerance, unablated + tolerance, color="#DDDDDD", lw=0, zorder=0)
         axes.axhline(unablated, color=TEXT, lw=1.2, ls=(0, (4, 2)), zorder=1)
-        for name, (counts, scores) in of_bases.items():
+        for name, (counts, scores) in by_basis.items():
             x, y = _curve(counts, scores)
             axes.plot(x, y, color=styles[name][0], marker=styles[name][1], ms=3.2, lw=1.6, zorder=3)
     _same_scale(all_axes)
-    for axes, (section, of_bases) in zip(all_axes, curves.items(), strict=True):
-        wanted = {name: count for name, count in ((required or {}).get(section) or {}).items() if name in of_bases}
-        _mark_required(axes, of_bases, wanted, unablated, {name: color for name, (color, _) in styles.items()})
-    add_entries(figure, [lines, meaning])
+    for axes, (section, by_basis) in zip(all_axes, curves.items(), strict=True):
+        wanted = {name: count for name, count in ((required or {}).get(section) or {}).items() if name in by_basis}
+        _mark_required(axes, by_basis, wanted, unablated, {name: color for name, (color, _) in styles.items()})
+    add_legend(figure, [basis_entries, mark_entries])
     return figure
 
 
@@ -88,7 +89,7 @@ def _curve(counts: Tensor, scores: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _same_scale(all_axes: Sequence[Axes]) -> None:
-    """Show all panels at one scale of the scores, with numbers that are written out along the counts."""
+    """Give all panels the same score axis, and format counts without powers of ten."""
     if not all_axes:
         return
     lows, highs = zip(*(axes.get_ylim() for axes in all_axes), strict=True)
@@ -100,26 +101,28 @@ def _same_scale(all_axes: Sequence[Axes]) -> None:
 
 def _mark_required(
     axes: Axes,
-    of_bases: Mapping[str, tuple[Tensor, Tensor]],
+    by_basis: Mapping[str, tuple[Tensor, Tensor]],
     required: Mapping[str, int],
     unablated: float,
     colors: Mapping[str, str],
 ) -> None:
     low, high = axes.get_ylim()
-    # Curves come to the unablated score from one side. Where they have arrived, the rest of that side is free.
+    # Curves approach the unablated score from one side; beyond the required count, the rest of that side is empty.
     from_below = unablated > (low + high) / 2
     left, right = axes.get_xlim()
+    to_axis = axes.xaxis.get_transform().transform
     for k, (name, count) in enumerate(sorted(required.items(), key=lambda item: -item[1])):
-        x, y = _curve(*of_bases[name])
-        here = float(np.interp(count, x, y)) if len(x) else unablated
-        place = 0.07 + 0.125 * k
-        y_text = low + (high - low) * (place if from_below else 1 - place)
-        axes.plot([count, count], [here, y_text], color=colors[name], lw=0.9, ls=(0, (1, 1.5)), zorder=2)
-        axes.plot([count], [here], "o", ms=9, color=colors[name], markerfacecolor="none", mew=1.6, zorder=5)
+        x, y = _curve(*by_basis[name])
+        # Interpolate in the coordinates of the axis, where the curve is drawn as straight lines.
+        score = float(np.interp(*(to_axis(np.asarray(v, dtype=float)) for v in (count, x)), y)) if len(x) else unablated
+        offset = 0.07 + 0.125 * k
+        y_text = low + (high - low) * (offset if from_below else 1 - offset)
+        axes.plot([count, count], [score, y_text], color=colors[name], lw=0.9, ls=(0, (1, 1.5)), zorder=2)
+        axes.plot([count], [score], "o", ms=9, color=colors[name], markerfacecolor="none", mew=1.6, zorder=5)
         across = axes.transAxes.inverted().transform(axes.transData.transform((count, y_text)))[0]
         axes.annotate(
             f"{count:,}", (count, y_text), xytext=(3 if across < 0.6 else -3, 0), textcoords="offset points",
-            ha="left" if across < 0.6 else "right", va="center", fontsize=_NUMBER_SIZE, color=colors[name],
+            ha="left" if across < 0.6 else "right", va="center", fontsize=_COUNT_SIZE, color=colors[name],
             path_effects=_STROKE, zorder=6,
         )  # fmt: skip
     axes.set_xlim(left, right)

@@ -1,4 +1,4 @@
-"""The interaction graph as a figure: node layers as columns, features as dots, interactions as lines."""
+"""Figure of an interaction graph: node layers are columns, features are dots, edges are lines."""
 
 from __future__ import annotations
 
@@ -15,22 +15,21 @@ from torch import Tensor
 
 from lib_lightning.algorithm.basis import Basis
 from lib_lightning.plots.animated_layout import AnimatedLayout
-from lib_lightning.plots.layout import Band, Column, banded_columns, columns_of, inside_modules
-from lib_lightning.plots.legend import DASHES, ROW, dot_area, draw_legend, legend_rows
-from lib_lightning.plots.palette import BLUE, MODULES, MUTED, TEXT, VERMILION
-from lib_lightning.plots.text_metrics import DPI, percent, shorten, shorten_front, width_of
+from lib_lightning.plots.layout import Band, Column, columns_by_importance, columns_by_module, inside_modules
+from lib_lightning.plots.legend import DASHES, MAX_WIDTH, ROW, dot_area, draw_legend, edge_style, legend_rows
+from lib_lightning.plots.palette import BLUE, MODULES, MUTED, TEXT, THEME, VERMILION
+from lib_lightning.plots.text_metrics import DPI, non_overlapping, percent, shorten, shorten_front, text_width
 
-# Inches. With modules there is one more line of counts below the graph.
-_HEIGHT, _GRAPH_BOTTOM, _GRAPH_HEIGHT, _TITLE_BELOW_TOP, _COUNT_LINE = 5.4, 1.269, 2.943, 0.378, 0.21
-_PITCH = 1.75
-_KIND_NAMES = {"lib": "features", "pca": "PCA features", "neuron": "neurons", "centered": "neurons, centred"}
-# A longer column has no room for words beside its dots.
-_MOST_LABELS = 16
-_INDEX_SIZE, _LABEL_SIZE = 9.0, 8.5
-# Points from the middle of a dot to the words beside it, and the height of a line of them.
-_BESIDE, _LINE_HEIGHT = 11.0, 11.0
-# Points kept free at the right of the last column's names, where the bands end.
-_RIM = 16.0
+# Inches. With modules, there is one more line of counts below the graph.
+_HEIGHT, _GRAPH_BOTTOM, _GRAPH_HEIGHT, _TITLE_OFFSET, _COUNT_LINE = 5.4, 1.269, 2.943, 0.378, 0.21
+_COLUMN_WIDTH = 1.75
+# Longer columns have no space for text beside the dots.
+_MAX_LABELS = 16
+_NUMBER_SIZE, _LABEL_SIZE = 9.0, 8.5
+# Points from the centre of a dot to the text beside it, and the line height of that text.
+_LABEL_OFFSET, _LINE_HEIGHT = 11.0, 11.0
+# Points to the right of the last column's labels, where the bands end.
+_RIGHT_MARGIN = 16.0
 _STROKE = [withStroke(linewidth=2.5, foreground="white")]
 
 
@@ -39,7 +38,7 @@ def draw_graph(
     edges: Sequence[Tensor],
     title: str = "Interaction graph",
     max_edges: int = 300,
-    max_features: int = 40,
+    max_features: int = THEME["column"]["max_features"],
     modules: Sequence[Tensor] | None = None,
     labels: Sequence[Sequence[str]] | None = None,
     lineages: Sequence[Tensor] | None = None,
@@ -47,23 +46,23 @@ def draw_graph(
 ) -> Figure:
     """Draw an interaction graph.
 
-    Features whose direction the samples do not fix are hollow, where the bases know them.
+    Features whose direction the samples do not determine are hollow, if the bases have this information.
 
     Args:
         bases: One basis for each node layer, in forward order.
         edges: One matrix ``(r_out, r_in)`` for each pair of neighbouring node layers.
         title: Title of the figure.
-        max_edges: Most edges to draw, shared equally among the sections.
-        max_features: Most features to draw in a column, the most important ones.
-        modules: For each node layer the module of each feature, shape ``(r,)``, -1 for none: they become bands at one
-            height in all columns. Those with most features have colours of their own.
-        labels: For each node layer a name for each feature, "" for none, written beside the dots where there is room.
-        lineages: For each node layer the lineage of each feature, shape ``(r,)``; required with ``layout``.
+        max_edges: Maximum number of edges to draw, divided equally among the sections.
+        max_features: Maximum number of features to draw in a column; the most important ones are drawn.
+        modules: For each node layer, the module of each feature, shape ``(r,)``, -1 for none. A module is drawn as a
+            band at the same height in all columns; the largest modules have different colours.
+        labels: For each node layer, a label for each feature, "" for none, written beside the dots if there is space.
+        lineages: For each node layer, the lineage of each feature, shape ``(r,)``; required with ``layout``.
         layout: Layout of the previous graphs, updated with this one: features and modules that it knows keep their
             positions and colours. Its own limit replaces ``max_features``, and modules are not drawn as bands.
 
     Returns:
-        A matplotlib figure that pyplot does not know of, so that nothing is kept when it is dropped.
+        A matplotlib figure that is not registered with pyplot, so it is freed when it is no longer referenced.
 
     Raises:
         ValueError: If ``layout`` is given without ``lineages``.
@@ -82,39 +81,39 @@ def draw_graph(
             raise ValueError("layout= keeps features of the same lineage in place: lineages= is missing.")
         columns, colors = layout.columns(bases, lineages, edges, modules)
     elif modules is None:
-        columns = columns_of(bases, max_features)
+        columns = columns_by_importance(bases, max_features)
     else:
-        columns, bands = banded_columns(bases, modules, max_features)
+        columns, bands = columns_by_module(bases, modules, max_features)
         colors = {module: band.color for module, band in bands.items()}
-    names = [_names_shown(column, labels[x]) if labels is not None else [] for x, column in enumerate(columns)]
-    unsure = [_unsure(basis)[column.shown] for basis, column in zip(bases, columns, strict=True)]
+    shown_labels = [_shown_labels(column, labels[x]) if labels is not None else [] for x, column in enumerate(columns)]
+    hollow = [_degenerate_mask(basis)[column.shown] for basis, column in zip(bases, columns, strict=True)]
     rows = legend_rows(
         colors,
-        any(hollow.any() for hollow in unsure),
-        any(column.numbers is not None and 0 < len(column.shown) <= _MOST_LABELS for column in columns),
+        any(mask.any() for mask in hollow),
+        any(column.lineages is not None and 0 < len(column.shown) <= _MAX_LABELS for column in columns),
     )
 
-    figure, axes = _page(len(bases), len(rows) - 2, colors is not None, _overhang(names))
-    figure.text(0.03, 1 - _TITLE_BELOW_TOP / figure.get_figheight(), title, fontsize=16, fontweight="bold", color=TEXT)
+    figure, axes = _page(len(bases), len(rows) - 2, colors is not None, _label_overhang(shown_labels))
+    figure.text(0.03, 1 - _TITLE_OFFSET / figure.get_figheight(), title, fontsize=16, fontweight="bold", color=TEXT)
     _draw_bands(axes, bands)
     for x, E in enumerate(edges):
         inside = inside_modules(E, modules[x], modules[x + 1]) if modules is not None else None
         _draw_section(axes, x, E, (columns[x], columns[x + 1]), max_edges // len(edges), inside, colors or {})
     for x, (basis, column) in enumerate(zip(bases, columns, strict=True)):
-        _draw_column(axes, x, basis, column, unsure[x], colors)
-        beyond = columns[x + 1] if x + 1 < len(columns) else None
-        _write_names(axes, x, column, names[x], beyond)
+        _draw_column(axes, x, basis, column, hollow[x], colors)
+        next_column = columns[x + 1] if x + 1 < len(columns) else None
+        _draw_labels(axes, x, column, shown_labels[x], next_column)
     draw_legend(figure, rows)
     return figure
 
 
-def _page(columns: int, more_rows: int, counts_inside: bool, overhang: float) -> tuple[Figure, Axes]:
-    # TensorBoard shows images a few hundred pixels wide: a small page with large letters stays readable there.
+def _page(columns: int, extra_rows: int, module_counts: bool, overhang: float) -> tuple[Figure, Axes]:
+    # TensorBoard shows images a few hundred pixels wide: a small page with a large font remains readable.
     width = _width(columns)
-    foot = more_rows * ROW + _COUNT_LINE * counts_inside
-    figure = Figure(figsize=(width + overhang, _HEIGHT + foot), dpi=DPI, facecolor="white")
+    bottom = extra_rows * ROW + _COUNT_LINE * module_counts
+    figure = Figure(figsize=(width + overhang, _HEIGHT + bottom), dpi=DPI, facecolor="white")
     height = figure.get_figheight()
-    axes = figure.add_axes((0.0, (_GRAPH_BOTTOM + foot) / height, 1.0, _GRAPH_HEIGHT / height))
+    axes = figure.add_axes((0.0, (_GRAPH_BOTTOM + bottom) / height, 1.0, _GRAPH_HEIGHT / height))
     axes.set_axis_off()
     axes.set_xlim(-0.5, columns - 0.5 + overhang / width * columns)
     axes.set_ylim(-0.02, 1.02)
@@ -122,10 +121,10 @@ def _page(columns: int, more_rows: int, counts_inside: bool, overhang: float) ->
 
 
 def _width(columns: int) -> float:
-    return max(6.4, _PITCH * columns + 0.4)
+    return max(6.4, _COLUMN_WIDTH * columns + 0.4)
 
 
-def _unsure(basis: Basis) -> np.ndarray:
+def _degenerate_mask(basis: Basis) -> np.ndarray:
     if basis.unsure is None:
         return np.zeros(basis.n_features, dtype=bool)
     return np.asarray(basis.unsure.detach().cpu())
@@ -134,7 +133,7 @@ def _unsure(basis: Basis) -> np.ndarray:
 def _draw_bands(axes: Axes, bands: dict[int, Band]) -> None:
     for band in bands.values():
         if band.color in MODULES:
-            # Bars at both ends, not tints all over: the palette of a small PNG has no room for colours so light.
+            # Bars at both ends instead of a tint: a PNG of 256 colours cannot represent many light tints.
             for start in (0.014, 0.978):
                 axes.axhspan(band.low, band.high, start, start + 0.008, facecolor=band.color, lw=0, zorder=0)
 
@@ -157,25 +156,26 @@ def _draw_section(
     order = order[visible.flat[order] > 1e-6 * strongest][::-1]
     i, j = np.unravel_index(order, visible.shape)
     if len(order):
-        share = np.sqrt(visible[i, j] / strongest)
+        share = visible[i, j] / strongest
         ends = zip(before.heights[j], after.heights[i], strict=True)
         lines = [[(x, y), (x + 1, y_next)] for y, y_next in ends]
         rgba = np.tile([*to_rgb(BLUE), 1.0], (len(i), 1))
-        rgba[:, 3] = 0.06 + 0.84 * share
-        # In a crowd the same widths would run into one block.
-        widest = 4.0 * min(1.0, math.sqrt(40 / len(order)))
-        widths = widest * (0.1 + 0.9 * share)
+        # Among many edges, lines are thinner, to keep them distinguishable.
+        max_width = MAX_WIDTH * min(1.0, math.sqrt(THEME["edge"]["crowd"] / len(order)))
+        widths, rgba[:, 3] = edge_style(share, max_width)
         if inside is None:
             axes.add_collection(LineCollection(lines, linewidths=widths, colors=rgba))
         else:
             within = inside[grid][i, j]
             if before.modules is not None:
-                own = [colors[m] if w else MUTED for m, w in zip(before.modules[j], within, strict=True)]
-                rgba[:, :3] = [to_rgb(color) for color in own]
-            # Dashes below, so that they never hide what holds a module together.
+                edge_colors = [colors[m] if w else MUTED for m, w in zip(before.modules[j], within, strict=True)]
+                rgba[:, :3] = [to_rgb(color) for color in edge_colors]
+            # Dashed lines are drawn first, so that they do not cover edges inside modules.
             for part, dashes in ((~within, DASHES), (within, "solid")):
-                some = [line for line, drawn in zip(lines, part, strict=True) if drawn]
-                axes.add_collection(LineCollection(some, linewidths=widths[part], colors=rgba[part], linestyles=dashes))
+                segments = [line for line, drawn in zip(lines, part, strict=True) if drawn]
+                axes.add_collection(
+                    LineCollection(segments, linewidths=widths[part], colors=rgba[part], linestyles=dashes)
+                )
     covered = visible[i, j].sum() / total if total > 0 else 0.0
     counts = f"{len(order):,} of {strength.size:,} edges\n{percent(covered)} of strength"
     if inside is not None:
@@ -187,97 +187,87 @@ def _draw_section(
 
 
 def _draw_column(
-    axes: Axes, x: int, basis: Basis, column: Column, unsure: np.ndarray, colors: Mapping[int, str] | None
+    axes: Axes, x: int, basis: Basis, column: Column, hollow: np.ndarray, colors: Mapping[int, str] | None
 ) -> None:
     importance = basis.importance.detach().cpu().double().numpy()
     shown, heights = column.shown, column.heights
     share = importance[shown] / max(importance.max(initial=0.0), np.finfo(float).tiny)
-    # Points between neighbouring dots, so that a long column stays a row of dots.
+    # Points between neighbouring dots: in a long column, dots must not merge.
     spacing = 72 * _GRAPH_HEIGHT * (-np.diff(heights)).min() if len(shown) > 1 else np.inf
-    # In a film there are free places between them, and large dots may reach beyond their own.
-    area = np.minimum(dot_area(share), ((1.1 if column.numbers is None else 2.5) * spacing) ** 2)
-    if colors is not None:  # Gaps between bands can leave very little to a dot.
+    # In an animated layout there are free slots between dots, so large dots may extend beyond their own.
+    area = np.minimum(dot_area(share), ((1.1 if column.lineages is None else 2.5) * spacing) ** 2)
+    if colors is not None:  # Gaps between bands can leave very little space.
         area = np.maximum(area, 7.0)
     color = np.array([VERMILION] * len(shown), dtype=object)
     if colors is not None and column.modules is not None:
         color[:] = [colors[module] for module in column.modules]
-    # Small dots on large ones.
-    order = np.argsort(-area, kind="stable") if column.numbers is not None else np.arange(len(shown))
+    # Small dots are drawn over large ones.
+    order = np.argsort(-area, kind="stable") if column.lineages is not None else np.arange(len(shown))
     axes.scatter(
         np.full(len(shown), x), heights[order], s=area[order], zorder=3, clip_on=False,
-        facecolor=list(np.where(unsure, "white", color)[order]),
-        edgecolor=list(np.where(unsure, color, "white")[order]),
-        linewidths=[1.1 if hollow else 0.7 for hollow in unsure[order]],
+        facecolor=list(np.where(hollow, "white", color)[order]),
+        edgecolor=list(np.where(hollow, color, "white")[order]),
+        linewidths=[1.1 if is_hollow else 0.7 for is_hollow in hollow[order]],
     )  # fmt: skip
-    of = f"{len(shown)} of {len(importance)}" if len(shown) < len(importance) else f"{len(importance)}"
-    features = _KIND_NAMES[basis.kind]
-    name, size = _fitting_name(basis.name, 72 * axes.bbox.width / DPI / np.ptp(axes.get_xlim()) - 3)
+    count = f"{len(shown)} of {len(importance)}" if len(shown) < len(importance) else f"{len(importance)}"
+    features = THEME["feature_names"].get(basis.kind, f"{basis.kind} features")
+    name, size = _fit_name(basis.name, 72 * axes.bbox.width / DPI / np.ptp(axes.get_xlim()) - 3)
     axes.text(
         x, 1.135, name, parse_math=False, ha="center", fontsize=size, fontweight="bold", color=TEXT, clip_on=False
     )  # fmt: skip
-    counted = VERMILION if colors is None else MUTED
-    axes.text(x, 1.055, f"{of} {features}", ha="center", fontsize=11, color=counted, clip_on=False)
+    count_color = VERMILION if colors is None else MUTED
+    axes.text(x, 1.055, f"{count} {features}", ha="center", fontsize=11, color=count_color, clip_on=False)
 
 
-def _names_shown(column: Column, labels: Sequence[str]) -> list[str]:
-    names = [labels[index] for index in column.shown]
-    # Features count from the most important one: in a long column the first have names, the rest no room.
-    named = sorted(index for index in column.shown if labels[index])[:_MOST_LABELS]
-    return [name if index in named else "" for index, name in zip(column.shown, names, strict=True)]
+def _shown_labels(column: Column, labels: Sequence[str]) -> list[str]:
+    # In a long column only the most important features, which have the lowest indices, are labelled.
+    labelled = sorted(index for index in column.shown if labels[index])[:_MAX_LABELS]
+    return [labels[index] if index in labelled else "" for index in column.shown]
 
 
-def _overhang(names: Sequence[Sequence[str]]) -> float:
-    """Inches that the last column's names need beyond its half of a pitch."""
-    pitch = _width(len(names)) / len(names)
-    widest = max((width_of(name, _LABEL_SIZE) for name in names[-1]), default=0.0)
-    return min(max(0.0, (widest + _BESIDE + _RIM) / 72 - pitch / 2), 0.5 * pitch) if widest else 0.0
+def _label_overhang(labels: Sequence[Sequence[str]]) -> float:
+    """Inches that the last column's labels extend beyond half a column width."""
+    column_width = _width(len(labels)) / len(labels)
+    widest = max((text_width(label, _LABEL_SIZE) for label in labels[-1]), default=0.0)
+    overhang = (widest + _LABEL_OFFSET + _RIGHT_MARGIN) / 72 - column_width / 2
+    return min(max(0.0, overhang), 0.5 * column_width) if widest else 0.0
 
 
-def _write_names(axes: Axes, x: int, column: Column, names: Sequence[str], beyond: Column | None) -> None:
-    """Write the index of a feature on the left of its dot and its name on the right."""
-    if len(column.shown) <= _MOST_LABELS:
-        for k in _apart(column.heights):
-            _beside(axes, x, column.heights[k], str(column.called[k]), _INDEX_SIZE, left=True)
-    room = _room(axes, x, beyond)
-    written: list[float] = []
-    for k in sorted((k for k, name in enumerate(names) if name), key=lambda k: column.shown[k]):
-        height = column.heights[k]
-        if all(72 * _GRAPH_HEIGHT * abs(height - other) >= _LINE_HEIGHT for other in written):
-            written.append(height)
-            _beside(axes, x, height, shorten(names[k], room, _LABEL_SIZE), _LABEL_SIZE, left=False)
+def _draw_labels(axes: Axes, x: int, column: Column, labels: Sequence[str], next_column: Column | None) -> None:
+    """Write the number of a feature to the left of its dot and its label to the right."""
+    heights, distance = column.heights, _LINE_HEIGHT / (72 * _GRAPH_HEIGHT)
+    if len(column.shown) <= _MAX_LABELS:
+        for k in non_overlapping(heights, distance):
+            _annotate(axes, x, heights[k], str(column.numbers[k]), _NUMBER_SIZE, left=True)
+    max_width = _label_width(axes, x, next_column)
+    by_importance = sorted((k for k, label in enumerate(labels) if label), key=lambda k: column.shown[k])
+    for place in non_overlapping([heights[k] for k in by_importance], distance):
+        k = by_importance[place]
+        _annotate(axes, x, heights[k], shorten(labels[k], max_width, _LABEL_SIZE), _LABEL_SIZE, left=False)
 
 
-def _room(axes: Axes, x: int, beyond: Column | None) -> float:
-    """Points from where a name begins to where the next column's indices begin, or to the rim of the page."""
+def _label_width(axes: Axes, x: int, next_column: Column | None) -> float:
+    """Points available for a label: up to the numbers of the next column, or to the edge of the page."""
     left, right = axes.get_xlim()
-    pitch = axes.bbox.width * 72 / DPI / (right - left)
-    if beyond is None:
-        return pitch * (right - x) - _BESIDE - _RIM + 1
-    indices = [str(number) for number in beyond.called] if len(beyond.shown) <= _MOST_LABELS else []
-    return pitch - 2 * _BESIDE - 6 - max((width_of(index, _INDEX_SIZE) for index in indices), default=0.0)
+    column_width = axes.bbox.width * 72 / DPI / (right - left)
+    if next_column is None:
+        return column_width * (right - x) - _LABEL_OFFSET - _RIGHT_MARGIN + 1
+    numbers = [str(number) for number in next_column.numbers] if len(next_column.shown) <= _MAX_LABELS else []
+    return column_width - 2 * _LABEL_OFFSET - 6 - max((text_width(text, _NUMBER_SIZE) for text in numbers), default=0.0)
 
 
-def _apart(heights: np.ndarray) -> list[int]:
-    """Places, from the top down, between which there is room for lines of text."""
-    kept: list[int] = []
-    for k, height in enumerate(heights):
-        if not kept or 72 * _GRAPH_HEIGHT * (heights[kept[-1]] - height) >= _LINE_HEIGHT:
-            kept.append(k)
-    return kept
-
-
-def _beside(axes: Axes, x: int, y: float, text: str, size: float, left: bool) -> None:
+def _annotate(axes: Axes, x: int, y: float, text: str, size: float, left: bool) -> None:
     axes.annotate(
-        text, (x, y), xytext=(-_BESIDE if left else _BESIDE, 0), textcoords="offset points",
+        text, (x, y), xytext=(-_LABEL_OFFSET if left else _LABEL_OFFSET, 0), textcoords="offset points",
         ha="right" if left else "left", va="center", fontsize=size, color=TEXT, zorder=4, path_effects=_STROKE,
         parse_math=False,
     )  # fmt: skip
 
 
-def _fitting_name(name: str, room: float) -> tuple[str, float]:
-    """Make the name of a node layer as wide as its column; what tells layers apart is often at the end."""
+def _fit_name(name: str, max_width: float) -> tuple[str, float]:
+    """Fit the name of a node layer into its column by reducing the font size, then cutting the beginning."""
     # About 17 bold letters of size 13 fit between two columns.
     size = min(13.0, max(7.0, 13.0 * 17 / max(len(name), 1)))
-    width = width_of(name, size, "bold")
-    size = max(min(size, 7.0), size * min(1.0, room / max(width, 1.0)))
-    return shorten_front(name, room, size, "bold"), size
+    width = text_width(name, size, "bold")
+    size = max(min(size, 7.0), size * min(1.0, max_width / max(width, 1.0)))
+    return shorten_front(name, max_width, size, "bold"), size

@@ -30,10 +30,10 @@ class PNG:
 
 
 def render_png(figure: Figure) -> PNG:
-    """Render a figure with a palette of 256 colours, a quarter of the size of true colour.
+    """Render a figure as a PNG with a palette of 256 colours, a quarter of the size of a true-colour image.
 
     Args:
-        figure: Any matplotlib figure; drawn with Agg whatever backend is set.
+        figure: Any matplotlib figure; rendered with Agg regardless of the backend.
 
     Returns:
         The encoded image.
@@ -49,23 +49,22 @@ def render_png(figure: Figure) -> PNG:
     image = Image.fromarray(np.asarray(renderer.buffer_rgba())).convert("RGB")
     file = io.BytesIO()
     palette = image.quantize(colors=256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-    palette.save(file, "PNG", compress_level=4)  # half the time of the default, and a tenth more bytes
+    palette.save(file, "PNG", compress_level=4)  # half the time of the default level for 10% more bytes
     return PNG(file.getvalue(), *image.size)
 
 
 @lru_cache(maxsize=8)
 def _renderer(width: int, height: int, dpi: float) -> RendererAgg:
-    # Matplotlib keeps what it knows of texts, above all how formulas are set, for each renderer; a figure alone would
-    # have to find it out anew.
+    # Matplotlib caches text layout per renderer, so reusing the renderer saves laying out the same texts again.
     return RendererAgg(width, height, dpi)
 
 
 def as_html(png: PNG, caption: str) -> str:
-    """Write an image as HTML that holds it whole, for notebooks.
+    """Embed an image in HTML, for notebooks.
 
     Args:
         png: The image.
-        caption: A line below it; any text.
+        caption: Text below the image; it is escaped.
 
     Returns:
         The HTML.

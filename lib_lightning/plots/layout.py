@@ -1,4 +1,4 @@
-"""Where the features of a graph lie: which are shown, how high, and in what colour."""
+"""Layout of a graph figure: which features are shown, at what height, and in what colour."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 from torch import Tensor
 
 from lib_lightning.algorithm.basis import Basis
-from lib_lightning.plots.palette import MODULES, NO_MODULE, OTHER_MODULES
+from lib_lightning.plots.palette import MODULES, NO_MODULE, OTHER_MODULES, THEME
 
-# A short column keeps the spacing of a column of twelve, around the middle, instead of spreading to the rims.
-_ROOMY = 11
-# Free places between two modules.
-_GAP = 0.7
+# A column with fewer dots is centred at the spacing of this many intervals instead of being spread over the height.
+_MIN_INTERVALS: int = THEME["column"]["min_intervals"]
+# Gap between two modules, in dot intervals.
+_MODULE_GAP: float = THEME["column"]["module_gap"]
 
 
 @dataclass(frozen=True)
@@ -22,48 +22,48 @@ class Column:
     """The dots of one node layer, from top to bottom.
 
     Attributes:
-        shown: Indices of the features, shape ``(n,)``.
-        heights: How high each lies, from 0 to 1, shape ``(n,)``.
-        modules: The module of each, -1 for none, shape ``(n,)``; None where there are no modules.
-        numbers: What each is called in the figure, shape ``(n,)``; None for the indices.
+        shown: Indices of the features shown, shape ``(n,)``.
+        heights: Height of each dot, from 0 to 1, shape ``(n,)``.
+        modules: Module of each feature, -1 for none, shape ``(n,)``; None if modules are not known.
+        lineages: Lineage id of each feature, shape ``(n,)``; None if features are identified by their index.
     """
 
     shown: np.ndarray
     heights: np.ndarray
     modules: np.ndarray | None = None
-    numbers: np.ndarray | None = None
+    lineages: np.ndarray | None = None
 
     @property
-    def called(self) -> np.ndarray:
-        """The numbers, or indices."""
-        return self.shown if self.numbers is None else self.numbers
+    def numbers(self) -> np.ndarray:
+        """The number written beside each dot: its lineage id, or else its index."""
+        return self.shown if self.lineages is None else self.lineages
 
 
 @dataclass(frozen=True)
 class Band:
-    """The place of a module, the same in all columns.
+    """The range of heights of a module, the same in all columns.
 
     Attributes:
-        module: Its number, -1 for the features of none.
-        color: The colour of its dots and lines.
-        low: Lower rim, on the scale of the heights.
-        high: Upper rim.
-        places: How many features the fullest column has in it.
+        module: Number of the module, -1 for features in no module.
+        color: Colour of its dots and lines.
+        low: Lower bound, in the unit of the heights.
+        high: Upper bound.
+        slots: Largest number of its features in a column.
     """
 
     module: int
     color: str
     low: float
     high: float
-    places: int
+    slots: int
 
 
-def columns_of(bases: Sequence[Basis], limit: int) -> list[Column]:
-    """Lay features out by importance, or single neurons in their own order.
+def columns_by_importance(bases: Sequence[Basis], limit: int) -> list[Column]:
+    """Lay out features by importance, and single neurons by index.
 
     Args:
         bases: One basis for each node layer.
-        limit: Most features in a column, the most important ones.
+        limit: Maximum number of features in a column; the most important ones are shown.
 
     Returns:
         A column for each node layer.
@@ -71,7 +71,7 @@ def columns_of(bases: Sequence[Basis], limit: int) -> list[Column]:
     Example:
         >>> import torch
         >>> from lib_lightning.algorithm.basis import neuron_basis
-        >>> (column,) = columns_of([neuron_basis("fc", torch.zeros(3), torch.eye(3))], limit=2)
+        >>> (column,) = columns_by_importance([neuron_basis("fc", torch.zeros(3), torch.eye(3))], limit=2)
         >>> column.shown
         array([0, 1])
     """
@@ -79,24 +79,24 @@ def columns_of(bases: Sequence[Basis], limit: int) -> list[Column]:
     return [Column(index, even_heights(len(index))) for index in shown]
 
 
-def banded_columns(
+def columns_by_module(
     bases: Sequence[Basis], modules: Sequence[Tensor], limit: int
 ) -> tuple[list[Column], dict[int, Band]]:
-    """Lay features out by module, so that a module lies at one height in all columns.
+    """Lay out features by module, so that a module has the same height in all columns.
 
     Args:
         bases: One basis for each node layer.
-        modules: The module of each feature, -1 for none, one tensor ``(r,)`` for each node layer.
-        limit: Most features in a column, the most important ones.
+        modules: Module of each feature, -1 for none, one tensor ``(r,)`` for each node layer.
+        limit: Maximum number of features in a column; the most important ones are shown.
 
     Returns:
-        A column for each node layer; and the bands from top to bottom, those with most features shown first.
+        A column for each node layer, and the bands from top to bottom, those with most features first.
 
     Example:
         >>> import torch
         >>> from lib_lightning.algorithm.basis import neuron_basis
         >>> basis = neuron_basis("fc", torch.zeros(3), torch.eye(3))
-        >>> (column,), bands = banded_columns([basis], [torch.tensor([-1, 4, 4])], limit=9)
+        >>> (column,), bands = columns_by_module([basis], [torch.tensor([-1, 4, 4])], limit=9)
         >>> column.shown, list(bands)
         (array([1, 2, 0]), [4, -1])
     """
@@ -107,21 +107,21 @@ def banded_columns(
     for index, module in zip(shown, members, strict=True):
         parts = [(np.flatnonzero(module == m), band) for m, band in bands.items()]
         order = np.concatenate([part for part, _ in parts]) if parts else np.arange(0)
-        heights = [_within(len(part), band) for part, band in parts]
+        heights = [_heights_in_band(len(part), band) for part, band in parts]
         columns.append(Column(index[order], np.concatenate([[], *heights]), module[order]))
     return columns, bands
 
 
 def inside_modules(E: Tensor, before: Tensor, after: Tensor) -> np.ndarray:
-    """Tell which edges of a section lie inside a module.
+    """Find the edges of a section that connect features of the same module.
 
     Args:
         E: Edges, shape ``(r_after, r_before)``.
-        before: Modules of the features before, shape ``(r_before,)``.
-        after: Modules of the features after, shape ``(r_after,)``.
+        before: Modules of the features of the earlier node layer, shape ``(r_before,)``.
+        after: Modules of the features of the later node layer, shape ``(r_after,)``.
 
     Returns:
-        True where both ends are in the same module, shape of ``E``.
+        True where both ends are in the same module, in the shape of ``E``.
 
     Example:
         >>> import torch
@@ -134,19 +134,19 @@ def inside_modules(E: Tensor, before: Tensor, after: Tensor) -> np.ndarray:
 
 
 def even_heights(count: int) -> np.ndarray:
-    """Spread dots evenly, few of them around the middle.
+    """Space dots evenly; a few dots are centred rather than spread over the full height.
 
     Args:
-        count: How many there are.
+        count: Number of dots.
 
     Returns:
-        Heights from the top down, shape ``(count,)``.
+        Heights from top to bottom, shape ``(count,)``.
 
     Example:
         >>> even_heights(12)[[0, -1]], even_heights(1)
         (array([1., 0.]), array([0.5]))
     """
-    span = min(1.0, max(count - 1, 0) / _ROOMY)
+    span = min(1.0, max(count - 1, 0) / _MIN_INTERVALS)
     return np.linspace(0.5 + span / 2, 0.5 - span / 2, count) if count > 1 else np.full(count, 0.5)
 
 
@@ -156,25 +156,25 @@ def _most_important(basis: Basis, limit: int) -> np.ndarray:
 
 
 def _bands(members: Sequence[np.ndarray]) -> dict[int, Band]:
-    everyone = np.concatenate([[], *members]).astype(int)
-    found, sizes = np.unique(everyone[everyone >= 0], return_counts=True)
+    all_members = np.concatenate([[], *members]).astype(int)
+    found, sizes = np.unique(all_members[all_members >= 0], return_counts=True)
     ranked = [int(m) for m in found[np.argsort(-sizes, kind="stable")]]
     colors = dict(zip(ranked, MODULES, strict=False))
-    ranked += [-1] if (everyone < 0).any() else []
-    # The fullest column decides how high a band is; the others spread in it.
-    places = [max(int((m == module).sum()) for m in members) for module in ranked]
-    total = sum(places) + _GAP * max(len(places) - 1, 0)
-    step = 1 / max(total - 1, _ROOMY)
+    ranked += [-1] if (all_members < 0).any() else []
+    # The column with most of a module's features determines the height of its band.
+    slots = [max(int((m == module).sum()) for m in members) for module in ranked]
+    total = sum(slots) + _MODULE_GAP * max(len(slots) - 1, 0)
+    step = 1 / max(total - 1, _MIN_INTERVALS)
     top, bands = 0.5 + step * total / 2, {}
-    for module, count in zip(ranked, places, strict=True):
+    for module, count in zip(ranked, slots, strict=True):
         color = NO_MODULE if module < 0 else colors.get(module, OTHER_MODULES)
         bands[module] = Band(module, color, top - count * step, top, count)
-        top -= (count + _GAP) * step
+        top -= (count + _MODULE_GAP) * step
     return bands
 
 
-def _within(count: int, band: Band) -> np.ndarray:
-    # Fewer features than places lie around the middle, a little looser, so that a band still reads as one group.
-    place = (band.high - band.low) / band.places
-    step = place * min(1.6, (band.places - 1) / (count - 1)) if count > 1 else 0.0
+def _heights_in_band(count: int, band: Band) -> np.ndarray:
+    # Fewer features than slots are centred with a slightly larger spacing, so that they still read as one group.
+    slot = (band.high - band.low) / band.slots
+    step = slot * min(1.6, (band.slots - 1) / (count - 1)) if count > 1 else 0.0
     return (band.low + band.high) / 2 + step * ((count - 1) / 2 - np.arange(count))

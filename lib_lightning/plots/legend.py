@@ -1,4 +1,4 @@
-"""The legend of a graph figure: what sizes, widths and colours say."""
+"""The legend of a graph figure: what the sizes, widths and colours mean."""
 
 from __future__ import annotations
 
@@ -10,29 +10,52 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lib_lightning.plots.palette import BLUE, MODULES, MUTED, NO_MODULE, OTHER_MODULES, TEXT, VERMILION
+from lib_lightning.plots.palette import BLUE, MODULES, MUTED, NO_MODULE, OTHER_MODULES, TEXT, THEME, VERMILION
 
 # Inches from one row to the next.
 ROW = 0.324
-# Edges between modules: dashes short enough to be seen in thin lines.
+# Edges between modules: dashes short enough to be visible in thin lines.
 DASHES = (0, (2.5, 1.5))
-_SIZE = 10.5
+# Width of the strongest edge, in points.
+MAX_WIDTH = 4.0
+_FONT_SIZE = 10.5
 
 
 def dot_area(share: np.ndarray | float) -> np.ndarray:
-    """Size of the dot of a feature.
+    """Compute the area of a feature's dot.
 
     Args:
-        share: Its importance, as a share of the layer's largest.
+        share: Its importance divided by the largest in its layer.
 
     Returns:
-        Area in square points: importances span many decades, so it goes with the square root, from a speck up.
+        Area in square points. Importances span many decades, so the area grows with the square root, from a minimum
+        that remains visible.
 
     Example:
         >>> float(dot_area(1.0))
         242.0
     """
-    return np.asarray(12 + 230 * np.sqrt(share))
+    return np.asarray(THEME["dot"]["area_min"] + THEME["dot"]["area_range"] * np.sqrt(share))
+
+
+def edge_style(share: np.ndarray | float, max_width: float = MAX_WIDTH) -> tuple[np.ndarray, np.ndarray]:
+    """Compute the width and opacity of an edge's line.
+
+    Args:
+        share: Its strength divided by the largest in its section.
+        max_width: Width of the strongest edge, in points.
+
+    Returns:
+        Width in points and opacity, in the shape of ``share``.
+
+    Example:
+        >>> width, opacity = edge_style(1.0)
+        >>> float(width), round(float(opacity), 2)
+        (4.0, 0.9)
+    """
+    edge, root = THEME["edge"], np.sqrt(share)
+    width = max_width * (edge["width_min"] + edge["width_range"] * root)
+    return np.asarray(width), np.asarray(edge["opacity_min"] + edge["opacity_range"] * root)
 
 
 @dataclass(frozen=True)
@@ -40,10 +63,10 @@ class Row:
     """A line of a legend.
 
     Attributes:
-        meaning: What is said on the left.
-        handles: Examples of the marks, on the right.
-        labels: What each of them stands for.
-        length: How long the examples are, in letters.
+        meaning: Explanation on the left.
+        handles: Example marks on the right.
+        labels: Label of each mark.
+        length: Length of the marks, in units of the font size.
     """
 
     meaning: str
@@ -52,35 +75,35 @@ class Row:
     length: float = 2.0
 
 
-def legend_rows(colors: Mapping[int, str] | None = None, unsure: bool = False, numbered: bool = False) -> list[Row]:
-    """Say what the marks of a figure mean.
+def legend_rows(colors: Mapping[int, str] | None = None, hollow: bool = False, numbered: bool = False) -> list[Row]:
+    """Build the legend of a graph figure.
 
     Args:
-        colors: The colour of each module, -1 for features of none, where they are shown.
-        unsure: Whether there are hollow dots.
-        numbered: Whether dots have the numbers of their lineages beside them.
+        colors: Colour of each module, -1 for features in no module; None if modules are not shown.
+        hollow: Whether there are hollow dots.
+        numbered: Whether dots are labelled with the ids of their lineages.
 
     Returns:
-        Lines of the legend, from the bottom up.
+        Rows of the legend, from bottom to top.
 
     Example:
-        >>> [row.meaning.split(":")[0] for row in legend_rows(unsure=True)]
+        >>> [row.meaning.split(":")[0] for row in legend_rows(hollow=True)]
         ['lines', 'dots', '']
     """
-    # With modules the colours have a meaning of their own, which sizes and widths must not seem to share.
+    # With modules, colours have a meaning of their own, so sizes and widths are explained in grey.
     dot, line = (VERMILION, BLUE) if colors is None else (MUTED, MUTED)
-    lines = [
-        Line2D([], [], color=line, lw=0.4 + 3.6 * math.sqrt(s), alpha=0.06 + 0.84 * math.sqrt(s))
-        for s in (1, 0.1, 0.01)
-    ]
+    lines = []
+    for share in (1, 0.1, 0.01):
+        width, opacity = edge_style(share)
+        lines.append(Line2D([], [], color=line, lw=float(width), alpha=float(opacity)))
     dots = [_dot(dot, size=math.sqrt(float(dot_area(share)))) for share in (1.0, 0.1, 0.001)]
     rows = [
-        Row("lines: strength, as a share of the section's largest", lines, ["1", "0.1", "0.01"]),
-        Row("dots: importance, as a share of the layer's largest", dots, ["1", "0.1", "0.001"]),
+        Row("lines: strength relative to the section's largest", lines, ["1", "0.1", "0.01"]),
+        Row("dots: importance relative to the layer's largest", dots, ["1", "0.1", "0.001"]),
     ]
     marks = []
-    if unsure:
-        marks.append((_dot(dot, hollow=True), "direction not fixed by the samples"))
+    if hollow:
+        marks.append((_dot(dot, hollow=True), "direction not determined by the samples"))
     if colors is not None:
         marks.append((Line2D([], [], color=MUTED, lw=1.5, ls=DASHES), "between modules"))
     if numbered:
@@ -93,11 +116,11 @@ def legend_rows(colors: Mapping[int, str] | None = None, unsure: bool = False, n
 
 
 def draw_legend(figure: Figure, rows: Sequence[Row]) -> None:
-    """Write a legend at the foot of a figure.
+    """Draw a legend at the bottom of a figure.
 
     Args:
         figure: The figure.
-        rows: Lines of the legend, from the bottom up.
+        rows: Rows of the legend, from bottom to top.
 
     Example:
         >>> figure = Figure()
@@ -108,17 +131,17 @@ def draw_legend(figure: Figure, rows: Sequence[Row]) -> None:
     row_height = ROW / figure.get_figheight()
     for k, row in enumerate(rows):
         y = k * row_height
-        figure.text(0.03, y + 0.4 * row_height, row.meaning, fontsize=_SIZE, color=MUTED)
+        figure.text(0.03, y + 0.4 * row_height, row.meaning, fontsize=_FONT_SIZE, color=MUTED)
         figure.legend(
             row.handles, row.labels, loc="lower right", bbox_to_anchor=(0.99, y), ncols=len(row.handles),
-            frameon=False, fontsize=_SIZE, labelcolor=MUTED, handlelength=row.length, handletextpad=0.5,
+            frameon=False, fontsize=_FONT_SIZE, labelcolor=MUTED, handlelength=row.length, handletextpad=0.5,
             columnspacing=1.2 if row.length > 1 else 0.8,
         )  # fmt: skip
 
 
 def _modules(colors: Mapping[int, str]) -> Row:
-    own = {module: color for module, color in colors.items() if color in MODULES}
-    handles, labels = [_dot(color) for color in own.values()], [str(module) for module in own]
+    named = {module: color for module, color in colors.items() if color in MODULES}
+    handles, labels = [_dot(color) for color in named.values()], [str(module) for module in named]
     others = sum(color == OTHER_MODULES for color in colors.values())
     if others:
         handles, labels = [*handles, _dot(OTHER_MODULES)], [*labels, f"{others} more"]

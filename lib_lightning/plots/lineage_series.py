@@ -1,4 +1,4 @@
-"""Features over training time: what a figure must know of a snapshot, and the lives of lineages."""
+"""Features over training time: one node layer in one snapshot, and its lineages across snapshots."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class LayerSnapshot:
     """The features of one node layer in one snapshot.
 
     Attributes:
-        ids: The lineage of each feature, shape ``(r,)``, int64.
-        importance: Shape ``(r,)``.
-        modules: The module of each, -1 for none, shape ``(r,)``; numbers need not mean the same in other snapshots.
-        labels: A name for each, "" for none.
-        parents: For features of new lineages the lineage that it has split from, -1 for none, shape ``(r,)``.
+        ids: Lineage id of each feature, shape ``(r,)``, int64.
+        importance: Importance of each feature, shape ``(r,)``.
+        modules: Module of each feature, -1 for none, shape ``(r,)``. Numbers are not comparable across snapshots.
+        labels: Label of each feature, "" for none.
+        parents: For a feature whose lineage is new, the lineage it split from; -1 for none, shape ``(r,)``.
     """
 
     ids: Tensor
@@ -28,7 +28,7 @@ class LayerSnapshot:
     parents: Tensor | None = None
 
     def shares(self) -> np.ndarray:
-        """Each feature's share of the sum of importances, shape ``(r,)``; 0 where the sum is."""
+        """Importance of each feature divided by the sum over the layer, shape ``(r,)``; 0 if the sum is 0."""
         importance = as_array(self.importance)
         total = importance.sum()
         return importance / total if total > 0 else np.zeros(len(importance))
@@ -36,69 +36,68 @@ class LayerSnapshot:
 
 @dataclass(frozen=True)
 class LineageTable:
-    """The lineages of one node layer over all snapshots, in the order of their numbers.
+    """The ``L`` lineages of one node layer in ``T`` snapshots, sorted by id.
 
     Attributes:
-        ids: Their numbers, shape ``(L,)``.
-        share: Their shares of the importance in each snapshot, 0 where they are not, shape ``(T, L)``.
-        place: Which feature of the snapshot each one is, -1 for none, shape ``(T, L)``.
-        first: The first snapshot of each, shape ``(L,)``.
-        last: The last snapshot of each, shape ``(L,)``.
-        parents: Which of these each has split from, -1 for none, shape ``(L,)``.
+        ids: Lineage ids, shape ``(L,)``.
+        share: Share of the layer's importance in each snapshot, 0 where absent, shape ``(T, L)``.
+        feature: Index of the lineage's feature in each snapshot, -1 where absent, shape ``(T, L)``.
+        first: Index of the first snapshot with the lineage, shape ``(L,)``.
+        last: Index of the last snapshot with the lineage, shape ``(L,)``.
+        parents: Position in this table of the lineage that each split from, -1 for none, shape ``(L,)``.
     """
 
     ids: np.ndarray
     share: np.ndarray
-    place: np.ndarray
+    feature: np.ndarray
     first: np.ndarray
     last: np.ndarray
     parents: np.ndarray
 
 
-def lineage_table(moments: Sequence[LayerSnapshot]) -> LineageTable:
-    """Follow the lineages of a node layer from snapshot to snapshot.
+def lineage_table(snapshots: Sequence[LayerSnapshot]) -> LineageTable:
+    """Collect the lineages of a node layer from its snapshots.
 
     Args:
-        moments: The node layer in each snapshot.
+        snapshots: The node layer in each snapshot.
 
     Returns:
-        Their lives; one that is missing in between lives on.
+        A table of all lineages. A lineage may be absent from snapshots between its first and its last.
 
     Example:
         >>> import torch
         >>> one, both = torch.ones(1), torch.tensor([3.0, 1.0])
-        >>> moments = [LayerSnapshot(torch.tensor([0]), one), LayerSnapshot(torch.tensor([4, 0]), both)]
-        >>> lives = lineage_table(moments)
-        >>> lives.ids, lives.first
+        >>> table = lineage_table([LayerSnapshot(torch.tensor([0]), one), LayerSnapshot(torch.tensor([4, 0]), both)])
+        >>> table.ids, table.first
         (array([0, 4]), array([0, 1]))
-        >>> lives.share
+        >>> table.share
         array([[1.  , 0.  ], [0.25, 0.75]])
     """
-    all_ids = [as_array(moment.ids).astype(int) for moment in moments]
+    all_ids = [as_array(snapshot.ids).astype(int) for snapshot in snapshots]
     ids = np.unique(np.concatenate([[], *all_ids])).astype(int)
-    share = np.zeros((len(moments), len(ids)))
-    place = np.full(share.shape, -1)
+    share = np.zeros((len(snapshots), len(ids)))
+    feature = np.full(share.shape, -1)
     parents, seen = np.full(len(ids), -1), np.zeros(len(ids), dtype=bool)
-    for t, (moment, own) in enumerate(zip(moments, all_ids, strict=True)):
-        where = np.searchsorted(ids, own)
-        share[t, where], place[t, where] = moment.shares(), np.arange(len(own))
-        if moment.parents is not None:
-            new = ~seen[where]
-            parents[where[new]] = _find(ids, as_array(moment.parents).astype(int)[new])
-        seen[where] = True
-    there = place >= 0
-    first, last = there.argmax(0), len(there) - 1 - there[::-1].argmax(0)
-    return LineageTable(ids, share, place, first, last, parents)
+    for t, (snapshot, snapshot_ids) in enumerate(zip(snapshots, all_ids, strict=True)):
+        row = np.searchsorted(ids, snapshot_ids)
+        share[t, row], feature[t, row] = snapshot.shares(), np.arange(len(snapshot_ids))
+        if snapshot.parents is not None:
+            new = ~seen[row]
+            parents[row[new]] = _positions(ids, as_array(snapshot.parents).astype(int)[new])
+        seen[row] = True
+    present = feature >= 0
+    first, last = present.argmax(0), len(present) - 1 - present[::-1].argmax(0)
+    return LineageTable(ids, share, feature, first, last, parents)
 
 
 def as_array(tensor: Tensor) -> np.ndarray:
-    """Read a tensor of any device and type as float64.
+    """Convert a tensor of any device and dtype to a float64 array.
 
     Args:
         tensor: Real numbers.
 
     Returns:
-        An array of its shape.
+        An array of the same shape.
 
     Example:
         >>> import torch
@@ -108,6 +107,6 @@ def as_array(tensor: Tensor) -> np.ndarray:
     return np.asarray(tensor.detach().cpu().double().numpy())
 
 
-def _find(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    where = np.searchsorted(ids, wanted).clip(max=len(ids) - 1)
-    return np.where(ids[where] == wanted, where, -1)
+def _positions(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    position = np.searchsorted(ids, wanted).clip(max=len(ids) - 1)
+    return np.where(ids[position] == wanted, position, -1)

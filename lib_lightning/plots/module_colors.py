@@ -1,4 +1,4 @@
-"""Colours that modules keep from snapshot to snapshot, though every search numbers them anew."""
+"""Colours that modules keep from snapshot to snapshot, although each partition numbers them independently."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lib_lightning.plots.palette import MODULES, NO_MODULE, OTHER_MODULES
 
 
 class ModuleColors:
-    """Gives a module the colour of the earlier one that it shares most with.
+    """Assigns each module the colour of the earlier module that it overlaps most with.
 
-    What two modules share are the lineages in both, weighted by importance. A module that shares nothing takes the
-    colour that has been out of use for longest; those for which no colour is left share a neutral one.
+    The overlap of two modules is the importance of the lineages that are in both. A module without overlap gets the
+    colour that has been unused for longest. When all colours are in use, the remaining modules share a neutral one.
 
     Example:
         >>> import torch
@@ -27,73 +27,74 @@ class ModuleColors:
     """
 
     def __init__(self) -> None:
-        # For each node layer the lineages of the last snapshot with modules and the number of each one's colour.
-        self._known: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        # Colours that were never used count as the longest out of use, the first ones above all.
+        # For each node layer, the lineage ids of the last snapshot with modules and the colour index of each lineage.
+        self._last: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        # Snapshots since each colour was used. Colours that were never used come first, in the order of the palette.
         self._unused_for = list(range(len(MODULES), 0, -1))
 
     def update(self, layers: Mapping[str, LayerSnapshot]) -> dict[int, str]:
         """Choose the colours of the next snapshot.
 
         Args:
-            layers: All node layers of the snapshot; those without modules are passed over.
+            layers: All node layers of the snapshot; those without modules are ignored.
 
         Returns:
-            The colour of each module, those with most importance first, -1 for features of none last.
+            Colour of each module, the most important module first, and -1 for features in no module last.
         """
-        parts = {name: _modules(m) for name, m in layers.items() if m.modules is not None}
+        parts = {name: _members(layer) for name, layer in layers.items() if layer.modules is not None}
         if not parts:
             return {}
         found = np.unique(np.concatenate([module for _, module, _ in parts.values()]))
-        own = found[found >= 0]
-        weight, shared = np.zeros(len(own)), np.zeros((len(own), len(MODULES)))
+        modules = found[found >= 0]
+        weight, overlap = np.zeros(len(modules)), np.zeros((len(modules), len(MODULES)))
         for name, (ids, module, share) in parts.items():
-            row = np.searchsorted(own, module)
+            row = np.searchsorted(modules, module)
             np.add.at(weight, row[module >= 0], share[module >= 0])
-            known_ids, known_colors = self._known.get(name, (np.arange(0), np.arange(0)))
-            _, here, there = np.intersect1d(ids, known_ids, return_indices=True)
-            both = (module[here] >= 0) & (known_colors[there] >= 0)
-            np.add.at(shared, (row[here[both]], known_colors[there[both]]), share[here[both]])
-        chosen = self._choose(weight, shared)
-        of_module = {-1: -1} | dict(zip(own.tolist(), chosen.tolist(), strict=True))
+            last_ids, last_colors = self._last.get(name, (np.arange(0), np.arange(0)))
+            _, now, then = np.intersect1d(ids, last_ids, return_indices=True)
+            both = (module[now] >= 0) & (last_colors[then] >= 0)
+            np.add.at(overlap, (row[now[both]], last_colors[then[both]]), share[now[both]])
+        chosen = self._choose(weight, overlap)
+        color_of = {-1: -1} | dict(zip(modules.tolist(), chosen.tolist(), strict=True))
         for name, (ids, module, _) in parts.items():
-            self._known[name] = ids, np.array([of_module[m] for m in module.tolist()], dtype=int)
-        heaviest = np.argsort(-weight, kind="stable")
-        colors = {int(own[k]): MODULES[chosen[k]] if chosen[k] >= 0 else OTHER_MODULES for k in heaviest}
+            self._last[name] = ids, np.array([color_of[m] for m in module.tolist()], dtype=int)
+        by_weight = np.argsort(-weight, kind="stable")
+        colors = {int(modules[k]): MODULES[chosen[k]] if chosen[k] >= 0 else OTHER_MODULES for k in by_weight}
         return colors | ({-1: NO_MODULE} if (found < 0).any() else {})
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next choice depends on, in plain numbers and lists."""
-        known = {name: [part.tolist() for part in parts] for name, parts in self._known.items()}
+        """State needed to continue, as plain numbers and lists."""
+        known = {name: [part.tolist() for part in parts] for name, parts in self._last.items()}
         return {"known": known, "unused_for": list(self._unused_for)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state.
+        """Restore a state.
 
         Args:
-            state: What `state_dict` gave.
+            state: Return value of `state_dict`.
         """
-        self._known = {
+        self._last = {
             name: (np.array(ids, dtype=int), np.array(colors, dtype=int))
             for name, (ids, colors) in state["known"].items()
         }
         self._unused_for = list(state["unused_for"])
 
-    def _choose(self, weight: np.ndarray, shared: np.ndarray) -> np.ndarray:
-        """The number of each module's colour, -1 where none is left."""
+    def _choose(self, weight: np.ndarray, overlap: np.ndarray) -> np.ndarray:
+        """Colour index of each module, -1 if no colour is left."""
         chosen, free = np.full(len(weight), -1), set(range(len(MODULES)))
-        for flat in np.argsort(-shared, axis=None, kind="stable"):
+        for flat in np.argsort(-overlap, axis=None, kind="stable"):
             k, color = divmod(int(flat), len(MODULES))
-            if shared[k, color] > 0 and chosen[k] < 0 and color in free:
+            if overlap[k, color] > 0 and chosen[k] < 0 and color in free:
                 chosen[k] = color
                 free.remove(color)
-        rested = sorted(free, key=lambda color: -self._unused_for[color])
-        for k, color in zip((k for k in np.argsort(-weight, kind="stable") if chosen[k] < 0), rested, strict=False):
+        longest_unused = sorted(free, key=lambda color: -self._unused_for[color])
+        remaining = (k for k in np.argsort(-weight, kind="stable") if chosen[k] < 0)
+        for k, color in zip(remaining, longest_unused, strict=False):
             chosen[k] = color
         self._unused_for = [0 if color in chosen else age + 1 for color, age in enumerate(self._unused_for)]
         return chosen
 
 
-def _modules(moment: LayerSnapshot) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    assert moment.modules is not None
-    return as_array(moment.ids).astype(int), as_array(moment.modules).astype(int), moment.shares()
+def _members(layer: LayerSnapshot) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    assert layer.modules is not None
+    return as_array(layer.ids).astype(int), as_array(layer.modules).astype(int), layer.shares()

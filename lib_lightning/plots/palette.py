@@ -1,15 +1,27 @@
-"""The colours of all figures: the palette of Okabe and Ito, told apart under every common colour blindness."""
+"""Colours, names and sizes shared by the figures and the viewer; both read them from ``theme.json``.
+
+The colours are the palette of Okabe and Ito, which remains distinguishable under all common forms of colour blindness.
+Its yellow is hard to see on white and is replaced by a wine red.
+"""
 
 from __future__ import annotations
 
-TEXT, MUTED = "#222222", "#666666"
-BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"
-# Neighbours in this order differ in lightness, too. The palette's yellow is lost on white; a wine takes its place.
-MODULES = (BLUE, ORANGE, GREEN, PURPLE, "#6B1030", SKY, VERMILION)
-OTHER_MODULES, NO_MODULE = "#6E6E6E", "#B8B8B8"
-BASES = {"lib": BLUE, "pca": VERMILION, "neuron": GREEN}
-_OTHER_BASES = (PURPLE, "#6B1030", ORANGE, SKY)
-BASIS_NAMES = {"lib": "LIB", "pca": "PCA", "neuron": "neurons"}
+import json
+from importlib.resources import files
+from typing import Any
+
+THEME: dict[str, Any] = json.loads((files("lib_lightning.plots") / "theme.json").read_text("utf-8"))
+
+_COLORS: dict[str, str] = THEME["colors"]
+_SERIES: list[str] = [_COLORS[name] for name in THEME["series"]]
+
+TEXT, MUTED = THEME["text"], THEME["muted"]
+BLUE, VERMILION = _COLORS["blue"], _COLORS["vermilion"]
+# Neighbouring colours also differ in lightness.
+MODULES: tuple[str, ...] = tuple(_COLORS[name] for name in THEME["modules"])
+OTHER_MODULES, NO_MODULE = THEME["other_modules"], THEME["no_module"]
+BASIS_NAMES: dict[str, str] = THEME["basis_names"]
+BASES = dict(zip(BASIS_NAMES, _SERIES, strict=False))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
@@ -17,7 +29,7 @@ def basis_styles(names: list[str]) -> dict[str, tuple[str, str]]:
     """Choose a colour and a marker for each line of a figure.
 
     Args:
-        names: What the lines are called; the kinds of basis have colours of their own.
+        names: Names of the lines. The kinds of basis ("lib", "pca", "neuron") always have the same style.
 
     Returns:
         Colour and marker by name.
@@ -27,6 +39,6 @@ def basis_styles(names: list[str]) -> dict[str, tuple[str, str]]:
         {'pca': ('#D55E00', 's'), 'mine': ('#CC79A7', 'D')}
     """
     others = [name for name in names if name not in BASES]
-    colors = BASES | {name: _OTHER_BASES[k % len(_OTHER_BASES)] for k, name in enumerate(others)}
-    places = {name: k for k, name in enumerate([*BASES, *others])}
-    return {name: (colors[name], _MARKERS[places[name] % len(_MARKERS)]) for name in names}
+    colors = BASES | {name: _SERIES[len(BASES) :][k % (len(_SERIES) - len(BASES))] for k, name in enumerate(others)}
+    positions = {name: k for k, name in enumerate([*BASES, *others])}
+    return {name: (colors[name], _MARKERS[positions[name] % len(_MARKERS)]) for name in names}

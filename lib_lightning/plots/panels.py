@@ -1,4 +1,4 @@
-"""Small multiples: a page of equal panels with one legend for all."""
+"""Small multiples: a page of equal panels with a common legend."""
 
 from __future__ import annotations
 
@@ -13,52 +13,54 @@ from matplotlib.lines import Line2D
 
 from lib_lightning.plots.fast_axes import FastAxes
 from lib_lightning.plots.palette import MUTED, TEXT
-from lib_lightning.plots.text_metrics import DPI, shorten_front, width_of
+from lib_lightning.plots.text_metrics import DPI, shorten_front, text_width
 
 Mark = Line2D | tuple[Line2D, ...]
 
 _PANEL_WIDTH, _PANEL_HEIGHT, _PAGE_WIDTH = 2.25, 1.55, 6.4
 # Inches around and between the panels.
-_LEFT, _RIGHT, _TOP, _FOOT, _ROW_GAP, _COLUMN_GAP, _ENTRIES = 0.82, 0.14, 0.92, 0.62, 0.62, 0.22, 0.26
-_ENTRY_SIZE = 10.5
-_OWN_SCALE_GAP, _SHARED_ROW_GAP = 0.6, 0.36
-_LARGEST_NAME, _SMALLEST_NAME, _SECOND_LINE = 11.0, 8.5, 0.17
+_LEFT, _RIGHT, _TOP, _BOTTOM, _ROW_GAP, _COLUMN_GAP, _LEGEND_LINE = 0.82, 0.14, 0.92, 0.62, 0.62, 0.22, 0.26
+_LEGEND_SIZE = 10.5
+_SEPARATE_SCALE_GAP, _SHARED_X_GAP = 0.6, 0.36
+_MAX_TITLE_SIZE, _MIN_TITLE_SIZE, _SECOND_LINE = 11.0, 8.5, 0.17
 
 
 @dataclass(frozen=True)
 class Grid:
-    """How panels stand on a page, where that is not left to their number.
+    """Arrangement of panels on a page.
 
     Attributes:
-        columns: Panels in a row.
-        height: Of a panel, in inches.
-        right: Inches that are kept free at the right of the page.
-        own_scale: Whether each panel has a scale of its own, so that its numbers are written beside it.
-        one_below_another: Whether the panels of a column share their x axis, whose numbers stand below the last one.
+        columns: Number of panels in a row.
+        height: Height of a panel, in inches.
+        right: Margin on the right of the page, in inches.
+        separate_scales: Whether each panel has its own y scale, with tick labels beside it.
+        share_x: Whether the panels of a column share their x axis, with tick labels below the last one.
+        title_margin: Points to keep free to the right of a panel's title.
     """
 
     columns: int
     height: float = _PANEL_HEIGHT
     right: float = _RIGHT
-    own_scale: bool = False
-    one_below_another: bool = False
+    separate_scales: bool = False
+    share_x: bool = False
+    title_margin: float = 0.0
 
 
 def panels(
-    names: Sequence[str], title: str, xlabel: str, ylabel: str, n_entries: int = 1, grid: Grid | None = None
+    names: Sequence[str], title: str, xlabel: str, ylabel: str, n_legend_lines: int = 1, grid: Grid | None = None
 ) -> tuple[Figure, list[FastAxes]]:
-    """Make a page of panels that share what is written at their axes.
+    """Create a page of panels with common axis labels.
 
     Args:
-        names: What each panel is about.
+        names: Title of each panel.
         title: Title of the page.
-        xlabel: What lies along the panels' x axes.
-        ylabel: What lies along their y axes.
-        n_entries: Lines of the legend below the title.
-        grid: How the panels stand; by default three in a row, four of many.
+        xlabel: Label of the x axes.
+        ylabel: Label of the y axes.
+        n_legend_lines: Number of legend lines below the title.
+        grid: Arrangement of the panels; by default two to four in a row, depending on their number.
 
     Returns:
-        A figure that pyplot does not know of, and its panels.
+        A figure that is not registered with pyplot, and its panels.
 
     Example:
         >>> figure, axes = panels(["first", "second"], "Title", "features", "importance")
@@ -67,48 +69,48 @@ def panels(
     """
     grid = grid or _grid_for(len(names))
     n_rows = max(math.ceil(len(names) / grid.columns), 1)
-    column_gap = _OWN_SCALE_GAP if grid.own_scale else _COLUMN_GAP
+    column_gap = _SEPARATE_SCALE_GAP if grid.separate_scales else _COLUMN_GAP
     width = max(_PAGE_WIDTH, grid.columns * _PANEL_WIDTH + _LEFT + grid.right)
     panel_width = (width - _LEFT - grid.right - (grid.columns - 1) * column_gap) / grid.columns
-    headings, size = _headings(names, 72 * panel_width)
-    second_line = _SECOND_LINE * any("\n" in heading for heading in headings)
-    top = _TOP + n_entries * _ENTRIES + second_line
-    row_gap = (_SHARED_ROW_GAP if grid.one_below_another else _ROW_GAP) + second_line
-    height = top + n_rows * grid.height + (n_rows - 1) * row_gap + _FOOT
+    titles, size = _titles(names, 72 * panel_width - grid.title_margin)
+    second_line = _SECOND_LINE * any("\n" in panel_title for panel_title in titles)
+    top = _TOP + n_legend_lines * _LEGEND_LINE + second_line
+    row_gap = (_SHARED_X_GAP if grid.share_x else _ROW_GAP) + second_line
+    height = top + n_rows * grid.height + (n_rows - 1) * row_gap + _BOTTOM
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
     figure.text(0.03, 1 - 0.38 / height, title, fontsize=16, fontweight="bold", color=TEXT, parse_math=False)
-    made = []
-    for k, heading in enumerate(headings):
+    all_axes = []
+    for k, panel_title in enumerate(titles):
         row, column = divmod(k, grid.columns)
         x = _LEFT + column * (panel_width + column_gap)
         y = height - top - (row + 1) * grid.height - row * row_gap
-        place = (x / width, y / height, panel_width / width, grid.height / height)
-        axes = figure.add_axes(place, axes_class=FastAxes)
+        bounds = (x / width, y / height, panel_width / width, grid.height / height)
+        axes = figure.add_axes(bounds, axes_class=FastAxes)
         assert isinstance(axes, FastAxes)
-        axes.numbers_left = grid.own_scale or column == 0
-        axes.numbers_below = k + grid.columns >= len(names) or not grid.one_below_another
-        # A place given for the title spares looking for one that is free.
-        axes.set_title(heading, loc="left", y=1.0, fontsize=size, fontweight="bold", color=TEXT, parse_math=False)
-        made.append(axes)
+        axes.left_labels = grid.separate_scales or column == 0
+        axes.bottom_labels = k + grid.columns >= len(names) or not grid.share_x
+        # An explicit y skips matplotlib's search for a position that overlaps nothing.
+        axes.set_title(panel_title, loc="left", y=1.0, fontsize=size, fontweight="bold", color=TEXT, parse_math=False)
+        all_axes.append(axes)
     figure.text(
         0.5 * (_LEFT + width - grid.right + _RIGHT) / width, 0.1 / height, xlabel, ha="center", fontsize=11, color=MUTED
     )
     figure.text(
-        0.1 / width, (_FOOT + height - top) / 2 / height, ylabel, va="center", rotation=90, fontsize=11, color=MUTED
+        0.1 / width, (_BOTTOM + height - top) / 2 / height, ylabel, va="center", rotation=90, fontsize=11, color=MUTED
     )
-    return figure, made
+    return figure, all_axes
 
 
-def add_entries(figure: Figure, rows: Sequence[Sequence[tuple[Mark, str]]]) -> None:
-    """Write a legend below the title.
+def add_legend(figure: Figure, rows: Sequence[Sequence[tuple[Mark, str]]]) -> None:
+    """Draw a legend below the title.
 
     Args:
         figure: A page of panels.
-        rows: Lines of the legend, from the top down: marks, or several side by side, and what they stand for.
+        rows: Lines of the legend, from top to bottom, as pairs of a mark (or several side by side) and its label.
 
     Example:
         >>> figure, _ = panels(["first"], "Title", "features", "importance")
-        >>> add_entries(figure, [[(Line2D([], []), "LIB")]])
+        >>> add_legend(figure, [[(Line2D([], []), "LIB")]])
         >>> len(figure.legends)
         1
     """
@@ -116,36 +118,36 @@ def add_entries(figure: Figure, rows: Sequence[Sequence[tuple[Mark, str]]]) -> N
         marks: list[Any] = [mark for mark, _ in row]
         figure.legend(
             marks, [label for _, label in row], loc="upper left", ncols=len(row), frameon=False,
-            bbox_to_anchor=(0.015, 1 - (0.48 + k * _ENTRIES) / figure.get_figheight()), fontsize=_ENTRY_SIZE,
+            bbox_to_anchor=(0.015, 1 - (0.48 + k * _LEGEND_LINE) / figure.get_figheight()), fontsize=_LEGEND_SIZE,
             labelcolor=MUTED, handlelength=4.0 if any(isinstance(mark, tuple) for mark in marks) else 1.8,
             handletextpad=0.5, columnspacing=1.4, handler_map={tuple: HandlerTuple(None, pad=0)},
         )  # fmt: skip
 
 
-def in_rows(entries: Sequence[tuple[Mark, str]]) -> list[list[tuple[Mark, str]]]:
-    """Break a long legend into lines.
+def wrap_legend(entries: Sequence[tuple[Mark, str]]) -> list[list[tuple[Mark, str]]]:
+    """Break a long legend into lines that fit the narrowest page.
 
     Args:
-        entries: Marks, or several side by side, and what they stand for.
+        entries: Pairs of a mark (or several side by side) and its label.
 
     Returns:
-        As many lines as it takes on the narrowest page.
+        The lines.
 
     Example:
-        >>> rows = in_rows([(Line2D([], []), f"a name of some length, {k}") for k in range(4)])
+        >>> rows = wrap_legend([(Line2D([], []), f"a label of some length, {k}") for k in range(4)])
         >>> [len(row) for row in rows]
         [2, 2]
     """
     rows: list[list[tuple[Mark, str]]] = []
-    left = 0.0
+    remaining = 0.0
     for mark, label in entries:
-        # The mark, its distance from the label, and that from the next entry.
-        width = width_of(label, _ENTRY_SIZE) + _ENTRY_SIZE * ((4.0 if isinstance(mark, tuple) else 1.8) + 0.5 + 1.4)
-        if width > left:
+        # The mark, its distance from the label, and the distance to the next entry.
+        width = text_width(label, _LEGEND_SIZE) + _LEGEND_SIZE * ((4.0 if isinstance(mark, tuple) else 1.8) + 0.5 + 1.4)
+        if width > remaining:
             rows.append([])
-            left = 72 * (_PAGE_WIDTH - 0.2)
+            remaining = 72 * (_PAGE_WIDTH - 0.2)
         rows[-1].append((mark, label))
-        left -= width
+        remaining -= width
     return rows
 
 
@@ -154,11 +156,11 @@ def _grid_for(count: int) -> Grid:
     return Grid(columns, _PANEL_HEIGHT if count > columns else 1.6 * _PANEL_HEIGHT)
 
 
-def _headings(names: Sequence[str], room: float) -> tuple[list[str], float]:
-    """Make names as wide as a panel: sections in two lines, smaller letters, and as a last resort their ends alone."""
+def _titles(names: Sequence[str], max_width: float) -> tuple[list[str], float]:
+    """Fit panel titles: break sections into two lines, then reduce the font size, then cut the beginning."""
     lines = [name.replace(" -> ", "\n-> ").split("\n") for name in names]
-    if all(width_of(name, _LARGEST_NAME, "bold") <= room for name in names):
+    if all(text_width(name, _MAX_TITLE_SIZE, "bold") <= max_width for name in names):
         lines = [[name] for name in names]
-    widest = max((width_of(line, _LARGEST_NAME, "bold") for parts in lines for line in parts), default=0.0)
-    size = max(_SMALLEST_NAME, _LARGEST_NAME * min(1.0, room / max(widest, 1.0)))
-    return ["\n".join(shorten_front(line, room, size, "bold") for line in parts) for parts in lines], size
+    widest = max((text_width(line, _MAX_TITLE_SIZE, "bold") for parts in lines for line in parts), default=0.0)
+    size = max(_MIN_TITLE_SIZE, _MAX_TITLE_SIZE * min(1.0, max_width / max(widest, 1.0)))
+    return ["\n".join(shorten_front(line, max_width, size, "bold") for line in parts) for parts in lines], size

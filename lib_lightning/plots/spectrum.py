@@ -1,4 +1,4 @@
-"""How importance falls from feature to feature: one panel for each node layer, one line for each basis."""
+"""Importance spectra: one panel for each node layer, one line for each basis."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator
-from torch import Tensor
 
 from lib_lightning.algorithm.basis import Basis
+from lib_lightning.plots.lineage_series import as_array
 from lib_lightning.plots.palette import BASIS_NAMES, MUTED, basis_styles
-from lib_lightning.plots.panels import add_entries, panels
+from lib_lightning.plots.panels import add_legend, panels
 from lib_lightning.plots.text_metrics import DPI, shorten
 
-# The share of a layer's largest importance below which nothing is drawn.
+# Importances below this fraction of the layer's largest are not drawn.
 FLOOR = 1e-6
-# Points between features: where they are closer, only the unsure ones keep their marks.
-_LEAST_SPACING = 3.0
-_WORDS = 8.5
-# Where numbers stand, in plain letters: to set powers as formulas takes longer than all the rest of the figure.
+# Points between features below which markers are drawn only for features of undetermined direction.
+_MIN_SPACING = 3.0
+_FONT_SIZE = 8.5
+# Tick labels as plain text: laying them out as math takes longer than the rest of the figure.
 _TICKS = {1.0: "1", 1e-2: "10⁻²", 1e-4: "10⁻⁴", FLOOR: "10⁻⁶"}
 _FLOOR_LINE: dict[str, Any] = {"lw": 0.9, "ls": (0, (4, 2))}
 
@@ -30,16 +30,16 @@ _FLOOR_LINE: dict[str, Any] = {"lw": 0.9, "ls": (0, (4, 2))}
 def draw_spectrum(bases: Mapping[str, Sequence[Basis]], title: str = "Importance of features") -> Figure:
     """Draw importance spectra.
 
-    Each basis is measured by its own largest importance in the layer, since those of different bases are different
-    quantities. Bands reach two standard errors up and down, and features whose direction the samples do not fix are
-    hollow, where the bases know them.
+    Each basis is normalized by its largest importance in the layer, since importances in different bases are different
+    quantities. Bands show two standard errors, and features whose direction the samples do not determine are hollow,
+    if the bases have this information.
 
     Args:
-        bases: For the name of each basis ("lib", "pca", "neuron") what it is in the node layers.
+        bases: For each basis, by name ("lib", "pca", "neuron" or any other), its node layers.
         title: Title of the figure.
 
     Returns:
-        A matplotlib figure that pyplot does not know of.
+        A matplotlib figure that is not registered with pyplot.
 
     Example:
         >>> import torch
@@ -51,17 +51,17 @@ def draw_spectrum(bases: Mapping[str, Sequence[Basis]], title: str = "Importance
     layers = list(dict.fromkeys(basis.name for layer in bases.values() for basis in layer))
     styles = basis_styles(list(bases))
     all_bases = [basis for layer in bases.values() for basis in layer]
-    unsure = any(basis.unsure is not None and bool(basis.unsure.any()) for basis in all_bases)
-    banded = any(np.isfinite(_errors(basis)).any() for basis in all_bases)
-    explained = [
-        (Line2D([], [], color=MUTED, lw=7, alpha=0.3, solid_capstyle="butt"), "± 2 standard errors", banded),
+    degenerate = any(basis.unsure is not None and bool(basis.unsure.any()) for basis in all_bases)
+    with_errors = any(np.isfinite(_errors(basis)).any() for basis in all_bases)
+    optional_entries = [
+        (Line2D([], [], color=MUTED, lw=7, alpha=0.3, solid_capstyle="butt"), "± 2 standard errors", with_errors),
         (
             Line2D([], [], ls="", marker="o", color=MUTED, markerfacecolor="white", ms=6),
-            "direction not fixed by the samples",
-            unsure,
+            "direction not determined by the samples",
+            degenerate,
         ),
     ]
-    meaning = [(mark, label) for mark, label, there in explained if there]
+    meaning = [(mark, label) for mark, label, present in optional_entries if present]
     lines = [
         (Line2D([], [], color=styles[name][0], marker=styles[name][1], ms=5, lw=1.6), BASIS_NAMES.get(name, name))
         for name in bases
@@ -73,17 +73,17 @@ def draw_spectrum(bases: Mapping[str, Sequence[Basis]], title: str = "Importance
         layers, title, "features by importance; the largest of each basis is 1", "importance", len(entries)
     )
     for axes, layer in zip(all_axes, layers, strict=True):
-        here = {name: basis for name, of_layers in bases.items() for basis in of_layers if basis.name == layer}
-        _frame(axes, max(basis.n_features for basis in here.values()))
-        # Where bases agree all stay visible: the first ones lie on top, and are the thinnest.
-        cut = {name: _draw_line(axes, here[name], styles[name], k) for k, name in enumerate(here)}
-        below = ", ".join(f"{n:,} {BASIS_NAMES.get(name, name)}" for name, n in cut.items() if n)
-        if below:
-            words = shorten(f"below: {below}", 0.95 * 72 * axes.bbox.width / DPI, _WORDS)
+        by_basis = {name: basis for name, of_layers in bases.items() for basis in of_layers if basis.name == layer}
+        _frame(axes, max(basis.n_features for basis in by_basis.values()))
+        # Earlier bases are drawn on top with thinner lines, so that all remain visible where they coincide.
+        n_below_floor = {name: _draw_line(axes, by_basis[name], styles[name], k) for k, name in enumerate(by_basis)}
+        below_counts = ", ".join(f"{n:,} {BASIS_NAMES.get(name, name)}" for name, n in n_below_floor.items() if n)
+        if below_counts:
+            text = shorten(f"below: {below_counts}", 0.95 * 72 * axes.bbox.width / DPI, _FONT_SIZE)
             axes.text(
-                0.03, 0.02, words, transform=axes.transAxes, fontsize=_WORDS, color=MUTED, parse_math=False
+                0.03, 0.02, text, transform=axes.transAxes, fontsize=_FONT_SIZE, color=MUTED, parse_math=False
             )  # fmt: skip
-    add_entries(figure, entries)
+    add_legend(figure, entries)
     return figure
 
 
@@ -98,27 +98,29 @@ def _frame(axes: Axes, longest: int) -> None:
 
 
 def _draw_line(axes: Axes, basis: Basis, style: tuple[str, str], depth: int) -> int:
-    """Draw one spectrum down to the floor, and count the features below it."""
-    importance = _array(basis.importance)
+    """Draw one spectrum down to the floor, and return the number of features below it."""
+    importance = as_array(basis.importance)
     largest = importance.max(initial=0.0)
     if largest <= 0:
         return len(importance)
     order = np.argsort(-importance, kind="stable")
     share = importance[order] / largest
     error = _errors(basis)[order] / largest
-    unsure = np.zeros(len(order), dtype=bool) if basis.unsure is None else _array(basis.unsure).astype(bool)[order]
+    degenerate = (
+        np.zeros(len(order), dtype=bool) if basis.unsure is None else as_array(basis.unsure).astype(bool)[order]
+    )
     count = int((share >= FLOOR).sum())
-    x, share, error, unsure = np.arange(1, count + 1), share[:count], error[:count], unsure[:count]
+    x, share, error, degenerate = np.arange(1, count + 1), share[:count], error[:count], degenerate[:count]
     color, marker = style
-    known = np.isfinite(error)
+    has_error = np.isfinite(error)
     z = 4 - depth / 10
     low, high = np.maximum(share - 2 * error, FLOOR), share + 2 * error
-    axes.fill_between(x, low, high, where=known, color=color, alpha=0.25, lw=0, zorder=2)
+    axes.fill_between(x, low, high, where=has_error, color=color, alpha=0.25, lw=0, zorder=2)
     axes.plot(x, share, color=color, lw=1.7 + 0.8 * depth, zorder=z)
     spacing = axes.bbox.width * 72 / DPI / np.ptp(axes.get_xlim())
     size = float(np.clip(spacing, 3.0, 5.0 + 1.5 * depth))
-    sure = ~unsure & (spacing >= _LEAST_SPACING)
-    for chosen, face in ((sure, color), (unsure, "white")):
+    filled = ~degenerate & (spacing >= _MIN_SPACING)
+    for chosen, face in ((filled, color), (degenerate, "white")):
         axes.plot(
             x[chosen], share[chosen], marker, ms=size, color=color, markerfacecolor=face, mew=1.0, zorder=z + 0.01
         )
@@ -126,12 +128,8 @@ def _draw_line(axes: Axes, basis: Basis, style: tuple[str, str], depth: int) -> 
 
 
 def _errors(basis: Basis) -> np.ndarray:
-    """Standard errors, NaN for those that are none."""
+    """Standard errors, NaN where they are not valid."""
     if basis.importance_error is None:
         return np.full(basis.n_features, np.nan)
-    error = _array(basis.importance_error)
+    error = as_array(basis.importance_error)
     return np.where(error >= 0, error, np.nan)
-
-
-def _array(tensor: Tensor) -> np.ndarray:
-    return np.asarray(tensor.detach().cpu().double().numpy())

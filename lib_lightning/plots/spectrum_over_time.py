@@ -1,4 +1,4 @@
-"""The importance spectrum over training time: how many features there are above several thresholds."""
+"""Importance spectra over training time: the number of features above several thresholds."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch import Tensor
 
 from lib_lightning.plots.lineage_series import as_array
 from lib_lightning.plots.palette import MUTED
-from lib_lightning.plots.panels import Grid, add_entries, panels
-from lib_lightning.plots.steps_axis import check_snapshots, set_steps
-from lib_lightning.plots.text_metrics import DPI, apart, short_number
+from lib_lightning.plots.panels import Grid, add_legend, panels
+from lib_lightning.plots.steps_axis import check_snapshots, set_step_axis
+from lib_lightning.plots.text_metrics import DPI, non_overlapping, short_number
 
-# Shares of a layer's largest importance.
+# Fractions of a layer's largest importance.
 THRESHOLDS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-6)
 _NAMES = ("≥ 10%", "1%", "0.1%", "0.01%", "1e-6 of the largest")
-# From the most important features to the least: the palette's blue, lighter and lighter.
+# From the most to the least important features: increasingly lighter blues.
 _DARK, _LIGHT = np.array([0.0, 0.27, 0.45]), np.array([0.86, 0.92, 0.97])
 _COLORS = [to_hex(_DARK + (_LIGHT - _DARK) * k / (len(THRESHOLDS) - 1)) for k in range(len(THRESHOLDS))]
-_LOWEST, _TICKS = 0.7, (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
-_COUNT_SIZE, _LINE_HEIGHT, _MARGIN = 8.0, 9.0, 0.45
+_Y_MIN, _TICKS = 0.7, (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
+_FONT_SIZE, _LINE_HEIGHT, _MARGIN = 8.0, 9.0, 0.45
 
 
 def draw_spectrum_over_time(
@@ -33,21 +33,21 @@ def draw_spectrum_over_time(
     importances: Mapping[str, Sequence[Tensor]],
     title: str = "Importance of features over training",
 ) -> Figure:
-    """Draw how many features of each node layer are above 10%, 1%, 0.1%, 0.01% and a millionth of its largest.
+    """Draw the number of features above 10%, 1%, 0.1%, 0.01% and 0.0001% of each node layer's largest importance.
 
-    The upper rim of each shade is the count at its threshold; read from the bottom up, shades are the spectrum itself,
-    from the most important feature to the least. The last counts stand at the right.
+    The upper edge of each shade is the count at its threshold. From bottom to top, the shades show the spectrum from
+    the most to the least important features. The final counts are written on the right.
 
     Args:
-        steps: The training step of each snapshot, rising.
-        importances: For each node layer the importances in each snapshot, shape ``(r,)``.
+        steps: The training step of each snapshot, in increasing order.
+        importances: For each node layer, the importances in each snapshot, shape ``(r,)``.
         title: Title of the figure.
 
     Returns:
-        A matplotlib figure that pyplot does not know of.
+        A matplotlib figure that is not registered with pyplot.
 
     Raises:
-        ValueError: If a node layer has another number of snapshots than there are steps.
+        ValueError: If a node layer has a different number of snapshots than there are steps.
 
     Example:
         >>> import torch
@@ -59,11 +59,11 @@ def draw_spectrum_over_time(
     check_snapshots(steps, importances)
     figure, all_axes = panels(
         list(importances), title, "training steps", "number of features", 1,
-        Grid(1 if len(importances) <= 3 else 2, 1.35, _MARGIN, own_scale=True, one_below_another=True),
+        Grid(1 if len(importances) <= 3 else 2, 1.35, _MARGIN, separate_scales=True, share_x=True),
     )  # fmt: skip
-    highest = max((len(importance) for of_layer in importances.values() for importance in of_layer), default=1)
-    for axes, of_layer in zip(all_axes, importances.values(), strict=True):
-        counts = np.array([counts_above(importance) for importance in of_layer]).reshape(len(steps), len(THRESHOLDS))
+    highest = max((len(importance) for snapshots in importances.values() for importance in snapshots), default=1)
+    for axes, snapshots in zip(all_axes, importances.values(), strict=True):
+        counts = np.array([counts_above(importance) for importance in snapshots]).reshape(len(steps), len(THRESHOLDS))
         _draw_counts(axes, steps, counts)
         _frame(axes, steps, max(highest, 2))
         _write_counts(axes, counts[-1] if len(counts) else np.arange(0))
@@ -71,19 +71,19 @@ def draw_spectrum_over_time(
         (Line2D([], [], color=color, lw=9, solid_capstyle="butt"), name)
         for color, name in zip(_COLORS, _NAMES, strict=True)
     ]
-    add_entries(figure, [marks])
+    add_legend(figure, [marks])
     return figure
 
 
 def counts_above(importance: Tensor, thresholds: Sequence[float] = THRESHOLDS) -> list[int]:
-    """Count features at several thresholds.
+    """Count the features above several thresholds.
 
     Args:
         importance: Shape ``(r,)``.
-        thresholds: Shares of the largest importance.
+        thresholds: Fractions of the largest importance.
 
     Returns:
-        For each threshold the number of features with at least this share; 0 where nothing is important.
+        For each threshold, the number of features at or above it; 0 if all importances are 0.
 
     Example:
         >>> import torch
@@ -96,32 +96,32 @@ def counts_above(importance: Tensor, thresholds: Sequence[float] = THRESHOLDS) -
 
 
 def _draw_counts(axes: Axes, steps: Sequence[int], counts: np.ndarray) -> None:
-    below = np.full(len(steps), _LOWEST)
+    lower = np.full(len(steps), _Y_MIN)
     for k, color in enumerate(_COLORS):
-        # No feature at all lies below the scale, which is logarithmic.
-        rim = np.maximum(counts[:, k], _LOWEST)
-        axes.fill_between(steps, below, rim, color=color, lw=0, zorder=2)
-        axes.plot(steps, rim, color="white", lw=0.6, zorder=3)
-        below = rim
+        # A count of 0 is drawn below the first tick of the logarithmic axis.
+        edge = np.maximum(counts[:, k], _Y_MIN)
+        axes.fill_between(steps, lower, edge, color=color, lw=0, zorder=2)
+        axes.plot(steps, edge, color="white", lw=0.6, zorder=3)
+        lower = edge
 
 
 def _frame(axes: Axes, steps: Sequence[int], highest: int) -> None:
     axes.set_yscale("log")
-    axes.set_ylim(_LOWEST, 1.15 * highest)
-    few = [tick for tick in _TICKS if tick <= highest]
-    axes.yaxis.set_major_locator(FixedLocator(few if len(few) <= 6 else [t for t in few if str(t)[0] == "1"]))
+    axes.set_ylim(_Y_MIN, 1.15 * highest)
+    ticks = [tick for tick in _TICKS if tick <= highest]
+    axes.yaxis.set_major_locator(FixedLocator(ticks if len(ticks) <= 6 else [t for t in ticks if str(t)[0] == "1"]))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda count, _: short_number(count)))
-    set_steps(axes, steps)
+    set_step_axis(axes, steps)
 
 
 def _write_counts(axes: Axes, counts: np.ndarray) -> None:
-    """Write the last counts at the right, the most important features' first."""
+    """Write the final counts on the right; smaller counts have priority."""
     low, high = np.log(axes.get_ylim())
     points = 72 * axes.bbox.height / DPI / (high - low)
     present = sorted({int(count) for count in counts if count})
-    for place in apart([float(np.log(count)) for count in present], _LINE_HEIGHT / points):
+    for k in non_overlapping([float(np.log(count)) for count in present], _LINE_HEIGHT / points):
         axes.annotate(
-            f"{present[place]:,}", (axes.get_xlim()[1], present[place]), xytext=(4, 0), textcoords="offset points",
-            va="center", fontsize=_COUNT_SIZE, color=MUTED, annotation_clip=False,
+            f"{present[k]:,}", (axes.get_xlim()[1], present[k]), xytext=(4, 0), textcoords="offset points",
+            va="center", fontsize=_FONT_SIZE, color=MUTED, annotation_clip=False,
         )  # fmt: skip

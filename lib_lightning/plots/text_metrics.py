@@ -1,4 +1,4 @@
-"""Words in figures: how wide they are, and how they are made to fit."""
+"""Text in figures: measuring it, shortening it to fit, and formatting numbers."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from matplotlib.font_manager import FontProperties
 DPI = 140
 
 
-def width_of(text: str, size: float, weight: str = "normal") -> float:
+def text_width(text: str, size: float, weight: str = "normal") -> float:
     """Measure a text without drawing it.
 
     Args:
-        text: One line; dollar signs are dollar signs.
-        size: Size of the letters, in points.
+        text: One line; dollar signs are not interpreted as math.
+        size: Font size, in points.
         weight: "normal" or "bold".
 
     Returns:
         Its width in points.
 
     Example:
-        >>> width_of("wide", 10) < width_of("wide", 12) < width_of("wider", 12)
+        >>> text_width("wide", 10) < text_width("wide", 12) < text_width("wider", 12)
         True
     """
-    # The renderer's own answer: it sets letters on whole pixels, which makes small ones wider than their outlines.
+    # Measured by the renderer itself: it rounds glyphs to whole pixels, so small text is wider than its outlines.
     width, _, _ = _renderer().get_text_width_height_descent(text, FontProperties(size=size, weight=weight), False)
     return float(width) * 72 / DPI
 
@@ -38,54 +38,54 @@ def _renderer() -> RendererAgg:
     return RendererAgg(1, 1, DPI)
 
 
-def shorten(text: str, room: float, size: float) -> str:
-    """Cut a text until it fits.
+def shorten(text: str, max_width: float, size: float) -> str:
+    """Cut the end of a text to fit a width.
 
     Args:
         text: One line.
-        room: How wide it may be, in points.
-        size: Size of the letters, in points.
+        max_width: Maximum width, in points.
+        size: Font size, in points.
 
     Returns:
-        The text, or its beginning and an ellipsis; "" where fewer than three letters of it would remain.
+        The text, or its beginning and an ellipsis; "" if fewer than three letters would remain.
 
     Example:
         >>> shorten("a long name", 40, 10), shorten("name", 40, 10), shorten("name", 15, 10)
         ('a lon…', 'name', '')
     """
-    if width_of(text, size) <= room:
+    if text_width(text, size) <= max_width:
         return text
     for end in range(len(text) - 1, 2, -1):
         cut = text[:end].rstrip() + "…"
-        if width_of(cut, size) <= room:
+        if text_width(cut, size) <= max_width:
             return cut
     return ""
 
 
-def shorten_front(text: str, room: float, size: float, weight: str = "normal") -> str:
-    """Cut the beginning of a text until it fits: what tells names of modules apart is often at the end.
+def shorten_front(text: str, max_width: float, size: float, weight: str = "normal") -> str:
+    """Cut the beginning of a text to fit a width; module paths usually differ at their ends.
 
     Args:
         text: One line.
-        room: How wide it may be, in points.
-        size: Size of the letters, in points.
+        max_width: Maximum width, in points.
+        size: Font size, in points.
         weight: "normal" or "bold".
 
     Returns:
-        The text, or an ellipsis and its end, of four letters at least.
+        The text, or an ellipsis and its end, at least four letters.
 
     Example:
         >>> shorten_front("transformer.h.3", 40, 10)
         '…er.h.3'
     """
     kept = text
-    while len(kept) > 5 and width_of(kept, size, weight) > room:
+    while len(kept) > 5 and text_width(kept, size, weight) > max_width:
         kept = "…" + kept.removeprefix("…")[1:]
     return kept
 
 
 def percent(share: float) -> str:
-    """Write a share as a percentage, "100%" only where nothing that matters is left out.
+    """Format a fraction as a percentage, rounding to "100%" only if the rest is negligible.
 
     Args:
         share: From 0 to 1.
@@ -101,10 +101,10 @@ def percent(share: float) -> str:
 
 
 def short_number(number: float) -> str:
-    """Write a count in few letters.
+    """Format a count compactly.
 
     Args:
-        number: What to write.
+        number: Any number.
 
     Returns:
         The text, with k for thousands and M for millions.
@@ -119,22 +119,22 @@ def short_number(number: float) -> str:
     return f"{number:g}"
 
 
-def apart(heights: Sequence[float], least: float) -> list[int]:
-    """Choose which lines of text to write, so that none lies on another.
+def non_overlapping(heights: Sequence[float], distance: float) -> list[int]:
+    """Select lines of text that do not overlap, in order of priority.
 
     Args:
-        heights: Where each would stand, the most wanted first.
-        least: How far apart neighbours must be at least.
+        heights: Height of each line, the most important line first.
+        distance: Minimum distance between two lines.
 
     Returns:
-        The places in ``heights`` of those that are written.
+        Indices of the selected lines.
 
     Example:
-        >>> apart([0.5, 0.6, 0.9], 0.2)
+        >>> non_overlapping([0.5, 0.6, 0.9], 0.2)
         [0, 2]
     """
     kept: list[int] = []
     for k, height in enumerate(heights):
-        if all(abs(height - heights[other]) >= least for other in kept):
+        if all(abs(height - heights[other]) >= distance for other in kept):
             kept.append(k)
     return kept

@@ -1,4 +1,4 @@
-"""Features over training time: lineages as bands, with their births, splits and deaths."""
+"""Lineages over training time, drawn as bands with their births, splits and deaths."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from matplotlib.patheffects import withStroke
 from lib_lightning.plots.lineage_series import LayerSnapshot, LineageTable, as_array, lineage_table
 from lib_lightning.plots.module_colors import ModuleColors
 from lib_lightning.plots.palette import MODULES, MUTED, NO_MODULE, OTHER_MODULES, TEXT
-from lib_lightning.plots.panels import Grid, Mark, add_entries, in_rows, panels
-from lib_lightning.plots.steps_axis import check_snapshots, set_steps
-from lib_lightning.plots.text_metrics import DPI, apart, shorten
+from lib_lightning.plots.panels import Grid, Mark, add_legend, panels, wrap_legend
+from lib_lightning.plots.steps_axis import check_snapshots, set_step_axis
+from lib_lightning.plots.text_metrics import DPI, non_overlapping, shorten, text_width
 
-_OTHERS = "#E4E4E4"
-# Inches at the right, for names.
+_OTHERS_COLOR = "#E4E4E4"
+# Inches on the right, for names.
 _MARGIN = 1.0
-_NAME_SIZE, _NAME_HEIGHT = 8.0, 8.5
-# A band at least this wide has a name, in points.
-_LEAST_NAMED = 3.0
+_NAME_SIZE, _NAME_HEIGHT, _COUNT_SIZE = 8.0, 8.5, 9.5
+# Points: minimum width of a band to be named.
+_MIN_NAMED = 3.0
 _STROKE = [withStroke(linewidth=1.6, foreground="white")]
-# Shares whose widths are shown beside each panel.
-_SCALE = (1.0, 0.1)
+# Shares of importance whose widths are shown beside each panel.
+_SCALE_SHARES = (1.0, 0.1)
 
 
 def draw_timeline(
@@ -38,24 +38,25 @@ def draw_timeline(
     title: str = "Features over training",
     limit: int = 40,
 ) -> Figure:
-    """Draw the lineages of every node layer as bands that lie on each other, from snapshot to snapshot.
+    """Draw the lineages of every node layer as stacked bands over training time.
 
-    A band is as wide as the square root of the share that its feature has in the sum of importances: a feature with 1%
-    is a tenth as wide as one with all, and can be seen beside it. A high stack is one of many features that share the
-    importance. Bands keep their order, and those that split from another one lie on it. Where features have names,
-    colours go by these, otherwise by modules.
+    The width of a band is the square root of its feature's share of the layer's importance, so that a feature with 1%
+    is a tenth as wide as one with 100%, and still visible. A higher stack means that the importance is distributed over
+    more features. The order of bands is fixed, and a lineage that split from another is drawn next to it. Colours
+    correspond to labels, if there are any, and otherwise to modules.
 
     Args:
-        steps: The training step of each snapshot, rising.
-        layers: For each node layer its features in each snapshot.
+        steps: The training step of each snapshot, in increasing order.
+        layers: For each node layer, its features in each snapshot.
         title: Title of the figure.
-        limit: Most lineages to draw in a panel, those with the largest share ever; the others are one band.
+        limit: Maximum number of lineages to draw in a panel: those with the largest share in any snapshot. The others
+            are combined in one band.
 
     Returns:
-        A matplotlib figure that pyplot does not know of.
+        A matplotlib figure that is not registered with pyplot.
 
     Raises:
-        ValueError: If a node layer has another number of snapshots than there are steps.
+        ValueError: If a node layer has a different number of snapshots than there are steps.
 
     Example:
         >>> import torch
@@ -65,74 +66,80 @@ def draw_timeline(
         'Figure'
     """
     check_snapshots(steps, layers)
-    lives = {name: lineage_table(moments) for name, moments in layers.items()}
-    shown = {name: _shown(of_layer, limit) for name, of_layer in lives.items()}
-    colors, meaning = _colors(layers, lives, shown)
+    tables = {name: lineage_table(snapshots) for name, snapshots in layers.items()}
+    shown = {name: _shown(table, limit) for name, table in tables.items()}
+    colors, color_legend = _colors(layers, tables, shown)
     marks: list[tuple[Mark, str]] = [
         (Line2D([], [], ls="", marker="^", ms=5, color=TEXT), "appears"),
-        (Line2D([], [], ls="", marker="x", ms=5, color=TEXT), "gone after"),
+        (Line2D([], [], ls="", marker="x", ms=5, color=TEXT), "last seen"),
         (Line2D([], [], lw=1.0, color=TEXT), "split from"),
-        (Line2D([], [], lw=7, color=_OTHERS, solid_capstyle="butt"), "all others"),
+        (Line2D([], [], lw=7, color=_OTHERS_COLOR, solid_capstyle="butt"), "all others"),
     ]
-    entries = [*in_rows(meaning), marks]
+    entries = [*wrap_legend(color_legend), marks]
     height = min(1.6, max(0.9, 7.0 / max(len(layers), 1)))
+    totals = {name: len(table.ids) for name, table in tables.items()}
+    counts = [
+        f"{n} lineages" if n == len(shown[name]) else f"{len(shown[name])} of {n} lineages"
+        for name, n in totals.items()
+    ]
+    counts_width = max((text_width(text, _COUNT_SIZE) for text in counts), default=0.0) + 10
     figure, all_axes = panels(
-        list(layers), title, "training steps; a band is as wide as the √ of its share of importance", "features",
-        len(entries), Grid(1, height, _MARGIN, one_below_another=True),
+        list(layers), title, "training steps; width of a band: √ of its share of importance", "features",
+        len(entries), Grid(1, height, _MARGIN, share_x=True, title_margin=counts_width),
     )  # fmt: skip
-    for axes, name in zip(all_axes, layers, strict=True):
-        names = _last_names(layers[name], lives[name])
-        _draw_layer(axes, steps, lives[name], shown[name], colors[name], names)
-    add_entries(figure, entries)
+    for axes, name, text in zip(all_axes, layers, counts, strict=True):
+        axes.set_title(text, loc="right", y=1.0, fontsize=_COUNT_SIZE, color=MUTED)
+        names = _final_names(layers[name], tables[name])
+        _draw_layer(axes, steps, tables[name], shown[name], colors[name], names)
+    add_legend(figure, entries)
     return figure
 
 
-def _shown(lives: LineageTable, limit: int) -> np.ndarray:
-    """The most important lineages, from the bottom up: by birth, but each beside the one that it has split from."""
-    most = lives.share.max(0, initial=0.0)
+def _shown(table: LineageTable, limit: int) -> np.ndarray:
+    """The most important lineages, from bottom to top: by birth, but each next to the lineage that it split from."""
+    most = table.share.max(0, initial=0.0)
     kept = np.sort(np.argsort(-most, kind="stable")[:limit])
-    order = kept[np.lexsort((-most[kept], lives.first[kept]))]
+    order = kept[np.lexsort((-most[kept], table.first[kept]))]
     children: dict[int, list[int]] = {int(k): [] for k in order}
     roots: list[int] = []
     for k in order.tolist():
-        parent = int(lives.parents[k])
+        parent = int(table.parents[k])
         (children[parent] if parent in children and parent != k else roots).append(k)
-    # The latest child lies next to its parent, so that each has come to lie there when it was born.
+    # The latest child is next to its parent, so each lineage is next to its parent at the time of the split.
     stacked: list[int] = []
-    waiting = roots[::-1]
-    while waiting:
-        k = waiting.pop()
+    pending = roots[::-1]
+    while pending:
+        k = pending.pop()
         stacked.append(k)
-        waiting += children[k]
+        pending += children[k]
     return np.array(stacked, dtype=int)
 
 
 def _colors(
-    layers: Mapping[str, Sequence[LayerSnapshot]], lives: Mapping[str, LineageTable], shown: Mapping[str, np.ndarray]
+    layers: Mapping[str, Sequence[LayerSnapshot]], tables: Mapping[str, LineageTable], shown: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], list[tuple[Mark, str]]]:
-    """For each node layer the colour of each band in each snapshot, shape ``(T, n)``, and what the colours mean."""
-    keys = {name: np.full((len(lives[name].share), len(index)), "", dtype=object) for name, index in shown.items()}
-    named = any(label for moments in layers.values() for moment in moments for label in moment.labels or ())
-    of_modules = ModuleColors()
+    """For each node layer, the colour of each band in each snapshot, shape ``(T, n)``; and a legend of the colours."""
+    keys = {name: np.full((len(tables[name].share), len(index)), "", dtype=object) for name, index in shown.items()}
+    labelled = any(label for layer in layers.values() for snapshot in layer for label in snapshot.labels or ())
+    module_colors = ModuleColors()
     for t in range(len(next(iter(keys.values()), []))):
-        now = {name: moments[t] for name, moments in layers.items()}
-        found = {} if named else of_modules.update(now)
-        for name, moment in now.items():
-            place = lives[name].place[t, shown[name]]
-            there = np.flatnonzero(place >= 0)
-            if named and moment.labels is not None:
-                keys[name][t, there] = [_theme(moment.labels[k]) for k in place[there]]
-            elif moment.modules is not None and not named:
-                module = as_array(moment.modules)[place[there]]
-                keys[name][t, there] = [found[int(m)] for m in module]
-    if not named:
-        has_modules = any(moment.modules is not None for moments in layers.values() for moment in moments)
-        return {name: np.where(key == "", NO_MODULE, key) for name, key in keys.items()}, _meaning_of_modules(
-            keys, has_modules
-        )
+        current = {name: layer[t] for name, layer in layers.items()}
+        color_of = {} if labelled else module_colors.update(current)
+        for name, snapshot in current.items():
+            feature = tables[name].feature[t, shown[name]]
+            present = np.flatnonzero(feature >= 0)
+            if labelled and snapshot.labels is not None:
+                keys[name][t, present] = [_theme(snapshot.labels[k]) for k in feature[present]]
+            elif snapshot.modules is not None and not labelled:
+                module = as_array(snapshot.modules)[feature[present]]
+                keys[name][t, present] = [color_of[int(m)] for m in module]
+    if not labelled:
+        has_modules = any(snapshot.modules is not None for layer in layers.values() for snapshot in layer)
+        colors = {name: np.where(key == "", NO_MODULE, key) for name, key in keys.items()}
+        return colors, _module_legend(keys, has_modules)
     weights: dict[str, float] = {}
     for name, key in keys.items():
-        share = lives[name].share[:, shown[name]]
+        share = tables[name].share[:, shown[name]]
         for theme in np.unique(key.astype(str)):
             weights[theme] = weights.get(theme, 0.0) + float(share[key == theme].sum())
     ranked = sorted((theme for theme in weights if theme), key=lambda theme: -weights[theme])
@@ -144,18 +151,18 @@ def _colors(
         name: np.array([[palette[k] for k in row] for row in key], dtype=object).reshape(key.shape)
         for name, key in keys.items()
     }
-    return colors, [*rows, (_patch(NO_MODULE), "no name")]
+    return colors, [*rows, (_patch(NO_MODULE), "no label")]
 
 
-def _meaning_of_modules(keys: Mapping[str, np.ndarray], has_modules: bool) -> list[tuple[Mark, str]]:
+def _module_legend(keys: Mapping[str, np.ndarray], has_modules: bool) -> list[tuple[Mark, str]]:
     if not has_modules:
         return []
     used = {color for key in keys.values() for color in np.unique(key.astype(str))}
     rows: list[tuple[Mark, str]] = []
-    if own := tuple(_patch(color) for color in MODULES if color in used):
-        rows.append((own, "modules"))
-    others = [(OTHER_MODULES, "smaller ones"), (NO_MODULE, "in none")]
-    return rows + [(_patch(color), meaning) for color, meaning in others if color in used]
+    if patches := tuple(_patch(color) for color in MODULES if color in used):
+        rows.append((patches, "modules"))
+    others = [(OTHER_MODULES, "other modules"), (NO_MODULE, "no module")]
+    return rows + [(_patch(color), label) for color, label in others if color in used]
 
 
 def _patch(color: str) -> Line2D:
@@ -164,7 +171,7 @@ def _patch(color: str) -> Line2D:
 
 @cache
 def _theme(label: str) -> str:
-    """What a name is about: its beginning, where that sets something (k=17 a+b), or else all but a percentage."""
+    """The common part of related labels: "k=17" of "k=17 a+b", or else the label without a percentage at its end."""
     match = re.match(r"\S+=\S+", label)
     return match.group() if match else _without_percentage(label)
 
@@ -173,66 +180,67 @@ def _without_percentage(label: str) -> str:
     return re.sub(r"\s*\d+(\.\d+)?%$", "", label)
 
 
-def _last_names(moments: Sequence[LayerSnapshot], lives: LineageTable) -> list[str]:
-    """What is written at the end of each lineage that is there: its name, or its number."""
-    place = lives.place[-1] if len(lives.place) else np.arange(0)
-    if not any(any(moment.labels or ()) for moment in moments):
-        return [str(k) for k in lives.ids]
-    labels = moments[-1].labels
-    return [_without_percentage(labels[int(k)]) if labels is not None and k >= 0 else "" for k in place]
+def _final_names(snapshots: Sequence[LayerSnapshot], table: LineageTable) -> list[str]:
+    """The text at the right end of each lineage: its label, or its id if the layer has no labels."""
+    feature = table.feature[-1] if len(table.feature) else np.arange(0)
+    if not any(any(snapshot.labels or ()) for snapshot in snapshots):
+        return [str(k) for k in table.ids]
+    labels = snapshots[-1].labels
+    return [_without_percentage(labels[int(k)]) if labels is not None and k >= 0 else "" for k in feature]
 
 
 def _draw_layer(
-    axes: Axes, steps: Sequence[int], lives: LineageTable, shown: np.ndarray, colors: np.ndarray, names: Sequence[str]
+    axes: Axes, steps: Sequence[int], table: LineageTable, shown: np.ndarray, colors: np.ndarray, names: Sequence[str]
 ) -> None:
-    widths = np.sqrt(lives.share)
-    hidden = np.sqrt(np.delete(lives.share, shown, axis=1).sum(1))
-    # From the bottom up; what is left out lies on top, where it moves nothing.
-    rims = np.cumsum(np.column_stack([np.zeros(len(steps)), widths[:, shown], hidden]), axis=1)
+    widths = np.sqrt(table.share)
+    hidden = np.sqrt(np.delete(table.share, shown, axis=1).sum(1))
+    # From bottom to top; the lineages that are not drawn are on top, where they do not displace the others.
+    edges = np.cumsum(np.column_stack([np.zeros(len(steps)), widths[:, shown], hidden]), axis=1)
     x = np.asarray(steps, dtype=float)
-    set_steps(axes, steps)
-    axes.set_ylim(0, 1.02 * max(rims.max(initial=0.0), 1.0))
+    set_step_axis(axes, steps)
+    axes.set_ylim(0, 1.02 * max(edges.max(initial=0.0), 1.0))
     shapes, faces = [], []
     for k, lineage in enumerate(shown):
-        start, stop = max(lives.first[lineage] - 1, 0), min(lives.last[lineage] + 1, len(x) - 1)
-        for low, high, color in _runs(colors[:, k], start, stop, lives, lineage):
+        start, stop = max(table.first[lineage] - 1, 0), min(table.last[lineage] + 1, len(x) - 1)
+        for low, high, color in _color_runs(colors[:, k], start, stop, table, lineage):
             part = slice(low, high + 1)
-            there = np.column_stack([x[part], rims[part, k]]), np.column_stack([x[part], rims[part, k + 1]])[::-1]
-            shapes.append(np.concatenate(there))
+            outline = np.column_stack([x[part], edges[part, k]]), np.column_stack([x[part], edges[part, k + 1]])[::-1]
+            shapes.append(np.concatenate(outline))
             faces.append(color)
     axes.add_collection(
         PolyCollection(shapes, facecolors=faces, edgecolors="white", linewidths=0.3, zorder=2), autolim=False
     )
-    axes.fill_between(x, rims[:, -2], rims[:, -1], color=_OTHERS, lw=0, zorder=1)
-    _mark_events(axes, x, lives, shown, (rims[:, :-2] + rims[:, 1:-1]) / 2)
-    _write_names(axes, lives, shown, rims, colors, names)
+    axes.fill_between(x, edges[:, -2], edges[:, -1], color=_OTHERS_COLOR, lw=0, zorder=1)
+    _mark_events(axes, x, table, shown, (edges[:, :-2] + edges[:, 1:-1]) / 2)
+    _draw_names(axes, table, shown, edges, colors, names)
     _draw_scale(axes)
-    left_out = len(lives.ids) - len(shown)
-    counts = f"{len(shown)} of {len(lives.ids)} lineages" if left_out else f"{len(lives.ids)} lineages"
-    axes.set_title(counts, loc="right", y=1.0, fontsize=9.5, color=MUTED)
 
 
-def _runs(colors: np.ndarray, start: int, stop: int, lives: LineageTable, lineage: int) -> list[tuple[int, int, str]]:
-    """Parts of a band that have one colour, each up to where the next one begins."""
-    there = np.flatnonzero(lives.place[:, lineage] >= 0)
-    changes = [int(t) for before, t in pairwise(there) if colors[before] != colors[t]]
+def _color_runs(
+    colors: np.ndarray, start: int, stop: int, table: LineageTable, lineage: int
+) -> list[tuple[int, int, str]]:
+    """Parts of a band with the same colour, each ending where the next one begins."""
+    present = np.flatnonzero(table.feature[:, lineage] >= 0)
+    changes = [int(t) for before, t in pairwise(present) if colors[before] != colors[t]]
     bounds = [start, *changes, stop]
-    owners = [int(there[0]), *changes]
-    return [(low, high, str(colors[owner])) for low, high, owner in zip(bounds[:-1], bounds[1:], owners, strict=True)]
+    sources = [int(present[0]), *changes]
+    return [
+        (low, high, str(colors[source])) for low, high, source in zip(bounds[:-1], bounds[1:], sources, strict=True)
+    ]
 
 
-def _mark_events(axes: Axes, x: np.ndarray, lives: LineageTable, shown: np.ndarray, middle: np.ndarray) -> None:
-    first, last = lives.first[shown], lives.last[shown]
+def _mark_events(axes: Axes, x: np.ndarray, table: LineageTable, shown: np.ndarray, middle: np.ndarray) -> None:
+    first, last = table.first[shown], table.last[shown]
     column = np.arange(len(shown))
     born, dead = first > 0, last < len(x) - 1
-    where = {lineage: k for k, lineage in enumerate(shown.tolist())}
-    links = []
+    position_of = {lineage: k for k, lineage in enumerate(shown.tolist())}
+    split_lines = []
     for k in column[born]:
-        parent = where.get(int(lives.parents[shown[k]]))
+        parent = position_of.get(int(table.parents[shown[k]]))
         if parent is not None:
             t = first[k]
-            links.append([(x[t - 1], middle[t - 1, parent]), (x[t], middle[t, k])])
-    axes.add_collection(LineCollection(links, colors=TEXT, linewidths=0.8, zorder=3), autolim=False)
+            split_lines.append([(x[t - 1], middle[t - 1, parent]), (x[t], middle[t, k])])
+    axes.add_collection(LineCollection(split_lines, colors=TEXT, linewidths=0.8, zorder=3), autolim=False)
     for marker, t, which in (("^", first, born), ("x", last, dead)):
         axes.scatter(
             x[t[which]], middle[t[which], column[which]], marker=marker, s=11, c=TEXT, zorder=4, clip_on=False,
@@ -240,17 +248,17 @@ def _mark_events(axes: Axes, x: np.ndarray, lives: LineageTable, shown: np.ndarr
         )  # fmt: skip
 
 
-def _write_names(
-    axes: Axes, lives: LineageTable, shown: np.ndarray, rims: np.ndarray, colors: np.ndarray, names: Sequence[str]
+def _draw_names(
+    axes: Axes, table: LineageTable, shown: np.ndarray, edges: np.ndarray, colors: np.ndarray, names: Sequence[str]
 ) -> None:
-    """Write names at the right of the bands, the widest first, as far as there is room."""
+    """Write names to the right of the bands, where there is space; wider bands have priority."""
     points = 72 * axes.bbox.height / DPI / np.ptp(axes.get_ylim())
-    widths, middle = np.diff(rims[-1]) * points, (rims[-1, :-1] + rims[-1, 1:]) / 2
-    alive = lives.last[shown] == len(rims) - 1
-    wanted = [k for k in np.argsort(-widths[:-1], kind="stable") if alive[k] and widths[k] >= _LEAST_NAMED]
-    wanted = [k for k in wanted if names[shown[k]]]
-    for place in apart([middle[k] for k in wanted], _NAME_HEIGHT / points):
-        k = wanted[place]
+    widths, middle = np.diff(edges[-1]) * points, (edges[-1, :-1] + edges[-1, 1:]) / 2
+    alive = table.last[shown] == len(edges) - 1
+    candidates = [k for k in np.argsort(-widths[:-1], kind="stable") if alive[k] and widths[k] >= _MIN_NAMED]
+    candidates = [k for k in candidates if names[shown[k]]]
+    for position in non_overlapping([middle[k] for k in candidates], _NAME_HEIGHT / points):
+        k = candidates[position]
         axes.annotate(
             shorten(names[shown[k]], 72 * _MARGIN - 10, _NAME_SIZE), (axes.get_xlim()[1], middle[k]), xytext=(4, 0),
             textcoords="offset points", va="center", fontsize=_NAME_SIZE, color=str(colors[-1, k]),
@@ -259,17 +267,17 @@ def _write_names(
 
 
 def _draw_scale(axes: Axes) -> None:
-    """Show on the left how wide some shares are."""
+    """Draw a scale of band widths on the left."""
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     across, x, low = axes.get_yaxis_transform(), -0.018, 0.0
     line = 10 * DPI / 72 * np.ptp(axes.get_ylim()) / axes.bbox.height
-    for share in _SCALE:
+    for share in _SCALE_SHARES:
         high = low + np.sqrt(share)
         axes.plot([x, x], [low, high], transform=across, color=MUTED, lw=2.2, solid_capstyle="butt", clip_on=False)
         axes.text(
             x - 0.012, (low + high) / 2, f"{share:.0%}", transform=across, ha="right", va="center", fontsize=8,
             color=MUTED,
         )  # fmt: skip
-        # Where bars are shorter than letters, it is these that must keep apart.
+        # Keep the labels non_overlapping even if the bars are shorter than the text.
         low = max(high + 0.3 * line, (low + high) / 2 + line)

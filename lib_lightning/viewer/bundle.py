@@ -12,17 +12,22 @@ _EXPORT = re.compile(r"^export (?=async |function|class|const|let)", re.MULTILIN
 
 
 def static_files() -> dict[str, str]:
-    """Read all files of the view.
+    """Read the viewer's style sheet and JavaScript modules.
 
     Returns:
-        Their text by name.
+        Their text by file name. The module ``theme.js`` is made from the JSON file that the figures read, so that both
+        have the same colours, names and sizes.
 
     Example:
-        >>> {"index.js", "view.js", "view.css", "embedded.js"} <= set(static_files())
+        >>> {"index.js", "view.js", "view.css", "embedded.js", "theme.js"} <= set(static_files())
         True
     """
     folder = files("lib_lightning.viewer") / "static"
-    return {file.name: file.read_text("utf-8") for file in folder.iterdir() if file.name.endswith((".js", ".css"))}
+    theme = (files("lib_lightning.plots") / "theme.json").read_text("utf-8").strip()
+    return {
+        "theme.js": f"export const THEME = {theme};\n",
+        **{file.name: file.read_text("utf-8") for file in folder.iterdir() if file.name.endswith((".js", ".css"))},
+    }
 
 
 def joined(modules: Mapping[str, str], wanted: Mapping[str, str]) -> str:

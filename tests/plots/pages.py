@@ -1,4 +1,4 @@
-"""What every figure must be: readable, whole, and nobody else's."""
+"""Checks for every figure: no text outside the page or overlapping another, and no pyplot state."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lib_lightning.plots.image import render_png
 
 
 def all_texts(figure: Figure) -> list[Text]:
-    """Every text with something to read, but for the numbers at axes, which matplotlib itself keeps apart."""
+    """All non-empty texts except tick labels, which matplotlib places."""
     texts = [*figure.texts, *(t for legend in figure.legends for t in legend.get_texts())]
     for axes in figure.axes:
-        texts += [*axes.texts, axes.title, axes._left_title]
+        texts += [child for child in axes.get_children() if isinstance(child, Text)]
     return [text for text in texts if text.get_text().strip()]
 
 
@@ -22,7 +22,7 @@ def words(figure: Figure) -> list[str]:
 
 
 def assert_readable(figure: Figure) -> None:
-    """No text leaves the page or lies on another one, and pyplot does not keep the figure."""
+    """No text leaves the page or overlaps another one, and pyplot does not hold the figure."""
     png = render_png(figure)
     renderer = figure.canvas.get_renderer()
     texts = all_texts(figure)

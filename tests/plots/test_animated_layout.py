@@ -1,4 +1,4 @@
-"""The film of graphs: features that stay keep their places, modules their colours."""
+"""Layout of successive graphs: features keep their positions and modules their colours."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def layer(name: str, importance: Tensor, kind: str = "lib") -> Basis:
     return Basis(name, kind, torch.zeros(len(importance)), eye, eye, importance.double())
 
 
-def places(column: Column) -> dict[int, float]:
-    assert column.numbers is not None
-    return dict(zip(column.numbers.tolist(), column.heights.tolist(), strict=True))
+def heights_by_lineage(column: Column) -> dict[int, float]:
+    assert column.lineages is not None
+    return dict(zip(column.lineages.tolist(), column.heights.tolist(), strict=True))
 
 
 Frame = tuple[list[Basis], list[Tensor], list[Tensor], list[Tensor]]
 
 
 def frames(count: int, sizes: tuple[int, ...] = (60, 30, 12)) -> list[Frame]:
-    """Graphs in which some features are replaced and all change their order; the last layer is one of neurons."""
+    """Graphs in which some features are replaced and all are reordered; the last layer consists of neurons."""
     torch.manual_seed(0)
     ids = [torch.arange(r) for r in sizes]
     made = []
@@ -54,12 +54,12 @@ def frames(count: int, sizes: tuple[int, ...] = (60, 30, 12)) -> list[Frame]:
     return made
 
 
-def test_features_that_stay_visible_keep_their_height_exactly() -> None:
-    film, before = AnimatedLayout(limit=20), None
+def test_features_that_remain_visible_keep_their_height_exactly() -> None:
+    layout, before = AnimatedLayout(limit=20), None
     stayed = 0
     for bases, ids, edges, modules in frames(12):
-        columns, _ = film.columns(bases, ids, edges, modules)
-        now = [places(column) for column in columns]
+        columns, _ = layout.columns(bases, ids, edges, modules)
+        now = [heights_by_lineage(column) for column in columns]
         for column, height, basis, own in zip(columns, now, bases, ids, strict=True):
             assert len(height) == len(set(height.values())) == min(20, basis.n_features)
             wanted = set(own[basis.importance.argsort(descending=True)[:20]].tolist())
@@ -75,47 +75,47 @@ def test_features_that_stay_visible_keep_their_height_exactly() -> None:
     assert stayed > 100
 
 
-def test_single_neurons_keep_their_own_order_and_height() -> None:
+def test_single_neurons_are_ordered_by_index() -> None:
     torch.manual_seed(0)
     for kind in ("neuron", "centered"):
-        film, seen = AnimatedLayout(limit=5), {}
+        layout, seen = AnimatedLayout(limit=5), {}
         for _ in range(6):
-            (column,), _ = film.columns([layer("output", torch.rand(14), kind)], [torch.arange(14)], [])
+            (column,), _ = layout.columns([layer("output", torch.rand(14), kind)], [torch.arange(14)], [])
             assert (np.diff(column.shown) > 0).all()
-            for neuron, height in places(column).items():
+            for neuron, height in heights_by_lineage(column).items():
                 assert seen.setdefault(neuron, height) == height == pytest.approx(1 - neuron / 13)
 
 
-def test_a_new_feature_takes_the_free_place_nearest_to_its_partners() -> None:
+def test_a_new_feature_gets_the_free_slot_nearest_to_its_neighbours() -> None:
     output = layer("output", torch.ones(12), "neuron")
-    numbers, film = torch.arange(12), AnimatedLayout(limit=40)
+    numbers, layout = torch.arange(12), AnimatedLayout(limit=40)
     first = layer("a", torch.tensor([2.0, 1.0]))
-    film.columns([first, output], [torch.tensor([0, 1]), numbers], [torch.ones(12, 2)])
+    layout.columns([first, output], [torch.tensor([0, 1]), numbers], [torch.ones(12, 2)])
     grown, E = layer("a", torch.tensor([2.0, 1.0, 0.5, 0.4])), torch.zeros(12, 4)
-    E[2, 2], E[10, 2], E[:, :2] = 3.0, 1.0, 1.0  # the third one's partners; the fourth one has none
-    column = film.columns([grown, output], [torch.tensor([0, 1, 7, 8]), numbers], [E])[0][0]
-    height, spacing = places(column), 1 / 49
+    E[2, 2], E[10, 2], E[:, :2] = 3.0, 1.0, 1.0  # neighbours of the third feature; the fourth has none
+    column = layout.columns([grown, output], [torch.tensor([0, 1, 7, 8]), numbers], [E])[0][0]
+    height, spacing = heights_by_lineage(column), 1 / 49
     assert height[7] == pytest.approx(1 - (3 * 2 + 10) / 4 / 11, abs=spacing / 2 + 1e-9)
     assert abs(height[8] - 0.5) <= 3 * spacing
-    # The same partners again: the nearest place is taken, so the next one serves.
+    # The same neighbours again: the nearest slot is occupied, so the next one is used.
     more, E = layer("a", torch.tensor([2.0, 1.0, 0.5, 0.4, 0.3])), torch.cat([E, E[:, 2:3]], 1)
-    again = places(film.columns([more, output], [torch.tensor([0, 1, 7, 8, 9]), numbers], [E])[0][0])
+    again = heights_by_lineage(layout.columns([more, output], [torch.tensor([0, 1, 7, 8, 9]), numbers], [E])[0][0])
     assert abs(again[9] - again[7]) == pytest.approx(spacing)
 
 
-def test_colours_follow_modules_through_new_numbers() -> None:
-    film, found = AnimatedLayout(), []
+def test_modules_keep_their_colours_when_renumbered() -> None:
+    layout, found = AnimatedLayout(), []
     for turn, (bases, ids, edges, _) in enumerate(frames(5, (10, 8))):
         # Even and odd lineages, numbered anew in every graph.
         number_of = torch.tensor([0, 1] if turn % 2 else [7, 3])
-        _, colors = film.columns(bases, ids, edges, [number_of[of_layer % 2] for of_layer in ids])
+        _, colors = layout.columns(bases, ids, edges, [number_of[of_layer % 2] for of_layer in ids])
         assert colors is not None
         found.append([colors[int(number)] for number in number_of])
     assert found == found[:1] * 5
     assert set(found[0]) == set(MODULES[:2])
 
 
-def test_a_colour_out_of_use_waits_before_it_is_used_again() -> None:
+def test_the_colour_unused_for_longest_is_used_first() -> None:
     colors = ModuleColors()
 
     def update(ids: list[int], modules: list[int], importance: list[float] | None = None) -> dict[int, str]:
@@ -140,36 +140,36 @@ def test_a_colour_out_of_use_waits_before_it_is_used_again() -> None:
     assert update([101], [0]) == {0: found[1]}, "a snapshot without modules forgets nothing"
 
 
-def test_a_state_goes_through_a_checkpoint() -> None:
+def test_state_dict_round_trip_through_a_checkpoint() -> None:
     first, second, third = frames(3)
-    film = AnimatedLayout(limit=15)
+    layout = AnimatedLayout(limit=15)
     for bases, ids, edges, modules in (first, second):
-        film.columns(bases, ids, edges, modules)
+        layout.columns(bases, ids, edges, modules)
     file = io.BytesIO()
-    torch.save(film.state_dict(), file)
+    torch.save(layout.state_dict(), file)
     file.seek(0)
     resumed = AnimatedLayout()
     resumed.load_state_dict(torch.load(file, weights_only=True))
     bases, ids, edges, modules = third
-    columns, colors = film.columns(bases, ids, edges, modules)
+    columns, colors = layout.columns(bases, ids, edges, modules)
     same_columns, same_colors = resumed.columns(bases, ids, edges, modules)
     assert colors == same_colors
-    assert [places(column) for column in columns] == [places(column) for column in same_columns]
-    assert film.state_dict() == resumed.state_dict()
+    assert [heights_by_lineage(column) for column in columns] == [heights_by_lineage(column) for column in same_columns]
+    assert layout.state_dict() == resumed.state_dict()
 
 
 @pytest.mark.parametrize("with_modules", [True, False])
-def test_a_figure_follows_the_film(with_modules: bool) -> None:
-    film, heights, colors = AnimatedLayout(limit=9), {}, {}
+def test_a_figure_uses_the_layout(with_modules: bool) -> None:
+    layout, heights, colors = AnimatedLayout(limit=9), {}, {}
     for bases, ids, edges, _ in frames(4, (9, 7, 5)):
         modules = [of_layer % 3 for of_layer in ids] if with_modules else None
-        figure = draw_graph(bases, edges, modules=modules, lineages=ids, layout=film)
+        figure = draw_graph(bases, edges, modules=modules, lineages=ids, layout=layout)
         assert_readable(figure)
         assert ("lineage" in words(figure), "modules" in words(figure)) == (True, with_modules)
         assert not figure.axes[0].patches, "no bands"
         dots = [c for c in figure.axes[0].collections if isinstance(c, PathCollection)]
         notes = [t for t in figure.axes[0].texts if isinstance(t, Annotation)]
-        # What stands on the left of a dot is the number of its lineage.
+        # The number to the left of a dot is its lineage id.
         written = {t.xy: int(t.get_text()) for t in notes if t.get_text().isdigit()}
         for x, of_layer in enumerate(dots):
             offsets, faces = np.asarray(of_layer.get_offsets()), of_layer.get_facecolors()
@@ -183,7 +183,7 @@ def test_a_figure_follows_the_film(with_modules: bool) -> None:
     assert len(set.union(*colors.values())) == (3 if with_modules else 1)
 
 
-def test_a_film_needs_lineages() -> None:
+def test_a_layout_requires_lineages() -> None:
     basis = layer("a", torch.ones(2))
     with pytest.raises(ValueError, match="lineages= is missing"):
         draw_graph([basis, replace(basis, name="b")], [torch.eye(2)], layout=AnimatedLayout())

@@ -1,4 +1,4 @@
-"""The graph figure: what it says, that it is readable, and that nothing of it is kept."""
+"""The graph figure: its texts, its marks, and that no memory is kept."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def wide() -> Figure:
     return draw_graph(bases, [torch.rand(5, 60)], "A title", max_edges=100, max_features=40)
 
 
-def test_it_says_what_is_shown_of_how_many(wide: Figure) -> None:
+def test_texts_give_the_numbers_shown_and_the_totals(wide: Figure) -> None:
     said = texts(wide)
     assert {"A title", "first", "output", "40 of 60 features", "5 neurons"} <= set(said)
     (edges,) = (text for text in said if "edges" in text)
@@ -44,7 +44,7 @@ def test_it_says_what_is_shown_of_how_many(wide: Figure) -> None:
     assert edges.endswith("% of strength")
 
 
-def test_the_strongest_edges_are_drawn_and_the_weakest_lie_below() -> None:
+def test_the_strongest_edges_are_drawn_last() -> None:
     E = torch.tensor([[1.0, 0.25], [0.0, 0.04]])
     figure = draw_graph([layer("a", torch.tensor([1.0, 0.1])), layer("b", torch.tensor([1.0, 0.1]))], [E], max_edges=2)
     (lines,) = (c for c in figure.axes[0].collections if isinstance(c, LineCollection))
@@ -62,7 +62,7 @@ def test_dots_grow_with_importance(wide: Figure) -> None:
 
 
 @pytest.mark.parametrize("sizes", [(1, 1), (0, 3), (3, 0), (300, 300), (12, 40, 3, 7, 9, 2)])
-def test_any_size_is_drawn_without_text_on_text(sizes: tuple[int, ...]) -> None:
+def test_any_size_is_drawn_without_overlapping_text(sizes: tuple[int, ...]) -> None:
     bases = [layer(f"blocks.{k}.attention:input", torch.rand(r)) for k, r in enumerate(sizes)]
     figure = draw_graph(bases, [torch.rand(b, a) for a, b in pairwise(sizes)])
     png = render_png(figure)
@@ -82,7 +82,7 @@ def test_the_image_is_small() -> None:
     assert len(png.data) < 250_000
 
 
-def test_hundreds_of_figures_leave_nothing_behind() -> None:
+def test_hundreds_of_figures_are_freed() -> None:
     bases = [layer("a", torch.ones(2)), layer("b", torch.ones(2))]
     alive: weakref.WeakSet[Figure] = weakref.WeakSet()
 
@@ -99,5 +99,5 @@ def test_hundreds_of_figures_leave_nothing_behind() -> None:
     grown = draw(150) - settled
     assert not alive
     assert not pyplot.get_fignums()
-    # Kilobytes. One kept figure holds over 2 MB of pixels, so a leak would show as 300,000 at least.
+    # Kilobytes. A figure holds over 2 MB of pixels, so a leak would be at least 300,000.
     assert grown < 100_000

@@ -1,4 +1,4 @@
-"""Modules, names and unsure features in the graph figure."""
+"""Modules, labels and degenerate features in the graph figure."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def heights(figure: Figure, column: int) -> np.ndarray:
 
 
 BASES = [layer("a", 5), layer("b", 4)]
-# Module 7 is the largest, then 2; feature 0 of "a" and feature 3 of "b" are in none.
+# Module 7 is the largest, then 2; feature 0 of "a" and feature 3 of "b" are in no module.
 OF = [torch.tensor([-1, 7, 2, 7, 7]), torch.tensor([2, 7, 7, -1])]
 E = torch.tensor(
     [[0.0, 0.0, 4.0, 1.0, 0.0], [0.0, 2.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.5, 0.0], [2.0, 0.0, 0.5, 0.0, 0.0]]
@@ -55,7 +55,7 @@ def figure() -> Figure:
     return draw_graph(BASES, [E], modules=OF)
 
 
-def test_features_lie_by_module_the_largest_first_and_by_importance_within(figure: Figure) -> None:
+def test_features_are_ordered_by_module_size_and_then_by_importance(figure: Figure) -> None:
     first, second, *_ = MODULES
     assert faces(figure, 0) == [first] * 3 + [second, NO_MODULE]
     assert faces(figure, 1) == [first] * 2 + [second, NO_MODULE]
@@ -63,7 +63,7 @@ def test_features_lie_by_module_the_largest_first_and_by_importance_within(figur
     assert indices == ["1", "3", "4", "2", "0", "1", "2", "0", "3"]
 
 
-def test_a_module_is_a_band_at_one_height(figure: Figure) -> None:
+def test_a_module_has_the_same_height_in_all_columns(figure: Figure) -> None:
     before, after = heights(figure, 0), heights(figure, 1)
     assert (np.diff(before) < 0).all()
     assert (np.diff(after) < 0).all()
@@ -71,12 +71,12 @@ def test_a_module_is_a_band_at_one_height(figure: Figure) -> None:
     assert before[3:] == pytest.approx(after[2:])
 
 
-def test_edges_inside_are_in_the_modules_colour_and_others_dashed(figure: Figure) -> None:
+def test_edges_inside_modules_are_coloured_and_others_dashed(figure: Figure) -> None:
     between, inside = lines(figure)
     assert between.get_linestyles()[0][1] is not None
     assert inside.get_linestyles()[0][1] is None
     assert {to_hex(color).upper() for color in between.get_colors()} == {MUTED}
-    # Weakest first: the strongest edge, of module 2, lies on top.
+    # Weakest first: the strongest edge, of module 2, is drawn last.
     assert [to_hex(color).upper() for color in inside.get_colors()] == [MODULES[0], MODULES[0], MODULES[1]]
     assert len(between.get_segments()) == 3
     inside_strength, total = 4 + 2 + 0.5, E.sum()
@@ -89,7 +89,7 @@ def test_lines_end_at_their_features(figure: Figure) -> None:
     assert strongest[:, 1] == pytest.approx([heights(figure, 0)[3], heights(figure, 1)[2]])
 
 
-def test_modules_beyond_the_colours_share_a_neutral_one() -> None:
+def test_modules_beyond_the_palette_share_a_neutral_colour() -> None:
     sizes = [3] * len(MODULES) + [1] * 5
     of = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     figure = draw_graph([layer("a", len(of)), layer("b", len(of))], [torch.eye(len(of))], modules=[of, of])
@@ -102,14 +102,14 @@ def test_modules_beyond_the_colours_share_a_neutral_one() -> None:
     assert row == [*map(str, range(len(MODULES))), "5 more"]
 
 
-def test_hollow_dots_are_unsure_and_said_to_be_only_where_there_are_any() -> None:
+def test_degenerate_features_are_hollow_and_explained_in_the_legend() -> None:
     unsure = torch.tensor([False, True, False])
     figure = draw_graph([layer("a", 3, unsure=unsure), layer("b", 3, unsure=~unsure)], [torch.eye(3)])
     assert [face == "#FFFFFF" for face in faces(figure, 0)] == unsure.tolist()
     assert [face == "#FFFFFF" for face in faces(figure, 1)] == (~unsure).tolist()
-    assert "direction not fixed by the samples" in words(figure)
+    assert "direction not determined by the samples" in words(figure)
     sure = draw_graph([layer("a", 3, unsure=unsure & ~unsure), layer("b", 3)], [torch.eye(3)])
-    assert "direction not fixed by the samples" not in words(sure)
+    assert "direction not determined by the samples" not in words(sure)
     assert len(legend_rows()) == 2
     assert sure.get_figheight() < figure.get_figheight()
 
@@ -120,7 +120,7 @@ def test_hollow_dots_keep_the_colour_of_their_module() -> None:
     assert [to_hex(color).upper() for color in edge_colors] == [MODULES[0]] * 3 + [MODULES[1], NO_MODULE]
 
 
-def test_names_stand_beside_their_dots() -> None:
+def test_labels_are_beside_their_dots() -> None:
     names = [[f"k={j} a+b 9{j}%" for j in range(5)], ["", "x", "", "y"]]
     figure = draw_graph(BASES, [E], modules=OF, labels=names)
     assert_readable(figure)
@@ -129,7 +129,7 @@ def test_names_stand_beside_their_dots() -> None:
     assert placed["y"] == pytest.approx((1, heights(figure, 1)[3]))
 
 
-def test_long_names_are_shortened_and_in_crowds_the_most_important_come_first() -> None:
+def test_long_labels_are_shortened_and_important_features_have_priority() -> None:
     long = "a name of a feature that is a good deal longer than there is room"
     figure = draw_graph([layer(str(k), 16) for k in range(4)], [torch.rand(16, 16)] * 3, labels=[[long] * 16] * 4)
     assert_readable(figure)
@@ -139,7 +139,7 @@ def test_long_names_are_shortened_and_in_crowds_the_most_important_come_first() 
     written = [int(text.removeprefix("name ")) for text in words(crowd) if text.startswith("name")]
     assert min(written) == 0
     assert max(written) < 16
-    assert 1 < len(written) < 16, "there is no room for all of them"
+    assert 1 < len(written) < 16, "there is not enough space for all of them"
     assert "$x" in words(crowd)
 
 
@@ -156,11 +156,11 @@ def test_any_size_is_readable(sizes: tuple[int, ...], n_modules: int) -> None:
     assert_readable(draw_graph(bases, edges, "A title", modules=modules, labels=labels))
 
 
-def test_a_graph_draws_what_it_knows() -> None:
+def test_plot_shows_modules_and_labels_if_known() -> None:
     graph = InteractionGraph({b.name: b for b in BASES}, {("a", "b"): E})
     plain = words(graph.plot())
     assert "modules" not in plain
     graph.modules, graph.labels = {"a": OF[0]}, {"b": ["", "cos 3", "", ""]}
     said = words(graph.plot())
     assert {"modules", "none", "cos 3"} <= set(said)
-    assert any(text.endswith("\n0% inside modules") for text in said)  # the other layer's features are in none
+    assert any(text.endswith("\n0% inside modules") for text in said)  # the other layer has no modules

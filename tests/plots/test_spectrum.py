@@ -1,4 +1,4 @@
-"""Importance spectra: what is drawn, what is left out, and that both are said."""
+"""The figure of importance spectra."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def marks(axes: Axes, hollow: bool) -> list[float]:
     return [x for line in lines if (line.get_markerfacecolor() == "white") is hollow for x in line.get_xdata()]
 
 
-def test_each_basis_is_a_line_from_its_own_largest_importance_down() -> None:
+def test_each_basis_is_normalized_by_its_largest_importance() -> None:
     lib, neuron = torch.tensor([4.0, 2.0, 1.0]), torch.tensor([10.0, 40.0])
     figure = draw_spectrum({"lib": [layer("a", lib)], "pca": [layer("a", neuron, "neuron")]})
     first, second = spectra(figure.axes[0])
@@ -62,23 +62,23 @@ def test_bands_reach_two_standard_errors() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
-def test_errors_that_are_none_have_no_band(bad: float) -> None:
+def test_invalid_errors_have_no_band(bad: float) -> None:
     basis = replace(layer("a", torch.tensor([4.0, 2.0])), importance_error=torch.full((2,), bad))
     figure = draw_spectrum({"lib": [basis]})
     assert not bands(figure.axes[0])
     assert "± 2 standard errors" not in words(figure)
 
 
-def test_unsure_features_are_hollow() -> None:
+def test_degenerate_features_are_hollow() -> None:
     basis = layer("a", torch.tensor([1.0, 4.0, 2.0]))
     figure = draw_spectrum({"lib": [replace(basis, unsure=torch.tensor([True, False, False]))]})
-    assert marks(figure.axes[0], hollow=True) == [3]  # of the order that is drawn
+    assert marks(figure.axes[0], hollow=True) == [3]  # positions in order of importance
     assert marks(figure.axes[0], hollow=False) == [1, 2]
-    assert "direction not fixed by the samples" in words(figure)
-    assert "direction not fixed by the samples" not in words(draw_spectrum({"lib": [basis]}))
+    assert "direction not determined by the samples" in words(figure)
+    assert "direction not determined by the samples" not in words(draw_spectrum({"lib": [basis]}))
 
 
-def test_what_lies_below_the_floor_is_counted() -> None:
+def test_features_below_the_floor_are_counted() -> None:
     importance = torch.tensor([1.0, 0.1, 0.5 * FLOOR, 0.0, 0.0])
     figure = draw_spectrum({"lib": [layer("a", importance), layer("b", torch.zeros(2))]})
     (line,) = spectra(figure.axes[0])
@@ -102,7 +102,7 @@ def test_any_size_is_readable(sizes: tuple[int, ...]) -> None:
     assert_readable(figure)
 
 
-def test_a_graph_draws_itself_beside_its_baselines() -> None:
+def test_plot_spectrum_draws_a_graph_and_its_baselines() -> None:
     model, batches = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), [torch.randn(50, 4)]
     lib, pca, neuron = (
         compute_interaction_graph(model, batches, ["input", "1", "output"], basis=kind)
@@ -120,7 +120,7 @@ def test_a_graph_draws_itself_beside_its_baselines() -> None:
     assert len(spectra(lib.plot_spectrum().axes[0])) == 1
 
 
-def test_graphs_in_a_basis_of_the_same_kind_are_all_drawn_under_different_names() -> None:
+def test_plot_spectrum_numbers_graphs_in_a_basis_of_the_same_kind() -> None:
     model, batches = nn.Linear(4, 3), [torch.randn(50, 4)]
     first, second, third = (
         compute_interaction_graph(model, [batch * scale for batch in batches], ["input", "output"])

@@ -1,8 +1,6 @@
-"""The timeline of features: bands as wide as it says, and births, splits and deaths where they are."""
+"""The timeline figure: widths of bands, and marks for births, splits and deaths."""
 
 from __future__ import annotations
-
-import time
 
 import numpy as np
 import pytest
@@ -10,9 +8,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PathCollection, PolyCollection
 from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
 
-from lib_lightning.plots.image import render_png
 from lib_lightning.plots.lineage_series import LayerSnapshot, lineage_table
 from lib_lightning.plots.palette import MODULES, NO_MODULE, OTHER_MODULES
 from lib_lightning.plots.timeline import draw_timeline
@@ -21,7 +17,7 @@ from tests.plots.pages import assert_readable, words
 STEPS = [0, 1, 3, 10, 32, 100]
 
 
-def moment(
+def layer_snapshot(
     ids: list[int],
     importance: list[float],
     modules: list[int] | None = None,
@@ -37,20 +33,20 @@ def moment(
     )
 
 
-def life() -> list[LayerSnapshot]:
-    """0 is there throughout, 1 is missing at step 3 and gone after step 10, 2 splits from 0 at step 10."""
+def example_run() -> list[LayerSnapshot]:
+    """0 is there throughout, 1 is missing at step 3 and last seen at step 10, 2 splits from 0 at step 10."""
     return [
-        moment([0, 1], [3.0, 1.0]),
-        moment([1, 0], [1.0, 1.0]),
-        moment([0], [5.0]),
-        moment([2, 1, 0], [4.0, 1.0, 4.0], parents={2: 0, 0: 1}),
-        moment([0, 2], [9.0, 16.0]),
-        moment([0, 2], [1.0, 0.0]),
+        layer_snapshot([0, 1], [3.0, 1.0]),
+        layer_snapshot([1, 0], [1.0, 1.0]),
+        layer_snapshot([0], [5.0]),
+        layer_snapshot([2, 1, 0], [4.0, 1.0, 4.0], parents={2: 0, 0: 1}),
+        layer_snapshot([0, 2], [9.0, 16.0]),
+        layer_snapshot([0, 2], [1.0, 0.0]),
     ]
 
 
 def bands(axes: Axes) -> list[np.ndarray]:
-    """The polygons of the bands, one for each stretch of one colour."""
+    """Polygons of the bands, one for each run of one colour."""
     (found,) = (c for c in axes.collections if type(c) is PolyCollection and c.get_zorder() == 2)
     return [path.vertices for path in found.get_paths()]
 
@@ -66,17 +62,17 @@ def width_at(band: np.ndarray, step: float) -> float:
 
 
 def marks(axes: Axes) -> list[np.ndarray]:
-    """Where births and deaths are marked."""
+    """Positions of the marks for births and deaths."""
     return [np.asarray(c.get_offsets()) for c in axes.collections if isinstance(c, PathCollection)]
 
 
 @pytest.fixture
 def axes() -> Axes:
-    return draw_timeline(STEPS, {"fc": life()}).axes[0]
+    return draw_timeline(STEPS, {"fc": example_run()}).axes[0]
 
 
-def test_lives_are_followed_over_gaps() -> None:
-    lives = lineage_table(life())
+def test_lineages_are_continued_across_gaps() -> None:
+    lives = lineage_table(example_run())
     assert lives.ids.tolist() == [0, 1, 2]
     assert lives.first.tolist() == [0, 0, 3]
     assert lives.last.tolist() == [5, 3, 5]
@@ -84,30 +80,30 @@ def test_lives_are_followed_over_gaps() -> None:
     assert lives.share[:, 1] == pytest.approx([0.25, 0.5, 0, 1 / 9, 0, 0])
 
 
-def test_a_band_is_as_wide_as_the_root_of_its_share(axes: Axes) -> None:
-    by_lineage = bands(axes)  # 0, then 2, which has split from it, then 1
+def test_the_width_of_a_band_is_the_root_of_its_share(axes: Axes) -> None:
+    by_lineage = bands(axes)  # 0, then 2, which split from it, then 1
     expected = np.sqrt([[0.75, 0.5, 1, 4 / 9, 0.36, 1], [0, 0, 0, 4 / 9, 0.64, 0], [0.25, 0.5, 0, 1 / 9, 0, 0]])
     for band, widths in zip(by_lineage, expected, strict=True):
         assert [width_at(band, step) for step in STEPS] == pytest.approx(widths, abs=1e-12)
-    assert "training steps; a band is as wide as the √ of its share of importance" in words(axes.figure)
+    assert "training steps; width of a band: √ of its share of importance" in words(axes.figure)
     assert {"100%", "10%"} <= set(words(axes.figure))
     scale = [np.ptp(line.get_ydata()) for line in axes.lines]
     assert scale == pytest.approx([1.0, np.sqrt(0.1)])
 
 
-def test_bands_lie_on_each_other_without_gaps_or_jumps(axes: Axes) -> None:
+def test_bands_are_stacked_without_gaps_or_jumps(axes: Axes) -> None:
     lowest, middle, highest = bands(axes)
     for step in STEPS[3:4]:
         rims = [sorted({y for x, y in band if x == step}) for band in (lowest, middle, highest)]
         assert rims[0][0] == 0
         assert rims[0][-1] == pytest.approx(rims[1][0])
         assert rims[1][-1] == pytest.approx(rims[2][0])
-    # It opens from nothing at the snapshot before, and closes at the one after.
+    # A band opens at the snapshot before its first and closes at the one after its last.
     assert {x for x, _ in middle} == {3, 10, 32, 100}
     assert {x for x, _ in highest} == {0, 1, 3, 10, 32}
 
 
-def test_births_deaths_and_splits_are_marked_where_they_are(axes: Axes) -> None:
+def test_births_deaths_and_splits_are_marked_at_their_snapshots(axes: Axes) -> None:
     born, dead = marks(axes)
     lineage_0, lineage_2, lineage_1 = bands(axes)
     assert born == pytest.approx(np.array([[10, np.mean([2 / 3, 4 / 3])]]))
@@ -118,57 +114,59 @@ def test_births_deaths_and_splits_are_marked_where_they_are(axes: Axes) -> None:
     assert all(len(band) for band in (lineage_0, lineage_1, lineage_2))
 
 
-def test_what_is_left_out_is_counted_and_one_band() -> None:
-    figure = draw_timeline(STEPS, {"fc": life()}, limit=1)
+def test_lineages_beyond_the_limit_are_combined_and_counted() -> None:
+    figure = draw_timeline(STEPS, {"fc": example_run()}, limit=1)
     (axes,) = figure.axes
     assert "1 of 3 lineages" in texts_right(axes)
     assert len(bands(axes)) == 1
     others = next(c for c in axes.collections if c.get_zorder() == 1).get_paths()[0].vertices
     assert width_at(others, 10) == pytest.approx(np.sqrt(5 / 9))
-    assert "3 lineages" in texts_right(draw_timeline(STEPS, {"fc": life()}).axes[0])
+    assert "3 lineages" in texts_right(draw_timeline(STEPS, {"fc": example_run()}).axes[0])
 
 
 def texts_right(axes: Axes) -> str:
     return str(axes.get_title(loc="right"))
 
 
-def test_colours_follow_modules_through_new_numbers() -> None:
+def test_modules_keep_their_colours_when_renumbered() -> None:
     moments = [
-        moment([0, 1, 2], [4.0, 2.0, 1.0], modules=[0, 1, -1]),
-        moment([0, 1, 2], [4.0, 2.0, 1.0], modules=[5, 3, -1]),
-        moment([0, 1, 2], [4.0, 2.0, 1.0], modules=[1, 1, 0]),
+        layer_snapshot([0, 1, 2], [4.0, 2.0, 1.0], modules=[0, 1, -1]),
+        layer_snapshot([0, 1, 2], [4.0, 2.0, 1.0], modules=[5, 3, -1]),
+        layer_snapshot([0, 1, 2], [4.0, 2.0, 1.0], modules=[1, 1, 0]),
     ]
     (axes,) = draw_timeline([0, 10, 20], {"fc": moments}).axes
     # 1 joins the module of 0, which is the heavier one; 2 makes a module, whose colour was not in use.
     assert faces(axes) == [MODULES[0], MODULES[1], MODULES[0], NO_MODULE, MODULES[2]]
-    assert {"modules", "in none"} <= set(words(axes.figure))
+    assert {"modules", "no module"} <= set(words(axes.figure))
 
 
-def test_colours_go_by_what_names_are_about() -> None:
+def test_colours_correspond_to_the_common_part_of_labels() -> None:
     names = [["k=4 a 60%", "k=17 a+b 93%", ""], ["k=4 b 99%", "k=17 a+b 95%", "first word 12%"]]
-    moments = [moment([0, 1, 2], [1.0, 4.0, 1.5], labels=some) for some in names]
-    figure = draw_timeline([0, 10], {"fc": moments, "output": [moment([0], [1.0])] * 2})
+    moments = [layer_snapshot([0, 1, 2], [1.0, 4.0, 1.5], labels=some) for some in names]
+    figure = draw_timeline([0, 10], {"fc": moments, "output": [layer_snapshot([0], [1.0])] * 2})
     axes, output = figure.axes
     assert faces(axes) == [MODULES[0], NO_MODULE, MODULES[2], MODULES[1]]  # 17, the third until and from 10 on, 4
     assert faces(output) == [NO_MODULE]
     legend = [t.get_text() for t in figure.legends[0].get_texts()]
-    assert legend == ["k=17", "k=4", "first word", "no name"]
+    assert legend == ["k=17", "k=4", "first word", "no label"]
     written = {t.get_text() for t in axes.texts}
     assert {"k=17 a+b", "first word", "k=4 b"} <= written
 
 
-def test_themes_beyond_the_colours_share_a_neutral_one() -> None:
+def test_labels_beyond_the_palette_share_a_neutral_colour() -> None:
     n = len(MODULES) + 2
     names = [f"k={k} a+b 90%" for k in range(n)]
-    figure = draw_timeline([0, 10], {"fc": [moment(list(range(n)), [float(n - k) for k in range(n)], None, names)] * 2})
+    figure = draw_timeline(
+        [0, 10], {"fc": [layer_snapshot(list(range(n)), [float(n - k) for k in range(n)], None, names)] * 2}
+    )
     assert faces(figure.axes[0]) == [*MODULES, OTHER_MODULES, OTHER_MODULES]
     assert "2 more" in words(figure)
     assert_readable(figure)
 
 
-def test_another_number_of_snapshots_is_refused() -> None:
-    with pytest.raises(ValueError, match="'fc' has 6 snapshots, and there are 2 steps"):
-        draw_timeline([0, 1], {"fc": life()})
+def test_different_numbers_of_steps_and_snapshots_raise() -> None:
+    with pytest.raises(ValueError, match="'fc' has 6 snapshots, but there are 2 steps"):
+        draw_timeline([0, 1], {"fc": example_run()})
 
 
 def crowd(snapshots: int, features: int, labels: bool) -> list[LayerSnapshot]:
@@ -200,13 +198,13 @@ def crowd(snapshots: int, features: int, labels: bool) -> list[LayerSnapshot]:
         (3, 0, 1, False),
     ],
 )
-def test_any_size_is_readable_and_quick(snapshots: int, features: int, layers: int, labels: bool) -> None:
+def test_any_size_is_readable_and_drawn_with_few_artists(
+    snapshots: int, features: int, layers: int, labels: bool
+) -> None:
     moments = crowd(snapshots, features, labels)
-    start = time.process_time()
     figure = draw_timeline(
         range(snapshots), {f"transformer.h.{k}.attention.dropout:input": moments for k in range(layers)}
     )
-    render_png(figure)
-    assert time.process_time() - start < 15  # about 1 second on a quiet machine
-    assert isinstance(figure, Figure)
+    # Drawing time grows with the number of artists: bands are polygons of one collection.
+    assert all(len(axes.get_children()) < 100 for axes in figure.axes)
     assert_readable(figure)
