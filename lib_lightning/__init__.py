@@ -1,11 +1,12 @@
-"""Watch a network's features form while it trains: the Local Interaction Basis (arXiv 2405.10928) of a live model."""
+"""Watch a network's features form while it trains, with the Local Interaction Basis (arXiv 2405.10928)."""
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lib_lightning.version import __version__
+from lib_lightning._deprecated import MovedModules
 
 if TYPE_CHECKING:
     from lib_lightning.algorithm.basis import Basis
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from lib_lightning.graph import InteractionGraph
     from lib_lightning.model.node_layer import NodeLayer
     from lib_lightning.training.callback import LIBCallback
+
+__version__ = "0.1.0"
 
 __all__ = [
     "Basis",
@@ -24,8 +27,8 @@ __all__ = [
     "list_node_layers",
 ]
 
-# Torch and Lightning take seconds to import: who only computes a graph need not wait for Lightning, and TensorBoard,
-# which only reads files, for neither.
+# Imported when first used, because torch and Lightning take seconds: computing a graph needs no Lightning, and the tab
+# in TensorBoard, which only reads files, needs neither.
 _WHERE = {
     "Basis": "algorithm.basis",
     "InteractionGraph": "graph",
@@ -44,3 +47,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+if not any(isinstance(finder, MovedModules) for finder in sys.meta_path):
+    sys.meta_path.append(MovedModules())

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from lib_lightning import __version__
+from lib_lightning._deprecated import renamed_arguments
 from lib_lightning.algorithm.build import BuildResult, build_graph
 from lib_lightning.algorithm.config import BasisKind, FinalBasisKind, FinalMetric, LIBConfig
 from lib_lightning.algorithm.jackknife import standard_error
-from lib_lightning.algorithm.memory_plan import MemoryPlan, Workload, plan_memory, split_batches
+from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT, MemoryPlan, Workload, plan_memory, split_batches
 from lib_lightning.algorithm.progress import phase_done
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.errors import ActivationError, is_out_of_memory
@@ -28,16 +30,14 @@ from lib_lightning.model.node_layer import NodeLayer, as_node_layers
 from lib_lightning.model.preserve import preserve_model
 from lib_lightning.model.propose import find_cuts, find_proposed, propose
 from lib_lightning.model.validate import validate_node_layers, wrap_forward_errors
-from lib_lightning.version import __version__
 
 log = logging.getLogger(__name__)
 
-# In GiB.
-MEMORY_LIMIT = 2.0
 # How often chunks are halved before memory is given up on.
 _HALVINGS = 6
 
 
+@renamed_arguments(together="process_group")
 def compute_interaction_graph(
     model: nn.Module,
     batches: Iterable[Any],

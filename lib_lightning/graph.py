@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
 
+from lib_lightning._deprecated import renamed_arguments
 from lib_lightning.algorithm.basis import Basis
 from lib_lightning.algorithm.jackknife import standard_error
 from lib_lightning.errors import LIBError
@@ -306,6 +307,7 @@ class InteractionGraph:
                 graph.add_edge((before, j), (after, i), weight=float(E[i, j]))
         return graph
 
+    @renamed_arguments(film="layout")
     def plot(self, max_edges: int = 300, max_features: int = 40, layout: AnimatedLayout | None = None) -> Figure:
         """Draw the graph: one column per node layer, dots sized by importance, lines by edge strength.
 

@@ -1,10 +1,15 @@
-"""The layout is the architecture: each room imports only from the rooms above it."""
+"""The layout is the architecture: modules import downwards only, Lightning is in one folder, and no import is circular.
+
+`LAYERS` is the one place that says so. ``python -m tests.test_architecture`` writes it into CONTRIBUTING.md.
+"""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,83 +17,139 @@ import pytest
 import lib_lightning
 
 PACKAGE = Path(lib_lightning.__file__).parent
-# From the top down. A room is a folder, or a file of the package itself.
-ROOMS = [
-    ("version", "core"),
-    ("metrics", "export", "schedule", "processes", "overhead"),
-    ("display",),
-    ("graph", "questions"),
-    ("lineage",),
-    ("values", "compute"),
-    ("labels", "samples", "folder", "history"),
-    ("ablation", "view"),
-    ("watcher", "trainers"),
-    ("run_extent",),
-    ("run_samples", "run_layers", "run_report", "run_budget", "profiling"),
-    ("callback", "trainer_cli"),
-    ("cli",),
-    ("__main__",),
+CONTRIBUTING = PACKAGE.parent / "CONTRIBUTING.md"
+ROOT = PACKAGE.name
+
+# From the lowest layer to the highest: the folders and top-level modules of each, and what they contain. Those of one
+# layer do not import each other.
+LAYERS: list[dict[str, str]] = [
+    {
+        "errors": "exceptions, importable without torch",
+        "_deprecated": "names of version 0.1, kept for one version",
+    },
+    {"distributed": "the interface of a process group, one process, and torch.distributed"},
+    {
+        "model": "running an unmodified `nn.Module`: node layers, capture, saved and restored state, discovery and "
+        "validation of node layers, vector-Jacobian products; the internals of torch that are used",
+    },
+    {"jacobian": "products with the Jacobian of a section, integrated gradients, closed forms"},
+    {"algorithm": "the paper: `build.py` reads top to bottom as its steps"},
+    {"io": "basis files and the files of a run, with the names that version 0.1 wrote"},
+    {"metrics": "metrics of a graph: pure functions, and torchmetrics classes over them"},
+    {"plots": "figures"},
+    {"graph": "`InteractionGraph`, which users hold"},
+    {"features": "values of features on samples"},
+    {
+        "lineage": "features over time: matching, tracking, events, change detection",
+        "labels": "names for features, from their values and the model's inputs",
+        "ablation": "ablation curves, and the smallest number of edges that keeps a score",
+    },
+    {"api": "the functions that users call without a trainer"},
+    {"viewer": "runs on disk, TensorBoard's tab, and the same as one HTML file; importable without torch"},
+    {"training": "everything that imports Lightning: callback, snapshots, schedule and budget, profile, command line"},
+    {"__main__": "`python -m lib_lightning`"},
 ]
-FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 
-def imports(path: Path) -> list[str]:
-    """Names of all modules that a file imports, anywhere in it."""
-    names = []
-    for node in ast.walk(ast.parse(path.read_text())):
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(module: str) -> Iterator[str]:
+    """All modules that a module imports, at its top, inside functions, and for annotations only."""
+    tree = ast.parse(MODULES[module].read_text())
+    if module == ROOT:  # exports names of all layers, each imported when it is first asked for
+        tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node))]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            names.append(node.module or "")
-    return names
+            assert node.level == 0, f"{module}: relative import"
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                yield submodule if submodule in MODULES else str(node.module)
 
 
-def room_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def layer_of(module: str) -> str:
+    """The folder or top-level module that a module of the package belongs to."""
+    return module.split(".")[1]
 
 
-def files() -> list[Path]:
-    return [path for path in sorted(PACKAGE.rglob("*.py")) if path.parent != PACKAGE or path.name != "__init__.py"]
+IMPORTS = {module: set(imports(module)) for module in MODULES}
+OWN = {module: {name for name in names if name.split(".")[0] == ROOT} for module, names in IMPORTS.items()}
 
 
-def test_every_file_lies_in_a_room() -> None:
-    assert {room_of(path) for path in files()} == set(FLOOR)
+def table() -> str:
+    rows = [(name, text) for layer in LAYERS for name, text in layer.items()]
+    paths = [f"`{name}/`" if (PACKAGE / name).is_dir() else f"`{name}.py`" for name, _ in rows]
+    return "".join(["| | |\n|---|---|\n", *(f"| {p} | {text} |\n" for p, (_, text) in zip(paths, rows, strict=True))])
 
 
-def test_rooms_import_only_from_above() -> None:
-    for path in files():
-        for name in imports(path):
-            parts = name.split(".")
-            if parts[0] == "lib_lightning":
-                other = parts[1] if len(parts) > 1 else "__init__"
-                assert other == room_of(path) or FLOOR[other] < FLOOR[room_of(path)], f"{path} imports {name}"
+def contributing() -> str:
+    """CONTRIBUTING.md with the table of this file."""
+    before, _, rest = CONTRIBUTING.read_text().partition("<!-- layers -->\n")
+    _, end, after = rest.partition("<!-- end of layers -->\n")
+    return f"{before}<!-- layers -->\n{table()}{end}{after}"
+
+
+def test_contributing_has_the_table_of_layers() -> None:
+    assert CONTRIBUTING.read_text() == contributing(), "run: python -m tests.test_architecture"
+    assert table() in contributing()
+
+
+def test_every_module_belongs_to_a_layer() -> None:
+    assert {layer_of(module) for module in MODULES if module != ROOT} == set(RANK)
+
+
+def test_modules_import_only_from_lower_layers() -> None:
+    for module in MODULES:
+        for name in OWN[module] - {ROOT} if module != ROOT else ():
+            own, other = layer_of(module), layer_of(name)
+            assert own == other or RANK[other] < RANK[own], f"{module} imports {name}"
+
+
+def test_no_import_is_circular() -> None:
+    graphlib.TopologicalSorter(OWN).prepare()
+
+
+def test_few_modules_are_outside_of_a_folder() -> None:
+    outside = [path.name for path in PACKAGE.glob("*.py") if path.name != "__init__.py"]
+    assert len(outside) <= 7, outside
 
 
 def test_mathematics_needs_torch_alone() -> None:
-    for path in (PACKAGE / "core").rglob("*.py"):
-        foreign = {name.split(".")[0] for name in imports(path)} - {"torch", "lib_lightning"} - sys.stdlib_module_names
-        assert not foreign, f"{path} imports {foreign}"
+    for module in MODULES:
+        if module != ROOT and layer_of(module) in ("errors", "model", "jacobian", "algorithm"):
+            foreign = {name.split(".")[0] for name in IMPORTS[module]} - {"torch", ROOT} - sys.stdlib_module_names
+            assert not foreign, f"{module} imports {foreign}"
 
 
-def test_few_files_know_lightning() -> None:
-    knowing = {
-        path.relative_to(PACKAGE).as_posix()
-        for path in files()
-        if any("lightning" in n.split(".")[:1] for n in imports(path))
-    }
-    assert knowing == {
-        "callback.py",
-        "cli.py",
-        "display/loggers.py",
-        "run_budget.py",
-        "run_extent.py",
-        "run_layers.py",
-        "run_report.py",
-        "run_samples.py",
-        "trainer_cli.py",
-        "trainers.py",
-    }
+def test_lightning_is_imported_in_training_only() -> None:
+    others = {"lightning", "pytorch_lightning"}
+    knowing = {layer_of(m) for m in MODULES if m != ROOT and any(n.split(".")[0] in others for n in IMPORTS[m])}
+    assert knowing == {"training"}
+    assert not IMPORTS[f"{ROOT}.training"], "so that importing one module of it imports no other"
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("lib_lightning", {"torch", "lightning", "numpy"}),
+        ("lib_lightning.api", {"lightning", "pytorch_lightning"}),
+        ("lib_lightning.errors", {"torch", "lightning", "numpy"}),
+        ("lib_lightning.viewer", {"torch", "lightning"}),
+        ("lib_lightning.viewer.plugin", {"torch", "lightning"}),
+    ],
+)
+def test_imports_stay_light(module: str, absent: set[str]) -> None:
+    code = f"import sys, {module}; print(*{absent!r} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
 
 
 def test_public_names_are_all_there_though_none_is_imported_before_it_is_asked_for() -> None:
@@ -98,10 +159,7 @@ def test_public_names_are_all_there_though_none_is_imported_before_it_is_asked_f
     assert set(lib_lightning.__all__) <= set(dir(lib_lightning))
     with pytest.raises(AttributeError, match="module 'lib_lightning' has no attribute 'LIBCallbak'"):
         _ = lib_lightning.LIBCallbak
-    code = "import sys, lib_lightning; print({'torch', 'lightning'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
-def test_files_stay_short() -> None:
-    long = {path.name: n for path in files() if (n := len(path.read_text().splitlines())) > 350}
-    assert not long
+if __name__ == "__main__":
+    CONTRIBUTING.write_text(contributing())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lib_lightning.ablation.interventions import AblatedLayer, AblatedSection, top_k_mask
 from lib_lightning.algorithm.basis import Basis
-from lib_lightning.api import MEMORY_LIMIT
+from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.errors import LIBError, NotFiniteError
 from lib_lightning.graph import InteractionGraph

@@ -28,6 +28,9 @@ _GRAPHS = 3
 # A backward pass holds a few tensors of the size of the largest one at a time.
 _WORKING = 4
 
+# Default, in GiB, of how much memory a computation may take beside model and samples.
+MEMORY_LIMIT = 2.0
+
 
 @dataclass(frozen=True)
 class MemoryPlan:

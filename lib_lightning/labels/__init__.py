@@ -1,1 +1,6 @@
 """Names for features."""
+
+from lib_lightning.labels.fourier import FourierLabels
+from lib_lightning.labels.labeller import Labeller, label_features
+
+__all__ = ["FourierLabels", "Labeller", "label_features"]

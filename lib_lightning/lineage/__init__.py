@@ -1,5 +1,6 @@
 """Features through time: which ones are the same from snapshot to snapshot, and when they emerge."""
 
+from lib_lightning._deprecated import renamed_names
 from lib_lightning.lineage.emergence import EmergenceDetector
 from lib_lightning.lineage.events import Event
 from lib_lightning.lineage.first_seen import FeatureHistory, retrace
@@ -17,3 +18,5 @@ __all__ = [
     "reference_features",
     "retrace",
 ]
+
+__getattr__ = renamed_names(__name__)

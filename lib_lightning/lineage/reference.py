@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lib_lightning._deprecated import renamed_arguments
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.errors import LIBError
 from lib_lightning.features import feature_values
@@ -21,6 +22,7 @@ from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
 NUM_REFERENCE_VALUES = 1024
 
 
+@renamed_arguments(together="process_group")
 def reference_features(
     graph: InteractionGraph,
     model: nn.Module,

@@ -1,5 +1,6 @@
 """Numbers that describe an interaction graph, as torchmetrics over pure functions."""
 
+from lib_lightning._deprecated import renamed_names
 from lib_lightning.metrics.ablation import EdgesRequired
 from lib_lightning.metrics.average import GraphAverage
 from lib_lightning.metrics.edges import EffectiveEdges, NumberOfEdges, ShareOfEdges
@@ -63,3 +64,5 @@ __all__ = [
     "share_of_edges",
     "standard_error",
 ]
+
+__getattr__ = renamed_names(__name__)

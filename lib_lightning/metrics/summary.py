@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
+from lib_lightning._deprecated import renamed_arguments
 from lib_lightning.algorithm.basis import Basis
 from lib_lightning.metrics.ablation import EdgesRequired
 from lib_lightning.metrics.edges import EffectiveEdges, NumberOfEdges, ShareOfEdges
@@ -54,6 +55,7 @@ def default_metrics(tolerance: float = 1e-3) -> MetricCollection:
     )
 
 
+@renamed_arguments(like="modules_from")
 def graph_scalars(
     bases: Sequence[Basis],
     edges: Sequence[Tensor],

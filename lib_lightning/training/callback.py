@@ -12,7 +12,7 @@ from torchmetrics import MetricCollection
 
 from lib_lightning.ablation import AblationPlan
 from lib_lightning.algorithm.config import BasisKind, FinalBasisKind, FinalMetric, LIBConfig
-from lib_lightning.api import MEMORY_LIMIT
+from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.labels.labeller import Labeller

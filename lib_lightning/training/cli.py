@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from lib_lightning import __version__
 from lib_lightning.api import list_node_layers
 from lib_lightning.errors import LIBError
 from lib_lightning.graph import InteractionGraph
@@ -23,7 +24,6 @@ from lib_lightning.io.basis_file import write_bytes
 from lib_lightning.metrics.summary import graph_scalars
 from lib_lightning.model.batch import map_tensors
 from lib_lightning.training.sample_buffer import SampleBuffer
-from lib_lightning.version import __version__
 from lib_lightning.viewer.run import Run, write_film
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def _in_yaml(name: str) -> str:
 
 
 def _profile(words: Sequence[str]) -> None:
-    from lib_lightning.profiling import RATE_SIZE, profile_snapshot
+    from lib_lightning.training.profiling import RATE_SIZE, profile_snapshot
 
     model, all_seen = _as_fit_sees_it(words, None, ())
     for seen in all_seen:

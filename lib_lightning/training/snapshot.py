@@ -13,8 +13,9 @@ from torchmetrics import MetricCollection
 
 from lib_lightning.ablation import AblationPlan, edges_required
 from lib_lightning.algorithm.config import BasisKind, LIBConfig
+from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
 from lib_lightning.algorithm.progress import phase_done
-from lib_lightning.api import MEMORY_LIMIT, graph_of
+from lib_lightning.api import graph_of
 from lib_lightning.distributed.process_group import ProcessGroup
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.labels.labeller import Labeller, label_features

@@ -22,7 +22,7 @@ from lib_lightning.algorithm.memory_plan import MemoryPlan
 from lib_lightning.algorithm.progress import on_phase
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.node_layer import as_node_layers
-from lib_lightning.profiling import _Count
+from lib_lightning.training.profiling import _Count
 from tests.benchmarks.clock import now
 
 REPEATS = 2

@@ -1,5 +1,6 @@
 """The formulas, as pure functions of tensors."""
 
+from lib_lightning._deprecated import renamed_names
 from lib_lightning.algorithm.jackknife import standard_error
 from lib_lightning.metrics.functional.ablation import min_edges_from_curve
 from lib_lightning.metrics.functional.edges import effective_edges, number_of_edges, share_of_edges
@@ -35,3 +36,5 @@ __all__ = [
     "share_of_edges",
     "standard_error",
 ]
+
+__getattr__ = renamed_names(__name__)

@@ -11,11 +11,11 @@ from torch import nn
 
 from lib_lightning.algorithm.config import LIBConfig
 from lib_lightning.errors import LIBError
-from lib_lightning.profiling import profile_snapshot
 from lib_lightning.training.cli import main
+from lib_lightning.training.profiling import profile_snapshot
 from lib_lightning.training.snapshot import SnapshotConfig
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def mlp() -> nn.Sequential:
