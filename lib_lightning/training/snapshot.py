@@ -255,7 +255,7 @@ class SnapshotComputer:
         follower, events = self.follower.copy(), []
         if self.watched.follow:
             events = follower.follow(graphs, found, distance)
-            found |= follower.numbers()
+            found |= follower.scalars()
             phase_done("following")
         numbers = self.numbers | found  # an ablation's numbers stay until the next one
         numbers |= self._ratios(numbers)
