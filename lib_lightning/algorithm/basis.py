@@ -1,7 +1,8 @@
-"""The bases of one node layer: LIB, PCA and single neurons, as affine maps between activations and features."""
+"""Bases of a node layer (LIB, PCA, neurons) as affine maps between activations and features."""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from lib_lightning.algorithm.linalg import Cutoff, eigh_psd
 from lib_lightning.distributed.process_group import ProcessGroup
 
-# Activations to centre at a time.
+# Numbers to centre at a time.
 _NUMBERS = 2**19
 
 
@@ -25,11 +26,11 @@ class Basis:
         to_features: ``C``, shape ``(d, r)``, float64.
         from_features: ``C^+``, shape ``(r, d)``, float64.
         importance: ``Lambda``, shape ``(r,)``, float64: the variance of each feature, which in a LIB is its effect on
-            the next node layer. Largest first; single neurons keep their own order.
-        importance_error: Standard error of each importance, shape ``(r,)``, float64; None where it is unknown. Features
-            of new samples turn a little, to first order without effect on importances.
-        unsure: True for a feature whose importance is so close to another one's that these samples do not fix its
-            direction, shape ``(r,)``; None where that is unknown.
+            the next node layer. In descending order; neurons keep their own order.
+        importance_error: Standard error of each importance, shape ``(r,)``, float64; None if unknown. The features of
+            other samples are slightly rotated, which to first order does not change importances.
+        degenerate: True for a feature whose importance is so close to a neighbour's that the samples do not determine
+            its direction, shape ``(r,)``, bool; None if unknown.
 
     Example:
         >>> basis = neuron_basis("fc", torch.tensor([1.0, 2.0]), torch.eye(2))
@@ -44,7 +45,13 @@ class Basis:
     from_features: Tensor
     importance: Tensor
     importance_error: Tensor | None = None
-    unsure: Tensor | None = None
+    degenerate: Tensor | None = None
+
+    @property
+    def unsure(self) -> Tensor | None:
+        """Deprecated name of `degenerate`."""
+        warnings.warn("Basis.unsure is now degenerate.", DeprecationWarning, stacklevel=2)
+        return self.degenerate
 
     @property
     def n_features(self) -> int:
@@ -52,12 +59,12 @@ class Basis:
         return self.importance.shape[0]
 
     def to(self, device: torch.device | str) -> Basis:
-        """Copy to a device, where it is not there already."""
+        """The basis on a device."""
         tensors = {field.name: getattr(self, field.name) for field in fields(self)[2:]}
         return replace(self, **{name: t.to(device) for name, t in tensors.items() if t is not None})
 
-    def shared(self, process_group: ProcessGroup) -> Basis:
-        """The basis that process 0 has."""
+    def broadcast(self, process_group: ProcessGroup) -> Basis:
+        """The basis of process 0."""
         return Basis(
             self.name,
             self.kind,
@@ -75,18 +82,18 @@ class Basis:
             Features ``fhat``, shape ``(..., r)``, on the device of ``a``.
         """
         dtype = dtype or a.dtype
-        if self.kind == "neuron":  # the identity, which need not be multiplied by
+        if self.kind == "neuron":  # C is the identity
             return a.to(dtype) - self.mean.to(a.device, dtype)
         mean, C = (t.to(a.device, dtype) for t in (self.mean, self.to_features))
-        # A few at a time, so that what is centred stays in the cache until it is multiplied.
+        # In blocks, so that centred activations are still in the processor's cache when they are multiplied.
         rows = a.reshape(-1, a.shape[-1]).split(max(1, _NUMBERS // max(1, a.shape[-1])))
-        # Products with the few features first are up to twice as fast as their transposes.
+        # With few features, C^T a^T is up to twice as fast as a C.
         C_T = C.T.contiguous()
         features = torch.cat([(C_T @ (block.to(dtype) - mean).T).T for block in rows])
         return features.reshape(*a.shape[:-1], C.shape[1])
 
     def decode(self, features: Tensor) -> Tensor:
-        """Express features as activations; what the features leave out stays at the mean.
+        """Express features as activations. Directions outside the basis are at the mean.
 
         Args:
             features: ``fhat``, shape ``(..., r)``.
@@ -100,23 +107,24 @@ class Basis:
 def lib_basis(name: str, mean: Tensor, covariance: Tensor, B: Tensor, cutoff: Cutoff) -> Basis:
     """Local Interaction Basis of one node layer.
 
-    Features are ordered and scaled by how much they move the next node layer: uncorrelated on the data, and with
-    orthonormal Jacobians towards the next layer's features.
+    Features are uncorrelated on the data, their Jacobians towards the next layer's features are orthonormal, and they
+    are in descending order of importance.
 
     Args:
         name: Node layer.
         mean: ``mu``, shape ``(d,)``, float64.
         covariance: ``Sigma``, shape ``(d, d)``, float64.
         B: Square-root factor of the Jacobian metric, ``B^T B = M``, shape ``(k, d)``, float64.
-        cutoff: Directions with an importance up to its share of the largest are dropped. Of ``Sigma`` only directions
-            without any variance are: a small one may matter, if the metric says so.
+        cutoff: Directions with an importance up to its share of the largest are dropped. Directions of small variance
+            are kept, as they may be important, unless the variance is only rounding error.
 
     Returns:
         The basis with kind ``"lib"``.
 
     Note:
-        Source: arXiv 2405.10928, transformation into the LIB. The singular values of ``B U D^{1/2}`` are taken instead
-        of the eigenvalues of ``D^{1/2} U^T M U D^{1/2}``: the same, without squaring the small ones away.
+        Source: arXiv 2405.10928, transformation into the LIB. With ``Sigma = U D U^T``, the eigenvalues ``Lambda`` and
+        eigenvectors ``V`` of ``D^{1/2} U^T M U D^{1/2}`` are the squared singular values and right singular vectors of
+        ``B U D^{1/2}``, which is computed instead: squaring would lose half the digits of the small ones.
 
     Example:
         >>> eye = torch.eye(2, dtype=torch.float64)
@@ -156,7 +164,7 @@ def pca_basis(name: str, mean: Tensor, covariance: Tensor, cutoff: Cutoff) -> Ba
 
 
 def neuron_basis(name: str, mean: Tensor, covariance: Tensor) -> Basis:
-    """Single activations as features, in their own order.
+    """Single activations, less their mean, as features: the trivial baseline.
 
     Args:
         name: Node layer.
@@ -175,7 +183,7 @@ def neuron_basis(name: str, mean: Tensor, covariance: Tensor) -> Basis:
 
 
 def centered_basis(name: str, mean: Tensor, covariance: Tensor) -> Basis:
-    """Single logits less their mean over the classes, in their own order: softmax sees no more of them.
+    """Single logits, less the mean over all classes, as features: softmax does not depend on that mean.
 
     Args:
         name: Node layer.
@@ -196,6 +204,6 @@ def centered_basis(name: str, mean: Tensor, covariance: Tensor) -> Basis:
 
 
 def _principal_components(mean: Tensor, covariance: Tensor, cutoff: float) -> tuple[Tensor, Tensor]:
-    # Equal numbers differ from their mean by its rounding: a variance no larger than that is no variance.
+    # Constant activations differ from their rounded mean: a variance of that size is rounding error.
     rounding = float((torch.finfo(mean.dtype).eps * mean).square().sum())
     return eigh_psd(covariance, cutoff, floor=rounding)

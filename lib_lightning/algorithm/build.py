@@ -1,27 +1,30 @@
-"""The paper's algorithm, read top to bottom (arXiv 2405.10928, transformation into the Local Interaction Basis).
+"""The algorithm of the Local Interaction Basis, in the order of the paper (arXiv 2405.10928).
 
-1. *RunningCovariance.* Run all batches once; mean and covariance of every node layer.
-2. *Bases*, from the last node layer to the first. The last one keeps its neurons, less their mean if wished, takes PCA,
-   or is measured by the distribution that its logits stand for. Every earlier one needs the Jacobian metric, which
-   measures a step by what it does to the *next* layer's features; then PCA-whitening of the activations, and a
-   rotation and scaling that make the Jacobian orthonormal.
-3. *Edges.* Run all batches once more; the squared interactions between neighbouring layers' features.
+1. *Moments.* Run all batches once; mean and covariance of every node layer.
+2. *Metric and basis* of each node layer, from the last to the first. The last one is in neurons, centred neurons or
+   PCA, or has the Fisher metric of the distribution that its logits predict. Every earlier one has the Jacobian
+   metric, which measures a step by its effect on the *next* layer's features. PCA whitens the activations; a rotation
+   to the eigenvectors of the metric, and a scaling by its eigenvalues, make Jacobians orthonormal.
+3. *Edges.* Squared interactions between the features of neighbouring layers.
 4. *Standard errors* of importances and edges, from sums over groups of samples with one left out at a time. An
-   importance is a variance times a squared length in the metric; given the next layer's features, it moves with both.
-   That its own direction turns is of second order. For an edge it is not: its error holds for these features.
+   importance is a variance times a squared length in the metric, and both have replicates, given the next layer's
+   features. The rotation of the feature's own direction is a second-order effect. For an edge it is not: the standard
+   error of an edge holds for these features.
+
+What makes this fast is behind interfaces with a plain twin each; see `lib_lightning.algorithm.shortcuts`.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lib_lightning.algorithm.basis import Basis, centered_basis, lib_basis, neuron_basis, pca_basis
+from lib_lightning.algorithm.basis import Basis, centered_basis, neuron_basis, pca_basis
 from lib_lightning.algorithm.config import LIBConfig, final_kind
 from lib_lightning.algorithm.covariance import RunningCovariance, all_reduce_covariances
 from lib_lightning.algorithm.edges import Edges
@@ -31,38 +34,41 @@ from lib_lightning.algorithm.jackknife import FeatureVariances, near_degenerate,
 from lib_lightning.algorithm.jacobian_metric import JacobianMetric
 from lib_lightning.algorithm.linalg import Cutoff
 from lib_lightning.algorithm.memory_plan import MemoryPlan
+from lib_lightning.algorithm.metric import Metric
 from lib_lightning.algorithm.progress import phase_done
 from lib_lightning.algorithm.section_cache import SectionCache
-from lib_lightning.algorithm.wide_layers import DualEigenproblem, DualFewSamples
+from lib_lightning.algorithm.shortcuts import FAST, PLAIN, Shortcuts
+from lib_lightning.algorithm.wide_layers import eigenproblem
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup, all_reduce
 from lib_lightning.errors import ActivationError, NotFiniteError
+from lib_lightning.model.capture import CapturedLayer
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.validate import check_finite
 
-_ONE_BY_ONE = (
-    "Between '{}' and '{}' an operation cannot be differentiated for several vectors at once: they go one by one, with "
-    "the same result, more slowly."
+_SEQUENTIAL = (
+    "Between '{}' and '{}' an operation can only be differentiated for one vector at a time: slower, with the same "
+    "result."
 )
-_BACKWARDS = (
-    "Between '{}' and '{}' an operation has no second derivative: edges are computed backwards, output by output, with "
-    "the same result, more slowly."
+_NO_FORWARD_MODE = (
+    "Between '{}' and '{}' an operation has no second derivative, so edges are computed in reverse mode, output by "
+    "output: slower, with the same result."
 )
 
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What `build_graph` found.
+    """Result of `build_graph`.
 
     Attributes:
         bases: One basis for each node layer, in forward order.
         edges: One matrix ``(r_out, r_in)`` for each pair of neighbouring node layers.
-        n_samples: Number of samples used.
-        metric_errors: Estimated relative error of the metric of each node layer that has one: 0 where it is exact,
-            None where a single probe leaves it unknown.
-        notes: What had to be done in a slower way than usual, in sentences.
-        importance_replicates: For each node layer its importances with one group of samples left out at a time, shape
-            ``(G, r)``; G is 0 where the samples were not enough for groups.
-        edge_replicates: The same of the edges between these features, ``(G, r_out, r_in)``.
+        n_samples: Number of samples.
+        metric_errors: Estimated relative error of the metric of each node layer that has one: 0 if it is exact, None if
+            a single probe leaves it unknown.
+        notes: Sentences about slower fallbacks that were used.
+        importance_replicates: Jackknife replicates of the importances of each node layer, shape ``(G, r)``; G is 0 if
+            there are too few samples for groups.
+        edge_replicates: Jackknife replicates of the edges between these features, ``(G, r_out, r_in)``.
     """
 
     bases: list[Basis]
@@ -74,25 +80,71 @@ class BuildResult:
     edge_replicates: list[Tensor] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """A node layer with its basis.
+
+    Attributes:
+        basis: The basis.
+        features: Features of all batches at valid positions, if they were computed with the basis.
+        lengths: Replicates of the squared lengths of its directions ``C^+`` in the metric, shape ``(G, r)``; None for
+            a basis without a metric.
+    """
+
+    basis: Basis
+    features: Tensor | None
+    lengths: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What all steps of one computation share.
+
+    Attributes:
+        names: Names of the node layers.
+        kinds: Kind of basis of each node layer; ``"lib"`` has a metric.
+        config: What to compute.
+        shortcuts: How to compute it.
+        process_group: The processes.
+        plan: How much is computed at once.
+        generator: Random signs for probes.
+    """
+
+    names: list[str]
+    kinds: list[str]
+    config: LIBConfig
+    shortcuts: Shortcuts
+    process_group: ProcessGroup
+    plan: MemoryPlan
+    generator: torch.Generator
+
+    @property
+    def last(self) -> int:
+        """Index of the last node layer."""
+        return len(self.names) - 1
+
+
 def build_graph(
     instrumented: InstrumentedModel,
     batches: Sequence[Any],
-    settings: LIBConfig,
-    tick: Callable[[str], None] = lambda step: None,
-    chunks: MemoryPlan = MemoryPlan(),  # noqa: B008
+    config: LIBConfig,
+    plan: MemoryPlan = MemoryPlan(),  # noqa: B008
     process_group: ProcessGroup = SINGLE_PROCESS,
-    closed_forms: bool = True,
+    shortcuts: Shortcuts = FAST,
+    plain: bool = False,
 ) -> BuildResult:
-    """Compute bases and edges of a live model.
+    """Compute the bases and edges of a model.
+
+    Progress is reported through `lib_lightning.algorithm.progress`.
 
     Args:
         instrumented: The model and its node layers.
-        batches: All batches; gone through several times.
-        settings: What to compute.
-        tick: Called after each batch of each step with the name of the step.
-        chunks: How much fits into memory.
-        process_group: The processes whose samples are to be taken as one; each has batches of its own, or none.
-        closed_forms: Whether sections that have a closed form are computed by it.
+        batches: All batches; iterated over several times.
+        config: What to compute.
+        plan: How much is computed at once.
+        process_group: The processes whose samples are combined. Each has batches of its own; some may have none.
+        shortcuts: How to compute it.
+        plain: Whether to use no shortcut at all. For tests.
 
     Returns:
         Bases and edges, the same on every process.
@@ -100,120 +152,194 @@ def build_graph(
     Raises:
         ActivationError: If there are no samples, or activations or derivatives are not finite.
     """
-    names = [layer.name for layer in instrumented.layers]
-    last = len(names) - 1
-    kinds: list[str] = [settings.basis] * last
-    kinds.append("lib" if settings.final_metric else final_kind(settings, instrumented.layers[-1].taps))
-    groups = min(int(t) for t in process_group.gather(torch.tensor([chunks.groups])))
-    passes = SectionCache(
-        instrumented, batches, replace(chunks, groups=groups), settings.integration_steps, closed_forms, tick
+    shortcuts = PLAIN if plain else shortcuts
+    run = _Run(
+        [layer.name for layer in instrumented.layers],
+        _kinds(config, instrumented),
+        config,
+        shortcuts,
+        process_group,
+        _common_plan(plan, process_group, shortcuts.keep_graphs),
+        torch.Generator().manual_seed(process_group.rank),
     )
-
-    # 1. RunningCovariance.
-    moments = [RunningCovariance(wide=kind != "lib") for kind in kinds]
-    for cuts in passes.first():
-        for layer_moments, cut in zip(moments, cuts, strict=True):
-            layer_moments.update(cut.rows, cut.a.shape[0])
-            if not torch.isfinite(layer_moments.mean).all():  # a sum shows it, and costs less than a look at each
-                check_finite(cut.layer.name, cut.rows)
-    all_reduce_covariances(moments, process_group)
-    dtype = moments[-1].dtype
-    if dtype is None or not all(layer_moments.count for layer_moments in moments):
-        raise ActivationError("There are no samples to compute a basis from, or a mask leaves out all of them.")
-    means = [m.mean for m in moments]
-    phase_done("moments")
-
-    # 2. Bases, from the last node layer to the first.
-    generator = torch.Generator().manual_seed(process_group.rank)
-    bases: list[Basis] = []
-    errors: dict[str, float | None] = {}
-    # What an importance is beside a variance: the length of the feature's direction in the metric, for each replicate.
-    lengths: list[Tensor | None] = []
-    known: dict[int, Tensor | None] = {}
-    for i in reversed(range(len(names))):
-        name, kind, step = names[i], kinds[i], f"basis of {names[i]}"
-        cutoff = Cutoff(settings.rtol, len(means[i]), dtype)
-        metric: FisherMetric | JacobianMetric | None = None
-        if kind == "neuron":
-            basis = neuron_basis(name, means[i], moments[i].covariance)
-        elif kind == "centered":
-            basis = centered_basis(name, means[i], moments[i].covariance)
-        elif kind == "pca":
-            basis = pca_basis(name, means[i], moments[i].covariance, cutoff)
-        else:
-            if i == last:
-                metric = FisherMetric(len(means[i]), groups)
-                for rows, group in passes.rows(step, i):
-                    metric.update(rows, group)
-                all_reduce([metric], process_group)
-            else:
-                metric = JacobianMetric(len(means[i]), bases[0].to_features, settings.n_probes, generator, groups)
-                if settings.n_probes is None:
-                    passes.keep_jacobian(i, bases[0].n_features)
-                for _, section in passes.sections(step, means, i):
-                    metric.update(section)
-                metric.reduce(process_group)
-                _check_derivatives(instrumented, i, metric.gram.N)
-            B = metric.factor(cutoff.metric)
-            if moments[i].has_covariance:
-                basis = lib_basis(name, means[i], moments[i].covariance, B, cutoff)
-            else:
-                (B,) = process_group.broadcast([B])  # a factor is one of many, and sums need the same
-                keeps = passes.kept and process_group.size == 1  # other processes' features may differ by rounding
-                dual = (DualFewSamples if moments[i].count <= len(means[i]) else DualEigenproblem)(means[i], B, keeps)
-                for rows, _ in passes.rows(step, i):
-                    dual.update(rows)
-                dual.reduce(process_group)
-                basis, known[i] = dual.solve(name, cutoff)
-            errors[name] = metric.relative_error
-        # The same sums give the same basis only up to rounding, and truncation is all or nothing.
-        bases.insert(0, basis.shared(process_group))
-        lengths.insert(0, None if metric is None else metric.replicates(bases[0].from_features))
-        phase_done(f"basis of {name}")
-
-    # 3. Edges.
-    edges = [Edges(before, after, groups) for before, after in itertools.pairwise(bases)]
-    variances = [FeatureVariances(basis, groups) for basis in bases]
-    features = [FeatureReader(basis, known.get(i)) for i, basis in enumerate(bases)]
-    for i, section in passes.sections("edges", means):
-        fhat = features[i].of(section.a, section.mask_in)
-        edges[i].update(section, fhat)
-        variances[i].update(fhat, section.mask_in, section.spans)
-        if i + 1 == last:
-            fhat = features[last].of(section.a_out, section.mask_out)
-            variances[last].update(fhat, section.mask_out, section.spans)
-        phase_done(f"edges from {names[i]} to {names[i + 1]}")
-    all_reduce([*edges, *variances], process_group)
-    for i, section_edges in enumerate(edges):
-        _check_derivatives(instrumented, i, section_edges.E)
-
-    # 4. Standard errors.
-    importances: list[Tensor] = []
-    for i, (feature_variances, length) in enumerate(zip(variances, lengths, strict=True)):
-        found = feature_variances.replicates()
-        importances.append(found if length is None else found * length)
-        bases[i] = _with_errors(bases[i], importances[i])
+    moments, cache = _moments(run, instrumented, batches)
+    layers: list[_Layer] = []
+    metric_errors: dict[str, float | None] = {}
+    for i in reversed(range(len(run.names))):
+        metric = _metric(run, i, layers[0].basis if layers else None, len(moments[i].mean), cache)
+        basis, features = _basis(run, i, moments, metric, cache)
+        lengths = None
+        if metric is not None:
+            lengths, metric_errors[basis.name] = metric.replicates(basis.from_features), metric.relative_error
+        layers.insert(0, _Layer(basis, features, lengths))
+        phase_done(f"basis of {basis.name}")
+    edges, variances = _edges(run, layers, cache)
+    importances = [_importance_replicates(layer, v) for layer, v in zip(layers, variances, strict=True)]
+    bases = [_with_errors(layer.basis, x) for layer, x in zip(layers, importances, strict=True)]
     phase_done("standard errors")
-
-    notes = [_ONE_BY_ONE.format(*names[i : i + 2]) for i in sorted(passes.unstackable)]
-    notes += [_BACKWARDS.format(*names[i : i + 2]) for i in range(last) if edges[i].fell_back]
     return BuildResult(
-        bases, [e.E for e in edges], moments[0].n, errors, notes, importances, [e.replicates for e in edges]
+        bases=bases,
+        edges=[e.E for e in edges],
+        n_samples=moments[0].n,
+        metric_errors=metric_errors,
+        notes=_notes(run, edges, cache),
+        importance_replicates=importances,
+        edge_replicates=[e.replicates for e in edges],
     )
+
+
+def phases(config: LIBConfig, instrumented: InstrumentedModel, n_batches: int) -> dict[str, int]:
+    """The phases of `build_graph`, in order, and how often each of them is reported.
+
+    Args:
+        config: What to compute.
+        instrumented: The model and its node layers.
+        n_batches: Number of batches.
+
+    Returns:
+        Number of reports of each phase: one for each batch, and one for what is computed from all of them.
+    """
+    names, kinds = [layer.name for layer in instrumented.layers], _kinds(config, instrumented)
+    counts = {"moments": n_batches + 1}
+    for name, kind in zip(reversed(names), reversed(kinds), strict=True):
+        counts[f"basis of {name}"] = n_batches + 1 if kind == "lib" else 1
+    counts |= {_edges_phase(before, after): n_batches for before, after in itertools.pairwise(names)}
+    return counts | {"standard errors": 1}
+
+
+def _moments(
+    run: _Run, instrumented: InstrumentedModel, batches: Sequence[Any]
+) -> tuple[list[RunningCovariance], SectionCache]:
+    """Step 1: ``mu = E[a]`` and ``Sigma = E[(a - mu)(a - mu)^T]`` of every node layer, in the first pass."""
+    # With a metric, the covariance of a wide node layer can be avoided.
+    moments = [RunningCovariance(always=kind != "lib" or not run.shortcuts.dual) for kind in run.kinds]
+
+    def add(captured: list[CapturedLayer]) -> None:
+        for layer_moments, layer in zip(moments, captured, strict=True):
+            layer_moments.update(layer.rows, layer.a.shape[0])
+            if not torch.isfinite(layer_moments.mean).all():  # cheaper than checking every activation
+                check_finite(layer.layer.name, layer.rows)
+
+    cache = SectionCache.collect(
+        instrumented, batches, run.plan, run.shortcuts.closed_forms, run.config.integration_steps, add
+    )
+    all_reduce_covariances(moments, run.process_group)
+    if not all(layer_moments.count for layer_moments in moments):
+        raise ActivationError("There are no samples to compute a basis from, or every position is masked.")
+    phase_done("moments")
+    return moments, cache.path_from([layer_moments.mean for layer_moments in moments])
+
+
+def _metric(run: _Run, i: int, next_basis: Basis | None, d: int, cache: SectionCache) -> Metric | None:
+    """Step 2: the metric ``M`` that measures steps in the activations of node layer ``i``, if its basis needs one."""
+    if run.kinds[i] != "lib":
+        return None
+    groups = run.plan.groups
+    metric: Metric
+    if next_basis is None:
+        metric = FisherMetric(d, groups)
+    else:
+        C_next = next_basis.to_features
+        metric = JacobianMetric(d, C_next, run.config.n_probes, run.generator, groups, run.shortcuts.gram)
+    metric.add_batches(cache, i, f"basis of {run.names[i]}")
+    metric.reduce(run.process_group)
+    if not metric.is_finite():
+        raise _not_finite(run, i)
+    return metric
+
+
+def _basis(
+    run: _Run, i: int, moments: Sequence[RunningCovariance], metric: Metric | None, cache: SectionCache
+) -> tuple[Basis, Tensor | None]:
+    """Step 2: the maps ``C`` and ``C^+`` and the importances ``Lambda`` of node layer ``i``.
+
+    Also the features of all batches, if the eigenproblem computes them anyway.
+    """
+    name, kind, dtype = run.names[i], run.kinds[i], moments[-1].dtype
+    assert dtype is not None, "there are samples"
+    mean, features = moments[i].mean, None
+    cutoff = Cutoff(run.config.rtol, len(mean), dtype)
+    if kind == "neuron":
+        basis = neuron_basis(name, mean, moments[i].covariance)
+    elif kind == "centered":
+        basis = centered_basis(name, mean, moments[i].covariance)
+    elif kind == "pca":
+        basis = pca_basis(name, mean, moments[i].covariance, cutoff)
+    else:
+        assert metric is not None
+        # With several processes, features may differ from those of the broadcast basis by rounding and signs.
+        keep = cache.is_cached and run.process_group.size == 1
+        problem = eigenproblem(moments[i], metric.factor(cutoff.metric), run.process_group, keep)
+        if problem.needs_rows:
+            for rows, _ in cache.rows(f"basis of {name}", i):
+                problem.update(rows)
+        problem.reduce(run.process_group)
+        basis, features = problem.solve(name, cutoff)
+    # Equal sums give equal bases only up to rounding, and truncation turns rounding into another number of features.
+    return basis.broadcast(run.process_group), features
+
+
+def _edges(run: _Run, layers: Sequence[_Layer], cache: SectionCache) -> tuple[list[Edges], list[FeatureVariances]]:
+    """Step 3: the edges ``E`` of every section; and the variances of all features, for their standard errors."""
+    bases, groups = [layer.basis for layer in layers], run.plan.groups
+    edges = [Edges(before, after, groups, run.shortcuts.forward_mode) for before, after in itertools.pairwise(bases)]
+    variances = [FeatureVariances(basis, groups) for basis in bases]
+    readers = [FeatureReader(layer.basis, layer.features) for layer in layers]
+    for i, section in cache.sections("edges"):
+        fhat = readers[i].next(section.a, section.mask_in)
+        edges[i].update(section, fhat)
+        variances[i].update(fhat, section.mask_in, section.group_slices)
+        if i + 1 == run.last:
+            fhat = readers[run.last].next(section.a_out, section.mask_out)
+            variances[run.last].update(fhat, section.mask_out, section.group_slices)
+        phase_done(_edges_phase(*run.names[i : i + 2]))
+    all_reduce([*edges, *variances], run.process_group)
+    for i, section_edges in enumerate(edges):
+        if not torch.isfinite(section_edges.E).all():
+            raise _not_finite(run, i)
+    return edges, variances
+
+
+def _importance_replicates(layer: _Layer, variances: FeatureVariances) -> Tensor:
+    """Step 4: replicates of ``Lambda = (variance of a feature) (squared length of its C^+ in the metric)``."""
+    replicates = variances.replicates()
+    # In a LIB the squared length is 1 for all samples, but not for each replicate.
+    return replicates if layer.lengths is None else replicates * layer.lengths
 
 
 def _with_errors(basis: Basis, replicates: Tensor) -> Basis:
+    """Step 4: the basis with standard errors."""
     if len(replicates) < 2:
         return basis
-    fixed = basis.kind in ("neuron", "centered")  # their directions are given
-    unsure = None if fixed else near_degenerate(basis.importance, replicates)
-    return replace(basis, importance_error=standard_error(replicates), unsure=unsure)
+    fixed = basis.kind in ("neuron", "centered")  # directions that do not depend on the samples
+    degenerate = None if fixed else near_degenerate(basis.importance, replicates)
+    return replace(basis, importance_error=standard_error(replicates), degenerate=degenerate)
 
 
-def _check_derivatives(instrumented: InstrumentedModel, index: int, result: Tensor) -> None:
-    if not torch.isfinite(result).all():
-        before, after = instrumented.layers[index].name, instrumented.layers[index + 1].name
-        raise NotFiniteError(
-            f"Derivatives of '{after}' with respect to '{before}' are NaN or infinite (a square root at zero, a "
-            "division by zero, an overflow in half precision?). No basis can be computed from them."
-        )
+def _kinds(config: LIBConfig, instrumented: InstrumentedModel) -> list[str]:
+    """Kind of basis of each node layer."""
+    *others, last = instrumented.layers
+    return [config.basis for _ in others] + ["lib" if config.final_metric else final_kind(config, last.taps)]
+
+
+def _common_plan(plan: MemoryPlan, process_group: ProcessGroup, keep_graphs: bool) -> MemoryPlan:
+    """The plan with as many jackknife groups as every process has memory for."""
+    groups = min(int(t) for t in process_group.gather(torch.tensor([plan.groups])))
+    return replace(plan, groups=groups, keep_graphs=plan.keep_graphs and keep_graphs)
+
+
+def _edges_phase(before: str, after: str) -> str:
+    return f"edges from {before} to {after}"
+
+
+def _not_finite(run: _Run, i: int) -> NotFiniteError:
+    before, after = run.names[i], run.names[min(i + 1, run.last)]
+    return NotFiniteError(
+        f"Derivatives of '{after}' with respect to '{before}' are NaN or infinite (a square root at zero, a "
+        "division by zero, an overflow in half precision?). No basis can be computed from them."
+    )
+
+
+def _notes(run: _Run, edges: Sequence[Edges], cache: SectionCache) -> list[str]:
+    notes = [_SEQUENTIAL.format(*run.names[i : i + 2]) for i in cache.sequential_sections]
+    return notes + [_NO_FORWARD_MODE.format(*run.names[i : i + 2]) for i, e in enumerate(edges) if e.fell_back]

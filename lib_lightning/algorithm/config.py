@@ -1,4 +1,4 @@
-"""What to compute."""
+"""Configuration of the algorithm."""
 
 from __future__ import annotations
 
@@ -9,17 +9,13 @@ from typing import Literal, get_args
 from lib_lightning.model.node_layer import OUTPUT
 
 BasisKind = Literal["lib", "pca", "neuron"]
-
-
 FinalBasisKind = Literal["auto", "neuron", "pca", "centered"]
-
-
 FinalMetric = Literal["fisher"]
 
 
 @dataclass(frozen=True)
 class LIBConfig:
-    """What to compute; see `lib_lightning.compute_interaction_graph` for the meaning of each entry.
+    """What to compute; the fields are arguments of `lib_lightning.compute_interaction_graph`, and explained there.
 
     Raises:
         ValueError: If a value is outside its range.
@@ -39,37 +35,37 @@ class LIBConfig:
             _choice("final_metric", self.final_metric, get_args(FinalMetric))
             if self.final_basis != "auto":
                 raise ValueError(
-                    f"final_metric={self.final_metric!r} decides on the basis of the last node layer; leave "
-                    f"final_basis={self.final_basis!r} out."
+                    f"final_metric={self.final_metric!r} determines the basis of the last node layer. Remove "
+                    f"final_basis={self.final_basis!r}."
                 )
         if not 0 <= self.rtol < 1:
-            raise ValueError(f"rtol is a share of the largest eigenvalue, from 0 up to 1; got {self.rtol}.")
+            raise ValueError(f"rtol must be at least 0 and less than 1; got {self.rtol}.")
         if self.n_probes is not None and self.n_probes < 1:
-            raise ValueError(f"n_probes is a number of probes from 1 on, or None for all of them; got {self.n_probes}.")
+            raise ValueError(f"n_probes must be at least 1, or None for the exact metric; got {self.n_probes}.")
         if self.integration_steps < 0:
-            raise ValueError(f"integration_steps is a number of points, or 0 for none; got {self.integration_steps}.")
+            raise ValueError(f"integration_steps must not be negative; got {self.integration_steps}.")
 
 
-def final_kind(settings: LIBConfig, taps: Sequence[str]) -> str:
-    """Which basis the last node layer takes: it has no next layer to measure its features by.
+def final_kind(config: LIBConfig, taps: Sequence[str]) -> str:
+    """The kind of basis of the last node layer, which has no next layer and therefore no Jacobian metric.
 
     Args:
-        settings: What to compute.
+        config: The configuration.
         taps: Taps of the last node layer.
 
     Returns:
-        ``"neuron"`` for the model's own output unless asked otherwise (its entries have names, such as classes), and
-        ``"pca"`` for anything else.
+        The configured ``final_basis``; if that is ``"auto"``, ``"neuron"`` for the model's output, whose entries have a
+        meaning (such as classes), and ``"pca"`` for any other node layer.
 
     Example:
         >>> final_kind(LIBConfig(), ["output"]), final_kind(LIBConfig(), ["blocks.3"])
         ('neuron', 'pca')
     """
-    if settings.final_basis != "auto":
-        return settings.final_basis
+    if config.final_basis != "auto":
+        return config.final_basis
     return "neuron" if tuple(taps) == (OUTPUT,) else "pca"
 
 
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} is one of {', '.join(map(repr, choices))}; got {value!r}.")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}.")

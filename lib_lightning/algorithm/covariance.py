@@ -1,4 +1,4 @@
-"""Mean and covariance of a stream of activations, exact for any way the stream is cut into batches."""
+"""Running mean and covariance of activations, independent of how they are divided into batches."""
 
 from __future__ import annotations
 
@@ -15,19 +15,25 @@ _DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
 class RunningCovariance(Reducible):
-    """Running mean and sum of squared deviations in float64.
+    """Running mean, and sum of outer products of deviations from it, in float64.
 
-    Each batch is centred by itself and merged by the pairwise update of Chan, Golub and LeVeque (1979), so activations
-    far from zero lose no digits.
+    Batches are centred separately and merged, so that activations far from zero lose no digits. If ``m`` rows of mean
+    ``mu`` are followed by ``k`` rows of mean ``mu + delta``, the sum grows by the outer products of the new rows,
+    centred, and by ``m k / (m + k) delta delta^T``.
 
     Args:
-        wide: Whether the covariance is wanted also where it is wide; else only the mean is summed there.
+        always: Whether the covariance is computed at any width; False for only the mean of node layers wider than
+            `DENSE_WIDTH`.
 
     Attributes:
         n: Number of samples.
-        count: Number of activations.
-        mean: ``mu``, shape ``(d,)``, float64; empty as long as there are none.
-        dtype: Type that they came in.
+        count: Number of rows.
+        mean: ``mu``, shape ``(d,)``, float64; empty before the first row.
+        dtype: Type of the activations.
+
+    Note:
+        Source: Chan, Golub and LeVeque (1979), "Updating formulae and a pairwise algorithm for computing sample
+        variances".
 
     Example:
         >>> moments = RunningCovariance()
@@ -39,8 +45,8 @@ class RunningCovariance(Reducible):
 
     sums = ("_scatter",)
 
-    def __init__(self, wide: bool = True) -> None:
-        self._wide = wide
+    def __init__(self, always: bool = True) -> None:
+        self._always = always
         self.dtype: torch.dtype | None = None
         self.n = 0
         self.count = 0
@@ -51,8 +57,8 @@ class RunningCovariance(Reducible):
         """Add a batch of activations.
 
         Args:
-            rows: Activations, one a row: ``(m, d)``.
-            n: Number of samples they come from.
+            rows: Activations, one vector a row: ``(m, d)``.
+            n: Number of samples that they come from.
         """
         self.n += n
         count = rows.shape[0]
@@ -65,7 +71,7 @@ class RunningCovariance(Reducible):
         delta = mean - before
         self.mean = before + delta * (count / max(1, total))
         if self.has_covariance:
-            # The step of the mean counts as one more row, so that the sum is gone through once.
+            # The step of the mean is one more row, so that the matrix is updated once.
             step = delta * (self.count * count / max(1, total)) ** 0.5
             centred = mean.new_empty(count + 1, len(mean))
             torch.sub(rows, mean, out=centred[:-1])
@@ -77,20 +83,20 @@ class RunningCovariance(Reducible):
 
     @property
     def totals(self) -> Tensor:
-        """Numbers that tell another process what has been seen, but for second moments; on the CPU."""
+        """Counts, type and mean of this process, for `align`; on the CPU."""
         dtype = -1 if self.dtype is None else _DTYPES.index(self.dtype)
         numbers = torch.tensor([self.n, self.count, dtype, len(self.mean)], dtype=torch.float64)
         return torch.cat([numbers, self.mean.cpu()])
 
-    def meet(self, everyone: Sequence[Tensor]) -> None:
-        """Go over to the mean of several processes, so that what is left to do is to sum.
+    def align(self, all_totals: Sequence[Tensor]) -> None:
+        """Change to the mean over all processes, so that the sums of outer products can be added up.
 
         Args:
-            everyone: The `totals` of each, this one among them; some may have seen nothing.
+            all_totals: The `totals` of every process, including this one; a process may have no rows.
         """
-        n, counts, dtypes, widths = torch.stack([totals[:4] for totals in everyone]).T
+        n, counts, dtypes, widths = torch.stack([totals[:4] for totals in all_totals]).T
         d = int(widths.max())
-        means = torch.stack([totals[4:] if len(totals) > 4 else totals.new_zeros(d) for totals in everyone])
+        means = torch.stack([totals[4:] if len(totals) > 4 else totals.new_zeros(d) for totals in all_totals])
         total = counts.sum()
         mean = ((counts[:, None] * means).sum(0) / total.clamp(min=1)).to(self.mean)
         if len(self.mean) < d:
@@ -109,22 +115,22 @@ class RunningCovariance(Reducible):
 
     @property
     def has_covariance(self) -> bool:
-        """Whether the covariance is summed."""
-        return self._wide or len(self.mean) <= DENSE_WIDTH
+        """Whether the covariance is computed."""
+        return self._always or len(self.mean) <= DENSE_WIDTH
 
 
 def all_reduce_covariances(moments: Sequence[RunningCovariance], process_group: ProcessGroup) -> None:
-    """Join what several processes have seen of all node layers, in two exchanges; some may have seen nothing.
+    """Combine the moments of all processes, in two exchanges. A process may have no rows.
 
     Args:
-        moments: One for each node layer.
+        moments: One for each node layer; afterwards those of all processes.
         process_group: The processes.
     """
     if process_group.size == 1:
         return
-    everyone = process_group.gather(torch.cat([layer.totals for layer in moments]))
+    all_totals = process_group.gather(torch.cat([layer.totals for layer in moments]))
     for layer in moments:
-        ends = [4 + int(totals[3]) for totals in everyone]
-        layer.meet([totals[:end] for totals, end in zip(everyone, ends, strict=True)])
-        everyone = [totals[end:] for totals, end in zip(everyone, ends, strict=True)]
+        ends = [4 + int(totals[3]) for totals in all_totals]
+        layer.align([totals[:end] for totals, end in zip(all_totals, ends, strict=True)])
+        all_totals = [totals[end:] for totals, end in zip(all_totals, ends, strict=True)]
     all_reduce([layer for layer in moments if layer.has_covariance], process_group)

@@ -9,10 +9,10 @@ from lib_lightning.algorithm.basis import Basis
 from lib_lightning.algorithm.jackknife import leave_one_out
 from lib_lightning.distributed.process_group import Reducible
 from lib_lightning.jacobian.closed_form import ClosedEdges
-from lib_lightning.jacobian.section import Section
+from lib_lightning.jacobian.section import Gradients, Section
 from lib_lightning.model.precision import product_dtype
 
-# A Jacobian-vector product is a backward pass through a backward pass: measured at 1 to 2 times a plain one.
+# A Jacobian-vector product is a backward pass through a backward pass: measured at 1 to 2 times a vector-Jacobian one.
 _FORWARD_COST = 2
 
 
@@ -22,25 +22,27 @@ class Edges(Reducible):
     Args:
         before: Basis of the node layer with features ``j``.
         after: Basis of the next node layer, with features ``i``.
-        groups: Number of groups of samples to sum apart.
+        groups: Number of jackknife groups.
+        forward_mode: Whether forward mode is used where it is cheaper. Without it, the sum is taken literally.
 
     Attributes:
-        fell_back: Whether forward mode would have been cheaper, but has no derivative to go by.
+        fell_back: Whether forward mode would have been cheaper, but an operation has no second derivative.
 
     Note:
-        Source: arXiv 2405.10928, edges of the interaction graph (squared). The inner sum over ``s`` is one
-        Jacobian-vector product with the tangent ``v_s = fhat_{s,j} C^+_j``, whatever the number of output positions,
-        or one entry of a vector-Jacobian product for each ``(t, i)``; the cheaper of the two ways is taken, the second
-        wherever the first has no derivative to go by.
+        Source: arXiv 2405.10928, edges of the interaction graph (squared). The inner sum over ``s`` is entry ``(t, i)``
+        of the Jacobian-vector product with the tangent ``v_s = fhat_{s,j} C^+_j``: one product for each ``j``,
+        whatever the number of output positions. It is also the inner product of ``fhat_{s,j}`` with the gradient of
+        ``fhat'_{t,i}``: one vector-Jacobian product for each ``(t, i)``.
     """
 
     sums = ("rows", "_total")
 
-    def __init__(self, before: Basis, after: Basis, groups: int = 1) -> None:
+    def __init__(self, before: Basis, after: Basis, groups: int = 1, forward_mode: bool = True) -> None:
         self.before, self.after = before, after
         self.rows = torch.zeros(groups, dtype=torch.float64)
         self.fell_back = False
-        self._forward: bool | None = None
+        # None until a batch decides it.
+        self._forward: bool | None = None if forward_mode else False
         self._closed: ClosedEdges | None = None
         shape = (groups, after.n_features, before.n_features)
         self._total = torch.zeros(shape, dtype=torch.float64, device=before.mean.device)
@@ -50,54 +52,53 @@ class Edges(Reducible):
 
         Args:
             section: The section between the two node layers, at that batch.
-            fhat: Features of the first one, zero at positions that do not count, shape ``(n, S_in, r_in)``.
+            fhat: Features of the node layer before, zero at masked positions, shape ``(n, S_in, r_in)``.
         """
         fhat = fhat.to(section.a)
-        for group, span in section.spans:
-            self.rows[group] += section.rows_of(span)
-        if section.closed is not None:
-            weights = section.closed.weights
-            if self._closed is None or self._closed.weights is not weights:
-                self._closed = ClosedEdges(weights, self.before.from_features, self.after.to_features)
-            for group, span in section.spans:
-                self._total[group] += self._closed.sum(section.closed, fhat, span)
-            return
-        if section.jacobian:
-            for i, g in section.jacobian:
-                self._add_rows(section, i, g, fhat)
-            return
-        if self._forward is None:
-            cheaper = _FORWARD_COST * self.before.n_features < section.S_out * self.after.n_features
-            self._forward = section.has_jvp() if cheaper else False
-            self.fell_back = cheaper and self._forward is False
-        if self._forward:
-            self.update_forward(section, fhat)
-        else:
+        for group, samples in section.group_slices:
+            self.rows[group] += section.num_valid(samples)
+        if section.closed_form is not None:
+            self._add_closed(section, fhat)
+        elif section.cached_products:
             self.update_reverse(section, fhat)
+        else:
+            if self._forward is None:
+                cheaper = _FORWARD_COST * self.before.n_features < section.S_out * self.after.n_features
+                self._forward = section.has_jvp() if cheaper else False
+                self.fell_back = cheaper and self._forward is False
+            (self.update_forward if self._forward else self.update_reverse)(section, fhat)
 
     def update_forward(self, section: Section, fhat: Tensor) -> None:
         """Add one batch with one Jacobian-vector product for each input feature."""
         C_pinv, C_next = self.before.from_features.to(fhat), self.after.to_features.to(fhat)
-        stack = section.stack
-        for start in range(0, self.before.n_features, stack):
-            j = slice(start, start + stack)
+        size = section.vectors_per_call
+        for start in range(0, self.before.n_features, size):
+            j = slice(start, start + size)
             tangents = fhat[..., j].movedim(-1, 0)[..., None] * C_pinv[j][:, None, None, :]
-            moved = section.jvp(tangents) @ C_next
-            squares = moved.to(product_dtype(moved.dtype)).square()
-            for group, span in section.spans:
-                self._total[group, :, j] += squares[:, span].sum(dim=(1, 2)).T.double()
+            interactions = section.jvp(tangents) @ C_next
+            squares = interactions.to(product_dtype(interactions.dtype)).square()
+            for group, samples in section.group_slices:
+                self._total[group, :, j] += squares[:, samples].sum(dim=(1, 2)).T.double()
 
     def update_reverse(self, section: Section, fhat: Tensor) -> None:
         """Add one batch with one vector-Jacobian product for each output position and feature."""
-        for i, cotangents in section.output_stacks(self.after.to_features.to(fhat)):
-            self._add_rows(section, i, section.vjp(cotangents), fhat)
+        for gradients in section.output_gradients(self.after.to_features.to(fhat)):
+            self._add_gradients(section, gradients, fhat)
 
-    def _add_rows(self, section: Section, i: Tensor, g: Tensor, fhat: Tensor) -> None:
-        """Add gradients ``(k, n, S_in, d_in)`` of output features ``i``."""
-        moved = (g @ self.before.from_features.to(fhat).T).mul_(fhat).sum(dim=2)
-        squares = moved.to(product_dtype(moved.dtype)).square()
-        for group, span in section.spans:
-            self._total[group].index_add_(0, i, squares[:, span].sum(dim=1).double())
+    def _add_gradients(self, section: Section, gradients: Gradients, fhat: Tensor) -> None:
+        i, g = gradients
+        interactions = (g @ self.before.from_features.to(fhat).T).mul_(fhat).sum(dim=2)
+        squares = interactions.to(product_dtype(interactions.dtype)).square()
+        for group, samples in section.group_slices:
+            self._total[group].index_add_(0, i, squares[:, samples].sum(dim=1).double())
+
+    def _add_closed(self, section: Section, fhat: Tensor) -> None:
+        form = section.closed_form
+        assert form is not None
+        if self._closed is None or self._closed.factors is not form.factors:
+            self._closed = ClosedEdges(form.factors, self.before.from_features, self.after.to_features)
+        for group, samples in section.group_slices:
+            self._total[group] += self._closed.sum(form, fhat, samples)
 
     @property
     def E(self) -> Tensor:
@@ -106,5 +107,5 @@ class Edges(Reducible):
 
     @property
     def replicates(self) -> Tensor:
-        """The edges with one group of samples left out at a time, ``(G, r_out, r_in)``; G is 0 with one group only."""
+        """Jackknife replicates of the edges, shape ``(G, r_out, r_in)``; G is 0 if there is only one group."""
         return leave_one_out(self._total, self.rows)

@@ -10,36 +10,38 @@ from lib_lightning.model.vjp import apply_mask, num_valid
 
 
 class FeatureReader:
-    """Gives ``fhat`` of one batch after the other.
+    """Returns the features ``fhat`` of one batch after the other.
 
     Args:
         basis: Basis of the node layer.
-        known: Features of all batches at the positions that count, in order, shape ``(m, r)``, float64, if there are.
+        cached_features: Features of all batches at valid positions, in order, shape ``(m, r)``, float64, if they are
+            known; None to encode each batch.
 
     Example:
         >>> from lib_lightning.algorithm.basis import neuron_basis
         >>> basis = neuron_basis("fc", torch.ones(1), torch.eye(1))
-        >>> FeatureReader(basis).of(torch.tensor([[[3.0]]]), None)
+        >>> FeatureReader(basis).next(torch.tensor([[[3.0]]]), None)
         tensor([[[2.]]], dtype=torch.float64)
     """
 
-    def __init__(self, basis: Basis, known: Tensor | None = None) -> None:
-        self.basis, self._known = basis, known
+    def __init__(self, basis: Basis, cached_features: Tensor | None = None) -> None:
+        self.basis, self._cached_features = basis, cached_features
+        self._start = 0
 
-    def of(self, a: Tensor, mask: Tensor | None) -> Tensor:
+    def next(self, a: Tensor, mask: Tensor | None) -> Tensor:
         """Features of the next batch.
 
         Args:
-            a: Its activations, shape ``(n, S, d)``.
-            mask: True at positions that count, shape ``(n, S)``; None where all of them do.
+            a: Activations of the batch, shape ``(n, S, d)``.
+            mask: True at valid positions, shape ``(n, S)``; None if all are valid.
 
         Returns:
-            ``fhat``, zero at positions that do not count, shape ``(n, S, r)``, float64.
+            ``fhat``, zero at masked positions, shape ``(n, S, r)``, float64.
         """
-        if self._known is None:
+        if self._cached_features is None:
             return apply_mask(self.basis.encode(a, torch.float64), mask)
-        n = num_valid(a, mask)
-        rows, self._known = self._known[:n], self._known[n:]
+        stop = self._start + num_valid(a, mask)
+        rows, self._start = self._cached_features[self._start : stop], stop
         if mask is None:
             return rows.view(*a.shape[:2], rows.shape[1])
         features = rows.new_zeros(*a.shape[:2], rows.shape[1])

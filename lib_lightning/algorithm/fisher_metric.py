@@ -1,4 +1,4 @@
-"""The Fisher metric of logits: how far a step moves the distribution that they stand for."""
+"""The Fisher metric of logits: how much a step changes the predicted distribution."""
 
 from __future__ import annotations
 
@@ -7,22 +7,26 @@ from torch import Tensor
 
 from lib_lightning.algorithm.jackknife import leave_one_out
 from lib_lightning.algorithm.linalg import eigh_psd
-from lib_lightning.distributed.process_group import Reducible
+from lib_lightning.algorithm.section_cache import SectionCache
+from lib_lightning.distributed.process_group import ProcessGroup, Reducible, all_reduce
 
 
 class FisherMetric(Reducible):
     """Streaming ``E[diag(p) - p p^T]`` with ``p = softmax(a)``, over samples and positions.
 
     To second order, a step ``v`` in the logits changes the distribution by a Kullback-Leibler divergence of
-    ``v^T (diag(p) - p p^T) v / 2`` nats. A step common to all logits changes nothing.
+    ``v^T (diag(p) - p p^T) v / 2`` nats. A step that is common to all logits changes nothing.
+
+    See `lib_lightning.algorithm.metric.Metric` for the methods.
 
     Args:
         d: Number of logits.
-        groups: Number of groups of samples to sum apart.
+        groups: Number of jackknife groups.
 
     Note:
-        Source: Amari (1998), the Fisher information of a categorical distribution in its natural parameters. Taking it
-        for the metric of the last node layer goes beyond arXiv 2405.10928, which leaves that layer in neurons.
+        Source: Amari (1998), https://doi.org/10.1162/089976698300017746, the Fisher information of a categorical
+        distribution in its natural parameters. Its use as the metric of the last node layer is an addition to arXiv
+        2405.10928, which keeps that layer in the neuron basis.
 
     Example:
         >>> fisher = FisherMetric(2)
@@ -38,42 +42,46 @@ class FisherMetric(Reducible):
         self.rows = torch.zeros(groups, dtype=torch.float64)
         self._total = torch.zeros(groups, d, d, dtype=torch.float64)
 
+    def add_batches(self, cache: SectionCache, index: int, phase: str) -> None:
+        """See `Metric`."""
+        for rows, group in cache.rows(phase, index):
+            self.update(rows, group)
+
     def update(self, rows: Tensor, group: int) -> None:
-        """Add logits of one group of samples, one vector a row: ``(m, d)``."""
+        """Add logits of one group of samples.
+
+        Args:
+            rows: Logits, one vector a row: ``(m, d)``.
+            group: Number of the group.
+        """
         p = rows.detach().double().softmax(-1)
         self._total = self._total.to(p.device)
         self.rows[group] += rows.shape[0]
         self._total[group] += torch.diag(p.sum(0)) - p.T @ p
 
-    @property
-    def relative_error(self) -> float:
-        """Error of sampling: this metric is exact."""
-        return 0.0
+    def reduce(self, process_group: ProcessGroup) -> None:
+        """See `Metric`."""
+        all_reduce([self], process_group)
+
+    def is_finite(self) -> bool:
+        """See `Metric`."""
+        return bool(torch.isfinite(self._total).all())
+
+    def factor(self, cutoff: float) -> Tensor:
+        """See `Metric`."""
+        values, vectors = eigh_psd(self.M, cutoff)
+        return values.sqrt()[:, None] * vectors.T
+
+    def replicates(self, directions: Tensor) -> Tensor:
+        """See `Metric`."""
+        return leave_one_out(((directions @ self._total) * directions).sum(-1), self.rows)
 
     @property
     def M(self) -> Tensor:
-        """The metric, shape ``(d, d)``, float64."""
+        """See `Metric`."""
         return self._total.sum(0) / self.rows.sum()
 
-    def replicates(self, directions: Tensor) -> Tensor:
-        """Squared length of directions in the metric, with one group of samples left out at a time.
-
-        Args:
-            directions: One a row, shape ``(r, d)``, float64.
-
-        Returns:
-            ``v M v^T`` of each direction and replicate, shape ``(G, r)``; G is 0 where there is only one group.
-        """
-        return leave_one_out(((directions @ self._total) * directions).sum(-1), self.rows)
-
-    def factor(self, cutoff: float) -> Tensor:
-        """Square-root factor ``B`` with ``B^T B = M``.
-
-        Args:
-            cutoff: Directions with an eigenvalue up to this share of the largest are dropped.
-
-        Returns:
-            ``B`` of shape ``(k, d)``, float64.
-        """
-        values, vectors = eigh_psd(self.M, cutoff)
-        return values.sqrt()[:, None] * vectors.T
+    @property
+    def relative_error(self) -> float:
+        """See `Metric`: this metric is exact."""
+        return 0.0

@@ -1,4 +1,4 @@
-"""Random signs to sample a metric with, spread more evenly than independent ones."""
+"""Random sign vectors for Hutchinson's estimator, with less variance than independent ones."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from torch import Tensor
 
 
 class OrthogonalSigns:
-    """Vectors of random signs, orthogonal to one another for as long as there are dimensions.
+    """Vectors ``z`` of random signs, in sets of mutually orthogonal ones.
 
-    A vector by itself is as random as any: ``E[z z^T] = 1``, so what is sampled is right on average. But the squares
-    of a full set of orthogonal ones sum to exactly ``1``, so what is common to their samples is sampled without error
-    once all of them have been used.
+    Each vector has ``E[z z^T] = 1``, so that Hutchinson's estimator is unbiased. Over a full set of ``m`` orthogonal
+    vectors ``sum z z^T / m`` is exactly ``1``, so that the part of the estimate that is common to all samples has no
+    sampling error once a set is complete.
 
     Args:
         generator: Source of randomness, on the CPU.
 
     Note:
-        Rows of a Hadamard matrix (Sylvester's), with random signs and a random order of its columns, drawn anew each
-        time its rows are used up.
+        The vectors are rows of Sylvester's Hadamard matrix with random signs and a random order of its columns, which
+        are drawn again for each set.
 
     Example:
         >>> signs = OrthogonalSigns(torch.Generator().manual_seed(0)).draw(4, 4).float()
@@ -38,11 +38,11 @@ class OrthogonalSigns:
         """Draw the next vectors.
 
         Args:
-            count: How many.
-            size: Their length; vectors of another length than before begin a new set.
+            count: Number of vectors.
+            size: Their length; a new length begins a new set.
 
         Returns:
-            Numbers 1 and -1, shape ``(count, size)``, int8, on the CPU.
+            Entries 1 and -1, shape ``(count, size)``, int8, on the CPU.
         """
         parts = [torch.zeros(0, size, dtype=torch.int8)]
         while count > 0:

@@ -1,4 +1,4 @@
-"""Symmetric positive semi-definite matrices: their sums, their eigenvectors, and which of these are rounding."""
+"""Positive semi-definite matrices: Gram sums, eigendecompositions, and the numerical rank."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from torch import Tensor
 
 from lib_lightning.model.precision import product_dtype
 
-# Up to this width threads multiply faster by rows. Measured on two cores: a fifth at 128, nothing at 512.
+# Up to this width, threads are faster if each takes some of the rows. Measured on two cores: by a fifth at 128, not at
+# all at 512.
 _NARROW = 256
 
 
 @dataclass(frozen=True)
 class Cutoff:
-    """Below which share of the largest eigenvalue an eigenvalue counts as zero.
+    """The share of the largest eigenvalue up to which eigenvalues are treated as zero.
 
     Args:
-        rtol: Relative truncation asked for; 0 asks for the numerical rank only, which depends on rounding.
+        rtol: Requested relative truncation; 0 truncates to the numerical rank, which depends on rounding.
         size: Number of rows of the matrices.
-        dtype: Type that activations and gradients were computed in.
+        dtype: Type in which activations and gradients were computed.
 
     Example:
         >>> Cutoff(1e-6, 100, torch.float64).variance
@@ -35,17 +36,17 @@ class Cutoff:
 
     @property
     def variance(self) -> float:
-        """Cutoff for variances that are importances in themselves."""
+        """Cutoff for variances that are importances, as in PCA."""
         return max(self.rtol, self.rounding)
 
     @property
     def rounding(self) -> float:
-        """Below this a variance is none: summed in float64, of numbers whose rounding is squared with them."""
+        """Cutoff for variances that are only rounding error: of sums in float64, and of activations, squared."""
         return max(self.size * torch.finfo(torch.float64).eps, torch.finfo(self.dtype).eps ** 2)
 
     @property
     def metric(self) -> float:
-        """Cutoff for the metric and for importances: products of gradients are rounded to their own type."""
+        """Cutoff for the metric and for importances: products of gradients are rounded to the type of the gradients."""
         eps = max(torch.finfo(product_dtype(self.dtype)).eps, torch.finfo(torch.float64).eps)
         return max(self.rtol, self.size * torch.finfo(torch.float64).eps, 4 * eps)
 
@@ -65,7 +66,7 @@ def add_gram(total: Tensor, rows: Tensor) -> None:
                 [2., 5.]], dtype=torch.float64)
     """
     m, d = rows.shape
-    # Threads that share the entries of a narrow result wait for each other; each takes some of the rows instead.
+    # Threads that share a narrow result would wait for each other.
     threads = torch.get_num_threads() if rows.device.type == "cpu" and d <= _NARROW else 1
     shares = min(threads, m // max(1, d))
     if shares > 1:
@@ -82,7 +83,7 @@ def eigh_psd(matrix: Tensor, cutoff: float, floor: float = 0.0) -> tuple[Tensor,
     Args:
         matrix: ``A``, symmetric, shape ``(d, d)``, float64.
         cutoff: Eigenvalues up to this share of the largest one are dropped.
-        floor: Eigenvalues up to this size are dropped, too.
+        floor: Eigenvalues up to this size are dropped as well.
 
     Returns:
         Eigenvalues ``(r,)``, descending, and eigenvectors ``(d, r)``.

@@ -1,7 +1,7 @@
-"""Sums of outer products of wide vectors that span few directions: a ``d x d`` matrix that is never formed.
+"""Sums of outer products of wide vectors that span few directions, without forming a ``d x d`` matrix.
 
-Gradients towards a wide node layer (3,072 pixels) all lie in the few directions (100 hidden units) that the next module
-reads. Their span is found as they come and only its own small Gram matrix is summed.
+Gradients with respect to a wide node layer (3,072 pixels) lie in the few directions (100 hidden units) that the next
+module reads. Their span is found incrementally, and only the small Gram matrix of their coordinates is summed.
 """
 
 from __future__ import annotations
@@ -11,28 +11,33 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from lib_lightning.algorithm.gram import Gram
 from lib_lightning.algorithm.linalg import add_gram, eigh_psd
-from lib_lightning.distributed.process_group import ProcessGroup, Reducible
+from lib_lightning.distributed.process_group import ProcessGroup
 from lib_lightning.model.precision import product_dtype
 
-# Below this width the full matrix is cheaper than looking for a span.
+# Up to this width the full matrix is cheaper than finding the span.
 DENSE_WIDTH = 512
+# New directions found in one step.
 _SKETCH = 64
-# Numbers to hold in float64 at a time.
+# Numbers to convert to float64 at a time.
 _NUMBERS = 2**20
 
 
-class LowRankGram(Reducible):
-    """Streaming ``sum g g^T`` over vectors ``g``, as ``Q^T N Q`` with orthonormal rows of ``Q``.
+class LowRankGram(Gram):
+    """Several sums ``sum g g^T`` as ``Q^T N Q``, with orthonormal rows of ``Q`` that all of them share.
+
+    See `lib_lightning.algorithm.gram.Gram` for the methods, and `lib_lightning.algorithm.gram.DenseGram` for the same
+    sums without the span.
 
     Args:
         d: Length of the vectors.
-        parts: Number of sums to keep apart, over one span.
+        parts: Number of sums.
         dense_width: Up to this length ``Q`` is the identity from the start.
 
     Note:
-        New directions are found by a random sketch of what lies outside the span so far (Halko, Martinsson and Tropp,
-        2011), until what is left is rounding.
+        New directions are found by a random sketch of the components outside the span (Halko, Martinsson and Tropp,
+        2011, https://doi.org/10.1137/090771806), until only rounding is outside.
 
     Example:
         >>> gram = LowRankGram(3)
@@ -43,11 +48,9 @@ class LowRankGram(Reducible):
                 [ 0.,  0.,  0.]], dtype=torch.float64))
     """
 
-    sums = ("N",)
-
     def __init__(self, d: int, parts: int = 1, dense_width: int = DENSE_WIDTH) -> None:
         self.d, self._dense_width = d, dense_width
-        self.dense = d <= dense_width  # Q is the identity, and not stored
+        self.dense = d <= dense_width  # Q is the identity and is not stored
         self.Q = torch.zeros(0, d)
         k = d if self.dense else 0
         self.N = torch.zeros(parts, k, k, dtype=torch.float64)
@@ -55,33 +58,23 @@ class LowRankGram(Reducible):
 
     @property
     def rank(self) -> int:
-        """Number of directions summed over: all of them where the sum is dense."""
+        """Number of directions of the span."""
         return self.N.shape[1]
 
     def add(self, g: Tensor, part: int = 0) -> None:
-        """Add vectors.
-
-        Args:
-            g: One vector a row, shape ``(m, d)``.
-            part: The sum to add them to.
-        """
+        """See `Gram`."""
         g = g.to(product_dtype(g.dtype))
         self.N = self.N.to(g.device)
         coordinates = g if self.dense else self._coordinates(g)
-        # In single precision the rounding of the sum would be a metric of its own, some 1e-6 of the largest eigenvalue:
-        # enough for directions that nothing reads, but that vary greatly, to look important. On a small MLP this costs
-        # a quarter of the whole time, on a transformer little; splitting numbers into single ones was no faster.
+        # Summed in float64: in float32 the rounding error of the sum, some 1e-6 of the largest eigenvalue, would make
+        # directions look important that vary strongly but that nothing reads. This costs a quarter of the time on a
+        # small MLP and little on a transformer; sums of split float32 products were no faster.
         for rows in coordinates.split(max(1, _NUMBERS // max(1, coordinates.shape[1]))):
             add_gram(self.N[part], rows.double())
 
     def add_product(self, V: Tensor, sums: Iterable[Tensor]) -> None:
-        """Add many vectors to each sum by what is known of theirs: ``V^T X V``.
-
-        Args:
-            V: Directions that they lie in, one a row, shape ``(m, d)``, float64.
-            sums: For each part ``X``, their sum in these, symmetric, shape ``(m, m)``, float64.
-        """
-        if self.rank == 0 and 2 * len(V) <= self.d:  # so few that each may count as a direction of its own
+        """See `Gram`."""
+        if self.rank == 0 and 2 * len(V) <= self.d:  # so few rows that their span need not be searched
             self.N = self.N.new_zeros(len(self.N), len(V), len(V))
             self.Q, coordinates = (factor.T for factor in torch.linalg.qr(V.T))
         else:
@@ -90,68 +83,54 @@ class LowRankGram(Reducible):
         for N, X in zip(self.N, sums, strict=True):
             N.addmm_(coordinates.T @ X, coordinates)
 
-    def meet(self, process_group: ProcessGroup) -> None:
-        """Widen the span to that of all processes, so that their sums can be joined."""
+    def align(self, process_group: ProcessGroup) -> None:
+        """See `Gram`: widens the span to that of all processes."""
         if process_group.size == 1 or self.d <= self._dense_width:
             return
-        # Where all have read it off the same weights, it is the same: a product with a random vector shows that.
-        seen = torch.randn(self.d, 1, generator=torch.Generator().manual_seed(0)).to(self.N)
-        shown = process_group.gather(torch.cat([self.N.new_ones(1) * self.dense, (self.Q.to(seen) @ seen)[:, 0]]))
-        if any(bool(one[0]) for one in shown):
+        # Spans that come from the same weights are identical, which a product with a random vector shows.
+        v = torch.randn(self.d, 1, generator=torch.Generator().manual_seed(0)).to(self.N)
+        checks = process_group.gather(torch.cat([self.N.new_ones(1) * self.dense, (self.Q.to(v) @ v)[:, 0]]))
+        if any(bool(check[0]) for check in checks):
             if not self.dense:
                 self._make_dense()
-        elif not all(torch.equal(one, shown[0]) for one in shown):
-            # Directions that two processes both found are nearly the same twice.
+        elif not all(torch.equal(check, checks[0]) for check in checks):
             spans = [Q.double().reshape(-1, self.d) for Q in process_group.gather(self.Q.to(self.N))]
+            # A direction found by two processes is in the union twice, up to rounding: drop zero singular values.
             _, sizes, directions = torch.linalg.svd(torch.cat(spans), full_matrices=False)
-            # Coordinates add up only in one and the same span, which a factorisation gives up to rounding and signs.
+            # Coordinates add up in one basis only, and each process's SVD has its own signs and rounding.
             (Q,) = process_group.broadcast([directions[sizes > 1e-12]])
             own = self.Q.to(Q) @ Q.T
             self.N, self.Q = own.T @ self.N @ own, Q
 
     def matrix(self, part: int | None = None) -> Tensor:
-        """One sum, or all together, as a matrix ``(d, d)``, float64."""
+        """See `Gram`."""
         N = self.N.sum(0) if part is None else self.N[part]
         return N if self.dense else self._widen(self._widen(N).T).T
 
     def squared_lengths(self, directions: Tensor) -> Tensor:
-        """Squared length of directions in each sum: ``v (sum g g^T) v^T``.
-
-        Args:
-            directions: One a row, shape ``(r, d)``, float64.
-
-        Returns:
-            Shape ``(parts, r)``.
-        """
+        """See `Gram`."""
         coordinates = directions if self.dense else directions @ self.Q.to(directions).T
         return ((coordinates @ self.N.to(directions)) * coordinates).sum(-1)
 
     def factor(self, cutoff: float) -> Tensor:
-        """Square-root factor of all together: ``B`` with ``B^T B = sum g g^T``.
-
-        Args:
-            cutoff: Directions with an eigenvalue up to this share of the largest are dropped.
-
-        Returns:
-            ``B`` of shape ``(k, d)``, float64.
-        """
+        """See `Gram`."""
         if self.rank == 0:
             return torch.zeros(0, self.d, dtype=torch.float64, device=self.N.device)
         values, vectors = eigh_psd(self.N.sum(0), cutoff)
         return values.sqrt()[:, None] * (vectors.T if self.dense else self._widen(vectors.T))
 
     def _widen(self, coordinates: Tensor) -> Tensor:
-        """Vectors of length ``d`` from their coordinates in the span, one a row."""
+        """Vectors of length ``d`` from coordinates in the span, one a row."""
         return coordinates @ self.Q.to(coordinates)
 
     def _coordinates(self, g: Tensor) -> Tensor:
-        """Coordinates of vectors in the span, after it has been widened to hold them."""
+        """Widen the span to contain some vectors, and return their coordinates."""
         Q = self.Q.to(g)
         size = g.norm()
-        if not torch.isfinite(size):  # no span to be found; let the sum show it
+        if not torch.isfinite(size):  # NaN has no span; in a dense sum it is found later
             self._make_dense()
             return g
-        # The vectors themselves are rounded, off the span in all directions alike.
+        # The vectors are rounded, which moves them off the span in random directions.
         tolerance = 10 * self.d**0.5 * torch.finfo(g.dtype).eps * size
         coordinates = g @ Q.T
         rest = g - coordinates @ Q
@@ -162,7 +141,7 @@ class LowRankGram(Reducible):
             omega = torch.randn(_SKETCH, len(g), generator=self._generator).to(g)
             _, sizes, directions = torch.linalg.svd(omega @ rest, full_matrices=False)
             new = directions[sizes > torch.finfo(g.dtype).eps * self.d * sizes[0]]
-            # Once more against the old ones: what is small has lost its orthogonality to rounding.
+            # Orthogonalise again: small remainders have lost their orthogonality to rounding.
             Q = torch.cat([Q, torch.linalg.qr((new - (new @ Q.T) @ Q).T).Q.T])
             coordinates = g @ Q.T
             rest = g - coordinates @ Q

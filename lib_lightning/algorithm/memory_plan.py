@@ -1,4 +1,4 @@
-"""How much fits: samples go through a model in chunks, and vectors through a section in stacks, of bounded size."""
+"""How much is computed at once: chunks of samples through the model, and batches of vectors through a section."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from lib_lightning.model.batch import batch_size, slice_batch
 from lib_lightning.model.capture import CapturedLayer
 from lib_lightning.model.instrumented import InstrumentedModel
 
-# Tensors of more numbers than this leave a CPU's caches, and each comes in newly mapped memory: twice the time.
-_CPU_NUMBERS = 2**22
-# Samples that show whether a batch can be cut into chunks.
-_FEW = 8
-# Forward mode differentiates a backward pass, whose intermediates are kept beside those of the forward pass.
-_GRAPHS = 3
-# A backward pass holds a few tensors of the size of the largest one at a time.
-_WORKING = 4
-
-# Default, in GiB, of how much memory a computation may take beside model and samples.
+# Default memory limit, in GiB.
 MEMORY_LIMIT = 2.0
+
+# Larger tensors do not fit into a CPU's caches, and each is in newly mapped memory: twice the time.
+_CPU_NUMBERS = 2**22
+# Number of samples that show whether a batch can be split.
+_FEW = 8
+# Forward mode differentiates a backward pass, whose intermediate results are kept beside those of the forward pass.
+_GRAPHS = 3
+# A backward pass has a few tensors of the size of the largest one at a time.
+_WORKING = 4
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,28 @@ class MemoryPlan:
     """How much is computed at once.
 
     Attributes:
-        samples: Most samples that go through the model together.
-        stack_elements: About how many numbers one stack of vectors through a section may hold.
-        groups: Groups of samples whose sums are kept apart; 1 for none.
-        keep: Whether the graphs of all samples fit into memory at once.
-        jacobians: Bytes of Jacobians to keep from the metric for the edges, where graphs are kept.
+        samples: Largest number of samples in one forward pass.
+        stack_elements: About how many numbers a batch of vectors through a section may have.
+        groups: Number of jackknife groups, each with sums of its own; 1 for no standard errors.
+        keep_graphs: Whether the autograd graphs of all samples are kept.
+        product_bytes: Bytes of gradients to keep from the metric for the edges, if graphs are kept.
     """
 
     samples: int = 2**31
     stack_elements: int = STACK_ELEMENTS
     groups: int = GROUPS
-    keep: bool = False
-    jacobians: int = 0
+    keep_graphs: bool = False
+    product_bytes: int = 0
 
     def halved(self, largest_batch: int) -> MemoryPlan:
-        """Half of it, for batches of up to so many samples."""
+        """A plan of half the size, without kept graphs.
+
+        Args:
+            largest_batch: Number of samples of the largest batch.
+
+        Returns:
+            The plan.
+        """
         return MemoryPlan(
             max(1, min(self.samples, largest_batch) // 2), max(1, self.stack_elements // 2), max(1, self.groups // 2)
         )
@@ -59,13 +66,13 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is to be computed, as far as it decides how much memory that takes.
+    """What determines the memory that a computation needs.
 
     Attributes:
-        samples: Number of samples; 0 where it is not known.
-        points: Points of the integration path, each with a graph of its own.
-        lib: Whether node layers but the last are measured by a metric, so that wide ones need no covariance.
-        fisher: Whether the last node layer has a metric, too.
+        samples: Number of samples; 0 if unknown.
+        points: Number of points of the integration path, each of which has a graph.
+        lib: Whether all node layers but the last have a metric, so that wide ones need no covariance.
+        fisher: Whether the last node layer has a metric as well.
     """
 
     samples: int = 0
@@ -75,67 +82,67 @@ class Workload:
 
 
 def plan_memory(
-    instrumented: InstrumentedModel, batch: Any, memory_limit: int, demand: Workload = Workload()
+    instrumented: InstrumentedModel, batch: Any, memory_limit: int, workload: Workload = Workload()
 ) -> MemoryPlan:
-    """Choose chunks that keep a computation within a memory budget, by what autograd keeps of a few samples.
+    """Choose how much is computed at once, from what autograd saves for a few samples.
 
     Args:
         instrumented: The model and its node layers.
-        batch: One batch, of which a few samples are run.
-        memory_limit: Memory to use beside the model and the batches, in bytes.
-        demand: What is to be computed.
+        batch: One batch, of which one or two samples are run.
+        memory_limit: Memory to use in addition to the model and the batches, in bytes.
+        workload: What is to be computed.
 
     Returns:
-        The chunks.
+        The plan.
 
     Raises:
         ActivationError: If a node layer is so wide that its covariance alone does not fit.
     """
     try:
-        cuts, two, largest = _kept_by_autograd(instrumented, slice_batch(batch, 0, 2))
-        # What is kept once, whatever the number of samples (weights, position tables), is in both.
-        one = _kept_by_autograd(instrumented, slice_batch(batch, 0, 1))[1] if batch_size(batch) > 1 else 0
+        captured, two, largest = _saved_by_autograd(instrumented, slice_batch(batch, 0, 2))
+        # What does not depend on the number of samples (weights, position embeddings) is in both.
+        one = _saved_by_autograd(instrumented, slice_batch(batch, 0, 1))[1] if batch_size(batch) > 1 else 0
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        # Something in the batch is not one entry a sample, though it has that length: only the whole can be run.
-        cuts, kept, largest = _kept_by_autograd(instrumented, batch)
-        two, one = kept // max(1, batch_size(batch)), 0
-    # A covariance and two maps for each node layer, and what eigenproblem and products of the widest one take. Of wide
-    # node layers with a metric only the directions that are read count: how many is not known; a few hundred at least.
-    widths = [cut.a.shape[-1] for cut in cuts]
-    ranks = [min(d, DENSE_WIDTH) if demand.lib else d for d in widths[:-1]] + widths[-1:]
+        # A tensor of the batch has the length of the batch by chance and must not be cut: run the whole batch.
+        captured, saved, largest = _saved_by_autograd(instrumented, batch)
+        two, one = saved // max(1, batch_size(batch)), 0
+    # A covariance and two maps for each node layer, and the eigenproblem and products of the widest. A wide node layer
+    # with a metric needs only the directions that are read: their number is unknown, at least a few hundred.
+    widths = [layer.a.shape[-1] for layer in captured]
+    ranks = [min(d, DENSE_WIDTH) if workload.lib else d for d in widths[:-1]] + widths[-1:]
     matrices = 8 * (3 * sum(map(operator.mul, widths, ranks)) + 4 * max(map(operator.mul, widths, ranks)))
     if matrices > memory_limit:
-        widest = cuts[widths.index(max(widths))].layer.name
+        widest = captured[widths.index(max(widths))].layer.name
         raise ActivationError(
             f"Node layer '{widest}' has {max(widths):,} features at each position: with the other node layers, "
             f"matrices of that size take {matrices / 2**30:.2g} GiB, more than memory_limit allows "
             f"({memory_limit / 2**30:.2g} GiB). Choose narrower node layers, or raise memory_limit."
         )
     # A metric for each node layer and the edges of each section, once for each group.
-    sums = 8 * (sum(d * d + d * d_next for d, d_next in itertools.pairwise(ranks)) + demand.fisher * widths[-1] ** 2)
+    sums = 8 * (sum(d * d + d * d_next for d, d_next in itertools.pairwise(ranks)) + workload.fisher * widths[-1] ** 2)
     groups = next((g for g in (GROUPS, GROUPS // 2, 2) if matrices + g * sums <= memory_limit // 2), 1)
-    itemsize = cuts[0].a.element_size()
-    ends = max(cut.a.numel() for cut in cuts)
-    # Half for graphs, a quarter for stacks; allocators do not give back the rest.
-    samples = memory_limit // 2 // (_GRAPHS * max(1, demand.points) * max(1, two - one))
-    # What counts is the largest tensor on the way; sections know only their ends.
-    stack = min(STACK_ELEMENTS, memory_limit // 4 // (_WORKING * itemsize)) * ends // max(ends, largest)
-    # All samples at once: graphs, activations on either side of each cut, and a second graph for one chunk at a time.
-    at_once = demand.samples * (two - one + 3 * itemsize * sum(cut.a.numel() // len(cut.a) for cut in cuts))
-    rest = memory_limit // 2 - matrices - groups * sums - at_once
-    keep = 0 < demand.samples <= samples and rest > 0
-    if cuts[0].a.device.type == "cpu":
-        samples = min(samples, _CPU_NUMBERS * len(cuts[0].a) // largest)
-    return MemoryPlan(max(1, samples), max(1, stack), groups, keep, max(0, rest))
+    itemsize = captured[0].a.element_size()
+    outputs = max(layer.a.numel() for layer in captured)
+    # Half for graphs and a quarter for vectors; the rest is lost to fragmentation.
+    samples = memory_limit // 2 // (_GRAPHS * max(1, workload.points) * max(1, two - one))
+    # Sections know only the sizes of their inputs and outputs, but the largest tensor between them needs the memory.
+    stack = min(STACK_ELEMENTS, memory_limit // 4 // (_WORKING * itemsize)) * outputs // max(outputs, largest)
+    # Kept graphs: those of all samples, activations on both sides of each cut, and a second graph for one chunk.
+    per_sample = two - one + 3 * itemsize * sum(layer.a.numel() // len(layer.a) for layer in captured)
+    left = memory_limit // 2 - matrices - groups * sums - workload.samples * per_sample
+    keep_graphs = 0 < workload.samples <= samples and left > 0
+    if captured[0].a.device.type == "cpu":
+        samples = min(samples, _CPU_NUMBERS * len(captured[0].a) // largest)
+    return MemoryPlan(max(1, samples), max(1, stack), groups, keep_graphs, max(0, left))
 
 
-def _kept_by_autograd(instrumented: InstrumentedModel, batch: Any) -> tuple[list[CapturedLayer], int, int]:
-    """Capture a batch; bytes that autograd keeps of it, and numbers in the largest tensor among them."""
+def _saved_by_autograd(instrumented: InstrumentedModel, batch: Any) -> tuple[list[CapturedLayer], int, int]:
+    """Capture a batch; return also the bytes that autograd saves, and the size of the largest saved tensor."""
     state = (*instrumented.model.parameters(), *instrumented.model.buffers())
     weights = {t.untyped_storage()._cdata for t in state if t.layout == torch.strided}
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
     largest = 1
 
     def note(t: Tensor) -> Tensor:
@@ -144,32 +151,33 @@ def _kept_by_autograd(instrumented: InstrumentedModel, batch: Any) -> tuple[list
             return t
         storage = t.untyped_storage()
         if storage._cdata not in weights:
-            kept[storage._cdata] = storage.nbytes()
+            saved[storage._cdata] = storage.nbytes()
             largest = max(largest, t.numel())
         return t
 
     try:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-            cuts = instrumented.capture(batch)
+            captured = instrumented.capture(batch)
     except RuntimeError as error:
         if "saved tensor" not in str(error):
             raise
-        # The model differentiates inside (torch.func), where nobody may look: as much at once as there is.
-        cuts = instrumented.capture(batch)
-    return cuts, sum(kept.values()), largest
+        # The model itself differentiates (torch.func), which forbids hooks on saved tensors: assume that nothing is
+        # saved, so that the number of samples is not limited.
+        captured = instrumented.capture(batch)
+    return captured, sum(saved.values()), largest
 
 
 def split_batches(instrumented: InstrumentedModel, batches: Sequence[Any], size: int) -> list[Any]:
-    """Cut batches into chunks of samples.
+    """Split batches into chunks of samples.
 
     Args:
-        instrumented: The model, which tells whether a batch can be cut at all.
+        instrumented: The model, which is run to check whether batches can be split at all.
         batches: Batches.
-        size: Most samples in a chunk.
+        size: Largest number of samples in a chunk.
 
     Returns:
-        MemoryPlan, in order; the batches as they are where no batch is larger, or where cut batches give other
-        activations (something in the batch is not one entry a sample, though it has that length).
+        The chunks, in order. The batches themselves if none of them is larger, or if splitting changes activations,
+        because a tensor of the batch has the length of the batch by chance.
     """
     if all(batch_size(batch) <= size for batch in batches):
         return list(batches)
@@ -181,13 +189,13 @@ def split_batches(instrumented: InstrumentedModel, batches: Sequence[Any], size:
         if is_out_of_memory(error):
             raise
         return list(batches)
-    # Other kernels may serve other batch sizes: equal up to rounding, which half precision makes large.
+    # Other batch sizes may use other kernels: equal up to rounding, which half precision makes large.
     same = all(
         a.shape[1:] == b.shape[1:] and bool((a[:half] - b).norm() <= torch.finfo(a.dtype).eps ** 0.5 * b.norm())
         for a, b in zip(more, fewer, strict=True)
     )
     if not same:
-        # A model that draws random numbers draws others for another number of samples: that is no reason.
+        # A model that draws random numbers draws others for another number of samples, which is no reason.
         instrumented.manual_seed(instrumented.seed + 1)
         other = instrumented.activations(slice_batch(large, 0, 2 * half))
         same = any(not torch.equal(a, b) for a, b in zip(more, other, strict=True))

@@ -1,4 +1,4 @@
-"""How far a computation has come: code says which step it has just finished, to whoever wants to know."""
+"""Progress of a computation: code reports each phase that it has finished, to listeners further up the call stack."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from contextvars import ContextVar
 
 Listener = Callable[[str], None]
 
-_listener: ContextVar[Listener | None] = ContextVar("_listener", default=None)
+_listeners: ContextVar[tuple[Listener, ...]] = ContextVar("_listeners", default=())
 
 
-def phase_done(step: str) -> None:
-    """Say that a step, or one more part of it, is finished: all that was done since the last call belonged to it.
+def phase_done(phase: str) -> None:
+    """Report that a phase, or a part of it such as one batch, is finished.
+
+    The time since the previous report, of whatever phase, belongs to it.
 
     Args:
-        step: Its name.
+        phase: Name of the phase.
     """
-    listener = _listener.get()
-    if listener is not None:
-        listener(step)
+    for listener in _listeners.get():
+        listener(phase)
 
 
 @contextmanager
 def on_phase(listener: Listener) -> Iterator[None]:
-    """A block in which every finished step is told; one at a time listens.
+    """Call a function for each finished phase, as long as the context lasts. Contexts may be nested.
 
     Args:
-        listener: Called with the name of each step that is finished.
+        listener: Called with the name of the phase.
 
     Yields:
         Nothing.
@@ -36,10 +37,10 @@ def on_phase(listener: Listener) -> Iterator[None]:
         >>> with on_phase(print):
         ...     phase_done("moments")
         moments
-        >>> phase_done("nobody listens any more")
+        >>> phase_done("ignored: no listener")
     """
-    token = _listener.set(listener)
+    token = _listeners.set((*_listeners.get(), listener))
     try:
         yield
     finally:
-        _listener.reset(token)
+        _listeners.reset(token)

@@ -1,14 +1,16 @@
-"""All batches, run through the live model no more often than memory demands.
+"""Activations and sections of all batches: kept from the first forward pass, or recomputed for each phase.
 
-Where the graphs of all batches fit into memory, one forward pass serves everything: moments, bases and edges. Else each
-step runs the batches anew.
+`SectionCache.collect` runs all batches once. If their autograd graphs fit into memory, it returns `KeptSections`, and
+one forward pass serves moments, bases and edges; else `RerunSections`, which runs each batch again for every phase.
 """
 
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,193 +19,259 @@ from lib_lightning.algorithm.jackknife import group_slices
 from lib_lightning.algorithm.memory_plan import MemoryPlan
 from lib_lightning.algorithm.progress import phase_done
 from lib_lightning.errors import is_out_of_memory
-from lib_lightning.jacobian.closed_form_detect import SAMPLES, ClosedFormDetector
+from lib_lightning.jacobian.closed_form_detect import ClosedForms, NoClosedForms
 from lib_lightning.jacobian.integrated_gradients import sections, sections_between
-from lib_lightning.jacobian.section import Section
+from lib_lightning.jacobian.section import Gradients, Section
 from lib_lightning.model.autograd_graph import saved_tensors_intact
-from lib_lightning.model.batch import batch_size, slice_batch
 from lib_lightning.model.capture import CapturedLayer, rows_of
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.preserve import tensors_unchanged
 
-Tick = Callable[[str], None]
 
-
-class SectionCache:
-    """Goes through all batches of this process, step after step.
-
-    Args:
-        instrumented: The model and its node layers.
-        batches: The batches.
-        chunks: How much fits into memory.
-        integration_steps: As for `lib_lightning.jacobian.integrated_gradients.sections`.
-        closed_forms: Whether to look for closed forms.
-        tick: Called after each batch of each step, with the name of the step.
+@dataclass(frozen=True)
+class _Batches:
+    """What is needed to run all batches of this process.
 
     Attributes:
-        unstackable: Sections in which vectors go one by one, because an operation asks for it.
+        instrumented: The model and its node layers.
+        batches: The batches.
+        plan: Memory plan; its `keep_graphs` decides whether graphs are kept.
+        closed_forms: Where closed forms of sections are looked up.
+        integration_steps: As for `lib_lightning.jacobian.integrated_gradients.sections`.
     """
 
-    def __init__(
-        self,
+    instrumented: InstrumentedModel
+    batches: Sequence[Any]
+    plan: MemoryPlan
+    closed_forms: ClosedForms
+    integration_steps: int
+
+    def capture(self, index: int) -> list[CapturedLayer]:
+        """Run one batch."""
+        self.instrumented.manual_seed(index)
+        return self.instrumented.capture(self.batches[index])
+
+    def with_closed_form(self, i: int, section: Section) -> Section:
+        """The section with its closed form, if it has one, in place of its graph."""
+        form = self.closed_forms.closed_form_of(i, section)
+        return section if form is None else replace(section, closed_form=form, points=())
+
+
+class SectionCache(ABC):
+    """The activations and sections of all batches of this process, for one phase of the algorithm after another.
+
+    Args:
+        source: What is needed to run the batches.
+        sizes: Number of samples of each batch.
+
+    Attributes:
+        is_cached: Whether no batch is run again.
+    """
+
+    is_cached: ClassVar[bool]
+
+    def __init__(self, source: _Batches, sizes: Sequence[int]) -> None:
+        self._source = source
+        starts = itertools.accumulate(sizes, initial=0)
+        self._groups = [
+            list(group_slices(start, start + n, sum(sizes), source.plan.groups))
+            for start, n in zip(starts, sizes, strict=False)
+        ]
+        self._sequential_only: set[int] = set()
+        # Gradients of next-layer features, by batch and section, kept from the metric for the edges.
+        self._products: dict[tuple[int, int], list[Gradients]] = {}
+        self._free_bytes = source.plan.product_bytes if self.is_cached else 0
+
+    @staticmethod
+    def collect(
         instrumented: InstrumentedModel,
         batches: Sequence[Any],
-        chunks: MemoryPlan,
-        integration_steps: int = 0,
-        closed_forms: bool = True,
-        tick: Tick = lambda step: None,
-    ) -> None:
-        self.instrumented, self.batches, self.chunks, self.tick = instrumented, batches, chunks, tick
-        self.integration_steps = integration_steps
-        self.unstackable: set[int] = set()
-        # Along an integration path slopes are not those at the activations.
-        self._recognitions = (
-            [ClosedFormDetector() for _ in instrumented.layers[1:]] if closed_forms and not integration_steps else []
-        )
-        self._keep = chunks.keep and not integration_steps
-        self._jacobians = chunks.jacobians
-        self._kept: list[list[Section]] = []
-        self._spans: list[list[tuple[int, slice]]] = []
-
-    def first(self) -> Iterator[list[CapturedLayer]]:
+        plan: MemoryPlan,
+        closed_forms: type[ClosedForms],
+        integration_steps: int,
+        visit: Callable[[list[CapturedLayer]], None],
+    ) -> SectionCache:
         """Run all batches for the first time.
 
-        Yields:
-            The node layers at each batch.
-        """
-        self._learn()
-        as_before = tensors_unchanged(self.instrumented.model) if self._keep else None
-        sizes = []
-        for index, batch in enumerate(self.batches):
-            self.instrumented.manual_seed(index)
-            with torch.set_grad_enabled(self._keep):
-                cuts = self.instrumented.capture(batch)
-            yield cuts
-            sizes.append(cuts[0].a.shape[0])
-            if self._keep:
-                self._kept.append(self._ready(sections_between(cuts, self.chunks.stack_elements)))
-            self.tick("moments")
-        # A model that writes into its own tensors has perhaps written over what the first graphs hold.
-        if as_before is not None and not (as_before() and self._still_good()):
-            self._kept = []
-        starts = itertools.accumulate(sizes, initial=0)
-        groups = self.chunks.groups
-        self._spans = [
-            list(group_slices(start, start + n, sum(sizes), groups)) for start, n in zip(starts, sizes, strict=False)
-        ]
+        Args:
+            instrumented: The model and its node layers.
+            batches: The batches.
+            plan: Memory plan; its `keep_graphs` decides whether graphs are kept.
+            closed_forms: How closed forms are found.
+            integration_steps: As for `lib_lightning.jacobian.integrated_gradients.sections`.
+            visit: Called with the captured node layers of each batch.
 
-    def sections(self, step: str, means: Sequence[Tensor], only: int | None = None) -> Iterator[tuple[int, Section]]:
-        """Go through the sections of all batches.
+        Returns:
+            The sections of all batches.
+        """
+        keep = plan.keep_graphs and not integration_steps
+        # Along an integration path the derivatives are not those at the activations.
+        fitted = (NoClosedForms if integration_steps else closed_forms).fit(instrumented, batches)
+        source = _Batches(instrumented, batches, plan, fitted, integration_steps)
+        unchanged = tensors_unchanged(instrumented.model) if keep else None
+        kept: list[list[Section]] = []
+        sizes = []
+        for index in range(len(batches)):
+            with torch.set_grad_enabled(keep):
+                captured = source.capture(index)
+            visit(captured)
+            sizes.append(captured[0].a.shape[0])
+            if keep:
+                found = sections_between(captured, plan.stack_elements)
+                kept.append([source.with_closed_form(i, section) for i, section in enumerate(found)])
+            phase_done("moments")
+        # A model that writes into its own tensors may have overwritten what the graphs of earlier batches have saved.
+        if unchanged is not None and unchanged() and _all_intact(kept):
+            return KeptSections(source, sizes, kept)
+        return RerunSections(source, sizes)
+
+    @property
+    def sequential_sections(self) -> list[int]:
+        """Indices of sections in which vectors were multiplied one by one: an operation has no batching rule."""
+        return sorted(self._sequential_only)
+
+    def path_from(self, means: Sequence[Tensor]) -> SectionCache:
+        """The same sections, for integration paths that start at the means of the node layers.
 
         Args:
-            step: Name of the step.
-            means: ``mu`` of each node layer.
-            only: Index of the only section that is wanted; None for all.
+            means: ``mu`` of each node layer, shape ``(d,)``.
+
+        Returns:
+            The sections.
+        """
+        return self
+
+    def sections(self, phase: str, only: int | None = None, n_reused: int = 0) -> Iterator[tuple[int, Section]]:
+        """Iterate over the sections of all batches.
+
+        Args:
+            phase: Name of the phase; its progress is reported after each batch of a single section.
+            only: Index of a single section; None for all.
+            n_reused: Number of next-layer features whose gradients are needed again in a later phase, and therefore
+                kept as far as there is memory.
 
         Yields:
             The index of a section and the section, batch by batch.
         """
-        for index, batch in enumerate(self.batches):
-            for i, section in enumerate(self._sections_of(index, batch, means, only)):
-                if only in (None, i):
-                    if i in self.unstackable:
-                        section.stack = 1
-                    section.spans = self._spans[index]
-                    yield i, section
-                    section.forget_products()
-                    if section.unstackable:
-                        self.unstackable.add(i)
-            self.tick(step)
+        for index in range(len(self._source.batches)):
+            for i, section in self._sections_of(index, only):
+                products = self._products.pop((index, i), None)
+                needed = section.S_out * n_reused * section.a.numel() * section.a.element_size()
+                if products is None and section.closed_form is None and 0 < needed <= self._free_bytes:
+                    self._free_bytes -= needed
+                    products = []
+                # A copy, so that whatever a phase computes of the section is freed after it.
+                copied = replace(
+                    section,
+                    group_slices=self._groups[index],
+                    sequential_only=i in self._sequential_only,
+                    cached_products=products,
+                )
+                yield i, copied
+                if copied.sequential_only:
+                    self._sequential_only.add(i)
+                if n_reused and products:
+                    self._products[index, i] = products
+            if only is not None:
+                phase_done(phase)
 
-    @property
-    def kept(self) -> bool:
-        """Whether the graphs of all batches are kept, now that they have been run."""
-        return bool(self._kept)
-
-    def keep_jacobian(self, i: int, r_out: int) -> None:
-        """Have what is computed for the metric of a section serve its edges, too, if there is memory for it.
-
-        Args:
-            i: Index of the section.
-            r_out: Number of features of the node layer after it.
-        """
-        sections = [sections[i] for sections in self._kept if sections[i].closed is None]
-        needed = sum(section.S_out * r_out * section.a.numel() * section.a.element_size() for section in sections)
-        if needed <= self._jacobians:
-            self._jacobians -= needed
-            for section in sections:
-                section.keeps_jacobian = True
-
-    def rows(self, step: str, i: int) -> Iterator[tuple[Tensor, int]]:
-        """Go through the activations of one node layer, at the positions that count.
+    def rows(self, phase: str, i: int) -> Iterator[tuple[Tensor, int]]:
+        """Iterate over the activations of one node layer at valid positions.
 
         Args:
-            step: Name of the step.
+            phase: Name of the phase; its progress is reported after each batch.
             i: Index of the node layer.
 
         Yields:
-            One vector of activations a row, ``(m, d)``, and the group of samples that they belong to.
+            Activations, one vector a row, ``(m, d)``, and the jackknife group that they belong to.
         """
-        for index, batch in enumerate(self.batches):
-            a, mask = self._activations(index, batch, i)
-            for group, span in self._spans[index]:
-                yield rows_of(a[span], None if mask is None else mask[span]), group
-            self.tick(step)
+        for index in range(len(self._source.batches)):
+            a, mask = self._activations_of(index, i)
+            for group, samples in self._groups[index]:
+                yield rows_of(a[samples], None if mask is None else mask[samples]), group
+            phase_done(phase)
 
-    def _activations(self, index: int, batch: Any, i: int) -> tuple[Tensor, Tensor | None]:
-        if self._kept:
-            sections = self._kept[index]
-            if i < len(sections):
-                return sections[i].a, sections[i].mask_in
-            return sections[-1].a_out, sections[-1].mask_out
-        self.instrumented.manual_seed(index)
-        with torch.no_grad():
-            cut = self.instrumented.capture(batch)[i]
-        return cut.a, cut.mask
+    @abstractmethod
+    def _sections_of(self, index: int, only: int | None) -> list[tuple[int, Section]]:
+        """The sections of one batch, or a single one of them, with their indices."""
 
-    def _sections_of(self, index: int, batch: Any, means: Sequence[Tensor], only: int | None) -> list[Section]:
-        if self._kept:
-            return self._kept[index]
-        self.instrumented.manual_seed(index)
-        found = sections(self.instrumented, batch, means, self.integration_steps, self.chunks.stack_elements)
+    @abstractmethod
+    def _activations_of(self, index: int, i: int) -> tuple[Tensor, Tensor | None]:
+        """Activations ``(n, S, d)`` of a node layer on one batch, and their mask ``(n, S)``."""
+
+
+class KeptSections(SectionCache):
+    """Sections whose graphs are kept from the first forward pass.
+
+    Args:
+        source: What is needed to run the batches.
+        sizes: Number of samples of each batch.
+        kept: The sections of each batch.
+    """
+
+    is_cached = True
+
+    def __init__(self, source: _Batches, sizes: Sequence[int], kept: Sequence[Sequence[Section]]) -> None:
+        super().__init__(source, sizes)
+        self._kept = kept
+
+    def _sections_of(self, index: int, only: int | None) -> list[tuple[int, Section]]:
+        return [(i, section) for i, section in enumerate(self._kept[index]) if only in (None, i)]
+
+    def _activations_of(self, index: int, i: int) -> tuple[Tensor, Tensor | None]:
+        found = self._kept[index]
+        if i < len(found):
+            return found[i].a, found[i].mask_in
+        return found[-1].a_out, found[-1].mask_out
+
+
+class RerunSections(SectionCache):
+    """Sections of batches that are run again for each phase: the plain twin of `KeptSections`.
+
+    Args:
+        source: What is needed to run the batches.
+        sizes: Number of samples of each batch.
+        means: ``mu`` of each node layer, where integration paths start.
+    """
+
+    is_cached = False
+
+    def __init__(self, source: _Batches, sizes: Sequence[int], means: Sequence[Tensor] = ()) -> None:
+        super().__init__(source, sizes)
+        self._sizes, self._means = sizes, means
+
+    def path_from(self, means: Sequence[Tensor]) -> SectionCache:
+        """See `SectionCache`."""
+        return RerunSections(self._source, self._sizes, means)
+
+    def _sections_of(self, index: int, only: int | None) -> list[tuple[int, Section]]:
+        source = self._source
+        source.instrumented.manual_seed(index)
+        found = sections(
+            source.instrumented,
+            source.batches[index],
+            self._means,
+            source.integration_steps,
+            source.plan.stack_elements,
+        )
         phase_done("forward passes")
-        return self._ready(found, only)
+        return [(i, source.with_closed_form(i, section)) for i, section in enumerate(found) if only in (None, i)]
 
-    def _ready(self, found: list[Section], only: int | None = None) -> list[Section]:
-        for i, (recognise, section) in enumerate(zip(self._recognitions, found, strict=False)):
-            if only in (None, i):
-                section.closed = recognise(section)
-                if section.closed is not None:
-                    section.forget_graph()
-        return found
+    def _activations_of(self, index: int, i: int) -> tuple[Tensor, Tensor | None]:
+        with torch.no_grad():
+            captured = self._source.capture(index)[i]
+        return captured.a, captured.mask
 
-    def _learn(self) -> None:
-        """Read closed forms off the first samples of the first batch."""
-        if not self._recognitions or not self.batches:
-            return
-        self.instrumented.manual_seed(0)
-        batch = self.batches[0]
-        few = slice_batch(batch, 0, SAMPLES) if batch_size(batch) > SAMPLES else batch
-        try:
-            cuts = self.instrumented.capture(few)
-        except Exception as error:
-            if few is batch or is_out_of_memory(error):
-                raise
-            # Something in it is not one entry a sample, though it has that length: all of it, then.
-            cuts = self.instrumented.capture(batch)
-        found = sections_between(cuts, self.chunks.stack_elements)
-        for recognition, section in zip(self._recognitions, found, strict=True):
-            recognition.learn(section)
 
-    def _still_good(self) -> bool:
-        """Whether the graphs of all batches have outlived the later ones."""
-        try:
-            for section in itertools.chain(*self._kept[:-1]):
-                ends = [end for point in section.points for end in point.after.outputs]
-                if section.closed is None and not all(map(saved_tensors_intact, ends)):
-                    section.vjp(torch.zeros_like(section.a_out)[None])
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            return False
-        return True
+def _all_intact(kept: Sequence[Sequence[Section]]) -> bool:
+    """Whether the graphs of all batches can still be differentiated after later batches have run."""
+    try:
+        for section in itertools.chain(*kept[:-1]):
+            outputs = [output for point in section.points for output in point.after.outputs]
+            if section.closed_form is None and not all(map(saved_tensors_intact, outputs)):
+                section.vjp(torch.zeros_like(section.a_out)[None])
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        return False
+    return True

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 # Operations that mix features or positions, by what autograd calls them; all others only reshape, scale or bend.
 _MIXING = re.compile(r"mm|Mm|Mv|Dot|Conv|Linear|Rnn|Attention|MatMul|Matmul")
@@ -19,6 +19,18 @@ _MIXING = re.compile(r"mm|Mm|Mv|Dot|Conv|Linear|Rnn|Attention|MatMul|Matmul")
 _IDLE = re.compile(r"^(AccumulateGrad|Clone|Alias|Slice|Squeeze|Unsqueeze|View|UnsafeView|ReshapeAlias)")
 # Writes to a tensor without a change of its version counter.
 _VERSION_KEPT: Any = getattr(torch.autograd, "_unsafe_preserve_version_counter", None)
+# Operations that only change the layout of a tensor.
+_LAYOUT = re.compile(
+    r"AccumulateGrad|Copy|Clone|Alias|View|Reshape|Squeeze|Unsqueeze|Permute|Transpose|Slice|Select|Index"
+)
+_ADD = re.compile(r"^(Add|Sub)Backward")
+# Linear operations that are fully described by their name and the tensors they save.
+_FULLY_DESCRIBED = re.compile(
+    r"::(AccumulateGrad|CopyBackwards)$"
+    r"|^(Mm|Addmm|T|Transpose|Permute|View|UnsafeView|ReshapeAlias|Clone|Alias|Add|Sub)Backward\d$"
+)
+# Operations whose derivative is part of torch; custom functions have other names.
+_BUILT_IN = re.compile(r"Backward\d$")
 # Operations that autograd describes: where it names nothing that they have saved, there is nothing.
 _SHOWN = re.compile(r"Backward\d$|::(AccumulateGrad|CopyBackwards)$")
 
@@ -240,3 +252,70 @@ def topological_order(last: Node) -> list[Node]:
                 (before, False) for before, _ in node.next_functions if before is not None and before not in order
             ]
     return list(order)
+
+
+def gradient_edge(edge: Edge) -> GradientEdge:
+    """An intermediate result in the form in which `torch.autograd.grad` accepts it.
+
+    Args:
+        edge: The result.
+
+    Returns:
+        The same result.
+    """
+    return GradientEdge(*edge)
+
+
+def input_edges(node: Node) -> list[Edge]:
+    """The results that an operation was computed from, of those that require a gradient.
+
+    Args:
+        node: The operation.
+
+    Returns:
+        One edge for each use, in the operation's order.
+
+    Example:
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> len(input_edges((x * x).grad_fn))
+        2
+    """
+    return [Edge(before, output) for before, output in node.next_functions if before is not None]
+
+
+def is_layout(node: Node) -> bool:
+    """Whether an operation only changes the layout of a tensor (a view, a copy, a permutation)."""
+    return _LAYOUT.search(node.name()) is not None
+
+
+def is_addition(node: Node) -> bool:
+    """Whether an operation is an addition or a subtraction."""
+    return _ADD.search(node.name()) is not None
+
+
+def is_built_in(node: Node) -> bool:
+    """Whether the derivative of an operation is part of torch, so that it does what its name says."""
+    return _BUILT_IN.search(node.name()) is not None
+
+
+def is_fully_described(node: Node) -> bool:
+    """Whether an operation is a linear one that its name and the tensors it saves describe completely."""
+    return _FULLY_DESCRIBED.search(node.name()) is not None
+
+
+def has_custom_function(outputs: Sequence[Tensor]) -> bool:
+    """Whether a custom `torch.autograd.Function` led to some tensors.
+
+    Args:
+        outputs: The tensors.
+
+    Returns:
+        True if a backward pass from them runs code in Python.
+
+    Example:
+        >>> has_custom_function([torch.ones(2, requires_grad=True).exp()])
+        False
+    """
+    ends = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    custom = torch.autograd.function.BackwardCFunction
+    return any(isinstance(node, custom) for end in ends for node in topological_order(end))
