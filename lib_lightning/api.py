@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -14,11 +15,11 @@ from tqdm.auto import tqdm
 
 from lib_lightning import __version__
 from lib_lightning._deprecated import renamed_arguments
-from lib_lightning.algorithm.build import BuildResult, build_graph
+from lib_lightning.algorithm.build import BuildResult, build_graph, phases
 from lib_lightning.algorithm.config import BasisKind, FinalBasisKind, FinalMetric, LIBConfig
 from lib_lightning.algorithm.jackknife import standard_error
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT, MemoryPlan, Workload, plan_memory, split_batches
-from lib_lightning.algorithm.progress import phase_done
+from lib_lightning.algorithm.progress import on_phase, phase_done
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.errors import ActivationError, is_out_of_memory
 from lib_lightning.graph import InteractionGraph, Replicates
@@ -33,8 +34,8 @@ from lib_lightning.model.validate import validate_node_layers, wrap_forward_erro
 
 log = logging.getLogger(__name__)
 
-# How often chunks are halved before memory is given up on.
-_HALVINGS = 6
+# How often the memory plan is halved before an out-of-memory error is raised.
+_MAX_HALVINGS = 6
 
 
 @renamed_arguments(together="process_group")
@@ -109,7 +110,7 @@ def compute_interaction_graph(
         >>> graph.edges["1", "output"].shape[0]
         2
     """
-    settings = LIBConfig(basis, final_basis, rtol, n_probes, integration_steps, final_metric)
+    config = LIBConfig(basis, final_basis, rtol, n_probes, integration_steps, final_metric)
     if isinstance(batches, (Tensor, Mapping)):
         raise TypeError("batches is a list (or any iterable) of batches; for a single one write [batch].")
     spec = ModelSpec(input_fn, mask, dtype)
@@ -117,7 +118,7 @@ def compute_interaction_graph(
     if node_layers is None:
         node_layers = _proposed(model, batches, spec)
     instrumented = InstrumentedModel(model, as_node_layers(node_layers), spec)
-    graph = graph_of(instrumented, batches, settings, memory_limit, process_group, check_first=True, progress=progress)
+    graph = graph_of(instrumented, batches, config, memory_limit, process_group, check_first=True, progress=progress)
     for note in graph.info["notes"]:
         log.warning(note)
     return graph
@@ -126,21 +127,21 @@ def compute_interaction_graph(
 def graph_of(
     instrumented: InstrumentedModel,
     batches: Sequence[Any],
-    settings: LIBConfig,
+    config: LIBConfig,
     memory_limit: float = MEMORY_LIMIT,
     process_group: ProcessGroup = SINGLE_PROCESS,
     check_first: bool = False,
     progress: bool = False,
 ) -> InteractionGraph:
-    """Compute the interaction graph of a live model: `compute_interaction_graph`, with everything made up beforehand.
+    """Compute the interaction graph of an instrumented model: `compute_interaction_graph` without its defaults.
 
     Args:
         instrumented: The model and its node layers.
         batches: All batches.
-        settings: What to compute.
+        config: What to compute.
         memory_limit: As for `compute_interaction_graph`.
         process_group: As for `compute_interaction_graph`.
-        check_first: Whether to hold the node layers to account before anything else.
+        check_first: Whether to validate the node layers first.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -148,52 +149,62 @@ def graph_of(
     """
     batches = [batch for batch in batches if not is_empty(batch)]
     largest = max(map(batch_size, batches), default=1)
-    passes = 2 + (len(instrumented.layers) - 1 if settings.basis == "lib" else 0) + (settings.final_metric is not None)
-    chunks: MemoryPlan | None = None
+    plan: MemoryPlan | None = None
     for attempt in itertools.count():
         try:
             with process_group.sync_errors(), model_session(instrumented):
-                if chunks is None:
+                if plan is None:
                     if check_first and batches:
                         validate_node_layers(instrumented, batches[0])
-                    chunks = _plan(instrumented, batches, settings, memory_limit)
-                parts = split_batches(instrumented, batches, chunks.samples)
+                    plan = _plan(instrumented, batches, config, memory_limit)
+                chunks = split_batches(instrumented, batches, plan.samples)
                 phase_done("checks and chunks")
-                with tqdm(total=passes * len(parts), disable=not progress, unit="chunk") as bar:
-
-                    def tick(step: str, bar: Any = bar) -> None:
-                        bar.set_description(step, refresh=False)
-                        bar.update()
-
-                    built = build_graph(instrumented, parts, settings, tick, chunks, process_group)
-                return _as_graph(built, settings, instrumented)
+                with _progress_bar(phases(config, instrumented, len(chunks)), disable=not progress):
+                    built = build_graph(instrumented, chunks, config, plan, process_group)
+                return _as_graph(built, config, instrumented)
         except Exception as error:
-            if attempt == _HALVINGS or not is_out_of_memory(error):
+            if attempt == _MAX_HALVINGS or not is_out_of_memory(error):
                 raise
-        chunks = (chunks or MemoryPlan()).halved(largest)
-    raise AssertionError("the loop ends by itself")
+        plan = (plan or MemoryPlan()).halved(largest)
+    raise AssertionError("unreachable")
+
+
+@contextmanager
+def _progress_bar(phases: Mapping[str, int], disable: bool) -> Iterator[None]:
+    """Show the progress of a computation whose phases are reported as often as given."""
+    remaining = dict(phases)
+    with tqdm(total=sum(phases.values()), disable=disable, unit="step") as bar:
+
+        def advance(phase: str) -> None:
+            if remaining.get(phase):  # some phases go over the batches a second time
+                remaining[phase] -= 1
+                bar.set_description(phase, refresh=False)
+                bar.update()
+
+        with on_phase(advance):
+            yield
 
 
 def _plan(
-    instrumented: InstrumentedModel, batches: Sequence[Any], settings: LIBConfig, memory_limit: float
+    instrumented: InstrumentedModel, batches: Sequence[Any], config: LIBConfig, memory_limit: float
 ) -> MemoryPlan:
-    if not batches:  # another process has some
+    if not batches:  # only other processes have samples
         return MemoryPlan()
-    # Batches may differ in length; the longest samples take the most.
-    longest = max(batches, key=lambda batch: num_elements(batch) / max(1, batch_size(batch)))
-    demand = Workload(
+    # Batches may have samples of different sizes (sequence lengths): plan for the largest.
+    largest = max(batches, key=lambda batch: num_elements(batch) / max(1, batch_size(batch)))
+    workload = Workload(
         sum(map(batch_size, batches)),
-        settings.integration_steps,
-        settings.basis == "lib",
-        settings.final_metric == "fisher",
+        config.integration_steps,
+        config.basis == "lib",
+        config.final_metric == "fisher",
     )
-    return plan_memory(instrumented, longest, int(memory_limit * 2**30), demand)
+    return plan_memory(instrumented, largest, int(memory_limit * 2**30), workload)
 
 
-def _as_graph(built: BuildResult, settings: LIBConfig, instrumented: InstrumentedModel) -> InteractionGraph:
+def _as_graph(built: BuildResult, config: LIBConfig, instrumented: InstrumentedModel) -> InteractionGraph:
     info = {
         "settings": {
-            **asdict(settings),
+            **asdict(config),
             "dtype": None if instrumented.spec.dtype is None else str(instrumented.spec.dtype).split(".")[-1],
         },
         "node_layers": [

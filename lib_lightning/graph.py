@@ -146,9 +146,7 @@ class InteractionGraph:
         tensors: dict[str, Tensor] = {}
         for i, (layer, basis) in enumerate(self.bases.items()):
             for name, key in keys.BASIS.items():
-                # The attribute `degenerate` is still called `unsure` in the algorithm.
-                value = getattr(basis, name, None) if hasattr(basis, name) else basis.unsure
-                if value is not None:
+                if (value := getattr(basis, name)) is not None:
                     tensors[key.format(i)] = value
             if layer in self.modules:
                 tensors[keys.MODULES.format(i)] = self.modules[layer]

@@ -125,9 +125,9 @@ def _width(columns: int) -> float:
 
 
 def _degenerate_mask(basis: Basis) -> np.ndarray:
-    if basis.unsure is None:
+    if basis.degenerate is None:
         return np.zeros(basis.n_features, dtype=bool)
-    return np.asarray(basis.unsure.detach().cpu())
+    return np.asarray(basis.degenerate.detach().cpu())
 
 
 def _draw_bands(axes: Axes, bands: dict[int, Band]) -> None:

@@ -51,7 +51,7 @@ def draw_spectrum(bases: Mapping[str, Sequence[Basis]], title: str = "Importance
     layers = list(dict.fromkeys(basis.name for layer in bases.values() for basis in layer))
     styles = basis_styles(list(bases))
     all_bases = [basis for layer in bases.values() for basis in layer]
-    degenerate = any(basis.unsure is not None and bool(basis.unsure.any()) for basis in all_bases)
+    degenerate = any(basis.degenerate is not None and bool(basis.degenerate.any()) for basis in all_bases)
     with_errors = any(np.isfinite(_errors(basis)).any() for basis in all_bases)
     optional_entries = [
         (Line2D([], [], color=MUTED, lw=7, alpha=0.3, solid_capstyle="butt"), "± 2 standard errors", with_errors),
@@ -107,7 +107,7 @@ def _draw_line(axes: Axes, basis: Basis, style: tuple[str, str], depth: int) -> 
     share = importance[order] / largest
     error = _errors(basis)[order] / largest
     degenerate = (
-        np.zeros(len(order), dtype=bool) if basis.unsure is None else as_array(basis.unsure).astype(bool)[order]
+        np.zeros(len(order), dtype=bool) if basis.degenerate is None else as_array(basis.degenerate).astype(bool)[order]
     )
     count = int((share >= FLOOR).sum())
     x, share, error, degenerate = np.arange(1, count + 1), share[:count], error[:count], degenerate[:count]

@@ -91,7 +91,7 @@ def test_any_batch_split_and_chunk_size_agrees(case: Case, sizes: tuple[int, ...
         instrumented,
         case.batches(*sizes),
         LIBConfig(rtol=RTOL, final_basis="neuron"),
-        chunks=MemoryPlan(stack_elements=stack_elements),
+        plan=MemoryPlan(stack_elements=stack_elements),
     )
     whole = graph_of(case, final_basis="neuron")
     assert built.n_samples == whole.info["n_samples"]

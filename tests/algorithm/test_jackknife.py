@@ -34,7 +34,7 @@ SIZES = (7, 2, 11)
 def built_of(case: Case, groups: int, sizes: tuple[int, ...] = SIZES, **options: object) -> BuildResult:
     instrumented = InstrumentedModel(case.model, as_node_layers(case.node_layers), ModelSpec(case.input_fn, case.mask))
     return build_graph(
-        instrumented, case.batches(*sizes), LIBConfig(rtol=RTOL, **options), chunks=MemoryPlan(groups=groups)
+        instrumented, case.batches(*sizes), LIBConfig(rtol=RTOL, **options), plan=MemoryPlan(groups=groups)
     )
 
 
@@ -74,7 +74,7 @@ def test_groups_change_nothing_in_the_whole(case: Case) -> None:
         assert close(b.importance, a.importance, 1e-12)
         assert close(b.to_features.abs(), a.to_features.abs(), 1e-8)  # of directions near the cutoff
         assert a.importance_error is None
-        assert a.unsure is None
+        assert a.degenerate is None
     for E, expected in zip(many.edges, one.edges, strict=True):
         assert close(E, expected, 1e-12)
     assert all(len(x) == 0 for x in (*one.importance_replicates, *one.edge_replicates))
@@ -151,7 +151,7 @@ def test_replicates_of_probes_are_sums_of_theirs(stack_elements: int) -> None:
             instrumented,
             case.batches(*SIZES),
             LIBConfig(rtol=RTOL, n_probes=k),
-            chunks=MemoryPlan(stack_elements=stack_elements, groups=5),
+            plan=MemoryPlan(stack_elements=stack_elements, groups=5),
         )
         for basis, replicates in zip(built.bases, built.importance_replicates, strict=True):
             assert replicates.shape == (5, basis.n_features)
@@ -202,9 +202,9 @@ def test_importance_is_first_order_in_what_is_left_out(final: dict[str, object])
             basis, replicates = graph.bases[name], graph.replicates.importance[name]
             others = [x[torch.arange(n) * GROUPS // n != g] for g in range(GROUPS)]
             true = torch.stack([at(other).bases[name].importance for other in others])
-            assert (~basis.unsure).sum() >= 3
+            assert (~basis.degenerate).sum() >= 3
             squares += (
-                torch.stack([replicates - true, true - basis.importance])[..., ~basis.unsure].square().sum((1, 2))
+                torch.stack([replicates - true, true - basis.importance])[..., ~basis.degenerate].square().sum((1, 2))
             )
         differences.append(float((squares[0] / squares[1]).sqrt()))
     # One order smaller than what moves: 1/sqrt(n) of it, a quarter from one to the other.
@@ -235,7 +235,7 @@ def test_errors_of_importances_are_their_spread_over_new_samples(options: dict[s
     for name in LAYERS:
         bases = [graph.bases[name] for graph in graphs]
         r = min(basis.n_features for basis in bases)
-        unsure = [torch.zeros(r) if basis.unsure is None else basis.unsure[:r].float() for basis in bases]
+        unsure = [torch.zeros(r) if basis.degenerate is None else basis.degenerate[:r].float() for basis in bases]
         sure = torch.stack(unsure).mean(0) < 0.1
         assert sure.sum() >= 2
         # Measured: 0.95 to 1.08 with 120 draws, although the next layer's features are taken as given.
@@ -279,14 +279,12 @@ def test_groups_of_two_processes_are_joined(name: str, own: int) -> None:
         settings = LIBConfig(rtol=RTOL, final_metric="fisher")
         # The second asks for more groups, as where more memory is: the smaller number holds.
         chunks = MemoryPlan(groups=groups + process_group.rank)
-        return build_graph(
-            instrumented, parts[process_group.rank], settings, chunks=chunks, process_group=process_group
-        )
+        return build_graph(instrumented, parts[process_group.rank], settings, plan=chunks, process_group=process_group)
 
     built = in_two(work)
     for a, b in zip(built[0].bases, built[1].bases, strict=True):
         assert torch.equal(a.importance_error, b.importance_error)
-        assert torch.equal(a.unsure, b.unsure)
+        assert torch.equal(a.degenerate, b.degenerate)
     assert all(torch.equal(a, b) for a, b in zip(built[0].edge_replicates, built[1].edge_replicates, strict=True))
     numbers = [[index * groups // n for index in range(n)] for n in (own, N - own)]
     assert_replicates(case, built[0], [*numbers[0], *numbers[1]])
@@ -315,7 +313,7 @@ def test_planted_equal_importances_are_unsure_and_others_not() -> None:
         x = gaussian(400, 5, seed) * variances.sqrt()
         for basis, total in flagged.items():
             graph = compute_interaction_graph(model, [x], ["input", "output"], basis=basis)  # type: ignore[arg-type]
-            total += graph.bases["input"].unsure
+            total += graph.bases["input"].degenerate
     for total in flagged.values():
         # Two equal ones lie more than two errors apart in one of seven draws (a Rayleigh distribution), and somewhat
         # more often with an error that is itself known to a quarter.
@@ -328,7 +326,7 @@ def test_given_directions_are_never_unsure(kind: str) -> None:
     graph = compute_interaction_graph(
         nn.Linear(3, 3), [torch.randn(20, 3)], ["input", "output"], basis="neuron", final_basis=kind
     )
-    assert [b.unsure for b in graph.bases.values()] == [None, None]
+    assert [b.degenerate for b in graph.bases.values()] == [None, None]
     assert all((b.importance_error > 0).all() for b in graph.bases.values())
 
 
@@ -342,7 +340,7 @@ def test_few_samples_make_few_groups() -> None:
     one = compute_interaction_graph(model, [x[:1]], ["1", "output"])
     assert one.edge_errors == {}
     assert [b.importance_error for b in one.bases.values()] == [None, None]
-    assert [b.unsure for b in one.bases.values()] == [None, None]
+    assert [b.degenerate for b in one.bases.values()] == [None, None]
 
 
 def test_groups_that_a_mask_empties_are_passed_over() -> None:
@@ -379,5 +377,5 @@ def test_little_memory_means_fewer_groups_and_then_none() -> None:
     assert plan_memory(instrumented, x, 28 * 2**20, Workload(fisher=True)).groups == 4
     graph = compute_interaction_graph(model, [x], ["input", "1", "output"], memory_limit=5 / 2**10)
     assert graph.edge_errors == {}
-    assert all(b.importance_error is None and b.unsure is None for b in graph.bases.values())
+    assert all(b.importance_error is None and b.degenerate is None for b in graph.bases.values())
     assert all(len(r) == 0 for r in graph.replicates.edges.values())

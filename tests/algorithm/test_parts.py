@@ -189,16 +189,16 @@ def test_there_must_be_samples() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"basis": "ica"}, "basis is one of 'lib', 'pca', 'neuron'; got 'ica'"),
-        ({"final_basis": "lib"}, "final_basis is one of"),
-        ({"final_metric": "euclid"}, "final_metric is one of 'fisher'; got 'euclid'"),
+        ({"basis": "ica"}, "basis must be one of 'lib', 'pca', 'neuron'; got 'ica'"),
+        ({"final_basis": "lib"}, "final_basis must be one of"),
+        ({"final_metric": "euclid"}, "final_metric must be one of 'fisher'; got 'euclid'"),
         (
             {"final_metric": "fisher", "final_basis": "pca"},
-            "final_metric='fisher' decides on the basis of the last node layer; leave final_basis='pca' out",
+            "final_metric='fisher' determines the basis of the last node layer. Remove final_basis='pca'",
         ),
-        ({"rtol": 1.0}, "rtol is a share"),
-        ({"n_probes": 0}, "n_probes is a number of probes from 1 on"),
-        ({"integration_steps": -1}, "integration_steps is a number of points"),
+        ({"rtol": 1.0}, "rtol must be at least 0 and less than 1"),
+        ({"n_probes": 0}, "n_probes must be at least 1"),
+        ({"integration_steps": -1}, "integration_steps must not be negative"),
     ],
 )
 def test_settings_are_checked(options: dict[str, object], message: str) -> None:
@@ -287,7 +287,7 @@ def test_sums_of_two_processes_meet_in_one_span(other: str) -> None:
     def work(process_group: ProcessGroup) -> LowRankGram:
         gram = LowRankGram(400, dense_width=0)
         gram.add((mine, theirs)[process_group.rank])
-        gram.meet(process_group)
+        gram.align(process_group)
         all_reduce([gram], process_group)
         return gram
 

@@ -14,11 +14,12 @@ from lib_lightning import compute_interaction_graph
 from lib_lightning.algorithm.build import build_graph
 from lib_lightning.algorithm.config import LIBConfig
 from lib_lightning.algorithm.memory_plan import MemoryPlan, Workload, plan_memory
+from lib_lightning.algorithm.shortcuts import FAST
 from lib_lightning.jacobian.section import Section
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.node_layer import as_node_layers
 from tests.cases import Case
-from tests.jacobian.test_closed_form import IO, assert_equal, built, built_of
+from tests.computing import IO, WITHOUT_CLOSED_FORMS, assert_equal, built, built_of
 
 LAYERS = ["input", "norm", "output"]
 
@@ -46,9 +47,9 @@ def batches(*sizes: int) -> list[Tensor]:
 
 
 def test_kept_graphs_give_the_same_numbers(case: Case) -> None:
-    plain = built_of(case, chunks=MemoryPlan(), closed_forms=False)
-    assert_equal(built_of(case, chunks=MemoryPlan(keep=True), closed_forms=False), plain)
-    assert_equal(built_of(case, chunks=MemoryPlan(keep=True, jacobians=2**24), closed_forms=False), plain)
+    rerun = built_of(case, plan=MemoryPlan(), shortcuts=WITHOUT_CLOSED_FORMS)
+    for plan in (MemoryPlan(keep_graphs=True), MemoryPlan(keep_graphs=True, product_bytes=2**24)):
+        assert_equal(built_of(case, plan=plan, shortcuts=WITHOUT_CLOSED_FORMS), rerun)
 
 
 @pytest.mark.parametrize(
@@ -62,14 +63,15 @@ def test_kept_graphs_give_the_same_numbers(case: Case) -> None:
 def test_one_forward_pass_where_memory_allows(closed_forms: bool, keep: bool, expected: list[int]) -> None:
     model, x = Counting(), batches(4, 4, 2)
     calls.clear()
-    built(model, x, LAYERS, closed_forms, MemoryPlan(keep=keep))
+    shortcuts = FAST if closed_forms else WITHOUT_CLOSED_FORMS
+    built(model, x, LAYERS, plan=MemoryPlan(keep_graphs=keep), shortcuts=shortcuts)
     assert calls == expected
 
 
 def test_integrated_gradients_keep_nothing() -> None:
     model, x = Counting(), batches(4, 4)
     kept = built(model, x, LAYERS, integration_steps=2)
-    assert_equal(kept, built(model, x, LAYERS, chunks=MemoryPlan(), closed_forms=False, integration_steps=2))
+    assert_equal(kept, built(model, x, LAYERS, plan=MemoryPlan(), plain=True, integration_steps=2))
 
 
 def test_jacobians_are_kept_where_they_are_affordable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +90,8 @@ def test_jacobians_are_kept_where_they_are_affordable(monkeypatch: pytest.Monkey
     count = {}
     for jacobians in (0, needed[0], sum(needed)):
         products.clear()
-        built(model, x, LAYERS, False, MemoryPlan(keep=True, jacobians=jacobians, stack_elements=1))
+        plan = MemoryPlan(keep_graphs=True, product_bytes=jacobians, stack_elements=1)
+        built(model, x, LAYERS, plan=plan, shortcuts=WITHOUT_CLOSED_FORMS)
         count[jacobians] = len(products)
     # The last section comes first; what is left is then too little for the other one.
     assert count[0] > count[needed[0]] > count[sum(needed)] == 3 + r
@@ -98,9 +101,9 @@ def test_memory_decides_what_is_kept() -> None:
     model, x = Counting(), torch.randn(2000, 5).double()
     instrumented = InstrumentedModel(model, as_node_layers(LAYERS))
     plans = [plan_memory(instrumented, x, limit, Workload(len(x), lib=True)) for limit in (10**5, 10**7, 10**9)]
-    assert [plan.keep for plan in plans] == [False, True, True]
-    assert plans[0].jacobians == 0 < plans[1].jacobians < plans[2].jacobians
-    assert not plan_memory(instrumented, x, 10**9).keep, "of how many samples nobody knows"
+    assert [plan.keep_graphs for plan in plans] == [False, True, True]
+    assert plans[0].product_bytes == 0 < plans[1].product_bytes < plans[2].product_bytes
+    assert not plan_memory(instrumented, x, 10**9).keep_graphs, "of how many samples nobody knows"
     seen = {}
     for limit in (0.1, 1e-4):
         calls.clear()
@@ -147,7 +150,7 @@ def test_graphs_that_later_batches_write_over_are_not_used(
         model.holder = [{"state": state}]
     else:
         model.state = state
-    assert_equal(built(model, x, LAYERS), built(model, x, LAYERS, closed_forms=False, chunks=MemoryPlan()))
+    assert_equal(built(model, x, LAYERS), built(model, x, LAYERS, plain=True))
 
 
 def test_a_note_of_the_last_batch_costs_no_pass() -> None:

@@ -22,7 +22,7 @@ from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.node_layer import as_node_layers
 from tests.algorithm.two_threads import in_two
-from tests.jacobian.test_closed_form import IO, assert_equal, built
+from tests.computing import IO, assert_equal, built
 
 WIDE = 530  # more than DENSE_WIDTH
 LAYERS = ["input", "1", "output"]
@@ -120,7 +120,7 @@ def test_the_same_basis_under_a_mask(n: int) -> None:
     x, mask = torch.randn(n, 3, WIDE).double(), torch.rand(n, 3) > 0.4
     x = x.masked_fill(~mask[..., None], torch.nan)
     batches = [(x[: n // 2], mask[: n // 2]), (x[n // 2 :], mask[n // 2 :])]
-    assert_same_with_covariance(network(), batches, LAYERS, mask=1)
+    assert_same_with_covariance(network(), batches, LAYERS, spec=ModelSpec(mask=1))
 
 
 @pytest.mark.parametrize("samples", [20, 700])
@@ -170,11 +170,15 @@ def test_two_processes_and_one_without_samples(
         instrumented = InstrumentedModel(copy.deepcopy(model), as_node_layers(LAYERS), ModelSpec(mask=1))
         settings = LIBConfig(rtol=1e-11)
         return build_graph(
-            instrumented, parts[process_group.rank], settings, chunks=MemoryPlan(keep=True), process_group=process_group
+            instrumented,
+            parts[process_group.rank],
+            settings,
+            plan=MemoryPlan(keep_graphs=True),
+            process_group=process_group,
         )
 
     found = in_two(work)
-    alone = built(model, [(x, mask)], LAYERS, mask=1)
+    alone = built(model, [(x, mask)], LAYERS, spec=ModelSpec(mask=1))
     for rank in (0, 1):
         for a, b in zip(found[rank].bases, alone.bases, strict=True):
             torch.testing.assert_close(a.importance, b.importance, rtol=1e-8, atol=1e-12)
@@ -197,9 +201,9 @@ def test_features_of_wide_layers_are_not_computed_twice(n: int, monkeypatch: pyt
     encoded: list[str] = []
     encode = Basis.encode
     monkeypatch.setattr(Basis, "encode", lambda self, *args: encoded.append(self.name) or encode(self, *args))  # type: ignore[func-returns-value]
-    anew = built(model, batches, LAYERS, mask=1, chunks=MemoryPlan(keep=False))
+    anew = built(model, batches, LAYERS, spec=ModelSpec(mask=1), plan=MemoryPlan(keep_graphs=False))
     assert "input" in encoded
     encoded.clear()
-    kept = built(model, batches, LAYERS, mask=1, chunks=MemoryPlan(keep=True))
+    kept = built(model, batches, LAYERS, spec=ModelSpec(mask=1), plan=MemoryPlan(keep_graphs=True))
     assert "input" not in encoded
     assert_equal(kept, anew)

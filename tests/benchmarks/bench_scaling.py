@@ -58,7 +58,7 @@ class Case:
     data: Tensor
     node_layers: Sequence[str]
     settings: LIBConfig = field(default_factory=lambda: LIBConfig(rtol=0))
-    chunks: MemoryPlan = field(default_factory=lambda: MemoryPlan(keep=True))
+    plan: MemoryPlan = field(default_factory=lambda: MemoryPlan(keep_graphs=True))
 
 
 def affine(n: int = 2000, d: int = 64) -> Case:
@@ -82,7 +82,7 @@ def general(
         model.append(_Readout(d, outputs))
         names = ["input", "output"]
     settings = LIBConfig(rtol=0, n_probes=probes, integration_steps=points)
-    return Case(model, torch.randn(n, S, d), names, settings, MemoryPlan(keep=keep, jacobians=jacobians))
+    return Case(model, torch.randn(n, S, d), names, settings, MemoryPlan(keep_graphs=keep, product_bytes=jacobians))
 
 
 class _Readout(nn.Module):
@@ -167,7 +167,7 @@ def run(case: Case, listener: Callable[[str], None]) -> None:
     """Compute bases and edges; tell of every step."""
     instrumented = InstrumentedModel(case.model, as_node_layers(list(case.node_layers)))
     with on_phase(listener):
-        build_graph(instrumented, [case.data], case.settings, chunks=case.chunks)
+        build_graph(instrumented, [case.data], case.settings, case.plan)
 
 
 def operations(case: Case, step: str) -> int:

@@ -17,7 +17,7 @@ from lib_lightning.jacobian.closed_form_detect import ClosedFormDetector
 from tests.integration.oracle import RTOL, agrees, assert_same_graph, lively
 from tests.integration.state_check import Found
 
-BACKWARDS, ONE_BY_ONE = "has no second derivative", "cannot be differentiated for several vectors at once"
+BACKWARDS, ONE_BY_ONE = "has no second derivative", "can only be differentiated for one vector at a time"
 
 
 class Fused(nn.Module):
@@ -201,7 +201,7 @@ def test_custom_functions(
     assert_same_graph(graph, expected)
     assert graph.info["notes"] == []
     # A closed form needs the custom derivative once. Without it, and without a metric whose Jacobian serves the edges:
-    monkeypatch.setattr(ClosedFormDetector, "learn", lambda self, section: None)
+    monkeypatch.setattr(ClosedFormDetector, "fit", lambda self, section: None)
     expected = compute_interaction_graph(with_sine(PlainSine()), [x[:8], x[8:]], layers, basis="neuron")
     with caplog.at_level(logging.WARNING):
         graph = compute_interaction_graph(with_sine(Apply(function)), [x[:8], x[8:]], layers, basis="neuron")

@@ -62,10 +62,10 @@ def test_errors_modules_and_labels_come_back(graph: InteractionGraph, tmp_path: 
     assert list(loaded.edge_errors) == list(graph.edge_errors) == list(graph.edges)
     assert all(torch.equal(loaded.edge_errors[pair], error) for pair, error in graph.edge_errors.items())
     for name in ("input", "1"):
-        for key in ("importance_error", "unsure"):
+        for key in ("importance_error", "degenerate"):
             assert torch.equal(getattr(loaded.bases[name], key), getattr(graph.bases[name], key))
     assert torch.equal(loaded.bases["output"].importance_error, graph.bases["output"].importance_error)
-    assert loaded.bases["output"].unsure is None
+    assert loaded.bases["output"].degenerate is None
     assert list(loaded.modules) == ["1"]
     assert torch.equal(loaded.modules["1"], graph.modules["1"])
     assert loaded.labels == graph.labels
@@ -84,10 +84,10 @@ def test_files_without_errors_load(graph: InteractionGraph, tmp_path: Path) -> N
     write_file(tmp_path / "bare.safetensors", bare, header)
     loaded = InteractionGraph.load(tmp_path / "bare.safetensors")
     assert (loaded.edge_errors, loaded.modules, loaded.labels) == ({}, {}, {})
-    assert [(b.importance_error, b.unsure) for b in loaded.bases.values()] == [(None, None)] * 3
+    assert [(b.importance_error, b.degenerate) for b in loaded.bases.values()] == [(None, None)] * 3
     loaded.save(tmp_path / "again.safetensors")
     assert set(read_file(tmp_path / "again.safetensors")[0]) == set(bare)
-    assert loaded.bases["1"].to("cpu").unsure is None
+    assert loaded.bases["1"].to("cpu").degenerate is None
 
 
 def test_header_says_how_it_was_made(graph: InteractionGraph, tmp_path: Path) -> None:

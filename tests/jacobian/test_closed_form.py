@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,82 +10,38 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib_lightning import NodeLayer
 from lib_lightning.algorithm import jacobian_metric as metric
-from lib_lightning.algorithm.build import BuildResult, build_graph
-from lib_lightning.algorithm.config import LIBConfig
 from lib_lightning.algorithm.memory_plan import MemoryPlan
 from lib_lightning.jacobian.closed_form import ClosedForm
 from lib_lightning.jacobian.closed_form_detect import SAMPLES, ClosedFormDetector, _Search
 from lib_lightning.jacobian.section import Section
-from lib_lightning.model.instrumented import InstrumentedModel, model_session
 from lib_lightning.model.model_spec import ModelSpec
-from lib_lightning.model.node_layer import as_node_layers
 from tests.cases import Case
+from tests.computing import IO, WITHOUT_CLOSED_FORMS, assert_equal, assert_same_without_closed_forms, built, built_of
 from tests.conftest import CASES
 
-IO = ["input", "output"]
 Kinds = list[str | None]
 
 
 def kind(form: ClosedForm | None) -> str | None:
     if form is None:
         return None
-    return "affine" if form.weights.affine else "residual" if form.weights.residual else "bent"
+    return "affine" if form.factors.affine else "residual" if form.factors.residual else "bent"
 
 
 @pytest.fixture
 def kinds(monkeypatch: pytest.MonkeyPatch) -> Kinds:
     """What sections are recognised as, one after another."""
     found: Kinds = []
-    plain = ClosedFormDetector.__call__
+    plain = ClosedFormDetector.match
 
     def noted(self: ClosedFormDetector, section: Section) -> ClosedForm | None:
         form = plain(self, section)
         found.append(kind(form))
         return form
 
-    monkeypatch.setattr(ClosedFormDetector, "__call__", noted)
+    monkeypatch.setattr(ClosedFormDetector, "match", noted)
     return found
-
-
-def built(
-    model: nn.Module,
-    batches: Sequence[Any],
-    layers: Sequence[str | NodeLayer],
-    closed_forms: bool = True,
-    chunks: MemoryPlan = MemoryPlan(keep=True, jacobians=2**20),  # noqa: B008
-    mask: Any = None,
-    input_fn: Callable[[Any], Any] | None = None,
-    **options: Any,
-) -> BuildResult:
-    instrumented = InstrumentedModel(model, as_node_layers(layers), ModelSpec(input_fn, mask))
-    with model_session(instrumented):
-        return build_graph(
-            instrumented, batches, LIBConfig(**{"rtol": 1e-11, **options}), chunks=chunks, closed_forms=closed_forms
-        )  # fmt: skip
-
-
-def assert_equal(one: BuildResult, other: BuildResult, rtol: float = 1e-8) -> None:
-    def numbers(found: BuildResult) -> list[Tensor]:
-        scales = [b.importance for b in found.bases]
-        return [*scales, *found.edges, *found.importance_replicates, *found.edge_replicates]
-
-    # A replicate may be nothing but rounding (the variance of one sample): of numbers as large as these.
-    sizes = [*(b.importance for b in other.bases), *other.edges] * 2
-    for a, b, size in zip(numbers(one), numbers(other), sizes, strict=True):
-        assert a.shape == b.shape
-        assert a.numel() == 0 or (a - b).abs().max() <= rtol * max(b.abs().max(), size.abs().max())
-    for x, y in zip(one.bases, other.bases, strict=True):  # signs and rotations are free
-        for a, b in ((x.to_features @ x.to_features.T, y.to_features @ y.to_features.T),
-                     (x.to_features @ x.from_features, y.to_features @ y.from_features)):  # fmt: skip
-            assert (a - b).norm() <= rtol * b.norm().clamp(min=1e-12)
-
-
-def assert_same_without(model: nn.Module, batches: Sequence[Any], layers: Sequence[str | NodeLayer], **o: Any) -> None:
-    """Compare with the general engine, all batches run anew for each step."""
-    plain = built(model, batches, layers, closed_forms=False, chunks=MemoryPlan(), **o)
-    assert_equal(built(model, batches, layers, **o), plain)
 
 
 RECOGNISED: dict[str, list[str | None]] = {
@@ -110,12 +66,6 @@ RECOGNISED: dict[str, list[str | None]] = {
 }
 
 
-def built_of(case: Case, sizes: tuple[int, ...] = (7, 2, 11), **options: Any) -> BuildResult:
-    return built(
-        case.model, case.batches(*sizes), case.node_layers, mask=case.mask, input_fn=case.input_fn, **options
-    )  # fmt: skip
-
-
 def test_every_case_is_recognised_as_what_it_is(case: Case, kinds: Kinds) -> None:
     built_of(case, (30,))
     assert kinds == RECOGNISED[case.name]
@@ -126,7 +76,7 @@ def test_every_case_is_recognised_as_what_it_is(case: Case, kinds: Kinds) -> Non
     "options", [{}, {"final_metric": "fisher"}, {"basis": "pca"}], ids=lambda o: "".join(map(str, o.values())) or "lib"
 )
 def test_closed_forms_give_what_the_general_engine_gives(name: str, options: dict[str, Any]) -> None:
-    general = built_of(CASES[name], closed_forms=False, chunks=MemoryPlan(), **options)
+    general = built_of(CASES[name], shortcuts=WITHOUT_CLOSED_FORMS, plan=MemoryPlan(), **options)
     assert_equal(built_of(CASES[name], **options), general)
 
 
@@ -163,7 +113,7 @@ def test_every_elementwise_activation_is_seen_through(act: nn.Module, kinds: Kin
     with torch.no_grad():
         model[0].weight *= 4  # both branches of each function
     x = torch.randn(30, 4).double()
-    assert_same_without(model, [x[:20], x[20:]], ["input", "0", "output"])
+    assert_same_without_closed_forms(model, [x[:20], x[20:]], ["input", "0", "output"])
     assert kinds == ["affine", "bent"] * 2
 
 
@@ -207,7 +157,7 @@ LOOK_ALIKES: dict[str, Callable[[int], nn.Module]] = {
 @pytest.mark.parametrize("name", LOOK_ALIKES)
 def test_what_only_looks_closed_is_not(name: str, d: int, kinds: Kinds) -> None:
     x = torch.randn(12, 2, d).double()
-    assert_same_without(LOOK_ALIKES[name](d), [x[:7], x[7:]], IO)
+    assert_same_without_closed_forms(LOOK_ALIKES[name](d), [x[:7], x[7:]], IO)
     assert kinds == [None, None]
 
 
@@ -266,8 +216,8 @@ def test_what_is_closed_at_first_may_change(name: str, d: int) -> None:
     torch.manual_seed(1)
     x, t = torch.randn(90, d).double(), torch.cat([torch.ones(70), 2 * torch.rand(20)]).double()
     batches = [(x[:70], t[:70]), (x[70:], t[70:])]
-    assert_same_without(CHANGING[name](d), batches, IO, input_fn=lambda batch: batch)
-    assert_same_without(CHANGING[name](d), [(x, t)], IO, input_fn=lambda batch: batch)
+    assert_same_without_closed_forms(CHANGING[name](d), batches, IO, spec=ModelSpec(lambda batch: batch))
+    assert_same_without_closed_forms(CHANGING[name](d), [(x, t)], IO, spec=ModelSpec(lambda batch: batch))
 
 
 @pytest.mark.parametrize("d", [6, 520])
@@ -278,7 +228,7 @@ def test_relu_that_is_on_at_first(d: int, layers: int, kinds: Kinds) -> None:
     for p in model.parameters():
         p.data.abs_()
     x = torch.cat([torch.rand(70, d), torch.randn(20, d)]).double()
-    assert_same_without(model, [x[:70], x[70:]], IO)
+    assert_same_without_closed_forms(model, [x[:70], x[70:]], IO)
     assert kinds == ["affine", "bent" if layers == 1 else None]
 
 
@@ -286,7 +236,7 @@ def test_entries_that_are_as_long_as_the_batch_by_chance() -> None:
     # 64 samples of it are an affine section, too, to other features.
     model = Of(lambda m, x, W: F.linear(m.a(x), W), a=nn.Linear(4, 4))
     batch = torch.randn(80, 4).double(), torch.randn(80, 4).double()
-    assert_same_without(model, [batch], ["a", "output"], input_fn=lambda batch: batch)
+    assert_same_without_closed_forms(model, [batch], ["a", "output"], spec=ModelSpec(lambda batch: batch))
 
 
 class StraightThrough(torch.autograd.Function):
@@ -332,7 +282,7 @@ USUAL: dict[str, tuple[nn.Module, str | None]] = {
 def test_usual_ways_to_write_a_model(name: str, kinds: Kinds) -> None:
     model, expected = USUAL[name]
     x = torch.randn(15, 5).double()
-    assert_same_without(model.double(), [x[:8], x[8:]], IO)
+    assert_same_without_closed_forms(model.double(), [x[:8], x[8:]], IO)
     assert kinds == [expected] * 2
 
 
@@ -347,7 +297,7 @@ def test_closed_forms_see_nothing_under_a_mask(filler: float, kinds: Kinds) -> N
     model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3)).double()
     x, mask = torch.randn(20, 4, 5).double(), torch.rand(20, 4) > 0.4
     batches = [(x[s].masked_fill(~mask[s][..., None], filler), mask[s]) for s in (slice(0, 12), slice(12, None))]
-    assert_same_without(model, batches, ["input", "0", "output"], mask=1)
+    assert_same_without_closed_forms(model, batches, ["input", "0", "output"], spec=ModelSpec(mask=1))
     assert kinds == ["affine", "bent"] * 2
 
 
@@ -361,26 +311,26 @@ def test_single_precision_far_from_zero(scale: float, kinds: Kinds) -> None:
         model[0].bias -= 100 * scale * model[0].weight.sum(1)
     single = built(model, [x], IO, rtol=1e-6)
     assert kinds == ["bent"]
-    double = built(model.double(), [x.double()], IO, closed_forms=False, rtol=1e-6)
+    double = built(model.double(), [x.double()], IO, shortcuts=WITHOUT_CLOSED_FORMS, rtol=1e-6)
     assert_equal(single, double, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["linear", "linear, positions", "mlp", "residual mlp"])
 def test_the_same_weights_are_known_again(name: str, monkeypatch: pytest.MonkeyPatch, kinds: Kinds) -> None:
-    agrees = _Search.agrees
+    agrees = _Search.matches_autograd
 
     def not_again(self: _Search, form: ClosedForm) -> bool:
         assert self.section.n <= SAMPLES, "held to account once more"
         return agrees(self, form)
 
-    monkeypatch.setattr(_Search, "agrees", not_again)
+    monkeypatch.setattr(_Search, "matches_autograd", not_again)
     mlp = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6))
     model = {
         "linear": nn.Linear(6, 6), "linear, positions": nn.Linear(6, 6), "mlp": mlp,
         "residual mlp": Of(lambda m, x: x + m.mlp(x), mlp=mlp),
     }[name].double()  # fmt: skip
     x = torch.randn(3, 70, *([4] if "positions" in name else []), 6).double()
-    assert_same_without(model, list(x), IO)
+    assert_same_without_closed_forms(model, list(x), IO)
     assert kinds == 3 * [{"mlp": "bent", "residual mlp": "residual"}.get(name, "affine")]
 
 

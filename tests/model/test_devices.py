@@ -61,7 +61,7 @@ def test_closed_forms(affine: bool, residual: bool) -> None:
     weights = Factors(None if affine else numbers(H, D), numbers(D, D if affine else H), H, residual, affine)
     counts = torch.ones(N, S, dtype=torch.bool, device=DEVICE)
     form = ClosedForm(weights, None if affine else numbers(N, S, H), counts)
-    assert form.seen_along(numbers(N, S, D), numbers(D, 2)).device == DEVICE
+    assert form.bilinear(numbers(N, S, D), numbers(D, 2)).device == DEVICE
     metric = ClosedMetric(weights, numbers(D, R), groups=2)
     metric.add(form, 1, slice(1, 4))
     V, sums = metric.sums()
@@ -89,11 +89,9 @@ class Linear(Section):
     """A section with products, but without a graph."""
 
     def __init__(self) -> None:
-        self.a, self.a_out = numbers(N, S, D), numbers(N, S, D)
-        self.n, self.S_in, self.S_out, self.d_in, self.d_out = N, S, S, D, D
-        self.mask_in = self.mask_out = self.closed = None
-        self.keeps_jacobian, self.jacobian, self.stack = True, [], 4
-        self.spans = [(0, slice(0, 2)), (1, slice(2, 6))]
+        groups = [(0, slice(0, 2)), (1, slice(2, 6))]
+        super().__init__(numbers(N, S, D), numbers(N, S, D), [], stack_elements=4 * N * S * D, group_slices=groups)
+        self.cached_products = []
 
     def vjp(self, cotangents: Tensor) -> Tensor:
         return cotangents * numbers(())

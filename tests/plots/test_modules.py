@@ -23,7 +23,7 @@ from tests.plots.pages import assert_readable, words
 
 def layer(name: str, r: int, kind: str = "lib", unsure: Tensor | None = None) -> Basis:
     eye = torch.eye(r)
-    return Basis(name, kind, torch.zeros(r), eye, eye, torch.linspace(1, 0.1, r), unsure=unsure)
+    return Basis(name, kind, torch.zeros(r), eye, eye, torch.linspace(1, 0.1, r), degenerate=unsure)
 
 
 def dots(figure: Figure) -> list[PathCollection]:
@@ -115,7 +115,7 @@ def test_degenerate_features_are_hollow_and_explained_in_the_legend() -> None:
 
 
 def test_hollow_dots_keep_the_colour_of_their_module() -> None:
-    bases = [replace(basis, unsure=torch.ones(basis.n_features, dtype=torch.bool)) for basis in BASES]
+    bases = [replace(basis, degenerate=torch.ones(basis.n_features, dtype=torch.bool)) for basis in BASES]
     edge_colors = dots(draw_graph(bases, [E], modules=OF))[0].get_edgecolor()
     assert [to_hex(color).upper() for color in edge_colors] == [MODULES[0]] * 3 + [MODULES[1], NO_MODULE]
 

@@ -71,7 +71,7 @@ def test_invalid_errors_have_no_band(bad: float) -> None:
 
 def test_degenerate_features_are_hollow() -> None:
     basis = layer("a", torch.tensor([1.0, 4.0, 2.0]))
-    figure = draw_spectrum({"lib": [replace(basis, unsure=torch.tensor([True, False, False]))]})
+    figure = draw_spectrum({"lib": [replace(basis, degenerate=torch.tensor([True, False, False]))]})
     assert marks(figure.axes[0], hollow=True) == [3]  # positions in order of importance
     assert marks(figure.axes[0], hollow=False) == [1, 2]
     assert "direction not determined by the samples" in words(figure)
@@ -93,7 +93,7 @@ def test_any_size_is_readable(sizes: tuple[int, ...]) -> None:
     def basis(k: int, r: int, kind: str) -> Basis:
         importance = torch.logspace(0, -9, r)
         made = layer(f"transformer.h.{k}.attention.dropout:input", importance, kind)
-        return replace(made, importance_error=0.2 * importance, unsure=torch.rand(r) < 0.3)
+        return replace(made, importance_error=0.2 * importance, degenerate=torch.rand(r) < 0.3)
 
     figure = draw_spectrum(
         {kind: [basis(k, r, kind) for k, r in enumerate(sizes)] for kind in ("lib", "pca", "neuron")}

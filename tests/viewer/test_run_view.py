@@ -100,7 +100,7 @@ def test_a_snapshot_is_what_its_graph_is(logs: Path) -> None:
                 assert layer["modules"] == [-1, 0, 1, -1]
                 continue
             assert basis.importance_error is not None
-            assert basis.unsure is not None
+            assert basis.degenerate is not None
             lineages = graph.lineages[name]
             assert layer["error"] == rounded(basis.importance_error)
             assert layer["ids"] == lineages.ids.tolist()
@@ -108,7 +108,7 @@ def test_a_snapshot_is_what_its_graph_is(logs: Path) -> None:
             assert layer["parents"] == lineages.parents.tolist()
             assert layer["modules"] == graph.modules[name].tolist()
             assert layer["labels"] == graph.labels[name]
-            assert layer["unsure"] == basis.unsure.tolist()
+            assert layer["unsure"] == basis.degenerate.tolist()
         for section, (pair, E) in zip(snapshot["sections"], graph.edges.items(), strict=True):
             assert section["count"] == int((E != 0).sum())
             assert [section["strength"], section["strongest"]] == rounded(torch.stack([E.sum(), E.max()]))
