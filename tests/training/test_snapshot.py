@@ -118,7 +118,7 @@ def test_metrics_of_something_else_are_refused_at_once() -> None:
         callback_with(metrics=MetricCollection({"mean": MeanMetric()}))
     with pytest.raises(ValueError, match="baselines are bases other than 'lib'"):
         callback_with(baselines=["lib"])
-    with pytest.raises(ValueError, match="basis is one of"):
+    with pytest.raises(ValueError, match="basis must be one of"):
         callback_with(baselines=["ica"])
 
 
