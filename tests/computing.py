@@ -14,10 +14,9 @@ from lib_lightning.algorithm.config import LIBConfig
 from lib_lightning.algorithm.memory_plan import MemoryPlan
 from lib_lightning.algorithm.shortcuts import FAST, Shortcuts
 from lib_lightning.jacobian.closed_form_detect import NoClosedForms
-from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.instrumented import InstrumentedModel, model_session
 from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.node_layer import as_node_layers
-from lib_lightning.model.instrumented import model_session
 from tests.cases import Case
 
 IO = ["input", "output"]
