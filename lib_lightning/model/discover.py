@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from lib_lightning.model.autograd_graph import Edge, PathNode, edge_of, path_nodes
 from lib_lightning.model.batch import batch_size, first_tensor, map_tensors, replace_first_tensor
 from lib_lightning.model.instrumented import InstrumentedModel
-from lib_lightning.model.module_paths import find_module, module_paths
+from lib_lightning.model.module_paths import accepts_hooks, find_module, module_paths
 from lib_lightning.model.node_layer import INPUT, OUTPUT, NodeLayer, split_tap
-from lib_lightning.model.torch_internals import is_script_module
 from lib_lightning.model.validate import varying_inputs
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -145,7 +144,7 @@ class _Trace:
         self._paths: dict[int, list[str]] = defaultdict(list)
         for path in module_paths(self.model):
             module = find_module(self.model, path)
-            if not is_script_module(module):
+            if accepts_hooks(module):
                 self._hookable[id(module)] = module
                 self._paths[id(module)].append(path)
         self._n_calls: dict[int, int] = defaultdict(int)

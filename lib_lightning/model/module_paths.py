@@ -1,4 +1,4 @@
-"""Modules of a model by their paths."""
+"""Finding the modules of a model by their paths."""
 
 from __future__ import annotations
 
@@ -10,68 +10,85 @@ from torch import nn
 
 from lib_lightning.errors import NodeLayerError, quoted
 from lib_lightning.model.node_layer import INPUT, NodeLayer, split_tap
+from lib_lightning.model.torch_internals import child, compiled_from
 
 
 def find_module(model: nn.Module, path: str) -> nn.Module:
-    """The module of a path, which need not name the wrappers that ``torch.compile`` puts around modules.
+    """The module with a path. The path may omit the wrappers of `torch.compile`.
 
     Args:
         model: The model.
-        path: ``"net.0"`` finds ``net._orig_mod.0``, too. Empty for the model itself.
+        path: ``"net.0"`` also finds ``net._orig_mod.0``. Empty for the model itself.
 
     Returns:
-        The module; the original one of a compiled module.
+        The module. For a compiled module the original one.
 
     Raises:
         AttributeError: If there is no such module.
     """
-    module = _original(model)
+    module, wrappers = _unwrap(model)
     for name in path.split(".") if path else []:
-        if name != _COMPILED:
-            child = _child(module, name)
-            if child is None:
+        if name not in wrappers:
+            found = child(module, name)
+            if found is None:
                 raise AttributeError(f"{type(module).__name__} has no module '{name}'")
-            module = _original(child)
+            module, wrappers = _unwrap(found)
     return module
 
 
 def module_paths(model: nn.Module) -> list[str]:
-    """Paths of all modules, in the order of definition, without the wrappers that ``torch.compile`` puts around them.
+    """Paths of all modules, in the order of definition, without the wrappers of `torch.compile`.
 
     Args:
-        model: The model, whose own path is empty.
+        model: The model; its own path is empty.
 
     Returns:
-        The paths; a module that stands in several places has several.
+        The paths. A module that is registered in several places has several.
     """
-    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    plain = (".".join(part for part in name.split(".") if part != _COMPILED) for name in names)
-    return list(dict.fromkeys(plain))
+    named = dict(model.named_modules(remove_duplicate=False))
+    wrappers = {f"{path}.{found[0]}".lstrip(".") for path, m in named.items() if (found := compiled_from(m))}
+
+    def without_wrappers(path: str) -> str:
+        names = path.split(".")
+        return ".".join(name for i, name in enumerate(names) if ".".join(names[: i + 1]) not in wrappers)
+
+    return list(dict.fromkeys(map(without_wrappers, named)))
 
 
-def _original(module: nn.Module) -> nn.Module:
-    inner = _child(module, _COMPILED)
-    return module if inner is None else _original(inner)
+def _unwrap(module: nn.Module) -> tuple[nn.Module, set[str]]:
+    """The module inside wrappers of `torch.compile`, and the names that modules have in the wrappers."""
+    names = set()
+    while found := compiled_from(module):
+        name, module = found
+        names.add(name)
+    return module, names
 
 
-def _child(module: nn.Module, name: str) -> nn.Module | None:
-    return dict(module._modules.items()).get(name)  # TorchScript's modules have no dict, but something like it
+def accepts_hooks(module: nn.Module) -> bool:
+    """Whether hooks can be registered at a module. They cannot be at TorchScript modules, unless these are traced."""
+    if isinstance(module, torch.jit.ScriptModule):
+        try:
+            module.register_forward_hook(lambda *_: None).remove()
+        except RuntimeError:
+            return False
+    return True
 
 
 def check_taps(model: nn.Module, layers: Sequence[NodeLayer]) -> None:
-    """Refuse taps that name modules the model does not have.
+    """Raise an error for taps that name modules the model does not have.
 
     Args:
         model: The model.
         layers: Node layers.
 
     Raises:
-        NodeLayerError: With the nearest names that do exist; also for modules that take no hooks.
+        NodeLayerError: With similar names that exist; also for modules that accept no hooks, and for a model without
+            ``forward``.
     """
     forward = getattr(find_module(model, ""), "forward", None)
     if getattr(forward, "__qualname__", "") in ("_forward_unimplemented", "LightningModule.forward"):
         raise NodeLayerError(
-            f"{type(model).__name__} has no forward(), and that is what node layers cut. Write one that returns the "
+            f"{type(model).__name__} has no forward(), which is what node layers cut. Write one that returns the "
             "model's output, such as: def forward(self, x): return self.net(x)"
         )
     for layer in layers:
@@ -79,10 +96,10 @@ def check_taps(model: nn.Module, layers: Sequence[NodeLayer]) -> None:
             tap = split_tap(name)
             try:
                 module = find_module(model, tap.path)
-                if isinstance(module, torch.jit.RecursiveScriptModule):  # type: ignore[attr-defined]
+                if not accepts_hooks(module):
                     raise NodeLayerError(
-                        f"'{name}' is a TorchScript module, which nobody can look into. Choose a module around it or "
-                        "beside it, or take the one that it was made from."
+                        f"'{name}' is a TorchScript module, which accepts no hooks. Choose a module around it or "
+                        "beside it, or use the module that it was made from."
                     )
             except AttributeError:
                 names = module_paths(model)
@@ -92,7 +109,3 @@ def check_taps(model: nn.Module, layers: Sequence[NodeLayer]) -> None:
                 raise NodeLayerError(
                     f"{type(model).__name__} has no module '{tap.path}' (node layer '{layer.name}'). {hint}"
                 ) from None
-
-
-# Where torch.compile keeps the module it wraps.
-_COMPILED = "_orig_mod"

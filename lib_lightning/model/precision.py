@@ -1,4 +1,4 @@
-"""Products of single precision numbers as they are: rounded to TF32 or bfloat16 they would be a metric of their own."""
+"""Full precision of float32 products: rounding to TF32 or bfloat16 would dominate small eigenvalues."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import torch
 
 
 def full_precision() -> Callable[[], None]:
-    """Switch off whatever rounds the factors of single precision products to fewer digits.
+    """Disable all settings of torch by which float32 products are computed with fewer digits.
 
     Returns:
-        Puts things back as they were.
+        A function that restores the settings.
     """
     backends: Any = torch.backends
     cuda, cudnn = backends.cuda.matmul, backends.cudnn
     try:
         before, allowed = torch.get_float32_matmul_precision(), cudnn.allow_tf32
-    except RuntimeError:  # the newer switches have been used, and the older ones must not be any more
+    except RuntimeError:  # the caller has used the newer settings, after which the older ones raise an error
         newer = [cuda, cudnn.conv, cudnn.rnn, backends.mkldnn.matmul]
-        values = [switch.fp32_precision for switch in newer]
-        for switch in newer:
-            switch.fp32_precision = "ieee"
+        values = [setting.fp32_precision for setting in newer]
+        for setting in newer:
+            setting.fp32_precision = "ieee"
 
         def restore_newer() -> None:
-            for switch, value in zip(newer, values, strict=True):
-                switch.fp32_precision = value
+            for setting, value in zip(newer, values, strict=True):
+                setting.fp32_precision = value
 
         return restore_newer
     if before != "highest":
@@ -42,5 +42,5 @@ def full_precision() -> Callable[[], None]:
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Type to multiply and sum one batch in: half precision would overflow."""
+    """The dtype for products and sums over one batch: at least float32, because half precision would overflow."""
     return torch.float32 if torch.finfo(dtype).bits < 32 else dtype

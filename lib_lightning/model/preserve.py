@@ -1,43 +1,58 @@
-"""Leaving no trace: whatever happens inside, model and random numbers come out as they went in."""
+"""Running a model without leaving a trace: its state and all random states are saved before and restored afterwards."""
 
 from __future__ import annotations
 
 import random
 import sys
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
-from torch.utils import checkpoint
 
 from lib_lightning.errors import LIBError, quoted
 from lib_lightning.model.precision import full_precision
+from lib_lightning.model.torch_internals import disable_checkpointing, remove_backward_hooks, set_tensor
 
-# What every module has: flags, parameters, buffers, children and hooks, which are looked after on their own.
+# Saves something, and returns the function that restores it.
+Save = Callable[[nn.Module], Callable[[], None]]
+
+# Attributes of every module (flags, parameters, buffers, children and hooks), which are saved separately.
 _MODULE_NAMES = frozenset(nn.Module().__dict__)
-_TABLES = (nn.Embedding, nn.EmbeddingBag)
+
+
+def _saved_state() -> tuple[Save, ...]:
+    """Everything that is saved before a block and restored, in reverse order, after it."""
+    return (
+        save_rng,  # random states of torch (CPU and CUDA), NumPy and Python
+        replace_inference_tensors,  # tensors made in inference mode: replaced by copies that autograd accepts
+        preserve_attributes,  # plain attributes of modules: numbers, tensors, arrays, and containers of these
+        save_buffers,  # which tensor is registered, and its values
+        save_parameters,  # memory, grad and requires_grad; values where a module writes to its weights (max_norm)
+        save_training_flags,
+        save_backward_hooks,  # removed in the block
+        save_settings,  # precision of products, fused attention, activation checkpointing: off in the block
+    )
 
 
 @contextmanager
 def preserve_model(model: nn.Module) -> Iterator[None]:
-    """Run a block of code in evaluation mode with gradients, then restore the model and all random states.
+    """Run a block in evaluation mode with gradients, then restore the model and all random states.
 
-    Inside, gradients with respect to activations can be taken twice, even where the caller has switched them off
-    (``no_grad``, ``inference_mode``); parameters are constants; mixed precision, TF32, compiled code, activation
-    checkpointing and the modules' backward hooks are off. Afterwards, also after an exception, these are as before: the
-    training flag of every module, its buffers and plain attributes (numbers, tensors, arrays, and containers of them),
-    ``data``, ``grad`` and ``requires_grad`` of every parameter, the weights that ``max_norm`` writes into, and the
-    random states of torch (CPU and CUDA), NumPy and Python.
+    In the block, second derivatives with respect to activations are available, even if the caller has disabled
+    gradients (``no_grad``, ``inference_mode``). Parameters are constants. Mixed precision, TF32, compiled code,
+    activation checkpointing and the modules' backward hooks are off. After the block, also after an exception, the
+    following are as before: the training flag of every module, its buffers and plain attributes (numbers, tensors,
+    arrays, and containers of them), ``data``, ``grad`` and ``requires_grad`` of every parameter, the weights that
+    ``max_norm`` writes to, and the random states of torch (CPU and CUDA), NumPy and Python.
 
     Args:
-        model: The model that the block is going to run.
+        model: The model that the block runs.
 
     Yields:
         Nothing.
@@ -53,28 +68,22 @@ def preserve_model(model: nn.Module) -> Iterator[None]:
         >>> model.training
         True
     """
-    _refuse_lazy(model)
+    _check_not_lazy(model)
     with ExitStack() as stack:
-        stack.callback(_random_states())
-        for save in (_inference_tensors, preserve_attributes, _buffers, _parameters, _training_flags, _backward_hooks):
+        for save in _saved_state():
             stack.callback(save(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for device_type in {p.device.type for p in model.parameters()} | {"cpu"}:
             stack.enter_context(torch.autocast(device_type, enabled=False))
-        stack.callback(full_precision())
-        # Fused attention has no second derivative, and the fast path of nn.TransformerEncoder none at all.
+        # Fused attention has no second derivative.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-        torch.backends.mha.set_fastpath_enabled(False)
-        # cuDNN differentiates recurrent layers in training mode only, and once.
+        # cuDNN differentiates recurrent layers in training mode only, and only once.
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        stack.callback(_checkpointing())
-        # Compiled modules ignore hooks that come later; run what they were compiled from.
-        if hasattr(torch.compiler, "set_stance"):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        # Not model.eval(): a module may do more than note the flag when told so.
+        # Compiled modules ignore hooks that are registered later.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        # Not model.eval(), which a module may override to do more than set the flag.
         for module in model.modules():
             module.training = False
         for parameter in model.parameters():
@@ -82,7 +91,72 @@ def preserve_model(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _random_states() -> Callable[[], None]:
+@contextmanager
+def preserve_rng(generators: Sequence[torch.Generator] = ()) -> Iterator[None]:
+    """Run a block that may draw random numbers, then restore all random states.
+
+    Args:
+        generators: Generators to restore in addition to the global ones.
+
+    Yields:
+        Nothing.
+    """
+    restore, states = save_rng(), [g.get_state() for g in generators]
+    try:
+        yield
+    finally:
+        restore()
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def preserve_attributes(model: nn.Module) -> Callable[[], None]:
+    """Save what a forward pass may store in plain attributes: a number of calls, the last state, a running metric.
+
+    Args:
+        model: The model.
+
+    Returns:
+        A function that restores the attributes of all modules, and the values of tensors and containers in them. It may
+        be called several times.
+    """
+    seen: set[int] = set()
+    saved = [
+        (module, {k: (value, _save_value(value, seen)) for k, value in _attributes(module).items()})
+        for module in model.modules()
+    ]
+
+    def restore() -> None:
+        for module, attributes in saved:
+            for name in _attributes(module).keys() - attributes.keys():
+                del module.__dict__[name]
+            for name, (value, restore_value) in attributes.items():
+                module.__dict__[name] = value
+                if restore_value:
+                    restore_value()
+
+    return restore
+
+
+def tensors_unchanged(model: nn.Module) -> Callable[[], bool]:
+    """Save the values of the tensors that a model stores beside its parameters: buffers, and those in plain attributes.
+
+    Args:
+        model: The model.
+
+    Returns:
+        A function that tells whether these tensors have the same values as now. Tensors that have been assigned in
+        their place are not considered.
+    """
+    attributes = [value for module in model.modules() for value in _attributes(module).values()]
+    tensors = [*model.buffers(), *_tensors_in(attributes, set())]
+    # Sparse tensors cannot be compared; for those autograd's own check for modifications has to be enough.
+    saved = [(t, t.detach().clone()) for t in tensors if _has_address(t)]
+    return lambda: all(_equal(t, copy) for t, copy in saved)
+
+
+def save_rng(model: nn.Module | None = None) -> Callable[[], None]:
+    """Random states of torch (CPU and CUDA), NumPy and Python."""
     cpu, python = torch.get_rng_state(), random.getstate()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     numpy: Any = sys.modules.get("numpy")
@@ -99,26 +173,68 @@ def _random_states() -> Callable[[], None]:
     return restore
 
 
-@contextmanager
-def preserve_rng(generators: Sequence[torch.Generator] = ()) -> Iterator[None]:
-    """Run a block of code that may draw random numbers, then restore all random states.
+def replace_inference_tensors(model: nn.Module) -> Callable[[], None]:
+    """Tensors made in inference mode, for example a table computed during validation; replaced by copies."""
+    undo: list[Callable[[], None]] = []
+    copies: dict[int, Tensor] = {}
 
-    Args:
-        generators: Generators to restore beside the global ones.
+    def copy_of(t: Tensor) -> Tensor:
+        if id(t) not in copies:
+            copies[id(t)] = nn.Parameter(t.clone(), False) if isinstance(t, nn.Parameter) else t.clone()
+        return copies[id(t)]
 
-    Yields:
-        Nothing.
+    with torch.inference_mode(False):
+        for module in model.modules():
+            for name, value in list(module.__dict__.items()):
+                if isinstance(value, Tensor) and value.is_inference():
+                    undo.append(partial(module.__dict__.__setitem__, name, value))
+                    module.__dict__[name] = copy_of(value)
+            for kind, name, t in _registered(module):
+                if t.is_inference():
+                    undo.append(partial(set_tensor, module, kind, name, t))
+                    set_tensor(module, kind, name, copy_of(t))
+    return _in_turn(undo)
+
+
+def save_buffers(model: nn.Module) -> Callable[[], None]:
+    """Buffers: which tensor is registered, and its values."""
+    saved = [
+        (module, name, t, _save_tensor(t))
+        for module in model.modules()
+        for kind, name, t in _registered(module)
+        if kind == "buffers"
+    ]
+
+    def restore() -> None:
+        for module, name, buffer, restore_values in saved:
+            set_tensor(module, "buffers", name, buffer)
+            restore_values()
+
+    return restore
+
+
+def save_parameters(model: nn.Module) -> Callable[[], None]:
+    """Parameters: memory, ``requires_grad`` and ``grad``. The block does not write to their values, with one exception.
+
+    An embedding with ``max_norm`` shortens vectors in its own table when it looks them up.
     """
-    restore, states = _random_states(), [g.get_state() for g in generators]
-    try:
-        yield
-    finally:
-        restore()
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
+    saved = [(p, _save_memory(p), p.requires_grad, p.grad) for p in model.parameters()]
+    embeddings = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+    tables = [_save_tensor(m.weight) for m in embeddings if m.max_norm is not None]
+
+    def restore() -> None:
+        for parameter, restore_memory, requires_grad, grad in saved:
+            restore_memory()
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+        for restore_values in tables:
+            restore_values()
+
+    return restore
 
 
-def _training_flags(model: nn.Module) -> Callable[[], None]:
+def save_training_flags(model: nn.Module) -> Callable[[], None]:
+    """The training flag of every module."""
     flags = [(module, module.training) for module in model.modules()]
 
     def restore() -> None:
@@ -128,89 +244,47 @@ def _training_flags(model: nn.Module) -> Callable[[], None]:
     return restore
 
 
-def _inference_tensors(model: nn.Module) -> Callable[[], None]:
-    """Have copies stand in for what was made in inference mode, such as a table that validation has left behind."""
-    saved: list[tuple[dict[str, Any], str, Tensor]] = []
-    copies: dict[int, Tensor] = {}
-    places: list[dict[str, Any]]
-    for module in model.modules():
-        places = [module.__dict__, module._parameters, module._buffers]
-        for place in places:
-            found = [(k, t) for k, t in place.items() if isinstance(t, Tensor) and t.is_inference()]
-            with torch.inference_mode(False):
-                for name, t in found:
-                    copy = nn.Parameter(t.clone(), False) if isinstance(t, nn.Parameter) else t.clone()
-                    place[name] = copies.setdefault(id(t), copy)
-                    saved.append((place, name, t))
+def save_backward_hooks(model: nn.Module) -> Callable[[], None]:
+    """Backward hooks of modules. Removed: they are meant for training, and torch passes views to modules with hooks."""
+    removed = [remove_backward_hooks(module) for module in model.modules()]
+    return _in_turn(removed)
 
+
+def save_settings(model: nn.Module) -> Callable[[], None]:
+    """Settings of torch that have no context manager."""
+    # The fast path of nn.TransformerEncoder has no derivative.
+    mha = torch.backends.mha
+    fastpath = mha.get_fastpath_enabled()
+    mha.set_fastpath_enabled(False)
+    return _in_turn([full_precision(), lambda: mha.set_fastpath_enabled(fastpath), disable_checkpointing()])
+
+
+def _in_turn(restores: Sequence[Callable[[], object]]) -> Callable[[], None]:
     def restore() -> None:
-        for place, name, t in saved:
-            place[name] = t
+        for one in restores:
+            one()
 
     return restore
 
 
-def preserve_attributes(model: nn.Module) -> Callable[[], None]:
-    """Take note of what a forward pass may keep for the next one: a count of calls, the last state, a running metric.
-
-    Args:
-        model: The model.
-
-    Returns:
-        Puts back what stands in the plain attributes of its modules now.
-    """
-    seen: set[int] = set()
-    saved = [
-        (module, {k: (value, _contents(value, seen)) for k, value in module.__dict__.items() if k not in _MODULE_NAMES})
-        for module in model.modules()
-    ]
-
-    def restore() -> None:
-        for module, attributes in saved:
-            for name in [name for name in module.__dict__ if name not in _MODULE_NAMES and name not in attributes]:
-                del module.__dict__[name]
-            for name, (value, refill) in attributes.items():
-                module.__dict__[name] = value
-                if refill:
-                    refill()
-
-    return restore
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """Plain attributes of a module."""
+    return {name: value for name, value in module.__dict__.items() if name not in _MODULE_NAMES}
 
 
-def tensors_unchanged(model: nn.Module) -> Callable[[], bool]:
-    """Take note of the tensors that a model keeps beside its parameters: buffers, and those in its plain attributes.
-
-    Args:
-        model: The model.
-
-    Returns:
-        Tells whether these tensors (not others that have been put in their place) still hold what they hold now.
-    """
-    plain = [value for m in model.modules() for name, value in m.__dict__.items() if name not in _MODULE_NAMES]
-    found = [*model.buffers(), *_tensors(plain, set())]
-    # Of others autograd's own count of writes has to do: there is no comparing sparse tensors.
-    saved = [(t, t.detach().clone()) for t in found if type(t.data) is Tensor and t.layout == torch.strided]
-    return lambda: all(_equal(t, copy) for t, copy in saved)
+def _registered(module: nn.Module) -> Iterator[tuple[Literal["parameters", "buffers"], str, Tensor]]:
+    """Kind, name and value of a module's own parameters and buffers."""
+    for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+        yield "parameters", name, parameter
+    for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+        yield "buffers", name, buffer
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
-
-
-def _tensors(value: Any, seen: set[int]) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if not isinstance(value, (list, tuple, deque, dict, set)) or id(value) in seen:
-        return []
-    seen.add(id(value))
-    return [t for entry in _entries(value) for t in _tensors(entry, seen)]
-
-
-def _contents(value: Any, seen: set[int]) -> Callable[[], object] | None:
-    """Take note of what a tensor, an array or a container holds, down to the last one; the result puts it back."""
+def _save_value(value: Any, seen: set[int]) -> Callable[[], object] | None:
+    """Save the contents of a mutable value, including those of nested containers; None for any other value."""
     numpy: Any = sys.modules.get("numpy")
     if isinstance(value, Tensor):
-        return _numbers(value)
+        return _save_tensor(value)
     if numpy and isinstance(value, numpy.ndarray) and value.flags.writeable:
         return partial(numpy.copyto, value, value.copy())
     if isinstance(value, torch.Generator):
@@ -225,47 +299,43 @@ def _contents(value: Any, seen: set[int]) -> Callable[[], object] | None:
         return None
     seen.add(id(value))
     entries = _entries(value)
-    inside = [refill for entry in entries if (refill := _contents(entry, seen))]
+    nested = [saved for entry in entries if (saved := _save_value(entry, seen))]
 
     def restore() -> None:
         if not isinstance(value, tuple) and list(map(id, _entries(value))) != list(map(id, entries)):
             value.clear()
             if isinstance(value, dict):
                 for key, entry in zip(entries[::2], entries[1::2], strict=True):
-                    value[key] = entry  # not update(), with which a Counter counts
+                    value[key] = entry  # not update(), which adds up in a Counter
             elif isinstance(value, set):
                 value.update(entries)
             else:
                 value.extend(entries)
-        for refill in inside:
-            refill()
+        for restore_entry in nested:
+            restore_entry()
 
     return restore
 
 
-def _entries(container: Any) -> list[Any]:
-    return [x for pair in container.items() for x in pair] if isinstance(container, dict) else list(container)
-
-
-def _numbers(t: Tensor) -> Callable[[], None]:
-    """Take note of what stands in a tensor, and where; the result puts it back there."""
-    memory, copy = _memory(t), t.detach().clone()
+def _save_tensor(t: Tensor) -> Callable[[], None]:
+    """Save the memory and the values of a tensor."""
+    restore_memory, copy = _save_memory(t), t.detach().clone()
 
     def restore() -> None:
-        memory()
+        restore_memory()
         try:
-            same = torch.equal(t, copy)
-        except (NotImplementedError, RuntimeError):  # sparse tensors, for one, cannot be compared
-            same = False
-        if not same:
+            is_same = torch.equal(t, copy)
+        except (NotImplementedError, RuntimeError):  # sparse tensors cannot be compared
+            is_same = False
+        if not is_same:
             with torch.no_grad():
                 t.copy_(copy)
 
     return restore
 
 
-def _memory(t: Tensor) -> Callable[[], None]:
-    """Take note of where a tensor's numbers stand, in case that others are put in their place (``t.data = ...``)."""
+def _save_memory(t: Tensor) -> Callable[[], None]:
+    """Save the memory of a tensor, which ``t.data = ...`` replaces."""
     data, address = t.data, _address(t)
 
     def restore() -> None:
@@ -276,75 +346,36 @@ def _memory(t: Tensor) -> Callable[[], None]:
 
 
 def _address(t: Tensor) -> int | None:
-    # Sparse and sharded tensors and the like have no single place.
-    return t.data_ptr() if type(t.data) is Tensor and t.layout == torch.strided else None
+    return t.data_ptr() if _has_address(t) else None
 
 
-def _buffers(model: nn.Module) -> Callable[[], None]:
-    saved = [
-        (module, name, buffer, _numbers(buffer))
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-
-    def restore() -> None:
-        for module, name, buffer, refill in saved:
-            module._buffers[name] = buffer
-            refill()
-
-    return restore
+def _has_address(t: Tensor) -> bool:
+    """Whether a tensor is an ordinary one in strided memory, unlike sparse and sharded tensors, for example."""
+    return type(t.data) is Tensor and t.layout == torch.strided
 
 
-def _parameters(model: nn.Module) -> Callable[[], None]:
-    saved = [(p, _memory(p), p.requires_grad, p.grad) for p in model.parameters()]
-    # An embedding with a greatest norm shortens vectors that are longer as it looks them up, in the table itself.
-    tables = [m.weight for m in model.modules() if isinstance(m, _TABLES) and m.max_norm is not None]
-    copies = [_numbers(table) for table in tables]
-
-    def restore() -> None:
-        for parameter, replace, requires_grad, grad in saved:
-            replace()
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = grad
-        for refill in copies:
-            refill()
-
-    return restore
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether tensors are equal, with NaN equal to NaN."""
+    return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
-def _backward_hooks(model: nn.Module) -> Callable[[], None]:
-    """Take them off: they are about the gradients of training, and where they are, torch hands on views."""
-    saved = [(module, module._backward_hooks, module._backward_pre_hooks) for module in model.modules()]
-    for module, *_ in saved:
-        module._backward_hooks, module._backward_pre_hooks = OrderedDict(), OrderedDict()
-
-    def restore() -> None:
-        for module, hooks, pre_hooks in saved:
-            module._backward_hooks, module._backward_pre_hooks = hooks, pre_hooks
-
-    return restore
+def _tensors_in(value: Any, seen: set[int]) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if not isinstance(value, (list, tuple, deque, dict, set)) or id(value) in seen:
+        return []
+    seen.add(id(value))
+    return [t for entry in _entries(value) for t in _tensors_in(entry, seen)]
 
 
-def _checkpointing() -> Callable[[], None]:
-    """Switch activation checkpointing off: what it runs again would lack our cuts, and give other tensors.
-
-    Both kinds are met inside torch, where all who call ``checkpoint`` come by, however they have imported it: the
-    reentrant one is an autograd function around what it is given to run, the other one a hook on saved tensors.
-    """
-    plain = {
-        "CheckpointFunction": SimpleNamespace(apply=lambda function, preserve_rng_state, *args: function(*args)),
-        "_checkpoint_hook": lambda frame: nullcontext(),
-    }
-    saved = {name: vars(checkpoint)[name] for name in plain if name in vars(checkpoint)}
-    vars(checkpoint).update((name, plain[name]) for name in saved)
-    return lambda: vars(checkpoint).update(saved)
+def _entries(container: Any) -> list[Any]:
+    return [x for pair in container.items() for x in pair] if isinstance(container, dict) else list(container)
 
 
-def _refuse_lazy(model: nn.Module) -> None:
+def _check_not_lazy(model: nn.Module) -> None:
     lazy = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if is_lazy(t)]
     if lazy:
         raise LIBError(
-            f"{quoted(lazy)} have no shape yet: lazy modules take it from the first batch they see, and would keep it. "
-            "Run the model once before (model(batch)), or give the shapes yourself."
+            f"{quoted(lazy)} have no shape yet: lazy modules take it from the first batch, and would keep it. "
+            "Run the model once before (model(batch)), or specify the shapes."
         )

@@ -1,14 +1,148 @@
-"""Attributes of torch that are not public, except those of autograd (see `lib_lightning.model.autograd_graph`).
+"""Attributes of torch that are not part of its public interface, except those of autograd.
 
-Each is used by one function, which does without it where this version of torch has none.
+Each is used in one function here, and that function has a fallback for versions of torch without the attribute. Those
+of autograd are in `lib_lightning.model.autograd_graph`, because they make sense only together with the graph.
+``tests/model/test_torch_internals.py`` lists all of them, and what each fallback costs.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.utils import checkpoint
+
+# The names of the attributes, by what they are.
+NAMES = {
+    "children": "_modules",
+    "parameters": "_parameters",
+    "buffers": "_buffers",
+    "backward hooks": "_backward_hooks",
+    "backward pre-hooks": "_backward_pre_hooks",
+    "compiled module": "_orig_mod",
+    "storage": "_cdata",
+    "reentrant checkpoint": "CheckpointFunction",
+    "checkpoint": "_checkpoint_hook",
+}
 
 
-def is_script_module(module: nn.Module) -> bool:
-    """Whether a module is compiled TorchScript, which accepts no hooks."""
-    return isinstance(module, torch.jit.ScriptModule)
+def child(module: nn.Module, name: str) -> nn.Module | None:
+    """The child of a module with a name, if there is one.
+
+    Not ``getattr``, which a module may forward to another one. The public list of children is slow, because it has all
+    descendants or omits modules that are registered twice.
+    """
+    children = getattr(module, NAMES["children"], None)
+    if children is None:
+        children = {path: m for path, m in module.named_modules(remove_duplicate=False) if path and "." not in path}
+    # TorchScript has another type here, without get().
+    return children.get(name) if isinstance(children, dict) else dict(children.items()).get(name)
+
+
+def compiled_from(module: nn.Module) -> tuple[str, nn.Module] | None:
+    """The module that `torch.compile` wraps, and its name in the wrapper; None if a module is not such a wrapper."""
+    name = NAMES["compiled module"]
+    inner = child(module, name)
+    if inner is None and type(module).__name__ == "OptimizedModule":
+        name, inner = next(module.named_children(), (name, None))
+    return None if inner is None else (name, inner)
+
+
+def set_tensor(module: nn.Module, kind: Literal["parameters", "buffers"], name: str, tensor: Tensor) -> None:
+    """Replace a parameter or buffer, if possible without a call of the module's ``__setattr__``.
+
+    With ``__setattr__``, a buffer that the module has deleted in the meantime becomes a plain attribute.
+    """
+    tensors = getattr(module, NAMES[kind], None)
+    if tensors is None:
+        setattr(module, name, tensor)
+    else:
+        tensors[name] = tensor
+
+
+def remove_backward_hooks(module: nn.Module) -> Callable[[], None]:
+    """Remove the backward hooks of a module.
+
+    Without these attributes the hooks remain. They are then called in our backward passes, and since torch passes views
+    to modules with such hooks, `validate_node_layers` may refuse node layers next to a skip connection.
+
+    Returns:
+        A function that restores them.
+    """
+    names = [NAMES[kind] for kind in ("backward hooks", "backward pre-hooks")]
+    saved = {name: hooks for name in names if (hooks := getattr(module, name, None)) is not None}
+    for name, hooks in saved.items():
+        setattr(module, name, type(hooks)())
+
+    def restore() -> None:
+        for name, hooks in saved.items():
+            setattr(module, name, hooks)
+
+    return restore
+
+
+def storage_key(t: Tensor) -> int:
+    """A number that identifies the memory of a tensor."""
+    storage = t.untyped_storage()
+    key = getattr(storage, NAMES["storage"], None)
+    return storage.data_ptr() if key is None else key
+
+
+def disable_checkpointing() -> Callable[[], None]:
+    """Disable activation checkpointing: what it computes again would not be cut, and would yield other tensors.
+
+    Both kinds are replaced inside torch, where every call arrives, however a model has imported ``checkpoint``: the
+    reentrant kind is an autograd function, the other one a pair of hooks on saved tensors. Without these attributes
+    ``checkpoint`` itself is replaced, in every module that has imported it by its name. References in other places,
+    such as a `functools.partial`, remain; a model that keeps one there may then be refused.
+
+    Returns:
+        A function that enables it again.
+    """
+    plain = {
+        NAMES["reentrant checkpoint"]: SimpleNamespace(apply=lambda function, preserve_rng, *args: function(*args)),
+        NAMES["checkpoint"]: lambda frame: nullcontext(),
+    }
+    saved = {name: vars(checkpoint)[name] for name in plain if name in vars(checkpoint)}
+    vars(checkpoint).update((name, plain[name]) for name in saved)
+    replaced = [] if len(saved) == len(plain) else _replace_everywhere(checkpoint.checkpoint, _not_checkpointed)
+
+    def restore() -> None:
+        vars(checkpoint).update(saved)
+        for names, name, original in replaced:
+            names[name] = original
+
+    return restore
+
+
+def _not_checkpointed(
+    function: Callable[..., Any],
+    *args: Any,
+    use_reentrant: bool | None = None,
+    preserve_rng_state: bool = True,
+    context_fn: Any = None,
+    determinism_check: str = "",
+    debug: bool = False,
+    early_stop: bool = True,
+    **kwargs: Any,
+) -> Any:
+    """`torch.utils.checkpoint.checkpoint` without checkpointing."""
+    return function(*args, **kwargs)
+
+
+def _replace_everywhere(old: Any, new: Any) -> list[tuple[dict[str, Any], str, Any]]:
+    """Replace a global variable in all loaded modules; returns where, and the old value."""
+    found = [
+        (names, name, old)
+        for module in list(sys.modules.values())
+        if isinstance(names := getattr(module, "__dict__", None), dict)
+        for name, value in list(names.items())
+        if value is old
+    ]
+    for names, name, _ in found:
+        names[name] = new
+    return found

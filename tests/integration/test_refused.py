@@ -86,7 +86,7 @@ def test_torchscript() -> None:
     expected = agrees(model, x, ["input", "0", "1", "output"])
     model[1][0] = torch.jit.script(model[1][0])
     assert_same_graph(compute_interaction_graph(model, [x], ["input", "0", "1", "output"], rtol=RTOL), expected)
-    with pytest.raises(NodeLayerError, match=r"'1.0' is a TorchScript module, which nobody can look into\. Choose"):
+    with pytest.raises(NodeLayerError, match=r"'1.0' is a TorchScript module, which accepts no hooks\. Choose"):
         compute_interaction_graph(model, [x], ["input", "1.0", "output"])
     with pytest.raises(NodeLayerError, match="'output' is a TorchScript module"):
         compute_interaction_graph(torch.jit.script(model), [x], ["output", "0"])
