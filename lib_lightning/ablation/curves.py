@@ -1,4 +1,4 @@
-"""Curves of score against what is left of a layer or a section, and how many edges a model needs."""
+"""Ablation curves, and the number of edges that a model needs for its score."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lib_lightning._deprecated import renamed_arguments
 from lib_lightning.ablation.interventions import top_k_mask
 from lib_lightning.ablation.scored_model import Score, ScoredModel, scored_model
 from lib_lightning.ablation.search import Counts, ScoreCache, bisect, scan, try_counts
@@ -19,16 +20,15 @@ from lib_lightning.metrics.summary import EdgeCurve
 
 @dataclass(frozen=True)
 class EdgesRequiredResult:
-    """How many edges of a section the model needs for its score.
+    """The number of edges of a section that the model needs for its score.
 
     Attributes:
-        count: The number; None if the score is not reached even with all edges (features that the basis leaves out
-            were needed).
-        mask: The edges that are kept at that number, True where one is, shape ``(r_out, r_in)``; all of them if
-            ``count`` is None.
+        count: The number; None if all edges do not suffice, because the basis omits directions that the model needs.
+        mask: True for the edges that are kept at that number, shape ``(r_out, r_in)``; all of them if ``count`` is
+            None.
         score: Mean score with those edges.
-        unablated: Mean score of the model as it is.
-        curve: Mean scores by number of edges kept, of all numbers that were tried.
+        unablated: Mean score without ablation.
+        curve: Mean scores by number of edges kept, for all numbers that were tried.
     """
 
     count: int | None
@@ -38,11 +38,12 @@ class EdgesRequiredResult:
     curve: dict[int, float] = field(default_factory=dict, repr=False)
 
     def as_curve(self) -> EdgeCurve:
-        """What was tried, as metrics take it: counts ``(k,)``, scores ``(k,)``, and the unablated score."""
+        """The curve as input for metrics: counts ``(k,)``, scores ``(k,)``, and the unablated score."""
         counts, scores = (torch.tensor(list(x)) for x in (self.curve.keys(), self.curve.values()))
         return counts, scores.double(), self.unablated
 
 
+@renamed_arguments(together="process_group")
 def node_ablation_curve(
     model: nn.Module,
     batches: Iterable[Any],
@@ -53,27 +54,27 @@ def node_ablation_curve(
     tolerance: float = 1e-3,
     **options: Any,
 ) -> dict[int, float]:
-    """Score a model with only the most important features of a node layer left, for several numbers of them.
+    """Score a model with only the most important features of a node layer, for several numbers of features.
 
     Args:
-        model: The model that the graph was computed on, or another one of its shape; left exactly as it was found.
-        batches: Batches to score on, other ones than those the graph was computed on.
-        graph: An interaction graph, of any basis.
-        score: A function from the model's output and a batch to one score for each sample, shape ``(n,)``, the higher
-            the better; such as `accuracy`.
+        model: The model that the graph was computed on, or one of the same shape; it is not changed.
+        batches: Batches to score on. They should not be those that the graph was computed on.
+        graph: An interaction graph in any basis.
+        score: A function from the model's output and a batch to one score for each sample, shape ``(n,)``, higher is
+            better; for example `accuracy`.
         node_layer: Name of the node layer.
-        counts: Numbers of features to keep: ``"every"`` one, ``"exponential"`` for half powers of two, ``"bisection"``
-            for those that halve the way to the smallest number within the tolerance, or a list of numbers.
+        counts: Numbers of features to keep: ``"every"`` one, ``"exponential"`` for powers of the square root of 2,
+            ``"bisection"`` for those of a bisection for the smallest number within the tolerance, or a list of numbers.
         tolerance: Loss of score that the bisection accepts.
-        options: ``input_fn``, ``mask``, ``dtype``, ``memory_limit`` and ``together``, as for
+        options: ``input_fn``, ``mask``, ``dtype``, ``memory_limit`` and ``process_group``, as for
             `lib_lightning.compute_interaction_graph`.
 
     Returns:
         Mean scores by number of features kept, ascending.
 
     Raises:
-        NodeLayerError: If the graph has no such node layer, or is of a model of another shape.
-        LIBError: If the score is not one number for each sample.
+        NodeLayerError: If the graph has no such node layer, or belongs to a model of a different shape.
+        LIBError: If the score function does not return one number for each sample.
 
     Note:
         Source: arXiv 2405.10928, node ablations.
@@ -89,13 +90,14 @@ def node_ablation_curve(
         1.0
     """
     if node_layer not in graph.bases:
-        raise NodeLayerError(f"The graph has no node layer '{node_layer}', but {quoted(graph.node_layers)}.")
+        raise NodeLayerError(f"The graph has no node layer '{node_layer}'; it has {quoted(graph.node_layers)}.")
     with scored_model(model, batches, graph, score, **options) as scored:
         r = graph.bases[node_layer].n_features
-        tried = ScoreCache(scored.with_features(node_layer), r, scored.unablated - tolerance)
-        return try_counts(tried, counts, r + 1)
+        cache = ScoreCache(scored.with_features(node_layer), r, scored.unablated - tolerance)
+        return try_counts(cache, counts, r + 1)
 
 
+@renamed_arguments(together="process_group")
 def edge_ablation_curve(
     model: nn.Module,
     batches: Iterable[Any],
@@ -106,15 +108,15 @@ def edge_ablation_curve(
     tolerance: float = 1e-3,
     **options: Any,
 ) -> dict[int, float]:
-    """Score a model with only the strongest edges of a section left, for several numbers of them.
+    """Score a model with only the strongest edges of a section, for several numbers of edges.
 
     Args:
         model: As for `node_ablation_curve`.
         batches: As for `node_ablation_curve`.
         graph: As for `node_ablation_curve`.
         score: As for `node_ablation_curve`.
-        section: Names of two neighbouring node layers.
-        counts: As for `node_ablation_curve`, numbers of edges.
+        section: Names of two consecutive node layers.
+        counts: As for `node_ablation_curve`, for numbers of edges.
         tolerance: As for `node_ablation_curve`.
         options: As for `node_ablation_curve`.
 
@@ -122,8 +124,8 @@ def edge_ablation_curve(
         Mean scores by number of edges kept, ascending.
 
     Raises:
-        NodeLayerError: If the graph has no such section, or is of a model of another shape.
-        LIBError: If the score is not one number for each sample.
+        NodeLayerError: If the graph has no such section, or belongs to a model of a different shape.
+        LIBError: If the score function does not return one number for each sample.
 
     Note:
         Source: arXiv 2405.10928, edge ablations.
@@ -141,10 +143,11 @@ def edge_ablation_curve(
     _check_sections(graph, [section])
     with scored_model(model, batches, graph, score, **options) as scored:
         E = graph.edges[section]
-        tried = ScoreCache(scored.with_edges(*section), E.numel(), scored.unablated - tolerance)
-        return try_counts(tried, counts, _paper_bracket(graph, section))
+        cache = ScoreCache(scored.with_edges(*section), E.numel(), scored.unablated - tolerance)
+        return try_counts(cache, counts, _paper_bracket(graph, section))
 
 
+@renamed_arguments(together="process_group")
 def edges_required(
     model: nn.Module,
     batches: Iterable[Any],
@@ -157,28 +160,28 @@ def edges_required(
 ) -> dict[tuple[str, str], EdgesRequiredResult]:
     """Count the edges that a model needs in each section for its score.
 
-    The score is no monotone function of the number of edges, so there may be several smallest numbers that will do. By
-    default the count is the smallest one from which on every number tried holds: half powers of two down to the first
-    one that fails, halved from there, and those above the answer one by one (5% more, 8 to 100 of them). With
-    ``search="bisection"`` it is the paper's: the numbers from 1 to ``(d_in + 1) (d_out + 1)``, halved until one is
-    left, whatever lies outside the halves that are followed.
+    The score is not a monotone function of the number of edges, so the answer depends on the numbers that are tried. By
+    default, the count is the smallest number from which on every tried number suffices: powers of the square root of 2
+    are tried from the largest one down to the first that fails, the interval above it is bisected, and the next numbers
+    above the result are tried one by one (5% of it, between 8 and 100). ``search="bisection"`` is the search of the
+    paper: a bisection of the numbers from 1 to ``(d_in + 1) (d_out + 1)``.
 
     Args:
         model: As for `node_ablation_curve`.
         batches: As for `node_ablation_curve`.
         graph: As for `node_ablation_curve`.
         score: As for `node_ablation_curve`.
-        tolerance: Loss of mean score that is accepted, in units of the score.
-        sections: Pairs of neighbouring node layers; all by default.
+        tolerance: Accepted loss of mean score, in units of the score.
+        sections: Names of pairs of consecutive node layers; all by default.
         search: ``"scan"`` or ``"bisection"``.
         options: As for `node_ablation_curve`.
 
     Returns:
-        The answer for each section, with the mask of the edges kept.
+        The result for each section.
 
     Raises:
-        NodeLayerError: If the graph has no such section, or is of a model of another shape.
-        LIBError: If the score is not one number for each sample.
+        NodeLayerError: If the graph has no such section, or belongs to a model of a different shape.
+        LIBError: If the score function does not return one number for each sample.
 
     Note:
         Source: arXiv 2405.10928, edges required.
@@ -194,7 +197,7 @@ def edges_required(
         True
     """
     if search not in ("scan", "bisection"):
-        raise ValueError(f"search is 'scan' or 'bisection'; got {search!r}.")
+        raise ValueError(f"search must be 'scan' or 'bisection'; got {search!r}.")
     sections = list(graph.edges) if sections is None else list(sections)
     _check_sections(graph, sections)
     with scored_model(model, batches, graph, score, **options) as scored:
@@ -203,15 +206,15 @@ def edges_required(
 
 def _required(scored: ScoredModel, section: tuple[str, str], tolerance: float, search: str) -> EdgesRequiredResult:
     E = scored.graph.edges[section]
-    tried = ScoreCache(scored.with_edges(*section), E.numel(), scored.unablated - tolerance)
-    count = scan(tried) if search == "scan" else bisect(tried, _paper_bracket(scored.graph, section))
+    cache = ScoreCache(scored.with_edges(*section), E.numel(), scored.unablated - tolerance)
+    count = scan(cache) if search == "scan" else bisect(cache, _paper_bracket(scored.graph, section))
     kept = E.numel() if count is None else count
-    score = tried(kept)
-    return EdgesRequiredResult(count, top_k_mask(E, kept), score, scored.unablated, dict(sorted(tried.scores.items())))
+    score = cache(kept)
+    return EdgesRequiredResult(count, top_k_mask(E, kept), score, scored.unablated, dict(sorted(cache.scores.items())))
 
 
 def _paper_bracket(graph: InteractionGraph, section: tuple[str, str]) -> int:
-    """``(d_in + 1) (d_out + 1)``: the paper's matrices have a row and a column for every direction and the constant."""
+    """``(d_in + 1) (d_out + 1)``: the paper's edge matrices include the constant function on both sides."""
     d_in, d_out = (graph.bases[name].mean.shape[0] for name in section)
     return (d_in + 1) * (d_out + 1)
 
@@ -220,6 +223,6 @@ def _check_sections(graph: InteractionGraph, sections: Sequence[tuple[str, str]]
     for section in sections:
         if section not in graph.edges:
             raise NodeLayerError(
-                f"The graph has no section {section!r}: a section is a pair of neighbouring node layers, of "
+                f"The graph has no section {section!r}: a section is a pair of consecutive node layers of "
                 f"{quoted(graph.node_layers)}."
             )

@@ -1,8 +1,8 @@
-"""What is left of a layer when only some features or some edges are: the paper's interventions, in the live model.
+"""The paper's interventions on a model: only some features of a node layer, or some edges of a section, are kept.
 
-*Node ablation* keeps the first ``m`` features of a node layer. *Edge ablation* keeps the ``k`` strongest edges of a
-section: each output feature is computed from an input in which only the features with a kept edge to it are left.
-Whatever is not kept stays at its mean.
+*Node ablation* keeps the ``m`` most important features of a node layer, and sets all others to their means. *Edge
+ablation* keeps the ``k`` strongest edges of a section: each feature of its output is computed from an input in which
+all features without a kept edge to it are set to their means.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from lib_lightning.errors import NodeLayerError
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.vjp import apply_mask
 
-# Rounding of an affine section, relative, as a power of eps: 4e-11 in float64, 2e-5 in float32.
+# Relative deviation of an affine section by rounding, as a power of eps: 4e-11 in float64, 2e-5 in float32.
 _AFFINE = 2 / 3
-# How far out a section has to be what it is near the mean, in spreads of the features.
+# A section is only affine if it is so at these multiples of the features as well.
 _FAR = (100.0, -100.0)
 
 
 def keep_features(basis: Basis, a: Tensor, m: int) -> Tensor:
-    """Activations with only the ``m`` most important features left: ``mu + (a - mu) C_m C_m^+``.
+    """Keep only the ``m`` most important features of activations: ``mu + (a - mu) C_m C_m^+``.
 
     Args:
         basis: Basis of the node layer.
@@ -49,7 +49,7 @@ def keep_features(basis: Basis, a: Tensor, m: int) -> Tensor:
 
 
 def top_k_mask(E: Tensor, k: int) -> Tensor:
-    """Mask of the ``k`` largest entries of the edges; equal ones in the order of the matrix.
+    """Mask of the ``k`` strongest edges. Among equal ones, the first in row-major order are kept.
 
     Args:
         E: Edges, shape ``(r_out, r_in)``.
@@ -69,7 +69,7 @@ def top_k_mask(E: Tensor, k: int) -> Tensor:
 
 
 class AblatedLayer:
-    """One node layer at one batch, whose features can be taken away.
+    """A model at one batch with only some features of a node layer.
 
     Args:
         instrumented: The model.
@@ -78,38 +78,38 @@ class AblatedLayer:
         basis: Its basis.
 
     Raises:
-        NodeLayerError: If the basis is of another width.
+        NodeLayerError: If the basis has a different width.
     """
 
     def __init__(self, instrumented: InstrumentedModel, batch: Any, index: int, basis: Basis) -> None:
         self.instrumented, self.batch, self.index, self.basis = instrumented, batch, index, basis
-        cut = instrumented.capture(batch)[index]
-        self.a, self.mask = cut.a, cut.mask
+        captured = instrumented.capture(batch)[index]
+        self.a, self.mask = captured.a, captured.mask
         check_width(basis, self.a)
         self.nbytes = _nbytes(self.a)
 
     def output(self, m: int) -> Any:
-        """What the model returns if only the ``m`` most important features are left."""
+        """Output of the model with only the ``m`` most important features."""
         a = merge_masked(keep_features(self.basis, self.a, m), self.a, self.mask)
         return self.instrumented.output(self.batch, {self.index: a})
 
 
 class AblatedSection:
-    """One section at one batch, computed along some of its edges only.
+    """A model at one batch with only some edges of a section.
 
-    Output features that share the same inputs are computed together, and those whose inputs are as in the call before
-    are not computed again. In an affine section, which is found out by trying, all are: one product in place of a
-    forward pass for each.
+    Output features with the same kept edges need one forward pass, and those whose kept edges did not change since the
+    previous call need none. In an affine section, which is detected numerically, one matrix product replaces all of
+    them.
 
     Args:
         instrumented: The model.
         batch: One batch.
-        index: Index ``l`` of the node layer before the section.
+        index: Index ``l`` of the section's first node layer.
         before: Basis of that node layer.
-        after: Basis of the next one.
+        after: Basis of the next node layer.
 
     Raises:
-        NodeLayerError: If a basis is of another width.
+        NodeLayerError: If a basis has a different width.
 
     Note:
         Source: arXiv 2405.10928, edge ablations.
@@ -117,21 +117,21 @@ class AblatedSection:
 
     def __init__(self, instrumented: InstrumentedModel, batch: Any, index: int, before: Basis, after: Basis) -> None:
         self.instrumented, self.batch, self.index, self.before, self.after = instrumented, batch, index, before, after
-        cuts = instrumented.capture(batch)
-        self.a, self.mask_in = cuts[index].a, cuts[index].mask
-        self.a_out, self.mask_out = cuts[index + 1].a, cuts[index + 1].mask
+        captured = instrumented.capture(batch)
+        self.a, self.mask_in = captured[index].a, captured[index].mask
+        self.a_out, self.mask_out = captured[index + 1].a, captured[index + 1].mask
         check_width(before, self.a)
         check_width(after, self.a_out)
         self.fhat = apply_mask(before.encode(self.a), self.mask_in)
         self._mask = torch.zeros(after.n_features, before.n_features, dtype=torch.bool)
-        # With nothing kept, every output feature comes from the mean.
+        # Without any edges, every output feature is computed from the mean.
         self._at_mean = self._section(torch.zeros_like(self.fhat))
         self._features = self._at_mean.clone()
         self.J = self._affine_map()
         self.nbytes = _nbytes(self.a, self.a_out, self.fhat, self._at_mean, self._features)
 
     def features(self, mask: Tensor) -> Tensor:
-        """Features of the next node layer, computed along kept edges.
+        """Features of the next node layer, computed from the kept edges.
 
         Args:
             mask: True where an edge is kept, shape ``(r_out, r_in)``.
@@ -151,7 +151,7 @@ class AblatedSection:
         return self._features.clone()
 
     def output(self, mask: Tensor) -> Any:
-        """What the model returns if only the edges of a mask ``(r_out, r_in)`` are left in this section."""
+        """Output of the model with only the edges in a mask ``(r_out, r_in)``."""
         a = merge_masked(self.after.decode(self.features(mask)), self.a_out, self.mask_out)
         return self.instrumented.output(self.batch, {self.index + 1: a})
 
@@ -160,21 +160,21 @@ class AblatedSection:
         return self.after.encode(self.instrumented.next_activations(self.batch, self.index, a))
 
     def _affine_map(self) -> Tensor | None:
-        """``J`` with ``fhat^{l+1} = fhat^{l+1}(mu) + fhat^l J^T`` at every position; None if there is none."""
+        """``J`` with ``fhat^{l+1} = fhat^{l+1}(mu) + fhat^l J^T`` at each position; None if it is not affine."""
         n, S, r = self.fhat.shape
         if self._at_mean.shape[1] != S or min(n, r) == 0:
             return None
-        # Two halves of the features, so that nothing can cancel, also from afar and from the other side: a unit that
-        # is on wherever the samples are (a ReLU with a large bias) is off there, and one that hardly bends does here.
+        # Two halves of the features, so that nonlinear terms cannot cancel, and large multiples of both signs: there, a
+        # ReLU that is active on all samples because of a large bias is not, and a weak nonlinearity is visible.
         halves = [self.fhat.clone(), self.fhat.clone()]
-        for half in (0, 1):
-            halves[half][..., half::2] = 0
-        moved = [self._section(part) - self._at_mean for part in halves]
+        for parity in (0, 1):
+            halves[parity][..., parity::2] = 0
+        changes = [self._section(half) - self._at_mean for half in halves]
         for factor in _FAR:
-            for part, change in zip(halves, moved, strict=True):
-                if not self._is_same((self._section(factor * part) - self._at_mean) / factor, change):
+            for half, change in zip(halves, changes, strict=True):
+                if not self._is_same((self._section(factor * half) - self._at_mean) / factor, change):
                     return None
-        # Each sample shows one column, at its first position that counts, by a step as large as that feature's spread.
+        # Each sample gives one column: the effect of a step of one standard deviation at its first valid position.
         spread = self.before.importance.clamp(min=0).sqrt().to(self.fhat)
         size = torch.where(spread > 0, spread, 1.0)
         first = self.fhat.new_zeros(n).long() if self.mask_in is None else self.mask_in.long().argmax(1)
@@ -186,12 +186,12 @@ class AblatedSection:
             step[x, :, j] = size[j, None]
             columns.append((self._section(step) - self._at_mean)[x, first[x]] / size[j, None])
         J = torch.cat(columns).T
-        # What is found for one sample must be so for all.
-        same = all(self._is_same(part @ J.T, change) for part, change in zip(halves, moved, strict=True))
+        # Each column was measured on one sample, and must hold for all of them.
+        same = all(self._is_same(half @ J.T, change) for half, change in zip(halves, changes, strict=True))
         return J if same else None
 
     def _is_same(self, a: Tensor, b: Tensor) -> bool:
-        """Whether changes of the features are equal up to rounding, at the positions that count; never if NaN."""
+        """Whether changes of the features are equal up to rounding, at valid positions. False for NaN."""
         difference, size = apply_mask(a - b, self.mask_out), apply_mask(b, self.mask_out)
         return bool(difference.norm() <= torch.finfo(b.dtype).eps ** _AFFINE * size.norm())
 
@@ -201,12 +201,12 @@ def _nbytes(*tensors: Tensor) -> int:
 
 
 def merge_masked(new: Tensor, old: Tensor, mask: Tensor | None) -> Tensor:
-    """New activations at the positions that count, the old ones at those that a mask ``(n, S)`` leaves out."""
+    """New activations at the valid positions of a mask ``(n, S)``, old ones elsewhere."""
     return new if mask is None else torch.where(mask[..., None], new, old)
 
 
 def check_width(basis: Basis, a: Tensor) -> None:
-    """Refuse a basis that does not belong to these activations.
+    """Check that a basis fits activations.
 
     Args:
         basis: The basis.
@@ -217,6 +217,6 @@ def check_width(basis: Basis, a: Tensor) -> None:
     """
     if a.shape[-1] != basis.mean.shape[0]:
         raise NodeLayerError(
-            f"The basis of '{basis.name}' is for {basis.mean.shape[0]} activations at each position, and the model has "
-            f"{a.shape[-1]} there: the graph was computed on another model, or at another place."
+            f"The basis of '{basis.name}' has width {basis.mean.shape[0]}, but the model has {a.shape[-1]} activations "
+            "per position there: the graph was computed on another model, or at another place in it."
         )

@@ -1,4 +1,4 @@
-"""When and how a model in training is ablated."""
+"""When and how a model is ablated during training."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _SCORES: dict[str, Score] = {"accuracy": accuracy, "log_likelihood": log_likelih
 
 @dataclass(frozen=True)
 class AblationPlan:
-    """Count the edges that a model in training needs, now and then: it costs more than a snapshot.
+    """Count the edges that the model needs at some snapshots of a training. This costs more than a snapshot.
 
     Args:
-        score: What the model is to keep: accuracy, log_likelihood (of labels that are a batch's second entry, or the
-            one named labels), or a function from the model's output and a batch to one score for each sample, the
-            higher the better.
-        tolerance: Loss of mean score that is accepted.
-        every_n_snapshots: At the first snapshot, at every so many after it, and at the last one.
-        val_dataloader: Which of several validation data loaders to score on. None (null) for samples of the one that
-            the basis comes from, those that follow; where there are no more, the same samples serve for both.
+        score: The score that the model must keep: accuracy, log_likelihood (of labels that are a batch's second entry,
+            or the entry named labels), or a function from the model's output and a batch to one score for each sample,
+            higher is better.
+        tolerance: Accepted loss of mean score.
+        every_n_snapshots: Interval between ablations. The first and the last snapshot are always ablated.
+        val_dataloader: Index of the validation data loader to score on. None (null) for the next samples of the one
+            that the basis is computed on; if there are no more, the samples of the basis are used.
 
     Raises:
         ValueError: If a setting is outside its range.
@@ -39,11 +39,13 @@ class AblationPlan:
 
     def __post_init__(self) -> None:
         if isinstance(self.score, str) and self.score not in _SCORES:
-            raise ValueError(f"score is one of {', '.join(get_args(NamedScore))}, or a function; got {self.score!r}.")
+            raise ValueError(
+                f"score must be one of {', '.join(get_args(NamedScore))}, or a function; got {self.score!r}."
+            )
         if self.tolerance < 0:
-            raise ValueError(f"tolerance is a loss of score from 0 on; got {self.tolerance}.")
+            raise ValueError(f"tolerance must be at least 0; got {self.tolerance}.")
         if self.every_n_snapshots < 1:
-            raise ValueError(f"every_n_snapshots is a number from 1 on; got {self.every_n_snapshots}.")
+            raise ValueError(f"every_n_snapshots must be at least 1; got {self.every_n_snapshots}.")
 
     @property
     def score_fn(self) -> Score:

@@ -1,4 +1,4 @@
-"""The mean score of a live model over samples, whatever is done to its activations."""
+"""Mean scores of a model, unablated and with some features or edges ablated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lib_lightning.errors import LIBError, NotFiniteError
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.model.batch import batch_size, is_empty
 from lib_lightning.model.instrumented import InstrumentedModel, model_session
-from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
+from lib_lightning.model.model_spec import ModelSpec
 
 Score = Callable[[Any, Any], Tensor]
 
@@ -30,113 +30,100 @@ def scored_model(
     graph: InteractionGraph,
     score: Score,
     *,
-    input_fn: InputFn | None = None,
-    mask: str | int | MaskFn | None = None,
-    dtype: torch.dtype | None = None,
     memory_limit: float = MEMORY_LIMIT,
     process_group: ProcessGroup = SINGLE_PROCESS,
+    **spec: Any,
 ) -> Iterator[ScoredModel]:
-    """A block in which a model can be scored with parts of it taken away; it is left exactly as it was found.
+    """Score a model with ablations inside a block. The model is restored afterwards.
 
     Args:
         model: Any module.
-        batches: Batches to score on.
-        graph: The graph that says what the parts are.
+        batches: Batches to score on; empty ones are skipped.
+        graph: The graph whose features and edges are ablated.
         score: From the model's output and a batch to one score for each sample, shape ``(n,)``.
-        input_fn: As for `lib_lightning.compute_interaction_graph`.
-        mask: As for `lib_lightning.compute_interaction_graph`.
-        dtype: As for `lib_lightning.compute_interaction_graph`.
-        memory_limit: Memory to use beside model and batches, in GiB: what is needed again and does not fit is computed
-            again.
-        process_group: As for `lib_lightning.compute_interaction_graph`.
+        memory_limit: Memory to use in addition to model and batches, in GiB. Intermediate results that do not fit are
+            computed again.
+        process_group: The processes, each with its own batches; scores are means over all of them.
+        spec: Arguments of `ModelSpec`: ``input_fn``, ``mask`` and ``dtype``.
 
     Yields:
         The scored model.
     """
-    instrumented = InstrumentedModel(model, graph.node_layer_specs(), ModelSpec(input_fn, mask, dtype))
+    instrumented = InstrumentedModel(model, graph.node_layer_specs(), ModelSpec(**spec))
     with process_group.sync_errors(), model_session(instrumented), torch.no_grad():
-        parts = [batch for batch in batches if not is_empty(batch)]
-        yield ScoredModel(instrumented, parts, graph, score, memory_limit, process_group)
+        nonempty = [batch for batch in batches if not is_empty(batch)]
+        yield ScoredModel(instrumented, nonempty, graph, score, memory_limit, process_group)
 
 
 class ScoredModel:
-    """A live model, samples, and the mean score over them of whatever is done to it.
+    """A model, batches, and its mean score on them with and without ablations.
 
     Args:
         instrumented: The model and its node layers.
-        parts: Samples, in batches.
-        graph: The graph that says what can be taken away.
+        batches: Batches to score on, none of them empty.
+        graph: The graph whose features and edges are ablated.
         score: From the model's output and a batch to one score for each sample.
-        memory_limit: In GiB; a quarter of it is for what is kept between scores.
-        process_group: The processes whose samples count as one set.
+        memory_limit: In GiB. A quarter of it is for intermediate results that are kept between scores.
+        process_group: The processes; scores are means over the samples of all of them.
 
     Attributes:
-        unablated: Mean score of the model as it is.
+        unablated: Mean score without any ablation.
     """
 
     def __init__(
         self,
         instrumented: InstrumentedModel,
-        parts: Sequence[Any],
+        batches: Sequence[Any],
         graph: InteractionGraph,
         score: Score,
         memory_limit: float = MEMORY_LIMIT,
         process_group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
-        self.instrumented, self.parts, self.graph, self.score, self.process_group = (
-            instrumented,
-            parts,
-            graph,
-            score,
-            process_group,
-        )
+        self.graph = graph
+        self._instrumented = instrumented
+        self._batches = batches
+        self._score = score
         self._memory = int(memory_limit * 2**30) // 4
-        self.unablated = self._mean(
-            _AblationCache(instrumented, parts, lambda part: _AsItIs(instrumented, part), 0), None
-        )
+        self._process_group = process_group
+        self.unablated = self._mean_score(self._cache(lambda batch: _Unablated(instrumented, batch)), None)
 
     def with_features(self, node_layer: str) -> Callable[[int], float]:
         """The mean score as a function of the number of features kept in a node layer."""
         index, basis = self.graph.node_layers.index(node_layer), self._basis(node_layer)
-        layers = _AblationCache(
-            self.instrumented,
-            self.parts,
-            lambda part: AblatedLayer(self.instrumented, part, index, basis),
-            self._memory,
-        )
-        return lambda m: self._mean(layers, m)
+        layers = self._cache(lambda batch: AblatedLayer(self._instrumented, batch, index, basis))
+        return lambda m: self._mean_score(layers, m)
 
     def with_edges(self, before: str, after: str) -> Callable[[int], float]:
-        """The mean score as a function of the number of edges kept between two neighbouring node layers."""
+        """The mean score as a function of the number of edges kept in a section."""
         index, bases = self.graph.node_layers.index(before), (self._basis(before), self._basis(after))
         E = self.graph.edges[before, after]
-        sections = _AblationCache(
-            self.instrumented,
-            self.parts,
-            lambda part: AblatedSection(self.instrumented, part, index, *bases),
-            self._memory,
-        )
-        return lambda k: self._mean(sections, top_k_mask(E, k))
+        sections = self._cache(lambda batch: AblatedSection(self._instrumented, batch, index, *bases))
+        return lambda k: self._mean_score(sections, top_k_mask(E, k))
+
+    def _cache(self, make: Callable[[Any], _Ablated[_T]]) -> _AblationCache[_T]:
+        return _AblationCache(self._instrumented, self._batches, make, self._memory)
 
     def _basis(self, name: str) -> Basis:
-        """A basis where the model is."""
-        parameter = next(itertools.chain(self.instrumented.model.parameters(), self.instrumented.model.buffers()), None)
-        basis = self.graph.bases[name]
+        """A basis on the device of the model."""
+        model, basis = self._instrumented.model, self.graph.bases[name]
+        parameter = next(itertools.chain(model.parameters(), model.buffers()), None)
         return basis if parameter is None else basis.to(parameter.device)
 
-    def _mean(self, states: _AblationCache[_T], kept: _T) -> float:
+    def _mean_score(self, ablated: _AblationCache[_T], kept: _T) -> float:
         total, n = torch.zeros((), dtype=torch.float64), 0
-        for part, state in zip(self.parts, states, strict=True):
-            scores = self.score(state.output(kept), part)
-            size = batch_size(part)
+        for batch, model in zip(self._batches, ablated, strict=True):
+            scores = self._score(model.output(kept), batch)
+            size = batch_size(batch)
             if not isinstance(scores, Tensor) or scores.shape != (size,):
                 got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
-                raise LIBError(f"A score is one number for each of the {size} samples of a batch; got {got}.")
+                raise LIBError(
+                    f"A score function must return one number for each of the {size} samples of a batch; got {got}."
+                )
             total += scores.double().sum().cpu()
             n += size
-        total, count = self.process_group.sum([total, torch.tensor(n)])
+        total, count = self._process_group.sum([total, torch.tensor(n)])
         if not count:
-            raise LIBError("There are no samples to score.")
+            raise LIBError("There are no samples to score: all batches are empty.")
         if not torch.isfinite(total):
             raise NotFiniteError("The score is NaN or infinite.")
         return float(total / count)
@@ -146,14 +133,14 @@ _T = TypeVar("_T", contravariant=True)
 
 
 class _Ablated(Protocol[_T]):
-    """Something at one batch that gives the model's output with parts taken away."""
+    """A model at one batch, of which some features or edges are kept."""
 
     nbytes: int
 
     def output(self, kept: _T, /) -> Any: ...
 
 
-class _AsItIs:
+class _Unablated:
     nbytes = 0
 
     def __init__(self, instrumented: InstrumentedModel, batch: Any) -> None:
@@ -164,21 +151,21 @@ class _AsItIs:
 
 
 class _AblationCache(Generic[_T]):
-    """Something made of each part of the samples: kept as far as memory allows, made anew beyond."""
+    """The ablated model at each batch: kept as far as memory allows, and otherwise made again in each pass."""
 
     def __init__(
-        self, instrumented: InstrumentedModel, parts: Sequence[Any], make: Callable[[Any], _Ablated[_T]], memory: int
+        self, instrumented: InstrumentedModel, batches: Sequence[Any], make: Callable[[Any], _Ablated[_T]], memory: int
     ) -> None:
-        self.instrumented, self.parts, self.make, self.memory = instrumented, parts, make, memory
+        self.instrumented, self.batches, self.make, self.memory = instrumented, batches, make, memory
         self._kept: dict[int, _Ablated[_T]] = {}
 
     def __iter__(self) -> Iterator[_Ablated[_T]]:
-        for index, part in enumerate(self.parts):
+        for index, batch in enumerate(self.batches):
             self.instrumented.manual_seed(index)
-            state = self._kept.get(index)
-            if state is None:
-                state = self.make(part)
-                if state.nbytes <= self.memory:
-                    self._kept[index] = state
-                    self.memory -= state.nbytes
-            yield state
+            ablated = self._kept.get(index)
+            if ablated is None:
+                ablated = self.make(batch)
+                if ablated.nbytes <= self.memory:
+                    self._kept[index] = ablated
+                    self.memory -= ablated.nbytes
+            yield ablated

@@ -1,4 +1,4 @@
-"""Scores of single samples that most models can be judged by."""
+"""Scores per sample for classifiers and language models."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lib_lightning.model.batch import first_tensor
 
 
 def accuracy(output: Any, batch: Any) -> Tensor:
-    """Score of a classifier: 1 for each sample whose largest logit is that of its label, else 0.
+    """Accuracy of each sample: 1 if the largest logit is that of the label, else 0.
 
     Args:
-        output: The model's output, whose first tensor are logits ``(n, classes)``, or ``(n, S, classes)`` for a mean
-            over positions.
-        batch: A batch whose second entry, or the one named ``"labels"``, are the class numbers, ``(n,)`` or ``(n, S)``;
-            negative ones do not count.
+        output: The model's output. Its first tensor holds the logits, shape ``(n, classes)``, or ``(n, S, classes)``
+            for a mean over positions.
+        batch: A batch. Its second entry, or the one named ``"labels"``, holds the class indices, shape ``(n,)`` or
+            ``(n, S)``; negative ones are ignored.
 
     Returns:
         Shape ``(n,)``, float64.
@@ -32,7 +32,7 @@ def accuracy(output: Any, batch: Any) -> Tensor:
 
 
 def log_likelihood(output: Any, batch: Any) -> Tensor:
-    """Score of a classifier or language model: logarithm of the probability given to the label, in nats.
+    """Log likelihood of each sample's label, in nats.
 
     Args:
         output: As for `accuracy`.
@@ -57,18 +57,18 @@ def _logits_and_labels(output: Any, batch: Any) -> tuple[Tensor, Tensor]:
         labels = batch["labels"] if isinstance(batch, dict) or hasattr(batch, "keys") else batch[1]
     except (KeyError, IndexError, TypeError) as error:
         raise LIBError(
-            f"A batch of type {type(batch).__name__} has no labels where they are looked for: its second entry, or the "
-            "one named 'labels'. Give a score function of your own: (output, batch) -> one number for each sample."
+            f"A batch of type {type(batch).__name__} has no labels: neither a second entry nor one named 'labels'. "
+            "Pass your own score function: (output, batch) -> one number for each sample."
         ) from error
     if logits is None or not isinstance(labels, Tensor) or logits.shape[:-1] != labels.shape:
         shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in (logits, labels)]
         raise LIBError(
-            f"Logits {shapes[0]} and labels {shapes[1]} do not belong together: there is one label for each row of "
-            "logits. Give a score function of your own: (output, batch) -> one number for each sample."
+            f"Logits {shapes[0]} and labels {shapes[1]} do not fit: there must be one label for each row of logits. "
+            "Pass your own score function: (output, batch) -> one number for each sample."
         )
     return logits, labels.to(logits.device)
 
 
 def _mean_over_positions(values: Tensor, labels: Tensor) -> Tensor:
-    counts = labels.reshape(len(labels), -1) >= 0
-    return (values.reshape(len(labels), -1) * counts).sum(1) / counts.sum(1).clamp(min=1)
+    valid = labels.reshape(len(labels), -1) >= 0
+    return (values.reshape(len(labels), -1) * valid).sum(1) / valid.sum(1).clamp(min=1)

@@ -1,9 +1,8 @@
-"""Basis files: safetensors with a versioned JSON header, written in one step and checked when read."""
+"""Basis files: safetensors with a versioned JSON header, written atomically and verified when read."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -18,48 +17,48 @@ from lib_lightning.errors import LIBError
 from lib_lightning.io.basis_format import CONTENT_HASH, FORMAT, FORMAT_VERSION, current_header, current_tensor_key
 
 if TYPE_CHECKING:
-    # Whoever only reads parts of files, as TensorBoard does, need not wait for torch.
+    # Reading parts of files, as in TensorBoard, does not import torch.
     import numpy as np
     from torch import Tensor
 
 _FORMAT = "lib-lightning"
 _VERSION = 1
-# How the name of a file ends while it is being written.
+# Suffix of files while they are written.
 TEMPORARY = ".tmp"
 _HEADER_KEY = "lib_lightning"
 
 
 class BasisFileError(LIBError, ValueError):
-    """A file that is not a whole basis file this version can read."""
+    """A file is truncated, altered, not a basis file, or of a newer format."""
 
 
 def write_file(path: str | PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write tensors and a header to one file.
-
-    The bytes go to a temporary name in the same folder, which is then renamed: whenever the process dies, the file is
-    there whole or not at all.
+    """Write tensors and a header to one file, atomically; see `write_bytes`.
 
     Args:
-        path: Where to write; folders are made as needed, a file of that name is replaced.
-        tensors: What to store, by name.
-        header: What to say about it; anything JSON can hold.
+        path: The file. Missing folders are created, an existing file is replaced.
+        tensors: The tensors, by key.
+        header: Anything that JSON can represent.
 
     Raises:
-        TypeError: If the header holds something that JSON cannot.
+        TypeError: If JSON cannot represent the header.
     """
     from safetensors.torch import save
 
-    whole = {**header, FORMAT: _FORMAT, FORMAT_VERSION: _VERSION}
-    whole[CONTENT_HASH] = content_hash(tensors, whole)
+    header = {**header, FORMAT: _FORMAT, FORMAT_VERSION: _VERSION}
+    header[CONTENT_HASH] = content_hash(tensors, header)
     stored = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    write_bytes(path, save(stored, metadata={_HEADER_KEY: json.dumps(whole, allow_nan=False)}))
+    write_bytes(path, save(stored, metadata={_HEADER_KEY: json.dumps(header, allow_nan=False)}))
 
 
 def write_bytes(path: str | PathLike[str], data: bytes) -> None:
-    """Write a file in one step: there whole, or not at all.
+    """Write a file atomically.
+
+    The data go to a temporary file in the same folder, which is then renamed. If the process dies, the file is complete
+    or missing.
 
     Args:
-        path: Where to write; folders are made as needed, a file of that name is replaced.
+        path: The file. Missing folders are created, an existing file is replaced.
         data: Its content.
     """
     path = Path(path)
@@ -77,17 +76,17 @@ def write_bytes(path: str | PathLike[str], data: bytes) -> None:
 
 
 def read_file(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a file that `write_file` wrote. Nothing in it is ever executed.
+    """Read a file that `write_file` wrote, and verify its hash. No code in it is executed.
 
     Args:
         path: The file.
 
     Returns:
-        Its tensors and its header.
+        Its tensors and its header, under their present names.
 
     Raises:
-        BasisFileError: If the file is truncated, altered, of another kind, or of a newer format.
-        FileNotFoundError: If there is no such file.
+        BasisFileError: If the file is truncated, altered, not a basis file, or of a newer format.
+        FileNotFoundError: If the file does not exist.
     """
     with _opened(path, "pt") as (file, header):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -101,18 +100,18 @@ def read_file(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, A
 def read_parts(
     path: str | PathLike[str], wanted: Callable[[str], bool]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Read the header and some of the tensors of a file that `write_file` wrote, without its hash: fast.
+    """Read the header and some tensors of a file that `write_file` wrote. The hash is not verified.
 
     Args:
         path: The file.
-        wanted: Tells from the name of a tensor whether to read it.
+        wanted: Whether to read the tensor with a given key.
 
     Returns:
-        These tensors, as arrays of numpy, and the header.
+        These tensors, as NumPy arrays, and the header, under their present names.
 
     Raises:
-        BasisFileError: If the file is truncated, of another kind, or of a newer format.
-        FileNotFoundError: If there is no such file.
+        BasisFileError: If the file is truncated, not a basis file, or of a newer format.
+        FileNotFoundError: If the file does not exist.
 
     Example:
         >>> import tempfile, torch
@@ -129,10 +128,10 @@ def read_parts(
 
 @contextmanager
 def _opened(path: str | PathLike[str], framework: str) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Open a basis file, check its header, and say in a sentence what is wrong with it."""
+    """Open a basis file and check its header."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"There is no basis file '{path}'.")
+        raise FileNotFoundError(f"The basis file '{path}' does not exist.")
     try:
         with safe_open(path, framework=framework) as file:
             header = json.loads((file.metadata() or {}).get(_HEADER_KEY, "null"))
@@ -148,21 +147,19 @@ def _opened(path: str | PathLike[str], framework: str) -> Iterator[tuple[Any, di
 
 
 def content_hash(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
-    """SHA-256 over header and tensors, independent of the order they are stored in.
+    """SHA-256 of header and tensors, independent of their order.
 
     Args:
-        tensors: Tensors by name.
+        tensors: Tensors, by key.
         header: The header without the hash.
 
     Returns:
         The hash in hexadecimal.
     """
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True, allow_nan=False).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
+    from lib_lightning.model.batch import hash_tensors
+
+    prefix = json.dumps(header, sort_keys=True, allow_nan=False).encode()
+    return hash_tensors(((f"{name} ", tensors[name]) for name in sorted(tensors)), prefix).hex()
 
 
 def _check_header(path: Path, header: Any) -> None:

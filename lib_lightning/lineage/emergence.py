@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lib_lightning._deprecated import renamed_arguments
 from lib_lightning.lineage.change_detection import Change, ChangeDetector
 from lib_lightning.lineage.events import Event, Kind
 
@@ -108,6 +109,7 @@ class EmergenceDetector:
         # For each metric, in the order of the series: whether it is on a logarithmic scale; None if unknown yet.
         self._logarithmic: dict[str, bool | None] = {}
 
+    @renamed_arguments(numbers="scalars", gap="relative_interval")
     def update(
         self,
         step: int,

@@ -1,4 +1,4 @@
-"""The public functions: answers, errors, all kinds of batches and models, and nothing left behind."""
+"""The public functions: results, errors, all kinds of batches and models, and the model unchanged."""
 
 from __future__ import annotations
 
@@ -73,9 +73,9 @@ def test_curves_are_means_of_the_transcription(case: Case) -> None:
             assert curve[k] == pytest.approx(float(expected.square().mean()), rel=1e-9)
 
 
-def test_edges_required_says_all_there_is_to_say() -> None:
+def test_results_of_edges_required() -> None:
     model = lively(mlp())
-    with torch.no_grad():  # all classes are as frequent
+    with torch.no_grad():  # equally frequent classes
         model[4].bias -= model(torch.randn(100, 4).double()).mean(0)
     batches = [labelled(model), labelled(model, 13)]
     graph = compute_interaction_graph(model, batches, LAYERS)
@@ -102,8 +102,8 @@ def test_edges_required_says_all_there_is_to_say() -> None:
     assert tried == one[SECTION].curve
 
 
-def test_features_that_were_left_out_cannot_be_made_up_for() -> None:
-    # The graph knows the data along one direction alone.
+def test_directions_outside_of_the_basis_may_be_required() -> None:
+    # The graph was computed on data that vary along a single direction.
     model, x = lively(mlp()), torch.randn(60, 4).double()
     with torch.no_grad():
         batch = x, model(x).argmax(-1)
@@ -118,7 +118,7 @@ def test_features_that_were_left_out_cannot_be_made_up_for() -> None:
         assert answer.score == answer.curve[answer.mask.numel()] < 0.99
 
 
-def test_a_score_of_ones_own_and_dict_batches() -> None:
+def test_score_of_the_user_and_dict_batches() -> None:
     case = CASES["dict_input"]
     graph = graph_of(case, "lib")
     with torch.no_grad():
@@ -133,7 +133,7 @@ def test_a_score_of_ones_own_and_dict_batches() -> None:
     curve = node_ablation_curve(case.model, case.batches(7), graph, score, "head:input", [0, 2])
     assert curve[2] == pytest.approx(float(expected.mean()), abs=1e-12)
     assert all(set(batch) == {"left", "right"} for batch in seen)
-    assert {len(batch["left"]) for batch in seen} == {7, 2}, "each sample counts once, whatever batch it is in"
+    assert {len(batch["left"]) for batch in seen} == {7, 2}, "each sample has the same weight"
 
 
 @pytest.mark.parametrize(
@@ -156,27 +156,27 @@ def test_bad_scores_are_refused(score: Any, error: type[Exception], match: str) 
     found.assert_same()
 
 
-def test_what_does_not_belong_together_is_refused() -> None:
+def test_graphs_of_other_models_are_refused() -> None:
     model = lively(mlp())
     batch = labelled(model)
     graph = compute_interaction_graph(model, [batch], LAYERS)
-    with pytest.raises(NodeLayerError, match="no node layer '3', but 'input'"):
+    with pytest.raises(NodeLayerError, match="no node layer '3'; it has 'input'"):
         node_ablation_curve(model, [batch], graph, accuracy, "3")
     for section in (("1", "output"), ("2", "1"), "1"):
-        with pytest.raises(NodeLayerError, match="a section is a pair of neighbouring node layers"):
+        with pytest.raises(NodeLayerError, match="a section is a pair of consecutive node layers"):
             edge_ablation_curve(model, [batch], graph, accuracy, section)
-        with pytest.raises(NodeLayerError, match="a section is a pair of neighbouring node layers"):
+        with pytest.raises(NodeLayerError, match="a section is a pair of consecutive node layers"):
             edges_required(model, [batch], graph, accuracy, sections=[section])
-    with pytest.raises(ValueError, match="search is 'scan' or 'bisection'; got 'halving'"):
+    with pytest.raises(ValueError, match="search must be 'scan' or 'bisection'; got 'halving'"):
         edges_required(model, [batch], graph, accuracy, search="halving")
-    with pytest.raises(ValueError, match="There are 5 to keep some of"):
+    with pytest.raises(ValueError, match="counts must be between 0 and 5"):
         node_ablation_curve(model, [batch], graph, accuracy, "1", [7])
     wider = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     for ask in (
         lambda: node_ablation_curve(wider, [batch], graph, accuracy, "1"),
         lambda: edges_required(wider, [batch], graph, accuracy),
     ):
-        with pytest.raises(NodeLayerError, match="'1' is for 6 activations at each position, and the model has 8"):
+        with pytest.raises(NodeLayerError, match="'1' has width 6, but the model has 8 activations"):
             ask()
     with pytest.raises(NodeLayerError, match="has no module '1'"):
         node_ablation_curve(nn.Linear(4, 3).double(), [batch], graph, accuracy, "1")
@@ -200,13 +200,13 @@ def test_accuracy_and_log_likelihood() -> None:
     assert accuracy(logits[:, 0], [None, labels[:, 0]]).tolist() == [1, 0]
     for bad in ({"x": labels}, (labels,), labels[0, 0], (None, labels[:, 0]), (None, "labels")):
         for score in (accuracy, log_likelihood):
-            with pytest.raises(LIBError, match="Give a score function of your own"):
+            with pytest.raises(LIBError, match="Pass your own score function"):
                 score(logits, bad)
 
 
 @pytest.mark.parametrize("make", KINDS)
 @pytest.mark.filterwarnings("ignore:.*nn.utils.weight_norm.*is deprecated:FutureWarning")
-def test_all_is_as_it_was_found(make: Callable[[], nn.Module]) -> None:
+def test_models_are_unchanged(make: Callable[[], nn.Module]) -> None:
     model, x = lively(make()), torch.randn(20, 4).double()
     model.train()
     if any(p.requires_grad for p in model.parameters()):
@@ -219,7 +219,7 @@ def test_all_is_as_it_was_found(make: Callable[[], nn.Module]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(batch, data, strict=True))
 
 
-def test_dropout_and_training_mode_change_no_number() -> None:
+def test_dropout_and_training_mode_change_no_scores() -> None:
     dropping = lively(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 3)))
     batch = (torch.randn(20, 4).double(), torch.randint(0, 3, (20,)))
     graph = compute_interaction_graph(dropping, [batch], ["input", "1", "output"])
@@ -227,7 +227,7 @@ def test_dropout_and_training_mode_change_no_number() -> None:
     assert ask_all(dropping.eval(), [batch], graph) == training
 
 
-def test_hooks_of_the_user_go_on_working() -> None:
+def test_hooks_of_the_user_still_run() -> None:
     model = lively(mlp())
     batch = labelled(model)
     graph = compute_interaction_graph(model, [batch], LAYERS)
@@ -246,8 +246,8 @@ def test_hooks_of_the_user_go_on_working() -> None:
     found = Found(model)
     assert ask_all(model, [batch], graph, first_output) == plain
     found.assert_same()
-    assert calls["pre"] == calls["first"] > calls["last"] > 0, "passes that are left halfway do not get to the last"
-    # One that changes what passes through takes part in the model, as everywhere.
+    assert calls["pre"] == calls["first"] > calls["last"] > 0, "some passes end before the last module"
+    # A hook that changes activations is part of the model.
     handle = model[0].register_forward_hook(lambda _, args, output: output * 2)
     doubled = ask_all(model, [batch], graph, first_output)
     assert doubled != plain
@@ -256,7 +256,7 @@ def test_hooks_of_the_user_go_on_working() -> None:
 
 
 class Stubborn(nn.Module):
-    """Tries its layers and does something else if that goes wrong, or counts on coming to its end."""
+    """Handles exceptions of its layers in various ways, or relies on reaching the end of forward."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -292,7 +292,7 @@ class Stubborn(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["tries", "catches all", "tries again", "fails", "busy"])
-def test_models_that_catch_whatever_comes(kind: str) -> None:
+def test_models_that_catch_all_exceptions(kind: str) -> None:
     model = lively(Stubborn(kind))
     batch = labelled(model.net)
     plain = compute_interaction_graph(model.net, [batch], LAYERS)
@@ -332,14 +332,14 @@ def test_language_model_of_another_library() -> None:
 
 
 @pytest.mark.parametrize("name", ["mlp_tanh", "transformer", "padded"])
-def test_without_memory_the_numbers_are_the_same(name: str) -> None:
+def test_memory_limits_do_not_change_scores(name: str) -> None:
     case = CASES[name]
     graph = graph_of(case, "lib")
     options = {"input_fn": case.input_fn, "mask": case.mask}
-    roomy = ask_all(case.model, case.batches(13), graph, first_output, **options)
-    assert ask_all(case.model, case.batches(13), graph, first_output, memory_limit=0, **options) == roomy
-    for part in (1e-5, 2e-5):  # room for some of the batches
-        assert ask_all(case.model, case.batches(13), graph, first_output, memory_limit=part, **options) == roomy
+    unlimited = ask_all(case.model, case.batches(13), graph, first_output, **options)
+    assert ask_all(case.model, case.batches(13), graph, first_output, memory_limit=0, **options) == unlimited
+    for part in (1e-5, 2e-5):  # enough for some of the batches
+        assert ask_all(case.model, case.batches(13), graph, first_output, memory_limit=part, **options) == unlimited
 
 
 def test_another_precision() -> None:

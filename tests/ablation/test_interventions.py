@@ -1,4 +1,4 @@
-"""Ablations of tiny models against the literal transcription, in float64."""
+"""Ablations of tiny models compared with a literal transcription of the paper, in float64."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOLERANCE = 1e-9
 BASES = ["lib", "pca", "neuron"]
 
 
-def live_of(case: Case, graph: InteractionGraph) -> InstrumentedModel:
+def instrumented_of(case: Case, graph: InteractionGraph) -> InstrumentedModel:
     return InstrumentedModel(case.model, graph.node_layer_specs(), ModelSpec(case.input_fn, case.mask))
 
 
@@ -54,7 +54,7 @@ def section_of(case: Case, instrumented: InstrumentedModel, graph: InteractionGr
 
 
 def last_of(instrumented: InstrumentedModel, output: Any) -> Tensor:
-    """Activations of the last node layer, which every case has at the model's output."""
+    """Activations of the last node layer, the model's output in every case."""
     found = first_tensor(output)
     assert found is not None
     return instrumented.layers[-1].read([found])
@@ -68,7 +68,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("basis", BASES)
 def test_node_ablation_agrees_with_transcription(case: Case, basis: str) -> None:
     graph, a = graph_of(case, basis), activations_of(case)
-    instrumented = live_of(case, graph)
+    instrumented = instrumented_of(case, graph)
     with model_session(instrumented), torch.no_grad():
         for l, one in enumerate(graph.bases.values()):
             layer = AblatedLayer(instrumented, case.data, l, one)
@@ -83,7 +83,7 @@ def test_node_ablation_agrees_with_transcription(case: Case, basis: str) -> None
 @pytest.mark.parametrize("basis", BASES)
 def test_edge_ablation_agrees_with_transcription(case: Case, basis: str) -> None:
     graph, a = graph_of(case, basis), activations_of(case)
-    instrumented = live_of(case, graph)
+    instrumented = instrumented_of(case, graph)
     with model_session(instrumented), torch.no_grad():
         for l, E in enumerate(graph.edges.values()):
             section = section_of(case, instrumented, graph, l)
@@ -101,19 +101,19 @@ def is_position_wise(case: Case, l: int) -> bool:
     return S_out == S and not any(J[t, :, s].any() for t in range(S) for s in range(S) if t != s)
 
 
-def test_shortcut_is_taken_in_affine_position_wise_sections_only(case: Case) -> None:
+def test_only_affine_position_wise_sections_use_the_shortcut(case: Case) -> None:
     graph = graph_of(case, "pca")
-    instrumented = live_of(case, graph)
+    instrumented = instrumented_of(case, graph)
     with model_session(instrumented), torch.no_grad():
         for l in range(len(graph.edges)):
-            taken = section_of(case, instrumented, graph, l).J is not None
-            assert taken == (l in case.affine and is_position_wise(case, l)), graph.node_layers[l]
+            shortcut = section_of(case, instrumented, graph, l).J is not None
+            assert shortcut == (l in case.affine and is_position_wise(case, l)), graph.node_layers[l]
 
 
 @pytest.mark.parametrize("basis", BASES)
-def test_shortcut_gives_what_it_stands_for(case: Case, basis: str) -> None:
+def test_shortcut_equals_forward_passes(case: Case, basis: str) -> None:
     graph = graph_of(case, basis)
-    instrumented = live_of(case, graph)
+    instrumented = instrumented_of(case, graph)
     with model_session(instrumented), torch.no_grad():
         for l, E in enumerate(graph.edges.values()):
             section, plain = (section_of(case, instrumented, graph, l) for _ in range(2))
@@ -123,7 +123,7 @@ def test_shortcut_gives_what_it_stands_for(case: Case, basis: str) -> None:
 
 
 class NearlyAffine(nn.Module):
-    """Looks affine wherever the samples are, or from far away, or but for one of the samples."""
+    """Affine on the samples, at large multiples of them, or on all samples but one."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -133,17 +133,17 @@ class NearlyAffine(nn.Module):
         a = self.linear(x)
         if self.kind == "always on":
             a = torch.relu(a + 20)
-        elif self.kind == "hardly bent":
+        elif self.kind == "weakly nonlinear":
             a = a + 1e-4 * torch.tanh(a)
-        elif self.kind == "bent far out":
+        elif self.kind == "clamped":
             a = a.clamp(-40, 40)
         elif self.kind == "gated":
             a = a * (1 + 1e-6 * (x[:, :1] > 2.2))
         return self.head(a)
 
 
-@pytest.mark.parametrize("kind", ["always on", "hardly bent", "bent far out", "gated"])
-def test_what_is_affine_on_the_samples_alone_is_computed_in_full(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["always on", "weakly nonlinear", "clamped", "gated"])
+def test_sections_that_are_affine_only_on_the_samples_have_no_shortcut(kind: str) -> None:
     torch.manual_seed(3)
     model, x = NearlyAffine(kind).double(), torch.randn(40, 4).double()
     x[7, 0] = 2.5
@@ -159,10 +159,10 @@ def random_masks(E: Tensor, n: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", ["mlp_gelu", "transformer", "conv", "norm_and_residual", "padded", "linear_chain"])
-def test_one_mask_after_the_other_gives_what_each_gives_alone(name: str) -> None:
+def test_consecutive_masks_are_independent(name: str) -> None:
     case = CASES[name]
     graph = graph_of(case, "lib")
-    instrumented = live_of(case, graph)
+    instrumented = instrumented_of(case, graph)
     with model_session(instrumented), torch.no_grad():
         for l, E in enumerate(graph.edges.values()):
             section, masks = section_of(case, instrumented, graph, l), random_masks(E, 6)
@@ -171,10 +171,10 @@ def test_one_mask_after_the_other_gives_what_each_gives_alone(name: str) -> None
                 assert torch.equal(features, section_of(case, instrumented, graph, l).features(mask))
 
 
-def test_a_mask_that_is_written_to_later_changes_nothing() -> None:
+def test_masks_may_be_modified_afterwards() -> None:
     case = CASES["mlp_tanh"]
     graph = graph_of(case, "lib")
-    instrumented = live_of(case, graph)
+    instrumented = instrumented_of(case, graph)
     with model_session(instrumented), torch.no_grad():
         section = section_of(case, instrumented, graph, 0)
         mask = top_k_mask(next(iter(graph.edges.values())), 10)
@@ -186,9 +186,9 @@ def test_a_mask_that_is_written_to_later_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("basis", ["pca", "neuron"])
-def test_all_edges_of_a_full_basis_are_the_model_as_it_is(case: Case, basis: str) -> None:
+def test_all_edges_of_a_full_basis_give_the_unablated_model(case: Case, basis: str) -> None:
     graph, a = graph_of(case, basis), activations_of(case)
-    instrumented = live_of(case, graph)
+    instrumented = instrumented_of(case, graph)
     with model_session(instrumented), torch.no_grad():
         for l, E in enumerate(graph.edges.values()):
             section = section_of(case, instrumented, graph, l)
@@ -199,29 +199,29 @@ def test_all_edges_of_a_full_basis_are_the_model_as_it_is(case: Case, basis: str
             )
 
 
-def test_nothing_kept_is_the_mean_of_all() -> None:
+def test_without_features_activations_are_their_means() -> None:
     case = CASES["mlp_tanh"]
     graph = graph_of(case, "lib")
-    instrumented = live_of(case, graph)
+    instrumented = instrumented_of(case, graph)
     mean = graph.bases["2:input"].mean.expand(30, 1, -1)
     with model_session(instrumented), torch.no_grad():
         output = AblatedLayer(instrumented, case.data, 1, graph.bases["2:input"]).output(0)
     assert_close(output[:, None], reference.run_on(mean, case.sections[1:]))
 
 
-def test_equal_edges_are_kept_in_the_order_of_the_matrix() -> None:
+def test_equal_edges_are_kept_in_row_major_order() -> None:
     E = torch.tensor([[1.0, 2.0, 1.0], [1.0, 2.0, 0.0]])
     assert top_k_mask(E, 0).sum() == 0
     assert top_k_mask(E, 3).tolist() == [[True, True, False], [False, True, False]]
     assert top_k_mask(E, 99).all()
 
 
-def test_basis_of_another_width_is_refused() -> None:
+def test_basis_of_a_different_width_is_refused() -> None:
     graph, other = graph_of(CASES["mlp_tanh"], "pca"), CASES["returns_tuple"]
-    instrumented = live_of(other, graph_of(other, "pca"))
+    instrumented = instrumented_of(other, graph_of(other, "pca"))
     one = next(iter(graph.bases.values()))
     with model_session(instrumented), torch.no_grad():
-        with pytest.raises(NodeLayerError, match="for 5 activations at each position, and the model has 4 there"):
+        with pytest.raises(NodeLayerError, match="has width 5, but the model has 4 activations per position there"):
             AblatedLayer(instrumented, other.data, 0, one)
         with pytest.raises(NodeLayerError, match="the graph was computed on another model"):
             AblatedSection(instrumented, other.data, 0, one, one)

@@ -1,4 +1,4 @@
-"""Two processes score their samples as one would, and search in step."""
+"""Two processes compute the same scores and searches as one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def model_and_data() -> tuple[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 4)).double()
     x = torch.randn(80, 5).double()
-    # Of every five samples one is labelled wrongly, so that the score is no round number.
+    # One in five samples has a wrong label, so that the score is not 1.
     labels = torch.where(torch.arange(80) % 5 > 0, model(x).argmax(-1), 0)
     return model, list(zip(x.split(20), labels.split(20), strict=True))
 

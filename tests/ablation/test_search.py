@@ -1,4 +1,4 @@
-"""Searches on made-up scores, which go up and down at will."""
+"""Searches on synthetic scores that are not monotone."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from lib_lightning.ablation.search import ScoreCache, bisect, powers_of, scan, t
 
 
 def holding(numbers: set[int], largest: int) -> ScoreCache:
-    """A score that these numbers hold at."""
+    """A score for which these numbers are sufficient."""
     return ScoreCache(lambda count: float(count in numbers), largest, 1.0)
 
 
 def up_and_down(seed: int, largest: int) -> set[int]:
-    """Holds nowhere at first, here and there later, almost everywhere in the end, and at the end."""
+    """Sufficient numbers: none at first, then more and more of them, and the largest one."""
     numbers, start = random.Random(seed), largest // (2 + seed % 7)
     return {k for k in range(largest) if numbers.random() < (k - start) / (1 + start)} | {largest}
 
 
 @pytest.mark.parametrize("largest", [1, 2, 3, 10, 97, 1000, 4000])
-def test_scan_is_the_smallest_number_from_which_on_all_tried_ones_hold(largest: int) -> None:
+def test_scan_finds_the_smallest_number_from_which_on_all_tried_ones_suffice(largest: int) -> None:
     for seed in range(40):
         holds = up_and_down(seed, largest)
         tried = holding(holds, largest)
@@ -30,19 +30,19 @@ def test_scan_is_the_smallest_number_from_which_on_all_tried_ones_hold(largest: 
         assert answer in tried.scores
         by_force = min(k for k in tried.scores if all(j in holds for j in tried.scores if j >= k))
         assert answer == by_force
-        assert answer == 0 or answer - 1 not in holds, "the next smaller number has been tried, and fails"
+        assert answer == 0 or answer - 1 not in holds, "the next smaller number was tried, and is insufficient"
         beyond = range(answer, min(largest, answer + min(100, max(8, round(0.05 * answer)))) + 1)
-        assert set(beyond) <= tried.scores.keys(), "those above it have been tried"
+        assert set(beyond) <= tried.scores.keys(), "the numbers above it were tried"
 
 
-def test_scan_does_not_depend_on_how_many_there_are() -> None:
+def test_scan_does_not_depend_on_the_total_number() -> None:
     for seed in range(40):
         holds = up_and_down(seed, 300)
         answers = {scan(holding(holds | set(range(300, largest + 1)), largest)) for largest in (300, 301, 777, 5000)}
         assert len(answers) == 1
 
 
-def test_scan_goes_on_from_a_hole_above_the_answer() -> None:
+def test_scan_continues_above_an_insufficient_number() -> None:
     assert scan(holding(set(range(40, 1001)), 1000)) == 40
     assert scan(holding(set(range(40, 1001)) - {43}, 1000)) == 44
     assert scan(holding(set(range(40, 1001)) - {43, 50}, 1000)) == 51
@@ -58,14 +58,14 @@ def test_ends_of_a_search(search) -> None:
     assert search(holding(set(), 0)) is None
 
 
-def test_scan_may_end_at_nothing_kept() -> None:
+def test_scan_may_find_zero() -> None:
     assert scan(holding(set(range(8)), 7)) == 0
     assert scan(holding({0}, 0)) == 0
 
 
 @pytest.mark.parametrize("bracket", [5, 64, 100, 1001])
-def test_bisection_halves_an_interval_until_it_is_closed(bracket: int) -> None:
-    # The paper's loop, written out: `low` fails, `high` holds.
+def test_bisection_equals_the_loop_of_the_paper(bracket: int) -> None:
+    # `low` is insufficient, `high` is sufficient.
     for seed in range(40):
         holds = up_and_down(seed, min(bracket, 90))
         tried = holding(holds, min(bracket, 90))
@@ -96,9 +96,9 @@ def test_nothing_is_computed_twice() -> None:
     assert max(calls) == 100
 
 
-def test_schedules() -> None:
-    def counts(schedule, largest: int = 12) -> list[int]:
-        scores = try_counts(ScoreCache(lambda count: count / largest, largest, 0.5), schedule, largest + 1)
+def test_grids() -> None:
+    def counts(grid, largest: int = 12) -> list[int]:
+        scores = try_counts(ScoreCache(lambda count: count / largest, largest, 0.5), grid, largest + 1)
         assert scores == {count: count / largest for count in scores}
         return list(scores)
 
@@ -110,9 +110,9 @@ def test_schedules() -> None:
     assert counts([]) == []
 
 
-def test_nothing_to_keep() -> None:
-    for schedule in ("every", "exponential"):
-        assert try_counts(ScoreCache(float, 0, 1.0), schedule, 1) == {0: 0.0}
+def test_grids_without_features() -> None:
+    for grid in ("every", "exponential"):
+        assert try_counts(ScoreCache(float, 0, 1.0), grid, 1) == {0: 0.0}
 
 
 def test_powers() -> None:
@@ -124,5 +124,5 @@ def test_powers() -> None:
 
 @pytest.mark.parametrize("counts", [[-1, 2], [3, 13], "all", 5, [1.5]])
 def test_bad_counts_are_refused(counts) -> None:
-    with pytest.raises(ValueError, match=r"There are 12 to keep some of|counts is one of every, exponential"):
+    with pytest.raises(ValueError, match=r"counts must be between 0 and 12|counts must be one of every, exponential"):
         try_counts(ScoreCache(float, 12, 1.0), counts, 13)

@@ -1,4 +1,4 @@
-"""Basis files: whole or not at all, exact, and suspicious of everything else."""
+"""Basis files: atomic, exact, and verified when they are read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def graph() -> InteractionGraph:
     return graph
 
 
-def test_loading_gives_back_every_bit(graph: InteractionGraph, tmp_path: Path) -> None:
+def test_round_trip_is_exact(graph: InteractionGraph, tmp_path: Path) -> None:
     graph.save(tmp_path / "deep" / "graph.safetensors")
     loaded = InteractionGraph.load(tmp_path / "deep" / "graph.safetensors")
     assert loaded.info == graph.info
@@ -40,7 +40,7 @@ def test_loading_gives_back_every_bit(graph: InteractionGraph, tmp_path: Path) -
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["graph.safetensors"]
 
 
-def test_probes_and_lineages_come_back(graph: InteractionGraph, tmp_path: Path) -> None:
+def test_round_trip_of_reference_features_and_lineages(graph: InteractionGraph, tmp_path: Path) -> None:
     r = graph.bases["1"].n_features
     graph.reference_features = {"1": torch.randn(7, r).half()}
     similarity = torch.rand(r, dtype=torch.float64)
@@ -54,7 +54,7 @@ def test_probes_and_lineages_come_back(graph: InteractionGraph, tmp_path: Path) 
         assert torch.equal(getattr(loaded.lineages["1"], key).nan_to_num(-7), tensor.nan_to_num(-7))
 
 
-def test_errors_modules_and_labels_come_back(graph: InteractionGraph, tmp_path: Path) -> None:
+def test_round_trip_of_errors_modules_and_labels(graph: InteractionGraph, tmp_path: Path) -> None:
     graph.modules = {"1": torch.arange(graph.bases["1"].n_features) % 2 - 1}
     graph.labels = {"output": ["cat", "", "dog"]}
     graph.save(tmp_path / "graph.safetensors")
@@ -90,7 +90,7 @@ def test_files_without_errors_load(graph: InteractionGraph, tmp_path: Path) -> N
     assert loaded.bases["1"].to("cpu").degenerate is None
 
 
-def test_header_says_how_it_was_made(graph: InteractionGraph, tmp_path: Path) -> None:
+def test_header_has_settings_and_versions(graph: InteractionGraph, tmp_path: Path) -> None:
     graph.save(tmp_path / "graph.safetensors")
     _, header = read_file(tmp_path / "graph.safetensors")
     assert (header["format"], header["format_version"]) == ("lib-lightning", 1)
@@ -103,7 +103,7 @@ def test_header_says_how_it_was_made(graph: InteractionGraph, tmp_path: Path) ->
     assert info["node_layers"][1] == {"name": "1", "taps": ["1"], "positions": None, "feature_dim": None}
 
 
-def test_no_truncated_file_loads(graph: InteractionGraph, tmp_path: Path) -> None:
+def test_truncated_files_are_refused(graph: InteractionGraph, tmp_path: Path) -> None:
     path = tmp_path / "graph.safetensors"
     graph.save(path)
     whole = path.read_bytes()
@@ -113,7 +113,7 @@ def test_no_truncated_file_loads(graph: InteractionGraph, tmp_path: Path) -> Non
             InteractionGraph.load(path)
 
 
-def test_no_altered_file_loads(graph: InteractionGraph, tmp_path: Path) -> None:
+def test_altered_files_are_refused(graph: InteractionGraph, tmp_path: Path) -> None:
     path = tmp_path / "graph.safetensors"
     graph.save(path)
     whole = bytearray(path.read_bytes())
@@ -135,11 +135,11 @@ def test_foreign_and_newer_files_are_refused(tmp_path: Path) -> None:
     write_file(path, {}, {"layers": ["a"], "kinds": ["lib"], "info": {}})
     with pytest.raises(BasisFileError, match=r"a part of it is missing: 'basis\.0\.mean'"):
         InteractionGraph.load(path)
-    with pytest.raises(FileNotFoundError, match="There is no basis file"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         InteractionGraph.load(tmp_path / "nothing.safetensors")
 
 
-def test_nothing_is_ever_unpickled(tmp_path: Path) -> None:
+def test_files_are_never_unpickled(tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return Path.touch, (tmp_path / "sprung",)  # type: ignore[return-value]
@@ -152,7 +152,7 @@ def test_nothing_is_ever_unpickled(tmp_path: Path) -> None:
     assert not (tmp_path / "sprung").exists()
 
 
-def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     write_bytes(path, b"old")
     with monkeypatch.context() as patch:
@@ -164,7 +164,7 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("after", [0.0, 0.02, 0.05])
-def test_kill_leaves_whole_files_only(tmp_path: Path, after: float) -> None:
+def test_killed_processes_leave_only_complete_files(tmp_path: Path, after: float) -> None:
     script = (
         "import sys, torch; from pathlib import Path; from lib_lightning.io.basis_file import write_file\n"
         "for i in range(10**6):\n"
