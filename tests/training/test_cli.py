@@ -74,7 +74,7 @@ def test_wrong_files_get_one_sentence(subcommand: str, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hello")
     with pytest.raises(SystemExit, match=r"^lib-lightning: '.*text' is truncated or not a basis file"):
         main([subcommand, str(tmp_path / "text")])
-    with pytest.raises(SystemExit, match=r"^lib-lightning: There is no basis file"):
+    with pytest.raises(SystemExit, match=r"^lib-lightning: The basis file .* does not exist"):
         main([subcommand, str(tmp_path / "nothing")])
 
 
