@@ -122,10 +122,12 @@ def test_few_modules_are_outside_of_a_folder() -> None:
     assert len(outside) <= 7, outside
 
 
-def test_mathematics_needs_torch_alone() -> None:
+def test_mathematics_needs_only_torch_and_numpy() -> None:
     for module in MODULES:
         if module != ROOT and layer_of(module) in ("errors", "model", "jacobian", "algorithm"):
-            foreign = {name.split(".")[0] for name in IMPORTS[module]} - {"torch", ROOT} - sys.stdlib_module_names
+            foreign = (
+                {name.split(".")[0] for name in IMPORTS[module]} - {"torch", "numpy", ROOT} - sys.stdlib_module_names
+            )
             assert not foreign, f"{module} imports {foreign}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.node_layer import as_node_layers
 from tests.cases import Case
+from tests.computing import assert_equal, built, built_of
 from tests.conftest import CASES
 from tests.reference import Reference, fisher_metric, jacobian, nonzero_eigh, transcribe
 
@@ -87,18 +89,59 @@ def test_integrated_gradients_agree_with_transcription(case: Case, steps: int) -
 @pytest.mark.parametrize("stack_elements", [1, 200, 10**9])
 def test_any_batch_split_and_chunk_size_agrees(case: Case, sizes: tuple[int, ...], stack_elements: int) -> None:
     instrumented = InstrumentedModel(case.model, as_node_layers(case.node_layers), ModelSpec(case.input_fn, case.mask))
-    built = build_graph(
+    found = build_graph(
         instrumented,
         case.batches(*sizes),
         LIBConfig(rtol=RTOL, final_basis="neuron"),
         plan=MemoryPlan(stack_elements=stack_elements),
     )
     whole = graph_of(case, final_basis="neuron")
-    assert built.n_samples == whole.info["n_samples"]
-    for basis, expected in zip(built.bases, whole.bases.values(), strict=True):
+    assert found.n_samples == whole.info["n_samples"]
+    for basis, expected in zip(found.bases, whole.bases.values(), strict=True):
         assert close(basis.importance, expected.importance)
-    for E, expected_E in zip(built.edges, whole.edges.values(), strict=True):
+    for E, expected_E in zip(found.edges, whole.edges.values(), strict=True):
         assert close(E, expected_E)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"final_metric": "fisher"},
+        {"final_basis": "centered", "basis": "neuron"},
+        {"final_basis": "pca", "basis": "pca"},
+        {"integration_steps": 2},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())) or "lib",
+)
+def test_plain_twins_give_the_same_result(case: Case, options: dict[str, Any]) -> None:
+    assert_equal(built_of(case, **options), built_of(case, plain=True, **options))
+
+
+@pytest.mark.parametrize("positions", [(), (2,)])
+@pytest.mark.parametrize("n", [40, 700])  # fewer samples than features, and more
+def test_plain_twins_give_the_same_result_for_wide_layers(n: int, positions: tuple[int, ...]) -> None:
+    model = nn.Sequential(nn.Linear(530, 12), nn.Tanh(), nn.LayerNorm(12), nn.Linear(12, 3)).double()
+    batches = list(torch.randn(n, *positions, 530).double().split(250))
+    fast, plain = (built(model, batches, ["input", "2", "output"], plain=plain) for plain in (False, True))
+    assert_equal(fast, plain)
+
+
+def test_plain_computation_takes_no_shortcut(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **options: object) -> None:
+        pytest.fail("a shortcut")
+
+    for path in (
+        "algorithm.low_rank_gram.LowRankGram.__init__", "algorithm.section_cache.KeptSections.__init__",
+        "algorithm.wide_layers.DualEigenproblem.__init__", "jacobian.closed_form_detect.ClosedFormDetector.__init__",
+        "jacobian.section.Section.jvp",
+    ):  # fmt: skip
+        monkeypatch.setattr(f"lib_lightning.{path}", fail)
+    model = nn.Sequential(nn.Linear(530, 12), nn.Tanh(), nn.LayerNorm(12), nn.Linear(12, 3)).double()
+    batch = torch.randn(20, 4, 530).double()
+    assert built(model, [batch], ["input", "2", "output"], plain=True).n_samples == 20
+    with pytest.raises(pytest.fail.Exception):
+        built(model, [batch], ["input", "2", "output"])
 
 
 def test_features_are_centred_and_their_variance_is_their_importance(case: Case) -> None:

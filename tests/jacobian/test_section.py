@@ -1,4 +1,4 @@
-"""Traps on the way through a section: what once gave wrong numbers, or none at all."""
+"""Products with the Jacobian of a section, and models for which they once were wrong or failed."""
 
 from __future__ import annotations
 
@@ -17,6 +17,23 @@ from torch import Tensor, nn
 from lib_lightning import NodeLayer, compute_interaction_graph, list_node_layers
 from lib_lightning.api import check_node_layers
 from lib_lightning.errors import LIBError, NodeLayerError
+from lib_lightning.jacobian.integrated_gradients import sections
+from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.model_spec import ModelSpec
+from lib_lightning.model.node_layer import as_node_layers
+from tests.cases import Case
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_forward_and_reverse_products_belong_to_one_jacobian(case: Case, steps: int) -> None:
+    instrumented = InstrumentedModel(case.model, as_node_layers(case.node_layers), ModelSpec(case.input_fn))
+    means = [a.mean((0, 1)) for a in instrumented.activations(case.data)]
+    for section in sections(instrumented, case.data, means, steps, 10**6):
+        for k in (1, 3):
+            v = torch.randn(k, section.n, section.S_in, section.d_in).double()
+            u = torch.randn(k, section.n, section.S_out, section.d_out).double()
+            along, back = (u * section.jvp(v)).sum((1, 2, 3)), (section.vjp(u) * v).sum((1, 2, 3))
+            torch.testing.assert_close(along, back, rtol=1e-10, atol=1e-10)
 
 
 def test_custom_derivative_that_would_crash_in_a_stack() -> None:
