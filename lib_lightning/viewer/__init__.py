@@ -1,4 +1,4 @@
-"""Runs as they are looked at: a run on disk, the film of its graphs, TensorBoard's tab. No torch is imported."""
+"""Viewing runs: `Run`, the TensorBoard tab, and the film as one HTML file. Does not import torch."""
 
 from lib_lightning.viewer.run import Run
 

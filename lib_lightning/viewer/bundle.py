@@ -1,4 +1,4 @@
-"""The view's own files: style sheet and JavaScript, as they are served, and as one script for a file of its own."""
+"""The viewer's style sheet and JavaScript: separate files for TensorBoard, one script for the HTML export."""
 
 from __future__ import annotations
 
@@ -30,22 +30,25 @@ def static_files() -> dict[str, str]:
     }
 
 
-def joined(modules: Mapping[str, str], wanted: Mapping[str, str]) -> str:
-    """Join modules to one script without imports: each becomes a function of its own, so that names cannot clash.
+def bundle(modules: Mapping[str, str], entry_points: Mapping[str, str]) -> str:
+    """Combine JavaScript modules into one script without imports.
+
+    Each module becomes a function with its own scope, so that names cannot clash.
 
     Args:
-        modules: Their text by file name. They import names in braces from files beside them, never in a circle.
-        wanted: What the script is about, name by file. Other modules are taken as they need each other.
+        modules: Text of the modules by file name. They may import names in braces from files in the same folder,
+            without cycles.
+        entry_points: Name to export, by file name. Other modules are included as needed.
 
     Returns:
-        The script, in which ``modules["FILE"].NAME`` stands for what is wanted.
+        The script, in which an entry point is ``modules["FILE"].NAME``.
 
     Raises:
-        KeyError: If a module imports from one that is not there.
+        KeyError: If a module imports from a missing file.
 
     Example:
         >>> a, b = 'import {one as x} from "./b.js";' + chr(10) + "export const two = x + x;", "export const one = 1;"
-        >>> print(joined({"a.js": a, "b.js": b}, {"a.js": "two"}))
+        >>> print(bundle({"a.js": a, "b.js": b}, {"a.js": "two"}))
         const modules = {};
         modules["b.js"] = (() => {
         const one = 1;
@@ -57,32 +60,32 @@ def joined(modules: Mapping[str, str], wanted: Mapping[str, str]) -> str:
         return {two};
         })();
     """
-    given = {name: {symbol} for name, symbol in wanted.items()}
-    needs: dict[str, list[str]] = {}
-    waiting = list(wanted)
-    while waiting:
-        name = waiting.pop()
-        if name not in needs:
+    exports = {name: {symbol} for name, symbol in entry_points.items()}
+    dependencies: dict[str, list[str]] = {}
+    pending = list(entry_points)
+    while pending:
+        name = pending.pop()
+        if name not in dependencies:
             imports = _IMPORT.findall(modules[name])
-            needs[name] = [other for _, other in imports]
+            dependencies[name] = [other for _, other in imports]
             for symbols, other in imports:
-                given.setdefault(other, set()).update(symbol for symbol, _ in _symbols(symbols))
-            waiting += needs[name]
-    blocks = [_block(name, modules[name], given[name]) for name in TopologicalSorter(needs).static_order()]
+                exports.setdefault(other, set()).update(symbol for symbol, _ in _symbols(symbols))
+            pending += dependencies[name]
+    blocks = [_block(name, modules[name], exports[name]) for name in TopologicalSorter(dependencies).static_order()]
     return "\n".join(["const modules = {};", *blocks])
 
 
-def _block(name: str, code: str, given: set[str]) -> str:
-    code = _IMPORT.sub(lambda found: f'const {{{_taken(found[1])}}} = modules["{found[2]}"];', code)
+def _block(name: str, code: str, exports: set[str]) -> str:
+    code = _IMPORT.sub(lambda match: f'const {{{_destructuring(match[1])}}} = modules["{match[2]}"];', code)
     body = _EXPORT.sub("", code).strip()
-    return f'modules["{name}"] = (() => {{\n{body}\nreturn {{{", ".join(sorted(given))}}};\n}})();'
+    return f'modules["{name}"] = (() => {{\n{body}\nreturn {{{", ".join(sorted(exports))}}};\n}})();'
 
 
-def _taken(symbols: str) -> str:
-    return ", ".join(symbol if symbol == own else f"{symbol}: {own}" for symbol, own in _symbols(symbols))
+def _destructuring(symbols: str) -> str:
+    return ", ".join(symbol if symbol == alias else f"{symbol}: {alias}" for symbol, alias in _symbols(symbols))
 
 
 def _symbols(symbols: str) -> list[tuple[str, str]]:
-    """Names as they are imported, and as they are called here."""
+    """Pairs of an imported name and its local alias."""
     parts = [part.split(" as ") for part in symbols.split(",") if part.strip()]
     return [(part[0].strip(), part[-1].strip()) for part in parts]

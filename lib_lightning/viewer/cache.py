@@ -1,4 +1,4 @@
-"""What has been made of files, kept as long as there is room."""
+"""A cache limited by size."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ T = TypeVar("T")
 
 
 class Cache:
-    """Keeps what was used last, up to a number of bytes. Any thread may ask.
+    """A thread-safe cache of recently used values, limited to a number of bytes.
 
     Args:
-        limit: Most bytes to keep.
+        limit: Maximum total size, in bytes.
 
     Attributes:
-        size: Bytes kept.
+        size: Current total size, in bytes.
 
     Example:
         >>> cache = Cache(limit=10)
@@ -29,31 +29,31 @@ class Cache:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._kept: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        self._entries: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
         self._lock = threading.Lock()
         self.size = 0
 
     def get(self, key: Hashable, make: Callable[[], T], size: Callable[[T], int]) -> T:
-        """Get what belongs to a key; it is made if it is not there.
+        """Return the value of a key, computing it if it is not cached.
 
         Args:
-            key: What tells it apart.
-            make: Makes it. What two threads make at once is kept once.
-            size: Tells its size in bytes.
+            key: Key of the value.
+            make: Computes the value. Two threads may compute it simultaneously; one of the results is kept.
+            size: Computes the size of the value in bytes.
 
         Returns:
-            What was kept or made.
+            The cached or computed value.
         """
         with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-                value: T = self._kept[key][0]
+            if key in self._entries:
+                self._entries.move_to_end(key)
+                value: T = self._entries[key][0]
                 return value
-        made = make()
+        computed = make()
         with self._lock:
-            if key not in self._kept:
-                self._kept[key] = made, size(made)
-                self.size += self._kept[key][1]
+            if key not in self._entries:
+                self._entries[key] = computed, size(computed)
+                self.size += self._entries[key][1]
             while self.size > self._limit:
-                self.size -= self._kept.popitem(last=False)[1][1]
-        return made
+                self.size -= self._entries.popitem(last=False)[1][1]
+        return computed

@@ -1,4 +1,4 @@
-"""The film of one run or several as one HTML file, which needs no server and loads nothing from anywhere."""
+"""The film of one or more runs as a single HTML file that needs no server and loads nothing."""
 
 from __future__ import annotations
 
@@ -8,44 +8,48 @@ import html
 import re
 from collections.abc import Sequence
 
-from lib_lightning.viewer.bundle import joined, static_files
+from lib_lightning.viewer.bundle import bundle, static_files
 from lib_lightning.viewer.json_text import dump, object_
 from lib_lightning.viewer.run_view import RunView
 
-# Most edges of a section in a snapshot: all snapshots are in the file.
-EDGES = 400
+# Default for the maximum number of edges per section and snapshot.
+MAX_EDGES = 400
 _START = """
 modules["view.js"].mount(document.getElementById("lib-view"), modules["embedded.js"].embeddedSource(document));
 """
-# The browser itself is told to load nothing.
+# Forbids the browser to load anything.
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
 
-def film_page(films: Sequence[RunView], title: str, edges: int = EDGES, every: int = 1) -> str:
-    """Write the film of runs as one HTML file.
+def film_page(runs: Sequence[RunView], title: str, edges: int = MAX_EDGES, every: int = 1) -> str:
+    """Export the film of runs as one HTML file.
 
     Args:
-        films: The runs, to be seen side by side; of different names.
+        runs: Runs to show side by side, with different names.
         title: Title of the page.
-        edges: Most edges of a section in each snapshot, the strongest.
-        every: Take each so-manieth snapshot of a run, and its last one.
+        edges: Maximum number of edges per section and snapshot; the strongest are included.
+        every: Include every n-th snapshot of a run, and the last one.
 
     Returns:
-        The text of the file.
+        Text of the file.
 
     Raises:
-        NotThereError: If a run has no snapshot that can be read.
+        NotFoundError: If a run has no readable snapshot.
     """
-    runs = object_({film.name: film.run(every) for film in films})
-    entries = dump([film.entry() for film in films])
+    content = object_(
+        {
+            "runs": dump([run.entry() for run in runs]),
+            "run": object_({run.name: run.run(every) for run in runs}),
+        }
+    )
     snapshots = [
-        f'<script type="text/plain" class="lib-snapshot" data-run="{html.escape(film.name)}" data-step="{step}">'
-        f"{_packed(film.snapshot(step, edges))}</script>"
-        for film in films
-        for step in film.steps(every)
+        f'<script type="text/plain" class="lib-snapshot" data-run="{html.escape(run.name)}" data-step="{step}">'
+        f"{_compressed(run.snapshot(step, edges))}</script>"
+        for run in runs
+        for step in run.steps(every)
     ]
     static = static_files()
-    script = joined(static, {"view.js": "mount", "embedded.js": "embeddedSource"}) + _START
+    script = bundle(static, {"view.js": "mount", "embedded.js": "embeddedSource"}) + _START
     return "\n".join(
         [
             "<!DOCTYPE html>",
@@ -59,7 +63,7 @@ def film_page(films: Sequence[RunView], title: str, edges: int = EDGES, every: i
             "</head>",
             "<body>",
             '<div id="lib-view"></div>',
-            f'<script type="text/plain" id="lib-runs">{_packed(object_({"runs": entries, "run": runs}))}</script>',
+            f'<script type="text/plain" id="lib-runs">{_compressed(content)}</script>',
             *snapshots,
             f'<script type="module">\n{_inline(script, "script")}</script>',
             "</body>",
@@ -69,11 +73,11 @@ def film_page(films: Sequence[RunView], title: str, edges: int = EDGES, every: i
     )
 
 
-def _packed(json: str) -> str:
-    # No time of day inside: the same run gives the same file.
+def _compressed(json: str) -> str:
+    # Without a timestamp, so that the same run gives the same file.
     return base64.b64encode(gzip.compress(json.encode(), compresslevel=6, mtime=0)).decode()
 
 
 def _inline(code: str, tag: str) -> str:
-    """Code that cannot end the tag it stands in."""
+    """Escape code so that it cannot close its own tag."""
     return re.sub(rf"</(?={tag})", r"<\\/", code, flags=re.IGNORECASE)

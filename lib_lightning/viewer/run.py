@@ -1,4 +1,4 @@
-"""A run on disk, as users hold it."""
+"""A run on disk: its snapshots, events and film."""
 
 from __future__ import annotations
 
@@ -10,33 +10,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib_lightning.errors import LIBError, quoted
+from lib_lightning.io.run_layout import RunLayout
 from lib_lightning.viewer.run_discovery import find_runs, read_events, snapshot_files
 
 if TYPE_CHECKING:
     from lib_lightning.graph import InteractionGraph
     from lib_lightning.viewer.run_view import RunView
 
-# Bytes that what was read of a run may take up.
-_ROOM = 256 << 20
-# In a notebook, a film of this many snapshots and edges of a section.
-_SHOWN_SNAPSHOTS, _SHOWN_EDGES = 60, 200
+# Maximum size of cached data, in bytes.
+_CACHE_BYTES = 256 << 20
+# Maximum number of snapshots, and of edges per section, of the film in a notebook.
+_NOTEBOOK_SNAPSHOTS, _NOTEBOOK_EDGES = 60, 200
 _KINDS = ("lib", "pca", "neuron")
 
 
 class Run:
-    """A run on disk: its snapshots, and what happened to its features. A notebook shows its film.
+    """A run on disk: its snapshots and the events of its features. In a notebook, it is displayed as a film.
 
     Args:
-        path: Its folder, such as ``lightning_logs/version_0/lib``; or the log directory, or any other folder with just
-            one run below. Beside baselines, the run itself is meant, and so it is beside looks from outside.
+        path: Folder of the run, such as ``lightning_logs/version_0/lib``; or its log directory, or any other folder
+            that contains a single run. Runs of baselines and standalone validations in the same folder are ignored.
 
     Attributes:
-        folder: The folder that holds its snapshots.
-        name: Names of the log directory and the folder, such as ``version_0/lib``.
+        folder: Folder of the run, which contains the folder of its snapshots.
+        name: Last two parts of the folder's path, such as ``version_0/lib``.
 
     Raises:
-        FileNotFoundError: If there is no such folder.
-        LIBError: If there is no run below, or more than one.
+        FileNotFoundError: If the folder does not exist.
+        LIBError: If there is no run in the folder, or more than one.
 
     Example:
         >>> import tempfile
@@ -56,14 +57,14 @@ class Run:
 
     @property
     def steps(self) -> list[int]:
-        """Steps of its snapshots: numbers of optimizer steps before each, in order."""
+        """Steps of the snapshots in increasing order: numbers of optimizer steps before each."""
         return list(snapshot_files(self.folder))
 
     def graph(self, step: int | None = None) -> InteractionGraph:
         """Load the graph of a snapshot.
 
         Args:
-            step: One of `steps`; None for the newest.
+            step: One of `steps`; None for the last.
 
         Returns:
             The graph.
@@ -76,51 +77,54 @@ class Run:
 
         files = snapshot_files(self.folder)
         if not files:
-            raise LIBError(f"Run '{self.name}' has no snapshots any more.")
+            raise LIBError(f"Run '{self.name}' no longer has any snapshots.")
         step = next(reversed(files)) if step is None else step
         if step not in files:
             nearest = sorted(sorted(files, key=lambda other: abs(other - step))[:2])
             nearest_steps = " and ".join(f"{other:,}" for other in nearest)
             raise LIBError(
-                f"Run '{self.name}' has no snapshot at step {step:,}; nearest: {nearest_steps}. "
-                f"{_extent(list(files))}; steps lists them."
+                f"Run '{self.name}' has no snapshot at step {step:,}; the nearest are at {nearest_steps}. "
+                f"There are {_summary(list(files))}, listed by the attribute steps."
             )
         return InteractionGraph.load(files[step].path)
 
     def events(self) -> list[dict[str, Any]]:
-        """Read what happened to features.
+        """Read the events of features and metrics.
 
         Returns:
-            Events with ``step``, ``kind``, ``text``, ``layer`` and ``lineage``; none where features are not followed.
+            Events with ``step``, ``kind``, ``text``, ``layer`` and ``lineage``; empty if features were not tracked.
         """
         return read_events(self.folder)
 
     def view(self, output: str | PathLike[str] | None = None, edges: int | None = None, every: int = 1) -> Path:
-        """Write the film of the run: one HTML file to look at in a browser, without a server or a network.
+        """Export the film of the run as one HTML file, which a browser opens without server or network.
 
         Args:
-            output: Where to write; by default ``film.html`` in the run's folder.
-            edges: Most edges of a section in each snapshot, the strongest; 400 by default.
-            every: Take each so-manieth snapshot, and the last one.
+            output: File to write; by default ``film.html`` in the run's folder.
+            edges: Maximum number of edges per section and snapshot; the strongest are included. 400 by default.
+            every: Include every n-th snapshot, and the last one.
 
         Returns:
-            The file.
+            Path of the file.
+
+        Raises:
+            LIBError: If a number is below 1, or the run has no readable snapshot.
         """
         return write_film([self], output, edges, every)
 
     def __repr__(self) -> str:
-        return f"Run({self.name}: {_extent(self.steps)})"
+        return f"Run({self.name}: {_summary(self.steps)})"
 
     def _repr_html_(self) -> str:
-        """The film itself, thinned where it is long."""
+        """The film in a frame, with fewer snapshots if there are many."""
         from lib_lightning.viewer.html_export import film_page
 
         steps = self.steps
         if not steps:
             return html.escape(repr(self))
-        every = -(-len(steps) // _SHOWN_SNAPSHOTS)
-        page = film_page(_films([self]), self.name, _SHOWN_EDGES, every)
-        thinned = f" One snapshot in {every} is shown; <code>view()</code> writes all of them." if every > 1 else ""
+        every = -(-len(steps) // _NOTEBOOK_SNAPSHOTS)
+        page = film_page(_views([self]), self.name, _NOTEBOOK_EDGES, every)
+        thinned = f" One in {every} snapshots is shown; <code>view()</code> exports all of them." if every > 1 else ""
         return (
             f'<iframe srcdoc="{html.escape(page)}" sandbox="allow-scripts allow-downloads" '
             f'style="width: 100%; height: 760px; border: 0"></iframe><p>{html.escape(repr(self))}.{thinned}</p>'
@@ -130,74 +134,74 @@ class Run:
 def write_film(
     runs: Sequence[Run], output: str | PathLike[str] | None = None, edges: int | None = None, every: int = 1
 ) -> Path:
-    """Write the film of runs, side by side: one HTML file to look at in a browser, without a server or a network.
+    """Export the film of runs side by side as one HTML file, which a browser opens without server or network.
 
     Args:
         runs: The runs.
-        output: Where to write; by default ``film.html`` in the folder of the first.
-        edges: Most edges of a section in each snapshot, the strongest; 400 by default.
-        every: Take each so-manieth snapshot of a run, and its last one.
+        output: File to write; by default ``film.html`` in the folder of the first run.
+        edges: Maximum number of edges per section and snapshot; the strongest are included. 400 by default.
+        every: Include every n-th snapshot of a run, and the last one.
 
     Returns:
-        The file.
+        Path of the file.
 
     Raises:
-        LIBError: If a number is below 1, or a run has no snapshot that can be read.
+        LIBError: If a number is below 1, or a run has no readable snapshot.
     """
     from lib_lightning.io.basis_file import write_bytes
-    from lib_lightning.viewer.html_export import EDGES, film_page
+    from lib_lightning.viewer.html_export import MAX_EDGES, film_page
 
-    edges = EDGES if edges is None else edges
+    edges = MAX_EDGES if edges is None else edges
     if edges < 1 or every < 1:
-        raise LIBError(f"edges and every are numbers from 1 on; got {edges} and {every}.")
-    films = _films(runs)
-    path = runs[0].folder / "film.html" if output is None else Path(output)
-    write_bytes(path, film_page(films, ", ".join(film.name for film in films), edges, every).encode())
+        raise LIBError(f"edges and every must be at least 1; got {edges} and {every}.")
+    views = _views(runs)
+    path = RunLayout(runs[0].folder).view_file if output is None else Path(output)
+    write_bytes(path, film_page(views, ", ".join(view.name for view in views), edges, every).encode())
     return path
 
 
-def _films(runs: Sequence[Run]) -> list[RunView]:
+def _views(runs: Sequence[Run]) -> list[RunView]:
     from lib_lightning.viewer.cache import Cache
     from lib_lightning.viewer.run_view import RunView
 
     folders = list(dict.fromkeys(run.folder for run in runs))
-    # As much of the path as tells them apart, log directory and folder at least.
+    # The shortest path ends that are distinct, with at least the log directory and the folder.
     deepest = max(len(folder.parts) for folder in folders)
     length = next(n for n in range(2, deepest + 2) if len({folder.parts[-n:] for folder in folders}) == len(folders))
-    cache = Cache(_ROOM)
+    cache = Cache(_CACHE_BYTES)
     return [RunView(folder, "/".join(folder.parts[-length:]), cache) for folder in folders]
 
 
 def _folder(path: Path) -> Path:
     if not path.is_dir():
-        raise FileNotFoundError(f"There is no folder '{path}'.")
+        raise FileNotFoundError(f"Folder '{path}' does not exist.")
     real = Path(os.path.realpath(path))
-    real = real.parent if real.name == "snapshots" else real
+    real = real.parent if real.name == RunLayout.SNAPSHOTS else real
     if snapshot_files(real):
         return real
     found = find_runs(real)
-    meant = {name: folder for name, folder in found.items() if not _stands_beside(folder, set(found.values()))}
-    if not meant:
+    primary = {name: folder for name, folder in found.items() if not _is_secondary(folder, set(found.values()))}
+    if not primary:
         raise LIBError(
-            f"There are no snapshots in '{path}': no files snapshots/step-*.safetensors in it or in folders below. "
-            "LIBCallback writes them to the log directory, such as lightning_logs/version_0."
+            f"No run in '{path}': neither this folder nor any below it contains files snapshots/step-*.safetensors. "
+            "LIBCallback writes them to the trainer's log directory, such as lightning_logs/version_0."
         )
-    if len(meant) > 1:
-        few = quoted(list(meant)[:10]) + (" and others" if len(meant) > 10 else "")
-        raise LIBError(f"There are {len(meant)} runs in '{path}': {few}. Say which, with its folder.")
-    return next(iter(meant.values()))
+    if len(primary) > 1:
+        few = quoted(list(primary)[:10]) + (" and others" if len(primary) > 10 else "")
+        raise LIBError(f"There are {len(primary)} runs in '{path}': {few}. Give the folder of one of them.")
+    return next(iter(primary.values()))
 
 
-def _stands_beside(folder: Path, others: set[Path]) -> bool:
-    """Whether a folder is of a baseline of another run there, or of a look at it from outside."""
-    if folder.name == "validate" and folder.parent in others:
+def _is_secondary(folder: Path, others: set[Path]) -> bool:
+    """Whether a run is a baseline or a standalone validation of one of the others."""
+    if folder.name == RunLayout.VALIDATION and folder.parent in others:
         return True
-    beside = {other.name for other in others if other.parent == folder.parent}
-    baselines = {f"{other}_{kind}" for other in beside for kind in _KINDS}
-    return folder.name in baselines or ("lib" in beside and folder.name in ("pca", "neuron"))
+    siblings = {other.name for other in others if other.parent == folder.parent}
+    baselines = {f"{other}_{kind}" for other in siblings for kind in _KINDS}
+    return folder.name in baselines or ("lib" in siblings and folder.name in ("pca", "neuron"))
 
 
-def _extent(steps: list[int]) -> str:
+def _summary(steps: list[int]) -> str:
     if len(steps) < 2:
         return f"{len(steps)} snapshot{'' if steps else 's'}{f', step {steps[0]:,}' if steps else ''}"
     return f"{len(steps)} snapshots, steps {steps[0]:,} to {steps[-1]:,}"

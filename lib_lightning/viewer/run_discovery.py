@@ -1,4 +1,4 @@
-"""Where runs are: folders of snapshots below a log directory, links left aside."""
+"""Finding runs and their files below a log directory. Symbolic links are not followed."""
 
 from __future__ import annotations
 
@@ -9,19 +9,17 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_STEP = re.compile(r"step-(\d+)\.safetensors")
-# Folders within that of a run, none of which is one.
-_NO_RUNS_IN = {"snapshots", "figures", "spectra", "samples", "before"}
+from lib_lightning.io.run_layout import RunLayout
 
 
 class FileStamp(NamedTuple):
-    """A file and what changes when it does: together, the key of whatever is made of its content.
+    """A file and the properties that change with its content: a cache key for anything read from it.
 
     Attributes:
-        path: Where it is.
-        mtime_ns: When it was written, in nanoseconds.
-        size: In bytes.
-        inode: Its number; a file that takes its place has another.
+        path: Path of the file.
+        mtime_ns: Modification time, in nanoseconds.
+        size: Size in bytes.
+        inode: Inode number, which differs for a file that replaces this one.
     """
 
     path: Path
@@ -30,21 +28,21 @@ class FileStamp(NamedTuple):
     inode: int
 
 
-def plain_files(folder: Path) -> list[FileStamp]:
-    """List the files of a folder, by name. Links are no files, and a folder reached through one has none.
+def regular_files(folder: Path) -> list[FileStamp]:
+    """List the regular files of a folder, sorted by name, without symbolic links.
 
     Args:
-        folder: Any path without links in it; the folder need not exist.
+        folder: Path of the folder. If it does not exist or contains a symbolic link, the list is empty.
 
     Returns:
-        Its files.
+        The files.
     """
     files = []
     with contextlib.suppress(OSError):
         if os.path.realpath(folder) != str(folder):
             return []
         for entry in os.scandir(folder):
-            # A training that still runs replaces its files: each may be gone by now.
+            # A training in progress replaces its files, so any of them may be missing by now.
             with contextlib.suppress(OSError):
                 if entry.is_file(follow_symlinks=False):
                     stat = entry.stat(follow_symlinks=False)
@@ -56,13 +54,16 @@ def snapshot_files(folder: Path) -> dict[int, FileStamp]:
     """Find the basis files of a run.
 
     Args:
-        folder: The run's folder, which holds a folder ``snapshots``; without links in its path.
+        folder: Folder of the run, without symbolic links in its path.
 
     Returns:
-        Basis files by step, in order.
+        Basis files by step, in increasing order.
     """
-    files = ((_STEP.fullmatch(file.path.name), file) for file in plain_files(folder / "snapshots"))
-    return dict(sorted((int(match[1]), file) for match, file in files if match))
+    layout = RunLayout(folder)
+    suffix = layout.basis_file(0).suffix
+    files = [file for file in regular_files(layout.snapshots) if file.path.suffix == suffix]
+    steps = ((layout.step_of(file.path), file) for file in files)
+    return dict(sorted((step, file) for step, file in steps if step is not None))
 
 
 def find_runs(root: Path) -> dict[str, Path]:
@@ -72,47 +73,49 @@ def find_runs(root: Path) -> dict[str, Path]:
         root: Any folder; it may be a run itself.
 
     Returns:
-        Folders that hold snapshots, without links in their paths, by their place below the root.
+        Folders of runs, with resolved symbolic links in ``root``, by path relative to it.
     """
     found = {}
     real = Path(os.path.realpath(root))
-    for place, folders, _ in os.walk(real):
-        folder = Path(place)
-        is_run = "snapshots" in folders and bool(snapshot_files(folder))
+    for path, folders, _ in os.walk(real):
+        folder = Path(path)
+        is_run = RunLayout.SNAPSHOTS in folders and bool(snapshot_files(folder))
         if is_run:
             found[folder.relative_to(real).as_posix() if folder != real else real.name] = folder
-        skipped = _NO_RUNS_IN if is_run else ()
+        skipped = RunLayout.NO_RUNS if is_run else ()
         folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
-    return dict(sorted(found.items(), key=lambda item: _natural(item[0])))
+    return dict(sorted(found.items(), key=lambda item: _natural_key(item[0])))
 
 
 def log_directory(folder: Path) -> Path:
-    """The log directory of a run: that of the trainer, in which its folder lies.
+    """Find the trainer's log directory of a run.
 
     Args:
-        folder: The run's folder.
+        folder: Folder of the run.
 
     Returns:
-        The folder around it; the one around that for a look from outside, which is in ``validate``.
+        Its parent folder; for a standalone validation in ``validate``, the parent of that, unless the validation has
+        log files of its own.
     """
-    looked = folder.name == "validate" and not any(map(holds_curves, plain_files(folder.parent)))
-    return folder.parent.parent if looked else folder.parent
+    nested = folder.name == RunLayout.VALIDATION and not any(map(is_log_file, regular_files(folder.parent)))
+    return folder.parent.parent if nested else folder.parent
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """Read what happened to features in a run.
+    """Read the events of a run: features and metrics that changed.
 
     Args:
-        folder: The run's folder.
+        folder: Folder of the run.
 
     Returns:
-        Events with ``step``, ``kind``, ``text``, ``layer`` and ``lineage``, in the order of the file. A line that is
-        only half there is left out.
+        Events with ``step``, ``kind``, ``text``, ``layer`` and ``lineage``, in the order of the file. Incomplete lines
+        are skipped.
     """
+    path = RunLayout(folder).events_file
     events = []
-    if any(file.path.name == "events.jsonl" for file in plain_files(folder)):
+    if any(file.path == path for file in regular_files(folder)):
         with contextlib.suppress(OSError):
-            for line in (folder / "events.jsonl").read_text("utf-8", errors="replace").splitlines():
+            for line in path.read_text("utf-8", errors="replace").splitlines():
                 with contextlib.suppress(ValueError, RecursionError):
                     event = json.loads(line, parse_constant=lambda _: None)
                     if isinstance(event, dict) and isinstance(event.get("step"), int):
@@ -120,11 +123,18 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
     return events
 
 
-def holds_curves(file: FileStamp) -> bool:
-    """Whether a file is one that loggers write numbers to."""
+def is_log_file(file: FileStamp) -> bool:
+    """Whether a file contains scalars written by a logger.
+
+    Args:
+        file: Any file.
+
+    Returns:
+        True for TensorBoard's event files and for ``metrics.csv``.
+    """
     return "tfevents" in file.path.name or file.path.name == "metrics.csv"
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Version_2 comes before version_10."""
+def _natural_key(name: str) -> list[tuple[int, str]]:
+    """Sort key by which version_2 comes before version_10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", name)]

@@ -1,4 +1,4 @@
-"""A real browser for tests of the view, and pages that write down what they load and what goes wrong in them."""
+"""A browser for tests of the viewer, and pages that record their requests and errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
 class Watched:
-    """A page, with the addresses it has asked for and the errors in its console."""
+    """A page with its requests and the errors in its console."""
 
     def __init__(self, page: Page) -> None:
         self.page = page
@@ -26,25 +26,25 @@ class Watched:
         page.on("console", lambda message: message.type == "error" and self.errors.append(message.text))
 
     def open(self, address: str) -> None:
-        """Go to a page with a view and wait until it is drawn."""
+        """Open a page with a viewer and wait until it is drawn."""
         self.page.goto(address)
         self.page.wait_for_selector(READY)
 
     def state(self) -> dict[str, str]:
-        """What the view says of itself, when it is drawn."""
+        """The state of the viewer, once it is drawn."""
         self.page.wait_for_selector(READY)
         state: dict[str, str] = self.page.eval_on_selector(READY, "element => ({...element.dataset})")
         return state
 
     def position(self, run: str, layer: str, lineage: int) -> dict[str, float] | None:
-        """Where a feature is drawn."""
+        """Position of a feature."""
         where: dict[str, float] | None = self.page.eval_on_selector(
             ".lib-view", "(view, place) => view.libView.positionOf(...place)", [run, layer, lineage]
         )
         return where
 
     def role(self, role: str) -> Any:
-        """A control or a text of the view."""
+        """A control or text of the viewer."""
         return self.page.locator(f"[data-role='{role}']")
 
     def set(self, role: str, value: float) -> None:
@@ -57,10 +57,10 @@ class Watched:
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    """Headless Chromium, one for all tests."""
+    """Headless Chromium, shared by all tests."""
     found = next((path for name in _NAMES if (path := shutil.which(name))), None)
     if found is None:
-        pytest.skip("no Chromium found: install Debian's package chromium, or Google Chrome, to test the view")
+        pytest.skip("no Chromium found: install Debian's package chromium, or Google Chrome, to test the viewer")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
         yield browser
@@ -69,7 +69,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def watched(browser: Browser) -> Iterator[Watched]:
-    """A new page, in which nothing moves softly."""
+    """A new page without animations."""
     context = browser.new_context(viewport={"width": 1500, "height": 1000}, reduced_motion="reduce")
     yield Watched(context.new_page())
     context.close()
@@ -77,7 +77,7 @@ def watched(browser: Browser) -> Iterator[Watched]:
 
 @pytest.fixture
 def opened(watched: Watched, tmp_path: Path) -> Callable[[str], Watched]:
-    """Opens an HTML text from a file."""
+    """Opens HTML from a file."""
 
     def open_page(html: str) -> Watched:
         file = tmp_path / "film.html"

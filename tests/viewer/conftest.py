@@ -1,4 +1,4 @@
-"""Fixtures for tests of the view."""
+"""Fixtures for tests of the viewer."""
 
 from tests.viewer.browser import browser, opened, watched
 

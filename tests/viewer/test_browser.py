@@ -10,12 +10,12 @@ import pytest
 
 from lib_lightning.viewer.html_export import film_page
 from tests.viewer.browser import Watched
-from tests.viewer.made_up import MadeUpFilm
+from tests.viewer.synthetic_run import SyntheticRun
 
 STEPS = [10, 14, 20, 40, 80, 160, 320, 640]
 NAMES = ["embed", "resid_mid", "resid_post", "output"]
-FILM = MadeUpFilm("version_0/lib", STEPS, [(name, "lib") for name in NAMES])
-OTHER = MadeUpFilm("version_0/pca", STEPS[3:], [(name, "pca") for name in NAMES], seed=1)
+FILM = SyntheticRun("version_0/lib", STEPS, [(name, "lib") for name in NAMES])
+OTHER = SyntheticRun("version_0/pca", STEPS[3:], [(name, "pca") for name in NAMES], seed=1)
 RUN = FILM.name
 
 Open = Callable[[str], Watched]
@@ -229,7 +229,7 @@ def test_a_module_keeps_its_colour_while_its_number_changes(view: Watched) -> No
 
 
 def test_a_run_that_ended_earlier_says_which_step_it_shows(opened: Open) -> None:
-    ended = MadeUpFilm("ended", STEPS[:3], [(name, "lib") for name in NAMES])
+    ended = SyntheticRun("ended", STEPS[:3], [(name, "lib") for name in NAMES])
     view = opened(film_page([FILM, ended], "Film"))
     assert "epoch 64" in view.role("step-text").inner_text()
     view.page.check("[data-role='run'][value='ended']")
@@ -243,7 +243,7 @@ def test_a_run_that_ended_earlier_says_which_step_it_shows(opened: Open) -> None
 
 
 def test_a_thinned_film_tells_no_birth_that_it_may_have_passed_over(opened: Open) -> None:
-    class Thinned(MadeUpFilm):
+    class Thinned(SyntheticRun):
         def run(self, every: int = 1) -> str:
             run = json.loads(super().run())
             for shown in run["snapshots"]:

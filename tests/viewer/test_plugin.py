@@ -1,4 +1,4 @@
-"""The plugin's addresses: right answers, sentences for what is not there, and nothing from outside."""
+"""The plugin's routes: responses, errors, and no access outside the log directory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lib_lightning.viewer import plugin as module
 from lib_lightning.viewer.bundle import static_files
 from lib_lightning.viewer.plugin import LIBPlugin
 from lib_lightning.viewer.run_view import RunView
-from tests.viewer.filmed import Filmed, write_run
+from tests.viewer.saved_run import SavedRun, write_run
 
 DATA = "/data/plugin/lib"
 Clock = Callable[[], None]
@@ -30,7 +30,7 @@ Clock = Callable[[], None]
 
 @pytest.fixture
 def later(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Lets ten seconds pass."""
+    """Advances the clock by ten seconds."""
     now = [1000.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
 
@@ -41,13 +41,13 @@ def later(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def client_of(logdir: Path | str = "", spec: str = "", prefix: str = "") -> Client:
-    """TensorBoard's own application around the plugin."""
+    """A client of TensorBoard's own application with the plugin."""
     flags = Namespace(logdir=str(logdir), logdir_spec=spec, path_prefix=prefix, generic_data="true")
     flags.samples_per_plugin, flags.window_title = {}, ""
     return Client(TensorBoardWSGIApp(flags, [LIBPlugin], data_provider=object()))
 
 
-def asked(client: Client, address: str, code: int = 200, **query: Any) -> Any:
+def get_json(client: Client, address: str, code: int = 200, **query: Any) -> Any:
     response = client.get(f"{DATA}/{address}", query_string=query)
     assert response.status_code == code, response.text
     assert response.content_type == "application/json"
@@ -55,22 +55,22 @@ def asked(client: Client, address: str, code: int = 200, **query: Any) -> Any:
     return response.get_json()
 
 
-def test_answers_are_those_of_the_films(tmp_path: Path) -> None:
-    filmed = write_run(tmp_path / "version_0")
+def test_responses_are_those_of_run_view(tmp_path: Path) -> None:
+    saved = write_run(tmp_path / "version_0")
     client = client_of(tmp_path)
     names = ["version_0/lib", "version_0/pca"]
-    films = [RunView(tmp_path / name, name, module.Cache(1 << 30)) for name in names]
-    assert asked(client, "runs") == [film.entry() for film in films]
-    for film in films:
-        run = asked(client, "run", run=film.name)
-        assert run == json.loads(film.run())
+    views = [RunView(tmp_path / name, name, module.Cache(1 << 30)) for name in names]
+    assert get_json(client, "runs") == [view.entry() for view in views]
+    for view in views:
+        run = get_json(client, "run", run=view.name)
+        assert run == json.loads(view.run())
         assert run["scalars"]["loss/train"]["values"][:3] == [2.0, 1.98, 1.9602]
         assert set(run["scalars"]) == {"loss/train"}
-        assert asked(client, "snapshot", run=film.name, step=30) == json.loads(film.snapshot(30))
-    assert [entry["snapshots"] for entry in asked(client, "runs")] == [filmed.snapshots] * 2
+        assert get_json(client, "snapshot", run=view.name, step=30) == json.loads(view.snapshot(30))
+    assert [entry["snapshots"] for entry in get_json(client, "runs")] == [saved.snapshots] * 2
 
 
-def test_the_views_own_files_have_their_types(tmp_path: Path) -> None:
+def test_static_files_have_their_content_types(tmp_path: Path) -> None:
     client = client_of(tmp_path)
     for name, content in static_files().items():
         response = client.get(f"{DATA}/{name}")
@@ -81,36 +81,36 @@ def test_the_views_own_files_have_their_types(tmp_path: Path) -> None:
     assert client.get(f"{DATA}/index.js").status_code == 200
 
 
-def test_answers_are_compressed_for_who_takes_it(tmp_path: Path) -> None:
+def test_responses_are_compressed_if_accepted(tmp_path: Path) -> None:
     write_run(tmp_path)
     response = client_of(tmp_path).get(f"{DATA}/runs", headers={"Accept-Encoding": "gzip"})
     assert response.headers["Content-Encoding"] == "gzip"
     assert [entry["name"] for entry in json.loads(gzip.decompress(response.data))] == ["lib", "pca"]
 
 
-def test_addresses_below_a_prefix(tmp_path: Path) -> None:
+def test_routes_below_a_path_prefix(tmp_path: Path) -> None:
     write_run(tmp_path)
     response = client_of(tmp_path, prefix="/some/where").get(f"/some/where{DATA}/runs")
     assert len(response.get_json()) == 2
 
 
-def test_what_is_not_there_is_told_in_a_sentence(tmp_path: Path) -> None:
+def test_missing_runs_and_snapshots_are_not_found(tmp_path: Path) -> None:
     write_run(tmp_path)
     client = client_of(tmp_path)
-    assert asked(client, "run", 404, run="none") == {"error": "There is no run 'none' below the log directory."}
-    assert asked(client, "run", 404) == {"error": "There is no run '' below the log directory."}
-    assert asked(client, "snapshot", 404, run="lib", step=3) == {"error": "Run 'lib' has no snapshot at step 3."}
+    assert get_json(client, "run", 404, run="none") == {"error": "There is no run 'none' below the log directory."}
+    assert get_json(client, "run", 404) == {"error": "There is no run '' below the log directory."}
+    assert get_json(client, "snapshot", 404, run="lib", step=3) == {"error": "Run 'lib' has no snapshot at step 3."}
     for step in ("", "-1", "1e3", "ten", "٣", "9" * 5000, "../10"):
-        assert "steps are whole numbers" in asked(client, "snapshot", 404, run="lib", step=step)["error"]
+        assert "steps are whole numbers" in get_json(client, "snapshot", 404, run="lib", step=step)["error"]
     response = client.post(f"{DATA}/runs")
-    assert (response.status_code, response.get_json()) == (405, {"error": "This address is only read."})
+    assert (response.status_code, response.get_json()) == (405, {"error": "Only GET requests are allowed."})
 
 
-def test_errors_of_any_kind_are_sentences_and_stay_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_are_reported_and_do_not_reach_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(tmp_path)
     client = client_of(tmp_path)
     monkeypatch.setattr(RunView, "run", lambda self: {}["key"])
-    assert asked(client, "run", 500, run="lib") == {"error": "This failed: KeyError: 'key'"}
+    assert get_json(client, "run", 500, run="lib") == {"error": "The request failed: KeyError: 'key'"}
 
     def broken(root: Path) -> Any:
         raise PermissionError("not for you")
@@ -118,28 +118,28 @@ def test_errors_of_any_kind_are_sentences_and_stay_here(tmp_path: Path, monkeypa
     monkeypatch.setattr(module, "find_runs", broken)
     plugin = LIBPlugin(TBContext(logdir=str(tmp_path)))
     assert plugin.is_active() is False
-    assert "not for you" in asked(client_of(tmp_path), "runs", 500)["error"]
+    assert "not for you" in get_json(client_of(tmp_path), "runs", 500)["error"]
 
 
-def test_active_as_soon_as_there_is_a_snapshot(tmp_path: Path, later: Clock) -> None:
+def test_the_plugin_is_active_once_there_is_a_snapshot(tmp_path: Path, later: Clock) -> None:
     plugin = LIBPlugin(TBContext(logdir=str(tmp_path)))
     assert plugin.is_active() is False
-    Filmed().write(tmp_path / "version_0" / "lib", [0])
-    assert plugin.is_active() is False  # not looked for all the time
+    SavedRun().write(tmp_path / "version_0" / "lib", [0])
+    assert plugin.is_active() is False  # the last search is too recent
     later()
     assert plugin.is_active() is True
     metadata = plugin.frontend_metadata()
     assert (metadata.tab_name, metadata.es_module_path) == ("LIB", "/index.js")
 
 
-def test_looking_for_runs_takes_a_small_share_of_the_time(
+def test_searching_for_runs_takes_a_small_share_of_the_time(
     tmp_path: Path, later: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looks = 0
+    searches = 0
 
     def slow(root: Path) -> dict[str, Path]:
-        nonlocal looks
-        looks += 1
+        nonlocal searches
+        searches += 1
         later()  # ten seconds each time
         return {}
 
@@ -148,11 +148,11 @@ def test_looking_for_runs_takes_a_small_share_of_the_time(
     for _ in range(60):
         plugin.is_active()
         later()
-    assert looks == 4  # in eleven minutes, each no sooner than 200 seconds after the one before
+    assert searches == 4  # in eleven minutes, each no sooner than 200 seconds after the one before
 
 
 @pytest.mark.parametrize("context", [TBContext(), TBContext(logdir=""), TBContext(logdir="gs://bucket/logs")])
-def test_no_log_directory_is_no_run(context: TBContext) -> None:
+def test_without_a_local_log_directory_there_are_no_runs(context: TBContext) -> None:
     assert LIBPlugin(context).is_active() is False
 
 
@@ -160,25 +160,25 @@ def test_several_log_directories(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         write_run(tmp_path / name / "version_0")
     client = client_of(spec=f"first:{tmp_path / 'a'},{tmp_path / 'b'},gs://bucket/c")
-    names = [entry["name"] for entry in asked(client, "runs")]
+    names = [entry["name"] for entry in get_json(client, "runs")]
     assert names == [f"{top}/version_0/{kind}" for top in ("first", "b") for kind in ("lib", "pca")]
-    assert asked(client, "run", run="first/version_0/pca")["name"] == "first/version_0/pca"
+    assert get_json(client, "run", run="first/version_0/pca")["name"] == "first/version_0/pca"
 
 
 def test_a_new_snapshot_changes_the_version(tmp_path: Path) -> None:
-    filmed = Filmed()
-    filmed.write(tmp_path / "lib", [0, 1])
+    saved = SavedRun()
+    saved.write(tmp_path / "lib", [0, 1])
     client = client_of(tmp_path)
-    (before,) = asked(client, "runs")
-    filmed.graph(2).save(tmp_path / "lib" / "snapshots" / "step-00000020.safetensors")
-    (after,) = asked(client, "runs")
+    (before,) = get_json(client, "runs")
+    saved.graph(2).save(tmp_path / "lib" / "snapshots" / "step-00000020.safetensors")
+    (after,) = get_json(client, "runs")
     assert (before["snapshots"], after["snapshots"]) == (2, 3)
-    assert asked(client, "run", run="lib")["version"] == after["version"] != before["version"]
-    filmed.graph(2).save(tmp_path / "lib" / "snapshots" / "step-00000020.safetensors")
-    assert asked(client, "runs")[0]["version"] != after["version"]
+    assert get_json(client, "run", run="lib")["version"] == after["version"] != before["version"]
+    saved.graph(2).save(tmp_path / "lib" / "snapshots" / "step-00000020.safetensors")
+    assert get_json(client, "runs")[0]["version"] != after["version"]
 
 
-def test_nothing_outside_is_opened_whatever_is_asked(tmp_path: Path) -> None:
+def test_no_request_opens_files_outside_the_log_directory(tmp_path: Path) -> None:
     outside, logs = tmp_path / "outside", tmp_path / "logs"
     write_run(outside)
     write_run(logs / "version_0")
@@ -197,17 +197,17 @@ def test_nothing_outside_is_opened_whatever_is_asked(tmp_path: Path) -> None:
     active = True
     sys.addaudithook(watch)
     client = client_of(logs)
-    assert [entry["name"] for entry in asked(client, "runs")] == ["version_0/lib", "version_0/pca"]
-    assert asked(client, "run", run="version_0/pca")["events"] == []
-    asked(client, "snapshot", 404, run="version_0/lib", step=999)
+    assert [entry["name"] for entry in get_json(client, "runs")] == ["version_0/lib", "version_0/pca"]
+    assert get_json(client, "run", run="version_0/pca")["events"] == []
+    get_json(client, "snapshot", 404, run="version_0/lib", step=999)
     names = [
         *("../outside/lib", "version_0/../../outside/lib", str(outside / "lib"), "linked/lib", "version_0/lib/linked"),
         *("..%2foutside%2flib", "%2e%2e/outside/lib", "version_0/lib/", "./version_0/lib", "version_0/lib\0", "."),
     ]
     for name in names:
         for address in ("run", "snapshot"):
-            asked(client, address, 404, run=name, step=10)
-        # The same, already encoded.
+            get_json(client, address, 404, run=name, step=10)
+        # The same, percent-encoded.
         assert client.get(f"{DATA}/run?run={name}").status_code == 404
     for path in ("../../../etc/passwd", "..%2f..%2fplugin.py", "static/view.js", "%2e%2e/plugin.py", "__init__.py", ""):
         assert client.get(f"{DATA}/{path}").status_code == 404
@@ -216,17 +216,17 @@ def test_nothing_outside_is_opened_whatever_is_asked(tmp_path: Path) -> None:
     assert not [path for path in opened if str(outside) in path or "passwd" in path or path.endswith("plugin.py")]
 
 
-def test_a_log_directory_that_is_a_run_has_no_curves_of_the_folder_around(tmp_path: Path) -> None:
+def test_scalars_outside_the_log_directory_are_not_read(tmp_path: Path) -> None:
     write_run(tmp_path)
     client = client_of(tmp_path / "lib")
-    assert asked(client, "run", run="lib")["scalars"] == {}
+    assert get_json(client, "run", run="lib")["scalars"] == {}
 
 
 def test_the_plugin_is_declared_and_loads_without_torch() -> None:
     declared = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert '[project.entry-points.tensorboard_plugins]\nlib = "lib_lightning.viewer.plugin:LIBPlugin"' in declared
     assert EntryPoint("lib", "lib_lightning.viewer.plugin:LIBPlugin", "tensorboard_plugins").load() is LIBPlugin
-    # TensorBoard loads it before it does anything else.
+    # TensorBoard imports it at startup.
     code = (
         "import sys, lib_lightning.viewer.plugin; "
         "print({'torch', 'lightning', 'matplotlib', 'networkx', 'torchmetrics'} & set(sys.modules))"
@@ -235,10 +235,10 @@ def test_the_plugin_is_declared_and_loads_without_torch() -> None:
     assert printed == "set()\n"
 
 
-def test_tensorboards_reader_is_never_needed_to_show_a_run(tmp_path: Path) -> None:
+def test_a_run_without_event_files_is_shown(tmp_path: Path) -> None:
     """A log directory with graphs and no event files has a tab as well."""
-    Filmed(snapshots=2).write(tmp_path / "lib")
-    assert asked(client_of(tmp_path), "run", run="lib")["scalars"] == {}
+    SavedRun(snapshots=2).write(tmp_path / "lib")
+    assert get_json(client_of(tmp_path), "run", run="lib")["scalars"] == {}
     with SummaryWriter(str(tmp_path)) as writer:
         writer.add_scalar("loss", 1.0, 0)
-    assert set(asked(client_of(tmp_path), "run", run="lib")["scalars"]) == {"loss"}
+    assert set(get_json(client_of(tmp_path), "run", run="lib")["scalars"]) == {"loss"}

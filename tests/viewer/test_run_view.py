@@ -1,4 +1,4 @@
-"""What the view is told: the graphs' own numbers, and nothing of what is broken."""
+"""RunView: the JSON of runs and snapshots, and how incomplete or invalid files are handled."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ import torch
 
 from lib_lightning import InteractionGraph
 from lib_lightning.viewer.cache import Cache
-from lib_lightning.viewer.run_discovery import find_runs, plain_files
-from lib_lightning.viewer.run_view import NotThereError, RunView
-from tests.viewer.filmed import Filmed, write_run
-from tests.viewer.made_up import MadeUpFilm
+from lib_lightning.viewer.run_discovery import find_runs, regular_files
+from lib_lightning.viewer.run_view import NotFoundError, RunView
+from tests.viewer.saved_run import SavedRun, write_run
+from tests.viewer.synthetic_run import SyntheticRun
 
 
-def film_of(folder: Path, below: Path | None = None, limit: int = 1 << 30) -> RunView:
+def view_of(folder: Path, below: Path | None = None, limit: int = 1 << 30) -> RunView:
     return RunView(folder, "version_0/lib", Cache(limit), below)
 
 
-def told(film: RunView) -> Any:
-    return json.loads(film.run())
+def run_json(view: RunView) -> Any:
+    return json.loads(view.run())
 
 
 def rounded(values: torch.Tensor) -> list[float | None]:
@@ -38,18 +38,18 @@ def logs(tmp_path: Path) -> Path:
     return tmp_path / "version_0"
 
 
-def test_a_run_is_what_its_graphs_are(logs: Path) -> None:
-    filmed = write_run(logs)
-    run = told(film_of(logs / "lib"))
+def test_the_json_of_a_run_matches_its_graphs(logs: Path) -> None:
+    saved = write_run(logs)
+    run = run_json(view_of(logs / "lib"))
     assert run["name"] == "version_0/lib"
     assert run["layers"] == [
         {"name": "input", "kind": "lib"},
         {"name": "hidden", "kind": "lib"},
         {"name": "output", "kind": "neuron"},
     ]
-    assert [snapshot["step"] for snapshot in run["snapshots"]] == filmed.steps
+    assert [snapshot["step"] for snapshot in run["snapshots"]] == saved.steps
     for k, snapshot in enumerate(run["snapshots"]):
-        graph = filmed.graph(k)
+        graph = saved.graph(k)
         assert (snapshot["epoch"], snapshot["samples"]) == (k // 3, 1740)
         for layer, (name, basis) in zip(snapshot["layers"], graph.bases.items(), strict=True):
             assert layer["importance"] == rounded(basis.importance)
@@ -63,22 +63,22 @@ def test_a_run_is_what_its_graphs_are(logs: Path) -> None:
         }
         gini = graph.info["metrics"]["gini/total"]["value"]
         assert snapshot["metrics"]["gini/total"] == {"value": float(f"{gini:.5g}"), "error": None}
-    assert run["events"] == filmed.events()
+    assert run["events"] == saved.events()
     assert len(run["events"]) > 4
 
 
 def keys_of(value: Any) -> Any:
-    """What a JSON value is made of: keys of tables, and of the first item of lists."""
+    """The structure of a JSON value: keys of objects, and of the first item of arrays."""
     if isinstance(value, dict):
         return {key: keys_of(item) for key, item in value.items()}
     return [keys_of(value[0])] if isinstance(value, list) and value and isinstance(value[0], dict) else None
 
 
-def test_what_the_view_is_tested_with_has_the_form_of_real_runs(logs: Path) -> None:
+def test_synthetic_runs_have_the_same_json_keys_as_saved_runs(logs: Path) -> None:
     write_run(logs)
-    real, made_up = film_of(logs / "lib"), MadeUpFilm("made/up", [0, 10, 20], [("a", "lib"), ("b", "lib")])
-    forms = [keys_of(json.loads(film.run())) for film in (real, made_up)]
-    for form in forms:  # other names of labels, metrics and scalars
+    real, made_up = view_of(logs / "lib"), SyntheticRun("made/up", [0, 10, 20], [("a", "lib"), ("b", "lib")])
+    forms = [keys_of(json.loads(view.run())) for view in (real, made_up)]
+    for form in forms:  # labels, metrics and scalars have other names
         for key in ("labels", "scalars"):
             del form[key]
         form["snapshots"][0]["metrics"] = None
@@ -86,16 +86,16 @@ def test_what_the_view_is_tested_with_has_the_form_of_real_runs(logs: Path) -> N
     assert keys_of(json.loads(real.snapshot(30))) == keys_of(json.loads(made_up.snapshot(made_up.all_steps[0])))
 
 
-def test_a_snapshot_is_what_its_graph_is(logs: Path) -> None:
-    filmed = write_run(logs)
-    for k, step in enumerate(filmed.steps):
-        graph = filmed.graph(k)
-        snapshot = json.loads(film_of(logs / "lib").snapshot(step))
+def test_the_json_of_a_snapshot_matches_its_graph(logs: Path) -> None:
+    saved = write_run(logs)
+    for k, step in enumerate(saved.steps):
+        graph = saved.graph(k)
+        snapshot = json.loads(view_of(logs / "lib").snapshot(step))
         assert snapshot["step"] == step
         for layer, (name, basis) in zip(snapshot["layers"], graph.bases.items(), strict=True):
             assert layer["importance"] == rounded(basis.importance)
             if name == "output":
-                nothing = ("ids", "error", "similarity", "parents", "labels", "unsure")
+                nothing = ("ids", "error", "similarity", "parents", "labels", "degenerate")
                 assert [layer[key] for key in nothing] == [None] * 6
                 assert layer["modules"] == [-1, 0, 1, -1]
                 continue
@@ -108,7 +108,7 @@ def test_a_snapshot_is_what_its_graph_is(logs: Path) -> None:
             assert layer["parents"] == lineages.parents.tolist()
             assert layer["modules"] == graph.modules[name].tolist()
             assert layer["labels"] == graph.labels[name]
-            assert layer["unsure"] == basis.degenerate.tolist()
+            assert layer["degenerate"] == basis.degenerate.tolist()
         for section, (pair, E) in zip(snapshot["sections"], graph.edges.items(), strict=True):
             assert section["count"] == int((E != 0).sum())
             assert [section["strength"], section["strongest"]] == rounded(torch.stack([E.sum(), E.max()]))
@@ -119,32 +119,32 @@ def test_a_snapshot_is_what_its_graph_is(logs: Path) -> None:
             assert edges["target"] == (order // E.shape[1]).tolist()
             assert edges["source"] == (order % E.shape[1]).tolist()
     # Similarities of new features are not known, and one edge is not there.
-    first, graph = json.loads(film_of(logs / "lib").snapshot(0)), filmed.graph(0)
+    first, graph = json.loads(view_of(logs / "lib").snapshot(0)), saved.graph(0)
     assert set(first["layers"][0]["similarity"]) == {None}
     assert first["sections"][0]["count"] == graph.edges["input", "hidden"].numel() - 1
 
 
-def test_the_strongest_edges_come_first_and_no_more_than_asked_for(logs: Path) -> None:
-    filmed = write_run(logs, features=20)
-    whole = json.loads(film_of(logs / "lib").snapshot(30))["sections"][0]
-    few = json.loads(film_of(logs / "lib").snapshot(30, edges=7))["sections"][0]
+def test_edges_are_sorted_and_limited(logs: Path) -> None:
+    saved = write_run(logs, features=20)
+    whole = json.loads(view_of(logs / "lib").snapshot(30))["sections"][0]
+    few = json.loads(view_of(logs / "lib").snapshot(30, edges=7))["sections"][0]
     assert {key: few[key] for key in ("count", "strength", "strongest")} == {
         key: whole[key] for key in ("count", "strength", "strongest")
     }
     assert few["edges"] == {key: values[:7] for key, values in whole["edges"].items()}
-    E = filmed.graph(3).edges["input", "hidden"]
+    E = saved.graph(3).edges["input", "hidden"]
     assert few["edges"]["weight"] == rounded(E.flatten().topk(7).values)
 
 
-def test_edges_that_are_equal_none_or_no_number(tmp_path: Path) -> None:
-    graph = Filmed().graph(0)
+def test_edges_that_are_equal_zero_or_nan(tmp_path: Path) -> None:
+    graph = SavedRun().graph(0)
     pair = ("hidden", "output")
     graph.edges["input", "hidden"].zero_()
     graph.edges[pair].fill_(0.5)
     graph.edges[pair][0, 1] = math.nan
     graph.edge_errors = {}
     graph.save(tmp_path / "lib" / "snapshots" / "step-00000000.safetensors")
-    nothing, equal = json.loads(film_of(tmp_path / "lib").snapshot(0, edges=3))["sections"]
+    nothing, equal = json.loads(view_of(tmp_path / "lib").snapshot(0, edges=3))["sections"]
     empty = {"source": [], "target": [], "weight": [], "error": None}
     assert nothing == {"count": 0, "strength": 0, "strongest": 0, "edges": empty}
     n = graph.edges[pair].numel()
@@ -154,12 +154,12 @@ def test_edges_that_are_equal_none_or_no_number(tmp_path: Path) -> None:
 
 
 def test_labels_are_the_newest_of_each_lineage(logs: Path) -> None:
-    filmed = write_run(logs)
-    run = told(film_of(logs / "lib"))
-    for i, name in enumerate(filmed.layers[:-1]):
+    saved = write_run(logs)
+    run = run_json(view_of(logs / "lib"))
+    for i, name in enumerate(saved.layers[:-1]):
         expected: dict[str, str] = {}
-        for k in range(filmed.snapshots):
-            graph = filmed.graph(k)
+        for k in range(saved.snapshots):
+            graph = saved.graph(k)
             for lineage, label in zip(graph.lineages[name].ids.tolist(), graph.labels[name], strict=True):
                 if label:
                     expected[str(lineage)] = label
@@ -169,106 +169,106 @@ def test_labels_are_the_newest_of_each_lineage(logs: Path) -> None:
     assert run["labels"][-1] == {}
 
 
-def test_files_of_before_there_was_this_and_that(tmp_path: Path) -> None:
+def test_files_without_optional_tensors(tmp_path: Path) -> None:
     for k in range(2):
-        graph = Filmed().graph(k)
+        graph = SavedRun().graph(k)
         graph.lineages, graph.edge_errors, graph.modules, graph.info = {}, {}, {}, {"step": 10 * k}
         graph.labels = {"hidden": [f"at {10 * k}", *[""] * (graph.bases["hidden"].n_features - 1)]}
         graph.save(tmp_path / "lib" / "snapshots" / f"step-{10 * k:08d}.safetensors")
-    run = told(film_of(tmp_path / "lib"))
+    run = run_json(view_of(tmp_path / "lib"))
     assert run["labels"] == [{}, {"0": "at 10"}, {}]
     snapshot = run["snapshots"][0]
     assert (snapshot["epoch"], snapshot["samples"], snapshot["metrics"]) == (None, None, {})
     assert [layer["ids"] for layer in snapshot["layers"]] == [None] * 3
     assert run["events"] == []
-    layer = json.loads(film_of(tmp_path / "lib").snapshot(10))["layers"][0]
+    layer = json.loads(view_of(tmp_path / "lib").snapshot(10))["layers"][0]
     assert (layer["ids"], layer["parents"], layer["modules"]) == (None, None, None)
 
 
-def test_snapshots_of_other_node_layers_are_left_out(tmp_path: Path) -> None:
-    Filmed(layers=("a", "b", "output"), snapshots=2).write(tmp_path / "lib")
-    Filmed(layers=("a", "c", "output"), snapshots=5).write(tmp_path / "lib", [3, 4])
-    run = told(film_of(tmp_path / "lib"))
+def test_snapshots_with_other_node_layers_are_skipped(tmp_path: Path) -> None:
+    SavedRun(layers=("a", "b", "output"), snapshots=2).write(tmp_path / "lib")
+    SavedRun(layers=("a", "c", "output"), snapshots=5).write(tmp_path / "lib", [3, 4])
+    run = run_json(view_of(tmp_path / "lib"))
     assert [snapshot["step"] for snapshot in run["snapshots"]] == [30, 40]
     assert [layer["name"] for layer in run["layers"]] == ["a", "c", "output"]
 
 
-def test_what_is_half_there_is_left_out_until_it_is_whole(logs: Path) -> None:
-    filmed = Filmed(snapshots=4)
-    filmed.write(logs / "lib")
-    film = film_of(logs / "lib")
+def test_incomplete_files_are_skipped_until_they_are_complete(logs: Path) -> None:
+    saved = SavedRun(snapshots=4)
+    saved.write(logs / "lib")
+    view = view_of(logs / "lib")
     file = logs / "lib" / "snapshots" / "step-00000020.safetensors"
-    whole, version = file.read_bytes(), film.entry()["version"]
+    whole, version = file.read_bytes(), view.entry()["version"]
     file.write_bytes(whole[: len(whole) // 2])
     (file.parent / "step-00000025.safetensors").write_bytes(b"")
     (file.parent / ".step-00000026.safetensors.7.tmp").write_bytes(b"")
     (file.parent / "step-00000027.safetensors").mkdir()
-    assert [snapshot["step"] for snapshot in told(film)["snapshots"]] == [0, 10, 30]
-    assert film.entry()["version"] != version
-    with pytest.raises(NotThereError, match=r"at step 20 cannot be read: .*truncated"):
-        film.snapshot(20)
-    with pytest.raises(NotThereError, match="no snapshot at step 26"):
-        film.snapshot(26)
-    filmed.graph(2).save(file)
-    assert [snapshot["step"] for snapshot in told(film)["snapshots"]] == [0, 10, 20, 30]
-    assert json.loads(film.snapshot(20))["step"] == 20
+    assert [snapshot["step"] for snapshot in run_json(view)["snapshots"]] == [0, 10, 30]
+    assert view.entry()["version"] != version
+    with pytest.raises(NotFoundError, match=r"Cannot read the snapshot of run 'version_0/lib' at step 20: .*truncated"):
+        view.snapshot(20)
+    with pytest.raises(NotFoundError, match="no snapshot at step 26"):
+        view.snapshot(26)
+    saved.graph(2).save(file)
+    assert [snapshot["step"] for snapshot in run_json(view)["snapshots"]] == [0, 10, 20, 30]
+    assert json.loads(view.snapshot(20))["step"] == 20
 
 
-def test_files_of_another_content_are_left_out(tmp_path: Path) -> None:
+def test_inconsistent_files_are_skipped(tmp_path: Path) -> None:
     folder = tmp_path / "lib" / "snapshots"
-    good = Filmed().graph(1)
+    good = SavedRun().graph(1)
     good.save(folder / "step-00000010.safetensors")
-    bad = Filmed().graph(2)
+    bad = SavedRun().graph(2)
     bad.labels["input"] = ["too few"]
     bad.save(folder / "step-00000020.safetensors")
-    bad = Filmed().graph(3)
+    bad = SavedRun().graph(3)
     bad.modules["input"] = torch.zeros(2, dtype=torch.int64)
     bad.save(folder / "step-00000030.safetensors")
-    film = film_of(tmp_path / "lib")
-    assert [snapshot["step"] for snapshot in told(film)["snapshots"]] == [10]
-    with pytest.raises(NotThereError, match="'input' differ in their number of features"):
-        film.snapshot(30)
+    view = view_of(tmp_path / "lib")
+    assert [snapshot["step"] for snapshot in run_json(view)["snapshots"]] == [10]
+    with pytest.raises(NotFoundError, match="'input' have different numbers of features"):
+        view.snapshot(30)
     (folder / "step-00000010.safetensors").unlink()
     (folder / "step-00000030.safetensors").unlink()
-    with pytest.raises(NotThereError, match="no snapshot that can be read"):
-        film.run()
+    with pytest.raises(NotFoundError, match="no readable snapshots"):
+        view.run()
 
 
-def test_events_are_read_to_the_last_whole_line(logs: Path) -> None:
-    filmed = write_run(logs)
+def test_events_are_read_up_to_the_last_complete_line(logs: Path) -> None:
+    saved = write_run(logs)
     path = logs / "lib" / "events.jsonl"
     more = {"step": 71, "kind": "split", "text": 'a "b"', "layer": None, "lineage": None, "value": 1}
     with path.open("a") as file:
         file.write('[1]\n\n{"kind": "no step"}\n' + json.dumps(more) + '\n{"step": 80, "ki')
-    events = told(film_of(logs / "lib"))["events"]
-    assert events == [*filmed.events(), {key: value for key, value in more.items() if key != "value"}]
+    events = run_json(view_of(logs / "lib"))["events"]
+    assert events == [*saved.events(), {key: value for key, value in more.items() if key != "value"}]
 
 
 def test_a_run_read_while_it_is_written(logs: Path) -> None:
-    """Each answer is whole, whatever is replaced meanwhile, and the last one has everything."""
-    filmed = Filmed(snapshots=12)
-    graphs = [filmed.graph(k) for k in range(12)]
-    filmed.write(logs / "lib", [0])
+    """Every response is consistent although files are replaced meanwhile, and the last one is complete."""
+    saved = SavedRun(snapshots=12)
+    graphs = [saved.graph(k) for k in range(12)]
+    saved.write(logs / "lib", [0])
 
     def train() -> None:
-        for graph, step in list(zip(graphs, filmed.steps, strict=True)) * 2:
+        for graph, step in list(zip(graphs, saved.steps, strict=True)) * 2:
             graph.save(logs / "lib" / "snapshots" / f"step-{step:08d}.safetensors")
 
     training = threading.Thread(target=train)
-    film, seen = film_of(logs / "lib"), set()
+    view, seen = view_of(logs / "lib"), set()
     training.start()
     while training.is_alive():
-        run = told(film)
+        run = run_json(view)
         seen.add(run["version"])
         last = run["snapshots"][-1]
-        assert json.loads(film.snapshot(last["step"]))["layers"][0]["importance"] == last["layers"][0]["importance"]
+        assert json.loads(view.snapshot(last["step"]))["layers"][0]["importance"] == last["layers"][0]["importance"]
         time.sleep(0.005)
     training.join()
     assert len(seen) > 3
-    assert [snapshot["step"] for snapshot in told(film)["snapshots"]] == filmed.steps
+    assert [snapshot["step"] for snapshot in run_json(view)["snapshots"]] == saved.steps
 
 
-def test_what_was_read_is_not_read_again_until_it_changes(logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_read_again_only_when_they_change(logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lib_lightning.viewer import snapshot as module
 
     reads: list[str] = []
@@ -279,39 +279,39 @@ def test_what_was_read_is_not_read_again_until_it_changes(logs: Path, monkeypatc
         return read_parts(path, wanted)
 
     monkeypatch.setattr(module, "read_parts", counted)
-    filmed = Filmed(snapshots=4)
-    filmed.write(logs / "lib")
-    film = film_of(logs / "lib")
-    first = film.run()
-    assert film.run() == first
+    saved = SavedRun(snapshots=4)
+    saved.write(logs / "lib")
+    view = view_of(logs / "lib")
+    first = view.run()
+    assert view.run() == first
     assert len(reads) == 4
-    filmed.graph(2).save(logs / "lib" / "snapshots" / "step-00000020.safetensors")
-    film.run()
+    saved.graph(2).save(logs / "lib" / "snapshots" / "step-00000020.safetensors")
+    view.run()
     assert reads[4:] == ["step-00000020.safetensors"]
 
 
-def test_the_cache_keeps_to_its_limit(logs: Path) -> None:
-    filmed = Filmed(snapshots=6)
-    filmed.write(logs / "lib")
+def test_the_cache_does_not_exceed_its_limit(logs: Path) -> None:
+    saved = SavedRun(snapshots=6)
+    saved.write(logs / "lib")
     cache = Cache(10_000)
-    film = RunView(logs / "lib", "lib", cache)
-    sizes = [len(film.snapshot(step)) for step in filmed.steps]
+    view = RunView(logs / "lib", "lib", cache)
+    sizes = [len(view.snapshot(step)) for step in saved.steps]
     assert sum(sizes) > 2 * 10_000
     assert 0 < cache.size <= 10_000
-    film.run()
+    view.run()
     assert cache.size <= 10_000
 
 
-def test_every_few_snapshots_and_always_the_last(logs: Path) -> None:
-    Filmed(snapshots=9).write(logs / "lib")
-    film = film_of(logs / "lib")
-    assert film.steps(every=3) == [0, 30, 60, 80]
-    assert [snapshot["step"] for snapshot in json.loads(film.run(every=3))["snapshots"]] == [0, 30, 60, 80]
-    assert film.steps(every=99) == [0, 80]
+def test_every_nth_snapshot_and_the_last(logs: Path) -> None:
+    SavedRun(snapshots=9).write(logs / "lib")
+    view = view_of(logs / "lib")
+    assert view.steps(every=3) == [0, 30, 60, 80]
+    assert [snapshot["step"] for snapshot in json.loads(view.run(every=3))["snapshots"]] == [0, 30, 60, 80]
+    assert view.steps(every=99) == [0, 80]
 
 
-def test_runs_are_found_by_their_place(tmp_path: Path) -> None:
-    graph = Filmed().graph(0)
+def test_find_runs(tmp_path: Path) -> None:
+    graph = SavedRun().graph(0)
     for place in ("version_10/lib", "version_2/lib", "version_2/pca", "version_2/lib/validate", ".hidden/lib"):
         graph.save(tmp_path / place / "snapshots" / "step-00000000.safetensors")
     (tmp_path / "version_3" / "lib" / "snapshots").mkdir(parents=True)
@@ -320,48 +320,48 @@ def test_runs_are_found_by_their_place(tmp_path: Path) -> None:
     assert find_runs(tmp_path / "nothing") == {}
 
 
-def test_links_are_not_followed(tmp_path: Path) -> None:
+def test_symbolic_links_are_not_followed(tmp_path: Path) -> None:
     outside, inside = tmp_path / "outside", tmp_path / "inside"
-    Filmed(snapshots=2).write(outside / "lib")
-    Filmed(snapshots=2).write(inside / "lib")
+    SavedRun(snapshots=2).write(outside / "lib")
+    SavedRun(snapshots=2).write(inside / "lib")
     (inside / "linked").symlink_to(outside)
     (inside / "half").mkdir()
     (inside / "half" / "snapshots").symlink_to(outside / "lib" / "snapshots")
     file = inside / "lib" / "snapshots" / "step-00000090.safetensors"
     file.symlink_to(outside / "lib" / "snapshots" / "step-00000000.safetensors")
     assert find_runs(inside) == {"lib": inside / "lib"}
-    assert [plain.path.name for plain in plain_files(file.parent)] == [f"step-{s:08d}.safetensors" for s in (0, 10)]
-    # A folder that a link takes the place of later.
-    film = film_of(inside / "lib")
+    assert [plain.path.name for plain in regular_files(file.parent)] == [f"step-{s:08d}.safetensors" for s in (0, 10)]
+    # A folder that is later replaced by a symbolic link.
+    view = view_of(inside / "lib")
     (inside / "lib").rename(inside / "was")
     (inside / "lib").symlink_to(outside / "lib")
-    with pytest.raises(NotThereError):
-        film.run()
+    with pytest.raises(NotFoundError):
+        view.run()
 
 
-def test_reading_needs_no_more_than_the_tensors_it_shows(logs: Path) -> None:
-    """The large matrices of a file may be anything: they are not read, and there is no hash to compute."""
-    filmed = Filmed(snapshots=2)
-    filmed.write(logs / "lib")
+def test_only_the_tensors_shown_are_read(logs: Path) -> None:
+    """Large matrices are not read, and no hash is computed: damage there has no effect."""
+    saved = SavedRun(snapshots=2)
+    saved.write(logs / "lib")
     file = logs / "lib" / "snapshots" / "step-00000000.safetensors"
-    expected = film_of(logs / "lib").snapshot(0)
-    matrix = filmed.graph(0).bases["input"].to_features.contiguous().numpy().tobytes()
+    expected = view_of(logs / "lib").snapshot(0)
+    matrix = saved.graph(0).bases["input"].to_features.contiguous().numpy().tobytes()
     content = file.read_bytes()
     assert matrix in content
     file.write_bytes(content.replace(matrix, bytes(len(matrix))))
     with pytest.raises(ValueError, match="altered"):
         InteractionGraph.load(file)
-    assert film_of(logs / "lib").snapshot(0) == expected
+    assert view_of(logs / "lib").snapshot(0) == expected
 
 
-def test_there_is_news_when_curves_or_events_grow(logs: Path) -> None:
+def test_the_version_changes_with_scalars_and_events(logs: Path) -> None:
     write_run(logs)
-    film, seen = film_of(logs / "lib"), []
+    view, seen = view_of(logs / "lib"), []
     for file in (logs / "lib" / "events.jsonl", next(logs.glob("events.out.tfevents*"))):
-        seen.append(film.entry()["version"])
+        seen.append(view.entry()["version"])
         with file.open("ab") as stream:
             stream.write(b" ")
-    seen.append(film.entry()["version"])
+    seen.append(view.entry()["version"])
     assert len(set(seen)) == 3
 
 

@@ -1,9 +1,10 @@
-"""Curves: those of event files as TensorBoard reads them, and of metrics.csv where there are none."""
+"""Scalars of a run: from event files, compared with TensorBoard's reader, and from metrics.csv."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,15 +15,15 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lib_lightning.viewer.cache import Cache
 from lib_lightning.viewer.run_view import RunView
-from lib_lightning.viewer.scalars import MOST_POINTS, Scalars, ScalarSeries
-from tests.viewer.filmed import Filmed
+from lib_lightning.viewer.scalars import MAX_POINTS, ScalarReader, ScalarSeries
+from tests.viewer.saved_run import SavedRun
 
 
 def read(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
-    return {tag: curve.points() for tag, curve in Scalars(folder).curves().items()}
+    return {tag: scalar.points() for tag, scalar in ScalarReader(folder).read().items()}
 
 
-def test_both_kinds_of_scalars_are_those_tensorboard_reads(tmp_path: Path) -> None:
+def test_scalars_of_both_formats_match_tensorboards_reader(tmp_path: Path) -> None:
     with SummaryWriter(str(tmp_path)) as writer:
         for step in range(40):
             writer.add_scalar("loss/train", 1.5 / (1 + step), step)
@@ -32,44 +33,44 @@ def test_both_kinds_of_scalars_are_those_tensorboard_reads(tmp_path: Path) -> No
         writer.add_image("lib/graph", torch.rand(3, 700, 700), 0)
         writer.add_text("notes", "none", 0)
         writer.add_scalar("after", 7.0, 3)
-    curves = read(tmp_path)
-    theirs = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0, "tensors": 0}).Reload()
-    assert set(curves) == {"loss/train", "accuracy", "after"}
-    scalars = theirs.Scalars("loss/train")
-    assert curves["loss/train"] == ([event.step for event in scalars], [event.value for event in scalars])
-    tensors = theirs.Tensors("accuracy")
-    assert curves["accuracy"][0] == [event.step for event in tensors]
-    assert curves["accuracy"][1] == [float(event.tensor_proto.float_val[0]) for event in tensors]
-    assert curves["after"] == ([3], [7.0])
+    series = read(tmp_path)
+    accumulator = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+    assert set(series) == {"loss/train", "accuracy", "after"}
+    scalars = accumulator.Scalars("loss/train")
+    assert series["loss/train"] == ([event.step for event in scalars], [event.value for event in scalars])
+    tensors = accumulator.Tensors("accuracy")
+    assert series["accuracy"][0] == [event.step for event in tensors]
+    assert series["accuracy"][1] == [float(event.tensor_proto.float_val[0]) for event in tensors]
+    assert series["after"] == ([3], [7.0])
 
 
-def test_files_are_read_on_as_they_grow_and_records_when_they_are_whole(tmp_path: Path) -> None:
+def test_growing_files_are_read_up_to_the_last_complete_record(tmp_path: Path) -> None:
     source, copy = tmp_path / "source", tmp_path / "copy"
     with SummaryWriter(str(source)) as writer:
         for step in range(20):
             writer.add_scalar("loss", float(step), step)
     content = next(source.iterdir()).read_bytes()
     copy.mkdir()
-    scalars, file, lengths = Scalars(copy), copy / "events.out.tfevents.1", set()
+    scalars, file, lengths = ScalarReader(copy), copy / "events.out.tfevents.1", set()
     for end in range(0, len(content), 13):
         file.write_bytes(content[:end])
-        steps, values = scalars.curves()["loss"].points() if "loss" in scalars.curves() else ([], [])
+        steps, values = scalars.read()["loss"].points() if "loss" in scalars.read() else ([], [])
         assert steps == list(range(len(steps)))
         assert values == [float(step) for step in steps]
         lengths.add(len(steps))
     file.write_bytes(content)
     assert lengths == set(range(20))
-    assert scalars.curves()["loss"].points()[0] == list(range(20))
-    # A file that takes its place begins anew.
+    assert scalars.read()["loss"].points()[0] == list(range(20))
+    # A file that replaces it is read from the beginning.
     other = file.with_name("other")
     other.write_bytes(content[: len(content) // 2])
     other.rename(file)
-    assert 0 < len(scalars.curves()["loss"].points()[0]) < 15
+    assert 0 < len(scalars.read()["loss"].points()[0]) < 15
     file.unlink()
-    assert scalars.curves() == {}
+    assert scalars.read() == {}
 
 
-def test_a_resumed_run_goes_on_in_a_second_file(tmp_path: Path) -> None:
+def test_a_resumed_run_continues_in_a_second_file(tmp_path: Path) -> None:
     for begin, value, suffix in ((0, 1.0, ".first"), (6, 2.0, ".second")):
         with SummaryWriter(str(tmp_path), filename_suffix=suffix) as writer:
             for step in range(begin, begin + 10):
@@ -77,13 +78,13 @@ def test_a_resumed_run_goes_on_in_a_second_file(tmp_path: Path) -> None:
     assert read(tmp_path)["loss"] == (list(range(16)), [1.0] * 6 + [2.0] * 10)
 
 
-def test_curves_of_a_writer_of_several(tmp_path: Path) -> None:
+def test_scalars_written_by_add_scalars(tmp_path: Path) -> None:
     with SummaryWriter(str(tmp_path)) as writer:
         writer.add_scalars("loss", {"train": 1.0, "test": 2.0}, 5)
     assert read(tmp_path) == {"loss_train/loss": ([5], [1.0]), "loss_test/loss": ([5], [2.0])}
 
 
-def test_what_is_no_event_file_is_passed_over(tmp_path: Path) -> None:
+def test_invalid_event_files_are_skipped(tmp_path: Path) -> None:
     with SummaryWriter(str(tmp_path)) as writer:
         writer.add_scalar("loss", 1.0, 0)
     (tmp_path / "events.out.tfevents.broken").write_bytes(bytes(range(256)) * 9)
@@ -91,72 +92,81 @@ def test_what_is_no_event_file_is_passed_over(tmp_path: Path) -> None:
     assert read(tmp_path) == {"loss": ([0], [1.0])}
 
 
-def test_the_csv_of_a_run_without_event_files(tmp_path: Path) -> None:
+def test_metrics_csv_is_read_if_there_are_no_event_files(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, name="", version="version_0")
     for step in range(30):
         logger.log_metrics({"loss": 1 / (1 + step), "epoch": 0.0}, step)
         if step % 10 == 9:
             logger.log_metrics({"val_acc": step / 30, "lib/features/total": 4.0}, step)
     logger.save()
-    Filmed(snapshots=2).write(tmp_path / "version_0" / "lib")
-    curves = read(tmp_path / "version_0")
-    assert curves["loss"] == (list(range(30)), [1 / (1 + step) for step in range(30)])
-    assert curves["val_acc"] == ([9, 19, 29], [step / 30 for step in (9, 19, 29)])
-    told = json.loads(RunView(tmp_path / "version_0" / "lib", "lib", Cache(1 << 20)).run())["scalars"]
-    assert set(told) == {"loss", "val_acc"}
+    SavedRun(snapshots=2).write(tmp_path / "version_0" / "lib")
+    series = read(tmp_path / "version_0")
+    assert series["loss"] == (list(range(30)), [1 / (1 + step) for step in range(30)])
+    assert series["val_acc"] == ([9, 19, 29], [step / 30 for step in (9, 19, 29)])
+    scalars = json.loads(RunView(tmp_path / "version_0" / "lib", "lib", Cache(1 << 20)).run())["scalars"]
+    assert set(scalars) == {"loss", "val_acc"}
     table = tmp_path / "version_0" / "metrics.csv"
-    table.write_text(table.read_text() + "0,0.25,3")  # half a line, and a column that is not there yet
+    table.write_text(table.read_text() + "0,0.25,3")  # an incomplete line, and a missing column
     assert read(tmp_path / "version_0")["loss"][0] == list(range(30))
-    # Event files are better: they say more, and are read on.
+    # Event files have priority: they are more complete and can be read incrementally.
     with SummaryWriter(str(tmp_path / "version_0")) as writer:
         writer.add_scalar("other", 1.0, 0)
     assert set(read(tmp_path / "version_0")) == {"other"}
 
 
-def test_long_curves_are_thinned_evenly_and_keep_their_ends() -> None:
-    curve = ScalarSeries()
+def test_long_series_are_thinned_evenly_and_keep_their_ends() -> None:
+    scalar = ScalarSeries()
     for step in range(123_457):
-        curve.add(step, -float(step))
-    steps, values = curve.points()
+        scalar.add(step, -float(step))
+    steps, values = scalar.points()
     gaps = [after - before for before, after in itertools.pairwise(steps)]
-    assert len(steps) == MOST_POINTS
+    assert len(steps) == MAX_POINTS
     assert (steps[0], steps[-1]) == (0, 123_456)
     assert values == [-float(step) for step in steps]
     assert max(gaps[:-1]) <= 2 * min(gaps[:-1])
     short = ScalarSeries()
-    for step in range(MOST_POINTS):
+    for step in range(MAX_POINTS):
         short.add(step, 1.0)
-    assert short.points()[0] == list(range(MOST_POINTS))
+    assert short.points()[0] == list(range(MAX_POINTS))
 
 
-@pytest.mark.parametrize(("below", "there"), [("version_0", True), ("version_0/lib", False)])
-def test_numbers_of_the_graphs_are_left_out_and_so_is_what_lies_outside(
-    below: str, there: bool, tmp_path: Path
-) -> None:
-    Filmed(snapshots=2).write(tmp_path / "version_0" / "lib")
-    Filmed(snapshots=2).write(tmp_path / "version_0" / "pca")
+@pytest.mark.parametrize(("root", "readable"), [("version_0", True), ("version_0/lib", False)])
+def test_metrics_of_graphs_and_scalars_outside_the_root_are_excluded(root: str, readable: bool, tmp_path: Path) -> None:
+    SavedRun(snapshots=2).write(tmp_path / "version_0" / "lib")
+    SavedRun(snapshots=2).write(tmp_path / "version_0" / "pca")
     with SummaryWriter(str(tmp_path / "version_0")) as writer:
         for tag in ("lib_over_pca/edges/total", "lib/edges/total", "pca/edges/total", "loss"):
             writer.add_scalar(tag, float("nan") if tag == "loss" else 0.123456, 4)
-    film = RunView(tmp_path / "version_0" / "lib", "lib", Cache(1 << 20), tmp_path / below)
+    view = RunView(tmp_path / "version_0" / "lib", "lib", Cache(1 << 20), tmp_path / root)
     both = {"loss": {"steps": [4], "values": [None]}, "lib_over_pca/edges/total": {"steps": [4], "values": [0.12346]}}
-    scalars = json.loads(film.run())["scalars"]
-    assert scalars == (both if there else {})
-    assert list(scalars) == (list(both) if there else [])
+    scalars = json.loads(view.run())["scalars"]
+    assert scalars == (both if readable else {})
+    assert list(scalars) == (list(both) if readable else [])
 
 
-def test_a_look_from_outside_has_the_curves_of_the_run(tmp_path: Path) -> None:
-    Filmed(snapshots=2).write(tmp_path / "lib" / "validate")
+def test_a_standalone_validation_has_the_scalars_of_its_run(tmp_path: Path) -> None:
+    SavedRun(snapshots=2).write(tmp_path / "lib" / "validate")
     with SummaryWriter(str(tmp_path)) as writer:
         writer.add_scalar("loss", 1.0, 4)
     assert "loss" in json.loads(RunView(tmp_path / "lib" / "validate", "look", Cache(1 << 20)).run())["scalars"]
 
 
-def test_a_link_to_an_event_file_is_not_read(tmp_path: Path) -> None:
+def test_symbolic_links_to_event_files_are_not_read(tmp_path: Path) -> None:
     with SummaryWriter(str(tmp_path / "outside")) as writer:
         writer.add_scalar("secret", 1.0, 4)
     logs = tmp_path / "logs"
-    Filmed(snapshots=2).write(logs / "lib")
+    SavedRun(snapshots=2).write(logs / "lib")
     (logs / "events.out.tfevents.1").symlink_to(next((tmp_path / "outside").iterdir()))
     (logs / "folder").symlink_to(tmp_path / "outside")
     assert read(logs) == {}
+
+
+def test_a_tensorboard_without_its_event_class_costs_the_scalars_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    SavedRun(snapshots=2).write(tmp_path / "lib")
+    with SummaryWriter(str(tmp_path)) as writer:
+        writer.add_scalar("loss", 1.0, 0)
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", None)
+    run = json.loads(RunView(tmp_path / "lib", "lib", Cache(1 << 20)).run())
+    assert (len(run["snapshots"]), run["scalars"]) == (2, {})

@@ -20,7 +20,7 @@ import pytest
 from playwright.sync_api import Frame
 
 from tests.viewer.browser import READY, Watched
-from tests.viewer.filmed import Filmed, write_run
+from tests.viewer.saved_run import SavedRun, write_run
 
 ROOT = Path(__file__).parents[2]
 RUN = "version_0/lib"
@@ -119,7 +119,7 @@ class Tab:
 
 
 def test_the_tab_in_a_browser(watched: Watched, tmp_path: Path) -> None:
-    filmed = Filmed(snapshots=8, features=20)
+    filmed = SavedRun(snapshots=8, features=20)
     logs = tmp_path / "logs" / "version_0"
     write_run(logs, snapshots=8, features=20)
     last = logs / "lib" / "snapshots" / "step-00000070.safetensors"
@@ -174,7 +174,7 @@ def test_the_first_snapshot_makes_the_tab(watched: Watched, tmp_path: Path) -> N
     logs.mkdir()
     with tensorboard(logs, tmp_path / "site") as url:
         assert get(url, "data/plugins_listing")["lib"]["enabled"] is False
-        Filmed().write(logs / "version_0" / "lib", [0])
+        SavedRun().write(logs / "version_0" / "lib", [0])
         for _ in range(100):
             if get(url, "data/plugins_listing")["lib"]["enabled"]:
                 break

@@ -53,7 +53,7 @@ function buildColumn(history, k, snapshot, frame, l, view, plot, {x, room}) {
       y: plot.top + frame.heights[n] * (plot.bottom - plot.top),
       radius: Math.min(dotRadius(layer.importance[feature] / largest), most),
       color: dotColor(history, k, snapshot, l, feature, id, view.color),
-      hollow: Boolean(layer.unsure?.[feature]),
+      hollow: Boolean(layer.degenerate?.[feature]),
       isNew: age === 0 && k > 0,
       label: labelOf(history, snapshot, l, feature, id),
       rank: n,

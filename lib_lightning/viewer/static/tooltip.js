@@ -22,7 +22,7 @@ export function featureFacts(scene, l, i, color) {
     similarity === null || similarity === undefined
       ? null
       : ["similarity", `${number(similarity)} to the snapshot before`],
-    layer.unsure?.[i] ? ["direction", "not fixed by the samples"] : null,
+    layer.degenerate?.[i] ? ["direction", "not fixed by the samples"] : null,
   ];
   return [
     h(

@@ -1,4 +1,4 @@
-"""A film that no network has made: lineages that are born, split and die, in modules whose numbers change."""
+"""A synthetic run for tests in a browser: lineages that are born, split and die, in modules that are renumbered."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MODULES = 6
 
 @dataclass
 class Lineage:
-    """A feature over time."""
+    """A lineage over time."""
 
     id: int
     group: int
@@ -25,8 +25,8 @@ class Lineage:
 
 
 @dataclass
-class MadeUpFilm:
-    """Has the methods of `lib_lightning.viewer.run_view.RunView` that a page needs."""
+class SyntheticRun:
+    """Implements the methods of `lib_lightning.viewer.run_view.RunView` that the HTML export needs."""
 
     name: str
     all_steps: list[int]
@@ -55,22 +55,22 @@ class MadeUpFilm:
             self.lineages.append(column)
 
     def alive(self, k: int, layer: int) -> list[Lineage]:
-        """Lineages of a snapshot, the most important first."""
-        there = [one for one in self.lineages[layer] if one.birth <= k < one.death]
-        return sorted(there, key=lambda one: -self.importance(one, k))
+        """Lineages in a snapshot, the most important first."""
+        alive = [one for one in self.lineages[layer] if one.birth <= k < one.death]
+        return sorted(alive, key=lambda one: -self.importance(one, k))
 
     def importance(self, one: Lineage, k: int) -> float:
-        """A smooth curve of its own."""
+        """Importance in a snapshot: a smooth curve."""
         age = (k - one.birth) / max(1, len(self.all_steps) - 1)
         grown = min(1.0, 0.15 + 0.3 * (k - one.birth)) if one.birth else 1.0
         return float(one.size * grown * 10 ** (one.rise * age) * (1 + 0.1 * np.sin(k * 0.7 + one.id)))
 
     def label(self, layer: int, one: Lineage) -> str:
-        """A name like those of `FourierLabels`; the least of them have none."""
+        """A label like those of `FourierLabels`; every fourth lineage has none."""
         return f"k={5 + 3 * one.group} {'a+b' if layer > 1 else 'ab'[one.id % 2]} {99 - one.id}%" if one.id % 4 else ""
 
     def numbers_of_modules(self, k: int) -> dict[int, int]:
-        """The number of each group: by size, so that it changes from snapshot to snapshot."""
+        """Module number of each group: its rank by size, which changes from snapshot to snapshot."""
         counts = np.zeros(_MODULES, dtype=int)
         for layer in range(len(self.layers)):
             for one in self.alive(k, layer):
@@ -119,18 +119,18 @@ class MadeUpFilm:
         }
 
     def _layer(self, k: int, l: int) -> dict[str, Any]:
-        there = self.alive(k, l)
+        alive = self.alive(k, l)
         numbers = self.numbers_of_modules(k)
-        importance = [float(f"{self.importance(one, k):.5g}") for one in there]
+        importance = [float(f"{self.importance(one, k):.5g}") for one in alive]
         return {
-            "ids": [one.id for one in there],
+            "ids": [one.id for one in alive],
             "importance": importance,
             "error": [float(f"{0.06 * value:.5g}") for value in importance],
-            "similarity": [None if one.birth == k else float(f"{1 - 0.003 * one.id:.5g}") for one in there],
-            "parents": [one.parent if one.birth == k and k > 0 else -1 for one in there],
-            "modules": [numbers[one.group] if one.id % 9 else -1 for one in there] if self.modules else None,
-            "labels": [self.label(l, one) for one in there],
-            "unsure": [one.id % 7 == 3 for one in there],
+            "similarity": [None if one.birth == k else float(f"{1 - 0.003 * one.id:.5g}") for one in alive],
+            "parents": [one.parent if one.birth == k and k > 0 else -1 for one in alive],
+            "modules": [numbers[one.group] if one.id % 9 else -1 for one in alive] if self.modules else None,
+            "labels": [self.label(l, one) for one in alive],
+            "degenerate": [one.id % 7 == 3 for one in alive],
         }
 
     def snapshot(self, step: int, edges: int = 400) -> str:
@@ -145,7 +145,7 @@ class MadeUpFilm:
         return json.dumps({"step": step, "layers": layers, "sections": sections})
 
     def section(self, k: int, l: int) -> tuple[list[float], list[int], list[int]]:
-        """Strengths of all edges of a section, the strongest first, and the features at their ends."""
+        """Strengths of all edges of a section, the strongest first, and the indices of their features."""
         before, after = self.alive(k, l), self.alive(k, l + 1)
         rng = np.random.default_rng(self.seed + l)
         noise = 10 ** rng.uniform(-2.5, 0, (self.features, self.features))

@@ -1,4 +1,4 @@
-"""Runs on disk as training writes them, without the training: lineages that are born, split and die."""
+"""Synthetic runs on disk, in the format that training writes: lineages that are born, split and die."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CLASSES = 4
 
 @dataclass
 class Lineage:
-    """A feature over time: there from snapshot ``birth`` to before ``death``."""
+    """A lineage over time: present from snapshot ``birth`` until before ``death``."""
 
     birth: int
     death: int
@@ -30,14 +30,14 @@ class Lineage:
 
 
 @dataclass
-class Filmed:
-    """A run of made-up graphs.
+class SavedRun:
+    """A run of synthetic graphs.
 
     Args:
         layers: Names of the node layers; the last one has single neurons.
-        features: Number of features ever of each other layer.
-        snapshots: Number of snapshots, 10 steps apart; two at least.
-        seed: Of everything drawn.
+        features: Number of lineages of each other layer.
+        snapshots: Number of snapshots, 10 steps apart; at least two.
+        seed: Random seed.
         kind: Basis of all but the last layer.
     """
 
@@ -56,7 +56,7 @@ class Filmed:
         self.strength = [10.0 ** rng.uniform(-4, 0, (after, before)) for before, after in itertools.pairwise(wide)]
 
     def _draw(self, rng: np.random.Generator, i: int) -> Lineage:
-        """The first half is there from the start; of the others, every second one splits from one of them."""
+        """The first half is present from the start; every second one of the others splits from one of these."""
         early = i < self.features // 2
         birth = 0 if early else int(rng.integers(1, max(2, self.snapshots)))
         death = int(rng.integers(birth + 1, self.snapshots + 1)) if i % 3 == 2 else self.snapshots
@@ -69,12 +69,12 @@ class Filmed:
         return [10 * k for k in range(self.snapshots)]
 
     def graph(self, k: int) -> InteractionGraph:
-        """The graph of a snapshot, its features ordered by importance."""
+        """The graph of a snapshot, with features in order of importance."""
         importances = [
             {
                 i: one.size * 10 ** (one.growth * k / self.snapshots)
                 for i, one in enumerate(layer)
-                if self._lives(one, k)
+                if self._is_alive(one, k)
             }
             for layer in self.lineages
         ]
@@ -93,7 +93,7 @@ class Filmed:
             pair: torch.from_numpy(self.strength[i][np.ix_(rows[i + 1], rows[i])] * (1 + k / self.snapshots))
             for i, pair in enumerate(pairs)
         }
-        edges[pairs[0]][0, -1] = 0.0  # an edge that is not there
+        edges[pairs[0]][0, -1] = 0.0  # a missing edge
         graph = InteractionGraph(
             bases,
             edges,
@@ -112,7 +112,7 @@ class Filmed:
         return graph
 
     def events(self) -> list[dict[str, object]]:
-        """What happened, as the callback tells it."""
+        """Events in the format of the callback."""
         found: list[dict[str, object]] = []
         for name, layer in zip(self.layers, self.lineages, strict=False):
             for i, one in enumerate(layer):
@@ -123,25 +123,25 @@ class Filmed:
         return sorted(found, key=lambda event: str(event["step"]).zfill(9))
 
     def write(self, folder: Path, snapshots: Sequence[int] | None = None) -> None:
-        """Write basis files, all of them by default, and events."""
+        """Write events and basis files, by default of all snapshots."""
         for k in range(self.snapshots) if snapshots is None else snapshots:
             self.graph(k).save(folder / "snapshots" / f"step-{10 * k:08d}.safetensors")
         (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in self.events()))
 
     @staticmethod
-    def _lives(one: Lineage, k: int) -> bool:
+    def _is_alive(one: Lineage, k: int) -> bool:
         return one.birth <= k < one.death
 
     @staticmethod
     def _label(i: int, k: int) -> str:
-        """Names change as features form, and are text of any kind."""
+        """Labels change over time and contain special characters."""
         return "" if i % 4 == 3 else f"k={i} <a&b> {50 + k}%"
 
     def _basis(self, name: str, importance: torch.Tensor) -> Basis:
         r, d = len(importance), self.features
         C = torch.eye(d, r, dtype=torch.float64)
-        unsure = torch.arange(r) % 5 == 4
-        return Basis(name, self.kind, torch.zeros(d).double(), C, C.T, importance, importance / 20, unsure)
+        degenerate = torch.arange(r) % 5 == 4
+        return Basis(name, self.kind, torch.zeros(d).double(), C, C.T, importance, importance / 20, degenerate)
 
 
 def write_run(
@@ -150,14 +150,14 @@ def write_run(
     features: int = 12,
     snapshots: int = 8,
     seed: int = 0,
-) -> Filmed:
+) -> SavedRun:
     """Write a run to its log directory: graphs in ``lib``, a baseline in ``pca``, and an event file with a loss."""
-    filmed = Filmed(layers, features, snapshots, seed)
-    filmed.write(logs / "lib")
-    Filmed(layers, features, snapshots, seed + 1, kind="pca").write(logs / "pca")
+    saved = SavedRun(layers, features, snapshots, seed)
+    saved.write(logs / "lib")
+    SavedRun(layers, features, snapshots, seed + 1, kind="pca").write(logs / "pca")
     with SummaryWriter(str(logs)) as writer:
         for step in range(10 * snapshots):
             writer.add_scalar("loss/train", 2.0 * 0.99**step, step)
         writer.add_scalar("lib/features/total", 1.0, 0)
         writer.add_scalar("epoch", 0, 0)
-    return filmed
+    return saved

@@ -1,4 +1,4 @@
-"""The view over HTTP while a run is being written."""
+"""The viewer over HTTP while a run is being written."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from playwright.sync_api import Route
 
 from lib_lightning.viewer.bundle import static_files
 from tests.viewer.browser import READY, Watched
-from tests.viewer.made_up import MadeUpFilm
+from tests.viewer.synthetic_run import SyntheticRun
 
 STEPS = [10, 20, 40, 80]
 PAGE = """<!DOCTYPE html><meta charset="utf-8"><body><script type="module" src="start.js"></script>"""
 START = 'import {render} from "./index.js"; render();'
-# What TensorBoard allows its pages.
+# The policy of TensorBoard's pages.
 POLICY = "default-src 'self'; font-src 'self' data:; img-src 'self' data: blob:; object-src 'none'; style-src 'self' 'unsafe-inline' data:; connect-src 'self'; script-src 'self'"  # noqa: E501
 
 
-class Served:
-    """A plugin whose run grows."""
+class FakePlugin:
+    """A simulated plugin whose run grows."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -30,8 +30,8 @@ class Served:
         self.unreadable: set[str] = set()
         self.layers = ["in", "out"]
 
-    def film(self, name: str) -> MadeUpFilm:
-        return MadeUpFilm(name, STEPS, [(layer, "lib") for layer in self.layers], written=self.count)
+    def saved(self, name: str) -> SyntheticRun:
+        return SyntheticRun(name, STEPS, [(layer, "lib") for layer in self.layers], written=self.count)
 
     def answer(self, route: Route) -> None:
         address = urlparse(route.request.url)
@@ -49,26 +49,26 @@ class Served:
         elif query["run"] in self.unreadable:
             route.fulfill(status=500, json={"error": f"The run '{query['run']}' cannot be read."})
         elif name == "run":
-            route.fulfill(body=self.film(query["run"]).run())
+            route.fulfill(body=self.saved(query["run"]).run())
         elif int(query["step"]) in self.lost:
             route.fulfill(status=404, json={"error": f"The run has no snapshot at step {query['step']}."})
         else:
-            route.fulfill(body=self.film(query["run"]).snapshot(int(query["step"])))
+            route.fulfill(body=self.saved(query["run"]).snapshot(int(query["step"])))
 
     def entry(self, name: str) -> dict[str, Any]:
-        entry = self.film(name).entry()
+        entry = self.saved(name).entry()
         return {**entry, "version": f"{entry['version']} {self.layers}"}
 
 
 @pytest.fixture
-def served(watched: Watched) -> Served:
-    served = Served()
+def served(watched: Watched) -> FakePlugin:
+    served = FakePlugin()
     watched.page.clock.install()
     watched.page.route("http://tensorboard.test/**", served.answer)
     return served
 
 
-def test_snapshots_appear_as_they_are_written(watched: Watched, served: Served) -> None:
+def test_snapshots_appear_as_they_are_written(watched: Watched, served: FakePlugin) -> None:
     page = watched.page
     watched.open("http://tensorboard.test/a/prefix/page.html")
     assert "No snapshots yet" in page.locator(".lib-empty").inner_text()
@@ -78,7 +78,7 @@ def test_snapshots_appear_as_they_are_written(watched: Watched, served: Served) 
     served.count = 3
     page.clock.fast_forward(5100)
     page.wait_for_selector(f"{READY}[data-step='40']")
-    # Who has gone back is left there.
+    # The step shown does not change if it is not the last one.
     watched.set("step", 0)
     served.count = 4
     page.clock.fast_forward(5100)
@@ -88,7 +88,7 @@ def test_snapshots_appear_as_they_are_written(watched: Watched, served: Served) 
     assert {urlparse(url).netloc for url in watched.requests} == {"tensorboard.test"}
 
 
-def test_a_snapshot_that_cannot_be_had_is_asked_for_again(watched: Watched, served: Served) -> None:
+def test_a_snapshot_that_fails_to_load_is_requested_again(watched: Watched, served: FakePlugin) -> None:
     page = watched.page
     served.count, served.lost = 4, {20}
     watched.open("http://tensorboard.test/page.html")
@@ -101,7 +101,7 @@ def test_a_snapshot_that_cannot_be_had_is_asked_for_again(watched: Watched, serv
     assert page.locator(".lib-message").is_hidden()
 
 
-def test_a_run_that_is_gone_makes_room_for_another(watched: Watched, served: Served) -> None:
+def test_a_deleted_run_is_replaced_by_another(watched: Watched, served: FakePlugin) -> None:
     served.count = 2
     watched.open("http://tensorboard.test/page.html")
     assert watched.state()["runs"] == "run/lib"
@@ -111,7 +111,7 @@ def test_a_run_that_is_gone_makes_room_for_another(watched: Watched, served: Ser
     assert watched.position("run/other", "in", 5) is not None
 
 
-def test_an_error_is_a_sentence_and_polling_goes_on(watched: Watched, served: Served) -> None:
+def test_errors_are_shown_and_polling_continues(watched: Watched, served: FakePlugin) -> None:
     page = watched.page
     served.broken = "The log directory cannot be read."
     watched.open("http://tensorboard.test/page.html")
@@ -122,7 +122,7 @@ def test_an_error_is_a_sentence_and_polling_goes_on(watched: Watched, served: Se
     assert page.locator(".lib-message").is_hidden()
 
 
-def test_runs_keep_their_colours_when_others_appear(watched: Watched, served: Served) -> None:
+def test_runs_keep_their_colours_when_others_appear(watched: Watched, served: FakePlugin) -> None:
     page = watched.page
     swatches = "items => items.map(item => item.style.background)"
     served.count, served.names = 2, ["b", "c"]
@@ -138,7 +138,7 @@ def test_runs_keep_their_colours_when_others_appear(watched: Watched, served: Se
     assert page.locator("[data-track='metric'] .lib-line-swatch").first.evaluate("e => e.style.background") == before[0]
 
 
-def test_a_run_that_cannot_be_read_keeps_no_other_from_being_shown(watched: Watched, served: Served) -> None:
+def test_an_unreadable_run_does_not_prevent_others_from_being_shown(watched: Watched, served: FakePlugin) -> None:
     page = watched.page
     message = page.locator(".lib-message")
     served.count, served.names, served.unreadable = 2, ["a", "b"], {"a"}
@@ -156,7 +156,7 @@ def test_a_run_that_cannot_be_read_keeps_no_other_from_being_shown(watched: Watc
     assert message.is_hidden()
 
 
-def test_a_replaced_run_is_shown_while_a_feature_is_followed(watched: Watched, served: Served) -> None:
+def test_a_replaced_run_is_shown_while_a_feature_is_followed(watched: Watched, served: FakePlugin) -> None:
     page = watched.page
     served.count = 2
     watched.open("http://tensorboard.test/page.html")
@@ -174,7 +174,7 @@ def test_a_replaced_run_is_shown_while_a_feature_is_followed(watched: Watched, s
     assert watched.errors == []
 
 
-def test_a_version_is_done_only_when_it_is_drawn(watched: Watched, served: Served) -> None:
+def test_a_version_that_failed_to_draw_is_drawn_again(watched: Watched, served: FakePlugin) -> None:
     page = watched.page
     served.count = 2
     watched.open("http://tensorboard.test/page.html")
