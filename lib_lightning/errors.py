@@ -1,4 +1,4 @@
-"""What can go wrong, in words for people."""
+"""Exceptions of the package."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ from collections.abc import Iterable
 
 
 class LIBError(Exception):
-    """Anything this package refuses or cannot do; its message says what, where and what to do."""
+    """Base class of the errors of this package. The message says what was wrong, where, and what to do."""
 
 
 class NodeLayerError(LIBError, ValueError):
-    """A node layer that does not fit the model: unknown, never run, out of order, or not a cut."""
+    """A node layer that is not valid for the model: unknown, not called, out of order, or not a cut."""
 
 
 class ActivationError(LIBError, ValueError):
-    """Activations that no basis can be computed from: integers, NaN, infinite, or none at all."""
+    """Activations that no basis can be computed from: integers, NaN, infinite, or no samples."""
 
 
 class NotFiniteError(ActivationError):
-    """Activations, or derivatives between them, that are NaN or infinite."""
+    """Activations or derivatives that are NaN or infinite."""
 
 
 def quoted(names: Iterable[str]) -> str:
-    """Names in quotation marks, separated by commas."""
+    """Join names, in quotation marks and separated by commas."""
     return ", ".join(f"'{name}'" for name in names)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that memory ran out, on an accelerator or on the CPU.
+    """Whether an error means that memory ran out, on an accelerator or on the CPU.
 
     Args:
         error: Any exception.
@@ -39,8 +39,8 @@ def is_out_of_memory(error: BaseException) -> bool:
         >>> is_out_of_memory(MemoryError()), is_out_of_memory(ValueError("too large"))
         (True, False)
     """
-    # By its name: torch itself need not be imported here.
+    # The error of torch, by its name: this module does not import torch.
     if isinstance(error, MemoryError) or any(cls.__name__ == "OutOfMemoryError" for cls in type(error).__mro__):
         return True
-    signs = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    messages = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in messages)

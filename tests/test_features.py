@@ -126,7 +126,7 @@ def test_values_of_all_processes(model: nn.Module) -> None:
 
 def test_no_samples(model: nn.Module) -> None:
     graph = graph_of(model, [torch.randn(30, 4, 3).double()])
-    with pytest.raises(LIBError, match="no samples"):
+    with pytest.raises(LIBError, match="no reference samples"):
         reference_features(graph, model, [])
 
 

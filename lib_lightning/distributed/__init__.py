@@ -1,1 +1,1 @@
-"""Sums over processes."""
+"""The interface of a process group, and its implementation with `torch.distributed`."""

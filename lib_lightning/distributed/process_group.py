@@ -1,4 +1,4 @@
-"""What `build` needs of several processes that work on different samples of the same run, and what one alone gives."""
+"""The interface of a process group, and its simplest implementation: a single process."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from torch import Tensor
 
 
 class ProcessGroup:
-    """One process, with nothing to share: the interface through which sums go, and its simplest case.
+    """Processes that compute one result from different samples. This class is a group with a single process.
+
+    Every process of a group has to make the same calls in the same order.
 
     Attributes:
-        rank: Number of this process, from 0.
+        rank: Index of this process, from 0.
         size: Number of processes.
     """
 
@@ -21,20 +23,41 @@ class ProcessGroup:
     size = 1
 
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Sum over processes, entry by entry; the shapes are the same everywhere."""
+        """Sum tensors over processes.
+
+        Args:
+            tensors: Tensors with the same shapes on every process.
+
+        Returns:
+            The elementwise sums, on every process.
+        """
         return list(tensors)
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """The tensors of all processes, of any sizes, but with equally many axes."""
+        """Collect the tensors of all processes.
+
+        Args:
+            tensor: A tensor of this process. Sizes may differ between processes, but not the number of dimensions.
+
+        Returns:
+            The tensors by rank, on every process.
+        """
         return [tensor]
 
     def broadcast(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors of process 0, for all to go on with the same numbers."""
+        """Send the tensors of process 0 to all processes.
+
+        Args:
+            tensors: Tensors with the same numbers of dimensions on every process; the sizes may differ.
+
+        Returns:
+            The tensors of process 0, on every process.
+        """
         return list(tensors)
 
     @contextmanager
     def sync_errors(self) -> Iterator[None]:
-        """A block that all processes leave well, or all with an error: nobody waits for one that has failed."""
+        """Run a block that fails on every process if it fails on one, so that no process waits for a failed one."""
         yield
 
 
@@ -42,7 +65,7 @@ SINGLE_PROCESS = ProcessGroup()
 
 
 class Reducible:
-    """What adds up over samples, and so over the processes that have them.
+    """An object with sums over samples, which add up over processes.
 
     Attributes:
         sums: Names of the attributes that are sums: tensors of the same shape on every process.
@@ -52,12 +75,15 @@ class Reducible:
 
 
 def all_reduce(parts: Sequence[Reducible], process_group: ProcessGroup) -> None:
-    """Join the sums of several processes, all of them in one exchange: each takes milliseconds, whatever its size.
+    """Replace the sums of this process by the sums over all processes.
+
+    There is one exchange for all of them, because an exchange takes milliseconds, whatever its size.
 
     Args:
-        parts: What has been summed here; afterwards it is what all have summed.
+        parts: Objects whose attributes named by ``sums`` are replaced.
         process_group: The processes.
     """
-    places = [(part, name) for part in parts for name in part.sums]
-    for (part, name), total in zip(places, process_group.sum([getattr(*place) for place in places]), strict=True):
+    attributes = [(part, name) for part in parts for name in part.sums]
+    totals = process_group.sum([getattr(*attribute) for attribute in attributes])
+    for (part, name), total in zip(attributes, totals, strict=True):
         setattr(part, name, total)

@@ -1,4 +1,4 @@
-"""Several processes as one, by `torch.distributed`."""
+"""Process groups of `torch.distributed`."""
 
 from __future__ import annotations
 
@@ -15,28 +15,29 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from lib_lightning.distributed.process_group import ProcessGroup
 from lib_lightning.errors import LIBError, is_out_of_memory
 
-_TOLD = "_lib_lightning_told"
-_FINE, _OUT_OF_MEMORY, _FAILED = range(3)
-# Numbers that process 0 can tell along with how it is: the sizes of a basis's tensors.
-_NUMBERS = 16
+# Attribute of an exception that the other processes already know of.
+_REPORTED = "_lib_lightning_reported"
+# States of a process.
+_OK, _OUT_OF_MEMORY, _FAILED = range(3)
+# Integers that process 0 sends along with its state: the sizes of the tensors of a basis.
+_N_INTEGERS = 16
 
 
 class PeerProcessError(LIBError, RuntimeError):
-    """Another process has failed; it says why itself."""
+    """Another process has failed; the error is in its own output."""
 
 
 class PeerProcessMemoryError(LIBError, MemoryError):
-    """Another process has run out of memory; all try again with less."""
+    """Another process has run out of memory; every process retries with less."""
 
 
 class TorchProcessGroup(ProcessGroup):
-    """All processes of the default group of ``torch.distributed``, each with samples of its own.
+    """The default group of `torch.distributed`. Each process has different samples.
 
-    Every process has to take part in every step. Before each exchange they tell each other whether all is well, so
-    that one that fails does not leave the others waiting.
+    Before each exchange the processes exchange their states, so that no process waits for one that has failed.
 
     Raises:
-        LIBError: If no process group has been set up.
+        LIBError: If no process group has been initialized.
     """
 
     def __init__(self) -> None:
@@ -46,31 +47,31 @@ class TorchProcessGroup(ProcessGroup):
         self._device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Sum over processes, entry by entry; the shapes are the same everywhere."""
-        # What takes memory comes before all say that they are well.
-        flat = self._flat(tensors)
-        self._exchange_states(_FINE)
+        """Sum tensors over processes; see `ProcessGroup.sum`. Computed in float64."""
+        # Allocated first, so that running out of memory is reported with the state.
+        flat = self._flatten(tensors)
+        self._check_states(_OK)
         dist.all_reduce(flat)
         return _unflatten(tensors, flat, [t.shape for t in tensors])
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """The tensors of all processes, of any sizes, but with equally many axes."""
-        self._exchange_states(_FINE)
+        """Collect the tensors of all processes; see `ProcessGroup.gather`."""
+        self._check_states(_OK)
         return [t.to(tensor.device) for t in gather_all_tensors(tensor.detach().to(self._device))]
 
     def broadcast(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors of process 0, for all to go on with the same numbers."""
-        flat = self._flat(tensors if self.rank == 0 else [])
-        # They need not have the same shapes here: truncation is all or nothing.
-        numbers = iter(self._exchange_states(_FINE, [n for t in tensors for n in t.shape]))
-        shapes = [list(itertools.islice(numbers, t.ndim)) for t in tensors]
+        """Send the tensors of process 0 to all processes; see `ProcessGroup.broadcast`. Computed in float64."""
+        flat = self._flatten(tensors if self.rank == 0 else [])
+        # Shapes may differ between processes: with other rounding errors, truncation keeps another number of features.
+        sizes = iter(self._check_states(_OK, [n for t in tensors for n in t.shape]))
+        shapes = [list(itertools.islice(sizes, t.ndim)) for t in tensors]
         flat = flat if self.rank == 0 else flat.new_empty(sum(map(math.prod, shapes)))
         dist.broadcast(flat, 0)
         return _unflatten(tensors, flat, shapes)
 
     @contextmanager
     def sync_errors(self) -> Iterator[None]:
-        """A block that all processes leave well, or all with an error: nobody waits for one that has failed.
+        """Run a block that fails on every process if it fails on one.
 
         Raises:
             PeerProcessError: If another process has failed.
@@ -79,48 +80,49 @@ class TorchProcessGroup(ProcessGroup):
         try:
             yield
         except Exception as error:
-            told = isinstance(error, (PeerProcessError, PeerProcessMemoryError)) or hasattr(error, _TOLD)
-            if not told:
-                setattr(error, _TOLD, True)  # a block around this one need not tell it again
+            is_reported = isinstance(error, (PeerProcessError, PeerProcessMemoryError)) or hasattr(error, _REPORTED)
+            if not is_reported:
+                setattr(error, _REPORTED, True)  # for an enclosing block
                 if is_out_of_memory(error):
-                    self._exchange_states(_OUT_OF_MEMORY)
+                    self._check_states(_OUT_OF_MEMORY)
                 else:
-                    self._states(_FAILED)
+                    self._exchange_states(_FAILED)
             raise
         else:
-            self._exchange_states(_FINE)
+            self._check_states(_OK)
 
-    def _flat(self, tensors: Sequence[Tensor]) -> Tensor:
+    def _flatten(self, tensors: Sequence[Tensor]) -> Tensor:
         flat = [t.detach().to(self._device, torch.float64).flatten() for t in tensors]
         return torch.cat(flat) if flat else torch.zeros(0, dtype=torch.float64, device=self._device)
 
-    def _states(self, own: int, numbers: Sequence[int] = ()) -> tuple[list[int], list[int]]:
-        """How all processes are, and a few numbers of process 0."""
-        states = torch.zeros(self.size + _NUMBERS, dtype=torch.int64)
-        states[self.rank] = own
+    def _exchange_states(self, state: int, integers: Sequence[int] = ()) -> tuple[list[int], list[int]]:
+        """States of all processes, and the integers of process 0."""
+        values = torch.zeros(self.size + _N_INTEGERS, dtype=torch.int64)
+        values[self.rank] = state
         if self.rank == 0:
-            states[self.size : self.size + len(numbers)] = torch.tensor(numbers, dtype=torch.int64)
-        states = states.to(self._device)
-        dist.all_reduce(states)
-        everyone = states.tolist()
-        return everyone[: self.size], everyone[self.size :]
+            values[self.size : self.size + len(integers)] = torch.tensor(integers, dtype=torch.int64)
+        values = values.to(self._device)
+        dist.all_reduce(values)
+        everything = values.tolist()
+        return everything[: self.size], everything[self.size :]
 
-    def _exchange_states(self, own: int, numbers: Sequence[int] = ()) -> list[int]:
-        states, told = self._states(own, numbers)
+    def _check_states(self, state: int, integers: Sequence[int] = ()) -> list[int]:
+        """Exchange states, and raise an error if another process is worse off; the integers of process 0."""
+        states, received = self._exchange_states(state, integers)
         if max(states) == _FAILED:
             raise PeerProcessError(f"Process {states.index(_FAILED)} has failed; its own message says why.")
-        if max(states) > own:
+        if max(states) > state:
             raise PeerProcessMemoryError(f"Process {states.index(_OUT_OF_MEMORY)} has run out of memory.")
-        return told
+        return received
 
 
 class ReplicatedGroup(TorchProcessGroup):
-    """Processes that hold a model together and run it in step, all on the same samples: nothing is to be summed.
+    """Processes that compute on the same samples, because the model is sharded among them: nothing is summed.
 
-    What comes from process 0 still does: a truncation that falls out differently would take them out of step.
+    Broadcasts still take place: rounding errors may differ between processes, and so may the number of features that
+    truncation keeps.
     """
 
-    # As if this process were alone.
     sum, gather = ProcessGroup.sum, ProcessGroup.gather
 
 
@@ -130,14 +132,18 @@ def _unflatten(tensors: Sequence[Tensor], flat: Tensor, shapes: Sequence[Sequenc
 
 
 def broadcast_text(process_group: ProcessGroup, text: str) -> str:
-    """A text that all processes go on with: that of the first one that has any.
+    """Send the text of the first process that has one to all processes.
 
     Args:
         process_group: The processes.
-        text: That of this process; empty if it has none.
+        text: Text of this process; empty if it has none.
 
     Returns:
-        The text; empty if nobody has one.
+        The text, on every process; empty if no process has one.
+
+    Example:
+        >>> broadcast_text(ProcessGroup(), "output")
+        'output'
     """
-    everyone = process_group.gather(torch.tensor(list(text.encode()), dtype=torch.uint8))
-    return next((bytes(t.tolist()).decode() for t in everyone if len(t)), "")
+    gathered = process_group.gather(torch.tensor(list(text.encode()), dtype=torch.uint8))
+    return next((bytes(t.tolist()).decode() for t in gathered if len(t)), "")

@@ -1,4 +1,4 @@
-"""Tensors inside tuples, lists and dicts: batches, module inputs and module outputs come in all of them."""
+"""Tensors in nested tuples, lists, mappings and dataclasses: batches, and the inputs and outputs of modules."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lib_lightning.errors import LIBError
 
 
 def map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
-    """Apply a function to every tensor, in new containers of the same kinds.
+    """Apply a function to every tensor in nested containers.
 
     Args:
-        value: Tensors in tuples, lists, mappings and dataclasses, nested at will; anything else is kept as it is.
-        fn: What to do with a tensor.
+        value: Tensors in tuples, lists, mappings and dataclasses; anything else is kept unchanged.
+        fn: The function.
 
     Returns:
-        The same structure with the new tensors.
+        The results, in new containers of the same types.
 
     Example:
         >>> import torch
@@ -47,13 +47,14 @@ def map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
 
 
 def first_tensor(value: Any) -> Tensor | None:
-    """Find the tensor that a module's input or output is about: the first one that is not a single number.
+    """Find the main tensor of a module's input or output: the first one that is not a scalar.
 
     Args:
         value: A tensor, or tensors in tuples, lists and mappings.
 
     Returns:
-        That tensor, or None if there is none. (A loss ahead of the logits is a single number and is passed over.)
+        The tensor, or None if there is no tensor. A scalar, such as a loss ahead of the logits, is returned only if all
+        tensors are scalars.
 
     Example:
         >>> import torch
@@ -65,14 +66,14 @@ def first_tensor(value: Any) -> Tensor | None:
 
 
 def replace_first_tensor(value: Any, new: Tensor) -> Any:
-    """Put another tensor where `first_tensor` found one.
+    """Replace the tensor that `first_tensor` finds.
 
     Args:
         value: A tensor, or tensors in tuples, lists and mappings; not modified.
-        new: The tensor to put there.
+        new: The new tensor.
 
     Returns:
-        The same structure with that one tensor replaced.
+        The same structure with that tensor replaced.
 
     Example:
         >>> import torch
@@ -84,26 +85,26 @@ def replace_first_tensor(value: Any, new: Tensor) -> Any:
 
 
 def batch_size(batch: Any) -> int:
-    """Number of samples in a batch: the length of its first tensor.
+    """Number of samples in a batch: the length of its main tensor.
 
     Args:
         batch: Tensors in tuples, lists and mappings.
 
     Returns:
-        The number; 0 if there is no tensor.
+        The number of samples; 0 if there is no tensor.
     """
     first = first_tensor(batch)
     return 0 if first is None or first.ndim == 0 else first.shape[0]
 
 
 def is_empty(batch: Any) -> bool:
-    """Whether a batch has tensors, but no samples in them.
+    """Whether a batch has tensors, but no samples.
 
     Args:
         batch: Tensors in tuples, lists and mappings.
 
     Returns:
-        True if so; False for a batch without any tensor, which is something else.
+        True if so; False for a batch without any tensor, which `check_has_tensors` rejects.
     """
     return first_tensor(batch) is not None and batch_size(batch) == 0
 
@@ -154,15 +155,15 @@ def num_elements(batch: Any) -> int:
 
 
 def slice_batch(batch: Any, start: int, stop: int) -> Any:
-    """Take some of the samples of a batch.
+    """Select consecutive samples of a batch.
 
     Args:
-        batch: Tensors in tuples, lists and mappings; those with one entry for each sample are cut.
+        batch: Tensors in tuples, lists and mappings; those with one entry for each sample are sliced.
         start: First sample.
-        stop: Sample to stop before.
+        stop: End, exclusive.
 
     Returns:
-        The same structure, as views.
+        The same structure with views.
 
     Example:
         >>> import torch
@@ -174,14 +175,14 @@ def slice_batch(batch: Any, start: int, stop: int) -> Any:
 
 
 def index_batch(batch: Any, index: Tensor) -> Any:
-    """Take chosen samples of a batch.
+    """Select samples of a batch by index.
 
     Args:
-        batch: Tensors in tuples, lists and mappings; of those with one entry for each sample some are taken.
-        index: Which samples, shape ``(k,)``, int64.
+        batch: Tensors in tuples, lists and mappings; those with one entry for each sample are indexed.
+        index: Indices of the samples, shape ``(k,)``, int64.
 
     Returns:
-        The same structure, with copies.
+        The same structure with copies.
 
     Example:
         >>> import torch
@@ -193,13 +194,13 @@ def index_batch(batch: Any, index: Tensor) -> Any:
 
 
 def default_input_fn(batch: Any) -> Any:
-    """Take the model's input from a batch: the first entry of a tuple or list, anything else as it is.
+    """The model's input for a batch: the first entry of a tuple or list, any other batch unchanged.
 
     Args:
-        batch: What the data loader gives.
+        batch: One batch, as the data loader gives it.
 
     Returns:
-        What to call the model with.
+        The input.
 
     Example:
         >>> default_input_fn(("inputs", "labels"))
@@ -211,7 +212,7 @@ def default_input_fn(batch: Any) -> Any:
 def _with_items(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
     if type(mapping) is dict:
         return items
-    # Output classes (an OrderedDict with attributes) and the like: keep the class, set the items.
+    # Keeps the class of an output class, such as an OrderedDict with attributes.
     new = copy.copy(mapping)
     for key, item in items.items():
         new[key] = item  # type: ignore[index]

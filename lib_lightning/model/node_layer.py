@@ -1,4 +1,4 @@
-"""Node layers: which activations of a model are looked at, and how they read as samples, positions and features."""
+"""Node layers: which activations of a model to analyse, as arrays of samples, positions and features."""
 
 from __future__ import annotations
 
@@ -16,20 +16,19 @@ INPUT, OUTPUT = "input", "output"
 
 @dataclass(frozen=True)
 class NodeLayer:
-    """One cut through a model: everything after it sees the model's input only through its activations.
+    """A cut through a model: all later computation depends on the model's input only through its activations.
 
-    A plain string stands for the common cases: ``"module.path"`` is that module's output, ``"module.path:input"``
-    its input, ``"input"`` and ``"output"`` are the model's own; ``"module.path#1"`` is the second call of a module that
-    runs several times in one forward pass. This class is for the rest.
+    A string is enough for the common cases: ``"module.path"`` is the output of a module, ``"module.path:input"`` its
+    input, and ``"module.path#1"`` the second call of a module that is called several times in one forward pass.
+    ``"input"`` and ``"output"`` are those of the model. This class covers the other cases.
 
     Args:
-        taps: Where the activations are read, one string as above for each tensor; several are concatenated along the
-            feature axis.
-        name: What to call the node layer; by default its taps joined by ``+``.
-        positions: Which positions (tokens, pixels) to look at: an index or a list of indices into the flattened
-            positions, negative ones counted from the end; all of them by default.
-        feature_dim: The axis that holds the features. By default axis 1 of four-dimensional tensors (channels first
-            images) and the last axis of all others.
+        taps: Tensors to read, one string as above for each. Several are concatenated along the feature axis.
+        name: Name of the node layer. By default its taps joined by ``+``.
+        positions: Positions (tokens, pixels) to select: an index or a list of indices into the flattened positions.
+            Negative indices count from the end. By default all positions.
+        feature_dim: Axis of the features. By default axis 1 for four-dimensional tensors (channels-first images) and
+            the last axis for all others.
 
     Raises:
         NodeLayerError: If there is no tap, or a tap has an empty module path.
@@ -56,11 +55,13 @@ class NodeLayer:
         if self.positions is not None and not isinstance(self.positions, int):
             object.__setattr__(self, "positions", tuple(int(p) for p in self.positions))
             if not self.positions:
-                raise NodeLayerError("positions is an index or a list of at least one; leave it out for all of them.")
+                raise NodeLayerError(
+                    "positions is an index or a list of at least one index; omit it for all positions."
+                )
         object.__setattr__(self, "name", self.name or "+".join(taps))
 
     def read(self, tensors: Sequence[Tensor]) -> Tensor:
-        """View the tapped tensors as one array of samples, positions and features.
+        """Read the tapped tensors as one array of samples, positions and features.
 
         Args:
             tensors: One tensor for each tap, the batch on axis 0.
@@ -69,7 +70,7 @@ class NodeLayer:
             Activations ``a`` of shape ``(n, S, d)``; differentiable with respect to ``tensors``.
 
         Raises:
-            NodeLayerError: If the tensors cannot be read that way.
+            NodeLayerError: If the tensors have no such axes, or differ in samples or positions.
 
         Example:
             >>> NodeLayer(["conv"]).read([torch.zeros(2, 3, 5, 5)]).shape
@@ -85,11 +86,11 @@ class NodeLayer:
         return self.positions_of(a)
 
     def write(self, values: Tensor, into: Sequence[Tensor]) -> list[Tensor]:
-        """Put activations back into the layout of the tapped tensors: the inverse of `read`.
+        """Write activations in the layout of the tapped tensors: the inverse of `read`.
 
         Args:
             values: Activations of shape ``(n, S, d)``.
-            into: One tensor for each tap; positions that are not looked at keep its values. Not modified.
+            into: One tensor for each tap, with the values of positions that are not selected. Not modified.
 
         Returns:
             New tensors with the shapes of ``into``.
@@ -110,7 +111,7 @@ class NodeLayer:
         return written
 
     def only(self, tap: int) -> NodeLayer:
-        """The same node layer with one of its taps."""
+        """This node layer with only one of its taps."""
         return self if len(self.taps) == 1 else replace(self, taps=[self.taps[tap]])
 
     def width(self, tensor: Tensor) -> int:
@@ -118,18 +119,18 @@ class NodeLayer:
         return self._to_rows(tensor).shape[-1]
 
     def select(self, mask: Tensor, tensors: Sequence[Tensor]) -> Tensor | None:
-        """Match a mask of the batch's positions with the positions that are looked at.
+        """Select the entries of a batch's mask that belong to the node layer's positions.
 
         Args:
-            mask: True at positions that count, shape ``(n, S)`` with the ``S`` positions of the batch.
+            mask: True at valid positions, shape ``(n, S)`` with the ``S`` positions of the batch.
             tensors: One tensor for each tap.
 
         Returns:
-            A mask ``(n, S)`` for the activations that `read` gives; None for a single position per sample, such as
-            after pooling, of which nothing is padding.
+            The mask ``(n, S)`` of the activations that `read` returns. None if there is a single position per sample,
+            such as after pooling, which is not padding.
 
         Raises:
-            NodeLayerError: If the node layer has yet another number of positions.
+            NodeLayerError: If the node layer has another number of positions, more than one.
         """
         n, S, _ = self._to_rows(tensors[0]).shape
         if S == 1 and self.positions is None and mask.shape != (n, 1):
@@ -137,7 +138,7 @@ class NodeLayer:
         if mask.shape != (n, S):
             raise NodeLayerError(
                 f"The mask has shape {tuple(mask.shape)}, but node layer '{self.name}' has {n} samples and {S} "
-                "positions: a mask marks the positions of every node layer that has more than one."
+                "positions: every node layer with more than one position needs a mask of its positions."
             )
         return mask if self.positions is None else mask[:, self._position_index(S, mask.device)]
 
@@ -149,7 +150,7 @@ class NodeLayer:
     def _to_rows(self, tensor: Tensor) -> Tensor:
         if tensor.ndim == 0:
             raise NodeLayerError(
-                f"Node layer '{self.name}' is a single number; it needs a batch axis. Tap it before the reduction."
+                f"Node layer '{self.name}' is a scalar without a batch axis. Tap it before the reduction."
             )
         if tensor.ndim == 1:
             return tensor.reshape(-1, 1, 1)
@@ -169,19 +170,21 @@ class NodeLayer:
         return rows.reshape(moved_shape).movedim(-1, axis)
 
     def positions_of(self, rows: Tensor) -> Tensor:
-        """Select the positions that are looked at: ``(n, S_all, d)`` to ``(n, S, d)``."""
+        """Select the node layer's positions: ``(n, S_all, d)`` to ``(n, S, d)``."""
         return rows if self.positions is None else rows[:, self._position_index(rows.shape[1], rows.device)]
 
     def _position_index(self, size: int, device: torch.device) -> Tensor:
         assert self.positions is not None
         wanted = (self.positions,) if isinstance(self.positions, int) else self.positions
         if any(not -size <= p < size for p in wanted):
-            raise NodeLayerError(f"Node layer '{self.name}' has {size} positions; {list(wanted)} asks for others.")
+            raise NodeLayerError(
+                f"Node layer '{self.name}' has {size} positions; positions={list(wanted)} is out of range."
+            )
         return torch.tensor([p % size for p in wanted], device=device)
 
 
 def as_node_layers(specs: Sequence[str | NodeLayer]) -> list[NodeLayer]:
-    """Turn a user's list of node layers into `NodeLayer` objects with unique names.
+    """Convert a user's list of node layers to `NodeLayer` objects, with different names.
 
     Args:
         specs: Strings or node layers, in forward order.
@@ -197,12 +200,12 @@ def as_node_layers(specs: Sequence[str | NodeLayer]) -> list[NodeLayer]:
         ['fc1:input', 'output']
     """
     if isinstance(specs, str) or len(specs) < 2:
-        raise NodeLayerError(f"At least two node layers are needed to have something between them; got {specs!r}.")
+        raise NodeLayerError(f"At least two node layers are needed; got {specs!r}.")
     layers = [spec if isinstance(spec, NodeLayer) else _as_node_layer(spec) for spec in specs]
     names = [layer.name for layer in layers]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise NodeLayerError(f"Node layers must differ in name; {', '.join(repeated)} is given more than once.")
+        raise NodeLayerError(f"Node layers have different names; {', '.join(repeated)} occurs more than once.")
     return layers
 
 
@@ -210,19 +213,19 @@ def _as_node_layer(spec: object) -> NodeLayer:
     taps = [spec] if isinstance(spec, str) else spec
     if not isinstance(taps, (list, tuple)) or not all(isinstance(tap, str) for tap in taps):
         raise NodeLayerError(
-            f"{spec!r} is no node layer: it is a string such as 'module.path', a list of those, or a NodeLayer."
+            f"{spec!r} is not a node layer, which is a string such as 'module.path', a list of these, or a NodeLayer."
         )
     return NodeLayer(taps)
 
 
 @dataclass(frozen=True)
 class Tap:
-    """A tap, taken apart.
+    """The parts of a tap's name.
 
     Attributes:
         path: Path of the module; empty for the model itself.
         side: ``"input"`` or ``"output"``.
-        call: Which of the module's calls in one forward pass, from 0; None where it has to be the only one.
+        call: Index of the call in one forward pass, from 0. None requires that the module is called only once.
     """
 
     path: str
@@ -231,11 +234,11 @@ class Tap:
 
 
 def split_tap(tap: str) -> Tap:
-    """Take a tap apart.
+    """Parse the name of a tap.
 
     Args:
-        tap: ``"module.path"``, ``"module.path:input"``, ``"module.path:output"``, ``"input"`` or ``"output"``; after
-            the path may stand the number of a call, ``"module.path#1:input"``.
+        tap: ``"module.path"``, ``"module.path:input"``, ``"module.path:output"``, ``"input"`` or ``"output"``. The
+            index of a call may follow the path, ``"module.path#1:input"``.
 
     Returns:
         Its parts.

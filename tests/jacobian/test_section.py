@@ -229,7 +229,7 @@ def test_a_mask_that_is_none(mask: Any, batch: Any, message: str) -> None:
 
 @pytest.mark.parametrize("layers", [[0, "output"], [["input", 1], "output"], [None, "output"]])
 def test_what_is_no_node_layer_is_refused(layers: list[Any]) -> None:
-    with pytest.raises(NodeLayerError, match="is no node layer: it is a string"):
+    with pytest.raises(NodeLayerError, match="is not a node layer, which is a string"):
         compute_interaction_graph(nn.Linear(3, 2), [torch.randn(9, 3)], layers)
     assert NodeLayer("input") == NodeLayer(["input"])
 

@@ -45,7 +45,7 @@ def test_taps_are_joined_along_features() -> None:
 @pytest.mark.parametrize(
     ("layer", "tensors", "message"),
     [
-        (NodeLayer(["m"]), [torch.zeros(())], "single number"),
+        (NodeLayer(["m"]), [torch.zeros(())], "is a scalar"),
         (NodeLayer(["m"], feature_dim=0), [torch.zeros(2, 3)], "feature_dim=0"),
         (NodeLayer(["m"], feature_dim=3), [torch.zeros(2, 3)], "feature_dim=3"),
         (NodeLayer(["m"], positions=5), [torch.zeros(2, 3, 4)], "has 3 positions"),
@@ -68,7 +68,7 @@ def test_lists_need_two_layers_with_different_names() -> None:
         as_node_layers(["output"])
     with pytest.raises(NodeLayerError, match="At least two"):
         as_node_layers("output")
-    with pytest.raises(NodeLayerError, match="fc is given more than once"):
+    with pytest.raises(NodeLayerError, match="fc occurs more than once"):
         as_node_layers(["fc", "output", "fc"])
     with pytest.raises(NodeLayerError, match="at least one tap"):
         NodeLayer([])

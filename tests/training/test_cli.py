@@ -118,7 +118,7 @@ def test_mistakes_get_one_sentence_before_training(tmp_path: Path) -> None:
             ["--trainer.callbacks.num_samples=1"],
             "num_samples is a number from 2 on: a basis needs samples to vary; got 1.",
         ),
-        (["--trainer.callbacks.node_layers=[a]"], "At least two node layers are needed to have something between them"),
+        (["--trainer.callbacks.node_layers=[a]"], "At least two node layers are needed; got"),
         (["--trainer.callbacks.basis=lob"], "Expected a typing.Literal['lib', 'pca', 'neuron']. Got value: lob"),
         (["--trainer.callbacks.bases=lib"], "Option 'bases' is not accepted"),
         (["--model.lr=much"], "Expected a <class 'float'>. Got value: much"),
