@@ -82,14 +82,14 @@ class Timed(Model):
             self.seconds += seconds
 
     def watch(self, callback: LIBCallback) -> None:
-        take = callback.watcher.take
+        take = callback.computer.compute
 
         def take_two_seconds(*args: Any) -> Any:
             self.spend(2)
             return take(*args)
 
-        callback.watcher.take = take_two_seconds  # type: ignore[method-assign]
-        callback.budget.overhead.clock = lambda: self.seconds
+        callback.computer.compute = take_two_seconds  # type: ignore[method-assign]
+        callback.clock = lambda: self.seconds
 
 
 class FailsOnOne(Model):
@@ -185,7 +185,7 @@ def main(folder: Path) -> None:
             "metrics": {k: float(v) for k, v in trainer.callback_metrics.items()},
             "edges": [] if callback.graph is None else list(callback.graph.edges.values()),
             "count": callback.samples.buffer.count,
-            "put_off": callback.budget.put_off,
+            "put_off": callback.trigger.skipped.total,
         }
         torch.save(here, folder / name / f"process-{trainer.global_rank}.pt")
 

@@ -1,7 +1,8 @@
-"""The Lightning side: when to look, what to log, where to write. Everything else is computed elsewhere."""
+"""The callback: translates Lightning's events to the objects of a run, and computes nothing itself."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -18,51 +19,53 @@ from lib_lightning.graph import InteractionGraph
 from lib_lightning.labels.labeller import Labeller
 from lib_lightning.lineage.events import CHANGES
 from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
-from lib_lightning.model.node_layer import NodeLayer
-from lib_lightning.training.budget import SnapshotTrigger, timed_hook
+from lib_lightning.model.node_layer import NodeLayer, as_node_layers
+from lib_lightning.training.budget import SnapshotKind, SnapshotTrigger, TimeMeter, max_overhead_of, timed_hook
 from lib_lightning.training.node_layers import NodeLayerResolver
-from lib_lightning.training.reporter import Hook, SnapshotReporter
-from lib_lightning.training.samples import SampleStore
-from lib_lightning.training.schedule import Schedule
+from lib_lightning.training.reporter import EventHook, SnapshotReporter
+from lib_lightning.training.run_state import RunState
+from lib_lightning.training.samples import SampleConfig, SampleStore
+from lib_lightning.training.schedule import Schedule, ScheduleCursor
 from lib_lightning.training.snapshot import Snapshot, SnapshotComputer, SnapshotConfig
 from lib_lightning.training.trainer import (
     check_strategy,
     has_validation,
     isolated_forward,
     process_group_of,
+    synchronize,
 )
 
 _DTYPES = {None: None, "float32": torch.float32, "float64": torch.float64}
 
 
 class LIBCallback(pl.Callback):
-    """Watches a network's features form: takes snapshots of the Local Interaction Basis of the model in training.
+    """Computes snapshots of the Local Interaction Basis of a model in training, to watch its features form.
 
-    A snapshot is computed on a fixed set of validation samples. It logs the number of features and edges as
-    ``lib/...`` (there at every validation, so that other callbacks can monitor them), shows the interaction graph as
-    ``lib/graph``, and writes a basis file and the figure to ``<log dir>/lib``. Training is left untouched to the last
-    bit, and a snapshot that fails is reported and left out. (If the very first one fails, the scalars are NaN until the
-    next: give an EarlyStopping on them ``check_finite=False``.)
+    A snapshot is computed on a fixed set of validation samples. Its numbers of features and edges are logged as
+    ``lib/...`` at every validation, so that other callbacks can monitor them; the interaction graph is shown as
+    ``lib/graph``; a basis file and the figure are written to ``<log dir>/lib``. Training is bit-identical to a run
+    without the callback, and a snapshot that fails is reported and skipped. (If the very first one fails, the scalars
+    are NaN until the next: give an EarlyStopping on them ``check_finite=False``.)
 
     Args:
         node_layers: Where to cut the model, in forward order: ``module.path`` for a module's output,
             ``module.path:input`` for its input, ``input`` and ``output`` for the model's own, or a NodeLayer. Paths
-            start at the LightningModule. None (null) takes a proposal and says which; see `list_node_layers`.
-        num_samples: Number of validation samples to compute on, over all processes, and the same ones throughout: the
+            start at the LightningModule. None (null) uses proposed ones and logs which; see `list_node_layers`.
+        num_samples: Number of validation samples to compute on, over all processes, the same throughout the run: the
             first ones of the first whole validation. Snapshots before it use those of the sanity check.
-        every_n_validations: A snapshot at the first validation and every so many after it. This is the default, with
-            every validation, if no other schedule is given.
-        every_n_steps: Instead, a snapshot before training and every so many optimizer steps.
+        every_n_validations: A snapshot at the first validation and at every n-th one after it. The default, with n=1,
+            if no other schedule is given.
+        every_n_steps: Instead, a snapshot before training and after every n optimizer steps.
         at_steps: Instead, a snapshot after each of these numbers of optimizer steps; 0 is before training.
-        log_spaced: Instead, a snapshot before training and so many for each tenfold of the number of steps.
+        log_spaced: Instead, a snapshot before training and this many per tenfold increase of the step.
         basis: lib, or the baselines pca and neuron.
         final_basis: Basis of the last node layer: neuron, pca, centered for logits less their mean over the classes,
             or auto for neurons at the model's output and PCA anywhere else.
-        rtol: Directions of metric and importance (PCA: variance) below this share of the largest are dropped; 0 drops
-            only what rounding cannot tell from zero.
+        rtol: Directions whose metric or importance (PCA: variance) is below this fraction of the largest are dropped; 0
+            drops only directions that are zero up to rounding.
         n_probes: None (null) for the exact metric; a number for that many random-sign probes per sample.
         integration_steps: 0 takes gradients at the activations; a number averages them over that many points on the
-            way from the mean.
+            straight path from the mean.
         dtype: Floating-point type to compute in; None (null) for the model's own.
         input_fn: Turns a validation batch into what the model is called with: a dict becomes keyword arguments, a
             tuple positional ones. By default the first entry of a tuple or list, and any other batch as it is.
@@ -97,6 +100,13 @@ class LIBCallback(pl.Callback):
         >>> trainer = pl.Trainer(callbacks=[callback], logger=False, accelerator="cpu")
     """
 
+    # Created at the start of each run.
+    resolver: NodeLayerResolver
+    cursor: ScheduleCursor
+    trigger: SnapshotTrigger
+    samples: SampleStore
+    reporter: SnapshotReporter
+
     def __init__(
         self,
         node_layers: Sequence[str | NodeLayer] | None = None,
@@ -123,136 +133,155 @@ class LIBCallback(pl.Callback):
         labeller: Labeller | None = None,
         ablation: AblationPlan | None = None,
         follow: bool = True,
-        on_event: Hook | list[Hook] | None = None,
+        on_event: EventHook | list[EventHook] | None = None,
         adaptive: bool = False,
         max_overhead: float | None = None,
     ) -> None:
         super().__init__()
-        num_samples, val_dataloader = int(num_samples), int(val_dataloader)
-        settings = LIBConfig(basis, final_basis, rtol, n_probes, integration_steps, final_metric)
-        watched = SnapshotConfig(settings, tuple(baselines), metrics, labeller, ablation, memory_limit, follow)
-        self.watcher = SnapshotComputer(watched, name)
-        self.report = SnapshotReporter(self.watcher, [on_event] if callable(on_event) else on_event or [])
-        if adaptive and not follow:
-            raise ValueError("adaptive=True waits for events, and without follow=True there are none.")
-        self.adaptive = adaptive
         if dtype not in _DTYPES:
             raise ValueError(f"dtype is 'float32', 'float64' or None for the model's own; got {dtype!r}.")
-        self.dtype = _DTYPES[dtype]
-        self.input_fn, self.mask = input_fn, mask
-        self.name = name
-        self._layers = NodeLayerResolver(node_layers, name, ModelSpec(input_fn, mask, self.dtype), self.watcher.reset)
+        if adaptive and not follow:
+            raise ValueError("adaptive=True reacts to events, and without follow=True there are none.")
+        self.name, self.adaptive = name, adaptive
+        self.spec = ModelSpec(input_fn, mask, _DTYPES[dtype])
+        self.config = SnapshotConfig(
+            LIBConfig(basis, final_basis, rtol, n_probes, integration_steps, final_metric),
+            tuple(baselines), metrics, labeller, ablation, memory_limit, follow,
+        )  # fmt: skip
+        self.sample_config = SampleConfig(
+            int(num_samples), dataloader, int(val_dataloader), ablation is not None,
+            None if ablation is None else ablation.val_dataloader,
+        )  # fmt: skip
         self.schedule = Schedule(every_n_validations, every_n_steps, at_steps, log_spaced)
-        self.budget = SnapshotTrigger(max_overhead, self.schedule, self.watcher, num_samples)
-        scored = None if ablation is None else ablation.val_dataloader
-        self.samples = SampleStore(num_samples, dataloader, val_dataloader, ablation is not None, scored)
-        self._reset()
-
-    def _reset(self) -> None:
-        self.schedule.reset()
-        self.samples.reset()
-        self._layers.reset()
-        self._graph_step: int | None = None
-        self._tried_step: int | None = None
-        self._looked_at_training = False
-        self.report.reset()
-        self.budget.reset()
+        self.max_overhead = max_overhead_of(max_overhead, self.schedule.is_explicit)
+        self.computer = SnapshotComputer(self.config, name)
+        self.clock = time.perf_counter
+        self._given_layers = None if node_layers is None else as_node_layers(node_layers)
+        self._hooks = [on_event] if callable(on_event) else list(on_event or [])
         self._process_group: ProcessGroup = SINGLE_PROCESS
+        self._begin()
+
+    def _begin(self) -> None:
+        self.state = RunState(self.computer.prefixes, self.config.ablation, self.config.follow)
+        self.meter = TimeMeter(self.max_overhead, self.clock, self.state.time)
 
     @property
     def node_layers(self) -> list[NodeLayer] | None:
         """The node layers; None as long as they are to be proposed."""
-        return self._layers.layers
+        if self._given_layers is not None:
+            return self._given_layers
+        return as_node_layers(self.state.node_layers) if self.state.node_layers else None
 
     @property
     def graph(self) -> InteractionGraph | None:
-        """The newest graph; those of baselines are in ``watcher.graphs``."""
-        return self.watcher.graphs.get(self.name)
+        """The latest graph."""
+        return self.graphs.get(self.name)
+
+    @property
+    def graphs(self) -> dict[str, InteractionGraph]:
+        """The graphs of the latest snapshot, by prefix: that of the basis itself first, then those of baselines."""
+        return self.state.graphs
 
     @property
     def snapshots(self) -> int:
-        """Number of snapshots taken."""
-        return self.watcher.snapshots
+        """Number of snapshots so far."""
+        return self.state.n_snapshots
 
     @property
     def state_key(self) -> str:
-        """Tells several callbacks apart in a checkpoint; the trainer refuses two of one name."""
+        """Distinguishes several callbacks in a checkpoint; the trainer refuses two of the same name."""
         return self._generate_state_key(name=self.name)
 
-    # before training: find mistakes while it is cheap
+    # Before training: the objects of the run are created, and mistakes are found while they cost nothing.
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Start afresh: the callback may have served another run. A checkpoint's state is loaded after this."""
+        """Begin a new run. The state of a checkpoint is loaded after this, and before the next hook."""
         if stage in ("fit", "validate"):
-            self._reset()
+            self._begin()
 
     @timed_hook
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check names, now that the model is all there (it may be built in its own setup or configure_model)."""
-        check_strategy(trainer, self.dtype)
-        self._layers.check_names(pl_module)
+        """Create the objects of the run, and check names, now that the model is complete."""
+        check_strategy(trainer, self.spec.dtype)
         self._start(trainer)
+        self.resolver.check_names(pl_module)
 
     def _start(self, trainer: pl.Trainer) -> None:
-        # All processes have to ask together, so this is done in hooks that all of them run.
-        self.report.start(trainer)
+        """Create the objects of the run. Some of them communicate, so all processes get here together."""
+        state = self.state
         self._process_group = process_group_of(trainer)
-        self.samples.start(trainer, self._process_group, self.report.folder.main)
+        self.resolver = NodeLayerResolver(
+            self._given_layers, state.node_layers, self.name, self.spec, state.set_node_layers
+        )
+        self.cursor = self.schedule.start(state.schedule)
+        self.trigger = SnapshotTrigger(self.meter, state.skipped, self.name, self.config.follow)
+        self.reporter = SnapshotReporter(
+            self.name, self._hooks, state, list(self.computer.prefixes), trainer, self.config.follow
+        )
+        layout = self.reporter.layout
+        if layout is not None and trainer.state.fn == "fit":
+            state.enter_folder(str(layout.path.resolve()))
+        self.samples = SampleStore(self.sample_config, state.samples, trainer, self._process_group, layout)
+        self._tried_step = state.step
+        self._has_checked_training_batch = False
 
     @timed_hook
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check that there will be samples, and take the snapshot before training if one is due."""
-        self.budget.begin(trainer.global_step)
-        self.samples.prepare(trainer, partial(self._layers.check, pl_module))
+        """Make sure that there will be samples, and take the snapshot before training if one is due."""
+        self.meter.begin()
+        self.samples.prepare(trainer, partial(self.resolver.check, pl_module))
         self._snapshot_if_due(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Without a sanity check, look for mistakes on the first training batch instead."""
-        if not self._looked_at_training:
-            self._looked_at_training = True
-            with self.budget.overhead.own():  # not of every step: that would cost more than it counts
-                self._layers.check(pl_module, batch, strict=False)
+        if not self._has_checked_training_batch:
+            self._has_checked_training_batch = True
+            with self.meter.timed():  # not around every step: that would cost more than it measures
+                self.resolver.check(pl_module, batch, strict=False)
 
-    # validation: collect, compute, log
+    # Validation: collect samples, compute snapshots, log scalars.
 
     @timed_hook
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Samples kept from the sanity check may be few: collect them anew from the first whole validation."""
+        """Start collecting samples."""
         if trainer.state.fn != "fit":
-            self._graph_step = self._tried_step = None  # a checkpoint's state is that of training
+            self.state.forget_step()
             self._start(trainer)
-            self.samples.collect(trainer, partial(self._layers.check, pl_module))
-        self.samples.new_pass()
+            self.samples.collect_own(trainer, partial(self.resolver.check, pl_module))
+        self.samples.start_validation()
 
     @timed_hook
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Keep a copy of the batch."""
-        self.samples.see(trainer, batch, dataloader_idx, partial(self._layers.check, pl_module))
+        self.samples.observe(trainer, batch, dataloader_idx, partial(self.resolver.check, pl_module))
 
     @timed_hook
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take a snapshot if one is due, and log the current numbers in any case."""
-        self.samples.end_pass(trainer.sanity_checking)
+        """Take a snapshot if one is due, and log the latest scalars in any case."""
+        self.samples.end_validation(trainer.sanity_checking)
         if not trainer.sanity_checking:
             self._at_validation(trainer, pl_module)
 
     @timed_hook
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Where there is no validation, do here what is done at its end."""
+        """Without validation, the end of an epoch takes its place."""
         if not has_validation(trainer):
-            self.samples.end_pass(sanity_check=False)
+            self.samples.end_validation(is_sanity_check=False)
             self._at_validation(trainer, pl_module)
 
     def _at_validation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        due = self.schedule.due_at_validation(trainer.global_step) if trainer.state.fn == "fit" else True
-        if due or self.schedule.due_at_step(trainer.global_step) or self._graph_step is None:
+        due = self.cursor.due_at_validation(trainer.global_step) if trainer.state.fn == "fit" else True
+        if due or self.cursor.due_at_step(trainer.global_step) or self.state.step is None:
             self._snapshot(trainer, pl_module)
-        numbers = self.report.news(self._numbers(trainer), self._graph_step)
-        pl_module.log_dict(numbers, on_step=False, on_epoch=True, batch_size=1, sync_dist=self._process_group.size > 1)
+        keys = self.computer.scalar_keys(self.resolver.names)
+        scalars = self.reporter.changed_metrics(self._scalars(trainer), keys)
+        pl_module.log_dict(
+            scalars, on_step=False, on_epoch=True, batch_size=1, sync_dist=self._process_group.size > 1
+        )  # fmt: skip
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -262,86 +291,91 @@ class LIBCallback(pl.Callback):
 
     @timed_hook
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the last snapshot, write it as ``final.safetensors``, and say where everything is."""
-        if self._snapshot(trainer, pl_module, last=True):
-            self.report.log(trainer, self._numbers(trainer))
-        self.report.finish(trainer, self._graph_step, self._layers.names)
-        self.budget.finish()
+        """Take the last snapshot, write it as ``final.safetensors``, and log where everything is."""
+        if self._snapshot(trainer, pl_module, is_last=True):
+            self.reporter.log_scalars(trainer, self._scalars(trainer))
+        self.reporter.finish(trainer)
+        self.meter.end()
+        self.trigger.log_summary()
 
     def _snapshot_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.samples.known and self.schedule.due_at_step(trainer.global_step):
-            with self.budget.overhead.own():
+        if self.samples.is_ready and self.cursor.due_at_step(trainer.global_step):
+            with self.meter.timed():
                 if self._snapshot(trainer, pl_module):
-                    self.report.log(trainer, self._numbers(trainer))
+                    self.reporter.log_scalars(trainer, self._scalars(trainer))
 
-    def _snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule, last: bool = False) -> bool:
-        """Take a snapshot, unless this step has had its try or it costs too much; tell whether there is a new one."""
-        step, asks = trainer.global_step, trainer.state.fn == "fit" and not last
-        if self._tried_step == step or (
-            asks and not self.budget.allows(step, self.samples.buffer, self._process_group)
-        ):
+    def _snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule, is_last: bool = False) -> bool:
+        """Take a snapshot, unless one was tried at this step or it would cost too much; return whether it succeeded."""
+        step, in_fit = trainer.global_step, trainer.state.fn == "fit"
+        if self._tried_step == step:
+            return False
+        if in_fit and not is_last and not self.trigger.can_take(step, self.state.next_kind(False), self._process_group):
             return False
         self._tried_step = step
-        with self.budget.snapshot(trainer, last):
-            return self._try(trainer, pl_module, step, last)
+        with self.meter.excluded():
+            synchronize(trainer)
+        kind = self.state.next_kind(is_last)
+        with self.trigger.measure(step, kind):
+            succeeded = self._try_snapshot(trainer, pl_module, kind, draw=kind.figures or not in_fit)
+        if succeeded:
+            self.trigger.on_success(kind)
+        return succeeded
 
-    def _try(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int, last: bool) -> bool:
+    def _try_snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule, kind: SnapshotKind, draw: bool) -> bool:
+        """Compute a snapshot, write it and make it part of the run; or log why that failed."""
         try:
             with self._process_group.sync_errors():
-                taken = self._take(trainer, pl_module, step, last)
-                self.report.write(trainer, taken, step)
+                snapshot = self._compute(trainer, pl_module, kind)
+                figures, layouts = self.reporter.write(trainer, snapshot)
         except Exception as error:
-            self.report.failed(step, error)
+            self.reporter.log_failure(trainer.global_step, error)
             return False
-        draw = self.watcher.draws(last or trainer.state.fn != "fit")
-        self.watcher.accept(taken)
-        self._graph_step = step
+        self.state.commit(snapshot, layouts)
+        self.reporter.show(trainer, figures)
         if self.adaptive:
-            # For all processes to be due at the same steps.
-            changed = torch.tensor(any(event.kind in CHANGES for event in taken.events))
-            if self._process_group.broadcast([changed])[0]:
-                self.schedule.densify(step)
-        self.report.tell(trainer, taken.events, draw)
+            # All processes have to take their snapshots at the same steps.
+            has_changed = torch.tensor(any(event.kind in CHANGES for event in snapshot.events))
+            if self._process_group.broadcast([has_changed])[0]:
+                self.cursor.densify(snapshot.step)
+        if self.reporter.notify(trainer, snapshot.events, draw):
+            self.state.mark_drawn()
         return True
 
-    def _take(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int, last: bool) -> Snapshot:
-        instrumented = self._layers.instrument(pl_module, self._process_group)
-        distance = self.schedule.distance(self._graph_step, step, self.budget.left_out)
+    def _compute(self, trainer: pl.Trainer, pl_module: pl.LightningModule, kind: SnapshotKind) -> Snapshot:
+        instrumented = self.resolver.instrument(pl_module, self._process_group)
+        interval = self.cursor.relative_interval(
+            self.state.step, trainer.global_step, self.trigger.skipped.since_last
+        )  # fmt: skip
+        with isolated_forward(trainer, pl_module, self.spec.dtype):
+            snapshot = self.computer.compute(
+                instrumented,
+                self.samples.for_snapshot(trainer),
+                {"step": trainer.global_step, "epoch": trainer.current_epoch},
+                self.state.previous(interval),
+                kind.ablation,
+                self._process_group,
+            )
+        self.reporter.log_notes(snapshot.graphs)
+        return snapshot
 
-        def take() -> Snapshot:
-            when = {"step": step, "epoch": trainer.current_epoch, **self.budget.extent.chosen}
-            samples = self.samples.for_snapshot(trainer, self.budget.extent.part)
-            taken = self.watcher.take(instrumented, samples, self._process_group, when, last, distance)
-            self.budget.extent.look(taken, instrumented, samples.batches, self._process_group)
-            return taken
+    def _scalars(self, trainer: pl.Trainer) -> dict[str, float]:
+        """The latest scalars; all processes have to call this together."""
+        keys = self.computer.scalar_keys(self.resolver.names) if self.resolver.names else []
+        scalars = self.reporter.scalars(trainer, keys, self.config.ablation is not None)
+        if trainer.state.fn == "fit":
+            (ratio,) = self._process_group.broadcast([torch.tensor(self.meter.ratio, dtype=torch.float64)])
+            scalars[f"{self.name}/overhead"] = float(ratio)
+        return scalars
 
-        with isolated_forward(trainer, pl_module, self.dtype):
-            taken = self.budget.take(take, step, self.samples.buffer, self._process_group)
-        self.report.notes(taken)
-        return taken
-
-    def _numbers(self, trainer: pl.Trainer) -> dict[str, float]:
-        return self.report.numbers(trainer, self._graph_step) | self.budget.numbers(trainer, self._process_group)
-
-    @timed_hook
     def state_dict(self) -> dict[str, Any]:
-        """State that travels in Lightning's checkpoints: plain numbers and strings only."""
-        return {
-            "schedule": self.schedule.state_dict(),
-            "watcher": self.watcher.state_dict(),
-            "graph_step": self._graph_step,
-            "samples": self.samples.state_dict(),
-            "report": self.report.state_dict(),
-            "proposed_layers": self._layers.state_dict(),
-            "budget": self.budget.state_dict(),
-        }
+        """The state of the run, for Lightning's checkpoints: plain values and tensors only."""
+        if hasattr(self, "samples"):  # not in a callback that has not been in a run
+            with self.meter.timed():
+                self.samples.save()
+        return self.state.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self._layers.load_state_dict(state_dict["proposed_layers"])
-        self.schedule.load_state_dict(state_dict["schedule"])
-        self.samples.load_state_dict(state_dict["samples"])
-        self.report.load_state_dict(state_dict["report"])
-        if self.watcher.load_state_dict(state_dict["watcher"]):  # else it was of other node layers
-            self._graph_step = self._tried_step = state_dict["graph_step"]
-            self.budget.load_state_dict(state_dict["budget"])
+        """Continue from a checkpoint, also from one of version 0.1."""
+        given = None if self._given_layers is None else [layer.name for layer in self._given_layers]
+        self.state.load_state_dict(state_dict, given, self.computer.scalar_keys)
+        self.meter = TimeMeter(self.max_overhead, self.clock, self.state.time)

@@ -23,7 +23,7 @@ from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_file import write_bytes
 from lib_lightning.metrics.summary import graph_scalars
 from lib_lightning.model.batch import map_tensors
-from lib_lightning.training.sample_buffer import SampleBuffer
+from lib_lightning.training.samples import SampleBuffer
 from lib_lightning.viewer.run import Run, write_film
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
 def _nodes(words: Sequence[str]) -> None:
     show_all = "--all" in words
     model, (seen, *_) = _as_fit_sees_it([word for word in words if word != "--all"], _SAMPLES, _HERE)
-    cuts = list_node_layers(model, seen.buffer.batches[0], seen.callback.input_fn)
+    cuts = list_node_layers(model, seen.buffer.batches[0], seen.callback.spec.input_fn)
     sizes = [f"{cut.positions:,} x {cut.features:,}" for cut in cuts]
     names, numbers = max(len(cut.tap) for cut in cuts), max(map(len, [*sizes, "positions x features"]))
     print(f"  {'name':<{names}}  {'positions x features':>{numbers}}  module")
@@ -155,8 +155,8 @@ def _profile(words: Sequence[str]) -> None:
     model, all_seen = _as_fit_sees_it(words, None, ())
     for seen in all_seen:
         callback, batches = seen.callback, seen.buffer.batches
-        options: Any = {"input_fn": callback.input_fn, "mask": callback.mask, "dtype": callback.dtype}
-        profile = profile_snapshot(model, batches, callback.node_layers, callback.watcher.watched, **options)
+        options: Any = {"input_fn": callback.spec.input_fn, "mask": callback.spec.mask, "dtype": callback.spec.dtype}
+        profile = profile_snapshot(model, batches, callback.node_layers, callback.config, **options)
         layers = " -> ".join(profile.node_layers)
         print(f"{callback.name}: one snapshot of {layers} on {profile.samples:,} samples\n")
         width = max(len(row.step) for row in profile.rows)
@@ -214,11 +214,11 @@ def _as_fit_sees_it(
             self, trainer: Any, module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
         ) -> None:
             for seen in all_seen:
-                if seen.callback.samples.val_dataloader == dataloader_idx:
+                if seen.callback.sample_config.val_dataloader == dataloader_idx:
                     seen.buffer.add(batch)
 
         def on_validation_batch_end(self, *_: Any) -> None:
-            if all(seen.buffer.batches if num_samples else seen.buffer.full for seen in all_seen):
+            if all(seen.buffer.batches if num_samples else seen.buffer.is_full for seen in all_seen):
                 raise _Enough
 
     _find_classes_here()
@@ -228,15 +228,15 @@ def _as_fit_sees_it(
         trainer: Any = cli.trainer
         callbacks = [callback for callback in trainer.callbacks if isinstance(callback, LIBCallback)]
         all_seen = [
-            _Seen(callback, SampleBuffer(num_samples or callback.samples.num_samples))
+            _Seen(callback, SampleBuffer(num_samples or callback.sample_config.num_samples))
             for callback in callbacks or [LIBCallback()]
         ]
         trainer.callbacks = [Keep()]
         trainer.num_sanity_val_steps, trainer.limit_train_batches = float("inf"), 0
         try:
             for seen in all_seen:
-                for batch in () if num_samples else seen.callback.samples.dataloader or ():
-                    if seen.buffer.full:
+                for batch in () if num_samples else seen.callback.sample_config.dataloader or ():
+                    if seen.buffer.is_full:
                         break
                     seen.buffer.add(batch)
             trainer.fit(cli.model, datamodule=cli.datamodule)

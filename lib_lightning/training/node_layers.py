@@ -1,4 +1,4 @@
-"""The node layers of a run: given, or proposed from the first batch seen; held to account before training."""
+"""The node layers of a run: given by the user, or proposed from the first batch; checked before training."""
 
 from __future__ import annotations
 
@@ -26,103 +26,100 @@ log = logging.getLogger(__name__)
 
 
 class NodeLayerResolver:
-    """Node layers of one run.
+    """Finds the node layers of one run, and the model cut at them.
 
     Args:
-        given: As a user gives them; None for a proposal.
-        name: What to call the callback in messages.
+        given: The node layers; None to propose some.
+        proposed: Names of the ones proposed earlier, in a resumed run; empty for none.
+        name: Name of the callback, for messages.
         spec: How to call the model on a batch.
-        chosen: Called with their names whenever they become known or change.
+        on_change: Called with the names of the node layers whenever they become known or change.
 
     Attributes:
         layers: The node layers; None as long as they are not known.
-
-    Raises:
-        LIBError: If they are a list of less than two.
     """
 
     def __init__(
         self,
-        given: Sequence[str | NodeLayer] | None,
+        given: Sequence[NodeLayer] | None,
+        proposed: Sequence[str],
         name: str,
         spec: ModelSpec,
-        chosen: Callable[[list[str]], None],
+        on_change: Callable[[list[str]], None],
     ) -> None:
-        self._given = None if given is None else as_node_layers(given)
-        self._name, self._spec, self._chosen = name, spec, chosen
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget the run before."""
-        self._checked = False
-        self._choose(self._given)
+        self._is_given, self._name, self._spec, self._on_change = given is not None, name, spec, on_change
+        self._is_checked = False
+        self.layers: list[NodeLayer] | None = None
+        if given is not None:
+            self._set(list(given))
+        elif proposed:
+            self._set(as_node_layers(proposed))
 
     @property
     def names(self) -> list[str]:
         """Names of the node layers; none as long as they are not known."""
         return [layer.name for layer in self.layers or []]
 
-    def _choose(self, layers: list[NodeLayer] | None) -> None:
+    def _set(self, layers: list[NodeLayer]) -> None:
         self.layers = layers
-        self._chosen(self.names)
+        self._on_change(self.names)
 
     def check_names(self, pl_module: pl.LightningModule) -> None:
         """Refuse names that the model does not have."""
         check_taps(pl_module, self.layers or [])
 
     def check(self, pl_module: pl.LightningModule, batch: Any, strict: bool = True) -> None:
-        """Hold the node layers to account on a first batch, or propose some.
+        """Check the node layers on a first batch, or propose some.
 
         Args:
             pl_module: The model.
             batch: A batch.
-            strict: Whether it is one of those that snapshots are computed on; any other may look different.
+            strict: Whether it is one of the batches that snapshots are computed on; others may be of another form.
 
         Raises:
-            LIBError: If they do not cut the model.
+            LIBError: If the node layers do not cut the model.
         """
-        if self._checked or is_empty(batch):
+        if self._is_checked or is_empty(batch):
             return
+        spec = self._spec
         try:
             with (
-                isolated_forward(pl_module.trainer, pl_module, self._spec.dtype),
-                wrap_forward_errors(pl_module, self._spec),
+                isolated_forward(pl_module.trainer, pl_module, spec.dtype),
+                wrap_forward_errors(pl_module, spec),
             ):
-                spec = self._spec
                 layers = self.layers or as_node_layers(propose_node_layers(pl_module, batch, spec.input_fn, spec.mask))
                 check_node_layers(pl_module, batch, layers, spec.dtype, spec.input_fn, spec.mask)
         except LIBError as error:
             if is_out_of_memory(error.__cause__ or error):
-                log.warning("'%s' has too little memory to look at its node layers: %s", self._name, error)
-            # A training batch may look different; the first validation will tell.
+                log.warning("'%s' has too little memory to check its node layers: %s", self._name, error)
+            # A training batch may be of another form; the first validation decides.
             elif strict or is_model_error(error, batch):
                 raise
             return
-        self._checked = True
+        self._is_checked = True
         if self.layers is None:
-            self._choose(layers)
-            rank_zero_info(f"{self._name}: no node_layers given; took {self.names}")
+            self._set(layers)
+            rank_zero_info(f"{self._name}: no node_layers given, using the proposed {self.names}")
 
     def instrument(self, pl_module: pl.LightningModule, process_group: ProcessGroup) -> InstrumentedModel:
-        """The model, cut at the node layers that all processes agree on.
+        """The model, ready to be cut at the node layers that all processes agree on.
+
+        Args:
+            pl_module: The model.
+            process_group: The processes of the run.
+
+        Returns:
+            The instrumented model.
 
         Raises:
-            LIBError: If there are none, and no process has seen a batch that they could be proposed from.
+            LIBError: If no process has seen a batch that node layers could be proposed from.
         """
-        if self._given is None:
-            # A process that has seen no batch has no proposal of its own.
+        if not self._is_given:
+            # A process that has seen no batch has no proposal.
             own = json.dumps(self.names) if self.layers else ""
-            if not (agreed := broadcast_text(process_group, own)):
-                raise LIBError("No batch has been seen that node layers could be proposed from.")
+            agreed = broadcast_text(process_group, own)
+            if not agreed:
+                raise LIBError("Node layers cannot be proposed, since no batch has been seen: give node_layers.")
             if own != agreed:
-                self._choose(as_node_layers(json.loads(agreed)))
+                self._set(as_node_layers(json.loads(agreed)))
         return InstrumentedModel(pl_module, self.layers or [], self._spec)
-
-    def state_dict(self) -> list[str] | None:
-        """Names of node layers that were proposed, for a resumed run."""
-        return self.names if self._given is None and self.layers is not None else None
-
-    def load_state_dict(self, proposed: list[str] | None) -> None:
-        """Go on with those of the interrupted run."""
-        if self._given is None and proposed:
-            self._choose(as_node_layers(proposed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import tempfile
@@ -20,16 +21,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from lib_lightning.algorithm.config import LIBConfig
 from lib_lightning.algorithm.progress import on_phase
 from lib_lightning.api import check_node_layers, propose_node_layers
-from lib_lightning.distributed.process_group import SINGLE_PROCESS
 from lib_lightning.errors import LIBError
-from lib_lightning.lineage.reference import NUM_REFERENCE_VALUES
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
 from lib_lightning.model.node_layer import NodeLayer, as_node_layers
 from lib_lightning.model.preserve import preserve_rng
 from lib_lightning.model.validate import wrap_forward_errors
-from lib_lightning.plots.animated_layout import AnimatedLayout
-from lib_lightning.training.sample_buffer import SampleBuffer
+from lib_lightning.training.run_state import RunState
+from lib_lightning.training.samples import NUM_REFERENCE_SAMPLES, SampleBuffer
 from lib_lightning.training.snapshot import SnapshotComputer, SnapshotConfig, SnapshotData
 from lib_lightning.training.writer import RunDirectory
 
@@ -138,8 +137,7 @@ def profile_snapshot(
         samples.add(batch)
     if not samples.count:
         raise LIBError("There are no samples to take a snapshot of.")
-    probes = SampleBuffer(NUM_REFERENCE_VALUES)
-    probes.choose(samples, seed=0)
+    reference = samples.subsample(NUM_REFERENCE_SAMPLES, seed=0)
     device = next((t.device for t in itertools.chain(model.parameters(), model.buffers())), torch.device("cpu"))
     spec = ModelSpec(input_fn, mask, dtype)
     with preserve_rng([]):
@@ -148,7 +146,7 @@ def profile_snapshot(
             layers = as_node_layers(node_layers or propose_node_layers(*asked, input_fn, mask))
             check_node_layers(*asked, layers, dtype, input_fn, mask)
         instrumented = InstrumentedModel(model, layers, spec)
-        take = _snapshots(instrumented, watched, SnapshotData(samples.batches, probes=probes.batches))
+        take = _snapshots(instrumented, watched, SnapshotData(samples.batches, reference=reference.batches))
         take(lambda step: None)
         clock = _Clock(device)
         take(clock)
@@ -166,16 +164,16 @@ def _snapshots(
     instrumented: InstrumentedModel, watched: SnapshotConfig, samples: SnapshotData
 ) -> Callable[[Callable[[str], None]], None]:
     """What takes and writes one snapshot after another, as in training, while somebody listens."""
-    watcher = SnapshotComputer(watched, "lib")
-    watcher.reset([layer.name for layer in instrumented.layers])
-    films = {prefix: AnimatedLayout() for prefix in watcher.prefixes}
+    computer = SnapshotComputer(watched, "lib")
+    state = RunState(computer.prefixes, None, watched.follow)
 
     def take(listener: Callable[[str], None]) -> None:
+        layouts = copy.deepcopy(state.layouts)
         with tempfile.TemporaryDirectory() as root, on_phase(listener):
-            when = {"step": watcher.snapshots, "epoch": 0}
-            taken = watcher.take(instrumented, samples, SINGLE_PROCESS, when, last=False)
-            RunDirectory(Path(root), watcher.prefixes).write(taken.graphs, watcher.snapshots, films)
-        watcher.accept(taken)
+            metadata = {"step": state.n_snapshots, "epoch": 0}
+            snapshot = computer.compute(instrumented, samples, metadata, state.previous(1.0))
+            RunDirectory(Path(root), computer.prefixes).write(snapshot.graphs, snapshot.step, layouts)
+        state.commit(snapshot, layouts)
 
     return take
 

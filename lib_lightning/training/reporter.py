@@ -1,151 +1,170 @@
-"""What a run leaves behind and tells: files, figures, events, and where everything is."""
+"""What a run tells: scalars and figures to loggers, events to the log, to files and to the user's functions."""
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
+from lib_lightning.graph import InteractionGraph
+from lib_lightning.io.run_layout import RunLayout
 from lib_lightning.lineage.events import Event
 from lib_lightning.plots.animated_layout import AnimatedLayout
+from lib_lightning.plots.image import PNG
 from lib_lightning.training.loggers import log_image, log_numbers, log_text, where_to_look
-from lib_lightning.training.snapshot import Snapshot, SnapshotComputer
+from lib_lightning.training.run_state import RunState
+from lib_lightning.training.snapshot import Snapshot
 from lib_lightning.training.trainer import logging_step, run_folder
-from lib_lightning.training.writer import RunDirectory, SnapshotDirectory
+from lib_lightning.training.writer import RunDirectory
 
 log = logging.getLogger(__name__)
 
-Hook = Callable[[Event], Any]
+EventHook = Callable[[Event], Any]
 
-# Snapshots that make figures over time worth their second: between two there is nothing but a straight line.
-_OVER_TIME = 3
+# Figures over time show lines from snapshot to snapshot: with fewer than three there is not much to see.
+_MIN_OVER_TIME = 3
 
 
 class SnapshotReporter:
-    """Writes and shows the snapshots of one run.
+    """Writes, shows and announces the snapshots of one run; process 0 writes and shows them.
 
     Args:
-        watcher: What has been seen.
-        hooks: Called with every event, on every process.
+        name: Name of the callback, and prefix of what it logs.
+        hooks: The user's functions, called with every event on every process.
+        state: The state of the run, which is only read.
+        prefixes: Names of the folders, that of the basis itself first.
+        trainer: The trainer; all processes have to create their reporter together.
+        follow: Whether features are tracked.
 
     Attributes:
-        folder: Where files go.
+        directory: The folder of the run.
     """
 
-    def __init__(self, watcher: SnapshotComputer, hooks: Sequence[Hook]) -> None:
-        self._watcher, self._hooks = watcher, hooks
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget the run before."""
-        self.folder = RunDirectory(None, [])
-        self._films = {prefix: AnimatedLayout() for prefix in self._watcher.prefixes}
-        self._earlier: list[str] = []
-        self._begun = False
-        self._known: int | None = None
-        self._said: set[str] = set()
+    def __init__(
+        self,
+        name: str,
+        hooks: Sequence[EventHook],
+        state: RunState,
+        prefixes: Sequence[str],
+        trainer: pl.Trainer,
+        follow: bool,
+    ) -> None:
+        self._name, self._hooks, self._state, self._follow = name, list(hooks), state, follow
+        # A standalone validation leaves the files of the training run alone.
+        part = "" if trainer.state.fn == "fit" else RunLayout.VALIDATION
+        self.directory = RunDirectory(run_folder(trainer), prefixes, part)
+        if trainer.is_global_zero:
+            self.directory.clean()
+        self._has_written = False
+        self._logged_step: int | None = None
+        self._logged_notes: set[str] = set()
         self._failed_hooks: set[int] = set()
 
-    def start(self, trainer: pl.Trainer) -> None:
-        """Learn where this run's files go; all processes have to ask together."""
-        part = "" if trainer.state.fn == "fit" else "validate"  # a look from outside leaves the run's files alone
-        self.folder = RunDirectory(run_folder(trainer), self._watcher.prefixes, part)
-        if trainer.is_global_zero:
-            self.folder.clean()
+    @property
+    def layout(self) -> RunLayout | None:
+        """Paths in the folder of the basis itself; None for a run that writes nothing."""
+        return None if self.directory.main is None else self.directory.main.layout
 
-    def notes(self, taken: Snapshot) -> None:
-        """Say, once each, where a slower way was taken."""
-        for note in {note for graph in taken.graphs.values() for note in graph.info["notes"]} - self._said:
-            log.warning("%s: %s", self._watcher.name, note)
-            self._said.add(note)
+    # scalars
 
-    def failed(self, step: int, error: Exception) -> None:
-        """Say that there is no snapshot after so many steps, and why."""
-        log.warning(
-            "The snapshot of '%s' after %d steps failed and is left out; training goes on. %s: %s",
-            self._watcher.name, step, type(error).__name__, error,
-        )  # fmt: skip
-
-    def numbers(self, trainer: pl.Trainer, step: int | None) -> dict[str, float]:
-        """The newest numbers, and how many steps ago they were taken.
+    def scalars(self, trainer: pl.Trainer, keys: Sequence[str], has_ablations: bool) -> dict[str, float]:
+        """The latest scalars, NaN before the first snapshot, and how many steps ago they were computed.
 
         Args:
             trainer: The trainer.
-            step: Step of the newest snapshot; None if there is none.
+            keys: Names of all scalars of a snapshot.
+            has_ablations: Whether edges required are counted.
 
         Returns:
-            Everything to be logged, by name.
+            Everything that is logged, by name.
         """
-        name, steps = self._watcher.name, {"age": step}
-        if self._watcher.watched.ablation is not None:
-            steps["ablation_age"] = self._watcher.ablated_step
-        ages = {f"{name}/{k}": math.nan if s is None else float(trainer.global_step - s) for k, s in steps.items()}
-        return self._watcher.numbers | ages
+        steps = {"age": self._state.step, **({"ablation_age": self._state.ablation_step} if has_ablations else {})}
+        ages = {
+            f"{self._name}/{key}": math.nan if step is None else float(trainer.global_step - step)
+            for key, step in steps.items()
+        }
+        return dict.fromkeys(keys, math.nan) | self._state.scalars | ages
 
-    def news(self, numbers: dict[str, float], step: int | None) -> dict[str, float]:
-        """Of the numbers at a validation those that Lightning does not have: it keeps the ones of a snapshot.
+    def changed_metrics(self, scalars: Mapping[str, float], keys: Collection[str]) -> dict[str, float]:
+        """The scalars to log at a validation: all after a new snapshot, else those that change without one.
 
-        To be given a hundred numbers takes it some 20 ms, at each validation, however often these are.
+        Lightning keeps the values of the others, and takes 20 ms at each validation to be given a hundred scalars.
 
         Args:
-            numbers: All of them.
-            step: Step of the newest snapshot; None if there is none.
+            scalars: All scalars.
+            keys: Names of those that only change with a snapshot.
 
         Returns:
-            What is to be logged.
+            The scalars to log.
         """
-        known, self._known = step is not None and step == self._known, step
-        return {key: x for key, x in numbers.items() if not (known and key in self._watcher.numbers)}
+        step = self._state.step
+        unchanged = set(keys) if step is not None and step == self._logged_step else set()
+        self._logged_step = step
+        return {key: value for key, value in scalars.items() if key not in unchanged}
 
-    def log(self, trainer: pl.Trainer, numbers: dict[str, float]) -> None:
-        """Give numbers to the loggers at once."""
-        # LightningModule.log accepts nothing between validations that would reach the loggers at this step.
-        log_numbers(trainer.loggers, numbers, logging_step(trainer))
+    def log_scalars(self, trainer: pl.Trainer, scalars: dict[str, float]) -> None:
+        """Give scalars to the loggers directly: ``LightningModule.log`` would not reach them between validations."""
+        log_numbers(trainer.loggers, scalars, logging_step(trainer))
 
-    def write(self, trainer: pl.Trainer, taken: Snapshot, step: int) -> None:
-        """Write a snapshot and show its figures.
+    # snapshots
+
+    def write(self, trainer: pl.Trainer, snapshot: Snapshot) -> tuple[dict[str, PNG], dict[str, AnimatedLayout]]:
+        """Write a snapshot.
 
         Args:
             trainer: The trainer; only its first process writes.
-            taken: The snapshot.
-            step: Number of optimizer steps before it.
+            snapshot: The snapshot.
+
+        Returns:
+            Its figures by tag, and the layouts with it taken in.
         """
         if not trainer.is_global_zero:
-            return
-        films = {prefix: film.state_dict() for prefix, film in self._films.items()}
-        try:
-            figures = self.folder.write(taken.graphs, step, self._films)
-        except BaseException:
-            # As if it had never been: the next one may give its ids to other features.
-            self.folder.discard(step)
-            for prefix, film in self._films.items():
-                film.load_state_dict(films[prefix])
-            raise
-        if not self._begun and self._watcher.watched.follow:
-            self.folder.set_aside({*self._watcher.history.steps, step})
-        self._begun = True
+            return {}, self._state.layouts
+        layouts = copy.deepcopy(self._state.layouts)  # the state's own stay as they are if writing fails
+        figures = self.directory.write(snapshot.graphs, snapshot.step, layouts)
+        if not self._has_written and self._follow:
+            self.directory.archive_stale({*self._state.history.steps, snapshot.step})
+        self._has_written = True
+        return figures, layouts
+
+    def show(self, trainer: pl.Trainer, figures: Mapping[str, PNG]) -> None:
+        """Show figures in the loggers."""
         for tag, png in figures.items():
             log_image(trainer.loggers, tag, png, logging_step(trainer))
 
-    def tell(self, trainer: pl.Trainer, events: Sequence[Event], draw: bool) -> None:
-        """Tell of events since the snapshot before; mistakes in hooks cost nothing.
+    def log_notes(self, graphs: Mapping[str, InteractionGraph]) -> None:
+        """Log, once each, where a slower way was taken."""
+        for note in {note for graph in graphs.values() for note in graph.info["notes"]} - self._logged_notes:
+            log.warning("%s: %s", self._name, note)
+            self._logged_notes.add(note)
+
+    def log_failure(self, step: int, error: Exception) -> None:
+        """Log that a snapshot has failed, and why."""
+        log.warning(
+            "The snapshot of '%s' at step %d failed and is skipped; training continues. %s: %s",
+            self._name, step, type(error).__name__, error,
+        )  # fmt: skip
+
+    def notify(self, trainer: pl.Trainer, events: Sequence[Event], draw: bool) -> bool:
+        """Announce events since the snapshot before; an error in a hook of the user's costs nothing.
 
         Args:
             trainer: The trainer.
-            events: What has happened.
-            draw: Whether to draw the spectrum of this snapshot, and what there is over time.
+            events: The events.
+            draw: Whether to draw figures over the whole run.
+
+        Returns:
+            Whether they have been drawn, or at least tried.
         """
-        if draw:
-            self._watcher.drawn = self._watcher.snapshots
         if trainer.is_global_zero:
-            with self._costs_nothing(trainer):
-                self._tell(trainer, events)
+            with self._logged_errors(trainer):
+                self._write_events(trainer, events)
                 if draw:
                     self._draw(trainer)
         for k, hook in enumerate(self._hooks):
@@ -155,83 +174,66 @@ class SnapshotReporter:
                 except Exception as error:
                     if k not in self._failed_hooks:
                         log.warning(
-                            "The hook %r failed, and will not be reported again: '%s'. %s: %s",
+                            "on_event=%r failed and will not be reported again: '%s'. %s: %s",
                             hook, event.text, type(error).__name__, error,
                         )  # fmt: skip
                     self._failed_hooks.add(k)
+        return draw
 
     @contextmanager
-    def _costs_nothing(self, trainer: pl.Trainer) -> Iterator[None]:
+    def _logged_errors(self, trainer: pl.Trainer) -> Iterator[None]:
         try:
             yield
         except Exception as error:
             log.warning(
-                "What '%s' shows over time could not be written after %d steps; training goes on. %s: %s",
-                self._watcher.name, trainer.global_step, type(error).__name__, error,
+                "Events or figures over time of '%s' could not be written at step %d; training continues. %s: %s",
+                self._name, trainer.global_step, type(error).__name__, error,
             )  # fmt: skip
 
-    def _tell(self, trainer: pl.Trainer, events: Sequence[Event]) -> None:
+    def _write_events(self, trainer: pl.Trainer, events: Sequence[Event]) -> None:
         for event in events:
-            # The rest would drown these in early training.
+            # Births and deaths are frequent early in training and would drown these.
             if event.kind == "emerged" or event.metric is not None:
-                rank_zero_info(f"{self._watcher.name}: {event.text}")
+                rank_zero_info(f"{self._name}: {event.text}")
         if events:
             text = "\n".join(f"- {event.text}" for event in events)
-            log_text(trainer.loggers, f"{self._watcher.name}/events", text, logging_step(trainer))
-        if self.folder.main is not None:
-            # All of them each time: a resumed run may have another folder, and have gone back behind some.
-            self.folder.main.write_events([event.to_json() for event in self._watcher.events])
+            log_text(trainer.loggers, f"{self._name}/events", text, logging_step(trainer))
+        if self.directory.main is not None:
+            # All of them each time: a resumed run may have another folder, or have gone back before some of them.
+            self.directory.main.write_events([event.to_json() for event in self._state.events])
 
     def _draw(self, trainer: pl.Trainer) -> None:
-        watcher, folder = self._watcher, self.folder.main
-        if folder is None:
+        state, directory = self._state, self.directory.main
+        if directory is None:
             return
         figures = {}
-        if watcher.graphs:  # none yet in a run that has only just gone on
-            own, *baselines = watcher.graphs.values()
-            figures["spectrum"] = folder.write_spectrum(own, baselines, own.info["step"])
-        if watcher.watched.follow and len(watcher.history.steps) >= _OVER_TIME:
-            over_time = watcher.history.figures()
-            figures |= {what: folder.write_figure(what, figure) for what, figure in over_time.items()}
-        for what, png in figures.items():
-            log_image(trainer.loggers, f"{watcher.name}/{what}", png, logging_step(trainer))
+        if state.graphs:  # none in a resumed run before its first snapshot
+            own, *baselines = state.graphs.values()
+            figures["spectrum"] = directory.write_spectrum(own, baselines, own.info["step"])
+        if self._follow and len(state.history.steps) >= _MIN_OVER_TIME:
+            over_time = state.history.figures()
+            figures |= {name: directory.write_figure(name, figure) for name, figure in over_time.items()}
+        self.show(trainer, {f"{self._name}/{name}": png for name, png in figures.items()})
 
-    def finish(self, trainer: pl.Trainer, step: int | None, node_layers: Sequence[str]) -> None:
-        """Write what is known at the end only, and say where everything is.
-
-        Args:
-            trainer: The trainer.
-            step: Step of the last snapshot.
-            node_layers: Names of the node layers.
-        """
-        if self.folder.main is None or not trainer.is_global_zero:
+    def finish(self, trainer: pl.Trainer) -> None:
+        """Write what is only known at the end of training, and log where everything is."""
+        state, directory = self._state, self.directory.main
+        if directory is None or not trainer.is_global_zero:
             return
-        name = self._watcher.name
-        if self._watcher.drawn < self._watcher.snapshots:
-            with self._costs_nothing(trainer):
+        if state.n_drawn < state.n_snapshots:
+            with self._logged_errors(trainer):
                 self._draw(trainer)
-        lines = [f"\n{name}: {self._watcher.snapshots} snapshots of {' -> '.join(node_layers)}"]
+        lines = [f"\n{self._name}: {state.n_snapshots} snapshots of {' -> '.join(state.node_layers)}"]
         try:
-            if step == trainer.global_step:
-                self.folder.finish(step)
-                earlier = [SnapshotDirectory(Path(folder)) for folder in self._earlier]
-                since = self.folder.main.retrace(self._watcher.graphs[name], step, earlier)
+            if state.step is not None and state.step == trainer.global_step:
+                self.directory.write_final(state.step)
+                earlier = [folder for folder in state.folders if folder != str(directory.layout.path.resolve())]
+                since = directory.write_first_seen(state.graphs[self._name], state.step, earlier)
                 if since:
                     steps = ", ".join(f"{layer} {'never' if s is None else f'{s:,}'}" for layer, s in since.items())
-                    lines.append(f"  formed        {steps} (steps since when most of what counts has been there)")
-        except Exception as error:  # training is over, and was not in vain
-            log.warning("The last snapshot of '%s' could not be written: %s: %s", name, type(error).__name__, error)
-        rank_zero_info("\n".join([*lines, *self.folder.contents(), *where_to_look(trainer.loggers)]))
-
-    def state_dict(self) -> dict[str, Any]:
-        """State to go on from: where features lie in figures, and where the run has been written so far."""
-        here = [] if self.folder.main is None else [str(self.folder.main.path.resolve())]
-        films = {prefix: film.state_dict() for prefix, film in self._films.items()}
-        return {"films": films, "folders": [*(f for f in self._earlier if f not in here), *here]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
-        self._earlier = list(state["folders"])
-        for prefix, film in self._films.items():
-            if prefix in state["films"]:
-                film.load_state_dict(state["films"][prefix])
+                    lines.append(f"  formed        {steps} (step since when half of the final importance is there)")
+        except Exception as error:  # training is over, and its result must not be lost
+            log.warning(
+                "The last snapshot of '%s' could not be written. %s: %s", self._name, type(error).__name__, error
+            )
+        rank_zero_info("\n".join([*lines, *self.directory.contents(), *where_to_look(trainer.loggers)]))

@@ -1,248 +1,421 @@
-"""The samples that all snapshots of a run are computed on: where they come from, and how they outlast the run."""
+"""The samples that all snapshots of a run are computed on: where they come from, and how they survive the run."""
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
-from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from lib_lightning.distributed.process_group import ProcessGroup
 from lib_lightning.errors import LIBError
+from lib_lightning.io.basis_file import write_bytes
+from lib_lightning.io.run_layout import RunLayout
+from lib_lightning.model.batch import batch_size, index_batch, map_tensors, slice_batch
 from lib_lightning.model.preserve import preserve_rng
-from lib_lightning.training.sample_buffer import SampleBuffer, shard_size, take_fraction
 from lib_lightning.training.snapshot import SnapshotData
 from lib_lightning.training.trainer import (
     data_rank,
-    distinct_validation_samples,
-    refuse_without_validation,
+    num_validation_samples,
+    require_validation,
+    shard_size,
     sharded_batches,
     shared_samples,
 )
-from lib_lightning.training.writer import SnapshotDirectory
 
 log = logging.getLogger(__name__)
 
-# Samples that features are followed on, and how many of the sanity check's will do: eight for each of 64 dimensions are
-# enough to see that features have only turned among themselves.
+# Samples on which features are recognised from snapshot to snapshot. Eight for each of 64 dimensions are enough to see
+# that features have only rotated among themselves, so that many from the sanity check are kept for the whole run.
 NUM_REFERENCE_SAMPLES = 1024
 _ENOUGH_REFERENCE_SAMPLES = 512
 
 
-class SampleStore:
-    """Samples of one run: those of the first whole validation, before it those of the sanity check, or the user's own.
-
-    They are written beside the snapshots, so that a resumed run goes on with the same ones. Some of the first of them,
-    chosen by a seed, are probe samples: those stay the same throughout.
+class SampleBuffer:
+    """Copies of batches, up to a number of samples.
 
     Args:
-        num_samples: SnapshotData to keep, over all processes.
-        dataloader: Batches of the user's own; None for validation batches.
-        val_dataloader: Which of several validation data loaders to take.
-        hold_out: Whether to keep as many samples more, which snapshots are not computed on.
-        held_out_dataloader: Which validation data loader to take those from; None for those that follow.
-
-    Raises:
-        ValueError: If fewer than two samples are wanted.
+        num_samples: Number of samples to keep.
 
     Attributes:
-        buffer: The samples of this process.
-        held_out: SnapshotData that snapshots are not computed on.
-        probes: SnapshotData that features are followed on.
-        seed: Chooses the probe samples.
+        batches: The copies.
+        count: Number of samples in them.
+        is_frozen: Whether no more samples are accepted.
+
+    Example:
+        >>> buffer = SampleBuffer(3)
+        >>> rest = [buffer.add((torch.zeros(2, 5), torch.zeros(2))) for _ in range(2)]
+        >>> [inputs.shape[0] for inputs, labels in buffer.batches], buffer.is_full
+        ([2, 1], True)
+    """
+
+    def __init__(self, num_samples: int) -> None:
+        self.num_samples = num_samples
+        self.batches: list[Any] = []
+        self.count = 0
+        self.is_frozen = False
+        self._offered = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the number of samples is reached."""
+        return self.count >= self.num_samples
+
+    def add(self, batch: Any, available: int | None = None) -> Any:
+        """Copy a batch, or as many of its samples as are still wanted.
+
+        Args:
+            batch: What a data loader returns.
+            available: Number of distinct samples that the data loader has; the ones after these are padding by a
+                distributed sampler, and are ignored.
+
+        Returns:
+            The available samples that were not wanted; None if there are none.
+        """
+        n = batch_size(batch)
+        distinct = n if available is None else max(0, min(n, available - self._offered))
+        wanted = min(distinct, self.num_samples - self.count)
+        self._offered += n
+        rest = slice_batch(batch, max(0, wanted), distinct) if wanted < distinct else None
+        if wanted <= 0 or self.is_frozen:
+            return rest
+        # Copies made outside inference mode are ordinary tensors, which gradients can be taken through.
+        with torch.inference_mode(False):
+            kept = batch if n <= wanted else slice_batch(batch, 0, wanted)
+            self.batches.append(map_tensors(kept, lambda t: t.detach().clone()))
+        self.count += wanted
+        return rest
+
+    def freeze(self) -> None:
+        """Accept no more samples."""
+        self.is_frozen = True
+
+    def subsample(self, num_samples: int, seed: int) -> SampleBuffer:
+        """A new buffer with some of the samples, chosen at random.
+
+        Args:
+            num_samples: Number of samples to choose, at most.
+            seed: Seed of the choice.
+
+        Returns:
+            The buffer; samples keep their order and batches.
+        """
+        subset = SampleBuffer(num_samples)
+        chosen = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed))[:num_samples]
+        start = 0
+        for batch in self.batches:
+            here = chosen[(chosen >= start) & (chosen < start + batch_size(batch))].sort().values - start
+            start += batch_size(batch)
+            if len(here):
+                subset.add(index_batch(batch, here))
+        return subset
+
+    def save(self, path: Path) -> bool:
+        """Write the samples to a file, so that a resumed run continues with the same ones.
+
+        Args:
+            path: Where to write.
+
+        Returns:
+            Whether that was possible. If not (a full disk, batches of classes that cannot be loaded safely), a warning
+            says why.
+        """
+        data = io.BytesIO()
+        try:
+            torch.save([map_tensors(batch, lambda t: t.cpu()) for batch in self.batches], data)
+            torch.load(io.BytesIO(data.getvalue()), weights_only=True)
+            write_bytes(path, data.getvalue())
+        except Exception as error:
+            log.warning(
+                "The samples of the snapshots could not be written to %s; a run resumed from here will collect new "
+                "ones. %s: %s",
+                path, type(error).__name__, str(error).split("\n")[0],
+            )  # fmt: skip
+            return False
+        return True
+
+    @classmethod
+    def load(cls, path: Path, num_samples: int, device: torch.device) -> SampleBuffer | None:
+        """Read a file that `save` wrote.
+
+        Args:
+            path: The file.
+            num_samples: Number of samples that the buffer may hold.
+            device: Where to put the samples.
+
+        Returns:
+            The buffer; None if the file is missing or damaged.
+        """
+        buffer = cls(num_samples)
+        try:
+            buffer.batches = torch.load(path, map_location=device, weights_only=True)
+            buffer.count = sum(map(batch_size, buffer.batches))
+        except Exception:  # a damaged file can raise nearly anything
+            return None
+        return buffer
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Which samples snapshots are computed on.
+
+    Args:
+        num_samples: Number of samples, over all processes.
+        dataloader: The user's own batches; None for validation batches.
+        val_dataloader: Index of the validation data loader to use, where there are several.
+        hold_out: Whether to keep as many samples again that bases are not computed on, for ablations.
+        held_out_dataloader: Index of the validation data loader that these come from; None for the samples that follow.
+
+    Raises:
+        ValueError: If fewer than two samples are asked for.
+    """
+
+    num_samples: int
+    dataloader: Iterable[Any] | None = None
+    val_dataloader: int = 0
+    hold_out: bool = False
+    held_out_dataloader: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 2:
+            raise ValueError(f"num_samples must be at least 2: a basis needs samples to vary; got {self.num_samples}.")
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """The same in plain values, by which a resumed run sees whether its samples are still the ones asked for."""
+        own = {"num_samples": self.num_samples, "own": self.dataloader is not None}
+        held_out = -1 if self.held_out_dataloader is None else self.held_out_dataloader
+        return {**own, "val_dataloader": self.val_dataloader, **({"held_out": held_out} if self.hold_out else {})}
+
+
+@dataclass
+class SavedSamples:
+    """Where the samples of a run have been written; plain values, so that a checkpoint can hold them.
+
+    Attributes:
+        written_to: The run folder; None if they have not been written.
+        complete: Whether they are those of a whole validation, and stay the same for the rest of the run.
+        seed: Seed of the choice of reference samples.
+        settings: `SampleConfig.plain` of the run.
+    """
+
+    written_to: str | None = None
+    complete: bool = False
+    seed: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+class SampleStore:
+    """Collects the samples of one run, keeps them for all of its snapshots, and saves them for a resumed run.
+
+    They are the first ones of the first whole validation (before it, those of the sanity check), or the user's own.
+    Some of the first samples, chosen at random, are reference samples: these stay the same throughout the run.
+
+    Args:
+        config: Which samples to collect.
+        saved: Where the samples of an interrupted run are; updated in place when samples are written.
+        trainer: The trainer.
+        process_group: Its processes.
+        layout: The run folder; None for a run that writes nothing.
+
+    Attributes:
+        buffer: Samples of this process that snapshots are computed on.
+        held_out: Samples of this process that only ablations are scored on.
+        reference: Samples of this process that features are recognised on.
+        is_ready: Whether there are samples to compute a snapshot on.
     """
 
     def __init__(
         self,
-        num_samples: int,
-        dataloader: Iterable[Any] | None,
-        val_dataloader: int,
-        hold_out: bool = False,
-        held_out_dataloader: int | None = None,
+        config: SampleConfig,
+        saved: SavedSamples,
+        trainer: pl.Trainer,
+        process_group: ProcessGroup,
+        layout: RunLayout | None,
     ) -> None:
-        if num_samples < 2:
-            raise ValueError(f"num_samples is a number from 2 on: a basis needs samples to vary; got {num_samples}.")
-        self.num_samples, self.dataloader, self.val_dataloader = num_samples, dataloader, val_dataloader
-        self.hold_out, self.held_out_dataloader = hold_out, held_out_dataloader
-        self._settings = {"num_samples": num_samples, "own": dataloader is not None, "val_dataloader": val_dataloader}
-        if hold_out:
-            self._settings["held_out"] = -1 if held_out_dataloader is None else held_out_dataloader
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget the run before."""
-        self.buffer, self.held_out = (SampleBuffer(self.num_samples) for _ in range(2))
-        self.probes = SampleBuffer(NUM_REFERENCE_SAMPLES)
-        self.seed = 0
-        self.known = self._checked_sanity = False
-        self._process_group: ProcessGroup = SINGLE_PROCESS
-        self._folder: SnapshotDirectory | None = None
-        self._written_to: str | None = None
-        self._unwritten = False
-        self._resumed: tuple[str, bool] | None = None
+        self._config, self._saved, self._process_group = config, saved, process_group
+        # A standalone validation leaves the files of the training run alone.
+        self._layout = layout if trainer.state.fn == "fit" else None
+        self._can_restore = saved.written_to is not None and saved.settings == config.plain
+        if saved.written_to is not None and not self._can_restore:
+            log.warning("The resumed run asks for other samples than the interrupted one; new ones are collected.")
+            saved.written_to = None
+        # The user's own batches are distributed as a whole, validation samples evenly.
+        rank, size = (0, 1) if config.dataloader is not None else data_rank(trainer)
+        self._capacity = shard_size(config.num_samples, rank, size)
+        self._reference_capacity = shard_size(NUM_REFERENCE_SAMPLES, *data_rank(trainer))
+        self.buffer, self.held_out = SampleBuffer(self._capacity), SampleBuffer(self._capacity)
+        self.reference = SampleBuffer(self._reference_capacity)
+        self.is_ready = self._is_unsaved = self._seen_sanity_check = False
 
     @property
     def batches(self) -> list[Any]:
-        """The samples of this process."""
+        """Batches of this process that snapshots are computed on."""
         return self.buffer.batches
 
-    def start(self, trainer: pl.Trainer, process_group: ProcessGroup, folder: SnapshotDirectory | None) -> None:
-        """Learn what run this is."""
-        self._process_group, self._folder = process_group, folder
-        self._writes = trainer.state.fn == "fit"  # a look from outside leaves the run's samples alone
-        for buffer in self._buffers:
-            buffer.num_samples = shard_size(self.num_samples, *data_rank(trainer))
-        self.probes.num_samples = shard_size(NUM_REFERENCE_SAMPLES, *data_rank(trainer))
-
-    @property
-    def _buffers(self) -> tuple[SampleBuffer, SampleBuffer]:
-        return self.buffer, self.held_out
-
     def prepare(self, trainer: pl.Trainer, check: Callable[[Any], None]) -> None:
-        """Take the samples that are there before the first step, and make sure that there will be some.
+        """Get the samples that are available before the first step, and make sure that there will be some.
 
         Args:
             trainer: The trainer.
-            check: Called with a batch before any is taken.
+            check: Called with a batch before any is kept.
 
         Raises:
             LIBError: If there are no validation batches, and none of the user's own.
         """
-        self._restore(trainer, check)
-        if self.dataloader is None:
-            refuse_without_validation(trainer, self._process_group, self.val_dataloader)
-            if self.held_out_dataloader is not None:
-                refuse_without_validation(trainer, self._process_group, self.held_out_dataloader)
+        if self._can_restore:
+            self._restore(trainer, check)
+        if self._config.dataloader is None:
+            require_validation(trainer, self._process_group, self._config.val_dataloader)
+            if self._config.held_out_dataloader is not None:
+                require_validation(trainer, self._process_group, self._config.held_out_dataloader)
         else:
-            self.collect(trainer, check)
+            self.collect_own(trainer, check)
 
-    def collect(self, trainer: pl.Trainer, check: Callable[[Any], None]) -> None:
-        """Go through the user's own batches, if there are any and it has not been done."""
-        if self.dataloader is None or self.buffer.complete:
-            return
-        for buffer in self._buffers:
-            buffer.num_samples = self.num_samples  # shared out by whole batches
-        wanted = self.num_samples * (1 + self.hold_out)
-        with preserve_rng(_generators(self.dataloader)), self._process_group.sync_errors():
-            for batch in sharded_batches(trainer, self.dataloader, wanted):
-                check(batch)
-                self._add(batch, None)
-        if not any(self._process_group.gather(torch.tensor([len(self.batches)]))):
-            raise LIBError("The dataloader given to LIBCallback has no batches, or is an iterator that is used up.")
-        self.keep(complete=True)
-
-    def new_pass(self) -> None:
-        """A validation begins: what was kept of the one before was perhaps only a sanity check."""
-        if not self.buffer.complete:
-            for buffer in self._buffers:
-                buffer.clear()
-
-    def see(self, trainer: pl.Trainer, batch: Any, dataloader_idx: int, check: Callable[[Any], None]) -> None:
-        """Keep a copy of a validation batch, if it is one of those that count."""
-        if self.dataloader is not None or self.buffer.complete:
-            return
-        if dataloader_idx == self.val_dataloader:
-            check(batch)
-            self._add(batch, distinct_validation_samples(trainer, dataloader_idx))
-        if self.hold_out and dataloader_idx == self.held_out_dataloader:
-            self.held_out.add(batch, distinct_validation_samples(trainer, dataloader_idx))
-
-    def _add(self, batch: Any, available: int | None) -> None:
-        rest = self.buffer.add(batch, available)
-        if self.hold_out and self.held_out_dataloader is None and rest is not None:
-            self.held_out.add(rest)
-
-    def end_pass(self, sanity_check: bool) -> None:
-        """A validation ends, or the data would have been seen in one."""
-        self._checked_sanity = sanity_check
-        if not sanity_check:
-            self.keep(complete=True)
-        elif self._resumed is None:
-            self.keep(complete=False)
-
-    def keep(self, complete: bool) -> None:
-        """Keep the samples; complete ones stay as they are for the rest of the run."""
-        self.known = True
-        if self.buffer.complete:
-            return
-        for buffer in self._buffers:
-            buffer.complete = complete
-        if not self.probes.complete:
-            self.probes.choose(self.buffer, self.seed)
-            self.probes.complete = complete or self._enough_probes()
-        self._unwritten = True
-
-    def _enough_probes(self) -> bool:
-        return (
-            sum(int(t) for t in self._process_group.gather(torch.tensor([self.probes.count])))
-            >= _ENOUGH_REFERENCE_SAMPLES
-        )
-
-    def _files(self, folder: SnapshotDirectory) -> list[tuple[Path, SampleBuffer]]:
-        kinds = {"": self.buffer, "probes": self.probes, **({"held-out": self.held_out} if self.hold_out else {})}
-        place = self._process_group.rank, self._process_group.size
-        return [(folder.samples_file(*place, kind), buffer) for kind, buffer in kinds.items()]
-
-    def for_snapshot(self, trainer: pl.Trainer, part: float = 1.0) -> SnapshotData:
-        """What to compute a snapshot on: this process's samples, or everybody's where all compute in step.
+    def collect_own(self, trainer: pl.Trainer, check: Callable[[Any], None]) -> None:
+        """Go through the user's own batches, if there are any and they have not been collected yet.
 
         Args:
             trainer: The trainer.
-            part: Part of each process's samples to compute on, the first ones.
+            check: Called with each batch before it is kept.
+
+        Raises:
+            LIBError: If there are no batches.
+        """
+        if self._config.dataloader is None or self.buffer.is_frozen:
+            return
+        wanted = self._config.num_samples * (1 + self._config.hold_out)
+        with preserve_rng(_generators(self._config.dataloader)), self._process_group.sync_errors():
+            for batch in sharded_batches(trainer, self._config.dataloader, wanted):
+                check(batch)
+                self._add(batch, None)
+        if not any(self._process_group.gather(torch.tensor([len(self.batches)]))):
+            raise LIBError("The dataloader given to LIBCallback has no batches, or is an iterator that is exhausted.")
+        self._keep(complete=True)
+
+    def start_validation(self) -> None:
+        """A validation begins: samples of a sanity check are replaced."""
+        if not self.buffer.is_frozen:
+            self.buffer, self.held_out = SampleBuffer(self._capacity), SampleBuffer(self._capacity)
+
+    def observe(self, trainer: pl.Trainer, batch: Any, dataloader_idx: int, check: Callable[[Any], None]) -> None:
+        """Keep a copy of a validation batch, if it is from the data loader that is used.
+
+        Args:
+            trainer: The trainer.
+            batch: The batch.
+            dataloader_idx: Index of its data loader.
+            check: Called with the batch before it is kept.
+        """
+        if self._config.dataloader is not None or self.buffer.is_frozen:
+            return
+        if dataloader_idx == self._config.val_dataloader:
+            check(batch)
+            self._add(batch, num_validation_samples(trainer, dataloader_idx))
+        if self._config.hold_out and dataloader_idx == self._config.held_out_dataloader:
+            self.held_out.add(batch, num_validation_samples(trainer, dataloader_idx))
+
+    def _add(self, batch: Any, available: int | None) -> None:
+        rest = self.buffer.add(batch, available)
+        if self._config.hold_out and self._config.held_out_dataloader is None and rest is not None:
+            self.held_out.add(rest)
+
+    def end_validation(self, is_sanity_check: bool) -> None:
+        """A validation has ended, or a training epoch where there is none.
+
+        Args:
+            is_sanity_check: Whether it was the sanity check, which sees few samples.
+        """
+        self._seen_sanity_check = is_sanity_check
+        # In a resumed run, samples are about to be restored.
+        if not is_sanity_check or not self._can_restore:
+            self._keep(complete=not is_sanity_check)
+
+    def _keep(self, complete: bool) -> None:
+        """Keep the samples seen so far; complete ones stay the same for the rest of the run."""
+        self.is_ready = True
+        if self.buffer.is_frozen:
+            return
+        if complete:
+            self.buffer.freeze()
+            self.held_out.freeze()
+        if not self.reference.is_frozen:
+            self.reference = self.buffer.subsample(self._reference_capacity, self._saved.seed)
+            self._freeze_reference(complete)
+        self._is_unsaved = True
+
+    def _freeze_reference(self, complete: bool) -> None:
+        counts = self._process_group.gather(torch.tensor([self.reference.count]))
+        if complete or sum(int(n) for n in counts) >= _ENOUGH_REFERENCE_SAMPLES:
+            self.reference.freeze()
+
+    def for_snapshot(self, trainer: pl.Trainer) -> SnapshotData:
+        """The samples to compute a snapshot on: those of this process, or of all where processes compute in step.
+
+        Args:
+            trainer: The trainer.
 
         Returns:
             The samples.
         """
-        # Where there were not enough to hold any out, scores are of the same samples.
-        any_held_out = any(int(t) for t in self._process_group.gather(torch.tensor([self.held_out.count])))
-        own = self.buffer.batches if part == 1 else take_fraction(self.buffer.batches, part)
-        every = own, (self.held_out if any_held_out else self.buffer).batches, self.probes.batches
-        batches, held_out, probes = (shared_samples(trainer, batches) for batches in every)
-        return SnapshotData(batches, held_out, probes, self.seed)
+        # Without samples to hold out, scores are computed on the samples of the basis.
+        counts = self._process_group.gather(torch.tensor([self.held_out.count]))
+        held_out = self.held_out if any(int(n) for n in counts) else self.buffer
+        batches, held_out_batches, reference = (
+            shared_samples(trainer, buffer.batches) for buffer in (self.buffer, held_out, self.reference)
+        )
+        return SnapshotData(batches, held_out_batches, reference, self._saved.seed)
+
+    def _files(self, path_of: Callable[[int, int, str], Path]) -> dict[str, Path]:
+        kinds = ["", "reference", *(["held-out"] if self._config.hold_out else [])]
+        return {kind: path_of(self._process_group.rank, self._process_group.size, kind) for kind in kinds}
 
     def _restore(self, trainer: pl.Trainer, check: Callable[[Any], None]) -> None:
-        if self._resumed is None:
-            return
-        folder, complete = self._resumed
-        before = SnapshotDirectory(Path(folder))
-        files = self._files(before)
-        restored = [SampleBuffer(buffer.num_samples) for _, buffer in files]
+        """Read the samples of the interrupted run; collect new ones where any process is missing its own."""
+        self._can_restore = False
+        assert self._saved.written_to is not None
+        capacities = {"": self._capacity, "reference": self._reference_capacity, "held-out": self._capacity}
         device = trainer.strategy.root_device
-        found = all(buffer.load(path, device) for buffer, (path, _) in zip(restored, files, strict=True))
+        files = self._files(RunLayout(self._saved.written_to).existing_samples_file)
+        restored = {kind: SampleBuffer.load(path, capacities[kind], device) for kind, path in files.items()}
+        buffer, reference = restored[""], restored["reference"]
+        found = all(part is not None for part in restored.values())
         if all(self._process_group.gather(torch.tensor([found]))):
-            for batch in restored[0].batches[:1]:
+            assert buffer is not None
+            assert reference is not None
+            for batch in buffer.batches[:1]:
                 check(batch)
-            self.buffer, self.probes, self.held_out = [*restored, self.held_out][:3]
-            self.probes.complete = complete or self._enough_probes()
-            self.keep(complete)
+            self.buffer, self.reference = buffer, reference
+            self.held_out = restored.get("held-out") or self.held_out
+            self._freeze_reference(self._saved.complete)
+            self._keep(self._saved.complete)
             return
-        log.warning("The samples that snapshots were computed on are not in %s any more; new ones are taken.", folder)
-        if self._checked_sanity:
-            self.keep(complete=False)
+        log.warning(
+            "The samples that snapshots were computed on are no longer in %s; new ones are collected.",
+            self._saved.written_to,
+        )
+        if self._seen_sanity_check:
+            self._keep(complete=False)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the samples are, for a resumed run: written only now that there may be one."""
-        if self._unwritten and self._folder is not None and self._writes:
-            saved = [buffer.save(path) for path, buffer in self._files(self._folder)]
-            self._written_to = str(self._folder.path.resolve()) if all(saved) else None
-            self._unwritten = False
-        return {"written_to": self._written_to, "complete": self.buffer.complete, "seed": self.seed,
-            "settings": self._settings,
-        }  # fmt: skip
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Note where the samples of the interrupted run are."""
-        if state["settings"] != self._settings:
-            log.warning("SnapshotData are to be taken in another way than before the interruption; new ones are taken.")
-        elif state["written_to"] is not None:
-            self._resumed, self.seed = (state["written_to"], state["complete"]), state["seed"]
+    def save(self) -> None:
+        """Write the samples to the run folder, unless they have been: called when a checkpoint is saved."""
+        if self._layout is None:
+            return
+        if self._is_unsaved:
+            buffers = {"": self.buffer, "reference": self.reference, "held-out": self.held_out}
+            written = [buffers[kind].save(path) for kind, path in self._files(self._layout.samples_file).items()]
+            self._saved.written_to = str(self._layout.path.resolve()) if all(written) else None
+            self._is_unsaved = False
+        self._saved.complete, self._saved.settings = self.buffer.is_frozen, self._config.plain
 
 
 def _generators(dataloader: Any) -> list[torch.Generator]:
-    """Random generators of a data loader's own, which another one may share."""
+    """Random generators of a data loader, which may share them with another one."""
     batch_sampler = getattr(dataloader, "batch_sampler", None)
     holders = (dataloader, getattr(dataloader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
     found = (getattr(holder, "generator", None) for holder in holders)

@@ -1,36 +1,62 @@
-"""When the next snapshot is due."""
+"""When snapshots are due."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-# After an event snapshots come so many times as often, for so many snapshots.
-_DENSER, _FOR = 4, 8
+# After a change, snapshots are taken this many times as often, for this many snapshots.
+_DENSER, _N_DENSER = 4, 8
+
+
+@dataclass
+class SchedulePosition:
+    """How far a run has come in its schedule; plain values, so that a checkpoint can hold them.
+
+    Attributes:
+        options: The options of the schedule that this position belongs to.
+        validations: Number of validations so far.
+        step: Optimizer step at which the schedule was last asked; -1 before the first time.
+        next_step: Step from which the next snapshot is due; None if none is due by steps.
+        regular: Steps of the two latest regular snapshots that were due.
+        extra: Steps of additional snapshots still to come, after a change.
+        extra_interval: Steps between these.
+        dense_from: Step at which the current denser phase began.
+        dense_until: Step at which it ends; -1 if there was none yet.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
+    validations: int = 0
+    step: int = -1
+    next_step: int | None = None
+    regular: list[int] = field(default_factory=list)
+    extra: list[int] = field(default_factory=list)
+    extra_interval: int = 0
+    dense_from: int = 0
+    dense_until: int = -1
 
 
 class Schedule:
-    """Decides after each validation and after each training step whether a snapshot is due.
-
-    A step counts as due from its number on, not only exactly there, because steps can be passed over unseen.
+    """The options that say when snapshots are due.
 
     Args:
-        every_n_validations: A snapshot at the first validation and every so many after it.
-        every_n_steps: A snapshot before training and every so many optimizer steps.
+        every_n_validations: A snapshot at the first validation and at every n-th one after it.
+        every_n_steps: A snapshot before training and after every n optimizer steps.
         at_steps: A snapshot after each of these numbers of optimizer steps; 0 is before training.
-        per_decade: A snapshot before training and so many for each tenfold of the number of steps, evenly spaced on a
+        log_spaced: A snapshot before training, then this many per tenfold increase of the step, evenly spaced on a
             logarithmic axis.
 
     Attributes:
-        given: Whether one of them was given; without any, a snapshot is due at every validation.
+        is_explicit: Whether one of the options was given; without any, a snapshot is due at every validation.
 
     Raises:
-        ValueError: If several are given, or a number is out of range.
+        ValueError: If several options are given, or a number is out of range.
 
     Example:
-        >>> schedule = Schedule(at_steps=[0, 10])
-        >>> [step for step in range(0, 20, 3) if schedule.due_at_step(step)]
+        >>> cursor = Schedule(at_steps=[0, 10]).start()
+        >>> [step for step in range(0, 20, 3) if cursor.due_at_step(step)]
         [0, 12]
     """
 
@@ -39,145 +65,144 @@ class Schedule:
         every_n_validations: int | None = None,
         every_n_steps: int | None = None,
         at_steps: Sequence[int] | None = None,
-        per_decade: int | None = None,
+        log_spaced: int | None = None,
     ) -> None:
-        # Numbers of any kind, NumPy's too; they end up in checkpoints.
+        # int() accepts NumPy's numbers, which a checkpoint could not be loaded with.
         at_steps = None if at_steps is None else [int(step) for step in at_steps]
-        every_n_validations, every_n_steps, per_decade = (
-            None if number is None else int(number) for number in (every_n_validations, every_n_steps, per_decade)
+        every_n_validations, every_n_steps, log_spaced = (
+            None if number is None else int(number) for number in (every_n_validations, every_n_steps, log_spaced)
         )
-        options = {
+        self.options: dict[str, Any] = {
             "every_n_validations": every_n_validations,
             "every_n_steps": every_n_steps,
             "at_steps": at_steps,
-            "log_spaced": per_decade,
+            "log_spaced": log_spaced,
         }
-        self._options = {name: list(v) if isinstance(v, Sequence) else v for name, v in options.items()}
-        given = {name: value for name, value in options.items() if value is not None}
+        given = {name: value for name, value in self.options.items() if value is not None}
         if len(given) > 1:
             raise ValueError(f"Give one schedule, not {len(given)}: {', '.join(given)}.")
         for name, value in given.items():
-            if not isinstance(value, Sequence) and value < 1:
-                raise ValueError(f"{name} is a number from 1 on; got {value}.")
-        self.given = bool(given)
-        self.every_n_validations = 1 if not given else every_n_validations
+            if name != "at_steps" and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}.")
+        self.is_explicit = bool(given)
+        self.every_n_validations = every_n_validations if given else 1
         self.every_n_steps = every_n_steps
-        self.at_steps = sorted(at_steps) if at_steps is not None else None
-        self.per_decade = per_decade
-        self.reset()
+        self.at_steps = None if at_steps is None else sorted(at_steps)
+        self.log_spaced = log_spaced
 
-    def reset(self) -> None:
-        """Start from the beginning."""
-        self._validations, self._step = 0, -1
-        self._regular: list[int] = []  # steps of the two newest snapshots that were due anyway
-        self._extra: list[int] = []
-        self._extra_gap, self._dense_from, self._dense_until = 0, 0, -1
-        self._next_step = None if self.every_n_validations else self._first_after(-1)
+    def next_step_after(self, step: int) -> int | None:
+        """The first step after ``step`` at which a snapshot is due; None if there is none, or validations decide."""
+        if self.every_n_steps:
+            return (step // self.every_n_steps + 1) * self.every_n_steps
+        if self.at_steps is not None:
+            return next((due for due in self.at_steps if due > step), None)
+        if self.log_spaced is None:
+            return None
+        if step < 1:
+            return step + 1
+        k = math.floor(self.log_spaced * math.log10(step))
+        while (due := round(10 ** (k / self.log_spaced))) <= step:
+            k += 1
+        return due
+
+    def start(self, position: SchedulePosition | None = None) -> ScheduleCursor:
+        """Start a run, or continue one.
+
+        Args:
+            position: Where the interrupted run was; None at the beginning. It is updated as the run proceeds.
+
+        Returns:
+            A cursor that says at each step whether a snapshot is due.
+        """
+        return ScheduleCursor(self, SchedulePosition() if position is None else position)
+
+
+class ScheduleCursor:
+    """Says after each validation and after each optimizer step whether a snapshot is due.
+
+    A snapshot is due *from* its step on, since steps can be passed without being asked about, such as under gradient
+    accumulation.
+
+    Args:
+        schedule: The schedule.
+        position: Where the run is in it; updated in place.
+    """
+
+    def __init__(self, schedule: Schedule, position: SchedulePosition) -> None:
+        self.schedule, self.position = schedule, position
+        if position.options != schedule.options:  # a new run, or one resumed with another schedule
+            position.options = {k: list(v) if isinstance(v, list) else v for k, v in schedule.options.items()}
+            position.next_step = schedule.next_step_after(position.step)
 
     def due_at_validation(self, step: int) -> bool:
         """Count a validation after ``step`` optimizer steps, and say whether a snapshot is due at it."""
-        count, self._validations = self._validations, self._validations + 1
-        due = self.every_n_validations is not None and count % self.every_n_validations == 0
+        every, at = self.schedule.every_n_validations, self.position
+        due = every is not None and at.validations % every == 0
+        at.validations += 1
         if due:
-            self._regular = [*self._regular[-1:], step]
+            at.regular = [*at.regular[-1:], step]
         return due
 
     def due_at_step(self, step: int) -> bool:
         """Say whether a snapshot is due after ``step`` optimizer steps; if so, move on to the next."""
-        self._step = step
-        if self._next_step is None and not self._extra:  # asked after each step, mostly in vain
+        at = self.position
+        at.step = step
+        if at.next_step is None and not at.extra:  # the usual case, and this runs after every training step
             return False
-        due = self._next_step is not None and step >= self._next_step
+        due = at.next_step is not None and step >= at.next_step
         if due:
-            self._next_step = self._first_after(step)
-            self._regular = [*self._regular[-1:], step]
-        waiting = [extra for extra in self._extra if extra > step]
-        due = due or len(waiting) < len(self._extra)
-        self._extra = waiting
+            at.next_step = self.schedule.next_step_after(step)
+            at.regular = [*at.regular[-1:], step]
+        remaining = [extra for extra in at.extra if extra > step]
+        due = due or len(remaining) < len(at.extra)
+        at.extra = remaining
         return due
 
-    @property
-    def gap(self) -> int | None:
-        """Steps between the two newest snapshots that were due anyway; None if unknown, or not the same throughout."""
-        return self._regular[1] - self._regular[0] if self.even and len(self._regular) == 2 else None
-
-    @property
-    def even(self) -> int | None:
-        """Validations, or steps, between two that are due anyway; None if not the same throughout."""
-        return self.every_n_validations or self.every_n_steps
-
     def densify(self, step: int) -> None:
-        """Ask for snapshots four times as often for a while, beside those that are due anyway.
+        """Take snapshots four times as often for a while, in addition to the regular ones.
 
         Args:
             step: Number of optimizer steps so far.
 
         Example:
-            >>> schedule = Schedule(every_n_steps=100)
-            >>> [step for step in range(201) if schedule.due_at_step(step)]
+            >>> cursor = Schedule(every_n_steps=100).start()
+            >>> [step for step in range(201) if cursor.due_at_step(step)]
             [0, 100, 200]
-            >>> schedule.densify(200)
-            >>> [step for step in range(201, 601) if schedule.due_at_step(step)]
+            >>> cursor.densify(200)
+            >>> [step for step in range(201, 601) if cursor.due_at_step(step)]
             [225, 250, 275, 300, 325, 350, 375, 400, 500, 600]
         """
-        if len(self._regular) == 2:
-            self._extra_gap = max(1, (self._regular[1] - self._regular[0]) // _DENSER)
-            self._dense_from = step if step > self._dense_until else self._dense_from
-            self._extra = [step + self._extra_gap * k for k in range(1, _FOR + 1)]
-            self._dense_until = self._extra[-1]
+        at = self.position
+        if len(at.regular) == 2:
+            at.extra_interval = max(1, (at.regular[1] - at.regular[0]) // _DENSER)
+            at.dense_from = step if step > at.dense_until else at.dense_from
+            at.extra = [step + at.extra_interval * k for k in range(1, _N_DENSER + 1)]
+            at.dense_until = at.extra[-1]
 
-    def distance(self, before: int | None, step: int, left_out: int = 0) -> float:
-        """How far apart two snapshots in a row are, in regular distances: 1, or less where they are denser.
+    def relative_interval(self, before: int | None, step: int, n_skipped: int = 0) -> float:
+        """How far apart two consecutive snapshots are, in units of the regular interval.
 
         Args:
-            before: Step of the one before; None if there is none.
+            before: Step of the earlier snapshot; None if there is none.
             step: Step of the later one.
-            left_out: Number of those due between them that were not taken.
+            n_skipped: Number of due snapshots between them that were skipped.
 
         Returns:
-            The distance.
+            1 for regular neighbours, less in a denser phase, more where snapshots were skipped.
 
         Example:
-            >>> schedule = Schedule(every_n_steps=100)
-            >>> due = [schedule.due_at_step(step) for step in (0, 100)]
-            >>> schedule.densify(100)
-            >>> schedule.distance(0, 100), schedule.distance(100, 125)
+            >>> cursor = Schedule(every_n_steps=100).start()
+            >>> due = [cursor.due_at_step(step) for step in (0, 100)]
+            >>> cursor.densify(100)
+            >>> cursor.relative_interval(0, 100), cursor.relative_interval(100, 125)
             (1.0, 0.25)
-            >>> Schedule(every_n_steps=100).distance(0, 300, left_out=2)
+            >>> Schedule(every_n_steps=100).start().relative_interval(0, 300, n_skipped=2)
             3.0
         """
         if before is None:
             return 1.0
-        denser = self._dense_from <= before < self._dense_until
-        most = 1.0 + left_out
-        return min(most, (step - before) / (_DENSER * self._extra_gap)) if denser else most
-
-    def state_dict(self) -> dict[str, Any]:
-        """State to go on from, of plain numbers."""
-        return {"schedule": self._options, "validations": self._validations, "step": self._step,
-            "next_step": self._next_step, "extra": list(self._extra), "extra_gap": self._extra_gap,
-            "dense": [self._dense_from, self._dense_until], "regular": list(self._regular),
-        }  # fmt: skip
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state; steps of another schedule than this one do not count."""
-        self._validations = state["validations"]
-        self._extra, self._extra_gap, self._regular = state["extra"], state["extra_gap"], state["regular"]
-        self._dense_from, self._dense_until = state["dense"]
-        if state["schedule"] == self._options:
-            self._next_step = state["next_step"]
-        elif not self.every_n_validations:
-            self._next_step = self._first_after(state["step"])
-
-    def _first_after(self, step: int) -> int | None:
-        if self.every_n_steps:
-            return (step // self.every_n_steps + 1) * self.every_n_steps
-        if self.at_steps is not None:
-            return next((due for due in self.at_steps if due > step), None)
-        assert self.per_decade
-        if step < 1:
-            return step + 1
-        k = math.floor(self.per_decade * math.log10(step))
-        while (due := round(10 ** (k / self.per_decade))) <= step:
-            k += 1
-        return due
+        at = self.position
+        longest = 1.0 + n_skipped
+        if not at.dense_from <= before < at.dense_until:
+            return longest
+        return min(longest, (step - before) / (_DENSER * at.extra_interval))

@@ -1,10 +1,10 @@
-"""What is looked at in each snapshot: graphs in several bases, their numbers, and what has become of whom."""
+"""What one snapshot computes: graphs in one or several bases, scalars, labels, lineages and events."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -16,8 +16,9 @@ from lib_lightning.algorithm.config import BasisKind, LIBConfig
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
 from lib_lightning.algorithm.progress import phase_done
 from lib_lightning.api import graph_of
-from lib_lightning.distributed.process_group import ProcessGroup
+from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.graph import InteractionGraph
+from lib_lightning.io.basis_format import REFERENCE_SAMPLES
 from lib_lightning.labels.labeller import Labeller, label_features
 from lib_lightning.lineage.events import Event
 from lib_lightning.lineage.reference import reference_features
@@ -28,31 +29,27 @@ from lib_lightning.metrics.summary import GraphMetrics, default_metrics, scalar_
 from lib_lightning.model.batch import hash_batches
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.preserve import preserve_rng
-from lib_lightning.training.plot_history import PlotHistory
-
-# Figures of the whole run so far are drawn when there are so many snapshots, and again whenever these have doubled.
-_FIRST_DRAWN = 4
 
 
 @dataclass(frozen=True)
 class SnapshotConfig:
-    """What is computed in each snapshot.
+    """What every snapshot of a run computes.
 
     Args:
-        settings: How the graph is computed.
+        config: How the graph is computed.
         baselines: Other bases to compute on the same samples.
-        metrics: Numbers to compute of each graph; None for `lib_lightning.metrics.default_metrics`.
+        metrics: Metrics of each graph; None for `lib_lightning.metrics.default_metrics`.
         labeller: Names features; None for no names.
         ablation: When and how edges required are counted; None for never.
-        memory_limit: As for `lib_lightning.compute_interaction_graph`.
-        follow: Whether features are followed from snapshot to snapshot.
+        memory_limit: As for `lib_lightning.compute_interaction_graph`, in GiB.
+        follow: Whether features are tracked from snapshot to snapshot.
 
     Raises:
-        ValueError: If a baseline is unknown, or the basis itself; if there is to be no memory.
-        LIBError: If a metric takes what is not of a graph.
+        ValueError: If a baseline is unknown or is the basis itself, or the memory limit is not positive.
+        LIBError: If a metric needs anything but what a graph provides.
     """
 
-    settings: LIBConfig
+    config: LIBConfig
     baselines: tuple[BasisKind, ...] = ()
     metrics: MetricCollection | None = None
     labeller: Labeller | None = None
@@ -64,10 +61,10 @@ class SnapshotConfig:
         if self.memory_limit <= 0:
             raise ValueError(f"memory_limit is a number of GiB above 0; got {self.memory_limit}.")
         for kind in self.baselines:
-            replace(self.settings, basis=kind)
-        if len({self.settings.basis, *self.baselines}) <= len(self.baselines):
+            replace(self.config, basis=kind)
+        if len({self.config.basis, *self.baselines}) <= len(self.baselines):
             raise ValueError(
-                f"baselines are bases other than {self.settings.basis!r}, each once; got {self.baselines}."
+                f"baselines are bases other than {self.config.basis!r}, each of them once; got {self.baselines}."
             )
         if self.metrics is not None:
             check_metrics(self.metrics)
@@ -80,13 +77,13 @@ class SnapshotConfig:
         return default_metrics() if self.ablation is None else default_metrics(self.ablation.tolerance)
 
     @cached_property
-    def ready(self) -> GraphMetrics:
-        """The metrics, made ready for all snapshots: to copy them each time takes longer than most numbers."""
+    def graph_metrics(self) -> GraphMetrics:
+        """The metrics, prepared once for all snapshots: copying them takes longer than computing most of them."""
         return GraphMetrics(self.collection)
 
     @cached_property
     def module_options(self) -> dict[str, Any]:
-        """How modules are measured, and drawn."""
+        """Options of the search for modules, for figures to show the modules that are measured."""
         for metric in self.collection.clone().values():
             if isinstance(metric, Modularity):
                 return {name: getattr(metric, name) for name in ("weights", "resolution", "seed", "rtol")}
@@ -95,219 +92,192 @@ class SnapshotConfig:
 
 @dataclass(frozen=True)
 class SnapshotData:
-    """What a snapshot is computed on.
+    """The samples that a snapshot is computed on.
 
     Attributes:
-        batches: SnapshotData to compute on.
-        held_out: SnapshotData to score on, where there are ablations.
-        probes: SnapshotData to follow features on, the same ones in all snapshots.
-        seed: Chooses positions in these.
+        batches: Batches for bases and edges.
+        held_out: Batches that ablations are scored on.
+        reference: Batches on which features are recognised; the same in all snapshots.
+        seed: Seed of the choice of positions in these.
     """
 
     batches: Sequence[Any]
     held_out: Sequence[Any] = ()
-    probes: Sequence[Any] = ()
+    reference: Sequence[Any] = ()
     seed: int = 0
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """A snapshot, not yet accepted.
+class Previous:
+    """What a snapshot takes over from the one before it.
 
     Attributes:
-        graphs: A graph for each prefix, the first one of the basis itself.
-        numbers: All numbers, by name.
-        ablated_step: Step of the newest ablation.
-        events: What has happened to features since the snapshot before.
-        follower: What features are followed by from here on.
-        computing: Seconds that the graphs alone took, which depend on samples and probes.
+        scalars: Scalars of the latest snapshot; those of an ablation stay until the next ablation.
+        tracker: Tracks features over snapshots; None for a fresh one.
+        relative_interval: Distance from the latest snapshot, in regular intervals.
     """
 
+    scalars: Mapping[str, float]
+    tracker: SnapshotTracker | None = None
+    relative_interval: float = 1.0
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One snapshot. It is not part of the run before `RunState.commit`.
+
+    Attributes:
+        step: Number of optimizer steps before it.
+        graphs: One graph for each prefix; the first one is of the basis itself.
+        scalars: All scalars by name.
+        is_ablation: Whether edges required were counted.
+        events: What has happened to features since the snapshot before.
+        tracker: The tracker, with this snapshot taken in.
+    """
+
+    step: int
     graphs: dict[str, InteractionGraph]
-    numbers: dict[str, float]
-    ablated_step: int | None
+    scalars: dict[str, float]
+    is_ablation: bool
     events: list[Event]
-    follower: SnapshotTracker
-    computing: float = 0.0
+    tracker: SnapshotTracker
 
 
 class SnapshotComputer:
-    """Takes snapshots, and holds the newest graphs and numbers.
+    """Computes snapshots: a pure function from model, samples and the snapshot before to a `Snapshot`.
 
     Args:
-        watched: What is computed.
-        name: Prefix of the numbers. Those of a baseline have ``pca`` in place of ``lib``, ``NAME_pca`` of any other
-            name; their ratios ``NAME_over_pca``.
+        config: What to compute.
+        name: Prefix of the scalars. Those of a baseline have ``pca`` in place of ``lib``, ``NAME_pca`` in place of
+            any other name; their ratios have ``NAME_over_pca``.
 
     Attributes:
-        settings: How graphs are computed from here on.
-        graphs: The newest graph, by prefix; the first one is of the basis itself.
-        numbers: The newest numbers, by name.
-        snapshots: Number of snapshots taken.
-        drawn: Number of those that the figures of the whole run show.
-        ablated_step: Step of the newest ablation.
-        follower: Follows features from snapshot to snapshot.
-        history: All snapshots in the first basis, as far as figures show them.
-        events: All that has happened, in order.
+        prefixes: The kind of basis for each prefix, the basis itself first.
     """
 
-    def __init__(self, watched: SnapshotConfig, name: str) -> None:
-        self.watched, self.name, self.settings = watched, name, watched.settings
+    def __init__(self, config: SnapshotConfig, name: str) -> None:
+        self.config, self.name = config, name
         own = "" if name == "lib" else f"{name}_"
-        self.prefixes = {name: watched.settings.basis, **{f"{own}{kind}": kind for kind in watched.baselines}}
-        self._over = {f"{own}{kind}": f"{name}_over_{kind}" for kind in watched.baselines}
-        self.reset([])
+        self.prefixes = {name: config.config.basis, **{f"{own}{kind}": kind for kind in config.baselines}}
+        self._keys: dict[tuple[str, ...], list[str]] = {}
+        self._ratio_prefixes = {f"{own}{kind}": f"{name}_over_{kind}" for kind in config.baselines}
 
-    def reset(self, node_layers: Sequence[str]) -> None:
-        """Start afresh, with node layers of these names; none if they are not known yet."""
-        self.graphs: dict[str, InteractionGraph] = {}
-        self.snapshots = self.drawn = 0
-        self.ablated_step: int | None = None
-        self.follower, self.history = SnapshotTracker(list(self.prefixes)), PlotHistory()
-        self.events: list[Event] = []
-        self.numbers = dict.fromkeys(self._keys(node_layers) if node_layers else [], math.nan)
+    def scalar_keys(self, node_layers: Sequence[str]) -> list[str]:
+        """Names of all scalars of a snapshot with these node layers."""
+        key = tuple(node_layers)
+        if key not in self._keys:
+            self._keys[key] = self._list_scalars(node_layers)
+        return self._keys[key]
 
-    def _keys(self, node_layers: Sequence[str]) -> list[str]:
-        metrics = self.watched.collection
+    def _list_scalars(self, node_layers: Sequence[str]) -> list[str]:
+        metrics = self.config.collection
         keys = scalar_keys(node_layers, metrics)
-        if self.watched.ablation is not None:
+        if self.config.ablation is not None:
             keys += scalar_keys(node_layers, metrics, causal=True)
         totals = [key for key in keys if key.endswith("/total")]
         turnover = [key for prefix in self.prefixes for key in SnapshotTracker.keys(prefix, node_layers)]
         return [
             *(f"{prefix}/{key}" for prefix in self.prefixes for key in keys),
-            *(f"{over}/{key}" for over in self._over.values() for key in totals),
-            *(turnover if self.watched.follow else []),
+            *(f"{ratio}/{key}" for ratio in self._ratio_prefixes.values() for key in totals),
+            *(turnover if self.config.follow else []),
             f"{self.name}/samples",
             f"{self.name}/seconds",
         ]
 
-    def ablates(self, last: bool) -> bool:
-        """Whether the next snapshot counts edges required; the last one of a run does."""
-        plan = self.watched.ablation
-        return plan is not None and (last or self.snapshots % plan.every_n_snapshots == 0)
-
-    def draws(self, last: bool) -> bool:
-        """Whether the figures of the whole run are worth drawing after the next snapshot; the last one's are."""
-        return last or self.snapshots + 1 >= max(_FIRST_DRAWN, 2 * self.drawn)
-
-    def take(
+    def compute(
         self,
         instrumented: InstrumentedModel,
-        samples: SnapshotData,
-        process_group: ProcessGroup,
-        when: dict[str, Any],
-        last: bool,
-        distance: float = 1.0,
+        data: SnapshotData,
+        metadata: Mapping[str, Any],
+        previous: Previous,
+        ablate: bool = False,
+        process_group: ProcessGroup = SINGLE_PROCESS,
     ) -> Snapshot:
-        """Take a snapshot; everything stays as it was until it is accepted.
+        """Compute one snapshot.
 
         Args:
             instrumented: The model and its node layers.
-            samples: What to compute on.
-            process_group: The processes.
-            when: What to note in the graphs, plain data: ``step`` is the number of optimizer steps before it.
-            last: Whether it is the last one of the run.
-            distance: How far it is from the snapshot before, in regular distances.
+            data: The samples.
+            metadata: What to note in the graphs, plain values; ``step`` is the number of optimizer steps so far.
+            previous: What to take over from the snapshot before; not modified.
+            ablate: Whether to count edges required.
+            process_group: The processes of the run.
 
         Returns:
             The snapshot.
         """
         started = time.perf_counter()
-        plan = self.watched.ablation
-        ablates, computing = self.ablates(last), 0.0
-        options: dict[str, Any] = vars(instrumented.spec)
-        probe_samples = hash_batches(samples.probes, process_group) if self.watched.follow else None
-        phase_done("probes")
+        reference_hash = hash_batches(data.reference, process_group) if self.config.follow else None
+        phase_done("reference samples")
         graphs: dict[str, InteractionGraph] = {}
-        found: dict[str, float] = {}
+        scalars: dict[str, float] = {}
         for prefix, kind in self.prefixes.items():
-            settings, begun = replace(self.settings, basis=kind), time.perf_counter()
-            graph = graph_of(instrumented, samples.batches, settings, self.watched.memory_limit, process_group)
-            computing += time.perf_counter() - begun
-            graph.info |= when
-            curves = None
-            if plan is not None and ablates:
-                required = edges_required(
-                    instrumented.model, samples.held_out, graph, plan.score_fn, plan.tolerance,
-                    memory_limit=self.watched.memory_limit, process_group=process_group, **options,
-                )  # fmt: skip
-                curves = {section: answer.as_curve() for section, answer in required.items()}
-                phase_done("edges required")
+            graph = graph_of(
+                instrumented, data.batches, replace(self.config.config, basis=kind), self.config.memory_limit,
+                process_group,
+            )  # fmt: skip
+            graph.info |= metadata
+            curves = self._ablate(graph, instrumented, data, process_group) if ablate else None
             partitions = graph.partitions()
-            numbers_here = graph.measure(self.watched.ready, curves, partitions)
-            found |= {f"{prefix}/{key}": value for key, value in numbers_here.items()}
-            graph.find_modules(partitions, **self.watched.module_options)
+            measured = graph.measure(self.config.graph_metrics, curves, partitions)
+            scalars |= {f"{prefix}/{key}": value for key, value in measured.items()}
+            graph.find_modules(partitions, **self.config.module_options)
             phase_done("metrics and modules")
-            if self.watched.labeller is not None and samples.batches:
-                with preserve_rng([]):  # a labeller may draw some
-                    graph.labels = label_features(
-                        graph, instrumented.model, samples.batches, self.watched.labeller, **options
-                    )
-                phase_done("labels")
-            if self.watched.follow:
+            self._label(graph, instrumented, data)
+            if self.config.follow:
+                spec = instrumented.spec
                 graph.reference_features = reference_features(
-                    graph, instrumented.model, samples.probes, samples.seed, process_group=process_group, **options
-                )
-                graph.info["reference_samples"] = probe_samples
-                phase_done("probes")
+                    graph, instrumented.model, data.reference, data.seed, input_fn=spec.input_fn, mask=spec.mask,
+                    dtype=spec.dtype, process_group=process_group,
+                )  # fmt: skip
+                graph.info[REFERENCE_SAMPLES] = reference_hash
+                phase_done("reference samples")
             graphs[prefix] = graph
-        follower, events = self.follower.copy(), []
-        if self.watched.follow:
-            events = follower.follow(graphs, found, distance)
-            found |= follower.scalars()
-            phase_done("following")
-        numbers = self.numbers | found  # an ablation's numbers stay until the next one
-        numbers |= self._ratios(numbers)
-        numbers[f"{self.name}/samples"] = float(graphs[self.name].info["n_samples"])
-        numbers[f"{self.name}/seconds"] = time.perf_counter() - started
-        ablated_step = when["step"] if ablates else self.ablated_step
-        return Snapshot(graphs, numbers, ablated_step, events, follower, computing)
+        tracker, events = SnapshotTracker(list(self.prefixes)) if previous.tracker is None else previous.tracker, []
+        if self.config.follow:
+            tracker = tracker.copy()
+            events = tracker.follow(graphs, scalars, previous.relative_interval)
+            scalars |= tracker.numbers()
+            phase_done("tracking")
+        scalars = (
+            dict.fromkeys(self.scalar_keys(graphs[self.name].node_layers), math.nan) | {**previous.scalars} | scalars
+        )
+        scalars |= self._ratios(scalars)
+        scalars[f"{self.name}/samples"] = float(graphs[self.name].info["n_samples"])
+        scalars[f"{self.name}/seconds"] = time.perf_counter() - started
+        return Snapshot(metadata["step"], graphs, scalars, ablate, events, tracker)
 
-    def accept(self, taken: Snapshot) -> None:
-        """Make a snapshot the newest one."""
-        self.graphs, self.numbers, self.ablated_step = taken.graphs, taken.numbers, taken.ablated_step
-        self.snapshots += 1
-        if self.watched.follow:
-            self.follower = taken.follower
-            self.events += taken.events
-            numbers = {
-                kind: {
-                    key.removeprefix(f"{prefix}/"): x
-                    for key, x in taken.numbers.items()
-                    if key.startswith(f"{prefix}/")
-                }
-                for prefix, kind in self.prefixes.items()
-            }
-            graph = taken.graphs[self.name]
-            self.history.add(graph.info["step"], graph, numbers)
+    def _ablate(
+        self, graph: InteractionGraph, instrumented: InstrumentedModel, data: SnapshotData, process_group: ProcessGroup
+    ) -> dict[tuple[str, str], Any]:
+        """Ablation curves of all sections."""
+        plan, spec = self.config.ablation, instrumented.spec
+        assert plan is not None
+        required = edges_required(
+            instrumented.model, data.held_out, graph, plan.score_fn, plan.tolerance,
+            memory_limit=self.config.memory_limit, process_group=process_group,
+            input_fn=spec.input_fn, mask=spec.mask, dtype=spec.dtype,
+        )  # fmt: skip
+        phase_done("edges required")
+        return {section: result.as_curve() for section, result in required.items()}
 
-    def state_dict(self) -> dict[str, Any]:
-        """State to go on from, of plain numbers."""
-        return {
-            "numbers": dict(self.numbers), "snapshots": self.snapshots, "drawn": self.drawn,
-            "ablated_step": self.ablated_step,
-            "follower": self.follower.state_dict(), "history": self.history.state_dict(),
-            "events": [event.to_json() for event in self.events],
-        }  # fmt: skip
+    def _label(self, graph: InteractionGraph, instrumented: InstrumentedModel, data: SnapshotData) -> None:
+        if self.config.labeller is None or not data.batches:
+            return
+        spec = instrumented.spec
+        with preserve_rng([]):  # a labeller may draw random numbers
+            graph.labels = label_features(
+                graph, instrumented.model, data.batches, self.config.labeller, spec.input_fn, spec.mask, spec.dtype
+            )
+        phase_done("labels")
 
-    def load_state_dict(self, state: dict[str, Any]) -> bool:
-        """Go on from a state, if it is of the same numbers; tell whether it was."""
-        if set(state["numbers"]) != set(self.numbers):
-            return False
-        self.numbers, self.ablated_step = state["numbers"], state["ablated_step"]
-        self.snapshots, self.drawn = state["snapshots"], state["drawn"]
-        self.follower.load_state_dict(state["follower"])
-        self.history.load_state_dict(state["history"])
-        self.events = [Event.from_json(event) for event in state["events"]]
-        return True
-
-    def _ratios(self, numbers: dict[str, float]) -> dict[str, float]:
+    def _ratios(self, scalars: Mapping[str, float]) -> dict[str, float]:
+        """Totals of the basis divided by those of each baseline."""
         ratios = {}
-        for prefix, over in self._over.items():
-            totals = [key for key in numbers if key.startswith(f"{prefix}/") and key.endswith("/total")]
+        for prefix, ratio_prefix in self._ratio_prefixes.items():
+            totals = [key for key in scalars if key.startswith(f"{prefix}/") and key.endswith("/total")]
             for total in totals:
                 key = total.removeprefix(f"{prefix}/")
-                own, other = numbers[f"{self.name}/{key}"], numbers[total]
-                ratios[f"{over}/{key}"] = own / other if other else math.nan
+                own, other = scalars[f"{self.name}/{key}"], scalars[total]
+                ratios[f"{ratio_prefix}/{key}"] = own / other if other else math.nan
         return ratios

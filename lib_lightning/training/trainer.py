@@ -1,4 +1,4 @@
-"""What a trainer means for snapshots: which processes there are, who sees which data, and what cannot work."""
+"""What the callback needs to know of a trainer, and all that it uses of Lightning's internals."""
 
 from __future__ import annotations
 
@@ -13,23 +13,22 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import RunningStage
 from torch import distributed as dist
-from torch.utils._pytree import tree_leaves
+from torch.utils.data import DistributedSampler
 
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.distributed.torch_group import ReplicatedGroup, TorchProcessGroup
 from lib_lightning.errors import LIBError
 from lib_lightning.model.batch import batch_size, map_tensors, slice_batch
-from lib_lightning.training.sample_buffer import num_unpadded_samples
 
 
 def process_group_of(trainer: pl.Trainer) -> ProcessGroup:
-    """The processes that a trainer's run consists of.
+    """The processes of a trainer's run.
 
     Args:
-        trainer: The trainer, its process group set up.
+        trainer: The trainer, whose process group has been set up.
 
     Returns:
-        `TorchProcessGroup` where each holds the whole model, `ReplicatedGroup` where they hold it together.
+        `TorchProcessGroup` where each process holds the whole model, `ReplicatedGroup` where it is sharded.
     """
     if trainer.world_size == 1 or not (dist.is_available() and dist.is_initialized()):
         return SINGLE_PROCESS
@@ -37,19 +36,19 @@ def process_group_of(trainer: pl.Trainer) -> ProcessGroup:
 
 
 def is_sharded(trainer: pl.Trainer) -> bool:
-    """Whether processes hold the model's weights in parts."""
+    """Whether the model's weights are sharded over processes."""
     return isinstance(trainer.strategy, ModelParallelStrategy)
 
 
 def check_strategy(trainer: pl.Trainer, dtype: torch.dtype | None) -> None:
-    """Stop at the start of fit where a snapshot cannot be computed.
+    """Refuse strategies that snapshots cannot be computed with.
 
     Args:
         trainer: The trainer.
-        dtype: Type to compute in, or None for the model's own.
+        dtype: Type to compute in; None for the model's own.
 
     Raises:
-        LIBError: With the reason, and what to do.
+        LIBError: With the reason, and what to use instead.
     """
     strategy = trainer.strategy
     if isinstance(strategy, DeepSpeedStrategy):
@@ -66,42 +65,43 @@ def check_strategy(trainer: pl.Trainer, dtype: torch.dtype | None) -> None:
         )
     if is_sharded(trainer) and dtype is not None:
         raise LIBError(
-            f"LIBCallback cannot compute in {str(dtype).split('.')[-1]} on a model whose weights lie in parts on "
-            f"several processes ({type(strategy).__name__}): leave dtype out to compute in the model's own type."
+            f"LIBCallback cannot compute in {str(dtype).split('.')[-1]} on a model whose weights are sharded over "
+            f"processes ({type(strategy).__name__}): leave dtype out to compute in the model's own type."
         )
 
 
 def has_validation(trainer: pl.Trainer) -> bool:
-    """Whether there are validations in this fit; yes as long as nobody has asked for the data."""
+    """Whether this fit validates; True as long as the data loaders have not been set up."""
     return bool(trainer.enable_validation and (trainer.val_dataloaders is None or sum(trainer.num_val_batches)))
 
 
-def refuse_without_validation(trainer: pl.Trainer, process_group: ProcessGroup, index: int) -> None:
-    """Stop before the first step where there will be no validation batches to compute on, on all processes alike.
+def require_validation(trainer: pl.Trainer, process_group: ProcessGroup, index: int) -> None:
+    """Stop before the first step, on all processes, if there will be no validation batches to compute on.
 
     Args:
         trainer: The trainer.
         process_group: Its processes.
-        index: Which of the validation data loaders is wanted.
+        index: Index of the validation data loader that is used.
 
     Raises:
-        LIBError: If there are none, there or on one of the processes.
+        LIBError: If it has no batches, or does not exist, on any process.
     """
     # Before the first validation, the number of batches is known from the sanity check, if there was one.
     batches = trainer.num_val_batches if trainer.val_dataloaders is not None else [1] * (index + 1)
     if trainer.enable_validation and index >= len(batches):
         raise LIBError(
-            f"LIBCallback is to compute on validation data loader {index}, counted from 0, but there are only "
-            f"{len(batches)}."
+            f"val_dataloader={index} of LIBCallback counts from 0, but there are only {len(batches)} validation data "
+            "loaders."
         )
-    combined = trainer.fit_loop.epoch_loop.val_loop._combined_loader
-    if index and combined is not None and combined._mode != "sequential":
+    mode = _combined_mode(trainer)
+    if index and mode != "sequential":
         raise LIBError(
-            f"LIBCallback is to compute on validation data loader {index}, but batches of all loaders come together "
-            f"(CombinedLoader in mode '{combined._mode}'): leave val_dataloader at 0, and choose with input_fn."
+            f"val_dataloader={index} of LIBCallback cannot be used, since each batch combines all loaders "
+            f"(CombinedLoader in mode '{mode}'): leave val_dataloader at 0, and choose a part of the batch with "
+            "input_fn."
         )
-    there = bool(trainer.enable_validation and batches[index])
-    missing = [rank for rank, t in enumerate(process_group.gather(torch.tensor([there]))) if not t]
+    exists = bool(trainer.enable_validation and batches[index])
+    missing = [rank for rank, t in enumerate(process_group.gather(torch.tensor([exists]))) if not t]
     if missing:
         where = "" if len(missing) == process_group.size else f" on process {missing[0]}"
         raise LIBError(
@@ -112,13 +112,13 @@ def refuse_without_validation(trainer: pl.Trainer, process_group: ProcessGroup, 
 
 
 def run_folder(trainer: pl.Trainer) -> Path | None:
-    """The folder of this run: the log directory, or one named after the run where a logger keeps all runs in one.
+    """The folder of this run: the log directory, or one named after the run where a logger has one for all runs.
 
     Args:
-        trainer: The trainer; all processes have to ask together.
+        trainer: The trainer; all processes have to call this together.
 
     Returns:
-        The folder; None for trial runs, which leave nothing behind.
+        The folder; None for trial runs (``fast_dev_run``, ``barebones``), which write nothing.
     """
     if trainer.fast_dev_run or trainer.barebones:  # type: ignore[attr-defined]
         return None
@@ -132,14 +132,14 @@ def run_folder(trainer: pl.Trainer) -> Path | None:
 
 @contextmanager
 def isolated_forward(trainer: pl.Trainer, pl_module: pl.LightningModule, dtype: torch.dtype | None) -> Iterator[None]:
-    """A block that calls the model as the trainer would, though it is not the trainer that does.
+    """A block that runs the model as the trainer would, but discards what the model logs.
 
-    Tensors that the model makes are of the type that the trainer's precision asks for. What it logs goes nowhere.
+    Tensors that the model creates are of the type of the trainer's precision.
 
     Args:
         trainer: The trainer.
-        pl_module: The model; modules inside it may log, too.
-        dtype: Type to compute in, or None for the model's own.
+        pl_module: The model; LightningModules inside it may log, too.
+        dtype: Type to compute in; None for the model's own.
 
     Yields:
         Nothing.
@@ -165,76 +165,148 @@ def isolated_forward(trainer: pl.Trainer, pl_module: pl.LightningModule, dtype: 
 def logging_step(trainer: pl.Trainer) -> int:
     """The step axis of ``LightningModule.log``: batches that ended in an optimizer step, counted from 0.
 
-    Once training has ended that count has moved on, but the last numbers belong beside those of the last validation.
+    Once training has ended that count has moved on, but the last scalars belong beside those of the last validation.
     """
-    return min(trainer.fit_loop.epoch_loop._batches_that_stepped, max(trainer.global_step - 1, 0))
+    return min(_batches_that_stepped(trainer), max(trainer.global_step - 1, 0))
 
 
 def synchronize(trainer: pl.Trainer) -> None:
-    """Wait until the device has done what training has asked of it, which goes on after the call has returned."""
+    """Wait until the device has finished the kernels that training has queued."""
     if trainer.strategy.root_device.type == "cuda":
         torch.cuda.synchronize(trainer.strategy.root_device)
 
 
 def data_rank(trainer: pl.Trainer) -> tuple[int, int]:
-    """Which part of the data this process sees: its number among processes with different data, and their number."""
+    """Rank of this process among those that see different data, and their number."""
     if isinstance(trainer.strategy, ModelParallelStrategy):
         kwargs = trainer.strategy.distributed_sampler_kwargs
         return kwargs["rank"], kwargs["num_replicas"]
     return trainer.global_rank, trainer.world_size
 
 
-def distinct_validation_samples(trainer: pl.Trainer, dataloader_idx: int) -> int | None:
-    """How many samples of a validation data loader are not repeated for the sake of even numbers; None for all."""
-    loaders = tree_leaves(trainer.val_dataloaders)
+def num_validation_samples(trainer: pl.Trainer, dataloader_idx: int) -> int | None:
+    """Number of samples of a validation data loader that are not padding; None if all of them are not."""
+    loaders = _flatten(trainer.val_dataloaders)
     return num_unpadded_samples(loaders[dataloader_idx]) if dataloader_idx < len(loaders) else None
 
 
+def _flatten(loaders: Any) -> list[Any]:
+    """Data loaders in nested lists, tuples and dicts, in Lightning's order."""
+    if isinstance(loaders, dict):
+        loaders = list(loaders.values())
+    return (
+        [leaf for loader in loaders for leaf in _flatten(loader)] if isinstance(loaders, (list, tuple)) else [loaders]
+    )
+
+
 def sharded_batches(trainer: pl.Trainer, dataloader: Iterable[Any], num_samples: int) -> Iterator[Any]:
-    """Go through batches as the trainer would, each process taking its turn.
+    """Go through batches as the trainer would, with every n-th batch on each of n processes.
 
     Args:
         trainer: The trainer, which moves batches to its device.
         dataloader: The batches, the same on every process.
-        num_samples: Samples to take, over all processes.
+        num_samples: Number of samples to go through, over all processes.
 
     Yields:
-        The batches of this process.
+        The batches of this process, on its device.
     """
     rank, size = data_rank(trainer)
-    taken = 0
+    n_seen = 0
     stage = trainer.state.stage
-    trainer.state.stage = RunningStage.VALIDATING  # hooks on the way to the device may augment what is for training
+    trainer.state.stage = RunningStage.VALIDATING  # transfer hooks may augment training batches
     try:
         for index, batch in enumerate(dataloader):
-            wanted = num_samples - taken
-            taken += batch_size(batch)
+            wanted = num_samples - n_seen
+            n_seen += batch_size(batch)
             if index % size == rank:
                 batch = trainer.precision_plugin.convert_input(slice_batch(batch, 0, wanted))
-                batch = trainer.lightning_module._on_before_batch_transfer(batch)
+                batch = _before_transfer(trainer.lightning_module, batch)
                 yield trainer.strategy.batch_to_device(batch)
-            if taken >= num_samples:
+            if n_seen >= num_samples:
                 return
     finally:
         trainer.state.stage = stage
 
 
 def shared_samples(trainer: pl.Trainer, batches: list[Any]) -> list[Any]:
-    """Samples to compute on: a process's own, or everybody's where the model runs on all processes in step.
+    """Batches to compute on: those of this process, or of all processes where the model is sharded over them.
 
     Args:
         trainer: The trainer.
         batches: Batches of this process.
 
     Returns:
-        Batches; where they are everybody's, the same on every process and in the same order.
+        The batches; those of all processes come in the same order on each.
     """
     if trainer.world_size == 1 or not is_sharded(trainer):
         return batches
     own = (data_rank(trainer)[0], [map_tensors(batch, lambda t: t.cpu()) for batch in batches])
     everyone: list[Any] = [None] * trainer.world_size
     dist.all_gather_object(everyone, own)
-    # Processes that split a layer, not the data, have seen the same samples.
+    # Under tensor parallelism several processes have seen the same samples.
     by_place = dict(reversed(everyone))
     device = trainer.strategy.root_device
     return [map_tensors(batch, lambda t: t.to(device)) for place in sorted(by_place) for batch in by_place[place]]
+
+
+def shard_size(num_samples: int, rank: int, size: int) -> int:
+    """Number of samples that one of several processes keeps.
+
+    Args:
+        num_samples: Number of samples over all processes.
+        rank: Rank of the process.
+        size: Number of processes.
+
+    Returns:
+        Its number of samples.
+
+    Example:
+        >>> [shard_size(7, rank, 3) for rank in range(3)]
+        [3, 2, 2]
+    """
+    return (num_samples - rank + size - 1) // size
+
+
+def num_unpadded_samples(data_loader: Any) -> int | None:
+    """Number of samples that a data loader has before its distributed sampler repeats some as padding.
+
+    Distributed samplers repeat samples at the end, so that all processes get equally many.
+
+    Args:
+        data_loader: Any iterable of batches.
+
+    Returns:
+        The number; None if nothing is repeated.
+
+    Example:
+        >>> from torch.utils.data import DataLoader
+        >>> sampler = DistributedSampler(range(7), num_replicas=2, rank=1, shuffle=False)
+        >>> len(sampler), num_unpadded_samples(DataLoader(range(7), sampler=sampler))
+        (4, 3)
+    """
+    batches = getattr(data_loader, "batch_sampler", None)
+    sampler = getattr(data_loader if batches is None else batches, "sampler", None)
+    if not isinstance(sampler, DistributedSampler):
+        return None
+    return shard_size(len(sampler.dataset), sampler.rank, sampler.num_replicas)  # type: ignore[arg-type]
+
+
+# Internals of Lightning, each with a fallback for versions without it. tests/training/test_lightning_internals.py names
+# all of them.
+
+
+def _batches_that_stepped(trainer: pl.Trainer) -> int:
+    """Lightning's own step axis; without it, the number of optimizer steps, which only differs if there are several."""
+    return int(getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step))
+
+
+def _combined_mode(trainer: pl.Trainer) -> str:
+    """How several validation loaders are combined; without the internals, as by default."""
+    combined = getattr(trainer.fit_loop.epoch_loop.val_loop, "_combined_loader", None)
+    return str(getattr(combined, "_mode", "sequential"))
+
+
+def _before_transfer(pl_module: pl.LightningModule, batch: Any) -> Any:
+    """Apply the module's or data module's hook before a batch is moved to the device."""
+    internal = getattr(pl_module, "_on_before_batch_transfer", None)
+    return pl_module.on_before_batch_transfer(batch, 0) if internal is None else internal(batch)

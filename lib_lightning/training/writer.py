@@ -1,4 +1,4 @@
-"""The folder of a run: a basis file and a figure for each snapshot, the samples, and the last basis file."""
+"""The folder of a run: a basis file and a figure for each snapshot, figures over the whole run, events."""
 
 from __future__ import annotations
 
@@ -12,48 +12,47 @@ from matplotlib.figure import Figure
 from lib_lightning.algorithm.progress import phase_done
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_file import TEMPORARY, write_bytes
+from lib_lightning.io.run_layout import RunLayout
 from lib_lightning.lineage.first_seen import first_seen, retrace_files
 from lib_lightning.plots.animated_layout import AnimatedLayout
 from lib_lightning.plots.image import PNG, render_png
 
-EVENTS, RETRACED = "events.jsonl", "retraced.json"
-
 
 class SnapshotDirectory:
-    """Where the snapshots of one run are written. Every file is there whole, or not at all.
+    """Writes the snapshots of one basis of a run. Every file is written completely or not at all.
 
     Args:
-        path: The folder; made when something is written to it.
+        path: The folder; created when something is written to it.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.layout = RunLayout(path)
 
-    def write(self, graph: InteractionGraph, step: int, film: AnimatedLayout | None = None) -> PNG:
-        """Write the basis file and the figure of a snapshot; those of an earlier try at this step are replaced.
+    def write(self, graph: InteractionGraph, step: int, layout: AnimatedLayout | None = None) -> PNG:
+        """Write basis file and figure of a snapshot, in place of any from an earlier attempt at this step.
 
         Args:
             graph: The snapshot.
             step: Number of optimizer steps before it.
-            film: The snapshots before, for features to keep their places.
+            layout: The layout of the snapshots before, in which features keep their places; it takes in this one.
 
         Returns:
             The figure.
         """
-        graph.save(self.basis_file(step))
+        graph.save(self.layout.basis_file(step))
         phase_done("files")
-        png = render_png(graph.plot(layout=film))
+        png = render_png(graph.plot(layout=layout))
         phase_done("figures")
-        write_bytes(self.path / "figures" / f"{_name(step)}.png", png.data)
+        write_bytes(self.layout.figure_file(step), png.data)
         phase_done("files")
         return png
 
     def write_spectrum(self, graph: InteractionGraph, baselines: Sequence[InteractionGraph], step: int) -> PNG:
-        """Write the figure of the importances of a snapshot, beside those of other bases.
+        """Write the figure of the importances of a snapshot beside those of baselines.
 
         Args:
             graph: The snapshot.
-            baselines: Graphs of other bases on the same samples.
+            baselines: Graphs in other bases on the same samples.
             step: Number of optimizer steps before it.
 
         Returns:
@@ -61,112 +60,100 @@ class SnapshotDirectory:
         """
         png = render_png(graph.plot_spectrum(baselines))
         phase_done("figures")
-        write_bytes(self.path / "spectra" / f"{_name(step)}.png", png.data)
+        write_bytes(self.layout.spectrum_file(step), png.data)
         phase_done("files")
         return png
 
     def write_figure(self, name: str, figure: Figure) -> PNG:
-        """Write a figure of the whole run so far, in place of the one before.
+        """Write a figure over the whole run so far, in place of the previous one.
 
         Args:
-            name: What to call it.
+            name: Its name.
             figure: The figure.
 
         Returns:
-            It, encoded.
+            The encoded figure.
         """
         png = render_png(figure)
-        write_bytes(self.path / f"{name}.png", png.data)
+        write_bytes(self.layout.run_figure(name), png.data)
         return png
 
     def write_events(self, lines: Sequence[str]) -> None:
-        """Write all events of the run so far, one a line; those of another run in this place are gone."""
-        if lines or (self.path / EVENTS).exists():
-            write_bytes(self.path / EVENTS, "".join(f"{line}\n" for line in lines).encode())
+        """Write all events of the run so far, one per line; those of another run in this folder are overwritten."""
+        if lines or self.layout.events_file.exists():
+            write_bytes(self.layout.events_file, "".join(f"{line}\n" for line in lines).encode())
 
-    def finish(self, step: int) -> None:
-        """Write the snapshot of a step once more, as ``final.safetensors``."""
-        if self.basis_file(step).exists():
-            write_bytes(self.path / "final.safetensors", self.basis_file(step).read_bytes())
+    def write_final(self, step: int) -> None:
+        """Write the snapshot of a step again, as ``final.safetensors``."""
+        basis_file = self.layout.basis_file(step)
+        if basis_file.exists():
+            write_bytes(self.layout.final_file, basis_file.read_bytes())
 
-    def retrace(
-        self, final: InteractionGraph, step: int, earlier: Sequence[SnapshotDirectory]
+    def write_first_seen(
+        self, final: InteractionGraph, step: int, earlier_folders: Sequence[str]
     ) -> dict[str, int | None]:
-        """Write ``retraced.json``: since when each feature of the last snapshot has been recognisable.
+        """Write when each feature of the last snapshot was first seen.
 
         Args:
             final: The last snapshot.
             step: Its step.
-            earlier: Folders of the same run before it was interrupted, the earliest first.
+            earlier_folders: Folders of the same run before it was interrupted, the earliest first.
 
         Returns:
-            For each node layer the step since which most of its final importance has been; None for never.
+            For each node layer the step since which most of its final importance has been present; None for never.
         """
-        files = {at: path for folder in (*earlier, self) for at, path in folder.basis_files().items() if at <= step}
+        layouts = [*map(RunLayout, earlier_folders), self.layout]
+        files = {at: path for layout in layouts for at, path in layout.basis_files().items() if at <= step}
         found = first_seen(final, retrace_files(final, sorted(files.items())))
         if found:
-            write_bytes(self.path / RETRACED, json.dumps(found, indent=1).encode())
+            write_bytes(self.layout.history_file, json.dumps(found, indent=1).encode())
         return {name: of_layer["formed"] for name, of_layer in found.items()}
 
     def discard(self, step: int) -> None:
-        """Remove what has been written of a snapshot."""
-        for file in self._files_of_snapshots():
-            if _step(file) == step:
+        """Remove the files of a snapshot."""
+        for at, file in self.layout.snapshot_files():
+            if at == step:
                 file.unlink(missing_ok=True)
 
-    def set_aside(self, steps: Collection[int]) -> None:
-        """Move snapshots of any other steps to ``before``: another run has been here, or this one went on from there.
+    def archive_stale(self, steps: Collection[int]) -> None:
+        """Move snapshots of all other steps to ``stale``: those of another run, or from beyond a resumed checkpoint.
 
         Args:
             steps: Steps of the snapshots that belong to the run.
         """
-        for file in self._files_of_snapshots():
-            if _step(file) not in steps:
-                place = self.path / "before" / file.parent.name / file.name
+        for at, file in self.layout.snapshot_files():
+            if at not in steps:
+                place = self.layout.stale_file(file)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 file.replace(place)
 
-    def _files_of_snapshots(self) -> list[Path]:
-        return [file for kind in ("snapshots", "figures", "spectra") for file in (self.path / kind).glob("step-*")]
-
     def clean(self) -> None:
-        """Remove what a killed process has left half written."""
-        with contextlib.suppress(OSError):  # what cannot be removed does no harm
-            for half in self.path.rglob(f"*{TEMPORARY}"):
-                half.unlink(missing_ok=True)
-
-    def basis_file(self, step: int) -> Path:
-        """Basis file of the snapshot of a step."""
-        return self.path / "snapshots" / f"{_name(step)}.safetensors"
-
-    def basis_files(self) -> dict[int, Path]:
-        """Basis files of all snapshots, by step."""
-        return {_step(path): path for path in (self.path / "snapshots").glob("step-*")}
-
-    def samples_file(self, rank: int, size: int, kind: str = "") -> Path:
-        """File with the samples that one of several processes computes on, or with those of another kind."""
-        return self.path / "samples" / f"{kind}{'-' * bool(kind)}{rank + 1}-of-{size}.pt"
+        """Remove files that a killed process has left unfinished."""
+        with contextlib.suppress(OSError):  # they do no harm if they cannot be removed
+            for unfinished in self.layout.path.rglob(f"*{TEMPORARY}"):
+                unfinished.unlink(missing_ok=True)
 
     def contents(self) -> list[str]:
-        """What there is, in lines of text."""
+        """The files in the folder, as lines of text."""
+        layout = self.layout
         places = {
-            "basis files": "snapshots",
-            "last one": "final.safetensors",
-            "figures": "figures",
-            "spectra": "spectra",
-            "timeline": "timeline.png",
-            "events": EVENTS,
-            "retraced": RETRACED,
+            "basis files": layout.snapshots,
+            "last one": layout.final_file,
+            "figures": layout.figures,
+            "spectra": layout.spectra,
+            "timeline": layout.timeline,
+            "events": layout.events_file,
+            "first seen": layout.history_file,
         }
-        return [f"  {what:<13} {self.path / p}" for what, p in places.items() if (self.path / p).exists()]
+        return [f"  {what:<13} {path}" for what, path in places.items() if path.exists()]
 
 
 class RunDirectory:
     """The folders of a run, one for each basis that is computed.
 
     Args:
-        root: The log directory; None for a run that leaves nothing behind.
-        prefixes: Names of the folders in it, the main one first.
+        root: The log directory; None for a run that writes nothing.
+        prefixes: Names of the folders in it, that of the basis itself first.
         part: Folder within each of them; empty for none.
     """
 
@@ -174,54 +161,47 @@ class RunDirectory:
         self._folders = {} if root is None else {prefix: SnapshotDirectory(root / prefix / part) for prefix in prefixes}
         self.main = next(iter(self._folders.values()), None)
 
-    def discard(self, step: int) -> None:
-        """Remove what has been written of a snapshot."""
-        for folder in self._folders.values():
-            folder.discard(step)
-
-    def set_aside(self, steps: Collection[int]) -> None:
-        """Move snapshots of any other steps out of the way."""
-        for folder in self._folders.values():
-            folder.set_aside(steps)
-
-    def clean(self) -> None:
-        """Remove what a killed process has left half written."""
-        for folder in self._folders.values():
-            folder.clean()
-
     def write(
-        self, graphs: Mapping[str, InteractionGraph], step: int, films: Mapping[str, AnimatedLayout]
+        self, graphs: Mapping[str, InteractionGraph], step: int, layouts: Mapping[str, AnimatedLayout]
     ) -> dict[str, PNG]:
-        """Write a snapshot.
+        """Write a snapshot to all folders, or to none if any fails.
 
         Args:
-            graphs: The graph of each folder, the main one first.
+            graphs: The graph of each folder, that of the basis itself first.
             step: Number of optimizer steps before it.
-            films: For each folder the snapshots before.
+            layouts: For each folder the layout of the snapshots before; they take in this one.
 
         Returns:
-            The figures, by the tag to show each under; none where nothing is to be left behind.
+            The figures, by the tag to show each under; none for a run that writes nothing.
         """
         if self.main is None:
             return {}
-        return {
-            f"{prefix}/graph": self._folders[prefix].write(graph, step, films[prefix])
-            for prefix, graph in graphs.items()
-        }
+        try:
+            return {
+                f"{prefix}/graph": self._folders[prefix].write(graph, step, layouts[prefix])
+                for prefix, graph in graphs.items()
+            }
+        except BaseException:
+            # The next snapshot may give the lineages of this one to other features.
+            for folder in self._folders.values():
+                folder.discard(step)
+            raise
 
-    def finish(self, step: int) -> None:
-        """Write the snapshot of a step once more, as ``final.safetensors``."""
+    def archive_stale(self, steps: Collection[int]) -> None:
+        """Move snapshots of all other steps to ``stale``."""
         for folder in self._folders.values():
-            folder.finish(step)
+            folder.archive_stale(steps)
+
+    def clean(self) -> None:
+        """Remove files that a killed process has left unfinished."""
+        for folder in self._folders.values():
+            folder.clean()
+
+    def write_final(self, step: int) -> None:
+        """Write the snapshot of a step again, as ``final.safetensors``."""
+        for folder in self._folders.values():
+            folder.write_final(step)
 
     def contents(self) -> list[str]:
-        """What there is, in lines of text."""
+        """The files in the folders, as lines of text."""
         return [line for folder in self._folders.values() for line in folder.contents()]
-
-
-def _step(file: Path) -> int:
-    return int(file.stem.removeprefix("step-"))
-
-
-def _name(step: int) -> str:
-    return f"step-{step:08d}"

@@ -98,7 +98,7 @@ def test_share_of_training(benchmark: Any, recipe: Callable[[], Any], tmp_path: 
         weights = watched.model.state_dict()
         assert all(torch.equal(x, weights[name]) for name, x in plain.model.state_dict().items()), "untouched"
         pairs.append((plain, watched))
-        shares.append(callback.budget.overhead.share)
+        shares.append(callback.meter.ratio)
         snapshots = callback.snapshots
 
     benchmark.pedantic(pair, rounds=PAIRS, iterations=1)

@@ -109,7 +109,7 @@ def test_training_is_untouched_to_the_last_bit(
     assert with_callback == without_callback(trainer)
     if model == "failing":
         assert callback.snapshots == 0
-        assert all("training goes on. RuntimeError: the model has a bad day" in message for message in messages)
+        assert all("training continues. RuntimeError: the model has a bad day" in message for message in messages)
     else:
         assert callback.snapshots >= 2
     assert bool(messages) == (model == "failing")
@@ -389,7 +389,7 @@ def test_a_failure_on_the_way_costs_only_its_snapshot(tmp_path: Path, caplog: py
     trainer = trainer_of(tmp_path, callback, EarlyStopping("lib/edges/total", patience=9), max_epochs=3)
     trainer.fit(BreaksOnce())
     assert trainer.global_step == 18
-    assert caplog.text.count("after 12 steps failed and is left out") == 1
+    assert caplog.text.count("at step 12 failed and is skipped") == 1
     assert "has NaN activations" in caplog.text
     names = sorted(p.name for p in (tmp_path / "lib" / "snapshots").iterdir())
     assert names == ["step-00000006.safetensors", "step-00000018.safetensors"]

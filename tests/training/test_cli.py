@@ -116,7 +116,7 @@ def test_mistakes_get_one_sentence_before_training(tmp_path: Path) -> None:
     [
         (
             ["--trainer.callbacks.num_samples=1"],
-            "num_samples is a number from 2 on: a basis needs samples to vary; got 1.",
+            "num_samples must be at least 2: a basis needs samples to vary; got 1.",
         ),
         (["--trainer.callbacks.node_layers=[a]"], "At least two node layers are needed; got"),
         (["--trainer.callbacks.basis=lob"], "Expected a typing.Literal['lib', 'pca', 'neuron']. Got value: lob"),

@@ -100,7 +100,7 @@ def test_samples_are_written_with_a_checkpoint_only(tmp_path: Path) -> None:
     trainer.fit(Steady())
     assert not (tmp_path / "lib" / "samples").exists()
     trainer.save_checkpoint(tmp_path / "model.ckpt")
-    assert {path.name for path in (tmp_path / "lib" / "samples").iterdir()} == {"1-of-1.pt", "probes-1-of-1.pt"}
+    assert {path.name for path in (tmp_path / "lib" / "samples").iterdir()} == {"1-of-1.pt", "reference-1-of-1.pt"}
 
 
 def test_samples_that_are_gone_are_taken_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -108,7 +108,7 @@ def test_samples_that_are_gone_are_taken_anew(tmp_path: Path, caplog: pytest.Log
     samples = tmp_path / "first" / "run" / "lib" / "samples" / "1-of-1.pt"
     samples.write_bytes(samples.read_bytes()[:100])
     fit(tmp_path / "second", EPOCHS, SCHEDULE, checkpoint)
-    assert "new ones are taken" in caplog.text
+    assert "new ones are collected" in caplog.text
     final = InteractionGraph.load(tmp_path / "second" / "run" / "lib" / "final.safetensors")
     assert (final.info["step"], final.info["n_samples"]) == (LAST, 20)
     steps = sorted(

@@ -150,7 +150,7 @@ def test_ablations_at_their_own_pace_on_samples_held_out(tmp_path: Path, score: 
 
     class Note(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-            logged[trainer.global_step] = dict(callback._numbers(trainer))
+            logged[trainer.global_step] = dict(callback._scalars(trainer))
 
     trainer, model = trainer_of(tmp_path, callback, Note()), Sorted()
     trainer.fit(model)
@@ -159,16 +159,16 @@ def test_ablations_at_their_own_pace_on_samples_held_out(tmp_path: Path, score: 
     assert torch.equal(torch.cat([b[0] for b in callback.samples.held_out.batches]), x[24:48])
     # Snapshots after 0, 2, 4, 6, 8, 10, 12 steps; ablations at the first, fourth and last.
     assert [logged[step]["lib/ablation_age"] for step in (2, 5, 6, 8, 11)] == [2.0, 5.0, 0.0, 2.0, 5.0]
-    assert callback.watcher.ablated_step == 12
+    assert callback.state.ablation_step == 12
     assert callback.graph is not None
     expected = edges_required(
         model, callback.samples.held_out.batches, callback.graph, plan.score_fn, 0.02, dtype=torch.float64
     )
     counts = [math.nan if a.count is None else a.count for a in expected.values()]
     key = "lib/edges_required/"
-    found = [callback.watcher.numbers[key + s] for s in ("net.0.input-to-net.4.input", "net.4.input-to-output")]
+    found = [callback.state.scalars[key + s] for s in ("net.0.input-to-net.4.input", "net.4.input-to-output")]
     assert found == pytest.approx(counts, nan_ok=True)
-    assert callback.watcher.numbers[key + "total"] == pytest.approx(sum(counts), nan_ok=True)
+    assert callback.state.scalars[key + "total"] == pytest.approx(sum(counts), nan_ok=True)
 
 
 def test_ablations_where_nothing_can_be_held_out_or_comes_from_elsewhere(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_ablations_where_nothing_can_be_held_out_or_comes_from_elsewhere(tmp_pat
     assert torch.equal(torch.cat([b[0] for b in elsewhere.samples.held_out.batches]), Noisy(30).x[:24])
     assert too_few.samples.held_out.count == 0
     for callback in (elsewhere, too_few):
-        assert not math.isnan(callback.watcher.numbers[f"{callback.name}/edges_required/total"])
+        assert not math.isnan(callback.state.scalars[f"{callback.name}/edges_required/total"])
 
 
 def test_a_dataloader_of_its_own_gives_both(tmp_path: Path) -> None:

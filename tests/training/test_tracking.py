@@ -19,6 +19,7 @@ from lib_lightning.lineage import Event, FeatureTracker
 from lib_lightning.lineage.events import CHANGES
 from lib_lightning.plots.animated_layout import AnimatedLayout
 from lib_lightning.plots.image import render_png
+from lib_lightning.training.snapshot import SnapshotComputer
 from lib_lightning.training.writer import SnapshotDirectory
 from tests.tiny_training import NODE_LAYERS, Classifier, Noisy, trainer_of
 from tests.training.test_callback import run
@@ -104,13 +105,13 @@ def test_turnover_is_logged_beside_everything_else(broken: tuple[Path, LIBCallba
     assert born[8] > 0
     overlap = {e.step + 1: e.value for e in events.Scalars("pca/overlap/net.0.input")}
     assert overlap[8] == pytest.approx(1), "all five inputs vary, before and after"
-    assert callback.watcher.numbers["neuron/ended/net.4.input"] == 0
+    assert callback.state.scalars["neuron/ended/net.4.input"] == 0
 
 
 def test_events_are_told_everywhere(broken: tuple[Path, LIBCallback, list[Event]]) -> None:
     folder, callback, told = broken
     assert told
-    assert told == callback.watcher.events
+    assert told == callback.state.events
     lines = [json.loads(line) for line in (folder / "lib" / "events.jsonl").read_text().splitlines()]
     assert [line["text"] for line in lines] == [event.text for event in told]
     assert [Event.from_json(json.dumps(line)) for line in lines] == told
@@ -178,7 +179,7 @@ def test_a_hook_that_fails_costs_nothing(tmp_path: Path, caplog: pytest.LogCaptu
     callback = callback_with(on_event=[fails, told.append])
     trainer_of(tmp_path, callback, num_sanity_val_steps=-1).fit(Steady(breaks_at=6))
     assert callback.snapshots == 7
-    assert told == callback.watcher.events != []
+    assert told == callback.state.events != []
     assert caplog.text.count("the hook has a bad day") == 1
 
 
@@ -187,7 +188,7 @@ def test_snapshots_are_denser_after_a_change(tmp_path: Path) -> None:
     callback = callback_with(adaptive=True, every_n_steps=4)
     trainer_of(tmp_path, callback, max_epochs=9, num_sanity_val_steps=-1).fit(Steady(breaks_at=37))
     steps = [int(p.stem.removeprefix("step-")) for p in sorted((tmp_path / "lib" / "snapshots").iterdir())]
-    first = next(event.step for event in callback.watcher.events if event.kind in CHANGES)
+    first = next(event.step for event in callback.state.events if event.kind in CHANGES)
     assert first in range(4, 50, 4)
     assert steps[: steps.index(first) + 1] == list(range(0, first + 1, 4))
     assert steps[steps.index(first) :][:9] == list(range(first, first + 9))
@@ -204,13 +205,14 @@ class Still(Steady):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
-def test_nothing_is_told_where_only_the_probes_change(tmp_path: Path) -> None:
+def test_no_events_where_only_the_number_of_probes_changes(tmp_path: Path) -> None:
     class Cheaper(pl.Callback):
         """From the seventh step on, one random sign each in place of the exact metric."""
 
         def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
             if trainer.global_step == 6:
-                callback.watcher.settings = replace(callback.watcher.settings, n_probes=1)
+                sampled = replace(callback.config, config=replace(callback.config.config, n_probes=1))
+                callback.computer = SnapshotComputer(sampled, "lib")
 
     callback, model = callback_with(every_n_steps=1), Still(n_val=16)
     model.net[1] = torch.nn.LayerNorm(8)  # which no closed form has: that would need no probes
@@ -218,17 +220,17 @@ def test_nothing_is_told_where_only_the_probes_change(tmp_path: Path) -> None:
     graphs = snapshots(tmp_path)
     exact, sampled = (graphs[step].bases[NODE_LAYERS[0]].importance for step in (6, 7))
     assert (exact[0] - sampled[0]).abs() > 0.01 * exact[0], "numbers do change"
-    assert callback.watcher.events == []
+    assert callback.state.events == []
 
 
-def test_nothing_is_told_where_only_the_samples_change(tmp_path: Path) -> None:
+def test_no_events_where_only_the_samples_change(tmp_path: Path) -> None:
     """Those of the sanity check are few, and others take their place at the first validation."""
     callback = callback_with(every_n_steps=1)
     trainer_of(tmp_path, callback).fit(Still(n_val=300))
     graphs = snapshots(tmp_path)
     assert {graph.info["n_samples"] for graph in graphs.values()} == {128, 300}
     assert len(graphs) == 13
-    assert callback.watcher.events == []
+    assert callback.state.events == []
 
 
 def test_snapshots_of_another_run_in_the_same_place_are_set_aside(tmp_path: Path) -> None:
@@ -240,11 +242,9 @@ def test_snapshots_of_another_run_in_the_same_place_are_set_aside(tmp_path: Path
     callback = callback_with(every_n_steps=4, basis="neuron")
     trainer_of(tmp_path, callback, max_epochs=1).fit(Steady())
     assert list(snapshots(tmp_path)) == [0, 4, 6]
-    aside = {p.name for p in (tmp_path / "lib" / "before" / "snapshots").iterdir()}
+    aside = {p.name for p in (tmp_path / "lib" / "stale" / "snapshots").iterdir()}
     assert aside == {"step-00000003.safetensors", "step-00000006.safetensors"}
-    assert (tmp_path / "lib" / "events.jsonl").read_text() == "".join(
-        f"{e.to_json()}\n" for e in callback.watcher.events
-    )
+    assert (tmp_path / "lib" / "events.jsonl").read_text() == "".join(f"{e.to_json()}\n" for e in callback.state.events)
     assert len(json.loads((tmp_path / "lib" / "retraced.json").read_text())) == 3
 
 
@@ -263,7 +263,7 @@ def test_a_snapshot_that_cannot_be_drawn_is_as_if_it_had_never_been(
     callback = callback_with()
     trainer_of(tmp_path, callback, num_sanity_val_steps=-1).fit(Steady(breaks_at=8))
     graphs = snapshots(tmp_path)
-    assert list(graphs) == callback.watcher.history.steps == [0, 2, 4, 6, 10, 12]
+    assert list(graphs) == callback.state.history.steps == [0, 2, 4, 6, 10, 12]
     film, tracker = AnimatedLayout(), FeatureTracker()
     for step, graph in graphs.items():
         written = ids(graph)
@@ -283,8 +283,8 @@ def test_not_following(tmp_path: Path) -> None:
     trainer_of(tmp_path, callback, num_sanity_val_steps=-1).fit(Steady(breaks_at=6))
     graphs = snapshots(tmp_path)
     assert not any(graph.reference_features or graph.lineages for graph in graphs.values())
-    assert not any("/born/" in key for key in callback.watcher.numbers)
-    assert not callback.watcher.events
+    assert not any("/born/" in key for key in callback.state.scalars)
+    assert not callback.state.events
     assert not list((tmp_path / "lib").glob("*.png"))
 
 
@@ -311,7 +311,7 @@ def test_too_few_probe_samples_are_replaced_once(tmp_path: Path) -> None:
     steps = list(graphs)
     before, after = (ids(graphs[steps[k]])[NODE_LAYERS[0]] for k in (changed - 1, changed))
     assert not set(before) & set(after), "on other samples nobody can be known again"
-    assert not [event for event in callback.watcher.events if event.step == steps[changed] and event.kind == "born"]
+    assert not [event for event in callback.state.events if event.step == steps[changed] and event.kind == "born"]
 
 
 def test_a_resumed_run_goes_on_with_the_same_lineages(tmp_path: Path) -> None:
@@ -339,8 +339,8 @@ def test_a_resumed_run_goes_on_with_the_same_lineages(tmp_path: Path) -> None:
     trainer, _ = fit(tmp_path / "first", half)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     _, second = fit(tmp_path / "second", 3, tmp_path / "half.ckpt")
-    assert whole.watcher.events
-    assert second.watcher.events == whole.watcher.events
+    assert whole.state.events
+    assert second.state.events == whole.state.events
     resumed, expected = snapshots(tmp_path / "second"), snapshots(tmp_path / "whole")
     assert list(resumed) == [step for step in expected if step > 6 * half]
     assert [ids(graph) for graph in resumed.values()] == [ids(expected[step]) for step in resumed]

@@ -312,7 +312,7 @@ def test_no_memory_costs_only_the_snapshot(tmp_path: Path, caplog: pytest.LogCap
     trainer.fit(model)
     assert callback.snapshots == 0
     assert trainer.global_step == STEPS_PER_EPOCH
-    assert "failed and is left out; training goes on. OutOfMemoryError" in caplog.text
+    assert "failed and is skipped; training continues. OutOfMemoryError" in caplog.text
 
 
 def test_samples_that_cannot_be_kept_cost_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -325,7 +325,7 @@ def test_samples_that_cannot_be_kept_cost_nothing(tmp_path: Path, caplog: pytest
     trainer.fit(Unkeepable())
     assert callback.snapshots == 1
     trainer.save_checkpoint(tmp_path / "model.ckpt")
-    assert "a run resumed from here takes new ones" in caplog.text
+    assert "a run resumed from here will collect new ones" in caplog.text
 
 
 def test_a_validation_from_outside_leaves_the_run_alone(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """How these files were written, with version 0.1.0 (commit 935bd22): ``python make.py FOLDER``.
 
-A run of 40 steps with two bases, tracking, labels and an ablation, its checkpoint after 24 steps, one graph by itself.
+A run of 40 steps with two bases, tracking, labels and an ablation; its checkpoint after 20 steps, at the end of an
+epoch; and a single graph.
 Only the present version is imported here, so that this still says how to do it again.
 """
 
@@ -76,7 +77,7 @@ def main(folder: Path) -> None:
     trainer = pl.Trainer(
         default_root_dir=folder, max_epochs=4, accelerator="cpu", devices=1, enable_progress_bar=False,
         enable_model_summary=False, log_every_n_steps=4, logger=CSVLogger(folder, name="run", version=""),
-        callbacks=[lib, ModelCheckpoint(folder / "checkpoints", every_n_train_steps=24, filename="{step}")],
+        callbacks=[lib, ModelCheckpoint(folder / "checkpoints", every_n_epochs=2, save_top_k=-1, filename="{step}")],
     )  # fmt: skip
     trainer.fit(model)
     graph = compute_interaction_graph(model, [torch.randn(40, 5)], NODE_LAYERS, n_probes=4, final_basis="centered")
@@ -95,14 +96,15 @@ def main(folder: Path) -> None:
             indent=1,
         )
     )
-    (checkpoint,) = (folder / "checkpoints").glob("*.ckpt")
+    checkpoint, last = sorted((folder / "checkpoints").glob("*.ckpt"))
     state = torch.load(checkpoint, weights_only=True)
     (of_callback,) = (v for k, v in state["callbacks"].items() if k.startswith("LIBCallback"))
     # Where the run was is of no interest, and tests put their own folder there.
     of_callback["samples"]["written_to"], of_callback["report"]["folders"] = "FOLDER/run/lib", ["FOLDER/run/lib"]
     state["callbacks"] = {k: v for k, v in state["callbacks"].items() if k.startswith("LIBCallback")}
-    torch.save(state, checkpoint.with_name("step-24.ckpt"))
+    torch.save(state, checkpoint.with_name("step-20.ckpt"))
     checkpoint.unlink()
+    last.unlink()
     for image in folder.rglob("*.png"):
         image.unlink()
     for empty in [p for p in folder.rglob("*") if p.is_dir() and not any(p.iterdir())]:

@@ -1,0 +1,255 @@
+"""Everything about a run that its snapshots have produced so far, and that a checkpoint carries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from lib_lightning.ablation import AblationPlan
+from lib_lightning.algorithm.config import BasisKind
+from lib_lightning.graph import InteractionGraph
+from lib_lightning.io.checkpoint_format import current_state
+from lib_lightning.lineage.events import Event
+from lib_lightning.lineage.snapshot_tracker import SnapshotTracker
+from lib_lightning.plots.animated_layout import AnimatedLayout
+from lib_lightning.plots.lineage_series import LayerSnapshot
+from lib_lightning.plots.over_time import draw_sparsity_over_time
+from lib_lightning.plots.spectrum_over_time import draw_spectrum_over_time
+from lib_lightning.plots.timeline import draw_timeline
+from lib_lightning.training.budget import SkippedSnapshots, SnapshotKind, TimeSpent
+from lib_lightning.training.samples import SavedSamples
+from lib_lightning.training.schedule import SchedulePosition
+from lib_lightning.training.snapshot import Previous, Snapshot
+
+# Figures over the whole run are drawn at this number of snapshots, and again whenever it has doubled.
+_FIRST_DRAWN = 4
+
+
+@dataclass
+class PlotHistory:
+    """What figures over time show of the snapshots so far, in the basis itself.
+
+    Attributes:
+        steps: Number of optimizer steps before each snapshot, ascending.
+        layers: For each node layer its features in each snapshot.
+        totals: By metric and kind of basis, the total in each snapshot.
+
+    Example:
+        >>> import torch
+        >>> from lib_lightning import compute_interaction_graph
+        >>> from lib_lightning.lineage import FeatureTracker, reference_features
+        >>> model, batches = torch.nn.Linear(4, 2), [torch.randn(99, 4)]
+        >>> tracker, history = FeatureTracker(), PlotHistory()
+        >>> for step in (0, 10):
+        ...     graph = compute_interaction_graph(model, batches, ["input", "output"])
+        ...     graph.reference_features = reference_features(graph, model, batches)
+        ...     events = tracker.update(graph, step)
+        ...     history.add(step, graph, {"lib": graph.measure()})
+        >>> list(history.figures())
+        ['timeline', 'spectrum_over_time', 'sparsity_over_time']
+    """
+
+    steps: list[int] = field(default_factory=list)
+    layers: dict[str, list[LayerSnapshot]] = field(default_factory=dict)
+    totals: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+
+    def add(self, step: int, graph: InteractionGraph, scalars: Mapping[BasisKind, Mapping[str, float]]) -> None:
+        """Add a snapshot, and drop earlier ones of the same or a later step.
+
+        Args:
+            step: Number of optimizer steps before it.
+            graph: Its graph, with lineages.
+            scalars: For each kind of basis its scalars, of which the totals are kept.
+        """
+        kept = sum(s < step for s in self.steps)
+        self.steps = [*self.steps[:kept], step]
+        for name, basis in graph.bases.items():
+            lineages = graph.lineages[name]
+            labels = graph.labels.get(name)
+            layer = LayerSnapshot(lineages.ids, basis.importance, graph.modules.get(name), labels, lineages.parents)
+            self.layers[name] = [*self.layers.get(name, [])[:kept], layer]
+        for kind, of_kind in scalars.items():
+            for key, value in of_kind.items():
+                metric, _, part = key.rpartition("/")
+                if part == "total":
+                    series = self.totals.setdefault(metric, {})
+                    series[kind] = [*series.get(kind, [])[:kept], value]
+
+    def figures(self) -> dict[str, Figure]:
+        """Draw all figures over time.
+
+        Returns:
+            The figures by name.
+        """
+        spectra = {name: [layer.importance for layer in layers] for name, layers in self.layers.items()}
+        return {
+            "timeline": draw_timeline(self.steps, self.layers),
+            "spectrum_over_time": draw_spectrum_over_time(self.steps, spectra),
+            "sparsity_over_time": draw_sparsity_over_time(self.steps, self.totals),
+        }
+
+
+class RunState:
+    """The state of one run: built fresh when a run begins, and replaced as a whole when one is resumed.
+
+    Everything that outlives a snapshot is here, so that one `state_dict` is all that a checkpoint needs. Schedule,
+    budget and samples have records of plain values in it, each of which is updated by the one object that it is
+    given to.
+
+    Args:
+        prefixes: The kind of basis for each prefix, the basis itself first.
+        plan: When edges required are counted; None for never.
+        follow: Whether features are tracked.
+
+    Attributes:
+        node_layers: Names of the node layers; empty as long as they are not known.
+        graphs: The graphs of the latest snapshot by prefix; not part of checkpoints.
+        scalars: The latest scalars by name; empty before the first snapshot.
+        n_snapshots: Number of snapshots so far.
+        n_drawn: Number of snapshots that the latest figures over the whole run show.
+        step: Number of optimizer steps before the latest snapshot; None before the first.
+        ablation_step: The same for the latest snapshot that counted edges required.
+        tracker: Tracks features over snapshots.
+        history: What figures over time show.
+        events: All events so far.
+        layouts: Where features are drawn, by prefix.
+        folders: Folders that the run has written to, the present one last.
+        schedule: Position in the schedule.
+        time: Seconds spent.
+        skipped: Snapshots that were skipped.
+        samples: Where the samples have been written.
+    """
+
+    def __init__(self, prefixes: Mapping[str, BasisKind], plan: AblationPlan | None, follow: bool) -> None:
+        self._prefixes, self._plan, self._follow = dict(prefixes), plan, follow
+        self.node_layers: list[str] = []
+        self.graphs: dict[str, InteractionGraph] = {}
+        self.scalars: dict[str, float] = {}
+        self.n_snapshots = self.n_drawn = 0
+        self.step: int | None = None
+        self.ablation_step: int | None = None
+        self.tracker = SnapshotTracker(list(prefixes))
+        self.history = PlotHistory()
+        self.events: list[Event] = []
+        self.layouts = {prefix: AnimatedLayout() for prefix in prefixes}
+        self.folders: list[str] = []
+        self.schedule, self.time, self.skipped = SchedulePosition(), TimeSpent(), SkippedSnapshots()
+        self.samples = SavedSamples()
+
+    def set_node_layers(self, names: Sequence[str]) -> None:
+        """The node layers have become known."""
+        self.node_layers = list(names)
+
+    def enter_folder(self, folder: str) -> None:
+        """The run writes to this folder from here on."""
+        self.folders = [*(f for f in self.folders if f != folder), folder]
+
+    def forget_step(self) -> None:
+        """A standalone validation has loaded the state of a training run: its snapshot is not one of that run."""
+        self.step = None
+
+    def next_kind(self, is_last: bool) -> SnapshotKind:
+        """What the next snapshot includes.
+
+        Args:
+            is_last: Whether it is the last one of the run, which includes everything.
+
+        Returns:
+            Whether edges required are counted, and figures over the whole run are drawn.
+        """
+        ablates = self._plan is not None and (is_last or self.n_snapshots % self._plan.every_n_snapshots == 0)
+        return SnapshotKind(ablates, is_last or self.n_snapshots + 1 >= max(_FIRST_DRAWN, 2 * self.n_drawn))
+
+    def previous(self, relative_interval: float) -> Previous:
+        """What the next snapshot takes over, at a distance in regular intervals from the latest one."""
+        return Previous(self.scalars, self.tracker, relative_interval)
+
+    def commit(self, snapshot: Snapshot, layouts: Mapping[str, AnimatedLayout]) -> None:
+        """Make a snapshot part of the run.
+
+        Args:
+            snapshot: The snapshot, which has been written.
+            layouts: Where its features have been drawn.
+        """
+        self.graphs, self.scalars, self.step = snapshot.graphs, snapshot.scalars, snapshot.step
+        self.layouts = dict(layouts)
+        self.n_snapshots += 1
+        if snapshot.is_ablation:
+            self.ablation_step = snapshot.step
+        if self._follow:
+            self.tracker = snapshot.tracker
+            self.events += snapshot.events
+            scalars = {
+                kind: {
+                    k.removeprefix(f"{prefix}/"): x for k, x in snapshot.scalars.items() if k.startswith(f"{prefix}/")
+                }
+                for prefix, kind in self._prefixes.items()
+            }
+            self.history.add(snapshot.step, next(iter(snapshot.graphs.values())), scalars)
+
+    def mark_drawn(self) -> None:
+        """Figures over the whole run have been drawn."""
+        self.n_drawn = self.n_snapshots
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state in plain values and tensors, which `torch.load` reads with ``weights_only=True``."""
+        history = self.history
+        return {
+            "node_layers": list(self.node_layers),
+            "scalars": dict(self.scalars),
+            "n_snapshots": self.n_snapshots,
+            "n_drawn": self.n_drawn,
+            "step": self.step,
+            "ablation_step": self.ablation_step,
+            "tracker": self.tracker.state_dict(),
+            "history": {
+                "steps": list(history.steps),
+                "layers": {name: [dict(vars(layer)) for layer in layers] for name, layers in history.layers.items()},
+                "totals": {metric: dict(series) for metric, series in history.totals.items()},
+            },
+            "events": [event.to_json() for event in self.events],
+            "layouts": {prefix: layout.state_dict() for prefix, layout in self.layouts.items()},
+            "folders": list(self.folders),
+            "schedule": asdict(self.schedule),
+            "time": asdict(self.time),
+            "skipped": asdict(self.skipped),
+            "samples": asdict(self.samples),
+        }
+
+    def load_state_dict(
+        self,
+        state: Mapping[str, Any],
+        node_layers: Sequence[str] | None,
+        scalar_keys: Callable[[Sequence[str]], Sequence[str]],
+    ) -> None:
+        """Continue an interrupted run.
+
+        If its snapshots had other scalars, because node layers, bases or metrics are different now, snapshots start
+        anew; samples and schedule continue.
+
+        Args:
+            state: What `state_dict` returned, in this version or in version 0.1.
+            node_layers: Names of the node layers of this run; None to continue with the proposed ones.
+            scalar_keys: Returns the names of all scalars of a snapshot with given node layers.
+        """
+        state = current_state(state)
+        self.node_layers = list(state["node_layers"] if node_layers is None else node_layers)
+        self.schedule, self.samples = SchedulePosition(**state["schedule"]), SavedSamples(**state["samples"])
+        self.folders = list(state["folders"])
+        for prefix, layout in self.layouts.items():
+            if prefix in state["layouts"]:
+                layout.load_state_dict(state["layouts"][prefix])
+        expected = scalar_keys(self.node_layers) if self.node_layers else []
+        if state["scalars"] and set(state["scalars"]) != set(expected):
+            return
+        self.scalars, self.step, self.ablation_step = dict(state["scalars"]), state["step"], state["ablation_step"]
+        self.n_snapshots, self.n_drawn = state["n_snapshots"], state["n_drawn"]
+        self.tracker.load_state_dict(state["tracker"])
+        history = state["history"]
+        layers = {name: [LayerSnapshot(**layer) for layer in layers] for name, layers in history["layers"].items()}
+        self.history = PlotHistory(list(history["steps"]), layers, history["totals"])
+        self.events = [Event.from_json(event) for event in state["events"]]
+        self.time, self.skipped = TimeSpent(**state["time"]), SkippedSnapshots(**state["skipped"])
