@@ -16,7 +16,7 @@ from lib_lightning.lineage.events import Event
 from lib_lightning.training.schedule import Schedule
 
 # Ten for each tenfold of steps, from 0 to 3,000.
-STEPS = [step for schedule in [Schedule(log_spaced=10)] for step in range(3001) if schedule.due_at_step(step)]
+STEPS = [step for cursor in [Schedule(log_spaced=10).start()] for step in range(3001) if cursor.due_at_step(step)]
 N = len(STEPS)
 
 

@@ -92,7 +92,7 @@ def test_resumed_at_the_end_of_an_epoch_all_goes_on_as_if_nothing_had_happened(s
 def test_checkpoint_is_read_without_trusting_it(tmp_path: Path) -> None:
     checkpoint = torch.load(fit(tmp_path, 1, SCHEDULE), weights_only=True)
     (state,) = [v for k, v in checkpoint["callbacks"].items() if k.startswith("LIBCallback")]
-    assert (state["graph_step"], state["watcher"]["snapshots"]) == (8, 3)
+    assert (state["step"], state["n_snapshots"]) == (8, 3)
 
 
 def test_samples_are_written_with_a_checkpoint_only(tmp_path: Path) -> None:
