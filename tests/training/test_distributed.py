@@ -112,7 +112,7 @@ def test_files_are_written_once(name: str, runs: tuple[Path, str]) -> None:
         == results(runs[0], name)[0]["snapshots"]
     )
     assert sorted(p.name for p in folder.glob("samples/*")) == [
-        f"{kind}{k}-of-2.pt" for kind in ("", "probes-") for k in (1, 2)
+        f"{kind}{k}-of-2.pt" for kind in ("", "reference-") for k in (1, 2)
     ]
     assert not list(folder.rglob("*.tmp"))
 

@@ -107,7 +107,7 @@ def test_several_validation_loaders(index: int, tmp_path: Path) -> None:
 def test_a_validation_loader_that_is_not_there(sanity: int, tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, LIBCallback(NODE_LAYERS, val_dataloader=2), num_sanity_val_steps=sanity)
     if sanity:
-        with pytest.raises(LIBError, match="validation data loader 2, counted from 0, but there are only 2"):
+        with pytest.raises(LIBError, match="val_dataloader=2 of LIBCallback counts from 0, but there are only 2"):
             trainer.fit(TwoLoaders())
         assert trainer.global_step == 0
 
@@ -361,7 +361,7 @@ def test_a_generator_shared_with_an_own_dataloader_is_as_before(tmp_path: Path) 
 
 
 def test_an_own_dataloader_without_data_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(LIBError, match="has no batches, or is an iterator that is used up"):
+    with pytest.raises(LIBError, match="has no batches, or is an iterator that is exhausted"):
         trainer_of(tmp_path, LIBCallback(NODE_LAYERS, dataloader=iter([]))).fit(Steady())
 
 
