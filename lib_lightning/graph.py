@@ -1,4 +1,4 @@
-"""The interaction graph as users hold it: bases, edges, and ways to save, load, draw and hand it on."""
+"""The interaction graph: bases, edges and everything computed from them; saved, loaded, measured and plotted."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Replicates:
-    """A graph with one group of samples left out at a time: what standard errors of its metrics are made of.
+    """Jackknife replicates of a graph: computed with one of ``G`` groups of samples omitted. They give standard errors.
 
     Attributes:
-        importance: For each node layer, shape ``(G, r)``.
-        edges: For each pair of neighbouring node layers, shape ``(G, r_after, r_before)``.
+        importance: Importances of each node layer, shape ``(G, r)``.
+        edges: Edges of each section, shape ``(G, r_out, r_in)``.
     """
 
     importance: dict[str, Tensor]
@@ -46,12 +46,12 @@ class Replicates:
 
 @dataclass(frozen=True)
 class Lineages:
-    """Which features of one node layer are those of the snapshots before.
+    """The lineages of the features of one node layer: which ones they continue from earlier snapshots.
 
     Attributes:
-        ids: The lineage of each feature, shape ``(r,)``, int64: numbers from 0 in the order of birth, never used twice.
-        similarity: Correlation of each feature with that of its lineage in the snapshot before, its absolute value,
-            shape ``(r,)``, float64; NaN for new lineages.
+        ids: The lineage of each feature, shape ``(r,)``, int64: unique numbers from 0 in the order of birth.
+        similarity: Absolute correlation of each feature with the previous one of its lineage, shape ``(r,)``, float64;
+            NaN for new lineages.
         parents: The lineage that a new one has split from, shape ``(r,)``, int64; -1 for none.
     """
 
@@ -62,24 +62,24 @@ class Lineages:
 
 @dataclass
 class InteractionGraph:
-    """Features of every node layer and how strongly they act on each other.
+    """Features of every node layer, and the strengths of their interactions.
 
     Attributes:
         bases: A `Basis` for each node layer, by name, in forward order.
-        edges: For each pair of neighbouring node layers ``(before, after)`` a matrix ``E`` of shape
+        edges: For each section, a pair of consecutive node layers ``(before, after)``, a matrix ``E`` of shape
             ``(r_after, r_before)``, float64, non-negative.
-        info: How it was made: settings, node layers, number of samples, versions; step and epoch if made in training.
-        edge_errors: Standard errors of the edges, in their shapes; empty where they are unknown. They hold for these
-            features. Features of new samples have turned a little as well, which moves an edge more than that, weak
-            ones above all: measured on small networks, about twice as much in LIB and PCA, and no more in neurons.
-        modules: For each node layer the module that each feature belongs to, shape ``(r,)``, int64, -1 for none; empty
-            where they have not been looked for.
-        labels: For each node layer that has any, a name for each feature; "" for none.
+        info: Settings, node layers, number of samples and versions; step and epoch if computed in training.
+        edge_errors: Standard errors of the edges, with their shapes; empty if unknown. They are conditional on these
+            features. New samples also rotate the features a little, which changes edges more, in particular weak ones:
+            on small networks, about twice as much in LIB and PCA bases, and not at all in neuron bases.
+        modules: For each node layer the module of each feature, shape ``(r,)``, int64, -1 for none; empty before
+            `find_modules`.
+        labels: For node layers that have any, a name for each feature; "" for none.
         reference_features: For each node layer the values of its features on reference samples, each feature scaled to
             mean 0 and variance 1, shape ``(N, r)``, float16. The samples are the same throughout a run. Empty if the
             features are not tracked.
-        lineages: For each node layer which features are those of the snapshots before; empty for a single graph.
-        replicates: The same graph with parts of the samples left out; not in files, and None for a graph read from one.
+        lineages: For each node layer the lineages of its features; empty if they are not tracked.
+        replicates: Jackknife replicates, for standard errors. They are not saved to files.
 
     Example:
         >>> import torch
@@ -125,7 +125,9 @@ class InteractionGraph:
             LIBError: If the graph does not know where its node layers are.
         """
         if keys.NODE_LAYERS not in self.info:
-            raise LIBError("This graph does not say where in the model its node layers are: info has no 'node_layers'.")
+            raise LIBError(
+                "The places of this graph's node layers in the model are unknown: info has no 'node_layers'."
+            )
         return [NodeLayer(**layer) for layer in self.info[keys.NODE_LAYERS]]
 
     def layers(self) -> list[NodeLayer]:
@@ -135,13 +137,13 @@ class InteractionGraph:
 
     def __repr__(self) -> str:
         layers = " -> ".join(f"{b.name}: {b.n_features} {b.kind}" for b in self.bases.values())
-        return f"InteractionGraph({layers}, {self.info.get('n_samples', '?')} samples)"
+        return f"InteractionGraph({layers}, {self.info.get(keys.NUM_SAMPLES, '?')} samples)"
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write a basis file: safetensors with a JSON header. A file of that name is replaced in one step.
+        """Write a basis file: safetensors with a JSON header. An existing file is replaced atomically.
 
         Args:
-            path: Where to write; folders are made as needed.
+            path: The file; missing folders are created.
         """
         tensors: dict[str, Tensor] = {}
         for i, (layer, basis) in enumerate(self.bases.items()):
@@ -171,14 +173,14 @@ class InteractionGraph:
         """Read a basis file.
 
         Args:
-            path: A file that `save` wrote.
+            path: A file that `save` wrote, in this or an earlier version.
 
         Returns:
-            The graph, equal to the saved one.
+            The graph, equal to the saved one, without `replicates`.
 
         Raises:
-            BasisFileError: If the file is truncated, altered, of another kind, or of a newer format.
-            FileNotFoundError: If there is no such file.
+            BasisFileError: If the file is truncated, altered, not a basis file, or of a newer format.
+            FileNotFoundError: If the file does not exist.
         """
         tensors, header = read_file(path)
         try:
@@ -293,8 +295,8 @@ class InteractionGraph:
         """Convert to a directed graph.
 
         Returns:
-            A graph whose nodes are ``(node layer, feature index)`` with attributes ``importance`` and ``layer`` (its
-            position), and whose edges carry ``weight``. Edges of weight zero are left out.
+            A graph with nodes ``(node layer, feature index)``, whose attributes are ``importance`` and ``layer`` (the
+            index of the node layer), and edges with attribute ``weight``, without those of weight zero.
         """
         graph: nx.DiGraph[tuple[str, int]] = nx.DiGraph()
         for position, (name, basis) in enumerate(self.bases.items()):
@@ -373,7 +375,7 @@ class InteractionGraph:
         return as_html(render_png(self.plot()), caption=f"{self!r}{self._when()}")
 
     def _when(self) -> str:
-        step = self.info.get("step")
+        step = self.info.get(keys.STEP)
         return f" after {step:,} steps" if step is not None else ""
 
     def _kind(self) -> str:
@@ -385,7 +387,7 @@ _Place = TypeVar("_Place")
 
 
 def _present(tensors: Mapping[str, Tensor], key: str, places: Sequence[_Place]) -> dict[_Place, Tensor]:
-    """The tensors of one kind that a file has, by node layer or section."""
+    """The tensors of one kind in a file, by node layer or section."""
     return {place: tensors[key.format(i)] for i, place in enumerate(places) if key.format(i) in tensors}
 
 

@@ -1,4 +1,4 @@
-"""Names for features."""
+"""Labels of features: short names, from their values and the model's inputs."""
 
 from lib_lightning.labels.fourier import FourierLabels
 from lib_lightning.labels.labeller import Labeller, label_features

@@ -1,4 +1,4 @@
-"""Short names for features: what each one responds to, found from its values and the model's inputs."""
+"""Labels of features of models for modular addition: the frequency that each one responds to."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 from lib_lightning.errors import LIBError
 from lib_lightning.metrics.functional.fourier import KINDS, fourier_variance
 
-# Of what a and b carry together, the least that the weaker one of them must carry for both to be named.
+# Smallest fraction of the variance explained by a and b that the weaker of them must explain for a label with both.
 _BOTH = 0.1
 
 
 @dataclass(frozen=True)
 class FeatureLabel:
-    """What a feature of a model for modular addition mainly responds to.
+    """The wave that explains most of the variance of a feature of a model for modular addition.
 
     Attributes:
-        frequency: ``k`` of its wave.
-        kind: What the wave runs over: ``"a+b"``, ``"a"``, ``"b"``, or ``"a,b"`` for waves of both, side by side.
-        explained: Share of its variance that the wave explains, between 0 and 1.
+        frequency: Its frequency ``k``.
+        kind: Its argument: ``"a+b"``, ``"a"``, ``"b"``, or ``"a,b"`` for the sum of a wave in ``a`` and one in ``b``.
+        explained: Fraction of the variance that it explains, between 0 and 1.
 
     Example:
         >>> str(FeatureLabel(17, "a+b", 0.931))
@@ -38,13 +38,13 @@ class FeatureLabel:
 
 @dataclass(frozen=True)
 class FourierLabels:
-    """Names features of a model for modular addition by the frequency that explains most of their variance.
+    """Labels features of a model for modular addition with the frequency that explains most of their variance.
 
     Args:
-        modulus: ``p``; even ones are fine.
-        first: Where ``a`` stands in the model's input tokens ``(n, length)``.
-        second: Where ``b`` stands.
-        threshold: Least share of the variance for a name.
+        modulus: ``p``, odd or even.
+        first: Position of ``a`` in the model's input tokens ``(n, length)``.
+        second: Position of ``b``.
+        threshold: Smallest explained fraction of the variance for a label.
 
     Raises:
         ValueError: If the modulus or the threshold is outside its range.
@@ -63,16 +63,16 @@ class FourierLabels:
 
     def __post_init__(self) -> None:
         if self.modulus < 2:
-            raise ValueError(f"modulus is an integer from 2 on; got {self.modulus}.")
+            raise ValueError(f"modulus must be at least 2; got {self.modulus}.")
         if not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold is a share of the variance, from 0 to 1; got {self.threshold}.")
+            raise ValueError(f"threshold must be between 0 and 1; got {self.threshold}.")
 
     def __call__(self, features: Tensor, inputs: Tensor, /) -> list[str]:
-        """Name the features of one node layer, as a `Labeller`."""
+        """Label the features of one node layer, as a `Labeller`."""
         return [str(x) if x.explained > 0 and x.explained >= self.threshold else "" for x in self.of(features, inputs)]
 
     def of(self, features: Tensor, inputs: Tensor) -> list[FeatureLabel]:
-        """Find the main wave of each feature, whatever it explains.
+        """Find the wave that explains most of the variance of each feature, without a threshold.
 
         Args:
             features: ``fhat``, shape ``(n, S, r)``.
@@ -82,23 +82,22 @@ class FourierLabels:
             One for each feature.
 
         Raises:
-            LIBError: If there are no such tokens.
+            LIBError: If the inputs have no such tokens.
 
         Note:
-            ``a`` and ``b`` are named together only where the weaker one carries a tenth of what both do: with more
-            waves to fit, the two always explain a little more than one.
+            The kind ``"a,b"`` requires that the weaker of the two explains a tenth of what both explain: with twice as
+            many parameters, the sum always explains a little more than a single wave.
         """
         length = inputs.shape[1] if inputs.ndim == 2 else 0
         if not all(-length <= place < length for place in (self.first, self.second)):
             raise LIBError(
-                f"Inputs of shape {tuple(inputs.shape)} have no tokens {self.first} and {self.second}: frequencies are "
-                "those of modular addition, whose inputs are (n, length). first= and second= say where a and b stand."
+                f"Inputs of shape {tuple(inputs.shape)} have no tokens {self.first} and {self.second}: for "
+                "modular addition, inputs have shape (n, length); set first= and second= to the positions of a and b."
             )
         tokens = inputs.to(features.device)
         explained = fourier_variance(features, tokens[:, self.first], tokens[:, self.second], self.modulus)
         _, both, a, b = explained
-        together = KINDS.index("a,b")
-        explained[together] = torch.where(torch.minimum(a, b) >= _BOTH * both, both, 0.0)
+        explained[KINDS.index("a,b")] = torch.where(torch.minimum(a, b) >= _BOTH * both, both, 0.0)
         share, index = explained.flatten(0, 1).max(0)
         kind, k = index // (self.modulus // 2), index % (self.modulus // 2) + 1
         found = zip(k.tolist(), kind.tolist(), share.tolist(), strict=True)

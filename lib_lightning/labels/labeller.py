@@ -1,4 +1,4 @@
-"""Short names for features: what each one responds to, found from its values and the model's inputs."""
+"""The protocol of labellers, and the function that applies one to a graph."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
 
 
 class Labeller(Protocol):
-    """Anything that names features: a function, or an object such as `FourierLabels`.
+    """A function, or an object such as `FourierLabels`, that labels features.
 
     Example:
         >>> def largest_at(features: Tensor, inputs: Tensor) -> list[str]:
@@ -27,14 +27,14 @@ class Labeller(Protocol):
     """
 
     def __call__(self, features: Tensor, inputs: Tensor, /) -> list[str]:
-        """Name the features of one node layer.
+        """Label the features of one node layer.
 
         Args:
-            features: ``fhat``, shape ``(n, S, r)``; 0, its mean, at positions that a mask leaves out.
-            inputs: What the model was given for these samples: the first tensor of its inputs, shape ``(n, ...)``.
+            features: ``fhat``, shape ``(n, S, r)``; 0, its mean, at masked positions.
+            inputs: The first tensor of the model's inputs for these samples, shape ``(n, ...)``.
 
         Returns:
-            A name for each of the ``r`` features; "" for none.
+            A label for each of the ``r`` features; "" for none.
         """
         ...
 
@@ -48,26 +48,26 @@ def label_features(
     mask: str | int | MaskFn | None = None,
     dtype: torch.dtype | None = None,
 ) -> dict[str, list[str]]:
-    """Name the features of every node layer by what they do on some batches, for `InteractionGraph.labels`.
+    """Label the features of every node layer by their values on some batches, for `InteractionGraph.labels`.
 
-    A last node layer of neurons is left out: its entries have names already, such as classes.
+    A last node layer in the neuron basis is not labelled: its features are already identified, for example as classes.
 
     Args:
         graph: The interaction graph of the model.
-        model: The model as it was then; left exactly as it was found.
-        batches: Iterable of batches; their samples are looked at all at once.
-        labeller: What finds the names.
+        model: The model that the graph was computed on; it is not changed.
+        batches: Iterable of batches; the labeller is called with all of their samples at once.
+        labeller: The labeller.
         input_fn: As for `compute_interaction_graph`.
         mask: As for `compute_interaction_graph`.
         dtype: As for `compute_interaction_graph`.
 
     Returns:
-        A name for each feature, by node layer.
+        A label for each feature, by node layer.
 
     Raises:
-        LIBError: If the graph does not say where its node layers are, there are no samples, samples differ in length,
-            or a labeller gives another number of names than there are features.
-        NodeLayerError: If the model has no such node layers.
+        LIBError: If the graph does not know where its node layers are, there are no samples, samples differ in length,
+            or the number of labels is not that of features.
+        NodeLayerError: If the model does not have its node layers.
 
     Example:
         >>> from lib_lightning import compute_interaction_graph
@@ -80,34 +80,33 @@ def label_features(
     layers = graph.node_layer_specs()
     instrumented = InstrumentedModel(model, layers, ModelSpec(input_fn, mask, dtype))
     last = graph.bases[layers[-1].name]
-    named = layers[:-1] if last.kind == "neuron" else layers
+    labelled = layers[:-1] if last.kind == "neuron" else layers
 
-    features: dict[str, list[Tensor]] = {layer.name: [] for layer in named}
+    features: dict[str, list[Tensor]] = {layer.name: [] for layer in labelled}
     inputs: list[Tensor] = []
     for values in feature_values(instrumented, graph, batches):
         inputs.append(values.inputs)
         for name, parts in features.items():
-            mask_here = values.masks[name]
-            found = values.features[name]
-            parts.append(found if mask_here is None else found.where(mask_here[..., None], 0.0))
+            valid, fhat = values.masks[name], values.features[name]
+            parts.append(fhat if valid is None else fhat.where(valid[..., None], 0.0))
     if not inputs:
-        raise LIBError("There are no samples to name features by.")
-    whole = _joined(inputs)
-    return {name: _names(labeller(_joined(parts), whole), name, graph) for name, parts in features.items()}
+        raise LIBError("There are no samples to label features with: all batches are empty.")
+    all_inputs = _concatenate(inputs)
+    return {name: _checked(labeller(_concatenate(parts), all_inputs), name, graph) for name, parts in features.items()}
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def _concatenate(parts: list[Tensor]) -> Tensor:
     if len({part.shape[1:] for part in parts}) > 1:
         raise LIBError(
-            "Batches differ in the length of their samples, and features are named on all of them at once: take "
-            "batches of one length, or look at single positions (NodeLayer(..., positions=-1)) of padded ones."
+            "Batches differ in the length of their samples, but a labeller is called with all samples at once. Use "
+            "batches of one length, or pad them and use single positions: NodeLayer(..., positions=-1)."
         )
     return torch.cat(parts)
 
 
-def _names(names: list[str], layer: str, graph: InteractionGraph) -> list[str]:
-    if len(names) != graph.bases[layer].n_features:
+def _checked(labels: list[str], layer: str, graph: InteractionGraph) -> list[str]:
+    if len(labels) != graph.bases[layer].n_features:
         raise LIBError(
-            f"The labeller gave {len(names)} names for the {graph.bases[layer].n_features} features of '{layer}'."
+            f"The labeller returned {len(labels)} labels for the {graph.bases[layer].n_features} features of '{layer}'."
         )
-    return list(names)
+    return list(labels)

@@ -1,4 +1,4 @@
-"""Metric of what a model can do without."""
+"""Metric of ablation curves."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lib_lightning.metrics.functional.ablation import min_edges_from_curve
 
 
 class EdgesRequired(GraphAverage):
-    """Number of edges that a model needs to do as well as with all; see `min_edges_from_curve`.
+    """Number of edges that a model needs for its score; see `min_edges_from_curve`.
 
     Args:
-        tolerance: How far a score may fall below that of the model as it is, in units of the score.
+        tolerance: Accepted loss of score, in units of the score.
         kwargs: Options of `torchmetrics.Metric`.
 
     Example:
@@ -31,5 +31,5 @@ class EdgesRequired(GraphAverage):
         self.tolerance = tolerance
 
     def update(self, counts: Tensor, scores: Tensor, unablated: float | Tensor) -> None:
-        """Add the ablation curve of one section: mean scores ``(k,)`` with so many edges ``(k,)``, and with all."""
+        """Add the ablation curve of one section: numbers of edges and mean scores ``(k,)``, and the unablated score."""
         self._add(min_edges_from_curve(counts, scores, unablated, self.tolerance))

@@ -1,4 +1,4 @@
-"""Metrics of the interactions between two node layers."""
+"""Metrics of the edges of a section."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lib_lightning.metrics.functional.edges import check_share, effective_edges,
 
 
 class NumberOfEdges(GraphAverage):
-    """Number of edges above a share of the strongest one; see `number_of_edges`.
+    """Number of edges above a fraction of the strongest one; see `number_of_edges`.
 
     Args:
-        rtol: The share.
+        rtol: The fraction.
         kwargs: Options of `torchmetrics.Metric`.
 
     Example:
@@ -56,14 +56,14 @@ class EffectiveEdges(GraphAverage):
 
 
 class ShareOfEdges(GraphAverage):
-    """Fraction of all edges that holds a share of the total strength; see `share_of_edges`.
+    """Smallest fraction of the edges that has a given share of the total strength; see `share_of_edges`.
 
     Args:
         share: The share, above 0 and at most 1.
         kwargs: Options of `torchmetrics.Metric`.
 
     Raises:
-        LIBError: If the share lies outside.
+        LIBError: If the share is out of range.
 
     Example:
         >>> import torch

@@ -12,10 +12,10 @@ from lib_lightning.metrics.functional.participation import participation_ratio
 
 
 class NumberOfFeatures(GraphAverage):
-    """Number of features above a share of the most important one; see `number_of_features`.
+    """Number of features above a fraction of the most important one; see `number_of_features`.
 
     Args:
-        rtol: The share.
+        rtol: The fraction.
         kwargs: Options of `torchmetrics.Metric`.
 
     Example:
@@ -58,7 +58,7 @@ class EffectiveFeatures(GraphAverage):
 
 
 class ParticipationRatio(GraphAverage):
-    """Effective number of features by the squares of their importances; see `participation_ratio`.
+    """Effective number of features, from the squares of their importances; see `participation_ratio`.
 
     Args:
         kwargs: Options of `torchmetrics.Metric`.

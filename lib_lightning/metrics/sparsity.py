@@ -1,4 +1,4 @@
-"""Metrics of how unequal the interactions between two node layers are."""
+"""Metrics of the sparsity of a section."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names for features: of synthetic ones, of a live model, and of the models that the paper's authors published."""
+"""Labels of synthetic features, of features of a model, and of the models published with the paper."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_kinds(modulus: int) -> None:
     assert [x.kind for x in swapped.of(features, tokens)[:5]] == ["a+b", "b", "a", "a,b", "b"]
 
 
-def test_threshold_and_numbers() -> None:
+def test_threshold_and_explained_variance() -> None:
     tokens = AllPairs(11).tokens
     feature = wave(tokens[:, :2].sum(1), 3, 11) * 2 + wave(tokens[:, 0], 5, 11)
     labels = FourierLabels(11, threshold=0.81)
@@ -64,7 +64,7 @@ def transformer_graph(**options: Any) -> tuple[ModularAdditionTransformer, list[
     return model, batches, compute_interaction_graph(model, batches, layers, **options)
 
 
-def test_labels_of_a_live_model_come_back_from_a_file(tmp_path: Path) -> None:
+def test_labels_of_a_model_survive_a_file(tmp_path: Path) -> None:
     model, batches, graph = transformer_graph()
     before = {name: t.clone() for name, t in model.state_dict().items()}
     graph.labels = label_features(graph, model, batches, FourierLabels(7, threshold=0.2))
@@ -78,7 +78,7 @@ def test_labels_of_a_live_model_come_back_from_a_file(tmp_path: Path) -> None:
     assert label_features(loaded, model, batches, FourierLabels(7, threshold=0.2)) == graph.labels
 
 
-def test_a_labeller_sees_features_and_inputs_of_all_samples() -> None:
+def test_labellers_get_features_and_inputs_of_all_samples() -> None:
     model, batches, graph = transformer_graph(final_basis="pca", dtype=torch.float64)
     seen: list[Tensor] = []
 
@@ -118,12 +118,12 @@ def test_masked_positions_are_at_the_mean_and_inputs_may_have_names() -> None:
     assert label_features(graph, model, [batch], look, mask="attention_mask")["embed"] == ["x"] * 2
 
 
-def test_what_cannot_be_named() -> None:
+def test_invalid_labels_are_refused() -> None:
     model, batches, graph = transformer_graph()
     labels = FourierLabels(7)
     with pytest.raises(LIBError, match="no samples"):
         label_features(graph, model, [], labels)
-    with pytest.raises(LIBError, match="gave 1 names"):
+    with pytest.raises(LIBError, match="returned 1 labels"):
         label_features(graph, model, batches, lambda features, inputs: ["one"])
     with pytest.raises(LIBError, match="no 'node_layers'"):
         label_features(InteractionGraph(graph.bases, graph.edges), model, batches, labels)
@@ -139,7 +139,7 @@ def test_batches_of_several_lengths() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_published_models_add_by_a_handful_of_frequencies(seed: int, reference_dir: Path) -> None:
-    # The most important feature of the raw logits shifts all of them alike, which no answer depends on: see below.
+    # The most important feature of the raw logits shifts all of them equally, which changes no answer: see below.
     transformer = load_transformer(reference_dir / f"modular_addition_seed{seed}_weights.safetensors")
     model = nn.Sequential(transformer, Centred())
     batches = AllPairs(MODULUS, train_fraction=0.3).tokens[:3830].split(1000)
@@ -163,24 +163,24 @@ def test_published_models_add_by_a_handful_of_frequencies(seed: int, reference_d
             assert by_frequency.topk(5).values.sum() > 0.92  # 0.96 and 0.93 of all importance
             assert {x.kind for x in found[:8]} == {"a+b"}
             assert len({x.frequency for x in found[:8]}) <= 5
-            # Waves of two frequencies that are equally important are free to rotate into each other.
+            # Equally important waves of two frequencies may rotate into each other.
             assert sum(map(bool, graph.labels["0.unembed:input"][:8])) >= 5
     assert purity["lib"] > purity["neuron"] + 0.2  # 0.75 and 0.80 against 0.4
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_first_published_feature_shifts_all_logits_alike(seed: int, reference_dir: Path) -> None:
+def test_first_published_feature_shifts_all_logits_equally(seed: int, reference_dir: Path) -> None:
     model = load_transformer(reference_dir / f"modular_addition_seed{seed}_weights.safetensors")
     batches = AllPairs(MODULUS, train_fraction=0.3).tokens[:3830].split(1000)
     graph = compute_interaction_graph(model, batches, ["unembed:input", "output"])
     logits = graph.bases["unembed:input"].from_features @ model.unembed.weight.detach().T
-    alike = logits.mean(1).square() / logits.square().mean(1)
-    assert alike[0] > 0.95
-    assert alike[1:8].max() < 0.05
+    common = logits.mean(1).square() / logits.square().mean(1)
+    assert common[0] > 0.95
+    assert common[1:8].max() < 0.05
 
 
 class Centred(nn.Module):
-    """Logits less their mean over the classes: the same answers and probabilities."""
+    """Logits minus their mean over the classes, which gives the same probabilities."""
 
     def forward(self, logits: Tensor) -> Tensor:
         return logits - logits.mean(-1, keepdim=True)

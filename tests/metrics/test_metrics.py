@@ -1,4 +1,4 @@
-"""Metric classes over their functions, alone, in a collection and across processes; functions against closed forms."""
+"""Metric classes against their functions, in collections and across processes; functions against closed forms."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def section() -> tuple[Tensor]:
 
 
 def curve() -> tuple[Tensor, Tensor, float]:
-    # The largest count does well, or there would be no number at all.
+    # The largest count must be sufficient, or the value is NaN.
     return torch.cat([torch.randperm(50)[:6], torch.tensor([50])]), torch.tensor([0.1, *[0.9] * 6]), 0.9
 
 
@@ -81,7 +81,7 @@ def test_class_averages_its_function(metric: Metric, function: Any, make: Any) -
 
 
 @pytest.mark.parametrize(("metric", "function", "make"), PAIRS, ids=NAMES)
-def test_states_of_processes_add_up(metric: Metric, function: Any, make: Any) -> None:
+def test_states_of_processes_merge(metric: Metric, function: Any, make: Any) -> None:
     parts, whole = [metric.clone(), metric.clone()], metric.clone()
     for metric_part in (*parts, whole):
         metric_part.reset()
@@ -98,7 +98,7 @@ def test_collection() -> None:
     assert {k: float(v) for k, v in metrics(torch.eye(3)).items()} == {"NumberOfEdges": 3.0, "EffectiveEdges": 3.0}
 
 
-def test_metrics_that_agree_once_are_not_taken_for_one() -> None:
+def test_metrics_that_agree_once_are_not_merged() -> None:
     rough, fine = NumberOfEdges(rtol=0.6), NumberOfEdges(rtol=0.1)
     metrics = MetricCollection({"rough": rough, "fine": fine, "effective": EffectiveEdges()})
     for E in (torch.eye(3), torch.tensor([[1.0, 0.5]])):
@@ -131,7 +131,7 @@ def test_participation_ratio_of_a_geometric_series() -> None:
 
 
 def slow_gini(w: list[float]) -> float:
-    """Mean difference of two weights, each drawn from all, over twice the mean."""
+    """Mean absolute difference of two weights, divided by twice the mean."""
     n = len(w)
     return sum(abs(a - b) for a in w for b in w) / n**2 / (2 * sum(w) / n)
 
@@ -146,7 +146,7 @@ def slow_share(w: list[float], share: float) -> float:
     return next(k for k in range(len(w) + 1) if sum(ordered[:k]) >= share * sum(w)) / len(w)
 
 
-def test_sparsities_as_they_are_written() -> None:
+def test_sparsities_equal_their_definitions() -> None:
     for _ in range(5):
         E = torch.rand(3, 6, dtype=torch.float64) ** 5
         w = E.flatten().tolist()
@@ -165,19 +165,19 @@ def test_sparsities_of_k_equal_edges_among_ten(k: int, scale: float) -> None:
     assert float(participation_ratio(w)) == pytest.approx(k)
 
 
-def test_nine_of_ten_equal_edges_hold_nine_tenths() -> None:
+def test_share_of_equal_edges_is_exact() -> None:
     for value in (0.1, 0.3, 7.0):
         assert float(share_of_edges(torch.full((10,), value), 0.9)) == 0.9
 
 
 @pytest.mark.parametrize("function", [gini, hoyer, share_of_edges, participation_ratio])
-def test_no_weights_and_zeros_and_one(function: Any) -> None:
+def test_empty_zero_and_single_weights(function: Any) -> None:
     one = 0.0 if function in (gini, hoyer) else 1.0
     assert [float(function(torch.tensor(w))) for w in ([], [0.0, 0.0], [0.0], [3.0])] == [0, 0, 0, one]
 
 
 @pytest.mark.parametrize("share", [0.0, -1.0, 1.1, math.nan])
-def test_no_share_is_refused(share: float) -> None:
+def test_invalid_shares_are_refused(share: float) -> None:
     with pytest.raises(LIBError, match="share="):
         share_of_edges(torch.eye(2), share)
     with pytest.raises(LIBError, match="share="):
@@ -191,7 +191,7 @@ def slow_edges_required(counts: list[int], scores: list[float], unablated: float
     return min(passing, default=math.nan)
 
 
-def test_edges_required_as_it_is_written() -> None:
+def test_edges_required_equals_its_definition() -> None:
     for _ in range(50):
         counts, scores = torch.randint(0, 9, (6,)), (torch.rand(6, dtype=torch.float64) > 0.3).double()
         expected = slow_edges_required(counts.tolist(), scores.tolist(), 1.0, 1e-3)
@@ -206,7 +206,7 @@ def test_edges_required_at_the_limits() -> None:
     assert math.isnan(min_edges_from_curve(counts[:0], torch.zeros(0), 1.0))
 
 
-def test_standard_error_of_a_mean_is_the_usual_one() -> None:
+def test_standard_error_of_a_mean() -> None:
     x = torch.randn(11, 2, 3, dtype=torch.float64)
     torch.testing.assert_close(standard_error((x.sum(0) - x) / 10), x.std(0) / 11**0.5)
     assert standard_error(x[:1]).isnan().all()

@@ -199,8 +199,8 @@ def test_metrics_of_one_section_and_of_a_graph() -> None:
 @pytest.mark.parametrize(
     ("edges", "message"),
     [
-        ([], "no consecutive sections"),
-        ([torch.ones(2, 3), torch.ones(2, 3)], "no consecutive sections"),
+        ([], "not consecutive sections"),
+        ([torch.ones(2, 3), torch.ones(2, 3)], "not consecutive sections"),
         ([torch.tensor([[1.0, float("nan")]])], "finite"),
         ([torch.tensor([[1.0, float("inf")]])], "finite"),
         ([torch.tensor([[1.0, -1.0]])], "not negative"),
@@ -219,7 +219,7 @@ def test_unknown_weights_and_modules_that_do_not_fit_are_refused() -> None:
 
 
 def test_many_edges_most_of_them_weak() -> None:
-    # More edges than `leiden.FEW`: the search starts from the strong ones, which have nearly all of the weight.
+    # More edges than `leiden.MANY_EDGES`: the search starts from the strong ones, which have nearly all of the weight.
     edges, labels = planted([80, 80], background=1e-3)
     strong = [torch.where(E < 0.002, E, E**4) for E in edges]
     pairs = strong[0].nonzero().flip(1) + torch.tensor([0, 80])

@@ -1,4 +1,4 @@
-"""How many interactions there are between two node layers."""
+"""Numbers of interactions between two node layers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from lib_lightning.metrics.functional.perplexity import perplexity
 
 
 def number_of_edges(edges: Tensor, rtol: float = 1e-3) -> Tensor:
-    """Count the edges that are stronger than a share of the strongest one.
+    """Count the edges above a fraction of the strongest one.
 
     Args:
         edges: ``E``, shape ``(r_out, r_in)``, non-negative.
-        rtol: The share.
+        rtol: The fraction.
 
     Returns:
         The count, a scalar of type int64.
@@ -44,17 +44,17 @@ def effective_edges(edges: Tensor) -> Tensor:
 
 
 def share_of_edges(edges: Tensor, share: float = 0.99) -> Tensor:
-    """Fraction of all edges, the strongest first, that is needed to hold a share of their total strength.
+    """Smallest fraction of the edges that has a given share of the total strength.
 
     Args:
         edges: ``E``, shape ``(r_out, r_in)``, non-negative.
-        share: The share, above 0 and at most 1; at 1, all edges that are not zero are needed.
+        share: The share, above 0 and at most 1; 1 counts all non-zero edges.
 
     Returns:
-        A float64 scalar between 0 (there is no strength to hold) and 1 (every edge is needed).
+        A float64 scalar between 0 (all edges are zero) and 1 (every edge is needed).
 
     Raises:
-        LIBError: If the share lies outside.
+        LIBError: If the share is out of range.
 
     Example:
         >>> import torch
@@ -63,22 +63,22 @@ def share_of_edges(edges: Tensor, share: float = 0.99) -> Tensor:
     """
     check_share(share)
     strengths = edges.detach().double().flatten()
-    held = strengths.sort(descending=True).values.cumsum(0)
-    if strengths.numel() == 0 or held[-1] <= 0:
+    cumulative = strengths.sort(descending=True).values.cumsum(0)
+    if strengths.numel() == 0 or cumulative[-1] <= 0:
         return strengths.new_zeros(())
-    # Nine of ten equal edges hold 0.9, whichever way their sum is rounded.
-    enough = share * held[-1] * (1 - 1e-12)
-    return ((held < enough).sum() + 1).double() / strengths.numel()
+    # With a margin for rounding, so that nine of ten equal edges have a share of 0.9.
+    required = share * cumulative[-1] * (1 - 1e-12)
+    return ((cumulative < required).sum() + 1).double() / strengths.numel()
 
 
 def check_share(share: float) -> None:
-    """Refuse what is no share.
+    """Check that a share is above 0 and at most 1.
 
     Args:
-        share: Should lie above 0 and be at most 1.
+        share: The share.
 
     Raises:
-        LIBError: If it does not.
+        LIBError: If it is out of range.
     """
     if not 0 < share <= 1:
-        raise LIBError(f"share={share!r}: the share of the strength must lie above 0 and be at most 1.")
+        raise LIBError(f"share={share!r}: the share of the total strength must be above 0 and at most 1.")

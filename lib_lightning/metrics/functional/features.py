@@ -1,4 +1,4 @@
-"""How many features a node layer has."""
+"""Numbers of features of a node layer."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from lib_lightning.metrics.functional.perplexity import perplexity
 
 
 def number_of_features(importance: Tensor, rtol: float = 1e-6) -> Tensor:
-    """Count the features whose importance is above a share of the largest one.
+    """Count the features with an importance above a fraction of the largest one.
 
     Args:
         importance: ``Lambda``, shape ``(r,)``.
-        rtol: The share.
+        rtol: The fraction.
 
     Returns:
         The count, a scalar of type int64.

@@ -1,4 +1,4 @@
-"""Which frequencies features of a model for modular addition are made of."""
+"""Frequencies of the features of a model for modular addition."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ import math
 import torch
 from torch import Tensor
 
-# What a wave may run over. "a,b" is a and b side by side, each with a wave of its own.
+# Arguments of waves. "a,b" stands for the sum of a wave in a and one in b.
 KINDS = ("a+b", "a,b", "a", "b")
 
 
 def fourier_variance(features: Tensor, a: Tensor, b: Tensor, modulus: int) -> Tensor:
-    """Share of each feature's variance that waves of each frequency explain, as functions of ``a + b``, ``a`` or ``b``.
+    """Fraction of each feature's variance explained by waves of each frequency in ``a + b``, ``a`` or ``b``.
 
     The wave of frequency ``k`` is ``c + u cos(2 pi k m / p) + v sin(2 pi k m / p)`` of ``m = a + b`` (or another of
-    `KINDS`), fitted by least squares to the samples given, each position by itself; variances are summed over
-    positions. Not all pairs need be among the samples. Of few samples a wave explains much by chance: about two in
-    ``n - 1``, twice that for ``"a,b"``.
+    `KINDS`), fitted by least squares to the samples, separately at each position; variances are summed over positions.
+    The samples need not include all pairs. By chance, a wave explains a fraction of about ``2 / (n - 1)``, and twice
+    that for ``"a,b"``.
 
     Args:
         features: Shape ``(n, S, r)``.
         a: First summand of each sample, integers, shape ``(n,)``.
         b: Second summand of each sample, integers, shape ``(n,)``.
-        modulus: ``p``, from 2 on.
+        modulus: ``p``, at least 2.
 
     Returns:
-        Shares between 0 and 1, shape ``(4, p // 2, r)``, float64: by kind in the order of `KINDS`, frequency from 1 on,
-        and feature. A feature that never changes has 0.
+        Fractions between 0 and 1, shape ``(4, p // 2, r)``, float64: by kind in the order of `KINDS`, frequency from 1,
+        and feature. Constant features have 0.
 
     Raises:
         ValueError: If the modulus or a shape is wrong.
 
     Note:
-        Source: the waves are those that Nanda et al. (arXiv 2301.05217) found in models trained on this task.
+        Source: Nanda et al., arXiv 2301.05217, who found these waves in models trained on this task.
 
     Example:
         >>> a, b = torch.arange(25) // 5, torch.arange(25) % 5
@@ -42,10 +42,11 @@ def fourier_variance(features: Tensor, a: Tensor, b: Tensor, modulus: int) -> Te
         tensor([0., 1.], dtype=torch.float64)
     """
     if modulus < 2:
-        raise ValueError(f"modulus is an integer from 2 on; got {modulus}.")
+        raise ValueError(f"modulus must be at least 2; got {modulus}.")
     if features.ndim != 3 or a.shape != features.shape[:1] or b.shape != features.shape[:1]:
         raise ValueError(
-            f"Features are (n, S, r), a and b (n,); got {tuple(features.shape)}, {tuple(a.shape)}, {tuple(b.shape)}."
+            f"Features must have shape (n, S, r), a and b (n,); got {tuple(features.shape)}, {tuple(a.shape)} and "
+            f"{tuple(b.shape)}."
         )
     n, S, r = features.shape
     if n == 0:
@@ -54,14 +55,14 @@ def fourier_variance(features: Tensor, a: Tensor, b: Tensor, modulus: int) -> Te
     mean = values.mean(0)
     centred = values - mean
     variance = centred.square().mean(0)
-    # Equal numbers differ from their mean by its rounding, in the type they came in.
+    # A constant feature differs from its mean by rounding, in the input dtype.
     rounding = torch.finfo(features.dtype).eps if features.is_floating_point() else 0.0
     variance = torch.where(variance > (rounding * mean).square(), variance, 0.0)
     centred = (centred * (variance > 0)).flatten(1)
     total = variance.sum(0)
 
-    # Waves are functions of remainders, of which there are fewer than samples: whatever is summed over samples is first
-    # summed over those of one remainder.
+    # Waves are functions of remainders, of which there are fewer than samples: sums over samples are first accumulated
+    # by remainder.
     table = _table(modulus, centred)
     a, b = a.long() % modulus, b.long() % modulus
     sum_of_both = _Waves(table, (a + b) % modulus, centred)
@@ -82,12 +83,14 @@ def fourier_variance(features: Tensor, a: Tensor, b: Tensor, modulus: int) -> Te
 
 
 class _Waves:
-    """Waves of one number on samples: by remainder ``waves`` ``(K, 2, p)``, mean ``products`` and ``cross`` products.
+    """Waves of one argument: ``waves`` by remainder ``(K, 2, p)``, and their mean ``products`` on the samples.
+
+    ``cross`` are the mean products with the features.
 
     Args:
         table: All waves by remainder, shape ``(K, 2, p)``.
         m: Remainder of each sample, shape ``(n,)``.
-        centred: What is to be explained, shape ``(n, m)``.
+        centred: Centred features, shape ``(n, m)``.
     """
 
     def __init__(self, table: Tensor, m: Tensor, centred: Tensor) -> None:
@@ -102,17 +105,17 @@ class _Waves:
 def _table(modulus: int, like: Tensor) -> Tensor:
     """Cosines and sines of every frequency at every remainder, shape ``(p // 2, 2, p)``, float64."""
     k = torch.arange(1, modulus // 2 + 1, device=like.device)
-    # The remainder first, in integers: multiples of the period are then exact.
+    # The remainder is taken in integers, which makes multiples of the period exact.
     angle = (torch.outer(k, torch.arange(modulus, device=like.device)) % modulus).double() * (2 * math.pi / modulus)
     waves = torch.stack([angle.cos(), angle.sin()], 1)
     if modulus % 2 == 0:
-        waves[-1, 1] = 0  # at half the modulus the sine is zero at all integers
+        waves[-1, 1] = 0  # the sine of frequency p / 2 is zero at all integers
     return waves
 
 
 def _explained(products: Tensor, cross: Tensor) -> Tensor:
-    """Variance that each set of waves explains, from their products ``(K, q, q)`` and ``(K, q, m)``: ``(K, m)``."""
-    # On few samples, or where a sine is zero, waves coincide or vanish: those directions explain nothing more.
+    """Variance explained by each set of waves, ``(K, m)``, from their products ``(K, q, q)`` and ``(K, q, m)``."""
+    # With few samples, or where a sine is zero, waves are linearly dependent.
     inverse = torch.linalg.pinv(products, atol=1e-12, rtol=1e-9, hermitian=True)
     explained: Tensor = (cross * (inverse @ cross)).sum(1)
     return explained

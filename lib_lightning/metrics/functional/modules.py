@@ -1,4 +1,4 @@
-"""Modules: groups of features that interact more among themselves than with the rest."""
+"""Modules: groups of features that interact more with each other than with other features."""
 
 from __future__ import annotations
 
@@ -24,25 +24,24 @@ def find_modules(
 ) -> list[Tensor]:
     """Find the modules of a layered graph: the partition of its features with the largest modularity.
 
-    Each section is scaled to the same total weight. Strengths of different sections are effects on different node
-    layers, in different units: unscaled, the section with the largest numbers would decide alone, and the features of
-    the others fall apart.
+    Each section is scaled to the same total weight. The strengths of different sections are effects on different node
+    layers, in different units: without scaling, only the section with the largest numbers would matter.
 
     Args:
         edges: ``E`` of consecutive sections, each of shape ``(r_out, r_in)``, non-negative.
-        weights: ``"strength"`` takes the edges as they are; ``"amplitude"`` takes their square roots, for ``E`` is the
-            mean of a square; ``"binary"`` takes 1 for the strong edges and 0 for the others.
-        resolution: More than 1 for more and smaller modules, less for fewer and larger ones.
-        seed: Where the search starts; the same one always leads to the same modules.
-        rtol: For ``"binary"``: edges above this share of their section's strongest one are strong.
+        weights: ``"strength"`` for the edges themselves; ``"amplitude"`` for their square roots, because ``E`` is a
+            mean square; ``"binary"`` for 1 for strong edges and 0 for others.
+        resolution: Larger than 1 for more and smaller modules, smaller for fewer and larger ones.
+        seed: Seed of the search, which is deterministic.
+        rtol: For ``"binary"``: edges above this fraction of the strongest edge of their section are strong.
 
     Returns:
-        The module of each feature, for each node layer from the first to the last, shape ``(r,)``, int64. Module 0 has
-        the most features, over all node layers; of equally large ones, the one with the earliest feature comes first.
-        Features without any edge have -1.
+        The module of each feature, for each node layer in order, shape ``(r,)``, int64. Modules are sorted by their
+        number of features over all node layers, largest first; equally large ones by their first feature. Features
+        without edges have -1.
 
     Raises:
-        LIBError: If the edges are negative or not finite, or do not follow each other, or weights are unknown.
+        LIBError: If edges are negative or not finite, sections are not consecutive, or ``weights`` is unknown.
 
     Note:
         Source: Traag, Waltman and van Eck, arXiv 1810.08473, for the search; Newman (2004), arXiv
@@ -70,26 +69,26 @@ def modularity(
     seed: int = 0,
     rtol: float = 1e-3,
 ) -> Tensor:
-    """How much more weight lies inside of modules than chance would put there.
+    """Modularity of a partition: the fraction of the weight inside of modules, minus its expectation by chance.
 
     ``Q = sum_c (W_c / m - resolution (K_c / 2m)^2)`` with the weight ``W_c`` of the edges inside of module ``c``, the
-    sum ``K_c`` of the weights at its features, and the total weight ``m``; each section scaled as in `find_modules`.
+    sum ``K_c`` of the degrees of its features, and the total weight ``m``. Sections are scaled as in `find_modules`.
 
     Args:
         edges: ``E`` of consecutive sections, each of shape ``(r_out, r_in)``, non-negative.
-        modules: The module of each feature, for each node layer, shape ``(r,)``; -1 for a feature that is alone. None
+        modules: The module of each feature, for each node layer, shape ``(r,)``; -1 for a module of one feature. None
             for those of `find_modules`.
-        weights: What an edge weighs, as in `find_modules`.
-        resolution: What chance weighs.
+        weights: Weights of edges, as in `find_modules`.
+        resolution: Factor of the expectation.
         seed: For `find_modules`.
         rtol: For ``weights="binary"``.
 
     Returns:
-        A float64 scalar, at most 1; 0 if there is no edge.
+        A float64 scalar, at most 1; 0 if there are no edges.
 
     Raises:
-        LIBError: If the edges are negative or not finite, or do not follow each other, or do not fit the modules, or
-            weights are unknown.
+        LIBError: If edges are negative or not finite, sections are not consecutive or do not fit the modules, or
+            ``weights`` is unknown.
 
     Note:
         Source: Newman (2004), arXiv cond-mat/0407503, equation 5; resolution by Reichardt and Bornholdt (2006), arXiv
@@ -104,11 +103,12 @@ def modularity(
     if modules is None:
         modules = find_modules(edges, weights, resolution, seed, rtol)
     if [len(part) for part in modules] != sizes:
-        raise LIBError(f"Modules of {[len(part) for part in modules]} features do not fit node layers of {sizes}.")
+        raise LIBError(
+            f"Modules of {[len(part) for part in modules]} features do not fit node layers with {sizes} features."
+        )
     labels = torch.cat([part.cpu() for part in modules])
-    # Everyone who is alone gets a number of their own, behind those in use.
-    alone = labels < 0
-    labels = torch.where(alone, len(labels) + torch.arange(len(labels)), labels)
+    # Features without a module get modules of their own, with unused numbers.
+    labels = torch.where(labels < 0, len(labels) + torch.arange(len(labels)), labels)
     labels = labels.unique(return_inverse=True)[1]
     K = torch.zeros(len(labels), dtype=torch.float64)
     parts = labels.split(sizes)
@@ -124,7 +124,7 @@ def modularity(
 
 
 def module_sizes(modules: Sequence[Tensor]) -> Tensor:
-    """Numbers of features in each module, over all node layers.
+    """Number of features in each module, over all node layers.
 
     Args:
         modules: The module of each feature, for each node layer, shape ``(r,)``; -1 for none.
@@ -142,7 +142,7 @@ def module_sizes(modules: Sequence[Tensor]) -> Tensor:
 
 
 def number_of_modules(modules: Sequence[Tensor]) -> Tensor:
-    """Number of modules that have any feature.
+    """Number of modules.
 
     Args:
         modules: The module of each feature, for each node layer, shape ``(r,)``; -1 for none.
@@ -158,13 +158,13 @@ def number_of_modules(modules: Sequence[Tensor]) -> Tensor:
 
 
 def largest_module(modules: Sequence[Tensor]) -> Tensor:
-    """Share of the features of any module that belong to the largest one.
+    """Fraction of the features with a module that belong to the largest one.
 
     Args:
         modules: The module of each feature, for each node layer, shape ``(r,)``; -1 for none.
 
     Returns:
-        A float64 scalar, 1 if there is only one module; 0 if there is none.
+        A float64 scalar: 1 for a single module, 0 without modules.
 
     Example:
         >>> largest_module([torch.tensor([1, 0, -1]), torch.tensor([0, 0])])
@@ -175,12 +175,12 @@ def largest_module(modules: Sequence[Tensor]) -> Tensor:
 
 
 def _weighed(edges: Sequence[Tensor], weights: str, rtol: float) -> tuple[list[int], list[Tensor]]:
-    """Sizes of the node layers, and the weight of each edge, on the CPU, each section with 1 in total."""
+    """Sizes of the node layers, and the weights of the edges, on the CPU, with a total of 1 for each section."""
     if weights not in get_args(EdgeWeights):
-        raise LIBError(f"weights={weights!r} is unknown: choose one of {', '.join(get_args(EdgeWeights))}.")
+        raise LIBError(f"weights={weights!r} is unknown; choose one of {', '.join(get_args(EdgeWeights))}.")
     if not edges or any(before.shape[0] != after.shape[1] for before, after in itertools.pairwise(edges)):
         shapes = ", ".join(str(tuple(E.shape)) for E in edges)
-        raise LIBError(f"Edges of shapes [{shapes}] are no consecutive sections (r_out, r_in), the first one first.")
+        raise LIBError(f"Edges of shapes [{shapes}] are not consecutive sections (r_out, r_in) in forward order.")
     scaled = [_weigh(E.detach().cpu().double(), weights, rtol) for E in edges]
     return [edges[0].shape[1], *(E.shape[0] for E in edges)], [
         W / total if (total := W.sum()) > 0 else W for W in scaled
@@ -188,7 +188,7 @@ def _weighed(edges: Sequence[Tensor], weights: str, rtol: float) -> tuple[list[i
 
 
 def _layered_graph(edges: Sequence[Tensor], weights: str, rtol: float) -> tuple[list[int], Tensor, Tensor]:
-    """Sizes of the node layers, the two nodes of each edge, numbered through all layers, and its weight."""
+    """Sizes of the node layers, the two nodes of each edge, numbered over all layers, and its weight."""
     sizes, weighed = _weighed(edges, weights, rtol)
     pairs, all_w, first = [], [], 0
     for W, r_in in zip(weighed, sizes, strict=False):
@@ -201,19 +201,19 @@ def _layered_graph(edges: Sequence[Tensor], weights: str, rtol: float) -> tuple[
 
 def _weigh(E: Tensor, weights: str, rtol: float) -> Tensor:
     if not bool((E.isfinite() & (E >= 0)).all()):
-        raise LIBError("Modules are defined for edges that are finite and not negative.")
+        raise LIBError("Modules require edges that are finite and not negative.")
     if weights == "binary":
         return E.gt(rtol * E.amax()).double() if E.numel() else E
-    # The largest becomes 1, so that sums are neither zero nor infinite.
+    # Scaled to a largest weight of 1, so that sums neither underflow nor overflow.
     E = E / E.amax() if E.numel() and E.amax() > 0 else E
     return E.sqrt() if weights == "amplitude" else E
 
 
-def _by_size(parts: Tensor, counted: Tensor) -> Tensor:
-    """Number parts by how many nodes they have among those counted, then by their first node."""
+def _by_size(parts: Tensor, connected: Tensor) -> Tensor:
+    """Number parts by their number of connected nodes, largest first, then by their first node."""
     sizes: dict[int, int] = {}
-    for part in parts[counted].tolist():
+    for part in parts[connected].tolist():
         sizes[part] = sizes.get(part, 0) + 1
-    # Sorting is stable, and a dict keeps the order of first appearance.
+    # Sorting is stable, and the dict is in order of first appearance.
     number = {part: k for k, part in enumerate(sorted(sizes, key=lambda part: -sizes[part]))}
     return torch.tensor([number.get(part, -1) for part in parts.tolist()], dtype=torch.long)

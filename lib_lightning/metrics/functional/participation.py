@@ -1,4 +1,4 @@
-"""How many entries a set of weights effectively has, by their squares."""
+"""Effective number of entries of a set of weights, from their squares."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from torch import Tensor
 
 
 def participation_ratio(weights: Tensor) -> Tensor:
-    """Square of the sum over sum of the squares: ``(sum w)^2 / sum w^2``.
+    """Participation ratio: ``(sum w)^2 / sum w^2``.
 
-    Small weights count for less than in the perplexity.
+    Small weights contribute less than to the perplexity.
 
     Args:
         weights: Non-negative, any shape.
 
     Returns:
-        A scalar between 1 (one entry holds everything) and the number of entries (all equal); 0 without any weight.
+        A scalar between 1 (one non-zero entry) and the number of entries (all equal); 0 if all are zero.
 
     Note:
         Source: inverse participation ratio, Bell and Dean (1970), https://doi.org/10.1039/DF9705000055.
@@ -26,6 +26,6 @@ def participation_ratio(weights: Tensor) -> Tensor:
     """
     if weights.numel() == 0 or weights.amax() <= 0:
         return weights.new_zeros(())
-    # The largest becomes 1, for squares of tiny weights would vanish.
+    # Scaled to a largest weight of 1, because squares of tiny weights underflow.
     w = weights / weights.amax()
     return w.sum().square() / w.square().sum()

@@ -1,4 +1,4 @@
-"""How many entries a set of weights effectively has."""
+"""Effective number of entries of a set of weights, from their entropy."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 def perplexity(weights: Tensor) -> Tensor:
-    """Exponential of the entropy of weights taken as a distribution: ``exp(-sum p log p)``, ``p = w / sum w``.
+    """Exponential of the entropy of normalized weights: ``exp(-sum p log p)``, ``p = w / sum w``.
 
     Args:
         weights: Non-negative, any shape.
 
     Returns:
-        A scalar between 1 (one entry holds everything) and the number of entries (all equal); 0 without any weight.
+        A scalar between 1 (one non-zero entry) and the number of entries (all equal); 0 if all are zero.
 
     Example:
         >>> perplexity(torch.tensor([1.0, 1.0, 0.0])), perplexity(torch.tensor([5.0, 0.0]))

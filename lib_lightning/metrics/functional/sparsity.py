@@ -1,4 +1,4 @@
-"""How unequal weights are: 0 if all are equal, towards 1 if few of many hold everything."""
+"""Sparsity of weights: 0 if all are equal, close to 1 if few of many are non-zero."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor
 
 
 def gini(weights: Tensor) -> Tensor:
-    """Gini coefficient: mean difference between two weights, over twice their mean.
+    """Gini coefficient: mean absolute difference of two weights, divided by twice their mean.
 
     Args:
         weights: Non-negative, any shape.
 
     Returns:
-        A float64 scalar between 0 (all equal; so are a single weight, none at all, and zeros) and ``1 - 1/n`` (one of
-        ``n`` holds everything).
+        A float64 scalar between 0 (all weights are equal, or there is at most one) and ``1 - 1/n`` (one of ``n`` is
+        non-zero).
 
     Note:
-        Source: Hurley and Rickard, arXiv 0811.4706, who compare measures of sparsity.
+        Source: Hurley and Rickard, arXiv 0811.4706, a comparison of measures of sparsity.
 
     Example:
         >>> import torch
@@ -30,7 +30,7 @@ def gini(weights: Tensor) -> Tensor:
     n, total = w.numel(), w.sum()
     if n == 0 or total <= 0:
         return w.new_zeros(())
-    # Of all pairs, the k-th smallest (from 0) is the larger one in k and the smaller one in n - 1 - k.
+    # In all pairs, the k-th smallest weight (from 0) is k times the larger and n - 1 - k times the smaller one.
     ranks = 2 * torch.arange(n, dtype=w.dtype, device=w.device) - (n - 1)
     return ((ranks * w).sum() / (n * total)).clamp(0, 1)
 
@@ -39,11 +39,10 @@ def hoyer(weights: Tensor) -> Tensor:
     """Hoyer's sparsity: ``(sqrt(n) - |w|_1 / |w|_2) / (sqrt(n) - 1)``.
 
     Args:
-        weights: Non-negative, any shape; ``n`` of them.
+        weights: ``n`` non-negative weights, any shape.
 
     Returns:
-        A float64 scalar between 0 (all equal; so are a single weight, none at all, and zeros) and 1 (one of several
-        holds everything).
+        A float64 scalar between 0 (all weights are equal, or there is at most one) and 1 (one of several is non-zero).
 
     Note:
         Source: Hoyer (2004), section 3.1, https://www.jmlr.org/papers/v5/hoyer04a.html.
@@ -56,7 +55,7 @@ def hoyer(weights: Tensor) -> Tensor:
     w = weights.detach().double().flatten()
     if w.numel() < 2 or w.amax() <= 0:
         return w.new_zeros(())
-    # The largest becomes 1, for squares of tiny weights would vanish.
+    # Scaled to a largest weight of 1, because squares of tiny weights underflow.
     w = w / w.amax()
     root = math.sqrt(w.numel())
     ratio: Tensor = w.sum() / w.square().sum().sqrt()
