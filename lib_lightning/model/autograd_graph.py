@@ -316,6 +316,13 @@ def has_custom_function(outputs: Sequence[Tensor]) -> bool:
         >>> has_custom_function([torch.ones(2, requires_grad=True).exp()])
         False
     """
-    ends = [output.grad_fn for output in outputs if output.grad_fn is not None]
-    custom = torch.autograd.function.BackwardCFunction
-    return any(isinstance(node, custom) for end in ends for node in topological_order(end))
+    pending = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    visited: set[Node] = set()
+    while pending:
+        node = pending.pop()
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return True
+        if node not in visited:
+            visited.add(node)
+            pending += [before for before, _ in node.next_functions if before is not None]
+    return False
