@@ -1,4 +1,4 @@
-"""From a module and some batches to its interaction graph: the entry point that needs no trainer."""
+"""Functions that work on any module, without a trainer: interaction graphs and choices of node layers."""
 
 from __future__ import annotations
 
@@ -62,42 +62,42 @@ def compute_interaction_graph(
 
     Args:
         model: Any module.
-        batches: Batches as a data loader gives them: tensors, tuples, lists or dicts. They are gone through several
-            times, so an iterator is read into memory first.
+        batches: Batches as a data loader returns them: tensors, tuples, lists or dicts. They are used several times, so
+            an iterator is read into memory first.
         node_layers: Where to cut the model, in forward order: ``"module.path"`` for a module's output,
-            ``"module.path:input"`` for its input, ``"input"`` and ``"output"`` for the model's own, or a `NodeLayer`.
-            None takes those that `list_node_layers` proposes, and a warning says which.
+            ``"module.path:input"`` for its input, ``"input"`` and ``"output"`` for those of the model, or a
+            `NodeLayer`. None uses the ones that `list_node_layers` proposes, and logs a warning that names them.
         basis: ``"lib"``, or the baselines ``"pca"`` and ``"neuron"``.
-        final_basis: Basis of the last node layer, which has no next one: ``"neuron"``, ``"pca"``, or ``"centered"`` for
-            logits less their mean over the classes; ``"auto"`` takes neurons for ``"output"`` and PCA for anything
-            else.
-        rtol: Directions of metric and importance (PCA: variance) below this share of the largest are dropped; 0 drops
-            only what rounding cannot tell from zero.
-        n_probes: None for the exact metric; a number for that many random-sign probes per sample, which makes the
-            cost independent of the number of output positions and features.
-        integration_steps: 0 takes gradients at the activations; a number averages them over that many Gauss-Legendre
-            points on the way from the mean.
-        dtype: Floating-point type to compute in, the model's own by default. Sums are always float64.
-        input_fn: Turns a batch into what the model is called with: a dict becomes keyword arguments, a tuple positional
-            ones. By default the first entry of a tuple or list, and any other batch as it is.
-        mask: Marks the positions that count, where some are padding: the name or index of the batch's entry that does,
-            such as ``"attention_mask"``, or a function from a batch to a tensor ``(n, S)``.
-        memory_limit: Memory to use beside model and batches, in GiB: batches go through the model in chunks of samples
-            that keep within it. Should memory run out nevertheless, the chunks are halved.
-        process_group: Processes that each call this with batches of their own, and all get the graph of all samples:
-            `lib_lightning.distributed.torch_group.TorchProcessGroup()`. By default this process is alone.
+        final_basis: Basis of the last node layer, which has no next layer: ``"neuron"``, ``"pca"``, or ``"centered"``
+            for logits less their mean over the classes. ``"auto"`` is ``"neuron"`` for ``"output"`` and ``"pca"`` for
+            any other node layer.
+        rtol: Directions with an eigenvalue of the metric, or an importance (for PCA: a variance), up to this share of
+            the largest are dropped; 0 drops only directions that are zero up to rounding.
+        n_probes: Number of random-sign probes per sample for the metric, which makes its cost independent of the
+            number of output positions and features; None for the exact metric.
+        integration_steps: Number of Gauss-Legendre points between the mean and the activations over which gradients
+            are averaged; 0 for the gradients at the activations.
+        dtype: Floating-point type of the computation; None for that of the model. Sums are always float64.
+        input_fn: Maps a batch to the model's input: a dict becomes keyword arguments, a tuple positional arguments. By
+            default the first entry of a tuple or list batch, and any other batch unchanged.
+        mask: Marks valid positions if some are padding: name or index of an entry of the batch, such as
+            ``"attention_mask"``, or a function from a batch to a tensor of shape ``(n, S)``, nonzero if valid.
+        memory_limit: Memory to use in addition to the model and the batches, in GiB. Batches are split into chunks of
+            samples that need less; after an out-of-memory error the chunks are halved.
+        process_group: Processes that call this function with different batches, to get the graph of all samples:
+            `lib_lightning.distributed.torch_group.TorchProcessGroup()`. By default a single process.
         progress: Whether to show a progress bar.
-        final_metric: ``"fisher"`` measures the last node layer, which are logits, by the distribution that they stand
-            for: importance then means effect on what the model predicts.
+        final_metric: ``"fisher"`` for the Fisher metric of the last node layer, which must be logits: importance then
+            is the effect on the predicted distribution. None for ``final_basis``.
 
     Returns:
         The interaction graph: a basis for each node layer, edges between neighbouring ones.
 
     Raises:
         NodeLayerError: If a node layer is unknown, never run, out of order, or does not cut the computation.
-        ActivationError: If activations are integers, NaN or infinite, or there are no samples.
-        ValueError: If a setting is outside its range.
-        TypeError: If ``batches`` is a single tensor, or ``dtype`` no floating-point type.
+        ActivationError: If activations are integers, NaN or infinite, or if there are no samples.
+        ValueError: If an argument is outside its range.
+        TypeError: If ``batches`` is a single tensor, or ``dtype`` is not a floating-point type.
 
     Note:
         Source: arXiv 2405.10928; see `lib_lightning.algorithm.build` for the steps.
@@ -112,7 +112,7 @@ def compute_interaction_graph(
     """
     config = LIBConfig(basis, final_basis, rtol, n_probes, integration_steps, final_metric)
     if isinstance(batches, (Tensor, Mapping)):
-        raise TypeError("batches is a list (or any iterable) of batches; for a single one write [batch].")
+        raise TypeError("batches must be an iterable of batches. For a single batch, write [batch].")
     spec = ModelSpec(input_fn, mask, dtype)
     batches = list(batches)
     if node_layers is None:
@@ -231,7 +231,7 @@ def _as_graph(built: BuildResult, config: LIBConfig, instrumented: InstrumentedM
 def _proposed(model: nn.Module, batches: Sequence[Any], spec: ModelSpec) -> list[str]:
     batch = next((batch for batch in batches if not is_empty(batch)), None)
     if batch is None:
-        raise ActivationError("There are no samples to choose node layers with.")
+        raise ActivationError("There are no samples to choose node layers with: every batch is empty.")
     node_layers = propose_node_layers(model, batch, spec.input_fn, spec.mask)
     log.warning("No node layers were given; %s is cut at node_layers=%s.", type(model).__name__, node_layers)
     return node_layers
@@ -245,7 +245,7 @@ def check_node_layers(
     input_fn: InputFn | None = None,
     mask: str | int | MaskFn | None = None,
 ) -> None:
-    """Find mistakes in a choice of node layers by running one batch, without computing anything else.
+    """Validate a choice of node layers by running one batch.
 
     Args:
         model: Any module; left exactly as it was found.
@@ -269,10 +269,10 @@ def check_node_layers(
 
 
 def list_node_layers(model: nn.Module, batch: Any, input_fn: InputFn | None = None) -> list[CutPoint]:
-    """List every place where a model can be cut with a single tensor, and which of them are proposed as node layers.
+    """List every place where a single tensor cuts the model, and which of them are proposed as node layers.
 
-    Of several inputs that each go their own way to the output (images and time steps), only the largest count: the
-    others are context. Node layers then begin before the two meet.
+    Of several inputs that reach the output on different paths (images and time steps), only the largest is followed;
+    the others are treated as constants.
 
     Args:
         model: Any module; left exactly as it was found.
@@ -280,11 +280,11 @@ def list_node_layers(model: nn.Module, batch: Any, input_fn: InputFn | None = No
         input_fn: As for `compute_interaction_graph`.
 
     Returns:
-        The places, in forward order; ``tap`` is what to write as a node layer.
+        The places, in forward order; ``tap`` is the name to use as a node layer.
 
     Raises:
         NodeLayerError: If there are fewer than two.
-        ActivationError: If there would be more, but for activations that are NaN or infinite.
+        ActivationError: If that is because activations are NaN or infinite.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -305,7 +305,7 @@ def list_node_layers(model: nn.Module, batch: Any, input_fn: InputFn | None = No
 def propose_node_layers(
     model: nn.Module, batch: Any, input_fn: InputFn | None = None, mask: str | int | MaskFn | None = None
 ) -> list[str]:
-    """Choose node layers for a model: those that `list_node_layers` proposes, in less time.
+    """Choose node layers for a model: the proposals of `list_node_layers`, faster.
 
     Args:
         model: Any module; left exactly as it was found.
@@ -317,8 +317,8 @@ def propose_node_layers(
         Two to six node layers, in forward order.
 
     Raises:
-        NodeLayerError: If the model cannot be cut at two places.
-        ActivationError: If it could be, but for activations that are NaN or infinite.
+        NodeLayerError: If there are not two places to cut the model.
+        ActivationError: If that is because activations are NaN or infinite.
 
     Example:
         >>> propose_node_layers(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 4))

@@ -53,7 +53,7 @@ def test_batches_may_be_an_iterator() -> None:
 
 
 def test_a_single_tensor_is_not_a_list_of_batches() -> None:
-    with pytest.raises(TypeError, match=r"for a single one write \[batch\]"):
+    with pytest.raises(TypeError, match=r"For a single batch, write \[batch\]"):
         compute_interaction_graph(nn.Linear(2, 2), torch.randn(5, 2), ["input", "output"])
     with pytest.raises(TypeError, match=r"dtype is a floating-point type such as torch\.float64"):
         compute_interaction_graph(nn.Linear(2, 2), [torch.randn(5, 2)], ["input", "output"], dtype="float64")

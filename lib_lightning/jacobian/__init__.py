@@ -1,1 +1,1 @@
-"""Products with the Jacobian of a section."""
+"""Products with the Jacobian of the map between two neighbouring node layers."""
