@@ -1,4 +1,4 @@
-"""Memory, measured: what a computation takes beside model and batches."""
+"""Measured memory of a computation, in addition to model and batches."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def graph(batch, limit):
     return compute_interaction_graph(model, [batch], ["input", "1", "output"], memory_limit=limit, **options)
 
 def highest():
-    # Not getrusage: its maximum begins at that of the process which started this one.
+    # Not getrusage, whose maximum includes that of the parent process.
     return int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
 
-graph(batch[:8], 1.0)  # whatever is loaded once
+graph(batch[:8], 1.0)  # loads what is needed once
 before = highest()
 graph(batch, float(sys.argv[1]))
 print((highest() - before) / 2**20)
@@ -35,11 +35,11 @@ print((highest() - before) / 2**20)
 
 
 def peak(limit: float, options: str) -> float:
-    """Memory taken under a limit, in GiB."""
+    """Peak memory for a memory limit, in GiB."""
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(limit), options],
         cwd=Path(__file__).parents[1],
-        # So that what is freed is given back at once, and does not count any more.
+        # Freed memory is returned to the system at once, so that it is not counted.
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"},
         stdout=subprocess.PIPE,
         check=True,
@@ -48,8 +48,8 @@ def peak(limit: float, options: str) -> float:
     return float(done.stdout)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 @pytest.mark.parametrize("options", ["{}", "{'integration_steps': 2}"])
 def test_memory_is_bounded(options: str) -> None:
     assert peak(0.05, options) < 0.05
-    assert peak(100.0, options) > 0.1, "without a bound it would be more"
+    assert peak(100.0, options) > 0.1, "needs more without a limit"

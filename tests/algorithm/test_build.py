@@ -1,4 +1,4 @@
-"""Bases and edges against the literal transcription and against the exact identities, in float64."""
+"""Bases and edges compared with the transcription of the paper, with exact identities, and without shortcuts."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tests.computing import assert_equal, built, built_of
 from tests.conftest import CASES
 from tests.reference import Reference, fisher_metric, jacobian, nonzero_eigh, transcribe
 
-# Both sides work in float64 on numbers of order one, in different order and through different factorisations: 1e-8
-# leaves room for the square roots of directions near the cutoff.
+# Both sides are in float64 with numbers of order one, but with sums in a different order and different factorisations:
+# 1e-8 allows for square roots of eigenvalues near the cutoff.
 TOLERANCE = 1e-8
 RTOL = 1e-11
 
@@ -51,7 +51,7 @@ def assert_same(graph: InteractionGraph, reference: Reference) -> None:
     for l, basis in enumerate(graph.bases.values()):
         assert close(basis.mean, reference.mean[l])
         assert close(basis.importance, reference.Lambda[l])
-        # Signs are free, so compare what they cancel in: the projections that bases are used for.
+        # Signs are arbitrary; they cancel in projections.
         assert close(basis.to_features @ basis.from_features, reference.C[l] @ reference.C_pinv[l])
         features, expected = (
             (reference.activations[l] - reference.mean[l]) @ C for C in (basis.to_features, reference.C[l])
@@ -87,7 +87,9 @@ def test_integrated_gradients_agree_with_transcription(case: Case, steps: int) -
 
 @pytest.mark.parametrize("sizes", [(1,), (7, 2, 11)])
 @pytest.mark.parametrize("stack_elements", [1, 200, 10**9])
-def test_any_batch_split_and_chunk_size_agrees(case: Case, sizes: tuple[int, ...], stack_elements: int) -> None:
+def test_result_does_not_depend_on_batches_and_vectors_per_call(
+    case: Case, sizes: tuple[int, ...], stack_elements: int
+) -> None:
     instrumented = InstrumentedModel(case.model, as_node_layers(case.node_layers), ModelSpec(case.input_fn, case.mask))
     found = build_graph(
         instrumented,
@@ -129,7 +131,7 @@ def test_plain_twins_give_the_same_result_for_wide_layers(n: int, positions: tup
 
 def test_plain_computation_takes_no_shortcut(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **options: object) -> None:
-        pytest.fail("a shortcut")
+        pytest.fail("a shortcut was used")
 
     for path in (
         "algorithm.low_rank_gram.LowRankGram.__init__", "algorithm.section_cache.KeptSections.__init__",
@@ -167,12 +169,12 @@ def test_jacobians_are_orthonormal(case: Case) -> None:
 
 
 def logits_of(case: Case) -> Tensor:
-    """All rows of the last node layer that count, ``(m, d)``."""
+    """Logits at valid positions, ``(m, d)``."""
     a = reference_of(case).activations[-1]
     return a[case.counts(a, len(case.sections))]
 
 
-def test_fisher_features_are_what_softmax_sees(case: Case) -> None:
+def test_fisher_features_span_what_softmax_depends_on(case: Case) -> None:
     z, basis = logits_of(case), list(graph_of(case, final_metric="fisher").bases.values())[-1]
     C, M = basis.to_features, fisher_metric(z)
     features = basis.encode(z)
@@ -181,7 +183,7 @@ def test_fisher_features_are_what_softmax_sees(case: Case) -> None:
     # The features measure steps as the metric does: C C^T = M on the span of the data.
     D, U = nonzero_eigh((z - z.mean(0)).T @ (z - z.mean(0)) / len(z), RTOL)
     assert close(U.T @ C @ C.T @ U, U.T @ M @ U)
-    if len(D) == z.shape[1]:  # then a step common to all logits lies in it: no feature sees it
+    if len(D) == z.shape[1]:  # then it contains the step common to all logits, which no feature reads
         assert basis.n_features == len(D) - 1
         assert close(C.sum(0), torch.zeros(basis.n_features).double(), C)
 
@@ -191,20 +193,20 @@ def test_fisher_features_measure_the_divergence_of_predictions(case: Case) -> No
     log_p = z.log_softmax(-1)
     directions = z[:5] - basis.mean
     for v in directions:
-        # KL is v^T (diag p - p p^T) v / 2 to second order, so halving the step leaves a quarter; the next order of the
-        # mean of two opposite steps is the fourth.
+        # KL is v^T (diag p - p p^T) v / 2 to second order. The mean over two opposite steps has no third order, so that
+        # Richardson extrapolation from two step sizes removes the fourth.
         def divergence(t: float, v: Tensor = v) -> Tensor:
             kl = [(log_p.exp() * (log_p - (z + s * t * v).log_softmax(-1))).sum(-1).mean() for s in (-1, 1)]
             return (kl[0] + kl[1]) / 2 / t**2
 
         h = 1e-2 / float(v.norm())
-        limit = (4 * divergence(h / 2) - divergence(h)) / 3  # without the term of the fourth order
+        limit = (4 * divergence(h / 2) - divergence(h)) / 3  # without the fourth order
         change = (v @ basis.to_features).square().sum() / 2
         assert float(limit) == pytest.approx(float(change), rel=1e-6)
 
 
-def test_what_common_shifts_of_logits_do_is_not_counted() -> None:
-    # Two models whose logits differ by a number common to all classes: one distribution, one graph.
+def test_shift_common_to_all_logits_does_not_change_the_graph() -> None:
+    # Two models whose logits differ by a number common to all classes predict the same distribution.
     class Shifted(nn.Module):
         def __init__(self, inner: nn.Module) -> None:
             super().__init__()
@@ -226,7 +228,7 @@ def test_what_common_shifts_of_logits_do_is_not_counted() -> None:
         compute_interaction_graph(m, [x], ["input", "output"]).bases["input"].importance
         for m in (plain, Shifted(plain))
     ]
-    assert not close(importance[1], importance[0]), "neurons count it"
+    assert not close(importance[1], importance[0]), "the neuron basis depends on it"
 
 
 @pytest.mark.parametrize(

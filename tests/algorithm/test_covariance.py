@@ -26,12 +26,12 @@ def test_moments_far_from_zero_lose_no_digits() -> None:
     torch.testing.assert_close(far.mean, near.mean + 1e6, rtol=1e-15, atol=1e-9)
 
 
-@pytest.mark.parametrize("wide", [True, False])
-def test_moments_of_two_processes_are_combined(wide: bool) -> None:
+@pytest.mark.parametrize("always", [True, False])
+def test_moments_of_two_processes_are_combined(always: bool) -> None:
     x = [torch.randn(30, 4).double() + 1e6, torch.randn(30, 600).float()]
 
     def work(process_group: ProcessGroup) -> list[RunningCovariance]:
-        moments = [RunningCovariance(wide), RunningCovariance(wide)]
+        moments = [RunningCovariance(always), RunningCovariance(always)]
         for layer_moments, a in zip(moments, x, strict=True):
             if process_group.rank == 0:
                 layer_moments.update(a[:10], 10)
@@ -41,7 +41,7 @@ def test_moments_of_two_processes_are_combined(wide: bool) -> None:
 
     for moments in in_two(work):
         assert [m.dtype for m in moments] == [torch.float64, torch.float32]
-        assert moments[1].has_covariance == wide
+        assert moments[1].has_covariance == always
         for layer_moments, a in zip(moments, x, strict=True):
             assert (layer_moments.n, layer_moments.count) == (30, 30)
             torch.testing.assert_close(layer_moments.mean, a.double().mean(0))
@@ -50,7 +50,7 @@ def test_moments_of_two_processes_are_combined(wide: bool) -> None:
 
 
 @pytest.mark.parametrize(("bad", "word"), [(math.nan, "NaN"), (math.inf, "infinite")])
-@pytest.mark.parametrize(("sample", "seen"), [(1, 9), (4, 15)])  # among the first few, which are checked first; later
+@pytest.mark.parametrize(("sample", "seen"), [(1, 9), (4, 15)])  # among the samples of the first check, and after them
 def test_activations_must_be_finite(bad: float, word: str, sample: int, seen: int) -> None:
     model, x = nn.Sequential(nn.Linear(3, 3), nn.ReLU()), torch.randn(5, 3)
     x[sample, 2] = bad

@@ -1,4 +1,4 @@
-"""Standard errors: each replicate against the same numbers of the samples that are left, and against new samples."""
+"""Standard errors: replicates compared with the remaining samples, and errors with the spread over new samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lib_lightning.algorithm.build import BuildResult, build_graph
 from lib_lightning.algorithm.config import LIBConfig
 from lib_lightning.algorithm.edges import Edges
 from lib_lightning.algorithm.jackknife import GROUPS, group_slices, leave_one_out, near_degenerate, standard_error
-from lib_lightning.algorithm.memory_plan import MemoryPlan, Workload, plan_memory
+from lib_lightning.algorithm.memory_plan import MemoryPlan
 from lib_lightning.distributed.process_group import ProcessGroup
 from lib_lightning.jacobian.integrated_gradients import sections
 from lib_lightning.model.instrumented import InstrumentedModel
@@ -52,7 +52,7 @@ def close(actual: Tensor, expected: Tensor, rtol: float = 1e-9) -> bool:
 
 @pytest.mark.parametrize(("n", "groups"), [(30, 8), (8, 8), (5, 8), (1, 8), (17, 1), (0, 8)])
 @pytest.mark.parametrize("size", [1, 4, 100])
-def test_every_sample_is_in_one_group_whatever_the_batches(n: int, groups: int, size: int) -> None:
+def test_every_sample_is_in_one_group_for_any_batches(n: int, groups: int, size: int) -> None:
     group_of: dict[int, int] = {}
     for start in range(0, n, size):
         stop = min(start + size, n)
@@ -68,11 +68,11 @@ def test_every_sample_is_in_one_group_whatever_the_batches(n: int, groups: int, 
     assert found == [index * groups // n for index in range(n)]
 
 
-def test_groups_change_nothing_in_the_whole(case: Case) -> None:
+def test_groups_do_not_change_the_result(case: Case) -> None:
     one, many = built_of(case, 1), built_of(case, 8)
     for a, b in zip(one.bases, many.bases, strict=True):
         assert close(b.importance, a.importance, 1e-12)
-        assert close(b.to_features.abs(), a.to_features.abs(), 1e-8)  # of directions near the cutoff
+        assert close(b.to_features.abs(), a.to_features.abs(), 1e-8)  # directions near the cutoff
         assert a.importance_error is None
         assert a.degenerate is None
     for E, expected in zip(many.edges, one.edges, strict=True):
@@ -89,14 +89,14 @@ OPTIONS: list[dict[str, object]] = [
 ]
 
 
-def test_replicates_are_what_the_other_samples_give(case: Case) -> None:
+def test_replicates_are_the_result_of_the_remaining_samples(case: Case) -> None:
     assert_replicates_of_thirds(case, OPTIONS[0])
 
 
 @pytest.mark.parametrize("options", OPTIONS[1:], ids=lambda options: "-".join(map(str, options.values())))
 @pytest.mark.parametrize("name", ["mlp_tanh", "positions", "padded"])
 def test_replicates_in_other_bases(name: str, options: dict[str, object]) -> None:
-    # Dense Jacobians take long: all models above, all bases here.
+    # Dense Jacobians are slow: all models are tested above, all bases here.
     assert_replicates_of_thirds(CASES[name], options)
 
 
@@ -112,7 +112,7 @@ def test_replicates_with_integrated_gradients(name: str) -> None:
 
 
 def assert_replicates(case: Case, built: BuildResult, groups: list[int], steps: int = 0) -> None:
-    """Compare the first and the last replicate with dense sums over the other samples, in the bases of all."""
+    """Compare the first and the last replicate with dense sums over the remaining samples, in these bases."""
     a, last = activations_of(case), len(case.sections)
     there = sorted(set(groups))
     for g in (0, len(there) - 1):
@@ -142,8 +142,8 @@ def assert_replicates(case: Case, built: BuildResult, groups: list[int], steps: 
 
 
 @pytest.mark.parametrize("stack_elements", [1, 10**6])
-def test_replicates_of_probes_are_sums_of_theirs(stack_elements: int) -> None:
-    # Each sample twice as its own group: the replicates' mean over all groups is the metric of all, probes or not.
+def test_mean_of_replicates_is_the_importance_with_probes(stack_elements: int) -> None:
+    # The mean of the replicates over groups of equal size is the metric of all samples, with or without probes.
     case = CASES["mlp_tanh"]
     instrumented = InstrumentedModel(case.model, as_node_layers(case.node_layers), ModelSpec(case.input_fn))
     for k in (1, 2, 5):
@@ -155,7 +155,7 @@ def test_replicates_of_probes_are_sums_of_theirs(stack_elements: int) -> None:
         )
         for basis, replicates in zip(built.bases, built.importance_replicates, strict=True):
             assert replicates.shape == (5, basis.n_features)
-            # A product of two means, each with one group of five left out: off by the product of their deviations.
+            # The replicate of a product of two means differs by the product of their deviations.
             error = standard_error(replicates)
             assert ((replicates.mean(0) - basis.importance).abs() < error.clamp(min=1e-12 * basis.importance[0])).all()
 
@@ -164,7 +164,7 @@ def gaussian(n: int, d: int, seed: int) -> Tensor:
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# Variances far apart, so that features keep their places from one set of samples to another.
+# Variances far apart, so that features are in the same order for every set of samples.
 SCALE = 0.6 ** torch.arange(6, dtype=torch.float64)
 
 
@@ -173,7 +173,7 @@ def network() -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(3)
         model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).double()
-        with torch.no_grad():  # nonlinear enough that the metric, too, depends on the samples
+        with torch.no_grad():  # nonlinear enough that the metric depends on the samples as well
             for layer in (model[0], model[2]):
                 layer.weight *= 2
         return model
@@ -187,8 +187,8 @@ def graph_at(n: int, seed: int, **options: object) -> InteractionGraph:
 
 
 @pytest.mark.parametrize("final", [{"final_basis": "neuron"}, {"final_metric": "fisher"}])
-def test_importance_is_first_order_in_what_is_left_out(final: dict[str, object]) -> None:
-    # Of one section, whose next layer's features are the same for all samples (neurons), or of the last layer itself.
+def test_replicates_of_importances_are_right_to_first_order(final: dict[str, object]) -> None:
+    # For one section before neurons, which are the same features for all samples, or for the last node layer itself.
     def at(x: Tensor) -> InteractionGraph:
         return compute_interaction_graph(network(), [x], ["3", "output"], **final)  # type: ignore[arg-type]
 
@@ -207,7 +207,7 @@ def test_importance_is_first_order_in_what_is_left_out(final: dict[str, object])
                 torch.stack([replicates - true, true - basis.importance])[..., ~basis.degenerate].square().sum((1, 2))
             )
         differences.append(float((squares[0] / squares[1]).sqrt()))
-    # One order smaller than what moves: 1/sqrt(n) of it, a quarter from one to the other.
+    # The error is of second order: relative to the deviations it falls as 1/sqrt(n), here to a quarter.
     assert differences[0] < 0.15
     assert differences[1] < 0.5 * differences[0]
 
@@ -217,12 +217,12 @@ DRAWS = 60
 
 @functools.cache
 def drawn(**options: object) -> list[InteractionGraph]:
-    """Graphs of one model, each of samples of its own."""
+    """Graphs of one model, each of different samples."""
     return [graph_at(1500, seed, rtol=1e-4, **options) for seed in range(DRAWS)]
 
 
 def coverage(estimates: Tensor, numbers: Tensor, chosen: Tensor) -> float:
-    """Standard errors ``(draws, ...)`` over the spread of the numbers ``(draws, ...)``, averaged over the chosen."""
+    """Mean ratio of standard errors ``(draws, ...)`` to the spread of the chosen numbers ``(draws, ...)``."""
     ratio = estimates.square().mean(0).sqrt()[chosen] / numbers.std(0)[chosen]
     return float(ratio.log().mean().exp())
 
@@ -235,10 +235,10 @@ def test_errors_of_importances_are_their_spread_over_new_samples(options: dict[s
     for name in LAYERS:
         bases = [graph.bases[name] for graph in graphs]
         r = min(basis.n_features for basis in bases)
-        unsure = [torch.zeros(r) if basis.degenerate is None else basis.degenerate[:r].float() for basis in bases]
-        sure = torch.stack(unsure).mean(0) < 0.1
+        degenerate = [torch.zeros(r) if basis.degenerate is None else basis.degenerate[:r].float() for basis in bases]
+        sure = torch.stack(degenerate).mean(0) < 0.1
         assert sure.sum() >= 2
-        # Measured: 0.95 to 1.08 with 120 draws, although the next layer's features are taken as given.
+        # Measured: 0.95 to 1.08 with 120 draws, although the errors are for fixed features of the next layer.
         error, importance = (
             torch.stack([getattr(b, k)[:r] for b in bases]) for k in ("importance_error", "importance")
         )
@@ -246,7 +246,7 @@ def test_errors_of_importances_are_their_spread_over_new_samples(options: dict[s
 
 
 @pytest.mark.parametrize("basis", ["lib", "pca", "neuron"])
-def test_errors_of_edges_are_their_spread_over_new_samples_in_these_features(basis: str) -> None:
+def test_errors_of_edges_are_their_spread_over_new_samples_for_fixed_features(basis: str) -> None:
     graphs = drawn(basis=basis)
     first, instrumented = graphs[0], InstrumentedModel(network(), as_node_layers(LAYERS))
     bases = list(first.bases.values())
@@ -259,27 +259,29 @@ def test_errors_of_edges_are_their_spread_over_new_samples_in_these_features(bas
             found[l].append(total.E)
     for (pair, E), numbers in zip(first.edges.items(), found, strict=True):
         strong = 1e-3 * E.max() < E
-        # One draw's errors, each known to a quarter: together better.
+        # Each error is known to a quarter, their mean better.
         assert coverage(first.edge_errors[pair][None], torch.stack(numbers), strong) == pytest.approx(1, abs=0.25)
-        if basis == "neuron":  # whose features are the same for all draws
+        if basis == "neuron":  # neurons are the same features for all draws
             errors = torch.stack([graph.edge_errors[pair] for graph in graphs])
             edges_found = torch.stack([graph.edges[pair] for graph in graphs])
             assert coverage(errors, edges_found, strong) == pytest.approx(1, abs=0.25)
 
 
 @pytest.mark.parametrize("name", ["mlp_tanh", "positions", "padded"])
-@pytest.mark.parametrize("own", [14, 3, 0, N])  # 3 leaves groups without samples on one process; 0 and N all of them
-def test_groups_of_two_processes_are_joined(name: str, own: int) -> None:
+@pytest.mark.parametrize(
+    "own", [14, 3, 0, N]
+)  # 3 samples leave some groups of a process empty; 0 and N leave all of them empty
+def test_groups_of_two_processes_are_combined(name: str, own: int) -> None:
     case, groups = CASES[name], 5
     parts = [case.batches(own, N)[:1] if own else [], case.batches(own, N)[1:] if own else case.batches(N)]
 
     def work(process_group: ProcessGroup) -> BuildResult:
         model = copy.deepcopy(case.model)
         instrumented = InstrumentedModel(model, as_node_layers(case.node_layers), ModelSpec(case.input_fn, case.mask))
-        settings = LIBConfig(rtol=RTOL, final_metric="fisher")
-        # The second asks for more groups, as where more memory is: the smaller number holds.
-        chunks = MemoryPlan(groups=groups + process_group.rank)
-        return build_graph(instrumented, parts[process_group.rank], settings, plan=chunks, process_group=process_group)
+        config = LIBConfig(rtol=RTOL, final_metric="fisher")
+        # The second process has memory for more groups: the smaller number is used.
+        plan = MemoryPlan(groups=groups + process_group.rank)
+        return build_graph(instrumented, parts[process_group.rank], config, plan, process_group)
 
     built = in_two(work)
     for a, b in zip(built[0].bases, built[1].bases, strict=True):
@@ -295,15 +297,17 @@ def test_groups_of_two_processes_are_joined(name: str, own: int) -> None:
     [
         (torch.tensor([]), torch.zeros(4, 0), []),
         (torch.tensor([1.0]), torch.tensor([[1.1], [0.9]]), [False]),
-        (torch.tensor([3.0, 2.0, 1.0]), torch.tensor([[3.1, 2.1, 1.1], [2.9, 1.9, 0.9]]), [False] * 3),  # together
+        (torch.tensor([3.0, 2.0, 1.0]), torch.tensor([[3.1, 2.1, 1.1], [2.9, 1.9, 0.9]]), [False] * 3),  # correlated
         (torch.tensor([3.0, 2.0, 1.0]), torch.tensor([[3.5, 1.5, 1.0], [2.5, 2.5, 1.0]]), [True, True, False]),
     ],
 )
-def test_unsure_are_neighbours_within_two_errors(importance: Tensor, replicates: Tensor, expected: list[bool]) -> None:
+def test_neighbours_within_two_errors_are_degenerate(
+    importance: Tensor, replicates: Tensor, expected: list[bool]
+) -> None:
     assert near_degenerate(importance, replicates).tolist() == expected
 
 
-def test_planted_equal_importances_are_unsure_and_others_not() -> None:
+def test_planted_equal_importances_are_degenerate() -> None:
     variances = torch.tensor([16.0, 4.0, 4.0, 1.0, 0.1], dtype=torch.float64)
     model = nn.Linear(5, 5, bias=False).double()
     with torch.no_grad():
@@ -315,14 +319,14 @@ def test_planted_equal_importances_are_unsure_and_others_not() -> None:
             graph = compute_interaction_graph(model, [x], ["input", "output"], basis=basis)  # type: ignore[arg-type]
             total += graph.bases["input"].degenerate
     for total in flagged.values():
-        # Two equal ones lie more than two errors apart in one of seven draws (a Rayleigh distribution), and somewhat
-        # more often with an error that is itself known to a quarter.
+        # Two equal importances differ by more than two errors in one of seven draws (a Rayleigh distribution), and
+        # somewhat more often as the error itself is only known to a quarter.
         assert (total[1:3] >= 26).all()
         assert (total[[0, 3, 4]] == 0).all()
 
 
 @pytest.mark.parametrize("kind", ["neuron", "centered"])
-def test_given_directions_are_never_unsure(kind: str) -> None:
+def test_fixed_directions_are_never_degenerate(kind: str) -> None:
     graph = compute_interaction_graph(
         nn.Linear(3, 3), [torch.randn(20, 3)], ["input", "output"], basis="neuron", final_basis=kind
     )
@@ -330,7 +334,7 @@ def test_given_directions_are_never_unsure(kind: str) -> None:
     assert all((b.importance_error > 0).all() for b in graph.bases.values())
 
 
-def test_few_samples_make_few_groups() -> None:
+def test_fewer_samples_than_groups() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     x = torch.randn(5, 3).double()
     for n in (5, 2):
@@ -343,10 +347,10 @@ def test_few_samples_make_few_groups() -> None:
     assert [b.degenerate for b in one.bases.values()] == [None, None]
 
 
-def test_groups_that_a_mask_empties_are_passed_over() -> None:
+def test_groups_without_valid_positions_are_skipped() -> None:
     case = CASES["padded"]
     mask = case.data["lengths"].clone()
-    mask[:12] = False  # three groups of eight, and a part of the fourth
+    mask[:12] = False  # three of eight groups, and a part of the fourth
     graph, rest = (
         compute_interaction_graph(
             case.model, [{"tokens": case.data["tokens"][s], "lengths": mask[s]}], case.node_layers, mask="lengths"
@@ -361,21 +365,8 @@ def test_groups_that_a_mask_empties_are_passed_over() -> None:
     assert {len(x) for x in graph.replicates.edges.values()} == {5}
 
 
-def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
+def test_jackknife_of_a_mean_is_its_standard_error() -> None:
     x = torch.randn(40).double()
     replicates = leave_one_out(x, torch.ones(40))
     assert standard_error(replicates) == pytest.approx(float(x.std() / math.sqrt(40)), rel=1e-12)
     assert standard_error(replicates[:1]).isnan()
-
-
-def test_little_memory_means_fewer_groups_and_then_none() -> None:
-    model = nn.Sequential(nn.Linear(200, 200), nn.Tanh(), nn.Linear(200, 200)).double()
-    instrumented = InstrumentedModel(model, as_node_layers(["input", "1", "output"]))
-    x = torch.randn(16, 200).double()
-    with_limit = {mib: plan_memory(instrumented, x, mib * 2**20).groups for mib in (5, 14, 20, 28, 200)}
-    assert with_limit == {5: 1, 14: 2, 20: 4, 28: 8, 200: 8}
-    assert plan_memory(instrumented, x, 28 * 2**20, Workload(fisher=True)).groups == 4
-    graph = compute_interaction_graph(model, [x], ["input", "1", "output"], memory_limit=5 / 2**10)
-    assert graph.edge_errors == {}
-    assert all(b.importance_error is None and b.degenerate is None for b in graph.bases.values())
-    assert all(len(r) == 0 for r in graph.replicates.edges.values())

@@ -40,7 +40,7 @@ def test_probes_are_unbiased_and_their_error_is_estimated(stack_elements: int) -
 
 
 def test_info_has_number_of_probes_and_estimated_error() -> None:
-    # The last section has a closed form, and needs no probes.
+    # The last section has a closed form and is summed exactly.
     model, x = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)), torch.randn(30, 4)
     infos = [compute_interaction_graph(model, [x], ["0", "1", "output"], n_probes=k).info for k in (None, 1, 4)]
     assert [info["settings"]["n_probes"] for info in infos] == [None, 1, 4]
@@ -63,15 +63,15 @@ def test_orthogonal_probes_have_less_variance_than_independent_ones() -> None:
         squares = []
         for _ in range(30):
             sampled = JacobianMetric(16, C, k, generator)
-            if size is not None:  # sets of one vector each: independent
+            if size is not None:  # independent vectors
                 for signs in sampled._signs:
                     signs.draw = lambda count, size: 1 - 2 * torch.randint(0, 2, (count, size), generator=generator)
             sampled.update(section)
             squares.append((sampled.M - exact.M).square().mean())
         return float(torch.stack(squares).mean())
 
-    # 64 samples use each of 16 orthogonal vectors 4 times for every probe: only what differs from sample to sample is
-    # left to chance. Measured: 0.35 to 0.6 of the variance.
+    # 64 samples use each of 16 orthogonal vectors 4 times for every probe: only
+    # the differences between samples are random. Measured: 0.35 to 0.6 of the variance.
     for k in (2, 8):
         assert spread(k, None) < 0.8 * spread(k, 1)
 

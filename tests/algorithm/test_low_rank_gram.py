@@ -18,7 +18,7 @@ from tests.algorithm.two_threads import in_two
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("rank", "dense"), [(1, False), (7, False), (100, False), (250, True)])
 def test_sum_in_the_span_equals_the_dense_sum(rank: int, dense: bool, dtype: torch.dtype) -> None:
-    # Directions of very different size, and batches that bring new ones.
+    # Directions of very different lengths, and batches with new directions.
     directions = torch.randn(rank, 400, dtype=torch.float64) * torch.logspace(0, -3, rank).double()[:, None]
     gram, plain = LowRankGram(400, parts=2, dense_width=0), DenseGram(400, parts=2)
     expected = torch.zeros(2, 400, 400).double()
@@ -29,7 +29,7 @@ def test_sum_in_the_span_equals_the_dense_sum(rank: int, dense: bool, dtype: tor
         expected[k % 2] += g.double().T @ g.double()
     assert gram.dense == dense
     assert gram.rank == (400 if dense else rank)
-    tolerance = 1000 * torch.finfo(dtype).eps  # 10 sqrt(d) eps of the vectors, squared with them
+    tolerance = 1000 * torch.finfo(dtype).eps  # the tolerance of the span, 10 sqrt(d) eps, squared
     for part in (0, 1):
         assert (gram.matrix(part) - expected[part]).norm() < tolerance * expected[part].norm()
         torch.testing.assert_close(plain.matrix(part), expected[part], rtol=1e-12, atol=1e-12)
@@ -40,13 +40,13 @@ def test_sum_in_the_span_equals_the_dense_sum(rank: int, dense: bool, dtype: tor
     assert (lengths[0] - lengths[1]).abs().max() < tolerance * lengths[1].max()
 
 
-@pytest.mark.parametrize("other", ["same", "turned", "fewer", "nothing", "dense"])
+@pytest.mark.parametrize("other", ["same", "rotated", "fewer", "nothing", "dense"])
 def test_sums_of_two_processes_are_aligned(other: str) -> None:
     directions = torch.randn(40, 400).double()
     mine = torch.randn(60, 40).double() @ directions
     theirs = {
         "same": mine,
-        "turned": torch.randn(60, 40).double() @ torch.randn(40, 400).double(),
+        "rotated": torch.randn(60, 40).double() @ torch.randn(40, 400).double(),
         "fewer": torch.randn(60, 5).double() @ directions[:5],
         "nothing": torch.zeros(0, 400).double(),
         "dense": torch.randn(600, 400).double(),
@@ -61,7 +61,7 @@ def test_sums_of_two_processes_are_aligned(other: str) -> None:
 
     expected = mine.T @ mine + theirs.T @ theirs
     for gram in in_two(work):
-        assert gram.rank == {"same": 40, "turned": 80, "dense": 400}.get(other, 40)
+        assert gram.rank == {"same": 40, "rotated": 80, "dense": 400}.get(other, 40)
         assert (gram.matrix() - expected).norm() < 1e-12 * expected.norm()
 
 
@@ -85,7 +85,7 @@ def test_graph_is_the_same_with_and_without_dense_sums(monkeypatch: pytest.Monke
 
 
 def test_sum_of_float32_vectors_has_float64_accuracy() -> None:
-    # What is no direction of any vector gets nothing but the vectors' own rounding, squared.
+    # Directions outside the span of the vectors have only the squared rounding error of the vectors.
     g = (torch.randn(20000, 4) @ torch.randn(4, 12)).float()
     gram = LowRankGram(12)
     gram.add(g)

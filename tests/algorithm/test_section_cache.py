@@ -1,4 +1,4 @@
-"""Kept graphs: one forward pass where memory allows, the same numbers, and nothing stale or left over."""
+"""Kept graphs: a single forward pass if memory allows, the same numbers, nothing stale, no leaks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LAYERS = ["input", "norm", "output"]
 
 
 class Counting(nn.Module):
-    """Of its two sections the first has no closed form."""
+    """A model that counts its samples; the first of its two sections has no closed form."""
 
     def __init__(self, scale: Callable[[nn.Module, Tensor], Tensor | float] = lambda model, x: 1.0) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ calls: list[int] = []
 
 
 def batches(*sizes: int) -> list[Tensor]:
-    # Each larger than the one before: what depends on a batch's size of numbers differs.
+    # Each batch has larger values than the one before, so that state that depends on the values changes.
     return [3**k * torch.randn(n, 5).double() for k, n in enumerate(sizes)]
 
 
@@ -56,7 +56,7 @@ def test_kept_graphs_give_the_same_numbers(case: Case) -> None:
     ("closed_forms", "keep", "expected"),
     [
         (False, True, [4, 4, 2]),
-        (True, True, [4, 4, 4, 2]),  # a few samples of the first batch to read weights off
+        (True, True, [4, 4, 4, 2]),  # a few samples of the first batch for closed forms
         (False, False, [4, 4, 2] * 4),  # moments, two bases, edges
     ],
 )
@@ -68,13 +68,13 @@ def test_one_forward_pass_where_memory_allows(closed_forms: bool, keep: bool, ex
     assert calls == expected
 
 
-def test_integrated_gradients_keep_nothing() -> None:
+def test_integrated_gradients_keep_no_graphs() -> None:
     model, x = Counting(), batches(4, 4)
     kept = built(model, x, LAYERS, integration_steps=2)
     assert_equal(kept, built(model, x, LAYERS, plan=MemoryPlan(), plain=True, integration_steps=2))
 
 
-def test_jacobians_are_kept_where_they_are_affordable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_are_kept_for_the_edges_if_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     products: list[Tensor] = []
     plain = Section.vjp
 
@@ -85,7 +85,7 @@ def test_jacobians_are_kept_where_they_are_affordable(monkeypatch: pytest.Monkey
     monkeypatch.setattr(Section, "vjp", noted)
     model, x = Counting(), batches(10)
     r = built(model, x, LAYERS).bases[1].n_features
-    # Gradients of each feature, over 10 samples, of as many numbers of 8 bytes as the node layer is wide.
+    # Bytes of the gradients of all features on 10 samples, in float64.
     needed = 8 * 10 * 3 * 6, 8 * 10 * r * 5
     count = {}
     for jacobians in (0, needed[0], sum(needed)):
@@ -93,23 +93,23 @@ def test_jacobians_are_kept_where_they_are_affordable(monkeypatch: pytest.Monkey
         plan = MemoryPlan(keep_graphs=True, product_bytes=jacobians, stack_elements=1)
         built(model, x, LAYERS, plan=plan, shortcuts=WITHOUT_CLOSED_FORMS)
         count[jacobians] = len(products)
-    # The last section comes first; what is left is then too little for the other one.
+    # The last section comes first; the rest of the budget is then too small for the other one.
     assert count[0] > count[needed[0]] > count[sum(needed)] == 3 + r
 
 
-def test_memory_decides_what_is_kept() -> None:
+def test_memory_limit_decides_what_is_kept() -> None:
     model, x = Counting(), torch.randn(2000, 5).double()
     instrumented = InstrumentedModel(model, as_node_layers(LAYERS))
     plans = [plan_memory(instrumented, x, limit, Workload(len(x), lib=True)) for limit in (10**5, 10**7, 10**9)]
     assert [plan.keep_graphs for plan in plans] == [False, True, True]
     assert plans[0].product_bytes == 0 < plans[1].product_bytes < plans[2].product_bytes
-    assert not plan_memory(instrumented, x, 10**9).keep_graphs, "of how many samples nobody knows"
+    assert not plan_memory(instrumented, x, 10**9).keep_graphs, "the number of samples is unknown"
     seen = {}
     for limit in (0.1, 1e-4):
         calls.clear()
         compute_interaction_graph(model, [x], LAYERS, memory_limit=limit)
         seen[limit] = sum(calls)
-    # Checks and chunks look at the batch a few times before; then moments, two bases and edges.
+    # Planning runs the batch a few times in both cases; then come moments, two bases and edges.
     assert seen[1e-4] >= seen[0.1] + 3 * len(x)
 
 
@@ -124,12 +124,12 @@ def in_place(model: nn.Module, x: Tensor) -> Tensor:
         return state_of(model).fill_(float(x.abs().mean()))
 
 
-def past_autograd(model: nn.Module, x: Tensor) -> Tensor:
+def without_version_counter(model: nn.Module, x: Tensor) -> Tensor:
     state_of(model).data.fill_(float(x.detach().abs().mean()))
     return state_of(model)
 
 
-def in_a_cache_that_grows(model: nn.Module, x: Tensor) -> Tensor:
+def in_a_growing_cache(model: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
         if not hasattr(model, "cache") or len(model.cache) < len(x):
             model.cache = torch.zeros(len(x), 1).double()
@@ -138,22 +138,20 @@ def in_a_cache_that_grows(model: nn.Module, x: Tensor) -> Tensor:
         return cache.fill_(float(x.abs().mean()))
 
 
-@pytest.mark.parametrize("place", ["attribute", "buffer", "inside"])
-@pytest.mark.parametrize("write", [in_place, past_autograd, in_a_cache_that_grows])
-def test_graphs_that_later_batches_write_over_are_not_used(
-    write: Callable[[nn.Module, Tensor], Tensor], place: str
-) -> None:
+@pytest.mark.parametrize("location", ["attribute", "buffer", "inside"])
+@pytest.mark.parametrize("write", [in_place, without_version_counter, in_a_growing_cache])
+def test_overwritten_graphs_are_not_used(write: Callable[[nn.Module, Tensor], Tensor], location: str) -> None:
     model, x, state = Counting(write), batches(4, 8, 8), torch.ones(1, 1).double()
-    if place == "buffer":
+    if location == "buffer":
         model.register_buffer("state", state)
-    elif place == "inside":
+    elif location == "inside":
         model.holder = [{"state": state}]
     else:
         model.state = state
     assert_equal(built(model, x, LAYERS), built(model, x, LAYERS, plain=True))
 
 
-def test_a_note_of_the_last_batch_costs_no_pass() -> None:
+def test_attributes_set_in_the_forward_pass_do_not_prevent_keeping() -> None:
     def note(model: nn.Module, x: Tensor) -> float:
         model.latest = x.detach().mean()
         model.count = model.count + 1 if hasattr(model, "count") else torch.zeros(())
@@ -165,7 +163,7 @@ def test_a_note_of_the_last_batch_costs_no_pass() -> None:
 
 
 @pytest.mark.parametrize("value", ["sparse", "nan", "empty", "bool"])
-def test_buffers_of_all_kinds_do_not_stand_in_the_way(value: str) -> None:
+def test_buffers_of_any_kind_do_not_prevent_keeping(value: str) -> None:
     buffer = {
         "sparse": torch.eye(3).to_sparse(), "nan": torch.full((2,), torch.nan), "empty": torch.zeros(0),
         "bool": torch.tensor([True, False]),
@@ -181,7 +179,7 @@ def test_no_graph_outlives_the_computation() -> None:
     made: list[weakref.ref[Witness]] = []
 
     class Witness:
-        """Lives as long as the operation that it is hung on."""
+        """Lives as long as the operation that it is attached to."""
 
         def __call__(self, gradients: object) -> None:
             return None
@@ -201,12 +199,12 @@ def test_no_graph_outlives_the_computation() -> None:
     try:
         compute_interaction_graph(model, x, LAYERS)
         assert made
-        assert all(reference() is None for reference in made), "without the help of the garbage collector"
+        assert all(reference() is None for reference in made), "freed without the garbage collector"
     finally:
         gc.enable()
 
 
-def test_random_numbers_are_as_before() -> None:
+def test_random_state_is_restored_and_does_not_matter() -> None:
     model, x = Counting(), batches(40, 40)
     before = torch.get_rng_state()
     compute_interaction_graph(model, x, LAYERS)

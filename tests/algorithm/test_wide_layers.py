@@ -1,4 +1,4 @@
-"""Wide node layers: the same basis as the covariance gives, without matrices of the full width."""
+"""Wide node layers: the same basis as from the covariance, without matrices of the full width."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def assert_same_with_covariance(model: nn.Module, batches: list[Any], layers: li
 
 
 class Widths(TorchDispatchMode):
-    """The largest square matrix that any operation makes, and the largest eigenproblem."""
+    """The largest square matrix that any operation returns, and the largest eigenproblem."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,43 +71,43 @@ def test_no_matrix_of_the_full_width(act: nn.Module, final: dict[str, Any]) -> N
     with Widths() as widths:
         built(model, list(x.split(100)), LAYERS, **final)
     assert widths.square <= 128
-    assert widths.eigen <= 64 + 12  # a sketch
+    assert widths.eigen <= 64 + 12  # the size of a sketch
     with covariances_everywhere(), Widths() as widths:
         built(model, list(x.split(100)), LAYERS, **final)
-    assert widths.square == widths.eigen == WIDE, "what is looked for can be seen"
+    assert widths.square == widths.eigen == WIDE, "the dispatch mode sees them"
 
 
 @pytest.mark.parametrize("n", [1, 2, 9, 300, WIDE - 1, WIDE, WIDE + 1, 700])
-def test_the_same_basis_whatever_the_number_of_samples(n: int) -> None:
+def test_same_basis_for_any_number_of_samples(n: int) -> None:
     assert_same_with_covariance(network(), list(torch.randn(n, WIDE).double().split(250)), LAYERS)
 
 
 @pytest.mark.parametrize("change", [lambda x: x[:100].repeat(2, 1), lambda x: torch.cat([x, 1e-9 * x[:, :1] + x[:1]])])
-def test_the_same_basis_where_few_rows_repeat_each_other(change: Callable[[Tensor], Tensor]) -> None:
+def test_same_basis_for_repeated_rows(change: Callable[[Tensor], Tensor]) -> None:
     assert_same_with_covariance(network(), [change(torch.randn(200, WIDE).double())], LAYERS)
 
 
-def test_no_eigenproblem_as_large_as_the_rows_are_many() -> None:
+def test_no_eigenproblem_of_the_number_of_rows() -> None:
     with Widths() as widths:
         built(network(), list(torch.randn(400, WIDE).double().split(100)), LAYERS)
     assert widths.eigen <= 64 + 12
-    assert widths.square == 400, "one system of equations"
+    assert widths.square == 400, "the normal equations"
 
 
 @pytest.mark.parametrize("n", [40, 700])
-def test_the_same_basis_where_nothing_is_closed(n: int) -> None:
+def test_same_basis_without_closed_forms(n: int) -> None:
     model, x = network(nn.LayerNorm(12)), torch.randn(n, WIDE).double()
     assert_same_with_covariance(model, list(x.split(250)), ["input", "2", "output"])
 
 
 @pytest.mark.parametrize("n", [20, 300])
-def test_the_same_basis_in_the_middle(n: int) -> None:
-    # What the features of few samples read elsewhere would count in the metric of the layer before.
+def test_same_basis_of_an_inner_layer(n: int) -> None:
+    # Directions outside the span of few samples would enter the metric of the layer before.
     model = nn.Sequential(nn.Linear(6, WIDE), nn.Tanh(), nn.Linear(WIDE, 20), nn.Tanh(), nn.Linear(20, 4)).double()
     assert_same_with_covariance(model, [torch.randn(n, 3, 6).double()], ["input", "1", "3", "output"])
 
 
-def test_what_never_varies_is_read_by_no_feature() -> None:
+def test_constant_activations_belong_to_no_feature() -> None:
     x = torch.rand(700, WIDE).double()
     x[:, :30], x[:, 30:60] = 0, 0.1307
     wide = assert_same_with_covariance(network(), list(x.split(100)), LAYERS)
@@ -116,7 +116,7 @@ def test_what_never_varies_is_read_by_no_feature() -> None:
 
 
 @pytest.mark.parametrize("n", [40, 400])
-def test_the_same_basis_under_a_mask(n: int) -> None:
+def test_same_basis_with_a_mask(n: int) -> None:
     x, mask = torch.randn(n, 3, WIDE).double(), torch.rand(n, 3) > 0.4
     x = x.masked_fill(~mask[..., None], torch.nan)
     batches = [(x[: n // 2], mask[: n // 2]), (x[n // 2 :], mask[n // 2 :])]
@@ -125,14 +125,14 @@ def test_the_same_basis_under_a_mask(n: int) -> None:
 
 @pytest.mark.parametrize("samples", [20, 700])
 @pytest.mark.parametrize("make", ["dead", "constant"])
-def test_nothing_to_read(make: str, samples: int) -> None:
+def test_no_features_without_gradients_or_variance(make: str, samples: int) -> None:
     model, x = network(nn.ReLU()), torch.randn(samples, WIDE).double()
     if make == "dead":
         nn.init.constant_(model[0].bias, -1e3)
         model[1] = nn.ReLU()
     else:
         x = x[:1].expand(samples, -1)
-    wide = assert_same_with_covariance(model, list(x.split(37)), IO)  # whose means are rounded
+    wide = assert_same_with_covariance(model, list(x.split(37)), IO)  # a batch size for which the mean is rounded
     assert wide.bases[0].n_features == 0
 
 
@@ -142,7 +142,7 @@ def test_nothing_to_read(make: str, samples: int) -> None:
     [lambda x: x + 1e3, lambda x: 1e-6 * x, lambda x: 1e6 * x, torch.relu],
     ids=["far", "tiny", "huge", "relu"],
 )
-def test_the_same_basis_at_any_scale(change: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+def test_same_basis_at_any_scale(change: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
     model = nn.Sequential(nn.Linear(WIDE, 12), nn.LayerNorm(12), nn.Tanh(), nn.Linear(12, 3)).to(dtype)
     x = change(torch.randn(700, WIDE, dtype=torch.float64)).to(dtype)
     assert_same_with_covariance(model, list(x.split(100)), ["input", "2", "output"], rtol=1e-6)
@@ -150,11 +150,11 @@ def test_the_same_basis_at_any_scale(change: Callable[[Tensor], Tensor], dtype: 
 
 @pytest.mark.parametrize("n", [60, 600])
 @pytest.mark.parametrize("share", [0.4, 0.0])
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("rotated", [False, True])
 def test_two_processes_and_one_without_samples(
-    n: int, share: float, turned: bool, monkeypatch: pytest.MonkeyPatch
+    n: int, share: float, rotated: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if turned:  # eigenvectors may come with other signs, or turned, where threads work at another pace
+    if rotated:  # eigenvectors of equal eigenvalues depend on the order of sums, and therefore on threads
         factor = JacobianMetric.factor
 
         def another(self: JacobianMetric, cutoff: float) -> Tensor:
@@ -194,7 +194,7 @@ def test_sampled_metrics_of_wide_node_layers() -> None:
     assert built(model, [x], IO, n_probes=3).metric_errors["input"] > 0
 
 
-@pytest.mark.parametrize("n", [60, 700])  # fewer than features, and more
+@pytest.mark.parametrize("n", [60, 700])  # fewer samples than features, and more
 def test_features_of_wide_layers_are_not_computed_twice(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, mask = network(), torch.randn(n, 2, WIDE).double(), torch.rand(n, 2) > 0.3
     batches = list(zip(x.split(50), mask.split(50), strict=True))

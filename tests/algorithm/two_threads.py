@@ -1,4 +1,4 @@
-"""Two threads in the place of two processes."""
+"""Two threads in place of two processes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ T = TypeVar("T")
 
 
 def in_two(work: Callable[[ProcessGroup], T], timeout: float = 120) -> list[T]:
-    """Do work as each of two processes, at the same time.
+    """Run a function as each of two processes, at the same time.
 
     Args:
-        work: What to do, given the processes as one of them sees them.
+        work: The function; its argument is the process group of one process.
         timeout: Seconds to wait.
 
     Returns:
-        What each has found.
+        The results of both.
     """
     board: list[list[Tensor]] = [[], []]
     barrier = threading.Barrier(2)
@@ -64,5 +64,5 @@ class _OneOfTwo(ProcessGroup):
     def gather(self, tensor: Tensor) -> list[Tensor]:
         return [tensors[0] for tensors in self.exchange([tensor])]
 
-    def first(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def broadcast(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return self.exchange(tensors)[0]

@@ -36,8 +36,8 @@ def test_forward_and_reverse_products_belong_to_one_jacobian(case: Case, steps: 
             torch.testing.assert_close(along, back, rtol=1e-10, atol=1e-10)
 
 
-def test_custom_derivative_that_would_crash_in_a_stack() -> None:
-    # In a process of its own: once, it took the process with it.
+def test_custom_derivative_that_crashes_in_batched_calls() -> None:
+    # In a separate process, because it once crashed.
     script = """
 import torch
 from torch import nn
@@ -65,7 +65,7 @@ assert (graph.edges["input", "output"].sum(0) / graph.bases["input"].importance 
 
 
 class Squares(torch.autograd.Function):
-    """A derivative that hides what it depends on."""
+    """A custom derivative that is not differentiable itself."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class Hiding(nn.Module):
         return self.last(Squares.apply(torch.relu(self.first(x))))
 
 
-def test_a_first_batch_of_dead_units_decides_nothing() -> None:
+def test_first_batch_of_dead_units_does_not_choose_the_mode() -> None:
     model = Hiding().double()
     x = torch.randn(20, 4).double()
     with torch.no_grad():
@@ -100,7 +100,7 @@ def test_a_first_batch_of_dead_units_decides_nothing() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_detached_bypass_is_seen_in_any_precision(dtype: torch.dtype) -> None:
+def test_detached_bypass_is_rejected_in_any_precision(dtype: torch.dtype) -> None:
     class Detour(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -116,7 +116,7 @@ def test_detached_bypass_is_seen_in_any_precision(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("positions", [2, 6])
 @pytest.mark.parametrize("steps", [0, 2])
-def test_what_lies_under_a_mask_does_not_matter(positions: int, steps: int) -> None:
+def test_masked_values_do_not_matter(positions: int, steps: int) -> None:
     model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     x, mask = torch.randn(20, positions, 6).double(), torch.rand(20, positions) > 0.4
     layers = ["input", "1", "output"]
@@ -130,7 +130,7 @@ def test_what_lies_under_a_mask_does_not_matter(positions: int, steps: int) -> N
         assert torch.equal(one, other)
 
 
-def test_masks_of_sequences_of_length_one_count() -> None:
+def test_masks_of_sequences_of_length_one() -> None:
     model, x = nn.Sequential(nn.Linear(4, 3), nn.Tanh()).double(), torch.randn(20, 1, 4).double()
     mask = torch.arange(20)[:, None] < 8
     masked = compute_interaction_graph(model, [(x, mask)], ["input", "output"], mask=1)
@@ -139,7 +139,7 @@ def test_masks_of_sequences_of_length_one_count() -> None:
 
 
 @pytest.mark.parametrize("limit", [2.0, 1e-5])
-def test_entries_that_are_as_long_as_the_batch_by_chance(limit: float) -> None:
+def test_entries_that_have_the_length_of_the_batch_by_chance(limit: float) -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -158,7 +158,7 @@ def test_entries_that_are_as_long_as_the_batch_by_chance(limit: float) -> None:
 
 
 @pytest.mark.parametrize("limit", [2.0, 1e-5])
-def test_a_model_that_draws_random_numbers_draws_the_same_for_every_step(limit: float) -> None:
+def test_random_numbers_of_the_model_are_the_same_in_every_phase(limit: float) -> None:
     class Noisy(nn.Module):
         def __init__(self, noise: float) -> None:
             super().__init__()
@@ -173,7 +173,7 @@ def test_a_model_that_draws_random_numbers_draws_the_same_for_every_step(limit: 
         compute_interaction_graph(model, batches, ["a", "b:input", "output"], memory_limit=limit) for _ in range(2)
     ]
     assert all(torch.equal(a, b) for a, b in zip(*(g.edges.values() for g in graphs), strict=True))
-    # Features of the same noise as their mean: their variance is their importance.
+    # With the same noise in every phase, the variance of features is their importance.
     E, importance = graphs[0].edges["b:input", "output"], graphs[0].bases["b:input"].importance
     torch.testing.assert_close(E.sum(0), importance, rtol=1e-8, atol=0)
 
@@ -187,7 +187,7 @@ GENERATORS: dict[str, tuple[Callable[[], Any], Callable[[Any], float]]] = {
 
 
 @pytest.mark.parametrize("kind", GENERATORS)
-def test_generators_of_the_model_are_as_before(kind: str) -> None:
+def test_generators_of_the_model_are_restored(kind: str) -> None:
     make, draw = GENERATORS[kind]
 
     class Drawing(nn.Module):
@@ -203,7 +203,7 @@ def test_generators_of_the_model_are_as_before(kind: str) -> None:
     assert draw(model.generator) == draw(make())
 
 
-def test_a_seed_for_an_accelerator_not_yet_used_is_kept() -> None:
+def test_pending_seed_of_an_unused_accelerator_is_kept() -> None:
     torch.manual_seed(1234)
     compute_interaction_graph(nn.Linear(3, 2), [torch.randn(9, 3)], ["input", "output"])
     calls = getattr(torch.cuda, "_lazy_seed_tracker").get_calls()  # noqa: B009
@@ -218,7 +218,7 @@ def test_a_seed_for_an_accelerator_not_yet_used_is_kept() -> None:
         (lambda batch: [1], (torch.zeros(4, 3),), r"gives list instead of a tensor"),
     ],
 )
-def test_a_mask_that_is_none(mask: Any, batch: Any, message: str) -> None:
+def test_invalid_mask(mask: Any, batch: Any, message: str) -> None:
     class Named(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x * 2
@@ -228,13 +228,13 @@ def test_a_mask_that_is_none(mask: Any, batch: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize("layers", [[0, "output"], [["input", 1], "output"], [None, "output"]])
-def test_what_is_no_node_layer_is_refused(layers: list[Any]) -> None:
+def test_invalid_node_layers_are_rejected(layers: list[Any]) -> None:
     with pytest.raises(NodeLayerError, match="is not a node layer, which is a string"):
         compute_interaction_graph(nn.Linear(3, 2), [torch.randn(9, 3)], layers)
     assert NodeLayer("input") == NodeLayer(["input"])
 
 
-def test_a_module_without_forward_is_told_so() -> None:
+def test_module_without_forward_is_rejected() -> None:
     class Bare(nn.Module):
         pass
 
