@@ -1,4 +1,4 @@
-"""The view in a real browser, over the film of a made-up run in one HTML file."""
+"""The viewer in a browser, with the film of a synthetic run as one HTML file."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def snapshot(step: int) -> dict[str, Any]:
 
 
 def drawn(step: int, threshold: float, limit: int = 40) -> list[float]:
-    """Strengths of the edges to be drawn."""
+    """Strengths of the edges that should be drawn."""
     shown = snapshot(step)
     visible = [set(sorted(range(len(i)), key=lambda k: -i[k])[:limit]) for i in map(importance_of, shown["layers"])]
     return [
@@ -50,7 +50,7 @@ def importance_of(layer: dict[str, list[float]]) -> list[float]:
 
 
 def with_error(layer: dict[str, Any], i: int) -> str:
-    """Importance as it should be written: with two digits of its error."""
+    """Expected text of an importance: with two digits of its error."""
     digits = 1 - int(f"{layer['error'][i]:e}".split("e")[1])
     return f"{layer['importance'][i]:.{digits}f} ± {layer['error'][i]:.{digits}f}"
 
@@ -63,7 +63,7 @@ def hover(view: Watched, layer: str, lineage: int) -> str:
 
 
 def color_at(view: Watched, layer: str, lineage: int) -> list[int]:
-    """The colour in the middle of a dot."""
+    """Colour at the centre of a dot."""
     where = view.position(RUN, layer, lineage)
     color: list[int] = view.page.evaluate(
         """({x, y}) => {
@@ -75,7 +75,7 @@ def color_at(view: Watched, layer: str, lineage: int) -> list[int]:
     return color
 
 
-def test_opens_from_a_file_and_asks_for_nothing_else(view: Watched) -> None:
+def test_the_film_opens_from_a_file_without_further_requests(view: Watched) -> None:
     assert view.requests == [view.page.url]
     assert view.errors == []
     state = view.state()
@@ -83,7 +83,7 @@ def test_opens_from_a_file_and_asks_for_nothing_else(view: Watched) -> None:
     assert int(state["featuresDrawn"]) == sum(len(layer["ids"]) for layer in snapshot(640)["layers"])
 
 
-def test_a_feature_keeps_its_height_for_as_long_as_it_is_shown(view: Watched) -> None:
+def test_a_feature_keeps_its_height_while_it_is_shown(view: Watched) -> None:
     heights: dict[tuple[str, int], float] = {}
     for n, step in enumerate(STEPS):
         view.set("step", n)
@@ -125,7 +125,7 @@ def test_only_edges_between_the_features_shown_are_drawn(view: Watched) -> None:
     assert f"{round(100 * share)}% of the strength; 40 of" in view.role("edge-counts").inner_text()
 
 
-def test_hover_tells_all_about_a_feature(view: Watched) -> None:
+def test_the_tooltip_shows_the_properties_of_a_feature(view: Watched) -> None:
     newborn = next(one for one in FILM.lineages[1] if one.parent >= 0 and one.birth < one.death == len(STEPS))
     shown = snapshot(640)
     layer, section = shown["layers"][1], shown["sections"][0]
@@ -139,9 +139,9 @@ def test_hover_tells_all_about_a_feature(view: Watched) -> None:
     assert f"of {len(layer['ids'])}\n" in text
     strongest = next(k for k, target in enumerate(section["edges"]["target"]) if target == i)
     partner = shown["layers"][0]["ids"][section["edges"]["source"][strongest]]
-    assert f"strongest before, in embed\nembed/{partner}" in text
-    assert "there from the start" in hover(view, "resid_mid", 5)
-    # What is said follows the step.
+    assert f"strongest edges from embed\nembed/{partner}" in text
+    assert "present from the start" in hover(view, "resid_mid", 5)
+    # The tooltip follows the step.
     view.page.keyboard.press("ArrowLeft")
     assert view.state()["step"] == "320"
     before = snapshot(320)["layers"][1]
@@ -151,23 +151,23 @@ def test_hover_tells_all_about_a_feature(view: Watched) -> None:
     assert view.role("tooltip").is_hidden()
 
 
-def test_click_follows_a_lineage_through_time(view: Watched) -> None:
+def test_a_click_follows_a_lineage_over_training(view: Watched) -> None:
     gone = next(one for one in FILM.lineages[2] if one.birth > 0 and one.death == len(STEPS))
     where = view.position(RUN, "resid_post", gone.id)
     assert where is not None
     view.page.mouse.click(where["x"], where["y"])
     track = view.page.locator("[data-track='lineage']")
     assert view.state()["following"] == f"resid_post/{gone.id}"
-    # A dot for each snapshot with it, and a ring where it is born.
+    # A dot for each snapshot with the lineage, and a ring at its birth.
     assert track.locator("circle").count() == len(STEPS) - gone.birth + 1
     text = view.role("follow-text")
     assert f"of {len(snapshot(640)['layers'][2]['ids'])}" in text.inner_text()
     view.set("step", 0)
-    assert "not yet there at this step" in text.inner_text()
+    assert "not yet present at this step" in text.inner_text()
     view.set("step", len(STEPS) - 1)
     rank = snapshot(640)["layers"][2]["ids"].index(gone.id) + 1
     view.role("features").select_option("10")
-    assert ("not among the features drawn" in text.inner_text()) == (rank > 10)
+    assert ("not among the features shown" in text.inner_text()) == (rank > 10)
     view.page.keyboard.press("Escape")
     assert view.state()["following"] == ""
     assert track.is_hidden()
@@ -191,10 +191,12 @@ def test_runs_side_by_side_share_the_slider(view: Watched) -> None:
     assert view.state()["step"] == "14"
     assert view.position(RUN, "embed", 5) is not None
     assert view.position(OTHER.name, "embed", 5) is None
-    assert "has no snapshot yet at step 14" in view.page.locator(f".lib-panel[data-run='{OTHER.name}']").inner_text()
+    assert (
+        "has no snapshot at or before step 14" in view.page.locator(f".lib-panel[data-run='{OTHER.name}']").inner_text()
+    )
     view.page.uncheck(f"[data-role='run'][value='{RUN}']")
     view.page.wait_for_selector(f".lib-view[data-ready='true'][data-runs='{OTHER.name}']")
-    # The step is no longer one of those that there are: the first of them is shown.
+    # The step no longer exists: the first one is shown.
     assert view.state()["step"] == "40"
 
 
@@ -209,7 +211,7 @@ def test_film_plays_to_its_end(view: Watched) -> None:
     assert view.state()["step"] == "320"
 
 
-def test_a_module_keeps_its_colour_while_its_number_changes(view: Watched) -> None:
+def test_modules_keep_their_colours_when_renumbered(view: Watched) -> None:
     view.role("features").select_option("10")
     view.set("threshold", 0)
     numbers, colors = {}, {}
@@ -228,7 +230,7 @@ def test_a_module_keeps_its_colour_while_its_number_changes(view: Watched) -> No
     assert len(set.union(*colors.values())) == len(colors) == 6
 
 
-def test_a_run_that_ended_earlier_says_which_step_it_shows(opened: Open) -> None:
+def test_a_run_that_ended_earlier_shows_the_step_of_its_snapshot(opened: Open) -> None:
     ended = SyntheticRun("ended", STEPS[:3], [(name, "lib") for name in NAMES])
     view = opened(film_page([FILM, ended], "Film"))
     assert "epoch 64" in view.role("step-text").inner_text()
@@ -242,7 +244,7 @@ def test_a_run_that_ended_earlier_says_which_step_it_shows(opened: Open) -> None
     assert own.is_hidden()
 
 
-def test_a_thinned_film_tells_no_birth_that_it_may_have_passed_over(opened: Open) -> None:
+def test_births_in_a_thinned_film_are_marked_as_upper_bounds(opened: Open) -> None:
     class Thinned(SyntheticRun):
         def run(self, every: int = 1) -> str:
             run = json.loads(super().run())
@@ -264,7 +266,7 @@ def test_charts_and_events_move_the_slider(view: Watched) -> None:
     plot = view.page.locator("[data-track='metric'] svg")
     box = plot.bounding_box()
     assert box is not None
-    # The axis goes from 0, where the loss begins, to 640; 58 and 14 pixels are left free at its ends.
+    # The axis goes from 0, where the loss begins, to 640; with margins of 58 and 14 pixels.
     view.page.mouse.click(box["x"] + 58 + (box["width"] - 72) * 330 / 640, box["y"] + 40)
     view.page.wait_for_selector(".lib-view[data-ready='true'][data-step='320']")
     assert f"{0.2 + 0.5 * 6 / 8:.3g}" in view.page.locator("[data-track='metric']").inner_text()
@@ -278,7 +280,7 @@ def test_charts_and_events_move_the_slider(view: Watched) -> None:
 
 
 def test_colour_by_label_and_by_age(view: Watched) -> None:
-    # Lineage 5 is there from the start.
+    # Lineage 5 is present from the start.
     by_module = color_at(view, "embed", 5)
     view.role("color").select_option("age")
     assert color_at(view, "embed", 5) == [0x9A, 0x9A, 0x9A]
@@ -290,7 +292,7 @@ def test_colour_by_label_and_by_age(view: Watched) -> None:
     assert color_at(view, "embed", 5) == by_module
 
 
-def test_narrow_window_has_no_sideways_scrolling(view: Watched) -> None:
+def test_narrow_windows_have_no_horizontal_scrolling(view: Watched) -> None:
     for width in (900, 1800):
         view.page.set_viewport_size({"width": width, "height": 900})
         view.page.wait_for_function("w => document.querySelector('.lib-view').clientWidth <= w", arg=width)

@@ -163,7 +163,7 @@ def test_a_replaced_run_is_shown_while_a_feature_is_followed(watched: Watched, s
     for layers, following in ((["start", "in", "out"], "out/5"), (["start", "in"], "")):
         watched.role("find").fill("nothing/5")
         watched.role("find").press("Enter")
-        assert "No feature shown is called" in page.locator(".lib-message").inner_text()
+        assert "No feature shown has the name or label" in page.locator(".lib-message").inner_text()
         watched.role("find").fill("out/5")
         watched.role("find").press("Enter")
         assert page.locator(".lib-message").is_hidden()

@@ -1,35 +1,35 @@
-// Snapshots of one run, fetched when needed or shortly before, and not all kept.
+// A cache of one run's snapshots, with prefetching.
 
-// A film of 200 large snapshots would be hundreds of megabytes as objects.
-const KEPT = 32;
+// 200 large snapshots would take hundreds of megabytes.
+const MAX_SNAPSHOTS = 32;
 
-/** A bounded cache over `source.snapshot`. */
+/** A bounded cache of `source.snapshot`. */
 export class SnapshotCache {
   constructor(source, name) {
     this.source = source;
     this.name = name;
     this.pending = new Map();
     this.ready = new Map();
-    this.turn = 0;
+    this.prefetchId = 0;
   }
 
-  /** The snapshot if it is here. */
+  /** The snapshot if it is cached, or null. */
   peek(step) {
     return this.ready.get(step) ?? null;
   }
 
-  /** The snapshot, fetched if need be. A failure is not kept: the next call tries again. */
+  /** The snapshot, fetched if necessary. Failures are not cached: the next call tries again. */
   get(step) {
-    const here = this.ready.get(step);
-    if (here) {
-      this.#keep(step, here);
-      return Promise.resolve(here);
+    const cached = this.ready.get(step);
+    if (cached) {
+      this.#store(step, cached);
+      return Promise.resolve(cached);
     }
     if (!this.pending.has(step)) {
       const fetched = this.source
         .snapshot(this.name, step)
         .then((snapshot) => {
-          this.#keep(step, snapshot);
+          this.#store(step, snapshot);
           return snapshot;
         })
         .finally(() => this.pending.delete(step));
@@ -38,20 +38,20 @@ export class SnapshotCache {
     return this.pending.get(step);
   }
 
-  /** Fetch what will probably be asked for next, one after the other, until something else is. */
+  /** Fetch snapshots that will probably be needed next, one after the other; a later call cancels this one. */
   async prefetch(steps) {
-    const turn = ++this.turn;
+    const id = ++this.prefetchId;
     for (const step of steps) {
-      if (turn !== this.turn) return;
-      // What fails here is asked for again, and reported, when it is to be shown.
+      if (id !== this.prefetchId) return;
+      // A failure here is ignored: the snapshot is requested again, and the error reported, when it is shown.
       if (!this.ready.has(step)) await this.get(step).catch(() => null);
     }
   }
 
-  #keep(step, snapshot) {
+  #store(step, snapshot) {
     this.ready.delete(step);
     this.ready.set(step, snapshot);
-    // A Map lists its keys in the order of arrival: the first is the one not used for longest.
-    while (this.ready.size > KEPT) this.ready.delete(this.ready.keys().next().value);
+    // A Map iterates in order of insertion: the first key is the least recently used.
+    while (this.ready.size > MAX_SNAPSHOTS) this.ready.delete(this.ready.keys().next().value);
   }
 }

@@ -1,12 +1,13 @@
-// A line chart over steps, as SVG: crisp, small, and its text can be read and found.
+// Line charts over training steps, as SVG.
 
 import {h, s} from "./dom.js";
 import {integer, number} from "./text.js";
 import {MUTED} from "./palette.js";
+import {THEME} from "./theme.js";
 
 export const CHART = {left: 58, right: 14, top: 8, bottom: 18};
 
-/** Where a step lies on the time axis: `x(step)` in pixels and back. Step 0 has a place on a log axis, too. */
+/** The axis of steps: `x(step)` in pixels, and `back(x)`. A logarithmic axis uses log(step + 1) and so includes 0. */
 export function timeScale(first, last, width, log) {
   const to = log ? (step) => Math.log10(Math.max(step, 0) + 1) : (step) => step;
   const [a, b] = [to(first), Math.max(to(last), to(first) + 1e-9)];
@@ -24,11 +25,16 @@ export function timeScale(first, last, width, log) {
   };
 }
 
-/** Whether steps lie rather evenly on a log axis: the middle one comes early. */
-export function looksLogarithmic(steps) {
-  if (steps.length < 4) return false;
-  const [first, middle, last] = [steps[0], steps[steps.length >> 1], steps[steps.length - 1]];
-  return middle - first < 0.25 * (last - first);
+/** Whether steps are spaced roughly logarithmically: the same rule as in the figures. */
+export function isLogSpaced(steps) {
+  const distinct = [...new Set(steps)].sort((a, b) => a - b);
+  const gaps = distinct.slice(1).map((step, i) => step - distinct[i]);
+  if (gaps.length < 3) return false;
+  const mean = (distinct[distinct.length - 1] - distinct[0]) / gaps.length;
+  gaps.sort((a, b) => a - b);
+  const middle = gaps.length >> 1;
+  const median = gaps.length % 2 ? gaps[middle] : (gaps[middle - 1] + gaps[middle]) / 2;
+  return median < THEME.steps.log_max_gap_ratio * mean;
 }
 
 function timeTicks(scale) {
@@ -37,8 +43,8 @@ function timeTicks(scale) {
   for (let power = 1; power <= scale.last; power *= 10) {
     for (const factor of [1, 2, 5]) {
       const step = power * factor;
-      const far = ticks.length === 0 || scale.x(step) - scale.x(ticks[ticks.length - 1]) > 44;
-      if (step >= scale.first && step <= scale.last && far) ticks.push(step);
+      const hasSpace = ticks.length === 0 || scale.x(step) - scale.x(ticks[ticks.length - 1]) > 44;
+      if (step >= scale.first && step <= scale.last && hasSpace) ticks.push(step);
     }
   }
   return ticks;
@@ -67,7 +73,7 @@ function valueScale(series, height, log) {
   let [low, high] = values.length ? [values[0], values[0]] : log ? [1, 10] : [0, 1];
   for (const v of values) [low, high] = [Math.min(low, v), Math.max(high, v)];
   const to = log ? Math.log10 : (value) => value;
-  // Counts and losses are read from zero where that costs less than half of the height.
+  // Start at zero if that takes less than half of the height.
   if (!log && low > 0 && low < 0.5 * high) low = 0;
   if (low === high)
     [low, high] = log ? [low / 2, high * 2] : [low - (Math.abs(low) || 1) / 2, high + (Math.abs(high) || 1) / 2];
@@ -90,7 +96,7 @@ function valueTicks(scale) {
   return powers.filter((_, i) => i % every === 0);
 }
 
-/** Positive numbers over more than two decades are read on a log axis. */
+/** Whether to use a logarithmic axis: for positive values over more than two decades. */
 export function wantsLog(series) {
   const values = series.flatMap((line) => line.values).filter((value) => value !== null && Number.isFinite(value));
   const low = Math.min(...values);
@@ -98,7 +104,7 @@ export function wantsLog(series) {
 }
 
 /**
- * A chart of `series`, each `{name, color, steps, values, errors?, dots?}`; `null` values leave gaps.
+ * A chart of `series`, each `{name, color, steps, values, errors?, dots?}`; `null` values are gaps.
  * `marks` are `{step, value, kind: "birth" | "death", text}`.
  */
 export function lineChart({series, time, height, log, marks = [], label}) {
@@ -124,7 +130,7 @@ export function lineChart({series, time, height, log, marks = [], label}) {
       s("text", {x, y: bottom + 13, class: "lib-tick", "text-anchor": "middle"}, integer(tick)),
     );
   }
-  for (const line of series) svg.append(...drawn(line, time, scale));
+  for (const line of series) svg.append(...drawLine(line, time, scale));
   for (const mark of marks) {
     const [x, y] = [time.x(mark.step), scale.y(mark.value)];
     const shape =
@@ -137,7 +143,7 @@ export function lineChart({series, time, height, log, marks = [], label}) {
   return svg;
 }
 
-function drawn(line, time, scale) {
+function drawLine(line, time, scale) {
   const parts = [];
   let part = [];
   line.steps.forEach((step, i) => {
@@ -155,8 +161,8 @@ function drawn(line, time, scale) {
   const elements = [];
   for (const points of parts) {
     if (line.errors) {
-      const rim = [...points.map((p) => at(p.x, p.high)), ...[...points].reverse().map((p) => at(p.x, p.low))];
-      elements.push(s("path", {d: `M${rim.join("L")}Z`, fill: line.color, opacity: 0.16, stroke: "none"}));
+      const outline = [...points.map((p) => at(p.x, p.high)), ...[...points].reverse().map((p) => at(p.x, p.low))];
+      elements.push(s("path", {d: `M${outline.join("L")}Z`, fill: line.color, opacity: 0.16, stroke: "none"}));
     }
     const d = `M${points.map((p) => at(p.x, p.y)).join("L")}`;
     if (points.length > 1)
@@ -168,7 +174,7 @@ function drawn(line, time, scale) {
   return elements;
 }
 
-/** Swatch and name of each line, with its value at the current step. */
+/** Color, name and current value of each line. */
 export function chartKey(entries) {
   return entries.map(({name, color, value}) =>
     h(

@@ -1,12 +1,12 @@
-// The controls above the graph. They hold no state of their own: they tell what was chosen and show what is.
+// The controls above the graph. They are stateless: they report changes and display the state of the view.
 
 import {h, setOptions} from "./dom.js";
 import {number} from "./text.js";
 
 const SPEEDS = [1, 2, 4, 8, 16, 30];
 const LIMITS = [10, 20, 40, 80, 160];
-// Log10 of the share of a section's strongest edge.
-const LEAST_THRESHOLD = -4;
+// Smallest threshold: log10 of the strength relative to the section's strongest edge.
+const MIN_THRESHOLD_LOG10 = -4;
 
 function labelled(text, control, ...more) {
   return h("label", {class: "lib-control"}, h("span", {class: "lib-name"}, text), control, ...more);
@@ -18,9 +18,9 @@ function choice(role, options, chosen, onchange, title) {
   return select;
 }
 
-/** The controls; `act` is called with what changes: `act.step(index)`, `act.set({threshold})`, ... */
+/** The controls. User input calls methods of `actions`: `step(index)`, `set({threshold})`, ... */
 export class Controls {
-  constructor(state, act) {
+  constructor(state, actions) {
     this.play = h(
       "button",
       {
@@ -28,8 +28,8 @@ export class Controls {
         class: "lib-play",
         "data-role": "play",
         "aria-label": "play",
-        title: "play or pause (space)",
-        onclick: () => act.play(),
+        title: "play or pause (space bar)",
+        onclick: () => actions.play(),
       },
       "▶",
     );
@@ -41,66 +41,68 @@ export class Controls {
       value: 0,
       "data-role": "step",
       "aria-label": "snapshot",
-      title: "← → one snapshot, with shift ten; Home, End",
-      oninput: () => act.step(Number(this.slider.value)),
+      title: "← and → move by one snapshot, with shift by ten; Home and End move to the first and last",
+      oninput: () => actions.step(Number(this.slider.value)),
     });
     this.text = h("output", {class: "lib-step", "aria-live": "polite", "data-role": "step-text"});
     this.speed = choice(
       "speed",
       SPEEDS.map((n) => [String(n), `${n} / s`]),
       String(state.speed),
-      (value) => act.set({speed: Number(value)}),
-      "snapshots a second",
+      (value) => actions.set({speed: Number(value)}),
+      "snapshots per second",
     );
     this.threshold = h("input", {
       type: "range",
-      min: LEAST_THRESHOLD,
+      min: MIN_THRESHOLD_LOG10,
       max: 0,
       step: 0.05,
       "data-role": "threshold",
       value: Math.log10(state.threshold),
-      oninput: () => act.set({threshold: 10 ** Number(this.threshold.value)}),
+      oninput: () => actions.set({threshold: 10 ** Number(this.threshold.value)}),
     });
     this.thresholdText = h("span", {class: "lib-value"});
     this.features = choice(
       "features",
       [...LIMITS.map((n) => [String(n), String(n)]), ["all", "all"]],
       String(state.limit),
-      (value) => act.set({limit: value === "all" ? Infinity : Number(value)}),
-      "the most important ones of each node layer",
+      (value) => actions.set({limit: value === "all" ? Infinity : Number(value)}),
+      "maximum number of features shown per node layer, by importance",
     );
     this.color = choice(
       "color",
       [
         ["module", "module"],
         ["label", "label"],
-        ["age", "age (new features)"],
+        ["age", "age"],
       ],
       state.color,
-      (value) => act.set({color: value}),
+      (value) => actions.set({color: value}),
+      "what the colours of dots mean; the colours are explained below the graph",
     );
     this.heights = choice(
       "heights",
       [
-        ["lineage", "kept by each feature"],
-        ["module", "by module at this step"],
+        ["lineage", "fixed for each feature"],
+        ["module", "by module"],
       ],
       state.heights,
-      (value) => act.set({heights: value}),
-      "where features lie in their column",
+      (value) => actions.set({heights: value}),
+      "vertical positions of features: the same in all snapshots, or grouped by the modules of this snapshot",
     );
-    this.known = h("datalist", {id: "lib-known-features"});
+    this.suggestions = h("datalist", {id: "lib-known-features"});
     this.find = h("input", {
       type: "search",
       "data-role": "find",
       list: "lib-known-features",
-      placeholder: "layer/17 or a label",
+      placeholder: "layer/id or label",
       size: 18,
       "aria-label": "find and follow a feature",
-      onchange: () => this.find.value.trim() && act.find(this.find.value.trim()),
+      title: "find a feature and show its importance over training",
+      onchange: () => this.find.value.trim() && actions.find(this.find.value.trim()),
     });
     this.runs = h("fieldset", {class: "lib-runs", "aria-label": "runs"});
-    this.act = act;
+    this.actions = actions;
     this.header = h(
       "header",
       {class: "lib-header"},
@@ -117,17 +119,17 @@ export class Controls {
     );
     this.options = h(
       "div",
-      {class: "lib-bar", role: "group", "aria-label": "what is drawn"},
-      labelled("edges from", this.threshold, this.thresholdText),
-      labelled("features a layer", this.features),
+      {class: "lib-bar", role: "group", "aria-label": "drawing options"},
+      labelled("min. edge strength", this.threshold, this.thresholdText),
+      labelled("features per layer", this.features),
       labelled("colour", this.color),
-      labelled("heights", this.heights),
+      labelled("positions", this.heights),
       labelled("follow", this.find),
-      this.known,
+      this.suggestions,
     );
   }
 
-  /** Show the steps there are and the one that is shown. */
+  /** Show the number of snapshots and the current one. */
   showStep(index, count, text) {
     this.slider.max = Math.max(0, count - 1);
     this.slider.value = index;
@@ -136,28 +138,28 @@ export class Controls {
     if (this.text.textContent !== text) this.text.textContent = text;
   }
 
-  /** Show whether the film runs. */
+  /** Show whether the film is playing. */
   showPlaying(playing) {
     this.play.textContent = playing ? "❚❚" : "▶";
     this.play.setAttribute("aria-label", playing ? "pause" : "play");
     this.play.setAttribute("aria-pressed", String(playing));
-    // While it plays, thirty steps a second would be read aloud.
+    // While playing, a screen reader would read up to thirty steps per second.
     this.text.setAttribute("aria-live", playing ? "off" : "polite");
   }
 
-  /** Show the threshold in words. */
+  /** Show the threshold as text. */
   showThreshold(threshold) {
     this.thresholdText.textContent = `${number(100 * threshold)}% of the strongest`;
     this.threshold.setAttribute("aria-valuetext", this.thresholdText.textContent);
   }
 
-  /** A checkbox for each run; those that are there stay, so that focus is kept. */
-  showRuns({full, chosen, colors}) {
-    const names = full.map((run) => run.name).join("\n");
+  /** Show a checkbox for each run. Existing ones are kept, so that they keep the focus. */
+  showRuns({available, chosen, colors}) {
+    const names = available.map((run) => run.name).join("\n");
     if (names !== this.runNames) {
       this.runNames = names;
       this.runs.replaceChildren(
-        ...full.map((run) =>
+        ...available.map((run) =>
           h(
             "label",
             {class: "lib-run"},
@@ -165,7 +167,7 @@ export class Controls {
               type: "checkbox",
               "data-role": "run",
               value: run.name,
-              onchange: (event) => this.act.run(run.name, event.target.checked),
+              onchange: (event) => this.actions.run(run.name, event.target.checked),
             }),
             h("span", {class: "lib-line-swatch", style: {background: colors.get(run.name)}}),
             run.name,
@@ -176,8 +178,8 @@ export class Controls {
     for (const box of this.runs.querySelectorAll("input")) box.checked = chosen.includes(box.value);
   }
 
-  /** Features that can be typed in: those with a label, and the most important ones. */
-  showKnown(features) {
-    this.known.replaceChildren(...features.map(([value, label]) => h("option", {value, label: label || value})));
+  /** Set the suggestions of the search field: features with a label, and the most important ones. */
+  showSuggestions(features) {
+    this.suggestions.replaceChildren(...features.map(([value, label]) => h("option", {value, label: label || value})));
   }
 }

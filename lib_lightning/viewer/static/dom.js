@@ -1,6 +1,6 @@
-// Elements, made without a library. Never innerHTML: names of runs, layers and labels are other people's text.
+// DOM elements without a library. innerHTML is never used, since names and labels are untrusted text.
 
-function filled(element, attributes, children) {
+function withContent(element, attributes, children) {
   for (const [key, value] of Object.entries(attributes ?? {})) {
     if (value === undefined || value === null || value === false) continue;
     if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
@@ -13,15 +13,15 @@ function filled(element, attributes, children) {
 
 /** An HTML element with attributes, listeners (`onclick: f`), styles and children. */
 export function h(tag, attributes, ...children) {
-  return filled(document.createElement(tag), attributes, children);
+  return withContent(document.createElement(tag), attributes, children);
 }
 
 /** An SVG element. */
 export function s(tag, attributes, ...children) {
-  return filled(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
+  return withContent(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 }
 
-/** Give a `<select>` these options, `[value, text]` each, and keep what was chosen if it is still there. */
+/** Set the options of a `<select>`, `[value, text]` each, and keep the selection if it still exists. */
 export function setOptions(select, options, chosen) {
   const wanted = chosen ?? select.value;
   const same =
@@ -30,8 +30,8 @@ export function setOptions(select, options, chosen) {
   if (options.some(([value]) => value === wanted)) select.value = wanted;
 }
 
-/** A canvas of this many CSS pixels, sharp on dense screens; returns its context in CSS pixels. */
-export function sized(canvas, width, height) {
+/** Resize a canvas to CSS pixels, at the resolution of the screen; returns its context in CSS pixels. */
+export function resizeCanvas(canvas, width, height) {
   const density = window.devicePixelRatio || 1;
   const [w, t] = [Math.round(width * density), Math.round(height * density)];
   if (canvas.width !== w || canvas.height !== t) {

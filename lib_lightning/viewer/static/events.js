@@ -1,4 +1,4 @@
-// What happened to features, as marks along the time axis and as a list.
+// Events of features and metrics, as marks along the time axis and as a list.
 
 import {h, s} from "./dom.js";
 import {CHART} from "./chart.js";
@@ -6,15 +6,15 @@ import {integer} from "./text.js";
 import {BLUE, GREEN, ORANGE, PURPLE, VERMILION} from "./palette.js";
 
 const HEIGHT = 30;
-// In the list, and in what is said of a place where many lie.
-const NEWEST = 60;
-const TOLD = 6;
+// Maximum number of events in the list, and in a tooltip.
+const MAX_LISTED = 60;
+const MAX_IN_TOOLTIP = 6;
 const KIND_COLORS = [BLUE, VERMILION, GREEN, PURPLE, ORANGE];
 
-/** The events of the runs shown; `act.go(step)` moves the slider, `act.follow(lineage)` follows one. */
+/** Events of the runs shown. `actions.go(step)` moves to a step, `actions.follow(lineage)` follows a lineage. */
 export class EventTrack {
-  constructor(act) {
-    this.act = act;
+  constructor(actions) {
+    this.actions = actions;
     this.marks = s("svg", {height: HEIGHT, class: "lib-marks", "aria-hidden": "true"});
     this.tip = h("div", {class: "lib-tip lib-event-tip", "data-role": "event-tip", hidden: true});
     const head = h("div", {class: "lib-track-head"}, h("strong", {}, "events"));
@@ -28,7 +28,7 @@ export class EventTrack {
     this.marks.addEventListener("click", (event) => {
       const near = this.#near(event);
       if (near.length) this.#goTo(near[near.length - 1]);
-      else act.go(this.time.back(event.clientX - this.marks.getBoundingClientRect().left), true);
+      else actions.go(this.time.back(event.clientX - this.marks.getBoundingClientRect().left), true);
     });
   }
 
@@ -55,15 +55,15 @@ export class EventTrack {
         }),
       ),
     );
-    // Made anew only for other events, so that a button keeps the focus when it is pressed.
+    // Rebuilt only if the events changed, so that a button keeps the focus when it is pressed.
     const listed = runs.map(({name, history}) => `${name} ${history.run.version}`).join();
     if (listed !== this.listed) this.#drawList();
     this.listed = listed;
   }
 
   #drawList() {
-    const newest = this.all.slice(-NEWEST).reverse();
-    const none = h("li", {class: "lib-none"}, "Nothing has been noticed yet.");
+    const newest = this.all.slice(-MAX_LISTED).reverse();
+    const none = h("li", {class: "lib-none"}, "No events yet.");
     this.list.replaceChildren(...(newest.length ? newest.map((event) => this.#item(event)) : [none]));
   }
 
@@ -83,33 +83,33 @@ export class EventTrack {
     return h("span", {class: "lib-swatch", style: {background: this.colors.get(event.kind)}});
   }
 
-  /** To the step of an event, and to the feature it tells of. */
+  /** Move to the step of an event, and follow its feature. */
   #goTo(event) {
-    this.act.go(event.step);
-    const run = this.runs.find((own) => own.name === event.run);
+    this.actions.go(event.step);
+    const run = this.runs.find((candidate) => candidate.name === event.run);
     const l = run.history.layers.findIndex((layer) => layer.name === event.layer);
-    if (l >= 0 && Number.isInteger(event.lineage)) this.act.follow({run: event.run, l, id: event.lineage});
+    if (l >= 0 && Number.isInteger(event.lineage)) this.actions.follow({run: event.run, l, id: event.lineage});
   }
 
   #near(event) {
     const x = event.clientX - this.marks.getBoundingClientRect().left;
-    return this.all.filter((own) => Math.abs(this.time.x(own.step) - x) <= 5);
+    return this.all.filter((candidate) => Math.abs(this.time.x(candidate.step) - x) <= 5);
   }
 
   #hover(event) {
     const near = this.#near(event);
     this.tip.hidden = near.length === 0;
-    const more = near.length - TOLD;
+    const more = near.length - MAX_IN_TOOLTIP;
     this.tip.replaceChildren(
-      ...near.slice(-TOLD).map((own) => h("p", {}, this.#swatch(own), own.text)),
-      ...(more > 0 ? [h("p", {class: "lib-tip-hint"}, `and ${integer(more)} more here`)] : []),
+      ...near.slice(-MAX_IN_TOOLTIP).map((item) => h("p", {}, this.#swatch(item), item.text)),
+      ...(more > 0 ? [h("p", {class: "lib-tip-hint"}, `and ${integer(more)} more`)] : []),
     );
     const left = Math.min(event.clientX + 12, window.innerWidth - 340);
     const top = this.marks.getBoundingClientRect().top - this.tip.offsetHeight - 6;
     Object.assign(this.tip.style, {left: `${Math.max(8, left)}px`, top: `${Math.max(8, top)}px`});
   }
 
-  /** Events after a step are pale. */
+  /** Fade events after a step. */
   moveTo(step) {
     for (const item of this.list.children) item.classList.toggle("lib-later", Number(item.dataset.step) > step);
   }

@@ -1,34 +1,34 @@
-// Features by what is typed: `layer/id`, or a label.
+// Finding features by `layer/id` or by label.
 
-// A longer list of proposals would be slow to open and nobody's help.
-const PROPOSED = 400;
+// A longer list would be slow to open.
+const MAX_SUGGESTIONS = 400;
 
-/** Names to propose, `[name, label]`: those with a label first. */
-export function knownFeatures(panels) {
+/** Suggestions as pairs `[name, label]`, those with a label first. */
+export function featureSuggestions(panels) {
   const labels = new Map();
   for (const {history} of panels) {
     history.layers.forEach((layer, l) => {
       for (const id of history.first[l].keys()) labels.set(`${layer.name}/${id}`, history.run.labels?.[l]?.[id] ?? "");
     });
   }
-  return [...labels].sort((a, b) => Boolean(b[1]) - Boolean(a[1])).slice(0, PROPOSED);
+  return [...labels].sort((a, b) => Boolean(b[1]) - Boolean(a[1])).slice(0, MAX_SUGGESTIONS);
 }
 
-/** The lineage `{run, l, id}` of that name or label, the youngest of several in a layer; null for none. */
+/** The lineage `{run, l, id}` with a name or label, the newest if there are several in a layer; or null. */
 export function findFeature(panels, text) {
   for (const {name, history} of panels) {
     for (const [l, layer] of history.layers.entries()) {
       const ids = [...history.first[l].keys()].reverse();
-      const id = ids.find((own) => `${layer.name}/${own}` === text || history.run.labels?.[l]?.[own] === text);
+      const id = ids.find((other) => `${layer.name}/${other}` === text || history.run.labels?.[l]?.[other] === text);
       if (id !== undefined) return {run: name, l, id};
     }
   }
   return null;
 }
 
-/** The lineage that is followed, where its run has it still in a layer of that name; null otherwise. */
-export function stillThere(follow, shelf) {
-  const history = follow && shelf.panels.get(follow.run)?.history;
+/** The followed lineage, with its current layer index; null if the run no longer contains it. */
+export function resolveFollowed(follow, runList) {
+  const history = follow && runList.panels.get(follow.run)?.history;
   const l = history?.layers.findIndex((layer) => layer.name === follow.layer) ?? -1;
   return l >= 0 && history.first[l].has(follow.id) ? {...follow, l} : null;
 }

@@ -1,30 +1,30 @@
-// Draws a scene on a canvas. All edges of a look are one path: thousands of single strokes would take too long.
+// Draws a scene on a canvas. Edges of the same style are drawn as one path: thousands of single strokes are slow.
 
 import {BETWEEN, MUTED, TEXT, edgeStyle} from "./palette.js";
-import {shortened} from "./text.js";
+import {shorten} from "./text.js";
 
-// So many steps of width and opacity are told apart by nobody.
+// Number of different widths and opacities of edges.
 const LEVELS = 14;
-const RAIL = {top: 42, bottom: 36};
-// A longer column has no room for all names; those of the most important features are written.
-const MOST_NAMES = 40,
-  MOST_NAMES_IN_A_CROWD = 16;
+const COLUMN_LINE = {top: 42, bottom: 36};
+// Maximum number of labels in a column, and in a column with little space; the most important features have priority.
+const MAX_LABELS = 40,
+  MAX_LABELS_DENSE = 16;
 const FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif";
 
-/** Draw edges, dots and words of a scene. */
+/** Draw the edges, dots and labels of a scene. */
 export function drawScene(context, scene, width, height) {
-  // White, not empty: the canvas fades in over the one with the step before.
+  // White rather than transparent: the canvas fades in over that of the previous step.
   context.fillStyle = "#ffffff";
   context.fillRect(0, 0, width, height);
-  for (const column of scene.columns) drawRail(context, column.x, height);
+  for (const column of scene.columns) drawColumnLine(context, column.x, height);
   for (const section of scene.sections) drawEdges(context, section.edges, section.edges.length, 1);
   for (const column of scene.columns) {
     for (const dot of [...column.dots].reverse()) drawDot(context, dot);
-    drawWords(context, column);
+    drawColumnText(context, column);
   }
 }
 
-/** Draw what belongs to one or two dots alone, for the layer above a faded scene. */
+/** Draw one or two dots with their edges and neighbours, for the overlay above a faded scene. */
 export function drawFocus(context, scene, focused, width, height) {
   context.clearRect(0, 0, width, height);
   const near = new Set(focused);
@@ -38,7 +38,7 @@ export function drawFocus(context, scene, focused, width, height) {
     drawRing(context, dot, TEXT, 2, 4);
   }
   for (const column of scene.columns) {
-    drawNames(
+    drawLabels(
       context,
       column,
       column.dots.filter((dot) => near.has(dot)),
@@ -47,30 +47,30 @@ export function drawFocus(context, scene, focused, width, height) {
   }
 }
 
-/** A hint of a line that the dots of a layer hang on. */
-function drawRail(context, x, height) {
+/** Draw a faint line through the dots of a layer. */
+function drawColumnLine(context, x, height) {
   context.fillStyle = "#f1f2f3";
-  context.fillRect(x - 1, RAIL.top, 2, height - RAIL.top - RAIL.bottom);
+  context.fillRect(x - 1, COLUMN_LINE.top, 2, height - COLUMN_LINE.top - COLUMN_LINE.bottom);
 }
 
-function drawEdges(context, edges, crowd, stronger) {
-  const looks = new Map();
+function drawEdges(context, edges, total, widening) {
+  const styles = new Map();
   for (const edge of edges) {
     const level = Math.min(LEVELS, Math.round(Math.sqrt(edge.share) * LEVELS));
     const key = `${edge.color === BETWEEN ? 0 : 1} ${String(level).padStart(2, "0")} ${edge.color}`;
-    const list = looks.get(key);
+    const list = styles.get(key);
     if (list) list.push(edge);
-    else looks.set(key, [edge]);
+    else styles.set(key, [edge]);
   }
-  // Grey below, so that it never hides what holds a module together; and weak below strong.
-  for (const key of [...looks.keys()].sort()) {
+  // Grey edges are drawn first, so that they do not hide edges inside modules; and weak before strong ones.
+  for (const key of [...styles.keys()].sort()) {
     const level = Number(key.slice(2, 4)) / LEVELS;
-    const {width, opacity} = edgeStyle(level * level, crowd);
+    const {width, opacity} = edgeStyle(level * level, total);
     context.strokeStyle = key.slice(5);
-    context.globalAlpha = Math.min(1, stronger > 1 ? 0.3 + 0.7 * opacity : opacity);
-    context.lineWidth = width * stronger;
+    context.globalAlpha = Math.min(1, widening > 1 ? 0.3 + 0.7 * opacity : opacity);
+    context.lineWidth = width * widening;
     context.beginPath();
-    for (const {from, to} of looks.get(key)) {
+    for (const {from, to} of styles.get(key)) {
       const bend = (to.x - from.x) * 0.42;
       context.moveTo(from.x, from.y);
       context.bezierCurveTo(from.x + bend, from.y, to.x - bend, to.y, to.x, to.y);
@@ -99,40 +99,40 @@ function drawRing(context, dot, color, lineWidth, gap) {
   context.stroke();
 }
 
-function drawWords(context, column) {
-  const named = column.dots.filter((dot) => dot.label).slice(0, column.words ? MOST_NAMES : MOST_NAMES_IN_A_CROWD);
-  drawNames(context, column, named, new Set());
-  if (!column.words) return;
+function drawColumnText(context, column) {
+  const named = column.dots.filter((dot) => dot.label).slice(0, column.hasTextSpace ? MAX_LABELS : MAX_LABELS_DENSE);
+  drawLabels(context, column, named, new Set());
+  if (!column.hasTextSpace) return;
   context.font = `10px ${FONT}`;
   context.textAlign = "right";
   context.textBaseline = "middle";
-  for (const dot of column.dots) written(context, String(dot.id), dot.x - dot.radius - 5, dot.y, MUTED);
+  for (const dot of column.dots) drawText(context, String(dot.id), dot.x - dot.radius - 5, dot.y, MUTED);
 }
 
-/** Names at the right of dots, as many as fit, the most important first; those of `strong` in bold, with their id. */
-function drawNames(context, column, dots, strong) {
+/** Draw labels to the right of dots, as many as fit, by importance; those in `emphasized` in bold and with their id. */
+function drawLabels(context, column, dots, emphasized) {
   context.textAlign = "left";
   context.textBaseline = "middle";
-  const taken = [];
-  const first = dots.filter((dot) => strong.has(dot));
-  for (const dot of [...first, ...dots.filter((dot) => !strong.has(dot))]) {
-    if (taken.some((other) => Math.abs(other.y - dot.y) < 12)) continue;
-    const text = strong.has(dot) ? [dot.id, dot.label].filter((word) => word !== "").join(" · ") : dot.label;
+  const drawn = [];
+  const first = dots.filter((dot) => emphasized.has(dot));
+  for (const dot of [...first, ...dots.filter((dot) => !emphasized.has(dot))]) {
+    if (drawn.some((other) => Math.abs(other.y - dot.y) < 12)) continue;
+    const text = emphasized.has(dot) ? [dot.id, dot.label].filter((word) => word !== "").join(" · ") : dot.label;
     if (!text) continue;
-    taken.push(dot);
-    context.font = `${strong.has(dot) ? "600 12px" : "10.5px"} ${FONT}`;
-    const x = dot.x + dot.radius + (strong.has(dot) ? 8 : 4);
-    const words = shortened(context, text, Math.max(column.room, 30) * (strong.has(dot) ? 1.15 : 1));
-    if (strong.has(dot)) {
-      // Over the same name in the faded picture below.
+    drawn.push(dot);
+    context.font = `${emphasized.has(dot) ? "600 12px" : "10.5px"} ${FONT}`;
+    const x = dot.x + dot.radius + (emphasized.has(dot) ? 8 : 4);
+    const label = shorten(context, text, Math.max(column.labelWidth, 30) * (emphasized.has(dot) ? 1.15 : 1));
+    if (emphasized.has(dot)) {
+      // Cover the same label in the faded scene below.
       context.fillStyle = "#ffffff";
-      context.fillRect(x - 2, dot.y - 8, context.measureText(words).width + 8, 16);
+      context.fillRect(x - 2, dot.y - 8, context.measureText(label).width + 8, 16);
     }
-    written(context, words, x, dot.y, TEXT);
+    drawText(context, label, x, dot.y, TEXT);
   }
 }
 
-function written(context, text, x, y, color) {
+function drawText(context, text, x, y, color) {
   context.lineJoin = "round";
   context.lineWidth = 4;
   context.strokeStyle = "rgba(255, 255, 255, 0.9)";

@@ -1,8 +1,8 @@
-// What is known of a run without its snapshots: lineages with births and deaths, ranks, and modules over time.
+// The outline of a run: lineages with births and deaths, ranks, and modules over time.
 
 import {MODULE_COLORS, OTHER_MODULES, NO_MODULE} from "./palette.js";
 
-/** The history of one run; `layers` and `snapshots` as in `run()` of a source. */
+/** The history of one run; `layers` and `snapshots` as in `run()` of a data source. */
 export class History {
   constructor(run) {
     this.run = run;
@@ -18,7 +18,7 @@ export class History {
     this.colors = trackColors(this.tracks);
     this.hasModules = this.snapshots.some((snapshot) => snapshot.layers.some((layer) => layer.modules));
     this.labelGroups = labelColors(run.labels);
-    this.places = new Map();
+    this.indices = new Map();
   }
 
   #register(layer, l, k) {
@@ -33,40 +33,40 @@ export class History {
     }
   }
 
-  /** The lineage of feature i; features that are not followed are known by their index. */
+  /** Lineage id of feature i, or its index if features have no lineages. */
   lineage(k, l, i) {
     const ids = this.snapshots[k].layers[l].ids;
     return ids ? ids[i] : i;
   }
 
-  /** Whether the features of a layer are followed from snapshot to snapshot. */
-  followed(k, l) {
+  /** Whether the features of a layer have lineages. */
+  isTracked(k, l) {
     return this.snapshots[k].layers[l].ids !== null && this.snapshots[k].layers[l].ids !== undefined;
   }
 
-  /** The feature of a lineage in snapshot k, -1 where it is not there. */
+  /** Index of a lineage's feature in snapshot k, -1 if absent. */
   featureOf(k, l, id) {
     const layer = this.snapshots[k].layers[l];
     if (!layer.ids) return id < layer.importance.length ? id : -1;
     const key = k * this.layers.length + l;
-    let places = this.places.get(key);
-    if (!places) this.places.set(key, (places = new Map(layer.ids.map((own, i) => [own, i]))));
-    return places.get(id) ?? -1;
+    let indices = this.indices.get(key);
+    if (!indices) this.indices.set(key, (indices = new Map(layer.ids.map((other, i) => [other, i]))));
+    return indices.get(id) ?? -1;
   }
 
-  /** Rank by importance, from 1. */
+  /** Rank by importance, starting at 1. */
   rank(k, l, i) {
     return this.order[k][l].indexOf(i) + 1;
   }
 
-  /** Index of the newest snapshot at or before a step, -1 for none. */
+  /** Index of the last snapshot at or before a step, -1 if there is none. */
   at(step) {
     let k = this.steps.length - 1;
     while (k >= 0 && this.steps[k] > step) k -= 1;
     return k;
   }
 
-  /** Importance of a lineage over steps; null where it is not there. */
+  /** Importance of a lineage in each snapshot, null where absent. */
   curve(l, id) {
     return this.snapshots.map((snapshot, k) => {
       const i = this.featureOf(k, l, id);
@@ -74,19 +74,19 @@ export class History {
     });
   }
 
-  /** Colour of a feature's module, the same for as long as the module can be recognised. */
+  /** Colour of a feature's module, the same in all snapshots in which the module is recognised. */
   moduleColor(k, l, i) {
     const track = this.tracks[k][l][i];
     return track < 0 ? NO_MODULE : (this.colors[k].get(track) ?? OTHER_MODULES);
   }
 
-  /** When a lineage began, in words. */
+  /** Text about the first snapshot of a lineage. */
   birth(l, id) {
     const k = this.first[l].get(id);
     if (k === undefined) return "";
-    if (k === 0) return "there from the start";
+    if (k === 0) return "present from the start";
     const parent = this.parents[l].get(id);
-    // A parent is told of where a lineage begins: without one, a thinned film may have passed over that snapshot.
+    // Parents are given in the first snapshot of a lineage. Without one, a thinned film may have skipped that snapshot.
     const late = this.run.every > 1 && parent === undefined ? " at the latest" : "";
     const from = parent === undefined ? "" : `, split from ${this.layers[l].name}/${parent}`;
     return `since step ${this.steps[k].toLocaleString("en-US")}${late}${from}`;
@@ -95,13 +95,13 @@ export class History {
 
 function byImportance(importance) {
   const order = Array.from(importance, (_, i) => i);
-  // Bases come sorted but for single neurons: mostly there is nothing to do.
+  // Most bases are already sorted, except for single neurons.
   let sorted = true;
   for (let i = 1; i < importance.length && sorted; i++) sorted = importance[i] <= importance[i - 1];
   return sorted ? order : order.sort((a, b) => importance[b] - importance[a] || a - b);
 }
 
-/** A number for each feature's module that stays the same over time, -1 for none. */
+/** A track of each feature's module, which is the same over time, -1 for no module. */
 function moduleTracks(history) {
   const lastTrack = history.layers.map(() => new Map());
   let next = 0;
@@ -111,18 +111,18 @@ function moduleTracks(history) {
       const layer = snapshot.layers[l];
       const track = lastTrack[l].get(history.lineage(k, l, i));
       if (!votes.has(module)) votes.set(module, new Map());
-      // Important features say more about what a module is than the many small ones.
+      // Important features have more weight in recognising a module than the many small ones.
       const weight = Math.sqrt(Math.max(layer.importance[i], 0) / (layer.importance[history.order[k][l][0]] || 1));
       if (track !== undefined) votes.get(module).set(track, (votes.get(module).get(track) ?? 0) + weight);
     });
     const pairs = [...votes].flatMap(([module, of]) => [...of].map(([track, weight]) => ({module, track, weight})));
     pairs.sort((a, b) => b.weight - a.weight || a.track - b.track || a.module - b.module);
     const trackOf = new Map();
-    const taken = new Set();
+    const assigned = new Set();
     for (const {module, track} of pairs) {
-      if (trackOf.has(module) || taken.has(track)) continue;
+      if (trackOf.has(module) || assigned.has(track)) continue;
       trackOf.set(module, track);
-      taken.add(track);
+      assigned.add(track);
     }
     for (const module of [...votes.keys()].sort((a, b) => a - b)) {
       if (!trackOf.has(module)) trackOf.set(module, next++);
@@ -144,7 +144,7 @@ function forEachMember(history, k, visit) {
   });
 }
 
-/** For each snapshot the colours of its largest modules. One that has a colour keeps it until it is gone. */
+/** Colours of the largest modules in each snapshot. A module keeps its colour until it disappears. */
 function trackColors(tracks) {
   const holders = new Map();
   const seen = new Map();
@@ -155,7 +155,7 @@ function trackColors(tracks) {
     for (const [track] of largest.slice(0, MODULE_COLORS.length)) {
       if ([...holders.values()].includes(track)) continue;
       const free = MODULE_COLORS.filter((color) => !sizes.has(holders.get(color)));
-      // First colours that nobody has had, then that of the module gone for longest.
+      // First colours that were never used, then that of the module that disappeared longest ago.
       free.sort((a, b) => (seen.get(holders.get(a)) ?? -1) - (seen.get(holders.get(b)) ?? -1));
       if (free.length) holders.set(free[0], track);
     }
@@ -163,7 +163,7 @@ function trackColors(tracks) {
   });
 }
 
-/** How many features each module has, all layers together. */
+/** Number of features of each module, over all layers. */
 export function trackSizes(layers) {
   const sizes = new Map();
   for (const tracks of layers) {
@@ -172,7 +172,7 @@ export function trackSizes(layers) {
   return sizes;
 }
 
-/** Labels with the same first word are of one kind ("k=17 a+b 93%"): a percentage would make each its own. */
+/** The group of a label: its first word ("k=17" of "k=17 a+b 93%"). */
 export function labelGroup(label) {
   return label ? label.split(/\s/)[0] : "";
 }

@@ -1,4 +1,4 @@
-// Where TensorBoard enters: the view over what the plugin serves. Addresses are relative, TensorBoard may lie anywhere.
+// Entry point for TensorBoard: the viewer with the plugin as its data source. URLs are relative to this file.
 
 import {mount} from "./view.js";
 
@@ -8,20 +8,20 @@ function address(route, query) {
   return url;
 }
 
-async function asked(route, query) {
+async function request(route, query) {
   const response = await fetch(address(route, query)).catch(() => {
-    throw new Error("TensorBoard does not answer.");
+    throw new Error("TensorBoard does not respond.");
   });
   if (response.ok) return response.json();
-  const told = await response.json().catch(() => ({}));
-  throw new Error(told.error ?? `TensorBoard answers ${response.status} to ${route}.`);
+  const body = await response.json().catch(() => ({}));
+  throw new Error(body.error ?? `TensorBoard responded with status ${response.status} to ${route}.`);
 }
 
 const httpSource = {
   live: true,
-  runs: () => asked("runs"),
-  run: (name) => asked("run", {run: name}),
-  snapshot: (name, step) => asked("snapshot", {run: name, step}),
+  runs: () => request("runs"),
+  run: (name) => request("run", {run: name}),
+  snapshot: (name, step) => request("snapshot", {run: name, step}),
 };
 
 /** Called by TensorBoard when the tab is opened. */

@@ -1,34 +1,35 @@
-// How high each feature lies. Heights go from 0 (top) to 1; a lineage keeps its own for as long as it is shown.
+// Vertical positions of features. Heights go from 0 (top) to 1; a lineage keeps its height while it is shown.
 
 import {trackSizes} from "./history.js";
+import {THEME} from "./theme.js";
 
-// A short column keeps the spacing of a column of twelve, around the middle, instead of spreading to the rims.
-const ROOMY = 11;
-const GAP = 0.7;
+// Columns with few dots are centred instead of being spread over the height; gaps between modules, in intervals.
+const {min_intervals: MIN_INTERVALS, module_gap: MODULE_GAP} = THEME.column;
 
 /**
- * Heights by lineage: `frames[k][l] = {shown: feature indices, heights, places}`. Who gets which place depends on the past
- * alone, so that a run that is still being written does not jump; how many places there are, on the fullest snapshot.
+ * Heights by lineage: `frames[k][l] = {shown: feature indices, heights, slots}`. The slot of a lineage depends only on
+ * earlier snapshots, so that positions do not change while a run is being written, except when the number of slots
+ * grows with the largest snapshot.
  */
-export function keptHeights(history, limit) {
+export function heightsByLineage(history, limit) {
   const columns = history.layers.map((_, l) => new Column(history, l, limit));
   return history.snapshots.map((_, k) => {
     const shown = columns.map((column) => column.begin(k));
     const anchors = new Anchors(history, k, shown);
-    for (const column of columns) column.forEachPlaced((i, height) => anchors.add(column.l, i, height));
-    for (const column of columns) column.place(anchors);
+    for (const column of columns) column.forEachAssigned((i, height) => anchors.add(column.l, i, height));
+    for (const column of columns) column.assignSlots(anchors);
     return columns.map((column) => column.frame());
   });
 }
 
-/** Where the members of each module lie so far, so that newcomers can join them. */
+/** Mean height of each module's features that have a slot, to place new ones near them. */
 class Anchors {
   constructor(history, k, shown) {
     this.tracks = history.tracks[k];
     this.sums = new Map();
     this.first = new Map();
     if (k > 0) return;
-    // At the start the modules lie below each other, the largest on top; what is in none lies at the bottom.
+    // At the start, modules are ordered by size from the top, and features in no module are at the bottom.
     const sizes = trackSizes(shown.map((column, l) => column.map((i) => this.tracks[l][i])));
     const order = [...sizes].sort((a, b) => b[1] - a[1] || a[0] - b[0]);
     const total = shown.reduce((sum, column) => sum + column.length, 0);
@@ -46,7 +47,7 @@ class Anchors {
     this.sums.set(track, [sum + height, count + 1]);
   }
 
-  /** Height at which a feature's module is; null for none, or for a module that begins here. */
+  /** Height of a feature's module; null if it is in none, or if the module is new. */
   of(l, i) {
     const track = this.tracks[l][i];
     if (this.first.has(track)) return this.first.get(track);
@@ -55,19 +56,19 @@ class Anchors {
   }
 }
 
-/** One node layer's places, some of them taken by lineages. */
+/** The slots of one node layer, and the lineages that occupy them. */
 class Column {
   constructor(history, l, limit) {
     this.history = history;
     this.l = l;
     this.limit = limit;
     const sizes = history.snapshots.map((snapshot) => snapshot.layers[l].importance.length);
-    this.fixed = history.layers[l].kind === "neuron" || !history.followed(0, l);
-    // Neurons keep the height of their index among all, shown or not.
+    this.fixed = history.layers[l].kind === "neuron" || !history.isTracked(0, l);
+    // Neurons are ordered by their index among all neurons, shown or not.
     const neurons = history.layers[l].kind === "neuron";
-    this.places = Math.max(1, neurons ? Math.max(...sizes) : Math.min(limit, Math.max(...sizes)));
-    this.holders = new Array(this.places).fill(null);
-    this.home = new Map();
+    this.slots = Math.max(1, neurons ? Math.max(...sizes) : Math.min(limit, Math.max(...sizes)));
+    this.occupants = new Array(this.slots).fill(null);
+    this.lastSlot = new Map();
   }
 
   begin(k) {
@@ -75,81 +76,81 @@ class Column {
     const order = this.history.order[k][this.l];
     this.shown = order.length <= this.limit ? order : order.slice(0, this.limit);
     this.ids = this.shown.map((i) => this.history.lineage(k, this.l, i));
-    const there = new Set(this.ids);
-    this.holders = this.holders.map((id) => (id !== null && there.has(id) ? id : null));
+    const present = new Set(this.ids);
+    this.occupants = this.occupants.map((id) => (id !== null && present.has(id) ? id : null));
     return this.shown;
   }
 
-  forEachPlaced(visit) {
+  forEachAssigned(visit) {
     const featureOf = new Map(this.ids.map((id, rank) => [id, this.shown[rank]]));
-    this.holders.forEach((id, place) => {
-      if (id !== null) visit(featureOf.get(id), this.#height(place));
+    this.occupants.forEach((id, slot) => {
+      if (id !== null) visit(featureOf.get(id), this.#height(slot));
     });
   }
 
-  /** Give a place to all that have none, the most important first. */
-  place(anchors) {
-    const placed = new Set(this.holders);
+  /** Assign a slot to each lineage without one, in order of importance. */
+  assignSlots(anchors) {
+    const placed = new Set(this.occupants);
     this.ids.forEach((id, rank) => {
       if (placed.has(id)) return;
-      const own = Math.min(this.shown[rank], this.places - 1);
-      const place = this.#free(this.fixed ? own : this.#wish(id, rank, anchors));
-      this.holders[place] = id;
-      this.home.set(id, place);
-      anchors.add(this.l, this.shown[rank], this.#height(place));
+      const index = Math.min(this.shown[rank], this.slots - 1);
+      const slot = this.#nearestFree(this.fixed ? index : this.#target(id, rank, anchors));
+      this.occupants[slot] = id;
+      this.lastSlot.set(id, slot);
+      anchors.add(this.l, this.shown[rank], this.#height(slot));
     });
   }
 
-  #wish(id, rank, anchors) {
-    if (this.home.has(id)) return this.home.get(id);
+  #target(id, rank, anchors) {
+    if (this.lastSlot.has(id)) return this.lastSlot.get(id);
     const parent = this.history.parents[this.l].get(id);
-    if (this.home.has(parent)) return this.home.get(parent);
+    if (this.lastSlot.has(parent)) return this.lastSlot.get(parent);
     const anchor = anchors.of(this.l, this.shown[rank]);
-    if (anchor !== null) return this.#placeAt(anchor);
+    if (anchor !== null) return this.#slotAt(anchor);
     if (!this.history.hasModules) return rank;
-    // A module that begins here gets the widest gap; what is in no module lies at the bottom.
-    return anchors.tracks[this.l][this.shown[rank]] < 0 ? this.places - 1 : this.#widestGap();
+    // A new module gets the widest gap; features in no module are at the bottom.
+    return anchors.tracks[this.l][this.shown[rank]] < 0 ? this.slots - 1 : this.#widestGap();
   }
 
-  #free(wish) {
-    for (let far = 0; far < this.places; far++) {
-      for (const place of [wish + far, wish - far]) if (this.holders[place] === null) return place;
+  #nearestFree(target) {
+    for (let distance = 0; distance < this.slots; distance++) {
+      for (const slot of [target + distance, target - distance]) if (this.occupants[slot] === null) return slot;
     }
-    throw new Error("no free place in a column: more features than places");
+    throw new Error("no free slot in a column: more features than slots");
   }
 
   #widestGap() {
     let [start, best, middle] = [0, 0, 0];
-    for (let place = 0; place <= this.places; place++) {
-      if (place < this.places && this.holders[place] === null) continue;
-      if (place - start > best) [best, middle] = [place - start, (start + place - 1) >> 1];
-      start = place + 1;
+    for (let slot = 0; slot <= this.slots; slot++) {
+      if (slot < this.slots && this.occupants[slot] === null) continue;
+      if (slot - start > best) [best, middle] = [slot - start, (start + slot - 1) >> 1];
+      start = slot + 1;
     }
     return middle;
   }
 
-  #placeAt(height) {
-    const span = spanOf(this.places);
-    const place = span > 0 ? ((height - 0.5) / span + 0.5) * (this.places - 1) : 0;
-    return Math.min(this.places - 1, Math.max(0, Math.round(place)));
+  #slotAt(height) {
+    const span = spanOf(this.slots);
+    const slot = span > 0 ? ((height - 0.5) / span + 0.5) * (this.slots - 1) : 0;
+    return Math.min(this.slots - 1, Math.max(0, Math.round(slot)));
   }
 
-  #height(place) {
-    return this.places > 1 ? 0.5 + spanOf(this.places) * (place / (this.places - 1) - 0.5) : 0.5;
+  #height(slot) {
+    return this.slots > 1 ? 0.5 + spanOf(this.slots) * (slot / (this.slots - 1) - 0.5) : 0.5;
   }
 
   frame() {
-    const place = new Map(this.holders.map((id, at) => [id, at]));
-    return {shown: this.shown, heights: this.ids.map((id) => this.#height(place.get(id))), places: this.places};
+    const slot = new Map(this.occupants.map((id, at) => [id, at]));
+    return {shown: this.shown, heights: this.ids.map((id) => this.#height(slot.get(id))), slots: this.slots};
   }
 }
 
-function spanOf(places) {
-  return Math.min(1, Math.max(places - 1, 0) / ROOMY);
+function spanOf(slots) {
+  return Math.min(1, Math.max(slots - 1, 0) / MIN_INTERVALS);
 }
 
-/** Heights by the modules of one snapshot: each lies at one height in all columns, as in the figures. */
-export function moduleHeights(history, k, limit) {
+/** Heights by the modules of one snapshot: a module has the same height in all columns, as in the figures. */
+export function heightsByModule(history, k, limit) {
   const shown = history.order[k].map((order, l) => {
     const column = order.slice(0, limit);
     return history.layers[l].kind === "neuron" ? column.sort((a, b) => a - b) : column;
@@ -161,18 +162,18 @@ export function moduleHeights(history, k, limit) {
     .map(([track]) => track)
     .concat(-1);
   const most = bands.map((band) => Math.max(...tracks.map((column) => column.filter((t) => t === band).length)));
-  const total = most.reduce((sum, n) => sum + (n ? n + GAP : 0), -GAP);
-  const scale = Math.max(total - 1, ROOMY);
+  const total = most.reduce((sum, n) => sum + (n ? n + MODULE_GAP : 0), -MODULE_GAP);
+  const scale = Math.max(total - 1, MIN_INTERVALS);
   return shown.map((column, l) => {
     const heights = new Array(column.length);
     let above = (scale - total + 1) / 2;
     bands.forEach((band, b) => {
       const members = column.map((_, n) => n).filter((n) => tracks[l][n] === band);
-      members.forEach((n, place) => {
-        heights[n] = (above + (most[b] - members.length) / 2 + place) / scale;
+      members.forEach((n, slot) => {
+        heights[n] = (above + (most[b] - members.length) / 2 + slot) / scale;
       });
-      above += most[b] ? most[b] + GAP : 0;
+      above += most[b] ? most[b] + MODULE_GAP : 0;
     });
-    return {shown: column, heights, places: Math.max(1, Math.round(scale + 1))};
+    return {shown: column, heights, slots: Math.max(1, Math.round(scale + 1))};
   });
 }

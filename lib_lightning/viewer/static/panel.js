@@ -1,18 +1,27 @@
-// The graph of one run: canvases, the words around them, and the mouse.
+// The graph of one run: canvases, the text around them, and mouse events.
 
-import {AGES, FROM_THE_START, MUTED, NO_MODULE, OTHER_MODULES, VERMILION} from "./palette.js";
-import {h, sized} from "./dom.js";
+import {
+  AGES,
+  FROM_THE_START,
+  MUTED,
+  NO_MODULE,
+  OTHER_MODULES,
+  VERMILION,
+  dotRadius,
+  edgeStyle,
+} from "./palette.js";
+import {THEME} from "./theme.js";
+import {h, resizeCanvas} from "./dom.js";
 import {counted, integer, percent} from "./text.js";
-import {keptHeights, moduleHeights} from "./layout.js";
+import {heightsByLineage, heightsByModule} from "./layout.js";
 import {SnapshotCache} from "./cache.js";
 import {buildScene, dotAt, dotOfLineage} from "./scene.js";
 import {drawFocus, drawScene} from "./graph.js";
-import {featureFacts} from "./tooltip.js";
+import {featureDetails} from "./tooltip.js";
 
-const KINDS = {lib: "LIB features", pca: "PCA features", neuron: "neurons", centered: "neurons, centred"};
 const FADE_MS = 110;
 
-/** One run's picture. `onfollow(l, id)` is called with a click on a dot, `onfollow(null)` with one beside. */
+/** The graph of one run. `onfollow({run, l, id})` is called for a click on a dot, `onfollow(null)` for other clicks. */
 export class RunPanel {
   constructor(name, color, tip, onfollow) {
     this.name = name;
@@ -23,9 +32,9 @@ export class RunPanel {
     this.followed = null;
     this.canvases = [h("canvas"), h("canvas")];
     this.overlay = h("canvas", {class: "lib-overlay"});
-    this.heads = h("div", {class: "lib-heads"});
+    this.columnTexts = h("div", {class: "lib-heads"});
     this.base = h("div", {class: "lib-base"}, this.canvases);
-    this.stage = h("div", {class: "lib-stage", role: "img"}, this.base, this.overlay, this.heads);
+    this.stage = h("div", {class: "lib-stage", role: "img"}, this.base, this.overlay, this.columnTexts);
     this.counts = h("span", {class: "lib-counts", "data-role": "edge-counts"});
     this.at = h("strong", {"data-role": "own-step", hidden: true});
     this.note = h("div", {class: "lib-note"});
@@ -49,45 +58,55 @@ export class RunPanel {
     this.stage.addEventListener("click", (event) => this.#click(event));
   }
 
-  /** Take a run's data, anew when its version has changed. */
-  take(history, source, version) {
+  /** Set the data of the run, at first and whenever its version changes. */
+  setData(history, source, version) {
     this.history = history;
     this.version = version;
     this.cache = new SnapshotCache(source, this.name);
     this.frames = new Map();
   }
 
+  /** Fetch the data again at the next refresh. */
+  invalidate() {
+    this.version = null;
+  }
+
+  /** Set the lineage `{run, l, id}` that is followed, in this run or another, or null. */
+  setFollowed(lineage) {
+    this.followed = lineage?.run === this.name ? lineage : null;
+  }
+
   #frame(k, view) {
-    if (view.heights === "module") return moduleHeights(this.history, k, view.limit);
-    if (!this.frames.has(view.limit)) this.frames.set(view.limit, keptHeights(this.history, view.limit));
+    if (view.heights === "module") return heightsByModule(this.history, k, view.limit);
+    if (!this.frames.has(view.limit)) this.frames.set(view.limit, heightsByLineage(this.history, view.limit));
     return this.frames.get(view.limit)[k];
   }
 
-  /** Draw snapshot k. `fade` lets it come up softly over the one before. */
+  /** Draw snapshot k; with `fade`, over the previous one. */
   draw(k, snapshot, view, fade) {
     const [width, height] = [Math.max(320, this.stage.clientWidth), view.graphHeight];
     this.stage.style.height = `${height}px`;
     this.scene = buildScene(this.history, k, snapshot, this.#frame(k, view), {...view, width, height});
     const front = this.canvases.reverse()[0];
-    drawScene(sized(front, width, height), this.scene, width, height);
+    drawScene(resizeCanvas(front, width, height), this.scene, width, height);
     this.base.append(front);
     for (const animation of front.getAnimations()) animation.cancel();
     if (fade) front.animate([{opacity: 0}, {opacity: 1}], {duration: FADE_MS, easing: "ease-out"});
     this.size = [width, height];
-    this.#write(view);
+    this.#writeText(view);
     this.hovered = this.hovered && dotOfLineage(this.scene, this.hovered.l, this.hovered.id);
     this.focus();
-    if (this.hovered) this.#tell(this.hovered);
+    if (this.hovered) this.#showTooltip(this.hovered);
   }
 
-  #tell(dot) {
-    this.tip.show(this, featureFacts(this.scene, dot.l, dot.feature, dot.color));
+  #showTooltip(dot) {
+    this.tip.show(this, featureDetails(this.scene, dot.l, dot.feature, dot.color));
   }
 
-  /** Say why there is no graph here. */
+  /** Show a text instead of a graph. */
   clear(text) {
     this.scene = null;
-    this.heads.replaceChildren(h("div", {class: "lib-blank"}, text));
+    this.columnTexts.replaceChildren(h("div", {class: "lib-blank"}, text));
     for (const canvas of [...this.canvases, this.overlay]) canvas.width = canvas.width + 0;
     this.counts.textContent = "";
     this.at.hidden = true;
@@ -95,25 +114,25 @@ export class RunPanel {
     this.note.textContent = "";
   }
 
-  #write(view) {
+  #writeText(view) {
     const {scene} = this;
-    const own = this.history.steps[scene.k];
-    this.at.hidden = own === view.step;
-    this.at.textContent = `at step ${integer(own)}`;
+    const step = this.history.steps[scene.k];
+    this.at.hidden = step === view.step;
+    this.at.textContent = `at step ${integer(step)}`;
     this.counts.textContent =
       `${integer(scene.edgesDrawn)} of ${counted(scene.edges, "edge")} drawn, ` +
       `${percent(scene.share)} of the strength; ${integer(scene.featuresDrawn)} of ${counted(scene.features, "feature")}`;
     this.stage.setAttribute("aria-label", `Interaction graph of ${this.name}: ${this.counts.textContent}`);
-    const heads = scene.columns.map((column, l) => {
+    const columnTexts = scene.columns.map((column, l) => {
       const {name, kind} = this.history.layers[l];
       const shown = column.dots.length;
-      const of = shown < column.total ? `${integer(shown)} of ${integer(column.total)}` : integer(shown);
+      const count = shown < column.total ? `${integer(shown)} of ${integer(column.total)}` : integer(shown);
       const width = Math.max(60, scene.pitch - 8);
       return h(
         "div",
         {class: "lib-head", title: name, style: {left: `${column.x}px`, width: `${width}px`}},
         h("b", {}, h("bdi", {}, name)),
-        h("span", {}, `${of} ${KINDS[kind] ?? "features"}`),
+        h("span", {}, `${count} ${THEME.feature_names[kind] ?? "features"}`),
       );
     });
     const feet = scene.sections.map((section) =>
@@ -124,9 +143,9 @@ export class RunPanel {
         h("span", {}, `${percent(section.strength / section.total)} of strength`),
       ),
     );
-    this.heads.replaceChildren(...heads, ...feet);
-    this.note.textContent = scene.cut
-      ? `Only the strongest ${integer(scene.held)} edges of a section are at hand: weaker ones are not drawn.`
+    this.columnTexts.replaceChildren(...columnTexts, ...feet);
+    this.note.textContent = scene.isTruncated
+      ? `Only the ${integer(scene.loadedPerSection)} strongest edges of each section are loaded; weaker ones are not drawn.`
       : "";
     this.colors.replaceChildren(...this.#colorKey(view.color));
   }
@@ -137,7 +156,7 @@ export class RunPanel {
     const {history, scene} = this;
     if (by === "age") {
       return [
-        h("span", {}, "how long it has been there:"),
+        h("span", {}, "age of features:"),
         ...[[FROM_THE_START, "from the start"], ...AGES.map((age) => [age.color, age.name])].map(entry),
       ];
     }
@@ -152,7 +171,7 @@ export class RunPanel {
         entry([NO_MODULE, "none"]),
       ];
     }
-    if (!history.hasModules) return [h("span", {}, "No modules are known: "), entry([VERMILION, "features"])];
+    if (!history.hasModules) return [entry([VERMILION, "features (modules were not computed)"])];
     const numbers = new Map();
     let [others, none] = [new Set(), false];
     scene.snapshot.layers.forEach((layer, l) =>
@@ -167,13 +186,13 @@ export class RunPanel {
     return [
       h("span", {}, "modules at this step:"),
       ...modules,
-      ...(others.size ? [entry([OTHER_MODULES, counted(others.size, "smaller one")])] : []),
+      ...(others.size ? [entry([OTHER_MODULES, counted(others.size, "smaller module")])] : []),
       ...(none ? [entry([NO_MODULE, "none"])] : []),
-      h("span", {style: {color: MUTED}}, "grey lines run between modules"),
+      h("span", {style: {color: MUTED}}, "grey lines: between modules"),
     ];
   }
 
-  /** Bring out the dots under the mouse and the one that is followed. */
+  /** Emphasize the dot under the mouse and the followed one. */
   focus() {
     if (!this.scene) return;
     const followed = this.followed && dotOfLineage(this.scene, this.followed.l, this.followed.id);
@@ -181,21 +200,21 @@ export class RunPanel {
     this.stage.classList.toggle("lib-hovering", Boolean(this.hovered));
     this.stage.classList.toggle("lib-following", Boolean(followed) && !this.hovered);
     const [width, height] = this.size;
-    drawFocus(sized(this.overlay, width, height), this.scene, focused, width, height);
+    drawFocus(resizeCanvas(this.overlay, width, height), this.scene, focused, width, height);
     if (!this.hovered) this.tip.hide(this);
   }
 
   #hover(event) {
     if (!this.scene) return;
-    const rim = this.stage.getBoundingClientRect();
-    const dot = dotAt(this.scene, event.clientX - rim.left, event.clientY - rim.top);
+    const bounds = this.stage.getBoundingClientRect();
+    const dot = dotAt(this.scene, event.clientX - bounds.left, event.clientY - bounds.top);
     this.stage.style.cursor = dot ? "pointer" : "";
     if (dot !== this.hovered) {
       this.hovered = dot;
       this.focus();
-      if (dot) this.#tell(dot);
+      if (dot) this.#showTooltip(dot);
     }
-    if (dot) this.tip.place(rim.left + dot.x, rim.top + dot.y, dot.radius);
+    if (dot) this.tip.place(bounds.left + dot.x, bounds.top + dot.y, dot.radius);
   }
 
   #leave() {
@@ -205,46 +224,44 @@ export class RunPanel {
 
   #click(event) {
     if (!this.scene) return;
-    const rim = this.stage.getBoundingClientRect();
-    const dot = dotAt(this.scene, event.clientX - rim.left, event.clientY - rim.top);
+    const bounds = this.stage.getBoundingClientRect();
+    const dot = dotAt(this.scene, event.clientX - bounds.left, event.clientY - bounds.top);
     this.onfollow(dot ? {run: this.name, l: dot.l, id: dot.id} : null);
   }
 
-  /** Where a lineage's dot lies on the page, in pixels; null where it is not drawn. */
+  /** Position of a lineage's dot on the page in pixels, null if it is not drawn. */
   positionOf(layer, id) {
-    const l = this.history?.layers.findIndex((own) => own.name === layer) ?? -1;
+    const l = this.history?.layers.findIndex((other) => other.name === layer) ?? -1;
     const dot = this.scene && l >= 0 ? dotOfLineage(this.scene, l, id) : null;
     if (!dot) return null;
-    const rim = this.stage.getBoundingClientRect();
-    return {x: rim.left + window.scrollX + dot.x, y: rim.top + window.scrollY + dot.y};
+    const bounds = this.stage.getBoundingClientRect();
+    return {x: bounds.left + window.scrollX + dot.x, y: bounds.top + window.scrollY + dot.y};
   }
 }
 
-/** What sizes, widths and marks say, the same for all runs. */
+/** Legend of sizes, widths and marks. */
 export function markLegend() {
   const dot = (radius, extra) =>
     h("span", {class: `lib-dot ${extra ?? ""}`, style: {width: `${2 * radius}px`, height: `${2 * radius}px`}});
-  const line = (width, opacity) => h("span", {class: "lib-edge", style: {height: `${width}px`, opacity}});
+  const line = ({width, opacity}) => h("span", {class: "lib-edge", style: {height: `${width}px`, opacity}});
   const item = (...parts) => h("span", {class: "lib-key"}, parts);
   return h(
     "div",
     {class: "lib-legend"},
-    item(h("span", {}, "dots: importance, of the layer's largest"), dot(9.6), "1", dot(5.7), "0.1", dot(2.8), "0.001"),
     item(
-      h("span", {}, "lines: strength, of the section's largest"),
-      line(4.5, 0.85),
-      "1",
-      line(1.7, 0.32),
-      "0.1",
-      line(0.9, 0.15),
-      "0.01",
+      h("span", {}, "dots: importance relative to the layer's largest"),
+      [1, 0.1, 0.001].map((share) => [dot(dotRadius(share)), String(share)]),
     ),
-    item(dot(5, "lib-hollow"), "direction not fixed by the samples"),
+    item(
+      h("span", {}, "lines: strength relative to the section's largest"),
+      [1, 0.1, 0.01].map((share) => [line(edgeStyle(share, 1)), String(share)]),
+    ),
+    item(dot(5, "lib-hollow"), "direction not determined by the samples"),
     item(dot(5, "lib-new"), "new at this step"),
   );
 }
 
-/** The one tooltip of a view; each panel may show its own text in it. */
+/** The tooltip of a view, shared by its panels. */
 export class Tooltip {
   constructor() {
     this.element = h("div", {class: "lib-tip", "data-role": "tooltip", role: "tooltip", hidden: true});
@@ -263,15 +280,15 @@ export class Tooltip {
     this.element.hidden = true;
   }
 
-  /** Below or above a point of the window, where it hides the fewest edges of a dot there; beside it in low windows. */
+  /** Place it below or above a point, where it hides the fewest edges; beside the point in low windows. */
   place(x, y, gap) {
     const {offsetWidth: width, offsetHeight: height} = this.element;
     const {innerWidth, innerHeight} = window;
-    const far = gap + 16;
-    let [left, top] = [x - width / 2, y + far];
-    if (top + height > innerHeight - 8) top = y - far - height;
+    const offset = gap + 16;
+    let [left, top] = [x - width / 2, y + offset];
+    if (top + height > innerHeight - 8) top = y - offset - height;
     if (top < 8) {
-      left = x + far + width > innerWidth - 8 ? x - far - width : x + far;
+      left = x + offset + width > innerWidth - 8 ? x - offset - width : x + offset;
       top = Math.min(y - 30, innerHeight - height - 8);
     }
     this.element.style.left = `${Math.max(8, Math.min(left, innerWidth - width - 8))}px`;

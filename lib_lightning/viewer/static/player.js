@@ -1,6 +1,6 @@
-// Plays the film, and answers the keys: arrows, Home, End, space, Escape.
+// Playback and keyboard control: arrows, Home, End, space, Escape.
 
-/** Moves a view through its steps. */
+/** Plays the steps of a view. */
 export class Player {
   constructor(view) {
     this.view = view;
@@ -15,18 +15,18 @@ export class Player {
     this.play(!this.playing);
   }
 
-  /** Play from here to the end, or from the beginning where this is the end; or stop. */
+  /** Play from the current step to the end (from the beginning if at the end), or stop. */
   play(on) {
     clearTimeout(this.timer);
     this.timer = null;
     this.view.controls.showPlaying(on);
     if (!on) return;
-    const at = this.at();
-    const start = at >= this.view.steps.length - 1 ? 0 : at + 1;
+    const current = this.index();
+    const start = current >= this.view.steps.length - 1 ? 0 : current + 1;
     this.timer = setTimeout(() => this.#forward(start), 0);
   }
 
-  at() {
+  index() {
     return this.view.steps.indexOf(this.view.state.step);
   }
 
@@ -39,8 +39,8 @@ export class Player {
       this.play(false);
       return;
     }
-    // From where the view is now: the slider may have been moved meanwhile.
-    this.timer = setTimeout(() => this.#forward(this.at() + 1), Math.max(0, due - performance.now()));
+    // Continue from the current step: the slider may have been moved.
+    this.timer = setTimeout(() => this.#forward(this.index() + 1), Math.max(0, due - performance.now()));
   }
 
   onKey(event) {
@@ -52,10 +52,10 @@ export class Player {
     }
     const typing = within("input:not([type=range]):not([type=checkbox]), select, textarea");
     if (typing || event.ctrlKey || event.metaKey || event.altKey || !view.steps.length) return;
-    const far = event.shiftKey ? 10 : 1;
+    const distance = event.shiftKey ? 10 : 1;
     const last = view.steps.length - 1;
-    const to = {ArrowLeft: this.at() - far, ArrowRight: this.at() + far, Home: 0, End: last}[event.key];
-    // Sliders other than that of the steps keep their own arrows, buttons and boxes their space.
+    const to = {ArrowLeft: this.index() - distance, ArrowRight: this.index() + distance, Home: 0, End: last}[event.key];
+    // Other sliders handle arrow keys themselves, and buttons and checkboxes the space bar.
     if (to !== undefined && !within("input[type=range]:not([data-role=step])")) {
       event.preventDefault();
       view.show(view.steps[Math.min(last, Math.max(0, to))], {fade: true});

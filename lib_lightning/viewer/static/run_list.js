@@ -1,28 +1,28 @@
-// The runs there are, those that were chosen, and a panel for each of these with the run's newest data.
+// The available runs, the chosen ones, and their panels with current data.
 
 import {runColors} from "./palette.js";
 import {History} from "./history.js";
 
-/** Knows a source's runs; `make(name, color)` makes a panel for a run when it is first chosen. */
-export class Shelf {
-  constructor(source, make) {
+/** The runs of a data source. `makePanel(name, color)` creates the panel of a run when it is first chosen. */
+export class RunList {
+  constructor(source, makePanel) {
     this.source = source;
-    this.make = make;
-    this.full = [];
+    this.makePanel = makePanel;
+    this.available = [];
     this.chosen = null;
     this.colors = new Map();
     this.panels = new Map();
     this.errors = new Map();
   }
 
-  /** The chosen runs that are here, in the order of the list. */
+  /** Panels of the chosen runs with data, in the order of the list. */
   get shown() {
-    return this.full.map((run) => this.panels.get(run.name)).filter(Boolean);
+    return this.available.map((run) => this.panels.get(run.name)).filter(Boolean);
   }
 
-  /** Choose a run, or no longer; the last one stays. */
+  /** Choose a run or remove it from the choice; the last one cannot be removed. */
   choose(name, on) {
-    const others = (this.chosen ?? []).filter((own) => own !== name);
+    const others = (this.chosen ?? []).filter((other) => other !== name);
     if (on) this.chosen = [...others, name];
     else if (others.length) {
       this.chosen = others;
@@ -30,23 +30,23 @@ export class Shelf {
     }
   }
 
-  /** Ask for the runs; fetch those anew that are chosen and have changed. Returns whether there is something new. */
+  /** Update the list, and fetch chosen runs that have changed. Returns whether anything shown has changed. */
   async refresh() {
     const listed = await this.source.runs();
-    this.full = listed.filter((run) => run.snapshots > 0);
+    this.available = listed.filter((run) => run.snapshots > 0);
     this.colors = runColors(
       listed.map((run) => run.name),
       this.colors,
     );
-    const there = this.full.map((run) => run.name);
-    this.chosen = (this.chosen ?? []).filter((name) => there.includes(name));
-    for (const name of this.errors.keys()) if (!there.includes(name)) this.errors.delete(name);
-    // Where nothing is chosen, the first run that can be read is.
-    const any = this.chosen.length === 0;
+    const names = this.available.map((run) => run.name);
+    this.chosen = (this.chosen ?? []).filter((name) => names.includes(name));
+    for (const name of this.errors.keys()) if (!names.includes(name)) this.errors.delete(name);
+    // If no run is chosen, choose the first readable one.
+    const noneChosen = this.chosen.length === 0;
     const fetched = [];
-    for (const run of this.full) {
+    for (const run of this.available) {
       const stale = this.chosen.includes(run.name) && this.panels.get(run.name)?.version !== run.version;
-      const wanted = any ? this.chosen.length === 0 : stale;
+      const wanted = noneChosen ? this.chosen.length === 0 : stale;
       const found = wanted || this.errors.has(run.name) ? await this.#fetch(run) : null;
       if (!found) continue;
       fetched.push(found);
@@ -54,38 +54,38 @@ export class Shelf {
     }
     const gone = [...this.panels.keys()].filter((name) => !this.chosen.includes(name));
     for (const name of gone) this.panels.delete(name);
-    // All at once, so that nobody meets a panel whose data are newer than what else is shown.
-    const taken = fetched.filter((run) => this.chosen.includes(run.name));
-    for (const {name, history, version} of taken) {
-      const panel = this.panels.get(name) ?? this.make(name, this.colors.get(name));
-      panel.take(history, this.source, version);
+    // Update all panels at once, so that they are consistent.
+    const updated = fetched.filter((run) => this.chosen.includes(run.name));
+    for (const {name, history, version} of updated) {
+      const panel = this.panels.get(name) ?? this.makePanel(name, this.colors.get(name));
+      panel.setData(history, this.source, version);
       this.panels.set(name, panel);
     }
-    return gone.length + taken.length > 0;
+    return gone.length + updated.length > 0;
   }
 
-  /** A run's history; null, and a sentence among the errors, where it cannot be had. */
+  /** Fetch the history of a run; on failure, record the error and return null. */
   async #fetch({name, version}) {
     try {
       const history = new History(await this.source.run(name));
       this.errors.delete(name);
       return {name, version, history};
     } catch (error) {
-      const told = String(error.message ?? error);
-      this.errors.set(name, told.includes(name) ? told : `${name}: ${told}`);
+      const message = String(error.message ?? error);
+      this.errors.set(name, message.includes(name) ? message : `${name}: ${message}`);
       return null;
     }
   }
 
-  /** Fetch the runs shown again at the next look: what is here could not be drawn. */
-  doubt() {
-    for (const panel of this.panels.values()) panel.version = null;
+  /** Fetch all runs shown again at the next refresh, because they could not be drawn. */
+  invalidate() {
+    for (const panel of this.panels.values()) panel.invalidate();
   }
 
-  /** What keeps runs from being shown, as an error; null for nothing. */
-  get trouble() {
+  /** An error describing which runs cannot be shown, or null. */
+  get error() {
     const [first, ...more] = this.errors.values();
     if (first === undefined) return null;
-    return new Error(more.length ? `${first} ${more.length} more cannot be read.` : first);
+    return new Error(more.length ? `${first} ${more.length} more runs cannot be read.` : first);
   }
 }

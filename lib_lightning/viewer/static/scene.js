@@ -1,18 +1,18 @@
-// What one picture holds: dots with places and colours, and the edges between them that are strong enough.
+// The content of one picture: dots with positions and colours, and the edges above the threshold.
 
 import {AGES, BETWEEN, BLUE, FROM_THE_START, MUTED, NO_MODULE, OTHER_MODULES, VERMILION, dotRadius} from "./palette.js";
 import {labelGroup} from "./history.js";
 
-/** Pixels kept free around the graph: names of layers above, counts below, labels beside the last column. */
+/** Margins in pixels: names of layers above, counts below, labels to the right of the last column. */
 const MARGIN = {top: 50, bottom: 44, left: 84, right: 84, labels: 130};
-// Below this many pixels from dot to dot there is no room for words.
-const ROOM_FOR_WORDS = 9;
+// Pixels between dots below which there is no space for text.
+const MIN_TEXT_SPACING = 9;
 
 /**
  * Build a picture of snapshot k.
  *
- * `frame` says how high each feature lies (layout.js), `view` is `{width, height, threshold, color}`: the threshold is
- * a share of each section's strongest edge, the colour one of "module", "label", "age".
+ * `frame` contains the heights of features (see layout.js). `view` is `{width, height, threshold, color}`: the threshold
+ * is relative to each section's strongest edge, the colour is "module", "label" or "age".
  */
 export function buildScene(history, k, snapshot, frame, view) {
   const count = history.layers.length;
@@ -27,19 +27,19 @@ export function buildScene(history, k, snapshot, frame, view) {
   const columns = frame.map((column, l) =>
     buildColumn(history, k, snapshot, column, l, view, plot, {
       x: count > 1 ? plot.left + pitch * l : (plot.left + plot.right) / 2,
-      // What a label beside a dot may take.
-      room: l < count - 1 ? pitch - 40 : right - 24,
+      // Maximum width of a label beside a dot.
+      labelWidth: l < count - 1 ? pitch - 40 : right - 24,
     }),
   );
   const sections = snapshot.sections.map((section, l) => buildSection(section, columns[l], columns[l + 1], view));
   return {k, snapshot, history, columns, sections, pitch, ...totals(columns, sections)};
 }
 
-function buildColumn(history, k, snapshot, frame, l, view, plot, {x, room}) {
+function buildColumn(history, k, snapshot, frame, l, view, plot, {x, labelWidth}) {
   const layer = snapshot.layers[l];
   const largest = layer.importance[history.order[k][l][0]] || 1;
-  const spacing = (plot.bottom - plot.top) / Math.max(1, frame.places - 1);
-  // In a long column dots shrink until it stays a row of dots.
+  const spacing = (plot.bottom - plot.top) / Math.max(1, frame.slots - 1);
+  // In a long column, dots must not merge.
   const most = Math.max(1.3, 0.62 * spacing);
   const dotOf = new Map();
   const dots = frame.shown.map((feature, n) => {
@@ -61,10 +61,10 @@ function buildColumn(history, k, snapshot, frame, l, view, plot, {x, room}) {
     dotOf.set(feature, dot);
     return dot;
   });
-  return {l, x, room, dots, dotOf, total: layer.importance.length, words: spacing >= ROOM_FOR_WORDS};
+  return {l, x, labelWidth, dots, dotOf, total: layer.importance.length, hasTextSpace: spacing >= MIN_TEXT_SPACING};
 }
 
-/** Name of a feature in this snapshot, or the newest that its lineage has. */
+/** Label of a feature in this snapshot, or else the newest label of its lineage. */
 export function labelOf(history, snapshot, l, feature, id) {
   return (snapshot.layers[l].labels ?? {})[feature] ?? history.run.labels?.[l]?.[id] ?? "";
 }
@@ -78,7 +78,7 @@ function dotColor(history, k, snapshot, l, feature, id, by) {
   return history.hasModules ? history.moduleColor(k, l, feature) : VERMILION;
 }
 
-/** Colour for how long a lineage has been there. */
+/** Colour by the age of a lineage. */
 export function ageColor(history, k, l, id) {
   const first = history.first[l].get(id) ?? 0;
   if (first === 0) return FROM_THE_START;
@@ -87,31 +87,31 @@ export function ageColor(history, k, l, id) {
 
 function buildSection(section, before, after, view) {
   const {source, target, weight} = section.edges;
-  const least = view.threshold * (section.strongest ?? 0);
+  const minWeight = view.threshold * (section.strongest ?? 0);
   const edges = [];
   let strength = 0;
-  // Strongest first: after the first that is too weak there is nothing left to draw.
-  for (let e = 0; e < weight.length && weight[e] >= least && weight[e] > 0; e++) {
+  // Edges are sorted by strength: stop at the first one below the threshold.
+  for (let e = 0; e < weight.length && weight[e] >= minWeight && weight[e] > 0; e++) {
     const [from, to] = [before.dotOf.get(source[e]), after.dotOf.get(target[e])];
     if (!from || !to) continue;
     edges.push({from, to, weight: weight[e], share: weight[e] / section.strongest, color: edgeColor(from, to)});
     strength += weight[e];
   }
-  // The file may hold only the strongest edges of a section.
-  const cut = weight.length > 0 && weight.length < section.count && weight[weight.length - 1] > least;
+  // Only the strongest edges of a section may have been loaded.
+  const isTruncated = weight.length > 0 && weight.length < section.count && weight[weight.length - 1] > minWeight;
   return {
     edges,
     strength,
     x: (before.x + after.x) / 2,
     count: section.count,
     total: section.strength,
-    cut,
-    held: weight.length,
+    isTruncated,
+    loaded: weight.length,
   };
 }
 
 function edgeColor(from, to) {
-  // Without modules there is one colour for dots and another one for lines, as in the figures.
+  // Without modules, all dots have one colour and all lines another, as in the figures.
   if (from.color === VERMILION && to.color === VERMILION) return from.isNew || to.isNew ? VERMILION : BLUE;
   if (from.color !== to.color || from.color === NO_MODULE || from.color === OTHER_MODULES) return BETWEEN;
   return from.color === FROM_THE_START ? MUTED : from.color;
@@ -125,25 +125,25 @@ function totals(columns, sections) {
     edgesDrawn: sum(sections, (section) => section.edges.length),
     edges: sum(sections, (section) => section.count),
     share: sum(sections, (section) => section.strength) / sum(sections, (section) => section.total),
-    cut: sections.some((section) => section.cut),
-    held: Math.max(0, ...sections.map((section) => section.held)),
+    isTruncated: sections.some((section) => section.isTruncated),
+    loadedPerSection: Math.max(0, ...sections.map((section) => section.loaded)),
   };
 }
 
-/** The dot nearest to a point, within reach; null for none. */
+/** The dot nearest to a point, null if none is close. */
 export function dotAt(scene, x, y) {
   let [nearest, least] = [null, Infinity];
   for (const column of scene.columns) {
     if (Math.abs(column.x - x) > 16) continue;
     for (const dot of column.dots) {
-      const far = Math.hypot(dot.x - x, dot.y - y) - dot.radius;
-      if (far < least) [nearest, least] = [dot, far];
+      const distance = Math.hypot(dot.x - x, dot.y - y) - dot.radius;
+      if (distance < least) [nearest, least] = [dot, distance];
     }
   }
   return least <= 6 ? nearest : null;
 }
 
-/** The dot of a lineage, null where it is not drawn. */
+/** The dot of a lineage, null if it is not drawn. */
 export function dotOfLineage(scene, l, id) {
   return scene.columns[l]?.dots.find((dot) => dot.id === id) ?? null;
 }

@@ -1,21 +1,21 @@
-// What the view says in its head, and where there is nothing to see.
+// Texts of the view: the current step, and the state without snapshots.
 
 import {h} from "./dom.js";
 import {integer} from "./text.js";
 
-/** What to do when there is nothing to see yet. */
+/** Instructions for when there are no snapshots yet. */
 export function emptyState(live) {
   return [
     h("h2", {}, "No snapshots yet"),
     h("p", {}, "Add ", h("code", {}, "LIBCallback"), " to a trainer whose log directory is below this one:"),
     h("pre", {}, "from lib_lightning import LIBCallback\n\ntrainer = Trainer(callbacks=[LIBCallback()])"),
-    h("p", {}, live ? "Snapshots appear here as they are written." : "Then make this page again."),
+    h("p", {}, live ? "Snapshots appear here as they are written." : "Then export this page again."),
   ];
 }
 
-/** The step that is shown, one of `count`; `shown` are panels with the index `k` of their snapshots. */
+/** Description of the current step. `shown` are the panels with the index `k` of their snapshots. */
 export function stepText(step, index, count, shown) {
-  // Several runs have epochs of their own.
+  // The epoch is shown for a single run only, since it may differ between runs.
   const only = shown.length === 1 && shown[0].k >= 0 ? shown[0] : null;
   const epoch = only?.panel.history.snapshots[only.k].epoch;
   return [

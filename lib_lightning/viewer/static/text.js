@@ -1,4 +1,4 @@
-// Numbers as people read them.
+// Formatting of numbers and text.
 
 const SUPERSCRIPTS = {"-": "⁻", 0: "⁰", 1: "¹", 2: "²", 3: "³", 4: "⁴", 5: "⁵", 6: "⁶", 7: "⁷", 8: "⁸", 9: "⁹"};
 
@@ -22,19 +22,19 @@ export function number(value) {
   return `${Number((value / 10 ** exponent).toPrecision(3))} × ${tenTo(exponent)}`;
 }
 
-/** A number with its standard error, which has two digits: "0.123 ± 0.012". */
+/** A number with its standard error, rounded to two digits of the error: "0.123 ± 0.012". */
 export function withError(value, error) {
   if (value === null || !Number.isFinite(value)) return "–";
   if (error === null || error === undefined || !(error > 0)) return number(value);
   const exponent = Math.floor(Math.log10(Math.max(Math.abs(value), error)));
-  const far = exponent < -3 || exponent > 6;
-  const scale = far ? 10 ** exponent : 1;
+  const scientific = exponent < -3 || exponent > 6;
+  const scale = scientific ? 10 ** exponent : 1;
   const digits = Math.min(9, Math.max(0, 1 - Math.floor(Math.log10(error / scale))));
   const both = `${(value / scale).toFixed(digits)} ± ${(error / scale).toFixed(digits)}`;
-  return far ? `(${both}) × ${tenTo(exponent)}` : both;
+  return scientific ? `(${both}) × ${tenTo(exponent)}` : both;
 }
 
-/** 0.974 -> "97%", and never "100%" or "0%" of what is not all or nothing. */
+/** 0.974 -> "97%"; "100%" and "0%" only if exact. */
 export function percent(share) {
   if (!Number.isFinite(share)) return "–";
   if (share > 0 && share < 0.01) return "<1%";
@@ -53,10 +53,10 @@ export function counted(n, thing) {
   return `${integer(n)} ${thing}${n === 1 ? "" : "s"}`;
 }
 
-/** Cut a text to a width in pixels of a canvas's font. */
-export function shortened(context, text, room) {
-  if (context.measureText(text).width <= room) return text;
+/** Cut the end of a text to fit a width in pixels, in the font of a canvas context. */
+export function shorten(context, text, maxWidth) {
+  if (context.measureText(text).width <= maxWidth) return text;
   let end = text.length - 1;
-  while (end > 0 && context.measureText(`${text.slice(0, end)}…`).width > room) end -= 1;
+  while (end > 0 && context.measureText(`${text.slice(0, end)}…`).width > maxWidth) end -= 1;
   return end > 0 ? `${text.slice(0, end).trimEnd()}…` : "";
 }

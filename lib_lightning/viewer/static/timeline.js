@@ -1,7 +1,7 @@
-// Numbers over steps, below the graph: metrics, scalars and the followed lineage, over events on the same time axis.
+// Charts over training below the graph: metrics, scalars, the followed lineage and events, on the same time axis.
 
 import {h, setOptions} from "./dom.js";
-import {CHART, chartKey, lineChart, looksLogarithmic, timeScale, wantsLog} from "./chart.js";
+import {CHART, chartKey, lineChart, isLogSpaced, timeScale, wantsLog} from "./chart.js";
 import {integer, number, ordinal, withError} from "./text.js";
 import {MUTED, VERMILION} from "./palette.js";
 import {EventTrack} from "./events.js";
@@ -9,25 +9,25 @@ import {EventTrack} from "./events.js";
 const HEIGHT = 118;
 const FIRST_METRICS = ["effective_edges/total", "features/total"];
 
-/** The tracks; `act.go(step)` moves the slider, `act.follow(lineage)` follows one. */
+/** The charts. `actions.go(step)` moves to a step, `actions.follow(lineage)` follows a lineage. */
 export class Timeline {
-  constructor(state, act) {
-    this.act = act;
+  constructor(state, actions) {
+    this.actions = actions;
     this.state = state;
     this.metric = h("select", {
       "data-role": "metric",
       "aria-label": "metric",
-      onchange: () => act.set({metric: this.metric.value}),
+      onchange: () => actions.set({metric: this.metric.value}),
     });
     this.scalar = h("select", {
       "data-role": "scalar",
       "aria-label": "scalar",
-      onchange: () => act.set({scalar: this.scalar.value}),
+      onchange: () => actions.set({scalar: this.scalar.value}),
     });
     this.xscale = h("select", {
       "data-role": "xscale",
       "aria-label": "time axis",
-      onchange: () => act.set({xscale: this.xscale.value}),
+      onchange: () => actions.set({xscale: this.xscale.value}),
     });
     setOptions(
       this.xscale,
@@ -43,13 +43,13 @@ export class Timeline {
       scalar: new Track("scalar", this.scalar),
       lineage: new Track("lineage", h("strong", {class: "lib-followed-name"})),
     };
-    this.letGo = h(
+    this.unfollow = h(
       "button",
-      {type: "button", class: "lib-small", onclick: () => act.follow(null), title: "Escape"},
-      "let go",
+      {type: "button", class: "lib-small", onclick: () => actions.follow(null), title: "stop following this feature (Escape)"},
+      "stop following",
     );
-    this.tracks.lineage.head.append(this.letGo);
-    this.events = new EventTrack(act);
+    this.tracks.lineage.head.append(this.unfollow);
+    this.events = new EventTrack(actions);
     this.cursor = h("div", {class: "lib-cursor", "aria-hidden": "true"});
     this.column = h(
       "div",
@@ -71,12 +71,12 @@ export class Timeline {
     );
     for (const {plot} of Object.values(this.tracks)) {
       plot.addEventListener("click", (event) => {
-        act.go(this.time.back(event.clientX - plot.getBoundingClientRect().left), true);
+        actions.go(this.time.back(event.clientX - plot.getBoundingClientRect().left), true);
       });
     }
   }
 
-  /** Draw everything anew: other data, other choices or another width. */
+  /** Redraw everything, after changes of the data, the choices or the width. */
   draw(runs) {
     this.runs = runs;
     const steps = runs.flatMap((run) => run.history.steps);
@@ -86,8 +86,8 @@ export class Timeline {
     const all = [...steps, ...scalarSteps].sort((a, b) => a - b);
     const log =
       this.state.xscale === "log" ||
-      (this.state.xscale === "auto" && looksLogarithmic([...steps].sort((a, b) => a - b)));
-    // On a log axis the steps before the first snapshot would take the room of all others.
+      (this.state.xscale === "auto" && isLogSpaced(steps));
+    // On a logarithmic axis, steps before the first snapshot would take most of the width.
     this.time = timeScale(
       (log ? Math.min(...steps) : all[0]) ?? 0,
       all[all.length - 1] ?? 1,
@@ -143,7 +143,7 @@ export class Timeline {
     const lines = this.runs
       .filter((run) => run.history.run.scalars?.[this.scalar.value])
       .map(({name, color, history}) => ({name, color, ...history.run.scalars[this.scalar.value]}));
-    // Baselines write to the log directory of their run: the same numbers need only one line.
+    // Baselines share the log directory of their run: draw identical scalars once.
     const distinct = lines.filter(
       (line, i) => lines.findIndex((other) => String(other.values) === String(line.values)) === i,
     );
@@ -152,7 +152,7 @@ export class Timeline {
 
   #drawLineage() {
     const {follow} = this.state;
-    const run = follow && this.runs.find((own) => own.name === follow.run);
+    const run = follow && this.runs.find((other) => other.name === follow.run);
     this.tracks.lineage.element.hidden = !run;
     if (!run) return;
     const {history} = run;
@@ -187,41 +187,41 @@ export class Timeline {
     );
   }
 
-  /** Say how the followed lineage is at snapshot k; `drawn` tells whether its dot is in the picture. */
-  tell(history, k, snapshot, drawn) {
+  /** Describe the followed lineage at snapshot k; `drawn` is whether its dot is in the picture. */
+  describeFollowed(history, k, snapshot, drawn) {
     const {l, id} = this.state.follow;
     const i = history.featureOf(k, l, id);
     const label = history.run.labels?.[l]?.[id];
-    const parts = [label, history.followed(k, l) ? history.birth(l, id) : "not followed over time"];
+    const parts = [label, history.isTracked(k, l) ? history.birth(l, id) : "not tracked over training"];
     if (i < 0) {
       parts.push(
         k < history.first[l].get(id)
-          ? "not yet there at this step"
+          ? "not yet present at this step"
           : k > history.last[l].get(id)
-            ? `gone, last seen at step ${integer(history.steps[history.last[l].get(id)])}`
-            : "not there at this step",
+            ? `no longer present, last seen at step ${integer(history.steps[history.last[l].get(id)])}`
+            : "not present at this step",
       );
     } else {
       const layer = snapshot.layers[l];
       parts.push(
         `importance ${withError(layer.importance[i], layer.error?.[i])}`,
-        `${ordinal(history.rank(k, l, i))} of ${integer(layer.importance.length)}${drawn ? "" : ", not among the features drawn"}`,
+        `${ordinal(history.rank(k, l, i))} of ${integer(layer.importance.length)}${drawn ? "" : ", not among the features shown"}`,
       );
     }
-    this.tracks.lineage.say(h("span", {"data-role": "follow-text"}, parts.filter(Boolean).join(" · ")));
+    this.tracks.lineage.setText(h("span", {"data-role": "follow-text"}, parts.filter(Boolean).join(" · ")));
   }
 
-  /** Set the cursor and the values at a step. */
+  /** Move the cursor, and show the values at a step. */
   moveTo(step) {
     if (!this.time) return;
     const x = Math.min(this.time.width - CHART.right, Math.max(CHART.left, this.time.x(step ?? 0)));
     this.cursor.style.transform = `translateX(${x}px)`;
-    for (const track of [this.tracks.metric, this.tracks.scalar]) track.tellAt(step);
+    for (const track of [this.tracks.metric, this.tracks.scalar]) track.showValues(step);
     this.events.moveTo(step);
   }
 }
 
-/** A chart with a line above it that says what it shows. */
+/** A chart with a title and the current values above it. */
 class Track {
   constructor(role, title) {
     this.key = h("span", {class: "lib-track-key"});
@@ -237,12 +237,12 @@ class Track {
     this.plot.replaceChildren(lineChart({series: lines, time, height: HEIGHT, log, marks, label}));
   }
 
-  say(content) {
+  setText(content) {
     this.key.replaceChildren(content);
   }
 
-  /** The newest value at or before a step, of each line. */
-  tellAt(step) {
+  /** Show the last value of each line at or before a step. */
+  showValues(step) {
     this.key.replaceChildren(
       ...chartKey(
         this.lines.map((line) => {

@@ -1,13 +1,13 @@
-// All that is known of one feature at one step, in words.
+// Tooltip text of a feature: its properties in a snapshot.
 
 import {h} from "./dom.js";
 import {integer, number, ordinal, percent, withError} from "./text.js";
 import {labelOf} from "./scene.js";
 
-const PARTNERS = 4;
+const MAX_NEIGHBOURS = 4;
 
-/** The facts of feature i of node layer l, as elements for a tooltip. */
-export function featureFacts(scene, l, i, color) {
+/** Properties of feature i of node layer l, as elements for a tooltip. */
+export function featureDetails(scene, l, i, color) {
   const {history, k, snapshot} = scene;
   const layer = snapshot.layers[l];
   const id = history.lineage(k, l, i);
@@ -18,11 +18,11 @@ export function featureFacts(scene, l, i, color) {
     ["importance", withError(layer.importance[i], layer.error?.[i])],
     ["rank", `${ordinal(history.rank(k, l, i))} of ${integer(layer.importance.length)}`],
     module === null || module === undefined ? null : ["module", module < 0 ? "none" : String(module)],
-    history.followed(k, l) ? ["birth", history.birth(l, id)] : ["birth", "not followed over time"],
+    ["birth", history.isTracked(k, l) ? history.birth(l, id) : "not tracked over training"],
     similarity === null || similarity === undefined
       ? null
-      : ["similarity", `${number(similarity)} to the snapshot before`],
-    layer.degenerate?.[i] ? ["direction", "not fixed by the samples"] : null,
+      : ["similarity", `${number(similarity)} to the previous snapshot`],
+    layer.degenerate?.[i] ? ["direction", "not determined by the samples"] : null,
   ];
   return [
     h(
@@ -37,27 +37,27 @@ export function featureFacts(scene, l, i, color) {
       {},
       rows.filter(Boolean).map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]),
     ),
-    partners(scene, l, i, "before"),
-    partners(scene, l, i, "after"),
-    h("div", {class: "lib-tip-hint"}, "click to follow it through time"),
+    neighbours(scene, l, i, "before"),
+    neighbours(scene, l, i, "after"),
+    h("div", {class: "lib-tip-hint"}, "click to follow this feature over training"),
   ].filter(Boolean);
 }
 
-function partners(scene, l, i, side) {
+function neighbours(scene, l, i, side) {
   const {history, k, snapshot} = scene;
   const other = side === "before" ? l - 1 : l + 1;
   const section = snapshot.sections[Math.min(l, other)];
   if (other < 0 || !section) return null;
-  const [own, far] = side === "before" ? ["target", "source"] : ["source", "target"];
+  const [end, otherEnd] = side === "before" ? ["target", "source"] : ["source", "target"];
   const strongest = [];
-  // Strongest first, so that the first ones found are those.
-  for (let e = 0; e < section.edges.weight.length && strongest.length < PARTNERS; e++) {
-    if (section.edges[own][e] === i) strongest.push([section.edges[far][e], section.edges.weight[e]]);
+  // Edges are sorted by strength.
+  for (let e = 0; e < section.edges.weight.length && strongest.length < MAX_NEIGHBOURS; e++) {
+    if (section.edges[end][e] === i) strongest.push([section.edges[otherEnd][e], section.edges.weight[e]]);
   }
   return h(
     "div",
     {class: "lib-tip-partners"},
-    h("div", {class: "lib-tip-side"}, `strongest ${side}, in ${history.layers[other].name}`),
+    h("div", {class: "lib-tip-side"}, `strongest edges ${side === "before" ? "from" : "to"} ${history.layers[other].name}`),
     strongest.length
       ? h(
           "ol",
@@ -74,6 +74,6 @@ function partners(scene, l, i, side) {
             );
           }),
         )
-      : h("div", {class: "lib-tip-none"}, "none among the edges that are here"),
+      : h("div", {class: "lib-tip-none"}, "none among the strongest edges"),
   );
 }

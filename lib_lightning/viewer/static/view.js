@@ -1,20 +1,22 @@
-// The view: which runs, which step, what is drawn. Everything that changes goes through here.
+// The view: its state (runs, step, drawing options), and all changes of it.
 
 import {h} from "./dom.js";
+import {BLUE, MUTED, TEXT, VERMILION} from "./palette.js";
+import {THEME} from "./theme.js";
 import {integer} from "./text.js";
 import {dotOfLineage} from "./scene.js";
 import {Controls} from "./controls.js";
 import {Timeline} from "./timeline.js";
 import {RunPanel, Tooltip, markLegend} from "./panel.js";
-import {Shelf} from "./run_list.js";
+import {RunList} from "./run_list.js";
 import {Player} from "./player.js";
 import {emptyState, stepText} from "./strings.js";
-import {findFeature, knownFeatures, stillThere} from "./find.js";
+import {findFeature, featureSuggestions, resolveFollowed} from "./find.js";
 
 const POLL_MS = 5000;
 const PREFETCHED = 4;
 
-/** Build the view inside an element; `source` is where runs and snapshots come from. */
+/** Create the view inside an element. `source` provides runs and snapshots. */
 export function mount(element, source) {
   const view = new View(element, source);
   view.start();
@@ -27,7 +29,7 @@ class View {
     this.state = {
       step: null,
       threshold: 0.01,
-      limit: 40,
+      limit: THEME.column.max_features,
       color: "module",
       heights: "lineage",
       speed: 4,
@@ -40,7 +42,7 @@ class View {
     this.steps = [];
     this.pictures = null;
     this.player = new Player(this);
-    this.asked = 0;
+    this.requestId = 0;
     this.loading = null;
     this.failed = false;
     this.controls = new Controls(this.state, {
@@ -57,7 +59,7 @@ class View {
     });
     this.tip = new Tooltip();
     const clicked = (lineage) => this.clicked(lineage);
-    this.shelf = new Shelf(source, (name, color) => new RunPanel(name, color, this.tip, clicked));
+    this.runList = new RunList(source, (name, color) => new RunPanel(name, color, this.tip, clicked));
     this.message = h("div", {class: "lib-message", role: "alert", hidden: true});
     this.empty = h("div", {class: "lib-empty", hidden: true});
     this.grid = h("div", {class: "lib-panels"});
@@ -80,13 +82,16 @@ class View {
       this.tip.element,
       this.timeline.events.tip,
     );
+    for (const [name, color] of Object.entries({text: TEXT, muted: MUTED, accent: BLUE, warning: VERMILION})) {
+      this.root.style.setProperty(`--${name}`, color);
+    }
     element.append(this.root);
     this.keys = (event) => this.player.onKey(event);
     document.addEventListener("keydown", this.keys);
     this.resized = new ResizeObserver(() => this.onResize());
     this.resized.observe(this.root);
     this.handle = {
-      positionOf: (run, layer, id) => this.shelf.panels.get(run)?.positionOf(layer, id) ?? null,
+      positionOf: (run, layer, id) => this.runList.panels.get(run)?.positionOf(layer, id) ?? null,
       show: (step) => this.show(step),
       lastDrawMs: null,
       lastStepMs: null,
@@ -100,13 +105,13 @@ class View {
     if (!this.source.live) return;
     const poll = async () => {
       await this.refresh();
-      if (!this.gone) this.timer = setTimeout(poll, POLL_MS);
+      if (!this.destroyed) this.timer = setTimeout(poll, POLL_MS);
     };
-    if (!this.gone) this.timer = setTimeout(poll, POLL_MS);
+    if (!this.destroyed) this.timer = setTimeout(poll, POLL_MS);
   }
 
   destroy() {
-    this.gone = true;
+    this.destroyed = true;
     clearTimeout(this.timer);
     this.player.play(false);
     document.removeEventListener("keydown", this.keys);
@@ -115,14 +120,14 @@ class View {
     delete this.element.libView;
   }
 
-  /** Look for something new. */
+  /** Fetch what has changed. */
   async refresh() {
     try {
-      const changed = await this.shelf.refresh();
-      if (this.gone) return;
+      const changed = await this.runList.refresh();
+      if (this.destroyed) return;
       if (!this.failed) this.report(null);
-      this.controls.showRuns(this.shelf);
-      this.showEmpty(this.shelf.full.length === 0);
+      this.controls.showRuns(this.runList);
+      this.showEmpty(this.runList.available.length === 0);
       if (changed) await this.dataChanged();
       else if (this.failed) await this.show(this.state.step);
       else if (!this.steps.length) this.root.dataset.ready = "true";
@@ -133,25 +138,25 @@ class View {
 
   async dataChanged() {
     try {
-      await this.#takeData();
+      await this.#applyData();
     } catch (error) {
       this.failed = true;
-      this.shelf.doubt();
+      this.runList.invalidate();
       throw error;
     }
   }
 
-  async #takeData() {
-    this.asked += 1;
+  async #applyData() {
+    this.requestId += 1;
     const atEnd = this.state.step === null || this.state.step === this.steps[this.steps.length - 1];
-    this.steps = [...new Set(this.shelf.shown.flatMap((panel) => panel.history.steps))].sort((a, b) => a - b);
-    // Whoever looks at the newest snapshot sees the next one come; others are left where they are.
+    this.steps = [...new Set(this.runList.shown.flatMap((panel) => panel.history.steps))].sort((a, b) => a - b);
+    // If the last snapshot is shown, move to the new last one; otherwise keep the step.
     const step = atEnd ? this.steps[this.steps.length - 1] : this.stepNear(this.state.step);
-    this.state.follow = stillThere(this.state.follow, this.shelf);
-    this.grid.replaceChildren(...this.shelf.shown.map((panel) => panel.element));
-    this.grid.dataset.runs = this.shelf.shown.length;
-    this.root.dataset.runs = this.shelf.shown.map((panel) => panel.name).join(" ");
-    this.controls.showKnown(knownFeatures(this.shelf.shown));
+    this.state.follow = resolveFollowed(this.state.follow, this.runList);
+    this.grid.replaceChildren(...this.runList.shown.map((panel) => panel.element));
+    this.grid.dataset.runs = this.runList.shown.length;
+    this.root.dataset.runs = this.runList.shown.map((panel) => panel.name).join(" ");
+    this.controls.showSuggestions(featureSuggestions(this.runList.shown));
     this.content.hidden = this.steps.length === 0;
     this.pictures = null;
     if (this.steps.length) {
@@ -171,12 +176,12 @@ class View {
     this.empty.replaceChildren(...emptyState(this.source.live));
   }
 
-  /** Say what is wrong; without an error, what keeps a run from being shown, if anything does. */
+  /** Show an error, or else the error of a run that cannot be shown, if there is one. */
   report(error, again = false) {
-    const told = error ?? this.shelf.trouble;
-    const more = (error ? again : this.source.live) ? " Trying again every five seconds." : "";
-    this.message.hidden = !told;
-    this.message.textContent = told ? `${String(told.message ?? told)}${more}` : "";
+    const shown = error ?? this.runList.error;
+    const more = (error ? again : this.source.live) ? " Retrying every five seconds." : "";
+    this.message.hidden = !shown;
+    this.message.textContent = shown ? `${String(shown.message ?? shown)}${more}` : "";
     if (error) this.root.dataset.ready = "true";
   }
 
@@ -184,30 +189,30 @@ class View {
   stepNear(step, nearest = false) {
     if (nearest)
       return this.steps.reduce(
-        (best, own) => (Math.abs(own - step) < Math.abs(best - step) ? own : best),
+        (best, other) => (Math.abs(other - step) < Math.abs(best - step) ? other : best),
         this.steps[0],
       );
-    return [...this.steps].reverse().find((own) => own <= step) ?? this.steps[0];
+    return [...this.steps].reverse().find((other) => other <= step) ?? this.steps[0];
   }
 
-  /** Show a step: as soon as its snapshots are here, unless another one has been asked for since. */
+  /** Show a step once its snapshots are loaded, unless another step is requested meanwhile. */
   async show(step, {fade = false} = {}) {
     if (step === undefined || step === null) return;
-    const begun = performance.now();
-    const turn = ++this.asked;
-    const back = this.state.step !== null && step < this.state.step;
+    const started = performance.now();
+    const id = ++this.requestId;
+    const backwards = this.state.step !== null && step < this.state.step;
     this.state.step = step;
     this.root.dataset.ready = "false";
     const index = this.steps.indexOf(step);
-    const wanted = this.shelf.shown.map((panel) => ({panel, k: panel.history.at(step)}));
+    const wanted = this.runList.shown.map((panel) => ({panel, k: panel.history.at(step)}));
     this.controls.showStep(index, this.steps.length, stepText(step, index, this.steps.length, wanted));
     let fetched = false;
     try {
       const found = wanted.map(({panel, k}) => (k < 0 ? null : panel.cache.peek(panel.history.steps[k])));
       if (wanted.some(({k}, i) => k >= 0 && !found[i])) {
-        // Of all steps that a drag passes while something is on its way, only the newest is asked for.
+        // While a request is pending, only the latest of the steps passed by a drag is requested.
         await this.loading?.catch(() => null);
-        if (turn !== this.asked || this.gone) return;
+        if (id !== this.requestId || this.destroyed) return;
         this.loading = Promise.all(
           wanted.map(({panel, k}) => (k < 0 ? null : panel.cache.get(panel.history.steps[k]))),
         );
@@ -215,42 +220,42 @@ class View {
           found[i] = snapshot;
         });
       }
-      if (turn !== this.asked || this.gone) return;
+      if (id !== this.requestId || this.destroyed) return;
       fetched = true;
       this.draw(
         wanted.map(({panel, k}, i) => ({panel, k, snapshot: found[i]})),
-        fade && !this.calm(),
+        fade && !this.skipsAnimation(),
       );
-      this.handle.lastStepMs = performance.now() - begun;
+      this.handle.lastStepMs = performance.now() - started;
       this.failed = false;
       this.report(null);
-      this.prefetch(wanted, back);
+      this.prefetch(wanted, backwards);
     } catch (error) {
-      if (turn !== this.asked) return;
+      if (id !== this.requestId) return;
       this.failed = true;
-      if (fetched) this.shelf.doubt();
+      if (fetched) this.runList.invalidate();
       this.report(error, this.source.live);
     }
   }
 
-  /** Whether motion is not wanted, or would come too fast to be seen. */
-  calm() {
+  /** Whether to skip animations: they are unwanted, or too fast to be seen. */
+  skipsAnimation() {
     return matchMedia("(prefers-reduced-motion: reduce)").matches || (this.player.playing && this.state.speed > 6);
   }
 
   draw(pictures, fade) {
-    const begun = performance.now();
+    const started = performance.now();
     this.pictures = pictures;
     const {state} = this;
     state.graphHeight = Math.round(Math.min(640, Math.max(400, 0.5 * window.innerHeight)));
     for (const {panel, k, snapshot} of pictures) {
-      panel.followed = state.follow?.run === panel.name ? state.follow : null;
+      panel.setFollowed(state.follow);
       if (snapshot) panel.draw(k, snapshot, state, fade);
-      else panel.clear(`${panel.name} has no snapshot yet at step ${integer(state.step)}.`);
+      else panel.clear(`${panel.name} has no snapshot at or before step ${integer(state.step)}.`);
     }
     this.controls.showThreshold(state.threshold);
     this.timeline.moveTo(state.step);
-    this.tellFollowed();
+    this.describeFollowed();
     const sum = (value) => pictures.reduce((total, {panel}) => total + (panel.scene ? value(panel.scene) : 0), 0);
     Object.assign(this.root.dataset, {
       step: state.step,
@@ -258,19 +263,19 @@ class View {
       featuresDrawn: sum((scene) => scene.featuresDrawn),
       ready: "true",
     });
-    this.handle.lastDrawMs = performance.now() - begun;
+    this.handle.lastDrawMs = performance.now() - started;
   }
 
   redraw() {
     if (this.pictures && this.root.dataset.ready === "true") this.draw(this.pictures, false);
   }
 
-  prefetch(wanted, back) {
-    // Not before the picture is on the screen.
+  prefetch(wanted, backwards) {
+    // After the picture is on the screen.
     setTimeout(() => {
       for (const {panel, k} of wanted) {
-        const next = Array.from({length: PREFETCHED}, (_, n) => (back ? k - 1 - n : k + 1 + n));
-        const steps = [...next, back ? k + 1 : k - 1].map((near) => panel.history.steps[near]);
+        const next = Array.from({length: PREFETCHED}, (_, n) => (backwards ? k - 1 - n : k + 1 + n));
+        const steps = [...next, backwards ? k + 1 : k - 1].map((near) => panel.history.steps[near]);
         panel.cache.prefetch(steps.filter((step) => step !== undefined));
       }
     }, 30);
@@ -283,53 +288,53 @@ class View {
   }
 
   choose(name, on) {
-    this.shelf.choose(name, on);
+    this.runList.choose(name, on);
     return this.refresh();
   }
 
-  /** A click on a dot: follow its lineage, or let go of it; a click beside lets go, too. */
+  /** Handle a click: follow the lineage of a dot; stop following on a second click, or on a click beside dots. */
   clicked(lineage) {
     const now = this.state.follow;
     const same = now && lineage && now.run === lineage.run && now.l === lineage.l && now.id === lineage.id;
     this.follow(same ? null : lineage);
   }
 
-  /** Follow a lineage `{run, l, id}` through time, or none. */
+  /** Follow a lineage `{run, l, id}` over training, or none. */
   follow(lineage) {
-    const layer = lineage && this.shelf.panels.get(lineage.run).history.layers[lineage.l].name;
+    const layer = lineage && this.runList.panels.get(lineage.run).history.layers[lineage.l].name;
     this.state.follow = lineage && {...lineage, layer};
-    for (const panel of this.shelf.shown) {
-      panel.followed = this.state.follow?.run === panel.name ? this.state.follow : null;
+    for (const panel of this.runList.shown) {
+      panel.setFollowed(this.state.follow);
       panel.focus();
     }
     this.drawTimeline();
-    this.tellFollowed();
+    this.describeFollowed();
   }
 
-  tellFollowed() {
+  describeFollowed() {
     const {follow} = this.state;
     this.root.dataset.following = follow
-      ? `${this.shelf.panels.get(follow.run).history.layers[follow.l].name}/${follow.id}`
+      ? `${this.runList.panels.get(follow.run).history.layers[follow.l].name}/${follow.id}`
       : "";
     const picture = follow && this.pictures?.find(({panel, snapshot}) => panel.name === follow.run && snapshot);
     if (!picture) return;
     const drawn = Boolean(dotOfLineage(picture.panel.scene, follow.l, follow.id));
-    this.timeline.tell(picture.panel.history, picture.k, picture.snapshot, drawn);
+    this.timeline.describeFollowed(picture.panel.history, picture.k, picture.snapshot, drawn);
   }
 
   drawTimeline() {
     this.timeline.draw(
-      this.shelf.shown.map(({name, history}) => ({name, history, color: this.shelf.colors.get(name)})),
+      this.runList.shown.map(({name, history}) => ({name, history, color: this.runList.colors.get(name)})),
     );
-    if (this.pictures) this.tellFollowed();
+    if (this.pictures) this.describeFollowed();
   }
 
   find(text) {
-    const found = findFeature(this.shelf.shown, text);
+    const found = findFeature(this.runList.shown, text);
     if (found) {
       this.follow(found);
       if (!this.failed) this.report(null);
-    } else this.report(new Error(`No feature shown is called “${text}”.`));
+    } else this.report(new Error(`No feature shown has the name or label “${text}”.`));
   }
 
   onResize() {
