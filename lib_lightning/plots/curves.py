@@ -114,7 +114,7 @@ def _mark_required(
     for k, (name, count) in enumerate(sorted(required.items(), key=lambda item: -item[1])):
         x, y = _curve(*by_basis[name])
         # Interpolate in the coordinates of the axis, where the curve is drawn as straight lines.
-        score = float(np.interp(*(to_axis(np.asarray(v, dtype=float)) for v in (count, x)), y)) if len(x) else unablated
+        score = float(np.interp(to_axis([float(count)]), to_axis(x), y)[0]) if len(x) else unablated
         offset = 0.07 + 0.125 * k
         y_text = low + (high - low) * (offset if from_below else 1 - offset)
         axes.plot([count, count], [score, y_text], color=colors[name], lw=0.9, ls=(0, (1, 1.5)), zorder=2)

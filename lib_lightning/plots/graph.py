@@ -237,7 +237,7 @@ def _draw_labels(axes: Axes, x: int, column: Column, labels: Sequence[str], next
     """Write the number of a feature to the left of its dot and its label to the right."""
     heights, distance = column.heights, _LINE_HEIGHT / (72 * _GRAPH_HEIGHT)
     if len(column.shown) <= _MAX_LABELS:
-        for k in non_overlapping(heights, distance):
+        for k in non_overlapping(heights.tolist(), distance):
             _annotate(axes, x, heights[k], str(column.numbers[k]), _NUMBER_SIZE, left=True)
     max_width = _label_width(axes, x, next_column)
     by_importance = sorted((k for k, label in enumerate(labels) if label), key=lambda k: column.shown[k])

@@ -228,7 +228,7 @@ def test_the_plugin_is_declared_and_loads_without_torch() -> None:
     assert EntryPoint("lib", "lib_lightning.viewer.plugin:LIBPlugin", "tensorboard_plugins").load() is LIBPlugin
     # TensorBoard imports it at startup.
     code = (
-        "import sys, lib_lightning.viewer.plugin; "
+        "import sys, lib_lightning.viewer, lib_lightning.viewer.plugin; "
         "print({'torch', 'lightning', 'matplotlib', 'networkx', 'torchmetrics'} & set(sys.modules))"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
