@@ -1,11 +1,12 @@
-"""A table of tiny models, each with the same computation written out as a chain of plain functions.
+"""A table of tiny models, each also written as a chain of plain functions.
 
-The chain is what the paper's authors ask their users for and what `tests/reference.py` works on; the library sees only
-the module and the names of its node layers.
+`tests/reference.py` uses the chain, as the implementation of the paper's authors does; the library uses only the module
+and the names of its node layers.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,19 +20,19 @@ from lib_lightning import NodeLayer
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A model, its data, its node layers, and what happens between them.
+    """A model, its data, its node layers, and the functions between them.
 
     Attributes:
         name: Name of the case.
-        model: In float64.
+        model: The model, in float64.
         data: All samples in one batch.
-        node_layers: As a user gives them.
-        first: Batch to ``a^0``, shape ``(n, S, d)``.
-        sections: ``a^l`` to ``a^{l+1}``, in batches.
+        node_layers: Argument of `compute_interaction_graph`.
+        first: Maps a batch to ``a^0``, shape ``(n, S, d)``.
+        sections: Functions from ``a^l`` to ``a^{l+1}``, in batches.
         affine: Sections whose Jacobian is the same everywhere.
-        input_fn: As a user gives it.
-        mask: As a user gives it.
-        masks: For each node layer which positions count, ``(n, S)``; by default all.
+        input_fn: Argument of `compute_interaction_graph`.
+        mask: Argument of `compute_interaction_graph`.
+        masks: True at valid positions of each node layer, ``(n, S)``; empty if all are valid.
     """
 
     name: str
@@ -45,28 +46,29 @@ class Case:
     mask: str | None = None
     masks: Sequence[Tensor] = ()
 
-    def counts(self, a: Tensor, l: int) -> Tensor:
-        """Which positions of activations ``a`` of node layer ``l`` count, ``(n, S)``."""
+    def valid(self, a: Tensor, l: int) -> Tensor:
+        """True at valid positions of activations ``a`` of node layer ``l``, ``(n, S)``."""
         return self.masks[l] if self.masks else torch.ones(a.shape[:2], dtype=torch.bool)
 
     def batches(self, *sizes: int) -> list[Any]:
-        """The data in batches of these sizes, repeated until it is used up."""
+        """The data in batches whose sizes cycle through some sizes."""
         tensors = self.data if isinstance(self.data, (tuple, dict)) else (self.data,)
         values = list(tensors.values()) if isinstance(tensors, dict) else list(tensors)
-        parts = list(zip(*(split_in_turns(v, sizes) for v in values), strict=True))
+        parts = list(zip(*(split_cyclically(v, sizes) for v in values), strict=True))
         if isinstance(self.data, dict):
             return [dict(zip(self.data, part, strict=True)) for part in parts]
         return parts if isinstance(self.data, tuple) else [part[0] for part in parts]
 
 
-def split_in_turns(tensor: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """Cut a tensor into pieces whose sizes take turns."""
-    pieces, start, turn = [], 0, 0
-    while start < len(tensor):
-        size = sizes[turn % len(sizes)]
-        pieces.append(tensor[start : start + size])
-        start, turn = start + size, turn + 1
-    return pieces
+def split_cyclically(tensor: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Split a tensor into parts whose sizes cycle through some sizes."""
+    parts, start = [], 0
+    for size in itertools.cycle(sizes):
+        if start >= len(tensor):
+            break
+        parts.append(tensor[start : start + size])
+        start += size
+    return parts
 
 
 N = 30
@@ -86,7 +88,7 @@ def mlp(name: str, act: type[nn.Module]) -> Case:
 
 
 def few_samples() -> Case:
-    # Fewer samples than features: the covariance has a null space that every map must leave alone.
+    # Fewer samples than features: the covariance has a null space, which no map may read.
     model = nn.Sequential(nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 4)).double()
     return Case(
         "few_samples",
@@ -108,7 +110,7 @@ def linear_chain() -> Case:
 
 
 class Mixer(nn.Module):
-    """Mixes positions, then features, at every position."""
+    """Mixes positions, then features."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +146,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualMLP(nn.Module):
-    """The residual stream is cut at the norms' inputs: the skip path holds the same tensor."""
+    """Node layers are at the inputs of the norms, where the residual connection has the same tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,7 +174,7 @@ def residual() -> Case:
 
 
 class Transformer(nn.Module):
-    """One block with layer norms and causal attention; only the last token is read out."""
+    """One block with layer norms and causal attention."""
 
     def __init__(self, d: int = 6, heads: int = 2) -> None:
         super().__init__()
@@ -222,12 +224,12 @@ def last_token() -> Case:
 
 
 def conv() -> Case:
-    # ReLU in place writes over the tensor that was cut, channels are the features, and flattening returns a view.
+    # An in-place ReLU overwrites a tapped tensor, channels are features, and flattening returns a view.
     model = nn.Sequential(
         nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(inplace=True), nn.AvgPool2d(2), nn.Conv2d(3, 5, 2),
         nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(5, 3),
     ).double()  # fmt: skip
-    with torch.no_grad():  # every channel alive on most images, as in a network worth looking at
+    with torch.no_grad():  # every channel is active on most images
         for bias in (model[0].bias, model[3].bias):
             bias += 0.5
 
@@ -292,7 +294,7 @@ class TwoInputs(nn.Module):
 
 
 def dict_input() -> Case:
-    # Two taps side by side make one node layer; the batch is a dict of keyword arguments.
+    # A node layer of two parallel taps; the batch is a dict of keyword arguments.
     model = TwoInputs().double()
 
     def product(a: Tensor) -> Tensor:
@@ -310,7 +312,7 @@ def dict_input() -> Case:
 
 
 class Tied(nn.Module):
-    """An autoencoder whose decoder is its encoder, transposed."""
+    """An autoencoder with tied weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -337,7 +339,7 @@ def tied() -> Case:
 
 
 class Repeated(nn.Module):
-    """One block with shared weights, run three times."""
+    """One block that is run three times."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -364,7 +366,7 @@ def repeated() -> Case:
 
 
 def norm_and_residual() -> Case:
-    # What the norm gives and the residual stream beside it: one tap is computed from the other, listed or not.
+    # The output of a norm and its input in one node layer: one tap is computed from the other, in either order.
     model = ResidualMLP().double()
     first, second = model.blocks
     both = NodeLayer(["blocks.0.norm", "blocks.0.norm:input"], "both")
@@ -392,7 +394,7 @@ def norm_and_residual() -> Case:
 
 
 class Padded(Transformer):
-    """Tokens of several lengths in one batch, filled up at the end."""
+    """Sequences of different lengths, padded at the end."""
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         return super().forward(tokens)
@@ -424,7 +426,7 @@ class PlainBlock(nn.Module):
 
 
 def plain_residual() -> Case:
-    # Residual blocks without norms: every section has a closed form, also at the last of several positions.
+    # Residual blocks without norms: every section has a closed form, at the last of several positions.
     model = nn.Sequential(PlainBlock(4), PlainBlock(4), nn.Linear(4, 3, bias=False)).double()
     layers = [NodeLayer([tap], positions=-1) for tap in ("input", "0", "1", "output")]
     return Case(
@@ -434,17 +436,17 @@ def plain_residual() -> Case:
 
 
 class BeforeActivations(nn.Module):
-    """Cut before its activation functions: each section begins with one; the last one is written out."""
+    """Node layers before the activation functions, the last of which is composed of several operations."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second, self.third = nn.Linear(5, 6), nn.Linear(6, 4, bias=False), nn.Linear(4, 3)
 
-    def bend(self, x: Tensor) -> Tensor:
+    def gelu(self, x: Tensor) -> Tensor:
         return 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.04 * x**3)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.third(self.bend(self.second(F.elu(self.first(x)))))
+        return self.third(self.gelu(self.second(F.elu(self.first(x)))))
 
 
 def before_activations() -> Case:
@@ -455,12 +457,12 @@ def before_activations() -> Case:
         torch.randn(N, 2, 5).double(),
         ["first", "second", "output"],
         model.first,
-        [lambda a: model.second(F.elu(a)), lambda a: model.third(model.bend(a))],
+        [lambda a: model.second(F.elu(a)), lambda a: model.third(model.gelu(a))],
     )
 
 
 def all_cases() -> list[Case]:
-    """Every case, always with the same numbers."""
+    """All cases, always with the same random numbers."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return [

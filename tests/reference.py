@@ -1,4 +1,4 @@
-"""The paper's algorithm transcribed word by word, with dense Jacobians: slow, plain, and made to be read.
+"""A literal transcription of the paper's algorithm with dense Jacobians: slow and simple, to test against.
 
 Source: arXiv 2405.10928. Works on a chain of plain functions (`tests.cases.Case.sections`), one sample at a time.
 """
@@ -41,7 +41,7 @@ def jacobian(F: Callable[[Tensor], Tensor], a_x: Tensor) -> Tensor:
 
 
 def averaged_jacobian(F: Callable[[Tensor], Tensor], a_x: Tensor, mu: Tensor, steps: int) -> Tensor:
-    """Jacobian averaged along the straight path from the mean; at the activations themselves for 0 steps."""
+    """Jacobian averaged along the straight path from the mean; at the activations for 0 steps."""
     if steps == 0:
         return jacobian(F, a_x)
     points, weights = np.polynomial.legendre.leggauss(steps)
@@ -49,7 +49,7 @@ def averaged_jacobian(F: Callable[[Tensor], Tensor], a_x: Tensor, mu: Tensor, st
 
 
 def nonzero_eigh(A: Tensor, rtol: float) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors, largest first, without the zero ones."""
+    """Nonzero eigenvalues in descending order, and their eigenvectors."""
     values, vectors = torch.linalg.eigh(A)
     keep = values > rtol * values.max()
     return values[keep].flip(0), vectors[:, keep].flip(1)
@@ -73,18 +73,18 @@ def transcribe(
         final: Basis of the last node layer, ``"neuron"``, ``"pca"``, ``"centered"`` or ``"fisher"``.
         steps: Points of the integration path.
         rtol: Eigenvalues below this share of the largest are zero.
-        masks: For each node layer which positions count, ``(n, S)``; the others are left out of every sum.
+        masks: True at valid positions of each node layer, ``(n, S)``; other positions are excluded from every sum.
 
     Returns:
-        Everything.
+        Activations, bases and edges.
     """
     a = activations(a0, chain)
     L = len(chain)
-    counts = list(masks) or [torch.ones(x.shape[:2], dtype=torch.bool) for x in a]
+    valid = list(masks) or [torch.ones(x.shape[:2], dtype=torch.bool) for x in a]
     mean, C, C_pinv, Lambda = ([torch.empty(0)] * (L + 1) for _ in range(4))
     for l in reversed(range(L + 1)):
         d = a[l].shape[-1]
-        rows = a[l][counts[l]]
+        rows = a[l][valid[l]]
         mean[l] = rows.mean(0)
         Sigma = sum(torch.outer(r - mean[l], r - mean[l]) for r in rows) / len(rows)
         D, U = nonzero_eigh(Sigma, rtol)
@@ -100,16 +100,16 @@ def transcribe(
             if kind == "fisher":
                 M = fisher_metric(rows)
             else:
-                M = jacobian_metric(chain[l], a[l], mean[l], C[l + 1], counts[l], counts[l + 1], steps)
+                M = jacobian_metric(chain[l], a[l], mean[l], C[l + 1], valid[l], valid[l + 1], steps)
             Lambda[l], V = nonzero_eigh(D.sqrt().diag() @ U.T @ M @ U @ D.sqrt().diag(), rtol)
             C[l] = U @ D.rsqrt().diag() @ V @ Lambda[l].sqrt().diag()
             C_pinv[l] = Lambda[l].rsqrt().diag() @ V.T @ D.sqrt().diag() @ U.T
-    E = [edges(chain[l], a[l], mean[l], C[l], C_pinv[l], C[l + 1], counts[l], counts[l + 1], steps) for l in range(L)]
+    E = [edges(chain[l], a[l], mean[l], C[l], C_pinv[l], C[l + 1], valid[l], valid[l + 1], steps) for l in range(L)]
     return Reference(a, mean, C, C_pinv, Lambda, E)
 
 
 def fisher_metric(logits: Tensor) -> Tensor:
-    """Mean of ``diag(p) - p p^T`` over logits, one vector a row."""
+    """Mean of ``diag(p) - p p^T`` over logits, one vector a row, with ``p = softmax(logits)``."""
     p = logits.softmax(-1)
     return sum(p_x.diag() - torch.outer(p_x, p_x) for p_x in p) / len(p)
 
@@ -119,17 +119,17 @@ def jacobian_metric(
     a: Tensor,
     mu: Tensor,
     C_next: Tensor,
-    counts: Tensor,
-    counts_next: Tensor,
+    valid: Tensor,
+    valid_next: Tensor,
     steps: int = 0,
 ) -> Tensor:
-    """The metric ``M`` of the node layer before a section, over some samples ``a`` of shape ``(n, S, d)``."""
+    """The metric ``M`` of the node layer before a section, from samples ``a`` of shape ``(n, S, d)``."""
     M = torch.zeros(a.shape[-1], a.shape[-1]).double()
     for x, a_x in enumerate(a):
         J = averaged_jacobian(F, a_x, mu, steps)  # (S', d', S, d)
-        J = J[counts_next[x]][:, :, counts[x]]
+        J = J[valid_next[x]][:, :, valid[x]]
         g = torch.einsum("pi,tpsd->tisd", C_next, J).reshape(-1, a.shape[-1])
-        M += g.T @ g / counts.sum()
+        M += g.T @ g / valid.sum()
     return M
 
 
@@ -140,53 +140,53 @@ def edges(
     C: Tensor,
     C_pinv: Tensor,
     C_next: Tensor,
-    counts: Tensor,
-    counts_next: Tensor,
+    valid: Tensor,
+    valid_next: Tensor,
     steps: int = 0,
 ) -> Tensor:
-    """The edges ``E`` of a section between two bases, over some samples ``a`` of shape ``(n, S, d)``."""
+    """The edges ``E`` of a section between two bases, from samples ``a`` of shape ``(n, S, d)``."""
     E = torch.zeros(C_next.shape[1], C.shape[1]).double()
     for x, a_x in enumerate(a):
         J = averaged_jacobian(F, a_x, mu, steps)
-        J = J[counts_next[x]][:, :, counts[x]]
+        J = J[valid_next[x]][:, :, valid[x]]
         J_hat = torch.einsum("pi,tpsd,jd->tisj", C_next, J, C_pinv)
-        fhat = (a_x[counts[x]] - mu) @ C
-        E += torch.einsum("tisj,sj->tij", J_hat, fhat).square().sum(0) / counts.sum()
+        fhat = (a_x[valid[x]] - mu) @ C
+        E += torch.einsum("tisj,sj->tij", J_hat, fhat).square().sum(0) / valid.sum()
     return E
 
 
-def keep_features(a: Tensor, mean: Tensor, C: Tensor, C_pinv: Tensor, kept: Sequence[int], counts: Tensor) -> Tensor:
-    """Activations ``(n, S, d)`` with only some features left; positions that do not count stay as they are."""
+def keep_features(a: Tensor, mean: Tensor, C: Tensor, C_pinv: Tensor, kept: Sequence[int], valid: Tensor) -> Tensor:
+    """Activations ``(n, S, d)`` reconstructed from some features; masked positions are unchanged."""
     result = a.clone()
-    for x, s in counts.nonzero().tolist():
+    for x, s in valid.nonzero().tolist():
         result[x, s] = mean + sum(((a[x, s] - mean) @ C[:, j]) * C_pinv[j] for j in kept)
     return result
 
 
 def run_on(a: Tensor, chain: Chain) -> Tensor:
-    """What comes out at the end of a chain."""
+    """The output of a chain."""
     for F in chain:
         a = F(a)
     return a.detach()
 
 
 def node_ablation(
-    a: Sequence[Tensor], chain: Chain, l: int, basis: tuple[Tensor, Tensor, Tensor], kept: Sequence[int], counts: Tensor
+    a: Sequence[Tensor], chain: Chain, l: int, basis: tuple[Tensor, Tensor, Tensor], kept: Sequence[int], valid: Tensor
 ) -> Tensor:
-    """The last activations ``(n, S, d)`` where node layer ``l`` has only some features left.
+    """The last activations ``(n, S, d)`` if node layer ``l`` keeps only some features.
 
     Args:
         a: Activations of every node layer.
         chain: The sections.
         l: Index of the node layer.
         basis: Its mean, map to features and map back.
-        kept: Numbers of the features to keep.
-        counts: Its positions that count, ``(n, S)``.
+        kept: Indices of the features to keep.
+        valid: Its valid positions, ``(n, S)``.
 
     Returns:
         Activations of the last node layer.
     """
-    return run_on(keep_features(a[l], *basis, kept, counts), chain[l:])
+    return run_on(keep_features(a[l], *basis, kept, valid), chain[l:])
 
 
 def edge_ablation(
@@ -195,9 +195,9 @@ def edge_ablation(
     l: int,
     bases: Sequence[tuple[Tensor, Tensor, Tensor]],
     mask: Tensor,
-    counts: Sequence[Tensor],
+    valid: Sequence[Tensor],
 ) -> Tensor:
-    """The last activations ``(n, S, d)`` where the section after node layer ``l`` has only some edges left.
+    """The last activations ``(n, S, d)`` if the section after node layer ``l`` keeps only some edges.
 
     Args:
         a: Activations of every node layer.
@@ -205,17 +205,17 @@ def edge_ablation(
         l: Index of the node layer before the section.
         bases: Mean, map to features and map back of every node layer.
         mask: True where an edge is kept, shape ``(r_out, r_in)``.
-        counts: Positions that count of every node layer, ``(n, S)``.
+        valid: Valid positions of every node layer, ``(n, S)``.
 
     Returns:
         Activations of the last node layer.
     """
     mean, C, C_pinv = bases[l + 1]
     result = a[l + 1].clone()
-    result[counts[l + 1]] = mean
+    result[valid[l + 1]] = mean
     for i in range(len(mask)):
         kept = mask[i].nonzero().flatten().tolist()
-        a_next = chain[l](keep_features(a[l], *bases[l], kept, counts[l])).detach()
-        for x, s in counts[l + 1].nonzero().tolist():
+        a_next = chain[l](keep_features(a[l], *bases[l], kept, valid[l])).detach()
+        for x, s in valid[l + 1].nonzero().tolist():
             result[x, s] += ((a_next[x, s] - mean) @ C[:, i]) * C_pinv[i]
     return run_on(result, chain[l + 1 :])

@@ -321,10 +321,10 @@ class _Search:
 
 @contextmanager
 def _tolerate() -> Iterator[None]:
-    """Give up a search on an error: another shape at this batch, or an operation without such a derivative."""
+    """Give up a search on an error: a different shape, an operation without a derivative, a missing torch internal."""
     try:
         yield
-    except (RuntimeError, NotImplementedError, IndexError) as error:
+    except (RuntimeError, NotImplementedError, IndexError, AttributeError) as error:
         if is_out_of_memory(error):
             raise
 

@@ -46,7 +46,7 @@ def maps_of(graph: InteractionGraph) -> list[tuple[Tensor, Tensor, Tensor]]:
 
 
 def counts_of(case: Case) -> list[Tensor]:
-    return [case.counts(a, l) for l, a in enumerate(activations_of(case))]
+    return [case.valid(a, l) for l, a in enumerate(activations_of(case))]
 
 
 def section_of(case: Case, instrumented: InstrumentedModel, graph: InteractionGraph, l: int) -> AblatedSection:

@@ -149,7 +149,7 @@ def test_plain_computation_takes_no_shortcut(monkeypatch: pytest.MonkeyPatch) ->
 def test_features_are_centred_and_their_variance_is_their_importance(case: Case) -> None:
     graph, reference = graph_of(case), reference_of(case)
     for l, (a, basis) in enumerate(list(zip(reference.activations, graph.bases.values(), strict=True))[:-1]):
-        features = basis.encode(a)[case.counts(a, l)]
+        features = basis.encode(a)[case.valid(a, l)]
         assert features.mean(0).abs().max() < TOLERANCE * basis.importance.max().sqrt()
         assert close(features.T @ features / len(features), basis.importance.diag())
 
@@ -159,19 +159,19 @@ def test_jacobians_are_orthonormal(case: Case) -> None:
     bases = list(graph.bases.values())
     for l, F in enumerate(case.sections):
         a, a_next = reference.activations[l : l + 2]
-        counts, counts_next = case.counts(a, l), case.counts(a_next, l + 1)
+        valid, valid_next = case.valid(a, l), case.valid(a_next, l + 1)
         total = torch.zeros(bases[l].n_features, bases[l].n_features).double()
         for x, a_x in enumerate(a):
             J = torch.einsum("pi,tpsd,jd->tisj", bases[l + 1].to_features, jacobian(F, a_x), bases[l].from_features)
-            J = J[counts_next[x]][:, :, counts[x]]
-            total += torch.einsum("tisj,tisk->jk", J, J) / counts.sum()
+            J = J[valid_next[x]][:, :, valid[x]]
+            total += torch.einsum("tisj,tisk->jk", J, J) / valid.sum()
         assert close(total, torch.eye(len(total)).double())
 
 
 def logits_of(case: Case) -> Tensor:
     """Logits at valid positions, ``(m, d)``."""
     a = reference_of(case).activations[-1]
-    return a[case.counts(a, len(case.sections))]
+    return a[case.valid(a, len(case.sections))]
 
 
 def test_fisher_features_span_what_softmax_depends_on(case: Case) -> None:

@@ -117,7 +117,7 @@ def assert_replicates(case: Case, built: BuildResult, groups: list[int], steps: 
     there = sorted(set(groups))
     for g in (0, len(there) - 1):
         rest = torch.tensor(groups) != there[g]
-        counts = [case.counts(x, l)[rest] for l, x in enumerate(a)]
+        counts = [case.valid(x, l)[rest] for l, x in enumerate(a)]
         for l, basis in enumerate(built.bases):
             rows = a[l][rest][counts[l]]
             centred = rows - rows.mean(0)

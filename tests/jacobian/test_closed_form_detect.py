@@ -348,3 +348,14 @@ def test_head_of_zeros_leaves_no_features(layers: list[str], kinds: Kinds) -> No
     found = built(model, [torch.randn(50, 5).double()], layers)
     assert [basis.n_features for basis in found.bases] == [0] * (len(layers) - 1) + [4]
     assert "elementwise" in kinds
+
+
+@pytest.mark.parametrize("function", ["path_nodes", "shape_of", "saved_names", "gradient_edge"])
+def test_missing_torch_internals_cost_only_speed(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = built_of(CASES["mlp_tanh"])
+
+    def missing(*args: object) -> None:
+        raise AttributeError("of another version of torch")
+
+    monkeypatch.setattr(f"lib_lightning.jacobian.closed_form_detect.{function}", missing)
+    assert_equal(built_of(CASES["mlp_tanh"]), expected)
