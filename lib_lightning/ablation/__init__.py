@@ -1,7 +1,7 @@
-"""How much of a graph a model needs: its score with only some features, or only some edges, left in place.
+"""Ablations: the score of a model with only some features of a node layer, or some edges of a section.
 
-The causal check of a basis: a graph is as sparse as the number of edges that the model gets by with. Fit the graph on
-one split of the data, and score on another.
+This is the causal test of a basis: the fewer edges the model needs for its score, the sparser the graph. Compute the
+graph on one split of the data, and the score on another.
 """
 
 from lib_lightning._deprecated import renamed_names

@@ -1,4 +1,4 @@
-"""Features through time: which ones are the same from snapshot to snapshot, and when they emerge."""
+"""Features over training: which ones are the same from snapshot to snapshot, and when they emerge."""
 
 from lib_lightning._deprecated import renamed_names
 from lib_lightning.lineage.emergence import EmergenceDetector

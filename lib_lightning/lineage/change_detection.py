@@ -1,17 +1,25 @@
-"""An online test for changes in many series at once, with a bound on the number of false alarms.
+"""Online detection of changes in many time series at once, with a bound on the rate of false alarms.
 
-What is tested are the increments of a series from snapshot to snapshot. Without a change they scatter about one mean,
-the trend, with one variance, both unknown. A change after snapshot ``s`` shifts their mean, for good (a new trend) or
-for a few snapshots (a new level). For each ``s`` so far, the likelihood of such a change is divided by that of none, of
-all that does not depend on the unknown trend and variance: the ratios of increments less the trend. It is a t-test that
-bets on the size of the shift, ``N(0, tau^2)`` standard deviations, and on how long it lasts. Without a change each of
-these ratios starts at 1 and stays 1 in expectation whenever one may stop, so their sum over ``s``, the Shiryaev-Roberts
-statistic, has an expectation that grows by 1 a snapshot. It cannot reach ``1/alpha`` more often than once in so many
-snapshots on average: no table, no simulation, nothing set beforehand. Each of ``m`` series is given ``1/m`` of it.
+*Hypotheses.* The increments of a series from snapshot to snapshot are tested. Under the null hypothesis they are
+independent and normal with the same mean (the trend) and the same variance, both unknown. Under the alternative, a
+change happened right after some snapshot ``s``: from there on the mean is shifted, permanently (a new trend) or for a
+few increments (a new level).
 
-Sources: Shin, Ramdas and Rinaldo (2023), "E-detectors", arXiv 2203.03532, for sums of such ratios and false alarms;
+*Statistic.* For each ``s``, the likelihood of the alternative is divided by that of the null, both of the maximal
+invariant of the increments, which depends on neither the trend nor the variance: their ratios after the trend has been
+removed. The size of the shift has the prior ``N(0, tau^2)`` in units of the standard deviation, and the ratio is
+averaged over several ``tau`` and durations. Under the null, each ratio starts at 1 and has expectation 1 at every
+stopping time (it is an e-process). The sum over all ``s``, the Shiryaev-Roberts statistic, then has an expectation that
+grows by 1 with each snapshot.
+
+*False alarms.* A change is reported when the sum reaches ``1/alpha``. Without changes this happens at most ``alpha N``
+times in ``N`` snapshots in expectation, whatever trend and variance are; no threshold is simulated or looked up. With
+``m`` series, ratios are weighted by ``1/m``, and the bound holds for all series taken together, however they depend on
+each other.
+
+Sources: Shin, Ramdas and Rinaldo (2023), "E-detectors", arXiv 2203.03532, for sums of e-processes and false alarms;
 Perez-Ortiz, Lardy, de Heide and Grunwald (2022), "E-statistics, group invariance and anytime valid testing", arXiv
-2208.07610, for ratios over what is invariant. With a normal bet the ratio is the Bayes factor of Zellner's g-prior:
+2208.07610, for likelihood ratios of invariants. With a normal prior the ratio is the Bayes factor of Zellner's g-prior:
 Liang et al. (2008), https://doi.org/10.1198/016214507000001337, equation 6.
 """
 
@@ -25,9 +33,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# tau: from hardly visible to far beyond all noise. Who knows few increments must bet high to win anything.
+# Values of tau: from shifts that are hardly visible to those far beyond the noise. With few increments, only large
+# values of tau give evidence.
 SHIFTS = (1.0, 4.0, 16.0, 64.0)
-# Increments that are shifted; 0 is all from the onset on.
+# Numbers of increments that are shifted; 0 for all after the change.
 DURATIONS = (1, 2, 4, 8, 0)
 _TINY = 1e-300
 
@@ -37,12 +46,12 @@ class Change:
     """A change in one series.
 
     Attributes:
-        series: Its number.
-        onset: The last snapshot before the change, as it was called.
+        series: Index of the series.
+        onset: The last snapshot before the change, as passed to `ChangeDetector.update`.
         before: Value at the onset.
-        after: Value now.
-        evidence: log10 of the evidence: as much comes by chance, in any of the series, at most once in so many
-            snapshots on average.
+        after: Value at the snapshot at which the change was detected.
+        evidence: log10 of the statistic. A statistic of ``x`` occurs by chance, in any of the series, at most once in
+            ``x`` snapshots in expectation.
     """
 
     series: int
@@ -53,40 +62,39 @@ class Change:
 
 
 class ChangeDetector:
-    """Watches many series for changes of their level or their trend, snapshot by snapshot.
+    """Detects changes of level or trend in many series, snapshot by snapshot.
 
-    A steady trend is no change. Where a change is found, the history of its series starts anew. Series may begin at
-    different times, and may be unknown (NaN) at some snapshots: the increment to the next known value is then one over
-    a longer gap.
+    A steady trend is not a change. After a change, the history of the series starts anew. Series may begin at different
+    times, and may be missing (NaN) at some snapshots: the next increment then spans a longer interval.
 
     Args:
-        false_alarms: ``alpha``: in ``N`` snapshots at most ``alpha N`` changes are expected to be found in series that
-            have none, in all series together, whatever they have to do with each other.
-        min_change: Least change of the level, in the direction of the shift; 0 for any change, of the trend alone as
-            well.
-        min_level: Changes between two values below it do not count.
-        resolution: Standard deviation of increments that are no surprise, ever; it is added to what is seen. Where it
-            is 0, evidence does not depend on the unit of a series.
-        persistence: Number of snapshots, up to the onset and again up to now, between each two of which the level must
-            have changed that much: with 2, a single outlier is no change.
-        min_before: Number of increments to know before an onset.
-        window: Number of latest increments among which onsets are looked for.
+        false_alarms: ``alpha``: in ``N`` snapshots, at most ``alpha N`` changes are reported in expectation if there
+            are none, in all series together.
+        min_change: Smallest change of the level, in the direction of the shift; 0 for any change, including changes of
+            the trend alone.
+        min_level: Changes between two values below it are ignored.
+        resolution: Standard deviation of increments that never count as evidence; it is added to the observed one. If
+            it is 0, the evidence does not depend on the unit of a series.
+        persistence: Number of snapshots, up to the onset and up to the present one, between any two of which the level
+            must have changed by ``min_change``: with 2, a single outlier is not a change.
+        min_before: Smallest number of increments before an onset.
+        window: Number of latest increments that are considered as onsets.
 
     Raises:
         ValueError: If a setting is outside its range.
 
     Note:
-        The bound on false alarms holds where the increments of a series without a change are independent and normal.
-        ``min_change``, ``min_level``, ``resolution``, ``persistence`` and ``window`` only take alarms away. Measured
-        without them, in 10, 100 and 400 series over 300 snapshots, as shares of the bound: 0.3, 0.1 and 0.1 for such
-        increments; 0.03 or less for values that scatter independently about a level. Where the assumption fails, so may
-        the bound: 0.5, 0.6 and 0.8 for increments with an autocorrelation of 0.3, but 0.8, 4 and 10 for one of 0.7, and
-        0.4, 1.3 and 3.5 for Student increments with 3 degrees of freedom.
+        The bound on false alarms assumes that the increments of a series without changes are independent and normal.
+        ``min_change``, ``min_level``, ``resolution``, ``persistence`` and ``window`` only remove alarms. Without them,
+        the measured number of false alarms in 10, 100 and 400 series over 300 snapshots, divided by the bound, was 0.3,
+        0.1 and 0.1 for such increments, and 0.03 or less for values that scatter independently about a level. If the
+        assumption does not hold, the bound may not either: the quotient was 0.5, 0.6 and 0.8 for increments with an
+        autocorrelation of 0.3, but 0.8, 4 and 10 with 0.7, and 0.4, 1.3 and 3.5 for increments with Student's t
+        distribution with 3 degrees of freedom.
 
-        A longer gap between snapshots has a proportionally larger trend. Whether it has a larger variance depends on
-        whether a series scatters about its trend (it has not) or wanders (proportionally larger). Evidence is computed
-        either way and the smaller one counts, so that neither denser snapshots nor the return to sparser ones raise
-        alarms.
+        Over a longer interval between snapshots, the trend is proportionally larger. The variance is proportionally
+        larger for a random walk, and the same for a series that scatters about its trend. The evidence is computed for
+        both and the smaller one is used, so neither denser snapshots nor the return to sparser ones raise alarms.
 
     Example:
         >>> detector = ChangeDetector(false_alarms=0.01)
@@ -109,14 +117,14 @@ class ChangeDetector:
         window: int = 64,
     ) -> None:
         if not 0 < false_alarms < 1:
-            raise ValueError(f"false_alarms is a number of alarms per snapshot, between 0 and 1; got {false_alarms}.")
+            raise ValueError(f"false_alarms must be between 0 and 1 per snapshot; got {false_alarms}.")
         for name, value in {"min_change": min_change, "resolution": resolution}.items():
             if not 0 <= value < math.inf:
-                raise ValueError(f"{name} is a number from 0 on; got {value}.")
+                raise ValueError(f"{name} must be at least 0 and finite; got {value}.")
         if not 1 <= persistence <= window:
-            raise ValueError(f"persistence is a number of snapshots, from 1 to window={window}; got {persistence}.")
+            raise ValueError(f"persistence must be between 1 and window={window} snapshots; got {persistence}.")
         if min_before < 2:
-            raise ValueError(f"min_before is a number of increments, from 2 on; got {min_before}.")
+            raise ValueError(f"min_before must be at least 2 increments; got {min_before}.")
         self.false_alarms, self.min_change, self.min_level = false_alarms, min_change, min_level
         self.resolution, self.persistence, self.min_before, self.window = resolution, persistence, min_before, window
         self._series = _empty(0, window)
@@ -125,70 +133,70 @@ class ChangeDetector:
         """Number of series."""
         return len(self._series["value"])
 
-    def add(self, count: int, like: int | None = None) -> None:
-        """Take on more series, numbered after those that there are.
+    def add(self, count: int, copy_of: int | None = None) -> None:
+        """Add series after the existing ones.
 
         Args:
-            count: How many.
-            like: Number of a series whose history they share so far; None for none.
+            count: Number of series to add.
+            copy_of: Index of a series whose history they share so far; None for no history.
         """
         new = _empty(count, self.window)
-        if like is not None:
-            new = {name: tensor[[like] * count] for name, tensor in self._series.items()}
+        if copy_of is not None:
+            new = {name: tensor[[copy_of] * count] for name, tensor in self._series.items()}
         self._series = {name: torch.cat([tensor, new[name]]) for name, tensor in self._series.items()}
 
     def keep(self, which: Tensor) -> None:
-        """Forget all series but some; these are numbered anew.
+        """Remove all series but some, which get new indices.
 
         Args:
-            which: Numbers of those to keep, in their new order, shape ``(k,)``, int64.
+            which: Indices of the series to keep, in their new order, shape ``(k,)``, int64.
         """
         self._series = {name: tensor[which] for name, tensor in self._series.items()}
 
-    def known(self, series: int) -> int:
-        """Number of increments that are known of a series since its history last began."""
+    def num_increments(self, series: int) -> int:
+        """Number of increments in the present history of a series."""
         return int(self._series["count"][series])
 
-    def update(self, snapshot: int, values: Tensor, gap: float = 1.0) -> list[Change]:
-        """Take in one snapshot.
+    def update(self, snapshot: int, values: Tensor, relative_interval: float = 1.0) -> list[Change]:
+        """Add one snapshot.
 
         Args:
-            snapshot: What to call it; the training step, say.
-            values: One for each series, shape ``(m,)``; NaN for unknown. More values than series add series.
-            gap: Distance from the snapshot before, in regular distances: 0.25 where snapshots are four times as dense
-                for a while. What is regular, the schedule decides: with snapshots that are evenly spaced on a
-                logarithmic axis, a steady trend of a logarithm is a power law.
+            snapshot: Identifies it in `Change.onset`, such as the training step.
+            values: One value for each series, shape ``(m,)``; NaN if missing. More values than series add series.
+            relative_interval: Interval from the previous snapshot, divided by the regular one: 0.25 while snapshots are
+                four times as dense. The schedule defines what is regular: with snapshots evenly spaced on a logarithmic
+                axis, a steady trend of a logarithm is a power law.
 
         Returns:
-            The changes found at this snapshot, at most one for each series.
+            The changes detected at this snapshot, at most one for each series.
 
         Raises:
-            ValueError: If there are fewer values than series, or the gap is not positive.
+            ValueError: If there are fewer values than series, or the interval is not positive.
         """
         values = values.detach().to("cpu", torch.float64)
         if values.ndim != 1 or len(values) < len(self):
-            raise ValueError(f"There are {len(self)} series, and values of shape {tuple(values.shape)} for them.")
-        if not 0 < gap < math.inf:
-            raise ValueError(f"gap is a positive number of regular distances; got {gap}.")
+            raise ValueError(f"There are {len(self)} series, but values of shape {tuple(values.shape)}.")
+        if not 0 < relative_interval < math.inf:
+            raise ValueError(f"relative_interval must be positive and finite; got {relative_interval}.")
         self.add(len(values) - len(self))
         known, s = values.isfinite(), self._series
-        s["gap"] = s["gap"] + gap
+        s["gap"] = s["gap"] + relative_interval
         self._push(values, known & s["value"].isfinite())
         evidence = self._evidence(values).where(known[:, None], -math.inf)
         s["value"] = values.where(known, s["value"])
         s["snapshot"] = s["snapshot"].where(~known, snapshot)
         s["gap"] = s["gap"].where(~known, 0.0)
-        return self._found(evidence)
+        return self._detected(evidence)
 
     def _push(self, values: Tensor, rows: Tensor) -> None:
-        """Let a new increment into the window, and the oldest one out into the sums."""
+        """Move the window by one increment in some series; the oldest one is added to the sums."""
         s = self._series
         increment = values - s["value"]
         s["trend"] = (increment / s["gap"]).where(rows & (s["count"] == 0), s["trend"])
         oldest = [torch.stack([term[:, 0] for term in _terms(s, model)], 1) for model in (0, 1)]
         s["sums"] = s["sums"] + rows[:, None, None] * torch.stack(oldest, 1)
         new = {
-            # Less the trend of the first increment: ratios do not depend on it, and a steep trend costs no digits.
+            # Minus the trend of the first increment, on which ratios do not depend: a steep trend would cost precision.
             "increments": increment - s["trend"] * s["gap"],
             "gaps": s["gap"],
             "weights": torch.full_like(values, 1 / max(1, len(values))),
@@ -200,7 +208,7 @@ class ChangeDetector:
         s["count"] = s["count"] + rows
 
     def _evidence(self, values: Tensor) -> Tensor:
-        """Logarithm of weight times likelihood ratio, for an onset just before each increment of the window."""
+        """Log of weight times likelihood ratio for a change before each increment of the window, ``(m, window)``."""
         s = self._series
         after = torch.arange(self.window, 0, -1)
         allowed = (s["gaps"] > 0) & (s["count"][:, None] - after >= self.min_before) & (after >= self.persistence)
@@ -217,12 +225,25 @@ class ChangeDetector:
         return (ratio + s["weights"].log()).where(allowed, -math.inf)
 
     def _highest_before(self, values: Tensor) -> Tensor:
-        """Highest of the ``persistence`` values up to each onset."""
-        there = values.where(self._series["gaps"] > 0, -math.inf)
-        return F.pad(there, (self.persistence - 1, 0), value=-math.inf).unfold(1, self.persistence, 1).amax(-1)
+        """Highest of the ``persistence`` values up to each onset, ``(m, window)``."""
+        present = values.where(self._series["gaps"] > 0, -math.inf)
+        return F.pad(present, (self.persistence - 1, 0), value=-math.inf).unfold(1, self.persistence, 1).amax(-1)
 
     def _log_ratio(self, model: int, direction: Tensor | None) -> Tensor:
-        """Likelihood of ``y = trend u + shift u [after the onset] + noise`` over that of ``y = trend u + noise``."""
+        """Log likelihood ratio of ``y = trend u + shift u [after the onset] + noise`` and ``y = trend u + noise``.
+
+        With ``UU = sum u^2`` over all ``n`` increments and ``uu`` over those that are shifted, ``UY``, ``uy`` and
+        ``YY`` likewise, the shift explains the share ``R^2`` of the variation about the trend. With ``g = tau^2`` times
+        the ``size`` of the shifted part, the ratio is ``(1 + g)^(-1/2) (1 - R^2 g / (1 + g))^(-(n - 1) / 2)``: the
+        Bayes factor of Liang et al. with the trend as the only other regressor.
+
+        Args:
+            model: Model of the noise, as for `_terms`.
+            direction: Sign that the shift must have, shape ``(m, window)``; None for any.
+
+        Returns:
+            Mean over durations and sizes of the shift, shape ``(m, window)``.
+        """
         n = self._series["count"][:, None].double()
         since = [term.flip(1).cumsum(1).flip(1) for term in _terms(self._series, model)]
         whole = self._series["sums"][:, model, :, None] + torch.stack(since, 1)[:, :, :1]
@@ -240,7 +261,7 @@ class ChangeDetector:
                 ratios.append(ratio if direction is None else ratio.where(contrast * direction > 0, -math.inf))
         return torch.stack(ratios).logsumexp(0) - math.log(len(ratios))
 
-    def _found(self, evidence: Tensor) -> list[Change]:
+    def _detected(self, evidence: Tensor) -> list[Change]:
         s, total = self._series, evidence.logsumexp(1)
         rows = (total >= -math.log(self.false_alarms)).nonzero().flatten()
         changes = []
@@ -253,17 +274,17 @@ class ChangeDetector:
         return changes
 
     def state_dict(self) -> dict[str, Any]:
-        """State to go on from, of tensors."""
+        """Tensors from which `load_state_dict` restores the detector."""
         return {name: tensor.clone() for name, tensor in self._series.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state.
+        """Restore the state of a detector with the same settings.
 
         Args:
-            state: What `state_dict` of a detector with the same settings gave.
+            state: A result of `state_dict`.
 
         Raises:
-            ValueError: If its window was another one.
+            ValueError: If its window was different.
         """
         if state["increments"].shape[1] != self.window:
             raise ValueError(f"The state has a window of {state['increments'].shape[1]}, not {self.window}.")
@@ -271,27 +292,31 @@ class ChangeDetector:
 
 
 def _terms(s: dict[str, Tensor], model: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``u^2``, ``u y`` and ``y^2`` over the noise's variance: 1 (model 0), or the gap (model 1). ``u`` is the gap."""
+    """``u^2``, ``u y`` and ``y^2`` of increments ``y`` over intervals ``u``, divided by the variance of the noise.
+
+    The variance is 1 in model 0 (scatter about a trend) and ``u`` in model 1 (random walk).
+    """
     gaps, y = s["gaps"], s["increments"]
     variance = gaps.where(gaps > 0, 1.0) if model else torch.ones_like(gaps)
     return gaps.square() / variance, gaps * y / variance, y.square() / variance
 
 
 def _empty(count: int, window: int) -> dict[str, Tensor]:
-    """All that is known of series that have not begun."""
+    """State of series without any values."""
     number: dict[str, Any] = {"dtype": torch.float64}
     return {
+        # The latest value, its snapshot, and the interval since.
         "value": torch.full((count,), math.nan, **number),
         "snapshot": torch.full((count,), -1),
         "gap": torch.zeros(count, **number),
         "count": torch.zeros(count, dtype=torch.int64),
         "trend": torch.zeros(count, **number),
-        # Of increments that have left the window: by model, the three terms.
+        # The three `_terms` of each model, summed over the increments that have left the window.
         "sums": torch.zeros(count, 2, 3, **number),
         "increments": torch.zeros(count, window, **number),
         "gaps": torch.zeros(count, window, **number),
         "weights": torch.zeros(count, window, **number),
-        # Just before each increment.
+        # Value and snapshot right before each increment.
         "values": torch.zeros(count, window, **number),
         "snapshots": torch.full((count, window), -1),
     }

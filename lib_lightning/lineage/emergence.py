@@ -1,4 +1,4 @@
-"""When a feature starts, or ceases, to matter, and when a metric leaves its trend."""
+"""Detects when features become, or cease to be, important, and when metrics depart from their trend."""
 
 from __future__ import annotations
 
@@ -13,58 +13,59 @@ from lib_lightning._deprecated import renamed_arguments
 from lib_lightning.lineage.change_detection import Change, ChangeDetector
 from lib_lightning.lineage.events import Event, Kind
 
-# Shares below it are as none: those of features that are not there.
+# Smaller shares are treated as this one, which is also the share of absent features.
 FLOOR = 1e-6
-# The least that is told from 0 of a metric that is followed by its logarithm.
-_NOTHING = 1e-12
-# Snapshots after which a feature that is not there any more is forgotten.
+# Smallest value that a metric on a logarithmic scale can have.
+_MIN_METRIC = 1e-12
+# Absent features are removed after this number of snapshots.
 _FORGET_AFTER = 10
-# Standard deviations of an increment, in log10, that are no surprise: 5% of a share, 2% of a metric.
-_RESOLUTION_OF_SHARES = 0.02
-_RESOLUTION_OF_NUMBERS = 0.01
-# Snapshots within which a newborn feature that comes to matter came from nothing; later it has a history of its own.
-_CHILDHOOD = 3
-# The series of a feature that is not there.
-_NOT_THERE = 0
+# Standard deviations of increments, in log10, that never count as evidence: 5% of a share, 2% of a metric.
+_SHARE_RESOLUTION = 0.02
+_METRIC_RESOLUTION = 0.01
+# A new feature that becomes important within this number of snapshots has the history of an absent one, and later its
+# own.
+_NEWBORN_SNAPSHOTS = 3
+# Index of the series of an absent feature.
+_ABSENT = 0
 
 
 class EmergenceDetector:
-    """Finds, snapshot by snapshot, the features that emerge or fade and the metrics that rise or fall.
+    """Detects, snapshot by snapshot, features that emerge or fade and metrics that rise or fall.
 
-    A feature is followed by its share of its layer's importance, a metric by its value, both as logarithms (a metric
-    whose first value other than 0 is negative: as it is). An event is a change that
+    The series of a feature is its share of the importance of its node layer, that of a metric its value, both in
+    logarithms (a metric whose first non-zero value is negative is taken as it is). An event is a change that
 
-    - is no chance, given how the series went so far: a steady trend is no event, nor is what scatters about it;
+    - is significant, given the series so far: a steady trend or scatter about it is not an event;
     - is large: a factor of ``min_change`` for features, ``min_metric_change`` for metrics;
-    - matters: the share is at least ``min_share`` before or after it;
-    - lasts: it is there at two snapshots in a row. Every event is therefore seen one snapshot late at least, and says
-      since when, as its ``onset``.
+    - is important: the share is at least ``min_share`` before or after it;
+    - lasts for two snapshots in a row. Every event is therefore detected at least one snapshot late, and states when
+      the change began, as its ``onset``.
 
-    A feature *emerges* where its share passes ``min_share`` and *fades* where it falls below; above, it *rises* and
-    *falls*. One that is born later than the first few snapshots has had no share until then: if it matters within three
-    snapshots, it emerges once it has been seen to stay. One that dies fades once it has been gone for three snapshots.
-    Each of these follows a birth or a death, and says that it mattered; births and deaths themselves are for others to
-    report.
+    A feature *emerges* when its share rises above ``min_share`` and *fades* when it falls below; otherwise it *rises*
+    or
+    *falls*. A feature born after the first few snapshots had no share before: if it becomes important within three
+    snapshots, it emerges at its second important one. A feature that dies fades after three snapshots. These events
+    accompany the births and deaths of important features, which `FeatureTracker` reports for all features.
 
     Args:
-        false_alarms: False events per snapshot, a bound: in ``N`` snapshots at most so many times ``N`` events are
-            expected where nothing changes, half of them of features and half of metrics.
-        min_change: Least factor by which a share changes.
-        min_metric_change: Least factor by which a metric changes; its log10 is the least change of one that is followed
-            as it is.
-        min_share: Share of the layer's importance from which on a feature matters.
+        false_alarms: Bound on the expected number of false events per snapshot if nothing changes, half of them for
+            features and half for metrics.
+        min_change: Smallest factor by which a share changes.
+        min_metric_change: Smallest factor by which a metric changes; its log10 is the smallest change of a metric that
+            is not on a logarithmic scale.
+        min_share: Share of the layer's importance from which a feature is important.
 
     Raises:
         ValueError: If a setting is outside its range.
 
     Note:
-        The bound assumes that, where nothing changes, the increments of each logarithm from snapshot to snapshot are
-        independent and normal, with a mean and variance of their own (see `ChangeDetector`); features and metrics may
-        depend on each other in any way. Measured on series that wander far enough for every change to be large: 0.04 of
-        the bound. Training is not like that all the time: curves that bend smoothly have increments that resemble their
-        neighbours, and a bend is an event if it is large enough. With increments of autocorrelation 0.7 the same series
-        had twice as many events as the bound allows. Births and deaths are taken at their word: a feature that is taken
-        for another one, for two snapshots in a row, may well emerge.
+        The bound assumes that, if nothing changes, the increments of each logarithm from snapshot to snapshot are
+        independent and normal with one mean and variance (see `ChangeDetector`); features and metrics may depend on
+        each other in any way. On random walks with changes large enough to count, 0.04 times as many events as the
+        bound allows were measured. Real training curves deviate from the assumption: increments of smooth curves
+        resemble their neighbours, and a bend of the curve is an event if it is large enough. With an autocorrelation of
+        0.7, the same random walks had twice as many events as the bound allows. Births and deaths are not tested: a
+        feature that is mistaken for a new one at two snapshots in a row may emerge.
 
     Example:
         >>> detector = EmergenceDetector()
@@ -84,28 +85,28 @@ class EmergenceDetector:
     ) -> None:
         for name, factor in {"min_change": min_change, "min_metric_change": min_metric_change}.items():
             if not 1 < factor < math.inf:
-                raise ValueError(f"{name} is a factor above 1; got {factor}.")
+                raise ValueError(f"{name} must be a factor above 1; got {factor}.")
         if not FLOOR < min_share < 1:
-            raise ValueError(f"min_share is a share of a layer's importance, between {FLOOR} and 1; got {min_share}.")
+            raise ValueError(f"min_share must be between {FLOOR} and 1; got {min_share}.")
         self.min_share = min_share
         self._features = ChangeDetector(
             false_alarms / 2,
             min_change=math.log10(min_change),
             min_level=math.log10(min_share),
-            resolution=_RESOLUTION_OF_SHARES,
+            resolution=_SHARE_RESOLUTION,
             persistence=2,
         )
         self._metrics = ChangeDetector(
             false_alarms / 2,
             min_change=math.log10(min_metric_change),
-            resolution=_RESOLUTION_OF_NUMBERS,
+            resolution=_METRIC_RESOLUTION,
             persistence=2,
         )
-        # Of each lineage, in the order of its series, the number of snapshots in a row at which it was not there.
+        # For each lineage, in the order of the series: the number of consecutive snapshots without it.
         self._absent: dict[tuple[str, int], int] = {}
-        # Of each newborn lineage that does not matter yet, and has no series, the number of its snapshots.
-        self._small: dict[tuple[str, int], int] = {}
-        # Of each metric, in the order of its series, whether it is followed by its logarithm; None for not known yet.
+        # For each new lineage that is not important yet, and has no series: the number of its snapshots.
+        self._unimportant: dict[tuple[str, int], int] = {}
+        # For each metric, in the order of the series: whether it is on a logarithmic scale; None if unknown yet.
         self._logarithmic: dict[str, bool | None] = {}
 
     @renamed_arguments(numbers="scalars", gap="relative_interval")
@@ -113,44 +114,45 @@ class EmergenceDetector:
         self,
         step: int,
         importances: Mapping[str, tuple[Tensor, Tensor]],
-        numbers: Mapping[str, float] | None = None,
+        scalars: Mapping[str, float] | None = None,
         labels: Mapping[str, Sequence[str]] | None = None,
-        gap: float = 1.0,
+        relative_interval: float = 1.0,
     ) -> list[Event]:
-        """Take in one snapshot.
+        """Add one snapshot.
 
         Args:
             step: Its training step.
             importances: For each node layer the lineages of its features, shape ``(r,)``, int64, and their importances,
-                shape ``(r,)``. A layer that is left out, or has no importance at all, is unknown at this snapshot.
-            numbers: Metrics by name; NaN, infinity and what is left out are unknown.
+                shape ``(r,)``. Missing layers, and those without any importance, are unknown at this snapshot.
+            scalars: Metrics by name; missing, NaN and infinite ones are unknown.
             labels: For each node layer that has any, a name for each feature; "" for none.
-            gap: Distance from the snapshot before, in regular distances; see `ChangeDetector.update`.
+            relative_interval: Interval from the previous snapshot, divided by the regular one; see
+                `ChangeDetector.update`.
 
         Returns:
-            The events seen at this snapshot: features in the order of layers and lineages, then metrics.
+            The events detected at this snapshot: features in the order of layers and lineages, then metrics.
         """
-        events = self._update_features(step, importances, labels or {}, gap)
-        return events + self._update_metrics(step, numbers or {}, gap)
+        events = self._update_features(step, importances, labels or {}, relative_interval)
+        return events + self._update_metrics(step, scalars or {}, relative_interval)
 
     def _update_features(
         self,
         step: int,
         importances: Mapping[str, tuple[Tensor, Tensor]],
         labels: Mapping[str, Sequence[str]],
-        gap: float,
+        relative_interval: float,
     ) -> list[Event]:
         shares = _shares(importances)
         known = {layer for layer, _ in shares}
-        self._take_on({lineage: share for lineage, share in shares.items() if lineage not in self._absent}, known)
+        self._add_features({lineage: share for lineage, share in shares.items() if lineage not in self._absent}, known)
         values = [math.log10(FLOOR)]
         for lineage, absent in self._absent.items():
             if lineage[0] in known:
                 self._absent[lineage] = 0 if lineage in shares else absent + 1
-            # Missed once, it may be back at the next snapshot.
+            # A single missing snapshot may be a failed match.
             share = shares.get(lineage, FLOOR if self._absent[lineage] > 1 else math.nan)
             values.append(math.nan if math.isnan(share) else math.log10(max(share, FLOOR)))
-        changes = self._features.update(step, torch.tensor(values, dtype=torch.float64), gap)
+        changes = self._features.update(step, torch.tensor(values, dtype=torch.float64), relative_interval)
 
         lineages = list(self._absent)
         names = {
@@ -159,38 +161,42 @@ class EmergenceDetector:
             if layer in importances
             for i, name in zip(importances[layer][0].tolist(), of_layer, strict=True)
         }
-        found = [(lineages[c.series - 1], c) for c in changes if c.series != _NOT_THERE]
+        found = [(lineages[c.series - 1], c) for c in changes if c.series != _ABSENT]
         self._forget()
         return [self._feature_event(step, lineage, change, names.get(lineage, "")) for lineage, change in found]
 
-    def _take_on(self, new: dict[tuple[str, int], float], known: set[str]) -> None:
+    def _add_features(self, new: dict[tuple[str, int], float], known: set[str]) -> None:
         if not len(self._features):
             self._features.add(1)
-        # Who is born while nobody has a history yet has none either.
-        late = self._features.known(_NOT_THERE) >= self._features.min_before
-        gone = [lineage for lineage in self._small if lineage not in new and lineage[0] in known]
+        # Features present at the start have no prior history.
+        late = self._features.num_increments(_ABSENT) >= self._features.min_before
+        gone = [lineage for lineage in self._unimportant if lineage not in new and lineage[0] in known]
         for lineage in gone:
-            del self._small[lineage]
+            del self._unimportant[lineage]
         for lineage in new:
-            self._small[lineage] = self._small.get(lineage, 0) + 1
+            self._unimportant[lineage] = self._unimportant.get(lineage, 0) + 1
         large = [lineage for lineage, share in new.items() if share >= self.min_share or not late]
-        grown = [lineage for lineage, n in self._small.items() if lineage not in large and n > _CHILDHOOD]
-        self._features.add(len(large), like=_NOT_THERE if late else None)
+        grown = [lineage for lineage, n in self._unimportant.items() if lineage not in large and n > _NEWBORN_SNAPSHOTS]
+        self._features.add(len(large), copy_of=_ABSENT if late else None)
         self._features.add(len(grown))
         for lineage in (*large, *grown):
             self._absent[lineage] = 0
-            del self._small[lineage]
+            del self._unimportant[lineage]
 
     def _forget(self) -> None:
         staying = [i for i, absent in enumerate(self._absent.values(), 1) if absent < _FORGET_AFTER]
-        self._features.keep(torch.tensor([_NOT_THERE, *staying]))
+        self._features.keep(torch.tensor([_ABSENT, *staying]))
         self._absent = {lineage: n for lineage, n in self._absent.items() if n < _FORGET_AFTER}
 
     def _feature_event(self, step: int, lineage: tuple[str, int], change: Change, label: str) -> Event:
         before, after = (0.0 if x <= math.log10(FLOOR) else _power(x) for x in (change.before, change.after))
-        mattered, matters = before >= self.min_share, after >= self.min_share
+        was_important, is_important = before >= self.min_share, after >= self.min_share
         kind: Kind = (
-            ("rose" if after > before else "fell") if mattered == matters else "emerged" if matters else "faded"
+            ("rose" if after > before else "fell")
+            if was_important == is_important
+            else "emerged"
+            if is_important
+            else "faded"
         )
         layer, number = lineage
         return Event(
@@ -205,63 +211,63 @@ class EmergenceDetector:
             label=label,
         )
 
-    def _update_metrics(self, step: int, numbers: Mapping[str, float], gap: float) -> list[Event]:
-        for name, number in numbers.items():
+    def _update_metrics(self, step: int, scalars: Mapping[str, float], relative_interval: float) -> list[Event]:
+        for name, value in scalars.items():
             if self._logarithmic.get(name) is None:
-                self._logarithmic[name] = number > 0 if math.isfinite(number) and number != 0 else None
-        values = [_level(numbers.get(name, math.nan), bool(log)) for name, log in self._logarithmic.items()]
-        changes = self._metrics.update(step, torch.tensor(values, dtype=torch.float64), gap)
+                self._logarithmic[name] = value > 0 if math.isfinite(value) and value != 0 else None
+        values = [_to_level(scalars.get(name, math.nan), bool(log)) for name, log in self._logarithmic.items()]
+        changes = self._metrics.update(step, torch.tensor(values, dtype=torch.float64), relative_interval)
         metrics = list(self._logarithmic.items())
         return [_metric_event(step, *metrics[change.series], change) for change in changes]
 
     def state_dict(self) -> dict[str, Any]:
-        """State to go on from, of numbers, strings and tensors."""
+        """Numbers, strings and tensors from which `load_state_dict` restores the detector."""
         return {
             "features": self._features.state_dict(),
             "metrics": self._metrics.state_dict(),
             "absent": [[layer, number, absent] for (layer, number), absent in self._absent.items()],
-            "small": [[layer, number, n] for (layer, number), n in self._small.items()],
+            "small": [[layer, number, n] for (layer, number), n in self._unimportant.items()],
             "logarithmic": dict(self._logarithmic),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state; settings are this detector's own."""
+        """Restore a state; the settings stay those of this detector."""
         self._features.load_state_dict(state["features"])
         self._metrics.load_state_dict(state["metrics"])
         self._absent = {(layer, number): absent for layer, number, absent in state["absent"]}
-        self._small = {(layer, number): n for layer, number, n in state["small"]}
+        self._unimportant = {(layer, number): n for layer, number, n in state["small"]}
         self._logarithmic = dict(state["logarithmic"])
 
 
 def _shares(importances: Mapping[str, tuple[Tensor, Tensor]]) -> dict[tuple[str, int], float]:
-    """Share of its layer's importance, of each lineage of all layers that have any."""
+    """Each lineage's share of the importance of its layer, for layers with any importance."""
     shares: dict[tuple[str, int], float] = {}
     for layer, (ids, importance) in importances.items():
-        whole = importance.double().sum()
-        if whole > 0 and whole.isfinite():
-            share = (importance.double() / whole).tolist()
+        total = importance.double().sum()
+        if total > 0 and total.isfinite():
+            share = (importance.double() / total).tolist()
             shares |= {(layer, i): x for i, x in zip(ids.tolist(), share, strict=True)}
     return shares
 
 
-def _level(number: float, logarithmic: bool) -> float:
+def _to_level(value: float, logarithmic: bool) -> float:
     if not logarithmic:
-        return number
-    # One that was positive and is no more has fallen below everything.
-    return math.log10(max(number, _NOTHING)) if number < math.inf else math.nan
+        return value
+    # A metric that was positive before may reach 0, which has no logarithm.
+    return math.log10(max(value, _MIN_METRIC)) if value < math.inf else math.nan
+
+
+def _from_level(level: float) -> float:
+    return 0.0 if level <= math.log10(_MIN_METRIC) else _power(level)
 
 
 def _power(level: float) -> float:
-    # To more digits than the logarithm has are only rounding.
+    # Rounded to the digits that survive the logarithm.
     return float(f"{10**level:.12g}")
 
 
-def _value(level: float) -> float:
-    return 0.0 if level <= math.log10(_NOTHING) else _power(level)
-
-
 def _metric_event(step: int, name: str, logarithmic: bool | None, change: Change) -> Event:
-    before, after = (_value(x) if logarithmic else x for x in (change.before, change.after))
+    before, after = (_from_level(x) if logarithmic else x for x in (change.before, change.after))
     return Event(
         "rose" if after > before else "fell",
         step,

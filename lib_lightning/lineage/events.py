@@ -1,4 +1,4 @@
-"""What happened to a feature or a metric, and the sentence that says so."""
+"""Events of features and metrics: births, deaths, changes of importance, as records and as sentences."""
 
 from __future__ import annotations
 
@@ -13,26 +13,25 @@ CHANGES: tuple[Kind, ...] = ("emerged", "faded", "rose", "fell")
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened to one feature, or to one metric.
+    """An event of one feature or one metric.
 
     Attributes:
-        kind: ``"born"``, ``"died"``, ``"split"`` or ``"merged"``: which features there are; ``"emerged"`` or
-            ``"faded"``: a feature became, or is no longer, an important one; ``"rose"`` or ``"fell"``: an important
-            feature, or a metric.
-        step: Training step of the snapshot at which it was seen.
+        kind: ``"born"``, ``"died"``, ``"split"`` or ``"merged"``: a lineage begins or ends; ``"emerged"`` or
+            ``"faded"``: a feature becomes important, or ceases to be; ``"rose"`` or ``"fell"``: the share of an
+            important feature, or a metric, changes.
+        step: Training step of the snapshot at which it was detected.
         layer: Node layer of the feature; None for a metric.
-        lineage: Number of the feature; None for a metric.
+        lineage: Lineage of the feature; None for a metric.
         others: Lineages of the same layer that it has split from, or merged into.
         metric: Name of the metric; None for a feature.
-        before: The feature's share of its layer's importance, from 0 to 1, or the metric's value before the change.
-        after: The same when it was seen.
-        evidence: log10 of the evidence for a change: as much comes by chance at most once in so many snapshots on
-            average.
+        before: Before the change: the feature's share of its layer's importance, from 0 to 1, or the metric's value.
+        after: The same when the change was detected.
+        evidence: log10 of the evidence for a change, as `Change.evidence`.
         onset: Step of the last snapshot before the change, at which ``before`` was measured.
         label: Name of the feature; "" for none.
 
     Raises:
-        ValueError: If it is about neither or both of feature and metric, of no known kind, or a number is not finite.
+        ValueError: If the kind is unknown, a number is not finite, or not exactly one of feature and metric is given.
 
     Example:
         >>> Event("emerged", 1240, "resid_post", 17, before=0.0002, after=0.015).text
@@ -57,26 +56,26 @@ class Event:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
-            raise ValueError(f"kind is one of {', '.join(get_args(Kind))}; got {self.kind!r}.")
+            raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}; got {self.kind!r}.")
         if (self.layer is None) != (self.lineage is None) or (self.layer is None) == (self.metric is None):
-            raise ValueError("An event is about a feature (layer and lineage) or about a metric, one of the two.")
+            raise ValueError("An event has either a feature (layer and lineage) or a metric.")
         if self.metric is not None and self.kind not in ("rose", "fell"):
-            raise ValueError(f"A metric rises or falls; it cannot have {self.kind!r}.")
+            raise ValueError(f"The kind of a metric's event must be 'rose' or 'fell'; got {self.kind!r}.")
         for name in ("before", "after", "evidence"):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
-                raise ValueError(f"{name} is a finite number or None; got {value}.")
+                raise ValueError(f"{name} must be finite or None; got {value}.")
 
     @property
     def subject(self) -> str:
-        """What it happened to: ``"resid_post/17"``, or the metric's name."""
+        """The feature, such as ``"resid_post/17"``, or the metric's name."""
         return self.metric if self.metric is not None else f"{self.layer}/{self.lineage}"
 
     @property
     def text(self) -> str:
         """The event as a sentence."""
         since = "" if self.onset is None else f" since step {self.onset:,}"
-        sentence = f"{self._what()} at step {self.step:,}"
+        sentence = f"{self._predicate()} at step {self.step:,}"
         if self.before is None or self.after is None:
             return sentence
         if self.metric is not None:
@@ -85,7 +84,7 @@ class Event:
         shares = f"from {_share(self.before)} to {_share(self.after)}{since}"
         return f"{sentence}: its share of the layer's importance {verb} {shares}"
 
-    def _what(self) -> str:
+    def _predicate(self) -> str:
         if self.metric is not None:
             return f"{self.metric} {self.kind}"
         name = f"feature {self.subject}" + (f" ({self.label})" if self.label else "")
@@ -94,33 +93,33 @@ class Event:
         return f"{name} {'was born' if self.kind == 'born' else self.kind}{preposition + others if others else ''}"
 
     def to_json(self) -> str:
-        """Write as one line of JSON, without what is not there, and with the sentence."""
+        """Convert to one line of JSON, without empty attributes, and with the sentence as ``text``."""
         written = {name: value for name, value in asdict(self).items() if value not in (None, (), "")}
         return json.dumps(written | {"text": self.text}, allow_nan=False)
 
     @classmethod
     def from_json(cls, line: str) -> Event:
-        """Read what `to_json` wrote.
+        """Read a line of `to_json`.
 
         Args:
-            line: A JSON object; what it holds beside an event's attributes is passed over.
+            line: A JSON object. Keys that are not attributes of an event are ignored.
 
         Returns:
             The event, equal to the one written.
 
         Raises:
-            ValueError: If it is no JSON, or no event.
+            ValueError: If the line is not JSON, or not an event.
         """
         read: Any = json.loads(line)
         try:
             known: dict[str, Any] = {f.name: read[f.name] for f in fields(cls) if f.name in read}
             return cls(**{**known, "others": tuple(known.get("others", ()))})
         except TypeError as error:
-            raise ValueError(f"This is no event: {line!r}.") from error
+            raise ValueError(f"Not an event: {line!r}.") from error
 
 
 def _share(share: float) -> str:
-    # A feature that is not there has no share at all.
+    # A share of exactly 0 is that of an absent feature.
     return "nothing" if share == 0 else f"{100 * share:.2g}%" if share < 0.995 else "100%"
 
 

@@ -1,4 +1,4 @@
-"""Looking back from the final features: when did each one first become recognisable?"""
+"""When each final feature first became recognisable, from the basis files of earlier snapshots."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from lib_lightning.lineage.tracker import FIXED_ORDER
 
 @dataclass(frozen=True)
 class FeatureHistory:
-    """How like each of ``r`` final features the most similar feature of each of ``T`` earlier snapshots was.
+    """Similarity of ``r`` final features to the most similar feature of each of ``T`` earlier snapshots.
 
     Attributes:
-        steps: Steps of the snapshots, rising, shape ``(T,)``, int64.
-        similarity: Largest correlation with any feature of the snapshot, absolute value, shape ``(T, r)``, float64.
+        steps: Steps of the snapshots, ascending, shape ``(T,)``, int64.
+        similarity: Largest absolute correlation with any feature of the snapshot, shape ``(T, r)``, float64.
 
     Example:
-        >>> seen = FeatureHistory(torch.tensor([0, 10, 20]), torch.tensor([[0.1], [0.9], [1.0]]).double())
-        >>> seen.first()
+        >>> history = FeatureHistory(torch.tensor([0, 10, 20]), torch.tensor([[0.1], [0.9], [1.0]]).double())
+        >>> history.first()
         tensor([10])
     """
 
@@ -35,10 +35,10 @@ class FeatureHistory:
     similarity: Tensor
 
     def first(self, shared: float = SAME) -> Tensor:
-        """The first snapshot in which some feature had that much of its variance in common with the final one.
+        """First snapshot with a feature that shares a given part of its variance with the final one.
 
         Args:
-            shared: Share of the variance, between 0 and 1.
+            shared: Squared correlation, between 0 and 1.
 
         Returns:
             Steps, shape ``(r,)``, int64; -1 for features that are in no snapshot.
@@ -46,10 +46,10 @@ class FeatureHistory:
         return self._step_of(self.similarity.square() >= shared)
 
     def since(self, shared: float = SAME) -> Tensor:
-        """The first snapshot from which on that was so in all of them.
+        """First snapshot from which on every snapshot has such a feature.
 
         Args:
-            shared: Share of the variance, between 0 and 1.
+            shared: Squared correlation, between 0 and 1.
 
         Returns:
             Steps, shape ``(r,)``, int64; -1 for features that are not in the last snapshot.
@@ -64,19 +64,19 @@ class FeatureHistory:
 
 
 def retrace(final: Tensor, steps: Sequence[int], earlier: Sequence[Tensor], in_order: bool = False) -> FeatureHistory:
-    """Compare final features with those of earlier snapshots, on the same samples.
+    """Compute the similarity of final features to those of earlier snapshots.
 
     Args:
         final: Values of the final features, shape ``(N, r)``.
-        steps: Steps of the earlier snapshots, rising.
-        earlier: Values of their features, each of shape ``(N, r_t)``.
-        in_order: Whether features are what they are by their number, such as single neurons.
+        steps: Steps of the earlier snapshots, ascending.
+        earlier: Values of their features on the same samples, each of shape ``(N, r_t)``.
+        in_order: Whether features are identified by their index, as single neurons are.
 
     Returns:
-        The similarities.
+        The history of the final features.
 
     Raises:
-        ValueError: If samples are not equally many everywhere.
+        ValueError: If the numbers of samples differ.
 
     Example:
         >>> final = torch.eye(4)[:, :2]
@@ -84,14 +84,16 @@ def retrace(final: Tensor, steps: Sequence[int], earlier: Sequence[Tensor], in_o
         tensor([10, 10])
     """
     if wrong := {len(values) for values in earlier} - {len(final)}:
-        raise ValueError(f"Features are compared on the same samples; got {len(final)} of them and {sorted(wrong)}.")
+        raise ValueError(
+            f"Features must be compared on the same samples; got {len(final)} and {sorted(wrong)} of them."
+        )
     last = standardised(final)
-    found = [_likeness(standardised(values), last, in_order) for values in earlier]
-    similarity = torch.stack(found) if found else last.new_zeros(0, last.shape[1])
+    rows = [_similarity(standardised(values), last, in_order) for values in earlier]
+    similarity = torch.stack(rows) if rows else last.new_zeros(0, last.shape[1])
     return FeatureHistory(torch.tensor(steps, dtype=torch.int64), similarity)
 
 
-def _likeness(values: Tensor, last: Tensor, in_order: bool) -> Tensor:
+def _similarity(values: Tensor, last: Tensor, in_order: bool) -> Tensor:
     if in_order:
         return (values * last).sum(0).abs()
     products = (values.T @ last).abs()
@@ -99,15 +101,15 @@ def _likeness(values: Tensor, last: Tensor, in_order: bool) -> Tensor:
 
 
 def retrace_files(final: InteractionGraph, files: Sequence[tuple[int, Path]]) -> dict[str, FeatureHistory]:
-    """Look for the features of a final graph in the basis files of earlier snapshots.
+    """Compute the similarity of the features of a final graph to those in the basis files of earlier snapshots.
 
     Args:
-        final: The final graph, with values on probe samples.
-        files: Step and basis file of each earlier snapshot, rising. Files that cannot be read, or whose values are of
-            other samples, are passed over.
+        final: The final graph, with reference features.
+        files: Step and basis file of each earlier snapshot, ascending. Unreadable files and files with different
+            reference samples are skipped.
 
     Returns:
-        For each node layer how like its features there have been; nothing for a graph without such values.
+        The history of the features of each node layer; empty for a graph without reference features.
     """
     if set(final.reference_features) != set(final.node_layers):
         return {}
@@ -118,16 +120,16 @@ def retrace_files(final: InteractionGraph, files: Sequence[tuple[int, Path]]) ->
             tensors, header = read_parts(path, lambda key: key.startswith(REFERENCE_FEATURES.format("")))
         except (BasisFileError, OSError):
             continue
-        there = {name: tensors.get(REFERENCE_FEATURES.format(i)) for i, name in enumerate(header.get(LAYERS, []))}
-        same = header.get(INFO, {}).get(REFERENCE_SAMPLES) == final.info.get(REFERENCE_SAMPLES)
-        known = {name: x for name, x in there.items() if x is not None and _comparable(final, name, x.shape)}
-        if same and set(known) == set(values):
+        stored = {name: tensors.get(REFERENCE_FEATURES.format(i)) for i, name in enumerate(header.get(LAYERS, []))}
+        same_samples = header.get(INFO, {}).get(REFERENCE_SAMPLES) == final.info.get(REFERENCE_SAMPLES)
+        comparable = {name: x for name, x in stored.items() if x is not None and _comparable(final, name, x.shape)}
+        if same_samples and set(comparable) == set(values):
             steps.append(step)
-            for name, x in known.items():
+            for name, x in comparable.items():
                 values[name].append(torch.from_numpy(x))
     return {
-        name: retrace(probes, steps, values[name], final.bases[name].kind in FIXED_ORDER)
-        for name, probes in final.reference_features.items()
+        name: retrace(reference, steps, values[name], final.bases[name].kind in FIXED_ORDER)
+        for name, reference in final.reference_features.items()
     }
 
 
@@ -140,23 +142,24 @@ def _comparable(final: InteractionGraph, name: str, shape: tuple[int, ...]) -> b
     )
 
 
-def first_seen(final: InteractionGraph, retraced: dict[str, FeatureHistory]) -> dict[str, Any]:
-    """Say of every final feature when it first became recognisable.
+def first_seen(final: InteractionGraph, histories: dict[str, FeatureHistory]) -> dict[str, Any]:
+    """Summarize when every final feature became recognisable, for ``retraced.json``.
 
     Args:
         final: The final graph.
-        retraced: What `retrace_files` has found for it.
+        histories: Result of `retrace_files` for this graph.
 
     Returns:
-        For each node layer ``first_seen``, the step since which features with most of the final importance have been
-        recognisable, and ``features``: for each of them ``feature`` (its number), ``lineage``, ``label``,
-        ``importance``, the step of the ``first`` snapshot in which it was recognisable, and the one ``since`` which it
-        has been in all. None stands for never.
+        For each node layer, ``formed``: the step from which features with at least half of the final importance are
+        recognisable, and ``features``, each with ``feature`` (its index), ``lineage``, ``label``, ``importance``,
+        ``first`` (step of the first snapshot in which it is recognisable) and ``since`` (step from which it is
+        recognisable in all snapshots). Steps are None for never.
     """
     found: dict[str, Any] = {}
-    for name, seen in retraced.items():
+    for name, history in histories.items():
         importance = final.bases[name].importance
-        first, since = ([None if step < 0 else step for step in x.tolist()] for x in (seen.first(), seen.since()))
+        steps = history.first().tolist(), history.since().tolist()
+        first, since = ([None if step < 0 else step for step in of_feature] for of_feature in steps)
         lineages = final.lineages[name].ids.tolist() if name in final.lineages else [None] * len(first)
         labels = final.labels.get(name, [""] * len(first))
         features = [
@@ -170,7 +173,7 @@ def first_seen(final: InteractionGraph, retraced: dict[str, FeatureHistory]) -> 
 
 
 def _most_since(importance: torch.Tensor, since: Sequence[int | None]) -> int | None:
-    """The step by which features with at least half of the importance are there for good."""
+    """The step from which features with at least half of the importance are in all snapshots."""
     reached = 0.0
     for step in sorted({step for step in since if step is not None}):
         reached = float(importance[[s is not None and s <= step for s in since]].sum())

@@ -1,4 +1,4 @@
-"""Values of features on reference samples: what a feature is recognised by in the next snapshot."""
+"""Values of features on reference samples, by which features are matched between snapshots."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lib_lightning.model.batch import batch_size
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
 
-# Values of a feature that are enough to tell it by: chance correlations of so many are 0.03.
+# Number of values of each feature. The standard deviation of chance correlations is then 1/32.
 NUM_REFERENCE_VALUES = 1024
 
 
@@ -36,25 +36,25 @@ def reference_features(
 ) -> dict[str, Tensor]:
     """Evaluate the features of every node layer on reference samples, for ``graph.reference_features``.
 
-    With the same batches and the same seed the values are those of the same samples and positions, on every process.
+    The same batches and seed give the same samples and positions, on every process.
 
     Args:
         graph: The interaction graph of the model.
-        model: The model as it was then; left exactly as it was found.
-        batches: Iterable of batches, the same for all graphs that are to be compared.
-        seed: Chooses positions, where samples have many.
-        count: Number of values wanted for each feature: so many positions of each sample are taken.
+        model: The model that the graph was computed on; it is not changed.
+        batches: The reference samples, the same for all graphs that are compared.
+        seed: Seed for the choice of positions.
+        count: Smallest number of values of each feature, if samples have enough positions.
         input_fn: As for `compute_interaction_graph`.
         mask: As for `compute_interaction_graph`.
         dtype: As for `compute_interaction_graph`.
-        process_group: Processes that each call this with batches of their own, and all get the values of all of them.
+        process_group: Processes that call this with different batches; each gets the values on all batches.
 
     Returns:
         For each node layer the values, each feature scaled to mean 0 and variance 1, shape ``(N, r)``, float16.
 
     Raises:
-        LIBError: If the graph does not say where its node layers are, or there are no samples.
-        NodeLayerError: If the model has no such node layers.
+        LIBError: If the graph does not know where its node layers are, or there are no samples.
+        NodeLayerError: If the model does not have its node layers.
 
     Example:
         >>> from lib_lightning import compute_interaction_graph
@@ -67,21 +67,21 @@ def reference_features(
     batches = list(batches)
     samples = sum(int(t) for t in process_group.gather(torch.tensor([sum(map(batch_size, batches))])))
     if not samples:
-        raise LIBError("There are no samples to look at features on.")
+        raise LIBError("There are no reference samples: all batches are empty.")
     positions = -(-count // samples)
     rows: dict[str, list[Tensor]] = {name: [] for name in graph.node_layers}
-    # Its own, so that nobody else's random numbers are used up.
+    # A separate generator leaves the global random state unchanged.
     generator = torch.Generator().manual_seed(seed + process_group.rank)
     for values in feature_values(instrumented, graph, batches):
         for name, features in values.features.items():
-            mask_here = values.masks[name]
-            there = features.flatten(0, 1) if mask_here is None else features[mask_here]
-            wanted = min(len(there), positions * len(features))
-            chosen = torch.randperm(len(there), generator=generator)[:wanted].sort().values
-            rows[name].append(there[chosen].double())
-    found = {}
+            valid = values.masks[name]
+            flat = features.flatten(0, 1) if valid is None else features[valid]
+            size = min(len(flat), positions * len(features))
+            chosen = torch.randperm(len(flat), generator=generator)[:size].sort().values
+            rows[name].append(flat[chosen].double())
+    gathered = {}
     for name, parts in rows.items():
-        own = torch.cat([torch.zeros(0, graph.bases[name].n_features, dtype=torch.float64), *parts])
-        whole = torch.cat([part.cpu() for part in process_group.gather(own)])
-        found[name] = (standardised(whole) * len(whole) ** 0.5).half()
-    return found
+        local = torch.cat([torch.zeros(0, graph.bases[name].n_features, dtype=torch.float64), *parts])
+        all_values = torch.cat([part.cpu() for part in process_group.gather(local)])
+        gathered[name] = (standardised(all_values) * len(all_values) ** 0.5).half()
+    return gathered

@@ -1,4 +1,4 @@
-"""What happens to features between snapshots: lineages in every basis, and what emerges in the first one."""
+"""Tracks changes between the snapshots of a run: lineages in every basis, and emergence in the first."""
 
 from __future__ import annotations
 
@@ -8,103 +8,104 @@ from dataclasses import replace
 from typing import Any
 
 from lib_lightning.graph import InteractionGraph
+from lib_lightning.io.basis_format import NUM_SAMPLES, REFERENCE_SAMPLES, SETTINGS, STEP
 from lib_lightning.lineage.emergence import EmergenceDetector
 from lib_lightning.lineage.events import Event
 from lib_lightning.lineage.tracker import FIXED_ORDER, FeatureTracker
 from lib_lightning.metrics.summary import layer_key
 
-# Births, splits, merges and deaths of features with less of their layer's importance are counted, but not told.
+# Births, splits, merges and deaths of features with a smaller share of their layer's importance are counted, not
+# reported.
 MIN_REPORTED_SHARE = 0.01
 _TURNOVER = ("born", "ended", "overlap")
 
 
 class SnapshotTracker:
-    """Follows the features of several bases, and notices what emerges.
+    """Tracks the features of several bases, and detects what emerges in the first one.
 
     Args:
-        prefixes: Names of the bases; what emerges is looked for in the first one.
+        prefixes: Names of the bases, the main one first.
 
     Attributes:
         trackers: The tracker of each basis.
-        detector: Notices what emerges.
+        detector: Detects emergence in the main basis.
     """
 
     def __init__(self, prefixes: Sequence[str]) -> None:
         self.trackers = {prefix: FeatureTracker() for prefix in prefixes}
         self.detector = EmergenceDetector()
         self._main = prefixes[0]
-        self._samples: list[Any] = []
+        self._computed_on: list[Any] = []
 
     def follow(
-        self, graphs: Mapping[str, InteractionGraph], numbers: Mapping[str, float], distance: float = 1.0
+        self, graphs: Mapping[str, InteractionGraph], scalars: Mapping[str, float], relative_interval: float = 1.0
     ) -> list[Event]:
-        """Take in a snapshot; its graphs learn their lineages.
+        """Add a snapshot, and set the lineages of its graphs.
 
         Args:
-            graphs: The graph of each basis, with values on probe samples and ``info["step"]``.
-            numbers: The numbers of the snapshot, by name; those of the first basis in total are watched.
-            distance: How far the snapshot is from the one before, in regular distances.
+            graphs: The graph of each basis, with reference features and ``info["step"]``.
+            scalars: The scalars of the snapshot, by name. Changes are detected in the totals of the main basis.
+            relative_interval: Interval from the previous snapshot, divided by the regular one.
 
         Returns:
-            What has happened to noteworthy features of the first basis, and what has emerged.
+            Events of important features in the main basis, and of metrics.
         """
-        happened = {prefix: self.trackers[prefix].update(graph) for prefix, graph in graphs.items()}
+        turnover = {prefix: self.trackers[prefix].update(graph) for prefix, graph in graphs.items()}
         graph = graphs[self._main]
-        # On other samples or with other probes numbers are others, though nothing has happened: what they do has to
-        # be learned anew.
-        n_probes = graph.info.get("settings", {}).get("n_probes")
-        samples = [graph.info.get("reference_samples"), graph.info.get("n_samples"), n_probes]
-        if samples != self._samples:
-            self._samples, self.detector = samples, EmergenceDetector()
-        features = {
+        # Metrics depend on the samples and on the number of random-sign vectors: if these change, history starts anew.
+        n_probes = graph.info.get(SETTINGS, {}).get("n_probes")
+        computed_on = [graph.info.get(REFERENCE_SAMPLES), graph.info.get(NUM_SAMPLES), n_probes]
+        if computed_on != self._computed_on:
+            self._computed_on, self.detector = computed_on, EmergenceDetector()
+        importances = {
             name: (graph.lineages[name].ids, basis.importance)
             for name, basis in graph.bases.items()
-            if basis.kind not in FIXED_ORDER  # classes are not learned
+            if basis.kind not in FIXED_ORDER  # such as classes, which do not emerge
         }
-        watched = {
-            key: value for key, value in numbers.items() if key.startswith(f"{self._main}/") and key.endswith("/total")
+        totals = {
+            key: value for key, value in scalars.items() if key.startswith(f"{self._main}/") and key.endswith("/total")
         }
         labels = {
             name: dict(zip(graph.lineages[name].ids.tolist(), names, strict=True))
             for name, names in graph.labels.items()
         }
-        told = [
+        reported = [
             replace(event, label=labels.get(event.layer or "", {}).get(event.lineage, ""))
-            for event in happened[self._main]
+            for event in turnover[self._main]
             if max(event.before or 0, event.after or 0) >= MIN_REPORTED_SHARE
         ]
-        return told + self.detector.update(graph.info["step"], features, watched, graph.labels, distance)
+        return reported + self.detector.update(graph.info[STEP], importances, totals, graph.labels, relative_interval)
 
     @staticmethod
     def keys(prefix: str, node_layers: Sequence[str]) -> list[str]:
-        """Names of the numbers of a basis."""
-        return [f"{prefix}/{what}/{layer_key(name)}" for what in _TURNOVER for name in node_layers]
+        """Names of the `scalars` of a basis."""
+        return [f"{prefix}/{name}/{layer_key(layer)}" for name in _TURNOVER for layer in node_layers]
 
-    def numbers(self) -> dict[str, float]:
-        """How much has changed since the snapshot before, by name; nothing after the first one."""
+    def scalars(self) -> dict[str, float]:
+        """How much has changed since the previous snapshot, by name; empty after the first one."""
         return {
-            f"{prefix}/{what}/{layer_key(name)}": float(getattr(turnover, what))
+            f"{prefix}/{name}/{layer_key(layer)}": float(getattr(turnover, name))
             for prefix, tracker in self.trackers.items()
-            for name, turnover in tracker.turnover.items()
-            for what in _TURNOVER
+            for layer, turnover in tracker.turnover.items()
+            for name in _TURNOVER
         }
 
     def copy(self) -> SnapshotTracker:
-        """A follower that goes on from here on its own."""
+        """Copy the tracker with its state."""
         other = copy.copy(self)
         other.trackers = {prefix: tracker.copy() for prefix, tracker in self.trackers.items()}
         other.detector = copy.deepcopy(self.detector)
         return other
 
     def state_dict(self) -> dict[str, Any]:
-        """State to go on from, of plain numbers and tensors."""
+        """Numbers, strings and tensors from which `load_state_dict` restores the tracker."""
         trackers = {prefix: tracker.state_dict() for prefix, tracker in self.trackers.items()}
-        return {"trackers": trackers, "detector": self.detector.state_dict(), "samples": self._samples}
+        return {"trackers": trackers, "detector": self.detector.state_dict(), "samples": self._computed_on}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state of the same bases."""
+        """Restore the state of a tracker of the same bases."""
         for prefix, tracker in self.trackers.items():
             if prefix in state["trackers"]:
                 tracker.load_state_dict(state["trackers"][prefix])
         self.detector.load_state_dict(state["detector"])
-        self._samples = state["samples"]
+        self._computed_on = state["samples"]

@@ -1,4 +1,4 @@
-"""Numbers that describe an interaction graph, as torchmetrics over pure functions."""
+"""Metrics of interaction graphs: torchmetrics classes, each with a pure function."""
 
 from lib_lightning._deprecated import renamed_names
 from lib_lightning.metrics.ablation import EdgesRequired

@@ -237,7 +237,7 @@ class SnapshotComputer:
         if self.config.follow:
             tracker = tracker.copy()
             events = tracker.follow(graphs, scalars, previous.relative_interval)
-            scalars |= tracker.numbers()
+            scalars |= tracker.scalars()
             phase_done("tracking")
         scalars = (
             dict.fromkeys(self.scalar_keys(graphs[self.name].node_layers), math.nan) | {**previous.scalars} | scalars

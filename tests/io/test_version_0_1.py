@@ -123,3 +123,14 @@ def test_samples_are_found_under_their_old_names(tmp_path: Path) -> None:
     assert layout.existing_samples_file(0, 1, "reference").name == "probes-1-of-1.pt"
     layout.samples_file(0, 1, "reference").touch()
     assert layout.existing_samples_file(0, 1, "reference").name == "reference-1-of-1.pt"
+
+
+def test_old_names_of_attributes_of_graphs() -> None:
+    graph = InteractionGraph.load(DATA / "run/lib/final.safetensors")
+    with pytest.warns(DeprecationWarning, match="now reference_features"):
+        assert graph.probes is graph.reference_features
+    with pytest.warns(DeprecationWarning, match="now reference_features"):
+        graph.probes = {}
+    assert graph.reference_features == {}
+    with pytest.warns(DeprecationWarning, match="now node_layer_specs"):
+        assert graph.layers() == graph.node_layer_specs()

@@ -1,4 +1,4 @@
-"""The change detector against its definition, its false alarms on noise and its delays on changes of known size."""
+"""The change detector against its definition; false alarms on noise; delays on changes of known size."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import Tensor
 from lib_lightning.lineage.change_detection import DURATIONS, SHIFTS, Change, ChangeDetector
 
 
-def run(detector: ChangeDetector, series: Tensor, gaps: list[float] | None = None) -> list[tuple[int, Change]]:
-    """All changes found in series ``(m, N)``, with the snapshots at which they were found."""
-    gaps = [1.0] * series.shape[1] if gaps is None else gaps
-    return [(t, c) for t in range(series.shape[1]) for c in detector.update(t, series[:, t], gaps[t])]
+def run(detector: ChangeDetector, series: Tensor, intervals: list[float] | None = None) -> list[tuple[int, Change]]:
+    """All changes detected in series ``(m, N)``, with the snapshots at which they were detected."""
+    intervals = [1.0] * series.shape[1] if intervals is None else intervals
+    return [(t, c) for t in range(series.shape[1]) for c in detector.update(t, series[:, t], intervals[t])]
 
 
 def walks(m: int, n: int, seed: int = 0, drift: float = 0.0) -> Tensor:
@@ -27,9 +27,9 @@ def walks(m: int, n: int, seed: int = 0, drift: float = 0.0) -> Tensor:
 
 
 def slow_ratio(d: np.ndarray, gaps: np.ndarray, s: int, power: float, resolution: float = 0.0) -> float:
-    """Likelihood ratio of all invariants for an onset before increment ``s``, from its definition.
+    """Likelihood ratio of the maximal invariants for an onset before increment ``s``, from its definition.
 
-    With ``Q`` an orthonormal basis of what is perpendicular to the trend, ``w = Q' y`` does not depend on it and has
+    With ``Q`` an orthonormal basis of the complement of the trend, ``w = Q' y`` does not depend on it and has
     variance ``I + tau^2 z z'`` up to scale; integrated over the scale, its density is
     ``det(V)^(-1/2) (w' V^-1 w)^(-(n-1)/2)``.
     """
@@ -49,21 +49,21 @@ def slow_ratio(d: np.ndarray, gaps: np.ndarray, s: int, power: float, resolution
 
 
 def slow_evidence(x: np.ndarray, gaps: np.ndarray, m: int, resolution: float = 0.0, min_before: int = 3) -> float:
-    """The whole statistic of a series that has been known throughout, gaps given for each snapshot."""
+    """The statistic of a series without missing values; ``gaps`` are the intervals before each snapshot."""
     d = np.diff(x)
     onsets = range(min_before, len(d))
     return sum(min(slow_ratio(d, gaps[1:], s, power, resolution) for power in (0, 0.5)) / m for s in onsets)
 
 
-def evidence_of(detector: ChangeDetector, series: Tensor, gaps: list[float] | None = None) -> Tensor:
-    """Statistics after all snapshots, without looking whether they are large."""
-    run(detector, series, gaps)
+def evidence_of(detector: ChangeDetector, series: Tensor, intervals: list[float] | None = None) -> Tensor:
+    """Statistics after all snapshots, whether or not they reach the threshold."""
+    run(detector, series, intervals)
     return detector._evidence(series[:, -1]).logsumexp(1).exp()
 
 
 @pytest.mark.parametrize("resolution", [0.0, 0.7])
 @pytest.mark.parametrize("irregular", [False, True])
-def test_the_statistic_is_what_it_says(resolution: float, irregular: bool) -> None:
+def test_statistic_equals_its_definition(resolution: float, irregular: bool) -> None:
     series = walks(3, 13, drift=0.3)
     gaps = [1.0, 1, 1, 0.25, 0.25, 0.5, 1, 1, 2, 1, 0.25, 1, 1] if irregular else [1.0] * 13
     found = evidence_of(ChangeDetector(1e-9, resolution=resolution), series, gaps)
@@ -71,7 +71,7 @@ def test_the_statistic_is_what_it_says(resolution: float, irregular: bool) -> No
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=0)
 
 
-def test_increments_that_have_left_the_window_still_count_as_before() -> None:
+def test_increments_before_the_window_still_contribute() -> None:
     series = walks(4, 30)
     d = np.diff(series[0].numpy())
     found = evidence_of(ChangeDetector(1e-9, window=5), series)[0]
@@ -81,10 +81,10 @@ def test_increments_that_have_left_the_window_still_count_as_before() -> None:
 
 @pytest.mark.parametrize(("n", "g"), [(3, 0.5), (4, 100.0), (10, 3.0), (40, 4096.0)])
 def test_a_ratio_is_1_on_average_without_a_change(n: int, g: float) -> None:
-    # Without a change the explained share of the variation is a Beta variable, whatever trend and variance are.
+    # Without a change, R^2 has a Beta distribution for any trend and variance.
     share = stats.beta(0.5, (n - 2) / 2)
 
-    def ratio(t: float) -> float:  # with R^2 = sin(t)^2, or the density has poles at its ends
+    def ratio(t: float) -> float:  # R^2 = sin(t)^2 removes the poles of the density
         r2 = math.sin(t) ** 2
         density = share.pdf(r2) * 2 * math.sin(t) * math.cos(t)
         return density * (1 + g) ** -0.5 * (1 - r2 * g / (1 + g)) ** (-(n - 1) / 2)
@@ -93,8 +93,8 @@ def test_a_ratio_is_1_on_average_without_a_change(n: int, g: float) -> None:
 
 
 @pytest.mark.parametrize("drift", [0.0, 5.0])
-def test_without_a_change_the_statistic_is_distributed_as_it_should_be(drift: float) -> None:
-    # Of four increments there is one onset to consider, and its ratio is an increasing function of a Beta variable.
+def test_null_distribution_of_the_statistic(drift: float) -> None:
+    # Four increments have one possible onset, whose ratio is an increasing function of a Beta variable.
     statistic = 2000 * evidence_of(ChangeDetector(1e-9, window=4), walks(2000, 5, seed=3, drift=drift))
     explained = torch.linspace(0, 1, 200001, dtype=torch.float64)
     g = 0.75 * torch.tensor(SHIFTS, dtype=torch.float64)[:, None] ** 2
@@ -106,16 +106,16 @@ def test_without_a_change_the_statistic_is_distributed_as_it_should_be(drift: fl
 @pytest.mark.parametrize("drift", [0.0, 2.0])
 @pytest.mark.parametrize(("alpha", "m"), [(1 / 50, 1), (1 / 200, 1), (0.5, 20)])
 def test_false_alarms_stay_within_the_bound(alpha: float, m: int, drift: float) -> None:
-    # Each of 600 families of m series, in one detector: alarms then come at alpha/m for each series. 100 snapshots.
+    # 600 / m families of m series in one detector, with alarms at a rate of alpha/m for each series.
     copies, n = 600 // m, 100
     detector = ChangeDetector(0.999, window=32)
-    # The threshold of a family of m among copies of it.
+    # The threshold of a single family.
     detector.false_alarms = alpha * copies
     alarms = len(run(detector, walks(copies * m, n, seed=m, drift=drift)))
     assert 0 < alarms <= alpha * n * copies
 
 
-def test_series_that_scatter_about_a_level_raise_fewer_alarms_still() -> None:
+def test_scatter_about_a_level_raises_fewer_alarms() -> None:
     detector = ChangeDetector(0.999, window=32)
     detector.false_alarms = 600 / 50
     scatter = torch.randn(600, 100, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -127,12 +127,12 @@ def test_denser_snapshots_raise_no_alarms(wandering: bool) -> None:
     gaps = [1.0] * 20 + [0.25] * 40 + [1.0] * 20
     noise = torch.randn(500, 80, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     time = torch.tensor(gaps, dtype=torch.float64)
-    # A steady trend, ten times the noise, goes on while snapshots lie closer together.
+    # A steady trend, ten times the noise, continues while snapshots are denser.
     series = 10 * time.cumsum(0) + ((noise * time.sqrt()).cumsum(1) if wandering else noise)
     detector = ChangeDetector(0.999, window=32)
     detector.false_alarms = 500 / 50
     assert len(run(detector, series, gaps)) <= 80 * 500 / 50
-    # Told nothing of the gaps, it would see the trend change twice in every series.
+    # Without the intervals, the trend seems to change twice in every series.
     naive = ChangeDetector(0.999, window=32)
     naive.false_alarms = 500 / 50
     assert len(run(naive, series)) >= 900
@@ -142,8 +142,8 @@ def test_denser_snapshots_raise_no_alarms(wandering: bool) -> None:
     ("jump", "slope", "delay"),
     [(20.0, 0.0, 1), (-20.0, 0.0, 1), (0.0, 5.0, 4), (0.0, -5.0, 4)],
 )
-def test_changes_are_found_in_time(jump: float, slope: float, delay: int) -> None:
-    # Increments have standard deviation 1; there are 20 before the change; one false alarm in 100 snapshots is allowed.
+def test_detection_delay(jump: float, slope: float, delay: int) -> None:
+    # Increments have standard deviation 1, 20 of them before the change; one false alarm per 100 snapshots is allowed.
     time = torch.arange(30, dtype=torch.float64)
     change = jump * (time >= 21) + slope * (time - 20).clamp_min(0)
     detector = ChangeDetector(0.999)
@@ -153,7 +153,7 @@ def test_changes_are_found_in_time(jump: float, slope: float, delay: int) -> Non
     assert len(found) >= 48
 
 
-def test_what_is_said_of_a_change() -> None:
+def test_reported_change() -> None:
     x = walks(1, 40, seed=7) + 30.0 * (torch.arange(40) >= 25)
     [(t, change)] = run(ChangeDetector(0.01), x)
     assert (t, change.series, change.onset) == (25, 0, 24)
@@ -168,7 +168,7 @@ def test_a_constant_that_jumps() -> None:
     jump = constant + 1.0 * (torch.arange(30) >= 15)
     for resolution in (0.0, 0.1):
         assert [(t, c.onset) for t, c in run(ChangeDetector(0.01, resolution=resolution), jump)] == [(15, 14)]
-    # Rounding is none: below the resolution nothing is.
+    # A change below the resolution is not detected.
     assert run(ChangeDetector(0.01, resolution=0.1), jump * 0.05) == []
 
 
@@ -183,7 +183,7 @@ def test_units_and_origins_do_not_matter() -> None:
     assert len(expected) >= 5
 
 
-def test_changes_that_are_too_small_too_low_or_do_not_last_do_not_count() -> None:
+def test_small_low_and_short_changes_are_ignored() -> None:
     time = torch.arange(30)
     jump = walks(1, 30, seed=2) * 0.01 + 1.0 * (time >= 15)
     spike = walks(1, 30, seed=2) * 0.01 + 1.0 * (time == 15)
@@ -194,13 +194,13 @@ def test_changes_that_are_too_small_too_low_or_do_not_last_do_not_count() -> Non
     assert [t for t, _ in run(ChangeDetector(0.01, min_change=0.5), spike)] == [15]
     assert run(ChangeDetector(0.01, min_change=0.5, persistence=2), spike) == []
     assert [(t, c.onset) for t, c in run(ChangeDetector(0.01, min_change=0.5, persistence=2), jump)] == [(16, 14)]
-    # A fall that slows down has a new trend, upwards, but a level that went on falling.
+    # When a decline slows down, the trend shifts upwards, but the level still falls.
     slower = walks(1, 30, seed=2) * 0.01 - time.clamp_max(15) - 0.1 * (time - 15).clamp_min(0)
     assert len(run(ChangeDetector(0.01), slower)) == 1
     assert run(ChangeDetector(0.01, min_change=0.5), slower) == []
 
 
-def test_unknown_values_are_passed_over() -> None:
+def test_missing_values_are_skipped() -> None:
     series = walks(1, 30, seed=5, drift=3.0)
     holes = series.clone()
     holes[0, [4, 11, 12, 29]] = math.nan
@@ -210,23 +210,23 @@ def test_unknown_values_are_passed_over() -> None:
     gaps = np.diff(known, prepend=0).astype(float)
     found = detector._evidence(series[:, 28]).logsumexp(1).exp()
     assert float(found) == pytest.approx(slow_evidence(series[0, known].numpy(), gaps, 1), rel=1e-9)
-    # A series that begins later is as if it had begun then.
+    # A series that begins later has the same statistic.
     late = torch.cat([torch.full((1, 7), math.nan, dtype=torch.float64), series], 1)
     expected = evidence_of(ChangeDetector(1e-9), series)
     torch.testing.assert_close(evidence_of(ChangeDetector(1e-9), late), expected, rtol=1e-12, atol=0)
 
 
-def test_together_is_as_one_at_a_time() -> None:
+def test_many_series_are_detected_as_one_at_a_time() -> None:
     series = walks(6, 50) + 25.0 * (torch.arange(50) >= torch.arange(20, 26)[:, None])
-    process_group = run(ChangeDetector(0.06), series)
+    joint = run(ChangeDetector(0.06), series)
     alone = [(t, i, c) for i in range(6) for t, c in run(ChangeDetector(0.01), series[i : i + 1])]
-    assert [(t, c.series, c.onset) for t, c in process_group] == [
+    assert [(t, c.series, c.onset) for t, c in joint] == [
         (t, i, c.onset) for t, i, c in sorted(alone, key=lambda x: x[:2])
     ]
-    assert len(process_group) >= 6
+    assert len(joint) >= 6
 
 
-def test_it_goes_on_where_it_was() -> None:
+def test_state_survives_a_checkpoint() -> None:
     series = walks(8, 80) + 15.0 * (torch.arange(80) >= 60)
     detector = ChangeDetector(0.2, window=16)
     run(detector, series[:, :41])
@@ -242,12 +242,12 @@ def test_it_goes_on_where_it_was() -> None:
         ChangeDetector().load_state_dict(detector.state_dict())
 
 
-def test_series_come_and_go() -> None:
+def test_series_are_added_and_removed() -> None:
     series = walks(4, 40)
     detector = ChangeDetector(1e-9)
     run(detector, series[:3, :20])
-    detector.add(1, like=1)
-    assert (len(detector), detector.known(3)) == (4, 19)
+    detector.add(1, copy_of=1)
+    assert (len(detector), detector.num_increments(3)) == (4, 19)
     detector.keep(torch.tensor([3, 0]))
     twin = ChangeDetector(1e-9)
     run(twin, series[[1, 0], :20])
@@ -265,7 +265,7 @@ def test_settings_are_checked() -> None:
             ChangeDetector(**wrong)  # type: ignore[arg-type]
     detector = ChangeDetector()
     detector.update(0, torch.zeros(2))
-    with pytest.raises(ValueError, match=r"There are 2 series, and values of shape \(1,\)"):
+    with pytest.raises(ValueError, match=r"There are 2 series, but values of shape \(1,\)"):
         detector.update(1, torch.zeros(1))
-    with pytest.raises(ValueError, match="gap is a positive number"):
-        detector.update(1, torch.zeros(2), gap=0.0)
+    with pytest.raises(ValueError, match="relative_interval must be positive"):
+        detector.update(1, torch.zeros(2), relative_interval=0.0)

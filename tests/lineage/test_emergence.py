@@ -1,4 +1,4 @@
-"""Emergence in synthetic runs: what was planted is found in time, and nothing is where nothing happens."""
+"""Emergence in synthetic runs: planted changes are detected in time, and there are no other events."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 
 def layer(levels: Mapping[int, float]) -> tuple[Tensor, Tensor]:
-    """Lineages and importances from log10 of importances; NaN is not there."""
+    """Lineages and importances from log10 of importances; NaN for absent features."""
     there = {i: x for i, x in levels.items() if not math.isnan(x)}
     return torch.tensor(list(there), dtype=torch.int64), 10 ** torch.tensor(list(there.values()), dtype=torch.float64)
 
@@ -89,14 +89,14 @@ def test_what_is_planted_is_found(kind: str, before: float, after: float, length
     assert event.evidence >= math.log10(1 / 0.025)
 
 
-def test_all_others_only_make_room() -> None:
-    # One feature takes nearly everything: the shares of all others fall, and those that mattered say so.
+def test_shares_of_the_others_fall() -> None:
+    # One feature gets nearly all of the importance: the shares of all others fall.
     events = watch(planted({19: ramp(-4.0, 1.0, 20, 1)}, seed=0))
     assert {e.lineage: e.kind for e in events if e.lineage == 19} == {19: "emerged"}
     assert {e.kind for e in events if e.lineage != 19} <= {"faded", "fell"}
 
 
-def test_trends_trifles_and_single_snapshots_are_no_events() -> None:
+def test_trends_small_changes_and_outliers_are_no_events() -> None:
     decay = torch.linspace(0.0, -2.0, N, dtype=torch.float64)
     spike = torch.where(torch.arange(N) == 20, 0.5, -3.0).double()
     doubled = ramp(-3.8, -3.2, 20, 1)  # from far too little to too little
@@ -106,12 +106,12 @@ def test_trends_trifles_and_single_snapshots_are_no_events() -> None:
     assert [e.lineage for e in watch(planted({3: doubled}, seed=0), min_share=1e-4)] == [3]
 
 
-def test_who_is_born_large_emerges_once_it_has_stayed() -> None:
+def test_features_born_important_emerge_at_their_second_snapshot() -> None:
     levels = planted({}, seed=1)
     levels[5, :15] = math.nan  # born at 15, and stays
-    levels[6, :25] = levels[6, 26:] = math.nan  # there at 25 alone
-    levels[7, :2] = math.nan  # born while nobody has a history
-    levels[19, :15] = math.nan  # born, and never matters
+    levels[6, :25] = levels[6, 26:] = math.nan  # present at 25 only
+    levels[7, :2] = math.nan  # born before there is any history
+    levels[19, :15] = math.nan  # never important
     [event] = watch(levels)
     assert (event.kind, event.lineage, event.step, event.onset) == ("emerged", 5, STEPS[16], STEPS[14])
     assert event.before == 0.0
@@ -119,17 +119,17 @@ def test_who_is_born_large_emerges_once_it_has_stayed() -> None:
 
 
 @pytest.mark.parametrize("birth", [24, 23, 22, 17])
-def test_who_is_born_small_emerges_when_it_matters(birth: int) -> None:
+def test_features_born_unimportant_emerge_when_they_become_important(birth: int) -> None:
     levels = planted({5: ramp(-3.0, 0.0, 25, 1)}, seed=1)
     levels[5, :birth] = math.nan
     [event] = watch(levels)
     assert (event.kind, event.lineage, event.step, event.onset) == ("emerged", 5, STEPS[26], STEPS[24])
-    # After some time of its own it does not come from nothing.
+    # With more snapshots before, it has a history of its own.
     share = 0.0 if birth > 20 else float((10 ** levels[:, 24]).div((10 ** levels[:, 24]).sum())[5])
     assert event.before == pytest.approx(share, rel=1e-9)
 
 
-def test_who_is_gone_for_three_snapshots_has_faded() -> None:
+def test_features_fade_after_three_snapshots_of_absence() -> None:
     levels = planted({}, seed=2)
     levels[2, 20:] = math.nan
     levels[3, 20] = math.nan  # missed once
@@ -137,7 +137,7 @@ def test_who_is_gone_for_three_snapshots_has_faded() -> None:
     assert (event.kind, event.lineage, event.step, event.onset, event.after) == ("faded", 2, STEPS[22], STEPS[19], 0.0)
 
 
-def test_who_is_gone_is_forgotten_and_may_come_back() -> None:
+def test_absent_features_are_removed_and_may_come_back() -> None:
     levels = planted({}, seed=2)
     levels[2, 8:25] = math.nan
     detector, sizes, kinds = EmergenceDetector(), [], []
@@ -175,7 +175,7 @@ def test_layers_labels_and_order() -> None:
         late = layer({4: 0.0, 9: -4.0 if t < 20 else 0.0})
         importances = {"b": late, "a": late, "dead": (torch.tensor([0]), torch.zeros(1))}
         if t == 12:
-            del importances["a"]  # a snapshot without it is none for it
+            del importances["a"]  # unknown at this snapshot
         events += detector.update(step, importances, {"m": 1.0 if t < 20 else 2.0}, {"b": ["", "k=3 a+b 90%"]})
     assert [(e.kind, e.subject, e.label) for e in events] == [
         ("emerged", "b/9", "k=3 a+b 90%"),
@@ -185,7 +185,7 @@ def test_layers_labels_and_order() -> None:
     assert {e.step for e in events} == {STEPS[21]}
 
 
-def test_it_goes_on_where_it_was() -> None:
+def test_state_survives_a_checkpoint() -> None:
     levels = planted({7: ramp(-3.5, -0.5, 20, 3), 8: ramp(-0.5, -2.5, 24, 1)}, seed=4)
     levels[3, :18] = math.nan
     levels[2, 18:] = math.nan
@@ -214,7 +214,7 @@ def test_denser_snapshots_are_no_events() -> None:
     for t, gap in enumerate(gaps):
         clock += gap
         level = 0.1 * clock + 0.002 * float(normal(1, seed=t))
-        events += detector.update(t, {"mlp": layer({0: 0.0, 1: level - 3})}, {"m": 10**level}, gap=gap)
+        events += detector.update(t, {"mlp": layer({0: 0.0, 1: level - 3})}, {"m": 10**level}, relative_interval=gap)
     assert events == []
 
 
@@ -224,17 +224,17 @@ def test_settings_are_checked() -> None:
             EmergenceDetector(**wrong)
 
 
-def test_a_metric_that_falls_to_nothing_has_fallen() -> None:
+def test_a_metric_falls_to_zero() -> None:
     detector = EmergenceDetector()
-    told = [
+    events = [
         event
         for t in range(30)
         for event in detector.update(10 * t, {}, {"m": 100 * (1 + 0.01 * math.sin(3 * t)) if t < 20 else 0.0})
     ]
-    assert [(event.kind, event.step, event.after) for event in told] == [("fell", 210, 0.0)]
+    assert [(event.kind, event.step, event.after) for event in events] == [("fell", 210, 0.0)]
 
 
-def test_a_metric_that_starts_at_nothing_waits_for_its_scale() -> None:
+def test_a_metric_that_starts_at_zero_has_no_scale_yet() -> None:
     detector = EmergenceDetector()
     for t in range(25):
         assert detector.update(10 * t, {}, {"m": 0.0 if t < 3 else 1000 * (1 + 0.005 * math.sin(3 * t))}) == []

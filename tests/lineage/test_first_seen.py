@@ -1,4 +1,4 @@
-"""Looking back over basis files: those that do not fit are passed over, and what is found is written."""
+"""Histories of final features from basis files; unsuitable files are skipped."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def written(folder: Path, graphs: dict[int, InteractionGraph]) -> list[tuple[int
     return [(step, folder / f"{step}.safetensors") for step in graphs]
 
 
-def test_files_are_gone_through_and_those_that_do_not_fit_passed_over(tmp_path: Path) -> None:
+def test_unsuitable_files_are_skipped(tmp_path: Path) -> None:
     x = directions()
     final = snapshot({"a": x[:, :3], "b": x[:, 3:5]}, 40)
     graphs = {
@@ -46,7 +46,7 @@ def test_files_are_gone_through_and_those_that_do_not_fit_passed_over(tmp_path: 
     assert found["b"].since().tolist() == [30, 30]
 
 
-def test_what_is_said_of_every_feature(tmp_path: Path) -> None:
+def test_summary_of_every_feature(tmp_path: Path) -> None:
     x = directions()
     final = snapshot({"a": x[:, :3]}, 20)  # importances 1, 0.55, 0.1
     final.labels = {"a": ["first", "", "third"]}
@@ -63,7 +63,7 @@ def test_what_is_said_of_every_feature(tmp_path: Path) -> None:
     assert first_seen(final, retrace_files(final, written(tmp_path, earlier)))["a"]["formed"] == 10
 
 
-def test_nothing_is_said_without_values_on_probe_samples() -> None:
+def test_without_reference_features_there_is_no_history() -> None:
     final = snapshot({"a": directions()}, 1)
     final.reference_features = {}
     assert retrace_files(final, []) == {}
@@ -75,7 +75,7 @@ def test_nothing_is_said_without_values_on_probe_samples() -> None:
 
 
 def mixed(share: float, direction: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """A feature with so much of its variance in common with a direction."""
+    """A feature with this squared correlation with a direction."""
     return share**0.5 * direction + (1 - share) ** 0.5 * other
 
 
@@ -110,5 +110,5 @@ def test_no_earlier_snapshot_and_none_with_features() -> None:
 
 
 def test_other_samples_are_refused() -> None:
-    with pytest.raises(ValueError, match="same samples"):
+    with pytest.raises(ValueError, match="on the same samples"):
         retrace(torch.randn(20, 2), [0], [torch.randn(19, 2)])

@@ -1,4 +1,4 @@
-"""Matching of two snapshots: known answers, invariances, and a literal look at all pairings."""
+"""Matching of two snapshots: known answers, invariances, and comparison with all pairings."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_order_sign_scale_and_shift_do_not_matter() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_no_pairing_shares_more(seed: int) -> None:
-    """Against all pairings: as many pairs as possible that share half, and of those the most similar ones."""
+    """Compared with all pairings: as many similar pairs as possible, and among those the most similar ones."""
     g = torch.Generator().manual_seed(seed)
     a = torch.randn(40, 5, generator=g, dtype=torch.float64)
     b = a[:, torch.randperm(5, generator=g)] + 0.8 * torch.randn(40, 5, generator=g, dtype=torch.float64)
@@ -56,7 +56,7 @@ def test_no_pairing_shares_more(seed: int) -> None:
     assert worth(found)[1] == pytest.approx(worth(best)[1])
 
 
-def test_a_pair_with_more_than_half_in_common_is_never_torn_apart() -> None:
+def test_similar_pairs_are_never_separated() -> None:
     # A Hungarian assignment of the shares alone would take the two pairs with 0.49 instead of the one with 0.5.
     x = directions(4)
     a = torch.stack([x[:, 0], 0.7 * x[:, 1] + 0.5 * x[:, 2]], 1)
@@ -79,7 +79,7 @@ def test_a_rotation_of_any_size_is_no_death_and_no_birth(k: int) -> None:
     assert len(match.ended) == 0
     assert (match.parents == -1).all()
     assert match.overlap == pytest.approx(1, abs=1e-9)
-    if k >= 10:  # hardly anything has half its variance in common with one single feature
+    if k >= 10:  # hardly any feature has a squared correlation of one half with a single one
         assert match.rotated.sum() > k / 2
 
 
@@ -98,11 +98,11 @@ def test_births_at_random_directions_are_no_rotation() -> None:
     assert (match.before == -1).all()
     assert len(match.ended) == 60
     assert (match.parents == -1).all()
-    assert (match.heirs == -1).all()
+    assert (match.merged_into == -1).all()
     assert match.overlap < 0.1
 
 
-def test_with_few_samples_nothing_is_called_a_rotation() -> None:
+def test_few_samples_show_no_rotations() -> None:
     # In 40 dimensions two random subspaces of 30 have directions in common.
     match = match_features(directions(30, seed=1, samples=40), directions(30, seed=2, samples=40))
     assert not match.rotated.any()
@@ -119,11 +119,11 @@ def test_splits_and_merges(share: float) -> None:
     assert split.parents.tolist() == [-1, -1, 0]
     merge = match_features(two, one)
     assert merge.before.tolist() == [0, 1]
-    assert merge.heirs.tolist() == [-1, -1, 0]
+    assert merge.merged_into.tolist() == [-1, -1, 0]
     assert merge.ended.tolist() == [2]
 
 
-def test_too_little_in_common_is_no_split() -> None:
+def test_small_similarity_is_no_split() -> None:
     x = directions(2)
     a, b = 0.78**0.5, 0.22**0.5
     match = match_features(x[:, :1], torch.stack([a * x[:, 0] + b * x[:, 1], b * x[:, 0] - a * x[:, 1]], 1))
@@ -131,16 +131,16 @@ def test_too_little_in_common_is_no_split() -> None:
     assert match.parents.tolist() == [-1, -1]
 
 
-def test_single_neurons_are_what_their_number_says() -> None:
+def test_neurons_are_matched_by_index() -> None:
     x = directions(4)
     match = match_features(x, x[:, [1, 0, 2, 3]], in_order=True)
     assert match.before.tolist() == [0, 1, 2, 3]
     torch.testing.assert_close(match.similarity, torch.tensor([0, 0, 1, 1]).double(), rtol=0, atol=1e-9)
-    with pytest.raises(ValueError, match="equally many"):
+    with pytest.raises(ValueError, match="must be equally many"):
         match_features(x, x[:, :3], in_order=True)
 
 
-def test_what_does_not_vary_is_like_nothing() -> None:
+def test_constant_features_match_nothing() -> None:
     x = directions(2)
     x[:, 1] = 7
     match = match_features(x, x)
@@ -148,7 +148,7 @@ def test_what_does_not_vary_is_like_nothing() -> None:
     assert match.ended.tolist() == [1]
 
 
-def test_no_features_at_all() -> None:
+def test_no_features() -> None:
     x = directions(2)
     assert match_features(x[:, :0], x).before.tolist() == [-1, -1]
     assert match_features(x, x[:, :0]).ended.tolist() == [0, 1]

@@ -1,4 +1,4 @@
-"""Lineages through made-up trainings: all that happens is found, and nothing is invented."""
+"""Lineages in synthetic trainings: all events are detected, and no others."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Followed:
         assert self.see() == []
 
     def see(self) -> list[Event]:
-        """Take a snapshot; whoever was there before must have kept the id."""
+        """Take a snapshot, and check that known features have kept their ids."""
         graph, lineages = self.true.graph(self.now)
         self.now += 10
         events = self.tracker.update(graph)
@@ -40,12 +40,12 @@ class Followed:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_nothing_is_invented(seed: int) -> None:
+def test_drift_causes_no_events(seed: int) -> None:
     Followed(seed).quiet(40)
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_everything_is_found(seed: int) -> None:
+def test_all_events_are_detected(seed: int) -> None:
     run = Followed(seed)
     true = run.true
 
@@ -61,7 +61,7 @@ def test_everything_is_found(seed: int) -> None:
     ids = run.ids
     assert happens(lambda: true.death(3)) == [("died", ids[3], ())]
     assert happens(true.birth) == [("born", ids[20], ())]
-    assert happens(lambda: (true.rotate([0, 1, 2, 4]), ids.clear())) == []  # who is who among these is not defined
+    assert happens(lambda: (true.rotate([0, 1, 2, 4]), ids.clear())) == []  # which of these is which is not defined
     assert happens(lambda: true.rotate([5, 6], 0.3)) == []
     assert happens(lambda: true.split(7)) == [("split", ids[21], (ids[7],))]
     assert happens(lambda: true.merge(8, into=9)) == [("merged", ids[8], (ids[9],))]
@@ -78,11 +78,11 @@ def test_everything_is_found(seed: int) -> None:
 
 
 @pytest.mark.parametrize("k", [2, 8, 20])
-def test_turning_among_near_equal_features_ends_nobody(k: int) -> None:
+def test_rotation_within_a_subspace_ends_no_lineage(k: int) -> None:
     run = Followed(k)
     for _ in range(10):
         run.true.rotate(list(range(k)))
-        run.ids.clear()  # who is who inside the subspace is not defined
+        run.ids.clear()  # which is which inside the subspace is not defined
         assert run.see() == []
         assert run.tracker.turnover["layer"].overlap == pytest.approx(1, abs=1e-4)
     graph, _ = run.true.graph(999)
@@ -105,7 +105,7 @@ def test_similarity_is_the_correlation_with_the_feature_before() -> None:
         assert float(second.lineages["layer"].similarity[j]) == pytest.approx(expected, abs=1e-12)
 
 
-def test_an_id_is_never_used_twice() -> None:
+def test_ids_are_unique() -> None:
     run = Followed(1)
     for _ in range(5):
         newest = max(run.true.values)
@@ -146,7 +146,7 @@ def test_state_survives_a_checkpoint() -> None:
         two.load_state_dict(torch.load(saved, weights_only=True))
 
 
-def test_a_copy_goes_its_own_way() -> None:
+def test_copies_are_independent() -> None:
     true, tracker = Trajectory(3), FeatureTracker()
     tracker.update(true.graph(0)[0])
     aside = tracker.copy()
@@ -177,7 +177,7 @@ def test_neurons_keep_their_numbers() -> None:
     assert graph.lineages["layer"].ids.tolist() == list(range(5))
 
 
-def test_graphs_without_values_or_step_are_refused() -> None:
+def test_graphs_without_reference_features_or_step_are_refused() -> None:
     graph = snapshot({"layer": torch.randn(50, 5)}, 0)
     del graph.info["step"]
     with pytest.raises(LIBError, match="step="):

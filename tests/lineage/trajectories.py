@@ -1,4 +1,4 @@
-"""Made-up trainings: what happens to the features of one node layer is known, and nothing else does."""
+"""Synthetic trainings with known events of the features of one node layer."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ SAMPLES = 1024
 
 @dataclass
 class Trajectory:
-    """Features as directions in the space of samples, one life of each of which is known.
+    """Features as directions in the space of samples, with known lineages.
 
-    Features drift a little at every step, change sign at random, and lie in random order.
+    Features drift a little at every step, change sign at random, and are in random order.
     """
 
     seed: int
@@ -48,7 +48,7 @@ class Trajectory:
         del self.values[lineage]
 
     def rotate(self, lineages: list[int], angle: float | None = None) -> None:
-        """Turn some features among themselves: by a random rotation, or two of them by an angle."""
+        """Rotate some features among themselves: randomly, or two of them by an angle."""
         k = len(lineages)
         if angle is None:
             Q = torch.linalg.qr(torch.randn(k, k, generator=self.g, dtype=torch.float64)).Q
@@ -60,7 +60,7 @@ class Trajectory:
             self.values[i] = column
 
     def split(self, lineage: int, share: float = 0.64) -> int:
-        """A feature's direction becomes part of two; the one with more of it goes on."""
+        """Split a feature in two; the more similar one continues the lineage."""
         old, new = self.values[lineage], self._new_direction()
         a, b = share**0.5, (1 - share) ** 0.5
         self.values[lineage], self.values[self.next_id] = a * old + b * new, b * old - a * new
@@ -72,23 +72,23 @@ class Trajectory:
         self.values[into] = a * self.values[into] + b * self.values.pop(lineage)
 
     def step(self) -> None:
-        """Drift a little within everything there could be."""
+        """Let all features drift a little in random directions."""
         for i in list(self.values):
             noise = torch.randn(SAMPLES, generator=self.g, dtype=torch.float64) / SAMPLES**0.5
             moved = self.values[i] + self.drift * noise
             self.values[i] = moved / moved.norm()
 
     def graph(self, step: int) -> tuple[InteractionGraph, list[int]]:
-        """The snapshot as there would be one, and the true lineage of each of its features."""
+        """The graph of a snapshot, and the true lineage of each of its features."""
         order = torch.randperm(len(self.values), generator=self.g).tolist()
         lineages = [list(self.values)[k] for k in order]
         signs = torch.randint(0, 2, (len(order),), generator=self.g) * 2.0 - 1
-        probes = torch.stack([self.values[i] for i in lineages], 1) * signs * SAMPLES**0.5
-        return snapshot({"layer": probes}, step), lineages
+        reference = torch.stack([self.values[i] for i in lineages], 1) * signs * SAMPLES**0.5
+        return snapshot({"layer": reference}, step), lineages
 
 
 def snapshot(values: dict[str, Tensor], step: int, kind: str = "lib", samples: str = "same") -> InteractionGraph:
-    """A graph of which only features' values on probe samples matter."""
+    """A graph with given reference features."""
     bases = {}
     for name, x in values.items():
         eye = torch.eye(x.shape[1], dtype=torch.float64)
