@@ -18,6 +18,7 @@ from lib_lightning.jacobian.section import STACK_ELEMENTS
 from lib_lightning.model.batch import batch_size, slice_batch
 from lib_lightning.model.capture import CapturedLayer
 from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.torch_internals import storage_key
 
 # Default memory limit, in GiB.
 MEMORY_LIMIT = 2.0
@@ -141,7 +142,7 @@ def plan_memory(
 def _saved_by_autograd(instrumented: InstrumentedModel, batch: Any) -> tuple[list[CapturedLayer], int, int]:
     """Capture a batch; return also the bytes that autograd saves, and the size of the largest saved tensor."""
     state = (*instrumented.model.parameters(), *instrumented.model.buffers())
-    weights = {t.untyped_storage()._cdata for t in state if t.layout == torch.strided}
+    weights = {storage_key(t) for t in state if t.layout == torch.strided}
     saved: dict[int, int] = {}
     largest = 1
 
@@ -149,9 +150,8 @@ def _saved_by_autograd(instrumented: InstrumentedModel, batch: Any) -> tuple[lis
         nonlocal largest
         if t.layout != torch.strided:
             return t
-        storage = t.untyped_storage()
-        if storage._cdata not in weights:
-            saved[storage._cdata] = storage.nbytes()
+        if (key := storage_key(t)) not in weights:
+            saved[key] = t.untyped_storage().nbytes()
             largest = max(largest, t.numel())
         return t
 

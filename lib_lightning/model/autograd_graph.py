@@ -1,4 +1,10 @@
-"""All ways through a computation, as autograd keeps them, and the results that every one of them passes."""
+"""The graph that autograd records, and the internals of autograd that this package relies on.
+
+The attributes in `NAMES`, and the names that autograd gives to operations, are not part of torch's public interface.
+Each is used in one function here, and that function has a fallback for versions of torch without it;
+``tests/model/test_torch_internals.py`` lists what each fallback costs. Other internals of torch are in
+`lib_lightning.model.torch_internals`.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +17,22 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge, saved_tensors_hooks
 
-# Operations that mix features or positions, by what autograd calls them; all others only reshape, scale or bend.
+# The names of the attributes, by what they are.
+NAMES = {
+    "version counter": "_unsafe_preserve_version_counter",
+    "input metadata": "_input_metadata",
+    "saved tensors": "_saved_",  # a prefix
+    "is view": "_is_view",
+    "base": "_base",
+    "custom function": "BackwardCFunction",
+}
+# Operations, by their names in autograd. Those that mix features or positions; all others are elementwise or change
+# the layout.
 _MIXING = re.compile(r"mm|Mm|Mv|Dot|Conv|Linear|Rnn|Attention|MatMul|Matmul")
-# Operations that leave every number where it is, as long as the shape is the same in the end.
-_IDLE = re.compile(r"^(AccumulateGrad|Clone|Alias|Slice|Squeeze|Unsqueeze|View|UnsafeView|ReshapeAlias)")
-# Writes to a tensor without a change of its version counter.
-_VERSION_KEPT: Any = getattr(torch.autograd, "_unsafe_preserve_version_counter", None)
+# Operations that keep the order of the elements: the identity if the shape is the same in the end.
+_IDENTITY = re.compile(r"^(AccumulateGrad|Clone|Alias|Slice|Squeeze|Unsqueeze|View|UnsafeView|ReshapeAlias)")
 # Operations that only change the layout of a tensor.
 _LAYOUT = re.compile(
     r"AccumulateGrad|Copy|Clone|Alias|View|Reshape|Squeeze|Unsqueeze|Permute|Transpose|Slice|Select|Index"
@@ -31,16 +45,16 @@ _FULLY_DESCRIBED = re.compile(
 )
 # Operations whose derivative is part of torch; custom functions have other names.
 _BUILT_IN = re.compile(r"Backward\d$")
-# Operations that autograd describes: where it names nothing that they have saved, there is nothing.
+# Operations of which autograd shows everything that they have saved.
 _SHOWN = re.compile(r"Backward\d$|::(AccumulateGrad|CopyBackwards)$")
 
 
 class Edge(NamedTuple):
-    """A result, as autograd knows it.
+    """A tensor in autograd's graph: one output of an operation.
 
     Attributes:
-        node: The operation that made it.
-        output: Which of the operation's results it is.
+        node: The operation.
+        output: Index of the output.
     """
 
     node: Node
@@ -48,14 +62,14 @@ class Edge(NamedTuple):
 
 
 class PathNode(NamedTuple):
-    """A result on the way from the sources to the output.
+    """A tensor on a path from the sources to the output.
 
     Attributes:
-        edge: Which.
+        edge: The tensor in the graph.
         is_dominator: Whether every path from the sources to the output goes through it.
         mixing_depth: Number of operations before it that mix features or positions.
         op_depth: Number of operations before it that change more than the layout.
-        uses: Operations on the way that use it.
+        uses: Number of operations on these paths that use it.
     """
 
     edge: Edge
@@ -66,90 +80,98 @@ class PathNode(NamedTuple):
 
 
 def edge_of(t: Tensor) -> Edge:
-    """The result that a tensor holds.
+    """The edge of a tensor.
 
     Args:
         t: A tensor that requires a gradient.
 
     Returns:
-        The result as autograd knows it at the moment; writing to the tensor in place makes it another one.
+        Its current edge; an in-place operation on the tensor changes it.
     """
     edge = get_gradient_edge(t)
     return Edge(edge.node, edge.output_nr)
 
 
 def shape_of(edge: Edge) -> torch.Size:
-    """The shape of a result that only autograd knows.
+    """Shape of a tensor in the graph.
 
     Args:
-        edge: The result.
+        edge: The tensor.
 
     Returns:
         Its shape.
+
+    Raises:
+        NotImplementedError: If this version of torch does not provide it.
 
     Example:
         >>> shape_of(edge_of(torch.ones(2, 3, requires_grad=True)))
         torch.Size([2, 3])
     """
-    # Not public, but where torch.autograd.grad itself looks.
-    return torch.Size(edge.node._input_metadata[edge.output].shape)
+    metadata = getattr(edge.node, NAMES["input metadata"], None)  # as used by torch.autograd.grad
+    if metadata is None:
+        raise NotImplementedError("This version of torch does not provide the shapes of tensors in autograd's graph.")
+    return torch.Size(metadata[edge.output].shape)
 
 
 def is_view(t: Tensor) -> bool:
-    """Whether a tensor is a view of another one, which autograd does not allow to be detached in place.
+    """Whether a tensor is a view of another one. Autograd does not allow to detach a view in place.
 
     Args:
         t: The tensor.
 
     Returns:
-        True if so, or if this version of torch does not say.
+        True if so, or if this version of torch does not tell.
     """
-    try:
-        return t._is_view()
-    except AttributeError:
-        return getattr(t, "_base", t) is not None
+    is_view = getattr(t, NAMES["is view"], None)
+    return getattr(t, NAMES["base"], t) is not None if is_view is None else is_view()
 
 
 def overwrite(t: Tensor, value: Tensor, new_memory: bool) -> None:
-    """Give a tensor another value in place and another history: the graph of that value.
+    """Replace the value of a tensor in place, and its history by that of the new value.
 
-    Tensors that autograd has saved of the old history remain valid; see `saved_tensors_kept`.
+    Tensors that autograd has saved for the old history remain valid within `saved_tensors_kept`.
 
     Args:
         t: The tensor; not a view.
-        value: The value, in the same shape.
-        new_memory: Whether to move the tensor to new memory first. Needed if it has a history and the value differs.
+        value: The new value, of the same shape.
+        new_memory: Whether to move the tensor to new memory first. Needed if it has a history, or if the value differs.
     """
     t.detach_()
-    if new_memory:  # what autograd has saved keeps the old memory
+    if new_memory:  # tensors that autograd has saved keep the old memory
         t.data = torch.empty_like(value)
-    with _VERSION_KEPT(t) if _VERSION_KEPT else nullcontext():
+    preserve_version = _preserve_version()
+    with nullcontext() if preserve_version is None else preserve_version(t):
         t.copy_(value)
 
 
 @contextmanager
 def saved_tensors_kept() -> Iterator[None]:
-    """A block around a forward pass in which `overwrite` is used.
+    """Run a forward pass in which `overwrite` is called.
 
-    Autograd refuses to use a saved tensor whose version counter has increased since. `overwrite` sets the counter back;
-    in a version of torch where this is not possible, autograd saves copies in this block, which takes more memory.
+    Autograd raises an error for a saved tensor whose version counter has increased. `overwrite` resets the counter. In
+    a version of torch without that possibility autograd saves copies in this block, which takes time and memory.
     """
-    with nullcontext() if _VERSION_KEPT else torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t):
+    with nullcontext() if _preserve_version() else saved_tensors_hooks(torch.clone, lambda t: t):
         yield
 
 
-def path_nodes(sources: Sequence[Edge], output: Edge) -> list[PathNode]:
-    """All results that lie on some path from the sources to the output, in an order in which paths only lead forwards.
+def _preserve_version() -> Any:
+    return getattr(torch.autograd, NAMES["version counter"], None)
 
-    What no step leads across, in such an order, is passed by every path. (Had a step led across, it could be extended
-    to a path that avoids it.)
+
+def path_nodes(sources: Sequence[Edge], output: Edge) -> list[PathNode]:
+    """All tensors on paths from the sources to the output, and which of them are dominators.
+
+    In a topological order of operations and tensors, a tensor is a dominator if no edge of the graph leads from before
+    it to after it: such an edge could be extended to a path that avoids it.
 
     Args:
-        sources: Where paths begin.
+        sources: Where the paths begin.
         output: Where they end.
 
     Returns:
-        The results, in forward order.
+        The tensors, in topological order.
     """
     begin = {source.node for source in sources}
     inputs: dict[Node, list[Edge]] = {}
@@ -164,30 +186,29 @@ def path_nodes(sources: Sequence[Edge], output: Edge) -> list[PathNode]:
         for edge in edges:
             users[edge].add(node)
     users[output] |= set()
-    results: dict[Node, list[Edge]] = defaultdict(list)
+    outputs: dict[Node, list[Edge]] = defaultdict(list)
     for edge in users:
-        results[edge.node].append(edge)
-    place: dict[Node | Edge, int] = {}
+        outputs[edge.node].append(edge)
+    order: dict[Node | Edge, int] = {}
     for node in inputs:
-        place[node] = len(place)
-        for edge in results[node]:
-            place[edge] = len(place)
-    parts = []
+        order[node] = len(order)
+        for edge in outputs[node]:
+            order[edge] = len(order)
+    path_nodes = []
     mixing_depth = op_depth = 0
-    furthest = max(place[node] for node in begin if node in place)
+    furthest = max(order[node] for node in begin if node in order)  # end of all edges so far
     for node in inputs:
         mixing_depth += bool(_MIXING.search(node.name()))
-        op_depth += not _IDLE.search(node.name())
-        furthest = max([furthest, *(place[edge] for edge in results[node])])
-        for edge in results[node]:
-            parts.append(PathNode(edge, furthest <= place[edge], mixing_depth, op_depth, len(users[edge])))
-            furthest = max([furthest, *(place[user] for user in users[edge])])
-    return parts
+        op_depth += not _IDENTITY.search(node.name())
+        furthest = max([furthest, *(order[edge] for edge in outputs[node])])
+        for edge in outputs[node]:
+            path_nodes.append(PathNode(edge, furthest <= order[edge], mixing_depth, op_depth, len(users[edge])))
+            furthest = max([furthest, *(order[user] for user in users[edge])])
+    return path_nodes
 
 
-@cache
 def saved_names(operation: type[Node]) -> list[str]:
-    """Names under which autograd shows what an operation has saved for its derivative.
+    """Names of the attributes in which an operation saves values for its derivative.
 
     Args:
         operation: The type of a node in autograd's graph.
@@ -199,17 +220,36 @@ def saved_names(operation: type[Node]) -> list[str]:
         >>> saved_names(type(torch.ones(2, requires_grad=True).exp().grad_fn))
         ['_saved_result']
     """
-    return [name for name in dir(operation) if name.startswith("_saved_") or name == "saved_tensors"]
+    return _names_with_prefix(operation, NAMES["saved tensors"])
+
+
+@cache
+def _names_with_prefix(operation: type[Node], prefix: str) -> list[str]:
+    return [name for name in dir(operation) if name.startswith(prefix) or name == "saved_tensors"]
+
+
+def _shows_saved_tensors() -> bool:
+    """Whether this version of torch shows the tensors that operations have saved."""
+    return _shows_saved(NAMES["saved tensors"])
+
+
+@cache
+def _shows_saved(prefix: str) -> bool:
+    with torch.inference_mode(False), torch.enable_grad():
+        node = torch.ones(1, requires_grad=True).exp().grad_fn
+    assert node is not None
+    return bool(_names_with_prefix(type(node), prefix))
 
 
 def saved_tensors_intact(output: Tensor) -> bool:
-    """Tell whether a computation can still be differentiated, by what autograd shows of it, without doing so.
+    """Check whether a computation can still be differentiated, without doing so.
 
     Args:
-        output: Its result.
+        output: The result of the computation.
 
     Returns:
-        True if nothing has been written to what its operations have saved; False if so, or if one does not show it.
+        True if none of the tensors that its operations have saved was modified; False if one was, or if an operation
+        does not show what it has saved.
 
     Example:
         >>> x, weight = torch.ones(2, requires_grad=True), torch.ones(2)
@@ -219,23 +259,24 @@ def saved_tensors_intact(output: Tensor) -> bool:
     """
     if output.grad_fn is None:
         return True
+    is_shown = _shows_saved_tensors()
     for node in topological_order(output.grad_fn):
         names = saved_names(type(node))
-        if not names and _SHOWN.search(node.name()) is None:
+        if not names and not (is_shown and _SHOWN.search(node.name())):
             return False
         try:
             for name in names:
                 getattr(node, name)
-        except RuntimeError:  # as a derivative would raise
+        except RuntimeError:  # the error of a backward pass
             return False
     return True
 
 
 def topological_order(last: Node) -> list[Node]:
-    """All operations that lead to one, each after those it uses.
+    """All operations that an operation depends on, in topological order.
 
     Args:
-        last: The operation that they lead to.
+        last: The operation.
 
     Returns:
         The operations, ``last`` at the end.
@@ -255,19 +296,12 @@ def topological_order(last: Node) -> list[Node]:
 
 
 def gradient_edge(edge: Edge) -> GradientEdge:
-    """An intermediate result in the form in which `torch.autograd.grad` accepts it.
-
-    Args:
-        edge: The result.
-
-    Returns:
-        The same result.
-    """
+    """An edge in the form in which `torch.autograd.grad` accepts it."""
     return GradientEdge(*edge)
 
 
 def input_edges(node: Node) -> list[Edge]:
-    """The results that an operation was computed from, of those that require a gradient.
+    """Edges of an operation's inputs that require a gradient.
 
     Args:
         node: The operation.
@@ -295,12 +329,12 @@ def is_addition(node: Node) -> bool:
 
 def is_built_in(node: Node) -> bool:
     """Whether the derivative of an operation is part of torch, so that it does what its name says."""
-    return _BUILT_IN.search(node.name()) is not None
+    return _BUILT_IN.search(node.name()) is not None and _shows_saved_tensors()
 
 
 def is_fully_described(node: Node) -> bool:
     """Whether an operation is a linear one that its name and the tensors it saves describe completely."""
-    return _FULLY_DESCRIBED.search(node.name()) is not None
+    return _FULLY_DESCRIBED.search(node.name()) is not None and _shows_saved_tensors()
 
 
 def has_custom_function(outputs: Sequence[Tensor]) -> bool:
@@ -310,17 +344,18 @@ def has_custom_function(outputs: Sequence[Tensor]) -> bool:
         outputs: The tensors.
 
     Returns:
-        True if a backward pass from them runs code in Python.
+        True if a backward pass from them runs code in Python, or if this version of torch does not tell.
 
     Example:
         >>> has_custom_function([torch.ones(2, requires_grad=True).exp()])
         False
     """
+    custom = getattr(torch.autograd.function, NAMES["custom function"], Node)
     pending = [output.grad_fn for output in outputs if output.grad_fn is not None]
     visited: set[Node] = set()
     while pending:
         node = pending.pop()
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
+        if isinstance(node, custom):
             return True
         if node not in visited:
             visited.add(node)

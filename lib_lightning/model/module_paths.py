@@ -10,7 +10,7 @@ from torch import nn
 
 from lib_lightning.errors import NodeLayerError, quoted
 from lib_lightning.model.node_layer import INPUT, NodeLayer, split_tap
-from lib_lightning.model.torch_internals import child, compiled_from
+from lib_lightning.model.torch_internals import child, compiled_from, has_forward
 
 
 def find_module(model: nn.Module, path: str) -> nn.Module:
@@ -85,8 +85,7 @@ def check_taps(model: nn.Module, layers: Sequence[NodeLayer]) -> None:
         NodeLayerError: With similar names that exist; also for modules that accept no hooks, and for a model without
             ``forward``.
     """
-    forward = getattr(find_module(model, ""), "forward", None)
-    if getattr(forward, "__qualname__", "") in ("_forward_unimplemented", "LightningModule.forward"):
+    if not has_forward(find_module(model, "")):
         raise NodeLayerError(
             f"{type(model).__name__} has no forward(), which is what node layers cut. Write one that returns the "
             "model's output, such as: def forward(self, x): return self.net(x)"

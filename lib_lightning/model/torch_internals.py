@@ -24,6 +24,7 @@ NAMES = {
     "backward hooks": "_backward_hooks",
     "backward pre-hooks": "_backward_pre_hooks",
     "compiled module": "_orig_mod",
+    "no forward": "_forward_unimplemented",
     "storage": "_cdata",
     "reentrant checkpoint": "CheckpointFunction",
     "checkpoint": "_checkpoint_hook",
@@ -50,6 +51,12 @@ def compiled_from(module: nn.Module) -> tuple[str, nn.Module] | None:
     if inner is None and type(module).__name__ == "OptimizedModule":
         name, inner = next(module.named_children(), (name, None))
     return None if inner is None else (name, inner)
+
+
+def has_forward(module: nn.Module) -> bool:
+    """Whether the class of a module, or of a LightningModule, defines ``forward``."""
+    name = getattr(getattr(module, "forward", None), "__qualname__", "")
+    return name not in (NAMES["no forward"], "LightningModule.forward")
 
 
 def set_tensor(module: nn.Module, kind: Literal["parameters", "buffers"], name: str, tensor: Tensor) -> None:
