@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lib_lightning.viewer.cache import Cache
 from lib_lightning.viewer.run_view import RunView
-from lib_lightning.viewer.scalars import MAX_POINTS, ScalarReader, ScalarSeries
+from lib_lightning.viewer.scalars import MAX_POINTS, ScalarReader, ScalarSeries, _event_decoder
 from tests.viewer.saved_run import SavedRun
 
 
@@ -170,3 +170,10 @@ def test_a_tensorboard_without_its_event_class_costs_the_scalars_only(
     monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", None)
     run = json.loads(RunView(tmp_path / "lib", "lib", Cache(1 << 20)).run())
     assert (len(run["snapshots"]), run["scalars"]) == (2, {})
+
+
+def test_tensorboards_event_classes_are_where_they_were() -> None:
+    assert _event_decoder() is not None, (
+        "TensorBoard has moved its class of events or its function to decode tensors: update _event_decoder in "
+        "lib_lightning/viewer/scalars.py. Until then, the tab shows no scalars."
+    )

@@ -120,7 +120,7 @@ export class Controls {
     this.options = h(
       "div",
       {class: "lib-bar", role: "group", "aria-label": "drawing options"},
-      labelled("min. edge strength", this.threshold, this.thresholdText),
+      labelled("edges above", this.threshold, this.thresholdText),
       labelled("features per layer", this.features),
       labelled("colour", this.color),
       labelled("positions", this.heights),

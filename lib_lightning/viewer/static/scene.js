@@ -79,7 +79,7 @@ function dotColor(history, k, snapshot, l, feature, id, by) {
 }
 
 /** Colour by the age of a lineage. */
-export function ageColor(history, k, l, id) {
+function ageColor(history, k, l, id) {
   const first = history.first[l].get(id) ?? 0;
   if (first === 0) return FROM_THE_START;
   return AGES.find((age) => k - first <= age.until).color;
