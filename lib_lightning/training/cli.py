@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,12 +28,9 @@ from lib_lightning.viewer.run import Run, write_film
 if TYPE_CHECKING:
     from lib_lightning.training.callback import LIBCallback
 
-# Enough to look for node layers with.
-_SAMPLES = 8
-# Names do not depend on where a model is trained: it only has to run once.
-_HERE = ("accelerator=cpu",)
+# Samples with which node layers are looked for.
+_NUM_SAMPLES = 8
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-_OTHERS = ("nodes", "profile", "inspect", "plot", "view")
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -47,9 +43,9 @@ def main(args: Sequence[str] | None = None) -> None:
     if words and words[0] in TRAINER_COMMANDS:
         run_trainer(args)
         return
-    # What follows is LightningCLI's, but for one word of nodes and the question what all this is.
-    if words and words[0] in _LIKE_FIT and not {"-h", "--help"} & set(words):
-        run = partial(_LIKE_FIT[words[0]], words[1:])
+    # The other options of these commands are those of LightningCLI, which argparse does not know.
+    if words and words[0] in _WITH_FIT_OPTIONS and not {"-h", "--help"} & set(words):
+        run = partial(_WITH_FIT_OPTIONS[words[0]], words[1:])
     else:
         parsed = _parser().parse_args(words)
         run = partial(parsed.run, parsed)
@@ -60,23 +56,23 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def run_trainer(args: Sequence[str] | None) -> None:
-    """Hand over to LightningCLI: every option of trainer, model, data and callbacks, from YAML or the command line.
+    """Run LightningCLI, with every option of trainer, model, data and callbacks in YAML or on the command line.
 
     Args:
         args: Arguments, the subcommand first; those of the process by default.
     """
-    import lib_lightning.training.callback  # noqa: F401  (known by its plain name in YAML)
+    import lib_lightning.training.callback  # noqa: F401  (so that YAML may name it LIBCallback)
     from lib_lightning.training.trainer_cli import TrainerCLI
 
-    _find_classes_here()
+    _import_from_working_directory()
     try:
         TrainerCLI(args=None if args is None else list(args), save_config_kwargs={"overwrite": True})
     except LIBError as error:
         sys.exit(f"lib-lightning: {error}")
 
 
-def _find_classes_here() -> None:
-    # Recipes name classes such as recipes.modular_addition.ModularAddition: found from the folder one stands in.
+def _import_from_working_directory() -> None:
+    # Recipes name classes such as recipes.modular_addition.ModularAddition.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
 
@@ -95,51 +91,61 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser(command, help=f"{command} with a Lightning trainer (see lib-lightning {command} --help)")
     nodes = commands.add_parser(
         "nodes",
-        help="list where a model can be cut: names to write under node_layers",
+        help="list where a model can be cut, by the names that node_layers takes",
         usage="lib-lightning nodes --config FILE [--all] [any option of fit]",
-        description="List where a model can be cut, found by running it on the first validation batch: names to write "
-        "under node_layers, what lies there, and which of them (*) are proposed.",
-        epilog="Model and data are given as for fit, by --config and any other option of it.",
+        description="Run a model on the first validation batch and list where it can be cut, by the names that "
+        "node_layers takes, with their shapes and modules. Those proposed as node layers are marked by *.",
+        epilog="Model and data are specified as for fit, by --config and its other options.",
     )
-    nodes.add_argument("--all", action="store_true", help="show all names of each place")
+    nodes.add_argument("--all", action="store_true", help="list all names of each place")
     commands.add_parser(
         "profile",
-        help="measure where the time of one snapshot of a model goes",
+        help="measure the time of each step of a snapshot",
         usage="lib-lightning profile --config FILE [any option of fit]",
-        description="Measure where the time of one snapshot goes: seconds and floating-point operations of every step, "
-        "and how near they come to the speed of large matrix products on this machine. Nothing is trained or kept.",
-        epilog="Model, data and callbacks are given as for fit, by --config and any other option of it.",
+        description="Measure the seconds and floating-point operations of every step of a snapshot, and their ratio to "
+        "the rate of large matrix products on this machine. Nothing is trained, and no files are written.",
+        epilog="Model, data and callbacks are specified as for fit, by --config and its other options.",
     )
-    inspect = commands.add_parser("inspect", help="print what basis files hold")
+    inspect = commands.add_parser("inspect", help="print settings and metrics of basis files")
     inspect.add_argument("files", nargs="+", type=Path, help="basis files (.safetensors)")
     inspect.set_defaults(run=_inspect)
     plot = commands.add_parser("plot", help="draw the interaction graph, or the importances, of a basis file")
     plot.add_argument("file", type=Path, help="basis file (.safetensors)")
-    plot.add_argument("-o", "--output", type=Path, help="image to write; by default beside the basis file")
+    plot.add_argument("-o", "--output", type=Path, help="image to write (default: next to the basis file)")
     plot.add_argument(
         "--kind", choices=("graph", "spectrum"), default="graph", help="what to draw (default: %(default)s)"
     )
-    plot.add_argument("--max-edges", type=int, default=300, help="most edges to draw (default: %(default)s)")
-    plot.add_argument("--max-features", type=int, default=40, help="most features in a column (default: %(default)s)")
+    plot.add_argument("--max-edges", type=int, default=300, help="maximum number of edges (default: %(default)s)")
+    plot.add_argument(
+        "--max-features", type=int, default=40, help="maximum number of features per node layer (default: %(default)s)"
+    )
     plot.set_defaults(run=_plot)
-    view = commands.add_parser("view", help="write the film of a run as one HTML file, to look at in a browser")
-    view.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="log directory of a run, or its folder in it")
-    view.add_argument("-o", "--output", type=Path, help="file to write; by default film.html in the folder of graphs")
-    view.add_argument("--edges", type=int, default=400, help="most edges of a section in each snapshot (default: 400)")
-    view.add_argument("--every", type=int, default=1, metavar="N", help="take each Nth snapshot (default: all)")
+    view = commands.add_parser("view", help="write the animated graph of a run as one HTML file")
+    view.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="log directory of a run, or the folder of one callback in it"
+    )
+    view.add_argument(
+        "-o", "--output", type=Path, help="file to write (default: film.html in the folder of the graphs)"
+    )
+    view.add_argument(
+        "--edges", type=int, default=400, help="maximum number of edges of each section in a snapshot (default: 400)"
+    )
+    view.add_argument("--every", type=int, default=1, metavar="N", help="use every Nth snapshot (default: all)")
     view.set_defaults(run=_view)
     return parser
 
 
 def _nodes(words: Sequence[str]) -> None:
     show_all = "--all" in words
-    model, (seen, *_) = _as_fit_sees_it([word for word in words if word != "--all"], _SAMPLES, _HERE)
-    cuts = list_node_layers(model, seen.buffer.batches[0], seen.callback.spec.input_fn)
+    # Names do not depend on the device, and every machine has a CPU.
+    options = [*(word for word in words if word != "--all"), "--trainer.accelerator=cpu"]
+    model, ((callback, batches), *_) = _model_and_samples(options, _NUM_SAMPLES)
+    cuts = list_node_layers(model, batches[0], callback.spec.input_fn)
     sizes = [f"{cut.positions:,} x {cut.features:,}" for cut in cuts]
-    names, numbers = max(len(cut.tap) for cut in cuts), max(map(len, [*sizes, "positions x features"]))
-    print(f"  {'name':<{names}}  {'positions x features':>{numbers}}  module")
+    width, size_width = max(len(cut.tap) for cut in cuts), max(map(len, [*sizes, "positions x features"]))
+    print(f"  {'name':<{width}}  {'positions x features':>{size_width}}  module")
     for cut, size in zip(cuts, sizes, strict=True):
-        print(f"{'*' if cut.proposed else ' '} {cut.tap:<{names}}  {size:>{numbers}}  {cut.module}")
+        print(f"{'*' if cut.proposed else ' '} {cut.tap:<{width}}  {size:>{size_width}}  {cut.module}")
         for alias in cut.aliases if show_all else ():
             print(f"    = {alias}")
     print(f"\nnode_layers: [{', '.join(_in_yaml(cut.tap) for cut in cuts if cut.proposed)}]")
@@ -152,9 +158,8 @@ def _in_yaml(name: str) -> str:
 def _profile(words: Sequence[str]) -> None:
     from lib_lightning.training.profiling import RATE_SIZE, profile_snapshot
 
-    model, all_seen = _as_fit_sees_it(words, None, ())
-    for seen in all_seen:
-        callback, batches = seen.callback, seen.buffer.batches
+    model, samples = _model_and_samples(words)
+    for callback, batches in samples:
         options: Any = {"input_fn": callback.spec.input_fn, "mask": callback.spec.mask, "dtype": callback.spec.dtype}
         profile = profile_snapshot(model, batches, callback.node_layers, callback.config, **options)
         layers = " -> ".join(profile.node_layers)
@@ -169,34 +174,25 @@ def _profile(words: Sequence[str]) -> None:
         peaks = ", ".join(f"{str(kind).removeprefix('torch.')} {rate:,.0f}" for kind, rate in profile.rates.items())
         print(
             f"\nPeak, by products of {RATE_SIZE:,} x {RATE_SIZE:,} matrices on {profile.device}, in GFLOP/s: {peaks}.\n"
-            "Counted are matrix products and convolutions; eigenproblems and the like take seconds only.\n"
+            "Operations are those of matrix products and convolutions; eigenproblems and others are not counted.\n"
         )
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """The samples that a callback would see."""
-
-    callback: LIBCallback
-    buffer: SampleBuffer
+class _AllCollected(BaseException):
+    """Ends fit when all samples are collected. Not an Exception, so that no handler in fit takes it for an error."""
 
 
-class _Enough(BaseException):
-    """All samples are there."""
-
-
-def _as_fit_sees_it(
-    words: Sequence[str], num_samples: int | None, options: Sequence[str]
-) -> tuple[nn.Module, list[_Seen]]:
-    """Build model and data from options of fit, and run fit as far as it takes to have samples.
+def _model_and_samples(
+    words: Sequence[str], num_samples: int | None = None
+) -> tuple[nn.Module, list[tuple[LIBCallback, list[Any]]]]:
+    """Build model and data from options of fit, and run fit until the samples of all callbacks are collected.
 
     Args:
         words: Options of fit.
-        num_samples: Samples of the first validation batches; None for all that each callback wants.
-        options: Options that go before those.
+        num_samples: Number of samples of the first validation batches; None for the ``num_samples`` of each callback.
 
     Returns:
-        The model, where it is trained, and the samples of each callback, at least of one.
+        The model, on the device that it would be trained on, and each callback, or a default one, with its batches.
     """
     from lightning.pytorch import Callback
     from lightning.pytorch.cli import LightningArgumentParser
@@ -206,61 +202,60 @@ def _as_fit_sees_it(
 
     class Build(TrainerCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            # Files that fit has written name its own options, too.
+            # Configuration files written by fit contain these options.
             parser.add_method_arguments(self.trainer_class, "fit", skip=self.subcommands()["fit"])
 
-    class Keep(Callback):
+    class Collect(Callback):
         def on_validation_batch_start(
             self, trainer: Any, module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
         ) -> None:
-            for seen in all_seen:
-                if seen.callback.sample_config.val_dataloader == dataloader_idx:
-                    seen.buffer.add(batch)
+            for callback, buffer in buffers:
+                if callback.sample_config.val_dataloader == dataloader_idx:
+                    buffer.add(batch)
 
         def on_validation_batch_end(self, *_: Any) -> None:
-            if all(seen.buffer.batches if num_samples else seen.buffer.is_full for seen in all_seen):
-                raise _Enough
+            if all(buffer.batches if num_samples else buffer.is_full for _, buffer in buffers):
+                raise _AllCollected
 
-    _find_classes_here()
+    _import_from_working_directory()
     with _quiet():
-        alone = [f"--trainer.{option}" for option in ("devices=1", "strategy=auto", "logger=false", *options)]
-        cli = Build(args=[*words, *alone], run=False, save_config_callback=None)
+        single = [f"--trainer.{option}" for option in ("devices=1", "strategy=auto", "logger=false")]
+        cli = Build(args=[*words, *single], run=False, save_config_callback=None)
         trainer: Any = cli.trainer
         callbacks = [callback for callback in trainer.callbacks if isinstance(callback, LIBCallback)]
-        all_seen = [
-            _Seen(callback, SampleBuffer(num_samples or callback.sample_config.num_samples))
+        buffers = [
+            (callback, SampleBuffer(num_samples or callback.sample_config.num_samples))
             for callback in callbacks or [LIBCallback()]
         ]
-        trainer.callbacks = [Keep()]
+        trainer.callbacks = [Collect()]
         trainer.num_sanity_val_steps, trainer.limit_train_batches = float("inf"), 0
         try:
-            for seen in all_seen:
-                for batch in () if num_samples else seen.callback.sample_config.dataloader or ():
-                    if seen.buffer.is_full:
+            for callback, buffer in buffers:
+                for batch in () if num_samples else callback.sample_config.dataloader or ():
+                    if buffer.is_full:
                         break
-                    seen.buffer.add(batch)
+                    buffer.add(batch)
             trainer.fit(cli.model, datamodule=cli.datamodule)
-        except _Enough:
+        except _AllCollected:
             pass
         except Exception as error:
             raise LIBError(
-                f"The first validation batch of {type(cli.model).__name__} cannot be had: fit stops before with "
+                f"fit failed before the first validation batch of {type(cli.model).__name__} with "
                 f"{type(error).__name__}: {error}"
             ) from error
-    if not all(seen.buffer.batches for seen in all_seen):
+    if not all(buffer.batches for _, buffer in buffers):
         raise LIBError(
-            "There is no validation batch to run the model on: it takes a validation data loader with data in it, and "
-            "a validation_step."
+            "There is no validation batch to run the model on. The model needs a validation_step, and a validation "
+            "data loader that is not empty."
         )
     device = trainer.strategy.root_device
-    for seen in all_seen:
-        seen.buffer.batches = [map_tensors(batch, lambda t: t.to(device)) for batch in seen.buffer.batches]
-    return cli.model.to(device), all_seen
+    samples = [(callback, map_tensors(buffer.batches, lambda t: t.to(device))) for callback, buffer in buffers]
+    return cli.model.to(device), samples
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Lightning's remarks on hardware and data loaders, which are for training, out of a listing."""
+    """Silence Lightning's messages on hardware and data loaders, which concern training only."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     try:
@@ -277,9 +272,9 @@ def _quiet() -> Iterator[None]:
 def _inspect(args: argparse.Namespace) -> None:
     for path in args.files:
         graph = InteractionGraph.load(path)
-        made = {key: graph.info[key] for key in ("step", "epoch", "n_samples") if key in graph.info}
+        origin = {key: graph.info[key] for key in ("step", "epoch", "n_samples") if key in graph.info}
         print(path)
-        print("  made at   ", ", ".join(f"{key} {value:,}" for key, value in made.items()))
+        print("  made at   ", ", ".join(f"{key} {value:,}" for key, value in origin.items()))
         print("  settings  ", ", ".join(f"{key} {value}" for key, value in graph.info.get("settings", {}).items()))
         print("  versions  ", ", ".join(f"{key} {value}" for key, value in graph.info.get("versions", {}).items()))
         for name, value in graph_scalars(list(graph.bases.values()), list(graph.edges.values())).items():
@@ -305,4 +300,4 @@ def _view(args: argparse.Namespace) -> None:
 
 
 # Commands that take the options of fit.
-_LIKE_FIT = {"nodes": _nodes, "profile": _profile}
+_WITH_FIT_OPTIONS = {"nodes": _nodes, "profile": _profile}

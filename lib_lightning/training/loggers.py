@@ -1,4 +1,4 @@
-"""Images, numbers and texts on their way to the loggers of a trainer."""
+"""Images, scalars and texts for the loggers of a trainer."""
 
 from __future__ import annotations
 
@@ -27,44 +27,44 @@ _reported: WeakSet[Logger] = WeakSet()
 
 
 def log_image(loggers: Iterable[Logger], tag: str, png: PNG, step: int) -> None:
-    """Show an image in every logger that shows images: TensorBoard, Weights & Biases, MLflow.
+    """Log an image to every logger that supports images: TensorBoard, Weights & Biases, MLflow.
 
-    A logger that fails is reported the first time, and the others get the image all the same.
+    The first failure of a logger is reported as a warning, and does not affect the others.
 
     Args:
         loggers: The trainer's loggers.
         tag: Name of the image.
         png: The image.
-        step: Its place on the step axis.
+        step: Its step.
     """
     for logger in loggers:
         with _reporting(logger, f"the image '{tag}'", step):
             _show(logger, tag, png, step)
 
 
-def log_numbers(loggers: Iterable[Logger], numbers: dict[str, float], step: int) -> None:
-    """Give numbers to every logger.
+def log_scalars(loggers: Iterable[Logger], scalars: dict[str, float], step: int) -> None:
+    """Log scalars to every logger.
 
-    A logger that fails is reported the first time, and the others get the numbers all the same.
+    The first failure of a logger is reported as a warning, and does not affect the others.
 
     Args:
         loggers: The trainer's loggers.
-        numbers: The numbers by name.
-        step: Their place on the step axis.
+        scalars: The values by name.
+        step: Their step.
     """
     for logger in loggers:
-        with _reporting(logger, "numbers", step):
-            logger.log_metrics(numbers, step)
+        with _reporting(logger, "scalars", step):
+            logger.log_metrics(scalars, step)
 
 
 def log_text(loggers: Iterable[Logger], tag: str, text: str, step: int) -> None:
-    """Show a text in TensorBoard, the one logger that keeps texts by step.
+    """Log a text to TensorBoard, the only logger that stores texts by step.
 
     Args:
         loggers: The trainer's loggers.
         tag: Name of the text.
         text: Markdown.
-        step: Its place on the step axis.
+        step: Its step.
     """
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
@@ -80,7 +80,7 @@ def _reporting(logger: Logger, what: str, step: int) -> Iterator[None]:
         if logger not in _reported:
             _reported.add(logger)
             log.warning(
-                "%s did not take %s at step %d, and will not be reported again. %s: %s",
+                "%s failed to log %s at step %d. Further failures of this logger are not reported. %s: %s",
                 type(logger).__name__, what, step, type(error).__name__, error,
             )  # fmt: skip
 
@@ -89,8 +89,8 @@ def _show(logger: Logger, tag: str, png: PNG, step: int) -> None:
     if isinstance(logger, TensorBoardLogger):
         _to_tensorboard(logger.experiment, tag, png, step)
     elif isinstance(logger, WandbLogger):
-        # Not the run's own log(step=...): W&B drops what comes for a step behind its counter, which moves with every
-        # call. The logger writes the trainer's step beside the image instead, as it does for scalars.
+        # Not run.log(step=...): W&B discards values for a step below its counter, which increases with every call. The
+        # logger stores the trainer's step as a value with the image, as it does for scalars.
         logger.log_image(tag, [_decode(png)], step)
     elif isinstance(logger, MLFlowLogger):
         _to_mlflow(logger.experiment, logger.run_id, tag, png, step)
@@ -98,28 +98,28 @@ def _show(logger: Logger, tag: str, png: PNG, step: int) -> None:
 
 def _to_tensorboard(writer: object, tag: str, png: PNG, step: int) -> None:
     if isinstance(writer, SummaryWriter):
-        # The writer's own add_image would decode the file and encode it again, four times as large.
+        # add_image would decode the PNG and encode it again, four times as large.
         image = Summary.Image(height=png.height, width=png.width, colorspace=3, encoded_image_string=png.data)
         summary = Summary(value=[Summary.Value(tag=tag, image=image)])
         writer._get_file_writer().add_summary(summary, step)
-    else:  # tensorboardX, which Lightning prefers to nothing
+    else:  # tensorboardX, which Lightning uses where tensorboard is missing
         pixels = np.asarray(_decode(png).convert("RGB"))
         writer.add_image(tag, pixels, step, dataformats="HWC")  # type: ignore[attr-defined]
 
 
 def where_to_look(loggers: Iterable[Logger]) -> list[str]:
-    """Say where loggers have written, and what command shows it.
+    """Describe where TensorBoard loggers have written, and the command that shows it.
 
     Args:
         loggers: The trainer's loggers.
 
     Returns:
-        Lines of text, for those who have run a TensorBoard logger.
+        Lines of text, none without a TensorBoard logger.
     """
     lines = []
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
-            # TensorBoard keeps ten of the images of a tag unless told otherwise.
+            # By default, TensorBoard keeps ten images of a tag.
             command = f"{_tensorboard()} --logdir {logger.log_dir} --samples_per_plugin images=1000"
             lines += [f"  event files   {logger.log_dir}", f"  watch         {command}   (tab LIB)"]
     return lines
@@ -131,13 +131,13 @@ def _tensorboard() -> str:
 
 
 def _to_mlflow(client: Any, run_id: str | None, tag: str, png: PNG, step: int) -> None:
-    # True colour: MLflow makes a preview of 256 pixels, in which the lines of an image with a palette would be torn.
+    # True colour: MLflow scales images down for a preview, which breaks thin lines in an image with a palette.
     image = _decode(png).convert("RGB")
-    # MLflow before 3.11 takes a slash, but cannot read the image back, neither from Python nor for its pages.
+    # MLflow before 3.11 accepts a slash in a key, but then cannot read the image.
     key = re.sub(r"[^a-zA-Z0-9_\-. ]", ".", tag)
     if "key" in inspect.signature(client.log_image).parameters:
         client.log_image(run_id, image, key=key, step=step)
-    else:  # MLflow before 2.12 knows no steps of an image
+    else:  # MLflow before 2.12 has no steps of images
         client.log_image(run_id, image, artifact_file=f"{key}/step-{step:08d}.png")
 
 

@@ -1,4 +1,4 @@
-"""Where the time of one snapshot goes: seconds and floating-point operations of every step, for any model."""
+"""Profile of a snapshot: seconds and floating-point operations of each of its steps, for any model."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from lib_lightning._deprecated import renamed_arguments
 from lib_lightning.algorithm.config import LIBConfig
 from lib_lightning.algorithm.progress import on_phase
 from lib_lightning.api import check_node_layers, propose_node_layers
@@ -32,15 +33,15 @@ from lib_lightning.training.samples import NUM_REFERENCE_SAMPLES, SampleBuffer
 from lib_lightning.training.snapshot import SnapshotComputer, SnapshotConfig, SnapshotData
 from lib_lightning.training.writer import RunDirectory
 
-# Rows and columns of the matrices whose product measures a machine, and how many products are timed.
+# Size of the square matrices whose product measures the rate of a machine, and the number of products timed.
 RATE_SIZE = 1500
 _RATE_PRODUCTS = 8
 REST = "the rest"
 
-# How many floating-point operations a matrix product or a convolution of given shapes takes, by operation.
+# Formulas for the floating-point operations of matrix products and convolutions, by operator.
 _FORMULAS = FlopCounterMode(display=False).flop_registry
 
-# Floating-point operations by type, and those by step.
+# Floating-point operations by dtype.
 Flops = dict[torch.dtype, int]
 
 
@@ -50,12 +51,12 @@ class Row:
 
     Attributes:
         step: Its name.
-        seconds: Wall-clock time.
-        share: Of the time of the whole snapshot, from 0 to 1.
+        seconds: Wall-clock time in seconds.
+        share: Share of the time of the whole snapshot, from 0 to 1.
         gflop: Floating-point operations of matrix products and convolutions, in 10^9.
-        rate: Of them in a second, in 10^9.
-        of_peak: What the same operations take as one large matrix product each of their own type, as a share of the
-            seconds; NaN where that type's rate is not known.
+        rate: `gflop` per second.
+        of_peak: Time that the same operations take in large matrix products of their dtypes, divided by `seconds`; NaN
+            if the rate of a dtype is unknown.
     """
 
     step: str
@@ -68,11 +69,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Profile:
-    """Where the time of one snapshot goes.
+    """Time and floating-point operations of one snapshot.
 
     Attributes:
-        rows: Its steps, in the order in which each is first finished.
-        rates: What this machine reaches in large matrix products, in 10^9 operations a second, by type.
+        rows: Its steps, in the order in which they are first completed.
+        rates: Rate of large matrix products on this machine, in 10^9 operations per second, by dtype.
         samples: Number of samples.
         node_layers: Names of the node layers.
         device: Where it was computed.
@@ -86,41 +87,42 @@ class Profile:
 
     @property
     def total(self) -> Row:
-        """All steps together."""
+        """Sum of all steps."""
         seconds = sum(row.seconds for row in self.rows)
         gflop, share = sum(row.gflop for row in self.rows), sum(row.share for row in self.rows)
         return Row("total", seconds, share, gflop, gflop / seconds, sum(row.of_peak * row.share for row in self.rows))
 
 
+@renamed_arguments(watched="config")
 def profile_snapshot(
     model: nn.Module,
     batches: Iterable[Any],
     node_layers: Sequence[str | NodeLayer] | None = None,
-    watched: SnapshotConfig | None = None,
+    config: SnapshotConfig | None = None,
     input_fn: InputFn | None = None,
     mask: str | int | MaskFn | None = None,
     dtype: torch.dtype | None = None,
 ) -> Profile:
-    """Measure where the time of one snapshot of `lib_lightning.LIBCallback` goes.
+    """Measure the time and operations of each step of a snapshot of `lib_lightning.LIBCallback`.
 
-    Three snapshots are taken, and written to a folder that is removed afterwards: one to warm up, one against the
-    clock, and one to count operations, which slows it down. The model is left exactly as it was found. What is not
-    part of every snapshot is left out: ablations, and figures over the whole run.
+    Three snapshots are taken, and written to a temporary folder: one to warm up, one to measure time, and one to count
+    operations, which is slower. The model is left unchanged. Parts that not every snapshot has are excluded: ablations,
+    and figures over the whole run.
 
     Args:
         model: Any module, on any device; the batches are on the same one.
         batches: As for `lib_lightning.compute_interaction_graph`.
         node_layers: As for `lib_lightning.compute_interaction_graph`.
-        watched: What a snapshot holds; by default what it does with ``LIBCallback()``.
+        config: What a snapshot computes; by default as with ``LIBCallback()``.
         input_fn: As for `lib_lightning.compute_interaction_graph`.
         mask: As for `lib_lightning.compute_interaction_graph`.
         dtype: As for `lib_lightning.compute_interaction_graph`.
 
     Returns:
-        A row for each step, with baselines in the rows of the basis itself.
+        A profile with a row for each step. Baselines count towards the rows of the main basis.
 
     Raises:
-        NodeLayerError: If a node layer is unknown, never run, out of order, or does not cut the computation.
+        NodeLayerError: If a node layer is unknown, is not run, is out of order, or does not cut the computation.
         LIBError: If there are no samples, or the model cannot be run on them.
 
     Example:
@@ -131,22 +133,22 @@ def profile_snapshot(
         >>> round(profile.total.share, 6)
         1.0
     """
-    watched = replace(watched or SnapshotConfig(LIBConfig()), ablation=None)
+    config = replace(config or SnapshotConfig(LIBConfig()), ablation=None)
     samples = SampleBuffer(2**62)
     for batch in batches:
         samples.add(batch)
     if not samples.count:
-        raise LIBError("There are no samples to take a snapshot of.")
+        raise LIBError("There are no samples: batches is empty.")
     reference = samples.subsample(NUM_REFERENCE_SAMPLES, seed=0)
     device = next((t.device for t in itertools.chain(model.parameters(), model.buffers())), torch.device("cpu"))
     spec = ModelSpec(input_fn, mask, dtype)
     with preserve_rng([]):
         with wrap_forward_errors(model, spec):
-            asked = model, samples.batches[0]
-            layers = as_node_layers(node_layers or propose_node_layers(*asked, input_fn, mask))
-            check_node_layers(*asked, layers, dtype, input_fn, mask)
+            first = model, samples.batches[0]
+            layers = as_node_layers(node_layers or propose_node_layers(*first, input_fn, mask))
+            check_node_layers(*first, layers, dtype, input_fn, mask)
         instrumented = InstrumentedModel(model, layers, spec)
-        take = _snapshots(instrumented, watched, SnapshotData(samples.batches, reference=reference.batches))
+        take = _snapshots(instrumented, config, SnapshotData(samples.batches, reference=reference.batches))
         take(lambda step: None)
         clock = _Clock(device)
         take(clock)
@@ -161,11 +163,11 @@ def profile_snapshot(
 
 
 def _snapshots(
-    instrumented: InstrumentedModel, watched: SnapshotConfig, samples: SnapshotData
+    instrumented: InstrumentedModel, config: SnapshotConfig, samples: SnapshotData
 ) -> Callable[[Callable[[str], None]], None]:
-    """What takes and writes one snapshot after another, as in training, while somebody listens."""
-    computer = SnapshotComputer(watched, "lib")
-    state = RunState(computer.prefixes, None, watched.follow)
+    """Make a function that computes and writes the next snapshot, as in training, with a listener for its phases."""
+    computer = SnapshotComputer(config, "lib")
+    state = RunState(computer.prefixes, None, config.follow)
 
     def take(listener: Callable[[str], None]) -> None:
         layouts = copy.deepcopy(state.layouts)
@@ -192,21 +194,21 @@ class _Clock:
 
 
 class _Count(TorchDispatchMode):
-    """Adds up the floating-point operations of every step, as `FlopCounterMode` does, but by type.
+    """Adds up the floating-point operations of every step by dtype.
 
-    That one also puts hooks on all modules, whose hooks are none of our business.
+    `FlopCounterMode` does not distinguish dtypes, and registers hooks on all modules.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.steps: dict[str, Flops] = {}
-        self._open: Flops = defaultdict(int)
+        self._current: Flops = defaultdict(int)
 
     def __call__(self, step: str) -> None:
-        known = self.steps.setdefault(step, defaultdict(int))
-        for kind, flop in self._open.items():
-            known[kind] += flop
-        self._open.clear()
+        counted = self.steps.setdefault(step, defaultdict(int))
+        for kind, flop in self._current.items():
+            counted[kind] += flop
+        self._current.clear()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -215,20 +217,20 @@ class _Count(TorchDispatchMode):
         formula = _FORMULAS.get(func._overloadpacket)
         if formula is not None:
             kind = next(arg.dtype for arg in args if isinstance(arg, Tensor))
-            self._open[kind] += formula(*args, **(kwargs or {}), out_val=out)
+            self._current[kind] += formula(*args, **(kwargs or {}), out_val=out)
         return out
 
 
 def product_rate(dtype: torch.dtype, device: torch.device, size: int = RATE_SIZE) -> float | None:
-    """Measure how fast this machine multiplies large matrices, with as many threads as torch uses now.
+    """Measure the rate of large matrix products on this machine, with the current number of threads of torch.
 
     Args:
-        dtype: Type of the entries.
-        device: Where.
-        size: Rows and columns.
+        dtype: Dtype of the matrices.
+        device: Their device.
+        size: Number of their rows and columns.
 
     Returns:
-        Floating-point operations a second, in 10^9; None where the device does not know the type.
+        Floating-point operations per second, in 10^9; None if the device does not support the dtype.
 
     Example:
         >>> product_rate(torch.float32, torch.device("cpu"), size=64) > 0
@@ -255,11 +257,11 @@ def _now(device: torch.device) -> float:
 
 
 def _rows(seconds: Mapping[str, float], flops: Mapping[str, Flops], rates: Mapping[torch.dtype, float]) -> list[Row]:
-    whole = sum(seconds.values())
+    total = sum(seconds.values())
     rows = []
     for step, own in seconds.items():
         by_type = {kind: 1e-9 * flop for kind, flop in flops.get(step, {}).items()}
         at_peak = sum(gflop / rates.get(kind, math.nan) for kind, gflop in by_type.items())
         gflop = sum(by_type.values())
-        rows.append(Row(step, own, own / whole, gflop, gflop / own if own else 0.0, at_peak / own if own else 0.0))
+        rows.append(Row(step, own, own / total, gflop, gflop / own if own else 0.0, at_peak / own if own else 0.0))
     return rows

@@ -17,7 +17,7 @@ from lib_lightning.io.run_layout import RunLayout
 from lib_lightning.lineage.events import Event
 from lib_lightning.plots.animated_layout import AnimatedLayout
 from lib_lightning.plots.image import PNG
-from lib_lightning.training.loggers import log_image, log_numbers, log_text, where_to_look
+from lib_lightning.training.loggers import log_image, log_scalars, log_text, where_to_look
 from lib_lightning.training.run_state import RunState
 from lib_lightning.training.snapshot import Snapshot
 from lib_lightning.training.trainer import logging_step, run_folder
@@ -110,7 +110,7 @@ class SnapshotReporter:
 
     def log_scalars(self, trainer: pl.Trainer, scalars: dict[str, float]) -> None:
         """Give scalars to the loggers directly: ``LightningModule.log`` would not reach them between validations."""
-        log_numbers(trainer.loggers, scalars, logging_step(trainer))
+        log_scalars(trainer.loggers, scalars, logging_step(trainer))
 
     # snapshots
 

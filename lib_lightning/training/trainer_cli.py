@@ -1,4 +1,4 @@
-"""LightningCLI, as the command line uses it: mistakes are told in a sentence."""
+"""LightningCLI with short error messages. Not in `cli.py`, so that commands without a trainer import no Lightning."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 
 class TrainerCLI(LightningCLI):
-    """LightningCLI with our manners.
+    """LightningCLI that reports wrong options in one sentence.
 
     Args:
         kwargs: Options of LightningCLI.
@@ -22,17 +22,18 @@ class TrainerCLI(LightningCLI):
         super().__init__(parser_kwargs={"parser_mode": "omegaconf+", "exit_on_error": False}, **kwargs)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Read options; what is wrong with them is said in a sentence."""
+        """Parse options; print an error in one sentence and exit if they are wrong."""
         try:
             super().parse_arguments(parser, args)
         except Exception as error:
             _stop(error)
 
     def instantiate_classes(self) -> None:
-        """Make trainer, model and data; what we refuse is said in a sentence, and any other error shown whole."""
+        """Create trainer, model and data; exit with one sentence if an argument is rejected by this package."""
         try:
             super().instantiate_classes()
         except Exception as error:
+            # Other exceptions may come from the user's classes, and keep their traceback.
             origin = [*_chain(error)][-1]
             last = traceback.extract_tb(origin.__traceback__)[-1]
             if not (isinstance(origin, ValueError) and "lib_lightning" in last.filename):
@@ -41,7 +42,7 @@ class TrainerCLI(LightningCLI):
 
 
 def _stop(error: Exception) -> None:
-    # Where an option could be several things, the message tries all of them; what it is about comes last in the chain.
+    # For an option with several possible types the message lists the errors of all; the relevant one ends the chain.
     messages = [str(e) for e in _chain(error)]
     about = next((m for m in messages if m.startswith("Problem with given class_path")), messages[-1])
     print(f"lib-lightning: {about}", file=sys.stderr)

@@ -216,7 +216,7 @@ def scaled(batch: Tensor) -> tuple[Tensor, Tensor]:
         ),
         (
             BadDay,
-            "^lib-lightning: The first validation batch of BadDay .* stops before with RuntimeError: no data today",
+            "^lib-lightning: fit failed before the first validation batch of BadDay with RuntimeError: no data today",
         ),
     ],
 )

@@ -215,8 +215,8 @@ def test_two_callbacks_share_loggers_under_their_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (BrokenWandb, "BrokenWandb did not take .* ConnectionError: the service is away"),
-        (BrokenMLFlow, "BrokenMLFlow did not take .* KeyError: 'no such run'"),
+        (BrokenWandb, "BrokenWandb failed to log .* ConnectionError: the service is away"),
+        (BrokenMLFlow, "BrokenMLFlow failed to log .* KeyError: 'no such run'"),
     ],
 )
 @pytest.mark.parametrize("place", [0, 1, 3])

@@ -1,4 +1,4 @@
-"""Where the time of a snapshot goes: steps, operations counted by hand, and nothing left behind."""
+"""The profile of a snapshot: its steps, operations counted by hand, and an unchanged model."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def test_operations_of_a_linear_model_are_those_counted_by_hand(dtype: torch.dty
     n, d_in, d_out = 64, 6, 4
     model = nn.Linear(d_in, d_out).to(dtype)
     settings = LIBConfig(basis="neuron")
-    watched = SnapshotConfig(settings, follow=False)
-    profile = profile_snapshot(model, [torch.randn(n, d_in, dtype=dtype)], ["input", "output"], watched)
+    config = SnapshotConfig(settings, follow=False)
+    profile = profile_snapshot(model, [torch.randn(n, d_in, dtype=dtype)], ["input", "output"], config)
     rows = {row.step: row for row in profile.rows}
     # Its closed form is C'^T W C^+T, in float64: one multiplication and one addition for each number of each product.
     edges = rows["edges from input to output"]
@@ -61,7 +61,7 @@ def test_baselines_and_proposed_node_layers() -> None:
     model, batches = mlp(), [torch.randn(40, 5)]
     alone = profile_snapshot(model, batches)
     assert alone.node_layers == ["input", "2", "output"]
-    beside = profile_snapshot(model, batches, watched=SnapshotConfig(LIBConfig(), baselines=("neuron",)))
+    beside = profile_snapshot(model, batches, config=SnapshotConfig(LIBConfig(), baselines=("neuron",)))
     edges = [{row.step: row for row in p.rows}["edges from 2 to output"].gflop for p in (alone, beside)]
     assert edges[1] > edges[0] > 0
 
@@ -128,7 +128,10 @@ def test_command_takes_each_callback_in_turn(
     ("options", "message"),
     [
         (["--model", "tests.training.test_cli.WithoutValidation"], "There is no validation batch to run the model on"),
-        (["--model", "tests.training.test_cli.BadDay"], "stops before with RuntimeError: no data today"),
+        (
+            ["--model", "tests.training.test_cli.BadDay"],
+            "fit failed before the first validation batch of BadDay with RuntimeError: no data",
+        ),
         (["--model", "tests.training.test_cli.TwoArguments"], "TwoArguments cannot be run on a validation batch"),
         ([*SMALL, "--trainer.callbacks.node_layers=[transformer.embedd, output]"], "no module 'transformer.embedd'"),
     ],
