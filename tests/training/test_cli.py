@@ -82,8 +82,8 @@ def test_help_explains_every_option_of_the_callback() -> None:
     text = " ".join(command("fit", "--trainer.callbacks.help", "LIBCallback").split())
     for words in (
         "Number of validation samples to compute on",
-        "a snapshot before training and so many for each tenfold of the number of steps",
-        "Directions of metric and importance (PCA: variance) below this",
+        "a snapshot before training and this many per tenfold increase of the step",
+        "Directions whose metric or importance (PCA: variance) is below this fraction",
         "Prefix of everything logged and name of the folder",
         "or a NodeLayer",
     ):

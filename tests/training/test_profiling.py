@@ -27,7 +27,15 @@ def test_shares_are_of_the_whole_and_every_step_is_there() -> None:
     profile = profile_snapshot(mlp(), [torch.randn(40, 5)] * 2, layers)
     steps = [row.step for row in profile.rows]
     wanted = {"moments", *(f"basis of {layer}" for layer in layers), "edges from input to 2"}
-    wanted |= {"edges from 2 to output", "metrics and modules", "probes", "following", "figures", "files", "the rest"}
+    wanted |= {
+        "edges from 2 to output",
+        "metrics and modules",
+        "reference samples",
+        "tracking",
+        "figures",
+        "files",
+        "the rest",
+    }
     assert wanted <= set(steps)
     assert len(steps) == len(set(steps))
     assert sum(row.share for row in profile.rows) == pytest.approx(1)
@@ -54,7 +62,7 @@ def test_operations_of_a_linear_model_are_those_counted_by_hand(dtype: torch.dty
     assert edges.gflop == pytest.approx(2e-9 * (d_out * d_out * d_in + d_out * d_in * d_in))
     assert edges.of_peak == pytest.approx(edges.gflop / profile.rates[torch.float64] / edges.seconds)
     assert rows["basis of input"].gflop == rows["figures"].gflop == 0
-    assert "following" not in rows
+    assert "tracking" not in rows
 
 
 def test_baselines_and_proposed_node_layers() -> None:
