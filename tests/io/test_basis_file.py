@@ -181,12 +181,3 @@ def test_killed_processes_leave_only_complete_files(tmp_path: Path, after: float
     files = list(tmp_path.glob("*.safetensors"))
     assert files
     assert all(read_file(path)[1]["i"] == int(path.stem) for path in files)
-
-
-def test_networkx_holds_features_and_edges(graph: InteractionGraph) -> None:
-    nx_graph = graph.to_networkx()
-    assert nx_graph.number_of_nodes() == sum(basis.n_features for basis in graph.bases.values())
-    assert nx_graph.nodes["1", 0] == {"importance": float(graph.bases["1"].importance[0]), "layer": 1}
-    E = graph.edges["1", "output"]
-    assert nx_graph.edges[("1", 0), ("output", 2)]["weight"] == float(E[2, 0])
-    assert nx_graph.number_of_edges() == sum(int((E > 0).sum()) for E in graph.edges.values())

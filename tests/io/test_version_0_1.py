@@ -16,6 +16,7 @@ from lib_lightning.io.basis_file import BasisFileError, read_file, read_parts
 from lib_lightning.io.basis_format import BASIS, REFERENCE_FEATURES
 from lib_lightning.io.run_layout import RunLayout
 from lib_lightning.lineage.first_seen import first_seen, retrace_files
+from lib_lightning.lineage.snapshot_tracker import SnapshotTracker
 from lib_lightning.training.cli import main
 from lib_lightning.viewer import Run
 from lib_lightning.viewer.cache import Cache
@@ -68,6 +69,17 @@ def test_saved_again_they_have_the_present_names(tmp_path: Path) -> None:
         assert torch.equal(tensors[key].nan_to_num(-7), tensor.nan_to_num(-7))
     parts, header = read_parts(DATA / "run/lib/final.safetensors", lambda key: key == REFERENCE_FEATURES.format(1))
     assert (list(parts), header["info"]["step"]) == ([REFERENCE_FEATURES.format(1)], 40)
+
+
+def test_the_state_of_the_tracker_is_restored() -> None:
+    checkpoint = torch.load(DATA / "checkpoints" / "step-20.ckpt", weights_only=True)
+    (state,) = checkpoint["callbacks"].values()
+    tracker = SnapshotTracker(["lib", "pca"])
+    tracker.load_state_dict(state["watcher"]["follower"])
+    graphs = {name: Run(DATA / "run" / name).graph(24) for name in ("lib", "pca")}
+    expected = {name: {k: x.ids.tolist() for k, x in graph.lineages.items()} for name, graph in graphs.items()}
+    tracker.follow(graphs, {})
+    assert {name: {k: x.ids.tolist() for k, x in graph.lineages.items()} for name, graph in graphs.items()} == expected
 
 
 @pytest.mark.parametrize("name", ["lib", "pca"])

@@ -56,9 +56,12 @@ def slow_evidence(x: np.ndarray, gaps: np.ndarray, m: int, resolution: float = 0
 
 
 def evidence_of(detector: ChangeDetector, series: Tensor, intervals: list[float] | None = None) -> Tensor:
-    """Statistics after all snapshots, whether or not they reach the threshold."""
-    run(detector, series, intervals)
-    return detector._evidence(series[:, -1]).logsumexp(1).exp()
+    """Statistics at the last snapshot."""
+    intervals = [1.0] * series.shape[1] if intervals is None else intervals
+    assert run(detector, series[:, :-1], intervals) == []
+    detector.false_alarms = math.inf  # reports every series
+    changes = detector.update(series.shape[1], series[:, -1], intervals[-1])
+    return 10 ** torch.tensor([change.evidence for change in changes], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("resolution", [0.0, 0.7])
@@ -204,12 +207,14 @@ def test_missing_values_are_skipped() -> None:
     series = walks(1, 30, seed=5, drift=3.0)
     holes = series.clone()
     holes[0, [4, 11, 12, 29]] = math.nan
-    detector = ChangeDetector(1e-9)
-    run(detector, holes)
     known = [t for t in range(29) if t not in (4, 11, 12)]
     gaps = np.diff(known, prepend=0).astype(float)
-    found = detector._evidence(series[:, 28]).logsumexp(1).exp()
+    found = evidence_of(ChangeDetector(1e-9), holes[:, :29])
     assert float(found) == pytest.approx(slow_evidence(series[0, known].numpy(), gaps, 1), rel=1e-9)
+    detector = ChangeDetector(1e-9)
+    run(detector, holes[:, :29])
+    detector.false_alarms = 1e300
+    assert detector.update(29, holes[:, 29]) == []
     # A series that begins later has the same statistic.
     late = torch.cat([torch.full((1, 7), math.nan, dtype=torch.float64), series], 1)
     expected = evidence_of(ChangeDetector(1e-9), series)
@@ -250,12 +255,15 @@ def test_series_are_added_and_removed() -> None:
     assert (len(detector), detector.num_increments(3)) == (4, 19)
     detector.keep(torch.tensor([3, 0]))
     twin = ChangeDetector(1e-9)
-    run(twin, series[[1, 0], :20])
-    for t in range(20, 40):
-        detector.update(t, series[[1, 0], t])
-        twin.update(t, series[[1, 0], t])
-    weighted = [d._evidence(series[[1, 0], 39]) - d._series["weights"].log() for d in (detector, twin)]
-    torch.testing.assert_close(*weighted, rtol=1e-12, atol=0, equal_nan=True)
+    run(twin, series[[1, 0, 2], :20])
+    twin.keep(torch.tensor([0, 1]))
+    for t in range(20, 39):
+        assert detector.update(t, series[[1, 0], t]) == twin.update(t, series[[1, 0], t]) == []
+    for one in (detector, twin):
+        one.false_alarms = math.inf
+    changes = [one.update(39, series[[1, 0], 39]) for one in (detector, twin)]
+    assert [c.evidence for c in changes[0]] == pytest.approx([c.evidence for c in changes[1]], rel=1e-12)
+    assert [len(x) for x in changes] == [2, 2]
 
 
 def test_settings_are_checked() -> None:

@@ -144,7 +144,7 @@ def test_absent_features_are_removed_and_may_come_back() -> None:
     for t, step in enumerate(STEPS):
         events = detector.update(step, {"mlp": layer(dict(enumerate(levels[:, t].tolist())))})
         kinds += [(e.kind, e.lineage, t) for e in events]
-        sizes.append(len(detector._features))
+        sizes.append(len(detector.state_dict()["features"]["value"]))
     assert kinds == [("faded", 2, 10), ("emerged", 2, 26)]
     assert sizes == [21] * 17 + [20] * 8 + [21] * 8
 
