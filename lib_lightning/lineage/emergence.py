@@ -33,7 +33,7 @@ class EmergenceDetector:
     """Detects, snapshot by snapshot, features that emerge or fade and metrics that rise or fall.
 
     The series of a feature is its share of the importance of its node layer, that of a metric its value, both in
-    logarithms (a metric whose first non-zero value is negative is taken as it is). An event is a change that
+    logarithms (unless the first non-zero value of a metric is negative). An event is a change that
 
     - is significant, given the series so far: a steady trend or scatter about it is not an event;
     - is large: a factor of ``min_change`` for features, ``min_metric_change`` for metrics;
