@@ -162,7 +162,9 @@ def build_graph(
         _common_plan(plan, process_group, shortcuts.keep_graphs),
         torch.Generator().manual_seed(process_group.rank),
     )
+    # 1. Moments.
     moments, cache = _moments(run, instrumented, batches)
+    # 2. Metric and basis of each node layer, from the last to the first.
     layers: list[_Layer] = []
     metric_errors: dict[str, float | None] = {}
     for i in reversed(range(len(run.names))):
@@ -173,7 +175,9 @@ def build_graph(
             lengths, metric_errors[basis.name] = metric.replicates(basis.from_features), metric.relative_error
         layers.insert(0, _Layer(basis, features, lengths))
         phase_done(f"basis of {basis.name}")
+    # 3. Edges.
     edges, variances = _edges(run, layers, cache)
+    # 4. Standard errors.
     importances = [_importance_replicates(layer, v) for layer, v in zip(layers, variances, strict=True)]
     bases = [_with_errors(layer.basis, x) for layer, x in zip(layers, importances, strict=True)]
     phase_done("standard errors")

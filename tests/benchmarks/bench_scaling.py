@@ -51,7 +51,7 @@ class Case:
         data: All samples, as one batch.
         node_layers: Where it is cut.
         settings: What is computed.
-        chunks: How much at once.
+        plan: How much is computed at once.
     """
 
     model: nn.Module
