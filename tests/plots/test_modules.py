@@ -130,7 +130,7 @@ def test_labels_are_beside_their_dots() -> None:
 
 
 def test_long_labels_are_shortened_and_important_features_have_priority() -> None:
-    long = "a name of a feature that is a good deal longer than there is room"
+    long = "a name of a feature that is a good deal longer than the space for it"
     figure = draw_graph([layer(str(k), 16) for k in range(4)], [torch.rand(16, 16)] * 3, labels=[[long] * 16] * 4)
     assert_readable(figure)
     assert sum(text.startswith("a name") and text.endswith("…") for text in words(figure)) == 4 * 16

@@ -72,12 +72,12 @@ def axes() -> Axes:
 
 
 def test_lineages_are_continued_across_gaps() -> None:
-    lives = lineage_table(example_run())
-    assert lives.ids.tolist() == [0, 1, 2]
-    assert lives.first.tolist() == [0, 0, 3]
-    assert lives.last.tolist() == [5, 3, 5]
-    assert lives.parents.tolist() == [-1, -1, 0], "only the new ones have split"
-    assert lives.share[:, 1] == pytest.approx([0.25, 0.5, 0, 1 / 9, 0, 0])
+    table = lineage_table(example_run())
+    assert table.ids.tolist() == [0, 1, 2]
+    assert table.first.tolist() == [0, 0, 3]
+    assert table.last.tolist() == [5, 3, 5]
+    assert table.parents.tolist() == [-1, -1, 0], "only the new ones have split"
+    assert table.share[:, 1] == pytest.approx([0.25, 0.5, 0, 1 / 9, 0, 0])
 
 
 def test_the_width_of_a_band_is_the_root_of_its_share(axes: Axes) -> None:

@@ -100,7 +100,8 @@ export class RunPanel {
   }
 
   #showTooltip(dot) {
-    this.tip.show(this, featureDetails(this.scene, dot.l, dot.feature, dot.color));
+    const followed = this.followed?.l === dot.l && this.followed.id === dot.id;
+    this.tip.show(this, featureDetails(this.scene, dot.l, dot.feature, dot.color, followed));
   }
 
   /** Show a text instead of a graph. */

@@ -7,7 +7,7 @@ import {labelOf} from "./scene.js";
 const MAX_NEIGHBOURS = 4;
 
 /** Properties of feature i of node layer l, as elements for a tooltip. */
-export function featureDetails(scene, l, i, color) {
+export function featureDetails(scene, l, i, color, followed) {
   const {history, k, snapshot} = scene;
   const layer = snapshot.layers[l];
   const id = history.lineage(k, l, i);
@@ -39,7 +39,7 @@ export function featureDetails(scene, l, i, color) {
     ),
     neighbours(scene, l, i, "before"),
     neighbours(scene, l, i, "after"),
-    h("div", {class: "lib-tip-hint"}, "click to follow this feature over training"),
+    h("div", {class: "lib-tip-hint"}, followed ? "click to stop following this feature" : "click to follow this feature over training"),
   ].filter(Boolean);
 }
 
@@ -56,7 +56,7 @@ function neighbours(scene, l, i, side) {
   }
   return h(
     "div",
-    {class: "lib-tip-partners"},
+    {class: "lib-tip-neighbours"},
     h("div", {class: "lib-tip-side"}, `strongest edges ${side === "before" ? "from" : "to"} ${history.layers[other].name}`),
     strongest.length
       ? h(
