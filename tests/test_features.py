@@ -1,4 +1,4 @@
-"""Values of features on probe samples: what features are followed by."""
+"""Values of features on reference samples."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def model() -> nn.Module:
     return Sequences().double()
 
 
-def test_values_are_those_of_the_features_scaled(model: nn.Module) -> None:
+def test_reference_values_are_standardised_features(model: nn.Module) -> None:
     batches = [torch.randn(30, 4, 3).double(), torch.randn(20, 4, 3).double()]
     graph = graph_of(model, batches)
     found = reference_features(graph, model, batches, count=10**6)
@@ -51,7 +51,7 @@ def test_values_are_those_of_the_features_scaled(model: nn.Module) -> None:
         torch.testing.assert_close(found[name], scaled.half(), rtol=2e-3, atol=1e-5)  # one last digit of half precision
 
 
-def test_only_some_positions_of_each_sample_the_same_ones_every_time(model: nn.Module) -> None:
+def test_the_seed_determines_which_positions_are_sampled(model: nn.Module) -> None:
     batches = [torch.randn(30, 40, 3).double(), torch.randn(20, 7, 3).double()]
     graph = graph_of(model, batches)
     few = reference_features(graph, model, batches, seed=3, count=150)
@@ -62,7 +62,7 @@ def test_only_some_positions_of_each_sample_the_same_ones_every_time(model: nn.M
     assert not torch.equal(few["up"], other["up"])
 
 
-def test_no_random_numbers_are_used_up(model: nn.Module) -> None:
+def test_the_global_random_state_is_unchanged(model: nn.Module) -> None:
     batches = [torch.randn(30, 4, 3).double()]
     graph = graph_of(model, batches)
     before = torch.get_rng_state()
@@ -70,7 +70,7 @@ def test_no_random_numbers_are_used_up(model: nn.Module) -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_padding_is_left_out() -> None:
+def test_padding_is_excluded() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     x = torch.randn(40, 6, 3).double()
@@ -84,7 +84,7 @@ def test_padding_is_left_out() -> None:
     torch.testing.assert_close(found["input"], scaled.half(), rtol=2e-3, atol=1e-5)
 
 
-def test_features_are_known_again_however_the_basis_is_turned(model: nn.Module) -> None:
+def test_features_match_after_a_rotation_of_hidden_units(model: nn.Module) -> None:
     """Another basis of hidden units for the same function: other weights, the same features."""
     batches = [torch.randn(200, 4, 3).double()]
     linear = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)).double()
@@ -130,7 +130,7 @@ def test_no_samples(model: nn.Module) -> None:
         reference_features(graph, model, [])
 
 
-def test_fingerprints_tell_samples_apart() -> None:
+def test_hashes_differ_between_samples() -> None:
     batch = {"x": torch.arange(6).reshape(2, 3), "mask": torch.tensor([True, False]), "half": torch.ones(2).bfloat16()}
     same = {key: t.clone() for key, t in batch.items()}
     assert hash_batches([batch]) == hash_batches([same])

@@ -26,9 +26,9 @@ from tests.ablation.test_interventions import activations_of, counts_of, graph_o
 from tests.cases import Case
 from tests.conftest import CASES
 from tests.integration.models import gpt2, tokens
-from tests.integration.oracle import lively
-from tests.integration.state_check import Found
-from tests.integration.test_state_check import KINDS, LAYERS, mlp
+from tests.integration.oracle import randomize
+from tests.integration.state_check import StateCheck
+from tests.integration.test_stateful_models import KINDS, LAYERS, mlp
 
 SECTION = ("1", "2")
 
@@ -74,7 +74,7 @@ def test_curves_are_means_of_the_transcription(case: Case) -> None:
 
 
 def test_results_of_edges_required() -> None:
-    model = lively(mlp())
+    model = randomize(mlp())
     with torch.no_grad():  # equally frequent classes
         model[4].bias -= model(torch.randn(100, 4).double()).mean(0)
     batches = [labelled(model), labelled(model, 13)]
@@ -104,7 +104,7 @@ def test_results_of_edges_required() -> None:
 
 def test_directions_outside_of_the_basis_may_be_required() -> None:
     # The graph was computed on data that vary along a single direction.
-    model, x = lively(mlp()), torch.randn(60, 4).double()
+    model, x = randomize(mlp()), torch.randn(60, 4).double()
     with torch.no_grad():
         batch = x, model(x).argmax(-1)
     line = torch.randn(30, 1).double() * torch.ones(4).double()
@@ -147,17 +147,17 @@ def test_score_of_the_user_and_dict_batches() -> None:
     ],
 )
 def test_bad_scores_are_refused(score: Any, error: type[Exception], match: str) -> None:
-    model = lively(mlp())
+    model = randomize(mlp())
     batch = labelled(model)
     graph = compute_interaction_graph(model, [batch], LAYERS)
-    found = Found(model)
+    found = StateCheck(model)
     with pytest.raises(error, match=match):
         node_ablation_curve(model, [batch], graph, score, "1")
     found.assert_same()
 
 
 def test_graphs_of_other_models_are_refused() -> None:
-    model = lively(mlp())
+    model = randomize(mlp())
     batch = labelled(model)
     graph = compute_interaction_graph(model, [batch], LAYERS)
     with pytest.raises(NodeLayerError, match="no node layer '3'; it has 'input'"):
@@ -207,20 +207,20 @@ def test_accuracy_and_log_likelihood() -> None:
 @pytest.mark.parametrize("make", KINDS)
 @pytest.mark.filterwarnings("ignore:.*nn.utils.weight_norm.*is deprecated:FutureWarning")
 def test_models_are_unchanged(make: Callable[[], nn.Module]) -> None:
-    model, x = lively(make()), torch.randn(20, 4).double()
+    model, x = randomize(make()), torch.randn(20, 4).double()
     model.train()
     if any(p.requires_grad for p in model.parameters()):
         model(x).sum().backward()
     batch = (x, torch.randint(0, 3, (20,)))
     graph = compute_interaction_graph(model, [batch], LAYERS)
-    found, data = Found(model), [t.clone() for t in batch]
+    found, data = StateCheck(model), [t.clone() for t in batch]
     ask_all(model, [batch], graph)
     found.assert_same()
     assert all(torch.equal(a, b) for a, b in zip(batch, data, strict=True))
 
 
 def test_dropout_and_training_mode_change_no_scores() -> None:
-    dropping = lively(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 3)))
+    dropping = randomize(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 3)))
     batch = (torch.randn(20, 4).double(), torch.randint(0, 3, (20,)))
     graph = compute_interaction_graph(dropping, [batch], ["input", "1", "output"])
     training = ask_all(dropping.train(), [batch], graph)
@@ -228,7 +228,7 @@ def test_dropout_and_training_mode_change_no_scores() -> None:
 
 
 def test_hooks_of_the_user_still_run() -> None:
-    model = lively(mlp())
+    model = randomize(mlp())
     batch = labelled(model)
     graph = compute_interaction_graph(model, [batch], LAYERS)
     plain = ask_all(model, [batch], graph, first_output)
@@ -243,7 +243,7 @@ def test_hooks_of_the_user_still_run() -> None:
     model.register_forward_pre_hook(count("pre"))
     model[0].register_forward_hook(count("first"))
     model[4].register_forward_hook(count("last"))
-    found = Found(model)
+    found = StateCheck(model)
     assert ask_all(model, [batch], graph, first_output) == plain
     found.assert_same()
     assert calls["pre"] == calls["first"] > calls["last"] > 0, "some passes end before the last module"
@@ -293,12 +293,12 @@ class Stubborn(nn.Module):
 
 @pytest.mark.parametrize("kind", ["tries", "catches all", "tries again", "fails", "busy"])
 def test_models_that_catch_all_exceptions(kind: str) -> None:
-    model = lively(Stubborn(kind))
+    model = randomize(Stubborn(kind))
     batch = labelled(model.net)
     plain = compute_interaction_graph(model.net, [batch], LAYERS)
     expected = ask_all(model.net, [batch], plain, first_output)
     graph = compute_interaction_graph(model, [batch], ["input", "net.1", "net.2", "output"])
-    found = Found(model)
+    found = StateCheck(model)
     nodes, edges, required = ask_all(model, [batch], graph, first_output)
     found.assert_same()
     assert nodes == pytest.approx(expected[0], abs=1e-12)
@@ -317,7 +317,7 @@ def test_language_model_of_another_library() -> None:
 
     layers = ["transformer.h.0.ln_2:input", "transformer.h.1.ln_1:input", "transformer.ln_f:input", "output"]
     graph = compute_interaction_graph(model, batches, layers, input_fn=input_fn)
-    found = Found(model)
+    found = StateCheck(model)
     answers = edges_required(model, batches, graph, log_likelihood, 0.01, input_fn=input_fn)
     found.assert_same()
     with torch.no_grad():
@@ -343,10 +343,10 @@ def test_memory_limits_do_not_change_scores(name: str) -> None:
 
 
 def test_another_precision() -> None:
-    model = lively(mlp())
+    model = randomize(mlp())
     batch = labelled(model)
     graph = compute_interaction_graph(model, [batch], LAYERS)
-    found = Found(model)
+    found = StateCheck(model)
     exact, rounded = (ask_all(model, [batch], graph, first_output, dtype=dtype) for dtype in (None, torch.float32))
     found.assert_same()
     assert rounded[0] != exact[0]
@@ -355,7 +355,7 @@ def test_another_precision() -> None:
 
 
 def test_batches_may_come_from_a_generator() -> None:
-    model = lively(mlp())
+    model = randomize(mlp())
     batch = labelled(model)
     graph = compute_interaction_graph(model, [batch], LAYERS)
     assert ask_all(model, [batch], graph)[0] == node_ablation_curve(model, iter([batch]), graph, accuracy, "1")

@@ -1,4 +1,4 @@
-"""Tiny models of other people's libraries, randomly initialised, in float64."""
+"""Tiny models of other libraries, randomly initialized, in float64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from tests.integration.oracle import lively
+from tests.integration.oracle import randomize
 
 VOCABULARY = 7
 
@@ -30,7 +30,7 @@ def gpt2() -> nn.Module:
     config = GPT2Config(
         vocab_size=VOCABULARY, n_positions=6, n_embd=4, n_layer=2, n_head=2, n_inner=6, bos_token_id=0, eos_token_id=0
     )
-    return lively(GPT2LMHeadModel(config))
+    return randomize(GPT2LMHeadModel(config))
 
 
 def gpt_neo() -> nn.Module:
@@ -38,7 +38,7 @@ def gpt_neo() -> nn.Module:
         vocab_size=VOCABULARY, hidden_size=4, num_layers=2, attention_types=[[["global", "local"], 1]], num_heads=2,
         intermediate_size=6, max_position_embeddings=6, window_size=2, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    return lively(GPTNeoForCausalLM(config))
+    return randomize(GPTNeoForCausalLM(config))
 
 
 def bert() -> nn.Module:
@@ -46,14 +46,14 @@ def bert() -> nn.Module:
         vocab_size=VOCABULARY, hidden_size=4, num_hidden_layers=2, num_attention_heads=2, intermediate_size=6,
         max_position_embeddings=6,
     )  # fmt: skip
-    return lively(BertForMaskedLM(config))
+    return randomize(BertForMaskedLM(config))
 
 
 def resnet() -> nn.Module:
     config = ResNetConfig(
         num_channels=2, embedding_size=3, hidden_sizes=[3, 4], depths=[1, 1], layer_type="basic", num_labels=3
     )
-    return lively(ResNetForImageClassification(config))
+    return randomize(ResNetForImageClassification(config))
 
 
 def vit() -> nn.Module:
@@ -61,4 +61,4 @@ def vit() -> nn.Module:
         hidden_size=4, num_hidden_layers=2, num_attention_heads=2, intermediate_size=6, image_size=6, patch_size=3,
         num_channels=2, num_labels=3,
     )  # fmt: skip
-    return lively(ViTForImageClassification(config))
+    return randomize(ViTForImageClassification(config))

@@ -1,8 +1,8 @@
-"""What the numbers must be, for any model whatever: found by running it, over and over, with one number changed.
+"""The finite-difference oracle: the expected graph of any model, computed by running it with one number changed.
 
-Nothing of the library and nothing of autograd is used. A model is run as its user runs it; hooks read what passes at
-the taps, and write into it in place. Jacobians are finite differences of fourth order in float64; from them follow the
-paper's formulas (arXiv 2405.10928), spelled out with dense matrices.
+It uses neither this library nor autograd. A model is run as its user runs it; hooks read the tensors at the taps, and
+overwrite them in place. Jacobians are finite differences of fourth order in float64. The paper's formulas (arXiv
+2405.10928) are evaluated with dense matrices.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch import Tensor, nn
 
 from lib_lightning import InteractionGraph, NodeLayer, compute_interaction_graph
 
-# A step of 1e-4 of the activations' size leaves differences exact to about 1e-11: its fourth power is lost in rounding,
-# which the step divides by.
+# With a step of 1e-4 of the activations' standard deviation, differences are accurate to about 1e-11: the truncation
+# error, of fourth order, is below the rounding error divided by the step.
 STEP = 1e-4
-# Directions are kept down to 1e-8 of the largest variance, so features are 1e4 times as sensitive to those 1e-11; the
-# squares of them are compared.
+# Directions down to 1e-8 of the largest variance are kept. Features magnify the error of 1e-11 by 1e4, and squares of
+# features are compared.
 RTOL, TOLERANCE = 1e-8, 1e-6
 
 
-def lively(model: nn.Module) -> nn.Module:
-    """A model in float64, with weights unlike those of its initialisation: biases and norms take part, too."""
+def randomize(model: nn.Module) -> nn.Module:
+    """Convert a model to float64 and perturb all parameters, so that biases and norms have an effect."""
     model.double()
     with torch.no_grad():
         for parameter in {id(p): p for p in model.parameters()}.values():
@@ -39,7 +39,7 @@ def lively(model: nn.Module) -> nn.Module:
     return model
 
 
-def agrees(
+def check_against_finite_differences(
     model: nn.Module,
     batch: Tensor | dict[str, Any],
     node_layers: Sequence[str | NodeLayer],
@@ -47,7 +47,7 @@ def agrees(
     tolerance: float = TOLERANCE,
     **options: Any,
 ) -> InteractionGraph:
-    """Compute a model's interaction graph, assert that it is what the model itself says, and return it."""
+    """Compute a model's interaction graph, compare it with the oracle, and return it."""
     graph = compute_interaction_graph(model, [batch], node_layers, rtol=RTOL, **options)
     assert_exact(graph, *dense(model, batch, node_layers, step), tolerance=tolerance)
     return graph
@@ -60,14 +60,14 @@ def assert_exact(
     masks: Sequence[Tensor] = (),
     tolerance: float = TOLERANCE,
 ) -> None:
-    """Hold a graph against dense Jacobians: every formula and every exact identity of the method.
+    """Compare a graph with dense Jacobians: every formula and every exact identity of the method.
 
     Args:
-        graph: What the library found.
+        graph: The graph to check.
         activations: ``a^l`` of each node layer, ``(n, S, d)``.
         jacobians: ``d a^{l+1} / d a^l`` of each section, ``(n, S', d', S, d)``.
-        masks: For each node layer the positions that count, ``(n, S)``; by default all of them.
-        tolerance: How far off numbers may be, as a share of the largest.
+        masks: For each node layer True at valid positions, ``(n, S)``; by default all positions are valid.
+        tolerance: Largest error, relative to the largest entry.
     """
     close, spectrum = partial(assert_close, tolerance=tolerance), partial(assert_spectrum, tolerance=tolerance)
     bases = list(graph.bases.values())
@@ -103,7 +103,7 @@ def assert_exact(
 
 
 def assert_same_graph(actual: InteractionGraph, expected: InteractionGraph, tolerance: float = 1e-8) -> None:
-    """Two ways to the same graph, whatever they call their node layers; signs of features are free."""
+    """Compare two graphs, up to the names of node layers and the signs of features."""
     for basis, other in zip(actual.bases.values(), expected.bases.values(), strict=True):
         assert_close(basis.mean, other.mean, tolerance)
         assert_close(basis.importance, other.importance, tolerance)
@@ -115,14 +115,14 @@ def assert_same_graph(actual: InteractionGraph, expected: InteractionGraph, tole
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
-    """Equal up to a share of the largest entry."""
+    """Compare tensors with a tolerance relative to the largest entry."""
     assert actual.shape == expected.shape
     error = (actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12)
     assert error < tolerance, f"off by {error:.1e} of the largest entry"
 
 
 def assert_spectrum(importance: Tensor, matrix: Tensor, tolerance: float) -> None:
-    """Importances are the eigenvalues of a matrix, but for those too small to be kept."""
+    """Compare importances with the eigenvalues of a matrix; the smallest eigenvalues may be truncated."""
     values = torch.linalg.eigvalsh(matrix).flip(0)
     assert importance.max() > 0
     assert_close(torch.cat([importance, importance.new_zeros(len(values) - len(importance))]), values, tolerance)
@@ -132,12 +132,12 @@ def assert_spectrum(importance: Tensor, matrix: Tensor, tolerance: float) -> Non
 def dense(
     model: nn.Module, batch: Tensor | Mapping[str, Any], node_layers: Sequence[str | NodeLayer], step: float = STEP
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Activations of every node layer and Jacobians between neighbours, with the model in evaluation mode.
+    """Activations of every node layer and Jacobians of every section, with the model in evaluation mode.
 
     Args:
         model: Any model.
         batch: Its argument, or a dict of its keyword arguments.
-        node_layers: As the library takes them.
+        node_layers: As for `compute_interaction_graph`.
         step: Step of the finite differences, as a share of the activations' standard deviation.
 
     Returns:
@@ -176,13 +176,13 @@ Seen = dict[tuple[int, int], Tensor]
 
 
 def read(seen: Seen, l: int, layer: NodeLayer) -> Tensor:
-    """Activations ``(n, S, d)`` of node layer ``l``, from its taps side by side."""
+    """Activations ``(n, S, d)`` of node layer ``l``, with its taps concatenated."""
     tapped = [seen[l, k] for k in range(len(layer.taps))]
     return torch.cat([t.flatten(1)[:, entries(layer, t)] for t in tapped], -1)
 
 
 def entries(layer: NodeLayer, t: Tensor) -> Tensor:
-    """Where in a sample its positions and features stand: indices ``(S, d)``."""
+    """Indices ``(S, d)`` of positions and features in a flattened sample."""
     index = torch.arange(t[0].numel()).reshape(t.shape[1:])
     if layer.feature_dim is not None or t.ndim == 4:
         axis = 1 if layer.feature_dim is None else layer.feature_dim
@@ -199,7 +199,7 @@ def run(
     layers: Sequence[NodeLayer],
     overwrite: Mapping[tuple[int, int], Tensor] | None = None,
 ) -> Seen:
-    """Run a model; return what was computed at each tap, before it was overwritten."""
+    """Run a model; return the tensor at each tap, before it was overwritten."""
     seen: Seen = {}
     handles = []
     for key, name in (((l, k), tap) for l, layer in enumerate(layers) for k, tap in enumerate(layer.taps)):

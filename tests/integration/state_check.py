@@ -1,4 +1,4 @@
-"""Everything about a model and the world around it that a computation could change."""
+"""Checks that a computation has not changed a model, random states, or settings of torch."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import Tensor, nn
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-class Found:
-    """A model as it was found; `assert_same` says what has changed since."""
+class StateCheck:
+    """The state of a model and of torch; `assert_same` compares it with the current state."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.before = self._look()
+        self.before = self._state()
 
     def assert_same(self) -> None:
-        now = self._look()
+        now = self._state()
         assert now.keys() == self.before.keys()
         for key, value in self.before.items():
-            assert now[key] == value, f"{key} is not as it was"
+            assert now[key] == value, f"{key} has changed"
 
-    def _look(self) -> dict[str, Any]:
+    def _state(self) -> dict[str, Any]:
         name, keys, *rest = np.random.get_state()  # noqa: NPY002 (the global state is what training code uses)
         found: dict[str, Any] = {
             "random numbers": (torch.get_rng_state().tolist(), random.getstate(), name, keys.tolist(), rest),
@@ -46,6 +46,6 @@ class Found:
 
 
 def _tensor(t: Tensor) -> tuple[Any, ...]:
-    """The same object, in the same memory, with the same numbers and gradient."""
+    """Identity, memory, values and gradient of a tensor."""
     grad = None if not t.is_leaf or t.grad is None else (id(t.grad), t.grad.tolist())
     return id(t), t.data_ptr(), t.tolist(), t.requires_grad, t.is_leaf, id(t.grad_fn) if t.grad_fn else None, grad

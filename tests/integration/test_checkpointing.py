@@ -1,4 +1,4 @@
-"""Activation checkpointing: off while we compute, on again afterwards. Lazy modules: refused while they are lazy."""
+"""Activation checkpointing, which is disabled during a snapshot, and lazy modules, which raise an error."""
 
 from __future__ import annotations
 
@@ -16,8 +16,15 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from lib_lightning import compute_interaction_graph
 from lib_lightning.errors import LIBError
 from tests.integration.models import gpt2, tokens
-from tests.integration.oracle import RTOL, agrees, assert_exact, assert_same_graph, dense, lively
-from tests.integration.state_check import Found
+from tests.integration.oracle import (
+    RTOL,
+    assert_exact,
+    assert_same_graph,
+    check_against_finite_differences,
+    dense,
+    randomize,
+)
+from tests.integration.state_check import StateCheck
 
 # The oracle runs without gradients, and Hugging Face is about to find another name for it.
 pytestmark = pytest.mark.filterwarnings(
@@ -73,11 +80,11 @@ INSIDE = ["blocks.0.norm:input", "blocks.1.norm:input", "output"]
 
 @pytest.mark.parametrize("layers", [OUTSIDE, INSIDE], ids=["outside", "inside"])
 @pytest.mark.parametrize("way", WAYS)
-def test_taps_inside_and_outside(way: str, layers: list[str]) -> None:
-    model, x = lively(Checkpointed(WAYS[way])), torch.randn(20, 3).double()
+def test_taps_inside_and_outside_checkpointed_blocks(way: str, layers: list[str]) -> None:
+    model, x = randomize(Checkpointed(WAYS[way])), torch.randn(20, 3).double()
     model(x).sum().backward()
     assert [block.runs for block in model.blocks] == [2, 2] if way != "one in the other" else [3, 3]
-    found = Found(model)
+    found = StateCheck(model)
     graph = compute_interaction_graph(model, [x], layers, rtol=RTOL)
     found.assert_same()
     assert_exact(graph, *dense(model, x, layers))
@@ -89,7 +96,7 @@ def test_taps_inside_and_outside(way: str, layers: list[str]) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_integrated_gradients(way: str) -> None:
     # Activations are replaced along the path: what is run again from those of the forward pass would be another model.
-    model, x = lively(Checkpointed(plain)), torch.randn(20, 3).double()
+    model, x = randomize(Checkpointed(plain)), torch.randn(20, 3).double()
     expected = compute_interaction_graph(model, [x], INSIDE, integration_steps=3)
     model.way = WAYS[way]
     assert_same_graph(compute_interaction_graph(model, [x], INSIDE, integration_steps=3), expected)
@@ -97,7 +104,7 @@ def test_integrated_gradients(way: str) -> None:
 
 @pytest.mark.parametrize("kind", CheckpointImpl)
 def test_wrapped_blocks(kind: CheckpointImpl) -> None:
-    model, x = lively(Checkpointed(plain)), torch.randn(20, 3).double()
+    model, x = randomize(Checkpointed(plain)), torch.randn(20, 3).double()
     expected = compute_interaction_graph(model, [x], ["embed", "blocks.1.norm:input", "output"])
     for index, block in enumerate(model.blocks):
         model.blocks[index] = checkpoint_wrapper(block, checkpoint_impl=kind)
@@ -117,7 +124,9 @@ def test_checkpoint_sequential() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return checkpoint_sequential(self.layers, 2, self.embed(x), use_reentrant=False)
 
-    agrees(lively(Sequence()), torch.randn(20, 3).double(), ["embed", "layers.0.norm:input", "layers.2", "output"])
+    check_against_finite_differences(
+        randomize(Sequence()), torch.randn(20, 3).double(), ["embed", "layers.0.norm:input", "layers.2", "output"]
+    )
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -133,12 +142,12 @@ def test_gpt2_with_checkpointing_enabled(reentrant: bool) -> None:
     assert model.transformer.h[0].attn.c_attn.weight.grad.abs().sum() > 0
 
 
-def test_checkpointing_is_on_again_after_an_error() -> None:
+def test_checkpointing_is_enabled_again_after_an_error() -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("from the model")
 
     model, x = Checkpointed(WAYS["reentrant"]), torch.randn(20, 3)
-    found = Found(model)
+    found = StateCheck(model)
     handle = model.head.register_forward_hook(fail)
     with pytest.raises(RuntimeError, match="from the model"):
         compute_interaction_graph(model, [x], ["embed", "output"])
@@ -153,11 +162,11 @@ def test_checkpointing_is_on_again_after_an_error() -> None:
         (lambda: nn.LazyBatchNorm1d(), "'1.running_mean', '1.running_var'"),
     ],
 )
-def test_lazy_modules_are_refused_until_they_have_shapes(lazy: Callable[[], nn.Module], missing: str) -> None:
+def test_lazy_modules_raise_an_error_until_they_have_shapes(lazy: Callable[[], nn.Module], missing: str) -> None:
     model = nn.Sequential(nn.Linear(3, 4), lazy(), nn.Linear(4, 2)).double()
     x = torch.randn(20, 3).double()
     with pytest.raises(LIBError, match=re.escape(missing) + r".* have no shape yet: .* Run the model once before"):
         compute_interaction_graph(model, [x], ["0", "1", "output"])
     assert torch.nn.parameter.is_lazy(model[1].weight), "and it is still to take its shape"
     model(x)
-    agrees(model, x, ["0", "1", "output"])
+    check_against_finite_differences(model, x, ["0", "1", "output"])

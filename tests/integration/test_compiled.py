@@ -1,4 +1,4 @@
-"""Compiled modules: the same numbers under the same names, and nothing is compiled again afterwards."""
+"""Compiled modules: the same graphs with the same names, and no recompilation afterwards."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from lib_lightning import compute_interaction_graph
 from tests.integration.models import gpt2, tokens
-from tests.integration.oracle import RTOL, agrees, assert_same_graph, lively
-from tests.integration.state_check import Found
+from tests.integration.oracle import RTOL, assert_same_graph, check_against_finite_differences, randomize
+from tests.integration.state_check import StateCheck
 
 # The compiler speaks about itself, and looks at gradients where there are none.
 pytestmark = pytest.mark.filterwarnings(
@@ -38,7 +38,7 @@ class Block(nn.Module):
 
 
 def network() -> nn.Sequential:
-    return lively(nn.Sequential(nn.Linear(3, 4), Block(), Block(), nn.Linear(4, 2)))
+    return randomize(nn.Sequential(nn.Linear(3, 4), Block(), Block(), nn.Linear(4, 2)))
 
 
 def whole(model: nn.Sequential, backend: object) -> nn.Module:
@@ -79,17 +79,15 @@ def step(model: nn.Module, x: Tensor) -> None:
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @ways
-def test_same_numbers_and_nothing_compiled_again(
-    way: Callable[[nn.Sequential, object], nn.Module], backend: str
-) -> None:
+def test_same_graph_without_recompilation(way: Callable[[nn.Sequential, object], nn.Module], backend: str) -> None:
     counter = CompileCounterWithBackend(backend)
     model, x = network(), torch.randn(20, 3).double()
-    expected = agrees(copy.deepcopy(model), x, LAYERS)
+    expected = check_against_finite_differences(copy.deepcopy(model), x, LAYERS)
     compiled = way(model, counter)
     step(compiled, x)
     graphs = counter.frame_count
     assert graphs > 0
-    found = Found(compiled)
+    found = StateCheck(compiled)
     graph = compute_interaction_graph(compiled, [x], LAYERS, rtol=RTOL)
     found.assert_same()
     assert_same_graph(graph, expected)
@@ -99,7 +97,7 @@ def test_same_numbers_and_nothing_compiled_again(
 
 
 @ways
-def test_before_the_first_batch(way: Callable[[nn.Sequential, object], nn.Module]) -> None:
+def test_before_the_first_compilation(way: Callable[[nn.Sequential, object], nn.Module]) -> None:
     counter = CompileCounterWithBackend("eager")
     model, x = network(), torch.randn(20, 3).double()
     expected = compute_interaction_graph(model, [x], LAYERS)
@@ -116,7 +114,7 @@ def test_before_the_first_batch(way: Callable[[nn.Sequential, object], nn.Module
 def test_residual_stream_inside_a_compiled_block() -> None:
     model, x = network(), torch.randn(20, 3).double()
     layers = ["1.norm:input", "2.norm:input", "3:input"]
-    expected = agrees(copy.deepcopy(model), x, layers)
+    expected = check_against_finite_differences(copy.deepcopy(model), x, layers)
     compiled = whole(blocks(model, "eager"), "eager")
     compiled(x)
     assert_same_graph(compute_interaction_graph(compiled, [x], layers, rtol=RTOL), expected)

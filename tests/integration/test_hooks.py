@@ -1,4 +1,4 @@
-"""Modules that their user has hooked already."""
+"""Modules with hooks of the user."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lib_lightning import compute_interaction_graph
-from tests.integration.oracle import RTOL, assert_exact, assert_same_graph, dense, lively
-from tests.integration.state_check import Found
-from tests.integration.test_state_check import mlp
+from tests.integration.oracle import RTOL, assert_exact, assert_same_graph, dense, randomize
+from tests.integration.state_check import StateCheck
+from tests.integration.test_stateful_models import mlp
 
 
 class Log:
@@ -29,9 +29,9 @@ class Log:
         return hook
 
 
-def test_hooks_of_the_user_work_in_their_order_with_values_as_before() -> None:
+def test_user_hooks_run_in_order_with_the_same_values() -> None:
     x, log = torch.randn(20, 4).double(), Log()
-    model = lively(mlp())
+    model = randomize(mlp())
     model[0].register_forward_hook(log.hook("doubles", 2.0))
     model[0].register_forward_hook(log.hook("sees doubled"))
     model[0].register_forward_hook(log.hook("first"), prepend=True)
@@ -40,7 +40,7 @@ def test_hooks_of_the_user_work_in_their_order_with_values_as_before() -> None:
     with torch.no_grad():
         model(x)
     expected, log.entries = log.entries, []
-    found = Found(model)
+    found = StateCheck(model)
     graph = compute_interaction_graph(model, [x], ["input", "0", "2:input", "2", "output"], rtol=RTOL)
     found.assert_same()
     assert [name for name, _ in log.entries[:4]] == ["first", "doubles", "sees doubled", "second"]
@@ -66,10 +66,10 @@ class ResidualBlock(nn.Module):
 
 
 @pytest.mark.parametrize("scale", [None, 3.0])
-def test_backward_hooks_of_the_user_rest(scale: float | None) -> None:
+def test_user_backward_hooks_are_not_called(scale: float | None) -> None:
     # They are about the gradients of training: ours are none of their business, nor may they change them. Around
     # modules that have them, torch hands on views, which cannot be cut in place.
-    model, x, calls = lively(ResidualBlock()), torch.randn(20, 4).double(), []
+    model, x, calls = randomize(ResidualBlock()), torch.randn(20, 4).double(), []
     layers = ["input", "norm:input", "head:input", "output"]
     expected = compute_interaction_graph(model, [x], layers)
 
@@ -80,7 +80,7 @@ def test_backward_hooks_of_the_user_rest(scale: float | None) -> None:
     for module in (model, model.embed, model.f):
         module.register_full_backward_hook(change)
         module.register_full_backward_pre_hook(change)
-    found = Found(model)
+    found = StateCheck(model)
     graph = compute_interaction_graph(model, [x], layers)
     found.assert_same()
     assert not calls

@@ -1,4 +1,4 @@
-"""Modules that nobody here wrote, as they are."""
+"""Models of other libraries, unmodified, against finite differences."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from lib_lightning import NodeLayer, compute_interaction_graph
 from tests.integration.models import bert, gpt2, gpt_neo, resnet, tokens, vit
-from tests.integration.oracle import RTOL, STEP, agrees, assert_exact, assert_same_graph, dense, lively
+from tests.integration.oracle import (
+    RTOL,
+    STEP,
+    assert_exact,
+    assert_same_graph,
+    check_against_finite_differences,
+    dense,
+    randomize,
+)
 
 # GPT-Neo multiplies queries with keys in float32 whatever its weights are: a longer step keeps differences out of that
 # rounding, and rounding and step together leave them exact to about 1e-6.
@@ -20,7 +28,7 @@ FLOAT32_STEP, FLOAT32_TOLERANCE = 5e-3, 1e-5
 
 
 def test_boring_model() -> None:
-    agrees(BoringModel().double(), torch.randn(40, 32).double(), ["layer:input", "output"])
+    check_against_finite_differences(BoringModel().double(), torch.randn(40, 32).double(), ["layer:input", "output"])
 
 
 def test_boring_model_in_its_own_precision() -> None:
@@ -62,7 +70,7 @@ def test_demo_transformer(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gpt(make: Callable[[], nn.Module], step: float, tolerance: float) -> None:
     h = "transformer.h"
     layers = [f"{h}.0", f"{h}.1.ln_2:input", f"{h}.1", "transformer.ln_f", "output"]
-    agrees(make(), {"input_ids": tokens(10, 3)}, layers, step, tolerance)
+    check_against_finite_differences(make(), {"input_ids": tokens(10, 3)}, layers, step, tolerance)
 
 
 @pytest.mark.parametrize(
@@ -71,10 +79,10 @@ def test_gpt(make: Callable[[], nn.Module], step: float, tolerance: float) -> No
 def test_gpt_after_norm_and_residual(make: Callable[[], nn.Module], step: float, tolerance: float) -> None:
     h = "transformer.h"
     layers = [f"{h}.0.ln_2:input", NodeLayer([f"{h}.1.ln_2", f"{h}.1.ln_2:input"], "both"), f"{h}.1"]
-    agrees(make(), {"input_ids": tokens(10, 3)}, layers, step, tolerance)
+    check_against_finite_differences(make(), {"input_ids": tokens(10, 3)}, layers, step, tolerance)
 
 
-def test_gpt2_in_float32_is_computed_in_float64_on_the_side() -> None:
+def test_gpt2_in_float32_is_computed_in_float64() -> None:
     model, batch = gpt2(), {"input_ids": tokens(10, 3)}
     layers = ["transformer.h.0", "transformer.h.1.ln_2:input", "output"]
     expected = compute_interaction_graph(model.float().double(), [batch], layers)
@@ -83,7 +91,7 @@ def test_gpt2_in_float32_is_computed_in_float64_on_the_side() -> None:
     assert model.lm_head.weight.dtype == torch.float32
 
 
-def test_gpt2_with_labels_gives_its_logits() -> None:
+def test_gpt2_with_labels_has_its_logits_as_output() -> None:
     batch = {"input_ids": tokens(10, 3)}
     model, layers = gpt2(), ["transformer.h.0", "output"]
     plain = compute_interaction_graph(model, [batch], layers)
@@ -92,19 +100,19 @@ def test_gpt2_with_labels_gives_its_logits() -> None:
 
 def test_bert() -> None:
     layers = ["bert.embeddings", "bert.encoder.layer.0.attention", "bert.encoder.layer.1", "output"]
-    agrees(bert(), {"input_ids": tokens(10, 3)}, layers)
+    check_against_finite_differences(bert(), {"input_ids": tokens(10, 3)}, layers)
 
 
 def test_resnet() -> None:
     stages = "resnet.encoder.stages"
     layers = ["resnet.embedder", f"{stages}.0", f"{stages}.1.layers.0.activation:input", "output"]
-    agrees(resnet(), {"pixel_values": torch.randn(15, 2, 8, 8).double()}, layers)
+    check_against_finite_differences(resnet(), {"pixel_values": torch.randn(15, 2, 8, 8).double()}, layers)
 
 
 def test_vit() -> None:
     read_out = NodeLayer(["vit.layernorm"], "class token", positions=0)
     layers = ["vit.embeddings", "vit.layers.0.layernorm_after:input", "vit.layers.0", read_out, "output"]
-    agrees(vit(), {"pixel_values": torch.randn(15, 2, 6, 6).double()}, layers)
+    check_against_finite_differences(vit(), {"pixel_values": torch.randn(15, 2, 6, 6).double()}, layers)
 
 
 class LanguageModel(nn.Module):
@@ -122,7 +130,9 @@ class LanguageModel(nn.Module):
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 def test_recurrent_language_model(kind: type[nn.RNNBase]) -> None:
-    agrees(lively(LanguageModel(kind)), torch.randint(0, 7, (12, 4)), ["embed", "rnn", "output"])
+    check_against_finite_differences(
+        randomize(LanguageModel(kind)), torch.randint(0, 7, (12, 4)), ["embed", "rnn", "output"]
+    )
 
 
 def test_convolutional_network() -> None:
@@ -131,4 +141,6 @@ def test_convolutional_network() -> None:
         nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         nn.Dropout(), nn.Linear(5, 4), nn.ReLU(inplace=True), nn.Linear(4, 3),
     )  # fmt: skip
-    agrees(lively(model), torch.randn(20, 2, 6, 6).double(), ["0", "3", "6", "10", "output"])
+    check_against_finite_differences(
+        randomize(model), torch.randn(20, 2, 6, 6).double(), ["0", "3", "6", "10", "output"]
+    )

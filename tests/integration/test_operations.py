@@ -1,4 +1,4 @@
-"""Operations with derivatives of their own: fused attention, custom functions. They work, if need be more slowly."""
+"""Operations with special derivatives, such as fused attention and custom functions."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from lib_lightning import InteractionGraph, compute_interaction_graph
 from lib_lightning.jacobian.closed_form_detect import ClosedFormDetector
-from tests.integration.oracle import RTOL, agrees, assert_same_graph, lively
-from tests.integration.state_check import Found
+from tests.integration.oracle import RTOL, assert_same_graph, check_against_finite_differences, randomize
+from tests.integration.state_check import StateCheck
 
 BACKWARDS, ONE_BY_ONE = "has no second derivative", "can only be differentiated for one vector at a time"
 
@@ -68,17 +68,17 @@ class SelfDecoder(nn.Module):
 
 @pytest.mark.parametrize("kind", ATTENTION)
 def test_fused_attention(kind: str) -> None:
-    model = lively(nn.Sequential(nn.Linear(3, 4), ATTENTION[kind](), nn.Linear(4, 2)))
+    model = randomize(nn.Sequential(nn.Linear(3, 4), ATTENTION[kind](), nn.Linear(4, 2)))
     x = torch.randn(12, 3, 3).double()
-    found = Found(model)
-    graph = agrees(model, x, ["input", "0", "1", "output"])
+    found = StateCheck(model)
+    graph = check_against_finite_differences(model, x, ["input", "0", "1", "output"])
     found.assert_same()
     assert graph.info["notes"] == [], "the plain kernels have second derivatives, and take several vectors"
 
 
-def test_encoder_layer_inside() -> None:
-    model = lively(nn.TransformerEncoderLayer(4, 2, 6, batch_first=True, norm_first=True))
-    agrees(model, torch.randn(12, 3, 4).double(), ["input", "norm2:input", "output"])
+def test_taps_inside_an_encoder_layer() -> None:
+    model = randomize(nn.TransformerEncoderLayer(4, 2, 6, batch_first=True, norm_first=True))
+    check_against_finite_differences(model, torch.randn(12, 3, 4).double(), ["input", "norm2:input", "output"])
 
 
 class Sine(torch.autograd.Function):
@@ -219,7 +219,7 @@ def assert_notes(graph: InteractionGraph, signs: list[str], caplog: pytest.LogCa
     assert [record.getMessage() for record in caplog.records] == notes
 
 
-def test_sampled_metric_through_a_function_of_numpy() -> None:
+def test_sampled_metric_with_a_custom_function_in_numpy() -> None:
     x, layers = torch.randn(15, 3).double(), ["0", "2", "output"]
     graphs = (
         compute_interaction_graph(with_sine(sine), [x], layers, n_probes=5) for sine in (Apply(SineNumPy), PlainSine())
@@ -240,8 +240,8 @@ class Distances(nn.Module):
 
 
 def test_distances() -> None:
-    model, x, layers = lively(Distances()), torch.randn(12, 6, 3).double(), ["first", "head:input", "output"]
-    graph = agrees(model, x, layers)
+    model, x, layers = randomize(Distances()), torch.randn(12, 6, 3).double(), ["first", "head:input", "output"]
+    graph = check_against_finite_differences(model, x, layers)
     assert graph.info["notes"] == []  # the metric's Jacobian serves the edges, too
     sampled = compute_interaction_graph(model, [x], layers, n_probes=4)
     assert [BACKWARDS in note for note in sampled.info["notes"]] == [True]
@@ -266,7 +266,9 @@ class Experts(nn.Module):
 
 
 def test_mixture_of_experts() -> None:
-    agrees(lively(Experts()), torch.randn(12, 4, 3).double(), ["first", "head:input", "output"])
+    check_against_finite_differences(
+        randomize(Experts()), torch.randn(12, 4, 3).double(), ["first", "head:input", "output"]
+    )
 
 
 class Spectrum(nn.Module):
@@ -282,5 +284,7 @@ class Spectrum(nn.Module):
         return self.head(torch.fft.irfft(h, n=x.shape[1], dim=1))
 
 
-def test_complex_numbers_inside() -> None:
-    agrees(Spectrum().double(), torch.randn(12, 4, 3).double(), ["input", "first", "head:input", "output"])
+def test_complex_intermediate_values() -> None:
+    check_against_finite_differences(
+        Spectrum().double(), torch.randn(12, 4, 3).double(), ["input", "first", "head:input", "output"]
+    )

@@ -1,4 +1,4 @@
-"""What autograd shows of a computation."""
+"""The graph that autograd records."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lib_lightning.model import autograd_graph as flow
+from lib_lightning.model import autograd_graph as graph
 from lib_lightning.model.autograd_graph import edge_of, saved_tensors_intact, shape_of, topological_order
 
 
@@ -31,7 +31,7 @@ class Scaled(torch.autograd.Function):
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mul": lambda x, w: x * w,
     "mm": lambda x, w: x @ w,
-    "one's own": Scaled.apply,
+    "custom": Scaled.apply,
     "early": lambda x, w: (x * w).tanh().sum(1).view(3, 1) @ torch.ones(1, 2),
     "norm": lambda x, w: F.layer_norm(x, (3,), w[0], w[1]),
     "in a list": lambda x, w: torch.index_put(x, (torch.arange(3), torch.arange(3)), w[0]) * w,
@@ -43,7 +43,7 @@ UNHARMED = {"nothing saved", "its own result"}
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_what_has_been_written_to_is_seen_without_a_derivative(name: str) -> None:
+def test_modified_saved_tensors_are_detected_without_a_backward_pass(name: str) -> None:
     x, w = torch.randn(3, 3, requires_grad=True), torch.randn(3, 3)
     y = OPERATIONS[name](x, w)
     assert saved_tensors_intact(y)
@@ -53,11 +53,11 @@ def test_what_has_been_written_to_is_seen_without_a_derivative(name: str) -> Non
         torch.autograd.grad(y, x, torch.zeros_like(y))
 
 
-def test_an_operation_that_shows_nothing_may_hide_something(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_operation_that_shows_no_saved_tensors_is_not_intact(monkeypatch: pytest.MonkeyPatch) -> None:
     y = torch.randn(3, requires_grad=True) + 1
     assert saved_tensors_intact(y)
-    monkeypatch.setattr(flow, "_SHOWN", re.compile("of another kind"))
-    monkeypatch.setattr(flow, "saved_names", lambda operation: [])
+    monkeypatch.setattr(graph, "_SHOWN", re.compile("of another kind"))
+    monkeypatch.setattr(graph, "saved_names", lambda operation: [])
     assert not saved_tensors_intact(y)
 
 
@@ -66,7 +66,7 @@ def test_a_tensor_without_a_graph_is_intact() -> None:
     assert saved_tensors_intact(torch.ones(2, requires_grad=True))
 
 
-def test_shapes_of_results_that_only_autograd_knows() -> None:
+def test_shapes_of_intermediate_results() -> None:
     x = torch.randn(4, 6, requires_grad=True)
     one, other = (x.view(4, 2, 3) * 2).relu().split(1, dim=1)
     assert shape_of(edge_of(other)) == other.shape

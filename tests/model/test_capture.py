@@ -1,4 +1,4 @@
-"""Cutting live models: what is a cut, what is none, and that nothing of it stays behind."""
+"""Cutting models at node layers: valid and invalid node layers, and restored models."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lib_lightning.model.preserve import preserve_model
 from tests.cases import Case, ResidualMLP, TwoInputs
 
 
-def test_sections_join_to_the_whole_model(case: Case) -> None:
+def test_sections_compose_to_the_whole_model(case: Case) -> None:
     instrumented = InstrumentedModel(case.model, as_node_layers(case.node_layers), ModelSpec(case.input_fn))
     for cut, F, cut_after in zip(
         instrumented.capture(case.data), case.sections, instrumented.capture(case.data)[1:], strict=False
@@ -28,7 +28,7 @@ def test_sections_join_to_the_whole_model(case: Case) -> None:
         torch.testing.assert_close(F(cut.a), cut_after.a)
 
 
-def test_replaced_activations_reach_everything_after(case: Case) -> None:
+def test_replaced_activations_affect_all_later_layers(case: Case) -> None:
     instrumented = InstrumentedModel(case.model, as_node_layers(case.node_layers), ModelSpec(case.input_fn))
     activations = instrumented.activations(case.data)
     new = activations[1] + torch.randn_like(activations[1])
@@ -42,7 +42,7 @@ def test_replaced_activations_reach_everything_after(case: Case) -> None:
         assert torch.equal(cuts[1].a, activations[1]), "the end keeps what was computed"
 
 
-def test_callers_batch_and_model_are_left_alone(case: Case) -> None:
+def test_the_batch_and_the_model_are_not_modified(case: Case) -> None:
     before = {name: t.clone() for name, t in case.model.state_dict().items()}
     tensors = (
         list(case.data.values()) if isinstance(case.data, dict) else [t for t in [case.data] if torch.is_tensor(t)]
@@ -56,7 +56,7 @@ def test_callers_batch_and_model_are_left_alone(case: Case) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in case.model.modules())
 
 
-def test_float32_model_computes_in_float64_on_the_side() -> None:
+def test_float32_model_computed_in_float64() -> None:
     class TiedWithBuffer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -76,7 +76,7 @@ def test_float32_model_computes_in_float64_on_the_side() -> None:
         torch.testing.assert_close(E, expected, rtol=1e-12, atol=0)
 
 
-def test_bypass_is_named() -> None:
+def test_a_bypass_raises_an_error_with_its_name() -> None:
     model = ResidualMLP()
     with pytest.raises(
         NodeLayerError, match=r"'blocks.0.down' does not cut .* 'blocks.1' also depends on 'embed' past it"
@@ -84,7 +84,7 @@ def test_bypass_is_named() -> None:
         check_node_layers(model, torch.randn(3, 4), ["embed", "blocks.0.down", "blocks.1", "output"])
 
 
-def test_bypass_through_positions_that_are_not_looked_at_is_found() -> None:
+def test_a_bypass_through_excluded_positions_raises_an_error() -> None:
     class Sum(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -97,11 +97,11 @@ def test_bypass_through_positions_that_are_not_looked_at_is_found() -> None:
         check_node_layers(Sum(), torch.randn(3, 4, 3), ["input", NodeLayer(["first"], positions=-1), "output"])
 
 
-def test_proper_cuts_have_no_bypass(case: Case) -> None:
+def test_valid_node_layers_are_accepted(case: Case) -> None:
     check_node_layers(case.model, case.data, case.node_layers, input_fn=case.input_fn)
 
 
-def test_what_stops_gradients_is_named() -> None:
+def test_sections_without_gradient_raise_an_error() -> None:
     class Detached(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -134,7 +134,7 @@ def test_what_stops_gradients_is_named() -> None:
         (["body", "pair", "output"], ActivationError, r"'pair' holds no tensor, but str"),
     ],
 )
-def test_mistakes_are_explained(layers: list[str], error: type[Exception], message: str) -> None:
+def test_invalid_node_layers_raise_errors(layers: list[str], error: type[Exception], message: str) -> None:
     class Text(nn.Module):
         def forward(self, x: Tensor) -> str:
             return "text"
@@ -154,7 +154,7 @@ def test_mistakes_are_explained(layers: list[str], error: type[Exception], messa
         check_node_layers(Model(), torch.tensor([[1, 2], [3, 4]]), layers)
 
 
-def test_tensors_of_the_model_are_never_cut_in_place() -> None:
+def test_parameters_and_buffers_are_not_overwritten() -> None:
     class Queries(nn.Module):
         """Feeds a parameter and a buffer straight into modules."""
 
@@ -215,7 +215,7 @@ def test_containers_keep_their_class(kind: str) -> None:
     assert torch.equal(cuts[2].a, torch.full((1, 1, 3), 4.0))
 
 
-def test_hooks_of_the_user_keep_working_and_ours_are_removed_when_the_model_raises() -> None:
+def test_user_hooks_remain_and_ours_are_removed_when_the_model_raises() -> None:
     seen: list[str] = []
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[0].register_forward_hook(lambda *_: seen.append("user"))
@@ -264,7 +264,7 @@ class Residual(nn.Module):
         return self.head(x)
 
 
-def test_adding_in_place_to_a_tapped_tensor_is_the_same() -> None:
+def test_in_place_addition_to_a_tapped_tensor() -> None:
     model, x = Residual(in_place=False), torch.randn(20, 3)
     graph = compute_interaction_graph(model, [x], ["input", "f:input", "head:input", "output"])
     model.in_place = True
@@ -273,7 +273,7 @@ def test_adding_in_place_to_a_tapped_tensor_is_the_same() -> None:
 
 
 @pytest.mark.parametrize("write", ["mul_", "data", "after"])
-def test_models_that_write_into_their_input(write: str) -> None:
+def test_models_that_write_to_their_input(write: str) -> None:
     class Writes(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -301,7 +301,7 @@ def test_models_that_write_into_their_input(write: str) -> None:
 
 @pytest.mark.parametrize("between", [nn.Identity(), nn.Dropout(), nn.ReLU(inplace=True)])
 @pytest.mark.parametrize("taps", [["input", "0", "output"], ["input", "1:input", "output"], ["0:input", "0", "output"]])
-def test_an_input_that_passes_two_taps(between: nn.Module, taps: list[str]) -> None:
+def test_two_taps_of_the_same_input(between: nn.Module, taps: list[str]) -> None:
     model, x = nn.Sequential(between, nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double().eval(), torch.rand(30, 3)
     batches = list(x.double().split(10))
     graph = compute_interaction_graph(model, batches, taps)  # of positive numbers all are left as they are
@@ -319,7 +319,7 @@ def test_an_input_fn_may_use_the_same_memory_again() -> None:
         torch.testing.assert_close(graph.edges[pair], E)
 
 
-def test_activations_of_an_untouched_input_are_the_batch_itself() -> None:
+def test_activations_of_an_unmodified_input_share_the_batchs_memory() -> None:
     model, x = nn.Sequential(nn.Linear(3, 2)), torch.randn(20, 3)
     with preserve_model(model):
         (first, _) = InstrumentedModel(model, as_node_layers(["0:input", "output"])).capture(x)
@@ -335,7 +335,7 @@ def test_activations_of_an_untouched_input_are_the_batch_itself() -> None:
     assert not x.requires_grad
 
 
-def test_activation_called_as_a_statement_is_the_same() -> None:
+def test_in_place_activation_called_as_a_statement() -> None:
     class Statement(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -354,7 +354,7 @@ def test_activation_called_as_a_statement_is_the_same() -> None:
 
 
 @pytest.mark.parametrize("node_layers", [["f", "output"], ["f", "head:input", "output"]])
-def test_bypass_of_the_first_layer_is_named(node_layers: list[str]) -> None:
+def test_a_bypass_of_the_first_node_layer_raises_an_error(node_layers: list[str]) -> None:
     with pytest.raises(NodeLayerError, match=r"'f' does not cut .* also depends on the model's input past it"):
         check_node_layers(Residual(in_place=False), torch.randn(3, 3), node_layers)
 
@@ -373,7 +373,7 @@ def test_bypass_of_the_first_layer_is_named(node_layers: list[str]) -> None:
     check_node_layers(Tokens(), torch.arange(3), ["embed", "head:input", "output"])
 
 
-def test_samples_that_influence_each_other_are_refused() -> None:
+def test_interactions_between_samples_raise_an_error() -> None:
     gru = nn.GRU(4, 5)  # takes (time, batch, features)
 
     class SequenceFirst(nn.Module):
@@ -390,14 +390,14 @@ def test_samples_that_influence_each_other_are_refused() -> None:
         check_node_layers(nn.Sequential(nn.Linear(2, 2), nn.Flatten(0, 1)), torch.randn(3, 4, 2), ["input", "output"])
 
 
-def test_parallel_layers_are_refused() -> None:
+def test_parallel_node_layers_raise_an_error() -> None:
     with pytest.raises(NodeLayerError, match=r"'right' does not cut .*'output' also depends on 'left' past it"):
         check_node_layers(
             TwoInputs(), {"left": torch.randn(3, 4), "right": torch.randn(3, 2)}, ["left", "right", "output"]
         )
 
 
-def test_fused_attention_is_computed_the_slow_way() -> None:
+def test_fused_attention_uses_the_math_backend() -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -428,7 +428,7 @@ class NoSecondDerivative(torch.autograd.Function):
         return grad.detach() * 2
 
 
-def test_operations_without_second_derivative_fall_back() -> None:
+def test_operations_without_second_derivative() -> None:
     class Custom(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return NoSecondDerivative.apply(x)
@@ -447,7 +447,7 @@ def test_operations_without_second_derivative_fall_back() -> None:
         assert custom.edges["0", "output"].sum() > 0
 
 
-def test_compiled_modules_compute_as_they_were_written() -> None:
+def test_compiled_modules_run_uncompiled() -> None:
     body = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     x = torch.randn(20, 3)
     expected = compute_interaction_graph(body, [x], ["1", "output"])
@@ -457,7 +457,7 @@ def test_compiled_modules_compute_as_they_were_written() -> None:
     torch.testing.assert_close(graph.edges["_orig_mod.1", "output"], expected.edges["1", "output"])
 
 
-def test_states_kept_on_a_module_are_left_off_our_graphs() -> None:
+def test_states_stored_on_a_module_are_detached() -> None:
     class KeepsState(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -474,7 +474,7 @@ def test_states_kept_on_a_module_are_left_off_our_graphs() -> None:
 
 
 @pytest.mark.parametrize("path", ["detach", "comparison", "no_grad", "argmax"])
-def test_bypass_without_gradient_is_named(path: str) -> None:
+def test_a_bypass_without_gradient_raises_an_error(path: str) -> None:
     class Sneaky(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -523,7 +523,7 @@ class Accepted(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["plain", "dropout", "counts", "position", "mask"])
-def test_randomness_constants_and_context_are_no_bypass(kind: str) -> None:
+def test_randomness_constants_and_context_are_accepted(kind: str) -> None:
     model, tokens = Accepted(kind), torch.randint(0, 9, (5, 3))
     batch = {"tokens": tokens, "mask": (tokens > 2).float()} if kind == "mask" else {"tokens": tokens}
     graph = compute_interaction_graph(model, [batch], ["first", "second:input", "output"])
@@ -531,7 +531,7 @@ def test_randomness_constants_and_context_are_no_bypass(kind: str) -> None:
     assert model.calls == 0, "and the count of calls is as before"
 
 
-def test_masks_as_long_as_the_batch_are_not_cut_short() -> None:
+def test_tensors_as_long_as_the_batch_that_are_not_per_sample() -> None:
     class Masked(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -545,7 +545,7 @@ def test_masks_as_long_as_the_batch_are_not_cut_short() -> None:
     assert graph.info["n_samples"] == 6
 
 
-def test_empty_batches_count_nothing() -> None:
+def test_empty_batches_are_ignored() -> None:
     model, x = nn.Linear(3, 2), torch.randn(8, 3)
     graph = compute_interaction_graph(model, [x[:0], x, x[:0]], ["input", "output"])
     assert graph.info["n_samples"] == 8

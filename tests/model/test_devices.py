@@ -1,4 +1,4 @@
-"""On an accelerator: every sum stays where the activations are. Played with tensors that are on one in name only."""
+"""Sums stay on the device of the activations, tested with a fake device."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def basis(d: int, r: int) -> Basis:
     return Basis("layer", "lib", numbers(d), numbers(d, r), numbers(r, d), numbers(r))
 
 
-def test_the_check_sees_what_it_is_for() -> None:
+def test_the_fake_device_detects_moved_tensors() -> None:
     with pytest.raises(RuntimeError, match="device"):
         numbers(2) + torch.zeros(2)
 

@@ -1,4 +1,4 @@
-"""Node layers: names, and how tensors read as samples, positions and features."""
+"""Node layers: names, and tensors as arrays of samples, positions and features."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def test_read_and_write_are_inverse(shape: tuple[int, ...], expected: tuple[int,
     assert torch.equal(layer.write(a, [torch.zeros(shape)])[0], tensor)
 
 
-def test_features_may_lie_on_any_axis() -> None:
+def test_features_on_any_axis() -> None:
     images = torch.randn(2, 3, 4, 5)
     assert NodeLayer(["m"], feature_dim=-1).read([images]).shape == (2, 12, 5)
     assert torch.equal(NodeLayer(["m"]).read([images])[0, 0], images[0, :, 0, 0])
 
 
-def test_positions_are_picked_and_the_rest_is_left() -> None:
+def test_positions_are_selected_and_the_others_unchanged() -> None:
     layer, tokens = NodeLayer(["m"], positions=[-1, 0]), torch.randn(2, 3, 4)
     a = layer.read([tokens])
     assert torch.equal(a, tokens[:, [2, 0]])
@@ -52,18 +52,18 @@ def test_taps_are_joined_along_features() -> None:
         (NodeLayer(["x", "y"]), [torch.zeros(2, 3), torch.zeros(2, 5, 3)], "differ in samples or positions"),
     ],
 )
-def test_what_cannot_be_read_is_refused(layer: NodeLayer, tensors: list[torch.Tensor], message: str) -> None:
+def test_tensors_that_cannot_be_read_raise_errors(layer: NodeLayer, tensors: list[torch.Tensor], message: str) -> None:
     with pytest.raises(NodeLayerError, match=message):
         layer.read(tensors)
 
 
 @pytest.mark.parametrize("tap", ["", ":input", "fc:inputs", "fc:"])
-def test_malformed_taps_are_refused(tap: str) -> None:
+def test_malformed_taps_raise_errors(tap: str) -> None:
     with pytest.raises(NodeLayerError, match="is not a tap"):
         split_tap(tap)
 
 
-def test_lists_need_two_layers_with_different_names() -> None:
+def test_at_least_two_node_layers_with_different_names() -> None:
     with pytest.raises(NodeLayerError, match="At least two"):
         as_node_layers(["output"])
     with pytest.raises(NodeLayerError, match="At least two"):

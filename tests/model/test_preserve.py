@@ -1,4 +1,4 @@
-"""Whatever happens inside the guard, everything is as before."""
+"""The model, random states and settings are restored after a block."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def state(model: nn.Module) -> list[object]:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_everything_is_restored(fails: bool) -> None:
+def test_the_model_and_random_states_are_restored(fails: bool) -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Dropout(), nn.Sequential(nn.Linear(3, 1)))
     model[3].eval()
     model[0].weight.grad = torch.ones(3, 2)
@@ -60,7 +60,7 @@ def test_everything_is_restored(fails: bool) -> None:
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_gradients_work_inside_whatever_is_outside(mode: type) -> None:
+def test_gradients_are_enabled_inside_no_grad_and_inference_mode(mode: type) -> None:
     model = nn.Linear(2, 2)
     with mode(), torch.autocast("cpu", dtype=torch.bfloat16):
         with preserve_model(model):
@@ -74,7 +74,7 @@ def test_gradients_work_inside_whatever_is_outside(mode: type) -> None:
         assert model(torch.ones(1, 2)).dtype == torch.bfloat16
 
 
-def test_what_a_module_keeps_for_itself_is_restored() -> None:
+def test_plain_attributes_are_restored() -> None:
     class Keeps(nn.Linear):
         def __init__(self) -> None:
             super().__init__(2, 2)

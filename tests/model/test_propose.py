@@ -1,4 +1,4 @@
-"""Node layers by name: what is listed can be cut at, what cannot is not listed, and the proposals are sensible."""
+"""Discovery of cut points and proposals of node layers."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def taps(model: nn.Module, batch: Any, input_fn: Callable[[Any], Any] | None = N
     return [cut.tap for cut in cuts]
 
 
-def test_what_people_choose_is_listed_and_what_is_listed_is_a_cut(case: Case) -> None:
+def test_cut_points_are_valid_and_include_the_usual_node_layers(case: Case) -> None:
     cuts = list_node_layers(case.model, case.data, case.input_fn)
     assert {layer for layer in case.node_layers if isinstance(layer, str)} <= names(cuts)
     assert taps(case.model, case.data, case.input_fn)[-1] == "output"
@@ -74,7 +74,7 @@ def test_proposals(case: Case) -> None:
     assert [cut.tap for cut in cuts if cut.proposed] == PROPOSED[case.name]
 
 
-def test_all_about_one_place() -> None:
+def test_attributes_of_a_cut_point() -> None:
     (cut,) = [cut for cut in list_node_layers(ResidualMLP(), torch.randn(4, 4)) if cut.tap == "blocks.0"]
     assert (cut.shape, cut.positions, cut.features, cut.module) == ((5,), 1, 5, "ResidualBlock")
     assert cut.aliases == ("blocks.1:input", "blocks.1.norm:input")
@@ -90,7 +90,7 @@ def test_branches_of_blocks_are_not_listed() -> None:
     assert taps(TwoInputs(), batch) == ["head:input", "output"]
 
 
-def test_model_is_left_alone() -> None:
+def test_the_model_is_not_modified() -> None:
     model = Classifier().train()
     model.net[0].weight.requires_grad_(False)
     model.net[2].eval()
@@ -149,7 +149,7 @@ class Detours(nn.Module):
         ("every block", ["input", "embed", *(f"blocks.{i}:input" for i in range(1, 6)), "head:input", "output"]),
     ],
 )
-def test_paths_without_gradient_are_seen(kind: str, expected: list[str]) -> None:
+def test_paths_without_gradient_are_excluded(kind: str, expected: list[str]) -> None:
     assert taps(Detours(kind), torch.randn(5, 4)) == expected
 
 
@@ -157,7 +157,7 @@ def test_calls_of_shared_modules_are_numbered() -> None:
     assert taps(Repeated(), torch.randn(5, 4)) == ["input", "embed", "block#0", "block#1", "block#2", "output"]
 
 
-def test_modules_in_several_places_have_several_names() -> None:
+def test_modules_registered_twice_have_two_names() -> None:
     linear = nn.Linear(4, 4)
     cuts = list_node_layers(nn.Sequential(linear, nn.Tanh(), linear, nn.Tanh()), torch.randn(5, 4))
     assert [cut.tap for cut in cuts] == ["input", "0#0", "1", "0#1", "output"]
@@ -332,7 +332,9 @@ X = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
         (lambda: nn.Embedding(9, 3), torch.arange(4), None),
     ],
 )  # fmt: skip
-def test_models_of_all_kinds(model: Callable[[], nn.Module], batch: Tensor, expected: list[str] | None) -> None:
+def test_cut_points_of_various_models(
+    model: Callable[[], nn.Module], batch: Tensor, expected: list[str] | None
+) -> None:
     if expected is None:
         with pytest.raises(
             NodeLayerError, match="At least two node layers are needed, and of the inputs and outputs of modules"
@@ -343,12 +345,12 @@ def test_models_of_all_kinds(model: Callable[[], nn.Module], batch: Tensor, expe
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
-def test_what_lies_in_scripted_modules_is_passed_over() -> None:
+def test_modules_inside_torchscript_are_skipped() -> None:
     model = Scripted()
     assert propose_node_layers(model, X) == ["input", "head:input", "output"]
 
 
-def test_smaller_inputs_are_context_where_nothing_else_is_left() -> None:
+def test_smaller_inputs_are_context_if_there_is_no_other_cut() -> None:
     batch = (X, torch.rand(5, 1))
     cuts = list_node_layers(TimeStep(), batch, lambda b: b)
     # Not each of them with the output alone: the first node layer says what is context, and later ones depend on it.
@@ -367,17 +369,17 @@ def test_a_single_sample_is_enough() -> None:
     ]
 
 
-def test_compiled_modules_go_by_their_plain_names() -> None:
+def test_paths_of_compiled_modules_omit_the_wrapper() -> None:
     model = nn.Sequential(torch.compile(ResidualMLP(), backend="eager"), nn.Linear(3, 2))
     assert taps(model, torch.randn(4, 4)) == ["input", "0.embed", "0.blocks.0", "0.blocks.1", "0", "output"]
 
 
-def test_activations_that_are_no_numbers_are_named() -> None:
+def test_nan_activations_raise_an_error() -> None:
     with pytest.raises(ActivationError, match="Node layer 'input' has NaN activations"):
         list_node_layers(ResidualMLP(), torch.full((3, 4), torch.nan))
 
 
-def test_demo_transformer_is_cut_where_encoder_and_decoder_have_met() -> None:
+def test_demo_transformer_is_cut_after_the_decoder_has_joined_the_encoder() -> None:
     model, tokens = DemoTransformer(vocab_size=11, ninp=8, nhead=2, nhid=16), torch.randint(0, 11, (4, 6))
     found = taps(model, (tokens, tokens), lambda batch: batch)
     assert found[-1] == "decoder", "its output has lost the batch axis"
@@ -450,7 +452,7 @@ class Deep(nn.Module):
         return self.layers[-1](h)
 
 
-def test_inputs_of_linear_layers_evenly_spread() -> None:
+def test_inputs_of_linear_layers_at_even_distances() -> None:
     images = torch.randn(4, 1, 5, 5)
     assert propose_node_layers(Deep(25, 3), images) == [
         "layers.0:input", "layers.1:input", "layers.2:input", "output",
@@ -460,7 +462,7 @@ def test_inputs_of_linear_layers_evenly_spread() -> None:
     ]  # fmt: skip
 
 
-def test_wide_layers_and_large_inputs_only_if_nothing_else_is_there() -> None:
+def test_wide_layers_and_large_inputs_only_as_a_last_resort() -> None:
     model = nn.Sequential(nn.Linear(3, 5000), nn.ReLU(), nn.Linear(5000, 4), nn.ReLU(), nn.Linear(4, 2))
     assert propose_node_layers(model, X) == ["input", "3", "output"]
     assert propose_node_layers(model[:2], X) == ["input", "output"]
@@ -470,7 +472,7 @@ def test_wide_layers_and_large_inputs_only_if_nothing_else_is_there() -> None:
     assert propose_node_layers(photograph, torch.randn(2, 3, 224, 224)) == ["2", "output"]
 
 
-def test_blocks_first_when_there_are_too_many() -> None:
+def test_outputs_of_blocks_are_preferred_if_there_are_too_many() -> None:
     def cut(tap: str, mixing_depth: int, block_depth: int = -1) -> CutPoint:
         return CutPoint(tap, (4,), 1, 4, (), "Module", mixing_depth=mixing_depth, block_depth=block_depth)
 
@@ -488,7 +490,7 @@ def test_blocks_first_when_there_are_too_many() -> None:
         propose(cuts[:1])
 
 
-def test_graph_without_node_layers_says_which_it_took(caplog: pytest.LogCaptureFixture) -> None:
+def test_proposed_node_layers_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     with caplog.at_level(logging.WARNING):
         graph = compute_interaction_graph(model, [X[:0], X])

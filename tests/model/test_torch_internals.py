@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from lib_lightning import compute_interaction_graph, list_node_layers
 from lib_lightning.model import autograd_graph, torch_internals
 from lib_lightning.model.autograd_graph import edge_of
-from tests.integration.state_check import Found
+from tests.integration.state_check import StateCheck
 
 X = torch.randn(24, 5, generator=torch.Generator().manual_seed(0)).double()
 
@@ -150,7 +150,7 @@ def graph_of(name: str) -> dict[tuple[str, str], Tensor]:
     torch.set_default_dtype(torch.float64)
     model = make()
     torch.set_default_dtype(torch.float32)
-    before = Found(model)
+    before = StateCheck(model)
     graph = compute_interaction_graph(model, X.split(8), layers, rtol=1e-9)
     before.assert_same()
     return graph.edges

@@ -1,4 +1,4 @@
-"""Where activations stand: positions, feature axes, padding, calls, containers of inputs and outputs."""
+"""Layouts of activations: positions, feature axes, padding, repeated calls, containers of inputs and outputs."""
 
 from __future__ import annotations
 
@@ -14,19 +14,28 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from lib_lightning import InteractionGraph, NodeLayer, compute_interaction_graph
 from tests.integration.models import bert, gpt2, tokens
-from tests.integration.oracle import RTOL, agrees, assert_exact, assert_same_graph, dense, lively
+from tests.integration.oracle import (
+    RTOL,
+    assert_exact,
+    assert_same_graph,
+    check_against_finite_differences,
+    dense,
+    randomize,
+)
 
 
 def test_last_token() -> None:
     last = [NodeLayer([tap], tap, positions=-1) for tap in ("transformer.h.1", "output")]
-    agrees(gpt2(), {"input_ids": tokens(12, 3)}, ["transformer.h.0.ln_2:input", *last])
+    check_against_finite_differences(gpt2(), {"input_ids": tokens(12, 3)}, ["transformer.h.0.ln_2:input", *last])
 
 
 def test_some_pixels_of_images() -> None:
     # The corners of the image are all that a filter with holes sees.
     model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.Tanh(), nn.Conv2d(4, 3, 2, dilation=3), nn.Flatten(), nn.Linear(3, 2))
     corners = NodeLayer(["1"], "corners", positions=[0, 3, -4, 15])
-    agrees(lively(model), torch.randn(15, 2, 4, 4).double(), ["input", "0", corners, "2", "output"])
+    check_against_finite_differences(
+        randomize(model), torch.randn(15, 2, 4, 4).double(), ["input", "0", corners, "2", "output"]
+    )
 
 
 class ChannelsFirst(nn.Module):
@@ -42,10 +51,12 @@ class ChannelsFirst(nn.Module):
         return self.head(x.mean((1, 2)))
 
 
-def test_features_on_another_axis() -> None:
+def test_feature_dim() -> None:
     sequence = [NodeLayer([tap], feature_dim=1) for tap in ("input", "conv")]
     image = [NodeLayer(["linear:input"], feature_dim=-1), NodeLayer(["linear"], feature_dim=3)]
-    agrees(lively(ChannelsFirst()), torch.randn(15, 2, 5).double(), [*sequence, *image, "head:input", "output"])
+    check_against_finite_differences(
+        randomize(ChannelsFirst()), torch.randn(15, 2, 5).double(), [*sequence, *image, "head:input", "output"]
+    )
 
 
 class Branches(nn.Module):
@@ -62,10 +73,14 @@ class Branches(nn.Module):
         return self.head(torch.cat([left, right], -1))
 
 
-def test_several_taps_side_by_side() -> None:
-    model, x = lively(Branches()), torch.randn(20, 3).double()
-    agrees(model, x, ["input", NodeLayer(["left", "right"], "branches"), "head:input", "output"])
-    agrees(model, x, ["input", NodeLayer(["right", "mix:input"], "late", positions=0), "output"])
+def test_several_parallel_taps() -> None:
+    model, x = randomize(Branches()), torch.randn(20, 3).double()
+    check_against_finite_differences(
+        model, x, ["input", NodeLayer(["left", "right"], "branches"), "head:input", "output"]
+    )
+    check_against_finite_differences(
+        model, x, ["input", NodeLayer(["right", "mix:input"], "late", positions=0), "output"]
+    )
 
 
 class Recurrent(nn.Module):
@@ -83,15 +98,15 @@ class Recurrent(nn.Module):
         return self.head(self.norm(x))
 
 
-def test_calls_of_one_module() -> None:
-    model, x = lively(Recurrent()), torch.randn(15, 3).double()
-    agrees(model, x, ["embed", "norm#1:input", "norm#2:input", "norm#3", "output"])
+def test_several_calls_of_one_module() -> None:
+    model, x = randomize(Recurrent()), torch.randn(15, 3).double()
+    check_against_finite_differences(model, x, ["embed", "norm#1:input", "norm#2:input", "norm#3", "output"])
     both = NodeLayer(["block#1", "norm#1:input"], "update and stream")
-    agrees(model, x, ["norm#0:input", both, "norm#3:input"])
+    check_against_finite_differences(model, x, ["norm#0:input", both, "norm#3:input"])
 
 
 @pytest.mark.parametrize("make", [gpt2, bert])
-def test_padding_is_as_if_it_were_not_there(make: Callable[[], nn.Module]) -> None:
+def test_padding_has_no_effect(make: Callable[[], nn.Module]) -> None:
     # Sentences of two to four words, filled up, against each length on its own without filling.
     model, lengths = make(), [2, 3, 4]
     words = {length: tokens(8, length) for length in lengths}
@@ -175,7 +190,7 @@ class Unwrapping(nn.Module):
 @pytest.mark.parametrize("view", [False, True])
 @pytest.mark.parametrize("kind", WRAP)
 def test_outputs_in_containers(kind: str, view: bool) -> None:
-    model, x = lively(Unwrapping(kind, view)), torch.randn(15, 3).double()
+    model, x = randomize(Unwrapping(kind, view)), torch.randn(15, 3).double()
     plain = nn.Sequential(model.inner.linear, nn.Tanh(), Half(), model.head, nn.Tanh())
     expected = compute_interaction_graph(plain, [x], ["input", "2", "output"], rtol=RTOL)
     assert_same_graph(compute_interaction_graph(model, [x], ["input", "inner", "output"], rtol=RTOL), expected)
@@ -205,9 +220,9 @@ def nested_batch(n: int) -> dict[str, Any]:
 
 
 def test_nested_batches() -> None:
-    model, layers = lively(Picky()), [NodeLayer(["left", "right"], "both"), "head:input", "output"]
+    model, layers = randomize(Picky()), [NodeLayer(["left", "right"], "both"), "head:input", "output"]
     batch = nested_batch(20)
-    graph = agrees(model, batch, layers)
+    graph = check_against_finite_differences(model, batch, layers)
 
     def in_chunks_of(size: int) -> InteractionGraph:
         (a, b), rest = batch["features"], {key: batch[key] for key in ("scale", "names")}
@@ -220,8 +235,8 @@ def test_nested_batches() -> None:
     assert_same_graph(compute_interaction_graph(model, [batch], layers, rtol=RTOL, memory_limit=2.0**-16), graph)
 
 
-def test_batches_of_any_form_through_a_function() -> None:
-    model, layers = lively(Picky()), [NodeLayer(["left", "right"], "both"), "output"]
+def test_input_fn_for_batches_of_any_form() -> None:
+    model, layers = randomize(Picky()), [NodeLayer(["left", "right"], "both"), "output"]
     batch = nested_batch(20)
     expected = compute_interaction_graph(model, [batch], layers)
     pair = (batch["features"], {"meta": (batch["scale"], batch["names"])})

@@ -1,4 +1,4 @@
-"""Modules that change as they run, or that somebody else has had a hand in: right numbers, and all as it was found."""
+"""Modules that change in their forward pass, or were modified by other tools: correct graphs and restored state."""
 
 from __future__ import annotations
 
@@ -14,8 +14,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from lib_lightning import compute_interaction_graph
-from tests.integration.oracle import RTOL, agrees, assert_exact, assert_same_graph, dense, lively
-from tests.integration.state_check import Found
+from tests.integration.oracle import (
+    RTOL,
+    assert_exact,
+    assert_same_graph,
+    check_against_finite_differences,
+    dense,
+    randomize,
+)
+from tests.integration.state_check import StateCheck
 
 LAYERS = ["input", "1", "2", "output"]
 
@@ -166,17 +173,17 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*nn.utils.weight_norm.*is depre
 
 
 @every_kind
-def test_numbers_and_all_as_found(make: Callable[[], nn.Module]) -> None:
-    model, x = lively(make()), torch.randn(20, 4).double()
+def test_graph_and_restored_state(make: Callable[[], nn.Module]) -> None:
+    model, x = randomize(make()), torch.randn(20, 4).double()
     model(x).sum().backward() if make is not all_frozen else model(x)
-    found = Found(model)
+    found = StateCheck(model)
     graph = compute_interaction_graph(model, [x], LAYERS, rtol=RTOL)
     found.assert_same()
     assert_exact(graph, *dense(model, x, LAYERS))
 
 
 @every_kind
-def test_training_goes_on_to_the_last_bit(make: Callable[[], nn.Module]) -> None:
+def test_training_continues_bit_for_bit(make: Callable[[], nn.Module]) -> None:
     def trained(watched: bool) -> dict[str, Tensor]:
         torch.manual_seed(1)
         model = make()
@@ -196,8 +203,8 @@ def test_training_goes_on_to_the_last_bit(make: Callable[[], nn.Module]) -> None
     assert all(torch.equal(t, expected[name]) for name, t in trained(watched=True).items())
 
 
-def test_low_rank_adapter_is_its_merged_weight() -> None:
-    model, x = lively(low_rank()), torch.randn(20, 4).double()
+def test_low_rank_adapter_equals_its_merged_weight() -> None:
+    model, x = randomize(low_rank()), torch.randn(20, 4).double()
     merged = copy.deepcopy(model)
     adapter = merged[2]
     merged[2] = adapter.base
@@ -207,7 +214,7 @@ def test_low_rank_adapter_is_its_merged_weight() -> None:
     assert_same_graph(compute_interaction_graph(model, [x], LAYERS), expected)
 
 
-def test_embedding_with_greatest_norm() -> None:
+def test_embedding_with_max_norm() -> None:
     # torch writes shorter vectors into the table as they are looked up, even in evaluation mode.
     class Words(nn.Module):
         def __init__(self) -> None:
@@ -218,9 +225,9 @@ def test_embedding_with_greatest_norm() -> None:
         def forward(self, words: Tensor) -> Tensor:
             return self.head(torch.tanh(self.embed(words) + self.bag(words)[:, None]))
 
-    model, words = lively(Words()), torch.randint(0, 7, (12, 3))
+    model, words = randomize(Words()), torch.randint(0, 7, (12, 3))
     layers = ["head:input", "output"]
-    found = Found(model)
+    found = StateCheck(model)
     graph = compute_interaction_graph(model, [words], layers, rtol=RTOL)
     found.assert_same()
     assert_exact(graph, *dense(model, words, layers))
@@ -243,9 +250,9 @@ class Neighbours(nn.Module):
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
 @pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta state:UserWarning")
 def test_sparse_buffers(layout: torch.layout) -> None:
-    model, x = lively(Neighbours(layout)), torch.randn(12, 4, 3).double()
+    model, x = randomize(Neighbours(layout)), torch.randn(12, 4, 3).double()
     before = model.adjacency.to_dense()
-    agrees(model, x, ["input", "first", "head:input", "output"])
+    check_against_finite_differences(model, x, ["input", "first", "head:input", "output"])
     assert model.adjacency.layout == layout
     assert torch.equal(model.adjacency.to_dense(), before)
 
@@ -263,22 +270,24 @@ class Table(nn.Module):
         return self.head(torch.tanh(self.first(x)) * self.table)
 
 
-def test_table_left_behind_by_inference() -> None:
-    model, x = lively(Table()), torch.randn(12, 3).double()
+def test_table_computed_in_inference_mode() -> None:
+    model, x = randomize(Table()), torch.randn(12, 3).double()
     with torch.inference_mode():
         model(x)
     table = model.table
-    agrees(model, x, ["input", "first", "head:input", "output"])
+    check_against_finite_differences(model, x, ["input", "first", "head:input", "output"])
     assert model.table is table
     assert table.is_inference()
 
 
-def test_model_made_in_inference_mode() -> None:
+def test_model_created_in_inference_mode() -> None:
     with torch.inference_mode():
-        model = lively(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 4)))
+        model = randomize(
+            nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 4))
+        )
         model[4].weight = model[3].weight
     x = torch.randn(12, 3).double()
-    found = Found(model)
+    found = StateCheck(model)
     graph = compute_interaction_graph(model, [x], ["input", "2", "output"], rtol=RTOL)
     found.assert_same()
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""What is no cut of a model that nobody here wrote is refused, in words that name the node layers."""
+"""Invalid node layers of models of other libraries raise errors that name the node layers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from lib_lightning import NodeLayer, compute_interaction_graph
 from lib_lightning.errors import NodeLayerError
 from tests.integration.models import bert, gpt2, resnet, tokens, vit
-from tests.integration.oracle import RTOL, agrees, assert_same_graph, lively
+from tests.integration.oracle import RTOL, assert_same_graph, check_against_finite_differences, randomize
 
 
 @pytest.mark.parametrize("part", ["mlp", "attn", "ln_2", "ln_1"])
 @pytest.mark.parametrize("first", ["transformer.h.0", None])
-def test_part_of_a_gpt2_block_alone(part: str, first: str | None) -> None:
+def test_one_branch_of_a_gpt2_block_does_not_cut(part: str, first: str | None) -> None:
     layer = f"transformer.h.1.{part}"
     layers = [name for name in (first, layer, "transformer.ln_f", "output") if name]
     source = f"'{first}'" if first else "the model's input"
@@ -26,12 +26,12 @@ def test_part_of_a_gpt2_block_alone(part: str, first: str | None) -> None:
         compute_interaction_graph(gpt2(), [{"input_ids": tokens(10, 3)}], layers)
 
 
-def test_part_of_a_gpt2_block_before_the_output_alone() -> None:
+def test_one_branch_of_a_gpt2_block_before_the_output_does_not_cut() -> None:
     with pytest.raises(NodeLayerError, match=r"'transformer.h.1.mlp' does not cut .* 'output' also depends on"):
         compute_interaction_graph(gpt2(), [{"input_ids": tokens(10, 3)}], ["transformer.h.1.mlp", "output"])
 
 
-def test_last_token_before_attention() -> None:
+def test_last_token_before_attention_does_not_cut() -> None:
     last = NodeLayer(["transformer.h.0"], positions=-1)
     with pytest.raises(NodeLayerError, match=r"'transformer.h.1' also depends on it at positions that are excluded"):
         compute_interaction_graph(gpt2(), [{"input_ids": tokens(10, 3)}], [last, "transformer.h.1"])
@@ -45,7 +45,9 @@ def test_last_token_before_attention() -> None:
         (resnet, "pixel_values", "resnet.encoder.stages.1.layers.0.layer.0", "resnet.encoder.stages.1"),
     ],
 )
-def test_beside_a_skip_connection(make: Callable[[], nn.Module], batch: str, layer: str, after: str) -> None:
+def test_node_layers_beside_a_skip_connection_do_not_cut(
+    make: Callable[[], nn.Module], batch: str, layer: str, after: str
+) -> None:
     values = tokens(10, 3) if batch == "input_ids" else torch.randn(10, 2, 6, 6).double()
     with pytest.raises(NodeLayerError, match=rf"'{layer}' does not cut .*'{after}' also depends on the model's input"):
         compute_interaction_graph(make(), [{batch: values}], [layer, after])
@@ -72,18 +74,18 @@ class Inside(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["autograd.grad", "torch.func.grad", "torch.func.vmap"])
-def test_derivatives_within_the_model(kind: str) -> None:
-    model, x = lively(Inside(kind)), torch.randn(15, 3).double()
-    agrees(model, x, ["input", "first", "head:input", "output"])
+def test_derivatives_computed_by_the_model(kind: str) -> None:
+    model, x = randomize(Inside(kind)), torch.randn(15, 3).double()
+    check_against_finite_differences(model, x, ["input", "first", "head:input", "output"])
     with pytest.raises(NodeLayerError, match=r"inside code that the model itself differentiates or maps \("):
         compute_interaction_graph(model, [x], ["first", "energy.0", "output"])
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_torchscript() -> None:
-    model, x = lively(Inside("autograd.grad")), torch.randn(15, 3).double()
+    model, x = randomize(Inside("autograd.grad")), torch.randn(15, 3).double()
     model = nn.Sequential(model.first, nn.Sequential(model.energy, nn.Tanh()), model.head)
-    expected = agrees(model, x, ["input", "0", "1", "output"])
+    expected = check_against_finite_differences(model, x, ["input", "0", "1", "output"])
     model[1][0] = torch.jit.script(model[1][0])
     assert_same_graph(compute_interaction_graph(model, [x], ["input", "0", "1", "output"], rtol=RTOL), expected)
     with pytest.raises(NodeLayerError, match=r"'1.0' is a TorchScript module, which accepts no hooks\. Choose"):
