@@ -67,32 +67,33 @@ class LIBCallback(pl.Callback):
         integration_steps: 0 takes gradients at the activations; a number averages them over that many points on the
             straight path from the mean.
         dtype: Floating-point type to compute in; None (null) for the model's own.
-        input_fn: Turns a validation batch into what the model is called with: a dict becomes keyword arguments, a
-            tuple positional ones. By default the first entry of a tuple or list, and any other batch as it is.
-        mask: Marks the positions that count, where some are padding: the name or index of the batch's entry that does,
-            such as attention_mask, or a function from a batch to a tensor ``(n, S)``.
-        dataloader: Batches of the callback's own to compute on instead of validation batches. A trainer without
-            validation needs it; there, the end of a training epoch counts as a validation.
-        val_dataloader: Which of several validation data loaders to compute on.
+        input_fn: Converts a validation batch to the model's input: a dict becomes keyword arguments, a tuple
+            positional ones. By default the first entry of a tuple or list, and any other batch unchanged.
+        mask: Marks the valid positions where some are padding: the name or index of the batch's entry that holds the
+            mask, such as attention_mask, or a function from a batch to a tensor ``(n, S)``.
+        dataloader: Batches to compute on instead of validation batches. A trainer without validation needs it; there,
+            the end of a training epoch counts as a validation.
+        val_dataloader: Index of the validation data loader to compute on, where there are several.
         memory_limit: Memory that a snapshot may use beside model and samples, in GiB.
-        name: Prefix of everything logged and name of the folder. Several LIBCallbacks of a trainer need several names.
-        final_metric: fisher measures logits by the distribution that they stand for, so that importance means effect
-            on what the model predicts.
-        baselines: Other bases, such as pca and neuron, to compute on the same samples. Their numbers are logged as
-            ``pca/...``, and what those of the basis are of them as ``lib_over_pca/...``.
-        metrics: Numbers to log, each under its own name for every part of the graph and in total; None (null) for
+        name: Prefix of everything logged, and name of the folder. Several LIBCallbacks of a trainer need different
+            names.
+        final_metric: fisher measures logits by the distribution that they parametrise, so that importance means effect
+            on the prediction.
+        baselines: Other bases, such as pca and neuron, to compute on the same samples. Their scalars are logged as
+            ``pca/...``, and the ratios of all totals as ``lib_over_pca/...``.
+        metrics: Metrics to log, each under its own name for every part of the graph and in total; None (null) for
             `lib_lightning.metrics.default_metrics`.
-        labeller: Names features, such as `lib_lightning.labels.fourier.FourierLabels`.
-        ablation: An AblationPlan: counts now and then how many edges the model needs for its score.
-        follow: Whether features are followed from snapshot to snapshot, and what emerges is noticed.
+        labeller: Names features, such as `lib_lightning.labels.FourierLabels`.
+        ablation: An AblationPlan: counts at some snapshots how many edges the model needs for its score.
+        follow: Whether features are tracked from snapshot to snapshot, and changes are reported.
         on_event: A function, or several, to call with each `lib_lightning.lineage.Event`, on every process.
         adaptive: Take snapshots four times as often for a while after a feature or a metric has changed.
-        max_overhead: Share of the training time that all of this may cost: a snapshot that is due too early is left
-            out, and where that would be most of them, all take fewer samples, or probes. The first and the last one are
-            always taken. None (null) is 0.03 for the default schedule, none for any that is given; .inf is no limit.
+        max_overhead: Largest ratio of the time spent here to the training time: snapshots that would exceed it are
+            skipped. The first and the last one are always computed. None (null) is 0.03 for the default schedule and
+            no limit for any other; .inf is no limit.
 
     Raises:
-        LIBError: If the node layers are a list of less than two.
+        LIBError: If fewer than two node layers are given.
         ValueError: If another setting is outside its range.
 
     Example:
@@ -207,7 +208,7 @@ class LIBCallback(pl.Callback):
         self.resolver.check_names(pl_module)
 
     def _start(self, trainer: pl.Trainer) -> None:
-        """Create the objects of the run. Some of them communicate, so all processes get here together."""
+        """Create the objects of the run. Some of them communicate, so all processes call this at the same time."""
         state = self.state
         self._process_group = process_group_of(trainer)
         self.resolver = NodeLayerResolver(
@@ -359,7 +360,7 @@ class LIBCallback(pl.Callback):
         return snapshot
 
     def _scalars(self, trainer: pl.Trainer) -> dict[str, float]:
-        """The latest scalars; all processes have to call this together."""
+        """The latest scalars; called by all processes at the same time."""
         keys = self.computer.scalar_keys(self.resolver.names) if self.resolver.names else []
         scalars = self.reporter.scalars(trainer, keys, self.config.ablation is not None)
         if trainer.state.fn == "fit":

@@ -1,4 +1,4 @@
-"""What a run tells: scalars and figures to loggers, events to the log, to files and to the user's functions."""
+"""Reports a run: scalars and figures to loggers, events to the log, to files and to the user's functions."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class SnapshotReporter:
         hooks: The user's functions, called with every event on every process.
         state: The state of the run, which is only read.
         prefixes: Names of the folders, that of the basis itself first.
-        trainer: The trainer; all processes have to create their reporter together.
+        trainer: The trainer; all processes create their reporter at the same time.
         follow: Whether features are tracked.
 
     Attributes:
@@ -122,7 +122,7 @@ class SnapshotReporter:
             snapshot: The snapshot.
 
         Returns:
-            Its figures by tag, and the layouts with it taken in.
+            Its figures by tag, and the layouts that include it.
         """
         if not trainer.is_global_zero:
             return {}, self._state.layouts
@@ -139,7 +139,7 @@ class SnapshotReporter:
             log_image(trainer.loggers, tag, png, logging_step(trainer))
 
     def log_notes(self, graphs: Mapping[str, InteractionGraph]) -> None:
-        """Log, once each, where a slower way was taken."""
+        """Log notes about slower fallbacks, each of them once."""
         for note in {note for graph in graphs.values() for note in graph.info["notes"]} - self._logged_notes:
             log.warning("%s: %s", self._name, note)
             self._logged_notes.add(note)

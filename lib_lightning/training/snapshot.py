@@ -132,7 +132,7 @@ class Snapshot:
         scalars: All scalars by name.
         is_ablation: Whether edges required were counted.
         events: What has happened to features since the snapshot before.
-        tracker: The tracker, with this snapshot taken in.
+        tracker: The tracker, updated with this snapshot.
     """
 
     step: int

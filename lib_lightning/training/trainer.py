@@ -115,7 +115,7 @@ def run_folder(trainer: pl.Trainer) -> Path | None:
     """The folder of this run: the log directory, or one named after the run where a logger has one for all runs.
 
     Args:
-        trainer: The trainer; all processes have to call this together.
+        trainer: The trainer; all processes call this at the same time.
 
     Returns:
         The folder; None for trial runs (``fast_dev_run``, ``barebones``), which write nothing.

@@ -34,7 +34,7 @@ class SnapshotDirectory:
         Args:
             graph: The snapshot.
             step: Number of optimizer steps before it.
-            layout: The layout of the snapshots before, in which features keep their places; it takes in this one.
+            layout: The layout of the snapshots before, in which features keep their places; updated with this one.
 
         Returns:
             The figure.
@@ -169,7 +169,7 @@ class RunDirectory:
         Args:
             graphs: The graph of each folder, that of the basis itself first.
             step: Number of optimizer steps before it.
-            layouts: For each folder the layout of the snapshots before; they take in this one.
+            layouts: For each folder the layout of the snapshots before; updated with this one.
 
         Returns:
             The figures, by the tag to show each under; none for a run that writes nothing.
