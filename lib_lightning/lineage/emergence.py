@@ -42,8 +42,7 @@ class EmergenceDetector:
       the change began, as its ``onset``.
 
     A feature *emerges* when its share rises above ``min_share`` and *fades* when it falls below; otherwise it *rises*
-    or
-    *falls*. A feature born after the first few snapshots had no share before: if it becomes important within three
+    or *falls*. A feature born after the first few snapshots had no share before: if it becomes important within three
     snapshots, it emerges at its second important one. A feature that dies fades after three snapshots. These events
     accompany the births and deaths of important features, which `FeatureTracker` reports for all features.
 

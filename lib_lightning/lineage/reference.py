@@ -16,7 +16,7 @@ from lib_lightning.graph import InteractionGraph
 from lib_lightning.lineage.matching import standardised
 from lib_lightning.model.batch import batch_size
 from lib_lightning.model.instrumented import InstrumentedModel
-from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
+from lib_lightning.model.model_spec import ModelSpec
 
 # Number of values of each feature. The standard deviation of chance correlations is then 1/32.
 NUM_REFERENCE_VALUES = 1024
@@ -29,10 +29,9 @@ def reference_features(
     batches: Iterable[Any],
     seed: int = 0,
     count: int = NUM_REFERENCE_VALUES,
-    input_fn: InputFn | None = None,
-    mask: str | int | MaskFn | None = None,
-    dtype: torch.dtype | None = None,
+    *,
     process_group: ProcessGroup = SINGLE_PROCESS,
+    **spec: Any,
 ) -> dict[str, Tensor]:
     """Evaluate the features of every node layer on reference samples, for ``graph.reference_features``.
 
@@ -44,10 +43,8 @@ def reference_features(
         batches: The reference samples, the same for all graphs that are compared.
         seed: Seed for the choice of positions.
         count: Smallest number of values of each feature, if samples have enough positions.
-        input_fn: As for `compute_interaction_graph`.
-        mask: As for `compute_interaction_graph`.
-        dtype: As for `compute_interaction_graph`.
         process_group: Processes that call this with different batches; each gets the values on all batches.
+        spec: ``input_fn``, ``mask`` and ``dtype``, as for `compute_interaction_graph`.
 
     Returns:
         For each node layer the values, each feature scaled to mean 0 and variance 1, shape ``(N, r)``, float16.
@@ -63,7 +60,7 @@ def reference_features(
         >>> reference_features(graph, model, [x])["output"].shape
         torch.Size([20, 2])
     """
-    instrumented = InstrumentedModel(model, graph.node_layer_specs(), ModelSpec(input_fn, mask, dtype))
+    instrumented = InstrumentedModel(model, graph.node_layer_specs(), ModelSpec(**spec))
     batches = list(batches)
     samples = sum(int(t) for t in process_group.gather(torch.tensor([sum(map(batch_size, batches))])))
     if not samples:

@@ -133,10 +133,8 @@ class FeatureTracker:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state."""
-        self._samples, self._previous = (
-            state["samples"],
-            {name: _Previous(**layer) for name, layer in state["last"].items()},
-        )
+        self._samples = state["samples"]
+        self._previous = {name: _Previous(**layer) for name, layer in state["last"].items()}
 
 
 def _comparable(before: _Previous, values: Tensor, kind: str) -> bool:
