@@ -10,10 +10,8 @@ from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import networkx as nx
 import torch
 from torch import Tensor
-from torchmetrics import MetricCollection
 
 from lib_lightning._deprecated import renamed_arguments
 from lib_lightning.algorithm.basis import Basis
@@ -21,13 +19,16 @@ from lib_lightning.algorithm.jackknife import standard_error
 from lib_lightning.errors import LIBError
 from lib_lightning.io import basis_format as keys
 from lib_lightning.io.basis_file import BasisFileError, read_file, write_file
-from lib_lightning.metrics.modules import Partitions
-from lib_lightning.metrics.summary import EdgeCurve, GraphMetrics
 from lib_lightning.model.node_layer import NodeLayer
 
+# Imported where they are used: together they take twice as long to import as torch.
 if TYPE_CHECKING:
+    import networkx as nx
     from matplotlib.figure import Figure
+    from torchmetrics import MetricCollection
 
+    from lib_lightning.metrics.modules import Partitions
+    from lib_lightning.metrics.summary import EdgeCurve, GraphMetrics
     from lib_lightning.plots.animated_layout import AnimatedLayout
 
 
@@ -232,6 +233,8 @@ class InteractionGraph:
 
     def partitions(self) -> Partitions:
         """Searches for the modules of this graph, to be shared by `measure` and `find_modules`."""
+        from lib_lightning.metrics.modules import Partitions
+
         return Partitions(list(self.edges.values()))
 
     def measure(
@@ -260,6 +263,8 @@ class InteractionGraph:
             >>> graph.measure()["features/total"], graph.info["metrics"]["features/total"]
             (4.0, {'value': 4.0, 'error': 0.0})
         """
+        from lib_lightning.metrics.summary import GraphMetrics
+
         prepared = metrics if isinstance(metrics, GraphMetrics) else GraphMetrics(metrics)
         partitions = self.partitions() if partitions is None else partitions
         scalars = prepared.compute(
@@ -298,6 +303,8 @@ class InteractionGraph:
             A graph with nodes ``(node layer, feature index)``, whose attributes are ``importance`` and ``layer`` (the
             index of the node layer), and edges with attribute ``weight``, without those of weight zero.
         """
+        import networkx as nx
+
         graph: nx.DiGraph[tuple[str, int]] = nx.DiGraph()
         for position, (name, basis) in enumerate(self.bases.items()):
             for j, importance in enumerate(basis.importance.tolist()):
