@@ -158,8 +158,7 @@ def test_a_click_follows_a_lineage_over_training(view: Watched) -> None:
     view.page.mouse.click(where["x"], where["y"])
     track = view.page.locator("[data-track='lineage']")
     assert view.state()["following"] == f"resid_post/{gone.id}"
-    view.page.mouse.move(5, 5)
-    assert "click to stop following" in hover(view, "resid_post", gone.id)
+    assert "click to stop following" in view.role("tooltip").inner_text()
     # A dot for each snapshot with the lineage, and a ring at its birth.
     assert track.locator("circle").count() == len(STEPS) - gone.birth + 1
     text = view.role("follow-text")

@@ -228,6 +228,7 @@ export class RunPanel {
     const bounds = this.stage.getBoundingClientRect();
     const dot = dotAt(this.scene, event.clientX - bounds.left, event.clientY - bounds.top);
     this.onfollow(dot ? {run: this.name, l: dot.l, id: dot.id} : null);
+    if (this.hovered) this.#showTooltip(this.hovered);
   }
 
   /** Position of a lineage's dot on the page in pixels, null if it is not drawn. */
