@@ -73,7 +73,7 @@ class Failing(Classifier):
             torch.rand(3), np.random.rand(3), random.random()  # noqa: NPY002
             self.train()
             self.net(x)
-            raise RuntimeError("the model has a bad day")
+            raise RuntimeError("the model fails")
         return super().forward(x)
 
 

@@ -104,7 +104,7 @@ class FailsOnOne(Model):
             if self.error is MemoryError and len(x) > 4:
                 raise MemoryError
             if self.error is ValueError and self.trainer.current_epoch == 0 and len(x) > 3:
-                raise ValueError("this process has a bad day")
+                raise ValueError("this process fails")
         return super().forward(x)
 
 
@@ -185,7 +185,7 @@ def main(folder: Path) -> None:
             "metrics": {k: float(v) for k, v in trainer.callback_metrics.items()},
             "edges": [] if callback.graph is None else list(callback.graph.edges.values()),
             "count": callback.samples.buffer.count,
-            "put_off": callback.trigger.skipped.total,
+            "n_skipped": callback.trigger.skipped.total,
         }
         torch.save(here, folder / name / f"process-{trainer.global_rank}.pt")
 

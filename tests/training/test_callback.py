@@ -1,4 +1,4 @@
-"""The callback on real trainers: untouched training, numbers where others find them, files, and clear refusals."""
+"""The callback on real trainers: untouched training, logged scalars, files, and clear errors."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_training_is_untouched_to_the_last_bit(
     assert with_callback == without_callback(trainer)
     if model == "failing":
         assert callback.snapshots == 0
-        assert all("training continues. RuntimeError: the model has a bad day" in message for message in messages)
+        assert all("training continues. RuntimeError: the model fails" in message for message in messages)
     else:
         assert callback.snapshots >= 2
     assert bool(messages) == (model == "failing")
@@ -170,7 +170,7 @@ def test_snapshots_between_validations_share_the_step_axis(tmp_path: Path) -> No
     assert files == [f"step-{step:08d}.safetensors" for step in (0, 2, 6, 9, 12)]
 
 
-def test_files_tell_what_the_model_was(tmp_path: Path) -> None:
+def test_files_match_a_graph_computed_afterwards(tmp_path: Path) -> None:
     callback, model = LIBCallback(NODE_LAYERS, num_samples=20, dtype="float64"), Classifier()
     trainer = trainer_of(tmp_path, callback)
     trainer.fit(model)
@@ -186,7 +186,7 @@ def test_files_tell_what_the_model_was(tmp_path: Path) -> None:
     assert (tmp_path / "lib" / "figures" / figures[0]).read_bytes().startswith(b"\x89PNG")
 
 
-def test_only_so_many_samples_are_kept(tmp_path: Path) -> None:
+def test_num_samples_limits_the_samples(tmp_path: Path) -> None:
     callback = LIBCallback(NODE_LAYERS, num_samples=10)
     trainer_of(tmp_path, callback).fit(Classifier())
     assert [len(x) for x, _ in callback.samples.batches] == [8, 2]
@@ -222,7 +222,7 @@ def test_trial_runs_write_nothing(options: dict[str, Any], tmp_path: Path, monke
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_end_of_fit_says_where_everything_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_end_of_fit_logs_all_paths(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     logger = TensorBoardLogger(tmp_path)
     with caplog.at_level("INFO"):
         for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch"):
@@ -233,7 +233,7 @@ def test_end_of_fit_says_where_everything_is(tmp_path: Path, caplog: pytest.LogC
         assert str(Path(logger.log_dir) / "lib" / part) in caplog.text
 
 
-def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+def test_a_run_resumes_from_its_checkpoint(tmp_path: Path) -> None:
     whole = LIBCallback(NODE_LAYERS, every_n_steps=5)
     pl.seed_everything(3, verbose=False)
     trainer_of(tmp_path / "whole", whole, max_epochs=3).fit(Classifier())
@@ -251,7 +251,7 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     assert second.snapshots == len(names[1])
 
 
-def test_a_checkpoint_of_other_node_layers_is_no_hindrance(tmp_path: Path) -> None:
+def test_a_checkpoint_with_other_node_layers_starts_anew(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, LIBCallback(NODE_LAYERS), max_epochs=1)
     trainer.fit(Classifier())
     trainer.save_checkpoint(tmp_path / "model.ckpt")
@@ -276,7 +276,7 @@ def test_two_callbacks_need_two_names(tmp_path: Path) -> None:
     assert (tmp_path / "pca" / "final.safetensors").exists()
 
 
-def test_batches_may_be_dicts_and_input_fn_may_say_more(tmp_path: Path) -> None:
+def test_dict_batches_and_input_fn(tmp_path: Path) -> None:
     class TakesDict(Classifier):
         def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
             return self.net(x * scale)
@@ -378,7 +378,7 @@ def test_mistakes_stop_before_the_first_step(
     assert trainer.global_step == (len(module.train_dataloader()) if late else 0)
 
 
-def test_a_failure_on_the_way_costs_only_its_snapshot(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_forward_pass_costs_only_its_snapshot(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class BreaksOnce(Classifier):
         def forward(self, x: Tensor) -> Tensor:
             if self.trainer.global_step == 12 and torch.is_grad_enabled() and not self.training:
@@ -408,7 +408,7 @@ def test_a_full_disk_costs_only_files(
     assert "No space left on device" in caplog.text
 
 
-def test_what_a_model_logs_in_forward_is_not_logged_again(tmp_path: Path) -> None:
+def test_logging_in_forward_is_muted_in_snapshots(tmp_path: Path) -> None:
     class Talkative(Classifier):
         def forward(self, x: Tensor) -> Tensor:
             h = super().forward(x)

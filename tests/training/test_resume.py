@@ -1,4 +1,4 @@
-"""Interrupted and resumed: nothing written is lost, nothing is written twice, and the numbers go on as they would."""
+"""Interrupted and resumed runs: nothing is lost, nothing is written twice, and results are those of a single run."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def drawn(folder: Path, after: int) -> list[tuple[int, bytes]]:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_resumed_at_the_end_of_an_epoch_all_goes_on_as_if_nothing_had_happened(schedule: str, tmp_path: Path) -> None:
+def test_resuming_at_the_end_of_an_epoch_is_exact(schedule: str, tmp_path: Path) -> None:
     options = SCHEDULES[schedule]
     fit(tmp_path / "whole", EPOCHS, options)
     checkpoint = fit(tmp_path / "first", 2, options)
@@ -89,13 +89,13 @@ def test_resumed_at_the_end_of_an_epoch_all_goes_on_as_if_nothing_had_happened(s
     assert files(tmp_path / "second", -1).keys() == second.keys()
 
 
-def test_checkpoint_is_read_without_trusting_it(tmp_path: Path) -> None:
+def test_checkpoints_load_with_weights_only(tmp_path: Path) -> None:
     checkpoint = torch.load(fit(tmp_path, 1, SCHEDULE), weights_only=True)
     (state,) = [v for k, v in checkpoint["callbacks"].items() if k.startswith("LIBCallback")]
     assert (state["step"], state["n_snapshots"]) == (8, 3)
 
 
-def test_samples_are_written_with_a_checkpoint_only(tmp_path: Path) -> None:
+def test_samples_are_only_written_with_a_checkpoint(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, LIBCallback(NODE_LAYERS), max_epochs=1)
     trainer.fit(Steady())
     assert not (tmp_path / "lib" / "samples").exists()
@@ -103,7 +103,7 @@ def test_samples_are_written_with_a_checkpoint_only(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "lib" / "samples").iterdir()} == {"1-of-1.pt", "reference-1-of-1.pt"}
 
 
-def test_samples_that_are_gone_are_taken_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_samples_are_collected_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     checkpoint = fit(tmp_path / "first", 2, SCHEDULE)
     samples = tmp_path / "first" / "run" / "lib" / "samples" / "1-of-1.pt"
     samples.write_bytes(samples.read_bytes()[:100])
@@ -117,7 +117,7 @@ def test_samples_that_are_gone_are_taken_anew(tmp_path: Path, caplog: pytest.Log
     assert steps == [24, 28, 32, 36, 40], "none is missing: the sanity check's samples do until then"
 
 
-def test_another_schedule_goes_on_from_where_the_run_was(tmp_path: Path) -> None:
+def test_another_schedule_continues_from_the_present_step(tmp_path: Path) -> None:
     checkpoint = fit(tmp_path / "first", 3, {"at_steps": [0, 10]})
     fit(tmp_path / "second", EPOCHS + 1, {"at_steps": [0, 10, 43]}, checkpoint)
     steps = sorted(
@@ -126,7 +126,7 @@ def test_another_schedule_goes_on_from_where_the_run_was(tmp_path: Path) -> None
     assert steps == [43, 50]
 
 
-def test_other_samples_are_taken_if_other_ones_are_asked_for(tmp_path: Path) -> None:
+def test_other_settings_collect_other_samples(tmp_path: Path) -> None:
     checkpoint = fit(tmp_path / "first", 2, SCHEDULE)
     fit(tmp_path / "second", EPOCHS, {**SCHEDULE, "num_samples": 30}, checkpoint)
     assert InteractionGraph.load(tmp_path / "second" / "run" / "lib" / "final.safetensors").info["n_samples"] == 30

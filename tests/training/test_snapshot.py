@@ -1,4 +1,4 @@
-"""What a snapshot holds beside the graph: baselines, any metrics, labels, modules, errors, ablations now and then."""
+"""What a snapshot contains besides the graph: baselines, metrics, labels, modules, standard errors, ablations."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def callback_with(**options: Any) -> LIBCallback:
     return LIBCallback(**{"node_layers": NODE_LAYERS, "num_samples": 24, "dtype": "float64", **options})
 
 
-def test_training_is_untouched_by_all_of_it(tmp_path: Path) -> None:
+def test_training_is_untouched_with_all_options(tmp_path: Path) -> None:
     def labeller(features: Tensor, inputs: Tensor) -> list[str]:
         return [f"{torch.rand(()):.2f}" for _ in range(features.shape[-1])]
 
@@ -53,7 +53,7 @@ def test_training_is_untouched_by_all_of_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("snapshots", [2, 3])
-def test_figures_over_time_are_drawn_of_three_snapshots(snapshots: int, tmp_path: Path) -> None:
+def test_figures_over_time_need_three_snapshots(snapshots: int, tmp_path: Path) -> None:
     callback = callback_with()
     logger = TensorBoardLogger(tmp_path, name="")
     trainer_of(tmp_path, callback, logger=logger, max_epochs=snapshots).fit(Sorted())
@@ -63,7 +63,7 @@ def test_figures_over_time_are_drawn_of_three_snapshots(snapshots: int, tmp_path
     assert drawn == (over_time if snapshots == 3 else set())
 
 
-def test_baselines_are_of_the_same_samples_and_their_ratios_logged(tmp_path: Path) -> None:
+def test_baselines_on_the_same_samples_and_their_ratios(tmp_path: Path) -> None:
     callback = callback_with(baselines=["pca", "neuron"])
     trainer, model = trainer_of(tmp_path, callback, logger=TensorBoardLogger(tmp_path, name="")), Sorted()
     trainer.fit(model)
@@ -88,7 +88,7 @@ def test_baselines_are_of_the_same_samples_and_their_ratios_logged(tmp_path: Pat
     assert callback.snapshots == 2
 
 
-def test_names_of_baselines_follow_that_of_the_callback(tmp_path: Path) -> None:
+def test_prefixes_of_baselines(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, callback_with(baselines=["pca"]), callback_with(baselines=["pca"], name="other"))
     trainer.fit(Sorted())
     prefixes = {key.split("/")[0] for key in trainer.callback_metrics} - {"val_loss"}
@@ -96,7 +96,7 @@ def test_names_of_baselines_follow_that_of_the_callback(tmp_path: Path) -> None:
     assert {"lib", "pca", "other", "other_pca"} <= {path.name for path in tmp_path.iterdir()}
 
 
-def test_any_metrics_under_their_own_names(tmp_path: Path) -> None:
+def test_user_metrics_under_their_own_names(tmp_path: Path) -> None:
     metrics = MetricCollection({"large": NumberOfFeatures(rtol=0.1), "parts": Modularity(resolution=2.0)}, prefix="my_")
     callback = callback_with(metrics=metrics)
     trainer = trainer_of(tmp_path, callback)
@@ -113,7 +113,7 @@ def test_any_metrics_under_their_own_names(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(graph.modules.values(), expected, strict=True))
 
 
-def test_metrics_of_something_else_are_refused_at_once() -> None:
+def test_unsuitable_metrics_are_refused_at_once() -> None:
     with pytest.raises(LIBError, match="'mean'"):
         callback_with(metrics=MetricCollection({"mean": MeanMetric()}))
     with pytest.raises(ValueError, match="baselines are bases other than 'lib'"):
@@ -143,7 +143,7 @@ def test_files_hold_errors_labels_modules_and_metrics(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("score", ["accuracy", scores_of])
-def test_ablations_at_their_own_pace_on_samples_held_out(tmp_path: Path, score: Any) -> None:
+def test_ablations_every_n_snapshots_on_held_out_samples(tmp_path: Path, score: Any) -> None:
     plan = AblationPlan(score=score, every_n_snapshots=3, tolerance=0.02)
     callback = callback_with(every_n_steps=2, ablation=plan)
     logged: dict[int, dict[str, float]] = {}
@@ -171,7 +171,7 @@ def test_ablations_at_their_own_pace_on_samples_held_out(tmp_path: Path, score: 
     assert callback.state.scalars[key + "total"] == pytest.approx(sum(counts), nan_ok=True)
 
 
-def test_ablations_where_nothing_can_be_held_out_or_comes_from_elsewhere(tmp_path: Path) -> None:
+def test_ablations_with_too_few_samples_or_another_loader(tmp_path: Path) -> None:
     class Two(Sorted):
         def val_dataloader(self) -> Any:
             other = DataLoader(list(zip(Noisy(30).x, torch.zeros(30).long(), strict=True)), batch_size=10)
@@ -189,7 +189,7 @@ def test_ablations_where_nothing_can_be_held_out_or_comes_from_elsewhere(tmp_pat
         assert not math.isnan(callback.state.scalars[f"{callback.name}/edges_required/total"])
 
 
-def test_a_dataloader_of_its_own_gives_both(tmp_path: Path) -> None:
+def test_an_own_dataloader_provides_held_out_samples(tmp_path: Path) -> None:
     batches = [(x, x.sum(1).gt(0).long()) for x in Noisy(60).x.split(10)]
     callback = callback_with(dataloader=batches, ablation=AblationPlan())
     trainer_of(tmp_path, callback, limit_val_batches=0).fit(Classifier())
@@ -197,7 +197,7 @@ def test_a_dataloader_of_its_own_gives_both(tmp_path: Path) -> None:
     assert callback.snapshots
 
 
-def test_resumed_runs_go_on_with_the_same_held_out_samples_and_pace(tmp_path: Path) -> None:
+def test_resumed_runs_keep_their_held_out_samples(tmp_path: Path) -> None:
     def new() -> LIBCallback:
         return callback_with(every_n_steps=2, ablation=AblationPlan(every_n_snapshots=3))
 
@@ -211,7 +211,7 @@ def test_resumed_runs_go_on_with_the_same_held_out_samples_and_pace(tmp_path: Pa
     assert second.snapshots == 7
 
 
-def test_a_score_that_fails_costs_only_the_snapshot(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_score_costs_only_the_snapshot(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def fails(output: Tensor, batch: Any) -> Tensor:
         return output
 
@@ -223,7 +223,7 @@ def test_a_score_that_fails_costs_only_the_snapshot(tmp_path: Path, caplog: pyte
 
 
 @pytest.mark.parametrize("options", [{"final_basis": "centered"}, {"final_metric": "fisher"}])
-def test_other_measures_of_the_last_layer(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_other_bases_of_the_last_layer(tmp_path: Path, options: dict[str, Any]) -> None:
     callback = callback_with(**options, baselines=["pca"])
     trainer_of(tmp_path, callback).fit(Sorted())
     assert callback.graph is not None
@@ -232,7 +232,7 @@ def test_other_measures_of_the_last_layer(tmp_path: Path, options: dict[str, Any
     assert torch.allclose(last.to_features.sum(0), torch.zeros(last.n_features).double(), atol=1e-9)
 
 
-def test_a_plan_is_checked() -> None:
+def test_ablation_plans_are_checked() -> None:
     assert AblationPlan().score_fn is accuracy
     for wrong in ({"score": "f1"}, {"tolerance": -1.0}, {"every_n_snapshots": 0}):
         with pytest.raises(ValueError, match="got"):

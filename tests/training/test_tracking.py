@@ -1,4 +1,4 @@
-"""Features followed through real trainings: lineages in files, events told, snapshots denser, all of it resumed."""
+"""Features tracked through real trainings: lineages in files, events, denser snapshots, and resuming."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def ids(graph: InteractionGraph) -> dict[str, list[int]]:
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LIBCallback, list[Event]]:
-    """A run of 12 steps in which everything changes after the sixth, watched with everything on."""
+    """A run of 12 steps in which everything changes after the sixth, with all options on."""
     torch.manual_seed(0)
     folder, told = tmp_path_factory.mktemp("broken"), []
     callback = callback_with(baselines=["pca", "neuron"], on_event=told.append)
@@ -72,7 +72,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LIBCallback,
     return folder / "run", callback, told
 
 
-def test_lineages_in_files_are_those_that_a_tracker_finds_in_them(broken: tuple[Path, LIBCallback, Any]) -> None:
+def test_lineages_in_files_match_a_tracker_run_on_the_files(broken: tuple[Path, LIBCallback, Any]) -> None:
     for kind in ("lib", "pca", "neuron"):
         tracker = FeatureTracker()
         for path in sorted((broken[0] / kind / "snapshots").iterdir()):
@@ -83,18 +83,18 @@ def test_lineages_in_files_are_those_that_a_tracker_finds_in_them(broken: tuple[
             assert ids(graph) == written
 
 
-def test_features_keep_their_ids_while_weights_move_and_lose_them_when_all_changes(
+def test_features_keep_their_ids_until_everything_changes(
     broken: tuple[Path, LIBCallback, Any],
 ) -> None:
     found = {step: ids(graph) for step, graph in snapshots(broken[0]).items()}
     hidden, output = NODE_LAYERS[1:]
     assert list(found) == [0, 2, 4, 6, 8, 10, 12]
-    assert set(found[0][hidden]) & set(found[6][hidden]), "somebody stays while nothing happens"
-    assert not set(found[6][hidden]) & set(found[8][hidden]), "and nobody when all changes"
-    assert all(of_step[output] == [0, 1] for of_step in found.values()), "classes are what they are"
+    assert set(found[0][hidden]) & set(found[6][hidden]), "some features persist while little changes"
+    assert not set(found[6][hidden]) & set(found[8][hidden]), "no feature persists when everything changes"
+    assert all(of_step[output] == [0, 1] for of_step in found.values()), "classes keep their order"
 
 
-def test_turnover_is_logged_beside_everything_else(broken: tuple[Path, LIBCallback, Any]) -> None:
+def test_turnover_is_logged(broken: tuple[Path, LIBCallback, Any]) -> None:
     folder, callback, _ = broken
     events = EventAccumulator(str(folder)).Reload()
     graphs = snapshots(folder)
@@ -108,7 +108,7 @@ def test_turnover_is_logged_beside_everything_else(broken: tuple[Path, LIBCallba
     assert callback.state.scalars["neuron/ended/net.4.input"] == 0
 
 
-def test_events_are_told_everywhere(broken: tuple[Path, LIBCallback, list[Event]]) -> None:
+def test_events_reach_hooks_files_and_loggers(broken: tuple[Path, LIBCallback, list[Event]]) -> None:
     folder, callback, told = broken
     assert told
     assert told == callback.state.events
@@ -140,7 +140,7 @@ def test_features_keep_their_places_in_figures(broken: tuple[Path, LIBCallback, 
             assert drawn == (broken[0] / kind / "figures" / f"{path.stem}.png").read_bytes()
 
 
-def test_since_when_final_features_have_been_there(broken: tuple[Path, LIBCallback, Any]) -> None:
+def test_first_seen_file(broken: tuple[Path, LIBCallback, Any]) -> None:
     folder = broken[0]
     retraced = json.loads((folder / "lib" / "retraced.json").read_text())
     final = InteractionGraph.load(folder / "lib" / "final.safetensors")
@@ -170,17 +170,17 @@ def test_training_is_untouched(tmp_path: Path) -> None:
     assert run(Classifier(), tmp_path / "watched", callback_with(adaptive=True)) == plain
 
 
-def test_a_hook_that_fails_costs_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_hook_costs_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     told: list[Event] = []
 
     def fails(event: Event) -> None:
-        raise RuntimeError("the hook has a bad day")
+        raise RuntimeError("the hook fails")
 
     callback = callback_with(on_event=[fails, told.append])
     trainer_of(tmp_path, callback, num_sanity_val_steps=-1).fit(Steady(breaks_at=6))
     assert callback.snapshots == 7
     assert told == callback.state.events != []
-    assert caplog.text.count("the hook has a bad day") == 1
+    assert caplog.text.count("the hook fails") == 1
 
 
 def test_snapshots_are_denser_after_a_change(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_no_events_where_only_the_samples_change(tmp_path: Path) -> None:
     assert callback.state.events == []
 
 
-def test_snapshots_of_another_run_in_the_same_place_are_set_aside(tmp_path: Path) -> None:
+def test_snapshots_of_another_run_in_the_same_folder_are_archived(tmp_path: Path) -> None:
     wide = Steady()
     wide.net = torch.nn.Sequential(torch.nn.Linear(5, 12), *list(wide.net)[2:4], torch.nn.Linear(12, 2))
     layers = ["net.0:input", "net.3:input", "output"]
@@ -248,15 +248,13 @@ def test_snapshots_of_another_run_in_the_same_place_are_set_aside(tmp_path: Path
     assert len(json.loads((tmp_path / "lib" / "retraced.json").read_text())) == 3
 
 
-def test_a_snapshot_that_cannot_be_drawn_is_as_if_it_had_never_been(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_snapshot_that_cannot_be_written_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = SnapshotDirectory.write
 
     def fails(folder: SnapshotDirectory, graph: InteractionGraph, step: int, film: AnimatedLayout | None = None) -> Any:
         png = write(folder, graph, step, film)
         if step == 8:
-            raise OSError("the disk has a bad day")
+            raise OSError("the disk fails")
         return png
 
     monkeypatch.setattr(SnapshotDirectory, "write", fails)
@@ -273,12 +271,12 @@ def test_a_snapshot_that_cannot_be_drawn_is_as_if_it_had_never_been(
         assert render_png(graph.plot(layout=film)).data == figure
 
 
-def test_adaptive_waits_for_events() -> None:
+def test_adaptive_needs_events() -> None:
     with pytest.raises(ValueError, match="without follow=True there are none"):
         callback_with(adaptive=True, follow=False)
 
 
-def test_not_following(tmp_path: Path) -> None:
+def test_without_tracking(tmp_path: Path) -> None:
     callback = callback_with(follow=False)
     trainer_of(tmp_path, callback, num_sanity_val_steps=-1).fit(Steady(breaks_at=6))
     graphs = snapshots(tmp_path)
@@ -292,7 +290,7 @@ def samples_of(graphs: dict[int, InteractionGraph]) -> list[str]:
     return [graph.info["reference_samples"] for graph in graphs.values()]
 
 
-def test_probe_samples_stay_the_same_from_the_sanity_check_on(tmp_path: Path) -> None:
+def test_reference_samples_of_the_sanity_check_are_kept(tmp_path: Path) -> None:
     """Eight batches of 64 will do; the snapshots' own samples become those of the whole validation."""
     trainer_of(tmp_path, callback_with(), num_sanity_val_steps=8).fit(Steady(n_val=700))
     graphs = snapshots(tmp_path)
@@ -301,7 +299,7 @@ def test_probe_samples_stay_the_same_from_the_sanity_check_on(tmp_path: Path) ->
     assert {len(graph.reference_features[NODE_LAYERS[0]]) for graph in graphs.values()} == {512}
 
 
-def test_too_few_probe_samples_are_replaced_once(tmp_path: Path) -> None:
+def test_too_few_reference_samples_are_replaced_once(tmp_path: Path) -> None:
     callback = callback_with()
     trainer_of(tmp_path, callback).fit(Steady(n_val=200))
     graphs = snapshots(tmp_path)
@@ -310,11 +308,11 @@ def test_too_few_probe_samples_are_replaced_once(tmp_path: Path) -> None:
     assert len(set(found[:changed])) == len(set(found[changed:])) == 1
     steps = list(graphs)
     before, after = (ids(graphs[steps[k]])[NODE_LAYERS[0]] for k in (changed - 1, changed))
-    assert not set(before) & set(after), "on other samples nobody can be known again"
+    assert not set(before) & set(after), "on other samples no feature can be recognised"
     assert not [event for event in callback.state.events if event.step == steps[changed] and event.kind == "born"]
 
 
-def test_a_resumed_run_goes_on_with_the_same_lineages(tmp_path: Path) -> None:
+def test_a_resumed_run_continues_the_lineages(tmp_path: Path) -> None:
     half = 2
 
     class Plain(Steady):

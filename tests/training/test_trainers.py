@@ -1,4 +1,4 @@
-"""Trainers of all kinds: where samples come from, what they are computed in, and which weights are looked at."""
+"""Trainers of all kinds: where samples come from, in which precision, and with which weights."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_several_validation_loaders(index: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sanity", [0, 2])
-def test_a_validation_loader_that_is_not_there(sanity: int, tmp_path: Path) -> None:
+def test_a_missing_validation_loader_is_refused(sanity: int, tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, LIBCallback(NODE_LAYERS, val_dataloader=2), num_sanity_val_steps=sanity)
     if sanity:
         with pytest.raises(LIBError, match="val_dataloader=2 of LIBCallback counts from 0, but there are only 2"):
@@ -126,7 +126,7 @@ def test_a_validation_loader_that_is_not_there(sanity: int, tmp_path: Path) -> N
         ({"max_steps": 7, "max_epochs": -1}, [7]),
     ],
 )
-def test_when_and_how_much_is_validated(options: dict[str, Any], steps: list[int], tmp_path: Path) -> None:
+def test_validation_intervals_and_limits(options: dict[str, Any], steps: list[int], tmp_path: Path) -> None:
     callback = LIBCallback(NODE_LAYERS)
     trainer_of(tmp_path, callback, **options).fit(Steady())
     files = sorted((tmp_path / "lib" / "snapshots").iterdir())
@@ -155,7 +155,7 @@ def test_iterable_datasets(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("schedule", [{}, {"every_n_validations": 2}, {"every_n_steps": 4}])
-def test_without_validation_an_own_dataloader_does(schedule: dict[str, int], tmp_path: Path) -> None:
+def test_an_own_dataloader_replaces_validation(schedule: dict[str, int], tmp_path: Path) -> None:
     class NoValidation(Classifier):
         validation_step = pl.LightningModule.validation_step
         val_dataloader = pl.LightningModule.val_dataloader
@@ -271,7 +271,7 @@ def test_several_callbacks_at_once(tmp_path: Path) -> None:
     ("strategy", "reason"),
     [(FSDPStrategy, "frees a module's weights after one backward pass"), (DeepSpeedStrategy, "DeepSpeedStrategy")],
 )
-def test_strategies_that_cannot_work_are_refused(strategy: type[Any], reason: str, tmp_path: Path) -> None:
+def test_unsupported_strategies_are_refused(strategy: type[Any], reason: str, tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path)
     # Neither can be set up here: the one needs an accelerator, the other a package.
     trainer.strategy._lightning_module = None
@@ -289,7 +289,7 @@ def test_a_little_memory_is_enough(tmp_path: Path) -> None:
     assert callback.graph.info["step"] == STEPS_PER_EPOCH
 
 
-def test_no_memory_costs_only_the_snapshot(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_running_out_of_memory_costs_only_the_snapshot(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Greedy(Steady):
         seen: list[int]
 
@@ -315,7 +315,7 @@ def test_no_memory_costs_only_the_snapshot(tmp_path: Path, caplog: pytest.LogCap
     assert "failed and is skipped; training continues. OutOfMemoryError" in caplog.text
 
 
-def test_samples_that_cannot_be_kept_cost_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_samples_that_cannot_be_saved_cost_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Unkeepable(Steady):
         def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
             return [*batch, lambda: None]
@@ -328,7 +328,7 @@ def test_samples_that_cannot_be_kept_cost_nothing(tmp_path: Path, caplog: pytest
     assert "a run resumed from here will collect new ones" in caplog.text
 
 
-def test_a_validation_from_outside_leaves_the_run_alone(tmp_path: Path) -> None:
+def test_a_standalone_validation_leaves_the_run_alone(tmp_path: Path) -> None:
     callback = LIBCallback(NODE_LAYERS)
     trainer = trainer_of(tmp_path, callback, max_epochs=1)
     model = Steady()
@@ -340,7 +340,7 @@ def test_a_validation_from_outside_leaves_the_run_alone(tmp_path: Path) -> None:
     assert (tmp_path / "lib" / "validate" / "snapshots").exists()
 
 
-def test_a_generator_shared_with_an_own_dataloader_is_as_before(tmp_path: Path) -> None:
+def test_a_generator_shared_with_an_own_dataloader_is_restored(tmp_path: Path) -> None:
     def order(with_callback: bool) -> list[Tensor]:
         generator, seen = torch.Generator().manual_seed(0), []
         shared = DataLoader(loader(40).dataset, batch_size=8, shuffle=True, generator=generator)
@@ -376,7 +376,7 @@ def test_tensors_of_the_default_type_fit_the_precision(tmp_path: Path) -> None:
     assert torch.get_default_dtype() == torch.float32
 
 
-def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+def test_numpy_numbers_as_options(tmp_path: Path) -> None:
     callback = LIBCallback(NODE_LAYERS, at_steps=np.logspace(0, 1, 3).astype(int))
     trainer = trainer_of(tmp_path, callback, max_epochs=1, enable_checkpointing=True)
     trainer.fit(Steady())
@@ -384,7 +384,7 @@ def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
     assert callback.snapshots == 3
 
 
-def test_a_training_batch_of_nan_is_not_the_models_fault(tmp_path: Path) -> None:
+def test_nan_in_a_training_batch_is_not_a_model_error(tmp_path: Path) -> None:
     class Skips(Steady):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return super().training_step(batch, batch_idx) if batch[0].isfinite().all() else None
