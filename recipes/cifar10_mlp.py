@@ -28,8 +28,8 @@ TRAIN_FILES = {
 TEST_FILES = {"test_batch": "40351d587109b95175f43aff81a1287e"}
 WHERE_FROM = (
     "Download https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz (described at "
-    f"https://www.cs.toronto.edu/~kriz/cifar.html), unpack it, and pass --data.root with the folder {FOLDER} or the "
-    "one it lies in."
+    f"https://www.cs.toronto.edu/~kriz/cifar.html), unpack it, and pass --data.root with the folder {FOLDER} or its "
+    "parent."
 )
 
 Images, Labels = NDArray[np.uint8], NDArray[np.int64]
@@ -39,7 +39,7 @@ class Cifar10(LabelledData):
     """CIFAR-10: 50,000 training and 10,000 test images of 3 x 32 x 32 pixels in 10 classes.
 
     Args:
-        root: The folder ``cifar-10-batches-py`` of the official archive for Python, or the folder it lies in; or an
+        root: The folder ``cifar-10-batches-py`` of the official archive for Python, or its parent; or an
             ``.npz`` file with arrays ``x_train``, ``y_train``, ``x_test`` and ``y_test``, images as ``uint8`` of shape
             ``(n, 3, 32, 32)``.
         batch_size: Images in a training batch.
@@ -54,13 +54,13 @@ class Cifar10(LabelledData):
         """Training and test images.
 
         Raises:
-            LIBError: If there are no such data, or they are not what they should be.
+            LIBError: If files are missing or invalid.
         """
         if self.root.suffix == ".npz":
             if self.verify:
                 raise LIBError(
                     "--data.verify compares with the checksums of the official files, which an .npz does not have. "
-                    "Leave it out, or pass --data.root with the official folder."
+                    "Omit it, or pass --data.root with the official folder."
                 )
             splits = read_npz(self.root)
         else:
@@ -71,13 +71,13 @@ class Cifar10(LabelledData):
 
 
 def find_folder(root: Path) -> Path:
-    """The folder with all batches: ``root`` itself or the one of that name inside it.
+    """Find the folder with all batches: ``root`` or its subfolder `FOLDER`.
 
     Args:
         root: Where to look.
 
     Raises:
-        LIBError: If they are in neither.
+        LIBError: If a batch is missing in both.
     """
     needed = [*TRAIN_FILES, *TEST_FILES]
     found = {folder: [name for name in needed if (folder / name).is_file()] for folder in (root, root / FOLDER)}
@@ -101,13 +101,13 @@ def read_batches(folder: Path, files: dict[str, str], verify: bool) -> tuple[Ima
         Images ``(n, 3072)`` and labels ``(n,)``.
 
     Raises:
-        LIBError: If a file is not what it should be.
+        LIBError: If a file is invalid.
     """
     images, labels = [], []
     for name, checksum in files.items():
         content = (folder / name).read_bytes()
         if verify and hashlib.md5(content, usedforsecurity=False).hexdigest() != checksum:
-            raise LIBError(f"{folder / name} is not the official file: its MD5 checksum is another one. {WHERE_FROM}")
+            raise LIBError(f"{folder / name} is not the official file: its MD5 checksum differs. {WHERE_FROM}")
         batch = unpickle(content, folder / name)
         entries = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
         x, y = checked(entries.get("data"), entries.get("labels"), (3072,), folder / name)
@@ -123,14 +123,14 @@ def read_npz(path: Path) -> list[tuple[Images, Labels]]:
         path: The file.
 
     Raises:
-        LIBError: If it is missing or not what it should be.
+        LIBError: If it is missing or invalid.
     """
     if not path.is_file():
         raise LIBError(f"There is no file {path.resolve()}. For the official data: {WHERE_FROM}")
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in ("x_train", "y_train", "x_test", "y_test")}
-    except Exception as error:  # a broken archive raises whatever its reader came across
+    except Exception as error:  # the exception for a damaged archive depends on where it is damaged
         raise LIBError(
             f"{path} is no NumPy archive with the arrays x_train, y_train, x_test and y_test: "
             f"{type(error).__name__}: {error}"
@@ -139,63 +139,63 @@ def read_npz(path: Path) -> list[tuple[Images, Labels]]:
 
 
 def checked(images: Any, labels: Any, shape: tuple[int, ...], path: Path) -> tuple[Images, Labels]:
-    """Images and labels, if they are that.
+    """Check images and labels.
 
     Args:
-        images: Should be ``uint8`` of shape ``(n, *shape)``.
-        labels: Should be ``n`` whole numbers from 0 to 9.
+        images: ``uint8`` of shape ``(n, *shape)``.
+        labels: ``n`` integers from 0 to 9.
         shape: Shape of an image.
         path: The file they come from.
 
     Raises:
-        LIBError: If they are something else.
+        LIBError: If they are of another type, shape or range.
     """
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape[1:] != shape:
         what = f"{images.dtype} {images.shape}" if isinstance(images, np.ndarray) else type(images).__name__
         wanted = "(n, " + ", ".join(map(str, shape)) + ")"
-        raise LIBError(f"{path} does not hold CIFAR-10: images are uint8 {wanted}, not {what}. {WHERE_FROM}")
+        raise LIBError(f"{path} does not contain CIFAR-10: images are uint8 {wanted}, not {what}. {WHERE_FROM}")
     classes = np.asarray(labels)
     if classes.shape != (len(images),) or classes.dtype.kind not in "iu" or not ((classes >= 0) & (classes < 10)).all():
         raise LIBError(
-            f"{path} does not hold CIFAR-10: labels are {len(images)} whole numbers from 0 to 9, one for each image. "
+            f"{path} does not contain CIFAR-10: labels are {len(images)} integers from 0 to 9, one for each image. "
             f"{WHERE_FROM}"
         )
     return images, classes.astype(np.int64)
 
 
 def unpickle(content: bytes, path: Path) -> dict[Any, Any]:
-    """Read a pickled dictionary of plain objects and NumPy arrays; anything that could run code is refused.
+    """Read a pickled dictionary of plain objects and NumPy arrays. Anything that could run code is rejected.
 
     Args:
         content: The pickle.
         path: The file it comes from.
 
     Raises:
-        LIBError: If it is broken, asks for anything else, or is no dictionary.
+        LIBError: If it is damaged, refers to other classes or functions, or is not a dictionary.
     """
     try:
         batch = _PlainUnpickler(content).load()
     except LIBError as error:
         raise LIBError(f"{path} is not read: {error} {WHERE_FROM}") from error
-    except Exception as error:  # a broken pickle raises whatever its bytes happen to mean
+    except Exception as error:  # the exception for a damaged pickle depends on its bytes
         raise LIBError(f"{path} is damaged or no pickle: {type(error).__name__}: {error}. {WHERE_FROM}") from error
     if not isinstance(batch, dict):
-        raise LIBError(f"{path} does not hold CIFAR-10, but an object of type {type(batch).__name__}. {WHERE_FROM}")
+        raise LIBError(f"{path} does not contain CIFAR-10, but an object of type {type(batch).__name__}. {WHERE_FROM}")
     return batch
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Knows no class and no function but those that NumPy arrays and byte strings are pickled with.
+    """Unpickles only the classes and functions with which NumPy arrays and byte strings are pickled.
 
-    A pickle may name any function there is and have it called. None is imported here by its name: the few that are
-    allowed stand in a table, and none of them runs code of the pickle's.
+    A pickle can name any function and call it. Here, names are looked up in a table of functions that do not run code
+    of the pickle, and are never imported.
     """
 
-    # NumPy 2 has renamed numpy.core; the official files were written long before.
+    # NumPy 2 renamed numpy.core; the official files are older.
     _allowed: ClassVar[dict[tuple[str, str], Callable[..., Any]]] = {
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
-        # How Python 3 writes byte strings for Python 2; the method knows text encodings only, the function any codec.
+        # Python 3 pickles byte strings for Python 2 with it. This method accepts text encodings only.
         ("_codecs", "encode"): str.encode,
     }
     for _core in ("numpy.core", "numpy._core"):
@@ -206,10 +206,10 @@ class _PlainUnpickler(pickle.Unpickler):
         super().__init__(io.BytesIO(content), encoding="bytes")
 
     def find_class(self, module: str, name: str) -> Any:
-        """What a pickle means by a name, if it is in the table."""
+        """Look up a name in the table."""
         if (module, name) not in self._allowed:
             raise LIBError(
-                f"It is a pickle that asks for {module}.{name}, which could run code; CIFAR-10 needs nothing but NumPy "
-                "arrays. It cannot be the official file."
+                f"It is a pickle that refers to {module}.{name}, which could run code. The official file contains only "
+                "NumPy arrays."
             )
         return self._allowed[module, name]

@@ -1,4 +1,4 @@
-"""Handwritten digits: the 1,797 real images of 8 x 8 pixels that scikit-learn brings along, and no download."""
+"""Handwritten digits: the 1,797 images of 8 x 8 pixels that come with scikit-learn."""
 
 from __future__ import annotations
 
@@ -37,5 +37,5 @@ class Digits(LabelledData):
         images, labels = torch.from_numpy(digits.images), torch.from_numpy(digits.target)
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(self.split_seed))
         test, train = order.tensor_split([round(self.test_fraction * len(labels))])
-        # Grey levels are whole numbers from 0 to 16.
+        # Grey levels are integers from 0 to 16.
         return Labelled(images[train], labels[train], 16), Labelled(images[test], labels[test], 16)

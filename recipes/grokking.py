@@ -1,10 +1,10 @@
-"""When do the features move, and when does test accuracy? Modular addition, watched while it groks, for several seeds.
+"""When do features change, and when does test accuracy? Modular addition while it groks, for several seeds.
 
-    python -m recipes.grokking --folder runs/grokking     # train what is not there yet, and measure
+    python -m recipes.grokking --folder runs/grokking     # train the networks that are missing, and measure
     python -m recipes.grokking --figure grokking.png      # draw it
     python -m recipes.grokking                            # the table of the README, from the committed results
 
-Two minutes of one CPU core a seed. Each run is that of ``modular_addition.yaml`` with another seed of split and
+Two minutes of one CPU core per seed. Each run is that of ``modular_addition.yaml`` with another seed of split and
 weights, twice as many snapshots, and a validation every ten steps.
 """
 
@@ -35,7 +35,7 @@ RESULTS = Path(__file__).parent / "grokking.json"
 SEEDS = (0, 1, 2, 3, 4)
 STEPS = 3000
 THRESHOLDS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-6)
-# The last node layer that features are of; the one after it are the logits.
+# The last node layer before the logits.
 BEFORE_OUTPUT = "resid_post"
 TO_OUTPUT, LABELLED = "effective edges to the output", "Fourier-labelled features"
 SHARE = "share of the importance in Fourier-labelled features"
@@ -43,14 +43,14 @@ Series = dict[str, list[float]]
 
 
 def train(folder: Path, seed: int, modulus: int = 59, steps: int = STEPS, per_decade: int = 20) -> None:
-    """Train one network and watch it.
+    """Train one network with the callback.
 
     Args:
-        folder: Where its snapshots and its accuracies go.
-        seed: Of split and weights.
+        folder: Folder for its snapshots and accuracies.
+        seed: Seed of split and weights.
         modulus: The modulus ``p``.
         steps: Number of steps.
-        per_decade: Snapshots for each tenfold of steps.
+        per_decade: Snapshots per tenfold increase of the step.
     """
     L.seed_everything(seed)
     data = AllPairs(modulus=modulus, steps_per_epoch=steps, split_seed=seed)
@@ -70,10 +70,10 @@ def train(folder: Path, seed: int, modulus: int = 59, steps: int = STEPS, per_de
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """Read from a run's files how everything went.
+    """Read accuracies and metrics over time from the files of a run.
 
     Args:
-        folder: Where `train` has put them.
+        folder: Folder of `train`.
 
     Returns:
         ``accuracy`` and ``lib``, each with ``step`` and series over it.
@@ -82,7 +82,7 @@ def measure(folder: Path) -> dict[str, Any]:
     with (folder / "metrics.csv").open() as file:
         for row in csv.DictReader(file):
             if row["accuracy/test"]:
-                # Lightning counts a step from before it.
+                # Lightning logs the index of a step, which starts at 0.
                 values = (int(row["step"]) + 1, row["accuracy/train"], row["accuracy/test"])
                 for series, value in zip(accuracy.values(), values, strict=True):
                     series.append(float(value))
@@ -110,38 +110,38 @@ def _quantities(graph: InteractionGraph) -> dict[str, float]:
 
 
 def halfway(steps: Sequence[float], values: Sequence[float], start: float) -> float:
-    """When a series had first gone half of its way from one step to its end.
+    """Find when a series first reaches the midpoint between its value at one step and its final value.
 
     Args:
-        steps: Where it was looked at, rising.
-        values: What it was there. The end is the median of the last five: training at this rate has spikes, after which
-            accuracy is low for some steps.
-        start: Step at which the way begins.
+        steps: Steps, increasing.
+        values: Values at these steps. The final value is the median of the last five, because training at this learning
+            rate has spikes, after which accuracy is low for some steps.
+        start: Step of the first value.
 
     Returns:
-        The step, interpolated; NaN for a series that ends where it was.
+        The step, interpolated; NaN if the final value equals the first.
 
     Example:
         >>> halfway([0, 10, 20, 30, 40, 50], [5.0, 1.0, 3.0, 5.0, 5.0, 5.0], start=10)
         20.0
     """
     first = next(k for k, step in enumerate(steps) if step >= start)
-    way = statistics.median(values[-5:]) - values[first]
-    if way == 0:
+    change = statistics.median(values[-5:]) - values[first]
+    if change == 0:
         return math.nan
-    done = [(value - values[first]) / way for value in values]
+    done = [(value - values[first]) / change for value in values]
     after = next(k for k in range(first, len(values)) if done[k] >= 0.5)
-    gone = (0.5 - done[after - 1]) / (done[after] - done[after - 1])
-    return steps[after - 1] + (steps[after] - steps[after - 1]) * gone
+    weight = (0.5 - done[after - 1]) / (done[after] - done[after - 1])
+    return steps[after - 1] + (steps[after] - steps[after - 1]) * weight
 
 
 def memorised(accuracy: Series) -> float:
-    """The first step at which 99% of the training pairs were known by heart."""
+    """The first step at which 99% of the training pairs are correct."""
     return next(step for step, value in zip(accuracy["step"], accuracy["train"], strict=True) if value >= 0.99)
 
 
 def reached(steps: Sequence[float], values: Sequence[float], level: float) -> float:
-    """When a series first reached a level; NaN if it never did.
+    """Find when a series first reaches a level; NaN if it never does.
 
     Example:
         >>> reached([0, 10, 20], [0.1, 0.4, 0.7], 0.4)
@@ -151,10 +151,10 @@ def reached(steps: Sequence[float], values: Sequence[float], level: float) -> fl
 
 
 def report(results: Mapping[str, Any]) -> str:
-    """Say when test accuracy moved, and when features did.
+    """Tabulate when test accuracy and features changed.
 
     Args:
-        results: What `measure` has found, by seed.
+        results: Results of `measure`, by seed.
 
     Returns:
         Two tables in Markdown.
@@ -211,7 +211,7 @@ def draw(results: Mapping[str, Any]) -> Figure:
     """Draw accuracies and features of all seeds side by side.
 
     Args:
-        results: What `measure` has found, by seed.
+        results: Results of `measure`, by seed.
 
     Returns:
         A figure with one column for each seed.
@@ -240,8 +240,10 @@ def _panels(accuracy: Series, lib: Series) -> list[Panel]:
 def main(args: Sequence[str] | None = None) -> None:
     """Train, measure, draw, and print."""
     parser = argparse.ArgumentParser(prog="python -m recipes.grokking", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--folder", type=Path, help="train here what is not there yet, and measure it anew")
-    parser.add_argument("--figure", type=Path, help="where to draw the figure")
+    parser.add_argument(
+        "--folder", type=Path, help="train the networks that are missing in this folder, and measure all of them"
+    )
+    parser.add_argument("--figure", type=Path, help="file of the figure to write")
     parsed = parser.parse_args(args)
     if parsed.folder is not None:
         found = {}

@@ -3,26 +3,26 @@
 ``python -m recipes.ground_truth`` prints a table over ten random networks, in half a minute on one CPU core.
 
 Both tasks use one construction, `planted_network`. Its node layers consist of blocks of hidden coordinates, which a
-random invertible matrix mixes before they become activations, and which the next layer's weights take apart again.
+random invertible matrix mixes into activations, and which the next layer's weights separate again.
 Neither single activations nor, since the matrix is no rotation, directions of large variance show the blocks.
 
-Modules: four blocks that never read each other. What is known: a basis that keeps the blocks apart has no edge between
-them, so they are the modules. Three choices make this clean, and without them the LIB does worse:
+Modules: four blocks that do not depend on each other. In a basis that separates the blocks there are no edges between
+them, so they are the modules. This depends on three choices, without which the LIB is worse:
 
 - Every combination of the blocks' inputs is a sample: the blocks are independent on the data, too. On as many random
   samples, chance correlations rotate features of nearly equal importance into each other: nine networks in ten still
   come out right, the mean index is 0.97.
 - Pre-activations have mean 0 and variance 1 over the samples, as batch norm would leave them. Without that, many ReLU
-  hardly switch; blocks are then nearly linear, features interact nearly one to one, and fall into more modules than
-  there are blocks: four networks in ten come out right, the mean index is 0.92.
+  are nearly always on or off; blocks are then nearly linear, features interact nearly one to one, and form more modules
+  than there are blocks: four networks in ten come out right, the mean index is 0.92.
 - The search for modules takes the edges' amplitudes, for strengths are squares. With strengths six networks in ten come
-  out right, the mean index is 0.95: weak features are cut off as modules of their own. The LIB has no part in that, for
-  there is still no edge between blocks; the modularity of the finer partition is larger.
+  out right, the mean index is 0.95: weak features become separate modules. This is not due to the LIB: there is
+  still no edge between blocks, but the finer partition has a larger modularity.
 
-Features: two blocks, of which the second reads the first but is never read by it, nor by the output. What is known: the
-output depends on as many directions of a node layer as the first block has coordinates there, for three times as many
-ReLU read them; the directions of the second block are many more, and ten times as large. As they move the next layer's
-activations, it takes a basis made from the output backwards to see that they lead nowhere.
+Features: two blocks, of which the second depends on the first, while neither the first nor the output depends on the
+second. The output depends on as many directions of a node layer as the first block has coordinates there, since three
+times as many ReLU read them; the directions of the second block are more, and ten times as large. They affect the next
+layer's activations, so only a basis computed from the output backwards shows that they do not affect the output.
 """
 
 from __future__ import annotations
@@ -69,15 +69,15 @@ class Planted:
 def planted_network(
     u: Tensor, widths: Sequence[Sequence[int]], reads: Sequence[Sequence[bool]], scale: Sequence[float], seed: int
 ) -> Planted:
-    """Make a random network of blocks, in which no activation shows them.
+    """Make a random network of blocks that single activations do not show.
 
     Between two node layers, each block has three hidden ReLU for each coordinate that it reads in its own block.
 
     Args:
-        u: Samples in the input's own coordinates, shape ``(n, d_0)``.
+        u: Samples in the unmixed coordinates of the input, shape ``(n, d_0)``.
         widths: Coordinates of each block, for each node layer; ``(4, 2)`` blocks are coordinates 0 to 3, and 4 to 5.
         reads: Whether block ``i`` reads block ``j``, a square table.
-        scale: What the coordinates of each block are multiplied by at inner node layers.
+        scale: Factor of the coordinates of each block at inner node layers.
         seed: For the random weights.
 
     Returns:
@@ -89,7 +89,7 @@ def planted_network(
     layers: list[nn.Module] = []
     x, u = u.double() @ mixing[0].T, u.double()
     for l, (before, after) in enumerate(itertools.pairwise(widths)):
-        # A block that writes nothing has no neurons either.
+        # A block without outputs has no neurons.
         hidden = [3 * width if later else 0 for width, later in zip(before, after, strict=True)]
         own = [[i == j for j in range(len(hidden))] for i in range(len(hidden))]
         W_in, W_out = (block_matrix(*sizes, generator) for sizes in ((hidden, before, reads), (after, hidden, own)))
@@ -147,7 +147,7 @@ def network_of_modules(seed: int, values: int = 8) -> Planted:
 
 
 def network_of_features(seed: int, n: int = 2000) -> Planted:
-    """A block that makes the output, and a larger one beside it that only listens.
+    """A block that determines the output, and a larger one that does not affect it.
 
     Args:
         seed: For weights and inputs.

@@ -28,7 +28,7 @@ class SelfAttention(nn.Module):
     Args:
         d_model: Width of the residual stream.
         n_heads: Attention heads.
-        window: How many positions back a token sees, itself included; None for all.
+        window: Number of positions that a token attends to, including its own; None for all before it.
     """
 
     def __init__(self, d_model: int, n_heads: int, window: int | None) -> None:
@@ -38,7 +38,7 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(d_model, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Read and write the residual stream ``(n, S, d_model)``."""
+        """Map the residual stream ``(n, S, d_model)`` to an update of it."""
         q, k, v = (
             proj(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -51,14 +51,14 @@ class SelfAttention(nn.Module):
 
 
 class Attention(nn.Module):
-    """Holds the attention, one name deeper, as in Hugging Face's GPT-Neo."""
+    """Wraps the attention, as Hugging Face's GPT-Neo does, for the same module paths."""
 
     def __init__(self, d_model: int, n_heads: int, window: int | None) -> None:
         super().__init__()
         self.attention = SelfAttention(d_model, n_heads, window)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Read and write the residual stream ``(n, S, d_model)``."""
+        """Map the residual stream ``(n, S, d_model)`` to an update of it."""
         return self.attention(x)
 
 
@@ -70,7 +70,7 @@ class FeedForward(nn.Module):
         self.c_fc, self.c_proj = nn.Linear(d_model, d_mlp), nn.Linear(d_mlp, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Read and write the residual stream ``(n, S, d_model)``."""
+        """Map the residual stream ``(n, S, d_model)`` to an update of it."""
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 
@@ -84,13 +84,13 @@ class Block(nn.Module):
         self.mlp = FeedForward(d_model, d_mlp)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Read and write the residual stream ``(n, S, d_model)``."""
+        """Map the residual stream ``(n, S, d_model)`` to the one after the block."""
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
-    """Token and position embedding, blocks with global and local attention in turn, and a last layer norm."""
+    """Token and position embedding, blocks with alternating global and local attention, and a final layer norm."""
 
     def __init__(
         self, vocabulary: int, n_positions: int, n_layers: int, d_model: int, n_heads: int, d_mlp: int, window: int
@@ -111,7 +111,7 @@ class Transformer(nn.Module):
 
 
 class GPTNeo(nn.Module):
-    """The transformer and its unembedding, which is the embedding once more.
+    """The transformer and its unembedding, tied to the embedding.
 
     Args:
         vocabulary: Number of tokens.
@@ -120,7 +120,7 @@ class GPTNeo(nn.Module):
         d_model: Width of the residual stream.
         n_heads: Attention heads.
         d_mlp: Width of the feed-forward layers.
-        window: How far local attention sees.
+        window: Number of positions that local attention covers.
     """
 
     def __init__(
@@ -152,15 +152,15 @@ class LanguageModel(L.LightningModule):
     """Trains a language model to predict the next token, with AdamW.
 
     Args:
-        pretrained: A checkpoint to go on from instead of a new model: its name at Hugging Face or its folder. Any
-            causal language model will do; the recipe's node layers fit GPT-Neo (TinyStories) and GPT-2. The shape is
-            then the checkpoint's, and the next six arguments do not count.
+        pretrained: A checkpoint to start from instead of a new model: its name at Hugging Face or its folder. Any
+            causal language model works; the recipe's node layers fit GPT-Neo (TinyStories) and GPT-2. The checkpoint
+            determines the shape, and the next six arguments are ignored.
         n_positions: Longest context.
         n_layers: Blocks; the second, fourth, ... have local attention.
         d_model: Width of the residual stream.
         n_heads: Attention heads.
         d_mlp: Width of the feed-forward layers.
-        window: How many positions back local attention sees.
+        window: Number of positions that local attention covers.
         lr: Learning rate after warm-up; it falls linearly to 0 at the end of training.
         weight_decay: Decoupled weight decay.
         warmup_steps: Steps over which the learning rate rises linearly.
@@ -186,7 +186,7 @@ class LanguageModel(L.LightningModule):
             self.model = GPTNeo(BYTES, n_positions, n_layers, d_model, n_heads, d_mlp, window)
 
     def configure_model(self) -> None:
-        """Load the checkpoint if there is one: here, so that the command line shows what went wrong in a line.
+        """Load the checkpoint, if any. Not at construction, so that the command line prints an error in one line.
 
         Raises:
             LIBError: If it cannot be loaded, or is too small for the text's tokens or context.
@@ -240,7 +240,7 @@ class LanguageModel(L.LightningModule):
 
 
 class Text(L.LightningDataModule):
-    """A text file in pieces of equal length, as bytes or tokens of a checkpoint; the last pieces are for testing.
+    """A text file in pieces of equal length, as bytes or tokens of a checkpoint; the last pieces are the test split.
 
     Args:
         path: The file. By default the documentation that Python's own ``help()`` shows (``pydoc_data.topics`` of the
@@ -266,7 +266,7 @@ class Text(L.LightningDataModule):
         self.vocabulary = BYTES
 
     def setup(self, stage: str) -> None:
-        """Read the text and cut it up.
+        """Read the text and split it.
 
         Raises:
             LIBError: If there is no text, or it is too short.
@@ -289,7 +289,7 @@ class Text(L.LightningDataModule):
         self.train, self.test = pieces[:-n_test], pieces[-n_test:]
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Training pieces, in a new order each epoch."""
+        """Training pieces, shuffled."""
         return DataLoader(self.train, self.batch_size, shuffle=True, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -298,7 +298,7 @@ class Text(L.LightningDataModule):
 
 
 def read_text(path: str | None) -> bytes:
-    """The bytes of a text file, or of Python's documentation.
+    """Read the bytes of a text file, or of Python's documentation.
 
     Args:
         path: The file; None for the documentation.
@@ -315,14 +315,14 @@ def read_text(path: str | None) -> bytes:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise LIBError(
-            "This Python comes without its documentation (pydoc_data.topics), which is the text by default: pass "
+            "The default text, Python's documentation (pydoc_data.topics), is not part of this Python: pass "
             "--data.path with a text file."
         ) from error
     return "\n".join(topics[name] for name in sorted(topics)).encode()
 
 
 def load_pretrained(name: str) -> nn.Module:
-    """A causal language model from Hugging Face or from a folder.
+    """Load a causal language model from Hugging Face or from a folder.
 
     Args:
         name: Its name or folder.
@@ -330,14 +330,14 @@ def load_pretrained(name: str) -> nn.Module:
     Raises:
         LIBError: If transformers is not installed, or there is no such checkpoint.
     """
-    # As float32, in which it is trained and looked at, whatever it was saved in.
+    # As float32, for training and for snapshots, whatever its dtype on disk.
     model = from_pretrained("AutoModelForCausalLM", "model", name, dtype=torch.float32)
-    model.config.use_cache = False  # a cache is for writing text
+    model.config.use_cache = False  # used only to generate text
     return model.train()
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a checkpoint from Hugging Face or from a folder; None where it has none.
+    """Load the tokenizer of a checkpoint from Hugging Face or from a folder; None if it has no tokenizer.
 
     Args:
         name: Its name or folder.
@@ -347,22 +347,22 @@ def load_tokenizer(name: str) -> Any:
     """
     tokenizer = from_pretrained("AutoTokenizer", "tokenizer", name)
     if tokenizer.vocab_size == 0:
-        rank_zero_info(f"{name} comes without a tokenizer: the tokens are the bytes of the text.")
+        rank_zero_info(f"{name} has no tokenizer: the tokens are the bytes of the text.")
         return None
     return tokenizer
 
 
 def from_pretrained(loader: str, what: str, name: str, **options: Any) -> Any:
-    """A part of a checkpoint from Hugging Face or from a folder.
+    """Load a part of a checkpoint from Hugging Face or from a folder.
 
     Args:
         loader: The class of transformers that loads it.
-        what: What it is, in a word.
+        what: The part, for error messages.
         name: Name or folder of the checkpoint.
         options: Options of the loader.
 
     Raises:
-        LIBError: If transformers is not installed, or the checkpoint or the part of it is not there.
+        LIBError: If transformers is not installed, or the checkpoint or this part of it is not found.
     """
     try:
         import transformers
@@ -371,13 +371,13 @@ def from_pretrained(loader: str, what: str, name: str, **options: Any) -> Any:
             f"To load '{name}', the language model recipe needs the transformers library, which is not installed: "
             "pip install transformers"
         ) from error
-    # Names are NAME or OWNER/NAME. For anything else transformers would complain about the form of the name.
+    # Names are NAME or OWNER/NAME. For any other string, the error of transformers would be about the form of a name.
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) and not Path(name).is_dir():
         raise LIBError(f"There is no folder {Path(name).resolve()} to load a checkpoint from.")
     try:
         return getattr(transformers, loader).from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise LIBError(
-            f"The {what} of '{name}' cannot be loaded. Is it the name of a checkpoint at https://huggingface.co, and "
-            f"is the network there, or is it a folder written by save_pretrained? ({type(error).__name__}: {error})"
+            f"The {what} of '{name}' cannot be loaded. It must be the name of a checkpoint at https://huggingface.co, "
+            f"with network access, or a folder written by save_pretrained. ({type(error).__name__}: {error})"
         ) from error

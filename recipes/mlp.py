@@ -1,4 +1,4 @@
-"""A plain multi-layer perceptron on labelled vectors: the part that the CIFAR-10 and the digits recipe share."""
+"""Multi-layer perceptron and labelled images, shared by the CIFAR-10 and the digits recipe."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 class MLP(L.LightningModule):
     """Linear layers with ReLU between them, trained with Adam on cross entropy.
 
-    The layers are called ``layers.0``, ``layers.2``, ``layers.4`` and so on; ``layers.2:input`` is what the second
-    linear layer reads, after the ReLU.
+    The layers are called ``layers.0``, ``layers.2``, ``layers.4`` and so on; ``layers.2:input`` is the input of the
+    second linear layer, after the ReLU.
 
     Args:
         sizes: Width of the input, of each hidden layer, and number of classes.
@@ -58,12 +58,12 @@ class MLP(L.LightningModule):
 
 
 class Labelled(Dataset[Any]):
-    """Images in memory with their labels, given out as flat vectors between 0 and 1.
+    """Labelled images in memory, as flat vectors with values from 0 to 1.
 
     Args:
-        images: Any shape ``(n, ...)``, from 0 to ``largest``.
-        labels: Class numbers, shape ``(n,)``.
-        largest: What the numbers are divided by.
+        images: Images of shape ``(n, ...)`` with values from 0 to ``largest``.
+        labels: Class indices, shape ``(n,)``.
+        largest: Value that becomes 1.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, largest: int) -> None:
@@ -78,12 +78,12 @@ class Labelled(Dataset[Any]):
         return self.images[index].float() / self.largest, self.labels[index]
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """A whole batch in one step: many times faster than to stack its images one by one."""
+        """A batch in one indexing operation, much faster than stacking single images."""
         return self.images[indices].float() / self.largest, self.labels[indices]
 
 
 class LabelledData(L.LightningDataModule):
-    """Training and test examples in memory; a recipe says in `read` where they come from.
+    """Training and test examples in memory, which a subclass reads in `read`.
 
     Args:
         batch_size: Examples in a training batch.
@@ -95,21 +95,21 @@ class LabelledData(L.LightningDataModule):
 
     def read(self) -> tuple[Labelled, Labelled]:
         """Training and test examples."""
-        raise NotImplementedError(f"{type(self).__name__} does not say in read() where its examples come from.")
+        raise NotImplementedError(f"{type(self).__name__} does not implement read().")
 
     def setup(self, stage: str) -> None:
-        """Read the examples: here and not at construction, so that the command line shows what went wrong in a line."""
+        """Read the examples. Not at construction, so that the command line prints an error in one line."""
         self.train, self.test = self.read()
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """The training examples, in a new order each epoch."""
-        return DataLoader(self.train, self.batch_size, shuffle=True, collate_fn=as_it_is)
+        """The training examples, shuffled."""
+        return DataLoader(self.train, self.batch_size, shuffle=True, collate_fn=identity)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
-        """The training examples once more, to look at (LIBCallback takes its samples from here), and the test ones."""
-        return [DataLoader(split, 1000, collate_fn=as_it_is) for split in (self.train, self.test)]
+        """The training examples, from which LIBCallback takes its samples, and the test examples."""
+        return [DataLoader(split, 1000, collate_fn=identity) for split in (self.train, self.test)]
 
 
-def as_it_is(batch: Any) -> Any:
-    """Batches come whole from `Labelled`."""
+def identity(batch: Any) -> Any:
+    """Return the batch, which `Labelled` has collated already."""
     return batch

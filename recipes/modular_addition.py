@@ -1,7 +1,7 @@
 """Modular addition, the first experiment of the paper (arXiv 2405.10928, section 4.1): a task that groks.
 
-A one-layer transformer reads ``a b =`` and answers ``(a + b) mod p``. It first memorises the training pairs and,
-long after, finds the general solution: the change that `lib_lightning.LIBCallback` is there to watch.
+A one-layer transformer reads ``a b =`` and predicts ``(a + b) mod p``. It first memorises the training pairs and
+generalises much later: the transition to observe with `lib_lightning.LIBCallback`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Embedding(nn.Module):
 
 
 class LastTokenAttention(nn.Module):
-    """Self-attention of the last token over all tokens; the task reads the answer there and nowhere else."""
+    """Self-attention of the last token over all tokens; the answer is predicted there only."""
 
     def __init__(self, d_model: int, n_heads: int) -> None:
         super().__init__()
@@ -38,10 +38,10 @@ class LastTokenAttention(nn.Module):
         self.query, self.key, self.value, self.out = (nn.Linear(d_model, d_model) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Read all positions ``(n, S, d_model)``, write the last one ``(n, d_model)``."""
+        """Output ``(n, d_model)`` at the last position, for the residual stream ``(n, S, d_model)``."""
         q = self.query(x[:, -1]).unflatten(-1, (1, self.n_heads, -1))
         k, v = (proj(x).unflatten(-1, (self.n_heads, -1)) for proj in (self.key, self.value))
-        # As matrix products these would have a single column; sums of products take half of their time.
+        # Elementwise products and sums take half of the time of matrix products with a single column.
         pattern = ((q * k).sum(-1, keepdim=True) / q.shape[-1] ** 0.5).softmax(1)
         return self.out((pattern * v).sum(1).flatten(1))
 
@@ -67,7 +67,7 @@ class ModularAdditionTransformer(nn.Module):
 class AllPairs(L.LightningDataModule):
     """All pairs ``(a, b)`` with their sum, split at random into training and test pairs.
 
-    Training is full batch. An epoch is ``steps_per_epoch`` times the same batch, so that a progress bar shows more
+    Training is full batch. An epoch repeats the batch ``steps_per_epoch`` times, so that a progress bar shows more
     than single steps.
 
     Args:
@@ -89,12 +89,12 @@ class AllPairs(L.LightningDataModule):
         self.steps_per_epoch = steps_per_epoch
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """The whole training split as one batch, again and again."""
+        """The training split as one batch, ``steps_per_epoch`` times."""
         batch = (self.tokens[: self.n_train], self.answers[: self.n_train])
         return DataLoader(Repeated(batch, self.steps_per_epoch), batch_size=None)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
-        """The training split once more, to look at, and the test split."""
+        """The training split and the test split."""
         splits = (slice(None, self.n_train), slice(self.n_train, None))
         return [DataLoader(Repeated((self.tokens[s], self.answers[s]), 1), batch_size=None) for s in splits]
 
@@ -110,7 +110,7 @@ class Repeated(Dataset[Any]):
         return self.times
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """The batch, whatever the index."""
+        """The batch, for every index."""
         if index >= self.times:
             raise IndexError(index)
         return self.batch
@@ -125,7 +125,7 @@ class ModularAddition(L.LightningModule):
         n_heads: Attention heads.
         d_mlp: Width of the MLP.
         lr: Learning rate after warm-up.
-        weight_decay: Decoupled weight decay; grokking needs it.
+        weight_decay: Decoupled weight decay, without which the model does not generalise.
         betas: Momentum parameters of AdamW.
         warmup_steps: Steps over which the learning rate rises linearly.
     """

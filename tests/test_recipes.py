@@ -262,7 +262,7 @@ def test_cifar10_refuses_what_is_something_else(tmp_path: Path) -> None:
     x, y = np.zeros((2, 3072), np.uint8), [0, 1]
     for batch in ([x, y], {"data": x}, {"data": x[:, :9], "labels": y}, {"data": x, "labels": [0, "cat"]}, {}):
         write_batch(folder / "test_batch", batch)
-        with pytest.raises(LIBError, match=r"test_batch does not hold CIFAR-10.*kriz/cifar"):
+        with pytest.raises(LIBError, match=r"test_batch does not contain CIFAR-10.*kriz/cifar"):
             Cifar10(str(folder)).setup("fit")
     for content in (b"", good[:1000], b"<html>not found</html>"):
         (folder / "test_batch").write_bytes(content)

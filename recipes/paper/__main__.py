@@ -1,9 +1,9 @@
-"""What the paper claims (arXiv 2405.10928), measured again: trains and measures all that is not done yet.
+"""The claims of the paper (arXiv 2405.10928), measured again: trains networks and measures those without results.
 
     python -m recipes.paper --folder runs/paper --cifar10 PATH
 
-Networks are kept in the folder, results in another one, beside this file; to measure a network again, remove its file.
-Where ``LIB_REFERENCE_DIR`` names a folder with the authors' networks, edges are counted in these, too.
+Networks are saved in the folder, and results in the folder ``results`` next to this file; to measure a network again,
+remove its file. If ``LIB_REFERENCE_DIR`` names a folder with the authors' networks, they are measured as well.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Make = Callable[[int], Network]
 
 @dataclass(frozen=True)
 class Task:
-    """Networks that have learned the same.
+    """Networks trained on the same task.
 
     Attributes:
-        name: What they have learned.
-        seeds: How many there are.
-        make: From a seed to a network.
-        bases: Which of `BASES` to measure them in.
+        name: Name of the task.
+        seeds: Number of networks.
+        make: Function from a seed to a network.
+        bases: Names in `BASES` of the bases to measure.
     """
 
     name: str
@@ -41,12 +41,12 @@ class Task:
 
 
 def tasks(folder: Path, images: Path | None = None, reference: Path | None = None) -> list[Task]:
-    """All there is to do.
+    """List the tasks.
 
     Args:
-        folder: Where networks are kept.
-        images: CIFAR-10, as for `Cifar10`; None to leave it out.
-        reference: Folder with the authors' networks; None to leave them out.
+        folder: Folder of the networks.
+        images: CIFAR-10, as for `Cifar10`; None to omit it.
+        reference: Folder with the authors' networks; None to omit them.
 
     Returns:
         The tasks.
@@ -58,17 +58,17 @@ def tasks(folder: Path, images: Path | None = None, reference: Path | None = Non
     if images is not None:
         found.append(Task("CIFAR-10", 3, partial(cifar10, folder=folder, images=images)))
     if reference is not None:
-        # In the two bases that they have counted in.
+        # In the two bases that the authors measured.
         found.append(Task("Published", 2, partial(published, reference=reference), ("lib", "pca")))
     return found
 
 
 def run(todo: Sequence[Task], results: Path = RESULTS, reference: Path | None = None) -> str:
-    """Train and measure what is not done yet.
+    """Train and measure the networks without results.
 
     Args:
-        todo: What to do.
-        results: Where results are kept.
+        todo: The tasks.
+        results: Folder of the results.
         reference: As for `report`.
 
     Returns:
@@ -85,9 +85,9 @@ def run(todo: Sequence[Task], results: Path = RESULTS, reference: Path | None = 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="recipes.paper", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/paper"), help="where networks are kept")
+    parser.add_argument("--folder", type=Path, default=Path("runs/paper"), help="folder of the networks")
     parser.add_argument("--cifar10", type=Path, help="the official folder or an .npz, as for recipes/cifar10_mlp.yaml")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where results are kept")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args(args)
     reference = Path(os.environ["LIB_REFERENCE_DIR"]) if os.environ.get("LIB_REFERENCE_DIR") else None
     sys.stdout.write(run(tasks(options.folder, options.cifar10, reference), options.results, reference) + "\n")

@@ -1,4 +1,4 @@
-"""One network in several bases: how many features, how many edges, and how many of these it needs."""
+"""Measures a network in several bases: number of features, of edges, and of edges required."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lib_lightning.ablation import edges_required
 from lib_lightning.ablation.scored_model import Score
 from lib_lightning.metrics.summary import graph_scalars, layer_key, section_keys
 
-# Options of `compute_interaction_graph` for each row. The output keeps its neurons unless they say otherwise.
+# Options of `compute_interaction_graph` for each row. The basis of the output is its neurons by default.
 BASES: dict[str, dict[str, Any]] = {
     "lib": {},
     "pca": {"basis": "pca"},
@@ -29,21 +29,21 @@ BASES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Network:
-    """A trained network, and all that it takes to measure it.
+    """A trained network, and the data and settings for measuring it.
 
     Attributes:
-        task: What it has learned.
-        seed: Which of several it is.
+        task: Name of its task.
+        seed: Its seed.
         model: The network.
         node_layers: Where it is cut; the last one is the output.
-        fit: Batches of the training split, to compute bases and edges on.
-        test: Batches of the test split, to score on.
+        fit: Batches of the training split, for bases and edges.
+        test: Batches of the test split, for scores.
         score: As for `edges_required`.
         tolerance: As for `edges_required`.
         search: As for `edges_required`.
         options: More options of `compute_interaction_graph`.
         ablation: More options of `edges_required`.
-        told: What else to say about it in the file of results.
+        notes: Further entries for the file of results.
     """
 
     task: str
@@ -57,7 +57,7 @@ class Network:
     search: Literal["scan", "bisection"] = "scan"
     options: dict[str, Any] = field(default_factory=dict)
     ablation: dict[str, Any] = field(default_factory=dict)
-    told: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 def measure(network: Network, basis: str) -> dict[str, Any]:
@@ -69,8 +69,8 @@ def measure(network: Network, basis: str) -> dict[str, Any]:
 
     Returns:
         ``features`` of each node layer, ``edges``, ``effective_edges``, ``modularity`` and ``edges_required`` of each
-        section (None where not even all edges are enough), and of all: for ``features`` that is the sum over all node
-        layers but the last. ``seconds`` are those of the processor, for the graph and for the ablations.
+        section (None if not even all edges are sufficient), and in total: for ``features``, the sum over all node
+        layers except the last. ``seconds`` are CPU times of the graph and of the ablations.
     """
     start = time.process_time()
     graph = compute_interaction_graph(
@@ -94,7 +94,7 @@ def measure(network: Network, basis: str) -> dict[str, Any]:
 
 
 def numbers_of(graph: InteractionGraph) -> dict[str, dict[str, float]]:
-    """What there is to count in a graph, without its model.
+    """Compute the metrics of a graph, which need no model.
 
     Args:
         graph: The graph.
@@ -113,33 +113,33 @@ def numbers_of(graph: InteractionGraph) -> dict[str, dict[str, float]]:
 
 
 def results_of(task: str, seed: int, folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The file of results of a network, and what is in it.
+    """Read the file of results of a network.
 
     Args:
-        task: What the network has learned.
-        seed: Which of several it is.
-        folder: Where files of results are.
+        task: Name of its task.
+        seed: Its seed.
+        folder: Folder of the results.
 
     Returns:
-        The file, and its contents; empty if there is none.
+        The path of the file, and its contents; empty if it does not exist.
     """
     path = folder / f"{task.replace(' ', '_').lower()}_seed{seed}.json"
     return path, json.loads(path.read_text()) if path.exists() else {}
 
 
 def remaining(task: str, seed: int, folder: Path, bases: Sequence[str] = tuple(BASES)) -> list[str]:
-    """In which of some bases a network has not been measured yet."""
+    """The bases in which a network has not been measured yet."""
     _, results = results_of(task, seed, folder)
     return [basis for basis in bases if basis not in results.get("bases", {})]
 
 
 def measure_all(network: Network, folder: Path, bases: Sequence[str] = tuple(BASES)) -> Path:
-    """Measure a network in several bases; what is in its file of results already is kept.
+    """Measure a network in the bases that its file of results does not contain yet.
 
     Args:
         network: The network.
-        folder: Where files of results are.
-        bases: Which of `BASES`.
+        folder: Folder of the results.
+        bases: Names in `BASES`.
 
     Returns:
         The file.
@@ -156,7 +156,7 @@ def measure_all(network: Network, folder: Path, bases: Sequence[str] = tuple(BAS
 
 
 def described(network: Network) -> dict[str, Any]:
-    """What there is to say about a network and its settings, for its file of results."""
+    """Describe a network and its settings for its file of results."""
     settings = {**network.options, **network.ablation}
     if "sections" in settings:
         settings["sections"] = [key for section in settings["sections"] for key in section_keys(section)]
@@ -168,7 +168,7 @@ def described(network: Network) -> dict[str, Any]:
         "search": network.search,
         "scored": sum(len(batch[0]) for batch in network.test),
         "settings": {key: _plain(value) for key, value in settings.items()},
-        **network.told,
+        **network.notes,
     }
 
 

@@ -1,4 +1,4 @@
-"""The networks of the table: trained here where they are not at hand yet, each with its data, score and node layers."""
+"""The networks of the table, each with its data, score and node layers, trained if their weights are missing."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ ADDITION = [
     NodeLayer(["unembed:input"], name="resid_post"),
     "output",
 ]
-# The same random part of the test pairs for every basis: to compute one output feature after the other along its own
-# edges is what most of the time goes to. The 8,939 pairs of the test split are in random order.
+# The same random part of the test pairs for every basis, because most of the time goes to computing one output feature
+# after the other along its own edges. The 8,939 pairs of the test split are in random order.
 ADDITION_SCORED = 2000
 
 
@@ -44,11 +44,11 @@ def modular_addition(
 
     Args:
         seed: Of split and weights.
-        folder: Where networks are kept.
+        folder: Folder of the networks.
         epochs: As for `train`.
         steps_per_epoch: As for `train`.
-        fitted: Training pairs to compute bases on; None for all 3,830.
-        scored: Test pairs to score on.
+        fitted: Number of training pairs for the bases; None for all 3,830.
+        scored: Number of test pairs for the scores.
 
     Returns:
         The network.
@@ -60,10 +60,10 @@ def modular_addition(
 
 
 def published(seed: int, reference: Path) -> Network:
-    """A network of the paper's authors, to be counted as they did: all directions, all test pairs, by bisection.
+    """A network of the paper's authors, measured as they did: all directions, all test pairs, by bisection.
 
     Args:
-        seed: Which of the two.
+        seed: Index of the network, 0 or 1.
         reference: Folder with their weights.
 
     Returns:
@@ -89,7 +89,7 @@ def _addition(
 
 
 def published_transformer(path: Path) -> ModularAdditionTransformer:
-    """The recipe's model with the authors' weights, which are laid out for row vectors and one head at a time.
+    """The recipe's model with the authors' weights, which are stored for row vectors and separate heads.
 
     Args:
         path: The file of weights.
@@ -123,11 +123,11 @@ def cifar10(seed: int, folder: Path, images: Path, epochs: int = 12) -> Network:
     """The paper's perceptron 3072-100-100-10, without its pixels.
 
     Among 3,072 pixels, or some 2,000 principal components of them, an edge ablation of the first section would take
-    hours. A basis depends on later node layers only: the others are as they would be with the pixels.
+    hours. A basis depends on later node layers only, so the other bases are the same as with the pixels.
 
     Args:
         seed: Of weights and batches.
-        folder: Where networks are kept.
+        folder: Folder of the networks.
         images: The official folder or an ``.npz``, as for `Cifar10`.
         epochs: Epochs of training.
 
@@ -142,8 +142,7 @@ def cifar10(seed: int, folder: Path, images: Path, epochs: int = 12) -> Network:
     return Network(
         "CIFAR-10", seed, module.layers.double(), [*layers, "output"],
         fit=_whole(data.train), test=_whole(data.test),
-        # A hundredth of the images, which is half a standard error of the accuracy on 846 of them: with 0.001 not one
-        # more of these may be wrong.
+        # Half a standard error of the accuracy on 846 images. A tolerance of 0.001 would allow no further error.
         score=accuracy, tolerance=0.01,
     )  # fmt: skip
 
@@ -155,14 +154,14 @@ def _whole(split: Labelled) -> list[tuple[Tensor, Tensor]]:
 def language_model(seed: int, folder: Path, max_steps: int = 1500, fitted: int = 32, scored: int = 64) -> Network:
     """A language model on the bytes of Python's documentation: four blocks of width 32, pieces of 32 bytes.
 
-    The section to the 256 logits is left out of the ablations, which would take ten times as long as all others.
+    The ablations exclude the section to the 256 logits, which would take ten times as long as all others.
 
     Args:
         seed: Of weights and batches.
-        folder: Where networks are kept.
+        folder: Folder of the networks.
         max_steps: Steps of training.
-        fitted: Pieces to compute bases on.
-        scored: Pieces to score on.
+        fitted: Number of pieces for the bases.
+        scored: Number of pieces for the scores.
 
     Returns:
         The network.
@@ -183,7 +182,7 @@ def language_model(seed: int, folder: Path, max_steps: int = 1500, fitted: int =
         "Language model", seed, module.model,
         [*(NodeLayer([f"transformer.{tap}:input"], name=name) for name, tap in taps.items()), "output"],
         fit=[fit], test=[(test, followed(test))],
-        # In nats: the next byte is given 1% less of a probability.
+        # In nats: the probability of the next byte decreases by 1%.
         score=log_likelihood, tolerance=0.01,
         ablation={"sections": list(itertools.pairwise(taps))},
     )  # fmt: skip
@@ -195,13 +194,13 @@ def followed(tokens: Tensor) -> Tensor:
 
 
 def trained(module: L.LightningModule, data: L.LightningDataModule, path: Path, **options: Any) -> Any:
-    """Train a small network, or read its weights.
+    """Train a small network, or load its weights.
 
     Args:
-        module: The network as it is at first; trained in place.
+        module: The untrained network, trained in place.
         data: Its data.
-        path: Where its weights are, or will be.
-        options: Of the trainer.
+        path: File of its weights.
+        options: Options of the trainer.
 
     Returns:
         The module.

@@ -1,6 +1,6 @@
 """The table of `python -m recipes.paper`, from its committed results alone: ``python -m recipes.paper.table``.
 
-Where ``LIB_REFERENCE_DIR`` names a folder with the authors' results, their numbers of edges stand beside ours.
+If ``LIB_REFERENCE_DIR`` names a folder with the authors' results, the table includes their numbers of edges.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from recipes.paper.measure import BASES
 
 RESULTS = Path(__file__).parent / "results"
 PUBLISHED = "Published"
-# And the digits to show of each.
+# Metrics, and the decimals to show.
 METRICS = {"features": 0, "edges_required": 0, "effective_edges": 0, "modularity": 2}
 COLUMNS = " | ".join(metric.replace("_", " ") for metric in METRICS)
-# What is divided by what, and whether only before the output: "fisher" changes what an edge to the output is, since it
-# gives the output features of its own, which the last linear layer's inputs match one to one.
+# Numerator, denominator, and whether to exclude the section to the output: "fisher" changes the features of the output,
+# which the features before them match one to one.
 COMPARED = (
     ("lib", "pca", False),
     ("lib", "pca", True),
@@ -36,10 +36,10 @@ def read(folder: Path = RESULTS) -> Results:
     """Read all files of results.
 
     Args:
-        folder: Where they are.
+        folder: Their folder.
 
     Returns:
-        By task, those of its seeds.
+        Results of all seeds, by task.
     """
     found: Results = {}
     for path in sorted(folder.glob("*.json")):
@@ -49,10 +49,10 @@ def read(folder: Path = RESULTS) -> Results:
 
 
 def report(folder: Path = RESULTS, reference: Path | None = None) -> str:
-    """Everything that the results say, in Markdown.
+    """Write all tables in Markdown.
 
     Args:
-        folder: Where the files of results are.
+        folder: Folder of the results.
         reference: Folder with the authors' results.
 
     Returns:
@@ -68,7 +68,7 @@ def report(folder: Path = RESULTS, reference: Path | None = None) -> str:
 
 
 def numbers(results: Results) -> str:
-    """Means over the seeds that have been measured, with standard errors.
+    """Tabulate means over the measured seeds, with standard errors.
 
     Args:
         results: By task.
@@ -90,7 +90,7 @@ def numbers(results: Results) -> str:
 
 
 def ratios(results: Results) -> str:
-    """What a basis has for each one that another has, in the same network; of modularity, what it has more.
+    """Tabulate ratios of two bases in the same network; for modularity, differences.
 
     Args:
         results: By task.
@@ -116,11 +116,11 @@ def ratios(results: Results) -> str:
 
 
 def counted_as_published(results: Sequence[Mapping[str, Any]], theirs: Mapping[str, Any] | None) -> str:
-    """Edges required in the authors' own networks, section by section.
+    """Tabulate the edges required in the authors' networks, by section.
 
     Args:
-        results: Those of their networks.
-        theirs: What they have found, by seed and basis; None where it is not at hand.
+        results: Results of their networks.
+        theirs: The authors' results, by seed and basis; None if unavailable.
 
     Returns:
         The table.
@@ -139,16 +139,16 @@ def counted_as_published(results: Sequence[Mapping[str, Any]], theirs: Mapping[s
 
 
 def total(one: Mapping[str, Any], basis: str, metric: str, inner: bool = False) -> float:
-    """A number of a whole graph.
+    """Read a metric of a whole graph.
 
     Args:
         one: Results of a network.
-        basis: Which of its bases.
+        basis: Name of the basis.
         metric: One of `METRICS`.
-        inner: Without the section to the output: the sum of the others, or the mean of their modularities.
+        inner: Whether to exclude the section to the output: sum over the others, or mean of their modularities.
 
     Returns:
-        The number; NaN where there is none.
+        The value; NaN if it is missing.
     """
     values = one["bases"].get(basis, {}).get(metric, {})
     if inner and metric != "features":

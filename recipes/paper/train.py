@@ -2,10 +2,10 @@
 
     python -m recipes.paper.train --seed 0
 
-The paper takes 60,000 full-batch steps. Here the general solution is found first, in 6,000 steps on quarters of the
-batch with twice the learning rate and weight decay (at the paper's own, no network had generalised after 16,000 steps);
-4,000 full-batch steps with the paper's settings follow. About seven minutes of one CPU core; a stopped run goes on
-from its last checkpoint.
+The paper takes 60,000 full-batch steps. Here the network first generalises, in 6,000 steps on quarters of the batch
+with twice the learning rate and weight decay (with those of the paper, no network had generalised after 16,000 steps);
+4,000 full-batch steps with the paper's settings follow. About seven minutes of one CPU core; an interrupted run
+continues from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FIND, SETTLE = 6, 4
 
 
 class PaperModularAddition(ModularAddition):
-    """`ModularAddition` in the paper's size, trained in two phases, with a faster way to the same logits."""
+    """`ModularAddition` in the paper's size, trained in two phases, with a faster computation of the same logits."""
 
     def __init__(self, modulus: int = MODULUS, find_steps: int = 1000 * FIND) -> None:
         super().__init__(modulus, d_model=128, n_heads=4, d_mlp=512, lr=1e-3, weight_decay=1.0)
@@ -44,11 +44,11 @@ class PaperModularAddition(ModularAddition):
         return F.cross_entropy(logits_of_pairs(self.transformer, tokens[:, 0], tokens[:, 1]), answers)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Twice the weight decay while the solution is to be found."""
+        """Double the weight decay in the first phase."""
         self.optimizers().param_groups[0]["weight_decay"] = 1.0 + self._finding(self.global_step)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW with a linear warm-up, then twice the learning rate while the solution is to be found."""
+        """AdamW with a linear warm-up, and twice the learning rate in the first phase."""
         configured = super().configure_optimizers()
         schedule = torch.optim.lr_scheduler.LambdaLR(
             configured["optimizer"], lambda step: min(1.0, (step + 1) / 10) * (1 + self._finding(step))
@@ -73,11 +73,11 @@ class QuartersThenAll(AllPairs):
 
 
 class Shuffles(torch.utils.data.Sampler[Tensor]):
-    """Batches of indices that go through all of them in a new order again and again.
+    """Batches of indices from repeated random permutations.
 
     Args:
         n: Number of indices.
-        size: Indices in a batch; the last one of each round may be smaller.
+        size: Number of indices in a batch; the last one of a permutation may be smaller.
         batches: Number of batches.
     """
 
@@ -100,7 +100,7 @@ class Shuffles(torch.utils.data.Sampler[Tensor]):
 
 
 def logits_of_pairs(model: ModularAdditionTransformer, a: Tensor, b: Tensor) -> Tensor:
-    """The model's logits, with keys and values computed once for each token and not once for each pair.
+    """Compute the model's logits, with keys and values computed once per token instead of once per pair.
 
     Args:
         model: The transformer, with modulus ``p``.
@@ -108,7 +108,7 @@ def logits_of_pairs(model: ModularAdditionTransformer, a: Tensor, b: Tensor) -> 
         b: Second numbers, shape ``(n,)``.
 
     Returns:
-        Logits ``(n, p + 1)``: what ``model(tokens)`` gives, up to rounding.
+        Logits ``(n, p + 1)``, equal to ``model(tokens)`` up to rounding.
     """
     embed, attention = model.embed, model.attention
     tokens, positions = embed.tokens.weight, embed.positions
@@ -125,11 +125,11 @@ def logits_of_pairs(model: ModularAdditionTransformer, a: Tensor, b: Tensor) -> 
 
 
 def train(seed: int, folder: Path, epochs: int = FIND + SETTLE, steps_per_epoch: int = 1000) -> Path:
-    """Train one network, or go on with it.
+    """Train one network, or continue its training.
 
     Args:
         seed: Seed of the split and of the weights.
-        folder: Where all networks are kept.
+        folder: Folder of the networks.
         epochs: Number of epochs.
         steps_per_epoch: Steps in one of them.
 
