@@ -17,7 +17,7 @@ from lib_lightning.model.batch import hash_batches
 
 
 class Sequences(nn.Module):
-    """Positions each on their own, then the last one."""
+    """A model that maps each position separately and returns the last one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ def test_reference_values_are_standardised_features(model: nn.Module) -> None:
         assert found[name].dtype == torch.float16
         assert found[name].shape == expected.shape
         scaled = (expected - expected.mean(0)) / expected.std(0, correction=0)
-        torch.testing.assert_close(found[name], scaled.half(), rtol=2e-3, atol=1e-5)  # one last digit of half precision
+        torch.testing.assert_close(found[name], scaled.half(), rtol=2e-3, atol=1e-5)  # rounding of float16
 
 
 def test_the_seed_determines_which_positions_are_sampled(model: nn.Module) -> None:
@@ -85,7 +85,7 @@ def test_padding_is_excluded() -> None:
 
 
 def test_features_match_after_a_rotation_of_hidden_units(model: nn.Module) -> None:
-    """Another basis of hidden units for the same function: other weights, the same features."""
+    """A rotation of the hidden units changes the weights but not the features."""
     batches = [torch.randn(200, 4, 3).double()]
     linear = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)).double()
     Q = torch.linalg.qr(torch.randn(5, 5).double()).Q
@@ -106,7 +106,7 @@ def test_features_match_after_a_rotation_of_hidden_units(model: nn.Module) -> No
 
 
 class Two(ProcessGroup):
-    """Process 0 of two; the other one has the same values with other signs."""
+    """Process 0 of two; process 1 has the same values with opposite signs."""
 
     size = 2
 

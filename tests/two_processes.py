@@ -30,7 +30,7 @@ def samples(n: int, d: int = 5) -> Tensor:
 
 
 class Stream(IterableDataset[Tensor]):
-    """So many of the samples for each process: not the same number."""
+    """A different number of samples on each process."""
 
     def __init__(self, *counts: int) -> None:
         self.counts = counts
@@ -42,7 +42,7 @@ class Stream(IterableDataset[Tensor]):
 
 
 class Model(pl.LightningModule):
-    """A small network; validation data as given."""
+    """A small network with given validation data."""
 
     def __init__(self, val: DataLoader[Any] | None, d: int = 5) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Model(pl.LightningModule):
 
 
 class Timed(Model):
-    """A second for each step and two for each snapshot, if process 0 is asked; the other one's clock stands still."""
+    """On process 0 a step takes one second and a snapshot two; the clock of process 1 does not advance."""
 
     seconds = 0.0
 
@@ -93,7 +93,7 @@ class Timed(Model):
 
 
 class FailsOnOne(Model):
-    """One process cannot compute its snapshot in the first epoch, or has little memory all along."""
+    """Process 1 fails to compute its snapshot in the first epoch, or has little memory."""
 
     def __init__(self, val: DataLoader[Any], error: type[Exception]) -> None:
         super().__init__(val)
@@ -109,7 +109,7 @@ class FailsOnOne(Model):
 
 
 class Sharded(Model):
-    """Weights in parts on both processes: of every layer, or of the matrix in the middle."""
+    """Weights sharded among both processes: every layer, or only the hidden dimension."""
 
     def __init__(self, val: DataLoader[Any]) -> None:
         super().__init__(val)
@@ -156,7 +156,7 @@ STRATEGIES: dict[str, Any] = {
 
 
 def whole(model: Model) -> dict[str, Tensor]:
-    """All weights, put together where they lie in parts."""
+    """All weights, gathered from both processes if they are sharded."""
     return {k: w.full_tensor() if isinstance(w, DTensor) else w for k, w in model.net.state_dict().items()}
 
 

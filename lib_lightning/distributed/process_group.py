@@ -77,7 +77,7 @@ class Reducible:
 def all_reduce(parts: Sequence[Reducible], process_group: ProcessGroup) -> None:
     """Replace the sums of this process by the sums over all processes.
 
-    There is one exchange for all of them, because an exchange takes milliseconds, whatever its size.
+    All of them are exchanged at once, because each exchange takes milliseconds, whatever its size.
 
     Args:
         parts: Objects whose attributes named by ``sums`` are replaced.

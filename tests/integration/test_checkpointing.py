@@ -26,7 +26,7 @@ from tests.integration.oracle import (
 )
 from tests.integration.state_check import StateCheck
 
-# The oracle runs without gradients, and Hugging Face is about to find another name for it.
+# Warnings because the oracle runs without gradients, and of a renaming in transformers.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:None of the inputs have requires_grad=True:UserWarning",
     "ignore:.*gradient_checkpointing.* is deprecated:FutureWarning",
@@ -89,13 +89,13 @@ def test_taps_inside_and_outside_checkpointed_blocks(way: str, layers: list[str]
     found.assert_same()
     assert_exact(graph, *dense(model, x, layers))
     runs = [block.runs for block in model.blocks]
-    model(x).sum().backward()  # and is run again in training's backward pass, as before
+    model(x).sum().backward()  # checkpointing is on again in the backward pass of training
     assert all(block.runs >= before + 2 for block, before in zip(model.blocks, runs, strict=True))
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_integrated_gradients(way: str) -> None:
-    # Activations are replaced along the path: what is run again from those of the forward pass would be another model.
+    # Activations are replaced along the path: recomputation from those of the forward pass would be wrong.
     model, x = randomize(Checkpointed(plain)), torch.randn(20, 3).double()
     expected = compute_interaction_graph(model, [x], INSIDE, integration_steps=3)
     model.way = WAYS[way]

@@ -15,7 +15,7 @@ from tests.integration.models import gpt2, tokens
 from tests.integration.oracle import RTOL, assert_same_graph, check_against_finite_differences, randomize
 from tests.integration.state_check import StateCheck
 
-# The compiler speaks about itself, and looks at gradients where there are none.
+# Warnings of the compiler.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:The .grad attribute of a Tensor:UserWarning"
 )

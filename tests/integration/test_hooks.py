@@ -16,7 +16,7 @@ from tests.integration.test_stateful_models import mlp
 
 
 class Log:
-    """What hooks have seen, in order."""
+    """Values that hooks have received, in order."""
 
     def __init__(self) -> None:
         self.entries: list[tuple[str, list[float]]] = []
@@ -44,7 +44,7 @@ def test_user_hooks_run_in_order_with_the_same_values() -> None:
     graph = compute_interaction_graph(model, [x], ["input", "0", "2:input", "2", "output"], rtol=RTOL)
     found.assert_same()
     assert [name for name, _ in log.entries[:4]] == ["first", "doubles", "sees doubled", "second"]
-    # The passes over the whole batch as it is (others hold the node layers to account, on three samples).
+    # The forward passes over the whole batch (those that validate the node layers have three samples).
     whole = [entry for entry in log.entries if len(entry[1]) == len(expected[0][1]) or len(entry[1]) == 20 * 5]
     assert all(entry in expected for entry in whole)
     assert len(whole) >= 4
@@ -67,8 +67,8 @@ class ResidualBlock(nn.Module):
 
 @pytest.mark.parametrize("scale", [None, 3.0])
 def test_user_backward_hooks_are_not_called(scale: float | None) -> None:
-    # They are about the gradients of training: ours are none of their business, nor may they change them. Around
-    # modules that have them, torch hands on views, which cannot be cut in place.
+    # They are meant for training: they are not called with our gradients and cannot change them. Torch passes views to
+    # modules with such hooks, and views cannot be overwritten in place.
     model, x, calls = randomize(ResidualBlock()), torch.randn(20, 4).double(), []
     layers = ["input", "norm:input", "head:input", "output"]
     expected = compute_interaction_graph(model, [x], layers)

@@ -54,7 +54,7 @@ def test_node_layers_beside_a_skip_connection_do_not_cut(
 
 
 class Inside(nn.Module):
-    """Takes a derivative of a part of itself, or maps it over samples."""
+    """A model that differentiates a part of itself, or maps it over samples."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()

@@ -30,7 +30,7 @@ def test_last_token() -> None:
 
 
 def test_some_pixels_of_images() -> None:
-    # The corners of the image are all that a filter with holes sees.
+    # A dilated filter uses only the corners of the image.
     model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.Tanh(), nn.Conv2d(4, 3, 2, dilation=3), nn.Flatten(), nn.Linear(3, 2))
     corners = NodeLayer(["1"], "corners", positions=[0, 3, -4, 15])
     check_against_finite_differences(
@@ -60,7 +60,7 @@ def test_feature_dim() -> None:
 
 
 class Branches(nn.Module):
-    """Two ways side by side, of different widths, with a gate from one to the other."""
+    """Two parallel paths of different widths, with a gate from one to the other."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def test_several_parallel_taps() -> None:
 
 
 class Recurrent(nn.Module):
-    """One block, run three times."""
+    """One block that is called three times."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ def test_several_calls_of_one_module() -> None:
 
 @pytest.mark.parametrize("make", [gpt2, bert])
 def test_padding_has_no_effect(make: Callable[[], nn.Module]) -> None:
-    # Sentences of two to four words, filled up, against each length on its own without filling.
+    # Padded sequences of length two to four, compared with separate batches without padding.
     model, lengths = make(), [2, 3, 4]
     words = {length: tokens(8, length) for length in lengths}
     ids = torch.cat([nn.functional.pad(words[length], (0, 4 - length)) for length in lengths])
@@ -202,7 +202,7 @@ class Half(nn.Module):
 
 
 class Picky(nn.Module):
-    """Takes its inputs from deep inside a batch."""
+    """A model with nested inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -231,7 +231,7 @@ def test_nested_batches() -> None:
         return compute_interaction_graph(model, batches, layers, rtol=RTOL)
 
     assert_same_graph(in_chunks_of(7), graph)
-    # A budget of 16 KiB cuts the batch up inside.
+    # With a memory limit of 16 KiB the batch is split.
     assert_same_graph(compute_interaction_graph(model, [batch], layers, rtol=RTOL, memory_limit=2.0**-16), graph)
 
 

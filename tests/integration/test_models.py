@@ -22,8 +22,8 @@ from tests.integration.oracle import (
     randomize,
 )
 
-# GPT-Neo multiplies queries with keys in float32 whatever its weights are: a longer step keeps differences out of that
-# rounding, and rounding and step together leave them exact to about 1e-6.
+# GPT-Neo multiplies queries with keys in float32, whatever the dtype of its weights. With a longer step, finite
+# differences are accurate to about 1e-6.
 FLOAT32_STEP, FLOAT32_TOLERANCE = 5e-3, 1e-5
 
 
@@ -35,12 +35,12 @@ def test_boring_model_in_its_own_precision() -> None:
     model, x = BoringModel(), torch.randn(40, 32)
     graph = compute_interaction_graph(model, [x], ["input", "output"])
     exact = compute_interaction_graph(model.double(), [x.double()], ["input", "output"])
-    # Float32 rounds activations and gradients at 6e-8.
+    # Rounding errors of float32 are 6e-8.
     assert_same_graph(graph, exact, tolerance=1e-5)
 
 
 def demo_transformer() -> tuple[nn.Module, dict[str, Tensor], list[str | NodeLayer]]:
-    # Two streams, inputs and target, through modules that run once for each. The output is flat, so it is no cut.
+    # Inputs and targets pass through the same modules. The output is flattened, so it does not cut.
     model = Transformer(vocab_size=7, ninp=4, nhead=2, nhid=6, nlayers=1)
     batch = {"inputs": torch.randint(0, 7, (12, 3)), "target": torch.randint(0, 7, (12, 3))}
     streams = [
@@ -57,7 +57,7 @@ def test_demo_transformer(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = compute_interaction_graph(model, [batch], streams, dtype=torch.float64, rtol=RTOL)
     assert model.pos_encoder.pe is None, "what it keeps for the next call is not kept"
     assert model.src_mask is None
-    torch.set_default_dtype(torch.float64)  # it makes masks and positions itself
+    torch.set_default_dtype(torch.float64)  # the model creates masks and positions itself
     try:
         assert_exact(graph, *dense(model.double(), batch, streams))
     finally:
@@ -116,7 +116,7 @@ def test_vit() -> None:
 
 
 class LanguageModel(nn.Module):
-    """Embedding, two recurrent layers, a choice of words."""
+    """An embedding, two recurrent layers, and logits."""
 
     def __init__(self, kind: type[nn.RNNBase]) -> None:
         super().__init__()

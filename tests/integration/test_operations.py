@@ -21,7 +21,7 @@ BACKWARDS, ONE_BY_ONE = "has no second derivative", "can only be differentiated 
 
 
 class Fused(nn.Module):
-    """Fused attention over what came before, and itself."""
+    """Causal fused attention."""
 
     def __init__(self, heads: int = 2) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def test_taps_inside_an_encoder_layer() -> None:
 
 
 class Sine(torch.autograd.Function):
-    """Derivatives by formula."""
+    """A sine with its derivative by formula."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class Sine(torch.autograd.Function):
 
 
 class SineOnce(Sine):
-    """Says that it can be differentiated once only."""
+    """Declares that it is differentiable only once."""
 
     @staticmethod
     @once_differentiable
@@ -105,7 +105,7 @@ class SineOnce(Sine):
 
 
 class SineSetup(torch.autograd.Function):
-    """The newer form, which says nothing of several vectors at once."""
+    """The newer form with ``setup_context``, without support for vmap."""
 
     generate_vmap_rule = False
 
@@ -123,7 +123,7 @@ class SineSetup(torch.autograd.Function):
 
 
 class SineNumPy(torch.autograd.Function):
-    """Computes elsewhere, where neither autograd nor stacks of vectors are known."""
+    """Computes in NumPy, without support for autograd or vmap."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class SineNumPy(torch.autograd.Function):
 
 
 class SineBranching(Sine):
-    """Looks at the numbers of the vector, as one cannot at a stack's; its second derivative at zero is wrong."""
+    """Branches on the values of the vector, which vmap does not allow; its second derivative at zero is wrong."""
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ class SineBranching(Sine):
 
 
 class SineInPlace(Sine):
-    """Calls on the vector as its own memory."""
+    """Writes to the vector in place."""
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ def test_custom_functions(
     graph = compute_interaction_graph(with_sine(Apply(function)), [x[:8], x[8:]], layers, rtol=RTOL)
     assert_same_graph(graph, expected)
     assert graph.info["notes"] == []
-    # A closed form needs the custom derivative once. Without it, and without a metric whose Jacobian serves the edges:
+    # A closed form calls the custom derivative once. Without it, and without a metric whose Jacobian is reused:
     monkeypatch.setattr(ClosedFormDetector, "fit", lambda self, section: None)
     expected = compute_interaction_graph(with_sine(PlainSine()), [x[:8], x[8:]], layers, basis="neuron")
     with caplog.at_level(logging.WARNING):
@@ -211,7 +211,7 @@ def test_custom_functions(
 
 
 def assert_notes(graph: InteractionGraph, signs: list[str], caplog: pytest.LogCaptureFixture) -> None:
-    """Each note is there, names the node layers, and is logged once."""
+    """Each note names the node layers and is logged once."""
     notes = graph.info["notes"]
     assert sorted(sign for note in notes for sign in (BACKWARDS, ONE_BY_ONE) if sign in note) == sorted(signs)
     assert len(notes) == len(signs)
@@ -228,7 +228,7 @@ def test_sampled_metric_with_a_custom_function_in_numpy() -> None:
 
 
 class Distances(nn.Module):
-    """How far from each of five points: torch has one derivative of it, not two."""
+    """Distances to five points, of which torch has no second derivative."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -242,13 +242,13 @@ class Distances(nn.Module):
 def test_distances() -> None:
     model, x, layers = randomize(Distances()), torch.randn(12, 6, 3).double(), ["first", "head:input", "output"]
     graph = check_against_finite_differences(model, x, layers)
-    assert graph.info["notes"] == []  # the metric's Jacobian serves the edges, too
+    assert graph.info["notes"] == []  # the metric's Jacobian is reused for the edges
     sampled = compute_interaction_graph(model, [x], layers, n_probes=4)
     assert [BACKWARDS in note for note in sampled.info["notes"]] == [True]
 
 
 class Experts(nn.Module):
-    """Each position goes to the two of three experts that a router chooses."""
+    """A router selects two of three experts for each position."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -272,7 +272,7 @@ def test_mixture_of_experts() -> None:
 
 
 class Spectrum(nn.Module):
-    """Filters over positions, by complex numbers."""
+    """A filter over positions in the frequency domain."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -28,7 +28,7 @@ LAYERS = ["input", "1", "2", "output"]
 
 
 def mlp(middle: Callable[[nn.Linear], nn.Module] = lambda linear: linear) -> nn.Sequential:
-    """Four inputs, three outputs, and something to be tried in between."""
+    """Four inputs, three outputs, and a module to test in between."""
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), middle(nn.Linear(6, 5)), nn.Tanh(), nn.Linear(5, 3))
 
 
@@ -41,7 +41,7 @@ def all_frozen() -> nn.Module:
 
 
 class LowRank(nn.Module):
-    """A frozen linear map, and a small one beside it that is trained."""
+    """A frozen linear map with a low-rank adapter."""
 
     def __init__(self, base: nn.Linear, rank: int = 2) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def low_rank() -> nn.Module:
 
 
 class Tied(nn.Module):
-    """An autoencoder whose two halves share one weight."""
+    """An autoencoder with tied weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ def batch_norm_and_dropout() -> nn.Module:
 
 
 class Moving(nn.Module):
-    """Writes into its buffers and attributes in every pass, in evaluation mode, too."""
+    """Writes to its buffers and attributes in every forward pass, also in evaluation mode."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ def pruned() -> nn.Module:
 
 
 class Keeping(nn.Module):
-    """Keeps what it sees in whatever Python and NumPy have for keeping things."""
+    """Stores values in many types of containers and generators."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ def keeping() -> nn.Module:
 
 
 class NormedInForward(nn.Linear):
-    """Keeps its weights small, by putting new ones in their place whenever it runs."""
+    """Replaces its weight by a normalized one in every forward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.weight.data = torch.renorm(self.weight.data, 2, 0, 0.5)
@@ -191,7 +191,7 @@ def test_training_continues_bit_for_bit(make: Callable[[], nn.Module]) -> None:
         for _ in range(4):
             x = torch.randn(20, 4)
             loss = model(x).square().mean()
-            if watched:  # before the backward pass of a loss that is there already: nothing of it is in our way
+            if watched:  # a snapshot between the forward and the backward pass of training
                 compute_interaction_graph(model, [x], LAYERS)
             optimizer.zero_grad()
             if loss.requires_grad:
@@ -215,7 +215,7 @@ def test_low_rank_adapter_equals_its_merged_weight() -> None:
 
 
 def test_embedding_with_max_norm() -> None:
-    # torch writes shorter vectors into the table as they are looked up, even in evaluation mode.
+    # torch shortens vectors in the table when they are looked up, also in evaluation mode.
     class Words(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -234,7 +234,7 @@ def test_embedding_with_max_norm() -> None:
 
 
 class Neighbours(nn.Module):
-    """Mixes positions by a sparse matrix, which cannot be compared with another."""
+    """Mixes positions with a sparse matrix, which cannot be compared by value."""
 
     def __init__(self, layout: torch.layout) -> None:
         super().__init__()
@@ -258,7 +258,7 @@ def test_sparse_buffers(layout: torch.layout) -> None:
 
 
 class Table(nn.Module):
-    """Makes a table when first called, and keeps it."""
+    """Creates a table in the first call, and stores it."""
 
     def __init__(self) -> None:
         super().__init__()

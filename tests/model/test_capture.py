@@ -38,7 +38,7 @@ def test_replaced_activations_affect_all_later_layers(case: Case) -> None:
     with torch.no_grad():
         cuts = instrumented.capture(case.data, [None, new, *[None] * (len(activations) - 2)])
     torch.testing.assert_close(cuts[-1].a, expected)
-    if len(cuts[1].outputs) == 1:  # of several taps, one may be computed from another, which was replaced
+    if len(cuts[1].outputs) == 1:  # one of several taps may be computed from another one, which was replaced
         assert torch.equal(cuts[1].a, activations[1]), "the end keeps what was computed"
 
 
@@ -156,7 +156,7 @@ def test_invalid_node_layers_raise_errors(layers: list[str], error: type[Excepti
 
 def test_parameters_and_buffers_are_not_overwritten() -> None:
     class Queries(nn.Module):
-        """Feeds a parameter and a buffer straight into modules."""
+        """A model that passes a parameter and a buffer to modules."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -183,7 +183,7 @@ class Named(NamedTuple):
 
 
 class Output(OrderedDict[str, Any]):
-    """An output class in the manner of model libraries: a dict with attributes."""
+    """An output class as in model libraries: a dict with attributes."""
 
     def __getattr__(self, name: str) -> Any:
         return self[name]
@@ -249,7 +249,7 @@ def test_keyword_arguments_can_be_tapped() -> None:
 
 
 class Residual(nn.Module):
-    """``x + f(x)`` with a chosen way of adding."""
+    """``x + f(x)`` with different kinds of addition."""
 
     def __init__(self, in_place: bool) -> None:
         super().__init__()
@@ -282,7 +282,7 @@ def test_models_that_write_to_their_input(write: str) -> None:
         def forward(self, x: Tensor) -> Tensor:
             if write == "mul_":
                 x.mul_(2)
-            elif write == "data":  # of which autograd's count of writes does not know
+            elif write == "data":  # which does not increase autograd's version counter
                 x.data.mul_(2)
             y = torch.tanh(self.up(x))
             if write == "after":
@@ -304,7 +304,7 @@ def test_models_that_write_to_their_input(write: str) -> None:
 def test_two_taps_of_the_same_input(between: nn.Module, taps: list[str]) -> None:
     model, x = nn.Sequential(between, nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double().eval(), torch.rand(30, 3)
     batches = list(x.double().split(10))
-    graph = compute_interaction_graph(model, batches, taps)  # of positive numbers all are left as they are
+    graph = compute_interaction_graph(model, batches, taps)  # positive, so that the nonlinearity is the identity
     first, second = graph.node_layers[:2]
     assert graph.bases[first].n_features == graph.bases[second].n_features > 0
     torch.testing.assert_close(graph.edges[first, second].sum(0), graph.bases[first].importance)
@@ -417,7 +417,7 @@ def test_fused_attention_uses_the_math_backend() -> None:
 
 
 class NoSecondDerivative(torch.autograd.Function):
-    """Doubles its input, with a backward pass that autograd cannot look into."""
+    """Doubles its input; its backward pass is not differentiable."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -438,7 +438,7 @@ def test_operations_without_second_derivative() -> None:
             return x * 2
 
     linear, x = nn.Linear(3, 4), torch.randn(4, 3)
-    for head in (nn.Linear(4, 40), nn.Linear(4, 2)):  # many outputs ask for forward mode, few for reverse
+    for head in (nn.Linear(4, 40), nn.Linear(4, 2)):  # forward mode for many outputs, reverse mode for few
         custom, plain = (
             compute_interaction_graph(nn.Sequential(linear, op, head), [x], ["0", "output"])
             for op in (Custom(), Plain())
@@ -500,7 +500,7 @@ def test_a_bypass_without_gradient_raises_an_error(path: str) -> None:
 
 
 class Accepted(nn.Module):
-    """Things that look like bypasses or changes, and are none."""
+    """Valid models that resemble invalid ones."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()

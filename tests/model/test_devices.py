@@ -20,8 +20,8 @@ from lib_lightning.algorithm.wide_layers import DualEigenproblem
 from lib_lightning.jacobian.closed_form import ClosedEdges, ClosedForm, ClosedMetric, Factors
 from lib_lightning.jacobian.section import Section
 
-# An operation between tensors of two devices is an error here, too; and so is asking for a value, for which the
-# processor would have to wait.
+# As on an accelerator, operations between tensors on two devices raise an error; so does reading a value, which would
+# synchronize with the device.
 DEVICE = torch.device("meta")
 N, S, D, H, R = 6, 3, 5, 7, 4
 
@@ -70,7 +70,7 @@ def test_closed_forms(affine: bool, residual: bool) -> None:
     gram = LowRankGram(D, parts=2)
     gram.add_product(V, X)
     assert gram.matrix().device == DEVICE
-    if affine:  # how many positions count is not known of these tensors, and the products come in blocks of them
+    if affine:  # the number of valid positions, which determines the blocks, is not known for fake tensors
         edges = ClosedEdges(weights, numbers(R, D), numbers(D, R))
         assert edges.J is not None
         assert edges.J.device == DEVICE
@@ -86,7 +86,7 @@ def test_dual_moments_and_fisher() -> None:
 
 
 class Linear(Section):
-    """A section with products, but without a graph."""
+    """A section with products but without a graph."""
 
     def __init__(self) -> None:
         groups = [(0, slice(0, 2)), (1, slice(2, 6))]

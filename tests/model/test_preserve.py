@@ -54,7 +54,7 @@ def test_the_model_and_random_states_are_restored(fails: bool) -> None:
         before = state(model)
         disturb()
     assert model[1].running_mean is buffer
-    if fails:  # .grad of the first weight was accumulated in place by backward, which the library itself never calls
+    if fails:  # backward(), which the package never calls, accumulated this .grad in place
         model[0].weight.grad = torch.ones(3, 2)
     assert state(model) == before
 
@@ -121,11 +121,11 @@ assert state() == before, (state(), before)
         "",
         "torch.set_float32_matmul_precision('high')",
         "torch.set_float32_matmul_precision('medium')",
-        "torch.backends.cuda.matmul.fp32_precision = 'tf32'",  # after which the older switches raise errors
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'",  # after which the older settings raise errors
     ],
 )
 def test_products_are_of_full_precision(setting: str) -> None:
-    # In a process of its own: torch remembers which of its two kinds of switches has been used.
+    # In a separate process, because torch remembers which of its two kinds of settings was used.
     run = subprocess.run(
         [sys.executable, "-c", _PRECISIONS.format(setting=setting)], capture_output=True, text=True, check=False
     )

@@ -21,7 +21,7 @@ from lib_lightning.model.propose import propose
 from tests.cases import Case, Repeated, ResidualBlock, ResidualMLP, Transformer, TwoInputs
 from tests.tiny_training import Classifier
 
-# What each case is given, by its author; the proposals are found without looking at it.
+# Expected proposals of each case. The search does not know the case's own node layers.
 PROPOSED = {
     "mlp_relu": ["input", "1", "3", "output"],
     "mlp_tanh": ["input", "1", "3", "output"],
@@ -49,7 +49,7 @@ def names(cuts: list[CutPoint]) -> set[str]:
 
 
 def taps(model: nn.Module, batch: Any, input_fn: Callable[[Any], Any] | None = None) -> list[str]:
-    """Taps of all cuts, each of which is checked on its own and all of them together."""
+    """Taps of all cut points, validated one by one and together."""
     cuts = list_node_layers(model, batch, input_fn)
     for cut in cuts[:-1]:
         check_node_layers(model, batch, [cut.tap, cuts[-1].tap], input_fn=input_fn)
@@ -116,7 +116,7 @@ def test_hooks_are_removed_when_the_model_raises() -> None:
 
 
 class Detours(nn.Module):
-    """A residual network with something added that gradients do not see."""
+    """A residual network with an additional path without gradients."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ def test_modules_registered_twice_have_two_names() -> None:
 
 
 class InPlace(nn.Module):
-    """Adds to a tensor and bends it, all in place."""
+    """In-place addition and nonlinearity."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ class InPlace(nn.Module):
 
 
 class Views(nn.Module):
-    """The residual stream is a view, which only the norm would be handed a copy of."""
+    """The residual stream is a view; only the norm would receive a copy of it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ class Views(nn.Module):
 
 
 class LateName(nn.Module):
-    """What ``body`` gives has been used before it is given; the last module in it is the one to name."""
+    """The output of ``body`` is used before it is returned, so the last module inside has to be tapped."""
 
     class Body(nn.Module):
         def __init__(self) -> None:
@@ -212,7 +212,7 @@ class LateName(nn.Module):
 
 
 class UsedBefore(nn.Module):
-    """A module takes a tensor after something else has used it: of its names the first is the one to use."""
+    """A tensor is used before it becomes a module's input, so its first name has to be used."""
 
     def __init__(self, by_module: bool) -> None:
         super().__init__()
@@ -226,7 +226,7 @@ class UsedBefore(nn.Module):
 
 
 class GivesViews(nn.Module):
-    """Slices and reshapes on the way that change nothing are no places of their own."""
+    """Slices and reshapes that change nothing are not separate cut points."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -238,7 +238,7 @@ class GivesViews(nn.Module):
 
 
 class ByIndex(nn.Module):
-    """An embedding that is no ``nn.Embedding``."""
+    """An embedding that is not an ``nn.Embedding``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -249,7 +249,7 @@ class ByIndex(nn.Module):
 
 
 class Frozen(nn.Module):
-    """A part without gradients, and a head that is trained on it."""
+    """A trained head on a part without gradients."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -290,7 +290,7 @@ class TimeFirst(nn.Module):
 
 
 class TimeStep(nn.Module):
-    """Takes a time step beside its input, everywhere."""
+    """A model with a time step as an additional input of every layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -353,7 +353,7 @@ def test_modules_inside_torchscript_are_skipped() -> None:
 def test_smaller_inputs_are_context_if_there_is_no_other_cut() -> None:
     batch = (X, torch.rand(5, 1))
     cuts = list_node_layers(TimeStep(), batch, lambda b: b)
-    # Not each of them with the output alone: the first node layer says what is context, and later ones depend on it.
+    # Validated together only: the first node layer determines which inputs are context.
     assert [cut.tap for cut in cuts] == ["input", "f", "head:input", "head", "output"]
     check_node_layers(TimeStep(), batch, propose_node_layers(TimeStep(), batch, lambda b: b), input_fn=lambda b: b)
 
@@ -435,11 +435,11 @@ def test_resnet() -> None:
     assert propose_node_layers(model, batch) == ["input", *(f"resnet.encoder.stages.{i}" for i in range(4)), "output"]
 
 
-# What is proposed.
+# Proposals.
 
 
 class Deep(nn.Module):
-    """Pixels, flattened on the way, and linear layers with functions between them."""
+    """Pixels, flattened inside the model, and linear layers with nonlinearities."""
 
     def __init__(self, width: int, depth: int) -> None:
         super().__init__()
