@@ -1,4 +1,4 @@
-"""Published results of the paper's authors, matched on their own trained models."""
+"""Comparison with results published by the paper's authors, on their trained models."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from recipes.paper.networks import published_transformer as load_transformer
 MODULUS = 113
 NODE_LAYERS = ["embed", "mlp:input", "unembed:input", "output"]
 
-# What is shared by these tests is made once.
+# One process runs all of these tests, so that shared graphs are computed once.
 pytestmark = pytest.mark.xdist_group("test_published")
 
 
 def assert_edges(E: Tensor, published: Tensor, tolerance: float, block: int | None = None) -> None:
-    """Compare the leading blocks, to the largest published entry, and the sums."""
+    """Compare the leading blocks, relative to the largest published entry, and the sums."""
     rows, columns = (min(a, b, block or a) for a, b in zip(E.shape, published.shape, strict=True))
     difference = (E[:rows, :columns] - published[:rows, :columns]).abs().max()
     assert difference < tolerance * published.max()
@@ -32,7 +32,7 @@ def assert_edges(E: Tensor, published: Tensor, tolerance: float, block: int | No
 
 @functools.cache
 def published_model(folder: Path, seed: int) -> tuple[ModularAdditionTransformer, AllPairs]:
-    """One of the authors' models, and its data."""
+    """A model of the authors, and its data."""
     data = AllPairs(MODULUS, train_fraction=0.3)
     assert data.n_train == 3830
     return load_transformer(folder / f"modular_addition_seed{seed}_weights.safetensors"), data
@@ -40,7 +40,7 @@ def published_model(folder: Path, seed: int) -> tuple[ModularAdditionTransformer
 
 @functools.cache
 def graph_of(folder: Path, seed: int, basis: str) -> InteractionGraph:
-    """Our graph of that model, on the train split."""
+    """Our graph of that model on the training split."""
     model, data = published_model(folder, seed)
     return compute_interaction_graph(model, data.tokens[: data.n_train].split(1000), NODE_LAYERS, basis=basis, rtol=0)
 
@@ -67,8 +67,8 @@ def modular_addition(
 def test_modular_addition(modular_addition: tuple[str, InteractionGraph, dict[str, Tensor]]) -> None:
     kind, graph, published = modular_addition
     for l, E in enumerate(graph.edges.values()):
-        # The published first section keeps directions of numerical noise, which no other implementation shares: its
-        # leading part agrees to three digits. The other sections are limited by their storage in float32, at 6e-8.
+        # The published first section includes directions of numerical noise, which depend on the implementation: its
+        # leading part agrees to three digits. The other sections were stored in float32, with an error of 6e-8.
         first = l == 0
         tolerance = 1e-3 if first else 1e-6
         assert_edges(E, published[f"{kind}.edges.{l}"], tolerance, block=12 if first else None)

@@ -15,7 +15,7 @@ from lib_lightning.ablation import accuracy, edges_required, node_ablation_curve
 from recipes.modular_addition import ModularAdditionTransformer
 from tests.test_published import NODE_LAYERS, graph_of, published_model
 
-# What the authors call the node layers.
+# The authors' names of the node layers.
 THEIRS = dict(zip(NODE_LAYERS, ["resid_pre", "resid_mid", "resid_post"], strict=False))
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -36,7 +36,8 @@ def run(
 def test_node_ablations(node_layer: str, run: tuple[Any, ...]) -> None:
     model, batches, graph, published = run
     r = graph.bases[node_layer].n_features
-    # Their number of features counts the constant direction. The order of the last features, which are noise, is open.
+    # Their number of features includes the constant direction. The order of the last features, which are noise, is
+    # arbitrary.
     theirs = {int(m) - 1: score for m, score in published["node_ablation_accuracy"][THEIRS[node_layer]].items()}
     wanted = {min(m, r): score for m, score in theirs.items() if m >= 10}
     ours = node_ablation_curve(model, batches, graph, accuracy, node_layer, list(wanted), dtype=torch.float32)
@@ -53,6 +54,6 @@ def test_edges_required(node_layer: str, run: tuple[Any, ...]) -> None:
     ]
     assert found.unablated == pytest.approx(published["unablated_accuracy"], abs=1e-9)
     assert found.mask.sum() == found.count
-    # Directions of numerical noise, which no other implementation shares, take part in the first section.
+    # The first section includes directions of numerical noise, which depend on the implementation.
     tolerance = 0.05 if node_layer == "embed" else 0
     assert found.count == pytest.approx(published["edges_required"][THEIRS[node_layer]], rel=tolerance, abs=0)
