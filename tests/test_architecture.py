@@ -166,3 +166,16 @@ def test_public_names_are_all_there_though_none_is_imported_before_it_is_asked_f
 
 if __name__ == "__main__":
     CONTRIBUTING.write_text(contributing())
+
+
+def definitions(path: Path, name: str) -> list[str]:
+    """Classes in a file that define a method of a name."""
+    classes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
+    return [c.name for c in classes for node in c.body if isinstance(node, ast.FunctionDef) and node.name == name]
+
+
+def test_state_of_a_run_is_built_fresh_and_in_one_place() -> None:
+    files = sorted(PACKAGE.rglob("*.py"))
+    assert not [cls for path in files for cls in definitions(path, "reset")], "a new run gets new objects"
+    of_training = [cls for path in (PACKAGE / "training").glob("*.py") for cls in definitions(path, "state_dict")]
+    assert sorted(of_training) == ["LIBCallback", "RunState"], "and what a checkpoint holds is collected once"

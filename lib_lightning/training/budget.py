@@ -52,6 +52,11 @@ class TimeSpent:
     training: float = 0.0
     last_cost: dict[str, float] = field(default_factory=dict)
 
+    def add(self, seconds: float, is_overhead: bool) -> None:
+        """Add seconds of overhead, or of training."""
+        self.overhead += seconds * is_overhead
+        self.training += seconds * (not is_overhead)
+
 
 class TimeMeter:
     """Measures the callback's overhead against training time, and whether another snapshot stays below a limit.
@@ -135,10 +140,8 @@ class TimeMeter:
         """Attribute the time since the last call."""
         now = self.clock()
         elapsed, self._last = now - self._last, now
-        if self._is_timed:
-            self.spent.overhead += elapsed
-        elif self._is_training:
-            self.spent.training += elapsed
+        if self._is_timed or self._is_training:
+            self.spent.add(elapsed, self._is_timed)
 
     def expected_cost(self, kind: str) -> float:
         """Seconds that the next snapshot of a kind is expected to cost; of an unknown kind, the dearest one so far."""
@@ -181,6 +184,19 @@ class SkippedSnapshots:
     total: int = 0
     since_last: int = 0
     last_step: int | None = None
+
+    def add(self, step: int) -> None:
+        """Count the snapshot due at a step as skipped."""
+        self.total, self.since_last, self.last_step = self.total + 1, self.since_last + 1, step
+
+    def retract(self, step: int) -> None:
+        """The snapshot of a step is taken after all."""
+        if self.last_step == step:
+            self.total, self.since_last, self.last_step = self.total - 1, self.since_last - 1, None
+
+    def start_interval(self) -> None:
+        """A snapshot has been taken: count those skipped since it."""
+        self.since_last = 0
 
 
 @dataclass(frozen=True)
@@ -229,9 +245,7 @@ class SnapshotTrigger:
         if not affordable:
             if not self.skipped.total:
                 self._explain_skipping(step, kind)
-            self.skipped.total += 1
-            self.skipped.since_last += 1
-            self.skipped.last_step = step
+            self.skipped.add(step)
         return bool(affordable)
 
     @contextmanager
@@ -245,16 +259,13 @@ class SnapshotTrigger:
         Yields:
             Nothing.
         """
-        if self.skipped.last_step == step:  # skipped at first, but now taken as the last one of the run
-            self.skipped.total -= 1
-            self.skipped.since_last -= 1
-            self.skipped.last_step = None
+        self.skipped.retract(step)  # skipped at first, but now taken as the last one of the run
         with self.meter.snapshot(self._cost_key(kind)), no_garbage_collection():
             yield
 
     def on_success(self, kind: SnapshotKind) -> None:
         """A snapshot was taken: the next interval begins, and its cost is known."""
-        self.skipped.since_last = 0
+        self.skipped.start_interval()
         if kind.figures:
             self.meter.forget_cost(_FIRST)
 

@@ -25,7 +25,7 @@ from lib_lightning.training.node_layers import NodeLayerResolver
 from lib_lightning.training.reporter import EventHook, SnapshotReporter
 from lib_lightning.training.run_state import RunState
 from lib_lightning.training.samples import SampleConfig, SampleStore
-from lib_lightning.training.schedule import Schedule, ScheduleCursor
+from lib_lightning.training.schedule import Schedule
 from lib_lightning.training.snapshot import Snapshot, SnapshotComputer, SnapshotConfig
 from lib_lightning.training.trainer import (
     check_strategy,
@@ -103,7 +103,6 @@ class LIBCallback(pl.Callback):
 
     # Created at the start of each run.
     resolver: NodeLayerResolver
-    cursor: ScheduleCursor
     trigger: SnapshotTrigger
     samples: SampleStore
     reporter: SnapshotReporter
@@ -163,7 +162,7 @@ class LIBCallback(pl.Callback):
         self._begin()
 
     def _begin(self) -> None:
-        self.state = RunState(self.computer.prefixes, self.config.ablation, self.config.follow)
+        self.state = RunState(self.computer.prefixes, self.config.ablation, self.config.follow, self.schedule)
         self.meter = TimeMeter(self.max_overhead, self.clock, self.state.time)
 
     @property
@@ -214,7 +213,6 @@ class LIBCallback(pl.Callback):
         self.resolver = NodeLayerResolver(
             self._given_layers, state.node_layers, self.name, self.spec, state.set_node_layers
         )
-        self.cursor = self.schedule.start(state.schedule)
         self.trigger = SnapshotTrigger(self.meter, state.skipped, self.name, self.config.follow)
         self.reporter = SnapshotReporter(
             self.name, self._hooks, state, list(self.computer.prefixes), trainer, self.config.follow
@@ -275,8 +273,8 @@ class LIBCallback(pl.Callback):
             self._at_validation(trainer, pl_module)
 
     def _at_validation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        due = self.cursor.due_at_validation(trainer.global_step) if trainer.state.fn == "fit" else True
-        if due or self.cursor.due_at_step(trainer.global_step) or self.state.step is None:
+        due = self.state.cursor.due_at_validation(trainer.global_step) if trainer.state.fn == "fit" else True
+        if due or self.state.cursor.due_at_step(trainer.global_step) or self.state.step is None:
             self._snapshot(trainer, pl_module)
         keys = self.computer.scalar_keys(self.resolver.names)
         scalars = self.reporter.changed_metrics(self._scalars(trainer), keys)
@@ -300,7 +298,7 @@ class LIBCallback(pl.Callback):
         self.trigger.log_summary()
 
     def _snapshot_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.samples.is_ready and self.cursor.due_at_step(trainer.global_step):
+        if self.samples.is_ready and self.state.cursor.due_at_step(trainer.global_step):
             with self.meter.timed():
                 if self._snapshot(trainer, pl_module):
                     self.reporter.log_scalars(trainer, self._scalars(trainer))
@@ -337,14 +335,14 @@ class LIBCallback(pl.Callback):
             # All processes have to take their snapshots at the same steps.
             has_changed = torch.tensor(any(event.kind in CHANGES for event in snapshot.events))
             if self._process_group.broadcast([has_changed])[0]:
-                self.cursor.densify(snapshot.step)
+                self.state.cursor.densify(snapshot.step)
         if self.reporter.notify(trainer, snapshot.events, draw):
             self.state.mark_drawn()
         return True
 
     def _compute(self, trainer: pl.Trainer, pl_module: pl.LightningModule, kind: SnapshotKind) -> Snapshot:
         instrumented = self.resolver.instrument(pl_module, self._process_group)
-        interval = self.cursor.relative_interval(
+        interval = self.state.cursor.relative_interval(
             self.state.step, trainer.global_step, self.trigger.skipped.since_last
         )  # fmt: skip
         with isolated_forward(trainer, pl_module, self.spec.dtype):

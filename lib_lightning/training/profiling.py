@@ -30,6 +30,7 @@ from lib_lightning.model.preserve import preserve_rng
 from lib_lightning.model.validate import wrap_forward_errors
 from lib_lightning.training.run_state import RunState
 from lib_lightning.training.samples import NUM_REFERENCE_SAMPLES, SampleBuffer
+from lib_lightning.training.schedule import Schedule
 from lib_lightning.training.snapshot import SnapshotComputer, SnapshotConfig, SnapshotData
 from lib_lightning.training.writer import RunDirectory
 
@@ -167,7 +168,7 @@ def _snapshots(
 ) -> Callable[[Callable[[str], None]], None]:
     """Make a function that computes and writes the next snapshot, as in training, with a listener for its phases."""
     computer = SnapshotComputer(config, "lib")
-    state = RunState(computer.prefixes, None, config.follow)
+    state = RunState(computer.prefixes, None, config.follow, Schedule())
 
     def take(listener: Callable[[str], None]) -> None:
         layouts = copy.deepcopy(state.layouts)

@@ -21,7 +21,7 @@ from lib_lightning.plots.spectrum_over_time import draw_spectrum_over_time
 from lib_lightning.plots.timeline import draw_timeline
 from lib_lightning.training.budget import SkippedSnapshots, SnapshotKind, TimeSpent
 from lib_lightning.training.samples import SavedSamples
-from lib_lightning.training.schedule import SchedulePosition
+from lib_lightning.training.schedule import Schedule
 from lib_lightning.training.snapshot import Previous, Snapshot
 
 # Figures over the whole run are drawn at this number of snapshots, and again whenever it has doubled.
@@ -95,14 +95,13 @@ class PlotHistory:
 class RunState:
     """The state of one run: built fresh when a run begins, and replaced as a whole when one is resumed.
 
-    Everything that outlives a snapshot is here, so that one `state_dict` is all that a checkpoint needs. Schedule,
-    budget and samples have records of plain values in it, each of which is updated by the one object that it is
-    given to.
+    Everything that outlives a snapshot is here, so that one `state_dict` is all that a checkpoint needs.
 
     Args:
         prefixes: The kind of basis for each prefix, the basis itself first.
         plan: When edges required are counted; None for never.
         follow: Whether features are tracked.
+        schedule: When snapshots are due.
 
     Attributes:
         node_layers: Names of the node layers; empty as long as they are not known.
@@ -117,14 +116,16 @@ class RunState:
         events: All events so far.
         layouts: Where features are drawn, by prefix.
         folders: Folders that the run has written to, the present one last.
-        schedule: Position in the schedule.
+        cursor: Position in the schedule.
         time: Seconds spent.
         skipped: Snapshots that were skipped.
         samples: Where the samples have been written.
     """
 
-    def __init__(self, prefixes: Mapping[str, BasisKind], plan: AblationPlan | None, follow: bool) -> None:
-        self._prefixes, self._plan, self._follow = dict(prefixes), plan, follow
+    def __init__(
+        self, prefixes: Mapping[str, BasisKind], plan: AblationPlan | None, follow: bool, schedule: Schedule
+    ) -> None:
+        self._prefixes, self._plan, self._follow, self._schedule = dict(prefixes), plan, follow, schedule
         self.node_layers: list[str] = []
         self.graphs: dict[str, InteractionGraph] = {}
         self.scalars: dict[str, float] = {}
@@ -136,7 +137,7 @@ class RunState:
         self.events: list[Event] = []
         self.layouts = {prefix: AnimatedLayout() for prefix in prefixes}
         self.folders: list[str] = []
-        self.schedule, self.time, self.skipped = SchedulePosition(), TimeSpent(), SkippedSnapshots()
+        self.cursor, self.time, self.skipped = schedule.start(), TimeSpent(), SkippedSnapshots()
         self.samples = SavedSamples()
 
     def set_node_layers(self, names: Sequence[str]) -> None:
@@ -213,7 +214,7 @@ class RunState:
             "events": [event.to_json() for event in self.events],
             "layouts": {prefix: layout.state_dict() for prefix, layout in self.layouts.items()},
             "folders": list(self.folders),
-            "schedule": asdict(self.schedule),
+            "schedule": self.cursor.position,
             "time": asdict(self.time),
             "skipped": asdict(self.skipped),
             "samples": asdict(self.samples),
@@ -237,7 +238,7 @@ class RunState:
         """
         state = current_state(state)
         self.node_layers = list(state["node_layers"] if node_layers is None else node_layers)
-        self.schedule, self.samples = SchedulePosition(**state["schedule"]), SavedSamples(**state["samples"])
+        self.cursor, self.samples = self._schedule.start(state["schedule"]), SavedSamples(**state["samples"])
         self.folders = list(state["folders"])
         for prefix, layout in self.layouts.items():
             if prefix in state["layouts"]:

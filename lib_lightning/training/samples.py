@@ -209,6 +209,14 @@ class SavedSamples:
     seed: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
 
+    def forget(self) -> None:
+        """The files are of no use to this run."""
+        self.written_to = None
+
+    def update(self, written_to: str | None, complete: bool, settings: dict[str, Any]) -> None:
+        """Note where the samples are now."""
+        self.written_to, self.complete, self.settings = written_to, complete, settings
+
 
 class SampleStore:
     """Collects the samples of one run, keeps them for all of its snapshots, and saves them for a resumed run.
@@ -244,7 +252,7 @@ class SampleStore:
         self._can_restore = saved.written_to is not None and saved.settings == config.plain
         if saved.written_to is not None and not self._can_restore:
             log.warning("The resumed run asks for other samples than the interrupted one; new ones are collected.")
-            saved.written_to = None
+            saved.forget()
         # The user's own batches are distributed as a whole, validation samples evenly.
         rank, size = (0, 1) if config.dataloader is not None else data_rank(trainer)
         self._capacity = shard_size(config.num_samples, rank, size)
@@ -406,12 +414,13 @@ class SampleStore:
         """Write the samples to the run folder, unless they have been: called when a checkpoint is saved."""
         if self._layout is None:
             return
+        written_to = self._saved.written_to
         if self._is_unsaved:
             buffers = {"": self.buffer, "reference": self.reference, "held-out": self.held_out}
             written = [buffers[kind].save(path) for kind, path in self._files(self._layout.samples_file).items()]
-            self._saved.written_to = str(self._layout.path.resolve()) if all(written) else None
             self._is_unsaved = False
-        self._saved.complete, self._saved.settings = self.buffer.is_frozen, self._config.plain
+            written_to = str(self._layout.path.resolve()) if all(written) else None
+        self._saved.update(written_to, self.buffer.is_frozen, self._config.plain)
 
 
 def _generators(dataloader: Any) -> list[torch.Generator]:

@@ -3,39 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 # After a change, snapshots are taken this many times as often, for this many snapshots.
 _DENSER, _N_DENSER = 4, 8
-
-
-@dataclass
-class SchedulePosition:
-    """How far a run has come in its schedule; plain values, so that a checkpoint can hold them.
-
-    Attributes:
-        options: The options of the schedule that this position belongs to.
-        validations: Number of validations so far.
-        step: Optimizer step at which the schedule was last asked; -1 before the first time.
-        next_step: Step from which the next snapshot is due; None if none is due by steps.
-        regular: Steps of the two latest regular snapshots that were due.
-        extra: Steps of additional snapshots still to come, after a change.
-        extra_interval: Steps between these.
-        dense_from: Step at which the current denser phase began.
-        dense_until: Step at which it ends; -1 if there was none yet.
-    """
-
-    options: dict[str, Any] = field(default_factory=dict)
-    validations: int = 0
-    step: int = -1
-    next_step: int | None = None
-    regular: list[int] = field(default_factory=list)
-    extra: list[int] = field(default_factory=list)
-    extra_interval: int = 0
-    dense_from: int = 0
-    dense_until: int = -1
 
 
 class Schedule:
@@ -105,57 +78,81 @@ class Schedule:
             k += 1
         return due
 
-    def start(self, position: SchedulePosition | None = None) -> ScheduleCursor:
+    def start(self, position: Mapping[str, Any] | None = None) -> ScheduleCursor:
         """Start a run, or continue one.
 
         Args:
-            position: Where the interrupted run was; None at the beginning. It is updated as the run proceeds.
+            position: `ScheduleCursor.position` of the interrupted run; None at the beginning. Steps that were due
+                under another schedule are dropped.
 
         Returns:
             A cursor that says at each step whether a snapshot is due.
         """
-        return ScheduleCursor(self, SchedulePosition() if position is None else position)
+        if position is None:
+            return ScheduleCursor(self, next_step=self.next_step_after(-1))
+        fields = {name: value for name, value in position.items() if name != "options"}
+        if position["options"] != self.options:
+            fields["next_step"] = self.next_step_after(fields["step"])
+        return ScheduleCursor(self, **fields)
 
 
+@dataclass
 class ScheduleCursor:
     """Says after each validation and after each optimizer step whether a snapshot is due.
 
     A snapshot is due *from* its step on, since steps can be passed without being asked about, such as under gradient
     accumulation.
 
-    Args:
+    Attributes:
         schedule: The schedule.
-        position: Where the run is in it; updated in place.
+        validations: Number of validations so far.
+        step: Optimizer step at which the cursor was last asked; -1 before the first time.
+        next_step: Step from which the next snapshot is due; None if none is due by steps.
+        regular: Steps of the two latest regular snapshots that were due.
+        extra: Steps of additional snapshots still to come, after a change.
+        extra_interval: Steps between these.
+        dense_from: Step at which the current denser phase began.
+        dense_until: Step at which it ends; -1 if there was none yet.
     """
 
-    def __init__(self, schedule: Schedule, position: SchedulePosition) -> None:
-        self.schedule, self.position = schedule, position
-        if position.options != schedule.options:  # a new run, or one resumed with another schedule
-            position.options = {k: list(v) if isinstance(v, list) else v for k, v in schedule.options.items()}
-            position.next_step = schedule.next_step_after(position.step)
+    schedule: Schedule
+    validations: int = 0
+    step: int = -1
+    next_step: int | None = None
+    regular: list[int] = field(default_factory=list)
+    extra: list[int] = field(default_factory=list)
+    extra_interval: int = 0
+    dense_from: int = 0
+    dense_until: int = -1
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """How far the run has come, in plain values for a checkpoint."""
+        position = {k: list(v) if isinstance(v, list) else v for k, v in vars(self).items() if k != "schedule"}
+        options = {k: list(v) if isinstance(v, list) else v for k, v in self.schedule.options.items()}
+        return {"options": options, **position}
 
     def due_at_validation(self, step: int) -> bool:
         """Count a validation after ``step`` optimizer steps, and say whether a snapshot is due at it."""
-        every, at = self.schedule.every_n_validations, self.position
-        due = every is not None and at.validations % every == 0
-        at.validations += 1
+        every = self.schedule.every_n_validations
+        due = every is not None and self.validations % every == 0
+        self.validations += 1
         if due:
-            at.regular = [*at.regular[-1:], step]
+            self.regular = [*self.regular[-1:], step]
         return due
 
     def due_at_step(self, step: int) -> bool:
         """Say whether a snapshot is due after ``step`` optimizer steps; if so, move on to the next."""
-        at = self.position
-        at.step = step
-        if at.next_step is None and not at.extra:  # the usual case, and this runs after every training step
+        self.step = step
+        if self.next_step is None and not self.extra:  # the usual case, and this runs after every training step
             return False
-        due = at.next_step is not None and step >= at.next_step
+        due = self.next_step is not None and step >= self.next_step
         if due:
-            at.next_step = self.schedule.next_step_after(step)
-            at.regular = [*at.regular[-1:], step]
-        remaining = [extra for extra in at.extra if extra > step]
-        due = due or len(remaining) < len(at.extra)
-        at.extra = remaining
+            self.next_step = self.schedule.next_step_after(step)
+            self.regular = [*self.regular[-1:], step]
+        remaining = [extra for extra in self.extra if extra > step]
+        due = due or len(remaining) < len(self.extra)
+        self.extra = remaining
         return due
 
     def densify(self, step: int) -> None:
@@ -172,12 +169,11 @@ class ScheduleCursor:
             >>> [step for step in range(201, 601) if cursor.due_at_step(step)]
             [225, 250, 275, 300, 325, 350, 375, 400, 500, 600]
         """
-        at = self.position
-        if len(at.regular) == 2:
-            at.extra_interval = max(1, (at.regular[1] - at.regular[0]) // _DENSER)
-            at.dense_from = step if step > at.dense_until else at.dense_from
-            at.extra = [step + at.extra_interval * k for k in range(1, _N_DENSER + 1)]
-            at.dense_until = at.extra[-1]
+        if len(self.regular) == 2:
+            self.extra_interval = max(1, (self.regular[1] - self.regular[0]) // _DENSER)
+            self.dense_from = step if step > self.dense_until else self.dense_from
+            self.extra = [step + self.extra_interval * k for k in range(1, _N_DENSER + 1)]
+            self.dense_until = self.extra[-1]
 
     def relative_interval(self, before: int | None, step: int, n_skipped: int = 0) -> float:
         """How far apart two consecutive snapshots are, in units of the regular interval.
@@ -201,8 +197,7 @@ class ScheduleCursor:
         """
         if before is None:
             return 1.0
-        at = self.position
         longest = 1.0 + n_skipped
-        if not at.dense_from <= before < at.dense_until:
+        if not self.dense_from <= before < self.dense_until:
             return longest
-        return min(longest, (step - before) / (_DENSER * at.extra_interval))
+        return min(longest, (step - before) / (_DENSER * self.extra_interval))

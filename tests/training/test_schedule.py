@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict
 
 import pytest
 
-from lib_lightning.training.schedule import Schedule, ScheduleCursor, SchedulePosition
+from lib_lightning.training.schedule import Schedule, ScheduleCursor
 
 
 def due_steps(cursor: ScheduleCursor, seen: range) -> list[int]:
@@ -41,7 +40,7 @@ def test_a_resumed_schedule_continues_from_its_position() -> None:
     schedule = Schedule(log_spaced=3)
     first = schedule.start()
     due_steps(first, range(8))
-    second = schedule.start(SchedulePosition(**asdict(first.position)))
+    second = schedule.start(first.position)
     assert due_steps(second, range(8, 50)) == due_steps(first, range(8, 50)) == [10, 22, 46]
 
 
@@ -79,7 +78,7 @@ def test_a_denser_phase_continues_in_a_resumed_run() -> None:
     due_steps(first, range(11))
     first.densify(10)
     due_steps(first, range(11, 15))
-    second = schedule.start(SchedulePosition(**asdict(first.position)))
+    second = schedule.start(first.position)
     assert due_steps(second, range(15, 200)) == due_steps(first, range(15, 200)) == [16, 18, 20, 22, 24, 26, 100]
 
 
