@@ -48,4 +48,4 @@ class StateCheck:
 def _tensor(t: Tensor) -> tuple[Any, ...]:
     """Identity, memory, values and gradient of a tensor."""
     grad = None if not t.is_leaf or t.grad is None else (id(t.grad), t.grad.tolist())
-    return id(t), t.data_ptr(), t.tolist(), t.requires_grad, t.is_leaf, id(t.grad_fn) if t.grad_fn else None, grad
+    return id(t), t.data_ptr(), t.tolist(), t.requires_grad, t.is_leaf, t.grad_fn, grad
