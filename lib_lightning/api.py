@@ -23,6 +23,7 @@ from lib_lightning.algorithm.progress import on_phase, phase_done
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.errors import ActivationError, is_out_of_memory
 from lib_lightning.graph import InteractionGraph, Replicates
+from lib_lightning.io import basis_format as keys
 from lib_lightning.model.batch import batch_size, check_has_tensors, is_empty, num_elements
 from lib_lightning.model.discover import CutPoint
 from lib_lightning.model.instrumented import InstrumentedModel, model_session
@@ -119,7 +120,7 @@ def compute_interaction_graph(
         node_layers = _proposed(model, batches, spec)
     instrumented = InstrumentedModel(model, as_node_layers(node_layers), spec)
     graph = graph_of(instrumented, batches, config, memory_limit, process_group, check_first=True, progress=progress)
-    for note in graph.info["notes"]:
+    for note in graph.info[keys.NOTES]:
         log.warning(note)
     return graph
 
@@ -203,18 +204,18 @@ def _plan(
 
 def _as_graph(built: BuildResult, config: LIBConfig, instrumented: InstrumentedModel) -> InteractionGraph:
     info = {
-        "settings": {
+        keys.SETTINGS: {
             **asdict(config),
             "dtype": None if instrumented.spec.dtype is None else str(instrumented.spec.dtype).split(".")[-1],
         },
-        "node_layers": [
+        keys.NODE_LAYERS: [
             {"name": x.name, "taps": list(x.taps), "positions": x.positions, "feature_dim": x.feature_dim}
             for x in instrumented.layers
         ],
-        "n_samples": built.n_samples,
-        "metric_errors": built.metric_errors,
-        "notes": built.notes,
-        "versions": {"lib_lightning": __version__, "torch": str(torch.__version__)},
+        keys.NUM_SAMPLES: built.n_samples,
+        keys.METRIC_ERRORS: built.metric_errors,
+        keys.NOTES: built.notes,
+        keys.VERSIONS: {"lib_lightning": __version__, "torch": str(torch.__version__)},
     }
     names = [basis.name for basis in built.bases]
     bases = {basis.name: basis.to("cpu") for basis in built.bases}

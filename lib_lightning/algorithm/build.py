@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib_lightning.algorithm.basis import Basis, centered_basis, neuron_basis, pca_basis
+from lib_lightning.algorithm.basis import FIXED_ORDER, Basis, centered_basis, neuron_basis, pca_basis
 from lib_lightning.algorithm.config import LIBConfig, final_kind
 from lib_lightning.algorithm.covariance import RunningCovariance, all_reduce_covariances
 from lib_lightning.algorithm.edges import Edges
@@ -315,8 +315,8 @@ def _with_errors(basis: Basis, replicates: Tensor) -> Basis:
     """Step 4: the basis with standard errors."""
     if len(replicates) < 2:
         return basis
-    fixed = basis.kind in ("neuron", "centered")  # directions that do not depend on the samples
-    degenerate = None if fixed else near_degenerate(basis.importance, replicates)
+    # The directions of neurons and classes do not depend on the samples.
+    degenerate = None if basis.kind in FIXED_ORDER else near_degenerate(basis.importance, replicates)
     return replace(basis, importance_error=standard_error(replicates), degenerate=degenerate)
 
 

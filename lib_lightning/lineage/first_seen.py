@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lib_lightning.algorithm.basis import FIXED_ORDER
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_file import BasisFileError, read_parts
 from lib_lightning.io.basis_format import INFO, LAYERS, REFERENCE_FEATURES, REFERENCE_SAMPLES
 from lib_lightning.lineage.matching import SAME, standardised
-from lib_lightning.lineage.tracker import FIXED_ORDER
 
 
 @dataclass(frozen=True)

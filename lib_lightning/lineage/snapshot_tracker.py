@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from lib_lightning.algorithm.basis import FIXED_ORDER
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_format import NUM_SAMPLES, REFERENCE_SAMPLES, SETTINGS, STEP
 from lib_lightning.lineage.emergence import EmergenceDetector
 from lib_lightning.lineage.events import Event
-from lib_lightning.lineage.tracker import FIXED_ORDER, FeatureTracker
+from lib_lightning.lineage.tracker import FeatureTracker
 from lib_lightning.metrics.summary import layer_key
 
 # Births, splits, merges and deaths of features with a smaller share of their layer's importance are counted, not

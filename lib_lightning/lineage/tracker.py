@@ -8,14 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lib_lightning.algorithm.basis import FIXED_ORDER
 from lib_lightning.errors import LIBError
 from lib_lightning.graph import InteractionGraph, Lineages
 from lib_lightning.io.basis_format import REFERENCE_SAMPLES, STEP
 from lib_lightning.lineage.events import Event
 from lib_lightning.lineage.matching import Match, match_features
-
-# Kinds of bases whose features are identified by their index, such as a neuron or a class.
-FIXED_ORDER = ("neuron", "centered")
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def is_view(t: Tensor) -> bool:
         t: The tensor.
 
     Returns:
-        True if so, or if this version of torch does not tell.
+        True if so, or if this version of torch does not show it.
     """
     is_view = getattr(t, NAMES["is view"], None)
     return getattr(t, NAMES["base"], t) is not None if is_view is None else is_view()
@@ -344,20 +344,12 @@ def has_custom_function(outputs: Sequence[Tensor]) -> bool:
         outputs: The tensors.
 
     Returns:
-        True if a backward pass from them runs code in Python, or if this version of torch does not tell.
+        True if a backward pass from them runs code in Python, or if this version of torch does not show it.
 
     Example:
         >>> has_custom_function([torch.ones(2, requires_grad=True).exp()])
         False
     """
     custom = getattr(torch.autograd.function, NAMES["custom function"], Node)
-    pending = [output.grad_fn for output in outputs if output.grad_fn is not None]
-    visited: set[Node] = set()
-    while pending:
-        node = pending.pop()
-        if isinstance(node, custom):
-            return True
-        if node not in visited:
-            visited.add(node)
-            pending += [before for before, _ in node.next_functions if before is not None]
-    return False
+    operations = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    return any(isinstance(node, custom) for last in operations for node in topological_order(last))

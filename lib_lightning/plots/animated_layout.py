@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from lib_lightning.algorithm.basis import Basis
+from lib_lightning.algorithm.basis import FIXED_ORDER, Basis
 from lib_lightning.plots.layout import Column, columns_by_importance, columns_by_module, even_heights
 from lib_lightning.plots.lineage_series import LayerSnapshot, as_array
 from lib_lightning.plots.module_colors import ModuleColors
@@ -74,7 +74,7 @@ class AnimatedLayout:
         first = not self._slots
         heights = [np.full(len(layer), np.nan) for layer in ids]
         for basis, column, layer, height in zip(bases, static, ids, heights, strict=True):
-            if _ordered_by_index(basis):
+            if basis.kind in FIXED_ORDER:
                 height[column.shown] = even_heights(len(layer))[column.shown]
                 continue
             previous = self._slots.get(basis.name, {})
@@ -130,10 +130,6 @@ class AnimatedLayout:
         occupied = set(slots.values())
         free = [slot for slot in range(self._slot_count) if slot not in occupied]
         return min(free, key=lambda slot: (round(abs(self._height(slot) - height), 9), slot))
-
-
-def _ordered_by_index(basis: Basis) -> bool:
-    return basis.kind in ("neuron", "centered")
 
 
 def _mean_neighbour_height(

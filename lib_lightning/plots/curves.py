@@ -12,6 +12,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, NullLocator
 from torch import Tensor
 
+from lib_lightning.plots.lineage_series import as_array
 from lib_lightning.plots.palette import BASIS_NAMES, TEXT, basis_styles
 from lib_lightning.plots.panels import add_legend, panels
 from lib_lightning.plots.text_metrics import short_number
@@ -82,7 +83,7 @@ def draw_ablation_curves(
 
 
 def _curve(counts: Tensor, scores: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    x, y = (np.asarray(t.detach().cpu().double().numpy()) for t in (counts, scores))
+    x, y = map(as_array, (counts, scores))
     order = np.argsort(x, kind="stable")
     finite = np.isfinite(y[order])
     return x[order][finite], y[order][finite]

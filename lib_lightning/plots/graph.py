@@ -17,6 +17,7 @@ from lib_lightning.algorithm.basis import Basis
 from lib_lightning.plots.animated_layout import AnimatedLayout
 from lib_lightning.plots.layout import Band, Column, columns_by_importance, columns_by_module, inside_modules
 from lib_lightning.plots.legend import DASHES, MAX_WIDTH, ROW, dot_area, draw_legend, edge_style, legend_rows
+from lib_lightning.plots.lineage_series import as_array, degenerate_mask
 from lib_lightning.plots.palette import BLUE, MODULES, MUTED, TEXT, THEME, VERMILION
 from lib_lightning.plots.text_metrics import DPI, non_overlapping, percent, shorten, shorten_front, text_width
 
@@ -86,7 +87,7 @@ def draw_graph(
         columns, bands = columns_by_module(bases, modules, max_features)
         colors = {module: band.color for module, band in bands.items()}
     shown_labels = [_shown_labels(column, labels[x]) if labels is not None else [] for x, column in enumerate(columns)]
-    hollow = [_degenerate_mask(basis)[column.shown] for basis, column in zip(bases, columns, strict=True)]
+    hollow = [degenerate_mask(basis)[column.shown] for basis, column in zip(bases, columns, strict=True)]
     rows = legend_rows(
         colors,
         any(mask.any() for mask in hollow),
@@ -124,12 +125,6 @@ def _width(columns: int) -> float:
     return max(6.4, _COLUMN_WIDTH * columns + 0.4)
 
 
-def _degenerate_mask(basis: Basis) -> np.ndarray:
-    if basis.degenerate is None:
-        return np.zeros(basis.n_features, dtype=bool)
-    return np.asarray(basis.degenerate.detach().cpu())
-
-
 def _draw_bands(axes: Axes, bands: dict[int, Band]) -> None:
     for band in bands.values():
         if band.color in MODULES:
@@ -147,7 +142,7 @@ def _draw_section(
     inside: np.ndarray | None,
     colors: Mapping[int, str],
 ) -> None:
-    strength = E.detach().cpu().double().numpy()
+    strength = as_array(E)
     before, after = columns
     grid = np.ix_(after.shown, before.shown)
     visible = strength[grid]
@@ -189,7 +184,7 @@ def _draw_section(
 def _draw_column(
     axes: Axes, x: int, basis: Basis, column: Column, hollow: np.ndarray, colors: Mapping[int, str] | None
 ) -> None:
-    importance = basis.importance.detach().cpu().double().numpy()
+    importance = as_array(basis.importance)
     shown, heights = column.shown, column.heights
     share = importance[shown] / max(importance.max(initial=0.0), np.finfo(float).tiny)
     # Points between neighbouring dots: in a long column, dots must not merge.

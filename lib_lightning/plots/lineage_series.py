@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from lib_lightning.algorithm.basis import Basis
+
 
 @dataclass(frozen=True)
 class LayerSnapshot:
@@ -105,6 +107,13 @@ def as_array(tensor: Tensor) -> np.ndarray:
         array([1., 2.])
     """
     return np.asarray(tensor.detach().cpu().double().numpy())
+
+
+def degenerate_mask(basis: Basis) -> np.ndarray:
+    """True for the features whose direction the samples do not determine, shape ``(r,)``; False if that is unknown."""
+    if basis.degenerate is None:
+        return np.zeros(basis.n_features, dtype=bool)
+    return np.asarray(basis.degenerate.detach().cpu())
 
 
 def _positions(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator
 
 from lib_lightning.algorithm.basis import Basis
-from lib_lightning.plots.lineage_series import as_array
+from lib_lightning.plots.lineage_series import as_array, degenerate_mask
 from lib_lightning.plots.palette import BASIS_NAMES, MUTED, basis_styles
 from lib_lightning.plots.panels import add_legend, panels
 from lib_lightning.plots.text_metrics import DPI, shorten
@@ -51,7 +51,7 @@ def draw_spectrum(bases: Mapping[str, Sequence[Basis]], title: str = "Importance
     layers = list(dict.fromkeys(basis.name for layer in bases.values() for basis in layer))
     styles = basis_styles(list(bases))
     all_bases = [basis for layer in bases.values() for basis in layer]
-    degenerate = any(basis.degenerate is not None and bool(basis.degenerate.any()) for basis in all_bases)
+    degenerate = any(degenerate_mask(basis).any() for basis in all_bases)
     with_errors = any(np.isfinite(_errors(basis)).any() for basis in all_bases)
     optional_entries = [
         (Line2D([], [], color=MUTED, lw=7, alpha=0.3, solid_capstyle="butt"), "± 2 standard errors", with_errors),
@@ -106,9 +106,7 @@ def _draw_line(axes: Axes, basis: Basis, style: tuple[str, str], depth: int) -> 
     order = np.argsort(-importance, kind="stable")
     share = importance[order] / largest
     error = _errors(basis)[order] / largest
-    degenerate = (
-        np.zeros(len(order), dtype=bool) if basis.degenerate is None else as_array(basis.degenerate).astype(bool)[order]
-    )
+    degenerate = degenerate_mask(basis)[order]
     count = int((share >= FLOOR).sum())
     x, share, error, degenerate = np.arange(1, count + 1), share[:count], error[:count], degenerate[:count]
     color, marker = style

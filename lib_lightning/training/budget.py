@@ -7,7 +7,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -99,17 +99,13 @@ class TimeMeter:
         self._settle()
         self._is_training = False
 
-    @contextmanager
-    def timed(self) -> Iterator[None]:
+    def timed(self) -> AbstractContextManager[None]:
         """A block whose time is overhead."""
-        with self._attributed(timed=True):
-            yield
+        return self._attributed(timed=True)
 
-    @contextmanager
-    def excluded(self) -> Iterator[None]:
+    def excluded(self) -> AbstractContextManager[None]:
         """A block inside a timed one whose time is not overhead, such as waiting for queued training kernels."""
-        with self._attributed(timed=False):
-            yield
+        return self._attributed(timed=False)
 
     @contextmanager
     def snapshot(self, kind: str) -> Iterator[None]:

@@ -16,6 +16,7 @@ from lib_lightning.algorithm.config import BasisKind, FinalBasisKind, FinalMetri
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.graph import InteractionGraph
+from lib_lightning.io.basis_format import EPOCH, STEP
 from lib_lightning.labels.labeller import Labeller
 from lib_lightning.lineage.events import CHANGES
 from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
@@ -349,7 +350,7 @@ class LIBCallback(pl.Callback):
             snapshot = self.computer.compute(
                 instrumented,
                 self.samples.for_snapshot(trainer),
-                {"step": trainer.global_step, "epoch": trainer.current_epoch},
+                {STEP: trainer.global_step, EPOCH: trainer.current_epoch},
                 self.state.previous(interval),
                 kind.ablation,
                 self._process_group,

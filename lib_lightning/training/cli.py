@@ -20,6 +20,7 @@ from lib_lightning.api import list_node_layers
 from lib_lightning.errors import LIBError
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_file import write_bytes
+from lib_lightning.io.basis_format import EPOCH, NUM_SAMPLES, SETTINGS, STEP, VERSIONS
 from lib_lightning.metrics.summary import graph_scalars
 from lib_lightning.model.batch import map_tensors
 from lib_lightning.training.samples import SampleBuffer
@@ -160,8 +161,7 @@ def _profile(words: Sequence[str]) -> None:
 
     model, samples = _model_and_samples(words)
     for callback, batches in samples:
-        options: Any = {"input_fn": callback.spec.input_fn, "mask": callback.spec.mask, "dtype": callback.spec.dtype}
-        profile = profile_snapshot(model, batches, callback.node_layers, callback.config, **options)
+        profile = profile_snapshot(model, batches, callback.node_layers, callback.config, **vars(callback.spec))
         layers = " -> ".join(profile.node_layers)
         print(f"{callback.name}: one snapshot of {layers} on {profile.samples:,} samples\n")
         width = max(len(row.step) for row in profile.rows)
@@ -272,11 +272,11 @@ def _quiet() -> Iterator[None]:
 def _inspect(args: argparse.Namespace) -> None:
     for path in args.files:
         graph = InteractionGraph.load(path)
-        origin = {key: graph.info[key] for key in ("step", "epoch", "n_samples") if key in graph.info}
+        origin = {key: graph.info[key] for key in (STEP, EPOCH, NUM_SAMPLES) if key in graph.info}
         print(path)
         print("  made at   ", ", ".join(f"{key} {value:,}" for key, value in origin.items()))
-        print("  settings  ", ", ".join(f"{key} {value}" for key, value in graph.info.get("settings", {}).items()))
-        print("  versions  ", ", ".join(f"{key} {value}" for key, value in graph.info.get("versions", {}).items()))
+        print("  settings  ", ", ".join(f"{key} {value}" for key, value in graph.info.get(SETTINGS, {}).items()))
+        print("  versions  ", ", ".join(f"{key} {value}" for key, value in graph.info.get(VERSIONS, {}).items()))
         for name, value in graph_scalars(list(graph.bases.values()), list(graph.edges.values())).items():
             print(f"  {name:<50} {value:>12,.6g}")
 

@@ -23,6 +23,7 @@ from lib_lightning.algorithm.config import LIBConfig
 from lib_lightning.algorithm.progress import on_phase
 from lib_lightning.api import check_node_layers, propose_node_layers
 from lib_lightning.errors import LIBError
+from lib_lightning.io.basis_format import EPOCH, STEP
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
 from lib_lightning.model.node_layer import NodeLayer, as_node_layers
@@ -173,7 +174,7 @@ def _snapshots(
     def take(listener: Callable[[str], None]) -> None:
         layouts = copy.deepcopy(state.layouts)
         with tempfile.TemporaryDirectory() as root, on_phase(listener):
-            metadata = {"step": state.n_snapshots, "epoch": 0}
+            metadata = {STEP: state.n_snapshots, EPOCH: 0}
             snapshot = computer.compute(instrumented, samples, metadata, state.previous(1.0))
             RunDirectory(Path(root), computer.prefixes).write(snapshot.graphs, snapshot.step, layouts)
         state.commit(snapshot, layouts)

@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
 from lib_lightning.graph import InteractionGraph
+from lib_lightning.io.basis_format import NOTES, STEP
 from lib_lightning.io.run_layout import RunLayout
 from lib_lightning.lineage.events import Event
 from lib_lightning.plots.animated_layout import AnimatedLayout
@@ -140,7 +141,7 @@ class SnapshotReporter:
 
     def log_notes(self, graphs: Mapping[str, InteractionGraph]) -> None:
         """Log notes about slower fallbacks, each of them once."""
-        for note in {note for graph in graphs.values() for note in graph.info["notes"]} - self._logged_notes:
+        for note in {note for graph in graphs.values() for note in graph.info[NOTES]} - self._logged_notes:
             log.warning("%s: %s", self._name, note)
             self._logged_notes.add(note)
 
@@ -209,7 +210,7 @@ class SnapshotReporter:
         figures = {}
         if state.graphs:  # none in a resumed run before its first snapshot
             own, *baselines = state.graphs.values()
-            figures["spectrum"] = directory.write_spectrum(own, baselines, own.info["step"])
+            figures["spectrum"] = directory.write_spectrum(own, baselines, own.info[STEP])
         if self._follow and len(state.history.steps) >= _MIN_OVER_TIME:
             over_time = state.history.figures()
             figures |= {name: directory.write_figure(name, figure) for name, figure in over_time.items()}

@@ -261,11 +261,6 @@ class SampleStore:
         self.reference = SampleBuffer(self._reference_capacity)
         self.is_ready = self._is_unsaved = self._seen_sanity_check = False
 
-    @property
-    def batches(self) -> list[Any]:
-        """Batches of this process that snapshots are computed on."""
-        return self.buffer.batches
-
     def prepare(self, trainer: pl.Trainer, check: Callable[[Any], None]) -> None:
         """Get the samples that are available before the first step, and make sure that there will be some.
 
@@ -302,7 +297,7 @@ class SampleStore:
             for batch in sharded_batches(trainer, self._config.dataloader, wanted):
                 check(batch)
                 self._add(batch, None)
-        if not any(self._process_group.gather(torch.tensor([len(self.batches)]))):
+        if not any(self._process_group.gather(torch.tensor([len(self.buffer.batches)]))):
             raise LIBError("The dataloader given to LIBCallback has no batches, or is an iterator that is exhausted.")
         self._keep(complete=True)
 

@@ -18,7 +18,7 @@ from lib_lightning.algorithm.progress import phase_done
 from lib_lightning.api import graph_of
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.graph import InteractionGraph
-from lib_lightning.io.basis_format import REFERENCE_SAMPLES
+from lib_lightning.io.basis_format import NUM_SAMPLES, REFERENCE_SAMPLES, STEP
 from lib_lightning.labels.labeller import Labeller, label_features
 from lib_lightning.lineage.events import Event
 from lib_lightning.lineage.reference import reference_features
@@ -225,10 +225,9 @@ class SnapshotComputer:
             phase_done("metrics and modules")
             self._label(graph, instrumented, data)
             if self.config.follow:
-                spec = instrumented.spec
                 graph.reference_features = reference_features(
-                    graph, instrumented.model, data.reference, data.seed, input_fn=spec.input_fn, mask=spec.mask,
-                    dtype=spec.dtype, process_group=process_group,
+                    graph, instrumented.model, data.reference, data.seed, process_group=process_group,
+                    **vars(instrumented.spec),
                 )  # fmt: skip
                 graph.info[REFERENCE_SAMPLES] = reference_hash
                 phase_done("reference samples")
@@ -243,20 +242,19 @@ class SnapshotComputer:
             dict.fromkeys(self.scalar_keys(graphs[self.name].node_layers), math.nan) | {**previous.scalars} | scalars
         )
         scalars |= self._ratios(scalars)
-        scalars[f"{self.name}/samples"] = float(graphs[self.name].info["n_samples"])
+        scalars[f"{self.name}/samples"] = float(graphs[self.name].info[NUM_SAMPLES])
         scalars[f"{self.name}/seconds"] = time.perf_counter() - started
-        return Snapshot(metadata["step"], graphs, scalars, ablate, events, tracker)
+        return Snapshot(metadata[STEP], graphs, scalars, ablate, events, tracker)
 
     def _ablate(
         self, graph: InteractionGraph, instrumented: InstrumentedModel, data: SnapshotData, process_group: ProcessGroup
     ) -> dict[tuple[str, str], Any]:
         """Ablation curves of all sections."""
-        plan, spec = self.config.ablation, instrumented.spec
+        plan = self.config.ablation
         assert plan is not None
         required = edges_required(
             instrumented.model, data.held_out, graph, plan.score_fn, plan.tolerance,
-            memory_limit=self.config.memory_limit, process_group=process_group,
-            input_fn=spec.input_fn, mask=spec.mask, dtype=spec.dtype,
+            memory_limit=self.config.memory_limit, process_group=process_group, **vars(instrumented.spec),
         )  # fmt: skip
         phase_done("edges required")
         return {section: result.as_curve() for section, result in required.items()}
@@ -264,10 +262,9 @@ class SnapshotComputer:
     def _label(self, graph: InteractionGraph, instrumented: InstrumentedModel, data: SnapshotData) -> None:
         if self.config.labeller is None or not data.batches:
             return
-        spec = instrumented.spec
         with preserve_rng([]):  # a labeller may draw random numbers
             graph.labels = label_features(
-                graph, instrumented.model, data.batches, self.config.labeller, spec.input_fn, spec.mask, spec.dtype
+                graph, instrumented.model, data.batches, self.config.labeller, **vars(instrumented.spec)
             )
         phase_done("labels")
 

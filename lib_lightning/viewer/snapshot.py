@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from lib_lightning.errors import LIBError
+from lib_lightning.io import basis_format
 from lib_lightning.io.basis_file import read_parts
-from lib_lightning.io.basis_format import BASIS, EDGE_ERRORS, EDGES, LINEAGES, MODULES
 from lib_lightning.viewer.json_text import array, dump, integers, number, numbers, object_
 from lib_lightning.viewer.run_discovery import FileStamp
 
@@ -20,23 +20,23 @@ from lib_lightning.viewer.run_discovery import FileStamp
 UNREADABLE = (LIBError, OSError, AttributeError, IndexError, KeyError, TypeError, ValueError)
 # Tensors of each feature, by key in the JSON: those for the outline, and those for a single snapshot.
 _OUTLINE = {
-    "ids": LINEAGES["ids"],
-    "importance": BASIS["importance"],
-    "parents": LINEAGES["parents"],
-    "modules": MODULES,
+    "ids": basis_format.LINEAGES["ids"],
+    "importance": basis_format.BASIS["importance"],
+    "parents": basis_format.LINEAGES["parents"],
+    "modules": basis_format.MODULES,
 }
 _DETAIL = {
-    "error": BASIS["importance_error"],
-    "similarity": LINEAGES["similarity"],
-    "degenerate": BASIS["degenerate"],
+    "error": basis_format.BASIS["importance_error"],
+    "similarity": basis_format.LINEAGES["similarity"],
+    "degenerate": basis_format.BASIS["degenerate"],
 }
-_SECTION = (EDGES, EDGE_ERRORS)
+_SECTION = (basis_format.EDGES, basis_format.EDGE_ERRORS)
 _INTEGERS = {"ids", "parents", "modules", "degenerate"}
 
 
 @dataclass(frozen=True)
 class Outline:
-    """The part of a snapshot that is sent together with all others of its run.
+    """The part of a snapshot that is sent for all snapshots of a run at once.
 
     Attributes:
         layers: Name and kind of basis of each node layer.
@@ -71,19 +71,19 @@ def read_outline(file: FileStamp, step: int) -> Outline:
     tensors, header = _read(file, _OUTLINE.values())
     layers = _layers(tensors, header, _OUTLINE)
     labels = _labels(header, layers)
-    info = header["info"]
+    info = header[basis_format.INFO]
     metrics = {
         key: object_({"value": number(metric["value"]), "error": number(metric.get("error"))})
-        for key, metric in info.get("metrics", {}).items()
+        for key, metric in info.get(basis_format.METRICS, {}).items()
     }
     entries = {
         "step": dump(step),
-        "epoch": dump(info.get("epoch")),
-        "samples": dump(info.get("n_samples")),
+        "epoch": dump(info.get(basis_format.EPOCH)),
+        "samples": dump(info.get(basis_format.NUM_SAMPLES)),
         "layers": array(_features(layer, _OUTLINE) for layer in layers),
         "metrics": object_(metrics),
     }
-    node_layers = zip(map(str, header["layers"]), map(str, header["kinds"]), strict=True)
+    node_layers = zip(map(str, header[basis_format.LAYERS]), map(str, header[basis_format.KINDS]), strict=True)
     return Outline(
         tuple(node_layers),
         tuple("ids" in layer for layer in layers),
@@ -109,13 +109,16 @@ def read_detail(file: FileStamp, step: int, edges: int) -> str:
     tensors, header = _read(file, [*_OUTLINE.values(), *_DETAIL.values(), *_SECTION])
     layers = _layers(tensors, header, _OUTLINE | _DETAIL)
     label_entries = [{"labels": dump(names or None)} for names in _labels(header, layers)]
-    pairs = range(len(layers) - 1)
+    sections = [
+        (tensors[basis_format.EDGES.format(i)], tensors.get(basis_format.EDGE_ERRORS.format(i)))
+        for i in range(len(layers) - 1)
+    ]
     entries = {
         "step": dump(step),
         "layers": array(
             _features(layer, _OUTLINE | _DETAIL, labels) for layer, labels in zip(layers, label_entries, strict=True)
         ),
-        "sections": array(_section(tensors[f"edges.{i}"], tensors.get(f"edge_errors.{i}"), edges) for i in pairs),
+        "sections": array(_section(E, errors, edges) for E, errors in sections),
     }
     return object_(entries)
 
@@ -130,7 +133,7 @@ def _layers(
 ) -> list[dict[str, np.ndarray]]:
     """The tensors of each node layer that the file contains."""
     layers = []
-    for i, name in enumerate(header["layers"]):
+    for i, name in enumerate(header[basis_format.LAYERS]):
         layer = {key: tensors[place.format(i)] for key, place in wanted.items() if place.format(i) in tensors}
         if any(values.shape != layer["importance"].shape for values in layer.values()):
             raise ValueError(f"tensors of node layer '{name}' have different numbers of features.")
@@ -140,7 +143,10 @@ def _layers(
 
 def _labels(header: dict[str, Any], layers: list[dict[str, np.ndarray]]) -> list[list[str]]:
     """A label for each feature of each node layer; empty for layers without labels."""
-    labels = [[str(label) for label in header.get("labels", {}).get(name, [])] for name in header["layers"]]
+    labels = [
+        [str(label) for label in header.get(basis_format.LABELS, {}).get(name, [])]
+        for name in header[basis_format.LAYERS]
+    ]
     if any(len(names) not in (0, len(layer["importance"])) for names, layer in zip(labels, layers, strict=True)):
         raise ValueError("the number of labels differs from the number of features.")
     return labels

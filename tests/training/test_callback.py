@@ -177,7 +177,7 @@ def test_files_match_a_graph_computed_afterwards(tmp_path: Path) -> None:
     final = InteractionGraph.load(tmp_path / "lib" / "final.safetensors")
     last = InteractionGraph.load(tmp_path / "lib" / "snapshots" / "step-00000012.safetensors")
     assert (final.info["step"], final.info["epoch"], final.info["n_samples"]) == (12, 1, 20)
-    again = compute_interaction_graph(model, callback.samples.batches, NODE_LAYERS, dtype=torch.float64)
+    again = compute_interaction_graph(model, callback.samples.buffer.batches, NODE_LAYERS, dtype=torch.float64)
     for pair, E in again.edges.items():
         assert torch.equal(final.edges[pair], E)
         assert torch.equal(last.edges[pair], E)
@@ -189,7 +189,7 @@ def test_files_match_a_graph_computed_afterwards(tmp_path: Path) -> None:
 def test_num_samples_limits_the_samples(tmp_path: Path) -> None:
     callback = LIBCallback(NODE_LAYERS, num_samples=10)
     trainer_of(tmp_path, callback).fit(Classifier())
-    assert [len(x) for x, _ in callback.samples.batches] == [8, 2]
+    assert [len(x) for x, _ in callback.samples.buffer.batches] == [8, 2]
     assert callback.graph is not None
     assert callback.graph.info["n_samples"] == 10
 

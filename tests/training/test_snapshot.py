@@ -68,7 +68,7 @@ def test_baselines_on_the_same_samples_and_their_ratios(tmp_path: Path) -> None:
     trainer, model = trainer_of(tmp_path, callback, logger=TensorBoardLogger(tmp_path, name="")), Sorted()
     trainer.fit(model)
     numbers = trainer.callback_metrics
-    samples = callback.samples.batches
+    samples = callback.samples.buffer.batches
     for kind in ("lib", "pca", "neuron"):
         expected = compute_interaction_graph(model, samples, NODE_LAYERS, basis=kind, dtype=torch.float64)
         assert numbers[f"{kind}/effective_edges/total"] == pytest.approx(expected.measure()["effective_edges/total"])
@@ -155,7 +155,7 @@ def test_ablations_every_n_snapshots_on_held_out_samples(tmp_path: Path, score: 
     trainer, model = trainer_of(tmp_path, callback, Note()), Sorted()
     trainer.fit(model)
     x = Noisy(60).x
-    assert torch.equal(torch.cat([b[0] for b in callback.samples.batches]), x[:24])
+    assert torch.equal(torch.cat([b[0] for b in callback.samples.buffer.batches]), x[:24])
     assert torch.equal(torch.cat([b[0] for b in callback.samples.held_out.batches]), x[24:48])
     # Snapshots after 0, 2, 4, 6, 8, 10, 12 steps; ablations at the first, fourth and last.
     assert [logged[step]["lib/ablation_age"] for step in (2, 5, 6, 8, 11)] == [2.0, 5.0, 0.0, 2.0, 5.0]

@@ -36,7 +36,7 @@ def inputs(*loaders: DataLoader[Any]) -> Tensor:
 
 
 def assert_computed_on(callback: LIBCallback, x: Tensor) -> None:
-    assert torch.equal(torch.cat([batch[0] for batch in callback.samples.batches]), x)
+    assert torch.equal(torch.cat([batch[0] for batch in callback.samples.buffer.batches]), x)
 
 
 # precision
@@ -76,7 +76,7 @@ def test_precision(precision: Any, dtype: Any, tolerance: float, tmp_path: Path)
     trainer_of(tmp_path, callback, precision=precision, limit_train_batches=4).fit(model)
     assert callback.graph is not None
     assert all(E.dtype == torch.float64 for E in callback.graph.edges.values())
-    exact = compute_interaction_graph(model, callback.samples.batches, NODE_LAYERS, dtype=torch.float64)
+    exact = compute_interaction_graph(model, callback.samples.buffer.batches, NODE_LAYERS, dtype=torch.float64)
     assert same_importances(callback.graph, exact) < tolerance
     wanted = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
     assert {p.dtype for p in model.parameters()} == {wanted.get(precision, torch.float32)}, "and stays as it is"
@@ -242,7 +242,7 @@ def test_averaged_weights(before: bool, tmp_path: Path) -> None:
     net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 2))
     net.load_state_dict(model.validated)
     averaged = compute_interaction_graph(
-        net, callback.samples.batches, [name.removeprefix("net.") for name in NODE_LAYERS], dtype=torch.float64
+        net, callback.samples.buffer.batches, [name.removeprefix("net.") for name in NODE_LAYERS], dtype=torch.float64
     )
     assert (same_importances(callback.graph, averaged) < 1e-9) == before
 
