@@ -1,4 +1,4 @@
-"""Benchmarks are slow; here only that what they compare with is right, and that all of them can be run."""
+"""The implementations that benchmarks compare with are correct, and all benchmarks can be collected."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.cases import Case
 
 def test_plain_loop_is_the_transcription(case: Case) -> None:
     if case.masks:
-        pytest.skip("the plain loop knows no padding")
+        pytest.skip("the plain loop does not support padding")
     a0 = case.first(case.data).detach()
     expected = reference.transcribe(a0, case.sections)
     for l, F in enumerate(case.sections):
@@ -81,7 +81,7 @@ def test_loops_are_extrapolated_without_what_comes_before_them(monkeypatch: pyte
     assert extrapolated(work, part=3, whole=100) == 5 + 2 * 100
 
 
-def test_table_of_what_was_measured() -> None:
+def test_results_are_formatted_as_a_table() -> None:
     one = {"fullname": "a/bench_memory.py::test_peak", "stats": {"min": 12.3456}, "extra_info": {"MiB": 7, "of": "8"}}
     assert table({"benchmarks": [one]}).splitlines()[-1] == "| memory: peak | 12.3 | MiB **7**; of **8** |"
 

@@ -390,10 +390,10 @@ def test_language_model_says_what_is_missing(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(LIBError, match=r"--data\.path .*absent cannot be read"):
         Text(str(tmp_path / "absent")).setup("fit")
     (tmp_path / "empty").mkdir()
-    for name, told in ((tmp_path / "absent", "There is no folder"), (tmp_path / "empty", "cannot be loaded")):
-        with pytest.raises(LIBError, match=told):
+    for name, message in ((tmp_path / "absent", "There is no folder"), (tmp_path / "empty", "cannot be loaded")):
+        with pytest.raises(LIBError, match=message):
             Text(tokenizer=str(name)).setup("fit")
-        with pytest.raises(LIBError, match=told):
+        with pytest.raises(LIBError, match=message):
             LanguageModel(str(name)).configure_model()
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(LIBError, match=r"pass --data\.path"):

@@ -76,7 +76,7 @@ class LIBCallback(pl.Callback):
             the end of a training epoch counts as a validation.
         val_dataloader: Index of the validation data loader to compute on, where there are several.
         memory_limit: Memory that a snapshot may use beside model and samples, in GiB.
-        name: Prefix of everything logged, and name of the folder. Several LIBCallbacks of a trainer need different
+        name: Prefix of everything logged and name of the folder. Several LIBCallbacks of a trainer need different
             names.
         final_metric: fisher measures logits by the distribution that they parametrise, so that importance means effect
             on the prediction.

@@ -1,4 +1,4 @@
-"""Is what was measured also right? Checks that use none of the library's own ways to multiply with Jacobians."""
+"""Checks of benchmark results that use none of the library's products with Jacobians."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from tests.benchmarks import plain
 from tests.benchmarks.clock import pairs
 from tests.benchmarks.subjects import Subject
 
-# Leading features that are looked at: those at the end may be noise.
+# Number of leading features to check: the last ones may be noise.
 LEADING = 3
 
 
 def assert_right(subject: Subject, graph: InteractionGraph, tolerance: float) -> None:
-    """Hold an exact graph to the identities of the method, and some of its edges to the plain loop.
+    """Check the identities of the method on an exact graph, and compare some of its edges with the plain loop.
 
     A feature's variance is its importance; Jacobians between features are orthonormal (along a few of them, by
     `torch.func.jvp`); the first and last rows of edges are those of the plain loop.
 
     Args:
-        subject: What the graph is of, in the type it was computed in.
+        subject: The model and data of the graph, in the dtype of the computation.
         graph: The graph.
-        tolerance: Relative error allowed.
+        tolerance: Largest relative error.
     """
     a = subject.activations()
     dtype = a[0].dtype
@@ -51,7 +51,7 @@ def _gain(F: plain.Function, a: Tensor, v: Tensor, C_next: Tensor) -> Tensor:
     for s in range(a.shape[1]):
         tangent = torch.zeros_like(a)
         tangent[:, s] = v
-        with warnings.catch_warnings():  # torch.func speaking to torch.jit, when it is first used
+        with warnings.catch_warnings():  # raised by torch.jit when torch.func is first used
             warnings.simplefilter("ignore", DeprecationWarning)
             moved = torch.func.jvp(F, (a,), (tangent,))[1].detach() @ C_next
         total += float(moved.double().square().sum())
@@ -64,7 +64,7 @@ def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 def edges_errors(graph: InteractionGraph, exact: InteractionGraph) -> list[float]:
-    """Relative error of each section's edges in the Frobenius norm; features that only one of them has count."""
+    """Relative error of each section's edges in the Frobenius norm; features of only one of them are included."""
     errors = []
     for pair, E in exact.edges.items():
         rows, columns = (max(sizes) for sizes in zip(E.shape, graph.edges[pair].shape, strict=True))

@@ -1,7 +1,7 @@
-"""What watching costs: training with `LIBCallback` at its defaults and without, in turns; the median of the pairs.
+"""Overhead of `LIBCallback` at its default settings: trainings with and without it, alternating; medians over pairs.
 
-Where others use the machine, too, two trainings of a minute differ by more than 3% for no reason. So the share that the
-callback has measured of itself (`lib/overhead`) stands beside the difference of wall times and of CPU times.
+On a shared machine, two identical trainings of a minute differ by more than 3%. Therefore the overhead that the
+callback measures itself (`lib/overhead`) is reported beside the differences of wall time and CPU time.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from recipes.modular_addition import AllPairs, ModularAddition
 from tests.benchmarks.subjects import PIXELS, labelled_images
 
 PAIRS = int(os.environ.get("BENCH_PAIRS", 3))
-# How much of a training: 1 is about a minute without the callback.
+# Length of a training: 1 is about a minute without the callback.
 LENGTH = float(os.environ.get("BENCH_LENGTH", 1))
 
 
 class Images(LabelledData):
-    """As many made-up images as CIFAR-10 has."""
+    """As many random images as CIFAR-10 has."""
 
     def __init__(self, train: int = 50_000, test: int = 10_000) -> None:
         super().__init__(batch_size=64)
@@ -47,7 +47,7 @@ def modular_addition() -> tuple[pl.LightningModule, pl.LightningDataModule, dict
 
 
 def cifar10() -> tuple[pl.LightningModule, pl.LightningDataModule, dict[str, Any]]:
-    """The recipe on made-up images: a validation after every epoch."""
+    """The recipe on random images: a validation after every epoch."""
     return MLP([PIXELS, 100, 100, 10]), Images(), {"max_epochs": max(1, round(12 * LENGTH))}
 
 
@@ -58,7 +58,7 @@ LAYERS = {
 
 
 class Training(NamedTuple):
-    """Seconds of a whole training, by the clock and of all cores, and the trained model."""
+    """Wall time and CPU time of a training in seconds, and the trained model."""
 
     wall: float
     cpu: float
@@ -66,11 +66,11 @@ class Training(NamedTuple):
 
 
 def train(recipe: Callable[[], Any], callback: LIBCallback | None, folder: Path) -> Training:
-    """Train from the same beginning."""
+    """Train from the same initial weights."""
     pl.seed_everything(0, verbose=False)
     model, data, options = recipe()
     data.setup("fit")
-    data.setup = lambda stage: None  # to make images is no part of training
+    data.setup = lambda stage: None  # making the images is not part of training
     trainer = pl.Trainer(
         **options, default_root_dir=folder, accelerator="cpu", devices=1, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=[callback] if callback else [],
@@ -89,15 +89,15 @@ def test_share_of_training(benchmark: Any, recipe: Callable[[], Any], tmp_path: 
     def pair() -> None:
         nonlocal snapshots
         callback = LIBCallback(LAYERS[recipe])
-        # Whoever comes second has the warmer machine: they take turns.
+        # The second training of a pair runs on a warmer machine: the order alternates.
         order = [None, callback] if len(pairs) % 2 else [callback, None]
         found = {c: train(recipe, c, tmp_path / f"{len(pairs)}-{c is None}") for c in order}
         assert callback.graph is not None
         assert all(torch.isfinite(E).all() for E in callback.graph.edges.values())
-        plain, watched = found[None], found[callback]
-        weights = watched.model.state_dict()
-        assert all(torch.equal(x, weights[name]) for name, x in plain.model.state_dict().items()), "untouched"
-        pairs.append((plain, watched))
+        plain, observed = found[None], found[callback]
+        weights = observed.model.state_dict()
+        assert all(torch.equal(x, weights[name]) for name, x in plain.model.state_dict().items()), "unchanged"
+        pairs.append((plain, observed))
         shares.append(callback.meter.ratio)
         snapshots = callback.snapshots
 
@@ -105,7 +105,7 @@ def test_share_of_training(benchmark: Any, recipe: Callable[[], Any], tmp_path: 
     benchmark.extra_info |= {
         "training without (s)": round(statistics.median(plain.wall for plain, _ in pairs), 1),
         "lib/overhead": f"{statistics.median(shares):.1%}",
-        "more wall time": f"{statistics.median(watched.wall / plain.wall for plain, watched in pairs) - 1:.1%}",
-        "more CPU time": f"{statistics.median(watched.cpu / plain.cpu for plain, watched in pairs) - 1:.1%}",
+        "more wall time": f"{statistics.median(observed.wall / plain.wall for plain, observed in pairs) - 1:.1%}",
+        "more CPU time": f"{statistics.median(observed.cpu / plain.cpu for plain, observed in pairs) - 1:.1%}",
         "snapshots": snapshots,
     }

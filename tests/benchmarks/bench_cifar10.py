@@ -1,4 +1,4 @@
-"""The CIFAR-10 perceptron (3072-100-100-10, 4,660 images): exact, float64, no truncation but that of rounding."""
+"""The CIFAR-10 perceptron (3072-100-100-10, 4,660 images): exact, in float64, truncated to the numerical rank only."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_exact(benchmark: Any, published: Path | None) -> None:
         return compute_interaction_graph(subject.model, subject.batches, subject.node_layers, rtol=0)
 
     graph, own = fastest(benchmark, ours)
-    # The covariance of 3,072 pixels has many directions next to nothing.
+    # The covariance of 3,072 pixels has many eigenvalues near zero.
     assert_right(subject, graph, tolerance=1e-6)
     assert isinstance(subject.model, torch.nn.Sequential)
     with torch.no_grad():

@@ -1,7 +1,7 @@
-"""A GPT-Neo-shaped model (8 blocks, width 64), cut at the residual stream: edges exact, metric from random signs.
+"""A GPT-Neo-shaped model (8 blocks, width 64), cut at the residual stream: exact edges, sampled metric.
 
-What is claimed: edges take as many products with the Jacobian as there are features before a section, whatever the
-number of output positions; the plain loop takes one for each output position and feature.
+Edges need one product with the Jacobian for each feature before a section, whatever the number of output positions; the
+plain loop needs one for each output position and feature.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CURVE_SEQUENCES = 8
 
 
 def graph_of(subject: Subject) -> Any:
-    """What is measured."""
+    """The computation that is measured."""
     return compute_interaction_graph(subject.model, subject.batches, subject.node_layers, n_probes=PROBES)
 
 
@@ -37,7 +37,7 @@ def backward_seconds(subject: Subject) -> list[float]:
 
 
 def assert_right() -> None:
-    """On a small model, against dense Jacobians; in float32, in which GPT-Neo computes its attention anyway."""
+    """Compare a small model with dense Jacobians, in float32, the dtype of GPT-Neo's attention."""
     small = language_model(3, 6, n_layers=2, width=16)
     graph = graph_of(small)
     a = small.activations()

@@ -1,4 +1,4 @@
-"""Peak memory beside model and samples, against ``memory_limit``."""
+"""Peak memory in addition to model and samples, compared with ``memory_limit``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import pytest
 from tests.benchmarks.memory import SUBJECTS
 
 ROOT = Path(__file__).parents[2]
-# What a matrix of 3072 x 3072 numbers takes in float64, in MiB: one covariance of the pixels.
+# MiB of a 3072 x 3072 matrix in float64, such as the covariance of the pixels.
 SQUARE = 8 * 3072**2 / 2**20
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("limit", [0.75, 2.0])
 @pytest.mark.parametrize("name", sorted(SUBJECTS))
 def test_peak(benchmark: Any, name: str, limit: float) -> None:
@@ -27,7 +27,7 @@ def test_peak(benchmark: Any, name: str, limit: float) -> None:
         done = subprocess.run(
             [sys.executable, "-m", "tests.benchmarks.memory", name, str(limit)],
             cwd=ROOT,
-            # So that what is freed is given back at once, and does not count any more.
+            # Freed memory is returned to the system at once, and no longer counted.
             env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"},
             stdout=subprocess.PIPE,
             check=True,

@@ -1,7 +1,7 @@
-"""How work grows: operations and seconds of single steps against samples, positions, widths, features and depth.
+"""Scaling: operations and seconds of single steps against samples, positions, widths, features and depth.
 
-Operations of matrix products are counted, and their exponents (least squares, log against log) held to what is
-predicted; seconds are those of this process and are only noted down. Every sweep changes one number of one model.
+The operations of matrix products are counted, and their exponents (least squares in logarithms) compared with the
+predicted ones. The exponents of the seconds are only reported. Every sweep changes one number of one model.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from lib_lightning.training.profiling import _Count
 from tests.benchmarks.clock import now
 
 REPEATS = 2
-# How far a counted exponent may be from the predicted one, which is that of the largest term alone.
-SAME = 0.2
+# Largest difference between a counted exponent and the predicted one, which is that of the largest term alone.
+TOLERANCE = 0.2
 
 
 class Mixing(nn.Module):
-    """A section with no closed form that mixes positions: a residual stream through attention of a kind."""
+    """A section without a closed form that mixes positions: a residual stream with a simple kind of attention."""
 
     def __init__(self, d: int) -> None:
         super().__init__()
@@ -44,20 +44,20 @@ class Mixing(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """What is computed, and of what.
+    """A model and what is computed of it.
 
     Attributes:
         model: The model.
         data: All samples, as one batch.
-        node_layers: Where it is cut.
-        settings: What is computed.
+        node_layers: Its node layers.
+        config: What is computed.
         plan: How much is computed at once.
     """
 
     model: nn.Module
     data: Tensor
     node_layers: Sequence[str]
-    settings: LIBConfig = field(default_factory=lambda: LIBConfig(rtol=0))
+    config: LIBConfig = field(default_factory=lambda: LIBConfig(rtol=0))
     plan: MemoryPlan = field(default_factory=lambda: MemoryPlan(keep_graphs=True))
 
 
@@ -66,27 +66,27 @@ def affine(n: int = 2000, d: int = 64) -> Case:
     return Case(nn.Sequential(nn.Linear(d, d)), torch.randn(n, d), ["input", "0"])
 
 
-def bent(n: int = 2000, d: int = 48, h: int = 192, r: int = 48) -> Case:
+def activated(n: int = 2000, d: int = 48, h: int = 192, r: int = 48) -> Case:
     """``d -> h -> r``, with one activation function."""
     return Case(nn.Sequential(nn.Linear(d, h), nn.GELU(), nn.Linear(h, r)), torch.randn(n, d), ["input", "output"])
 
 
 def general(
-    n: int = 64, S: int = 16, d: int = 32, depth: int = 1, probes: int | None = None, points: int = 0,
+    n: int = 64, S: int = 16, d: int = 32, depth: int = 1, n_probes: int | None = None, points: int = 0,
     keep: bool = True, jacobians: int = 0, outputs: int | None = None,
 ) -> Case:  # fmt: skip
-    """Blocks of width ``d``; with ``outputs``, only so many numbers at one position are read in the end."""
+    """Blocks of width ``d``; with ``outputs``, followed by a linear map of one position to that many numbers."""
     model = nn.Sequential(*(Mixing(d) for _ in range(depth)))
     names = ["input", *map(str, range(depth))]
     if outputs is not None:
         model.append(_Readout(d, outputs))
         names = ["input", "output"]
-    settings = LIBConfig(rtol=0, n_probes=probes, integration_steps=points)
-    return Case(model, torch.randn(n, S, d), names, settings, MemoryPlan(keep_graphs=keep, product_bytes=jacobians))
+    config = LIBConfig(rtol=0, n_probes=n_probes, integration_steps=points)
+    return Case(model, torch.randn(n, S, d), names, config, MemoryPlan(keep_graphs=keep, product_bytes=jacobians))
 
 
 class _Readout(nn.Module):
-    """A few numbers, read at the last position."""
+    """A linear map of the last position."""
 
     def __init__(self, d: int, outputs: int) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class _Readout(nn.Module):
 
 
 def wide(d: int = 1024, n: int = 1000, h: int = 24) -> Case:
-    """``d -> h -> 10``: a wide node layer of which little is read."""
+    """``d -> h -> 10``: a wide node layer of which the next module reads few directions."""
     return Case(
         nn.Sequential(nn.Linear(d, h), nn.GELU(), nn.Linear(h, 10)), torch.randn(n, d), ["input", "0", "output"]
     )
@@ -111,9 +111,9 @@ class Sweep:
     """One number that is changed.
 
     Attributes:
-        make: From the number to what is computed.
-        values: Its values.
-        step: How the names of the steps begin whose work is added up.
+        make: Makes the case of a value.
+        values: The values.
+        step: Prefix of the names of the steps that are added up.
         predicted: The exponent of the largest term.
     """
 
@@ -123,51 +123,51 @@ class Sweep:
     predicted: float
 
 
-# Operations are those of matrix products: eigenproblems and what is done number by number are in the seconds only.
+# Only matrix products are counted; eigenproblems and elementwise operations are part of the seconds.
 SWEEPS = {
     "affine: moments, samples": Sweep(lambda n: affine(n=n), [2000, 4000, 8000, 16000], MOMENTS, 1),
     "affine: moments, width": Sweep(lambda d: affine(d=d), [32, 64, 128, 256], MOMENTS, 2),
     "affine: metric, width": Sweep(lambda d: affine(d=d), [32, 64, 128, 256], BASIS, 3),
-    "one activation function: metric, samples": Sweep(lambda n: bent(n), [4000, 8000, 16000, 32000], BASIS, 1),
+    "one activation function: metric, samples": Sweep(lambda n: activated(n), [4000, 8000, 16000, 32000], BASIS, 1),
     "one activation function: metric, hidden width": Sweep(
-        lambda h: bent(8000, 16, h, 16), [128, 256, 512], BASIS, 2
+        lambda h: activated(8000, 16, h, 16), [128, 256, 512], BASIS, 2
     ),
-    "one activation function: edges, samples": Sweep(lambda n: bent(n), [500, 1000, 2000, 4000], EDGES, 1),
+    "one activation function: edges, samples": Sweep(lambda n: activated(n), [500, 1000, 2000, 4000], EDGES, 1),
     "one activation function: edges, hidden width": Sweep(
-        lambda h: bent(1000, h=h), [64, 128, 256, 512], EDGES, 1
+        lambda h: activated(1000, h=h), [64, 128, 256, 512], EDGES, 1
     ),
     "one activation function: edges, features on both sides": Sweep(
-        lambda d: bent(1000, d, 128, d), [16, 32, 64, 128], EDGES, 2
+        lambda d: activated(1000, d, 128, d), [16, 32, 64, 128], EDGES, 2
     ),
     "general: exact metric, samples": Sweep(lambda n: general(n), [16, 32, 64, 128], BASIS, 1),
     "general: exact metric, positions": Sweep(lambda S: general(S=S), [8, 16, 32, 64], BASIS, 2),
     "general: exact metric, width": Sweep(lambda d: general(d=d), [16, 32, 64, 128], BASIS, 3),
-    "general: sampled metric, samples": Sweep(lambda n: general(n, probes=4), [64, 128, 256, 512], BASIS, 1),
-    "general: sampled metric, positions": Sweep(lambda S: general(S=S, probes=4), [16, 32, 64, 128], BASIS, 1),
-    "general: sampled metric, probes": Sweep(lambda k: general(256, probes=k), [2, 4, 8, 16], BASIS, 1),
-    "general: edges forward, samples": Sweep(lambda n: general(n, probes=1), [32, 64, 128, 256], EDGES, 1),
-    "general: edges forward, positions": Sweep(lambda S: general(S=S, probes=1), [16, 32, 64, 128], EDGES, 1),
-    "general: edges forward, width": Sweep(lambda d: general(d=d, probes=1), [16, 32, 64, 128], EDGES, 3),
+    "general: sampled metric, samples": Sweep(lambda n: general(n, n_probes=4), [64, 128, 256, 512], BASIS, 1),
+    "general: sampled metric, positions": Sweep(lambda S: general(S=S, n_probes=4), [16, 32, 64, 128], BASIS, 1),
+    "general: sampled metric, probes": Sweep(lambda k: general(256, n_probes=k), [2, 4, 8, 16], BASIS, 1),
+    "general: edges forward, samples": Sweep(lambda n: general(n, n_probes=1), [32, 64, 128, 256], EDGES, 1),
+    "general: edges forward, positions": Sweep(lambda S: general(S=S, n_probes=1), [16, 32, 64, 128], EDGES, 1),
+    "general: edges forward, width": Sweep(lambda d: general(d=d, n_probes=1), [16, 32, 64, 128], EDGES, 3),
     "general: edges in reverse, outputs": Sweep(lambda r: general(outputs=r), [3, 6, 12, 24], EDGES, 1),
     "general: edges in reverse, positions": Sweep(lambda S: general(S=S, outputs=8), [16, 32, 64, 128], EDGES, 1),
     "general: edges from kept Jacobians, positions": Sweep(
         lambda S: general(S=S, jacobians=2**30), [8, 16, 32], EDGES, 2
     ),
-    "depth: all steps, graphs kept": Sweep(lambda L: general(depth=L, d=16, probes=2), [2, 4, 8, 16], "", 1),
+    "depth: all steps, graphs kept": Sweep(lambda L: general(depth=L, d=16, n_probes=2), [2, 4, 8, 16], "", 1),
     "depth: forward passes, graphs not kept": Sweep(
-        lambda L: general(512, depth=L, d=16, probes=1, keep=False), [4, 8, 16, 32], FORWARD, 2
+        lambda L: general(512, depth=L, d=16, n_probes=1, keep=False), [4, 8, 16, 32], FORWARD, 2
     ),
     "integrated gradients: metric, points": Sweep(lambda p: general(points=p), [2, 4, 8], BASIS, 1),
-    "integrated gradients: edges, points": Sweep(lambda p: general(probes=1, points=p), [2, 4, 8, 16], EDGES, 1),
+    "integrated gradients: edges, points": Sweep(lambda p: general(n_probes=1, points=p), [2, 4, 8, 16], EDGES, 1),
     "wide node layer by duality: basis, width": Sweep(wide, [1024, 2048, 4096, 8192], BASIS, 1),
 }  # fmt: skip
 
 
 def run(case: Case, listener: Callable[[str], None]) -> None:
-    """Compute bases and edges; tell of every step."""
+    """Compute bases and edges, with a listener for the steps."""
     instrumented = InstrumentedModel(case.model, as_node_layers(list(case.node_layers)))
     with on_phase(listener):
-        build_graph(instrumented, [case.data], case.settings, case.plan)
+        build_graph(instrumented, [case.data], case.config, case.plan)
 
 
 def operations(case: Case, step: str) -> int:
@@ -195,7 +195,7 @@ def step_seconds(case: Case, step: str) -> float:
 
 
 def exponent(values: Sequence[float], costs: Sequence[float]) -> float:
-    """Least-squares slope of costs against values, log against log.
+    """Exponent of costs as a power of the values, by least squares in logarithms.
 
     Example:
         >>> round(exponent([1, 2, 4], [3, 12, 48]), 6)
@@ -219,12 +219,12 @@ def test_exponent(benchmark: Any, name: str) -> None:
         "seconds": round(exponent(sweep.values, spent), 2),
         "seconds at the last value": round(spent[-1], 4),
     }
-    assert abs(counted - sweep.predicted) < SAME
+    assert abs(counted - sweep.predicted) < TOLERANCE
 
 
-class _Waits(TorchDispatchMode):
-    """Counts, by step, what makes the host wait for an accelerator: numbers that are read, and sizes that depend on
-    numbers. On a CPU, where nobody waits, the operations are the same."""
+class _Synchronizations(TorchDispatchMode):
+    """Counts, by step, the operations that synchronize with an accelerator: reading a number, or a size that depends on
+    values. On a CPU, which has no queue, the operations are the same."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -239,21 +239,21 @@ class _Waits(TorchDispatchMode):
         by_mask = func._overloadpacket is torch.ops.aten.index and any(
             i is not None and i.dtype == torch.bool for i in args[1]
         )
-        self._open += by_mask or func._overloadpacket in _WAITING
+        self._open += by_mask or func._overloadpacket in _SYNCHRONIZING
         return func(*args, **(kwargs or {}))
 
 
-_WAITING = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal}
+_SYNCHRONIZING = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal}
 
 
-@pytest.mark.parametrize("probes", [None, 4], ids=["exact", "sampled"])
-def test_waits_are_as_many_whatever_the_number_of_products(benchmark: Any, probes: int | None) -> None:
-    def waits(S: int, d: int) -> dict[str, int]:
-        with _Waits() as found:
-            run(general(n=4, S=S, d=d, depth=3, probes=probes), found)
+@pytest.mark.parametrize("n_probes", [None, 4], ids=["exact", "sampled"])
+def test_synchronizations_do_not_depend_on_the_number_of_products(benchmark: Any, n_probes: int | None) -> None:
+    def count(S: int, d: int) -> dict[str, int]:
+        with _Synchronizations() as found:
+            run(general(n=4, S=S, d=d, depth=3, n_probes=n_probes), found)
         return dict(found.steps)
 
-    few = benchmark.pedantic(lambda: waits(4, 8), rounds=1, iterations=1)
+    few = benchmark.pedantic(lambda: count(4, 8), rounds=1, iterations=1)
     benchmark.extra_info |= few
     assert sum(few.values()) > 0
-    assert waits(16, 32) == few
+    assert count(16, 32) == few

@@ -1,4 +1,4 @@
-"""DDP: two processes with one thread each against one such process, on the same samples. Needs two cores."""
+"""DDP: two processes with one thread each compared with a single one, on the same samples. Needs two cores."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_speedup(benchmark: Any, name: str, tmp_path: Path) -> None:
 
     benchmark.pedantic(launch, rounds=1, iterations=1)
     found = json.loads(path.read_text())
-    # Sums in another order: directions at the threshold may come or go, and they are next to nothing.
+    # Sums in another order: weak directions at the threshold may appear or disappear.
     assert max(pair["error"] for pair in found) < 1e-4
     benchmark.extra_info |= {
         "one process (s)": round(min(pair["one"] for pair in found), 2),

@@ -1,6 +1,6 @@
-"""The CIFAR-10 perceptron by hand: the method's shortcuts written down for this one network, and nothing else.
+"""The CIFAR-10 perceptron by hand: the same shortcuts, written for this network only.
 
-No program that does more (any model, live, standard errors) can be much faster: what it takes measures the machine.
+A general program (any model, standard errors) can hardly be faster, so this time is the reference for the machine.
 Source: arXiv 2405.10928; for ReLU ``J = W diag(s)``, and the principal components of ``a`` in the metric ``B^T B`` are
 those of ``(a - mu) B^T``.
 """
@@ -39,7 +39,7 @@ def perceptron_edges(model: nn.Sequential, x: Tensor) -> list[Tensor]:
 
 
 def _basis(a: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``C``, ``C^+`` and features, measured by the metric ``B^T B``."""
+    """``C``, ``C^+`` and features of the LIB with the metric ``B^T B``."""
     centred = a - a.mean(0)
     y = centred @ B.T
     Lambda, Q = torch.linalg.eigh(y.T @ y / len(a))

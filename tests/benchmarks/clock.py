@@ -1,4 +1,4 @@
-"""Seconds, of ours and of the slow ways: those take minutes to days, so a part of their loops is timed."""
+"""Timing of this package and of slow implementations, of whose loops only a part is run."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ T = TypeVar("T")
 
 
 def now() -> float:
-    """Seconds of this process's own work where torch has one thread, which others on the machine change little; else
-    those on the wall."""
+    """CPU time of this process if torch has one thread, since it depends little on other programs; else wall time."""
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def seconds(work: Callable[[], Any], repeats: int = 1) -> float:
-    """Least time of several runs."""
+    """Shortest time of several runs."""
     times = []
     for _ in range(repeats):
         started = now()
@@ -36,13 +35,13 @@ def seconds(work: Callable[[], Any], repeats: int = 1) -> float:
 
 
 def product_rate(dtype: torch.dtype, size: int = 1000) -> float:
-    """How many floating-point operations this machine does now in a second of a large matrix product, in 10^9."""
+    """Current rate of large matrix products on this machine, in 10^9 operations per second."""
     a = torch.rand(size, size, dtype=dtype)
     return 2e-9 * size**3 / seconds(lambda: a @ a, 8)
 
 
 def fastest(benchmark: Any, work: Callable[[], T], budget: float = 20.0, most: int = 7) -> tuple[T, float]:
-    """Run as often as a budget of seconds allows, after once to warm up; the result, and the least time."""
+    """Run as often as a budget of seconds allows, after a warm-up; the result and the shortest time."""
     times = [seconds(work)]
     results: list[T] = []
     rounds = max(1, min(most, int(budget / times[0])))
@@ -52,14 +51,14 @@ def fastest(benchmark: Any, work: Callable[[], T], budget: float = 20.0, most: i
 
 
 def extrapolated(work: Callable[[int], Any], part: int, whole: int) -> float:
-    """Seconds of so many rounds of a loop, from one round and a few more: what comes before the loop counts once."""
+    """Seconds of a loop of ``whole`` rounds, extrapolated from 1 and ``1 + part`` rounds."""
     work(1)
     one, more = seconds(lambda: work(1), 2), seconds(lambda: work(1 + part), 2)
     return one + (whole - 1) * max(0.0, more - one) / part
 
 
 def edges_seconds(work: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds for the edges (after the last basis, with the forward passes for them), and for everything."""
+    """Seconds for the edges, with their forward passes, and for the whole graph."""
     bases, edges, started = 0.0, 0.0, now()
 
     def note(step: str) -> None:
@@ -77,7 +76,7 @@ def edges_seconds(work: Callable[[], Any]) -> tuple[float, float]:
 def plain_seconds(subject: Subject, graph: InteractionGraph, part: int = 3) -> dict[str, float]:
     """Seconds of the plain loop over outputs for a whole graph.
 
-    Moments and eigenproblems are timed as they are. Of the loops over output positions and features ``1 + part`` are
+    Moments and eigenproblems are timed completely. Of the loops over output positions and features ``1 + part`` are
     run on all samples, with the graph's own bases.
 
     Returns:
@@ -105,8 +104,8 @@ def plain_seconds(subject: Subject, graph: InteractionGraph, part: int = 3) -> d
 def reference_seconds(subject: Subject, graph: InteractionGraph, part: int = 3) -> dict[str, float]:
     """Seconds of the literal transcription of the paper (`tests.reference`) for a whole graph.
 
-    Its eigenproblems are timed as they are. Of its loops over samples, and over rows in the covariance, ``1 + part``
-    rounds are run, with the graph's own bases: those of a few samples would be narrower, and the work less.
+    Its eigenproblems are timed completely. Of its loops over samples, and over rows in the covariance, ``1 + part``
+    rounds are run, with the graph's own bases: bases of a few samples would be smaller.
 
     Returns:
         Seconds for ``moments``, ``bases`` and ``edges``.
@@ -140,7 +139,7 @@ def reference_seconds(subject: Subject, graph: InteractionGraph, part: int = 3) 
 
 
 def note_ratios(benchmark: Any, own: float, **slow: dict[str, float]) -> None:
-    """Write down how many times as long the slow ways take, and their seconds, step by step."""
+    """Report the seconds of the slow implementations by step, and their ratios to this package."""
     for name, spent in slow.items():
         whole = sum(spent.values())
         benchmark.extra_info[f"times the {name.replace('_', ' ')}"] = round(whole / own, 1)

@@ -1,4 +1,4 @@
-"""What all benchmarks share: every core for torch, how fast the machine is now, and where published weights are."""
+"""Fixtures of all benchmarks: number of threads, speed of the machine, and published weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _threads() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _rates(request: pytest.FixtureRequest, _threads: None) -> Iterator[None]:
-    """Note how fast the machine multiplies matrices at this moment, as others may be using it, too."""
+    """Report the current rate of matrix products, because other programs may use the machine as well."""
     benchmark = request.getfixturevalue("benchmark") if "benchmark" in request.fixturenames else None
     yield
     if benchmark is not None:
@@ -34,10 +34,10 @@ def _rates(request: pytest.FixtureRequest, _threads: None) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _all_snapshots_are_affordable() -> None:
-    """Not here: what the budget does is measured as users have it (the ordinary tests lift it)."""
+    """Keep the budget, which other tests disable: benchmarks measure default settings."""
 
 
 @pytest.fixture(params=["published", "made-up"])
 def published(request: pytest.FixtureRequest) -> Path | None:
-    """Folder of published weights and data; None for made-up ones of the same shape."""
+    """Folder of published weights and data; None for random ones of the same shape."""
     return request.getfixturevalue("reference_dir") if request.param == "published" else None

@@ -1,4 +1,4 @@
-"""Peak memory of one computation beside model and samples, in a fresh process: ``python THIS FILE SUBJECT LIMIT``."""
+"""Peak memory of a computation beside model and samples, in a new process: ``python THIS FILE SUBJECT LIMIT``."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
 }
 
 
-def highest() -> float:
-    """Most memory this process has had, in MiB."""
-    # Not getrusage: its maximum begins at that of the process which started this one.
+def peak() -> float:
+    """Peak memory of this process, in MiB."""
+    # Not getrusage, whose maximum includes the parent process.
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**10
 
 
@@ -30,12 +30,12 @@ def main(name: str, limit: float) -> None:
     torch.manual_seed(0)
     subject = SUBJECTS[name]()
     small = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8))
-    compute_interaction_graph(small, [torch.randn(50, 8)], ["input", "1", "output"])  # whatever is loaded once
+    compute_interaction_graph(small, [torch.randn(50, 8)], ["input", "1", "output"])  # loads libraries
     options = {"n_probes": 4} if name == "language_model" else {}
-    before = highest()
+    before = peak()
     graph = compute_interaction_graph(subject.model, [subject.data], subject.node_layers, memory_limit=limit, **options)
     assert all(torch.isfinite(E).all() for E in graph.edges.values())
-    print(highest() - before)
+    print(peak() - before)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The Local Interaction Basis as one would write it first: a loop over outputs, with one backward pass for each.
+"""The plain implementation of the Local Interaction Basis: a loop over outputs, with one backward pass for each.
 
 Source: arXiv 2405.10928. Works on a chain of plain functions, as `tests.reference` does, but on all samples at once.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 Function = Callable[[Tensor], Tensor]
-# Which outputs to go through: pairs of a position and a feature.
+# Outputs to iterate over: pairs of a position and a feature.
 Outputs = Iterable[tuple[int, int]]
 
 
@@ -35,7 +35,7 @@ def gradients(F: Function, a: Tensor, C_next: Tensor, outputs: Outputs | None = 
         The feature ``i``, and the gradient with respect to ``a``, ``(n, S, d)``.
     """
     a = a.detach().requires_grad_()
-    fhat = F(a) @ C_next  # less a constant, which has no gradient
+    fhat = F(a) @ C_next  # minus a constant, which has no gradient
     for t, i in all_outputs(fhat) if outputs is None else outputs:
         (g,) = torch.autograd.grad(fhat[:, t, i].sum(), a, retain_graph=True)
         yield i, g

@@ -1,4 +1,4 @@
-"""A Markdown table of what was measured: ``python -m tests.benchmarks.report FILE.json``."""
+"""A Markdown table of benchmark results: ``python -m tests.benchmarks.report FILE.json``."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """Lay out what pytest-benchmark has written.
+    """Format the results of pytest-benchmark.
 
     Args:
         found: The contents of its JSON file.
 
     Returns:
-        One row for each benchmark: its least time, and all it has noted down.
+        One row for each benchmark: its shortest time and its extra info.
 
     Example:
         >>> one = {"fullname": "tests/benchmarks/bench_a.py::test_b[c]", "stats": {"min": 0.5}, "extra_info": {"x": 2}}

@@ -1,6 +1,6 @@
-"""What is measured: models with their data, and the same computation as a chain of plain functions.
+"""The models that benchmarks run, with their data, and each model as a chain of plain functions.
 
-Where there are no published weights and data, or as well, the same shapes with made-up ones.
+With published weights and data, or with random ones of the same shapes.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ VOCABULARY = 256
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, its data, and how it goes from node layer to node layer.
+    """A model, its data, and the functions between its node layers.
 
     Attributes:
         model: The model.
         data: All samples in one tensor.
-        node_layers: Where it is cut.
-        first: From samples to the first node layer's activations ``(n, S, d)``.
-        chain: From the activations of each node layer to those of the next.
+        node_layers: Its node layers.
+        first: Maps samples to the first node layer's activations ``(n, S, d)``.
+        chain: Maps the activations of each node layer to those of the next.
         batch_size: Samples in a batch.
     """
 
@@ -112,7 +112,7 @@ def language_model(sequences: int, tokens: int, n_layers: int = 8, width: int = 
     )  # fmt: skip
     inner = GPTNeoForCausalLM(config).eval()
     with torch.no_grad():
-        for parameter in inner.parameters():  # not all but zero, as they are initialised
+        for parameter in inner.parameters():  # the default initialisation is close to zero
             if parameter.ndim == 2:
                 parameter.normal_(std=parameter.shape[1] ** -0.5)
     transformer = inner.transformer
@@ -129,7 +129,7 @@ def language_model(sequences: int, tokens: int, n_layers: int = 8, width: int = 
 
 
 def labelled_images(n: int) -> tuple[Tensor, Tensor]:
-    """Made-up images of CIFAR-10's shape in ten classes that can be told apart, ``uint8``."""
+    """Random images of CIFAR-10's shape in ten distinguishable classes, ``uint8``."""
     labels = torch.randint(0, 10, (n,))
     centres = torch.rand(10, PIXELS)
     noise = torch.rand(n, PIXELS)

@@ -1,4 +1,4 @@
-"""Two processes on the same samples against one, each with one thread: ``torchrun --nproc_per_node 2 THIS FILE``."""
+"""Two processes and one on the same samples, with one thread each: ``torchrun --nproc_per_node 2 THIS FILE``."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
 
 
 def timed(work: Callable[[], InteractionGraph]) -> tuple[float, float, InteractionGraph]:
-    """Seconds until it is done, those of this process's work, and the result."""
+    """Wall time and CPU time in seconds, and the result."""
     started, worked = time.perf_counter(), time.process_time()
     graph = work()
     return time.perf_counter() - started, time.process_time() - worked, graph
 
 
 def main(name: str, path: Path) -> None:
-    """Measure, and write what was found as JSON."""
+    """Measure, and write the results as JSON."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     torch.manual_seed(0)
     subject = SUBJECTS[name]()
-    # As a distributed sampler shares them out: one half each.
+    # Divided as by a distributed sampler: one half each.
     halves = [half.split(subject.batch_size) for half in subject.data.chunk(2)]
     batches, own = [*halves[0], *halves[1]], halves[rank]
     processes = TorchProcessGroup()
@@ -53,12 +53,12 @@ def main(name: str, path: Path) -> None:
 
     process_group()  # to warm up
     found = []
-    for _ in range(PAIRS):  # in turns, as the machine's speed changes
+    for _ in range(PAIRS):  # alternating, because the machine's speed changes
         dist.barrier()
         two, work, graph = timed(process_group)
         both = torch.tensor([work])
         dist.all_reduce(both)
-        if rank == 0:  # the other one waits, and does nothing
+        if rank == 0:  # the other process is idle
             one, one_work, expected = timed(alone)
             error = max(edges_errors(graph, expected))
             found.append({"one": one, "two": two, "one_work": one_work, "two_work": float(both), "error": error})

@@ -36,10 +36,10 @@ def test_replaced_activations_affect_all_later_layers(case: Case) -> None:
     for F in case.sections[1:]:
         expected = F(expected)
     with torch.no_grad():
-        cuts = instrumented.capture(case.data, [None, new, *[None] * (len(activations) - 2)])
-    torch.testing.assert_close(cuts[-1].a, expected)
-    if len(cuts[1].outputs) == 1:  # one of several taps may be computed from another one, which was replaced
-        assert torch.equal(cuts[1].a, activations[1]), "the end keeps what was computed"
+        captured = instrumented.capture(case.data, [None, new, *[None] * (len(activations) - 2)])
+    torch.testing.assert_close(captured[-1].a, expected)
+    if len(captured[1].outputs) == 1:  # one of several taps may be computed from another one, which was replaced
+        assert torch.equal(captured[1].a, activations[1]), "the output is the computed one"
 
 
 def test_the_batch_and_the_model_are_not_modified(case: Case) -> None:
@@ -211,8 +211,8 @@ def test_containers_keep_their_class(kind: str) -> None:
                 return out.hidden * (2 if out.extra == "extra" else 0)
             return (out[0] if kind == "list" else out[0]["hidden"][0]) * (2 if out[1] == "extra" else 0)
 
-    cuts = InstrumentedModel(Outer(), as_node_layers(["input", "inner", "output"])).capture(torch.ones(1, 3))
-    assert torch.equal(cuts[2].a, torch.full((1, 1, 3), 4.0))
+    captured = InstrumentedModel(Outer(), as_node_layers(["input", "inner", "output"])).capture(torch.ones(1, 3))
+    assert torch.equal(captured[2].a, torch.full((1, 1, 3), 4.0))
 
 
 def test_user_hooks_remain_and_ours_are_removed_when_the_model_raises() -> None:

@@ -73,19 +73,19 @@ def test_resuming_at_the_end_of_an_epoch_is_exact(schedule: str, tmp_path: Path)
     fit(tmp_path / "second", EPOCHS, options, checkpoint)
     half = 2 * STEPS_PER_EPOCH
     whole, second = files(tmp_path / "whole", half), files(tmp_path / "second", half)
-    assert list(whole), "there is something to compare"
+    assert list(whole), "the run wrote files"
     assert second == whole
     # The axis of the loggers counts steps from 0.
     first, *later = logged(tmp_path / "second", half - 1)
     expected, *expected_later = logged(tmp_path / "whole", half - 1)
-    # Where a run goes on, loggers and other callbacks are told everything once.
+    # After a run is resumed, everything is logged once.
     assert all(first[name] == value for name, value in expected.items() if value)
     assert expected["lib/age"]
     assert later == expected_later
     assert drawn(tmp_path / "second", half - 1) == drawn(tmp_path / "whole", half - 1)
     final = [(tmp_path / run / "run" / "lib" / "final.safetensors").read_bytes() for run in ("whole", "second")]
     assert final[0] == final[1]
-    # Nothing from before the interruption is done again.
+    # Nothing from before the interruption is repeated.
     assert files(tmp_path / "second", -1).keys() == second.keys()
 
 
@@ -144,14 +144,14 @@ def start(folder: Path, *die_at: int) -> subprocess.Popen[str]:
 
 
 def whole_snapshots(folder: Path) -> dict[int, InteractionGraph]:
-    """Every snapshot there is, each read and checked against its hash."""
+    """All snapshots, each verified against its hash."""
     found = map(InteractionGraph.load, (folder / "run" / "lib" / "snapshots").glob("*.safetensors"))
     return {graph.info["step"]: graph for graph in found}
 
 
 def assert_complete(folder: Path) -> None:
     steps = [*range(0, LAST + 1, 4)]
-    assert sorted(whole_snapshots(folder)) == steps, "those of a run that nobody interrupted"
+    assert sorted(whole_snapshots(folder)) == steps, "those of an uninterrupted run"
     names = sorted(p.stem for p in (folder / "run" / "lib" / "figures").iterdir())
     assert names == [f"step-{step:08d}" for step in steps]
     assert InteractionGraph.load(folder / "run" / "lib" / "final.safetensors").info["step"] == LAST

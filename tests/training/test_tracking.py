@@ -65,11 +65,11 @@ def ids(graph: InteractionGraph) -> dict[str, list[int]]:
 def broken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LIBCallback, list[Event]]:
     """A run of 12 steps in which everything changes after the sixth, with all options on."""
     torch.manual_seed(0)
-    folder, told = tmp_path_factory.mktemp("broken"), []
-    callback = callback_with(baselines=["pca", "neuron"], on_event=told.append)
+    folder, received = tmp_path_factory.mktemp("broken"), []
+    callback = callback_with(baselines=["pca", "neuron"], on_event=received.append)
     logger = TensorBoardLogger(folder, name="", version="run")
     trainer_of(folder, callback, logger=logger, num_sanity_val_steps=-1).fit(Steady(breaks_at=6))
-    return folder / "run", callback, told
+    return folder / "run", callback, received
 
 
 def test_lineages_in_files_match_a_tracker_run_on_the_files(broken: tuple[Path, LIBCallback, Any]) -> None:
@@ -109,18 +109,20 @@ def test_turnover_is_logged(broken: tuple[Path, LIBCallback, Any]) -> None:
 
 
 def test_events_reach_hooks_files_and_loggers(broken: tuple[Path, LIBCallback, list[Event]]) -> None:
-    folder, callback, told = broken
-    assert told
-    assert told == callback.state.events
+    folder, callback, received = broken
+    assert received
+    assert received == callback.state.events
     lines = [json.loads(line) for line in (folder / "lib" / "events.jsonl").read_text().splitlines()]
-    assert [line["text"] for line in lines] == [event.text for event in told]
-    assert [Event.from_json(json.dumps(line)) for line in lines] == told
-    assert {event.kind for event in told if event.step == 8} >= {"born", "died"}
-    assert all(max(e.before or 0, e.after or 0) >= 0.01 for e in told if e.kind in ("born", "died", "split", "merged"))
+    assert [line["text"] for line in lines] == [event.text for event in received]
+    assert [Event.from_json(json.dumps(line)) for line in lines] == received
+    assert {event.kind for event in received if event.step == 8} >= {"born", "died"}
+    assert all(
+        max(e.before or 0, e.after or 0) >= 0.01 for e in received if e.kind in ("born", "died", "split", "merged")
+    )
     shown = EventAccumulator(str(folder), {"tensors": 0}).Reload().Tensors("lib/events/text_summary")
     texts = {e.step + 1: e.tensor_proto.string_val[0].decode() for e in shown}
-    assert set(texts) == {event.step for event in told}
-    assert texts[8] == "\n".join(f"- {event.text}" for event in told if event.step == 8)
+    assert set(texts) == {event.step for event in received}
+    assert texts[8] == "\n".join(f"- {event.text}" for event in received if event.step == 8)
 
 
 def test_figures_over_time_are_written_and_shown(broken: tuple[Path, LIBCallback, Any]) -> None:
@@ -129,14 +131,14 @@ def test_figures_over_time_are_written_and_shown(broken: tuple[Path, LIBCallback
     for name in ("timeline", "spectrum_over_time", "sparsity_over_time"):
         images = events.Images(f"lib/{name}")
         assert images[-1].encoded_image_string == (folder / "lib" / f"{name}.png").read_bytes()
-        assert [image.step + 1 for image in images] == [6, 12], "not each time, but at the end"
+        assert [image.step + 1 for image in images] == [6, 12], "at intervals, and at the end"
 
 
 def test_features_keep_their_places_in_figures(broken: tuple[Path, LIBCallback, Any]) -> None:
     for kind in ("lib", "pca"):
-        film = AnimatedLayout()
+        layout = AnimatedLayout()
         for path in sorted((broken[0] / kind / "snapshots").iterdir()):
-            drawn = render_png(InteractionGraph.load(path).plot(layout=film)).data
+            drawn = render_png(InteractionGraph.load(path).plot(layout=layout)).data
             assert drawn == (broken[0] / kind / "figures" / f"{path.stem}.png").read_bytes()
 
 
@@ -165,21 +167,21 @@ def test_first_seen_file(broken: tuple[Path, LIBCallback, Any]) -> None:
     assert strongest["since"] == max([s for s, shared in like.items() if shared < 0.5], default=-2) + 2
 
 
-def test_training_is_untouched(tmp_path: Path) -> None:
+def test_training_is_unchanged(tmp_path: Path) -> None:
     plain = run(Classifier(), tmp_path / "plain")
     assert run(Classifier(), tmp_path / "watched", callback_with(adaptive=True)) == plain
 
 
-def test_a_failing_hook_costs_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    told: list[Event] = []
+def test_a_failing_hook_affects_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    received: list[Event] = []
 
     def fails(event: Event) -> None:
         raise RuntimeError("the hook fails")
 
-    callback = callback_with(on_event=[fails, told.append])
+    callback = callback_with(on_event=[fails, received.append])
     trainer_of(tmp_path, callback, num_sanity_val_steps=-1).fit(Steady(breaks_at=6))
     assert callback.snapshots == 7
-    assert told == callback.state.events != []
+    assert received == callback.state.events != []
     assert caplog.text.count("the hook fails") == 1
 
 
@@ -195,19 +197,19 @@ def test_snapshots_are_denser_after_a_change(tmp_path: Path) -> None:
 
 
 class Still(Steady):
-    """Weights stand still."""
+    """A model whose weights do not change."""
 
     def __init__(self, n_val: int) -> None:
         super().__init__(n_val)
-        self.net[1] = torch.nn.Identity()  # batch norm moves by itself
+        self.net[1] = torch.nn.Identity()  # the running statistics of batch norm would change
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
-def test_no_events_where_only_the_number_of_probes_changes(tmp_path: Path) -> None:
+def test_no_events_if_only_the_number_of_probes_changes(tmp_path: Path) -> None:
     class Cheaper(pl.Callback):
-        """From the seventh step on, one random sign each in place of the exact metric."""
+        """From the seventh step on, the metric is sampled with one probe instead of exact."""
 
         def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
             if trainer.global_step == 6:
@@ -215,16 +217,16 @@ def test_no_events_where_only_the_number_of_probes_changes(tmp_path: Path) -> No
                 callback.computer = SnapshotComputer(sampled, "lib")
 
     callback, model = callback_with(every_n_steps=1), Still(n_val=16)
-    model.net[1] = torch.nn.LayerNorm(8)  # which no closed form has: that would need no probes
+    model.net[1] = torch.nn.LayerNorm(8)  # so that the section has no closed form, which would be summed exactly
     trainer_of(tmp_path, callback, Cheaper(), num_sanity_val_steps=-1).fit(model)
     graphs = snapshots(tmp_path)
     exact, sampled = (graphs[step].bases[NODE_LAYERS[0]].importance for step in (6, 7))
-    assert (exact[0] - sampled[0]).abs() > 0.01 * exact[0], "numbers do change"
+    assert (exact[0] - sampled[0]).abs() > 0.01 * exact[0], "importances change"
     assert callback.state.events == []
 
 
-def test_no_events_where_only_the_samples_change(tmp_path: Path) -> None:
-    """Those of the sanity check are few, and others take their place at the first validation."""
+def test_no_events_if_only_the_samples_change(tmp_path: Path) -> None:
+    """The few samples of the sanity check are replaced at the first validation."""
     callback = callback_with(every_n_steps=1)
     trainer_of(tmp_path, callback).fit(Still(n_val=300))
     graphs = snapshots(tmp_path)
@@ -242,8 +244,8 @@ def test_snapshots_of_another_run_in_the_same_folder_are_archived(tmp_path: Path
     callback = callback_with(every_n_steps=4, basis="neuron")
     trainer_of(tmp_path, callback, max_epochs=1).fit(Steady())
     assert list(snapshots(tmp_path)) == [0, 4, 6]
-    aside = {p.name for p in (tmp_path / "lib" / "stale" / "snapshots").iterdir()}
-    assert aside == {"step-00000003.safetensors", "step-00000006.safetensors"}
+    archived = {p.name for p in (tmp_path / "lib" / "stale" / "snapshots").iterdir()}
+    assert archived == {"step-00000003.safetensors", "step-00000006.safetensors"}
     assert (tmp_path / "lib" / "events.jsonl").read_text() == "".join(f"{e.to_json()}\n" for e in callback.state.events)
     assert len(json.loads((tmp_path / "lib" / "retraced.json").read_text())) == 3
 
@@ -251,8 +253,10 @@ def test_snapshots_of_another_run_in_the_same_folder_are_archived(tmp_path: Path
 def test_a_snapshot_that_cannot_be_written_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = SnapshotDirectory.write
 
-    def fails(folder: SnapshotDirectory, graph: InteractionGraph, step: int, film: AnimatedLayout | None = None) -> Any:
-        png = write(folder, graph, step, film)
+    def fails(
+        folder: SnapshotDirectory, graph: InteractionGraph, step: int, layout: AnimatedLayout | None = None
+    ) -> Any:
+        png = write(folder, graph, step, layout)
         if step == 8:
             raise OSError("the disk fails")
         return png
@@ -262,13 +266,13 @@ def test_a_snapshot_that_cannot_be_written_leaves_no_trace(tmp_path: Path, monke
     trainer_of(tmp_path, callback, num_sanity_val_steps=-1).fit(Steady(breaks_at=8))
     graphs = snapshots(tmp_path)
     assert list(graphs) == callback.state.history.steps == [0, 2, 4, 6, 10, 12]
-    film, tracker = AnimatedLayout(), FeatureTracker()
+    layout, tracker = AnimatedLayout(), FeatureTracker()
     for step, graph in graphs.items():
         written = ids(graph)
         tracker.update(graph)
         assert ids(graph) == written
         figure = (tmp_path / "lib" / "figures" / f"step-{step:08d}.png").read_bytes()
-        assert render_png(graph.plot(layout=film)).data == figure
+        assert render_png(graph.plot(layout=layout)).data == figure
 
 
 def test_adaptive_needs_events() -> None:
@@ -291,7 +295,7 @@ def samples_of(graphs: dict[int, InteractionGraph]) -> list[str]:
 
 
 def test_reference_samples_of_the_sanity_check_are_kept(tmp_path: Path) -> None:
-    """Eight batches of 64 will do; the snapshots' own samples become those of the whole validation."""
+    """Eight batches of 64 are enough reference samples; snapshots use the samples of the whole validation later."""
     trainer_of(tmp_path, callback_with(), num_sanity_val_steps=8).fit(Steady(n_val=700))
     graphs = snapshots(tmp_path)
     assert {graph.info["n_samples"] for graph in graphs.values()} == {512, 700}

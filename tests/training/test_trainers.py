@@ -79,7 +79,7 @@ def test_precision(precision: Any, dtype: Any, tolerance: float, tmp_path: Path)
     exact = compute_interaction_graph(model, callback.samples.buffer.batches, NODE_LAYERS, dtype=torch.float64)
     assert same_importances(callback.graph, exact) < tolerance
     wanted = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
-    assert {p.dtype for p in model.parameters()} == {wanted.get(precision, torch.float32)}, "and stays as it is"
+    assert {p.dtype for p in model.parameters()} == {wanted.get(precision, torch.float32)}, "unchanged"
 
 
 # where samples come from
