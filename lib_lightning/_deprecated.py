@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 # Modules that moved, within the package. An empty name stands for a folder that has no successor.
 MODULES = {
@@ -150,16 +151,74 @@ def renamed_arguments(**renamed: str) -> Callable[[Callable[P, R]], Callable[P, 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> R:
-            for old in renamed.keys() & kwargs.keys():
-                name, new = function.__name__, renamed[old]
-                warnings.warn(
-                    f"{name}({old}=...) is deprecated and will be removed in the next version: use {name}({new}=...).",
-                    DeprecationWarning,
-                    stacklevel=2,
-                )
-                kwargs[new] = kwargs.pop(old)
-            return function(*args, **kwargs)
+            return function(*args, **_current(function.__name__, renamed, kwargs))
 
         return wrapper
 
     return decorate
+
+
+def renamed_fields(**renamed: str) -> Callable[[type[T]], type[T]]:
+    """Let a dataclass take, and show, fields by their old names, with a DeprecationWarning.
+
+    Args:
+        renamed: New names by old names.
+
+    Returns:
+        A decorator, to be applied to the finished dataclass.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @renamed_fields(colour="color")
+        ... @dataclass
+        ... class Paint:
+        ...     color: str
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     Paint(colour="red").colour
+        'red'
+        >>> [str(warning.message) for warning in caught]  # doctest: +NORMALIZE_WHITESPACE
+        ['Paint(colour=...) is deprecated and will be removed in the next version: use Paint(color=...).',
+         'Paint.colour is deprecated and will be removed in the next version: use Paint.color.']
+    """
+
+    def decorate(cls: type[T]) -> type[T]:
+        plain_init = cls.__init__
+
+        @functools.wraps(plain_init)
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            plain_init(self, *args, **_current(cls.__name__, renamed, kwargs))
+
+        setattr(cls, "__init__", init)  # noqa: B010
+        for old, new in renamed.items():
+            setattr(cls, old, _renamed_field(cls.__name__, old, new))
+        return cls
+
+    return decorate
+
+
+def _current(name: str, renamed: Mapping[str, str], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments by their present names."""
+    for old in renamed.keys() & kwargs.keys():
+        new = renamed[old]
+        warnings.warn(
+            f"{name}({old}=...) is deprecated and will be removed in the next version: use {name}({new}=...).",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+        kwargs[new] = kwargs.pop(old)
+    return kwargs
+
+
+def _renamed_field(name: str, old: str, new: str) -> property:
+    message = f"{name}.{old} is deprecated and will be removed in the next version: use {name}.{new}."
+
+    def get(self: Any) -> Any:
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return getattr(self, new)
+
+    def put(self: Any, value: Any) -> None:
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        setattr(self, new, value)
+
+    return property(get, put, doc=f"Deprecated name of `{new}`.")

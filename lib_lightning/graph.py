@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from lib_lightning._deprecated import renamed_arguments
+from lib_lightning._deprecated import renamed_arguments, renamed_fields
 from lib_lightning.algorithm.basis import Basis
 from lib_lightning.algorithm.jackknife import standard_error
 from lib_lightning.errors import LIBError
@@ -61,6 +61,7 @@ class Lineages:
     parents: Tensor
 
 
+@renamed_fields(probes="reference_features")
 @dataclass
 class InteractionGraph:
     """Features of every node layer, and the strengths of their interactions.
@@ -104,17 +105,6 @@ class InteractionGraph:
     def node_layers(self) -> list[str]:
         """Names of the node layers, in forward order."""
         return list(self.bases)
-
-    @property
-    def probes(self) -> dict[str, Tensor]:
-        """Deprecated name of `reference_features`."""
-        warnings.warn("InteractionGraph.probes is now reference_features.", DeprecationWarning, stacklevel=2)
-        return self.reference_features
-
-    @probes.setter
-    def probes(self, values: dict[str, Tensor]) -> None:
-        warnings.warn("InteractionGraph.probes is now reference_features.", DeprecationWarning, stacklevel=2)
-        self.reference_features = values
 
     def node_layer_specs(self) -> list[NodeLayer]:
         """The node layers as `NodeLayer` objects: where they are in the model.

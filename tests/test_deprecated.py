@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,9 +16,10 @@ import torch
 from torch import nn
 
 import lib_lightning
-from lib_lightning import compute_interaction_graph
+from lib_lightning import InteractionGraph, compute_interaction_graph
 from lib_lightning._deprecated import MODULES, NAMES
 from lib_lightning.distributed.process_group import SINGLE_PROCESS
+from lib_lightning.lineage import match_features
 from lib_lightning.plots.animated_layout import AnimatedLayout
 from lib_lightning.training.cli import main
 
@@ -154,6 +156,29 @@ def test_arguments_keep_their_old_names() -> None:
         (message,) = said(caught)
         assert f"({old}=...) is deprecated" in message
         assert f"({new}=...)" in message
+
+
+def test_fields_keep_their_old_names() -> None:
+    graph = compute_interaction_graph(nn.Linear(3, 2), [torch.randn(9, 3)], ["input", "output"])
+    basis, values = graph.bases["input"], {"input": torch.zeros(9, 3)}
+    match = match_features(torch.randn(20, 3), torch.randn(20, 2))
+    with deprecations() as caught:
+        assert basis.unsure is basis.degenerate
+        assert match.heirs is match.merged_into
+        assert replace(basis, unsure=basis.degenerate).degenerate is basis.degenerate
+        assert InteractionGraph(graph.bases, graph.edges, probes=values).reference_features is values
+        graph.probes = values
+        assert graph.probes is values is graph.reference_features
+    assert {warning.filename for warning in caught if "Basis(" not in str(warning.message)} == {__file__}
+    names = [
+        "Basis.unsure",
+        "Basis(unsure=...)",
+        "Match.heirs",
+        "InteractionGraph(probes=...)",
+        "InteractionGraph.probes",
+    ]
+    for name in names:
+        assert any(message.startswith(f"{name} is deprecated") for message in said(caught))
 
 
 def test_nothing_is_imported_for_old_names() -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
+from lib_lightning._deprecated import renamed_fields
 from lib_lightning.algorithm.linalg import Cutoff, eigh_psd
 from lib_lightning.distributed.process_group import ProcessGroup
 
@@ -17,6 +17,7 @@ FIXED_ORDER = ("neuron", "centered")
 _NUMBERS = 2**19
 
 
+@renamed_fields(unsure="degenerate")
 @dataclass(frozen=True)
 class Basis:
     """Features of one node layer: ``fhat = (a - mu) C`` and back ``a ~ mu + fhat C^+``.
@@ -48,12 +49,6 @@ class Basis:
     importance: Tensor
     importance_error: Tensor | None = None
     degenerate: Tensor | None = None
-
-    @property
-    def unsure(self) -> Tensor | None:
-        """Deprecated name of `degenerate`."""
-        warnings.warn("Basis.unsure is now degenerate.", DeprecationWarning, stacklevel=2)
-        return self.degenerate
 
     @property
     def n_features(self) -> int:

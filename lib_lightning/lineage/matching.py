@@ -8,6 +8,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from lib_lightning._deprecated import renamed_fields
+
 # Smallest squared correlation of a feature with the one it continues. If features within a snapshot are uncorrelated,
 # no other feature can then correlate as strongly with either.
 SAME = 0.5
@@ -21,6 +23,7 @@ _NOT_ROTATED = 0.95
 _SAMPLES_PER_DIMENSION = 8
 
 
+@renamed_fields(heirs="merged_into")
 @dataclass(frozen=True)
 class Match:
     """The correspondence between the ``r`` features of one snapshot and the ``q`` features of a later one.

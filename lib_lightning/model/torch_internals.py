@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
@@ -28,6 +29,7 @@ NAMES = {
     "storage": "_cdata",
     "reentrant checkpoint": "CheckpointFunction",
     "checkpoint": "_checkpoint_hook",
+    "dispatch modes": "_python_dispatch",
 }
 
 
@@ -97,6 +99,34 @@ def storage_key(t: Tensor) -> int:
     storage = t.untyped_storage()
     key = getattr(storage, NAMES["storage"], None)
     return storage.data_ptr() if key is None else key
+
+
+def operations_observed(
+    observe: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None],
+) -> AbstractContextManager[object]:
+    """A block in which a function is called after every operation of torch.
+
+    Args:
+        observe: Called with operator, positional arguments, keyword arguments and result. Without the module of
+            dispatch modes it is never called.
+
+    Returns:
+        The context manager.
+    """
+    modes = getattr(torch.utils, NAMES["dispatch modes"], None)
+    if modes is None:
+        return nullcontext()
+
+    class Mode(modes.TorchDispatchMode):  # type: ignore[misc, name-defined]
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            out = func(*args, **(kwargs or {}))
+            observe(func, args, kwargs or {}, out)
+            return out
+
+    mode: AbstractContextManager[object] = Mode()
+    return mode
 
 
 def disable_checkpointing() -> Callable[[], None]:

@@ -23,6 +23,8 @@ from torch.utils.tensorboard import SummaryWriter
 from lib_lightning.plots.image import PNG
 
 log = logging.getLogger(__name__)
+# Internal to torch; without it, images are decoded and encoded again.
+_FILE_WRITER = "_get_file_writer"
 _reported: WeakSet[Logger] = WeakSet()
 
 
@@ -97,12 +99,13 @@ def _show(logger: Logger, tag: str, png: PNG, step: int) -> None:
 
 
 def _to_tensorboard(writer: object, tag: str, png: PNG, step: int) -> None:
-    if isinstance(writer, SummaryWriter):
+    file_writer = getattr(writer, _FILE_WRITER, None)
+    if isinstance(writer, SummaryWriter) and file_writer is not None:
         # add_image would decode the PNG and encode it again, four times as large.
         image = Summary.Image(height=png.height, width=png.width, colorspace=3, encoded_image_string=png.data)
         summary = Summary(value=[Summary.Value(tag=tag, image=image)])
-        writer._get_file_writer().add_summary(summary, step)
-    else:  # tensorboardX, which Lightning uses where tensorboard is missing
+        file_writer().add_summary(summary, step)
+    else:  # tensorboardX, which Lightning uses where tensorboard is missing, or a SummaryWriter without that method
         pixels = np.asarray(_decode(png).convert("RGB"))
         writer.add_image(tag, pixels, step, dataformats="HWC")  # type: ignore[attr-defined]
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lib_lightning._deprecated import renamed_arguments
@@ -28,6 +27,7 @@ from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
 from lib_lightning.model.node_layer import NodeLayer, as_node_layers
 from lib_lightning.model.preserve import preserve_rng
+from lib_lightning.model.torch_internals import operations_observed
 from lib_lightning.model.validate import wrap_forward_errors
 from lib_lightning.training.run_state import RunState
 from lib_lightning.training.samples import NUM_REFERENCE_SAMPLES, SampleBuffer
@@ -155,7 +155,8 @@ def profile_snapshot(
         clock = _Clock(device)
         take(clock)
         clock(REST)
-        with _Count() as count:
+        count = _Count()
+        with operations_observed(count.add):
             take(count)
         types = {torch.float32, torch.float64, *(kind for step in count.steps.values() for kind in step)}
         found = {kind: product_rate(kind, device) for kind in sorted(types, key=str)}
@@ -195,14 +196,13 @@ class _Clock:
         self._last = now
 
 
-class _Count(TorchDispatchMode):
+class _Count:
     """Adds up the floating-point operations of every step by dtype.
 
     `FlopCounterMode` does not distinguish dtypes, and registers hooks on all modules.
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
         self.steps: dict[str, Flops] = {}
         self._current: Flops = defaultdict(int)
 
@@ -212,15 +212,12 @@ class _Count(TorchDispatchMode):
             counted[kind] += flop
         self._current.clear()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        formula = _FORMULAS.get(func._overloadpacket)
+    def add(self, operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
+        """Count one operation."""
+        formula = _FORMULAS.get(operator.overloadpacket)
         if formula is not None:
             kind = next(arg.dtype for arg in args if isinstance(arg, Tensor))
-            self._current[kind] += formula(*args, **(kwargs or {}), out_val=out)
-        return out
+            self._current[kind] += formula(*args, **kwargs, out_val=out)
 
 
 def product_rate(dtype: torch.dtype, device: torch.device, size: int = RATE_SIZE) -> float | None:

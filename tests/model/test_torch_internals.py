@@ -133,6 +133,7 @@ INTERNALS: list[tuple[Any, str, Any, str]] = [
     (torch_internals, "checkpoint", torch.utils.checkpoint, "a search through all modules; checkpointing that is "
      "called by other than a global name remains on (no workaround)"),
     (torch_internals, "reentrant checkpoint", torch.utils.checkpoint, "as for checkpoint"),
+    (torch_internals, "dispatch modes", torch.utils, "the numbers of operations in a profile, which become 0"),
     (autograd_graph, "version counter", torch.autograd, "time and memory for copies of tensors that autograd saves"),
     (autograd_graph, "input metadata", (X.clone().requires_grad_() * 2).grad_fn, "closed forms, so time"),
     (autograd_graph, "saved tensors", None, "backward passes to check graphs that are kept, so time"),

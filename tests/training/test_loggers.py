@@ -14,9 +14,11 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 from lib_lightning import LIBCallback
 from lib_lightning.plots.image import PNG
+from lib_lightning.training import loggers
 from lib_lightning.training.loggers import log_image
 from tests.tiny_training import NODE_LAYERS, Classifier, trainer_of
 
@@ -134,6 +136,22 @@ def assert_in_tensorboard(logger: TensorBoardLogger) -> None:
             assert np.array_equal(pixels(io.BytesIO(e.encoded_image_string)), figure)
             assert (e.height, e.width) == figure.shape[:2]
     assert [e.step for e in events.Scalars("lib/edges/total")] == [0, 1, 5, 5, 8, 11, 11]
+
+
+def test_without_an_internal_of_torch_tensorboard_gets_the_same_pixels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert hasattr(SummaryWriter, loggers._FILE_WRITER), "images are encoded again, in larger files"
+    monkeypatch.setattr(loggers, "_FILE_WRITER", "_missing")
+    expected = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    data = io.BytesIO()
+    Image.fromarray(expected).save(data, "PNG")
+    logger = TensorBoardLogger(tmp_path)
+    log_image([logger], "lib/graph", PNG(data.getvalue(), 5, 4), 3)
+    logger.experiment.flush()
+    (event,) = EventAccumulator(logger.log_dir, {"images": 0}).Reload().Images("lib/graph")
+    assert event.step == 3
+    assert np.array_equal(pixels(io.BytesIO(event.encoded_image_string)), expected)
 
 
 def test_wandb_gets_figure_and_numbers_at_the_trainers_step(tmp_path: Path) -> None:

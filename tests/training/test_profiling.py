@@ -11,6 +11,7 @@ from torch import nn
 
 from lib_lightning.algorithm.config import LIBConfig
 from lib_lightning.errors import LIBError
+from lib_lightning.model import torch_internals
 from lib_lightning.training.cli import main
 from lib_lightning.training.profiling import profile_snapshot
 from lib_lightning.training.snapshot import SnapshotConfig
@@ -47,6 +48,13 @@ def test_shares_are_of_the_whole_and_every_step_is_there() -> None:
     assert total.rate == pytest.approx(total.gflop / total.seconds)
     # Small products are nowhere near the rate of large ones.
     assert 0 < total.of_peak < 1
+
+
+def test_without_dispatch_modes_there_are_times_but_no_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(torch_internals.NAMES, "dispatch modes", "_missing")
+    profile = profile_snapshot(mlp(), [torch.randn(40, 5)], ["input", "2", "output"])
+    assert profile.total.seconds > 0
+    assert profile.total.gflop == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
