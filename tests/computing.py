@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lib_lightning import NodeLayer
@@ -18,6 +20,7 @@ from lib_lightning.model.instrumented import InstrumentedModel, model_session
 from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.node_layer import as_node_layers
 from tests.cases import Case
+from tests.reference import activations
 
 IO = ["input", "output"]
 WITHOUT_CLOSED_FORMS = replace(FAST, closed_forms=NoClosedForms)
@@ -45,6 +48,13 @@ def built_of(case: Case, sizes: tuple[int, ...] = (7, 2, 11), **options: Any) ->
     """Bases and edges of a case, with its data in batches of some sizes."""
     spec = ModelSpec(case.input_fn, case.mask)
     return built(case.model, case.batches(*sizes), case.node_layers, spec, **options)
+
+
+@functools.cache
+def activations_of(case: Case) -> list[Tensor]:
+    """Activations ``(n, S, d)`` of every node layer of a case."""
+    with torch.no_grad():
+        return activations(case.first(case.data), case.sections)
 
 
 def assert_equal(one: BuildResult, other: BuildResult, rtol: float = 1e-8) -> None:

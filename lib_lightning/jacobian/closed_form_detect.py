@@ -39,7 +39,7 @@ from lib_lightning.model.autograd_graph import (
     saved_names,
     shape_of,
 )
-from lib_lightning.model.batch import batch_size, slice_batch
+from lib_lightning.model.batch import run_on_few
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.vjp import apply_mask
 
@@ -115,15 +115,7 @@ class DetectedClosedForms:
         detectors = [ClosedFormDetector() for _ in instrumented.layers[1:]]
         if batches:
             instrumented.manual_seed(0)
-            batch = batches[0]
-            few = slice_batch(batch, 0, SAMPLES) if batch_size(batch) > SAMPLES else batch
-            try:
-                captured = instrumented.capture(few)
-            except Exception as error:
-                if few is batch or is_out_of_memory(error):
-                    raise
-                # A tensor of the batch has the length of the batch by chance and must not be cut: use the whole batch.
-                captured = instrumented.capture(batch)
+            captured = run_on_few(instrumented.capture, batches[0], SAMPLES)
             for detector, section in zip(detectors, sections_between(captured, 1), strict=True):
                 detector.fit(section)
         return cls(detectors)

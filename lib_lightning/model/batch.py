@@ -6,13 +6,15 @@ import copy
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from lib_lightning.errors import LIBError
+from lib_lightning.errors import LIBError, is_out_of_memory
+
+T = TypeVar("T")
 
 
 def map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
@@ -191,6 +193,34 @@ def index_batch(batch: Any, index: Tensor) -> Any:
     """
     n = batch_size(batch)
     return map_tensors(batch, lambda t: t[index.to(t.device)] if t.ndim > 0 and t.shape[0] == n else t)
+
+
+def run_on_few(
+    run: Callable[[Any], T], batch: Any, count: int, final: type[Exception] | tuple[type[Exception], ...] = ()
+) -> T:
+    """Run a function on the first samples of a batch, or on the whole batch if that fails.
+
+    It fails if a tensor of the batch has the length of the batch by chance and must not be sliced.
+
+    Args:
+        run: The function.
+        batch: One batch.
+        count: Number of samples.
+        final: Errors after which the whole batch is not tried; always those of memory.
+
+    Returns:
+        The result of the function.
+
+    Example:
+        >>> run_on_few(len, torch.zeros(9, 2), 3)
+        3
+    """
+    try:
+        return run(slice_batch(batch, 0, count))
+    except Exception as error:
+        if isinstance(error, final) or is_out_of_memory(error):
+            raise
+        return run(batch)
 
 
 def default_input_fn(batch: Any) -> Any:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
 from torch import nn
 
 from lib_lightning.errors import LIBError, NodeLayerError, is_out_of_memory
-from lib_lightning.model.batch import slice_batch
+from lib_lightning.model.batch import run_on_few
 from lib_lightning.model.discover import CutPoint, class_name, discover_cut_points
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import ModelSpec
@@ -179,11 +180,7 @@ class _Search:
     def candidates(self) -> list[CutPoint]:
         """Tensors that dominate all paths with gradients, from a single forward pass."""
         instrumented = InstrumentedModel(self.model, [], self.spec)
-        try:
-            cuts = discover_cut_points(instrumented, slice_batch(self.batch, 0, _SAMPLES))
-        except Exception:
-            # The batch may contain a tensor of the same length that does not have one entry per sample.
-            cuts = discover_cut_points(instrumented, self.batch)
+        cuts = run_on_few(partial(discover_cut_points, instrumented), self.batch, _SAMPLES)
         if len(cuts) < 2:
             raise NodeLayerError(_too_few([cut.tap for cut in cuts]))
         return cuts
@@ -192,7 +189,7 @@ class _Search:
         """The cut points that `validate_node_layers` accepts; at least two."""
         if self.are_valid(cuts):
             return cuts
-        # If no cut point is valid together with the last one, the last one itself is not valid.
+        # If no cut point is valid in combination with the last one, the last one itself is not valid.
         for end in range(len(cuts) - 1, max(0, len(cuts) - 1 - _LAST), -1):
             last = cuts[end]
             valid = [good for cut in cuts[:end] if (good := self._valid_alias(cut, last))]
@@ -202,7 +199,7 @@ class _Search:
         raise self._error
 
     def _valid_alias(self, cut: CutPoint, last: CutPoint) -> CutPoint | None:
-        """A cut point that is valid together with the last one, perhaps under another name of the same tensor."""
+        """A cut point, or another name of its tensor, that is valid in combination with the last one."""
         if self.are_valid([cut, last]):
             return cut
         for tap in cut.aliases[:_ALIASES]:
@@ -212,7 +209,7 @@ class _Search:
         return None
 
     def are_valid(self, cuts: Sequence[CutPoint]) -> bool:
-        """Whether `validate_node_layers` accepts the cut points together."""
+        """Whether `validate_node_layers` accepts the cut points as node layers of one model."""
         instrumented = InstrumentedModel(self.model, [NodeLayer([cut.tap]) for cut in cuts], self.spec)
         try:
             validate_node_layers(instrumented, self.batch)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lib_lightning.errors import LIBError, NodeLayerError, NotFiniteError
-from lib_lightning.model.batch import batch_size, first_tensor, map_tensors, slice_batch, tensors_in
+from lib_lightning.model.batch import batch_size, first_tensor, map_tensors, run_on_few, tensors_in
 from lib_lightning.model.capture import CapturedLayer
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import ModelSpec
@@ -96,13 +97,7 @@ def validate_node_layers(instrumented: InstrumentedModel, batch: Any) -> None:
         NodeLayerError: If a node layer does not cut the computation, with its name and the reason.
         ActivationError: If activations are integers, NaN or infinite.
     """
-    try:
-        _validate(instrumented, slice_batch(batch, 0, _SAMPLES))
-    except LIBError:
-        raise
-    except Exception:
-        # The batch may contain a tensor of the same length that does not have one entry per sample.
-        _validate(instrumented, batch)
+    run_on_few(partial(_validate, instrumented), batch, _SAMPLES, final=LIBError)
 
 
 def _validate(instrumented: InstrumentedModel, batch: Any) -> None:

@@ -17,6 +17,7 @@ from lib_lightning.model.instrumented import InstrumentedModel, model_session
 from lib_lightning.model.model_spec import ModelSpec
 from tests import reference
 from tests.cases import Case
+from tests.computing import activations_of
 from tests.conftest import CASES
 
 TOLERANCE = 1e-9
@@ -33,12 +34,6 @@ def graph_of(case: Case, basis: str) -> InteractionGraph:
         case.model, [case.data], case.node_layers, basis=basis, input_fn=case.input_fn, mask=case.mask,
         final_basis="neuron",
     )  # fmt: skip
-
-
-@functools.cache
-def activations_of(case: Case) -> list[Tensor]:
-    with torch.no_grad():
-        return reference.activations(case.first(case.data), case.sections)
 
 
 def maps_of(graph: InteractionGraph) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -21,10 +21,12 @@ from lib_lightning.jacobian.integrated_gradients import sections
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.node_layer import as_node_layers
+from tests import computing
 from tests.algorithm.two_threads import in_two
 from tests.cases import Case, N
+from tests.computing import activations_of
 from tests.conftest import CASES
-from tests.reference import activations, edges, fisher_metric, jacobian_metric
+from tests.reference import edges, fisher_metric, jacobian_metric
 
 RTOL = 1e-11
 SIZES = (7, 2, 11)
@@ -32,16 +34,7 @@ SIZES = (7, 2, 11)
 
 @functools.cache
 def built_of(case: Case, groups: int, sizes: tuple[int, ...] = SIZES, **options: object) -> BuildResult:
-    instrumented = InstrumentedModel(case.model, as_node_layers(case.node_layers), ModelSpec(case.input_fn, case.mask))
-    return build_graph(
-        instrumented, case.batches(*sizes), LIBConfig(rtol=RTOL, **options), plan=MemoryPlan(groups=groups)
-    )
-
-
-@functools.cache
-def activations_of(case: Case) -> list[Tensor]:
-    with torch.no_grad():
-        return activations(case.first(case.data), case.sections)
+    return computing.built_of(case, sizes, rtol=RTOL, plan=MemoryPlan(groups=groups), **options)
 
 
 def close(actual: Tensor, expected: Tensor, rtol: float = 1e-9) -> bool:

@@ -1,12 +1,20 @@
-"""Checks for every figure: no text outside the page or overlapping another, and no pyplot state."""
+"""Bases to draw, and checks for every figure: no text outside the page or overlapping another, no pyplot state."""
 
 from __future__ import annotations
 
+import torch
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from lib_lightning.algorithm.basis import Basis
 from lib_lightning.plots.image import render_png
+
+
+def layer(name: str, importance: torch.Tensor, kind: str = "lib") -> Basis:
+    """A basis with some importances."""
+    eye = torch.eye(len(importance))
+    return Basis(name, kind, torch.zeros(len(importance)), eye, eye, importance)
 
 
 def all_texts(figure: Figure) -> list[Text]:

@@ -16,14 +16,9 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lib_lightning.algorithm.basis import Basis
 from lib_lightning.plots.graph import draw_graph
 from lib_lightning.plots.image import render_png
-
-
-def layer(name: str, importance: torch.Tensor, kind: str = "lib") -> Basis:
-    eye = torch.eye(len(importance))
-    return Basis(name, kind, torch.zeros(len(importance)), eye, eye, importance)
+from tests.plots.pages import layer
 
 
 def texts(figure: Figure) -> list[str]:

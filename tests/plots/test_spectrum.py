@@ -16,12 +16,7 @@ from lib_lightning import compute_interaction_graph
 from lib_lightning.algorithm.basis import Basis
 from lib_lightning.plots.palette import BLUE, VERMILION
 from lib_lightning.plots.spectrum import FLOOR, draw_spectrum
-from tests.plots.pages import assert_readable, words
-
-
-def layer(name: str, importance: torch.Tensor, kind: str = "lib") -> Basis:
-    eye = torch.eye(len(importance))
-    return Basis(name, kind, torch.zeros(len(importance)), eye, eye, importance)
+from tests.plots.pages import assert_readable, layer, words
 
 
 def spectra(axes: Axes) -> list[Line2D]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lib_lightning import InteractionGraph
+from lib_lightning import InteractionGraph, LIBCallback
 from lib_lightning.io.run_layout import RunLayout
 from tests.data.v0_1.make import NODE_LAYERS, Model, callback
 from tests.tiny_training import trainer_of
@@ -47,12 +47,18 @@ def test_a_run_of_version_0_1_is_resumed(old_checkpoint: Path, tmp_path: Path) -
     assert lib.state.ablation_step == 32
 
 
-def test_state_survives_a_checkpoint(tmp_path: Path) -> None:
-    first = callback()
-    trainer = trainer_of(tmp_path / "first", first, max_epochs=2)
+def saved_halfway(tmp_path: Path) -> tuple[LIBCallback, dict[str, Any]]:
+    """The callback of a run, and its state in a checkpoint after half of the steps."""
+    lib = callback()
+    trainer = trainer_of(tmp_path / "first", lib, max_epochs=2)
     trainer.fit(Model())
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     (saved,) = torch.load(tmp_path / "half.ckpt", weights_only=True)["callbacks"].values()
+    return lib, saved
+
+
+def test_state_survives_a_checkpoint(tmp_path: Path) -> None:
+    first, saved = saved_halfway(tmp_path)
     second = callback()
     second.load_state_dict(saved)
     assert_equal(second.state.state_dict(), saved)
@@ -77,11 +83,7 @@ def assert_equal(a: Any, b: Any) -> None:
 
 
 def test_other_node_layers_start_anew_with_the_samples_and_the_schedule_of_before(tmp_path: Path) -> None:
-    first = callback()
-    trainer = trainer_of(tmp_path / "first", first, max_epochs=2)
-    trainer.fit(Model())
-    trainer.save_checkpoint(tmp_path / "half.ckpt")
-    (saved,) = torch.load(tmp_path / "half.ckpt", weights_only=True)["callbacks"].values()
+    first, saved = saved_halfway(tmp_path)
     second = callback()
     second._given_layers = second._given_layers[:1] + second._given_layers[2:]  # type: ignore[index]
     second.load_state_dict(saved)
