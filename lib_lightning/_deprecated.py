@@ -134,7 +134,7 @@ def renamed_arguments(**renamed: str) -> Callable[[Callable[P, R]], Callable[P, 
         renamed: New names by old names.
 
     Returns:
-        A decorator, which leaves the signature as it is.
+        A decorator that keeps the signature.
 
     Example:
         >>> @renamed_arguments(colour="color")

@@ -194,10 +194,7 @@ def _plan(
     # Batches may have samples of different sizes (sequence lengths): plan for the largest.
     largest = max(batches, key=lambda batch: num_elements(batch) / max(1, batch_size(batch)))
     workload = Workload(
-        sum(map(batch_size, batches)),
-        config.integration_steps,
-        config.basis == "lib",
-        config.final_metric == "fisher",
+        sum(map(batch_size, batches)), config.integration_steps, config.basis == "lib", config.final_metric == "fisher"
     )
     return plan_memory(instrumented, largest, int(memory_limit * 2**30), workload)
 

@@ -96,10 +96,7 @@ class EmergenceDetector:
             persistence=2,
         )
         self._metrics = ChangeDetector(
-            false_alarms / 2,
-            min_change=math.log10(min_metric_change),
-            resolution=_METRIC_RESOLUTION,
-            persistence=2,
+            false_alarms / 2, min_change=math.log10(min_metric_change), resolution=_METRIC_RESOLUTION, persistence=2
         )
         # For each lineage, in the order of the series: the number of consecutive snapshots without it.
         self._absent: dict[tuple[str, int], int] = {}

@@ -109,10 +109,7 @@ def discover_cut_points(instrumented: InstrumentedModel, batch: Any) -> list[Cut
         The cut points that are inputs or outputs of modules, in forward order. Paths without gradients are not checked.
     """
     trace = _Trace(instrumented, batch)
-    with (
-        trace.hooked(),
-        varying_inputs(instrumented, trace.n, lambda _, t: t.requires_grad_(True)) as inputs,
-    ):
+    with trace.hooked(), varying_inputs(instrumented, trace.n, lambda _, t: t.requires_grad_(True)) as inputs:
         instrumented.run(batch)
     dominators = trace.dominators(list(inputs.values()))
     if not dominators:

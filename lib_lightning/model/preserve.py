@@ -145,7 +145,7 @@ def tensors_unchanged(model: nn.Module) -> Callable[[], bool]:
         model: The model.
 
     Returns:
-        A function that tells whether these tensors have the same values as now. Tensors that have been assigned in
+        A function that returns whether these tensors have the same values as now. Tensors that have been assigned in
         their place are not considered.
     """
     attributes = [value for module in model.modules() for value in _attributes(module).values()]

@@ -130,9 +130,7 @@ def draw_over_time(
 
 
 def draw_sparsity_over_time(
-    steps: Sequence[int],
-    scalars: Mapping[str, Mapping[str, Sequence[float]]],
-    title: str = "Sparsity over training",
+    steps: Sequence[int], scalars: Mapping[str, Mapping[str, Sequence[float]]], title: str = "Sparsity over training"
 ) -> Figure:
     """Draw sparsity metrics of a graph over training: a panel for each metric, a line for each basis.
 

@@ -75,12 +75,11 @@ def draw_spectrum_over_time(
     return figure
 
 
-def counts_above(importance: Tensor, thresholds: Sequence[float] = THRESHOLDS) -> list[int]:
-    """Count the features above several thresholds.
+def counts_above(importance: Tensor) -> list[int]:
+    """Count the features above each of `THRESHOLDS`.
 
     Args:
         importance: Shape ``(r,)``.
-        thresholds: Fractions of the largest importance.
 
     Returns:
         For each threshold, the number of features at or above it; 0 if all importances are 0.
@@ -92,7 +91,7 @@ def counts_above(importance: Tensor, thresholds: Sequence[float] = THRESHOLDS) -
     """
     values = as_array(importance)
     largest = values.max(initial=0.0)
-    return [int((values >= share * largest).sum()) if largest > 0 else 0 for share in thresholds]
+    return [int((values >= share * largest).sum()) if largest > 0 else 0 for share in THRESHOLDS]
 
 
 def _draw_counts(axes: Axes, steps: Sequence[int], counts: np.ndarray) -> None:

@@ -83,10 +83,7 @@ class NodeLayerResolver:
             return
         spec = self._spec
         try:
-            with (
-                isolated_forward(pl_module.trainer, pl_module, spec.dtype),
-                wrap_forward_errors(pl_module, spec),
-            ):
+            with isolated_forward(pl_module.trainer, pl_module, spec.dtype), wrap_forward_errors(pl_module, spec):
                 layers = self.layers or as_node_layers(propose_node_layers(pl_module, batch, spec.input_fn, spec.mask))
                 check_node_layers(pl_module, batch, layers, spec.dtype, spec.input_fn, spec.mask)
         except LIBError as error:

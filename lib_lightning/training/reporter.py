@@ -61,7 +61,8 @@ class SnapshotReporter:
         part = "" if trainer.state.fn == "fit" else RunLayout.VALIDATION
         self.directory = RunDirectory(run_folder(trainer), prefixes, part)
         if trainer.is_global_zero:
-            self.directory.clean()
+            for folder in self.directory.folders.values():
+                folder.clean()
         self._has_written = False
         self._logged_step: int | None = None
         self._logged_notes: set[str] = set()
@@ -130,7 +131,8 @@ class SnapshotReporter:
         layouts = copy.deepcopy(self._state.layouts)  # the state's own stay as they are if writing fails
         figures = self.directory.write(snapshot.graphs, snapshot.step, layouts)
         if not self._has_written and self._follow:
-            self.directory.archive_stale({*self._state.history.steps, snapshot.step})
+            for folder in self.directory.folders.values():
+                folder.archive_stale({*self._state.history.steps, snapshot.step})
         self._has_written = True
         return figures, layouts
 
@@ -227,8 +229,9 @@ class SnapshotReporter:
         lines = [f"\n{self._name}: {state.n_snapshots} snapshots of {' -> '.join(state.node_layers)}"]
         try:
             if state.step is not None and state.step == trainer.global_step:
-                self.directory.write_final(state.step)
-                earlier = [folder for folder in state.folders if folder != str(directory.layout.path.resolve())]
+                for folder in self.directory.folders.values():
+                    folder.write_final(state.step)
+                earlier = [path for path in state.folders if path != str(directory.layout.path.resolve())]
                 since = directory.write_first_seen(state.graphs[self._name], state.step, earlier)
                 if since:
                     steps = ", ".join(f"{layer} {'never' if s is None else f'{s:,}'}" for layer, s in since.items())
@@ -237,4 +240,5 @@ class SnapshotReporter:
             log.warning(
                 "The last snapshot of '%s' could not be written. %s: %s", self._name, type(error).__name__, error
             )
-        rank_zero_info("\n".join([*lines, *self.directory.contents(), *where_to_look(trainer.loggers)]))
+        contents = [line for folder in self.directory.folders.values() for line in folder.contents()]
+        rank_zero_info("\n".join([*lines, *contents, *where_to_look(trainer.loggers)]))

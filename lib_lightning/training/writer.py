@@ -155,11 +155,15 @@ class RunDirectory:
         root: The log directory; None for a run that writes nothing.
         prefixes: Names of the folders in it, that of the basis itself first.
         part: Folder within each of them; empty for none.
+
+    Attributes:
+        folders: The folders by prefix; none for a run that writes nothing.
+        main: The folder of the basis itself.
     """
 
     def __init__(self, root: Path | None, prefixes: Iterable[str], part: str = "") -> None:
-        self._folders = {} if root is None else {prefix: SnapshotDirectory(root / prefix / part) for prefix in prefixes}
-        self.main = next(iter(self._folders.values()), None)
+        self.folders = {} if root is None else {prefix: SnapshotDirectory(root / prefix / part) for prefix in prefixes}
+        self.main = next(iter(self.folders.values()), None)
 
     def write(
         self, graphs: Mapping[str, InteractionGraph], step: int, layouts: Mapping[str, AnimatedLayout]
@@ -178,30 +182,11 @@ class RunDirectory:
             return {}
         try:
             return {
-                f"{prefix}/graph": self._folders[prefix].write(graph, step, layouts[prefix])
+                f"{prefix}/graph": self.folders[prefix].write(graph, step, layouts[prefix])
                 for prefix, graph in graphs.items()
             }
         except BaseException:
             # The next snapshot may give the lineages of this one to other features.
-            for folder in self._folders.values():
+            for folder in self.folders.values():
                 folder.discard(step)
             raise
-
-    def archive_stale(self, steps: Collection[int]) -> None:
-        """Move snapshots of all other steps to ``stale``."""
-        for folder in self._folders.values():
-            folder.archive_stale(steps)
-
-    def clean(self) -> None:
-        """Remove files that a killed process has left unfinished."""
-        for folder in self._folders.values():
-            folder.clean()
-
-    def write_final(self, step: int) -> None:
-        """Write the snapshot of a step again, as ``final.safetensors``."""
-        for folder in self._folders.values():
-            folder.write_final(step)
-
-    def contents(self) -> list[str]:
-        """The files in the folders, as lines of text."""
-        return [line for folder in self._folders.values() for line in folder.contents()]

@@ -219,7 +219,7 @@ def test_closed_forms_are_checked_or_not_used(key: str, monkeypatch: pytest.Monk
     y = x @ torch.ones(5, 5).double()
     assert autograd_graph.saved_tensors_intact(y)
     monkeypatch.setitem(autograd_graph.NAMES, "custom function", "_missing")
-    assert autograd_graph.has_custom_function([y]), "without a way to tell"
+    assert autograd_graph.has_custom_function([y]), "unknown"
     monkeypatch.setitem(autograd_graph.NAMES, key, "_missing")
     if key == "saved tensors":
         assert not autograd_graph.saved_tensors_intact(y)

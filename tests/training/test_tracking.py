@@ -83,9 +83,7 @@ def test_lineages_in_files_match_a_tracker_run_on_the_files(broken: tuple[Path, 
             assert ids(graph) == written
 
 
-def test_features_keep_their_ids_until_everything_changes(
-    broken: tuple[Path, LIBCallback, Any],
-) -> None:
+def test_features_keep_their_ids_until_everything_changes(broken: tuple[Path, LIBCallback, Any]) -> None:
     found = {step: ids(graph) for step, graph in snapshots(broken[0]).items()}
     hidden, output = NODE_LAYERS[1:]
     assert list(found) == [0, 2, 4, 6, 8, 10, 12]
