@@ -363,7 +363,7 @@ def _same_operations(a: _Signatures | None, b: _Signatures | None) -> bool:
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    """Whether two products are equal up to rounding; False for a product of zeros, which proves nothing."""
+    """Whether two products are equal up to rounding; False for a product of zeros, which is no evidence."""
     size = b.norm()
     return bool(size > 0) and bool((a - b).norm() <= torch.finfo(b.dtype).eps ** _TOLERANCE_EXPONENT * size)
 

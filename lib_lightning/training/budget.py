@@ -292,7 +292,7 @@ class SnapshotTrigger:
 
 
 def max_overhead_of(max_overhead: float | None, is_explicit: bool) -> float:
-    """The limit of the overhead that the user has asked for.
+    """The limit of the overhead for the user's settings.
 
     Args:
         max_overhead: Ratio of overhead to training time; None for the default.

@@ -193,7 +193,7 @@ class LIBCallback(pl.Callback):
         """Distinguishes several callbacks in a checkpoint; the trainer refuses two of the same name."""
         return self._generate_state_key(name=self.name)
 
-    # Before training: the objects of the run are created, and mistakes are found while they cost nothing.
+    # Before training: create the objects of the run, and detect wrong settings early.
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Begin a new run. The state of a checkpoint is loaded after this, and before the next hook."""

@@ -155,7 +155,7 @@ class SnapshotReporter:
         )  # fmt: skip
 
     def notify(self, trainer: pl.Trainer, events: Sequence[Event], draw: bool) -> bool:
-        """Announce events since the snapshot before; an error in a hook of the user's costs nothing.
+        """Report the events of a snapshot. Errors in the user's hooks are logged, and training continues.
 
         Args:
             trainer: The trainer.

@@ -187,7 +187,7 @@ class SampleConfig:
 
     @property
     def plain(self) -> dict[str, Any]:
-        """The same in plain values, by which a resumed run sees whether its samples are still the ones asked for."""
+        """The settings as plain values, which a resumed run compares with its own."""
         own = {"num_samples": self.num_samples, "own": self.dataloader is not None}
         held_out = -1 if self.held_out_dataloader is None else self.held_out_dataloader
         return {**own, "val_dataloader": self.val_dataloader, **({"held_out": held_out} if self.hold_out else {})}
@@ -329,7 +329,7 @@ class SampleStore:
             self.held_out.add(rest)
 
     def end_validation(self, is_sanity_check: bool) -> None:
-        """A validation has ended, or a training epoch where there is none.
+        """A validation has ended, or a training epoch in a run without validation.
 
         Args:
             is_sanity_check: Whether it was the sanity check, which sees few samples.

@@ -64,7 +64,7 @@ class Schedule:
         self.log_spaced = log_spaced
 
     def next_step_after(self, step: int) -> int | None:
-        """The first step after ``step`` at which a snapshot is due; None if there is none, or validations decide."""
+        """The first step after ``step`` at which a snapshot is due; None if none is due by steps."""
         if self.every_n_steps:
             return (step // self.every_n_steps + 1) * self.every_n_steps
         if self.at_steps is not None:
@@ -127,7 +127,7 @@ class ScheduleCursor:
 
     @property
     def position(self) -> dict[str, Any]:
-        """How far the run has come, in plain values for a checkpoint."""
+        """The state as plain values, for a checkpoint."""
         position = {k: list(v) if isinstance(v, list) else v for k, v in vars(self).items() if k != "schedule"}
         options = {k: list(v) if isinstance(v, list) else v for k, v in self.schedule.options.items()}
         return {"options": options, **position}

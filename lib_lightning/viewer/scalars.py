@@ -133,7 +133,7 @@ class ScalarReader:
 
 
 def _event_decoder() -> tuple[Any, Callable[[Any], np.ndarray]] | None:
-    """TensorBoard's class of events and its function to decode tensors; None if this version has them elsewhere.
+    """TensorBoard's class of events and its function to decode tensors; None if this version does not have them.
 
     They are not part of its documented interface. Without them a run is shown without the scalars in event files.
     """
