@@ -30,7 +30,7 @@ def _same_random_numbers() -> None:
 
 @pytest.fixture(autouse=True)
 def _all_snapshots_are_affordable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What tiny runs cost beside so little training depends on the machine's mood; tests of the budget undo this."""
+    """In tiny runs the overhead varies with the machine; tests of the budget undo this."""
     monkeypatch.setattr("lib_lightning.training.budget.GRACE", math.inf)
 
 

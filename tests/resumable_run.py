@@ -26,7 +26,7 @@ SCHEDULE = {"every_n_steps": 4}
 
 
 class Steady(pl.LightningModule):
-    """Nothing in it depends on random states, which Lightning's checkpoints do not hold."""
+    """A model that does not depend on random states, which Lightning's checkpoints do not contain."""
 
     def __init__(self, pause: float = 0.0) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Steady(pl.LightningModule):
 
 
 def die_at_file(number: int) -> None:
-    """Kill this process when a file of that number has been written and not yet been given its name."""
+    """Kill this process before the n-th file is renamed from its temporary name."""
     replace, count = Path.replace, 0
 
     def last_words(self: Path, target: Any) -> Path:

@@ -63,7 +63,7 @@ MODULES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 def imports(module: str) -> Iterator[str]:
     """All modules that a module imports, at its top, inside functions, and for annotations only."""
     tree = ast.parse(MODULES[module].read_text())
-    if module == ROOT:  # exports names of all layers, each imported when it is first asked for
+    if module == ROOT:  # exports names of all layers, each imported on first access
         tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node))]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -155,7 +155,7 @@ def test_imports_stay_light(module: str, absent: set[str]) -> None:
     assert done.stdout == "\n"
 
 
-def test_public_names_are_all_there_though_none_is_imported_before_it_is_asked_for() -> None:
+def test_public_names_are_imported_lazily() -> None:
     assert {name: getattr(lib_lightning, name).__name__ for name in lib_lightning.__all__ if name != "__version__"} == {
         name: name for name in lib_lightning.__all__ if name != "__version__"
     }

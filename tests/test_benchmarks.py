@@ -70,7 +70,7 @@ def test_by_hand_is_what_the_library_computes() -> None:
         assert (E - expected).norm() < 1e-9 * expected.norm()
 
 
-def test_loops_are_extrapolated_without_what_comes_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_extrapolation_counts_the_setup_once(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
 
     def work(rounds: int) -> None:

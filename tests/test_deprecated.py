@@ -79,14 +79,14 @@ def said(caught: list[warnings.WarningMessage]) -> set[str]:
 
 @pytest.fixture(autouse=True)
 def forget_moved_modules() -> None:
-    """Let every test import the old modules anew: a warning comes with the first import."""
+    """Let every test import the old modules again: only the first import warns."""
     for module in MODULES:
         sys.modules.pop(f"lib_lightning.{module}", None)
 
 
 @pytest.mark.filterwarnings("ignore:lib_lightning:DeprecationWarning")
 @pytest.mark.parametrize(("module", "name"), [(m, name) for m, names in PUBLIC.items() for name in names.split()])
-def test_every_name_is_there(module: str, name: str) -> None:
+def test_every_old_name_is_found(module: str, name: str) -> None:
     assert getattr(importlib.import_module(module), name) is not None
 
 
@@ -119,7 +119,7 @@ def test_warnings_point_at_the_import() -> None:
         assert {warning.filename for warning in caught} == {"user.py"}
 
 
-def test_modules_that_never_were_are_not_found() -> None:
+def test_unknown_modules_are_not_found() -> None:
     for module in ("lib_lightning.vieww", "lib_lightning.core.nothing", "lib_lightning.labels.nothing"):
         with pytest.raises(ModuleNotFoundError, match=f"No module named '{module}'"):
             importlib.import_module(module)

@@ -91,7 +91,7 @@ def test_ratios_are_those_of_the_same_network(tmp_path: Path) -> None:
     assert "| T (2) | pca | 2 ± 0 | - | 2 ± 0 | 2.00 ± 0.00 |" in report(tmp_path).splitlines()
 
 
-def test_published_numbers_stand_beside_ours() -> None:
+def test_the_table_has_the_published_numbers() -> None:
     ours = {"edges_required": {"resid_mid-to-resid_post": 7, "total": 7}}
     one = {"seed": 1, "bases": {"lib": ours, "pca": ours}}
     theirs = {"1": {basis: {"edges_required": {"resid_mid": n}} for basis, n in (("lib", 8), ("pca", 9))}}

@@ -73,8 +73,6 @@ class SnapshotReporter:
         """Paths in the folder of the basis itself; None for a run that writes nothing."""
         return None if self.directory.main is None else self.directory.main.layout
 
-    # scalars
-
     def scalars(self, trainer: pl.Trainer, keys: Sequence[str], has_ablations: bool) -> dict[str, float]:
         """The latest scalars, NaN before the first snapshot, and how many steps ago they were computed.
 
@@ -113,8 +111,6 @@ class SnapshotReporter:
     def log_scalars(self, trainer: pl.Trainer, scalars: dict[str, float]) -> None:
         """Give scalars to the loggers directly: ``LightningModule.log`` would not reach them between validations."""
         log_scalars(trainer.loggers, scalars, logging_step(trainer))
-
-    # snapshots
 
     def write(self, trainer: pl.Trainer, snapshot: Snapshot) -> tuple[dict[str, PNG], dict[str, AnimatedLayout]]:
         """Write a snapshot.

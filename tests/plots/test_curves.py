@@ -1,4 +1,4 @@
-"""Ablation curves: scores, what they are held to, and the numbers read off them."""
+"""The figure of ablation curves: scores, tolerance, and the required numbers."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_required_counts_are_marked_on_their_curves(figure: Figure) -> None:
     first, second = figure.axes
     assert rings(first)[BLUE] == pytest.approx((100, 0.97))
     assert rings(first)[VERMILION] == pytest.approx((1000, 0.99))
-    # 55 lies between 10 and 100 on a logarithmic axis.
+    # 55 is between 10 and 100 on a logarithmic axis.
     assert rings(second)[BLUE] == pytest.approx((55, 0.9 + 0.09 * (math.log10(55) - 1)))
     assert {t.get_text(): t.get_color() for t in first.texts} == {"100": BLUE, "1,000": VERMILION}
     assert not rings(draw_ablation_curves(CURVES, 0.99).axes[0])

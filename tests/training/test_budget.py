@@ -29,7 +29,7 @@ from tests.training.test_callback import run
 
 
 class Timed(Classifier):
-    """A second for each training step; so many samples to validate on."""
+    """A model whose training step takes one second."""
 
     def __init__(self, n_val: int = 24) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ def test_failed_snapshots_count_as_overhead(tmp_path: Path, messages: pytest.Log
     assert failed == [6, 54, 60], "not at every validation"
 
 
-def test_training_is_untouched_where_snapshots_are_skipped(tmp_path: Path) -> None:
+def test_training_is_unchanged_if_snapshots_are_skipped(tmp_path: Path) -> None:
     without = run(Timed(1000), tmp_path, max_epochs=3)
     model = Timed(1000)
     callback = timed(model, 4.0, every_n_steps=1, max_overhead=0.5)

@@ -1,4 +1,4 @@
-"""The callback on real trainers: untouched training, logged scalars, files, and clear errors."""
+"""The callback with real trainers: unchanged training, logged scalars, files, and clear errors."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_cases_cover_all_pairs_of_options() -> None:
 
 
 @pytest.mark.parametrize(("schedule", "computation", "trainer", "model"), pairwise(OPTIONS))
-def test_training_is_untouched_to_the_last_bit(
+def test_training_is_bit_identical(
     schedule: str,
     computation: str,
     trainer: str,
@@ -261,7 +261,7 @@ def test_a_checkpoint_with_other_node_layers_starts_anew(tmp_path: Path) -> None
     assert other.snapshots == 1
 
 
-def test_training_with_workers_is_untouched(tmp_path: Path) -> None:
+def test_training_with_workers_is_unchanged(tmp_path: Path) -> None:
     without = run(Classifier(workers=2), tmp_path)
     assert run(Classifier(workers=2), tmp_path, LIBCallback(NODE_LAYERS, every_n_steps=2)) == without
 

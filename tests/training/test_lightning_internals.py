@@ -42,7 +42,7 @@ def test_internals_are_where_they_were(tmp_path: Path) -> None:
 
 
 class Hidden:
-    """Stands for an object that has lost some of its attributes."""
+    """A stand-in for an object without some of its attributes."""
 
     def __init__(self, wrapped: Any, *names: str) -> None:
         self._wrapped, self._names = wrapped, names

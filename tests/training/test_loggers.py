@@ -30,7 +30,7 @@ SHOWN = [(kind, step) for step in ON_AXIS for kind in ("graph", "spectrum") if k
 
 
 class Remembers(Logger):
-    """Keeps what a logger is given instead of sending it away; comes first in the doubles below."""
+    """A mix-in that records what a logger receives instead of sending it."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.metrics: list[tuple[dict[str, float], int | None]] = []

@@ -40,7 +40,7 @@ def callback_with(**options: Any) -> LIBCallback:
     return LIBCallback(**{"node_layers": NODE_LAYERS, "num_samples": 24, "dtype": "float64", **options})
 
 
-def test_training_is_untouched_with_all_options(tmp_path: Path) -> None:
+def test_training_is_unchanged_with_all_options(tmp_path: Path) -> None:
     def labeller(features: Tensor, inputs: Tensor) -> list[str]:
         return [f"{torch.rand(()):.2f}" for _ in range(features.shape[-1])]
 
@@ -189,7 +189,7 @@ def test_ablations_with_too_few_samples_or_another_loader(tmp_path: Path) -> Non
         assert not math.isnan(callback.state.scalars[f"{callback.name}/edges_required/total"])
 
 
-def test_an_own_dataloader_provides_held_out_samples(tmp_path: Path) -> None:
+def test_the_users_dataloader_provides_held_out_samples(tmp_path: Path) -> None:
     batches = [(x, x.sum(1).gt(0).long()) for x in Noisy(60).x.split(10)]
     callback = callback_with(dataloader=batches, ablation=AblationPlan())
     trainer_of(tmp_path, callback, limit_val_batches=0).fit(Classifier())

@@ -1,4 +1,4 @@
-"""Trainers of all kinds: where samples come from, in which precision, and with which weights."""
+"""Trainers of all kinds: sources of samples, precisions, and weights."""
 
 from __future__ import annotations
 
