@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,10 +121,7 @@ class FeatureTracker:
 
     def copy(self) -> FeatureTracker:
         """Copy the tracker with its state."""
-        other = FeatureTracker()
-        # These are never modified in place.
-        other.turnover, other._previous, other._samples = self.turnover, self._previous, self._samples
-        return other
+        return copy.copy(self)  # no attribute is modified in place
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers and tensors from which `load_state_dict` restores the tracker."""

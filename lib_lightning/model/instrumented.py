@@ -31,6 +31,9 @@ class InstrumentedModel:
         spec: How to call the model on a batch. To compute in another dtype, each call converts copies of the
             parameters. Masked positions enter no sum.
 
+    Attributes:
+        seed: Seed of the random numbers that a forward pass draws; set by `manual_seed`.
+
     Raises:
         NodeLayerError: If a tap names a module that the model does not have, or the model has no ``forward``.
         LIBError: If the model is wrapped in FullyShardedDataParallel.
@@ -40,7 +43,7 @@ class InstrumentedModel:
         self.model = model
         self.layers = list(layers)
         self.spec = spec
-        self._seed = 0
+        self.seed = 0
         self._detached: list[weakref.ref[Tensor]] = []
         # Undoes what an interrupted forward pass has written to the attributes of modules.
         self._restore_attributes: Callable[[], None] | None = None
@@ -53,18 +56,13 @@ class InstrumentedModel:
             )
         check_taps(model, self.layers)
 
-    @property
-    def seed(self) -> int:
-        """Seed of the random numbers that a forward pass draws."""
-        return self._seed
-
     def manual_seed(self, seed: int) -> None:
         """Set the seed of the random numbers that each of the following forward passes draws.
 
         Args:
             seed: The seed. With one seed per batch, a stochastic model repeats itself whenever it sees the same batch.
         """
-        self._seed = seed
+        self.seed = seed
 
     def activations(self, batch: Any) -> list[Tensor]:
         """Activations ``(n, S, d)`` of every node layer on one batch, without gradients."""
@@ -134,9 +132,9 @@ class InstrumentedModel:
     def run(self, batch: Any) -> Any:
         """Call the model on a batch, in the computation dtype, and return its output."""
         # A model that draws random numbers draws the same ones whenever it sees the same batch.
-        torch.default_generator.manual_seed(self._seed)
+        torch.default_generator.manual_seed(self.seed)
         if torch.cuda.is_initialized():
-            torch.cuda.manual_seed_all(self._seed)
+            torch.cuda.manual_seed_all(self.seed)
         args, kwargs = self.inputs(batch)
         dtype = self.spec.dtype
         try:
