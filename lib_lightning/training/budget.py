@@ -57,6 +57,14 @@ class TimeSpent:
         self.overhead += seconds * is_overhead
         self.training += seconds * (not is_overhead)
 
+    def set_cost(self, kind: str, seconds: float) -> None:
+        """Note what the latest snapshot of a kind has cost."""
+        self.last_cost[kind] = seconds
+
+    def forget_cost(self, kind: str) -> None:
+        """Forget what the latest snapshot of a kind has cost."""
+        self.last_cost.pop(kind, None)
+
 
 class TimeMeter:
     """Measures the callback's overhead against training time, and whether another snapshot stays below a limit.
@@ -116,11 +124,7 @@ class TimeMeter:
                 yield
             finally:
                 self._settle()
-                self.spent.last_cost[kind] = self.spent.overhead - before
-
-    def forget_cost(self, kind: str) -> None:
-        """Forget what the latest snapshot of a kind has cost."""
-        self.spent.last_cost.pop(kind, None)
+                self.spent.set_cost(kind, self.spent.overhead - before)
 
     @contextmanager
     def _attributed(self, timed: bool) -> Iterator[None]:
@@ -235,6 +239,8 @@ class SnapshotTrigger:
         Returns:
             Whether to take it.
         """
+        if step == self.skipped.last_step:  # due twice: additionally after a change, and at a validation
+            return False
         last_factor = 2.0 if self._draws_over_time and _FIRST in self.meter.spent.last_cost else 1.0
         affordable = torch.tensor(self.meter.can_afford(self._cost_key(kind), last_factor))
         (affordable,) = process_group.broadcast([affordable])
@@ -263,7 +269,7 @@ class SnapshotTrigger:
         """A snapshot was taken: the next interval begins, and its cost is known."""
         self.skipped.start_interval()
         if kind.figures:
-            self.meter.forget_cost(_FIRST)
+            self.meter.spent.forget_cost(_FIRST)
 
     def _cost_key(self, kind: SnapshotKind) -> str:
         if not kind.ablation and not self.meter.spent.last_cost:

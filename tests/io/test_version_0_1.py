@@ -139,9 +139,9 @@ def test_samples_are_found_under_their_old_names(tmp_path: Path) -> None:
 
 def test_old_names_of_attributes_of_graphs() -> None:
     graph = InteractionGraph.load(DATA / "run/lib/final.safetensors")
-    with pytest.warns(DeprecationWarning, match="now reference_features"):
+    with pytest.warns(DeprecationWarning, match="use InteractionGraph.reference_features"):
         assert graph.probes is graph.reference_features
-    with pytest.warns(DeprecationWarning, match="now reference_features"):
+    with pytest.warns(DeprecationWarning, match="use InteractionGraph.reference_features"):
         graph.probes = {}
     assert graph.reference_features == {}
     with pytest.warns(DeprecationWarning, match="now node_layer_specs"):

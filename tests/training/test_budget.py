@@ -20,8 +20,16 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lib_lightning import InteractionGraph, LIBCallback
 from lib_lightning.ablation import AblationPlan
+from lib_lightning.distributed.process_group import SINGLE_PROCESS
 from lib_lightning.lineage.snapshot_tracker import SnapshotTracker
-from lib_lightning.training.budget import TimeMeter, TimeSpent, no_garbage_collection
+from lib_lightning.training.budget import (
+    SkippedSnapshots,
+    SnapshotKind,
+    SnapshotTrigger,
+    TimeMeter,
+    TimeSpent,
+    no_garbage_collection,
+)
 from lib_lightning.training.snapshot import Snapshot
 from lib_lightning.training.trainer import synchronize
 from tests.tiny_training import NODE_LAYERS, STEPS_PER_EPOCH, Classifier, Failing, trainer_of
@@ -320,6 +328,17 @@ def test_without_a_limit_everything_is_affordable(clock: Clock) -> None:
     meter.begin()
     spend(meter, clock, 1e6)
     assert meter.can_afford("plain")
+
+
+def test_a_snapshot_that_is_due_twice_at_a_step_is_skipped_once(clock: Clock) -> None:
+    meter, skipped = TimeMeter(0.1, clock), SkippedSnapshots()
+    trigger = SnapshotTrigger(meter, skipped, "lib", draws_over_time=False)
+    meter.begin()
+    spend(meter, clock, 10)
+    for step in (3, 3, 4):
+        clock.spend(1)
+        assert not trigger.can_take(step, SnapshotKind(), SINGLE_PROCESS)
+    assert (skipped.total, skipped.since_last) == (2, 2)
 
 
 def test_the_first_snapshot_is_the_estimate_for_kinds_without_one(clock: Clock) -> None:
