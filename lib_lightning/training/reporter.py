@@ -231,7 +231,7 @@ class SnapshotReporter:
                 since = directory.write_first_seen(state.graphs[self._name], state.step, earlier)
                 if since:
                     steps = ", ".join(f"{layer} {'never' if s is None else f'{s:,}'}" for layer, s in since.items())
-                    lines.append(f"  formed        {steps} (first step with half of the final importance)")
+                    lines.append(f"  formed        {steps} (step from which on half of the final importance exists)")
         except Exception as error:  # training is over, and its result must not be lost
             log.warning(
                 "The last snapshot of '%s' could not be written. %s: %s", self._name, type(error).__name__, error
