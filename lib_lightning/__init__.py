@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lib_lightning.model.node_layer import NodeLayer
     from lib_lightning.training.callback import LIBCallback
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "Basis",
