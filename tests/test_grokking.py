@@ -46,7 +46,7 @@ def test_when_a_level_is_reached() -> None:
 
 @pytest.mark.recipe
 def test_a_small_run_is_measured(tmp_path: Path) -> None:
-    train(tmp_path, seed=3, modulus=11, steps=40, log_spaced=3)
+    train(tmp_path, seed=3, modulus=11, steps=40, per_decade=3)
     found = measure(tmp_path)
     assert found["accuracy"]["step"] == [10, 20, 30, 40]
     assert found["lib"]["step"] == [0, 1, 2, 5, 10, 22, 40]
