@@ -284,7 +284,10 @@ class InteractionGraph:
             for g in range(min(len(E) for E in edges.values()))
         ]
         names = replicates[0] if replicates else {}
-        return {key: float(standard_error(torch.tensor([r[key] for r in replicates]).double())) for key in names}
+        return {
+            key: float(standard_error(torch.tensor([r[key] for r in replicates], device="cpu").double()))
+            for key in names
+        }
 
     def to_networkx(self) -> nx.DiGraph[tuple[str, int]]:
         """Convert to a directed graph.
@@ -329,7 +332,7 @@ class InteractionGraph:
             max_edges=max_edges,
             max_features=max_features,
             # Some layers, such as the output, may have no modules.
-            modules=[self.modules.get(b.name, torch.full((b.n_features,), -1)) for b in bases]
+            modules=[self.modules.get(b.name, torch.full((b.n_features,), -1, device="cpu")) for b in bases]
             if self.modules
             else None,
             labels=[self.labels.get(b.name, [""] * b.n_features) for b in bases] if self.labels else None,

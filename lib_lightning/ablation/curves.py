@@ -39,7 +39,7 @@ class EdgesRequiredResult:
 
     def as_curve(self) -> EdgeCurve:
         """The curve as input for metrics: counts ``(k,)``, scores ``(k,)``, and the unablated score."""
-        counts, scores = (torch.tensor(list(x)) for x in (self.curve.keys(), self.curve.values()))
+        counts, scores = (torch.tensor(list(x), device="cpu") for x in (self.curve.keys(), self.curve.values()))
         return counts, scores.double(), self.unablated
 
 

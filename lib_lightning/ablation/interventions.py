@@ -63,7 +63,7 @@ def top_k_mask(E: Tensor, k: int) -> Tensor:
         tensor([[False,  True],
                 [ True, False]])
     """
-    mask = torch.zeros(E.numel(), dtype=torch.bool)
+    mask = torch.zeros(E.numel(), dtype=torch.bool, device="cpu")
     mask[E.detach().cpu().flatten().argsort(descending=True, stable=True)[:k]] = True
     return mask.reshape(E.shape)
 
@@ -123,7 +123,7 @@ class AblatedSection:
         check_width(before, self.a)
         check_width(after, self.a_out)
         self.fhat = apply_mask(before.encode(self.a), self.mask_in)
-        self._mask = torch.zeros(after.n_features, before.n_features, dtype=torch.bool)
+        self._mask = torch.zeros(after.n_features, before.n_features, dtype=torch.bool, device="cpu")
         # Without any edges, every output feature is computed from the mean.
         self._at_mean = self._section(torch.zeros_like(self.fhat))
         self._features = self._at_mean.clone()

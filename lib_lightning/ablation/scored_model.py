@@ -110,7 +110,7 @@ class ScoredModel:
         return basis if parameter is None else basis.to(parameter.device)
 
     def _mean_score(self, ablated: _AblationCache[_T], kept: _T) -> float:
-        total, n = torch.zeros((), dtype=torch.float64), 0
+        total, n = torch.zeros((), dtype=torch.float64, device="cpu"), 0
         for batch, model in zip(self._batches, ablated, strict=True):
             scores = self._score(model.output(kept), batch)
             size = batch_size(batch)
@@ -121,7 +121,7 @@ class ScoredModel:
                 )
             total += scores.double().sum().cpu()
             n += size
-        total, count = self._process_group.sum([total, torch.tensor(n)])
+        total, count = self._process_group.sum([total, torch.tensor(n, device="cpu")])
         if not count:
             raise LIBError("There are no samples to score: all batches are empty.")
         if not torch.isfinite(total):

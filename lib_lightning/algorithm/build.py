@@ -328,7 +328,7 @@ def _kinds(config: LIBConfig, instrumented: InstrumentedModel) -> list[str]:
 
 def _common_plan(plan: MemoryPlan, process_group: ProcessGroup, keep_graphs: bool) -> MemoryPlan:
     """The plan with as many jackknife groups as every process has memory for."""
-    groups = min(int(t) for t in process_group.gather(torch.tensor([plan.groups])))
+    groups = min(int(t) for t in process_group.gather(torch.tensor([plan.groups], device="cpu")))
     return replace(plan, groups=groups, keep_graphs=plan.keep_graphs and keep_graphs)
 
 

@@ -50,8 +50,8 @@ class RunningCovariance(Reducible):
         self.dtype: torch.dtype | None = None
         self.n = 0
         self.count = 0
-        self.mean = torch.zeros(0, dtype=torch.float64)
-        self._scatter = torch.zeros(0, 0, dtype=torch.float64)
+        self.mean = torch.zeros(0, dtype=torch.float64, device="cpu")
+        self._scatter = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
 
     def update(self, rows: Tensor, n: int) -> None:
         """Add a batch of activations.
@@ -85,7 +85,7 @@ class RunningCovariance(Reducible):
     def totals(self) -> Tensor:
         """Counts, type and mean of this process, for `align`; on the CPU."""
         dtype = -1 if self.dtype is None else _DTYPES.index(self.dtype)
-        numbers = torch.tensor([self.n, self.count, dtype, len(self.mean)], dtype=torch.float64)
+        numbers = torch.tensor([self.n, self.count, dtype, len(self.mean)], dtype=torch.float64, device="cpu")
         return torch.cat([numbers, self.mean.cpu()])
 
     def align(self, all_totals: Sequence[Tensor]) -> None:

@@ -39,7 +39,7 @@ class Edges(Reducible):
 
     def __init__(self, before: Basis, after: Basis, groups: int = 1, forward_mode: bool = True) -> None:
         self.before, self.after = before, after
-        self.rows = torch.zeros(groups, dtype=torch.float64)
+        self.rows = torch.zeros(groups, dtype=torch.float64, device="cpu")
         self.fell_back = False
         # None until a batch decides it.
         self._forward: bool | None = None if forward_mode else False

@@ -39,8 +39,8 @@ class FisherMetric(Reducible):
     sums = ("rows", "_total")
 
     def __init__(self, d: int, groups: int = 1) -> None:
-        self.rows = torch.zeros(groups, dtype=torch.float64)
-        self._total = torch.zeros(groups, d, d, dtype=torch.float64)
+        self.rows = torch.zeros(groups, dtype=torch.float64, device="cpu")
+        self._total = torch.zeros(groups, d, d, dtype=torch.float64, device="cpu")
 
     def add_batches(self, cache: SectionCache, index: int, phase: str) -> None:
         """See `Metric`."""

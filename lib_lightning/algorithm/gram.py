@@ -87,7 +87,7 @@ class DenseGram(Gram):
     """
 
     def __init__(self, d: int, parts: int = 1) -> None:
-        self.N = torch.zeros(parts, d, d, dtype=torch.float64)
+        self.N = torch.zeros(parts, d, d, dtype=torch.float64, device="cpu")
 
     def add(self, g: Tensor, part: int = 0) -> None:
         """See `Gram`."""

@@ -32,7 +32,8 @@ class OrthogonalSigns:
     def __init__(self, generator: torch.Generator) -> None:
         self.generator = generator
         self._bits = self._used = 0
-        self._flips, self._columns = torch.zeros(0, dtype=torch.int8), torch.zeros(0, dtype=torch.int64)
+        self._flips = torch.zeros(0, dtype=torch.int8, device="cpu")
+        self._columns = torch.zeros(0, dtype=torch.int64, device="cpu")
 
     def draw(self, count: int, size: int) -> Tensor:
         """Draw the next vectors.
@@ -44,11 +45,11 @@ class OrthogonalSigns:
         Returns:
             Entries 1 and -1, shape ``(count, size)``, int8, on the CPU.
         """
-        parts = [torch.zeros(0, size, dtype=torch.int8)]
+        parts = [torch.zeros(0, size, dtype=torch.int8, device="cpu")]
         while count > 0:
             if len(self._columns) != size or self._used == 2**self._bits:
                 self._begin(size)
-            rows = torch.arange(self._used, min(self._used + count, 2**self._bits))
+            rows = torch.arange(self._used, min(self._used + count, 2**self._bits), device="cpu")
             parts.append(_hadamard_at(rows, self._columns, self._bits) * self._flips)
             self._used += len(rows)
             count -= len(rows)
@@ -56,8 +57,8 @@ class OrthogonalSigns:
 
     def _begin(self, size: int) -> None:
         self._bits, self._used = max(1, size - 1).bit_length(), 0
-        self._columns = torch.randperm(2**self._bits, generator=self.generator)[:size]
-        self._flips = (1 - 2 * torch.randint(0, 2, (size,), generator=self.generator)).to(torch.int8)
+        self._columns = torch.randperm(2**self._bits, generator=self.generator, device="cpu")[:size]
+        self._flips = (1 - 2 * torch.randint(0, 2, (size,), generator=self.generator, device="cpu")).to(torch.int8)
 
 
 def _hadamard_at(rows: Tensor, columns: Tensor, bits: int) -> Tensor:
@@ -68,7 +69,7 @@ def _hadamard_at(rows: Tensor, columns: Tensor, bits: int) -> Tensor:
 
 
 def _hadamard(bits: int) -> Tensor:
-    H = torch.ones(1, 1, dtype=torch.int8)
+    H = torch.ones(1, 1, dtype=torch.int8, device="cpu")
     for _ in range(bits):
         H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
     return H

@@ -123,7 +123,7 @@ class FeatureVariances(Reducible):
     sums = ("rows", "_first", "_second")
 
     def __init__(self, basis: Basis, groups: int) -> None:
-        self.rows = torch.zeros(groups, dtype=torch.float64)
+        self.rows = torch.zeros(groups, dtype=torch.float64, device="cpu")
         shape = (groups, basis.n_features)
         self._first, self._second = (
             torch.zeros(shape, dtype=torch.float64, device=basis.mean.device) for _ in range(2)

@@ -51,12 +51,12 @@ class JacobianMetric(Reducible):
         gram: Callable[[int, int], Gram] = LowRankGram,
     ) -> None:
         self.C_next, self.n_probes = C_next, n_probes
-        self.rows = torch.zeros(groups, dtype=torch.float64)
+        self.rows = torch.zeros(groups, dtype=torch.float64, device="cpu")
         # Two independent halves of the probes are summed separately: their difference shows the sampling error.
         self._probes = [1] if n_probes is None else [n_probes - n_probes // 2, n_probes // 2]
         self._signs = [OrthogonalSigns(generator) for _ in self._probes]
         self._halves = len(self._probes)
-        self._sampled = torch.zeros(1)
+        self._sampled = torch.zeros(1, device="cpu")
         self._gram = gram(d, self._halves * groups)
         self._closed: ClosedMetric | None = None
 

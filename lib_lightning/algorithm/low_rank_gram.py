@@ -51,9 +51,9 @@ class LowRankGram(Gram):
     def __init__(self, d: int, parts: int = 1, dense_width: int = DENSE_WIDTH) -> None:
         self.d, self._dense_width = d, dense_width
         self.dense = d <= dense_width  # Q is the identity and is not stored
-        self.Q = torch.zeros(0, d)
+        self.Q = torch.zeros(0, d, device="cpu")
         k = d if self.dense else 0
-        self.N = torch.zeros(parts, k, k, dtype=torch.float64)
+        self.N = torch.zeros(parts, k, k, dtype=torch.float64, device="cpu")
         self._generator = torch.Generator().manual_seed(0)
 
     @property
@@ -88,7 +88,7 @@ class LowRankGram(Gram):
         if process_group.size == 1 or self.d <= self._dense_width:
             return
         # Spans that come from the same weights are identical, which a product with a random vector shows.
-        v = torch.randn(self.d, 1, generator=torch.Generator().manual_seed(0)).to(self.N)
+        v = torch.randn(self.d, 1, generator=torch.Generator().manual_seed(0), device="cpu").to(self.N)
         checks = process_group.gather(torch.cat([self.N.new_ones(1) * self.dense, (self.Q.to(v) @ v)[:, 0]]))
         if any(bool(check[0]) for check in checks):
             if not self.dense:
@@ -138,7 +138,7 @@ class LowRankGram(Gram):
             if 2 * (Q.shape[0] + _SKETCH) > self.d:
                 self._make_dense()
                 return g
-            omega = torch.randn(_SKETCH, len(g), generator=self._generator).to(g)
+            omega = torch.randn(_SKETCH, len(g), generator=self._generator, device="cpu").to(g)
             _, sizes, directions = torch.linalg.svd(omega @ rest, full_matrices=False)
             new = directions[sizes > torch.finfo(g.dtype).eps * self.d * sizes[0]]
             # Orthogonalise again: small remainders have lost their orthogonality to rounding.

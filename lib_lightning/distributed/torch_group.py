@@ -97,10 +97,10 @@ class TorchProcessGroup(ProcessGroup):
 
     def _exchange_states(self, state: int, integers: Sequence[int] = ()) -> tuple[list[int], list[int]]:
         """States of all processes, and the integers of process 0."""
-        values = torch.zeros(self.size + _N_INTEGERS, dtype=torch.int64)
+        values = torch.zeros(self.size + _N_INTEGERS, dtype=torch.int64, device="cpu")
         values[self.rank] = state
         if self.rank == 0:
-            values[self.size : self.size + len(integers)] = torch.tensor(integers, dtype=torch.int64)
+            values[self.size : self.size + len(integers)] = torch.tensor(integers, dtype=torch.int64, device="cpu")
         values = values.to(self._device)
         dist.all_reduce(values)
         everything = values.tolist()
@@ -145,5 +145,5 @@ def broadcast_text(process_group: ProcessGroup, text: str) -> str:
         >>> broadcast_text(ProcessGroup(), "output")
         'output'
     """
-    gathered = process_group.gather(torch.tensor(list(text.encode()), dtype=torch.uint8))
+    gathered = process_group.gather(torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu"))
     return next((bytes(t.tolist()).decode() for t in gathered if len(t)), "")

@@ -119,10 +119,10 @@ class ClosedMetric:
         """
         f, C = self.factors, self.C_next
         A = C.T if f.W_2 is None else C.T @ f.W_2.double()
-        one = torch.eye(len(A)).to(A)
+        one = torch.eye(len(A), dtype=A.dtype, device=A.device)
         if f.affine:  # g = A^T e_i, the same for every sample
             return A, (count * one for count in self._count)
-        V = torch.eye(f.hidden).to(A) if f.W_1 is None else f.W_1.double()
+        V = torch.eye(f.hidden, dtype=A.dtype, device=A.device) if f.W_1 is None else f.W_1.double()
         A_A = A.T @ A
         hidden = (A_A * ss for ss in self._ss)
         if not f.residual:

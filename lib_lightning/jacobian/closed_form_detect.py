@@ -322,7 +322,7 @@ def _tolerate() -> Iterator[None]:
 
 
 def _random(like: Tensor, shape: Sequence[int]) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu").to(like)
 
 
 def _signature(node: Node, elementwise: bool) -> tuple[Any, ...] | None:

@@ -187,8 +187,8 @@ class Section:
             True or False; None if this batch cannot decide it, because all of its derivatives are zero.
         """
         generator = torch.Generator().manual_seed(0)
-        v = torch.randn(1, *self.a.shape, generator=generator).to(self.a)
-        u = torch.randn(1, self.n, self.S_out, self.d_out, generator=generator).to(self.a)
+        v = torch.randn(1, *self.a.shape, generator=generator, device="cpu").to(self.a)
+        u = torch.randn(1, self.n, self.S_out, self.d_out, generator=generator, device="cpu").to(self.a)
         try:
             forward, reverse = (u * self.jvp(v)).sum((0, 2, 3)), (self.vjp(u) * v).sum((0, 2, 3))
         except (RuntimeError, NotImplementedError):

@@ -210,7 +210,7 @@ class ChangeDetector:
     def _evidence(self, values: Tensor) -> Tensor:
         """Log of weight times likelihood ratio for a change before each increment of the window, ``(m, window)``."""
         s = self._series
-        after = torch.arange(self.window, 0, -1)
+        after = torch.arange(self.window, 0, -1, device="cpu")
         allowed = (s["gaps"] > 0) & (s["count"][:, None] - after >= self.min_before) & (after >= self.persistence)
         allowed &= torch.maximum(s["values"], values[:, None]) >= self.min_level
         latest = torch.cat([s["values"][:, self.window - self.persistence + 1 :], values[:, None]], 1)
@@ -303,13 +303,13 @@ def _terms(s: dict[str, Tensor], model: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _empty(count: int, window: int) -> dict[str, Tensor]:
     """State of series without any values."""
-    number: dict[str, Any] = {"dtype": torch.float64}
+    number: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
     return {
         # The latest value, its snapshot, and the interval since.
         "value": torch.full((count,), math.nan, **number),
-        "snapshot": torch.full((count,), -1),
+        "snapshot": torch.full((count,), -1, device="cpu"),
         "gap": torch.zeros(count, **number),
-        "count": torch.zeros(count, dtype=torch.int64),
+        "count": torch.zeros(count, dtype=torch.int64, device="cpu"),
         "trend": torch.zeros(count, **number),
         # The three `_terms` of each model, summed over the increments that have left the window.
         "sums": torch.zeros(count, 2, 3, **number),
@@ -318,5 +318,5 @@ def _empty(count: int, window: int) -> dict[str, Tensor]:
         "weights": torch.zeros(count, window, **number),
         # Value and snapshot right before each increment.
         "values": torch.zeros(count, window, **number),
-        "snapshots": torch.full((count, window), -1),
+        "snapshots": torch.full((count, window), -1, device="cpu"),
     }

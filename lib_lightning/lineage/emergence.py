@@ -148,7 +148,9 @@ class EmergenceDetector:
             # A single missing snapshot may be a failed match.
             share = shares.get(lineage, FLOOR if self._absent[lineage] > 1 else math.nan)
             values.append(math.nan if math.isnan(share) else math.log10(max(share, FLOOR)))
-        changes = self._features.update(step, torch.tensor(values, dtype=torch.float64), relative_interval)
+        changes = self._features.update(
+            step, torch.tensor(values, dtype=torch.float64, device="cpu"), relative_interval
+        )
 
         lineages = list(self._absent)
         names = {
@@ -181,7 +183,7 @@ class EmergenceDetector:
 
     def _forget(self) -> None:
         staying = [i for i, absent in enumerate(self._absent.values(), 1) if absent < _FORGET_AFTER]
-        self._features.keep(torch.tensor([_ABSENT, *staying]))
+        self._features.keep(torch.tensor([_ABSENT, *staying], device="cpu"))
         self._absent = {lineage: n for lineage, n in self._absent.items() if n < _FORGET_AFTER}
 
     def _feature_event(self, step: int, lineage: tuple[str, int], change: Change, label: str) -> Event:
@@ -212,7 +214,7 @@ class EmergenceDetector:
             if self._logarithmic.get(name) is None:
                 self._logarithmic[name] = value > 0 if math.isfinite(value) and value != 0 else None
         values = [_to_level(scalars.get(name, math.nan), bool(log)) for name, log in self._logarithmic.items()]
-        changes = self._metrics.update(step, torch.tensor(values, dtype=torch.float64), relative_interval)
+        changes = self._metrics.update(step, torch.tensor(values, dtype=torch.float64, device="cpu"), relative_interval)
         metrics = list(self._logarithmic.items())
         return [_metric_event(step, *metrics[change.series], change) for change in changes]
 

@@ -59,7 +59,7 @@ class FeatureHistory:
 
     def _step_of(self, seen: Tensor) -> Tensor:
         if not len(self.steps):
-            return torch.full((seen.shape[1],), -1)
+            return torch.full((seen.shape[1],), -1, device="cpu")
         return torch.where(seen.any(0), self.steps[seen.long().argmax(0)], -1)
 
 
@@ -90,7 +90,7 @@ def retrace(final: Tensor, steps: Sequence[int], earlier: Sequence[Tensor], in_o
     last = standardised(final)
     rows = [_similarity(standardised(values), last, in_order) for values in earlier]
     similarity = torch.stack(rows) if rows else last.new_zeros(0, last.shape[1])
-    return FeatureHistory(torch.tensor(steps, dtype=torch.int64), similarity)
+    return FeatureHistory(torch.tensor(steps, dtype=torch.int64, device="cpu"), similarity)
 
 
 def _similarity(values: Tensor, last: Tensor, in_order: bool) -> Tensor:

@@ -51,7 +51,7 @@ class Match:
     @property
     def ended(self) -> Tensor:
         """Indices of the earlier features that end, int64."""
-        ends = torch.ones(len(self.merged_into), dtype=torch.bool)
+        ends = torch.ones(len(self.merged_into), dtype=torch.bool, device="cpu")
         ends[self.before[self.before >= 0]] = False
         return ends.nonzero().flatten()
 
@@ -87,17 +87,17 @@ def match_features(before: Tensor, after: Tensor, in_order: bool = False) -> Mat
     if in_order:
         if r != q:
             raise ValueError(f"Features that are identified by their index must be equally many; got {r} and {q}.")
-        pairs = torch.arange(q).repeat(2, 1)
+        pairs = torch.arange(q, device="cpu").repeat(2, 1)
         rotated_pairs = pairs[:, :0]
     else:
         pairs = _same(shared)
         rotated_pairs = _rotated(A, B, shared, pairs)
     found = torch.cat([pairs, rotated_pairs], dim=1)
-    origin = torch.full((q,), -1).index_put((found[1],), found[0])
+    origin = torch.full((q,), -1, device="cpu").index_put((found[1],), found[0])
     similarity = shared.new_full((q,), torch.nan).index_put((found[1],), shared[found[0], found[1]].sqrt())
-    rotated = torch.zeros(q, dtype=torch.bool).index_fill(0, rotated_pairs[1], True)
+    rotated = torch.zeros(q, dtype=torch.bool, device="cpu").index_fill(0, rotated_pairs[1], True)
     parents = torch.where(origin < 0, _most_similar(shared.T), -1)
-    continued = torch.zeros(r, dtype=torch.bool).index_fill(0, found[0], True)
+    continued = torch.zeros(r, dtype=torch.bool, device="cpu").index_fill(0, found[0], True)
     merged_into = torch.where(continued, -1, _most_similar(shared))
     return Match(origin, similarity, rotated, parents, merged_into, span_overlap(A, B))
 
@@ -152,7 +152,7 @@ def _same(shared: Tensor) -> Tensor:
     if (same.sum(0) <= 1).all() and (same.sum(1) <= 1).all():
         return same.nonzero().T  # no two pairs compete, so the assignment below would contain all of them
     rows, columns = linear_sum_assignment((shared + min(shared.shape) * same).numpy(), maximize=True)
-    pairs = torch.tensor([rows.tolist(), columns.tolist()], dtype=torch.int64)
+    pairs = torch.tensor([rows.tolist(), columns.tolist()], dtype=torch.int64, device="cpu")
     return pairs[:, same[pairs[0], pairs[1]]]
 
 
@@ -177,13 +177,13 @@ def _rotated(A: Tensor, B: Tensor, shared: Tensor, pairs: Tensor) -> Tensor:
 
 
 def _complement(size: int, some: Tensor) -> Tensor:
-    return torch.ones(size, dtype=torch.bool).index_fill(0, some, False).nonzero().flatten()
+    return torch.ones(size, dtype=torch.bool, device="cpu").index_fill(0, some, False).nonzero().flatten()
 
 
 def _most_similar(shared: Tensor) -> Tensor:
     """For each row the column with the largest squared correlation, -1 if that is below RELATED."""
     if not shared.shape[1]:
-        return torch.full((len(shared),), -1)
+        return torch.full((len(shared),), -1, device="cpu")
     largest, index = shared.max(1)
     return torch.where(largest >= RELATED, index, -1)
 
@@ -197,7 +197,7 @@ def _orthonormal(A: Tensor) -> Tensor:
     if tall:
         L, failed = torch.linalg.cholesky_ex(products)
         if not failed:
-            inverse = torch.linalg.solve_triangular(L, torch.eye(len(L)).to(L), upper=False)
+            inverse = torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=L.dtype, device=L.device), upper=False)
             # Bounds of the smallest and the largest eigenvalue: if they suffice, all directions are above the rounding.
             if 1 / inverse.square().sum() > rounding * products.abs().sum(0).max():
                 basis: Tensor = A @ inverse.T

@@ -62,7 +62,7 @@ def reference_features(
     """
     instrumented = InstrumentedModel(model, graph.node_layer_specs(), ModelSpec(**spec))
     batches = list(batches)
-    samples = sum(int(t) for t in process_group.gather(torch.tensor([sum(map(batch_size, batches))])))
+    samples = sum(int(t) for t in process_group.gather(torch.tensor([sum(map(batch_size, batches))], device="cpu")))
     if not samples:
         raise LIBError("There are no reference samples: all batches are empty.")
     positions = -(-count // samples)
@@ -74,11 +74,11 @@ def reference_features(
             valid = values.masks[name]
             flat = features.flatten(0, 1) if valid is None else features[valid]
             size = min(len(flat), positions * len(features))
-            chosen = torch.randperm(len(flat), generator=generator)[:size].sort().values
+            chosen = torch.randperm(len(flat), generator=generator, device="cpu")[:size].sort().values
             rows[name].append(flat[chosen].double())
     gathered = {}
     for name, parts in rows.items():
-        local = torch.cat([torch.zeros(0, graph.bases[name].n_features, dtype=torch.float64), *parts])
+        local = torch.cat([torch.zeros(0, graph.bases[name].n_features, dtype=torch.float64, device="cpu"), *parts])
         all_values = torch.cat([part.cpu() for part in process_group.gather(local)])
         gathered[name] = (standardised(all_values) * len(all_values) ** 0.5).half()
     return gathered

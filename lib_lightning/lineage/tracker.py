@@ -138,8 +138,8 @@ def _comparable(before: _Previous, values: Tensor, kind: str) -> bool:
 
 
 def _new(start: int, count: int) -> Lineages:
-    ids = torch.arange(start, start + count)
-    return Lineages(ids, torch.full((count,), torch.nan, dtype=torch.float64), torch.full_like(ids, -1))
+    ids = torch.arange(start, start + count, device="cpu")
+    return Lineages(ids, torch.full((count,), torch.nan, dtype=torch.float64, device="cpu"), torch.full_like(ids, -1))
 
 
 def _continued(match: Match, before: _Previous) -> tuple[Lineages, int]:

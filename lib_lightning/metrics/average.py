@@ -36,8 +36,8 @@ class GraphAverage(Metric):
         # updates only one of them. Different metrics often agree on one graph, so the name of the state identifies the
         # metric and its settings.
         self._sum = f"sum of {type(self).__qualname__}{settings}"
-        self.add_state(self._sum, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state(self._sum, torch.zeros((), dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.long, device="cpu"), dist_reduce_fx="sum")
 
     def _add(self, value: Tensor) -> None:
         if (values := self.__dict__.get("_single_values")) is not None:

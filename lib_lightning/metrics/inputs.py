@@ -132,11 +132,15 @@ def check_metrics(metrics: MetricCollection) -> None:
         lib_lightning.errors.LIBError: Metric 'mean' has update(value: ..., weight: ...); a metric of a graph has
         update(importance), update(edges) or update(counts, scores, unablated).
     """
-    E = torch.tensor([[1.0, 0.5], [0.0, 0.25]], dtype=torch.float64)
+    E = torch.tensor([[1.0, 0.5], [0.0, 0.25]], dtype=torch.float64, device="cpu")
     examples: dict[InputKind, dict[str, Any]] = {
-        "importance": {"importance": torch.tensor([2.0, 1.0], dtype=torch.float64)},
+        "importance": {"importance": torch.tensor([2.0, 1.0], dtype=torch.float64, device="cpu")},
         "edges": {"edges": E},
-        "curve": {"counts": torch.tensor([1, 2, 3]), "scores": torch.tensor([0.1, 0.9, 0.9]), "unablated": 0.9},
+        "curve": {
+            "counts": torch.tensor([1, 2, 3], device="cpu"),
+            "scores": torch.tensor([0.1, 0.9, 0.9], device="cpu"),
+            "unablated": 0.9,
+        },
     }
     for name, metric in metrics.clone().items():
         kind, aggregation = input_kind(name, metric), aggregation_of(metric)

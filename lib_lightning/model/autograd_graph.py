@@ -236,7 +236,7 @@ def _shows_saved_tensors() -> bool:
 @cache
 def _shows_saved(prefix: str) -> bool:
     with torch.inference_mode(False), torch.enable_grad():
-        node = torch.ones(1, requires_grad=True).exp().grad_fn
+        node = torch.ones(1, requires_grad=True, device="cpu").exp().grad_fn
     assert node is not None
     return bool(_names_with_prefix(type(node), prefix))
 

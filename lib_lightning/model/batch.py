@@ -289,5 +289,5 @@ def hash_batches(batches: Iterable[Any], process_group: ProcessGroup = SINGLE_PR
         True
     """
     digest = hash_tensors(("", t) for batch in batches for t in tensors_in(batch))
-    gathered = process_group.gather(torch.tensor(list(digest), dtype=torch.uint8))
+    gathered = process_group.gather(torch.tensor(list(digest), dtype=torch.uint8, device="cpu"))
     return hashlib.sha256(b"".join(bytes(t.tolist()) for t in gathered)).hexdigest()[:16]

@@ -207,7 +207,7 @@ def _check_section(before: CapturedLayer, after: CapturedLayer) -> None:
             f"Node layers {names[1]} and {names[0]} differ in samples ({a.shape[0]} and {a_next.shape[0]}): axis 0 of "
             "each must be the batch."
         )
-    u = torch.rand(a_next.shape, generator=torch.Generator().manual_seed(0)).to(a_next)
+    u = torch.rand(a_next.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(a_next)
     u = apply_mask(u, after.mask)
     grads = vjp(before, after, u)
     selected = before.layer.write(

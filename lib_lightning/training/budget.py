@@ -242,7 +242,7 @@ class SnapshotTrigger:
         if step == self.skipped.last_step:  # due twice: additionally after a change, and at a validation
             return False
         last_factor = 2.0 if self._draws_over_time and _FIRST in self.meter.spent.last_cost else 1.0
-        affordable = torch.tensor(self.meter.can_afford(self._cost_key(kind), last_factor))
+        affordable = torch.tensor(self.meter.can_afford(self._cost_key(kind), last_factor), device="cpu")
         (affordable,) = process_group.broadcast([affordable])
         if not affordable:
             if not self.skipped.total:

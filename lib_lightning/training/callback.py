@@ -334,7 +334,7 @@ class LIBCallback(pl.Callback):
         self.reporter.show(trainer, figures)
         if self.adaptive:
             # All processes have to take their snapshots at the same steps.
-            has_changed = torch.tensor(any(event.kind in CHANGES for event in snapshot.events))
+            has_changed = torch.tensor(any(event.kind in CHANGES for event in snapshot.events), device="cpu")
             if self._process_group.broadcast([has_changed])[0]:
                 self.state.cursor.densify(snapshot.step)
         if self.reporter.notify(trainer, snapshot.events, draw):
@@ -363,7 +363,9 @@ class LIBCallback(pl.Callback):
         keys = self.computer.scalar_keys(self.resolver.names) if self.resolver.names else []
         scalars = self.reporter.scalars(trainer, keys, self.config.ablation is not None)
         if trainer.state.fn == "fit":
-            (ratio,) = self._process_group.broadcast([torch.tensor(self.meter.ratio, dtype=torch.float64)])
+            (ratio,) = self._process_group.broadcast(
+                [torch.tensor(self.meter.ratio, dtype=torch.float64, device="cpu")]
+            )
             scalars[f"{self.name}/overhead"] = float(ratio)
         return scalars
 

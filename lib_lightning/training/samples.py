@@ -106,7 +106,7 @@ class SampleBuffer:
             The buffer; samples keep their order and batches.
         """
         subset = SampleBuffer(num_samples)
-        chosen = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed))[:num_samples]
+        chosen = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed), device="cpu")[:num_samples]
         start = 0
         for batch in self.batches:
             here = chosen[(chosen >= start) & (chosen < start + batch_size(batch))].sort().values - start
@@ -297,7 +297,7 @@ class SampleStore:
             for batch in sharded_batches(trainer, self._config.dataloader, wanted):
                 check(batch)
                 self._add(batch, None)
-        if not any(self._process_group.gather(torch.tensor([len(self.buffer.batches)]))):
+        if not any(self._process_group.gather(torch.tensor([len(self.buffer.batches)], device="cpu"))):
             raise LIBError("The dataloader given to LIBCallback has no batches, or is an iterator that is exhausted.")
         self._keep(complete=True)
 
@@ -353,7 +353,7 @@ class SampleStore:
         self._is_unsaved = True
 
     def _freeze_reference(self, complete: bool) -> None:
-        counts = self._process_group.gather(torch.tensor([self.reference.count]))
+        counts = self._process_group.gather(torch.tensor([self.reference.count], device="cpu"))
         if complete or sum(int(n) for n in counts) >= _ENOUGH_REFERENCE_SAMPLES:
             self.reference.freeze()
 
@@ -367,7 +367,7 @@ class SampleStore:
             The samples.
         """
         # Without samples to hold out, scores are computed on the samples of the basis.
-        counts = self._process_group.gather(torch.tensor([self.held_out.count]))
+        counts = self._process_group.gather(torch.tensor([self.held_out.count], device="cpu"))
         held_out = self.held_out if any(int(n) for n in counts) else self.buffer
         batches, held_out_batches, reference = (
             shared_samples(trainer, buffer.batches) for buffer in (self.buffer, held_out, self.reference)
@@ -388,7 +388,7 @@ class SampleStore:
         restored = {kind: SampleBuffer.load(path, capacities[kind], device) for kind, path in files.items()}
         buffer, reference = restored[""], restored["reference"]
         found = all(part is not None for part in restored.values())
-        if all(self._process_group.gather(torch.tensor([found]))):
+        if all(self._process_group.gather(torch.tensor([found], device="cpu"))):
             assert buffer is not None
             assert reference is not None
             for batch in buffer.batches[:1]:

@@ -101,7 +101,7 @@ def require_validation(trainer: pl.Trainer, process_group: ProcessGroup, index: 
             "input_fn."
         )
     exists = bool(trainer.enable_validation and batches[index])
-    missing = [rank for rank, t in enumerate(process_group.gather(torch.tensor([exists]))) if not t]
+    missing = [rank for rank, t in enumerate(process_group.gather(torch.tensor([exists], device="cpu"))) if not t]
     if missing:
         where = "" if len(missing) == process_group.size else f" on process {missing[0]}"
         raise LIBError(

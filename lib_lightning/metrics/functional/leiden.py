@@ -65,7 +65,7 @@ def leiden(n_nodes: int, pairs: Tensor, weights: Tensor, resolution: float = 1.0
         best, _ = _improve(graph, best, resolution, FINAL_GAIN)
     finally:
         igraph.set_random_number_generator(random)
-    return torch.tensor(best, dtype=torch.long)
+    return torch.tensor(best, dtype=torch.long, device="cpu")
 
 
 def _igraph(n_nodes: int, pairs: Tensor, weights: Tensor) -> Any:
@@ -79,11 +79,11 @@ def _igraph(n_nodes: int, pairs: Tensor, weights: Tensor) -> Any:
 
 def _strong(weights: Tensor) -> Tensor:
     if len(weights) <= MANY_EDGES:
-        return torch.arange(len(weights))
+        return torch.arange(len(weights), device="cpu")
     strongest_first, order = weights.sort(descending=True, stable=True)
     cumulative = strongest_first.cumsum(0)
     n_strong = int((cumulative < STRONG_SHARE * cumulative[-1]).sum()) + 1
-    return order[:n_strong] if n_strong <= len(weights) / 2 else torch.arange(len(weights))
+    return order[:n_strong] if n_strong <= len(weights) / 2 else torch.arange(len(weights), device="cpu")
 
 
 def _improve(graph: Any, parts: list[int] | None, resolution: float, min_gain: float) -> tuple[list[int], float]:

@@ -55,7 +55,7 @@ def find_modules(
     """
     sizes, pairs, w = _layered_graph(edges, weights, rtol)
     parts = leiden(sum(sizes), pairs, w, resolution, seed)
-    connected = torch.zeros(sum(sizes), dtype=torch.bool)
+    connected = torch.zeros(sum(sizes), dtype=torch.bool, device="cpu")
     connected[pairs.flatten()] = True
     labels = torch.where(connected, _by_size(parts, connected), -1)
     return [part.to(edges[0].device) for part in labels.split(sizes)]
@@ -108,9 +108,9 @@ def modularity(
         )
     labels = torch.cat([part.cpu() for part in modules])
     # Features without a module get modules of their own, with unused numbers.
-    labels = torch.where(labels < 0, len(labels) + torch.arange(len(labels)), labels)
+    labels = torch.where(labels < 0, len(labels) + torch.arange(len(labels), device=labels.device), labels)
     labels = labels.unique(return_inverse=True)[1]
-    K = torch.zeros(len(labels), dtype=torch.float64)
+    K = torch.zeros(len(labels), dtype=torch.float64, device="cpu")
     parts = labels.split(sizes)
     inside = K.new_zeros(())
     for W, before, after in zip(weighed, parts, parts[1:], strict=False):
@@ -136,7 +136,7 @@ def module_sizes(modules: Sequence[Tensor]) -> Tensor:
         >>> module_sizes([torch.tensor([1, 0, -1]), torch.tensor([0])])
         tensor([2, 1])
     """
-    labels = torch.cat(list(modules)) if len(modules) else torch.zeros(0, dtype=torch.long)
+    labels = torch.cat(list(modules)) if len(modules) else torch.zeros(0, dtype=torch.long, device="cpu")
     sizes: Tensor = labels[labels >= 0].unique(return_counts=True)[1]
     return sizes.sort(descending=True).values
 
@@ -154,7 +154,7 @@ def number_of_modules(modules: Sequence[Tensor]) -> Tensor:
         >>> number_of_modules([torch.tensor([1, 0, -1]), torch.tensor([0])])
         tensor(2)
     """
-    return torch.tensor(len(module_sizes(modules)))
+    return torch.tensor(len(module_sizes(modules)), device="cpu")
 
 
 def largest_module(modules: Sequence[Tensor]) -> Tensor:
@@ -216,4 +216,4 @@ def _by_size(parts: Tensor, connected: Tensor) -> Tensor:
         sizes[part] = sizes.get(part, 0) + 1
     # Sorting is stable, and the dict is in order of first appearance.
     number = {part: k for k, part in enumerate(sorted(sizes, key=lambda part: -sizes[part]))}
-    return torch.tensor([number.get(part, -1) for part in parts.tolist()], dtype=torch.long)
+    return torch.tensor([number.get(part, -1) for part in parts.tolist()], dtype=torch.long, device="cpu")
