@@ -56,6 +56,7 @@ def compute_interaction_graph(
     process_group: ProcessGroup = SINGLE_PROCESS,
     progress: bool = False,
     final_metric: FinalMetric | None = None,
+    n_pushed: int | None = None,
 ) -> InteractionGraph:
     """Compute the Local Interaction Basis of a model's activations and the interactions between its features.
 
@@ -90,6 +91,9 @@ def compute_interaction_graph(
         progress: Whether to show a progress bar.
         final_metric: ``"fisher"`` for the Fisher metric of the last node layer, which must be logits: importance then
             is the effect on the predicted distribution. None for ``final_basis``.
+        n_pushed: Number of features that each sample is pushed forward for, chosen at random by the square root of
+            their importance, which makes the cost of edges independent of width and number of positions; None for
+            exact edges. The standard errors include the error of this choice.
 
     Returns:
         The interaction graph: a basis for each node layer, edges between neighbouring ones.
@@ -111,7 +115,7 @@ def compute_interaction_graph(
         >>> graph.edges["1", "output"].shape[0]
         2
     """
-    config = LIBConfig(basis, final_basis, rtol, n_probes, integration_steps, final_metric)
+    config = LIBConfig(basis, final_basis, rtol, n_probes, integration_steps, final_metric, n_pushed)
     if isinstance(batches, (Tensor, Mapping)):
         raise TypeError("batches must be an iterable of batches. For a single batch, write [batch].")
     spec = ModelSpec(input_fn, mask, dtype)

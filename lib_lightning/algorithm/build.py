@@ -107,7 +107,7 @@ class _Run:
         shortcuts: How to compute it.
         process_group: The processes.
         plan: How much is computed at once.
-        generator: Random signs for probes.
+        generator: Random signs for probes, and the choice of the features that are pushed forward.
     """
 
     names: list[str]
@@ -286,7 +286,10 @@ def _basis(
 def _edges(run: _Run, layers: Sequence[_Layer], cache: SectionCache) -> tuple[list[Edges], list[FeatureVariances]]:
     """Step 3: the edges ``E`` of every section; and the variances of all features, for their standard errors."""
     bases, groups = [layer.basis for layer in layers], run.plan.groups
-    edges = [Edges(before, after, groups, run.shortcuts.forward_mode) for before, after in itertools.pairwise(bases)]
+    edges = [
+        Edges(before, after, groups, run.shortcuts.forward_mode, run.config.n_pushed, run.generator)
+        for before, after in itertools.pairwise(bases)
+    ]
     variances = [FeatureVariances(basis, groups) for basis in bases]
     readers = [FeatureReader(layer.basis, layer.features) for layer in layers]
     for i, section in cache.sections("edges"):

@@ -27,6 +27,7 @@ class LIBConfig:
     n_probes: int | None = None
     integration_steps: int = 0
     final_metric: FinalMetric | None = None
+    n_pushed: int | None = None
 
     def __post_init__(self) -> None:
         _choice("basis", self.basis, get_args(BasisKind))
@@ -42,6 +43,8 @@ class LIBConfig:
             raise ValueError(f"rtol must be at least 0 and less than 1; got {self.rtol}.")
         if self.n_probes is not None and self.n_probes < 1:
             raise ValueError(f"n_probes must be at least 1, or None for the exact metric; got {self.n_probes}.")
+        if self.n_pushed is not None and self.n_pushed < 1:
+            raise ValueError(f"n_pushed must be at least 1, or None for exact edges; got {self.n_pushed}.")
         if self.integration_steps < 0:
             raise ValueError(f"integration_steps must not be negative; got {self.integration_steps}.")
 

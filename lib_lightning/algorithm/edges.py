@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lib_lightning.algorithm.basis import Basis
 from lib_lightning.algorithm.jackknife import leave_one_out
+from lib_lightning.algorithm.unequal_sampling import inclusion_probabilities, systematic_sample
 from lib_lightning.distributed.process_group import Reducible
 from lib_lightning.jacobian.closed_form import ClosedEdges
 from lib_lightning.jacobian.section import Gradients, Section
@@ -24,21 +25,40 @@ class Edges(Reducible):
         after: Basis of the next node layer, with features ``i``.
         groups: Number of jackknife groups.
         forward_mode: Whether forward mode is used where it is cheaper. Without it, the sum is taken literally.
+        n_pushed: None for all terms of the sum; a number for about that many Jacobian-vector products per sample, for
+            features ``j`` that are chosen at random. Sections in closed form, and those with fewer terms, are exact.
+        generator: Source of this choice, on the CPU.
 
     Attributes:
         fell_back: Whether forward mode would have been cheaper, but an operation has no second derivative.
+        is_sampled: Whether terms have been chosen at random.
 
     Note:
         Source: arXiv 2405.10928, edges of the interaction graph (squared). The inner sum over ``s`` is entry ``(t, i)``
         of the Jacobian-vector product with the tangent ``v_s = fhat_{s,j} C^+_j``: one product for each ``j``,
         whatever the number of output positions. It is also the inner product of ``fhat_{s,j}`` with the gradient of
         ``fhat'_{t,i}``: one vector-Jacobian product for each ``(t, i)``.
+
+        Random choice: each sample takes feature ``j`` with probability ``pi_j``, proportional to ``sqrt(Lambda_j)`` and
+        at most 1, and its terms are divided by ``pi_j``, which leaves the expectation of the sum unchanged (Horvitz and
+        Thompson 1952, https://doi.org/10.1080/01621459.1952.10483446). Samples choose independently, so that the spread
+        between groups of samples includes the error of the choice.
     """
 
     sums = ("rows", "_total")
 
-    def __init__(self, before: Basis, after: Basis, groups: int = 1, forward_mode: bool = True) -> None:
-        self.before, self.after = before, after
+    def __init__(
+        self,
+        before: Basis,
+        after: Basis,
+        groups: int = 1,
+        forward_mode: bool = True,
+        n_pushed: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.before, self.after, self.n_pushed = before, after, n_pushed
+        self._generator = generator or torch.Generator().manual_seed(0)
+        self.is_sampled = False
         self.rows = torch.zeros(groups, dtype=torch.float64, device="cpu")
         self.fell_back = False
         # None until a batch decides it.
@@ -62,11 +82,19 @@ class Edges(Reducible):
         elif section.cached_products:
             self.update_reverse(section, fhat)
         else:
+            n_forward, n_reverse = self.before.n_features, section.S_out * self.after.n_features
+            if self.n_pushed is not None:
+                n_forward = min(n_forward, self.n_pushed)
             if self._forward is None:
-                cheaper = _FORWARD_COST * self.before.n_features < section.S_out * self.after.n_features
+                cheaper = _FORWARD_COST * n_forward < n_reverse
                 self._forward = section.has_jvp() if cheaper else False
                 self.fell_back = cheaper and self._forward is False
-            (self.update_forward if self._forward else self.update_reverse)(section, fhat)
+            if self._forward:
+                (self.update_forward if n_forward == self.before.n_features else self.update_sampled)(section, fhat)
+            elif self.fell_back and self.n_pushed is not None and _FORWARD_COST * self.n_pushed < n_reverse:
+                self.update_sampled_reverse(section, fhat)
+            else:
+                self.update_reverse(section, fhat)
 
     def update_forward(self, section: Section, fhat: Tensor) -> None:
         """Add one batch with one Jacobian-vector product for each input feature."""
@@ -79,6 +107,43 @@ class Edges(Reducible):
             squares = interactions.to(product_dtype(interactions.dtype)).square()
             for group, samples in section.group_slices:
                 self._total[group, :, j] += squares[:, samples].sum(dim=(1, 2)).T.double()
+
+    def update_sampled(self, section: Section, fhat: Tensor) -> None:
+        """Add one batch with `n_pushed` Jacobian-vector products, each for another feature of each sample."""
+        C_pinv, C_next = self.before.from_features.to(fhat), self.after.to_features.to(fhat)
+        probabilities, chosen = self._choose(self.before.importance.clamp(min=0).sqrt(), self.n_pushed, section.n)
+        samples = torch.arange(section.n, device=fhat.device)
+        for j in chosen.T.split(section.vectors_per_call):  # (k, n)
+            tangents = fhat[samples, :, j][..., None] * C_pinv[j][:, :, None, :]
+            interactions = section.jvp(tangents) @ C_next
+            squares = interactions.to(product_dtype(interactions.dtype)).square().sum(dim=2).double()
+            self._add_sampled(section, 1, j, squares / probabilities[j][..., None])
+
+    def update_sampled_reverse(self, section: Section, fhat: Tensor) -> None:
+        """Add one batch with as many vector-Jacobian products, each for another output position and feature."""
+        C_pinv, C_T = self.before.from_features.to(fhat), self.after.to_features.to(fhat).T
+        size = self.after.importance.clamp(min=0).sqrt().repeat(section.S_out)
+        probabilities, chosen = self._choose(size, _FORWARD_COST * (self.n_pushed or 1), section.n)
+        samples = torch.arange(section.n, device=fhat.device)
+        for ti in chosen.T.split(section.vectors_per_call):  # (k, n)
+            t, i = ti // self.after.n_features, ti % self.after.n_features
+            cotangents = fhat.new_zeros(len(ti), section.n, section.S_out, section.d_out)
+            cotangents[torch.arange(len(ti), device=fhat.device)[:, None], samples, t] = C_T[i]
+            interactions = ((section.vjp(cotangents) @ C_pinv.T) * fhat).sum(dim=2)
+            squares = interactions.to(product_dtype(interactions.dtype)).square().double()
+            self._add_sampled(section, 0, i, squares / probabilities[ti][..., None])
+
+    def _choose(self, size: Tensor, count: int | None, n: int) -> tuple[Tensor, Tensor]:
+        """Probabilities ``(r,)``, and the items that each sample of a batch takes, ``(n, k)``."""
+        self.is_sampled = True
+        probabilities = inclusion_probabilities(size, count or len(size))
+        return probabilities, systematic_sample(probabilities, n, self._generator)
+
+    def _add_sampled(self, section: Section, axis: int, index: Tensor, terms: Tensor) -> None:
+        """Add terms ``(k, n, r)`` to the rows (axis 0) or columns (axis 1) ``index``, shape ``(k, n)``, of the sum."""
+        for group, samples in section.group_slices:
+            values = terms[:, samples].flatten(0, 1)
+            self._total[group].index_add_(axis, index[:, samples].flatten(), values.T if axis else values)
 
     def update_reverse(self, section: Section, fhat: Tensor) -> None:
         """Add one batch with one vector-Jacobian product for each output position and feature."""

@@ -92,6 +92,8 @@ class LIBCallback(pl.Callback):
         max_overhead: Largest ratio of the time spent here to the training time: snapshots that would exceed it are
             skipped. The first and the last one are always computed. None (null) is 0.03 for the default schedule and
             no limit for any other; .inf is no limit.
+        n_pushed: None (null) for exact edges; a number for that many features that each sample is pushed forward for,
+            chosen at random by the square root of their importance.
 
     Raises:
         LIBError: If fewer than two node layers are given.
@@ -137,6 +139,7 @@ class LIBCallback(pl.Callback):
         on_event: EventHook | list[EventHook] | None = None,
         adaptive: bool = False,
         max_overhead: float | None = None,
+        n_pushed: int | None = None,
     ) -> None:
         super().__init__()
         if dtype not in _DTYPES:
@@ -146,7 +149,7 @@ class LIBCallback(pl.Callback):
         self.name, self.adaptive = name, adaptive
         self.spec = ModelSpec(input_fn, mask, _DTYPES[dtype])
         self.config = SnapshotConfig(
-            LIBConfig(basis, final_basis, rtol, n_probes, integration_steps, final_metric),
+            LIBConfig(basis, final_basis, rtol, n_probes, integration_steps, final_metric, n_pushed),
             tuple(baselines), metrics, labeller, ablation, memory_limit, follow,
         )  # fmt: skip
         self.sample_config = SampleConfig(
