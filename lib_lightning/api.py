@@ -100,7 +100,8 @@ def compute_interaction_graph(
 
     Raises:
         NodeLayerError: If a node layer is unknown, never run, out of order, or does not cut the computation.
-        ActivationError: If activations are integers, NaN or infinite, or if there are no samples.
+        ActivationError: If activations are integers, NaN or infinite, if there are no samples, or if all of them are
+            the same.
         ValueError: If an argument is outside its range.
         TypeError: If ``batches`` is a single tensor, or ``dtype`` is not a floating-point type.
 
@@ -146,7 +147,7 @@ def graph_of(
         config: What to compute.
         memory_limit: As for `compute_interaction_graph`.
         process_group: As for `compute_interaction_graph`.
-        check_first: Whether to validate the node layers first.
+        check_first: Whether to validate the node layers first, and to refuse activations that do not vary at all.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -166,6 +167,8 @@ def graph_of(
                 phase_done("checks and chunks")
                 with _progress_bar(phases(config, instrumented, len(chunks)), disable=not progress):
                     built = build_graph(instrumented, chunks, config, plan, process_group)
+                if check_first and built.is_constant:
+                    raise ActivationError(built.notes[0])
                 return _as_graph(built, config, instrumented)
         except Exception as error:
             if attempt == _MAX_HALVINGS or not is_out_of_memory(error):

@@ -143,7 +143,8 @@ class AblatedSection:
             kept = torch.where(mask.to(self.J.device), self.J, self.J.new_zeros(()))
             return self._at_mean + self.fhat @ kept.T
         changed = (mask != self._mask).any(1).nonzero().flatten()
-        patterns, group = mask[changed].unique(dim=0, return_inverse=True)
+        # A mask without rows or columns, of a layer without features, has no patterns.
+        patterns, group = mask[changed].unique(dim=0, return_inverse=True) if len(changed) else (mask[:0], changed)
         for g, pattern in enumerate(patterns):
             rows = changed[group == g].to(self.fhat.device)
             self._features[..., rows] = self._section(self.fhat * pattern.to(self.fhat))[..., rows]

@@ -27,6 +27,7 @@ from torch import Tensor
 from lib_lightning.algorithm.basis import FIXED_ORDER, Basis, centered_basis, neuron_basis, pca_basis
 from lib_lightning.algorithm.config import LIBConfig, final_kind
 from lib_lightning.algorithm.covariance import RunningCovariance, all_reduce_covariances
+from lib_lightning.algorithm.degenerate import describe_empty_layers, is_constant
 from lib_lightning.algorithm.edges import Edges
 from lib_lightning.algorithm.feature_reader import FeatureReader
 from lib_lightning.algorithm.fisher_metric import FisherMetric
@@ -65,10 +66,12 @@ class BuildResult:
         n_samples: Number of samples.
         metric_errors: Estimated relative error of the metric of each node layer that has one: 0 if it is exact, None if
             a single probe leaves it unknown.
-        notes: Sentences about slower fallbacks that were used.
+        notes: Sentences about node layers without features, and about slower fallbacks that were used.
         importance_replicates: Jackknife replicates of the importances of each node layer, shape ``(G, r)``; G is 0 if
             there are too few samples for groups.
         edge_replicates: Jackknife replicates of the edges between these features, ``(G, r_out, r_in)``.
+        is_constant: Whether activations are the same for all samples at all node layers, so that there is nothing to
+            compute; ``notes`` say so.
     """
 
     bases: list[Basis]
@@ -78,6 +81,7 @@ class BuildResult:
     notes: list[str] = field(default_factory=list)
     importance_replicates: list[Tensor] = field(default_factory=list)
     edge_replicates: list[Tensor] = field(default_factory=list)
+    is_constant: bool = False
 
 
 @dataclass(frozen=True)
@@ -186,9 +190,10 @@ def build_graph(
         edges=[e.E for e in edges],
         n_samples=moments[0].n,
         metric_errors=metric_errors,
-        notes=_notes(run, edges, cache),
+        notes=[*describe_empty_layers(bases, moments), *_notes(run, edges, cache)],
         importance_replicates=importances,
         edge_replicates=[e.replicates for e in edges],
+        is_constant=is_constant(moments),
     )
 
 

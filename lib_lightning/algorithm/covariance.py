@@ -12,6 +12,8 @@ from lib_lightning.algorithm.low_rank_gram import DENSE_WIDTH
 from lib_lightning.distributed.process_group import ProcessGroup, Reducible, all_reduce
 
 _DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+# Numbers ahead of the mean in `RunningCovariance.totals`.
+_N_NUMBERS = 5
 
 
 class RunningCovariance(Reducible):
@@ -30,6 +32,7 @@ class RunningCovariance(Reducible):
         count: Number of rows.
         mean: ``mu``, shape ``(d,)``, float64; empty before the first row.
         dtype: Type of the activations.
+        varies: Whether rows differ by more than rounding.
 
     Note:
         Source: Chan, Golub and LeVeque (1979), "Updating formulae and a pairwise algorithm for computing sample
@@ -50,6 +53,8 @@ class RunningCovariance(Reducible):
         self.dtype: torch.dtype | None = None
         self.n = 0
         self.count = 0
+        self.varies = False
+        self._first: Tensor | None = None
         self.mean = torch.zeros(0, dtype=torch.float64, device="cpu")
         self._scatter = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
 
@@ -65,6 +70,9 @@ class RunningCovariance(Reducible):
         if count == 0 and self.mean.numel():
             return
         rows, self.dtype = rows.detach(), rows.dtype
+        if not self.varies and count:  # for ordinary activations, only at the first batch
+            self._first = rows[:1].clone() if self._first is None else self._first
+            self.varies = _differ(rows, self._first)
         mean = rows.sum(0, dtype=torch.float64) / max(1, count)
         total = self.count + count
         before = self.mean if self.count else torch.zeros_like(mean)
@@ -85,7 +93,8 @@ class RunningCovariance(Reducible):
     def totals(self) -> Tensor:
         """Counts, type and mean of this process, for `align`; on the CPU."""
         dtype = -1 if self.dtype is None else _DTYPES.index(self.dtype)
-        numbers = torch.tensor([self.n, self.count, dtype, len(self.mean)], dtype=torch.float64, device="cpu")
+        numbers = [self.n, self.count, dtype, len(self.mean), self.varies]
+        numbers = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         return torch.cat([numbers, self.mean.cpu()])
 
     def align(self, all_totals: Sequence[Tensor]) -> None:
@@ -94,9 +103,11 @@ class RunningCovariance(Reducible):
         Args:
             all_totals: The `totals` of every process, including this one; a process may have no rows.
         """
-        n, counts, dtypes, widths = torch.stack([totals[:4] for totals in all_totals]).T
+        n, counts, dtypes, widths, varies = torch.stack([totals[:_N_NUMBERS] for totals in all_totals]).T
         d = int(widths.max())
-        means = torch.stack([totals[4:] if len(totals) > 4 else totals.new_zeros(d) for totals in all_totals])
+        means = torch.stack(
+            [totals[_N_NUMBERS:] if len(totals) > _N_NUMBERS else totals.new_zeros(d) for totals in all_totals]
+        )
         total = counts.sum()
         mean = ((counts[:, None] * means).sum(0) / total.clamp(min=1)).to(self.mean)
         if len(self.mean) < d:
@@ -107,6 +118,9 @@ class RunningCovariance(Reducible):
             self._scatter = scatter + self.count * torch.outer(delta, delta)
         self.n, self.count, self.mean = int(n.sum()), int(total), mean
         self.dtype = _DTYPES[int(dtypes.max())] if dtypes.max() >= 0 else None
+        # Each process may have a constant of its own.
+        own = means[counts > 0].to(self.dtype or means.dtype)
+        self.varies = bool(varies.any()) or (len(own) > 1 and _differ(own, own[:1]))
 
     @property
     def covariance(self) -> Tensor:
@@ -117,6 +131,13 @@ class RunningCovariance(Reducible):
     def has_covariance(self) -> bool:
         """Whether the covariance is computed."""
         return self._always or len(self.mean) <= DENSE_WIDTH
+
+
+def _differ(rows: Tensor, first: Tensor) -> bool:
+    """Whether any row ``(m, d)`` differs from the first one ``(1, d)`` by more than rounding."""
+    if torch.equal(rows, first.expand_as(rows)):
+        return False
+    return bool((rows - first).abs().max() > 2 * torch.finfo(rows.dtype).eps * first.abs().max())
 
 
 def all_reduce_covariances(moments: Sequence[RunningCovariance], process_group: ProcessGroup) -> None:
@@ -130,7 +151,7 @@ def all_reduce_covariances(moments: Sequence[RunningCovariance], process_group: 
         return
     all_totals = process_group.gather(torch.cat([layer.totals for layer in moments]))
     for layer in moments:
-        ends = [4 + int(totals[3]) for totals in all_totals]
+        ends = [_N_NUMBERS + int(totals[3]) for totals in all_totals]
         layer.align([totals[:end] for totals, end in zip(all_totals, ends, strict=True)])
         all_totals = [totals[end:] for totals, end in zip(all_totals, ends, strict=True)]
     all_reduce([layer for layer in moments if layer.has_covariance], process_group)

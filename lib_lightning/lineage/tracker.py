@@ -144,9 +144,10 @@ def _new(start: int, count: int) -> Lineages:
 
 def _continued(match: Match, before: _Previous) -> tuple[Lineages, int]:
     born = match.before < 0
-    ids = torch.where(born, before.next_id + born.cumsum(0) - 1, before.ids[match.before.clamp_min(0)])
-    parents = torch.where(match.parents < 0, -1, before.ids[match.parents.clamp_min(0)])
-    return Lineages(ids, match.similarity, parents), before.next_id + int(born.sum())
+    # Index -1 stands for no feature; a layer may also have had no features at all.
+    ids_before = torch.cat([before.ids, before.ids.new_full((1,), -1)])
+    ids = torch.where(born, before.next_id + born.cumsum(0) - 1, ids_before[match.before])
+    return Lineages(ids, match.similarity, ids_before[match.parents]), before.next_id + int(born.sum())
 
 
 def _events(layer: str, step: int, match: Match, before: _Previous, lineages: Lineages, share: Tensor) -> list[Event]:

@@ -7,7 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from lib_lightning import Basis, InteractionGraph
 from lib_lightning.errors import LIBError
 from lib_lightning.lineage import FeatureTracker
 from lib_lightning.lineage.events import Event
@@ -186,3 +189,26 @@ def test_graphs_without_reference_features_or_step_are_refused() -> None:
     graph.reference_features = {}
     with pytest.raises(LIBError, match="reference_features"):
         FeatureTracker().update(graph, step=3)
+
+
+@settings(deadline=None, max_examples=60)
+@given(counts=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=2, max_size=5))
+def test_layers_without_features_are_followed_like_any_other(counts: list[tuple[int, int]]) -> None:
+    values = torch.randn(400, 3, generator=torch.Generator().manual_seed(0))
+    tracker, previous = FeatureTracker(), (0, 0)
+    for step, sizes in enumerate(counts):
+        bases = {name: pca_basis_of(name, r) for name, r in zip(("a", "b"), sizes, strict=True)}
+        graph = InteractionGraph(bases, {("a", "b"): torch.zeros(sizes[1], sizes[0])}, {"step": step})
+        graph.reference_features = {name: values[:, :r].half() for name, r in zip(("a", "b"), sizes, strict=True)}
+        events = tracker.update(graph)
+        for name, before, now in zip(("a", "b"), previous, sizes, strict=True):
+            kinds = [event.kind for event in events if event.layer == name]
+            assert kinds == ([] if step == 0 else ["born"] * (now - before) + ["died"] * (before - now))
+            assert len(set(graph.lineages[name].ids.tolist())) == now
+            assert (graph.lineages[name].parents == -1).all()
+        previous = sizes
+
+
+def pca_basis_of(name: str, r: int) -> Basis:
+    C = torch.eye(3, dtype=torch.float64)[:, :r]
+    return Basis(name, "pca", torch.zeros(3, dtype=torch.float64), C, C.T, torch.arange(r, 0, -1).double())
