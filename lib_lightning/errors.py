@@ -17,6 +17,14 @@ class ActivationError(LIBError, ValueError):
     """Activations that no basis can be computed from: integers, NaN, infinite, or no samples."""
 
 
+class SettingError(LIBError, ValueError):
+    """A setting outside its range."""
+
+
+class SettingTypeError(LIBError, TypeError):
+    """A setting, or another argument, of a wrong type."""
+
+
 class NotFiniteError(ActivationError):
     """Activations or derivatives that are NaN or infinite."""
 

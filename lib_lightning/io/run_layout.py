@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
+from lib_lightning.errors import SettingError
+
 _STEP = re.compile(r"step-(\d+)")
+# Beside it, a baseline appends "_neuron", and file systems allow 255 bytes.
+_MAX_NAME_BYTES = 200
+# Names of devices, which Windows allows for no file.
+_RESERVED = frozenset({"CON", "PRN", "AUX", "NUL", *(f"{port}{i}" for port in ("COM", "LPT") for i in range(10))})
 # Names that version 0.1 wrote, by present name. They are still read, never written.
 OLD_NAMES = {"stale": "before", "reference": "probes"}
 
@@ -156,3 +165,64 @@ class RunLayout:
 
 def _stem(step: int) -> str:
     return f"step-{step:08d}"
+
+
+def check_run_name(name: object) -> None:
+    """Check that the name of a callback can be the name of its folder, within the log directory of any system.
+
+    Args:
+        name: The name.
+
+    Raises:
+        SettingError: If it cannot, with the reason.
+
+    Example:
+        >>> check_run_name("lib"), check_run_name("probes/wide lib")
+        (None, None)
+        >>> check_run_name("../lib")
+        Traceback (most recent call last):
+        lib_lightning.errors.SettingError: name='../lib' cannot be the name of a folder in the log directory: '..' ...
+    """
+    if problem := _problem_of(name):
+        shown = name if not isinstance(name, str) or len(name) < 60 else f"{name[:50]}..."
+        raise SettingError(f"name={shown!r} cannot be the name of a folder in the log directory: {problem}.")
+
+
+def _problem_of(name: object) -> str:
+    if not isinstance(name, str):
+        return "it is not a string"
+    if len(name.encode(errors="replace")) > _MAX_NAME_BYTES:
+        return f"it is longer than {_MAX_NAME_BYTES} bytes"
+    for part in name.split("/"):
+        if not part:
+            return "it is empty" if not name else "it is an absolute path, or has an empty part"
+        if part in (".", ".."):
+            return f"'{part}' is another folder"
+        if part != part.strip() or part.endswith("."):
+            return "it starts with a space, or ends with a space or a full stop"
+        if not part.isprintable() or set(part) & set('<>:"|?*\\'):
+            return 'it has one of the characters < > : " | ? * \\, or one that cannot be printed'
+        if part.split(".")[0].rstrip().upper() in _RESERVED:
+            return f"Windows reserves '{part}' for a device"
+    return ""
+
+
+def overlapping_names(names: Sequence[str]) -> tuple[str, str] | None:
+    """Two names of folders that are the same on some system, or of which one contains the other.
+
+    Args:
+        names: Names of folders in the log directory.
+
+    Returns:
+        The first such pair; None if there is none.
+
+    Example:
+        >>> overlapping_names(["lib", "pca", "Lib"]), overlapping_names(["lib", "probes/lib"])
+        (('lib', 'Lib'), None)
+    """
+    # TensorBoard, too, writes other characters as "_".
+    paths = [re.sub(r"[^-/\w.]", "_", unicodedata.normalize("NFC", name).casefold()) for name in names]
+    for (i, a), (j, b) in itertools.combinations(enumerate(paths), 2):
+        if f"{a}/".startswith(f"{b}/") or f"{b}/".startswith(f"{a}/"):
+            return names[i], names[j]
+    return None

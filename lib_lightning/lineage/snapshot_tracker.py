@@ -13,12 +13,13 @@ from lib_lightning.io.basis_format import NUM_SAMPLES, REFERENCE_SAMPLES, SETTIN
 from lib_lightning.lineage.emergence import EmergenceDetector
 from lib_lightning.lineage.events import Event
 from lib_lightning.lineage.tracker import FeatureTracker
-from lib_lightning.metrics.summary import layer_key
+from lib_lightning.metrics.summary import layer_keys
 
 # Births, splits, merges and deaths of features with a smaller share of their layer's importance are counted, not
 # reported.
 MIN_REPORTED_SHARE = 0.01
-_TURNOVER = ("born", "ended", "overlap")
+# Scalars that are logged beside the metrics, one for each node layer.
+TURNOVER = ("born", "ended", "overlap")
 
 
 class SnapshotTracker:
@@ -80,15 +81,16 @@ class SnapshotTracker:
     @staticmethod
     def keys(prefix: str, node_layers: Sequence[str]) -> list[str]:
         """Names of the `scalars` of a basis."""
-        return [f"{prefix}/{name}/{layer_key(layer)}" for name in _TURNOVER for layer in node_layers]
+        return [f"{prefix}/{name}/{key}" for name in TURNOVER for key in layer_keys(node_layers)]
 
     def scalars(self) -> dict[str, float]:
         """How much has changed since the previous snapshot, by name; empty after the first one."""
         return {
-            f"{prefix}/{name}/{layer_key(layer)}": float(getattr(turnover, name))
+            f"{prefix}/{name}/{key}": float(getattr(tracker.turnover[layer], name))
             for prefix, tracker in self.trackers.items()
-            for layer, turnover in tracker.turnover.items()
-            for name in _TURNOVER
+            for layer, key in zip(tracker.node_layers, layer_keys(tracker.node_layers), strict=True)
+            if layer in tracker.turnover
+            for name in TURNOVER
         }
 
     def copy(self) -> SnapshotTracker:

@@ -70,6 +70,11 @@ class FeatureTracker:
         self._previous: dict[str, _Previous] = {}
         self._samples: str | None = None
 
+    @property
+    def node_layers(self) -> list[str]:
+        """Names of the node layers, in forward order; none before the first snapshot."""
+        return list(self._previous)
+
     def update(self, graph: InteractionGraph, step: int | None = None) -> list[Event]:
         """Determine the lineages of a snapshot, and store them as ``graph.lineages``.
 

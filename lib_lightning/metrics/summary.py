@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -121,9 +122,10 @@ class GraphMetrics:
             The scalars by name, as `graph_scalars` returns them.
         """
         partitions = Partitions(edges) if partitions is None else partitions
-        sections = section_keys([basis.name for basis in bases])
+        names = [basis.name for basis in bases]
+        layers, sections = layer_keys(names), section_keys(names)
         parts: dict[InputKind, dict[str, dict[str, Any]]] = {
-            "importance": {layer_key(basis.name): {"importance": basis.importance} for basis in bases},
+            "importance": {key: {"importance": basis.importance} for key, basis in zip(layers, bases, strict=True)},
             "edges": {section: {"edges": E} for section, E in zip(sections, edges, strict=True)},
         }
         if curves is not None:
@@ -162,7 +164,7 @@ def scalar_keys(names: Sequence[str], metrics: MetricCollection | None = None, c
         (['effective_features/a', 'effective_features/b', 'effective_features/total'],
          ['edges_required/a-to-b', 'edges_required/total'])
     """
-    layers, sections = [layer_key(name) for name in names], section_keys(names)
+    layers, sections = layer_keys(names), section_keys(names)
     return [
         f"{metric}/{key}"
         for metric, _, kind in _by_input_kind(metrics)
@@ -171,14 +173,43 @@ def scalar_keys(names: Sequence[str], metrics: MetricCollection | None = None, c
     ]
 
 
-def layer_key(name: str) -> str:
-    """A node layer's name as part of a scalar's name, in which loggers do not allow colons."""
-    return name.replace(":", ".")
+def layer_keys(names: Sequence[str]) -> list[str]:
+    """Names of node layers as parts of scalars' names, in which loggers do not allow colons.
+
+    Args:
+        names: Names of all node layers of a graph.
+
+    Returns:
+        One for each, all different, also for loggers that know only letters, digits and ``-_./``, and different from
+        the ``total`` of a metric. One that is not unique gets a number.
+
+    Example:
+        >>> layer_keys(["fc:input", "output"]), layer_keys(["a:input", "a.input", "total"])
+        (['fc.input', 'output'], ['a.input_2', 'a.input', 'total_2'])
+    """
+    return _unique([name.replace(":", ".") for name in names], first=lambda i, key: key == names[i])
 
 
 def section_keys(names: Sequence[str]) -> list[str]:
-    """Names of the sections between node layers, as part of a scalar's name."""
-    return [f"{layer_key(a)}-to-{layer_key(b)}" for a, b in itertools.pairwise(names)]
+    """Names of the sections between node layers, as parts of scalars' names: all different, like `layer_keys`."""
+    return _unique([f"{a}-to-{b}" for a, b in itertools.pairwise(layer_keys(names))], first=lambda i, key: True)
+
+
+def _unique(keys: Sequence[str], first: Callable[[int, str], bool]) -> list[str]:
+    """Append numbers to keys that would be the same as another one; those that come ``first`` keep theirs."""
+    unique, taken = list(keys), {""}
+    for i in sorted(range(len(keys)), key=lambda i: not first(i, keys[i])):
+        number = 1
+        while (key := _as_logged(unique[i])) in taken or key.split("/")[-1] == "total":
+            number += 1
+            unique[i] = f"{keys[i]}_{number}"
+        taken.add(key)
+    return unique
+
+
+def _as_logged(key: str) -> str:
+    """A key as loggers may change it: TensorBoard has a folder for each part, and other characters become ``_``."""
+    return re.sub(r"[^-/\w.]", "_", key).strip("/")
 
 
 def _by_input_kind(metrics: MetricCollection | None) -> list[tuple[str, Metric, InputKind]]:

@@ -22,7 +22,7 @@ from lib_lightning.model.autograd_graph import Edge, PathNode, edge_of, path_nod
 from lib_lightning.model.batch import batch_size, first_tensor, map_tensors, replace_first_tensor
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.module_paths import accepts_hooks, find_module, module_paths
-from lib_lightning.model.node_layer import INPUT, OUTPUT, NodeLayer, split_tap
+from lib_lightning.model.node_layer import INPUT, OUTPUT, NodeLayer, Tap, split_tap, tap_name
 from lib_lightning.model.validate import varying_inputs
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -190,9 +190,8 @@ class _Trace:
         )
 
     def _names(self, site: CallSite) -> list[str]:
-        number = f"#{site.call}" if self._n_calls[id(site.module)] > 1 else ""
-        side = ":input" if site.side == INPUT else ""
-        return [f"{path}{number}{side}" if path else site.side for path in self._paths[id(site.module)]]
+        call = site.call if self._n_calls[id(site.module)] > 1 else None
+        return [tap_name(Tap(path, site.side, call)) for path in self._paths[id(site.module)]]
 
     def _rank(self, site: CallSite) -> tuple[int, int]:
         """Sort key of the names of one tensor, the best name first."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lib_lightning.errors import NodeLayerError, quoted
-from lib_lightning.model.node_layer import INPUT, NodeLayer, split_tap
+from lib_lightning.model.node_layer import INPUT, OUTPUT, NodeLayer, Tap, split_tap, tap_name
 from lib_lightning.model.torch_internals import child, compiled_from, has_forward
 
 
@@ -101,10 +101,40 @@ def check_taps(model: nn.Module, layers: Sequence[NodeLayer]) -> None:
                         "beside it, or use the module that it was made from."
                     )
             except AttributeError:
-                names = module_paths(model)
-                near = difflib.get_close_matches(tap.path, names, n=3, cutoff=0.4) or [n for n in names if n][:8]
-                suffix = f":{tap.side}" if tap.side == INPUT else ""
-                hint = f"Near matches: {quoted(n + suffix for n in near)}." if near else "It has no modules at all."
+                near = similar_taps(model, tap)
+                hint = f"Near matches: {quoted(near)}." if near else "It has no modules at all."
                 raise NodeLayerError(
                     f"{type(model).__name__} has no module '{tap.path}' (node layer '{layer.name}'). {hint}"
                 ) from None
+
+
+def similar_taps(model: nn.Module, tap: Tap, count: int = 3) -> list[str]:
+    """Taps of a model that are most likely meant by one that it does not have.
+
+    Args:
+        model: The model.
+        tap: The tap, which names no module.
+        count: Largest number of taps.
+
+    Returns:
+        Paths that end like the one given, or that the one given ends like; then similar ones; the first ones if there
+        is nothing similar.
+    """
+    paths = [path for path in module_paths(model) if path]
+    same_end = [path for path in paths if f".{path}".endswith(f".{tap.path}") or f".{tap.path}".endswith(f".{path}")]
+    own = [INPUT, OUTPUT] if tap.side == OUTPUT and tap.call is None else []
+    similar = difflib.get_close_matches(tap.path, [*own, *paths], n=count, cutoff=0.6)
+    similar = similar or difflib.get_close_matches(tap.path, paths, n=count, cutoff=0.4)
+    same_end.sort(key=lambda path: abs(len(path) - len(tap.path)))
+    found = list(dict.fromkeys([*same_end, *similar]))[:count] or paths[: 2 * count]
+    return [name if name in own else tap_name(Tap(name, tap.side, None)) for name in found]
+
+
+def explain_own_names(model: nn.Module, layers: Sequence[NodeLayer]) -> str:
+    """A sentence on the taps ``input`` and ``output`` of a model that has modules with these names; else empty."""
+    taps = {tap for layer in layers for tap in layer.taps}
+    shadowed = [tap for tap in (INPUT, OUTPUT) if tap in taps and child(find_module(model, ""), tap) is not None]
+    return " ".join(
+        f"'{tap}' is the {tap} of the whole model; of its module '{tap}', write '{tap}:input' or '{tap}:output'."
+        for tap in shadowed
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,8 @@ class NodeLayer:
 
     A string is enough for the common cases: ``"module.path"`` is the output of a module, ``"module.path:input"`` its
     input, and ``"module.path#1"`` the second call of a module that is called several times in one forward pass.
-    ``"input"`` and ``"output"`` are those of the model. This class covers the other cases.
+    ``"input"`` and ``"output"`` are those of the model; the output of a child with such a name is ``"input:output"``,
+    and so is that of any other module if its path alone would mean something else. This class covers the other cases.
 
     Args:
         taps: Tensors to read, one string as above for each. Several are concatenated along the feature axis.
@@ -46,17 +48,21 @@ class NodeLayer:
     feature_dim: int | None = None
 
     def __post_init__(self) -> None:
-        taps = (self.taps,) if isinstance(self.taps, str) else tuple(self.taps)
+        taps, positions = (self.taps,) if isinstance(self.taps, str) else tuple(self.taps), self.positions
         if not taps:
             raise NodeLayerError("A node layer needs at least one tap, such as 'module.path' or 'output'.")
         for tap in taps:
             split_tap(tap)
         object.__setattr__(self, "taps", taps)
         if self.positions is not None and not isinstance(self.positions, int):
-            object.__setattr__(self, "positions", tuple(int(p) for p in self.positions))
-            if not self.positions:
+            try:
+                object.__setattr__(self, "positions", tuple(int(p) for p in self.positions))
+            except (TypeError, ValueError):
+                object.__setattr__(self, "positions", ())
+            if not self.positions or isinstance(positions, str):
                 raise NodeLayerError(
-                    "positions is an index or a list of at least one index; omit it for all positions."
+                    f"positions is an index or a list of at least one index, -1 for the last one; got {positions!r}. "
+                    "Omit it for all positions."
                 )
         object.__setattr__(self, "name", self.name or "+".join(taps))
 
@@ -238,7 +244,8 @@ def split_tap(tap: str) -> Tap:
 
     Args:
         tap: ``"module.path"``, ``"module.path:input"``, ``"module.path:output"``, ``"input"`` or ``"output"``. The
-            index of a call may follow the path, ``"module.path#1:input"``.
+            index of a call may follow the path, ``"module.path#1:input"``. A path that has ``:`` or ``#`` in it is
+            followed by ``:input`` or ``:output``, and by ``#`` ahead of that if it ends like the index of a call.
 
     Returns:
         Its parts.
@@ -247,18 +254,54 @@ def split_tap(tap: str) -> Tap:
         NodeLayerError: If the tap is not of that form.
 
     Example:
-        >>> split_tap("fc1:input"), split_tap("fc1#2"), split_tap("output")
+        >>> split_tap("fc1:input"), split_tap("fc1#2"), split_tap("output"), split_tap("output:output")
         (Tap(path='fc1', side='input', call=None),
          Tap(path='fc1', side='output', call=2),
-         Tap(path='', side='output', call=None))
+         Tap(path='', side='output', call=None),
+         Tap(path='output', side='output', call=None))
     """
     if tap in (INPUT, OUTPUT):
         return Tap("", tap, None)
-    place, colon, side = tap.partition(":")
-    path, number, call = place.partition("#")
-    if not path or (colon and side not in (INPUT, OUTPUT)) or (number and not call.isdecimal()):
-        raise NodeLayerError(
-            f"'{tap}' is not a tap: write 'module.path' for a module's output, 'module.path:input' for its input, "
-            "'module.path#1' for the second of several calls, or 'input' or 'output' for the model's own."
-        )
-    return Tap(path, side or OUTPUT, int(call) if number else None)
+    if isinstance(tap, str):
+        before, _, last = tap.rpartition(":")
+        place, side = (before, last) if last in (INPUT, OUTPUT) else (tap, "")
+        path, number, call = place.rpartition("#")
+        if number and call.isascii() and call.isdecimal():
+            parsed = Tap(path, side or OUTPUT, int(call))
+        else:
+            parsed = Tap(path if number and side and not call else place, side or OUTPUT, None)
+        if parsed.path and (side or set(parsed.path).isdisjoint(":#")):
+            return parsed
+    near = difflib.get_close_matches(tap.rpartition(":")[2], (INPUT, OUTPUT), n=1) if ":" in str(tap) else []
+    meant = f" (Did you mean '{tap.rpartition(':')[0]}:{near[0]}'?)" if near else ""
+    raise NodeLayerError(
+        f"{tap!r} is not a tap: write 'module.path' for a module's output, 'module.path:input' for its input, "
+        f"'module.path#1' for the second of several calls, or 'input' or 'output' for the model's own.{meant}"
+    )
+
+
+def tap_name(tap: Tap) -> str:
+    """Write a tap in the shortest way that `split_tap` reads as this one.
+
+    Args:
+        tap: The parts.
+
+    Returns:
+        Its name.
+
+    Example:
+        >>> tap_name(Tap("fc1", "output", 2)), tap_name(Tap("output", "output", None)), tap_name(Tap("a:b", "input", 1))
+        ('fc1#2', 'output:output', 'a:b#1:input')
+    """
+    if not tap.path:
+        return tap.side
+    place = tap.path if tap.call is None else f"{tap.path}#{tap.call}"
+    names = [*([place] if tap.side == OUTPUT else []), f"{place}:{tap.side}", f"{tap.path}#:{tap.side}"]
+    return next(name for name in names if _means(name, tap))
+
+
+def _means(name: str, tap: Tap) -> bool:
+    try:
+        return split_tap(name) == tap
+    except NodeLayerError:
+        return False

@@ -21,6 +21,7 @@ from lib_lightning.model.batch import batch_size, first_tensor, map_tensors, run
 from lib_lightning.model.capture import CapturedLayer
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import ModelSpec
+from lib_lightning.model.module_paths import explain_own_names
 from lib_lightning.model.vjp import apply_mask, vjp
 
 # Enough samples to detect interactions between samples.
@@ -97,7 +98,13 @@ def validate_node_layers(instrumented: InstrumentedModel, batch: Any) -> None:
         NodeLayerError: If a node layer does not cut the computation, with its name and the reason.
         ActivationError: If activations are integers, NaN or infinite.
     """
-    run_on_few(partial(_validate, instrumented), batch, _SAMPLES, final=LIBError)
+    try:
+        run_on_few(partial(_validate, instrumented), batch, _SAMPLES, final=LIBError)
+    except NodeLayerError as error:
+        meant = explain_own_names(instrumented.model, instrumented.layers)
+        if not meant:
+            raise
+        raise NodeLayerError(f"{error} {meant}") from error
 
 
 def _validate(instrumented: InstrumentedModel, batch: Any) -> None:

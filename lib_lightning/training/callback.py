@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+import weakref
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -15,8 +17,10 @@ from lib_lightning.ablation import AblationPlan
 from lib_lightning.algorithm.config import BasisKind, FinalBasisKind, FinalMetric, LIBConfig
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from lib_lightning.errors import SettingError
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_format import EPOCH, STEP
+from lib_lightning.io.run_layout import check_run_name, overlapping_names
 from lib_lightning.labels.labeller import Labeller
 from lib_lightning.lineage.events import CHANGES
 from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
@@ -36,6 +40,9 @@ from lib_lightning.training.trainer import (
     synchronize,
 )
 
+# All callbacks, in the order of their creation.
+_created: weakref.WeakSet[LIBCallback] = weakref.WeakSet()
+_numbers = itertools.count(1)
 _DTYPES = {None: None, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -76,8 +83,8 @@ class LIBCallback(pl.Callback):
             the end of a training epoch counts as a validation.
         val_dataloader: Index of the validation data loader to compute on, where there are several.
         memory_limit: Memory that a snapshot may use beside model and samples, in GiB.
-        name: Prefix of everything logged and name of the folder. Several LIBCallbacks of a trainer need different
-            names.
+        name: Prefix of everything logged and name of the folder, in the log directory. Several LIBCallbacks of a
+            trainer need different names.
         final_metric: fisher measures logits by the distribution that they parametrise, so that importance means effect
             on the prediction.
         baselines: Other bases, such as pca and neuron, to compute on the same samples. Their scalars are logged as
@@ -146,6 +153,7 @@ class LIBCallback(pl.Callback):
             raise ValueError(f"dtype is 'float32', 'float64' or None for the model's own; got {dtype!r}.")
         if adaptive and not follow:
             raise ValueError("adaptive=True reacts to events, and without follow=True there are none.")
+        check_run_name(name)
         self.name, self.adaptive = name, adaptive
         self.spec = ModelSpec(input_fn, mask, _DTYPES[dtype])
         self.config = SnapshotConfig(
@@ -163,6 +171,8 @@ class LIBCallback(pl.Callback):
         self._given_layers = None if node_layers is None else as_node_layers(node_layers)
         self._hooks = [on_event] if callable(on_event) else list(on_event or [])
         self._process_group: ProcessGroup = SINGLE_PROCESS
+        self._is_in_trainer, self._number = False, next(_numbers)
+        _created.add(self)
         self._begin()
 
     def _begin(self) -> None:
@@ -193,13 +203,19 @@ class LIBCallback(pl.Callback):
 
     @property
     def state_key(self) -> str:
-        """Distinguishes several callbacks in a checkpoint; the trainer refuses two of the same name."""
-        return self._generate_state_key(name=self.name)
+        """Distinguishes several callbacks in a checkpoint, by their names."""
+        # A trainer refuses two equal keys when it is created, in five lines without a word on names. So of several
+        # callbacks of one name that have not been in a run, only the first has this key; `setup` refuses the others.
+        waiting = [x._number for x in _created if x.name == self.name and not x._is_in_trainer]
+        number = {} if self._is_in_trainer or self._number <= min(waiting, default=0) else {"number": self._number}
+        return self._generate_state_key(name=self.name, **number)
 
     # Before training: create the objects of the run, and detect wrong settings early.
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Begin a new run. The state of a checkpoint is loaded after this, and before the next hook."""
+        self._is_in_trainer = True
+        _check_names(trainer)
         if stage in ("fit", "validate"):
             self._begin()
 
@@ -384,3 +400,15 @@ class LIBCallback(pl.Callback):
         given = None if self._given_layers is None else [layer.name for layer in self._given_layers]
         self.state.load_state_dict(state_dict, given, self.computer.scalar_keys)
         self.meter = TimeMeter(self.max_overhead, self.clock, self.state.time)
+
+
+def _check_names(trainer: pl.Trainer) -> None:
+    """Refuse callbacks that would write to the same folder, or log under the same prefix."""
+    prefixes = [prefix for one in trainer.callbacks if isinstance(one, LIBCallback) for prefix in one.computer.prefixes]
+    if found := overlapping_names(prefixes):
+        which = (
+            f"would both write to '{found[0]}'"
+            if len(set(found)) == 1
+            else "would write to '{}' and '{}'".format(*found)
+        )
+        raise SettingError(f"Two LIBCallbacks of this trainer {which}: give each a name=, such as name='lib_2'.")

@@ -15,7 +15,7 @@ from torch import nn
 from lib_lightning import InteractionGraph, NodeLayer, compute_interaction_graph
 from lib_lightning.ablation import edges_required
 from lib_lightning.ablation.scored_model import Score
-from lib_lightning.metrics.summary import graph_scalars, layer_key, section_keys
+from lib_lightning.metrics.summary import graph_scalars, layer_keys, section_keys
 
 # Options of `compute_interaction_graph` for each row. The basis of the output is its neurons by default.
 BASES: dict[str, dict[str, Any]] = {
@@ -107,7 +107,7 @@ def numbers_of(graph: InteractionGraph) -> dict[str, dict[str, float]]:
     for metric in ("features", "edges", "effective_edges", "modularity"):
         found = {key.split("/", 1)[1]: value for key, value in scalars.items() if key.split("/", 1)[0] == metric}
         if metric == "features":
-            found["total"] -= found[layer_key(graph.node_layers[-1])]
+            found["total"] -= found[layer_keys(graph.node_layers)[-1]]
         numbers[metric] = {key: _short(value) for key, value in found.items()}
     return numbers
 

@@ -267,8 +267,8 @@ def test_training_with_workers_is_unchanged(tmp_path: Path) -> None:
 
 
 def test_two_callbacks_need_two_names(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="more than one stateful callback of type `LIBCallback`"):
-        trainer_of(tmp_path, LIBCallback(NODE_LAYERS), LIBCallback(NODE_LAYERS))
+    with pytest.raises(LIBError, match="Two LIBCallbacks of this trainer would both write to 'lib': give each a name="):
+        trainer_of(tmp_path, LIBCallback(NODE_LAYERS), LIBCallback(NODE_LAYERS)).fit(Classifier())
     pca = LIBCallback(NODE_LAYERS, basis="pca", name="pca")
     trainer = trainer_of(tmp_path, LIBCallback(NODE_LAYERS), pca)
     trainer.fit(Classifier())
