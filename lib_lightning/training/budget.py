@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 
 from lib_lightning.distributed.process_group import ProcessGroup
+from lib_lightning.training.frameworks import rank_zero_info
 
 # Limit of the overhead where the user has not given a schedule.
 DEFAULT_MAX_OVERHEAD = 0.03

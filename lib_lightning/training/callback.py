@@ -7,9 +7,8 @@ import time
 import weakref
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import lightning.pytorch as pl
 import torch
 from torchmetrics import MetricCollection
 
@@ -26,6 +25,7 @@ from lib_lightning.lineage.events import CHANGES
 from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
 from lib_lightning.model.node_layer import NodeLayer, as_node_layers
 from lib_lightning.training.budget import SnapshotKind, SnapshotTrigger, TimeMeter, max_overhead_of, timed_hook
+from lib_lightning.training.frameworks import Callback, callback_of_both_packages
 from lib_lightning.training.node_layers import NodeLayerResolver
 from lib_lightning.training.reporter import EventHook, SnapshotReporter
 from lib_lightning.training.run_state import RunState
@@ -40,13 +40,17 @@ from lib_lightning.training.trainer import (
     synchronize,
 )
 
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
 # All callbacks, in the order of their creation.
 _created: weakref.WeakSet[LIBCallback] = weakref.WeakSet()
 _numbers = itertools.count(1)
 _DTYPES = {None: None, "float32": torch.float32, "float64": torch.float64}
 
 
-class LIBCallback(pl.Callback):
+@callback_of_both_packages
+class LIBCallback(Callback):
     """Computes snapshots of the Local Interaction Basis of a model in training, to watch its features form.
 
     A snapshot is computed on a fixed set of validation samples. Its numbers of features and edges are logged as
@@ -107,6 +111,7 @@ class LIBCallback(pl.Callback):
         ValueError: If another setting is outside its range.
 
     Example:
+        >>> import lightning.pytorch as pl
         >>> callback = LIBCallback(node_layers=["fc1:input", "fc2:input", "output"], log_spaced=10)
         >>> trainer = pl.Trainer(callbacks=[callback], logger=False, accelerator="cpu")
     """

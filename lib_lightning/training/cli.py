@@ -62,12 +62,14 @@ def run_trainer(args: Sequence[str] | None) -> None:
     Args:
         args: Arguments, the subcommand first; those of the process by default.
     """
-    import lib_lightning.training.callback  # noqa: F401  (so that YAML may name it LIBCallback)
-    from lib_lightning.training.trainer_cli import TrainerCLI
+    from lib_lightning.training.trainer_cli import trainer_cli_for
 
     _import_from_working_directory()
+    cli = trainer_cli_for(sys.argv[1:] if args is None else list(args))
+    import lib_lightning.training.callback  # noqa: F401  (so that YAML may name it LIBCallback)
+
     try:
-        TrainerCLI(args=None if args is None else list(args), save_config_kwargs={"overwrite": True})
+        cli(args=None if args is None else list(args), save_config_kwargs={"overwrite": True})
     except LIBError as error:
         sys.exit(f"lib-lightning: {error}")
 
@@ -194,17 +196,19 @@ def _model_and_samples(
     Returns:
         The model, on the device that it would be trained on, and each callback, or a default one, with its batches.
     """
-    from lightning.pytorch import Callback
-    from lightning.pytorch.cli import LightningArgumentParser
+    from lib_lightning.training.trainer_cli import trainer_cli_for
 
+    _import_from_working_directory()
+    cli_class: Any = trainer_cli_for(words)
     from lib_lightning.training.callback import LIBCallback
-    from lib_lightning.training.trainer_cli import TrainerCLI
+    from lib_lightning.training.frameworks import Callback, callback_of_both_packages
 
-    class Build(TrainerCLI):
-        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+    class Build(cli_class):  # type: ignore[misc]
+        def add_arguments_to_parser(self, parser: Any) -> None:
             # Configuration files written by fit contain these options.
             parser.add_method_arguments(self.trainer_class, "fit", skip=self.subcommands()["fit"])
 
+    @callback_of_both_packages
     class Collect(Callback):
         def on_validation_batch_start(
             self, trainer: Any, module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -217,7 +221,6 @@ def _model_and_samples(
             if all(buffer.batches if num_samples else buffer.is_full for _, buffer in buffers):
                 raise _AllCollected
 
-    _import_from_working_directory()
     with _quiet():
         single = [f"--trainer.{option}" for option in ("devices=1", "strategy=auto", "logger=false")]
         cli = Build(args=[*words, *single], run=False, save_config_callback=None)
@@ -256,7 +259,10 @@ def _model_and_samples(
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence Lightning's messages on hardware and data loaders, which concern training only."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    loggers = [
+        logging.getLogger(name)
+        for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
+    ]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:

@@ -11,16 +11,19 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import numpy as np
-from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from lib_lightning.plots.image import PNG
+from lib_lightning.training.frameworks import is_instance
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
 
 log = logging.getLogger(__name__)
 # Internal to torch; without it, images are decoded and encoded again.
@@ -68,8 +71,9 @@ def log_text(loggers: Iterable[Logger], tag: str, text: str, step: int) -> None:
         text: Markdown.
         step: Its step.
     """
+    logger: Any
     for logger in loggers:
-        if isinstance(logger, TensorBoardLogger):
+        if is_instance(logger, "loggers.TensorBoardLogger"):
             with _reporting(logger, f"the text '{tag}'", step):
                 logger.experiment.add_text(tag, text, step)
 
@@ -87,14 +91,14 @@ def _reporting(logger: Logger, what: str, step: int) -> Iterator[None]:
             )  # fmt: skip
 
 
-def _show(logger: Logger, tag: str, png: PNG, step: int) -> None:
-    if isinstance(logger, TensorBoardLogger):
+def _show(logger: Any, tag: str, png: PNG, step: int) -> None:
+    if is_instance(logger, "loggers.TensorBoardLogger"):
         _to_tensorboard(logger.experiment, tag, png, step)
-    elif isinstance(logger, WandbLogger):
+    elif is_instance(logger, "loggers.WandbLogger"):
         # Not run.log(step=...): W&B discards values for a step below its counter, which increases with every call. The
         # logger stores the trainer's step as a value with the image, as it does for scalars.
         logger.log_image(tag, [_decode(png)], step)
-    elif isinstance(logger, MLFlowLogger):
+    elif is_instance(logger, "loggers.MLFlowLogger"):
         _to_mlflow(logger.experiment, logger.run_id, tag, png, step)
 
 
@@ -121,7 +125,7 @@ def where_to_look(loggers: Iterable[Logger]) -> list[str]:
     """
     lines = []
     for logger in loggers:
-        if isinstance(logger, TensorBoardLogger):
+        if is_instance(logger, "loggers.TensorBoardLogger"):
             # By default, TensorBoard keeps ten images of a tag.
             command = f"{_tensorboard()} --logdir {logger.log_dir} --samples_per_plugin images=1000"
             lines += [f"  event files   {logger.log_dir}", f"  watch         {command}   (tab LIB)"]

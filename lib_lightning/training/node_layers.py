@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
-
-import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
+from typing import TYPE_CHECKING, Any
 
 from lib_lightning.api import check_node_layers, propose_node_layers
 from lib_lightning.distributed.process_group import ProcessGroup
@@ -20,7 +17,11 @@ from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.module_paths import check_taps
 from lib_lightning.model.node_layer import NodeLayer, as_node_layers
 from lib_lightning.model.validate import is_model_error, wrap_forward_errors
+from lib_lightning.training.frameworks import rank_zero_info
 from lib_lightning.training.trainer import isolated_forward
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 log = logging.getLogger(__name__)
 

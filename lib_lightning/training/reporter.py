@@ -7,10 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
-
-import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
+from typing import TYPE_CHECKING, Any
 
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_format import NOTES, STEP
@@ -18,11 +15,15 @@ from lib_lightning.io.run_layout import RunLayout
 from lib_lightning.lineage.events import Event
 from lib_lightning.plots.animated_layout import AnimatedLayout
 from lib_lightning.plots.image import PNG
+from lib_lightning.training.frameworks import rank_zero_info
 from lib_lightning.training.loggers import log_image, log_scalars, log_text, where_to_look
 from lib_lightning.training.run_state import RunState
 from lib_lightning.training.snapshot import Snapshot
 from lib_lightning.training.trainer import logging_step, run_folder
 from lib_lightning.training.writer import RunDirectory
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 log = logging.getLogger(__name__)
 

@@ -7,9 +7,8 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
 import torch
 
 from lib_lightning.distributed.process_group import ProcessGroup
@@ -27,6 +26,9 @@ from lib_lightning.training.trainer import (
     sharded_batches,
     shared_samples,
 )
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 log = logging.getLogger(__name__)
 

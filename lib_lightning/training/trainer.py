@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.trainer.states import RunningStage
 from torch import distributed as dist
 from torch.utils.data import DistributedSampler
 
@@ -19,6 +15,10 @@ from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.distributed.torch_group import ReplicatedGroup, TorchProcessGroup
 from lib_lightning.errors import LIBError
 from lib_lightning.model.batch import batch_size, map_tensors, slice_batch
+from lib_lightning.training.frameworks import is_instance, member, package_of
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 
 def process_group_of(trainer: pl.Trainer) -> ProcessGroup:
@@ -37,7 +37,7 @@ def process_group_of(trainer: pl.Trainer) -> ProcessGroup:
 
 def is_sharded(trainer: pl.Trainer) -> bool:
     """Whether the model's weights are sharded over processes."""
-    return isinstance(trainer.strategy, ModelParallelStrategy)
+    return is_instance(trainer.strategy, "strategies.ModelParallelStrategy")
 
 
 def check_strategy(trainer: pl.Trainer, dtype: torch.dtype | None) -> None:
@@ -51,13 +51,13 @@ def check_strategy(trainer: pl.Trainer, dtype: torch.dtype | None) -> None:
         LIBError: With the reason, and what to use instead.
     """
     strategy = trainer.strategy
-    if isinstance(strategy, DeepSpeedStrategy):
+    if is_instance(strategy, "strategies.DeepSpeedStrategy"):
         raise LIBError(
             "LIBCallback does not work with DeepSpeedStrategy: its engine gathers weights for one backward pass "
             "through the whole model, and a basis needs many through parts of it. Use DDPStrategy or "
             "ModelParallelStrategy."
         )
-    if isinstance(strategy, FSDPStrategy):
+    if is_instance(strategy, "strategies.FSDPStrategy"):
         raise LIBError(
             "LIBCallback does not work with FSDPStrategy: it frees a module's weights after one backward pass, and a "
             "basis needs many over the same forward pass. Use ModelParallelStrategy with fully_shard, its successor, "
@@ -123,7 +123,7 @@ def run_folder(trainer: pl.Trainer) -> Path | None:
     if trainer.fast_dev_run or trainer.barebones:  # type: ignore[attr-defined]
         return None
     logger = trainer.logger
-    if logger is None or isinstance(logger, (TensorBoardLogger, CSVLogger)):
+    if logger is None or is_instance(logger, "loggers.TensorBoardLogger", "loggers.CSVLogger"):
         return Path(trainer.log_dir or trainer.default_root_dir)
     parts = (logger.save_dir or trainer.default_root_dir, logger.name, logger.version)
     folder = Path(*(str(part) for part in parts if part is not None))
@@ -145,7 +145,7 @@ def isolated_forward(trainer: pl.Trainer, pl_module: pl.LightningModule, dtype: 
         Nothing.
     """
     default = torch.get_default_dtype()
-    modules = [module for module in pl_module.modules() if isinstance(module, pl.LightningModule)]
+    modules = [module for module in pl_module.modules() if is_instance(module, "LightningModule")]
     kept = [module.__dict__.get("log") for module in modules]
     for module in modules:
         module.__dict__["log"] = lambda *args, **kwargs: None  # log_dict goes through it
@@ -178,8 +178,8 @@ def synchronize(trainer: pl.Trainer) -> None:
 
 def data_rank(trainer: pl.Trainer) -> tuple[int, int]:
     """Rank of this process among those that see different data, and their number."""
-    if isinstance(trainer.strategy, ModelParallelStrategy):
-        kwargs = trainer.strategy.distributed_sampler_kwargs
+    if is_sharded(trainer):
+        kwargs: dict[str, int] = trainer.strategy.distributed_sampler_kwargs  # type: ignore[attr-defined]
         return kwargs["rank"], kwargs["num_replicas"]
     return trainer.global_rank, trainer.world_size
 
@@ -213,7 +213,8 @@ def sharded_batches(trainer: pl.Trainer, dataloader: Iterable[Any], num_samples:
     rank, size = data_rank(trainer)
     n_seen = 0
     stage = trainer.state.stage
-    trainer.state.stage = RunningStage.VALIDATING  # transfer hooks may augment training batches
+    # Transfer hooks may augment training batches.
+    trainer.state.stage = member(package_of(trainer), "trainer.states.RunningStage").VALIDATING
     try:
         for index, batch in enumerate(dataloader):
             wanted = num_samples - n_seen

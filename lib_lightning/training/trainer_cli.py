@@ -1,17 +1,59 @@
-"""LightningCLI with short error messages. Not in `cli.py`, so that commands without a trainer import no Lightning."""
+"""LightningCLI with short error messages, of the package that the model is written for.
+
+Not in `cli.py`, so that commands without a trainer import no Lightning.
+"""
 
 from __future__ import annotations
 
+import importlib
 import sys
 import traceback
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from omegaconf import OmegaConf
+
+from lib_lightning.training.frameworks import PACKAGES, member, package_of
+
+if TYPE_CHECKING:
+    from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+else:
+    LightningCLI = object  # that of the package is added by `trainer_cli_for`
 
 
-class TrainerCLI(LightningCLI):
-    """LightningCLI that reports wrong options in one sentence.
+def trainer_cli_for(words: Sequence[str]) -> type[LightningCLI]:
+    """The command line for a model of either package.
+
+    Args:
+        words: Options of fit.
+
+    Returns:
+        `LightningCLI` of the package that the model in the options is written for, with short error messages.
+    """
+    package = PACKAGES[0]
+    for name in _model_classes(words):
+        with suppress(Exception):  # a class that cannot be imported is reported when options are parsed
+            module, _, cls = name.rpartition(".")
+            package = package_of(getattr(importlib.import_module(module), cls))
+    return type("TrainerCLI", (ShortErrors, member(package, "cli.LightningCLI")), {})
+
+
+def _model_classes(words: Sequence[str]) -> Iterator[str]:
+    """Names of the model's class in options and in the configuration files that they name, later ones last."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        option, has_value, value = word.partition("=")
+        value = value if has_value else following
+        if option in ("--model", "--model.class_path"):
+            yield value
+        elif option in ("--config", "-c"):
+            with suppress(Exception):  # reported when options are parsed
+                model: Any = OmegaConf.to_container(OmegaConf.load(value), resolve=False)["model"]  # type: ignore[call-overload, index]
+                yield model if isinstance(model, str) else model["class_path"]
+
+
+class ShortErrors(LightningCLI):
+    """Reports wrong options of LightningCLI in one sentence.
 
     Args:
         kwargs: Options of LightningCLI.
