@@ -123,8 +123,11 @@ def run_folder(trainer: pl.Trainer) -> Path | None:
     if trainer.fast_dev_run or trainer.barebones:  # type: ignore[attr-defined]
         return None
     logger = trainer.logger
-    if logger is None or is_instance(logger, "loggers.TensorBoardLogger", "loggers.CSVLogger"):
+    if logger is None:
         return Path(trainer.log_dir or trainer.default_root_dir)
+    if is_instance(logger, "loggers.TensorBoardLogger", "loggers.CSVLogger"):
+        # Not trainer.log_dir, which does not know the loggers of the other package.
+        return Path(trainer.strategy.broadcast(str(logger.log_dir)))
     parts = (logger.save_dir or trainer.default_root_dir, logger.name, logger.version)
     folder = Path(*(str(part) for part in parts if part is not None))
     return Path(trainer.strategy.broadcast(str(folder)))

@@ -41,7 +41,7 @@ def trainer_cli_for(words: Sequence[str]) -> type[LightningCLI]:
 
 def _model_classes(words: Sequence[str]) -> Iterator[str]:
     """Names of the model's class in options and in the configuration files that they name, later ones last."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words, ""][1:], strict=True):
         option, has_value, value = word.partition("=")
         value = value if has_value else following
         if option in ("--model", "--model.class_path"):

@@ -23,6 +23,7 @@ from lib_lightning import LIBCallback
 from lib_lightning.errors import LIBError
 from lib_lightning.training.frameworks import PACKAGES, is_instance, member, package_of
 from lib_lightning.training.trainer import check_strategy, is_sharded
+from lib_lightning.training.trainer_cli import trainer_cli_for
 
 ROOT = Path(__file__).parents[2]
 TRAINING = ROOT / "lib_lightning" / "training"
@@ -31,24 +32,17 @@ each_package = pytest.mark.parametrize("package", PACKAGES)
 
 
 def model_of(package: str) -> Any:
-    """A model for the trainer of a package, which logs in its forward pass, and so does a LightningModule inside it."""
+    """A model for the trainer of a package, which logs in its forward pass."""
     pl = importlib.import_module(package)
-
-    class Inner(pl.LightningModule):
-        def forward(self, x: Tensor) -> Tensor:
-            if self._trainer is not None:
-                self.log("inner", x.mean())
-            return x.tanh()
 
     class Model(pl.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.net = nn.Sequential(nn.Linear(4, 6), Inner(), nn.Linear(6, 3))
-            self.seen: list[int] = []
+            self.net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.net(x)
-            self.log("mean_output", y.mean())
+            self.log("mean_output", y.mean(), on_step=True, on_epoch=True)
             return y
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -105,7 +99,7 @@ def test_training_and_its_log_are_the_same_with_the_callback(package: str, tmp_p
     folder = tmp_path / "with" / "lightning_logs" / "version_0"
     assert (folder / "lib" / "final.safetensors").exists()
     expected, found = logged(tmp_path / "without"), logged(tmp_path / "with")
-    for tag in ("inner", "mean_output", "val_loss"):
+    for tag in ("mean_output_step", "val_loss"):
         assert values(found, tag) == values(expected, tag), "a snapshot logs nothing of the model's own"
     assert "lib/features/total" in found.Tags()["scalars"]
     assert len(found.Images("lib/graph")) == 9
@@ -174,6 +168,8 @@ def test_other_callbacks_can_monitor_it(package: str, tmp_path: Path) -> None:
 
 # the command line
 
+A, B = PACKAGES
+
 OWN_CLI = """
 import sys
 import {package} as pl
@@ -202,39 +198,45 @@ def python(*args: str) -> str:
     return done.stdout
 
 
-@each_package
-@pytest.mark.parametrize("name", ["lib_lightning.LIBCallback", "LIBCallback"])
-@pytest.mark.parametrize("imported_first", [True, False])
-def test_the_users_own_command_line(package: str, name: str, imported_first: bool, tmp_path: Path) -> None:
-    needed = "" if name != "LIBCallback" and not imported_first else "import lib_lightning.training.callback\n"
-    code = OWN_CLI.format(package=package)
-    code = needed + code if imported_first else code.replace("import sys\n", f"import {package}\n{needed}")
-    python("-c", code, "fit", "--config", config_of(tmp_path, name))
+@pytest.mark.parametrize(
+    ("package", "name"), [(A, "LIBCallback"), (B, "LIBCallback"), (B, "lib_lightning.LIBCallback")]
+)
+def test_the_users_own_command_line(package: str, name: str, tmp_path: Path) -> None:
+    needed = "import lib_lightning.training.callback\n" if name == "LIBCallback" else ""
+    python("-c", needed + OWN_CLI.format(package=package), "fit", "--config", config_of(tmp_path, name))
     assert (tmp_path / "lib" / "final.safetensors").exists()
 
 
-@each_package
-@pytest.mark.parametrize("where", ["file", "option"])
-def test_our_command_line_takes_models_of_either_package(package: str, where: str, tmp_path: Path) -> None:
-    config = config_of(tmp_path, "LIBCallback")
-    name = f"{package}.demos.boring_classes.BoringModel"
-    if where == "file":
-        with Path(config).open("a") as file:
-            file.write(f"model: {{class_path: {name}}}\n")
-    options = [] if where == "file" else [f"--model={name}"]
-    python("-m", "lib_lightning", "fit", "--config", config, *options)
+def test_our_command_line_takes_models_of_either_package(tmp_path: Path) -> None:
+    config, name = config_of(tmp_path, "LIBCallback"), f"{B}.demos.boring_classes.BoringModel"
+    assert "* output" in python("-m", "lib_lightning", "nodes", "--config", config, f"--model={name}")
+    with Path(config).open("a") as file:
+        file.write(f"model: {{class_path: {name}}}\n")
+    python("-m", "lib_lightning", "fit", "--config", config)
     assert (tmp_path / "lib" / "final.safetensors").exists()
-    assert "* layer" in python("-m", "lib_lightning", "nodes", "--config", config, *options)
+
+
+@pytest.mark.parametrize(
+    ("words", "package"),
+    [
+        ([], A),
+        (["fit", "--model", f"{B}.demos.boring_classes.BoringModel"], B),
+        ([f"--model.class_path={B}.demos.boring_classes.BoringModel", "--trainer.max_steps=1"], B),
+        (["--model=BoringModel"], A),
+        (["--model=no.such.Model"], A),
+        (["--config"], A),
+        (["--config=no such file"], A),
+        ([f"--model={B}.LightningModule", f"--model={A}.LightningModule"], A),
+    ],
+)
+def test_the_model_decides_on_the_package(words: list[str], package: str) -> None:
+    assert package_of(trainer_cli_for(words)) == package
 
 
 # imports
 
-ORDERS = [
-    order
-    for n in (0, 1, 2)
-    for some in itertools.combinations(PACKAGES, n)
-    for order in itertools.permutations([*some, "lib_lightning.training.callback"])
-]
+OURS = "lib_lightning.training.callback"
+ORDERS = [(OURS,), (OURS, B), (B, OURS), (OURS, B, A), (A, OURS, B)]
 REPORT = """
 import sys
 from lib_lightning import LIBCallback
@@ -246,8 +248,8 @@ for package in {packages}:
         assert LIBCallback in base.__subclasses__(), "found by its name on the command line"
         trainer = sys.modules[package].Trainer(callbacks=made, logger=False, accelerator="cpu")
         assert made in trainer.callbacks
-assert not [finder for finder in sys.meta_path if "lib_lightning" in type(finder).__module__ and
-            finder._package in sys.modules], "no finder stays once it has done its work"
+waiting = [finder for finder in sys.meta_path if type(finder).__module__ == "lib_lightning.training.frameworks"]
+assert not [f for f in waiting if f._package in sys.modules], "no finder stays once it has done its work"
 print(*(package for package in {packages} if package in sys.modules))
 """
 
@@ -255,7 +257,7 @@ print(*(package for package in {packages} if package in sys.modules))
 @pytest.mark.parametrize("order", ORDERS, ids=" ".join)
 def test_any_order_of_imports(order: tuple[str, ...]) -> None:
     make = "from lib_lightning import LIBCallback; made = LIBCallback(['a', 'b'])"
-    lines = [make if name == "lib_lightning.training.callback" else f"import {name}" for name in order]
+    lines = [make if name == OURS else f"import {name}" for name in order]
     printed = python("-W", "ignore", "-c", "\n".join(lines) + REPORT.format(packages=PACKAGES)).split()
     asked = [name for name in PACKAGES if name in order]
     assert printed == (asked or [PACKAGES[0]]), "only what the user imports, and one of the two in any case"
