@@ -29,7 +29,8 @@ from lib_lightning.model.discover import CutPoint
 from lib_lightning.model.instrumented import InstrumentedModel, model_session
 from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
 from lib_lightning.model.node_layer import NodeLayer, as_node_layers
-from lib_lightning.model.preserve import preserve_model
+from lib_lightning.model.preserve import copied_bytes, preserve_model
+from lib_lightning.model.replica import num_bytes
 from lib_lightning.model.propose import find_cuts, find_proposed, propose
 from lib_lightning.model.validate import validate_node_layers, wrap_forward_errors
 
@@ -158,7 +159,7 @@ def graph_of(
     plan: MemoryPlan | None = None
     for attempt in itertools.count():
         try:
-            with process_group.sync_errors(), model_session(instrumented):
+            with process_group.sync_errors(), model_session(instrumented, copied_bytes(memory_limit)):
                 if plan is None:
                     if check_first and batches:
                         validate_node_layers(instrumented, batches[0])
@@ -203,7 +204,9 @@ def _plan(
     workload = Workload(
         sum(map(batch_size, batches)), config.integration_steps, config.basis == "lib", config.final_metric == "fisher"
     )
-    return plan_memory(instrumented, largest, int(memory_limit * 2**30), workload)
+    weights = num_bytes(instrumented.model)
+    copied = weights if weights <= copied_bytes(memory_limit) else 0
+    return plan_memory(instrumented, largest, int(memory_limit * 2**30) - copied, workload)
 
 
 def _as_graph(built: BuildResult, config: LIBConfig, instrumented: InstrumentedModel) -> InteractionGraph:
@@ -301,8 +304,8 @@ def list_node_layers(model: nn.Module, batch: Any, input_fn: InputFn | None = No
         output 1 2 Sequential True
     """
     spec = ModelSpec(input_fn)
-    with wrap_forward_errors(model, spec), preserve_model(model):
-        cuts = find_cuts(model, batch, spec)
+    with wrap_forward_errors(model, spec), preserve_model(model) as copy:
+        cuts = find_cuts(copy, batch, spec)
     taps = propose(cuts)
     return [replace(cut, proposed=cut.tap in taps) for cut in cuts]
 
@@ -330,5 +333,5 @@ def propose_node_layers(
         ['input', '1', 'output']
     """
     check_has_tensors(batch)
-    with preserve_model(model):
-        return find_proposed(model, batch, ModelSpec(input_fn, mask))
+    with preserve_model(model) as copy:
+        return find_proposed(copy, batch, ModelSpec(input_fn, mask))

@@ -25,7 +25,7 @@ from lib_lightning.jacobian.section import Gradients, Section
 from lib_lightning.model.autograd_graph import saved_tensors_intact
 from lib_lightning.model.capture import CapturedLayer, rows_of
 from lib_lightning.model.instrumented import InstrumentedModel
-from lib_lightning.model.preserve import tensors_unchanged
+from lib_lightning.model.saved_state import tensors_unchanged
 
 
 @dataclass(frozen=True)

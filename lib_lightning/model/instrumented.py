@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from lib_lightning.errors import LIBError
-from lib_lightning.model.batch import map_tensors
+from lib_lightning.model.batch import map_tensors, tensors_in
 from lib_lightning.model.capture import ActivationRecorder, CapturedLayer, StopForward
 from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.module_paths import check_taps
 from lib_lightning.model.node_layer import NodeLayer
-from lib_lightning.model.preserve import preserve_attributes, preserve_model
+from lib_lightning.model.preserve import MAX_COPIED_BYTES, preserve_model
+from lib_lightning.model.replica import Copier
+from lib_lightning.model.saved_state import preserve_attributes
 
 _DEFAULT = ModelSpec()
 
@@ -32,6 +34,7 @@ class InstrumentedModel:
             parameters. Masked positions enter no sum.
 
     Attributes:
+        model: The module that runs: in a `session`, the copy.
         seed: Seed of the random numbers that a forward pass draws; set by `manual_seed`.
 
     Raises:
@@ -44,6 +47,7 @@ class InstrumentedModel:
         self.layers = list(layers)
         self.spec = spec
         self.seed = 0
+        self._in_session = False
         self._detached: list[weakref.ref[Tensor]] = []
         # Undoes what an interrupted forward pass has written to the attributes of modules.
         self._restore_attributes: Callable[[], None] | None = None
@@ -63,6 +67,29 @@ class InstrumentedModel:
             seed: The seed. With one seed per batch, a stochastic model repeats itself whenever it sees the same batch.
         """
         self.seed = seed
+
+    @contextmanager
+    def session(self, max_bytes: int = MAX_COPIED_BYTES) -> Iterator[None]:
+        """A block in which a copy of the model runs, which is then `model`; see `preserve_model`.
+
+        Args:
+            max_bytes: Copy the parameters, too, if they take no more memory than this.
+
+        Yields:
+            Nothing. A block inside such a block runs the same copy.
+        """
+        if self._in_session:
+            yield
+            return
+        original = self.model
+        with preserve_model(original, max_bytes) as self.model:
+            self._in_session = True
+            try:
+                yield
+            finally:
+                self.release()
+                self._in_session, self._restore_attributes = False, None
+                self.model = original
 
     def activations(self, batch: Any) -> list[Tensor]:
         """Activations ``(n, S, d)`` of every node layer on one batch, without gradients."""
@@ -167,7 +194,9 @@ class InstrumentedModel:
                 self._caller_tensors[id(copy)] = copy, tensor.detach()
             return copy
 
-        inputs = map_tensors(self.spec.input_of(map_tensors(batch, register)), to_copy)
+        # Objects in the batch may change, too, such as a graph that keeps what has been computed of it.
+        copied = Copier(same=tensors_in(batch))(batch)
+        inputs = map_tensors(self.spec.input_of(map_tensors(copied, register)), to_copy)
         if isinstance(inputs, Mapping):
             return (), dict(inputs)
         return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
@@ -185,13 +214,10 @@ class InstrumentedModel:
 
 
 @contextmanager
-def model_session(instrumented: InstrumentedModel) -> Iterator[None]:
-    """Run a block that calls the model, and restore the model afterwards; see `preserve_model`."""
-    with preserve_model(instrumented.model):
-        try:
-            yield
-        finally:
-            instrumented.release()
+def model_session(instrumented: InstrumentedModel, max_bytes: int = MAX_COPIED_BYTES) -> Iterator[None]:
+    """Run a block that calls the model, on a copy of it; see `InstrumentedModel.session`."""
+    with instrumented.session(max_bytes):
+        yield
 
 
 def _with_mask(captured: CapturedLayer, mask: Tensor) -> CapturedLayer:

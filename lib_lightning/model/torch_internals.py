@@ -8,13 +8,15 @@ of autograd are in `lib_lightning.model.autograd_graph`, because they make sense
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils import checkpoint
 
 # The names of the attributes, by what they are.
@@ -30,6 +32,10 @@ NAMES = {
     "reentrant checkpoint": "CheckpointFunction",
     "checkpoint": "_checkpoint_hook",
     "dispatch modes": "_python_dispatch",
+    "compiled call": "_compiled_call_impl",
+    "compiled function": "_torchdynamo_orig_callable",
+    "number of parametrize.cached": "_cache_enabled",
+    "cache of parametrize.cached": "_cache",
 }
 
 
@@ -94,6 +100,89 @@ def remove_backward_hooks(module: nn.Module) -> Callable[[], None]:
     return restore
 
 
+def attributes_to_copy(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module that its copy has, too: without a compiled version of it, and without backward hooks.
+
+    Without these names, both are copied: backward hooks as for `remove_backward_hooks`, and compiled code is that of the
+    original module.
+    """
+    attributes = {name: value for name, value in vars(module).items() if name != NAMES["compiled call"]}
+    for name in (NAMES["backward hooks"], NAMES["backward pre-hooks"]):
+        if name in attributes:
+            attributes[name] = type(attributes[name])()
+    return attributes
+
+
+def compiled_function(function: Any) -> Any:
+    """The function that `torch.compile` was called with; None if a function is not compiled, or without the name."""
+    return getattr(function, "__dict__", {}).get(NAMES["compiled function"])
+
+
+def disable_parametrization_cache() -> Callable[[], None]:
+    """Disable `torch.nn.utils.parametrize.cached`: weights computed in the block would be kept after it.
+
+    Without these names it remains enabled: what a snapshot computes is then cached by the caller.
+
+    Returns:
+        A function that enables it again, with what was in the cache.
+    """
+    names = [NAMES[kind] for kind in ("number of parametrize.cached", "cache of parametrize.cached")]
+    saved = {name: vars(parametrize)[name] for name in names if name in vars(parametrize)}
+    if not any(saved.values()):
+        return lambda: None
+    vars(parametrize).update((name, type(value)()) for name, value in saved.items())
+    return lambda: vars(parametrize).update(saved)
+
+
+@contextmanager
+def writes_refused(tensors: Sequence[Tensor], refuse: Callable[[], None]) -> Iterator[None]:
+    """A block in which no operation of torch writes to some tensors.
+
+    Args:
+        tensors: The tensors.
+        refuse: Called ahead of an operation that would write to the memory of one of them; raises an error. Without the
+            module of dispatch modes it is called after the block, if the version counter of one of them has changed.
+
+    Yields:
+        Nothing.
+    """
+    modes = getattr(torch.utils, NAMES["dispatch modes"], None)
+    protected = {storage_key(t) for t in tensors}
+    versions = [t._version for t in tensors]
+
+    def check(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        schema = getattr(func, "_schema", None)
+        for value, argument in zip(args, schema.arguments if schema and schema.is_mutable else (), strict=False):
+            for t in value if isinstance(value, (list, tuple)) else (value,):
+                writes = argument.alias_info is not None and argument.alias_info.is_write
+                if writes and isinstance(t, Tensor) and t.layout == torch.strided and storage_key(t) in protected:
+                    refuse()
+        for value in kwargs.values():  # out=
+            if isinstance(value, Tensor) and storage_key(value) in protected and schema and schema.is_mutable:
+                refuse()
+
+    if not tensors:
+        yield
+        return
+    if modes is None:
+        yield
+    else:
+
+        class Mode(modes.TorchDispatchMode):  # type: ignore[misc, name-defined]
+            supports_higher_order_operators = True
+
+            def __torch_dispatch__(
+                self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+            ) -> Any:
+                check(func, args, kwargs or {})
+                return func(*args, **(kwargs or {}))
+
+        with Mode():
+            yield
+    if [t._version for t in tensors] != versions:
+        refuse()
+
+
 def storage_key(t: Tensor) -> int:
     """A number that identifies the memory of a tensor."""
     storage = t.untyped_storage()
@@ -130,7 +219,7 @@ def operations_observed(
 
 
 def disable_checkpointing() -> Callable[[], None]:
-    """Disable activation checkpointing: what it computes again would not be cut, and would yield other tensors.
+    """Disable activation checkpointing in this thread: what it computes again would not be cut, in other tensors.
 
     Both kinds are replaced inside torch, where every call arrives, however a model has imported ``checkpoint``: the
     reentrant kind is an autograd function, the other one a pair of hooks on saved tensors. Without these attributes
@@ -140,9 +229,16 @@ def disable_checkpointing() -> Callable[[], None]:
     Returns:
         A function that enables it again.
     """
+    thread = threading.get_ident()
+
+    def in_this_thread(plain: Callable[..., Any], usual: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: (plain if threading.get_ident() == thread else usual)(*args)
+
+    reentrant, hooks = (vars(checkpoint).get(NAMES[kind]) for kind in ("reentrant checkpoint", "checkpoint"))
     plain = {
-        NAMES["reentrant checkpoint"]: SimpleNamespace(apply=lambda function, preserve_rng, *args: function(*args)),
-        NAMES["checkpoint"]: lambda frame: nullcontext(),
+        NAMES["reentrant checkpoint"]: reentrant
+        and SimpleNamespace(apply=in_this_thread(lambda function, preserve_rng, *args: function(*args), reentrant.apply)),
+        NAMES["checkpoint"]: hooks and in_this_thread(lambda frame: nullcontext(), hooks),
     }
     saved = {name: vars(checkpoint)[name] for name in plain if name in vars(checkpoint)}
     vars(checkpoint).update((name, plain[name]) for name in saved)

@@ -35,9 +35,9 @@ from lib_lightning.training.snapshot import Snapshot, SnapshotComputer, Snapshot
 from lib_lightning.training.trainer import (
     check_strategy,
     has_validation,
-    isolated_forward,
     process_group_of,
     synchronize,
+    trainer_precision,
 )
 
 if TYPE_CHECKING:
@@ -370,7 +370,7 @@ class LIBCallback(Callback):
         interval = self.state.cursor.relative_interval(
             self.state.step, trainer.global_step, self.trigger.skipped.since_last
         )  # fmt: skip
-        with isolated_forward(trainer, pl_module, self.spec.dtype):
+        with trainer_precision(trainer, self.spec.dtype):
             snapshot = self.computer.compute(
                 instrumented,
                 self.samples.for_snapshot(trainer),

@@ -18,7 +18,7 @@ from lib_lightning.model.module_paths import check_taps
 from lib_lightning.model.node_layer import NodeLayer, as_node_layers
 from lib_lightning.model.validate import is_model_error, wrap_forward_errors
 from lib_lightning.training.frameworks import rank_zero_info
-from lib_lightning.training.trainer import isolated_forward
+from lib_lightning.training.trainer import trainer_precision
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -84,7 +84,7 @@ class NodeLayerResolver:
             return
         spec = self._spec
         try:
-            with isolated_forward(pl_module.trainer, pl_module, spec.dtype), wrap_forward_errors(pl_module, spec):
+            with trainer_precision(pl_module.trainer, spec.dtype), wrap_forward_errors(pl_module, spec):
                 layers = self.layers or as_node_layers(propose_node_layers(pl_module, batch, spec.input_fn, spec.mask))
                 check_node_layers(pl_module, batch, layers, spec.dtype, spec.input_fn, spec.mask)
         except LIBError as error:

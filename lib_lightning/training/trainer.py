@@ -15,6 +15,7 @@ from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.distributed.torch_group import ReplicatedGroup, TorchProcessGroup
 from lib_lightning.errors import LIBError
 from lib_lightning.model.batch import batch_size, map_tensors, slice_batch
+from lib_lightning.model.process_state import PROCESS_LOCK
 from lib_lightning.training.frameworks import is_instance, member, package_of
 
 if TYPE_CHECKING:
@@ -134,35 +135,26 @@ def run_folder(trainer: pl.Trainer) -> Path | None:
 
 
 @contextmanager
-def isolated_forward(trainer: pl.Trainer, pl_module: pl.LightningModule, dtype: torch.dtype | None) -> Iterator[None]:
-    """A block that runs the model as the trainer would, but discards what the model logs.
-
-    Tensors that the model creates are of the type of the trainer's precision.
+def trainer_precision(trainer: pl.Trainer, dtype: torch.dtype | None) -> Iterator[None]:
+    """A block that runs the model in the trainer's precision: tensors that the model creates are of that type.
 
     Args:
         trainer: The trainer.
-        pl_module: The model; LightningModules inside it may log, too.
         dtype: Type to compute in; None for the model's own.
 
     Yields:
         Nothing.
     """
-    default = torch.get_default_dtype()
-    modules = [module for module in pl_module.modules() if is_instance(module, "LightningModule")]
-    kept = [module.__dict__.get("log") for module in modules]
-    for module in modules:
-        module.__dict__["log"] = lambda *args, **kwargs: None  # log_dict goes through it
-    try:
-        with trainer.precision_plugin.forward_context():
-            if dtype is not None:
-                torch.set_default_dtype(dtype)
-            yield
-    finally:
-        torch.set_default_dtype(default)
-        for module, log in zip(modules, kept, strict=True):
-            del module.__dict__["log"]
-            if log is not None:
-                module.__dict__["log"] = log
+    # Both the precision and the default dtype are settings of the process.
+    with PROCESS_LOCK:
+        default = torch.get_default_dtype()
+        try:
+            with trainer.precision_plugin.forward_context():
+                if dtype is not None:
+                    torch.set_default_dtype(dtype)
+                yield
+        finally:
+            torch.set_default_dtype(default)
 
 
 def logging_step(trainer: pl.Trainer) -> int:

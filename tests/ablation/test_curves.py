@@ -27,7 +27,7 @@ from tests.cases import Case
 from tests.conftest import CASES
 from tests.integration.models import gpt2, tokens
 from tests.integration.oracle import randomize
-from tests.integration.state_check import StateCheck
+from tests.integration.state_check import Shared, StateCheck
 from tests.integration.test_stateful_models import KINDS, LAYERS, mlp
 
 SECTION = ("1", "2")
@@ -232,7 +232,7 @@ def test_hooks_of_the_user_still_run() -> None:
     batch = labelled(model)
     graph = compute_interaction_graph(model, [batch], LAYERS)
     plain = ask_all(model, [batch], graph, first_output)
-    calls = {"pre": 0, "first": 0, "last": 0}
+    calls = Shared(pre=0, first=0, last=0)
 
     def count(name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:

@@ -12,6 +12,13 @@ from torch import Tensor, nn
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+class Shared(dict[str, Any]):
+    """A dict that copies of a model share with the model, in which hooks note what happens to the copies."""
+
+    def __deepcopy__(self, memo: object) -> Shared:
+        return self
+
+
 class StateCheck:
     """The state of a model and of torch; `assert_same` compares it with the current state."""
 

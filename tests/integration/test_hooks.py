@@ -16,7 +16,10 @@ from tests.integration.test_stateful_models import mlp
 
 
 class Log:
-    """Values that hooks have received, in order."""
+    """Values that hooks have received, in order, also those of copies of a model."""
+
+    def __deepcopy__(self, memo: object) -> Log:
+        return self
 
     def __init__(self) -> None:
         self.entries: list[tuple[str, list[float]]] = []

@@ -321,14 +321,14 @@ def test_an_input_fn_may_use_the_same_memory_again() -> None:
 
 def test_activations_of_an_unmodified_input_share_the_batchs_memory() -> None:
     model, x = nn.Sequential(nn.Linear(3, 2)), torch.randn(20, 3)
-    with preserve_model(model):
-        (first, _) = InstrumentedModel(model, as_node_layers(["0:input", "output"])).capture(x)
+    with preserve_model(model) as copy:
+        (first, _) = InstrumentedModel(copy, as_node_layers(["0:input", "output"])).capture(x)
         (converted, _) = InstrumentedModel(
-            model, as_node_layers(["0:input", "output"]), ModelSpec(dtype=torch.float64)
+            copy, as_node_layers(["0:input", "output"]), ModelSpec(dtype=torch.float64)
         ).capture(x)
         with torch.inference_mode():
             made_there = x.clone()
-        (copied, _) = InstrumentedModel(model, as_node_layers(["0:input", "output"])).capture(made_there)
+        (copied, _) = InstrumentedModel(copy, as_node_layers(["0:input", "output"])).capture(made_there)
     assert first.a.data_ptr() == x.data_ptr(), "no copy of a large batch"
     assert converted.a.dtype == torch.float64
     assert torch.equal(copied.a[:, 0], x), "autograd takes no tensors of inference mode"
@@ -408,7 +408,7 @@ def test_fused_attention_uses_the_math_backend() -> None:
             return self.out(nn.functional.scaled_dot_product_attention(q, k, v))
 
     instrumented = InstrumentedModel(Attention(), as_node_layers(["input", "output"]))
-    with preserve_model(instrumented.model):
+    with instrumented.session():
         (section,) = sections(instrumented, torch.randn(2, 5, 4), [], 0, 1)
         assert section.has_jvp()
     layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)

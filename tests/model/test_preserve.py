@@ -1,48 +1,58 @@
-"""The model, random states and settings are restored after a block."""
+"""What a block with a model leaves behind: nothing, whether a copy runs or the model itself."""
 
 from __future__ import annotations
 
+import logging
 import random
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lib_lightning.errors import LIBError
 from lib_lightning.model.preserve import preserve_model
+from tests.integration.state_check import StateCheck
 
 
-def state(model: nn.Module) -> list[object]:
-    """Everything that could change, as comparable values."""
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002 (the global state is what training code uses)
-    return [
-        torch.get_rng_state().tolist(),
-        random.getstate(),
-        (name, keys.tolist(), *rest),
-        [m.training for m in model.modules()],
-        {name: value.tolist() for name, value in model.state_dict().items()},
-        [(p.requires_grad, None if p.grad is None else p.grad.tolist()) for p in model.parameters()],
-    ]
+class Stubborn(nn.Sequential):
+    """Refuses to be copied."""
+
+    def __deepcopy__(self, memo: object) -> Stubborn:
+        raise AssertionError("no copies")
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_the_model_and_random_states_are_restored(fails: bool) -> None:
-    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Dropout(), nn.Sequential(nn.Linear(3, 1)))
+def network(kind: type[nn.Sequential]) -> nn.Sequential:
+    model = kind(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Dropout(), nn.Sequential(nn.Linear(3, 1)))
     model[3].eval()
     model[0].weight.grad = torch.ones(3, 2)
     model[0].bias.requires_grad_(False)
-    buffer, before = model[1].running_mean, state(model)
+    return model
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("kind", [nn.Sequential, Stubborn])
+def test_the_model_and_random_states_are_restored(kind: type[nn.Sequential], fails: bool) -> None:
+    model = network(kind)
+    before = StateCheck(model)
 
     def disturb() -> None:
-        with preserve_model(model):
-            assert not any(m.training for m in model.modules())
-            model.train().requires_grad_(True)
-            model(torch.randn(8, 2)).sum().backward()
+        with preserve_model(model) as module:
+            assert (module is model) == (kind is Stubborn)
+            assert not any(m.training for m in module.modules())
+            module.train()
+            module(torch.randn(8, 2))
             random.random(), np.random.rand(), torch.rand(1)  # noqa: NPY002
-            model[1].running_mean = torch.full((3,), 7.0)
-            model.requires_grad_(True)
+            module[1].running_mean = torch.full((3,), 7.0)
+            with torch.no_grad():
+                module[0].weight.mul_(2)
+            module.requires_grad_(True)
+            module[0].weight.grad = torch.zeros(3, 2)
+            module[0].register_forward_hook(print)
+            module.append(nn.Identity())
             if fails:
                 raise RuntimeError
 
@@ -50,54 +60,120 @@ def test_the_model_and_random_states_are_restored(fails: bool) -> None:
         with pytest.raises(RuntimeError):
             disturb()
     else:
-        model[0].weight.grad = None
-        before = state(model)
         disturb()
-    assert model[1].running_mean is buffer
-    if fails:  # backward(), which the package never calls, accumulated this .grad in place
-        model[0].weight.grad = torch.ones(3, 2)
-    assert state(model) == before
+    before.assert_same()
+    assert len(model) == 4
 
 
+@pytest.mark.parametrize("kind", [nn.Sequential, Stubborn])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_gradients_are_enabled_inside_no_grad_and_inference_mode(mode: type) -> None:
-    model = nn.Linear(2, 2)
+def test_gradients_are_enabled_inside_no_grad_and_inference_mode(mode: type, kind: type[nn.Sequential]) -> None:
+    model = kind(nn.Linear(2, 2))
     with mode(), torch.autocast("cpu", dtype=torch.bfloat16):
-        with preserve_model(model):
+        with preserve_model(model) as module:
             x = torch.ones(1, 2, requires_grad=True)
-            y = model(x)
+            y = module(x)
             assert y.requires_grad
-            assert not any(p.requires_grad for p in model.parameters())
+            assert not any(p.requires_grad for p in module.parameters())
             assert y.dtype == torch.float32
             assert not torch.is_inference_mode_enabled()
         assert not torch.is_grad_enabled()
         assert model(torch.ones(1, 2)).dtype == torch.bfloat16
 
 
-def test_plain_attributes_are_restored() -> None:
-    class Keeps(nn.Linear):
-        def __init__(self) -> None:
-            super().__init__(2, 2)
-            self.calls, self.last, self.seen, self.table = 0, torch.zeros(2), [1], {"a": 1}
+def test_a_model_that_cannot_be_copied_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(Stubborn(nn.Linear(2, 2)))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            with preserve_model(model) as module:
+                assert module is model
+    assert [record.getMessage() for record in caplog.records] == [
+        "Sequential cannot be copied, because of Stubborn (AssertionError: no copies): snapshots run the model itself, and "
+        "restore its state afterwards."
+    ]
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            self.calls += 1
-            self.last += 1
-            self.seen.append(2)
-            self.table["b"] = 2
-            self.new = x
+
+class Writing(nn.Linear):
+    """Halves its weights in every forward pass, in one way or another."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__(3, 3)
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            if self.way == "in place":
+                self.weight.mul_(0.5)
+            elif self.way == "data":
+                self.weight.data.mul_(0.5)
+            elif self.way == "a view":
+                self.weight[0].copy_(self.weight[0] * 0.5)
+            elif self.way == "out":
+                torch.mul(self.weight, 0.5, out=self.weight)
+            elif self.way == "foreach":
+                torch._foreach_mul_([self.weight, self.bias], 0.5)
+            elif self.way == "assigned data":
+                self.weight.data = self.weight * 0.5
+            else:
+                self.weight = nn.Parameter(self.weight * 0.5)
+        return super().forward(x)
+
+
+WAYS = ["in place", "data", "a view", "out", "foreach", "assigned data", "assigned"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", [nn.Sequential, Stubborn])
+@pytest.mark.parametrize("max_bytes", [2**20, 0])
+def test_weights_are_copied_or_not_written_to(way: str, kind: type[nn.Sequential], max_bytes: int) -> None:
+    model, x = kind(Writing(way)), torch.randn(2, 3)
+    before = StateCheck(model)
+    try:
+        with preserve_model(model, max_bytes) as module:
+            module(x)
+    except LIBError as error:
+        assert max_bytes == 0
+        assert "writes to its parameters in the forward pass, and they are too large to copy" in str(error)
+        assert "Raise memory_limit to at least" in str(error)
+    else:
+        assert max_bytes or way.startswith("assigned"), "this is not a write to the weights' memory"
+    before.assert_same()
+
+
+def test_large_weights_are_shared_with_the_copy() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Embedding(4, 3, max_norm=1e-3))
+    with preserve_model(model, 0) as module:
+        assert module[0].weight is not model[0].weight
+        assert module[0].weight.data_ptr() == model[0].weight.data_ptr()
+        assert module[1].weight.data_ptr() != model[1].weight.data_ptr(), "a lookup shortens its vectors"
+        module[1](torch.arange(4))
+    assert model[1].weight.norm() > 0.1
+
+
+def test_a_model_that_changes_itself_from_its_copy_is_found_out() -> None:
+    class Hidden:
+        """Finds the model on a way that is not known here."""
+
+        def __deepcopy__(self, memo: object) -> Hidden:
+            return self
+
+    hidden: Any = Hidden()
+
+    class Changing(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.way.model.weight.data.mul_(1.0)
+            self.way.model.calls += 1
             return super().forward(x)
 
-    model = Keeps()
-    last, seen = model.last, model.seen
-    with preserve_model(model):
-        model(torch.ones(1, 2))
-    assert model.calls == 0
-    assert model.last is last
-    assert not last.any()
-    assert model.seen is seen
-    assert (model.seen, model.table) == ([1], {"a": 1})
-    assert not hasattr(model, "new")
+    model = Changing(2, 2)
+    model.way, model.calls, hidden.model = hidden, 0, model
+    with pytest.raises(LIBError, match="A copy of Changing has changed the model itself"), preserve_model(model) as module:
+        module(torch.ones(1, 2))
+    calls = model.calls
+    with preserve_model(model) as module:
+        assert module is model
+        module(torch.ones(1, 2))
+    assert model.calls == calls == 1
 
 
 _PRECISIONS = """
