@@ -30,8 +30,8 @@ from lib_lightning.model.instrumented import InstrumentedModel, model_session
 from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
 from lib_lightning.model.node_layer import NodeLayer, as_node_layers
 from lib_lightning.model.preserve import copied_bytes, preserve_model
-from lib_lightning.model.replica import num_bytes
 from lib_lightning.model.propose import find_cuts, find_proposed, propose
+from lib_lightning.model.replica import num_bytes
 from lib_lightning.model.validate import validate_node_layers, wrap_forward_errors
 
 log = logging.getLogger(__name__)

@@ -1,8 +1,8 @@
 """Copies of models, on which everything runs: whatever a forward pass changes, it changes in the copy.
 
-`copy.deepcopy` would not do: it leaves functions as they are, so that a hook or a closure continues to change the objects
-of the original; it fails at locks, open files and tensors with a graph; and it copies data sets and trainers along with a
-model that has a reference to them. The rules are those of the pickle protocol, as in `copy`, with these exceptions:
+`copy.deepcopy` would not do: it leaves functions as they are, so that a hook or a closure continues to change the
+objects of the original; it fails at locks, open files and tensors with a graph; and it copies data sets and trainers
+along with a model that refers to them. The rules are those of the pickle protocol, as in `copy`, with these exceptions:
 
 - Functions with a closure, bound methods and weak references are copied, and refer to the copies of their objects.
 - Tensors are copied without their graph. Those that have memory in common, have it in common afterwards as well.
@@ -48,7 +48,11 @@ _ATOMIC = frozenset(
 NOT_STATE = (Dataset, DataLoader, Sampler, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
 _OUTPUTS = (io.IOBase, socket.socket, threading.Thread, queue.Queue, queue.SimpleQueue, asyncio.AbstractEventLoop)
 _GENERATORS = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
-_KNOWN_RULES = ("torch.nn.utils.parametrize", "torch.nn.modules.rnn", *(f"{x}.core.module" for x in ("lightning.pytorch", "pytorch_lightning")))
+_KNOWN_RULES = (
+    "torch.nn.utils.parametrize",
+    "torch.nn.modules.rnn",
+    *(f"{x}.core.module" for x in ("lightning.pytorch", "pytorch_lightning")),
+)
 _LOCKS: dict[type, Callable[[], Any]] = {type(new()): new for new in (threading.Lock, threading.RLock)}
 
 
@@ -134,7 +138,7 @@ class Copier:
         own = getattr(kind, "__deepcopy__", None)
         return self._reduced(value, kind) if own is None else own(value, self._copies)
 
-    def _module(self, module: nn.Module, kind: type) -> nn.Module:
+    def _module(self, module: nn.Module, kind: Any) -> Any:
         new = kind.__new__(kind)
         self._copies[id(module)] = new
         for name, value in attributes_to_copy(module).items():
@@ -144,10 +148,10 @@ class Copier:
     def _reduced(self, value: Any, kind: type) -> Any:
         """Copy an object as pickle would."""
         reduce = copyreg.dispatch_table.get(kind)
-        parts = reduce(value) if reduce else value.__reduce_ex__(4)
+        parts: Any = reduce(value) if reduce else value.__reduce_ex__(4)
         if isinstance(parts, str):  # a global object
             return value
-        make, args, state, items, pairs, *_ = *parts, None, None, None
+        make, args, state, items, pairs = (*parts, None, None, None)[:5]
         new = make(*map(self, args))
         self._copies[id(value)] = new
         if state is not None:
@@ -172,7 +176,9 @@ class Copier:
         with torch.inference_mode(False), torch.no_grad():
             if not plain:
                 # A class of its own may hold more than its memory.
-                new = t.detach().clone() if type(t) in (Tensor, nn.Parameter) else copy.deepcopy(t.detach(), self._copies)
+                new = (
+                    t.detach().clone() if type(t) in (Tensor, nn.Parameter) else copy.deepcopy(t.detach(), self._copies)
+                )
             elif storage_key(t) in self._shared_memory:
                 new = t.detach()
             elif t.is_conj() or t.is_neg() or _is_small_part(t):
@@ -195,7 +201,7 @@ class Copier:
         new.extend(map(self, value))
         return new
 
-    def _tuple(self, value: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _tuple(self, value: tuple[Any, ...]) -> Any:
         items = tuple(map(self, value))
         if id(value) in self._copies:  # a list in it holds the tuple itself
             return self._copies[id(value)]
@@ -308,7 +314,7 @@ class Unusable:
         return self.__next__()
 
 
-def copy_model(model: nn.Module, max_bytes: int) -> tuple[nn.Module, list[Tensor], Copier]:
+def copy_model(model: nn.Module, max_bytes: int) -> tuple[nn.Module, list[nn.Parameter], Copier]:
     """Copy a model.
 
     Args:
@@ -328,7 +334,7 @@ def copy_model(model: nn.Module, max_bytes: int) -> tuple[nn.Module, list[Tensor
     copier = Copier(shared_weights=shared)
     for t in itertools.chain(model.parameters(), model.buffers()):
         copier(t)  # ahead of modules that copy themselves, which would copy shared memory
-    new = copier(model)
+    new: nn.Module = copier(model)
     for module in model.modules():
         silence(copier.known(module), copier(vars(module).get("_trainer")))
     return new, shared, copier
@@ -383,5 +389,3 @@ def _may_change(cell: types.CellType) -> bool:
     if isinstance(value, types.FunctionType):
         return bool(value.__closure__)
     return not isinstance(value, (type, types.ModuleType, types.BuiltinFunctionType))
-
-

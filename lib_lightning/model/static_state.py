@@ -45,8 +45,10 @@ def save_static_state(kinds: Iterable[type], seen: set[int]) -> Callable[[], Non
     for function in functions:
         used.setdefault(id(function.__globals__), (function.__globals__, set()))[1].update(_names(function.__code__))
     for variables, names in used.values():
-        data = {x for x in names if not isinstance(variables.get(x), _CODE)}
-        restores.append(_save_names(variables, variables.__setitem__, variables.__delitem__, lambda data=data: data, seen))
+        data = tuple(name for name in names if not isinstance(variables.get(name), _CODE))
+        restores.append(
+            _save_names(variables, variables.__setitem__, variables.__delitem__, partial(tuple, data), seen)
+        )
     return in_turn([restore for restore in restores if restore])
 
 
@@ -56,7 +58,7 @@ def _save_names(
     delete: Callable[[str], object],
     names: Callable[[], Iterable[str]],
     seen: set[int],
-) -> Callable[[], None] | None:
+) -> Callable[[], None]:
     """Save what some names stand for, in a class or in a module's globals.
 
     Args:
@@ -67,7 +69,7 @@ def _save_names(
         seen: As for `save_value`.
     """
     before = {name: holder[name] for name in names() if name in holder}
-    contents = [restore for value in before.values() if (restore := save_value(value, seen))]
+    contents = [saved for value in before.values() if (saved := save_value(value, seen))]
 
     def restore() -> None:
         for name in names():

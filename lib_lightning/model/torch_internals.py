@@ -101,10 +101,10 @@ def remove_backward_hooks(module: nn.Module) -> Callable[[], None]:
 
 
 def attributes_to_copy(module: nn.Module) -> dict[str, Any]:
-    """The attributes of a module that its copy has, too: without a compiled version of it, and without backward hooks.
+    """The attributes of a module that its copy has, too: no compiled version of it, and no backward hooks.
 
-    Without these names, both are copied: backward hooks as for `remove_backward_hooks`, and compiled code is that of the
-    original module.
+    Without these names, both are copied: backward hooks as for `remove_backward_hooks`, and compiled code is that of
+    the original module.
     """
     attributes = {name: value for name, value in vars(module).items() if name != NAMES["compiled call"]}
     for name in (NAMES["backward hooks"], NAMES["backward pre-hooks"]):
@@ -219,7 +219,7 @@ def operations_observed(
 
 
 def disable_checkpointing() -> Callable[[], None]:
-    """Disable activation checkpointing in this thread: what it computes again would not be cut, in other tensors.
+    """Disable activation checkpointing in this thread: what it computes again would not be cut.
 
     Both kinds are replaced inside torch, where every call arrives, however a model has imported ``checkpoint``: the
     reentrant kind is an autograd function, the other one a pair of hooks on saved tensors. Without these attributes
@@ -237,7 +237,9 @@ def disable_checkpointing() -> Callable[[], None]:
     reentrant, hooks = (vars(checkpoint).get(NAMES[kind]) for kind in ("reentrant checkpoint", "checkpoint"))
     plain = {
         NAMES["reentrant checkpoint"]: reentrant
-        and SimpleNamespace(apply=in_this_thread(lambda function, preserve_rng, *args: function(*args), reentrant.apply)),
+        and SimpleNamespace(
+            apply=in_this_thread(lambda function, preserve_rng, *args: function(*args), reentrant.apply)
+        ),
         NAMES["checkpoint"]: hooks and in_this_thread(lambda frame: nullcontext(), hooks),
     }
     saved = {name: vars(checkpoint)[name] for name in plain if name in vars(checkpoint)}

@@ -1,13 +1,12 @@
 """What the copy of a LightningModule sees of its trainer and loggers: everything to read, and nothing to write to.
 
-Classes of Lightning are recognised by name, so that this works for the packages ``lightning`` and ``pytorch_lightning``,
-and without either of them.
+Classes of Lightning are recognised by name, so that this works for both of its packages, ``lightning`` and
+``pytorch_lightning``, and without either of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import PurePath
 from typing import Any
 
 from torch import nn
@@ -81,13 +80,8 @@ class TrainerView:
     def __init__(self, trainer: Any, copy_of: Callable[[Any], Any]) -> None:
         vars(self).update(_trainer=trainer, _copy_of=copy_of)
 
-    @property
-    def __class__(self) -> type:  # for isinstance()
-        return self._trainer.__class__  # type: ignore[no-any-return]
-
-    @__class__.setter
-    def __class__(self, value: type) -> None:
-        raise TypeError("the class of a trainer cannot be changed")
+    # For isinstance().
+    __class__ = property(lambda self: vars(self)["_trainer"].__class__)  # type: ignore[assignment]
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(vars(self)["_trainer"], name)
@@ -110,19 +104,13 @@ class SilentLogger:
     def __init__(self, logger: Any) -> None:
         self._logger = logger
 
-    @property
-    def __class__(self) -> type:  # for isinstance()
-        return self._logger.__class__  # type: ignore[no-any-return]
-
-    @__class__.setter
-    def __class__(self, value: type) -> None:
-        raise TypeError("the class of a logger cannot be changed")
+    # For isinstance().
+    __class__ = property(lambda self: vars(self)["_logger"].__class__)  # type: ignore[assignment]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        value = getattr(vars(self)["_logger"], name) if name in _READABLE else None
-        return value if isinstance(value, (str, int, PurePath)) else Inert()
+        return getattr(vars(self)["_logger"], name) if name in _READABLE else Inert()
 
 
 class Inert:

@@ -6,6 +6,7 @@ import logging
 import random
 import subprocess
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -88,8 +89,8 @@ def test_a_model_that_cannot_be_copied_is_named_once(caplog: pytest.LogCaptureFi
             with preserve_model(model) as module:
                 assert module is model
     assert [record.getMessage() for record in caplog.records] == [
-        "Sequential cannot be copied, because of Stubborn (AssertionError: no copies): snapshots run the model itself, and "
-        "restore its state afterwards."
+        "Sequential cannot be copied, because of Stubborn (AssertionError: no copies): snapshots run the model itself, "
+        "and restore its state afterwards."
     ]
 
 
@@ -128,15 +129,14 @@ WAYS = ["in place", "data", "a view", "out", "foreach", "assigned data", "assign
 def test_weights_are_copied_or_not_written_to(way: str, kind: type[nn.Sequential], max_bytes: int) -> None:
     model, x = kind(Writing(way)), torch.randn(2, 3)
     before = StateCheck(model)
-    try:
-        with preserve_model(model, max_bytes) as module:
-            module(x)
-    except LIBError as error:
-        assert max_bytes == 0
-        assert "writes to its parameters in the forward pass, and they are too large to copy" in str(error)
-        assert "Raise memory_limit to at least" in str(error)
-    else:
-        assert max_bytes or way.startswith("assigned"), "this is not a write to the weights' memory"
+    # Assignments are no writes to the memory of the weights.
+    refused = max_bytes == 0 and not way.startswith("assigned")
+    message = "writes to its parameters in the forward pass, and they are too large to copy .*Raise memory_limit to"
+    with (
+        pytest.raises(LIBError, match=message) if refused else nullcontext(),
+        preserve_model(model, max_bytes) as module,
+    ):
+        module(x)
     before.assert_same()
 
 
@@ -167,7 +167,10 @@ def test_a_model_that_changes_itself_from_its_copy_is_found_out() -> None:
 
     model = Changing(2, 2)
     model.way, model.calls, hidden.model = hidden, 0, model
-    with pytest.raises(LIBError, match="A copy of Changing has changed the model itself"), preserve_model(model) as module:
+    with (
+        pytest.raises(LIBError, match="A copy of Changing has changed the model itself"),
+        preserve_model(model) as module,
+    ):
         module(torch.ones(1, 2))
     calls = model.calls
     with preserve_model(model) as module:

@@ -133,8 +133,8 @@ INTERNALS: list[tuple[Any, str, Any, str]] = [
     (torch_internals, "checkpoint", torch.utils.checkpoint, "a search through all modules; checkpointing that is "
      "called by other than a global name remains on (no workaround)"),
     (torch_internals, "reentrant checkpoint", torch.utils.checkpoint, "as for checkpoint"),
-    (torch_internals, "dispatch modes", torch.utils, "the numbers of operations in a profile, which become 0; writes to "
-     "parameters that are too large to copy are found after they have happened"),
+    (torch_internals, "dispatch modes", torch.utils, "the numbers of operations in a profile, which become 0; writes "
+     "to parameters that are too large to copy are found after they have happened"),
     (torch_internals, "compiled call", nn.Module, "the cut of modules on which compile() was called (no workaround)"),
     (torch_internals, "compiled function", torch.compile(lambda x: x, backend="eager"), "the cut of modules inside "
      "functions that torch.compile has wrapped (no workaround)"),
