@@ -81,7 +81,7 @@ class TrainerView:
         vars(self).update(_trainer=trainer, _copy_of=copy_of)
 
     # For isinstance().
-    __class__ = property(lambda self: vars(self)["_trainer"].__class__)  # type: ignore[assignment]
+    __class__ = property(lambda self: vars(self)["_trainer"].__class__)
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(vars(self)["_trainer"], name)
@@ -105,7 +105,7 @@ class SilentLogger:
         self._logger = logger
 
     # For isinstance().
-    __class__ = property(lambda self: vars(self)["_logger"].__class__)  # type: ignore[assignment]
+    __class__ = property(lambda self: vars(self)["_logger"].__class__)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -122,7 +122,7 @@ class Inert:
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        return None
+        """Do nothing."""
 
     def __enter__(self) -> Inert:
         return self
