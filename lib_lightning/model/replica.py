@@ -142,7 +142,7 @@ class Copier:
         new = kind.__new__(kind)
         self._copies[id(module)] = new
         for name, value in attributes_to_copy(module).items():
-            vars(new)[name] = type(value)() if not value and type(value) in (dict, OrderedDict) else self(value)
+            vars(new)[name] = type(value)() if type(value) in (dict, OrderedDict) and not value else self(value)
         return new
 
     def _reduced(self, value: Any, kind: type) -> Any:

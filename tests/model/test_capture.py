@@ -468,7 +468,8 @@ def test_states_stored_on_a_module_are_detached() -> None:
 
     model = KeepsState()
     value = model.start.clone()
-    compute_interaction_graph(model, [torch.randn(1, 3)] * 3, ["f:input", "f"])
+    with pytest.raises(ActivationError, match="are the same for all 3 samples"):
+        compute_interaction_graph(model, [torch.randn(1, 3)] * 3, ["f:input", "f"])
     assert not model.start.requires_grad
     assert torch.equal(model.start, value)
 
