@@ -21,7 +21,7 @@ from lib_lightning.algorithm.jackknife import standard_error
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT, MemoryPlan, Workload, plan_memory, split_batches
 from lib_lightning.algorithm.progress import on_phase, phase_done
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from lib_lightning.errors import ActivationError, is_out_of_memory
+from lib_lightning.errors import ActivationError, SettingTypeError, check_number, is_out_of_memory
 from lib_lightning.graph import InteractionGraph, Replicates
 from lib_lightning.io import basis_format as keys
 from lib_lightning.model.batch import batch_size, check_has_tensors, is_empty, num_elements
@@ -104,7 +104,7 @@ def compute_interaction_graph(
         ActivationError: If activations are integers, NaN or infinite, if there are no samples, or if all of them are
             the same.
         ValueError: If an argument is outside its range.
-        TypeError: If ``batches`` is a single tensor, or ``dtype`` is not a floating-point type.
+        SettingTypeError: If ``batches`` is a single tensor, or ``dtype`` is not a floating-point type.
 
     Note:
         Source: arXiv 2405.10928; see `lib_lightning.algorithm.build` for the steps.
@@ -118,8 +118,12 @@ def compute_interaction_graph(
         2
     """
     config = LIBConfig(basis, final_basis, rtol, n_probes, integration_steps, final_metric, n_pushed)
-    if isinstance(batches, (Tensor, Mapping)):
-        raise TypeError("batches must be an iterable of batches. For a single batch, write [batch].")
+    check_number("memory_limit", memory_limit, lambda x: x > 0, "is a number of GiB above 0")
+    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+        raise SettingTypeError(
+            "batches must be an iterable of batches, such as a list or a DataLoader; got "
+            f"{type(batches).__name__}. For a single batch, write [batch]."
+        )
     spec = ModelSpec(input_fn, mask, dtype)
     batches = list(batches)
     if node_layers is None:

@@ -13,7 +13,7 @@ from lib_lightning._deprecated import renamed_arguments
 from lib_lightning.ablation.interventions import top_k_mask
 from lib_lightning.ablation.scored_model import Score, ScoredModel, scored_model
 from lib_lightning.ablation.search import Counts, ScoreCache, bisect, scan, try_counts
-from lib_lightning.errors import NodeLayerError, quoted
+from lib_lightning.errors import NodeLayerError, SettingError, quoted
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.metrics.summary import EdgeCurve
 
@@ -197,7 +197,7 @@ def edges_required(
         True
     """
     if search not in ("scan", "bisection"):
-        raise ValueError(f"search must be 'scan' or 'bisection'; got {search!r}.")
+        raise SettingError(f"search must be 'scan' or 'bisection'; got {search!r}.")
     sections = list(graph.edges) if sections is None else list(sections)
     _check_sections(graph, sections)
     with scored_model(model, batches, graph, score, **options) as scored:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lib_lightning.ablation.scored_model import Score
 from lib_lightning.ablation.scores import accuracy, log_likelihood
+from lib_lightning.errors import SettingError, check_number
 
 NamedScore = Literal["accuracy", "log_likelihood"]
 _SCORES: dict[str, Score] = {"accuracy": accuracy, "log_likelihood": log_likelihood}
@@ -29,7 +30,7 @@ class AblationPlan:
             that the basis is computed on; if there are no more, the samples of the basis are used.
 
     Raises:
-        ValueError: If a setting is outside its range.
+        SettingError: If a setting is outside its range.
     """
 
     score: NamedScore | Callable[[Any, Any], Tensor] = "accuracy"
@@ -39,13 +40,11 @@ class AblationPlan:
 
     def __post_init__(self) -> None:
         if isinstance(self.score, str) and self.score not in _SCORES:
-            raise ValueError(
+            raise SettingError(
                 f"score must be one of {', '.join(get_args(NamedScore))}, or a function; got {self.score!r}."
             )
-        if self.tolerance < 0:
-            raise ValueError(f"tolerance must be at least 0; got {self.tolerance}.")
-        if self.every_n_snapshots < 1:
-            raise ValueError(f"every_n_snapshots must be at least 1; got {self.every_n_snapshots}.")
+        check_number("tolerance", self.tolerance, lambda x: x >= 0, "must be at least 0")
+        check_number("every_n_snapshots", self.every_n_snapshots, lambda n: n >= 1, "must be at least 1", integer=True)
 
     @property
     def score_fn(self) -> Score:

@@ -7,6 +7,8 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
+from lib_lightning.errors import SettingError
+
 CountGrid = Literal["every", "exponential", "bisection"]
 Counts = CountGrid | Sequence[int]
 
@@ -123,7 +125,7 @@ def try_counts(cache: ScoreCache, counts: Counts, bracket: int) -> dict[int, flo
         Scores by number, ascending.
 
     Raises:
-        ValueError: If a number is out of range, or the grid is unknown.
+        SettingError: If a number is out of range, or the grid is unknown.
 
     Example:
         >>> try_counts(ScoreCache(float, 6, 1.0), "exponential", 6)
@@ -141,9 +143,9 @@ def try_counts(cache: ScoreCache, counts: Counts, bracket: int) -> dict[int, flo
             wanted = sorted({operator.index(count) for count in counts})
         except TypeError:
             grids = ", ".join(get_args(CountGrid))
-            raise ValueError(f"counts must be one of {grids}, or a list of integers; got {counts!r}.") from None
+            raise SettingError(f"counts must be one of {grids}, or a list of integers; got {counts!r}.") from None
     if wanted and not 0 <= wanted[0] <= wanted[-1] <= cache.largest:
-        raise ValueError(
+        raise SettingError(
             f"counts must be between 0 and {cache.largest}, the number of features or edges; got {list(wanted)}."
         )
     # In descending order, in which each step reuses most of what the previous one has computed.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lib_lightning.errors import SettingError, check_number
 from lib_lightning.model.node_layer import OUTPUT
 
 BasisKind = Literal["lib", "pca", "neuron"]
@@ -18,7 +20,7 @@ class LIBConfig:
     """What to compute; the fields are arguments of `lib_lightning.compute_interaction_graph`, and explained there.
 
     Raises:
-        ValueError: If a value is outside its range.
+        SettingError: If a value is outside its range.
     """
 
     basis: BasisKind = "lib"
@@ -35,18 +37,17 @@ class LIBConfig:
         if self.final_metric is not None:
             _choice("final_metric", self.final_metric, get_args(FinalMetric))
             if self.final_basis != "auto":
-                raise ValueError(
+                raise SettingError(
                     f"final_metric={self.final_metric!r} determines the basis of the last node layer. Remove "
                     f"final_basis={self.final_basis!r}."
                 )
-        if not 0 <= self.rtol < 1:
-            raise ValueError(f"rtol must be at least 0 and less than 1; got {self.rtol}.")
-        if self.n_probes is not None and self.n_probes < 1:
-            raise ValueError(f"n_probes must be at least 1, or None for the exact metric; got {self.n_probes}.")
-        if self.n_pushed is not None and self.n_pushed < 1:
-            raise ValueError(f"n_pushed must be at least 1, or None for exact edges; got {self.n_pushed}.")
-        if self.integration_steps < 0:
-            raise ValueError(f"integration_steps must not be negative; got {self.integration_steps}.")
+        check_number("rtol", self.rtol, lambda x: 0 <= x < 1, "must be at least 0 and less than 1")
+        for name, exact in (("n_probes", "the exact metric"), ("n_pushed", "exact edges")):
+            if (count := getattr(self, name)) is not None:
+                check_number(name, count, lambda k: k >= 1, f"must be at least 1, or None for {exact}", integer=True)
+        check_number(
+            "integration_steps", self.integration_steps, lambda k: k >= 0, "must not be negative", integer=True
+        )
 
 
 def final_kind(config: LIBConfig, taps: Sequence[str]) -> str:
@@ -71,4 +72,6 @@ def final_kind(config: LIBConfig, taps: Sequence[str]) -> str:
 
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        meant = f" Did you mean {near[0]!r}?" if near else ""
+        raise SettingError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}.{meant}")

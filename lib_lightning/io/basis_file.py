@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from lib_lightning.errors import LIBError
+from lib_lightning.errors import LIBError, MissingFileError
 from lib_lightning.io.basis_format import CONTENT_HASH, FORMAT, FORMAT_VERSION, current_header, current_tensor_key
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def read_file(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, A
 
     Raises:
         BasisFileError: If the file is truncated, altered, not a basis file, or of a newer format.
-        FileNotFoundError: If the file does not exist.
+        MissingFileError: If the file does not exist.
     """
     with _opened(path, "pt") as (file, header):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -111,7 +111,7 @@ def read_parts(
 
     Raises:
         BasisFileError: If the file is truncated, not a basis file, or of a newer format.
-        FileNotFoundError: If the file does not exist.
+        MissingFileError: If the file does not exist.
 
     Example:
         >>> import tempfile, torch
@@ -131,7 +131,7 @@ def _opened(path: str | PathLike[str], framework: str) -> Iterator[tuple[Any, di
     """Open a basis file and check its header."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"The basis file '{path}' does not exist.")
+        raise MissingFileError(f"The basis file '{path}' does not exist.")
     try:
         with safe_open(path, framework=framework) as file:
             header = json.loads((file.metadata() or {}).get(_HEADER_KEY, "null"))

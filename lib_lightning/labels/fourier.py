@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lib_lightning.errors import LIBError
+from lib_lightning.errors import LIBError, SettingError
 from lib_lightning.metrics.functional.fourier import KINDS, fourier_variance
 
 # Smallest fraction of the variance explained by a and b that the weaker of them must explain for a label with both.
@@ -47,7 +47,7 @@ class FourierLabels:
         threshold: Smallest explained fraction of the variance for a label.
 
     Raises:
-        ValueError: If the modulus or the threshold is outside its range.
+        SettingError: If the modulus or the threshold is outside its range.
 
     Example:
         >>> tokens = torch.cartesian_prod(torch.arange(7), torch.arange(7))
@@ -63,9 +63,9 @@ class FourierLabels:
 
     def __post_init__(self) -> None:
         if self.modulus < 2:
-            raise ValueError(f"modulus must be at least 2; got {self.modulus}.")
+            raise SettingError(f"modulus must be at least 2; got {self.modulus}.")
         if not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold must be between 0 and 1; got {self.threshold}.")
+            raise SettingError(f"threshold must be between 0 and 1; got {self.threshold}.")
 
     def __call__(self, features: Tensor, inputs: Tensor, /) -> list[str]:
         """Label the features of one node layer, as a `Labeller`."""

@@ -33,6 +33,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lib_lightning.errors import SettingError
+
 # Values of tau: from shifts that are hardly visible to those far beyond the noise. With few increments, only large
 # values of tau give evidence.
 SHIFTS = (1.0, 4.0, 16.0, 64.0)
@@ -81,7 +83,7 @@ class ChangeDetector:
         window: Number of latest increments that are considered as onsets.
 
     Raises:
-        ValueError: If a setting is outside its range.
+        SettingError: If a setting is outside its range.
 
     Note:
         The bound on false alarms assumes that the increments of a series without changes are independent and normal.
@@ -117,14 +119,14 @@ class ChangeDetector:
         window: int = 64,
     ) -> None:
         if not 0 < false_alarms < 1:
-            raise ValueError(f"false_alarms must be between 0 and 1 per snapshot; got {false_alarms}.")
+            raise SettingError(f"false_alarms must be between 0 and 1 per snapshot; got {false_alarms}.")
         for name, value in {"min_change": min_change, "resolution": resolution}.items():
             if not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be at least 0 and finite; got {value}.")
+                raise SettingError(f"{name} must be at least 0 and finite; got {value}.")
         if not 1 <= persistence <= window:
-            raise ValueError(f"persistence must be between 1 and window={window} snapshots; got {persistence}.")
+            raise SettingError(f"persistence must be between 1 and window={window} snapshots; got {persistence}.")
         if min_before < 2:
-            raise ValueError(f"min_before must be at least 2 increments; got {min_before}.")
+            raise SettingError(f"min_before must be at least 2 increments; got {min_before}.")
         self.false_alarms, self.min_change, self.min_level = false_alarms, min_change, min_level
         self.resolution, self.persistence, self.min_before, self.window = resolution, persistence, min_before, window
         self._series = _empty(0, window)
@@ -171,13 +173,13 @@ class ChangeDetector:
             The changes detected at this snapshot, at most one for each series.
 
         Raises:
-            ValueError: If there are fewer values than series, or the interval is not positive.
+            SettingError: If there are fewer values than series, or the interval is not positive.
         """
         values = values.detach().to("cpu", torch.float64)
         if values.ndim != 1 or len(values) < len(self):
-            raise ValueError(f"There are {len(self)} series, but values of shape {tuple(values.shape)}.")
+            raise SettingError(f"There are {len(self)} series, but values of shape {tuple(values.shape)}.")
         if not 0 < relative_interval < math.inf:
-            raise ValueError(f"relative_interval must be positive and finite; got {relative_interval}.")
+            raise SettingError(f"relative_interval must be positive and finite; got {relative_interval}.")
         self.add(len(values) - len(self))
         known, s = values.isfinite(), self._series
         s["gap"] = s["gap"] + relative_interval
@@ -284,10 +286,10 @@ class ChangeDetector:
             state: A result of `state_dict`.
 
         Raises:
-            ValueError: If its window was different.
+            SettingError: If its window was different.
         """
         if state["increments"].shape[1] != self.window:
-            raise ValueError(f"The state has a window of {state['increments'].shape[1]}, not {self.window}.")
+            raise SettingError(f"The state has a window of {state['increments'].shape[1]}, not {self.window}.")
         self._series = {name: state[name].clone() for name in self._series}
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lib_lightning._deprecated import renamed_arguments
+from lib_lightning.errors import SettingError
 from lib_lightning.lineage.change_detection import Change, ChangeDetector
 from lib_lightning.lineage.events import Event, Kind
 
@@ -55,7 +56,7 @@ class EmergenceDetector:
         min_share: Share of the layer's importance from which a feature is important.
 
     Raises:
-        ValueError: If a setting is outside its range.
+        SettingError: If a setting is outside its range.
 
     Note:
         The bound assumes that, if nothing changes, the increments of each logarithm from snapshot to snapshot are
@@ -84,9 +85,9 @@ class EmergenceDetector:
     ) -> None:
         for name, factor in {"min_change": min_change, "min_metric_change": min_metric_change}.items():
             if not 1 < factor < math.inf:
-                raise ValueError(f"{name} must be a factor above 1; got {factor}.")
+                raise SettingError(f"{name} must be a factor above 1; got {factor}.")
         if not FLOOR < min_share < 1:
-            raise ValueError(f"min_share must be between {FLOOR} and 1; got {min_share}.")
+            raise SettingError(f"min_share must be between {FLOOR} and 1; got {min_share}.")
         self.min_share = min_share
         self._features = ChangeDetector(
             false_alarms / 2,

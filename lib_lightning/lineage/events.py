@@ -7,6 +7,8 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
+from lib_lightning.errors import SettingError
+
 Kind = Literal["born", "died", "split", "merged", "emerged", "faded", "rose", "fell"]
 CHANGES: tuple[Kind, ...] = ("emerged", "faded", "rose", "fell")
 
@@ -31,7 +33,7 @@ class Event:
         label: Name of the feature; "" for none.
 
     Raises:
-        ValueError: If the kind is unknown, a number is not finite, or not exactly one of feature and metric is given.
+        SettingError: If the kind is unknown, a number is not finite, or not exactly one of feature and metric is given.
 
     Example:
         >>> Event("emerged", 1240, "resid_post", 17, before=0.0002, after=0.015).text
@@ -56,15 +58,15 @@ class Event:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
-            raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}; got {self.kind!r}.")
+            raise SettingError(f"kind must be one of {', '.join(get_args(Kind))}; got {self.kind!r}.")
         if (self.layer is None) != (self.lineage is None) or (self.layer is None) == (self.metric is None):
-            raise ValueError("An event has either a feature (layer and lineage) or a metric.")
+            raise SettingError("An event has either a feature (layer and lineage) or a metric.")
         if self.metric is not None and self.kind not in ("rose", "fell"):
-            raise ValueError(f"The kind of a metric's event must be 'rose' or 'fell'; got {self.kind!r}.")
+            raise SettingError(f"The kind of a metric's event must be 'rose' or 'fell'; got {self.kind!r}.")
         for name in ("before", "after", "evidence"):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
-                raise ValueError(f"{name} must be finite or None; got {value}.")
+                raise SettingError(f"{name} must be finite or None; got {value}.")
 
     @property
     def subject(self) -> str:
@@ -108,14 +110,14 @@ class Event:
             The event, equal to the one written.
 
         Raises:
-            ValueError: If the line is not JSON, or not an event.
+            SettingError: If the line is not JSON, or not an event.
         """
         read: Any = json.loads(line)
         try:
             known: dict[str, Any] = {f.name: read[f.name] for f in fields(cls) if f.name in read}
             return cls(**{**known, "others": tuple(known.get("others", ()))})
         except TypeError as error:
-            raise ValueError(f"Not an event: {line!r}.") from error
+            raise SettingError(f"Not an event: {line!r}.") from error
 
 
 def _share(share: float) -> str:

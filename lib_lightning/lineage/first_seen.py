@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lib_lightning.algorithm.basis import FIXED_ORDER
+from lib_lightning.errors import SettingError
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_file import BasisFileError, read_parts
 from lib_lightning.io.basis_format import INFO, LAYERS, REFERENCE_FEATURES, REFERENCE_SAMPLES
@@ -76,7 +77,7 @@ def retrace(final: Tensor, steps: Sequence[int], earlier: Sequence[Tensor], in_o
         The history of the final features.
 
     Raises:
-        ValueError: If the numbers of samples differ.
+        SettingError: If the numbers of samples differ.
 
     Example:
         >>> final = torch.eye(4)[:, :2]
@@ -84,7 +85,7 @@ def retrace(final: Tensor, steps: Sequence[int], earlier: Sequence[Tensor], in_o
         tensor([10, 10])
     """
     if wrong := {len(values) for values in earlier} - {len(final)}:
-        raise ValueError(
+        raise SettingError(
             f"Features must be compared on the same samples; got {len(final)} and {sorted(wrong)} of them."
         )
     last = standardised(final)

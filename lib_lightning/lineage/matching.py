@@ -9,6 +9,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from lib_lightning._deprecated import renamed_fields
+from lib_lightning.errors import SettingError
 
 # Smallest squared correlation of a feature with the one it continues. If features within a snapshot are uncorrelated,
 # no other feature can then correlate as strongly with either.
@@ -72,7 +73,7 @@ def match_features(before: Tensor, after: Tensor, in_order: bool = False) -> Mat
         The match. Features that do not vary beyond rounding correlate with none.
 
     Raises:
-        ValueError: If the numbers of samples, or with ``in_order`` those of features, differ.
+        SettingError: If the numbers of samples, or with ``in_order`` those of features, differ.
 
     Example:
         >>> values = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
@@ -80,13 +81,13 @@ def match_features(before: Tensor, after: Tensor, in_order: bool = False) -> Mat
         tensor([2, 0])
     """
     if len(before) != len(after):
-        raise ValueError(f"Features must be matched on the same samples; got {len(before)} and {len(after)} of them.")
+        raise SettingError(f"Features must be matched on the same samples; got {len(before)} and {len(after)} of them.")
     A, B = standardised(before), standardised(after)
     shared = (A.T @ B).square()
     r, q = shared.shape
     if in_order:
         if r != q:
-            raise ValueError(f"Features that are identified by their index must be equally many; got {r} and {q}.")
+            raise SettingError(f"Features that are identified by their index must be equally many; got {r} and {q}.")
         pairs = torch.arange(q, device="cpu").repeat(2, 1)
         rotated_pairs = pairs[:, :0]
     else:

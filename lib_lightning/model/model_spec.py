@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib_lightning.errors import LIBError
+from lib_lightning.errors import LIBError, SettingTypeError
 from lib_lightning.model.batch import default_input_fn
 
 InputFn = Callable[[Any], Any]
@@ -30,7 +30,7 @@ class ModelSpec:
         dtype: Floating-point type to compute in. By default the model's own.
 
     Raises:
-        TypeError: If ``dtype`` is not a floating-point type.
+        SettingTypeError: If ``dtype`` is not a floating-point type.
 
     Example:
         >>> spec = ModelSpec(mask="attention_mask")
@@ -44,7 +44,9 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
-            raise TypeError(f"dtype is a floating-point type such as torch.float64, or None; got {self.dtype!r}.")
+            raise SettingTypeError(
+                f"dtype is a floating-point type such as torch.float64, or None; got {self.dtype!r}."
+            )
 
     def input_of(self, batch: Any) -> Any:
         """The model's input for a batch.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lib_lightning.errors import NodeLayerError
+from lib_lightning.errors import NodeLayerError, shortened
 
 INPUT, OUTPUT = "input", "output"
 
@@ -205,8 +205,11 @@ def as_node_layers(specs: Sequence[str | NodeLayer]) -> list[NodeLayer]:
         >>> [layer.name for layer in as_node_layers(["fc1:input", "output"])]
         ['fc1:input', 'output']
     """
-    if isinstance(specs, str) or len(specs) < 2:
-        raise NodeLayerError(f"At least two node layers are needed; got {specs!r}.")
+    if isinstance(specs, str) or not isinstance(specs, Sequence) or len(specs) < 2:
+        raise NodeLayerError(
+            "At least two node layers are needed, as a list such as ['input', 'output']; got "
+            f"{shortened(repr(specs), 80)}."
+        )
     layers = [spec if isinstance(spec, NodeLayer) else _as_node_layer(spec) for spec in specs]
     names = [layer.name for layer in layers]
     repeated = sorted({name for name in names if names.count(name) > 1})
@@ -219,7 +222,8 @@ def _as_node_layer(spec: object) -> NodeLayer:
     taps = [spec] if isinstance(spec, str) else spec
     if not isinstance(taps, (list, tuple)) or not all(isinstance(tap, str) for tap in taps):
         raise NodeLayerError(
-            f"{spec!r} is not a node layer, which is a string such as 'module.path', a list of these, or a NodeLayer."
+            f"{shortened(repr(spec), 80)} is not a node layer, which is a string such as 'module.path', a list of "
+            "these, or a NodeLayer."
         )
     return NodeLayer(taps)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from lib_lightning.errors import LIBError, NodeLayerError, is_out_of_memory
+from lib_lightning.errors import LIBError, NodeLayerError, SettingError, is_out_of_memory
 from lib_lightning.model.batch import run_on_few
 from lib_lightning.model.discover import CutPoint, class_name, discover_cut_points
 from lib_lightning.model.instrumented import InstrumentedModel
@@ -108,7 +108,7 @@ def propose(cuts: Sequence[CutPoint], limit: int = LIMIT) -> list[str]:
 
     Raises:
         NodeLayerError: If there are fewer than two cut points.
-        ValueError: If the limit is below 2.
+        SettingError: If the limit is below 2.
 
     Example:
         >>> import torch
@@ -117,7 +117,7 @@ def propose(cuts: Sequence[CutPoint], limit: int = LIMIT) -> list[str]:
         ['input', '1', 'output']
     """
     if limit < 2:
-        raise ValueError(f"limit is the largest number of node layers to propose, at least 2; got {limit}.")
+        raise SettingError(f"limit is the largest number of node layers to propose, at least 2; got {limit}.")
     if len(cuts) < 2:
         raise NodeLayerError(_too_few([cut.tap for cut in cuts]))
     narrow = [cut for cut in cuts if cut.features <= _MAX_FEATURES]

@@ -14,6 +14,7 @@ from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from lib_lightning.algorithm.basis import Basis
+from lib_lightning.errors import SettingError
 from lib_lightning.plots.animated_layout import AnimatedLayout
 from lib_lightning.plots.layout import Band, Column, columns_by_importance, columns_by_module, inside_modules
 from lib_lightning.plots.legend import DASHES, MAX_WIDTH, ROW, dot_area, draw_legend, edge_style, legend_rows
@@ -66,7 +67,7 @@ def draw_graph(
         A matplotlib figure that is not registered with pyplot, so it is freed when it is no longer referenced.
 
     Raises:
-        ValueError: If ``layout`` is given without ``lineages``.
+        SettingError: If ``layout`` is given without ``lineages``.
 
     Example:
         >>> import torch
@@ -79,7 +80,7 @@ def draw_graph(
     colors: dict[int, str] | None = None
     if layout is not None:
         if lineages is None:
-            raise ValueError("layout= keeps features of the same lineage in place: lineages= is missing.")
+            raise SettingError("layout= keeps features of the same lineage in place: lineages= is missing.")
         columns, colors = layout.columns(bases, lineages, edges, modules)
     elif modules is None:
         columns = columns_by_importance(bases, max_features)

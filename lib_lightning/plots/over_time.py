@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
 
+from lib_lightning.errors import SettingError
 from lib_lightning.plots.fast_axes import FastAxes
 from lib_lightning.plots.palette import BASES, BASIS_NAMES, MODULES, MUTED, TEXT, basis_styles
 from lib_lightning.plots.panels import Grid, add_legend, panels
@@ -80,7 +81,7 @@ def draw_over_time(
         A matplotlib figure that is not registered with pyplot.
 
     Raises:
-        ValueError: If the columns have different panels, or a curve has different numbers of steps and values.
+        SettingError: If the columns have different panels, or a curve has different numbers of steps and values.
 
     Example:
         >>> accuracy = Panel("accuracy", [Curve("train", [0, 50, 100], [0.1, 1.0, 1.0])], limits=(0, 1))
@@ -91,7 +92,7 @@ def draw_over_time(
     columns = rows if isinstance(rows, Mapping) else {"": rows}
     names = [panel.name for panel in next(iter(columns.values()), [])]
     if any([panel.name for panel in column] != names for column in columns.values()):
-        raise ValueError("All columns must have panels of the same names, in the same order.")
+        raise SettingError("All columns must have panels of the same names, in the same order.")
     stacked = [list(row) for row in zip(*columns.values(), strict=True)]
     name_widths = [
         text_width(_display_name(c.name), _NAME_SIZE) for row in stacked for panel in row[-1:] for c in panel.curves
@@ -144,7 +145,7 @@ def draw_sparsity_over_time(
         A matplotlib figure that is not registered with pyplot.
 
     Raises:
-        ValueError: If a metric has different numbers of steps and values.
+        SettingError: If a metric has different numbers of steps and values.
 
     Example:
         >>> figure = draw_sparsity_over_time([0, 10], {"effective_features": {"lib": [9.0, 4.0], "pca": [9.5, 7.0]}})
@@ -174,7 +175,7 @@ def draw_curves(axes: Axes, curves: Sequence[Curve]) -> None:
         curves: The curves; earlier ones are drawn on top.
 
     Raises:
-        ValueError: If a curve has different numbers of steps and values.
+        SettingError: If a curve has different numbers of steps and values.
 
     Example:
         >>> axes = Figure().add_subplot()
@@ -201,7 +202,7 @@ _MARK_STYLE: dict[str, Any] = {"color": MUTED, "lw": 0.9, "ls": (0, (4, 2)), "zo
 def _runs(curve: Curve) -> np.ndarray:
     values = np.atleast_2d(np.asarray(curve.values, dtype=float))
     if values.shape[-1] != len(curve.steps):
-        raise ValueError(f"'{curve.name}' has {values.shape[-1]} values, but there are {len(curve.steps)} steps.")
+        raise SettingError(f"'{curve.name}' has {values.shape[-1]} values, but there are {len(curve.steps)} steps.")
     return values
 
 

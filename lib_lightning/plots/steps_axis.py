@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from lib_lightning.errors import SettingError
 from lib_lightning.plots.palette import THEME
 from lib_lightning.plots.text_metrics import short_number
 
@@ -44,14 +45,14 @@ def check_snapshots(steps: Sequence[int], layers: Mapping[str, Sequence[Any]]) -
         layers: For each node layer, one entry per snapshot.
 
     Raises:
-        ValueError: If a node layer has a different number of entries.
+        SettingError: If a node layer has a different number of entries.
 
     Example:
         >>> check_snapshots([0, 10], {"fc": [1, 2]})
     """
     for name, entries in layers.items():
         if len(entries) != len(steps):
-            raise ValueError(f"'{name}' has {len(entries)} snapshots, but there are {len(steps)} steps.")
+            raise SettingError(f"'{name}' has {len(entries)} snapshots, but there are {len(steps)} steps.")
 
 
 def set_step_axis(axes: Axes, steps: Sequence[int], log: bool | None = None) -> None:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from lib_lightning.distributed.process_group import ProcessGroup
+from lib_lightning.errors import check_number
 from lib_lightning.training.frameworks import rank_zero_info
 
 # Limit of the overhead where the user has not given a schedule.
@@ -308,7 +309,7 @@ def max_overhead_of(max_overhead: float | None, is_explicit: bool) -> float:
         The limit, infinity for none.
 
     Raises:
-        ValueError: If it is not above 0.
+        SettingError: If it is not above 0.
 
     Example:
         >>> max_overhead_of(None, is_explicit=False), max_overhead_of(None, is_explicit=True)
@@ -316,8 +317,7 @@ def max_overhead_of(max_overhead: float | None, is_explicit: bool) -> float:
     """
     if max_overhead is None:
         return math.inf if is_explicit else DEFAULT_MAX_OVERHEAD
-    if not max_overhead > 0:
-        raise ValueError(f"max_overhead is a share of the training time above 0, such as 0.03; got {max_overhead}.")
+    check_number("max_overhead", max_overhead, lambda x: x > 0, "is a share of the training time above 0, such as 0.03")
     return float(max_overhead)
 
 

@@ -16,7 +16,7 @@ from lib_lightning.ablation import AblationPlan
 from lib_lightning.algorithm.config import BasisKind, FinalBasisKind, FinalMetric, LIBConfig
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from lib_lightning.errors import SettingError
+from lib_lightning.errors import SettingError, check_list
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_format import EPOCH, STEP
 from lib_lightning.io.run_layout import check_run_name, overlapping_names
@@ -46,7 +46,11 @@ if TYPE_CHECKING:
 # All callbacks, in the order of their creation.
 _created: weakref.WeakSet[LIBCallback] = weakref.WeakSet()
 _numbers = itertools.count(1)
-_DTYPES = {None: None, "float32": torch.float32, "float64": torch.float64}
+_DTYPES: dict[object, torch.dtype | None] = {
+    None: None,
+    **dict.fromkeys(("float32", torch.float32), torch.float32),
+    **dict.fromkeys(("float64", torch.float64), torch.float64),
+}
 
 
 @callback_of_both_packages
@@ -108,7 +112,7 @@ class LIBCallback(Callback):
 
     Raises:
         LIBError: If fewer than two node layers are given.
-        ValueError: If another setting is outside its range.
+        SettingError: If another setting is outside its range.
 
     Example:
         >>> import lightning.pytorch as pl
@@ -154,19 +158,20 @@ class LIBCallback(Callback):
         n_pushed: int | None = None,
     ) -> None:
         super().__init__()
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype is 'float32', 'float64' or None for the model's own; got {dtype!r}.")
+        if not isinstance(dtype, (str, torch.dtype, type(None))) or dtype not in _DTYPES:
+            raise SettingError(f"dtype is 'float32', 'float64' or None for the model's own; got {dtype!r}.")
         if adaptive and not follow:
-            raise ValueError("adaptive=True reacts to events, and without follow=True there are none.")
+            raise SettingError("adaptive=True reacts to events, and without follow=True there are none.")
         check_run_name(name)
         self.name, self.adaptive = name, adaptive
+        baselines = check_list("baselines", baselines, "bases, such as ['pca']", lambda kind: isinstance(kind, str))
         self.spec = ModelSpec(input_fn, mask, _DTYPES[dtype])
         self.config = SnapshotConfig(
             LIBConfig(basis, final_basis, rtol, n_probes, integration_steps, final_metric, n_pushed),
             tuple(baselines), metrics, labeller, ablation, memory_limit, follow,
         )  # fmt: skip
         self.sample_config = SampleConfig(
-            int(num_samples), dataloader, int(val_dataloader), ablation is not None,
+            num_samples, dataloader, val_dataloader, ablation is not None,
             None if ablation is None else ablation.val_dataloader,
         )  # fmt: skip
         self.schedule = Schedule(every_n_validations, every_n_steps, at_steps, log_spaced)
@@ -174,7 +179,8 @@ class LIBCallback(Callback):
         self.computer = SnapshotComputer(self.config, name)
         self.clock = time.perf_counter
         self._given_layers = None if node_layers is None else as_node_layers(node_layers)
-        self._hooks = [on_event] if callable(on_event) else list(on_event or [])
+        hooks = [on_event] if callable(on_event) else on_event or []
+        self._hooks = check_list("on_event", hooks, "functions of an event", callable)
         self._process_group: ProcessGroup = SINGLE_PROCESS
         self._is_in_trainer, self._number = False, next(_numbers)
         _created.add(self)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lib_lightning.distributed.process_group import ProcessGroup
-from lib_lightning.errors import LIBError
+from lib_lightning.errors import LIBError, check_number
 from lib_lightning.io.basis_file import write_bytes
 from lib_lightning.io.run_layout import RunLayout
 from lib_lightning.model.batch import batch_size, index_batch, map_tensors, slice_batch
@@ -174,7 +174,7 @@ class SampleConfig:
         held_out_dataloader: Index of the validation data loader that these come from; None for the samples that follow.
 
     Raises:
-        ValueError: If fewer than two samples are asked for.
+        SettingError: If fewer than two samples are asked for.
     """
 
     num_samples: int
@@ -184,13 +184,14 @@ class SampleConfig:
     held_out_dataloader: int | None = None
 
     def __post_init__(self) -> None:
-        if self.num_samples < 2:
-            raise ValueError(f"num_samples must be at least 2: a basis needs samples to vary; got {self.num_samples}.")
+        expected = "must be at least 2: a basis needs samples to vary"
+        check_number("num_samples", self.num_samples, lambda n: n >= 2, expected, integer=True)
+        check_number("val_dataloader", self.val_dataloader, lambda k: k >= 0, "counts from 0", integer=True)
 
     @property
     def plain(self) -> dict[str, Any]:
         """The settings as plain values, which a resumed run compares with its own."""
-        own = {"num_samples": self.num_samples, "own": self.dataloader is not None}
+        own = {"num_samples": int(self.num_samples), "own": self.dataloader is not None}
         held_out = -1 if self.held_out_dataloader is None else self.held_out_dataloader
         return {**own, "val_dataloader": self.val_dataloader, **({"held_out": held_out} if self.hold_out else {})}
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from lib_lightning.errors import SettingError, SettingTypeError, check_number
 
 # After a change, snapshots are taken this many times as often, for this many snapshots.
 _DENSER, _N_DENSER = 4, 8
@@ -25,7 +27,7 @@ class Schedule:
         is_explicit: Whether one of the options was given; without any, a snapshot is due at every validation.
 
     Raises:
-        ValueError: If several options are given, or a number is out of range.
+        SettingError: If several options are given, or a number is out of range.
 
     Example:
         >>> cursor = Schedule(at_steps=[0, 10]).start()
@@ -40,6 +42,17 @@ class Schedule:
         at_steps: Sequence[int] | None = None,
         log_spaced: int | None = None,
     ) -> None:
+        for name, value in (
+            ("every_n_validations", every_n_validations),
+            ("every_n_steps", every_n_steps),
+            ("log_spaced", log_spaced),
+        ):
+            if value is not None:
+                check_number(name, value, lambda n: n >= 1, "must be at least 1", integer=True)
+        if at_steps is not None and (isinstance(at_steps, (str, bytes)) or not isinstance(at_steps, Iterable)):
+            raise SettingTypeError(f"at_steps must be a list of numbers of steps, such as [0, 100]; got {at_steps!r}.")
+        for step in at_steps or ():
+            check_number("at_steps", step, lambda n: n >= 0, "must be at least 0", integer=True)
         # int() accepts NumPy's numbers, which a checkpoint could not be loaded with.
         at_steps = None if at_steps is None else [int(step) for step in at_steps]
         every_n_validations, every_n_steps, log_spaced = (
@@ -53,10 +66,7 @@ class Schedule:
         }
         given = {name: value for name, value in self.options.items() if value is not None}
         if len(given) > 1:
-            raise ValueError(f"Give one schedule, not {len(given)}: {', '.join(given)}.")
-        for name, value in given.items():
-            if name != "at_steps" and value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}.")
+            raise SettingError(f"Give one schedule, not {len(given)}: {', '.join(given)}.")
         self.is_explicit = bool(given)
         self.every_n_validations = every_n_validations if given else 1
         self.every_n_steps = every_n_steps

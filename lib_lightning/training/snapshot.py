@@ -17,12 +17,13 @@ from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
 from lib_lightning.algorithm.progress import phase_done
 from lib_lightning.api import graph_of
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from lib_lightning.errors import SettingError, SettingTypeError, check_number, quoted, shortened
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_format import NUM_SAMPLES, REFERENCE_SAMPLES, STEP
 from lib_lightning.labels.labeller import Labeller, label_features
 from lib_lightning.lineage.events import Event
 from lib_lightning.lineage.reference import reference_features
-from lib_lightning.lineage.snapshot_tracker import SnapshotTracker
+from lib_lightning.lineage.snapshot_tracker import TURNOVER, SnapshotTracker
 from lib_lightning.metrics.inputs import check_metrics
 from lib_lightning.metrics.modules import Modularity
 from lib_lightning.metrics.summary import GraphMetrics, default_metrics, scalar_keys
@@ -45,7 +46,7 @@ class SnapshotConfig:
         follow: Whether features are tracked from snapshot to snapshot.
 
     Raises:
-        ValueError: If a baseline is unknown or is the basis itself, or the memory limit is not positive.
+        SettingError: If a baseline is unknown or is the basis itself, or the memory limit is not positive.
         LIBError: If a metric needs anything but what a graph provides.
     """
 
@@ -58,16 +59,28 @@ class SnapshotConfig:
     follow: bool = True
 
     def __post_init__(self) -> None:
-        if self.memory_limit <= 0:
-            raise ValueError(f"memory_limit is a number of GiB above 0; got {self.memory_limit}.")
+        check_number("memory_limit", self.memory_limit, lambda x: x > 0, "is a number of GiB above 0")
+        if self.metrics is not None and not isinstance(self.metrics, MetricCollection):
+            raise SettingTypeError(
+                f"metrics must be a torchmetrics.MetricCollection; got {shortened(repr(self.metrics), 80)}. "
+                "MetricCollection(...) makes one of a list, or of a dict with the names to log them under."
+            )
+        if self.labeller is not None and not callable(self.labeller):
+            raise SettingTypeError(f"labeller must be a function, or None for no labels; got {self.labeller!r}.")
+        if self.ablation is not None and not isinstance(self.ablation, AblationPlan):
+            raise SettingTypeError(
+                f"ablation must be an AblationPlan, or None for no ablations; got {shortened(repr(self.ablation), 80)}."
+            )
         for kind in self.baselines:
             replace(self.config, basis=kind)
         if len({self.config.basis, *self.baselines}) <= len(self.baselines):
-            raise ValueError(
+            raise SettingError(
                 f"baselines are bases other than {self.config.basis!r}, each of them once; got {self.baselines}."
             )
         if self.metrics is not None:
             check_metrics(self.metrics)
+            if taken := {*self.metrics.keys()} & {*TURNOVER}:
+                raise SettingError(f"Metrics are called {quoted(sorted(taken))}, like scalars that are logged anyway.")
 
     @cached_property
     def collection(self) -> MetricCollection:

@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib_lightning.errors import LIBError, quoted
+from lib_lightning.errors import LIBError, MissingFileError, quoted
 from lib_lightning.io.run_layout import RunLayout
 from lib_lightning.viewer.run_discovery import find_runs, read_events, snapshot_files
 
@@ -36,7 +36,7 @@ class Run:
         name: Last two parts of the folder's path, such as ``version_0/lib``.
 
     Raises:
-        FileNotFoundError: If the folder does not exist.
+        MissingFileError: If the folder does not exist.
         LIBError: If there is no run in the folder, or more than one.
 
     Example:
@@ -174,7 +174,7 @@ def _views(runs: Sequence[Run]) -> list[RunView]:
 
 def _folder(path: Path) -> Path:
     if not path.is_dir():
-        raise FileNotFoundError(f"Folder '{path}' does not exist.")
+        raise MissingFileError(f"Folder '{path}' does not exist.")
     real = Path(os.path.realpath(path))
     real = real.parent if real.name == RunLayout.SNAPSHOTS else real
     if snapshot_files(real):

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from lib_lightning.errors import SettingError
+
 # Arguments of waves. "a,b" stands for the sum of a wave in a and one in b.
 KINDS = ("a+b", "a,b", "a", "b")
 
@@ -30,7 +32,7 @@ def fourier_variance(features: Tensor, a: Tensor, b: Tensor, modulus: int) -> Te
         and feature. Constant features have 0.
 
     Raises:
-        ValueError: If the modulus or a shape is wrong.
+        SettingError: If the modulus or a shape is wrong.
 
     Note:
         Source: Nanda et al., arXiv 2301.05217, who found these waves in models trained on this task.
@@ -42,9 +44,9 @@ def fourier_variance(features: Tensor, a: Tensor, b: Tensor, modulus: int) -> Te
         tensor([0., 1.], dtype=torch.float64)
     """
     if modulus < 2:
-        raise ValueError(f"modulus must be at least 2; got {modulus}.")
+        raise SettingError(f"modulus must be at least 2; got {modulus}.")
     if features.ndim != 3 or a.shape != features.shape[:1] or b.shape != features.shape[:1]:
-        raise ValueError(
+        raise SettingError(
             f"Features must have shape (n, S, r), a and b (n,); got {tuple(features.shape)}, {tuple(a.shape)} and "
             f"{tuple(b.shape)}."
         )
