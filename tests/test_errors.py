@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import logging
 import math
 import subprocess
@@ -23,11 +24,8 @@ from lib_lightning.errors import LIBError, SettingError, on_screen, quoted
 from tests.tiny_training import NODE_LAYERS
 
 PACKAGE = Path(lib_lightning.__file__).parent
-# Raised to say something to Python or to a programmer, never for what a user does.
-INTERNAL = {
-    *("AttributeError", "AssertionError", "NotImplementedError", "StopForward", "_AllCollected", "PeerProcessError"),
-    *("PeerProcessMemoryError", "NotFoundError"),
-}
+# Errors of Python that say something to Python or to a programmer, never to a user.
+INTERNAL = {"AttributeError", "AssertionError", "NotImplementedError"}
 # Caught by the function that reads the file, which then names the file.
 CAUGHT = {"graph.py", "viewer/snapshot.py"}
 # Characters of the fixed parts of a message: four lines of a hundred, with room for names.
@@ -46,11 +44,10 @@ def raised(path: Path) -> list[tuple[str, int]]:
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_refusals_are_errors_of_this_package_and_short(path: Path) -> None:
-    errors = {name: value for name, value in vars(lib_lightning.errors).items() if isinstance(value, type)}
     for name, length in raised(path):
-        is_ours = name.endswith("FileError") or (name in errors and issubclass(errors[name], LIBError))
-        caught = str(path.relative_to(PACKAGE)) in CAUGHT or name in INTERNAL
-        assert is_ours or caught or not name[0].isupper(), f"{name} in {path}"
+        kind = getattr(builtins, name, None)
+        of_python = isinstance(kind, type) and issubclass(kind, Exception) and name not in INTERNAL
+        assert not of_python or str(path.relative_to(PACKAGE)) in CAUGHT, f"{name} in {path}"
         assert length <= LONGEST, f"a message of {length} characters in {path}"
 
 
