@@ -166,7 +166,7 @@ def graph_of(
             with process_group.sync_errors(), model_session(instrumented, copied_bytes(memory_limit)):
                 if plan is None:
                     if check_first and batches:
-                        validate_node_layers(instrumented, batches[0])
+                        instrumented.notes = validate_node_layers(instrumented, batches)
                     plan = _plan(instrumented, batches, config, memory_limit)
                 chunks = split_batches(instrumented, batches, plan.samples)
                 phase_done("checks and chunks")
@@ -225,7 +225,7 @@ def _as_graph(built: BuildResult, config: LIBConfig, instrumented: InstrumentedM
         ],
         keys.NUM_SAMPLES: built.n_samples,
         keys.METRIC_ERRORS: built.metric_errors,
-        keys.NOTES: built.notes,
+        keys.NOTES: [*instrumented.notes, *built.notes],
         keys.VERSIONS: {"lib_lightning": __version__, "torch": str(torch.__version__)},
     }
     names = [basis.name for basis in built.bases]
@@ -277,7 +277,8 @@ def check_node_layers(
     instrumented = InstrumentedModel(model, as_node_layers(node_layers), ModelSpec(input_fn, mask, dtype))
     check_has_tensors(batch)
     with model_session(instrumented):
-        validate_node_layers(instrumented, batch)
+        for note in validate_node_layers(instrumented, [batch]):
+            log.warning(note)
 
 
 def list_node_layers(model: nn.Module, batch: Any, input_fn: InputFn | None = None) -> list[CutPoint]:
@@ -309,7 +310,7 @@ def list_node_layers(model: nn.Module, batch: Any, input_fn: InputFn | None = No
     """
     spec = ModelSpec(input_fn)
     with wrap_forward_errors(model, spec), preserve_model(model) as copy:
-        cuts = find_cuts(copy, batch, spec)
+        cuts = find_cuts(copy, [batch], spec)
     taps = propose(cuts)
     return [replace(cut, proposed=cut.tap in taps) for cut in cuts]
 
@@ -338,4 +339,4 @@ def propose_node_layers(
     """
     check_has_tensors(batch)
     with preserve_model(model) as copy:
-        return find_proposed(copy, batch, ModelSpec(input_fn, mask))
+        return find_proposed(copy, [batch], ModelSpec(input_fn, mask))

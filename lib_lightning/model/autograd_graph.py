@@ -145,6 +145,32 @@ def overwrite(t: Tensor, value: Tensor, new_memory: bool) -> None:
         t.copy_(value)
 
 
+def swap_in(t: Tensor, new: Tensor) -> bool:
+    """Make a tensor object another tensor, for everything that has a reference to the object.
+
+    Unlike `overwrite` this also works for views. Views of ``t`` itself keep the old values.
+
+    Args:
+        t: The tensor object.
+        new: The tensor that it becomes; not used afterwards.
+
+    Returns:
+        False, with nothing changed, if autograd or something else inside torch has a reference to ``t``.
+
+    Example:
+        >>> x = torch.zeros(3, 2)
+        >>> column = x[:, 0]
+        >>> also_column = column
+        >>> swap_in(column, torch.ones(3)), also_column
+        (True, tensor([1., 1., 1.]))
+    """
+    try:
+        torch.utils.swap_tensors(t, new)
+    except RuntimeError:
+        return False
+    return True
+
+
 @contextmanager
 def saved_tensors_kept() -> Iterator[None]:
     """Run a forward pass in which `overwrite` is called.

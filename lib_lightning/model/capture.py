@@ -6,7 +6,8 @@ reference to the same tensor object (the skip path of a residual block) then con
 pass thus yields a separate autograd graph for each section between two node layers.
 
 Two kinds of tensors cannot be overwritten in place: views (autograd forbids it) and the model's own parameters and
-buffers. For these the hook returns a copy of the leaf. That is correct if nothing else uses the tensor, which
+buffers. The object of a view becomes another tensor, a copy of the leaf. Where that is impossible, and for parameters,
+the hook returns a copy of the leaf. That is correct if nothing else uses the tensor, which
 `lib_lightning.model.validate` checks.
 """
 
@@ -24,10 +25,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lib_lightning.errors import ActivationError, NodeLayerError, quoted
-from lib_lightning.model.autograd_graph import is_view, overwrite, saved_tensors_kept
+from lib_lightning.model.autograd_graph import is_view, overwrite, saved_tensors_kept, swap_in
 from lib_lightning.model.batch import first_tensor, replace_first_tensor
 from lib_lightning.model.module_paths import find_module
 from lib_lightning.model.node_layer import INPUT, NodeLayer, split_tap
+from lib_lightning.model.sources import in_model
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,10 @@ class ActivationRecorder:
                     f"'{name}' runs more than once in a forward pass, so it does not cut the computation at one place. "
                     f"Choose one of its calls ('{tap.path}#0' is the first), or the block around it."
                 )
-            return self._record(name, key, value) if call == (tap.call or 0) else value
+            if call != (tap.call or 0):
+                return value
+            with in_model(False):
+                return self._record(name, key, value)
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
             args, kwargs = visit((args, kwargs))
@@ -200,8 +205,11 @@ class ActivationRecorder:
             self.stopped = sum(i == key[0] for i, _ in self._recorded) == len(self._layers[key[0]].taps)
             if self.stopped:
                 raise StopForward
-        if is_view(t) or id(t) in self._parameter_ids or (t.is_leaf and t.requires_grad):
+        if id(t) in self._parameter_ids or (t.is_leaf and t.requires_grad):
             return replace_first_tensor(value, leaf.clone())
+        if is_view(t):
+            new = leaf.clone()
+            return value if swap_in(t, new) else replace_first_tensor(value, new)
         has_graph = t.grad_fn is not None
         if not has_graph:
             self.detached.append(weakref.ref(t))

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from lib_lightning.model.autograd_graph import Edge, PathNode, edge_of, path_nodes
-from lib_lightning.model.batch import batch_size, first_tensor, map_tensors, replace_first_tensor
+from lib_lightning.model.batch import batch_size, first_tensor, map_tensors, replace_first_tensor, tensors_in
+from lib_lightning.model.exchange import Exchange, exchanges, first_samples
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.module_paths import accepts_hooks, find_module, module_paths
 from lib_lightning.model.node_layer import INPUT, OUTPUT, NodeLayer, Tap, split_tap, tap_name
-from lib_lightning.model.validate import varying_inputs
+from lib_lightning.model.sources import SampleSources, follow_use, in_model
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
@@ -98,28 +99,48 @@ class TracedTensor:
     uses: int = 0
 
 
-def discover_cut_points(instrumented: InstrumentedModel, batch: Any) -> list[CutPoint]:
+def discover_cut_points(instrumented: InstrumentedModel, batches: Sequence[Any], limit: int) -> list[CutPoint]:
     """Find the tensors that dominate all paths with gradients from the model's input to its output.
 
     Args:
         instrumented: The model; its node layers are ignored. Call this within `preserve_model`.
-        batch: One batch; a few samples are enough.
+        batches: Batches; a few samples are enough.
+        limit: Number of samples to use at most; 0 for whole batches.
 
     Returns:
         The cut points that are inputs or outputs of modules, in forward order. Paths without gradients are not checked.
     """
-    trace = _Trace(instrumented, batch)
-    with trace.hooked(), varying_inputs(instrumented, trace.n, lambda _, t: t.requires_grad_(True)) as inputs:
-        instrumented.run(batch)
-    dominators = trace.dominators(list(inputs.values()))
-    if not dominators:
-        # Either no varying input was found, or no gradient reaches it (a frozen part under no_grad). Then every varying
-        # tensor without history at a module's input or output is treated as an input.
-        trace = _Trace(instrumented, batch, infer_inputs=True)
-        with trace.hooked():
-            instrumented.run(batch)
-        dominators = trace.dominators(trace.inferred)
+    search = SampleSources(instrumented.model)
+    exchange = _compared(instrumented, batches, limit, search)
+    samples = first_samples(batches[0], batch_size, limit) if exchange is None else exchange.batch
+    try:
+        # If no gradient reaches the sources (a frozen part under no_grad), they are looked for after it. If all samples
+        # are the same, every tensor without history at a module's input or output may be a source.
+        for again in (False, True):
+            trace = _Trace(instrumented, samples, infer_inputs=exchange is None)
+            with search.mark(again, hold_masks=True) as sources, trace.hooked():
+                instrumented.run(samples)
+            dominators = trace.dominators(sources or trace.inferred)
+            if dominators or exchange is None:
+                break
+    finally:
+        search.release()
     return [trace.cut_point(tensor) for tensor in dominators]
+
+
+def _compared(
+    instrumented: InstrumentedModel, batches: Sequence[Any], limit: int, search: SampleSources
+) -> Exchange | None:
+    """Run a model on two sets of samples; returns them, or None if nothing in the model differs."""
+    for exchange in exchanges(batches, batch_size, limit):
+        data = exchange.without_context() or exchange
+        search.forget()
+        for samples in (data.batch, data.other):
+            with search.compare(hold_masks=True), _Trace(instrumented, samples).hooked():
+                instrumented.run(samples)
+        if search.changed:
+            return data
+    return None
 
 
 def class_name(model: nn.Module, tap: str) -> str:
@@ -219,12 +240,21 @@ class _Trace:
         inputs: list[tuple[Edge | None, CallSite]] = []
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-            value = self._infer_input((args, kwargs), all_tensors=module is self._root)
-            site = CallSite(module, INPUT, len(inputs), next(self._clock))
-            inputs.append((self._record(value, site), site))
+            with in_model(False):
+                found = tensors_in((args, kwargs))
+            follow_use(found if module is self._root else found[:1])
+            with in_model(False):
+                value = self._infer_input((args, kwargs), all_tensors=module is self._root)
+                site = CallSite(module, INPUT, len(inputs), next(self._clock))
+                inputs.append((self._record(value, site), site))
             return value[0], value[1]
 
         def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            follow_use(tensors_in(output)[:1])
+            with in_model(False):
+                return record_output(output)
+
+        def record_output(output: Any) -> Any:
             output = self._infer_input(output)
             call, self._n_calls[id(module)] = self._n_calls[id(module)], self._n_calls[id(module)] + 1
             site = CallSite(module, OUTPUT, call, next(self._clock))
@@ -249,7 +279,7 @@ class _Trace:
         return edge
 
     def _infer_input(self, value: Any, all_tensors: bool = False) -> Any:
-        """Start a history at a tensor without one, if its values differ between samples."""
+        """Start a history at a tensor without one that could have one entry for each sample."""
         if not self.infer_inputs:
             return value
 

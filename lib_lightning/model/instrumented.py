@@ -20,6 +20,7 @@ from lib_lightning.model.node_layer import NodeLayer
 from lib_lightning.model.preserve import MAX_COPIED_BYTES, preserve_model
 from lib_lightning.model.replica import Copier
 from lib_lightning.model.saved_state import preserve_attributes
+from lib_lightning.model.sources import in_model
 
 _DEFAULT = ModelSpec()
 
@@ -36,6 +37,7 @@ class InstrumentedModel:
     Attributes:
         model: The module that runs: in a `session`, the copy.
         seed: Seed of the random numbers that a forward pass draws; set by `manual_seed`.
+        notes: What the check of the node layers could not test, or treated as a constant, in sentences.
 
     Raises:
         NodeLayerError: If a tap names a module that the model does not have, or the model has no ``forward``.
@@ -48,6 +50,7 @@ class InstrumentedModel:
         self.spec = spec
         self.seed = 0
         self._in_session = False
+        self.notes: list[str] = []
         self._detached: list[weakref.ref[Tensor]] = []
         # Undoes what an interrupted forward pass has written to the attributes of modules.
         self._restore_attributes: Callable[[], None] | None = None
@@ -132,13 +135,14 @@ class InstrumentedModel:
         with self._recorder([replace.get(i) for i in range(len(self.layers))]).hooked(replace):
             return self.run(batch)
 
-    def next_activations(self, batch: Any, index: int, a: Tensor) -> Tensor:
+    def next_activations(self, batch: Any, index: int, a: Tensor | None) -> Tensor:
         """Evaluate the section after a node layer at given activations. The model runs up to the next node layer.
 
         Args:
             batch: One batch, as the data loader gives it.
-            index: Index ``l`` of the node layer.
-            a: Its activations ``a^l``, shape ``(n, S, d)``. Requires an earlier call of `capture`.
+            index: Index ``l`` of the node layer; -1 for the model's input.
+            a: Its activations ``a^l``, shape ``(n, S, d)``; None for those of the batch. Replacing them requires an
+                earlier call of `capture`.
 
         Returns:
             ``a^{l+1}``, shape ``(n, S', d')``.
@@ -166,10 +170,12 @@ class InstrumentedModel:
         dtype = self.spec.dtype
         try:
             if dtype is None:
-                return self.model(*args, **kwargs)
+                with in_model():
+                    return self.model(*args, **kwargs)
             state = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
             converted = {name: t.detach().to(dtype) for name, t in state.items() if t.is_floating_point()}
-            return torch.func.functional_call(self.model, converted, args, kwargs)
+            with in_model():
+                return torch.func.functional_call(self.model, converted, args, kwargs)
         finally:
             self._caller_tensors.clear()
 

@@ -11,12 +11,11 @@ from typing import Any
 from torch import nn
 
 from lib_lightning.errors import LIBError, NodeLayerError, SettingError, is_out_of_memory
-from lib_lightning.model.batch import run_on_few
 from lib_lightning.model.discover import CutPoint, class_name, discover_cut_points
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.node_layer import INPUT, OUTPUT, NodeLayer
-from lib_lightning.model.validate import validate_node_layers
+from lib_lightning.model.validate import on_few_samples, validate_node_layers
 
 # Proposed node layers at most: as many as fit side by side in a figure, and as a snapshot can afford.
 LIMIT = 6
@@ -24,8 +23,6 @@ LIMIT = 6
 _MAX_FEATURES = 4096
 # Numbers in one sample of the input at most. Photographs have more, features of networks mostly fewer.
 _MAX_INPUT_SIZE = 2**16
-# Samples of the forward pass, as in `validate_node_layers`.
-_SAMPLES = 3
 # Aliases to try if a cut point is not valid.
 _ALIASES = 4
 # Cut points to try as the last node layer.
@@ -33,7 +30,7 @@ _LAST = 3
 _DEFAULT = ModelSpec()
 
 
-def find_cuts(model: nn.Module, batch: Any, spec: ModelSpec = _DEFAULT) -> list[CutPoint]:
+def find_cuts(model: nn.Module, batches: Sequence[Any], spec: ModelSpec = _DEFAULT) -> list[CutPoint]:
     """Find every place where a model can be cut with a single tensor.
 
     One forward pass finds the tensors that dominate all paths with gradients. `validate_node_layers` then excludes
@@ -41,8 +38,8 @@ def find_cuts(model: nn.Module, batch: Any, spec: ModelSpec = _DEFAULT) -> list[
 
     Args:
         model: Any module.
-        batch: One batch, of which a few samples are used.
-        spec: How to call the model on the batch.
+        batches: Batches, of which a few samples are used.
+        spec: How to call the model on a batch.
 
     Returns:
         The cut points, in forward order.
@@ -54,20 +51,20 @@ def find_cuts(model: nn.Module, batch: Any, spec: ModelSpec = _DEFAULT) -> list[
     Example:
         >>> import torch
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> [(cut.tap, cut.features, cut.aliases) for cut in find_cuts(model, torch.randn(3, 4))]
+        >>> [(cut.tap, cut.features, cut.aliases) for cut in find_cuts(model, [torch.randn(3, 4)])]
         [('input', 4, ('0:input',)), ('0', 8, ('1:input',)), ('1', 8, ('2:input',)), ('output', 2, ('2',))]
     """
-    search = _Search(model, batch, spec)
+    search = _Search(model, batches, spec)
     return search.validated(search.candidates())
 
 
-def find_proposed(model: nn.Module, batch: Any, spec: ModelSpec = _DEFAULT) -> list[str]:
+def find_proposed(model: nn.Module, batches: Sequence[Any], spec: ModelSpec = _DEFAULT) -> list[str]:
     """Propose node layers for a model: `propose` of `find_cuts`, with fewer forward passes.
 
     Args:
         model: Any module.
-        batch: One batch, of which a few samples are used.
-        spec: How to call the model on the batch.
+        batches: Batches, of which a few samples are used.
+        spec: How to call the model on a batch.
 
     Returns:
         Taps, in forward order.
@@ -79,10 +76,10 @@ def find_proposed(model: nn.Module, batch: Any, spec: ModelSpec = _DEFAULT) -> l
     Example:
         >>> import torch
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> find_proposed(model, torch.randn(3, 4))
+        >>> find_proposed(model, [torch.randn(3, 4)])
         ['input', '1', 'output']
     """
-    search = _Search(model, batch, spec)
+    search = _Search(model, batches, spec)
     cuts = search.candidates()
     taps = propose(cuts)
     if search.are_valid([cut for cut in cuts if cut.tap in taps]):
@@ -113,7 +110,7 @@ def propose(cuts: Sequence[CutPoint], limit: int = LIMIT) -> list[str]:
     Example:
         >>> import torch
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> propose(find_cuts(model, torch.randn(3, 4)))
+        >>> propose(find_cuts(model, [torch.randn(3, 4)]))
         ['input', '1', 'output']
     """
     if limit < 2:
@@ -171,16 +168,16 @@ def _too_few(taps: Sequence[str]) -> str:
 
 
 class _Search:
-    """A search for cut points of one model, on one batch."""
+    """A search for cut points of one model, on a few samples."""
 
-    def __init__(self, model: nn.Module, batch: Any, spec: ModelSpec) -> None:
-        self.model, self.batch, self.spec = model, batch, replace(spec, dtype=None)
+    def __init__(self, model: nn.Module, batches: Sequence[Any], spec: ModelSpec) -> None:
+        self.model, self.batches, self.spec = model, batches, replace(spec, dtype=None)
         self._error: Exception | None = None
 
     def candidates(self) -> list[CutPoint]:
         """Tensors that dominate all paths with gradients, from a single forward pass."""
         instrumented = InstrumentedModel(self.model, [], self.spec)
-        cuts = run_on_few(partial(discover_cut_points, instrumented), self.batch, _SAMPLES)
+        cuts = on_few_samples(partial(discover_cut_points, instrumented, self.batches), self.batches)
         if len(cuts) < 2:
             raise NodeLayerError(_too_few([cut.tap for cut in cuts]))
         return cuts
@@ -212,7 +209,7 @@ class _Search:
         """Whether `validate_node_layers` accepts the cut points as node layers of one model."""
         instrumented = InstrumentedModel(self.model, [NodeLayer([cut.tap]) for cut in cuts], self.spec)
         try:
-            validate_node_layers(instrumented, self.batch)
+            validate_node_layers(instrumented, self.batches)
         except (LIBError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise

@@ -36,6 +36,7 @@ NAMES = {
     "compiled function": "_torchdynamo_orig_callable",
     "number of parametrize.cached": "_cache_enabled",
     "cache of parametrize.cached": "_cache",
+    "functorch": "_functorch",
 }
 
 
@@ -281,3 +282,9 @@ def _replace_everywhere(old: Any, new: Any) -> list[tuple[dict[str, Any], str, A
     for names, name, _ in found:
         names[name] = new
     return found
+
+
+def is_functorch_tensor(t: Tensor) -> bool:
+    """Whether a tensor exists only inside a transformation of `torch.func`, where its values cannot be read."""
+    module = getattr(torch._C, NAMES["functorch"], None)
+    return module is not None and bool(module.is_functorch_wrapped_tensor(t))

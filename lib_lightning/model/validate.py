@@ -1,28 +1,33 @@
 """Validating node layers: whether they cut the computation, tested on a few samples before anything is computed.
 
-Most of it is tested with gradients. Each section is a separate autograd graph, so a gradient with respect to anything
-but the node layer before reveals a path around that node layer. Paths without gradients are found by permuting the
-samples of the input.
+In two ways. Each section is a separate autograd graph, so a gradient with respect to anything but the node layer before
+reveals a path around that node layer; that also finds paths that have no effect yet, because a weight is zero. And the
+model is run with the input of some samples and the activations of others: a section whose output does not follow from
+the activations before it alone depends on something else, with or without gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lib_lightning.errors import LIBError, NodeLayerError, NotFiniteError
-from lib_lightning.model.batch import batch_size, first_tensor, map_tensors, run_on_few, tensors_in
+from lib_lightning.errors import LIBError, NodeLayerError, NotFiniteError, is_out_of_memory
+from lib_lightning.model.batch import batch_size, first_tensor, is_empty, tensors_in
 from lib_lightning.model.capture import CapturedLayer
+from lib_lightning.model.exchange import Exchange, exchanges, first_samples
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.module_paths import explain_own_names
+from lib_lightning.model.sources import SampleSources
 from lib_lightning.model.vjp import apply_mask, vjp
+
+T = TypeVar("T")
 
 # Enough samples to detect interactions between samples.
 _SAMPLES = 3
@@ -34,6 +39,14 @@ _USED = (
 _DIFFERENTIATED = (
     "A node layer is inside code that the model itself differentiates or maps (autograd.grad, torch.func). Tap modules "
     "before or after that."
+)
+_NOT_LOOKED = (
+    "The check for skip connections around the first node layer could not look: all samples that it was given are the "
+    "same, or lead to the same activations there. Check the node layers with other batches (check_node_layers)."
+)
+_NOT_REPEATABLE = (
+    "The check for paths without gradient around node layers could not look: two passes over the same batch give "
+    "different activations."
 )
 # What the error messages of torch mean for a node layer.
 _TORCH_ERRORS = {
@@ -87,19 +100,30 @@ def is_model_error(error: Exception, batch: Any) -> bool:
     return isinstance(error, NotFiniteError) and all(bool(torch.isfinite(t).all()) for t in tensors_in(batch))
 
 
-def validate_node_layers(instrumented: InstrumentedModel, batch: Any) -> None:
+class InputBypassError(NodeLayerError):
+    """A node layer does not cut the computation, because a later one depends on the model's input past it."""
+
+
+def validate_node_layers(instrumented: InstrumentedModel, batches: Sequence[Any]) -> list[str]:
     """Raise an error if the node layers do not cut the computation.
+
+    Inputs that the first node layer does not depend on (a time step) are constants. So are masks and lengths, if the
+    node layers cut the computation only then; a note says so.
 
     Args:
         instrumented: The model and its node layers.
-        batch: One batch, of which a few samples are used.
+        batches: Batches, of which a few samples are used.
+
+    Returns:
+        Notes, one sentence each: what could not be tested, and what was treated as a constant.
 
     Raises:
         NodeLayerError: If a node layer does not cut the computation, with its name and the reason.
         ActivationError: If activations are integers, NaN or infinite.
     """
+    batches = [batch for batch in batches if not is_empty(batch)] or list(batches[:1])
     try:
-        run_on_few(partial(_validate, instrumented), batch, _SAMPLES, final=LIBError)
+        return on_few_samples(partial(_validate, instrumented, batches), batches, final=LIBError)
     except NodeLayerError as error:
         meant = explain_own_names(instrumented.model, instrumented.layers)
         if not meant:
@@ -107,25 +131,45 @@ def validate_node_layers(instrumented: InstrumentedModel, batch: Any) -> None:
         raise NodeLayerError(f"{error} {meant}") from error
 
 
-def _validate(instrumented: InstrumentedModel, batch: Any) -> None:
+def on_few_samples(
+    run: Callable[[int], T], batches: Sequence[Any], final: type[Exception] | tuple[type[Exception], ...] = ()
+) -> T:
+    """Run a function on a few samples of batches, or on whole batches if that fails.
+
+    It fails if a tensor of a batch has the length of the batch by chance and must not be cut.
+
+    Args:
+        run: The function, called with the number of samples to use at most; 0 for whole batches.
+        batches: The batches.
+        final: Errors after which whole batches are not tried; always those of memory.
+
+    Returns:
+        The result of the function.
+    """
+    if all(batch_size(batch) <= _SAMPLES for batch in batches):
+        return run(0)  # once: a model that fails may leave other state behind
     try:
-        with varying_inputs(instrumented, batch_size(batch), lambda _, t: t.requires_grad_(True)) as inputs:
-            captured = instrumented.capture(batch)
-        for layer in captured:
-            check_finite(layer.layer.name, layer.rows)
-        # Inputs that the first node layer does not depend on are context (a mask, a time step): treated as constants.
-        inputs = {index: leaf for index, leaf in inputs.items() if _depends(captured[0].outputs, [leaf])}
-        _check_bypass(captured, list(inputs.values()))
-        for before, after in pairwise(captured):
-            _check_section(before, after)
+        return run(_SAMPLES)
+    except Exception as error:
+        if isinstance(error, final) or is_out_of_memory(error):
+            raise
+        return run(0)
+
+
+def _validate(instrumented: InstrumentedModel, batches: Sequence[Any], limit: int) -> list[str]:
+    try:
+        for exchange in exchanges(batches, batch_size, limit):
+            data = _exchange_of_data(instrumented, exchange)
+            if data is not None:
+                return _check_with_context(instrumented, data)
+        captured = instrumented.capture(first_samples(batches[0], batch_size, limit))
+        _check_gradients(captured, [])
+        return [_NOT_LOOKED]
     except RuntimeError as error:
         for message, meaning in _TORCH_ERRORS.items():
             if message in str(error):
                 raise NodeLayerError(f"{meaning} ({error})") from error
         raise
-    if _is_repeatable(instrumented, batch, captured):
-        _check_same_output(instrumented, batch, captured)
-        _check_permuted_inputs(instrumented, batch, captured, set(inputs))
 
 
 def check_finite(name: str, a: Tensor) -> None:
@@ -147,53 +191,159 @@ def check_finite(name: str, a: Tensor) -> None:
         )
 
 
-@contextmanager
-def varying_inputs(
-    instrumented: InstrumentedModel, n: int, replace: Callable[[int, Tensor], Tensor]
-) -> Iterator[dict[int, Tensor]]:
-    """Replace the tensors that bring the samples into the model: its float inputs, and outputs of embeddings.
+def _exchange_of_data(instrumented: InstrumentedModel, exchange: Exchange) -> Exchange | None:
+    """The part of an exchange that changes the first node layer; None if nothing does."""
+    try:
+        before = _first_activations(instrumented, exchange.batch)
+    except KeyError:  # it did not run, which `capture` explains
+        instrumented.capture(exchange.batch)
+        raise
+
+    def changes(part: Exchange) -> bool:
+        try:
+            after = _first_activations(instrumented, part.other)
+        except Exception as error:  # not samples that the model accepts
+            if is_out_of_memory(error):
+                raise
+            return False
+        return after.shape == before.shape and not _close(after, before)
+
+    entries = exchange.entries or ()
+    data = [i for i in entries if changes(exchange.only([i]))] if len(entries) > 1 else []
+    part = exchange.only(data) if data else exchange
+    return part if len(data) == 1 or changes(part) else None
+
+
+def _first_activations(instrumented: InstrumentedModel, batch: Any) -> Tensor:
+    with torch.no_grad():
+        return instrumented.next_activations(batch, -1, None).detach()
+
+
+def _check_with_context(instrumented: InstrumentedModel, exchange: Exchange) -> list[str]:
+    try:
+        return _Check(instrumented, exchange, hold_masks=False).run()
+    except InputBypassError as error:
+        # Masks and lengths are used by many layers. What the model does with the rest is a function of the node layer.
+        data = exchange.without_context()
+        try:
+            check = _Check(instrumented, data or exchange, hold_masks=True)
+            notes = check.run()
+        except NodeLayerError:
+            raise error from None
+        if not check.changes_first_layer:
+            raise
+        first = instrumented.layers[0].name
+        what = f"{', '.join(data.held)} of the batch" if data else "a mask that the model computes from its input"
+        return [*notes, f"Node layers after '{first}' also depend on {what}, which is treated as a constant."]
+
+
+class _Check:
+    """The check of a model's node layers with two sets of samples.
 
     Args:
-        instrumented: The model.
-        n: Number of samples of the batch that the model is going to be called on.
-        replace: From the index of such a tensor and the tensor, detached, to the one to continue with.
-
-    Yields:
-        The replacements by index; filled during the forward pass. Tensors that are the same for all samples are not
-        replaced.
+        instrumented: The model and its node layers.
+        exchange: The samples.
+        hold_masks: Whether masks that the model computes from integers are the same for both.
     """
-    inputs: dict[int, Tensor] = {}
 
-    def visit(tensor: Tensor) -> Tensor:
-        varies = tensor.ndim > 0 and tensor.shape[0] == n > 1 and bool((tensor != tensor[:1]).any())
-        if not (tensor.is_floating_point() and varies):
-            return tensor
-        index = len(inputs)
-        inputs[index] = replace(index, tensor.detach())
-        return inputs[index].clone()
+    def __init__(self, instrumented: InstrumentedModel, exchange: Exchange, hold_masks: bool) -> None:
+        self.instrumented, self.exchange, self.hold_masks = instrumented, exchange, hold_masks
+        self.search = SampleSources(instrumented.model)
+        # Activations of all node layers, for either set of samples.
+        self.a: list[list[Tensor]] = []
 
-    handles = [
-        instrumented.model.register_forward_pre_hook(
-            lambda _, args, kwargs: map_tensors((args, kwargs), visit), with_kwargs=True, prepend=True
+    @property
+    def changes_first_layer(self) -> bool:
+        """Whether the first node layer differs between the two sets of samples."""
+        return not _close(self.a[0][0], self.a[1][0])
+
+    def run(self) -> list[str]:
+        """Raise an error if the node layers do not cut the computation; returns notes."""
+        batch, other = self.exchange.batch, self.exchange.other
+        self.a = [self._activations(batch, check=True), self._activations(other)]
+        captured, sources = self._capture()
+        is_repeatable = all(_close(x.a, a) for x, a in zip(captured, self.a[0], strict=True))
+        if not is_repeatable:
+            self._activations(batch, again=True)
+            captured, sources = self._capture()
+        try:
+            _check_gradients(captured, sources)
+        finally:
+            self.search.release()
+        if not is_repeatable:
+            return [_NOT_REPEATABLE]
+        _check_same_output(self.instrumented, batch, captured)
+        self._check_exchanged()
+        return []
+
+    def _activations(self, batch: Any, check: bool = False, again: bool = False) -> list[Tensor]:
+        with self.search.compare(self.hold_masks, again):
+            captured = self.instrumented.capture(batch)
+        if check:
+            for layer in captured:
+                check_finite(layer.layer.name, layer.rows)
+        return [layer.a.detach() for layer in captured]
+
+    def _capture(self) -> tuple[list[CapturedLayer], list[Tensor]]:
+        with self.search.mark(hold_masks=self.hold_masks) as sources:
+            captured = self.instrumented.capture(self.exchange.batch)
+        return captured, sources
+
+    def _check_exchanged(self) -> None:
+        """With activations of one set of samples, the section after must not see that all else is of the other set."""
+        layers = self.instrumented.layers
+        # For input and node layers, the digits of a Gray code say of which samples they are: any two differ in some
+        # pass, and neighbours in one pass only.
+        codes = [i ^ i >> 1 for i in range(len(layers))]
+        for digit in range(max(codes).bit_length()):
+            choice = [code >> digit & 1 for code in codes]
+            found = self._activations_with(choice)
+            for i in range(1, len(layers)):
+                # A tap may be computed from another one of its node layer.
+                is_comparable = i == len(layers) - 1 or len(layers[i].taps) == 1 or choice[i] == choice[i + 1]
+                if is_comparable and not _close(found[i], self.a[choice[i]][i]):
+                    raise self._bypass(i)
+
+    def _activations_with(self, choice: Sequence[int]) -> list[Tensor]:
+        """Activations of all node layers, with the input and those of earlier ones from either set of samples."""
+        batch = self.exchange.other if choice[0] else self.exchange.batch
+        replace = [*(self.a[side][i] for i, side in enumerate(choice[1:])), None]
+        with torch.no_grad(), self.search.holding_masks() if self.hold_masks else nullcontext():
+            return [layer.a for layer in self.instrumented.capture(batch, replace)]
+
+    def _bypass(self, after: int) -> NodeLayerError:
+        """The error for a section whose output does not follow from the node layer before alone."""
+        layers = self.instrumented.layers
+        source = 0
+        for j in range(1, after):
+            only_j = [int(k == j) for k in range(len(layers))]
+            if not _close(self._activations_with(only_j)[after], self.a[0][after]):
+                source = j
+                break
+        error = NodeLayerError if source else InputBypassError
+        return error(
+            f"Node layer '{layers[after - 1].name}' does not cut the computation: '{layers[after].name}' also depends "
+            f"on {_INPUT if source == 0 else repr(layers[source - 1].name)} past it, on a path without gradient "
+            "(detach, argmax, ...)."
         )
-    ]
-    for module in instrumented.model.modules():
-        if isinstance(module, nn.Embedding):
-            handles.append(module.register_forward_hook(lambda _, args, output: visit(output), prepend=True))
-    try:
-        yield inputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def _check_bypass(captured: Sequence[CapturedLayer], inputs: Sequence[Tensor]) -> None:
+def _check_gradients(captured: Sequence[CapturedLayer], sources: Sequence[Tensor]) -> None:
+    for layer in captured:
+        check_finite(layer.layer.name, layer.rows)
+    _check_bypass(captured, sources)
+    for before, after in pairwise(captured):
+        _check_section(before, after)
+
+
+def _check_bypass(captured: Sequence[CapturedLayer], sources: Sequence[Tensor]) -> None:
     """Each node layer may depend on the one before only, not on earlier ones or on the model's input."""
-    earlier = [(_INPUT, inputs), *((f"'{layer.layer.name}'", layer.leaves) for layer in captured)]
+    earlier = [(_INPUT, sources), *((f"'{layer.layer.name}'", layer.leaves) for layer in captured)]
     for position in range(1, len(captured)):
         for source, leaves in earlier[:position]:
             if _depends(captured[position].outputs, leaves):
-                raise NodeLayerError(
+                error = InputBypassError if source == _INPUT else NodeLayerError
+                raise error(
                     f"Node layer '{captured[position - 1].layer.name}' does not cut the computation: "
                     f"'{captured[position].layer.name}' also depends on {source} past it (a skip connection?). Tap the "
                     "residual stream itself, such as a block's output or the input of the norm that follows; parallel "
@@ -236,13 +386,6 @@ def _check_section(before: CapturedLayer, after: CapturedLayer) -> None:
             )
 
 
-def _is_repeatable(instrumented: InstrumentedModel, batch: Any, captured: Sequence[CapturedLayer]) -> bool:
-    """Whether a second forward pass gives the same activations; not so if the model counts its calls, for example."""
-    with torch.no_grad():
-        again = instrumented.capture(batch)
-    return all(_close(x.a, y.a) for x, y in zip(again, captured, strict=True))
-
-
 def _check_same_output(instrumented: InstrumentedModel, batch: Any, captured: Sequence[CapturedLayer]) -> None:
     if captured[-1].layer.taps != ("output",):
         return
@@ -255,34 +398,17 @@ def _check_same_output(instrumented: InstrumentedModel, batch: Any, captured: Se
         )
 
 
-def _check_permuted_inputs(
-    instrumented: InstrumentedModel, batch: Any, captured: Sequence[CapturedLayer], inputs: set[int]
-) -> None:
-    """With the samples of the input permuted but a node layer's activations unchanged, later ones must not change.
-
-    This finds paths without gradients: through detach, comparisons and argmax.
-    """
-
-    def permute(index: int, tensor: Tensor) -> Tensor:
-        return tensor.roll(1, 0) if index in inputs else tensor
-
-    for position in range(len(captured) - 1 if inputs else 0):
-        unchanged = [layer.a.detach() if k == position else None for k, layer in enumerate(captured)]
-        with torch.no_grad(), varying_inputs(instrumented, batch_size(batch), permute):
-            permuted = instrumented.capture(batch, unchanged)
-        for x, y in zip(captured[position + 1 :], permuted[position + 1 :], strict=True):
-            if not _close(x.a, y.a):
-                raise NodeLayerError(
-                    f"Node layer '{captured[position].layer.name}' does not cut the computation: '{x.layer.name}' "
-                    "also depends on the model's input past it, on a path without gradient (detach, argmax, ...)."
-                )
-
-
 def _close(a: Tensor, b: Tensor) -> bool:
     # The same operations on the same numbers, but an accelerator may sum them in another order. In half precision a
-    # tolerance of 1000 eps would exceed the numbers themselves.
-    eps = torch.finfo(a.dtype).eps
-    return a.shape == b.shape and bool((a - b).abs().max() <= min(1000 * eps, eps**0.5) * b.abs().max())
+    # tolerance of 1000 eps would exceed the numbers themselves. Numbers that are not finite (at masked positions) are
+    # to be the same.
+    if a.shape != b.shape:
+        return False
+    finite = torch.isfinite(b)
+    if not torch.equal(torch.nan_to_num(a[~finite], nan=0.5), torch.nan_to_num(b[~finite], nan=0.5)):
+        return False
+    a, b, eps = a[finite].double(), b[finite].double(), torch.finfo(b.dtype).eps
+    return not len(b) or bool((a - b).abs().max() <= min(1000 * eps, eps**0.5) * b.abs().max())
 
 
 def _depends(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> bool:

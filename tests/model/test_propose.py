@@ -179,7 +179,7 @@ class InPlace(nn.Module):
 
 
 class Views(nn.Module):
-    """The residual stream is a view; only the norm would receive a copy of it."""
+    """The residual stream is a view, which the norm and the skip connection share."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -316,7 +316,7 @@ X = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     ("model", "batch", "expected"),
     [
         (InPlace, X, ["input", "embed", "act:input", "act", "output"]),
-        (Views, X, ["input", "embed", "head:input", "output"]),
+        (Views, X, ["input", "embed", "norm:input", "head:input", "output"]),
         (LateName, X, ["input", "body.f", "body.pool", "output"]),
         (lambda: UsedBefore(by_module=True), X, ["input", "embed", "skip:input", "head:input", "output"]),
         (lambda: UsedBefore(by_module=False), X, ["input", "embed", "head:input", "output"]),
