@@ -196,7 +196,8 @@ def test_objects_and_data_of_the_module() -> None:
 
 
 def test_a_check_that_could_not_look_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    model, tokens = Skip(FROM_TOKENS["index"]), torch.tensor([2, 2, 2])
+    model, tokens = Skip(lambda m, t: m.data), torch.tensor([2, 2, 2])
+    model.data = torch.randn(3, D)
     with caplog.at_level(logging.WARNING):
         graph = compute_interaction_graph(model, [tokens, tokens], ["a", "output"], basis="pca", final_basis="neuron")
     (note,) = graph.info["notes"]
