@@ -141,6 +141,8 @@ INTERNALS: list[tuple[Any, str, Any, str]] = [
     (torch_internals, "number of parametrize.cached", nn.utils.parametrize, "weights that the caller's "
      "parametrize.cached() has cached are used and extended"),
     (torch_internals, "cache of parametrize.cached", nn.utils.parametrize, "as for their number"),
+    (torch_internals, "functorch", torch._C, "models that use torch.func: the check of node layers fails on them (no "
+     "workaround)"),
     (autograd_graph, "version counter", torch.autograd, "time and memory for copies of tensors that autograd saves"),
     (autograd_graph, "input metadata", (X.clone().requires_grad_() * 2).grad_fn, "closed forms, so time"),
     (autograd_graph, "saved tensors", None, "backward passes to check graphs that are kept, so time"),
