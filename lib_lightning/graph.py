@@ -16,7 +16,7 @@ from torch import Tensor
 from lib_lightning._deprecated import renamed_arguments, renamed_fields
 from lib_lightning.algorithm.basis import Basis
 from lib_lightning.algorithm.jackknife import standard_error
-from lib_lightning.errors import LIBError
+from lib_lightning.errors import LIBError, quoted
 from lib_lightning.io import basis_format as keys
 from lib_lightning.io.basis_file import BasisFileError, read_file, write_file
 from lib_lightning.model.node_layer import NodeLayer
@@ -50,7 +50,8 @@ class Lineages:
     """The lineages of the features of one node layer: which ones they continue from earlier snapshots.
 
     Attributes:
-        ids: The lineage of each feature, shape ``(r,)``, int64: unique numbers from 0 in the order of birth.
+        ids: The lineage of each feature, shape ``(r,)``, int64: unique numbers from 0 in the order of birth. It is the
+            number in a feature's id, such as ``"resid_post/17"``; its position in ``ids`` is the feature's index.
         similarity: Absolute correlation of each feature with the previous one of its lineage, shape ``(r,)``, float64;
             NaN for new lineages.
         parents: The lineage that a new one has split from, shape ``(r,)``, int64; -1 for none.
@@ -61,10 +62,47 @@ class Lineages:
     parents: Tensor
 
 
+@dataclass(frozen=True)
+class Feature:
+    """One feature of a graph.
+
+    Attributes:
+        id: ``"layer/number"``, the name in events, figures, the tab and the log. In a run the number is the lineage, so
+            the id is the same in all snapshots. A graph whose features are not tracked has the index in its place.
+        layer: Name of the node layer.
+        index: Position of the feature in this graph's bases, edges, labels and modules; for all bases but those of
+            single neurons, its rank by importance, from 0. It changes from snapshot to snapshot.
+        lineage: The lineage; None if features are not tracked.
+        importance: Its importance.
+        importance_error: Standard error of the importance; None if unknown.
+        label: Its name; "" for none.
+        module: Number of its module, -1 for none; None if modules have not been looked for.
+        to_feature: The direction that is read, a column of ``C``, shape ``(d,)``, float64: the feature's value is
+            ``(a - mean) @ to_feature``.
+        from_feature: The direction that is written, a row of ``C^+``, shape ``(d,)``, float64: adding it to the
+            activations adds 1 to the feature's value and nothing to those of the other features.
+    """
+
+    id: str
+    layer: str
+    index: int
+    lineage: int | None
+    importance: float
+    importance_error: float | None
+    label: str
+    module: int | None
+    to_feature: Tensor = field(repr=False, compare=False)
+    from_feature: Tensor = field(repr=False, compare=False)
+
+
 @renamed_fields(probes="reference_features")
 @dataclass
 class InteractionGraph:
     """Features of every node layer, and the strengths of their interactions.
+
+    Bases, edges, labels and modules are in the order of a feature's *index*: its rank by importance, which changes from
+    snapshot to snapshot. Events, figures, the tab and the log name a feature by its *id*, such as ``"resid_post/17"``,
+    which does not. `feature`, `index` and `feature_ids` convert.
 
     Attributes:
         bases: A `Basis` for each node layer, by name, in forward order.
@@ -75,7 +113,8 @@ class InteractionGraph:
             features. New samples also rotate the features a little, which changes edges more, in particular weak ones:
             on small networks, about twice as much in LIB and PCA bases, and not at all in neuron bases.
         modules: For each node layer the module of each feature, shape ``(r,)``, int64, -1 for none; empty before
-            `find_modules`.
+            `find_modules`. In the snapshots of a run with tracked features, a module keeps its number, and with it its
+            colour in every picture, for as long as it is found again; otherwise modules are numbered by size.
         labels: For node layers that have any, a name for each feature; "" for none.
         reference_features: For each node layer the values of its features on reference samples, each feature scaled to
             mean 0 and variance 1, shape ``(N, r)``, float16. The samples are the same throughout a run. Empty if the
@@ -89,6 +128,8 @@ class InteractionGraph:
         >>> graph = compute_interaction_graph(torch.nn.Linear(3, 2), [torch.randn(9, 3)], ["input", "output"])
         >>> graph
         InteractionGraph(input: 2 lib -> output: 2 neuron, 9 samples)
+        >>> graph.feature("input/1").index, graph.feature_ids("output")
+        (1, ['output/0', 'output/1'])
     """
 
     bases: dict[str, Basis]
@@ -129,6 +170,104 @@ class InteractionGraph:
     def __repr__(self) -> str:
         layers = " -> ".join(f"{b.name}: {b.n_features} {b.kind}" for b in self.bases.values())
         return f"InteractionGraph({layers}, {self.info.get(keys.NUM_SAMPLES, '?')} samples)"
+
+    def feature(self, which: str | tuple[str, int]) -> Feature:
+        """Look up a feature, by its id or by its index.
+
+        Args:
+            which: The id, such as ``"resid_post/17"``; or node layer and index, such as ``("resid_post", 2)``, like the
+                nodes of `to_networkx`.
+
+        Returns:
+            Its index, id, label, importance and directions.
+
+        Raises:
+            LIBError: If there is no such feature in this graph.
+
+        Example:
+            >>> import torch
+            >>> from lib_lightning import compute_interaction_graph
+            >>> graph = compute_interaction_graph(torch.nn.Linear(3, 2), [torch.randn(9, 3)], ["input", "output"])
+            >>> feature = graph.feature(("input", 0))
+            >>> feature.id, graph.feature("input/0") == feature, feature.to_feature.shape
+            ('input/0', True, torch.Size([3]))
+        """
+        layer, index = (which[0], which[1]) if isinstance(which, tuple) else self._place(which)
+        basis = self._basis(layer)
+        if not 0 <= index < basis.n_features:
+            raise LIBError(
+                f"'{layer}' has {basis.n_features:,} features, with indices from 0 to {basis.n_features - 1:,}; "
+                f"got {index}. To look a feature up by its id, write '{layer}/{index}'."
+            )
+        modules, errors = self.modules.get(layer), basis.importance_error
+        return Feature(
+            self.feature_ids(layer)[index],
+            layer,
+            index,
+            int(self.lineages[layer].ids[index]) if layer in self.lineages else None,
+            float(basis.importance[index]),
+            None if errors is None else float(errors[index]),
+            self.labels[layer][index] if self.labels.get(layer) else "",
+            None if modules is None else int(modules[index]),
+            basis.to_features[:, index],
+            basis.from_features[index],
+        )
+
+    def index(self, feature_id: str) -> int:
+        """Position of a feature in this graph's bases, edges, labels and modules.
+
+        Args:
+            feature_id: Its id, such as ``"resid_post/17"``.
+
+        Returns:
+            The index: `Basis.to_features` of its node layer has the feature in this column.
+
+        Raises:
+            LIBError: If there is no such feature in this graph.
+
+        Example:
+            >>> import torch
+            >>> from lib_lightning import compute_interaction_graph
+            >>> graph = compute_interaction_graph(torch.nn.Linear(3, 2), [torch.randn(9, 3)], ["input", "output"])
+            >>> graph.index("input/1")
+            1
+        """
+        return self._place(feature_id)[1]
+
+    def feature_ids(self, layer: str) -> list[str]:
+        """Ids of the features of a node layer, in the order of their indices.
+
+        Args:
+            layer: Name of the node layer.
+
+        Returns:
+            The ids, such as ``"resid_post/17"``.
+
+        Raises:
+            LIBError: If there is no such node layer.
+        """
+        basis = self._basis(layer)
+        numbers = self.lineages[layer].ids.tolist() if layer in self.lineages else range(basis.n_features)
+        return [f"{layer}/{number}" for number in numbers]
+
+    def _basis(self, layer: str) -> Basis:
+        if layer not in self.bases:
+            raise LIBError(f"This graph has no node layer '{layer}', only {quoted(self.node_layers)}.")
+        return self.bases[layer]
+
+    def _place(self, feature_id: str) -> tuple[str, int]:
+        """Node layer and index of a feature."""
+        layer, _, number = str(feature_id).rpartition("/")
+        if not layer or not number.isdecimal():
+            example = f"{self.node_layers[-1]}/0"
+            raise LIBError(f"A feature's id is its node layer and a number, such as '{example}'; got {feature_id!r}.")
+        ids = self.feature_ids(layer)
+        wanted = f"{layer}/{int(number)}"
+        if wanted in ids:
+            return layer, ids.index(wanted)
+        at_index = f" The feature with index {int(number)} is '{ids[int(number)]}'." if int(number) < len(ids) else ""
+        few = quoted(ids[:5]) + (" ..." if len(ids) > 5 else "")
+        raise LIBError(f"There is no feature '{wanted}' in this graph, whose '{layer}' has {few}.{at_index}")
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write a basis file: safetensors with a JSON header. An existing file is replaced atomically.
@@ -293,15 +432,21 @@ class InteractionGraph:
         """Convert to a directed graph.
 
         Returns:
-            A graph with nodes ``(node layer, feature index)``, whose attributes are ``importance`` and ``layer`` (the
-            index of the node layer), and edges with attribute ``weight``, without those of weight zero.
+            A graph with nodes ``(node layer, feature index)`` and edges with attribute ``weight``, without those of
+            weight zero. Attributes of nodes are ``id`` (such as ``"resid_post/17"``, the name in events and figures),
+            ``label``, ``importance``, ``layer`` (the index of the node layer), and ``module`` if modules are known.
         """
         import networkx as nx
 
         graph: nx.DiGraph[tuple[str, int]] = nx.DiGraph()
         for position, (name, basis) in enumerate(self.bases.items()):
+            ids, labels = self.feature_ids(name), self.labels.get(name) or [""] * basis.n_features
+            modules = self.modules[name].tolist() if name in self.modules else None
             for j, importance in enumerate(basis.importance.tolist()):
-                graph.add_node((name, j), importance=importance, layer=position)
+                known = {} if modules is None else {"module": modules[j]}
+                graph.add_node(
+                    (name, j), id=ids[j], label=labels[j], importance=importance, layer=position, **known
+                )  # fmt: skip
         for (before, after), E in self.edges.items():
             for i, j in E.nonzero().tolist():
                 graph.add_edge((before, j), (after, i), weight=float(E[i, j]))
@@ -311,7 +456,8 @@ class InteractionGraph:
     def plot(self, max_edges: int = 300, max_features: int = 40, layout: AnimatedLayout | None = None) -> Figure:
         """Draw the graph: one column per node layer, dots sized by importance, lines by edge strength.
 
-        Modules, if known, are drawn as coloured bands; labels are written beside their features.
+        Modules, if known, are drawn as bands in the colours of their numbers; labels are written beside their features.
+        The number beside a dot is the one in the feature's id: its lineage in a run, else its index.
 
         Args:
             max_edges: Maximum number of edges to draw, divided equally among the sections.
@@ -321,23 +467,22 @@ class InteractionGraph:
         Returns:
             A matplotlib figure that is not registered with pyplot.
         """
-        from lib_lightning.plots.graph import draw_graph
+        from lib_lightning.plots.graph import Annotations, draw_graph
 
-        bases = self.bases.values()
-        animated = layout is not None and self.lineages.keys() == self.bases.keys()
+        bases = list(self.bases.values())
+        lineages = [self.lineages[b.name].ids if b.name in self.lineages else None for b in bases]
+        # Some layers, such as the output, may have no modules or labels.
+        none = [torch.full((b.n_features,), -1, device="cpu") for b in bases]
+        modules = [self.modules.get(b.name, no) for b, no in zip(bases, none, strict=True)] if self.modules else None
+        labels = [self.labels.get(b.name) or [""] * b.n_features for b in bases] if self.labels else None
         return draw_graph(
-            list(bases),
+            bases,
             list(self.edges.values()),
-            title="Interaction graph" + self._when(),
-            max_edges=max_edges,
-            max_features=max_features,
-            # Some layers, such as the output, may have no modules.
-            modules=[self.modules.get(b.name, torch.full((b.n_features,), -1, device="cpu")) for b in bases]
-            if self.modules
-            else None,
-            labels=[self.labels.get(b.name, [""] * b.n_features) for b in bases] if self.labels else None,
-            lineages=[self.lineages[b.name].ids for b in bases] if animated else None,
-            layout=layout if animated else None,
+            "Interaction graph" + self._when(),
+            max_edges,
+            max_features,
+            Annotations(modules, labels, lineages),
+            layout if None not in lineages else None,
         )
 
     def plot_spectrum(self, baselines: Sequence[InteractionGraph] = ()) -> Figure:

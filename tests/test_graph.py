@@ -20,7 +20,8 @@ def graph() -> InteractionGraph:
 def test_networkx_has_features_and_edges(graph: InteractionGraph) -> None:
     nx_graph = graph.to_networkx()
     assert nx_graph.number_of_nodes() == sum(basis.n_features for basis in graph.bases.values())
-    assert nx_graph.nodes["1", 0] == {"importance": float(graph.bases["1"].importance[0]), "layer": 1}
+    importance = float(graph.bases["1"].importance[0])
+    assert nx_graph.nodes["1", 0] == {"id": "1/0", "label": "", "importance": importance, "layer": 1}
     E = graph.edges["1", "output"]
     assert nx_graph.edges[("1", 0), ("output", 2)]["weight"] == float(E[2, 0])
     assert nx_graph.number_of_edges() == sum(int((E > 0).sum()) for E in graph.edges.values())

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from lib_lightning.algorithm.basis import FIXED_ORDER, Basis
 from lib_lightning.plots.layout import Column, columns_by_importance, columns_by_module, even_heights
-from lib_lightning.plots.lineage_series import LayerSnapshot, as_array
-from lib_lightning.plots.module_colors import ModuleColors
+from lib_lightning.plots.lineage_series import as_array
 from lib_lightning.plots.palette import THEME
 
 # Slots per visible feature: the spare ones let a new feature be placed near the features that it interacts with.
@@ -19,7 +18,7 @@ _SLOTS_PER_FEATURE = 1.25
 
 
 class AnimatedLayout:
-    """Positions of features and colours of modules, kept from graph to graph.
+    """Positions of features, kept from graph to graph.
 
     A feature whose lineage remains visible keeps its position. A new feature gets the free slot nearest to the mean
     height of its neighbours in the adjacent columns, weighted by edge strength. Single neurons are ordered by index.
@@ -35,8 +34,8 @@ class AnimatedLayout:
         >>> def layer(importance):
         ...     return Basis("fc", "pca", torch.zeros(2), torch.eye(2), torch.eye(2), torch.tensor(importance))
         >>> layout = AnimatedLayout(limit=9)
-        >>> (before,), _ = layout.columns([layer([2.0, 1.0])], [torch.tensor([0, 1])], [])
-        >>> (after,), _ = layout.columns([layer([4.0, 3.0])], [torch.tensor([1, 0])], [])
+        >>> (before,) = layout.columns([layer([2.0, 1.0])], [torch.tensor([0, 1])], [])
+        >>> (after,) = layout.columns([layer([4.0, 3.0])], [torch.tensor([1, 0])], [])
         >>> before.lineages, after.lineages, bool((before.heights == after.heights).all())
         (array([0, 1]), array([0, 1]), True)
     """
@@ -45,7 +44,6 @@ class AnimatedLayout:
         self.limit = limit
         # For each node layer, the slot of each visible lineage, counted from the top.
         self._slots: dict[str, dict[int, int]] = {}
-        self._colors = ModuleColors()
 
     def columns(
         self,
@@ -53,17 +51,17 @@ class AnimatedLayout:
         lineages: Sequence[Tensor],
         edges: Sequence[Tensor],
         modules: Sequence[Tensor] | None = None,
-    ) -> tuple[list[Column], dict[int, str] | None]:
+    ) -> list[Column]:
         """Lay out the next graph.
 
         Args:
             bases: One basis for each node layer.
-            lineages: Lineage id of each feature, shape ``(r,)``, for each node layer.
+            lineages: Lineage of each feature, shape ``(r,)``, for each node layer.
             edges: One matrix ``(r_out, r_in)`` for each pair of neighbouring node layers.
             modules: Module of each feature, -1 for none, shape ``(r,)``, for each node layer.
 
         Returns:
-            A column for each node layer, and the colour of each module (None without modules).
+            A column for each node layer.
         """
         if modules is None:
             static = columns_by_importance(bases, self.limit)
@@ -99,15 +97,12 @@ class AnimatedLayout:
             shown = column.shown[np.argsort(-height[column.shown], kind="stable")]
             members = None if modules is None else as_array(modules[x]).astype(int)[shown]
             columns.append(Column(shown, height[shown], members, ids[x][shown]))
-        if modules is None:
-            return columns, None
-        layers = zip(bases, lineages, modules, strict=True)
-        return columns, self._colors.update({b.name: LayerSnapshot(k, b.importance, m) for b, k, m in layers})
+        return columns
 
     def state_dict(self) -> dict[str, Any]:
         """State needed to continue, as plain numbers, strings and lists."""
         slots = {name: [list(pair) for pair in layer.items()] for name, layer in self._slots.items()}
-        return {"limit": self.limit, "places": slots, "colors": self._colors.state_dict()}
+        return {"limit": self.limit, "places": slots}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a state.
@@ -117,7 +112,6 @@ class AnimatedLayout:
         """
         self.limit = state["limit"]
         self._slots = {name: dict(pairs) for name, pairs in state["places"].items()}
-        self._colors.load_state_dict(state["colors"])
 
     @property
     def _slot_count(self) -> int:

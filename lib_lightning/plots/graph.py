@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -19,7 +20,7 @@ from lib_lightning.plots.animated_layout import AnimatedLayout
 from lib_lightning.plots.layout import Band, Column, columns_by_importance, columns_by_module, inside_modules
 from lib_lightning.plots.legend import DASHES, MAX_WIDTH, ROW, dot_area, draw_legend, edge_style, legend_rows
 from lib_lightning.plots.lineage_series import as_array, degenerate_mask
-from lib_lightning.plots.palette import BLUE, MODULES, MUTED, TEXT, THEME, VERMILION
+from lib_lightning.plots.palette import BETWEEN_MODULES, BLUE, MODULES, MUTED, TEXT, THEME, VERMILION, module_color
 from lib_lightning.plots.text_metrics import DPI, non_overlapping, percent, shorten, shorten_front, text_width
 
 # Inches. With modules, there is one more line of counts below the graph.
@@ -35,20 +36,35 @@ _RIGHT_MARGIN = 16.0
 _STROKE = [withStroke(linewidth=2.5, foreground="white")]
 
 
+@dataclass(frozen=True)
+class Annotations:
+    """What is known about the features of a graph beyond their bases, for each node layer in forward order.
+
+    Attributes:
+        modules: The module of each feature, shape ``(r,)``, -1 for none; None if modules are not known.
+        labels: A label for each feature, "" for none; None if there are none.
+        lineages: The lineage of each feature, shape ``(r,)``; None for a node layer whose features are not tracked.
+    """
+
+    modules: Sequence[Tensor] | None = None
+    labels: Sequence[Sequence[str]] | None = None
+    lineages: Sequence[Tensor | None] | None = None
+
+
 def draw_graph(
     bases: Sequence[Basis],
     edges: Sequence[Tensor],
     title: str = "Interaction graph",
     max_edges: int = 300,
     max_features: int = THEME["column"]["max_features"],
-    modules: Sequence[Tensor] | None = None,
-    labels: Sequence[Sequence[str]] | None = None,
-    lineages: Sequence[Tensor] | None = None,
+    annotations: Annotations | None = None,
     layout: AnimatedLayout | None = None,
 ) -> Figure:
     """Draw an interaction graph.
 
-    Features whose direction the samples do not determine are hollow, if the bases have this information.
+    Features whose direction the samples do not determine are hollow, if the bases have this information. The number
+    beside a dot is that in the feature's id: its lineage, or its index where features are not tracked. Modules have the
+    colour of their number (`module_color`), and labels are written beside the dots if there is space.
 
     Args:
         bases: One basis for each node layer, in forward order.
@@ -56,18 +72,15 @@ def draw_graph(
         title: Title of the figure.
         max_edges: Maximum number of edges to draw, divided equally among the sections.
         max_features: Maximum number of features to draw in a column; the most important ones are drawn.
-        modules: For each node layer, the module of each feature, shape ``(r,)``, -1 for none. A module is drawn as a
-            band at the same height in all columns; the largest modules have different colours.
-        labels: For each node layer, a label for each feature, "" for none, written beside the dots if there is space.
-        lineages: For each node layer, the lineage of each feature, shape ``(r,)``; required with ``layout``.
-        layout: Layout of the previous graphs, updated with this one: features and modules that it knows keep their
-            positions and colours. Its own limit replaces ``max_features``, and modules are not drawn as bands.
+        annotations: Modules, labels and lineages. A module is a band at the same height in all columns.
+        layout: Layout of the previous graphs, updated with this one: features that it knows keep their positions. Its
+            own limit replaces ``max_features``, and modules are not drawn as bands.
 
     Returns:
         A matplotlib figure that is not registered with pyplot, so it is freed when it is no longer referenced.
 
     Raises:
-        SettingError: If ``layout`` is given without ``lineages``.
+        SettingError: If ``layout`` is given without the lineages of all node layers.
 
     Example:
         >>> import torch
@@ -76,37 +89,48 @@ def draw_graph(
         >>> type(draw_graph([layer, layer], [torch.eye(2)])).__name__
         'Figure'
     """
+    annotations = annotations or Annotations()
+    modules, labels = annotations.modules, annotations.labels
+    lineages = annotations.lineages or [None] * len(bases)
     bands: dict[int, Band] = {}
-    colors: dict[int, str] | None = None
     if layout is not None:
-        if lineages is None:
-            raise SettingError("layout= keeps features of the same lineage in place: lineages= is missing.")
-        columns, colors = layout.columns(bases, lineages, edges, modules)
+        tracked = [of_layer for of_layer in lineages if of_layer is not None]
+        if len(tracked) < len(bases):
+            raise SettingError("layout= keeps features of the same lineage in place: annotations have no lineages.")
+        columns = layout.columns(bases, tracked, edges, modules)
     elif modules is None:
         columns = columns_by_importance(bases, max_features)
     else:
         columns, bands = columns_by_module(bases, modules, max_features)
-        colors = {module: band.color for module, band in bands.items()}
+    columns = [column.with_lineages(of_layer) for column, of_layer in zip(columns, lineages, strict=True)]
     shown_labels = [_shown_labels(column, labels[x]) if labels is not None else [] for x, column in enumerate(columns)]
     hollow = [degenerate_mask(basis)[column.shown] for basis, column in zip(bases, columns, strict=True)]
+    numbered = [column for column in columns if 0 < len(column.shown) <= _MAX_LABELS]
     rows = legend_rows(
-        colors,
+        None if modules is None else sorted({m for c in columns if c.modules is not None for m in c.modules.tolist()}),
         any(mask.any() for mask in hollow),
-        any(column.lineages is not None and 0 < len(column.shown) <= _MAX_LABELS for column in columns),
+        _meaning_of_numbers(numbered),
     )
 
-    figure, axes = _page(len(bases), len(rows) - 2, colors is not None, _label_overhang(shown_labels))
+    figure, axes = _page(len(bases), len(rows) - 2, modules is not None, _label_overhang(shown_labels))
     figure.text(0.03, 1 - _TITLE_OFFSET / figure.get_figheight(), title, fontsize=16, fontweight="bold", color=TEXT)
     _draw_bands(axes, bands)
     for x, E in enumerate(edges):
         inside = inside_modules(E, modules[x], modules[x + 1]) if modules is not None else None
-        _draw_section(axes, x, E, (columns[x], columns[x + 1]), max_edges // len(edges), inside, colors or {})
+        _draw_section(axes, x, E, (columns[x], columns[x + 1]), max_edges // len(edges), inside)
     for x, (basis, column) in enumerate(zip(bases, columns, strict=True)):
-        _draw_column(axes, x, basis, column, hollow[x], colors)
+        _draw_column(axes, x, basis, column, hollow[x], is_animated=layout is not None)
         next_column = columns[x + 1] if x + 1 < len(columns) else None
         _draw_labels(axes, x, column, shown_labels[x], next_column)
     draw_legend(figure, rows)
     return figure
+
+
+def _meaning_of_numbers(numbered: Sequence[Column]) -> str:
+    """What the numbers beside dots are; "" if there are none."""
+    if not numbered:
+        return ""
+    return "ids" if any(column.lineages is not None for column in numbered) else "indices"
 
 
 def _page(columns: int, extra_rows: int, module_counts: bool, overhang: float) -> tuple[Figure, Axes]:
@@ -128,10 +152,12 @@ def _width(columns: int) -> float:
 
 def _draw_bands(axes: Axes, bands: dict[int, Band]) -> None:
     for band in bands.values():
-        if band.color in MODULES:
+        if 0 <= band.module < len(MODULES):
             # Bars at both ends instead of a tint: a PNG of 256 colours cannot represent many light tints.
             for start in (0.014, 0.978):
-                axes.axhspan(band.low, band.high, start, start + 0.008, facecolor=band.color, lw=0, zorder=0)
+                axes.axhspan(
+                    band.low, band.high, start, start + 0.008, facecolor=module_color(band.module), lw=0, zorder=0
+                )
 
 
 def _draw_section(
@@ -141,7 +167,6 @@ def _draw_section(
     columns: tuple[Column, Column],
     limit: int,
     inside: np.ndarray | None,
-    colors: Mapping[int, str],
 ) -> None:
     strength = as_array(E)
     before, after = columns
@@ -164,8 +189,8 @@ def _draw_section(
         else:
             within = inside[grid][i, j]
             if before.modules is not None:
-                edge_colors = [colors[m] if w else MUTED for m, w in zip(before.modules[j], within, strict=True)]
-                rgba[:, :3] = [to_rgb(color) for color in edge_colors]
+                ends_in = zip(before.modules[j].tolist(), within, strict=True)
+                rgba[:, :3] = [to_rgb(module_color(m) if is_in else BETWEEN_MODULES) for m, is_in in ends_in]
             # Dashed lines are drawn first, so that they do not cover edges inside modules.
             for part, dashes in ((~within, DASHES), (within, "solid")):
                 segments = [line for line, drawn in zip(lines, part, strict=True) if drawn]
@@ -173,7 +198,7 @@ def _draw_section(
                     LineCollection(segments, linewidths=widths[part], colors=rgba[part], linestyles=dashes)
                 )
     covered = visible[i, j].sum() / total if total > 0 else 0.0
-    counts = f"{len(order):,} of {strength.size:,} edges\n{percent(covered)} of strength"
+    counts = f"{len(order):,} of {np.count_nonzero(strength):,} edges\n{percent(covered)} of strength"
     if inside is not None:
         counts += f"\n{percent(strength[inside].sum() / total if total > 0 else 0.0)} inside modules"
     axes.text(
@@ -182,23 +207,21 @@ def _draw_section(
     )  # fmt: skip
 
 
-def _draw_column(
-    axes: Axes, x: int, basis: Basis, column: Column, hollow: np.ndarray, colors: Mapping[int, str] | None
-) -> None:
+def _draw_column(axes: Axes, x: int, basis: Basis, column: Column, hollow: np.ndarray, is_animated: bool) -> None:
     importance = as_array(basis.importance)
     shown, heights = column.shown, column.heights
     share = importance[shown] / max(importance.max(initial=0.0), np.finfo(float).tiny)
     # Points between neighbouring dots: in a long column, dots must not merge.
     spacing = 72 * _GRAPH_HEIGHT * (-np.diff(heights)).min() if len(shown) > 1 else np.inf
     # In an animated layout there are free slots between dots, so large dots may extend beyond their own.
-    area = np.minimum(dot_area(share), ((1.1 if column.lineages is None else 2.5) * spacing) ** 2)
-    if colors is not None:  # Gaps between bands can leave very little space.
+    area = np.minimum(dot_area(share), ((2.5 if is_animated else 1.1) * spacing) ** 2)
+    if column.modules is not None:  # Gaps between bands can leave very little space.
         area = np.maximum(area, 7.0)
     color = np.array([VERMILION] * len(shown), dtype=object)
-    if colors is not None and column.modules is not None:
-        color[:] = [colors[module] for module in column.modules]
+    if column.modules is not None:
+        color[:] = [module_color(module) for module in column.modules.tolist()]
     # Small dots are drawn over large ones.
-    order = np.argsort(-area, kind="stable") if column.lineages is not None else np.arange(len(shown))
+    order = np.argsort(-area, kind="stable") if is_animated else np.arange(len(shown))
     axes.scatter(
         np.full(len(shown), x), heights[order], s=area[order], zorder=3, clip_on=False,
         facecolor=list(np.where(hollow, "white", color)[order]),
@@ -211,7 +234,7 @@ def _draw_column(
     axes.text(
         x, 1.135, name, parse_math=False, ha="center", fontsize=size, fontweight="bold", color=TEXT, clip_on=False
     )  # fmt: skip
-    count_color = VERMILION if colors is None else MUTED
+    count_color = VERMILION if column.modules is None else MUTED
     axes.text(x, 1.055, f"{count} {features}", ha="center", fontsize=11, color=count_color, clip_on=False)
 
 
@@ -230,7 +253,7 @@ def _label_overhang(labels: Sequence[Sequence[str]]) -> float:
 
 
 def _draw_labels(axes: Axes, x: int, column: Column, labels: Sequence[str], next_column: Column | None) -> None:
-    """Write the number of a feature to the left of its dot and its label to the right."""
+    """Write the number in a feature's id to the left of its dot, and its label to the right."""
     heights, distance = column.heights, _LINE_HEIGHT / (72 * _GRAPH_HEIGHT)
     if len(column.shown) <= _MAX_LABELS:
         for k in non_overlapping(heights.tolist(), distance):

@@ -1,15 +1,15 @@
-"""Layout of a graph figure: which features are shown, at what height, and in what colour."""
+"""Layout of a graph figure: which features are shown, and at what height."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
 
 from lib_lightning.algorithm.basis import Basis
-from lib_lightning.plots.palette import MODULES, NO_MODULE, OTHER_MODULES, THEME
+from lib_lightning.plots.palette import THEME
 
 # A column with fewer dots is centred at the spacing of this many intervals instead of being spread over the height.
 _MIN_INTERVALS: int = THEME["column"]["min_intervals"]
@@ -25,7 +25,7 @@ class Column:
         shown: Indices of the features shown, shape ``(n,)``.
         heights: Height of each dot, from 0 to 1, shape ``(n,)``.
         modules: Module of each feature, -1 for none, shape ``(n,)``; None if modules are not known.
-        lineages: Lineage id of each feature, shape ``(n,)``; None if features are identified by their index.
+        lineages: Lineage of each feature, shape ``(n,)``; None if features are not tracked.
     """
 
     shown: np.ndarray
@@ -35,8 +35,19 @@ class Column:
 
     @property
     def numbers(self) -> np.ndarray:
-        """The number written beside each dot: its lineage id, or else its index."""
+        """The number written beside each dot, as in the feature's id: its lineage, or its index without lineages."""
         return self.shown if self.lineages is None else self.lineages
+
+    def with_lineages(self, lineages: Tensor | None) -> Column:
+        """The same column with the lineages of its features.
+
+        Args:
+            lineages: Lineage of each feature of the node layer, shape ``(r,)``; None if they are not tracked.
+
+        Returns:
+            A new column.
+        """
+        return self if lineages is None else replace(self, lineages=lineages.cpu().numpy()[self.shown])
 
 
 @dataclass(frozen=True)
@@ -45,14 +56,12 @@ class Band:
 
     Attributes:
         module: Number of the module, -1 for features in no module.
-        color: Colour of its dots and lines.
         low: Lower bound, in the unit of the heights.
         high: Upper bound.
         slots: Largest number of its features in a column.
     """
 
     module: int
-    color: str
     low: float
     high: float
     slots: int
@@ -159,7 +168,6 @@ def _bands(members: Sequence[np.ndarray]) -> dict[int, Band]:
     all_members = np.concatenate([[], *members]).astype(int)
     found, sizes = np.unique(all_members[all_members >= 0], return_counts=True)
     ranked = [int(m) for m in found[np.argsort(-sizes, kind="stable")]]
-    colors = dict(zip(ranked, MODULES, strict=False))
     ranked += [-1] if (all_members < 0).any() else []
     # The column with most of a module's features determines the height of its band.
     slots = [max(int((m == module).sum()) for m in members) for module in ranked]
@@ -167,8 +175,7 @@ def _bands(members: Sequence[np.ndarray]) -> dict[int, Band]:
     step = 1 / max(total - 1, _MIN_INTERVALS)
     top, bands = 0.5 + step * total / 2, {}
     for module, count in zip(ranked, slots, strict=True):
-        color = NO_MODULE if module < 0 else colors.get(module, OTHER_MODULES)
-        bands[module] = Band(module, color, top - count * step, top, count)
+        bands[module] = Band(module, top - count * step, top, count)
         top -= (count + _MODULE_GAP) * step
     return bands
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lib_lightning.plots.palette import BLUE, MODULES, MUTED, NO_MODULE, OTHER_MODULES, TEXT, THEME, VERMILION
+from lib_lightning.plots.palette import BETWEEN_MODULES, BLUE, MODULES, MUTED, THEME, VERMILION, module_color
 
 # Inches from one row to the next.
 ROW = 0.324
@@ -75,13 +75,13 @@ class Row:
     length: float = 2.0
 
 
-def legend_rows(colors: Mapping[int, str] | None = None, hollow: bool = False, numbered: bool = False) -> list[Row]:
+def legend_rows(modules: Sequence[int] | None = None, hollow: bool = False, numbers: str = "") -> list[Row]:
     """Build the legend of a graph figure.
 
     Args:
-        colors: Colour of each module, -1 for features in no module; None if modules are not shown.
+        modules: The modules shown, -1 for features in no module; None if modules are not known.
         hollow: Whether there are hollow dots.
-        numbered: Whether dots are labelled with the ids of their lineages.
+        numbers: What the numbers beside dots are; "" if there are none.
 
     Returns:
         Rows of the legend, from bottom to top.
@@ -91,7 +91,7 @@ def legend_rows(colors: Mapping[int, str] | None = None, hollow: bool = False, n
         ['lines', 'dots', '']
     """
     # With modules, colours have a meaning of their own, so sizes and widths are explained in grey.
-    dot, line = (VERMILION, BLUE) if colors is None else (MUTED, MUTED)
+    dot, line = (VERMILION, BLUE) if modules is None else (MUTED, MUTED)
     lines = []
     for share in (1, 0.1, 0.01):
         width, opacity = edge_style(share)
@@ -104,14 +104,13 @@ def legend_rows(colors: Mapping[int, str] | None = None, hollow: bool = False, n
     marks = []
     if hollow:
         marks.append((_dot(dot, hollow=True), "direction not determined by the samples"))
-    if colors is not None:
-        marks.append((Line2D([], [], color=MUTED, lw=1.5, ls=DASHES), "between modules"))
-    if numbered:
-        marks.append((Line2D([], [], ls="", marker="$7$", color=TEXT, ms=6), "lineage"))
-    if marks:
-        rows.append(Row("", [mark for mark, _ in marks], [label for _, label in marks]))
-    if colors is not None:
-        rows.append(_modules(colors))
+    if modules is not None:
+        marks.append((Line2D([], [], color=BETWEEN_MODULES, lw=1.5, ls=DASHES), "between modules"))
+    if marks or numbers:
+        meaning = f"numbers: {numbers}" if numbers else ""
+        rows.append(Row(meaning, [mark for mark, _ in marks], [label for _, label in marks]))
+    if modules is not None:
+        rows.append(_modules(modules))
     return rows
 
 
@@ -132,6 +131,8 @@ def draw_legend(figure: Figure, rows: Sequence[Row]) -> None:
     for k, row in enumerate(rows):
         y = k * row_height
         figure.text(0.03, y + 0.4 * row_height, row.meaning, fontsize=_FONT_SIZE, color=MUTED)
+        if not row.handles:
+            continue
         figure.legend(
             row.handles, row.labels, loc="lower right", bbox_to_anchor=(0.99, y), ncols=len(row.handles),
             frameon=False, fontsize=_FONT_SIZE, labelcolor=MUTED, handlelength=row.length, handletextpad=0.5,
@@ -139,14 +140,14 @@ def draw_legend(figure: Figure, rows: Sequence[Row]) -> None:
         )  # fmt: skip
 
 
-def _modules(colors: Mapping[int, str]) -> Row:
-    named = {module: color for module, color in colors.items() if color in MODULES}
-    handles, labels = [_dot(color) for color in named.values()], [str(module) for module in named]
-    others = sum(color == OTHER_MODULES for color in colors.values())
+def _modules(modules: Sequence[int]) -> Row:
+    named = [module for module in modules if 0 <= module < len(MODULES)]
+    handles, labels = [_dot(module_color(module)) for module in named], [str(module) for module in named]
+    others = sum(module >= len(MODULES) for module in modules)
     if others:
-        handles, labels = [*handles, _dot(OTHER_MODULES)], [*labels, f"{others} more"]
-    if -1 in colors:
-        handles, labels = [*handles, _dot(NO_MODULE)], [*labels, "none"]
+        handles, labels = [*handles, _dot(module_color(len(MODULES)))], [*labels, f"{others} more"]
+    if -1 in modules:
+        handles, labels = [*handles, _dot(module_color(-1))], [*labels, "none"]
     return Row("modules", handles, labels, 0.8)
 
 

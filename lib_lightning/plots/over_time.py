@@ -217,8 +217,9 @@ def _median(values: np.ndarray) -> np.ndarray:
 
 def _colors(curves: Sequence[Curve]) -> list[str]:
     chosen = [curve.color or BASES.get(curve.name) for curve in curves]
-    free = [color for color in MODULES if color not in chosen] or list(MODULES)
-    return [color or free[k % len(free)] for k, color in enumerate(chosen)]
+    # Curves beyond the palette are grey: a second one in a colour would be taken for the first.
+    free = iter([color for color in MODULES if color not in chosen])
+    return [color or next(free, MUTED) for color in chosen]
 
 
 def _set_scale(axes_row: Sequence[FastAxes], row: Sequence[Panel]) -> None:

@@ -7,6 +7,8 @@ Its yellow is hard to see on white and is replaced by a wine red.
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -20,9 +22,83 @@ BLUE, VERMILION = _COLORS["blue"], _COLORS["vermilion"]
 # Neighbouring colours also differ in lightness.
 MODULES: tuple[str, ...] = tuple(_COLORS[name] for name in THEME["modules"])
 OTHER_MODULES, NO_MODULE = THEME["other_modules"], THEME["no_module"]
+# Lines between modules.
+BETWEEN_MODULES = THEME["between_modules"]
 BASIS_NAMES: dict[str, str] = THEME["basis_names"]
 BASES = dict(zip(BASIS_NAMES, _SERIES, strict=False))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+def module_color(number: int) -> str:
+    """The colour of a module, in every picture of a graph.
+
+    Args:
+        number: Number of the module, as in `InteractionGraph.modules`; -1 for features in no module.
+
+    Returns:
+        A colour of its own for each of the first modules, and one neutral colour for all others.
+
+    Example:
+        >>> module_color(0) == MODULES[0], module_color(7) == module_color(8) == OTHER_MODULES
+        (True, True)
+    """
+    if number < 0:
+        return str(NO_MODULE)
+    return MODULES[number] if number < len(MODULES) else str(OTHER_MODULES)
+
+
+def label_group(label: str) -> str:
+    """The common part of related labels, which have the same colour.
+
+    Args:
+        label: Label of a feature.
+
+    Returns:
+        "k=17" of "k=17 a+b", or else the label without a percentage at its end.
+
+    Example:
+        >>> label_group("k=17 a+b 93%"), label_group("edge detector 80%"), label_group("")
+        ('k=17', 'edge detector', '')
+    """
+    match = re.match(r"\S+=\S+", label)
+    return match.group() if match else without_percentage(label)
+
+
+def without_percentage(label: str) -> str:
+    """Drop a percentage at the end of a label, which changes from snapshot to snapshot.
+
+    Args:
+        label: Label of a feature.
+
+    Returns:
+        The rest.
+
+    Example:
+        >>> without_percentage("k=17 a+b 93%")
+        'k=17 a+b'
+    """
+    return re.sub(r"\s*\d+(\.\d+)?%$", "", label)
+
+
+def label_colors(groups: Sequence[dict[str, float]]) -> dict[str, str]:
+    """Choose the colours of groups of labels.
+
+    Args:
+        groups: For each snapshot, the importance of each group of labels.
+
+    Returns:
+        Colours by group: those with most importance in the last snapshot first, then those that are only in earlier
+        ones. Groups beyond the palette have one neutral colour.
+
+    Example:
+        >>> list(label_colors([{"old": 9.0, "b": 1.0}, {"a": 1.0, "b": 2.0}]))
+        ['b', 'a', 'old']
+    """
+    newest: dict[str, tuple[int, float]] = {}
+    for k, weights in enumerate(groups):
+        newest |= {group: (k, weight) for group, weight in weights.items() if group}
+    ranked = sorted(sorted(newest), key=lambda group: newest[group], reverse=True)
+    return {group: module_color(k) for k, group in enumerate(ranked)}
 
 
 def basis_styles(names: list[str]) -> dict[str, tuple[str, str]]:

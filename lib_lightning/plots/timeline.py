@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -15,8 +13,17 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
 from lib_lightning.plots.lineage_series import LayerSnapshot, LineageTable, as_array, lineage_table
-from lib_lightning.plots.module_colors import ModuleColors
-from lib_lightning.plots.palette import MODULES, MUTED, NO_MODULE, OTHER_MODULES, TEXT
+from lib_lightning.plots.palette import (
+    MODULES,
+    MUTED,
+    NO_MODULE,
+    OTHER_MODULES,
+    TEXT,
+    label_colors,
+    label_group,
+    module_color,
+    without_percentage,
+)
 from lib_lightning.plots.panels import Grid, Mark, add_legend, panels, wrap_legend
 from lib_lightning.plots.steps_axis import check_snapshots, set_step_axis
 from lib_lightning.plots.text_metrics import DPI, non_overlapping, shorten, text_width
@@ -119,39 +126,41 @@ def _colors(
     layers: Mapping[str, Sequence[LayerSnapshot]], tables: Mapping[str, LineageTable], shown: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], list[tuple[Mark, str]]]:
     """For each node layer, the colour of each band in each snapshot, shape ``(T, n)``; and a legend of the colours."""
-    keys = {name: np.full((len(tables[name].share), len(index)), "", dtype=object) for name, index in shown.items()}
-    labelled = any(label for layer in layers.values() for snapshot in layer for label in snapshot.labels or ())
-    module_colors = ModuleColors()
-    for t in range(len(next(iter(keys.values()), []))):
-        current = {name: layer[t] for name, layer in layers.items()}
-        color_of = {} if labelled else module_colors.update(current)
-        for name, snapshot in current.items():
+    # "" where a lineage is absent.
+    colors = {name: np.full((len(tables[name].share), len(k)), "", dtype=object) for name, k in shown.items()}
+    color_of = label_colors(_label_weights(layers))
+    for name, snapshots in layers.items():
+        for t, snapshot in enumerate(snapshots):
             feature = tables[name].feature[t, shown[name]]
             present = np.flatnonzero(feature >= 0)
-            if labelled and snapshot.labels is not None:
-                keys[name][t, present] = [_theme(snapshot.labels[k]) for k in feature[present]]
-            elif snapshot.modules is not None and not labelled:
-                module = as_array(snapshot.modules)[feature[present]]
-                keys[name][t, present] = [color_of[int(m)] for m in module]
-    if not labelled:
+            if color_of:
+                groups = [label_group(snapshot.labels[k]) if snapshot.labels else "" for k in feature[present]]
+                colors[name][t, present] = [color_of.get(group, NO_MODULE) for group in groups]
+            elif snapshot.modules is not None:
+                module = as_array(snapshot.modules)[feature[present]].astype(int)
+                colors[name][t, present] = [module_color(m) for m in module.tolist()]
+            else:
+                colors[name][t, present] = NO_MODULE
+    drawn = {name: np.where(of_layer == "", NO_MODULE, of_layer) for name, of_layer in colors.items()}
+    if not color_of:
         has_modules = any(snapshot.modules is not None for layer in layers.values() for snapshot in layer)
-        colors = {name: np.where(key == "", NO_MODULE, key) for name, key in keys.items()}
-        return colors, _module_legend(keys, has_modules)
-    weights: dict[str, float] = {}
-    for name, key in keys.items():
-        share = tables[name].share[:, shown[name]]
-        for theme in np.unique(key.astype(str)):
-            weights[theme] = weights.get(theme, 0.0) + float(share[key == theme].sum())
-    ranked = sorted((theme for theme in weights if theme), key=lambda theme: -weights[theme])
-    palette = {"": NO_MODULE} | dict(zip(ranked, (*MODULES, *[OTHER_MODULES] * len(ranked)), strict=False))
-    rows: list[tuple[Mark, str]] = [(_patch(color), theme) for theme, color in palette.items() if color in MODULES]
-    if len(ranked) > len(MODULES):
-        rows.append((_patch(OTHER_MODULES), f"{len(ranked) - len(MODULES)} more"))
-    colors = {
-        name: np.array([[palette[k] for k in row] for row in key], dtype=object).reshape(key.shape)
-        for name, key in keys.items()
-    }
-    return colors, [*rows, (_patch(NO_MODULE), "no label")]
+        return drawn, _module_legend(colors, has_modules)
+    rows: list[tuple[Mark, str]] = [(_patch(color), group) for group, color in color_of.items() if color in MODULES]
+    if len(color_of) > len(MODULES):
+        rows.append((_patch(OTHER_MODULES), f"{len(color_of) - len(MODULES)} more"))
+    return drawn, [*rows, (_patch(NO_MODULE), "no label")]
+
+
+def _label_weights(layers: Mapping[str, Sequence[LayerSnapshot]]) -> list[dict[str, float]]:
+    """For each snapshot, the importance of each group of labels, as shares of their node layers."""
+    weights: list[dict[str, float]] = []
+    for snapshots in zip(*layers.values(), strict=True):
+        weights.append({})
+        for snapshot in snapshots:
+            for label, share in zip(snapshot.labels or (), snapshot.shares().tolist(), strict=False):
+                group = label_group(label)
+                weights[-1][group] = weights[-1].get(group, 0.0) + share
+    return weights
 
 
 def _module_legend(keys: Mapping[str, np.ndarray], has_modules: bool) -> list[tuple[Mark, str]]:
@@ -169,24 +178,13 @@ def _patch(color: str) -> Line2D:
     return Line2D([], [], color=color, lw=7, solid_capstyle="butt")
 
 
-@cache
-def _theme(label: str) -> str:
-    """The common part of related labels: "k=17" of "k=17 a+b", or else the label without a percentage at its end."""
-    match = re.match(r"\S+=\S+", label)
-    return match.group() if match else _without_percentage(label)
-
-
-def _without_percentage(label: str) -> str:
-    return re.sub(r"\s*\d+(\.\d+)?%$", "", label)
-
-
 def _final_names(snapshots: Sequence[LayerSnapshot], table: LineageTable) -> list[str]:
     """The text at the right end of each lineage: its label, or its id if the layer has no labels."""
     feature = table.feature[-1] if len(table.feature) else np.arange(0)
     if not any(any(snapshot.labels or ()) for snapshot in snapshots):
         return [str(k) for k in table.ids]
     labels = snapshots[-1].labels
-    return [_without_percentage(labels[int(k)]) if labels is not None and k >= 0 else "" for k in feature]
+    return [without_percentage(labels[int(k)]) if labels is not None and k >= 0 else "" for k in feature]
 
 
 def _draw_layer(

@@ -1,4 +1,4 @@
-"""Layout of successive graphs: features keep their positions and modules their colours."""
+"""Layout of successive graphs: features keep their positions."""
 
 from __future__ import annotations
 
@@ -16,11 +16,8 @@ from torch import Tensor
 
 from lib_lightning.algorithm.basis import Basis
 from lib_lightning.plots.animated_layout import AnimatedLayout
-from lib_lightning.plots.graph import draw_graph
+from lib_lightning.plots.graph import Annotations, draw_graph
 from lib_lightning.plots.layout import Column
-from lib_lightning.plots.lineage_series import LayerSnapshot
-from lib_lightning.plots.module_colors import ModuleColors
-from lib_lightning.plots.palette import MODULES, NO_MODULE, OTHER_MODULES
 from tests.plots.pages import assert_readable, words
 
 
@@ -58,7 +55,7 @@ def test_features_that_remain_visible_keep_their_height_exactly() -> None:
     layout, before = AnimatedLayout(limit=20), None
     stayed = 0
     for bases, ids, edges, modules in frames(12):
-        columns, _ = layout.columns(bases, ids, edges, modules)
+        columns = layout.columns(bases, ids, edges, modules)
         now = [heights_by_lineage(column) for column in columns]
         for column, height, basis, own in zip(columns, now, bases, ids, strict=True):
             assert len(height) == len(set(height.values())) == min(20, basis.n_features)
@@ -80,7 +77,7 @@ def test_single_neurons_are_ordered_by_index() -> None:
     for kind in ("neuron", "centered"):
         layout, seen = AnimatedLayout(limit=5), {}
         for _ in range(6):
-            (column,), _ = layout.columns([layer("output", torch.rand(14), kind)], [torch.arange(14)], [])
+            (column,) = layout.columns([layer("output", torch.rand(14), kind)], [torch.arange(14)], [])
             assert (np.diff(column.shown) > 0).all()
             for neuron, height in heights_by_lineage(column).items():
                 assert seen.setdefault(neuron, height) == height == pytest.approx(1 - neuron / 13)
@@ -93,51 +90,14 @@ def test_a_new_feature_gets_the_free_slot_nearest_to_its_neighbours() -> None:
     layout.columns([first, output], [torch.tensor([0, 1]), numbers], [torch.ones(12, 2)])
     grown, E = layer("a", torch.tensor([2.0, 1.0, 0.5, 0.4])), torch.zeros(12, 4)
     E[2, 2], E[10, 2], E[:, :2] = 3.0, 1.0, 1.0  # neighbours of the third feature; the fourth has none
-    column = layout.columns([grown, output], [torch.tensor([0, 1, 7, 8]), numbers], [E])[0][0]
+    column = layout.columns([grown, output], [torch.tensor([0, 1, 7, 8]), numbers], [E])[0]
     height, spacing = heights_by_lineage(column), 1 / 49
     assert height[7] == pytest.approx(1 - (3 * 2 + 10) / 4 / 11, abs=spacing / 2 + 1e-9)
     assert abs(height[8] - 0.5) <= 3 * spacing
     # The same neighbours again: the nearest slot is occupied, so the next one is used.
     more, E = layer("a", torch.tensor([2.0, 1.0, 0.5, 0.4, 0.3])), torch.cat([E, E[:, 2:3]], 1)
-    again = heights_by_lineage(layout.columns([more, output], [torch.tensor([0, 1, 7, 8, 9]), numbers], [E])[0][0])
+    again = heights_by_lineage(layout.columns([more, output], [torch.tensor([0, 1, 7, 8, 9]), numbers], [E])[0])
     assert abs(again[9] - again[7]) == pytest.approx(spacing)
-
-
-def test_modules_keep_their_colours_when_renumbered() -> None:
-    layout, found = AnimatedLayout(), []
-    for turn, (bases, ids, edges, _) in enumerate(frames(5, (10, 8))):
-        # Even and odd lineages, numbered anew in every graph.
-        number_of = torch.tensor([0, 1] if turn % 2 else [7, 3])
-        _, colors = layout.columns(bases, ids, edges, [number_of[of_layer % 2] for of_layer in ids])
-        assert colors is not None
-        found.append([colors[int(number)] for number in number_of])
-    assert found == found[:1] * 5
-    assert set(found[0]) == set(MODULES[:2])
-
-
-def test_the_colour_unused_for_longest_is_used_first() -> None:
-    colors = ModuleColors()
-
-    def update(ids: list[int], modules: list[int], importance: list[float] | None = None) -> dict[int, str]:
-        weights = torch.tensor(importance or [1.0] * len(ids))
-        return colors.update({"fc": LayerSnapshot(torch.tensor(ids), weights, torch.tensor(modules))})
-
-    assert update([0, 1, 2], [0, 1, -1]) == {0: MODULES[0], 1: MODULES[1], -1: NO_MODULE}
-    assert update([0, 5, 6], [1, 0, 1]) == {1: MODULES[0], 0: MODULES[2]}  # 5 is new; the colour of 1 rests
-    many = list(range(100, 109))
-    found = update(many, list(range(9)))
-    assert [found[k] for k in range(9)] == [
-        *MODULES[3:],
-        MODULES[1],
-        MODULES[0],
-        MODULES[2],
-        OTHER_MODULES,
-        OTHER_MODULES,
-    ]
-    # Two modules become one: the heavier share decides.
-    assert update([100, 101], [4, 4], [1.0, 3.0]) == {4: found[1]}
-    assert colors.update({"fc": LayerSnapshot(torch.tensor([0]), torch.ones(1))}) == {}
-    assert update([101], [0]) == {0: found[1]}, "a snapshot without modules forgets nothing"
 
 
 def test_state_dict_round_trip_through_a_checkpoint() -> None:
@@ -151,9 +111,7 @@ def test_state_dict_round_trip_through_a_checkpoint() -> None:
     resumed = AnimatedLayout()
     resumed.load_state_dict(torch.load(file, weights_only=True))
     bases, ids, edges, modules = third
-    columns, colors = layout.columns(bases, ids, edges, modules)
-    same_columns, same_colors = resumed.columns(bases, ids, edges, modules)
-    assert colors == same_colors
+    columns, same_columns = (one.columns(bases, ids, edges, modules) for one in (layout, resumed))
     assert [heights_by_lineage(column) for column in columns] == [heights_by_lineage(column) for column in same_columns]
     assert layout.state_dict() == resumed.state_dict()
 
@@ -163,9 +121,9 @@ def test_a_figure_uses_the_layout(with_modules: bool) -> None:
     layout, heights, colors = AnimatedLayout(limit=9), {}, {}
     for bases, ids, edges, _ in frames(4, (9, 7, 5)):
         modules = [of_layer % 3 for of_layer in ids] if with_modules else None
-        figure = draw_graph(bases, edges, modules=modules, lineages=ids, layout=layout)
+        figure = draw_graph(bases, edges, annotations=Annotations(modules, lineages=ids), layout=layout)
         assert_readable(figure)
-        assert ("lineage" in words(figure), "modules" in words(figure)) == (True, with_modules)
+        assert ("numbers: ids" in words(figure), "modules" in words(figure)) == (True, with_modules)
         assert not figure.axes[0].patches, "no bands"
         dots = [c for c in figure.axes[0].collections if isinstance(c, PathCollection)]
         notes = [t for t in figure.axes[0].texts if isinstance(t, Annotation)]
@@ -185,5 +143,5 @@ def test_a_figure_uses_the_layout(with_modules: bool) -> None:
 
 def test_a_layout_requires_lineages() -> None:
     basis = layer("a", torch.ones(2))
-    with pytest.raises(ValueError, match="lineages= is missing"):
+    with pytest.raises(ValueError, match="have no lineages"):
         draw_graph([basis, replace(basis, name="b")], [torch.eye(2)], layout=AnimatedLayout())

