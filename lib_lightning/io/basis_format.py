@@ -36,10 +36,14 @@ NUM_SAMPLES = "n_samples"
 METRIC_ERRORS = "metric_errors"
 NOTES = "notes"
 VERSIONS = "versions"
+# Number of optimizer steps before the snapshot, and where Lightning logs its scalars.
 STEP = "step"
+LOGGING_STEP = "logging_step"
 EPOCH = "epoch"
 METRICS = "metrics"
 REFERENCE_SAMPLES = "reference_samples"
+# Whether modules have the numbers that they have in the other snapshots of the run.
+MODULES_TRACKED = "modules_tracked"
 
 # Names in files of version 0.1, and what they are now. Dots separate the parts of a tensor's key.
 OLD_TENSOR_NAMES = {"probes": "reference_features", "unsure": "degenerate"}

@@ -68,4 +68,7 @@ def current_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
             target = target.setdefault(key, {})
         target[last] = value
     found["node_layers"] = found["node_layers"] or []
+    # Colours of modules, which are their numbers now, were kept with the layouts.
+    modules = {prefix: layout["colors"] for prefix, layout in found["layouts"].items() if "colors" in layout}
+    found["tracker"] = {**found["tracker"], "modules": modules}
     return found

@@ -1,4 +1,4 @@
-"""Tracks changes between the snapshots of a run: lineages in every basis, and emergence in the first."""
+"""Tracks changes between the snapshots of a run: lineages and modules in every basis, and emergence in the first."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 
 from lib_lightning.algorithm.basis import FIXED_ORDER
 from lib_lightning.graph import InteractionGraph
-from lib_lightning.io.basis_format import NUM_SAMPLES, REFERENCE_SAMPLES, SETTINGS, STEP
+from lib_lightning.io.basis_format import MODULES_TRACKED, NUM_SAMPLES, REFERENCE_SAMPLES, SETTINGS, STEP
 from lib_lightning.lineage.emergence import EmergenceDetector
 from lib_lightning.lineage.events import Event
 from lib_lightning.lineage.tracker import FeatureTracker
 from lib_lightning.metrics.summary import layer_keys
+from lib_lightning.plots.module_numbers import Members, ModuleNumbers
 
 # Births, splits, merges and deaths of features with a smaller share of their layer's importance are counted, not
 # reported.
@@ -30,11 +31,13 @@ class SnapshotTracker:
 
     Attributes:
         trackers: The tracker of each basis.
+        modules: The numbers of the modules of each basis.
         detector: Detects emergence in the main basis.
     """
 
     def __init__(self, prefixes: Sequence[str]) -> None:
         self.trackers = {prefix: FeatureTracker() for prefix in prefixes}
+        self.modules = {prefix: ModuleNumbers() for prefix in prefixes}
         self.detector = EmergenceDetector()
         self._main = prefixes[0]
         self._computed_on: list[Any] = []
@@ -42,7 +45,7 @@ class SnapshotTracker:
     def follow(
         self, graphs: Mapping[str, InteractionGraph], scalars: Mapping[str, float], relative_interval: float = 1.0
     ) -> list[Event]:
-        """Add a snapshot, and set the lineages of its graphs.
+        """Add a snapshot, and set the lineages of its graphs and the numbers of their modules.
 
         Args:
             graphs: The graph of each basis, with reference features and ``info["step"]``.
@@ -53,6 +56,8 @@ class SnapshotTracker:
             Events of important features in the main basis, and of metrics.
         """
         turnover = {prefix: self.trackers[prefix].update(graph) for prefix, graph in graphs.items()}
+        for prefix, graph in graphs.items():
+            _renumber_modules(graph, self.modules[prefix])
         graph = graphs[self._main]
         # Metrics depend on the samples and on the number of random-sign vectors: if these change, history starts anew.
         n_probes = graph.info.get(SETTINGS, {}).get("n_probes")
@@ -97,18 +102,42 @@ class SnapshotTracker:
         """Copy the tracker with its state."""
         other = copy.copy(self)
         other.trackers = {prefix: tracker.copy() for prefix, tracker in self.trackers.items()}
-        other.detector = copy.deepcopy(self.detector)
+        other.modules, other.detector = copy.deepcopy((self.modules, self.detector))
         return other
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers, strings and tensors from which `load_state_dict` restores the tracker."""
         trackers = {prefix: tracker.state_dict() for prefix, tracker in self.trackers.items()}
-        return {"trackers": trackers, "detector": self.detector.state_dict(), "samples": self._computed_on}
+        modules = {prefix: numbers.state_dict() for prefix, numbers in self.modules.items()}
+        return {
+            "trackers": trackers,
+            "modules": modules,
+            "detector": self.detector.state_dict(),
+            "samples": self._computed_on,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state of a tracker of the same bases."""
         for prefix, tracker in self.trackers.items():
             if prefix in state["trackers"]:
                 tracker.load_state_dict(state["trackers"][prefix])
+        for prefix, numbers in self.modules.items():
+            if prefix in state.get("modules", {}):  # version 0.1 did not track modules
+                numbers.load_state_dict(state["modules"][prefix])
         self.detector.load_state_dict(state["detector"])
         self._computed_on = state["samples"]
+
+
+def _renumber_modules(graph: InteractionGraph, numbers: ModuleNumbers) -> None:
+    """Give the modules of a snapshot the numbers that they had in the snapshots before."""
+    if not graph.modules:
+        return
+    members = {
+        name: Members(*(tensor.cpu().numpy() for tensor in (graph.lineages[name].ids, modules, basis.importance)))
+        for name, basis in graph.bases.items()
+        if (modules := graph.modules.get(name)) is not None
+    }
+    number_of = numbers.update(members)
+    for name, modules in graph.modules.items():
+        graph.modules[name] = modules.new_tensor([number_of.get(m, -1) for m in modules.tolist()])
+    graph.info[MODULES_TRACKED] = True

@@ -77,7 +77,7 @@ def without_percentage(label: str) -> str:
         >>> without_percentage("k=17 a+b 93%")
         'k=17 a+b'
     """
-    return re.sub(r"\s*\d+(\.\d+)?%$", "", label)
+    return re.sub(r"\s*[0-9]+(\.[0-9]+)?%\Z", "", label)
 
 
 def label_colors(groups: Sequence[dict[str, float]]) -> dict[str, str]:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 
 from lib_lightning.ablation import AblationPlan
 from lib_lightning.algorithm.config import BasisKind
 from lib_lightning.graph import InteractionGraph
+from lib_lightning.io.basis_format import METRICS
 from lib_lightning.io.checkpoint_format import current_state
 from lib_lightning.lineage.events import Event
 from lib_lightning.lineage.snapshot_tracker import SnapshotTracker
 from lib_lightning.plots.animated_layout import AnimatedLayout
-from lib_lightning.plots.lineage_series import LayerSnapshot
+from lib_lightning.plots.lineage_series import LayerSnapshot, as_array
+from lib_lightning.plots.module_numbers import Members, ModuleNumbers
 from lib_lightning.plots.over_time import draw_sparsity_over_time
 from lib_lightning.plots.spectrum_over_time import draw_spectrum_over_time
 from lib_lightning.plots.timeline import draw_timeline
@@ -35,7 +39,7 @@ class PlotHistory:
     Attributes:
         steps: Number of optimizer steps before each snapshot, ascending.
         layers: For each node layer its features in each snapshot.
-        totals: By metric and kind of basis, the total in each snapshot.
+        totals: By metric and kind of basis, the total in each snapshot; NaN for snapshots that did not measure it.
 
     Example:
         >>> import torch
@@ -62,7 +66,7 @@ class PlotHistory:
         Args:
             step: Number of optimizer steps before it.
             graph: Its graph, with lineages.
-            scalars: For each kind of basis its scalars, of which the totals are kept.
+            scalars: For each kind of basis the scalars that this snapshot has measured, of which the totals are kept.
         """
         kept = sum(s < step for s in self.steps)
         self.steps = [*self.steps[:kept], step]
@@ -72,11 +76,35 @@ class PlotHistory:
             layer = LayerSnapshot(lineages.ids, basis.importance, graph.modules.get(name), labels, lineages.parents)
             self.layers[name] = [*self.layers.get(name, [])[:kept], layer]
         for kind, of_kind in scalars.items():
-            for key, value in of_kind.items():
+            for key in of_kind:
                 metric, _, part = key.rpartition("/")
                 if part == "total":
-                    series = self.totals.setdefault(metric, {})
-                    series[kind] = [*series.get(kind, [])[:kept], value]
+                    self.totals.setdefault(metric, {}).setdefault(kind, [])
+        measured: Mapping[str, Mapping[str, float]] = dict(scalars)
+        for metric, series in self.totals.items():
+            for name, values in series.items():
+                # Some metrics, such as those of ablations, are measured now and then.
+                missing = [math.nan] * (kept - len(values))
+                series[name] = [*values[:kept], *missing, measured.get(name, {}).get(f"{metric}/total", math.nan)]
+
+    def renumber_modules(self) -> ModuleNumbers:
+        """Give modules the same numbers in all snapshots, for a history of version 0.1, which numbered them anew.
+
+        Returns:
+            The numbers, to continue with.
+        """
+        numbers = ModuleNumbers()
+        for t in range(len(self.steps)):
+            members = {
+                name: Members(as_array(layers[t].ids), as_array(modules).astype(int), as_array(layers[t].importance))
+                for name, layers in self.layers.items()
+                if (modules := layers[t].modules) is not None
+            }
+            number_of = numbers.update(members)
+            for name, (_, modules, _) in members.items():
+                renumbered = torch.tensor([number_of.get(module, -1) for module in modules.tolist()])
+                self.layers[name][t] = replace(self.layers[name][t], modules=renumbered)
+        return numbers
 
     def figures(self) -> dict[str, Figure]:
         """Draw all figures over time.
@@ -183,13 +211,15 @@ class RunState:
         if self._follow:
             self.tracker = snapshot.tracker
             self.events += snapshot.events
-            scalars = {
-                kind: {
-                    k.removeprefix(f"{prefix}/"): x for k, x in snapshot.scalars.items() if k.startswith(f"{prefix}/")
+            # Not `snapshot.scalars`, which include the latest values of what this snapshot did not measure.
+            measured = {
+                self._prefixes[prefix]: {
+                    key: math.nan if metric["value"] is None else metric["value"]
+                    for key, metric in graph.info[METRICS].items()
                 }
-                for prefix, kind in self._prefixes.items()
+                for prefix, graph in snapshot.graphs.items()
             }
-            self.history.add(snapshot.step, next(iter(snapshot.graphs.values())), scalars)
+            self.history.add(snapshot.step, next(iter(snapshot.graphs.values())), measured)
 
     def mark_drawn(self) -> None:
         """Figures over the whole run have been drawn."""
@@ -236,7 +266,7 @@ class RunState:
             node_layers: Names of the node layers of this run; None to continue with the proposed ones.
             scalar_keys: Returns the names of all scalars of a snapshot with given node layers.
         """
-        state = current_state(state)
+        given, state = state, current_state(state)
         self.node_layers = list(state["node_layers"] if node_layers is None else node_layers)
         self.cursor, self.samples = self._schedule.start(state["schedule"]), SavedSamples(**state["samples"])
         self.folders = list(state["folders"])
@@ -252,5 +282,7 @@ class RunState:
         history = state["history"]
         layers = {name: [LayerSnapshot(**layer) for layer in layers] for name, layers in history["layers"].items()}
         self.history = PlotHistory(list(history["steps"]), layers, history["totals"])
+        if state is not given:  # converted from version 0.1
+            self.tracker.modules[next(iter(self._prefixes))] = self.history.renumber_modules()
         self.events = [Event.from_json(event) for event in state["events"]]
         self.time, self.skipped = TimeSpent(**state["time"]), SkippedSnapshots(**state["skipped"])

@@ -12,6 +12,8 @@ import numpy as np
 
 from lib_lightning.errors import LIBError
 from lib_lightning.io.run_layout import RunLayout
+from lib_lightning.plots.module_numbers import ModuleNumbers
+from lib_lightning.plots.palette import label_colors
 from lib_lightning.viewer.cache import Cache
 from lib_lightning.viewer.json_text import array, dump, numbers, object_
 from lib_lightning.viewer.run_discovery import (
@@ -24,6 +26,7 @@ from lib_lightning.viewer.run_discovery import (
 )
 from lib_lightning.viewer.scalars import ScalarReader
 from lib_lightning.viewer.snapshot import UNREADABLE, Outline, read_detail, read_outline
+from lib_lightning.viewer.step_axis import StepAxis
 
 # Default for the maximum number of edges per section.
 MAX_EDGES = 2000
@@ -71,7 +74,8 @@ class RunView:
             NotFoundError: If no snapshot can be read.
         """
         files = snapshot_files(self.folder)
-        outlines = list(self._outlines(files, every).values())
+        by_step = self._outlines(files, every)
+        outlines = list(by_step.values())
         if not outlines:
             raise NotFoundError(f"Run '{self.name}' has no readable snapshots.")
         layers = outlines[-1].layers
@@ -84,8 +88,10 @@ class RunView:
                 "layers": dump([{"name": name, "kind": kind} for name, kind in layers]),
                 "snapshots": array(outline.json for outline in outlines),
                 "labels": dump([_newest_labels(outlines, i) for i in range(len(layers))]),
+                "label_colors": dump(list(label_colors([outline.groups for outline in outlines]).items())),
+                "module_numbers": dump(_module_numbers(outlines)),
                 "events": dump(events),
-                "scalars": self._scalars(),
+                "scalars": self._scalars(by_step),
             }
         )
 
@@ -143,7 +149,7 @@ class RunView:
 
         return self._cache.get(file, read, size=lambda outline: outline.size() if outline else 100)
 
-    def _scalars(self) -> str:
+    def _scalars(self, outlines: dict[int, Outline]) -> str:
         if self._reader is None:
             return "{}"
         with self._lock:
@@ -151,13 +157,25 @@ class RunView:
         # The metrics of graphs are part of the snapshots. Ratios between bases come after the user's scalars.
         prefixes = {path.parent.name for path in self._reader.folder.glob(f"*/{RunLayout.SNAPSHOTS}")}
         ratios = tuple(f"{prefix}_over_" for prefix in prefixes)
-        return object_(
-            {
-                tag: object_({"steps": dump(steps), "values": numbers(np.array(values))})
-                for tag, (steps, values) in sorted(points.items(), key=lambda p: (p[0].startswith(ratios), p[0]))
-                if tag.split("/")[0] not in prefixes
-            }
-        )
+        axis = StepAxis({step: outline.logging_step for step, outline in outlines.items()})
+        scalars = {}
+        for tag, (logged_at, values) in sorted(points.items(), key=lambda p: (p[0].startswith(ratios), p[0])):
+            group, _, metric = tag.partition("/")
+            steps = axis.steps(logged_at)
+            if group in prefixes:
+                continue
+            if group.startswith(ratios) and axis.is_known:
+                # Between measurements, the latest value is logged again.
+                measured = [step in outlines and metric in outlines[step].measured for step in steps]
+                steps, values = ([x for x, kept in zip(xs, measured, strict=True) if kept] for xs in (steps, values))
+            scalars[tag] = object_({"steps": dump(steps), "values": numbers(np.array(values, dtype=float))})
+        return object_(scalars)
+
+
+def _module_numbers(outlines: list[Outline]) -> list[dict[int, int] | None]:
+    """For each snapshot of version 0.1, the number of each module over the run, by its number in the file."""
+    numbers = ModuleNumbers()
+    return [numbers.update(outline.members) if outline.members else None for outline in outlines]
 
 
 def _newest_labels(outlines: list[Outline], layer: int) -> dict[int, str]:

@@ -13,6 +13,8 @@ import numpy as np
 from lib_lightning.errors import LIBError
 from lib_lightning.io import basis_format
 from lib_lightning.io.basis_file import read_parts
+from lib_lightning.plots.module_numbers import Members
+from lib_lightning.plots.palette import label_group
 from lib_lightning.viewer.json_text import array, dump, integers, number, numbers, object_
 from lib_lightning.viewer.run_discovery import FileStamp
 
@@ -41,18 +43,28 @@ class Outline:
     Attributes:
         layers: Name and kind of basis of each node layer.
         tracked: For each node layer, whether its features have lineage ids.
-        labels: For each node layer, labels of features by lineage id, or by index if there are none.
+        labels: For each node layer, labels of features by lineage, or by index if there are none.
+        groups: Importance of each group of labels, as a share of its node layer.
+        members: Modules of the node layers whose features have lineages and modules, if the file was written by a
+            version that numbered modules anew in each snapshot; else empty.
+        logging_step: Where Lightning logged the scalars of the snapshot; None in files of version 0.1.
+        measured: Names of the metrics that the snapshot has measured.
         json: Step, epoch, number of samples, metrics, importances and lineages.
     """
 
     layers: tuple[tuple[str, str], ...]
     tracked: tuple[bool, ...]
     labels: tuple[dict[int, str], ...]
+    groups: dict[str, float]
+    members: dict[str, Members]
+    logging_step: int | None
+    measured: frozenset[str]
     json: str
 
     def size(self) -> int:
         """Approximate size in bytes."""
-        return len(self.json) + sum(500 + 150 * len(labels) for labels in self.labels)
+        arrays = sum(array.nbytes for members in self.members.values() for array in members)
+        return len(self.json) + arrays + sum(500 + 150 * len(labels) for labels in self.labels) + 100 * len(self.groups)
 
 
 def read_outline(file: FileStamp, step: int) -> Outline:
@@ -72,24 +84,50 @@ def read_outline(file: FileStamp, step: int) -> Outline:
     layers = _layers(tensors, header, _OUTLINE)
     labels = _labels(header, layers)
     info = header[basis_format.INFO]
-    metrics = {
-        key: object_({"value": number(metric["value"]), "error": number(metric.get("error"))})
-        for key, metric in info.get(basis_format.METRICS, {}).items()
-    }
+    metrics = info.get(basis_format.METRICS, {})
     entries = {
         "step": dump(step),
         "epoch": dump(info.get(basis_format.EPOCH)),
         "samples": dump(info.get(basis_format.NUM_SAMPLES)),
         "layers": array(_features(layer, _OUTLINE) for layer in layers),
-        "metrics": object_(metrics),
+        "metrics": object_(
+            {
+                key: object_({"value": number(metric["value"]), "error": number(metric.get("error"))})
+                for key, metric in metrics.items()
+            }
+        ),
     }
-    node_layers = zip(map(str, header[basis_format.LAYERS]), map(str, header[basis_format.KINDS]), strict=True)
+    node_layers = tuple(zip(map(str, header[basis_format.LAYERS]), map(str, header[basis_format.KINDS]), strict=True))
+    is_renumbered = bool(info.get(basis_format.MODULES_TRACKED))
+    logging_step = info.get(basis_format.LOGGING_STEP)
     return Outline(
-        tuple(node_layers),
+        node_layers,
         tuple("ids" in layer for layer in layers),
         tuple(_by_lineage(names, layer) for names, layer in zip(labels, layers, strict=True)),
+        _groups(labels, layers),
+        {} if is_renumbered else _members([name for name, _ in node_layers], layers),
+        logging_step if isinstance(logging_step, int) else None,
+        frozenset(sys.intern(key) for key, metric in metrics.items() if metric["value"] is not None),
         object_(entries),
     )
+
+
+def _groups(labels: list[list[str]], layers: list[dict[str, np.ndarray]]) -> dict[str, float]:
+    groups: dict[str, float] = {}
+    for names, layer in zip(labels, layers, strict=True):
+        shares = layer["importance"] / (layer["importance"].sum() or 1.0)
+        for label, share in zip(names, shares.tolist(), strict=False):
+            group = sys.intern(label_group(label))
+            groups[group] = groups.get(group, 0.0) + share
+    return groups
+
+
+def _members(names: list[str], layers: list[dict[str, np.ndarray]]) -> dict[str, Members]:
+    return {
+        name: Members(layer["ids"], layer["modules"], layer["importance"])
+        for name, layer in zip(names, layers, strict=True)
+        if {"ids", "modules"} <= layer.keys()
+    }
 
 
 def read_detail(file: FileStamp, step: int, edges: int) -> str:

@@ -97,7 +97,7 @@ class SavedRun:
         graph = InteractionGraph(
             bases,
             edges,
-            {"step": 10 * k, "epoch": k // 3, "n_samples": 1740, "notes": []},
+            {"step": 10 * k, "epoch": k // 3, "n_samples": 1740, "notes": [], "modules_tracked": True},
             {pair: E / 10 for pair, E in edges.items()},
             {name: torch.tensor([i % 3 - 1 for i in own]) for name, own in zip(self.layers, rows, strict=True)},
             {name: [self._label(i, k) for i in own] for name, own in zip(self.layers, ids, strict=False)},

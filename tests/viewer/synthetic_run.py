@@ -1,4 +1,4 @@
-"""A synthetic run for tests in a browser: lineages that are born, split and die, in modules that are renumbered."""
+"""A synthetic run for tests in a browser: lineages that are born, split and die, in modules."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+from lib_lightning.plots.palette import label_colors, label_group
 
 _MODULES = 6
 
@@ -34,6 +36,8 @@ class SyntheticRun:
     features: int = 24
     edges_: int = 400
     modules: bool = True
+    # Version 0.1 numbered modules by size in each snapshot.
+    numbers_vary: bool = False
     seed: int = 0
     written: int | None = None
     lineages: list[list[Lineage]] = field(default_factory=list)
@@ -70,12 +74,23 @@ class SyntheticRun:
         return f"k={5 + 3 * one.group} {'a+b' if layer > 1 else 'ab'[one.id % 2]} {99 - one.id}%" if one.id % 4 else ""
 
     def numbers_of_modules(self, k: int) -> dict[int, int]:
-        """Module number of each group: its rank by size, which changes from snapshot to snapshot."""
+        """The number of each group of features in a snapshot."""
         counts = np.zeros(_MODULES, dtype=int)
         for layer in range(len(self.layers)):
             for one in self.alive(k, layer):
                 counts[one.group] += 1
-        return {int(group): n for n, group in enumerate(np.argsort(-counts, kind="stable"))}
+        order = np.argsort(-counts, kind="stable") if self.numbers_vary else range(_MODULES)
+        return {int(group): n for n, group in enumerate(order)}
+
+    def _groups(self, k: int) -> dict[str, float]:
+        groups: dict[str, float] = {}
+        for layer in range(len(self.layers)):
+            alive = self.alive(k, layer)
+            total = sum(self.importance(one, k) for one in alive)
+            for one in alive:
+                group = label_group(self.label(layer, one))
+                groups[group] = groups.get(group, 0.0) + self.importance(one, k) / total
+        return groups
 
     def entry(self) -> dict[str, Any]:
         return {"name": self.name, "version": str(len(self.steps())), "snapshots": len(self.steps())}
@@ -96,6 +111,11 @@ class SyntheticRun:
                 "layers": [{"name": name, "kind": kind} for name, kind in self.layers],
                 "snapshots": [self._outline(k) for k in range(len(self.steps()))],
                 "labels": labels,
+                "label_colors": list(label_colors([self._groups(k) for k in range(len(self.steps()))]).items()),
+                "module_numbers": [
+                    {str(n): group for group, n in self.numbers_of_modules(k).items()} if self.numbers_vary else None
+                    for k in range(len(self.steps()))
+                ],
                 "events": self._events(),
                 "scalars": self._scalars(),
             }

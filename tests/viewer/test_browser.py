@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lib_lightning.plots.palette import module_color
 from lib_lightning.viewer.html_export import film_page
 from tests.viewer.browser import Watched
 from tests.viewer.synthetic_run import SyntheticRun
@@ -212,23 +213,25 @@ def test_film_plays_to_its_end(view: Watched) -> None:
     assert view.state()["step"] == "320"
 
 
-def test_modules_keep_their_colours_when_renumbered(view: Watched) -> None:
+@pytest.mark.parametrize("numbers_vary", [False, True])
+def test_modules_have_the_colours_of_their_numbers_in_every_snapshot(opened: Open, numbers_vary: bool) -> None:
+    run = SyntheticRun(RUN, STEPS, FILM.layers, numbers_vary=numbers_vary)
+    numbers = [run.numbers_of_modules(n) for n in range(len(STEPS))]
+    assert any(of_step != numbers[0] for of_step in numbers) == numbers_vary
+    view = opened(film_page([run], "Film"))
     view.role("features").select_option("10")
     view.set("threshold", 0)
-    numbers, colors = {}, {}
     for n, step in enumerate(STEPS):
         view.set("step", n)
-        for layer, name in enumerate(NAMES):
-            for one in FILM.alive(n, layer)[:10]:
-                if one.id % 9 == 0 or one.id % 7 == 3:  # in no module; hollow
-                    continue
-                colors.setdefault(one.group, set()).add(tuple(color_at(view, name, one.id)))
-        for group, number in FILM.numbers_of_modules(n).items():
-            numbers.setdefault(group, set()).add(number)
         assert step == int(view.state()["step"])
-    assert any(len(own) > 1 for own in numbers.values())
-    assert all(len(own) == 1 for own in colors.values())
-    assert len(set.union(*colors.values())) == len(colors) == 6
+        for layer, name in enumerate(NAMES):
+            for one in run.alive(n, layer)[:10]:
+                if one.id % 9 and one.id % 7 != 3:  # in a module; not hollow
+                    assert color_at(view, name, one.id) == rgb(module_color(one.group))
+
+
+def rgb(color: str) -> list[int]:
+    return list(bytes.fromhex(color.removeprefix("#")))
 
 
 def test_a_run_that_ended_earlier_shows_the_step_of_its_snapshot(opened: Open) -> None:

@@ -3,13 +3,12 @@
 import {h, s} from "./dom.js";
 import {CHART} from "./chart.js";
 import {integer} from "./text.js";
-import {BLUE, GREEN, ORANGE, PURPLE, VERMILION} from "./palette.js";
+import {eventColor} from "./palette.js";
 
 const HEIGHT = 30;
 // Maximum number of events in the list, and in a tooltip.
 const MAX_LISTED = 60;
 const MAX_IN_TOOLTIP = 6;
-const KIND_COLORS = [BLUE, VERMILION, GREEN, PURPLE, ORANGE];
 
 /** Events of the runs shown. `actions.go(step)` moves to a step, `actions.follow(lineage)` follows a lineage. */
 export class EventTrack {
@@ -38,8 +37,6 @@ export class EventTrack {
     this.all = runs
       .flatMap(({name, history}) => (history.run.events ?? []).map((event) => ({...event, run: name})))
       .sort((a, b) => a.step - b.step);
-    const kinds = [...new Set(this.all.map((event) => event.kind))].sort();
-    this.colors = new Map(kinds.map((kind, i) => [kind, KIND_COLORS[i % KIND_COLORS.length]]));
     this.element.hidden = this.all.length === 0;
     this.marks.setAttribute("width", time.width);
     const y = HEIGHT / 2;
@@ -50,7 +47,7 @@ export class EventTrack {
           cx: time.x(event.step).toFixed(1),
           cy: y,
           r: 4,
-          fill: this.colors.get(event.kind),
+          fill: eventColor(event.kind),
           "fill-opacity": 0.75,
         }),
       ),
@@ -80,7 +77,7 @@ export class EventTrack {
   }
 
   #swatch(event) {
-    return h("span", {class: "lib-swatch", style: {background: this.colors.get(event.kind)}});
+    return h("span", {class: "lib-swatch", style: {background: eventColor(event.kind)}});
   }
 
   /** Move to the step of an event, and follow its feature. */

@@ -1,6 +1,6 @@
 // The outline of a run: lineages with births and deaths, ranks, and modules over time.
 
-import {MODULE_COLORS, OTHER_MODULES, NO_MODULE} from "./palette.js";
+import {moduleColor} from "./palette.js";
 
 /** The history of one run; `layers` and `snapshots` as in `run()` of a data source. */
 export class History {
@@ -14,10 +14,12 @@ export class History {
     this.last = this.layers.map(() => new Map());
     this.parents = this.layers.map(() => new Map());
     this.snapshots.forEach((snapshot, k) => snapshot.layers.forEach((layer, l) => this.#register(layer, l, k)));
-    this.tracks = moduleTracks(this);
-    this.colors = trackColors(this.tracks);
+    // Number of each feature's module, -1 for none: the same over time.
+    this.modules = this.snapshots.map((snapshot, k) =>
+      snapshot.layers.map((layer) => moduleNumbers(layer, run.module_numbers[k])),
+    );
     this.hasModules = this.snapshots.some((snapshot) => snapshot.layers.some((layer) => layer.modules));
-    this.labelGroups = labelColors(run.labels);
+    this.labelGroups = new Map(run.label_colors);
     this.indices = new Map();
   }
 
@@ -74,10 +76,9 @@ export class History {
     });
   }
 
-  /** Colour of a feature's module, the same in all snapshots in which the module is recognised. */
+  /** Colour of a feature's module. */
   moduleColor(k, l, i) {
-    const track = this.tracks[k][l][i];
-    return track < 0 ? NO_MODULE : (this.colors[k].get(track) ?? OTHER_MODULES);
+    return moduleColor(this.modules[k][l][i]);
   }
 
   /** Text about the first snapshot of a lineage. */
@@ -101,90 +102,24 @@ function byImportance(importance) {
   return sorted ? order : order.sort((a, b) => importance[b] - importance[a] || a - b);
 }
 
-/** A track of each feature's module, which is the same over time, -1 for no module. */
-function moduleTracks(history) {
-  const lastTrack = history.layers.map(() => new Map());
-  let next = 0;
-  return history.snapshots.map((snapshot, k) => {
-    const votes = new Map();
-    forEachMember(history, k, (l, i, module) => {
-      const layer = snapshot.layers[l];
-      const track = lastTrack[l].get(history.lineage(k, l, i));
-      if (!votes.has(module)) votes.set(module, new Map());
-      // Important features have more weight in recognising a module than the many small ones.
-      const weight = Math.sqrt(Math.max(layer.importance[i], 0) / (layer.importance[history.order[k][l][0]] || 1));
-      if (track !== undefined) votes.get(module).set(track, (votes.get(module).get(track) ?? 0) + weight);
-    });
-    const pairs = [...votes].flatMap(([module, of]) => [...of].map(([track, weight]) => ({module, track, weight})));
-    pairs.sort((a, b) => b.weight - a.weight || a.track - b.track || a.module - b.module);
-    const trackOf = new Map();
-    const assigned = new Set();
-    for (const {module, track} of pairs) {
-      if (trackOf.has(module) || assigned.has(track)) continue;
-      trackOf.set(module, track);
-      assigned.add(track);
-    }
-    for (const module of [...votes.keys()].sort((a, b) => a - b)) {
-      if (!trackOf.has(module)) trackOf.set(module, next++);
-    }
-    const tracks = snapshot.layers.map((layer) => new Int32Array(layer.importance.length).fill(-1));
-    forEachMember(history, k, (l, i, module) => {
-      tracks[l][i] = trackOf.get(module);
-      lastTrack[l].set(history.lineage(k, l, i), tracks[l][i]);
-    });
-    return tracks;
-  });
-}
-
-function forEachMember(history, k, visit) {
-  history.snapshots[k].layers.forEach((layer, l) => {
-    layer.modules?.forEach((module, i) => {
-      if (module !== null && module >= 0) visit(l, i, module);
-    });
-  });
-}
-
-/** Colours of the largest modules in each snapshot. A module keeps its colour until it disappears. */
-function trackColors(tracks) {
-  const holders = new Map();
-  const seen = new Map();
-  return tracks.map((layers, k) => {
-    const sizes = trackSizes(layers);
-    for (const track of sizes.keys()) seen.set(track, k);
-    const largest = [...sizes].filter(([, size]) => size > 1).sort((a, b) => b[1] - a[1] || a[0] - b[0]);
-    for (const [track] of largest.slice(0, MODULE_COLORS.length)) {
-      if ([...holders.values()].includes(track)) continue;
-      const free = MODULE_COLORS.filter((color) => !sizes.has(holders.get(color)));
-      // First colours that were never used, then that of the module that disappeared longest ago.
-      free.sort((a, b) => (seen.get(holders.get(a)) ?? -1) - (seen.get(holders.get(b)) ?? -1));
-      if (free.length) holders.set(free[0], track);
-    }
-    return new Map([...holders].filter(([, track]) => sizes.has(track)).map(([color, track]) => [track, color]));
+/** The module of each feature of a layer; `numberOf` is for files of version 0.1, which numbered modules anew. */
+function moduleNumbers({importance, modules}, numberOf) {
+  return Int32Array.from(importance, (_, i) => {
+    const module = modules?.[i] ?? -1;
+    return module < 0 ? -1 : (numberOf?.[module] ?? module);
   });
 }
 
 /** Number of features of each module, over all layers. */
-export function trackSizes(layers) {
+export function moduleSizes(layers) {
   const sizes = new Map();
-  for (const tracks of layers) {
-    for (const track of tracks) if (track >= 0) sizes.set(track, (sizes.get(track) ?? 0) + 1);
+  for (const modules of layers) {
+    for (const module of modules) if (module >= 0) sizes.set(module, (sizes.get(module) ?? 0) + 1);
   }
   return sizes;
 }
 
-/** The group of a label: its first word ("k=17" of "k=17 a+b 93%"). */
+/** The group of a label, "k=17" of "k=17 a+b 93%": the same rule as in the figures. */
 export function labelGroup(label) {
-  return label ? label.split(/\s/)[0] : "";
-}
-
-function labelColors(labels) {
-  const counts = new Map();
-  for (const layer of labels ?? []) {
-    for (const label of Object.values(layer)) {
-      const group = labelGroup(label);
-      if (group) counts.set(group, (counts.get(group) ?? 0) + 1);
-    }
-  }
-  const common = [...counts].sort((a, b) => b[1] - a[1] || (a[0] < b[0] ? -1 : 1)).map(([group]) => group);
-  return new Map(common.map((group, i) => [group, MODULE_COLORS[i] ?? OTHER_MODULES]));
+  return label.match(/^\S+=\S+/)?.[0] ?? label.replace(/\s*[0-9]+(\.[0-9]+)?%$/, "");
 }

@@ -1,6 +1,6 @@
 // Vertical positions of features. Heights go from 0 (top) to 1; a lineage keeps its height while it is shown.
 
-import {trackSizes} from "./history.js";
+import {moduleSizes} from "./history.js";
 import {THEME} from "./theme.js";
 
 // Columns with few dots are centred instead of being spread over the height; gaps between modules, in intervals.
@@ -25,33 +25,33 @@ export function heightsByLineage(history, limit) {
 /** Mean height of each module's features that have a slot, to place new ones near them. */
 class Anchors {
   constructor(history, k, shown) {
-    this.tracks = history.tracks[k];
+    this.modules = history.modules[k];
     this.sums = new Map();
     this.first = new Map();
     if (k > 0) return;
     // At the start, modules are ordered by size from the top, and features in no module are at the bottom.
-    const sizes = trackSizes(shown.map((column, l) => column.map((i) => this.tracks[l][i])));
+    const sizes = moduleSizes(shown.map((column, l) => column.map((i) => this.modules[l][i])));
     const order = [...sizes].sort((a, b) => b[1] - a[1] || a[0] - b[0]);
     const total = shown.reduce((sum, column) => sum + column.length, 0);
     let above = 0;
-    for (const [track, size] of order) {
-      this.first.set(track, (above + size / 2) / total);
+    for (const [module, size] of order) {
+      this.first.set(module, (above + size / 2) / total);
       above += size;
     }
   }
 
   add(l, i, height) {
-    const track = this.tracks[l][i];
-    if (track < 0) return;
-    const [sum, count] = this.sums.get(track) ?? [0, 0];
-    this.sums.set(track, [sum + height, count + 1]);
+    const module = this.modules[l][i];
+    if (module < 0) return;
+    const [sum, count] = this.sums.get(module) ?? [0, 0];
+    this.sums.set(module, [sum + height, count + 1]);
   }
 
   /** Height of a feature's module; null if it is in none, or if the module is new. */
   of(l, i) {
-    const track = this.tracks[l][i];
-    if (this.first.has(track)) return this.first.get(track);
-    const found = this.sums.get(track);
+    const module = this.modules[l][i];
+    if (this.first.has(module)) return this.first.get(module);
+    const found = this.sums.get(module);
     return found ? found[0] / found[1] : null;
   }
 }
@@ -109,7 +109,7 @@ class Column {
     if (anchor !== null) return this.#slotAt(anchor);
     if (!this.history.hasModules) return rank;
     // A new module gets the widest gap; features in no module are at the bottom.
-    return anchors.tracks[this.l][this.shown[rank]] < 0 ? this.slots - 1 : this.#widestGap();
+    return anchors.modules[this.l][this.shown[rank]] < 0 ? this.slots - 1 : this.#widestGap();
   }
 
   #nearestFree(target) {
@@ -155,20 +155,20 @@ export function heightsByModule(history, k, limit) {
     const column = order.slice(0, limit);
     return history.layers[l].kind === "neuron" ? column.sort((a, b) => a - b) : column;
   });
-  const tracks = shown.map((column, l) => column.map((i) => history.tracks[k][l][i]));
-  const sizes = trackSizes(tracks);
+  const modules = shown.map((column, l) => column.map((i) => history.modules[k][l][i]));
+  const sizes = moduleSizes(modules);
   const bands = [...sizes]
     .sort((a, b) => b[1] - a[1] || a[0] - b[0])
-    .map(([track]) => track)
+    .map(([module]) => module)
     .concat(-1);
-  const most = bands.map((band) => Math.max(...tracks.map((column) => column.filter((t) => t === band).length)));
+  const most = bands.map((band) => Math.max(...modules.map((column) => column.filter((m) => m === band).length)));
   const total = most.reduce((sum, n) => sum + (n ? n + MODULE_GAP : 0), -MODULE_GAP);
   const scale = Math.max(total - 1, MIN_INTERVALS);
   return shown.map((column, l) => {
     const heights = new Array(column.length);
     let above = (scale - total + 1) / 2;
     bands.forEach((band, b) => {
-      const members = column.map((_, n) => n).filter((n) => tracks[l][n] === band);
+      const members = column.map((_, n) => n).filter((n) => modules[l][n] === band);
       members.forEach((n, slot) => {
         heights[n] = (above + (most[b] - members.length) / 2 + slot) / scale;
       });

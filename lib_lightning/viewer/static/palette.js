@@ -4,19 +4,23 @@ import {THEME} from "./theme.js";
 
 export const TEXT = THEME.text,
   MUTED = THEME.muted;
-export const {
-  blue: BLUE,
-  vermilion: VERMILION,
-  green: GREEN,
-  orange: ORANGE,
-  purple: PURPLE,
-  sky: SKY,
-} = THEME.colors;
+export const {blue: BLUE, vermilion: VERMILION, orange: ORANGE, sky: SKY} = THEME.colors;
 export const MODULE_COLORS = THEME.modules.map((name) => THEME.colors[name]);
 export const OTHER_MODULES = THEME.other_modules,
   NO_MODULE = THEME.no_module;
-// Edges between modules: light enough not to hide the edges inside modules.
-export const BETWEEN = "#8A8A8A";
+// Edges between modules.
+export const BETWEEN = THEME.between_modules;
+
+/** The colour of a module, by its number: the same as in figures. */
+export function moduleColor(number) {
+  return number < 0 ? NO_MODULE : (MODULE_COLORS[number] ?? OTHER_MODULES);
+}
+
+/** The colour of a kind of event. */
+export function eventColor(kind) {
+  const name = THEME.events[kind];
+  return THEME.colors[name] ?? THEME[name] ?? OTHER_MODULES;
+}
 
 const RUN_COLORS = THEME.series.map((name) => THEME.colors[name]);
 const BASIS_COLORS = Object.fromEntries(Object.keys(THEME.basis_names).map((kind, i) => [kind, RUN_COLORS[i]]));

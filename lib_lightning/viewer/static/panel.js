@@ -3,12 +3,14 @@
 import {
   AGES,
   FROM_THE_START,
+  MODULE_COLORS,
   MUTED,
   NO_MODULE,
   OTHER_MODULES,
   VERMILION,
   dotRadius,
   edgeStyle,
+  moduleColor,
 } from "./palette.js";
 import {THEME} from "./theme.js";
 import {h, resizeCanvas} from "./dom.js";
@@ -166,29 +168,21 @@ export class RunPanel {
       if (!groups.length) return [h("span", {}, "No feature has a label.")];
       const others = history.labelGroups.size - groups.length;
       return [
-        h("span", {}, "labels, by their first word:"),
+        h("span", {}, "labels:"),
         ...groups.map(([group, color]) => entry([color, group])),
         ...(others ? [entry([OTHER_MODULES, `${integer(others)} more`])] : []),
         entry([NO_MODULE, "none"]),
       ];
     }
     if (!history.hasModules) return [entry([VERMILION, "features (modules were not computed)"])];
-    const numbers = new Map();
-    let [others, none] = [new Set(), false];
-    scene.snapshot.layers.forEach((layer, l) =>
-      layer.modules?.forEach((module, i) => {
-        const color = history.moduleColor(scene.k, l, i);
-        if (color === NO_MODULE) none = true;
-        else if (color === OTHER_MODULES) others.add(module);
-        else numbers.set(color, module);
-      }),
-    );
-    const modules = [...numbers].sort((a, b) => a[1] - b[1]).map(([color, module]) => entry([color, String(module)]));
+    const shown = new Set(scene.columns.flatMap((column) => column.dots.map((dot) => dot.module)));
+    const colored = MODULE_COLORS.map((_, module) => module).filter((module) => shown.has(module));
+    const others = [...shown].filter((module) => module >= MODULE_COLORS.length).length;
     return [
-      h("span", {}, "modules at this step:"),
-      ...modules,
-      ...(others.size ? [entry([OTHER_MODULES, counted(others.size, "smaller module")])] : []),
-      ...(none ? [entry([NO_MODULE, "none"])] : []),
+      h("span", {}, "modules:"),
+      ...colored.map((module) => entry([moduleColor(module), String(module)])),
+      ...(others ? [entry([OTHER_MODULES, `${integer(others)} more`])] : []),
+      ...(shown.has(-1) ? [entry([NO_MODULE, "none"])] : []),
       h("span", {style: {color: MUTED}}, "grey lines: between modules"),
     ];
   }
@@ -260,6 +254,7 @@ export function markLegend() {
     ),
     item(dot(5, "lib-hollow"), "direction not determined by the samples"),
     item(dot(5, "lib-new"), "new at this step"),
+    item(h("span", {}, "numbers: ids of features, as in events and in "), h("code", {}, 'graph.feature("layer/number")')),
   );
 }
 

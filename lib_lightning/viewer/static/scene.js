@@ -31,7 +31,9 @@ export function buildScene(history, k, snapshot, frame, view) {
       labelWidth: l < count - 1 ? pitch - 40 : right - 24,
     }),
   );
-  const sections = snapshot.sections.map((section, l) => buildSection(section, columns[l], columns[l + 1], view));
+  const sections = snapshot.sections.map((section, l) =>
+    buildSection(section, columns[l], columns[l + 1], view, history.hasModules),
+  );
   return {k, snapshot, history, columns, sections, pitch, ...totals(columns, sections)};
 }
 
@@ -45,6 +47,7 @@ function buildColumn(history, k, snapshot, frame, l, view, plot, {x, labelWidth}
   const dots = frame.shown.map((feature, n) => {
     const id = history.lineage(k, l, feature);
     const age = k - (history.first[l].get(id) ?? 0);
+    const label = labelOf(history, snapshot, l, feature, id);
     const dot = {
       l,
       feature,
@@ -52,10 +55,11 @@ function buildColumn(history, k, snapshot, frame, l, view, plot, {x, labelWidth}
       x,
       y: plot.top + frame.heights[n] * (plot.bottom - plot.top),
       radius: Math.min(dotRadius(layer.importance[feature] / largest), most),
-      color: dotColor(history, k, snapshot, l, feature, id, view.color),
+      module: history.modules[k][l][feature],
+      ...groupAndColor(history, k, l, {feature, id, label}, view.color),
       hollow: Boolean(layer.degenerate?.[feature]),
       isNew: age === 0 && k > 0,
-      label: labelOf(history, snapshot, l, feature, id),
+      label,
       rank: n,
     };
     dotOf.set(feature, dot);
@@ -69,23 +73,25 @@ export function labelOf(history, snapshot, l, feature, id) {
   return (snapshot.layers[l].labels ?? {})[feature] ?? history.run.labels?.[l]?.[id] ?? "";
 }
 
-function dotColor(history, k, snapshot, l, feature, id, by) {
-  if (by === "age") return ageColor(history, k, l, id);
-  if (by === "label") {
-    const group = labelGroup(labelOf(history, snapshot, l, feature, id));
-    return group ? (history.labelGroups.get(group) ?? OTHER_MODULES) : NO_MODULE;
+/** What a dot's colour stands for, null for nothing, and the colour. Edges inside a group have its colour. */
+function groupAndColor(history, k, l, {feature, id, label}, by) {
+  if (by === "age") {
+    const first = history.first[l].get(id) ?? 0;
+    if (first === 0) return {group: "from the start", color: FROM_THE_START};
+    const {name, color} = AGES.find((age) => k - first <= age.until);
+    return {group: name, color};
   }
-  return history.hasModules ? history.moduleColor(k, l, feature) : VERMILION;
+  if (by === "label") {
+    if (!label) return {group: null, color: NO_MODULE};
+    const group = labelGroup(label);
+    return {group, color: history.labelGroups.get(group) ?? OTHER_MODULES};
+  }
+  if (!history.hasModules) return {group: null, color: VERMILION};
+  const module = history.modules[k][l][feature];
+  return {group: module < 0 ? null : module, color: history.moduleColor(k, l, feature)};
 }
 
-/** Colour by the age of a lineage. */
-function ageColor(history, k, l, id) {
-  const first = history.first[l].get(id) ?? 0;
-  if (first === 0) return FROM_THE_START;
-  return AGES.find((age) => k - first <= age.until).color;
-}
-
-function buildSection(section, before, after, view) {
+function buildSection(section, before, after, view, hasModules) {
   const {source, target, weight} = section.edges;
   const minWeight = view.threshold * (section.strongest ?? 0);
   const edges = [];
@@ -94,7 +100,9 @@ function buildSection(section, before, after, view) {
   for (let e = 0; e < weight.length && weight[e] >= minWeight && weight[e] > 0; e++) {
     const [from, to] = [before.dotOf.get(source[e]), after.dotOf.get(target[e])];
     if (!from || !to) continue;
-    edges.push({from, to, weight: weight[e], share: weight[e] / section.strongest, color: edgeColor(from, to)});
+    // Without modules, all dots have one colour and all lines another, as in the figures.
+    const color = view.color === "module" && !hasModules ? BLUE : edgeColor(from, to);
+    edges.push({from, to, weight: weight[e], share: weight[e] / section.strongest, color});
     strength += weight[e];
   }
   // Only the strongest edges of a section may have been loaded.
@@ -111,9 +119,7 @@ function buildSection(section, before, after, view) {
 }
 
 function edgeColor(from, to) {
-  // Without modules, all dots have one colour and all lines another, as in the figures.
-  if (from.color === VERMILION && to.color === VERMILION) return from.isNew || to.isNew ? VERMILION : BLUE;
-  if (from.color !== to.color || from.color === NO_MODULE || from.color === OTHER_MODULES) return BETWEEN;
+  if (from.group === null || from.group !== to.group) return BETWEEN;
   return from.color === FROM_THE_START ? MUTED : from.color;
 }
 

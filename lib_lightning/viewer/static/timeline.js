@@ -216,7 +216,8 @@ export class Timeline {
     if (!this.time) return;
     const x = Math.min(this.time.width - CHART.right, Math.max(CHART.left, this.time.x(step ?? 0)));
     this.cursor.style.transform = `translateX(${x}px)`;
-    for (const track of [this.tracks.metric, this.tracks.scalar]) track.showValues(step);
+    this.tracks.metric.showValues(step, true);
+    this.tracks.scalar.showValues(step);
     this.events.moveTo(step);
   }
 }
@@ -241,14 +242,16 @@ class Track {
     this.key.replaceChildren(content);
   }
 
-  /** Show the last value of each line at or before a step. */
-  showValues(step) {
+  /** Show the last value of each line at or before a step; with `dated`, and when it was measured if that was earlier. */
+  showValues(step, dated = false) {
     this.key.replaceChildren(
       ...chartKey(
         this.lines.map((line) => {
           let i = line.steps.length - 1;
           while (i >= 0 && (line.steps[i] > step || line.values[i] === null)) i -= 1;
-          const value = i < 0 ? "–" : line.errors ? withError(line.values[i], line.errors[i]) : number(line.values[i]);
+          const known = i < 0 ? "–" : line.errors ? withError(line.values[i], line.errors[i]) : number(line.values[i]);
+          const isEarlier = dated && i >= 0 && line.steps[i + 1] <= step;
+          const value = isEarlier ? `${known} at step ${integer(line.steps[i])}` : known;
           return {name: this.lines.length > 1 ? line.name : "", color: line.color ?? MUTED, value};
         }),
       ),

@@ -12,12 +12,13 @@ export function featureDetails(scene, l, i, color, followed) {
   const layer = snapshot.layers[l];
   const id = history.lineage(k, l, i);
   const similarity = layer.similarity?.[i];
-  const module = layer.modules?.[i];
+  const module = layer.modules ? history.modules[k][l][i] : null;
   const label = labelOf(history, snapshot, l, i, id);
   const rows = [
     ["importance", withError(layer.importance[i], layer.error?.[i])],
     ["rank", `${ordinal(history.rank(k, l, i))} of ${integer(layer.importance.length)}`],
-    module === null || module === undefined ? null : ["module", module < 0 ? "none" : String(module)],
+    ["index", `${integer(i)} in the bases, edges and labels of this snapshot`],
+    module === null ? null : ["module", module < 0 ? "none" : String(module)],
     ["birth", history.isTracked(k, l) ? history.birth(l, id) : "not tracked over training"],
     similarity === null || similarity === undefined
       ? null
