@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from lib_lightning import InteractionGraph, compute_interaction_graph
+from lib_lightning.algorithm.basis import Basis, neuron_basis
 from lib_lightning.errors import LIBError
+from lib_lightning.graph import Lineages
 from lib_lightning.metrics import find_modules
 
 
@@ -47,3 +53,60 @@ def test_metrics_and_modules_share_searches(graph: InteractionGraph) -> None:
     torch.testing.assert_close(
         list(graph.find_modules(resolution=2.0).values()), find_modules(list(graph.edges.values()), resolution=2.0)
     )
+
+
+def tracked(ids: list[int], layer: str = "a/b:input") -> InteractionGraph:
+    """A graph of two node layers, the first of which has lineages."""
+    r = len(ids)
+    C = torch.linalg.qr(torch.randn(r + 1, r, dtype=torch.float64)).Q * torch.arange(1.0, r + 1)
+    basis = Basis(layer, "lib", torch.zeros(r + 1), C, torch.linalg.pinv(C), torch.linspace(2.0, 1.0, r).double())
+    output = neuron_basis("output", torch.zeros(3).double(), torch.eye(3).double())
+    lineages = Lineages(torch.tensor(ids), torch.full((r,), torch.nan), torch.full((r,), -1))
+    labels = [f"label {k}" for k in range(r)]
+    return InteractionGraph(
+        {layer: basis, "output": output}, {(layer, "output"): torch.ones(3, r)}, labels={layer: labels},
+        lineages={layer: lineages},
+    )  # fmt: skip
+
+
+@given(st.permutations(range(40)).flatmap(lambda ids: st.integers(1, 12).map(lambda r: list(ids[:r]))))
+def test_ids_and_indices_are_inverse(ids: list[int]) -> None:
+    graph = tracked(ids)
+    for index, lineage in enumerate(ids):
+        feature = graph.feature(("a/b:input", index))
+        assert feature.id == f"a/b:input/{lineage}" == graph.feature_ids("a/b:input")[index]
+        assert graph.feature(feature.id) == feature
+        assert (graph.index(feature.id), feature.index, feature.lineage) == (index, index, lineage)
+        assert (feature.label, feature.module) == (f"label {index}", None)
+        basis = graph.bases["a/b:input"]
+        assert feature.importance == float(basis.importance[index])
+        # It reads its own value, and writes no other.
+        values = torch.randn(len(ids), dtype=torch.float64)
+        assert float(basis.decode(values) @ feature.to_feature) == pytest.approx(float(values[index]))
+        torch.testing.assert_close(basis.encode(feature.from_feature), torch.eye(len(ids)).double()[index])
+    for number in set(range(45)) - set(ids):
+        with pytest.raises(LIBError, match=f"There is no feature 'a/b:input/{number}' in this graph") as error:
+            graph.index(f"a/b:input/{number}")
+        named = f"The feature with index {number} is 'a/b:input/{ids[number]}'." if number < len(ids) else ""
+        assert str(error.value).endswith(named)
+
+
+def test_features_that_are_not_tracked_have_their_index_in_their_id() -> None:
+    feature = tracked([7, 5]).feature("output/2")
+    assert (feature.index, feature.lineage, feature.label) == (2, None, "")
+
+
+@pytest.mark.parametrize(
+    ("which", "message"),
+    [
+        ("b/3", "no node layer 'b', only 'a/b:input', 'output'"),
+        ("a/b:input", "no node layer 'a'|A feature's id is its node layer and a number"),
+        ("a/b:input/x", "A feature's id is its node layer and a number, such as 'output/0'; got 'a/b:input/x'"),
+        ("7", "A feature's id is its node layer and a number"),
+        (("a/b:input", 2), "has 2 features, with indices from 0 to 1; got 2. To look a feature up by its id"),
+        (("a/b:input", -1), "with indices from 0 to 1; got -1"),
+    ],
+)
+def test_features_that_do_not_exist(which: Any, message: str) -> None:
+    with pytest.raises(LIBError, match=message):
+        tracked([7, 5]).feature(which)

@@ -17,6 +17,9 @@ CHANGES: tuple[Kind, ...] = ("emerged", "faded", "rose", "fell")
 class Event:
     """An event of one feature or one metric.
 
+    A feature is named by its id, node layer and lineage: the same in all snapshots, as in figures and the tab.
+    ``graph.feature(event.subject)`` finds it in a snapshot, where it has another index in bases, edges and labels.
+
     Attributes:
         kind: ``"born"``, ``"died"``, ``"split"`` or ``"merged"``: a lineage begins or ends; ``"emerged"`` or
             ``"faded"``: a feature becomes important, or ceases to be; ``"rose"`` or ``"fell"``: the share of an
@@ -70,7 +73,7 @@ class Event:
 
     @property
     def subject(self) -> str:
-        """The feature, such as ``"resid_post/17"``, or the metric's name."""
+        """The feature's id, such as ``"resid_post/17"``, or the metric's name."""
         return self.metric if self.metric is not None else f"{self.layer}/{self.lineage}"
 
     @property

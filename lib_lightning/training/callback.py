@@ -18,7 +18,7 @@ from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.errors import SettingError, check_list
 from lib_lightning.graph import InteractionGraph
-from lib_lightning.io.basis_format import EPOCH, STEP
+from lib_lightning.io.basis_format import EPOCH, LOGGING_STEP, STEP
 from lib_lightning.io.run_layout import check_run_name, overlapping_names
 from lib_lightning.labels.labeller import Labeller
 from lib_lightning.lineage.events import CHANGES
@@ -35,6 +35,7 @@ from lib_lightning.training.snapshot import Snapshot, SnapshotComputer, Snapshot
 from lib_lightning.training.trainer import (
     check_strategy,
     has_validation,
+    logging_step,
     process_group_of,
     synchronize,
     trainer_precision,
@@ -361,13 +362,15 @@ class LIBCallback(Callback):
             self.reporter.log_failure(trainer.global_step, error)
             return False
         self.state.commit(snapshot, layouts)
-        self.reporter.show(trainer, figures)
+        self.reporter.show(trainer, figures, snapshot.step)
         if self.adaptive:
             # All processes have to take their snapshots at the same steps.
             has_changed = torch.tensor(any(event.kind in CHANGES for event in snapshot.events), device="cpu")
             if self._process_group.broadcast([has_changed])[0]:
                 self.state.cursor.densify(snapshot.step)
-        if self.reporter.notify(trainer, snapshot.events, draw):
+        self.reporter.notify(trainer, snapshot.events)
+        if draw:
+            self.reporter.draw_run(trainer)
             self.state.mark_drawn()
         return True
 
@@ -380,7 +383,7 @@ class LIBCallback(Callback):
             snapshot = self.computer.compute(
                 instrumented,
                 self.samples.for_snapshot(trainer),
-                {STEP: trainer.global_step, EPOCH: trainer.current_epoch},
+                {STEP: trainer.global_step, LOGGING_STEP: logging_step(trainer), EPOCH: trainer.current_epoch},
                 self.state.previous(interval),
                 kind.ablation,
                 self._process_group,

@@ -109,8 +109,11 @@ def _parser() -> argparse.ArgumentParser:
         "the rate of large matrix products on this machine. Nothing is trained, and no files are written.",
         epilog="Model, data and callbacks are specified as for fit, by --config and its other options.",
     )
-    inspect = commands.add_parser("inspect", help="print settings and metrics of basis files")
+    inspect = commands.add_parser("inspect", help="print settings, metrics and features of basis files")
     inspect.add_argument("files", nargs="+", type=Path, help="basis files (.safetensors)")
+    inspect.add_argument(
+        "--features", type=int, default=5, metavar="N", help="features to list per node layer (default: %(default)s)"
+    )
     inspect.set_defaults(run=_inspect)
     plot = commands.add_parser("plot", help="draw the interaction graph, or the importances, of a basis file")
     plot.add_argument("file", type=Path, help="basis file (.safetensors)")
@@ -285,6 +288,27 @@ def _inspect(args: argparse.Namespace) -> None:
         print("  versions  ", ", ".join(f"{key} {value}" for key, value in graph.info.get(VERSIONS, {}).items()))
         for name, value in graph_scalars(list(graph.bases.values()), list(graph.edges.values())).items():
             print(f"  {name:<50} {value:>12,.6g}")
+        for line in _features(graph, args.features):
+            print(f"  {line}")
+
+
+def _features(graph: InteractionGraph, limit: int) -> list[str]:
+    """A table of the most important features of each node layer."""
+    lines = []
+    for layer, basis in graph.bases.items():
+        order = basis.importance.argsort(descending=True, stable=True)[: max(0, limit)].tolist()
+        features = [graph.feature((layer, index)) for index in order]
+        width = max((len(feature.id) for feature in features), default=0)
+        share = 1 / (float(basis.importance.sum()) or 1.0)
+        for feature in features:
+            module = "" if feature.module is None else f"  module {feature.module if feature.module >= 0 else '-'}"
+            lines.append(
+                f"{feature.id:<{width}}  index {feature.index:>4}  importance {feature.importance:>10.4g}  "
+                f"{share * feature.importance:>6.1%}{module}  {feature.label}".rstrip()
+            )
+    ids = "the same in all snapshots of the run" if graph.lineages else "the index, as features are not tracked"
+    what = f"features by id ({ids}); index: position in this file's bases, edges and labels"
+    return [what, *lines] if lines else []
 
 
 def _plot(args: argparse.Namespace) -> None:

@@ -64,7 +64,7 @@ class SnapshotReporter:
         if trainer.is_global_zero:
             for folder in self.directory.folders.values():
                 folder.clean()
-        self._has_written = False
+        self._has_written = self._has_explained_ids = False
         self._logged_step: int | None = None
         self._logged_notes: set[str] = set()
         self._failed_hooks: set[int] = set()
@@ -75,7 +75,7 @@ class SnapshotReporter:
         return None if self.directory.main is None else self.directory.main.layout
 
     def scalars(self, trainer: pl.Trainer, keys: Sequence[str], has_ablations: bool) -> dict[str, float]:
-        """The latest scalars, NaN before the first snapshot, and how many steps ago they were computed.
+        """The latest scalars, NaN before the first snapshot, at which step they were computed, and how long ago.
 
         Args:
             trainer: The trainer.
@@ -90,7 +90,8 @@ class SnapshotReporter:
             f"{self._name}/{key}": math.nan if step is None else float(trainer.global_step - step)
             for key, step in steps.items()
         }
-        return dict.fromkeys(keys, math.nan) | self._state.scalars | ages
+        computed_at = {f"{self._name}/step": math.nan if self._state.step is None else float(self._state.step)}
+        return dict.fromkeys(keys, math.nan) | self._state.scalars | computed_at | ages
 
     def changed_metrics(self, scalars: Mapping[str, float], keys: Collection[str]) -> dict[str, float]:
         """The scalars to log at a validation: all after a new snapshot, else those that change without one.
@@ -110,7 +111,10 @@ class SnapshotReporter:
         return {key: value for key, value in scalars.items() if key not in unchanged}
 
     def log_scalars(self, trainer: pl.Trainer, scalars: dict[str, float]) -> None:
-        """Give scalars to the loggers directly: ``LightningModule.log`` would not reach them between validations."""
+        """Give scalars to the loggers directly: ``LightningModule.log`` would not reach them between validations.
+
+        They are logged where it would log them, beside the scalars of the user: after 3,000 steps, at 2,999.
+        """
         log_scalars(trainer.loggers, scalars, logging_step(trainer))
 
     def write(self, trainer: pl.Trainer, snapshot: Snapshot) -> tuple[dict[str, PNG], dict[str, AnimatedLayout]]:
@@ -133,10 +137,10 @@ class SnapshotReporter:
         self._has_written = True
         return figures, layouts
 
-    def show(self, trainer: pl.Trainer, figures: Mapping[str, PNG]) -> None:
-        """Show figures in the loggers."""
+    def show(self, trainer: pl.Trainer, figures: Mapping[str, PNG], step: int) -> None:
+        """Show figures in the loggers, at the number of optimizer steps that is in their titles and file names."""
         for tag, png in figures.items():
-            log_image(trainer.loggers, tag, png, logging_step(trainer))
+            log_image(trainer.loggers, tag, png, step)
 
     def log_notes(self, graphs: Mapping[str, InteractionGraph]) -> None:
         """Log notes about slower fallbacks, each of them once."""
@@ -151,22 +155,16 @@ class SnapshotReporter:
             self._name, step, type(error).__name__, error,
         )  # fmt: skip
 
-    def notify(self, trainer: pl.Trainer, events: Sequence[Event], draw: bool) -> bool:
+    def notify(self, trainer: pl.Trainer, events: Sequence[Event]) -> None:
         """Report the events of a snapshot. Errors in the user's hooks are logged, and training continues.
 
         Args:
             trainer: The trainer.
             events: The events.
-            draw: Whether to draw figures over the whole run.
-
-        Returns:
-            Whether they have been drawn, or at least tried.
         """
         if trainer.is_global_zero:
             with self._logged_errors(trainer):
                 self._write_events(trainer, events)
-                if draw:
-                    self._draw(trainer)
         for k, hook in enumerate(self._hooks):
             for event in events:
                 try:
@@ -178,7 +176,12 @@ class SnapshotReporter:
                             hook, event.text, type(error).__name__, error,
                         )  # fmt: skip
                     self._failed_hooks.add(k)
-        return draw
+
+    def draw_run(self, trainer: pl.Trainer) -> None:
+        """Draw and show the figures over the whole run. Errors are logged, and training continues."""
+        if trainer.is_global_zero:
+            with self._logged_errors(trainer):
+                self._draw(trainer)
 
     @contextmanager
     def _logged_errors(self, trainer: pl.Trainer) -> Iterator[None]:
@@ -194,17 +197,24 @@ class SnapshotReporter:
         for event in events:
             # Births and deaths are frequent early in training and would drown these.
             if event.kind == "emerged" or event.metric is not None:
-                rank_zero_info(f"{self._name}: {event.text}")
+                rank_zero_info(f"{self._name}: {event.text}{self._note_on_ids(event)}")
         if events:
             text = "\n".join(f"- {event.text}" for event in events)
-            log_text(trainer.loggers, f"{self._name}/events", text, logging_step(trainer))
+            log_text(trainer.loggers, f"{self._name}/events", text, events[0].step)
         if self.directory.main is not None:
             # All of them each time: a resumed run may have another folder, or have gone back before some of them.
             self.directory.main.write_events([event.to_json() for event in self._state.events])
 
+    def _note_on_ids(self, event: Event) -> str:
+        """What the id of a feature is, once in a run."""
+        if event.metric is not None or self._has_explained_ids:
+            return ""
+        self._has_explained_ids = True
+        return f" ({event.subject} is its id in all snapshots; graph.index('{event.subject}') is its column in one)"
+
     def _draw(self, trainer: pl.Trainer) -> None:
         state, directory = self._state, self.directory.main
-        if directory is None:
+        if directory is None or state.step is None:
             return
         figures = {}
         if state.graphs:  # none in a resumed run before its first snapshot
@@ -213,7 +223,7 @@ class SnapshotReporter:
         if self._follow and len(state.history.steps) >= _MIN_OVER_TIME:
             over_time = state.history.figures()
             figures |= {name: directory.write_figure(name, figure) for name, figure in over_time.items()}
-        self.show(trainer, {f"{self._name}/{name}": png for name, png in figures.items()})
+        self.show(trainer, {f"{self._name}/{name}": png for name, png in figures.items()}, state.step)
 
     def finish(self, trainer: pl.Trainer) -> None:
         """Write what is only known at the end of training, and log where everything is."""
@@ -221,8 +231,7 @@ class SnapshotReporter:
         if directory is None or not trainer.is_global_zero:
             return
         if state.n_drawn < state.n_snapshots:
-            with self._logged_errors(trainer):
-                self._draw(trainer)
+            self.draw_run(trainer)
         lines = [f"\n{self._name}: {state.n_snapshots} snapshots of {' -> '.join(state.node_layers)}"]
         try:
             if state.step is not None and state.step == trainer.global_step:

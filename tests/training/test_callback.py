@@ -27,7 +27,7 @@ from lib_lightning.metrics.summary import scalar_keys
 from tests.pairwise import pairs_of, pairwise
 from tests.tiny_training import NODE_LAYERS, Classifier, Failing, Noisy, trainer_of
 
-KEYS = {f"lib/{key}" for key in [*scalar_keys(NODE_LAYERS), "samples", "seconds", "age", "overhead"]}
+KEYS = {f"lib/{key}" for key in [*scalar_keys(NODE_LAYERS), "samples", "seconds", "step", "age", "overhead"]}
 
 
 def everything(model: Classifier, trainer: pl.Trainer) -> dict[str, Any]:
@@ -155,16 +155,17 @@ def test_scalars_reach_loggers_and_other_callbacks(tmp_path: Path) -> None:
     events = EventAccumulator(loggers[0].log_dir, {"images": 0, "scalars": 0}).Reload()
     assert set(events.Tags()["scalars"]) >= KEYS
     assert [e.step for e in events.Scalars("lib/edges/total")] == [5, 17]
-    assert [e.step for e in events.Images("lib/graph")] == [5, 17]
+    assert [e.step for e in events.Images("lib/graph")] == [6, 18]
+    assert [e.value for e in events.Scalars("lib/step")] == [6, 6, 18]
 
 
-def test_snapshots_between_validations_share_the_step_axis(tmp_path: Path) -> None:
+def test_scalars_between_validations_share_the_step_axis(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
     callback = LIBCallback(NODE_LAYERS, at_steps=[0, 2, 6, 9, 100])
     trainer_of(tmp_path, callback, logger=logger, log_every_n_steps=1).fit(Classifier())
     events = EventAccumulator(logger.log_dir, {"images": 0, "scalars": 0}).Reload()
-    # Steps 6 and 12 end in validations; 12 is the end of training. The axis counts from 0.
-    assert [e.step for e in events.Images("lib/graph")] == [0, 1, 5, 8, 11]
+    assert [e.step for e in events.Images("lib/graph")] == [0, 2, 6, 9, 12], "as in titles and files"
+    # Steps 6 and 12 end in validations; 12 is the end of training. Lightning's axis of scalars counts from 0.
     assert [e.step for e in events.Scalars("lib/edges/total")] == [0, 1, 5, 5, 8, 11, 11]
     files = sorted(p.name for p in (Path(logger.log_dir) / "lib" / "snapshots").iterdir())
     assert files == [f"step-{step:08d}.safetensors" for step in (0, 2, 6, 9, 12)]

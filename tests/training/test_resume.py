@@ -82,7 +82,7 @@ def test_resuming_at_the_end_of_an_epoch_is_exact(schedule: str, tmp_path: Path)
     assert all(first[name] == value for name, value in expected.items() if value)
     assert expected["lib/age"]
     assert later == expected_later
-    assert drawn(tmp_path / "second", half - 1) == drawn(tmp_path / "whole", half - 1)
+    assert drawn(tmp_path / "second", half) == drawn(tmp_path / "whole", half) != []
     final = [(tmp_path / run / "run" / "lib" / "final.safetensors").read_bytes() for run in ("whole", "second")]
     assert final[0] == final[1]
     # Nothing from before the interruption is repeated.

@@ -118,7 +118,7 @@ def test_events_reach_hooks_files_and_loggers(broken: tuple[Path, LIBCallback, l
         max(e.before or 0, e.after or 0) >= 0.01 for e in received if e.kind in ("born", "died", "split", "merged")
     )
     shown = EventAccumulator(str(folder), {"tensors": 0}).Reload().Tensors("lib/events/text_summary")
-    texts = {e.step + 1: e.tensor_proto.string_val[0].decode() for e in shown}
+    texts = {e.step: e.tensor_proto.string_val[0].decode() for e in shown}
     assert set(texts) == {event.step for event in received}
     assert texts[8] == "\n".join(f"- {event.text}" for event in received if event.step == 8)
 
@@ -129,7 +129,7 @@ def test_figures_over_time_are_written_and_shown(broken: tuple[Path, LIBCallback
     for name in ("timeline", "spectrum_over_time", "sparsity_over_time"):
         images = events.Images(f"lib/{name}")
         assert images[-1].encoded_image_string == (folder / "lib" / f"{name}.png").read_bytes()
-        assert [image.step + 1 for image in images] == [6, 12], "at intervals, and at the end"
+        assert [image.step for image in images] == [6, 12], "at intervals, and at the end"
 
 
 def test_features_keep_their_places_in_figures(broken: tuple[Path, LIBCallback, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from lib_lightning import InteractionGraph, LIBCallback, compute_interaction_graph
 from lib_lightning.errors import LIBError
 from lib_lightning.training.trainer import check_strategy
+from lib_lightning.viewer.cache import Cache
+from lib_lightning.viewer.run_view import RunView
 from tests.resumable_run import NODE_LAYERS, STEPS_PER_EPOCH, Steady
 from tests.tiny_training import NODE_LAYERS as CLASSIFIER_LAYERS
 from tests.tiny_training import Classifier, trainer_of
@@ -225,7 +228,12 @@ def test_manual_optimisation(tmp_path: Path) -> None:
     # Two optimizers step with each batch, so steps are even; a snapshot comes at the first step from where it is due.
     assert names == [f"step-{step:08d}" for step in (0, 6, 10, 16, 20)]
     events = EventAccumulator(logger.log_dir, {"images": 0}).Reload()
-    assert [e.step for e in events.Images("lib/graph")] == [0, 2, 4, 7, 9], "batches, as other numbers of the run"
+    assert [e.step for e in events.Images("lib/graph")] == [0, 6, 10, 16, 20], "as in titles and files"
+    # Scalars are beside the user's, where Lightning counts batches; the viewer converts that axis.
+    assert [e.step for e in events.Scalars("lib/step")][-1] == 9
+    assert [e.value for e in events.Scalars("lib/step")][-1] == 20
+    run = json.loads(RunView(Path(logger.log_dir) / "lib", "lib", Cache(1 << 20)).run())
+    assert run["scalars"]["val_loss"]["steps"] == [20]
 
 
 @pytest.mark.parametrize("before", [True, False])

@@ -3,7 +3,6 @@
 import {
   AGES,
   FROM_THE_START,
-  MODULE_COLORS,
   MUTED,
   NO_MODULE,
   OTHER_MODULES,
@@ -17,7 +16,7 @@ import {h, resizeCanvas} from "./dom.js";
 import {counted, integer, percent} from "./text.js";
 import {heightsByLineage, heightsByModule} from "./layout.js";
 import {SnapshotCache} from "./cache.js";
-import {buildScene, dotAt, dotOfLineage} from "./scene.js";
+import {buildScene, dotAt, dotOfLineage, modulesShown} from "./scene.js";
 import {drawFocus, drawScene} from "./graph.js";
 import {featureDetails} from "./tooltip.js";
 
@@ -175,14 +174,12 @@ export class RunPanel {
       ];
     }
     if (!history.hasModules) return [entry([VERMILION, "features (modules were not computed)"])];
-    const shown = new Set(scene.columns.flatMap((column) => column.dots.map((dot) => dot.module)));
-    const colored = MODULE_COLORS.map((_, module) => module).filter((module) => shown.has(module));
-    const others = [...shown].filter((module) => module >= MODULE_COLORS.length).length;
+    const {colored, others, none} = modulesShown(scene);
     return [
       h("span", {}, "modules:"),
       ...colored.map((module) => entry([moduleColor(module), String(module)])),
       ...(others ? [entry([OTHER_MODULES, `${integer(others)} more`])] : []),
-      ...(shown.has(-1) ? [entry([NO_MODULE, "none"])] : []),
+      ...(none ? [entry([NO_MODULE, "none"])] : []),
       h("span", {style: {color: MUTED}}, "grey lines: between modules"),
     ];
   }

@@ -1,6 +1,17 @@
 // The content of one picture: dots with positions and colours, and the edges above the threshold.
 
-import {AGES, BETWEEN, BLUE, FROM_THE_START, MUTED, NO_MODULE, OTHER_MODULES, VERMILION, dotRadius} from "./palette.js";
+import {
+  AGES,
+  BETWEEN,
+  BLUE,
+  FROM_THE_START,
+  MODULE_COLORS,
+  MUTED,
+  NO_MODULE,
+  OTHER_MODULES,
+  VERMILION,
+  dotRadius,
+} from "./palette.js";
 import {labelGroup} from "./history.js";
 
 /** Margins in pixels: names of layers above, counts below, labels to the right of the last column. */
@@ -133,6 +144,16 @@ function totals(columns, sections) {
     share: sum(sections, (section) => section.strength) / sum(sections, (section) => section.total),
     isTruncated: sections.some((section) => section.isTruncated),
     loadedPerSection: Math.max(0, ...sections.map((section) => section.loaded)),
+  };
+}
+
+/** The modules of the dots drawn: those with a colour of their own, the number of others, whether dots are in none. */
+export function modulesShown({columns}) {
+  const shown = new Set(columns.flatMap((column) => column.dots.map((dot) => dot.module)));
+  return {
+    colored: MODULE_COLORS.map((_, module) => module).filter((module) => shown.has(module)),
+    others: [...shown].filter((module) => module >= MODULE_COLORS.length).length,
+    none: shown.has(-1),
   };
 }
 
