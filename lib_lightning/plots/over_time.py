@@ -168,7 +168,7 @@ def draw_sparsity_over_time(
 
 
 def draw_curves(axes: Axes, curves: Sequence[Curve]) -> None:
-    """Draw curves into a panel, with dotted lines across missing values.
+    """Draw curves into a panel, with gaps at missing values.
 
     Args:
         axes: The panel.
@@ -181,7 +181,7 @@ def draw_curves(axes: Axes, curves: Sequence[Curve]) -> None:
         >>> axes = Figure().add_subplot()
         >>> draw_curves(axes, [Curve("LIB", [0, 1, 2], [3.0, float("nan"), 1.0])])
         >>> [list(map(float, line.get_ydata())) for line in axes.lines]
-        [[3.0, 1.0], [3.0, nan, 1.0]]
+        [[3.0, nan, 1.0]]
     """
     for k, (curve, color) in enumerate(zip(curves, _colors(curves), strict=True)):
         values, z = _runs(curve), 3 - k / 100
@@ -190,9 +190,9 @@ def draw_curves(axes: Axes, curves: Sequence[Curve]) -> None:
             axes.plot(x, run, color=color, lw=0.7, alpha=0.45, zorder=z - 1)
         median = _median(values)
         present = np.isfinite(median)
-        if present.any() and not present[present.argmax() : len(present) - present[::-1].argmax()].all():
-            axes.plot(x[present], median[present], color=color, lw=1.0, ls=(0, (1, 1.5)), zorder=z)
-        marker = "o" if present.sum() <= _MAX_MARKERS else ""
+        # Between missing values, only a marker is visible.
+        has_gaps = present.any() and not present[present.argmax() : len(present) - present[::-1].argmax()].all()
+        marker = "o" if has_gaps or present.sum() <= _MAX_MARKERS else ""
         axes.plot(x, median, color=color, lw=1.7, marker=marker, ms=2.4, zorder=z, clip_on=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
@@ -18,7 +21,11 @@ from torchmetrics import MeanMetric, MetricCollection
 from lib_lightning import InteractionGraph, LIBCallback, compute_interaction_graph
 from lib_lightning.ablation import AblationPlan, accuracy, edges_required
 from lib_lightning.errors import LIBError
+from lib_lightning.graph import Lineages
 from lib_lightning.metrics import Gini, Modularity, NumberOfFeatures, find_modules
+from lib_lightning.training.run_state import PlotHistory
+from lib_lightning.viewer.cache import Cache
+from lib_lightning.viewer.run_view import RunView
 from tests.tiny_training import NODE_LAYERS, Classifier, Noisy, trainer_of
 from tests.training.test_callback import run
 
@@ -109,8 +116,11 @@ def test_user_metrics_under_their_own_names(tmp_path: Path) -> None:
         graph.bases["net.0:input"].importance
     )
     # The figure's modules are those that are measured.
-    expected = find_modules(list(graph.edges.values()), resolution=2.0)
-    assert all(torch.equal(a, b) for a, b in zip(graph.modules.values(), expected, strict=True))
+    found, expected = (
+        torch.cat(list(m)) for m in (graph.modules.values(), find_modules(list(graph.edges.values()), resolution=2.0))
+    )
+    # But for their numbers, which are those of the run.
+    assert torch.equal(found[:, None] == found, expected[:, None] == expected)
 
 
 def test_unsuitable_metrics_are_refused_at_once() -> None:
@@ -169,6 +179,39 @@ def test_ablations_every_n_snapshots_on_held_out_samples(tmp_path: Path, score: 
     found = [callback.state.scalars[key + s] for s in ("net.0.input-to-net.4.input", "net.4.input-to-output")]
     assert found == pytest.approx(counts, nan_ok=True)
     assert callback.state.scalars[key + "total"] == pytest.approx(sum(counts), nan_ok=True)
+    # Drawn where it was measured, in figures as in the tab.
+    drawn = callback.state.history.totals["edges_required"]["lib"]
+    run = json.loads(RunView(tmp_path / "lib", "lib", Cache(1 << 20)).run())
+    for k, snapshot in enumerate(run["snapshots"]):
+        shown = snapshot["metrics"].get("edges_required/total")
+        assert (shown is not None) == (k in (0, 3, 6))
+        assert drawn[k] == pytest.approx(shown["value"] or math.nan if shown else math.nan, rel=1e-4, nan_ok=True)
+
+
+def test_history_has_values_where_they_were_measured() -> None:
+    """Whatever is measured when, also after going back to an earlier step."""
+    graph = compute_interaction_graph(torch.nn.Linear(3, 2), [torch.randn(30, 3)], ["input", "output"])
+    lineages = {name: basis.importance.argsort() for name, basis in graph.bases.items()}
+    graph.lineages = {name: Lineages(ids, ids.double(), ids) for name, ids in lineages.items()}
+
+    @given(st.lists(st.tuples(st.integers(0, 9), st.sets(st.sampled_from(["lib/a", "lib/b", "pca/a"]))), max_size=12))
+    def check(snapshots: list[tuple[int, set[str]]]) -> None:
+        history, expected = PlotHistory(), {}
+        for value, (step, measured) in enumerate(snapshots):
+            scalars: dict[str, dict[str, float]] = {"lib": {}, "pca": {}}
+            for name in measured:
+                kind, metric = name.split("/")
+                scalars[kind][f"{metric}/total"] = float(value)
+            history.add(step, graph, scalars)  # type: ignore[arg-type]
+            expected = {s: of_step for s, of_step in expected.items() if s < step}
+            expected[step] = {name: float(value) for name in measured}
+        assert history.steps == list(expected)
+        for metric, series in history.totals.items():
+            for kind, values in series.items():
+                wanted = [of_step.get(f"{kind}/{metric}", math.nan) for of_step in expected.values()]
+                assert values == pytest.approx(wanted, nan_ok=True)
+
+    check()
 
 
 def test_ablations_with_too_few_samples_or_another_loader(tmp_path: Path) -> None:
