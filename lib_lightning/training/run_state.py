@@ -102,7 +102,7 @@ class PlotHistory:
             }
             number_of = numbers.update(members)
             for name, (_, modules, _) in members.items():
-                renumbered = torch.tensor([number_of.get(module, -1) for module in modules.tolist()])
+                renumbered = torch.tensor([number_of.get(m, -1) for m in modules.tolist()], device="cpu")
                 self.layers[name][t] = replace(self.layers[name][t], modules=renumbered)
         return numbers
 
