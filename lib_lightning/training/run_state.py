@@ -80,7 +80,7 @@ class PlotHistory:
                 metric, _, part = key.rpartition("/")
                 if part == "total":
                     self.totals.setdefault(metric, {}).setdefault(kind, [])
-        measured: Mapping[str, Mapping[str, float]] = dict(scalars)
+        measured: Mapping[str, Mapping[str, float]] = {str(kind): of_kind for kind, of_kind in scalars.items()}
         for metric, series in self.totals.items():
             for name, values in series.items():
                 # Some metrics, such as those of ablations, are measured now and then.
@@ -101,8 +101,8 @@ class PlotHistory:
                 if (modules := layers[t].modules) is not None
             }
             number_of = numbers.update(members)
-            for name, (_, modules, _) in members.items():
-                renumbered = torch.tensor([number_of.get(m, -1) for m in modules.tolist()], device="cpu")
+            for name, of_layer in members.items():
+                renumbered = torch.tensor([number_of.get(m, -1) for m in of_layer.modules.tolist()], device="cpu")
                 self.layers[name][t] = replace(self.layers[name][t], modules=renumbered)
         return numbers
 
