@@ -161,14 +161,14 @@ class RunView:
         scalars = {}
         for tag, (logged_at, values) in sorted(points.items(), key=lambda p: (p[0].startswith(ratios), p[0])):
             group, _, metric = tag.partition("/")
-            steps = axis.steps(logged_at)
             if group in prefixes:
                 continue
+            found = list(zip(axis.steps(logged_at), values, strict=True))
             if group.startswith(ratios) and axis.is_known:
                 # Between measurements, the latest value is logged again.
-                measured = [step in outlines and metric in outlines[step].measured for step in steps]
-                steps, values = ([x for x, kept in zip(xs, measured, strict=True) if kept] for xs in (steps, values))
-            scalars[tag] = object_({"steps": dump(steps), "values": numbers(np.array(values, dtype=float))})
+                found = [(step, x) for step, x in found if step in outlines and metric in outlines[step].measured]
+            steps, kept = [step for step, _ in found], np.array([x for _, x in found], dtype=float)
+            scalars[tag] = object_({"steps": dump(steps), "values": numbers(kept)})
         return object_(scalars)
 
 
