@@ -24,7 +24,7 @@ from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.errors import ActivationError, SettingTypeError, check_number, is_out_of_memory
 from lib_lightning.graph import InteractionGraph, Replicates
 from lib_lightning.io import basis_format as keys
-from lib_lightning.model.batch import batch_size, check_has_tensors, is_empty, num_elements
+from lib_lightning.model.batch import check_has_tensors, is_empty, num_elements
 from lib_lightning.model.discover import CutPoint
 from lib_lightning.model.instrumented import InstrumentedModel, model_session
 from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
@@ -81,8 +81,10 @@ def compute_interaction_graph(
         integration_steps: Number of Gauss-Legendre points between the mean and the activations over which gradients
             are averaged; 0 for the gradients at the activations.
         dtype: Floating-point type of the computation; None for that of the model. Sums are always float64.
-        input_fn: Maps a batch to the model's input: a dict becomes keyword arguments, a tuple positional arguments. By
-            default the first entry of a tuple or list batch, and any other batch unchanged.
+        input_fn: Maps a batch to the model's input: a dict becomes keyword arguments, a tuple positional arguments.
+            None finds out on the first batch: a LightningModule is called as its own ``validation_step`` (or
+            ``training_step``, ``predict_step``) calls it, any other module with the entries of the batch that its
+            ``forward`` takes. The log says how.
         mask: Marks valid positions if some are padding: name or index of an entry of the batch, such as
             ``"attention_mask"``, or a function from a batch to a tensor of shape ``(n, S)``, nonzero if valid.
         memory_limit: Memory to use in addition to the model and the batches, in GiB. Batches are split into chunks of
@@ -130,6 +132,7 @@ def compute_interaction_graph(
         node_layers = _proposed(model, batches, spec)
     instrumented = InstrumentedModel(model, as_node_layers(node_layers), spec)
     graph = graph_of(instrumented, batches, config, memory_limit, process_group, check_first=True, progress=progress)
+    log.info("%s was called as %s.", type(model).__name__, instrumented.spec.call)
     for note in graph.info[keys.NOTES]:
         log.warning(note)
     return graph
@@ -159,14 +162,15 @@ def graph_of(
         The interaction graph, on the CPU.
     """
     batches = [batch for batch in batches if not is_empty(batch)]
-    largest = max(map(batch_size, batches), default=1)
-    plan: MemoryPlan | None = None
+    largest, plan = 1, None
     for attempt in itertools.count():
         try:
             with process_group.sync_errors(), model_session(instrumented, copied_bytes(memory_limit)):
                 if plan is None:
                     if check_first and batches:
                         instrumented.notes = validate_node_layers(instrumented, batches)
+                    batches = [batch for batch in batches if instrumented.num_samples(batch)]
+                    largest = max(map(instrumented.num_samples, batches), default=1)
                     plan = _plan(instrumented, batches, config, memory_limit)
                 chunks = split_batches(instrumented, batches, plan.samples)
                 phase_done("checks and chunks")
@@ -204,10 +208,9 @@ def _plan(
     if not batches:  # only other processes have samples
         return MemoryPlan()
     # Batches may have samples of different sizes (sequence lengths): plan for the largest.
-    largest = max(batches, key=lambda batch: num_elements(batch) / max(1, batch_size(batch)))
-    workload = Workload(
-        sum(map(batch_size, batches)), config.integration_steps, config.basis == "lib", config.final_metric == "fisher"
-    )
+    largest = max(batches, key=lambda batch: num_elements(batch) / instrumented.num_samples(batch))
+    samples = sum(map(instrumented.num_samples, batches))
+    workload = Workload(samples, config.integration_steps, config.basis == "lib", config.final_metric == "fisher")
     weights = num_bytes(instrumented.model)
     copied = weights if weights <= copied_bytes(memory_limit) else 0
     return plan_memory(instrumented, largest, int(memory_limit * 2**30) - copied, workload)
@@ -218,7 +221,9 @@ def _as_graph(built: BuildResult, config: LIBConfig, instrumented: InstrumentedM
         keys.SETTINGS: {
             **asdict(config),
             "dtype": None if instrumented.spec.dtype is None else str(instrumented.spec.dtype).split(".")[-1],
+            "call": str(instrumented.spec.call),
         },
+        keys.MODEL_CALL: None if instrumented.spec.call is None else instrumented.spec.call.plain,
         keys.NODE_LAYERS: [
             {"name": x.name, "taps": list(x.taps), "positions": x.positions, "feature_dim": x.feature_dim}
             for x in instrumented.layers

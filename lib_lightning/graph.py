@@ -162,6 +162,12 @@ class InteractionGraph:
             )
         return [NodeLayer(**layer) for layer in self.info[keys.NODE_LAYERS]]
 
+    @property
+    def model_call(self) -> dict[str, Any] | None:
+        """How the model was called, as plain values; None in a graph that does not know."""
+        found: dict[str, Any] | None = self.info.get(keys.MODEL_CALL)
+        return found
+
     def layers(self) -> list[NodeLayer]:
         """Deprecated name of `node_layer_specs`."""
         warnings.warn("InteractionGraph.layers() is now node_layer_specs().", DeprecationWarning, stacklevel=2)

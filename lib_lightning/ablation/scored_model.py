@@ -16,7 +16,7 @@ from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.errors import LIBError, NotFiniteError
 from lib_lightning.graph import InteractionGraph
-from lib_lightning.model.batch import batch_size, is_empty
+from lib_lightning.model.batch import is_empty
 from lib_lightning.model.instrumented import InstrumentedModel, model_session
 from lib_lightning.model.model_spec import ModelSpec
 
@@ -49,7 +49,7 @@ def scored_model(
     Yields:
         The scored model.
     """
-    instrumented = InstrumentedModel(model, graph.node_layer_specs(), ModelSpec(**spec))
+    instrumented = InstrumentedModel(model, graph.node_layer_specs(), ModelSpec(**spec).called_as(graph.model_call))
     with process_group.sync_errors(), model_session(instrumented), torch.no_grad():
         nonempty = [batch for batch in batches if not is_empty(batch)]
         yield ScoredModel(instrumented, nonempty, graph, score, memory_limit, process_group)
@@ -113,7 +113,7 @@ class ScoredModel:
         total, n = torch.zeros((), dtype=torch.float64, device="cpu"), 0
         for batch, model in zip(self._batches, ablated, strict=True):
             scores = self._score(model.output(kept), batch)
-            size = batch_size(batch)
+            size = self._instrumented.num_samples(batch)
             if not isinstance(scores, Tensor) or scores.shape != (size,):
                 got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
                 raise LIBError(

@@ -15,7 +15,6 @@ from lib_lightning.algorithm.jackknife import GROUPS
 from lib_lightning.algorithm.low_rank_gram import DENSE_WIDTH
 from lib_lightning.errors import ActivationError, is_out_of_memory
 from lib_lightning.jacobian.section import STACK_ELEMENTS
-from lib_lightning.model.batch import batch_size, slice_batch
 from lib_lightning.model.capture import CapturedLayer
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.torch_internals import storage_key
@@ -99,16 +98,17 @@ def plan_memory(
     Raises:
         ActivationError: If a node layer is so wide that its covariance alone does not fit.
     """
+    n = instrumented.num_samples(batch)
     try:
-        captured, two, largest = _saved_by_autograd(instrumented, slice_batch(batch, 0, 2))
+        captured, two, largest = _saved_by_autograd(instrumented, instrumented.select(batch, slice(0, 2)))
         # What does not depend on the number of samples (weights, position embeddings) is in both.
-        one = _saved_by_autograd(instrumented, slice_batch(batch, 0, 1))[1] if batch_size(batch) > 1 else 0
+        one = _saved_by_autograd(instrumented, instrumented.select(batch, slice(0, 1)))[1] if n > 1 else 0
     except Exception as error:
         if is_out_of_memory(error):
             raise
         # A tensor of the batch has the length of the batch by chance and must not be cut: run the whole batch.
         captured, saved, largest = _saved_by_autograd(instrumented, batch)
-        two, one = saved // max(1, batch_size(batch)), 0
+        two, one = saved // max(1, n), 0
     # A covariance and two maps for each node layer, and the eigenproblem and products of the widest. A wide node layer
     # with a metric needs only the directions that are read: their number is unknown, at least a few hundred.
     widths = [layer.a.shape[-1] for layer in captured]
@@ -179,12 +179,15 @@ def split_batches(instrumented: InstrumentedModel, batches: Sequence[Any], size:
         The chunks, in order. The batches themselves if none of them is larger, or if splitting changes activations,
         because a tensor of the batch has the length of the batch by chance.
     """
-    if all(batch_size(batch) <= size for batch in batches):
+    num_samples = instrumented.num_samples
+    if all(num_samples(batch) <= size for batch in batches):
         return list(batches)
-    large = next(batch for batch in batches if batch_size(batch) > size)
+    large = next(batch for batch in batches if num_samples(batch) > size)
     half = max(1, min(_FEW, size) // 2)
     try:
-        more, fewer = (instrumented.activations(slice_batch(large, 0, stop)) for stop in (2 * half, half))
+        more, fewer = (
+            instrumented.activations(instrumented.select(large, slice(0, stop))) for stop in (2 * half, half)
+        )
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -197,11 +200,14 @@ def split_batches(instrumented: InstrumentedModel, batches: Sequence[Any], size:
     if not same:
         # A model that draws random numbers draws others for another number of samples, which is no reason.
         instrumented.manual_seed(instrumented.seed + 1)
-        other = instrumented.activations(slice_batch(large, 0, 2 * half))
+        other = instrumented.activations(instrumented.select(large, slice(0, 2 * half)))
         same = any(not torch.equal(a, b) for a, b in zip(more, other, strict=True))
-    return [chunk for batch in batches for chunk in _chunks(batch, size)] if same else list(batches)
+    return [chunk for batch in batches for chunk in _chunks(instrumented, batch, size)] if same else list(batches)
 
 
-def _chunks(batch: Any, size: int) -> Iterator[Any]:
-    for start in range(0, max(1, batch_size(batch)), size):
-        yield slice_batch(batch, start, start + size)
+def _chunks(instrumented: InstrumentedModel, batch: Any, size: int) -> Iterator[Any]:
+    if not instrumented.layout(batch).can_split(batch):
+        yield batch
+        return
+    for start in range(0, max(1, instrumented.num_samples(batch)), size):
+        yield instrumented.select(batch, slice(start, start + size))

@@ -31,6 +31,7 @@ INFO = "info"
 
 # Keys of the header's info, which is `InteractionGraph.info`.
 SETTINGS = "settings"
+MODEL_CALL = "model_call"
 NODE_LAYERS = "node_layers"
 NUM_SAMPLES = "n_samples"
 METRIC_ERRORS = "metric_errors"

@@ -39,7 +39,6 @@ from lib_lightning.model.autograd_graph import (
     saved_names,
     shape_of,
 )
-from lib_lightning.model.batch import run_on_few
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.vjp import apply_mask
 
@@ -115,7 +114,7 @@ class DetectedClosedForms:
         detectors = [ClosedFormDetector() for _ in instrumented.layers[1:]]
         if batches:
             instrumented.manual_seed(0)
-            captured = run_on_few(instrumented.capture, batches[0], SAMPLES)
+            captured = instrumented.run_on_few(instrumented.capture, batches[0], SAMPLES)
             for detector, section in zip(detectors, sections_between(captured, 1), strict=True):
                 detector.fit(section)
         return cls(detectors)

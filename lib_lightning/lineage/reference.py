@@ -14,7 +14,7 @@ from lib_lightning.errors import LIBError
 from lib_lightning.features import feature_values
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.lineage.matching import standardised
-from lib_lightning.model.batch import batch_size
+from lib_lightning.model.batch import is_empty
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import ModelSpec
 
@@ -60,9 +60,10 @@ def reference_features(
         >>> reference_features(graph, model, [x])["output"].shape
         torch.Size([20, 2])
     """
-    instrumented = InstrumentedModel(model, graph.node_layer_specs(), ModelSpec(**spec))
+    instrumented = InstrumentedModel(model, graph.node_layer_specs(), ModelSpec(**spec).called_as(graph.model_call))
     batches = list(batches)
-    samples = sum(int(t) for t in process_group.gather(torch.tensor([sum(map(batch_size, batches))], device="cpu")))
+    own = sum(instrumented.num_samples(batch) for batch in batches if not is_empty(batch))
+    samples = sum(int(t) for t in process_group.gather(torch.tensor([own], device="cpu")))
     if not samples:
         raise LIBError("There are no reference samples: all batches are empty.")
     positions = -(-count // samples)

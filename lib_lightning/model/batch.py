@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.errors import LIBError, is_out_of_memory
@@ -34,37 +35,82 @@ def map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     """
     if isinstance(value, Tensor):
         return fn(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(v, fn) for v in value))
+    if value is None or isinstance(value, (str, bytes, int, float)):
+        return value
     if isinstance(value, (tuple, list)):
-        return type(value)(map_tensors(v, fn) for v in value)
+        return _sequence_like(value, [map_tensors(v, fn) for v in value])
     if isinstance(value, Mapping):
         return _with_items(value, {k: map_tensors(v, fn) for k, v in value.items()})
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        new = copy.copy(value)
-        for field in dataclasses.fields(value):
-            object.__setattr__(new, field.name, map_tensors(getattr(value, field.name), fn))
-        return new
-    return value
+    if isinstance(value, type) or not hasattr(value, "__dict__") or callable(value):
+        return value
+    if hasattr(value, "to_data_list") or hasattr(value, "edge_index"):  # PyTorch Geometric: copies all of its stores
+        return copy.copy(value).apply(fn)
+    names = _tensor_attributes(value)
+    return replace_items(value, {name: map_tensors(getattr(value, name), fn) for name in names}) if names else value
+
+
+def replace_items(value: Any, items: Mapping[Any, Any]) -> Any:
+    """Replace entries of a container or attributes of an object.
+
+    Args:
+        value: A tuple, list, mapping or object; not modified.
+        items: New values by index, key or name.
+
+    Returns:
+        A new one of the same class.
+
+    Example:
+        >>> replace_items((1, 2), {1: 3}), replace_items({"x": 1}, {"x": 2})
+        ((1, 3), {'x': 2})
+    """
+    if isinstance(value, (tuple, list)):
+        return _sequence_like(value, [items.get(i, item) for i, item in enumerate(value)])
+    if isinstance(value, Mapping):
+        return _with_items(value, {**value, **items})
+    new = copy.copy(value)
+    for name, item in items.items():
+        object.__setattr__(new, name, item)
+    return new
+
+
+def _tensor_attributes(value: Any) -> list[str]:
+    """Names of an object's attributes that hold tensors, the main one of a distribution first."""
+    if dataclasses.is_dataclass(value):
+        return [field.name for field in dataclasses.fields(value)]
+    if isinstance(value, Distribution):
+        main = [name for name in ("logits", "loc") if isinstance(getattr(value, name, None), Tensor)]
+        inner = [name for name, x in vars(value).items() if isinstance(x, (Tensor, Distribution))]
+        return list(dict.fromkeys([*(name for name in main if name in vars(value)), *inner]))
+    if hasattr(value, "to"):  # a batch or an output, rather than something that only refers to tensors
+        return [name for name, x in vars(value).items() if isinstance(x, (Tensor, tuple, list, Mapping))]
+    return [name for name, x in vars(value).items() if isinstance(x, Tensor)]
 
 
 def first_tensor(value: Any) -> Tensor | None:
-    """Find the main tensor of a module's input or output: the first one that is not a scalar.
+    """Find the main tensor of a module's input or output: the first one that is not a loss.
 
     Args:
-        value: A tensor, or tensors in tuples, lists and mappings.
+        value: A tensor, or tensors in tuples, lists, mappings and objects.
 
     Returns:
-        The tensor, or None if there is no tensor. A scalar, such as a loss ahead of the logits, is returned only if all
-        tensors are scalars.
+        The tensor, or None if there is no tensor. Ahead of the logits, an entry called ``"loss"``, a scalar, and a
+        tensor of shape ``(1,)`` are losses. Of a distribution the logits or the location.
 
     Example:
         >>> import torch
         >>> first_tensor({"loss": torch.tensor(0.5), "logits": torch.ones(2, 1)}).shape
         torch.Size([2, 1])
     """
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, Mapping) and "loss" in value and len(value) > 1:
+        rest = first_tensor([item for key, item in value.items() if key != "loss"])
+        if rest is not None:
+            return rest
     found = tensors_in(value)
-    return next((t for t in found if t.ndim > 0), found[0] if found else None)
+    several = any(t.ndim > 0 and len(t) > 1 for t in found)
+    axes = (t for t in found if t.ndim > 0 and not (several and t.shape == (1,)))
+    return next(axes, found[0] if found else None)
 
 
 def replace_first_tensor(value: Any, new: Tensor) -> Any:
@@ -239,6 +285,25 @@ def default_input_fn(batch: Any) -> Any:
         'inputs'
     """
     return batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+
+
+def _sequence_like(value: Any, items: list[Any]) -> Any:
+    """A tuple or list of the same class, with other entries."""
+    kind = type(value)
+    if kind in (tuple, list):
+        return kind(items)
+    if hasattr(value, "_fields"):
+        return kind(*items)
+    if hasattr(value, "n_sequence_fields"):  # what torch.max() returns, for example
+        return kind(items)
+    if isinstance(value, list):
+        new = copy.copy(value)
+        new[:] = items
+        return new
+    # Without the class's own __new__, which may take other arguments.
+    new = tuple.__new__(kind, items)
+    vars(new).update(vars(value)) if hasattr(value, "__dict__") else None
+    return new
 
 
 def _with_items(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Any:

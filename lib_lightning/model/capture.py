@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +28,9 @@ from lib_lightning.errors import ActivationError, NodeLayerError, quoted
 from lib_lightning.model.autograd_graph import is_view, overwrite, saved_tensors_kept, swap_in
 from lib_lightning.model.batch import first_tensor, replace_first_tensor
 from lib_lightning.model.module_paths import find_module
-from lib_lightning.model.node_layer import INPUT, NodeLayer, split_tap
+from lib_lightning.model.node_layer import INPUT, NodeLayer, Tap, split_tap
 from lib_lightning.model.sources import in_model
+from lib_lightning.model.steps import is_preparing
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class ActivationRecorder:
         widths: Number of features of each tap, by node layer and tap; filled during the forward pass.
         caller_tensors: Copies of the caller's input tensors and the originals, by ``id`` of the copy.
         stop_after: Index of the node layer after which to end the forward pass; None to run all of it.
+        locate: From a tap to the tap of the module that it stands for; see `lib_lightning.model.calls.ModelCall`.
 
     Attributes:
         detached: Tensors without a graph that were overwritten with leaves. A module may store them.
@@ -95,7 +97,9 @@ class ActivationRecorder:
         widths: dict[tuple[int, int], int],
         caller_tensors: dict[int, tuple[Tensor, Tensor]],
         stop_after: int | None = None,
+        locate: Callable[[Tap], Tap] = lambda tap: tap,
     ) -> None:
+        self._locate = locate
         self._model, self._layers, self._replace = model, layers, replace
         self._widths, self._caller_tensors, self._stop_after = widths, caller_tensors, stop_after
         self._parameter_ids = {id(t) for t in (*model.parameters(), *model.buffers())}
@@ -149,13 +153,15 @@ class ActivationRecorder:
         return layer.read([self._recorded[index, k][0] for k in range(len(layer.taps))])
 
     def _attach(self, name: str, key: tuple[int, int]) -> RemovableHandle:
-        tap = split_tap(name)
+        tap = self._locate(split_tap(name))
         module = find_module(self._model, tap.path)
         calls = itertools.count()
 
         def visit(value: Any) -> Any:
             if self.stopped:  # a model with a catch-all handler has caught the exception and continues
                 raise StopForward
+            if is_preparing():
+                return value
             call = next(calls)
             if tap.call is None and call:
                 raise NodeLayerError(

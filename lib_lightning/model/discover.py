@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from lib_lightning.model.autograd_graph import Edge, PathNode, edge_of, path_nodes
-from lib_lightning.model.batch import batch_size, first_tensor, map_tensors, replace_first_tensor, tensors_in
+from lib_lightning.model.batch import first_tensor, map_tensors, replace_first_tensor, tensors_in
 from lib_lightning.model.exchange import Exchange, exchanges, first_samples
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.module_paths import accepts_hooks, find_module, module_paths
 from lib_lightning.model.node_layer import INPUT, OUTPUT, NodeLayer, Tap, split_tap, tap_name
 from lib_lightning.model.sources import SampleSources, follow_use, in_model
+from lib_lightning.model.steps import is_preparing
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
@@ -112,7 +113,7 @@ def discover_cut_points(instrumented: InstrumentedModel, batches: Sequence[Any],
     """
     search = SampleSources(instrumented.model)
     exchange = _compared(instrumented, batches, limit, search)
-    samples = first_samples(batches[0], batch_size, limit) if exchange is None else exchange.batch
+    samples = first_samples(batches[0], instrumented.layout(batches[0]), limit) if exchange is None else exchange.batch
     try:
         # If no gradient reaches the sources (a frozen part under no_grad), they are looked for after it. If all samples
         # are the same, every tensor without history at a module's input or output may be a source.
@@ -132,7 +133,7 @@ def _compared(
     instrumented: InstrumentedModel, batches: Sequence[Any], limit: int, search: SampleSources
 ) -> Exchange | None:
     """Run a model on two sets of samples; returns them, or None if nothing in the model differs."""
-    for exchange in exchanges(batches, batch_size, limit):
+    for exchange in exchanges(batches, instrumented.layout(batches[0]), limit):
         data = exchange.without_context() or exchange
         search.forget()
         for samples in (data.batch, data.other):
@@ -153,10 +154,12 @@ class _Trace:
 
     def __init__(self, instrumented: InstrumentedModel, batch: Any, infer_inputs: bool = False) -> None:
         self.model, self.infer_inputs = instrumented.model, infer_inputs
-        self.n = batch_size(batch) or batch_size(instrumented.spec.input_of(batch))
+        self.n = instrumented.num_samples(batch)
         self.inferred: list[Tensor] = []
         self._parameter_ids = {id(t) for t in (*self.model.parameters(), *self.model.buffers())}
-        self._root = find_module(self.model, "")
+        call = instrumented.find_call(batch)
+        self._first, self._last = call.calls[0], call.calls[-1]
+        self._entry, self._exit = (find_module(self.model, c.path) for c in (self._first, self._last))
         self._hookable: dict[int, nn.Module] = {}
         # Paths of each module, by id; several for a module that is registered in several places.
         self._paths: dict[int, list[str]] = defaultdict(list)
@@ -211,13 +214,20 @@ class _Trace:
         )
 
     def _names(self, site: CallSite) -> list[str]:
+        own = [site.side] if self._is_own(site) else []
         call = site.call if self._n_calls[id(site.module)] > 1 else None
-        return [tap_name(Tap(path, site.side, call)) for path in self._paths[id(site.module)]]
+        paths = [path for path in self._paths[id(site.module)] if path]
+        return [*own, *(tap_name(Tap(path, site.side, call)) for path in paths)]
+
+    def _is_own(self, site: CallSite) -> bool:
+        """Whether it is the input or the output of the whole forward pass."""
+        module, call = (self._entry, self._first) if site.side == INPUT else (self._exit, self._last)
+        return site.module is module and site.call == call.index
 
     def _rank(self, site: CallSite) -> tuple[int, int]:
         """Sort key of the names of one tensor, the best name first."""
         depth = min(path.count(".") + 1 if path else 0 for path in self._paths[id(site.module)])
-        if depth == 0:
+        if self._is_own(site):
             return 0, 0
         if site.passthrough:
             return 4, 0
@@ -240,16 +250,20 @@ class _Trace:
         inputs: list[tuple[Edge | None, CallSite]] = []
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            if is_preparing():
+                return args, kwargs
+            site = CallSite(module, INPUT, len(inputs), next(self._clock))
             with in_model(False):
                 found = tensors_in((args, kwargs))
-            follow_use(found if module is self._root else found[:1])
+            follow_use(found if self._is_own(site) else found[:1])
             with in_model(False):
-                value = self._infer_input((args, kwargs), all_tensors=module is self._root)
-                site = CallSite(module, INPUT, len(inputs), next(self._clock))
+                value = self._infer_input((args, kwargs), all_tensors=self._is_own(site))
                 inputs.append((self._record(value, site), site))
             return value[0], value[1]
 
         def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            if is_preparing():
+                return output
             follow_use(tensors_in(output)[:1])
             with in_model(False):
                 return record_output(output)
@@ -261,7 +275,7 @@ class _Trace:
             edge = self._record(output, site)
             if call < len(inputs) and inputs[call][0] == edge:
                 site.passthrough = inputs[call][1].passthrough = True
-            if module is self._root:
+            if self._is_own(site):
                 self._output = edge
             return output
 

@@ -7,14 +7,15 @@ are the same, the numbers within each sample change places.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lib_lightning.model.batch import index_batch, map_tensors, tensors_in
+from lib_lightning.model.batch import map_tensors, tensors_in
+from lib_lightning.model.batch_layout import BatchLayout
 
 # Batches to look for samples in.
 _BATCHES = 8
@@ -83,35 +84,35 @@ class Exchange:
         return self.only(data) if data and len(data) < len(self.entries) else None
 
 
-def exchanges(batches: Sequence[Any], num_samples: Callable[[Any], int], limit: int) -> Iterator[Exchange]:
+def exchanges(batches: Sequence[Any], layout: BatchLayout, limit: int) -> Iterator[Exchange]:
     """Sets of samples that differ, the best ones first.
 
     Args:
         batches: Batches with samples.
-        num_samples: Gives the number of samples of a batch.
+        layout: Which parts of a batch have one entry for each sample.
         limit: Number of samples in each set, at most; 0 for whole batches.
 
     Yields:
         Exchanges. Nothing if all samples are the same and cannot be changed, such as a single whole number.
     """
     batches = batches[:_BATCHES]
-    few = [_first(batch, num_samples(batch), limit) for batch in batches]
+    few = [first_samples(batch, layout, limit) for batch in batches]
     for batch in batches:
-        for samples in _different_samples(batch, num_samples(batch), limit):
-            yield from _checked(samples, _map_rows(samples, num_samples(samples), lambda t: t.roll(1, 0)))
-    pooled = _pooled([_first(batch, num_samples(batch), 1) for batch in batches][: max(2, limit)])
+        for samples in _different_samples(batch, layout, limit):
+            yield from _checked(samples, _rolled(samples, layout))
+    pooled = _pooled([first_samples(batch, layout, 1) for batch in batches][: max(2, limit)])
     if pooled is not None:
-        yield from _checked(pooled, _map_rows(pooled, num_samples(pooled), lambda t: t.roll(1, 0)))
+        yield from _checked(pooled, _rolled(pooled, layout))
     for other in few[1:]:
         yield from _checked(few[0], other)
     if tensors_in(few[0]):
-        n = num_samples(few[0])
+        n = layout.num_samples(few[0])
         yield from _checked(few[0], map_tensors(few[0], lambda t: _moved(t, n)))
 
 
-def first_samples(batch: Any, num_samples: Callable[[Any], int], limit: int) -> Any:
+def first_samples(batch: Any, layout: BatchLayout, limit: int) -> Any:
     """The first samples of a batch, at most ``limit``; all of them if that is 0."""
-    return _first(batch, num_samples(batch), limit)
+    return layout.select(batch, slice(0, limit)) if 0 < limit < layout.num_samples(batch) else batch
 
 
 def _checked(batch: Any, other: Any) -> Iterator[Exchange]:
@@ -120,13 +121,10 @@ def _checked(batch: Any, other: Any) -> Iterator[Exchange]:
         yield found
 
 
-def _first(batch: Any, n: int, limit: int) -> Any:
-    return index_batch(batch, torch.arange(limit)) if 0 < limit < n else batch
-
-
-def _different_samples(batch: Any, n: int, limit: int) -> Iterator[Any]:
+def _different_samples(batch: Any, layout: BatchLayout, limit: int) -> Iterator[Any]:
     """Samples of a batch that differ from the first: in any of its tensors, and in each one of them."""
     found: list[Tensor] = []
+    n = layout.num_samples(batch)
     for t in tensors_in(batch):
         if n > 1 and t.ndim > 0 and t.shape[0] == n and t.layout == torch.strided and not t.is_nested:
             found.append((t != t[:1]).flatten(1).any(1).cpu() if t.ndim > 1 else (t != t[:1]).cpu())
@@ -135,13 +133,14 @@ def _different_samples(batch: Any, n: int, limit: int) -> Iterator[Any]:
         index = tuple([0, *differs.nonzero()[:, 0].tolist()][: limit or n])
         if len(index) > 1 and index not in tried:
             tried.add(index)
-            yield index_batch(batch, torch.tensor(index)) if limit else batch
+            yield layout.select(batch, torch.tensor(index, device="cpu")) if limit else batch
             if not limit:
                 return
 
 
-def _map_rows(batch: Any, n: int, change: Callable[[Tensor], Tensor]) -> Any:
-    return map_tensors(batch, lambda t: change(t) if t.ndim > 0 and t.shape[0] == n else t)
+def _rolled(batch: Any, layout: BatchLayout) -> Any:
+    """The same samples in another order."""
+    return layout.select(batch, torch.arange(layout.num_samples(batch), device="cpu").roll(1))
 
 
 def _pooled(batches: Sequence[Any]) -> Any:
@@ -150,7 +149,9 @@ def _pooled(batches: Sequence[Any]) -> Any:
     if len(batches) < 2 or len({len(found) for found in tensors}) > 1 or not tensors[0]:
         return None
     try:
-        joined = iter([torch.cat(parts) if parts[0].ndim else parts[0] for parts in zip(*tensors, strict=True)])
+        joined = iter(
+            [torch.cat(parts) if parts[0].shape[:1] == (1,) else parts[0] for parts in zip(*tensors, strict=True)]
+        )
     except (RuntimeError, TypeError, NotImplementedError):
         return None
     return map_tensors(batches[0], lambda t: next(joined))

@@ -6,23 +6,27 @@ import dataclasses
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lib_lightning.errors import LIBError
+from lib_lightning.errors import LIBError, is_out_of_memory
 from lib_lightning.model.batch import map_tensors, tensors_in
+from lib_lightning.model.batch_layout import BatchLayout, find_layout
+from lib_lightning.model.calls import ModelCall, without_subclass
 from lib_lightning.model.capture import ActivationRecorder, CapturedLayer, StopForward
 from lib_lightning.model.model_spec import ModelSpec
-from lib_lightning.model.module_paths import check_taps
+from lib_lightning.model.module_paths import check_taps, find_module
 from lib_lightning.model.node_layer import NodeLayer
 from lib_lightning.model.preserve import MAX_COPIED_BYTES, preserve_model
 from lib_lightning.model.replica import Copier
 from lib_lightning.model.saved_state import preserve_attributes
 from lib_lightning.model.sources import in_model
+from lib_lightning.model.steps import arguments_in_step, can_be_called, find_call, forward_in_step
 
 _DEFAULT = ModelSpec()
+T = TypeVar("T")
 
 
 class InstrumentedModel:
@@ -61,7 +65,7 @@ class InstrumentedModel:
                 "FullyShardedDataParallel frees a module's weights after one backward pass, and a basis needs several "
                 "over the same forward pass. Use its successor, torch.distributed.fsdp.fully_shard."
             )
-        check_taps(model, self.layers)
+        check_taps(model, self.layers, can_be_called(model, spec.input_fn))
 
     def manual_seed(self, seed: int) -> None:
         """Set the seed of the random numbers that each of the following forward passes draws.
@@ -113,7 +117,7 @@ class InstrumentedModel:
             NodeLayerError: If a node layer is not called, called repeatedly, or called out of order.
             ActivationError: If its activations are not floating-point numbers.
         """
-        recorder = self._recorder(replace or [None] * len(self.layers))
+        recorder = self._recorder(batch, replace or [None] * len(self.layers))
         with recorder.hooked():
             self.run(batch)
         self._detached += recorder.detached
@@ -132,7 +136,7 @@ class InstrumentedModel:
         Returns:
             The model's output.
         """
-        with self._recorder([replace.get(i) for i in range(len(self.layers))]).hooked(replace):
+        with self._recorder(batch, [replace.get(i) for i in range(len(self.layers))]).hooked(replace):
             return self.run(batch)
 
     def next_activations(self, batch: Any, index: int, a: Tensor | None) -> Tensor:
@@ -148,7 +152,7 @@ class InstrumentedModel:
             ``a^{l+1}``, shape ``(n, S', d')``.
         """
         values = [a if i == index else None for i in range(len(self.layers))]
-        recorder = self._recorder(values, stop_after=index + 1)
+        recorder = self._recorder(batch, values, stop_after=index + 1)
         self._restore_attributes = self._restore_attributes or preserve_attributes(self.model)
         try:
             with recorder.hooked((index, index + 1)):
@@ -162,50 +166,153 @@ class InstrumentedModel:
 
     def run(self, batch: Any) -> Any:
         """Call the model on a batch, in the computation dtype, and return its output."""
+        call = self.find_call(batch)
         # A model that draws random numbers draws the same ones whenever it sees the same batch.
-        torch.default_generator.manual_seed(self.seed)
-        if torch.cuda.is_initialized():
-            torch.cuda.manual_seed_all(self.seed)
-        args, kwargs = self.inputs(batch)
+        self._reset_random_state()
         dtype = self.spec.dtype
         try:
             if dtype is None:
-                with in_model():
-                    return self.model(*args, **kwargs)
+                return self._forward(call, batch)
             state = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-            converted = {name: t.detach().to(dtype) for name, t in state.items() if t.is_floating_point()}
-            with in_model():
-                return torch.func.functional_call(self.model, converted, args, kwargs)
+            converted = {f"model.{name}": t.detach().to(dtype) for name, t in state.items() if t.is_floating_point()}
+            return torch.func.functional_call(_Function(self.model, self._forward), converted, (call, batch))
         finally:
             self._caller_tensors.clear()
+
+    @property
+    def entry(self) -> nn.Module:
+        """The module whose input is the model's, known after the first batch."""
+        call = self.spec.call
+        return find_module(self.model, call.calls[0].path) if call and call.calls[0].path else self.model
+
+    def find_call(self, batch: Any) -> ModelCall:
+        """How the model is called; decided at the first batch, before any hooks are registered.
+
+        Args:
+            batch: One batch, as the data loader gives it.
+
+        Returns:
+            The call, which is from now on in ``spec``.
+
+        Raises:
+            LIBError: If the model cannot be called.
+        """
+        if self.spec.call is None:
+            with self.session():
+                self._reset_random_state()
+                call = find_call(self.model, batch, self.spec.input_fn)
+            self.spec = dataclasses.replace(self.spec, input_fn=call)
+        assert self.spec.call is not None
+        return self.spec.call
+
+    def layout(self, batch: Any) -> BatchLayout:
+        """Which parts of a batch have one entry for each sample; decided at the first batch of several samples.
+
+        Args:
+            batch: One batch, as the data loader gives it.
+
+        Returns:
+            The layout.
+
+        Raises:
+            LIBError: If there are several possibilities that differ.
+        """
+        call = self.find_call(batch)
+        if call.layout is None or not (call.layout.is_certain or call.layout.num_samples(batch) < 2):
+            called_with = None if call.arguments is None else call.arguments.paths
+            seed = self.seed
+            try:
+                with self.session(), torch.no_grad():
+                    layout = find_layout(batch, called_with, self.run, lambda: self.manual_seed(seed + 1))
+            finally:
+                self.manual_seed(seed)
+            call = dataclasses.replace(call, layout=layout)
+            self.spec = dataclasses.replace(self.spec, input_fn=call)
+        assert call.layout is not None
+        return call.layout
+
+    def num_samples(self, batch: Any) -> int:
+        """Number of samples in a batch, as the model sees it."""
+        return self.layout(batch).num_samples(batch)
+
+    def select(self, batch: Any, index: slice | Tensor) -> Any:
+        """Samples of a batch, by a slice or indices ``(k,)``; the batch itself if it cannot be split."""
+        return self.layout(batch).select(batch, index)
+
+    def run_on_few(
+        self,
+        run: Callable[[Any], T],
+        batch: Any,
+        count: int,
+        final: type[Exception] | tuple[type[Exception], ...] = (),
+    ) -> T:
+        """Run a function on the first samples of a batch, or on the whole batch if that fails.
+
+        Args:
+            run: The function.
+            batch: One batch.
+            count: Number of samples.
+            final: Errors after which the whole batch is not tried; always those of memory.
+
+        Returns:
+            The result of the function.
+        """
+        if self.num_samples(batch) <= count:  # once: a model that fails may leave other state behind
+            return run(batch)
+        try:
+            return run(self.select(batch, slice(0, count)))
+        except Exception as error:
+            if isinstance(error, final) or is_out_of_memory(error):
+                raise
+            return run(batch)
+
+    def _reset_random_state(self) -> None:
+        torch.default_generator.manual_seed(self.seed)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(self.seed)
+
+    def _forward(self, call: ModelCall, batch: Any) -> Any:
+        if len(call.calls) > 1:
+            copied = self._copied(batch)
+            with in_model():
+                return forward_in_step(self.model, call, copied)
+        args, kwargs = self.inputs(batch)
+        with in_model():
+            return self.entry(*args, **kwargs)
 
     def inputs(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments for a batch, as copies.
 
         The first module may be tapped and the model may write into its input; neither may change the caller's tensors.
         """
-        self._caller_tensors.clear()
-        batch_tensors: set[int] = set()
+        call = self.find_call(batch)
+        if call.step is not None:
+            return arguments_in_step(self.model, call, self._copied(batch))
+        batch_tensors: dict[int, Tensor] = {}
 
         def register(tensor: Tensor) -> Tensor:
-            batch_tensors.add(id(tensor))
+            batch_tensors[id(tensor)] = tensor
             return tensor
 
-        def to_copy(tensor: Tensor) -> Tensor:
-            dtype = self.spec.dtype if tensor.is_floating_point() else None
-            copy = tensor.detach().to(dtype or tensor.dtype, copy=True)
-            is_plain = type(tensor) is Tensor and tensor.layout == torch.strided and not tensor.is_inference()
-            # Excludes tensors made by `input_fn`, which may use the same memory for the next batch.
-            if id(tensor) in batch_tensors and is_plain and tensor.device.type == "cpu" and copy.dtype == tensor.dtype:
-                self._caller_tensors[id(copy)] = copy, tensor.detach()
-            return copy
+        arguments = call.arguments_of(map_tensors(self._with_copied_objects(batch), register))
+        # Excludes tensors made by `input_fn`, which may use the same memory for the next batch.
+        return map_tensors(arguments, lambda t: self._copy(without_subclass(t), may_share=id(t) in batch_tensors))
 
-        # Objects in the batch may change, too, such as a graph that keeps what has been computed of it.
-        copied = Copier(same=tensors_in(batch))(batch)
-        inputs = map_tensors(self.spec.input_of(map_tensors(copied, register)), to_copy)
-        if isinstance(inputs, Mapping):
-            return (), dict(inputs)
-        return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
+    def _copied(self, batch: Any) -> Any:
+        """A copy of a batch, for a step, which may expect tensors of its own classes."""
+        return map_tensors(self._with_copied_objects(batch), self._copy)
+
+    def _with_copied_objects(self, batch: Any) -> Any:
+        """The same tensors in copies of everything else, such as a graph that keeps what has been computed of it."""
+        return batch if isinstance(batch, Tensor) else Copier(same=tensors_in(batch))(batch)
+
+    def _copy(self, tensor: Tensor, may_share: bool = True) -> Tensor:
+        dtype = self.spec.dtype if tensor.is_floating_point() else None
+        copy = tensor.detach().to(dtype or tensor.dtype, copy=True)
+        is_plain = type(tensor) is Tensor and tensor.layout == torch.strided and not tensor.is_inference()
+        if may_share and is_plain and tensor.device.type == "cpu" and copy.dtype == tensor.dtype:
+            self._caller_tensors[id(copy)] = copy, tensor.detach()
+        return copy
 
     def release(self) -> None:
         """Detach tensors that outlive their forward pass, such as a recurrent state that a module stores."""
@@ -215,8 +322,25 @@ class InstrumentedModel:
                 tensor.detach_()
         self._detached.clear()
 
-    def _recorder(self, replace: Sequence[Tensor | None], stop_after: int | None = None) -> ActivationRecorder:
-        return ActivationRecorder(self.model, self.layers, replace, self._widths, self._caller_tensors, stop_after)
+    def _recorder(
+        self, batch: Any, replace: Sequence[Tensor | None], stop_after: int | None = None
+    ) -> ActivationRecorder:
+        locate = self.find_call(batch).locate
+        self._caller_tensors.clear()
+        return ActivationRecorder(
+            self.model, self.layers, replace, self._widths, self._caller_tensors, stop_after, locate
+        )
+
+
+class _Function(nn.Module):
+    """A function that runs a model, as a module that has the model's parameters."""
+
+    def __init__(self, model: nn.Module, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, *args: Any) -> Any:
+        return self.function(*args)
 
 
 @contextmanager

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lib_lightning.errors import LIBError, SettingTypeError
-from lib_lightning.model.batch import default_input_fn
+from lib_lightning.model.calls import InputFn, ModelCall
 
-InputFn = Callable[[Any], Any]
 MaskFn = Callable[[Any], Tensor]
 
 
@@ -22,8 +21,8 @@ class ModelSpec:
 
     Args:
         input_fn: Converts a batch to the model's input: a mapping becomes keyword arguments, a tuple becomes positional
-            arguments, and anything else is the only argument. By default the first entry of a tuple or list, and any
-            other batch unchanged.
+            arguments, and anything else is the only argument. By default the model is called as
+            `lib_lightning.model.steps.find_call` finds it to be on the first batch.
         mask: Marks the valid positions of a batch, for example those that are not padding: the name or index of the
             batch's entry that holds the mask, such as ``"attention_mask"``, or a function from a batch to a tensor of
             shape ``(n, S)``. By default all positions are valid.
@@ -38,7 +37,7 @@ class ModelSpec:
         tensor([[1., 1.]])
     """
 
-    input_fn: InputFn | None = None
+    input_fn: InputFn | ModelCall | None = None
     mask: str | int | MaskFn | None = None
     dtype: torch.dtype | None = None
 
@@ -48,16 +47,21 @@ class ModelSpec:
                 f"dtype is a floating-point type such as torch.float64, or None; got {self.dtype!r}."
             )
 
-    def input_of(self, batch: Any) -> Any:
-        """The model's input for a batch.
+    @property
+    def call(self) -> ModelCall | None:
+        """How the model is called; None before the first batch."""
+        return self.input_fn if isinstance(self.input_fn, ModelCall) else None
+
+    def called_as(self, call: Mapping[str, Any] | None) -> ModelSpec:
+        """The same, with a call that was found earlier, unless ``input_fn`` is given.
 
         Args:
-            batch: One batch, as the data loader gives it.
+            call: `ModelCall.plain`; None if it is not known.
 
         Returns:
-            A mapping of keyword arguments, a tuple of positional arguments, or the only argument.
+            The specification.
         """
-        return (self.input_fn or default_input_fn)(batch)
+        return self if self.input_fn is not None else replace(self, input_fn=ModelCall.from_plain(call))
 
     def mask_of(self, batch: Any) -> Tensor | None:
         """The mask of a batch's valid positions.

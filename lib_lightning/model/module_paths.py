@@ -74,18 +74,19 @@ def accepts_hooks(module: nn.Module) -> bool:
     return True
 
 
-def check_taps(model: nn.Module, layers: Sequence[NodeLayer]) -> None:
+def check_taps(model: nn.Module, layers: Sequence[NodeLayer], has_steps: bool = False) -> None:
     """Raise an error for taps that name modules the model does not have.
 
     Args:
         model: The model.
         layers: Node layers.
+        has_steps: Whether steps of a LightningModule may take the place of ``forward``.
 
     Raises:
         NodeLayerError: With similar names that exist; also for modules that accept no hooks, and for a model without
             ``forward``.
     """
-    if not has_forward(find_module(model, "")):
+    if not has_forward(find_module(model, "")) and not has_steps:
         raise NodeLayerError(
             f"{type(model).__name__} has no forward(), which is what node layers cut. Write one that returns the "
             "model's output, such as: def forward(self, x): return self.net(x)"

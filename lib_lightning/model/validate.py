@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lib_lightning.errors import LIBError, NodeLayerError, NotFiniteError, is_out_of_memory
-from lib_lightning.model.batch import batch_size, first_tensor, is_empty, tensors_in
+from lib_lightning.model.batch import first_tensor, is_empty, tensors_in
 from lib_lightning.model.capture import CapturedLayer
 from lib_lightning.model.exchange import Exchange, exchanges, first_samples
 from lib_lightning.model.instrumented import InstrumentedModel
@@ -73,15 +73,11 @@ def wrap_forward_errors(model: nn.Module, spec: ModelSpec) -> Iterator[None]:
     except LIBError:
         raise
     except Exception as error:
-        advice = (
-            " By default it is called with the first entry of a tuple or list, and with a dict's entries by name; "
-            "input_fn= changes that."
-            if spec.input_fn is None
-            else " input_fn returns its arguments: a tuple becomes positional arguments, a dict keyword arguments, and "
-            "anything else, a list too, is the only argument."
-        )
+        call = "" if spec.call is None else f" It was called as {spec.call}."
         raise LIBError(
-            f"{type(model).__name__} cannot be run on a validation batch: {type(error).__name__}: {error}.{advice}"
+            f"{type(model).__name__} cannot be run on a validation batch: {type(error).__name__}: {error}.{call} "
+            "input_fn=lambda batch: ... returns the arguments: a tuple becomes positional arguments, a dict keyword "
+            "arguments, and anything else, a list too, is the only argument."
         ) from error
 
 
@@ -123,7 +119,7 @@ def validate_node_layers(instrumented: InstrumentedModel, batches: Sequence[Any]
     """
     batches = [batch for batch in batches if not is_empty(batch)] or list(batches[:1])
     try:
-        return on_few_samples(partial(_validate, instrumented, batches), batches, final=LIBError)
+        return on_few_samples(instrumented, partial(_validate, instrumented, batches), batches, final=LIBError)
     except NodeLayerError as error:
         meant = explain_own_names(instrumented.model, instrumented.layers)
         if not meant:
@@ -132,13 +128,15 @@ def validate_node_layers(instrumented: InstrumentedModel, batches: Sequence[Any]
 
 
 def on_few_samples(
-    run: Callable[[int], T], batches: Sequence[Any], final: type[Exception] | tuple[type[Exception], ...] = ()
+    instrumented: InstrumentedModel,
+    run: Callable[[int], T],
+    batches: Sequence[Any],
+    final: type[Exception] | tuple[type[Exception], ...] = (),
 ) -> T:
     """Run a function on a few samples of batches, or on whole batches if that fails.
 
-    It fails if a tensor of a batch has the length of the batch by chance and must not be cut.
-
     Args:
+        instrumented: The model that the function runs.
         run: The function, called with the number of samples to use at most; 0 for whole batches.
         batches: The batches.
         final: Errors after which whole batches are not tried; always those of memory.
@@ -146,7 +144,7 @@ def on_few_samples(
     Returns:
         The result of the function.
     """
-    if all(batch_size(batch) <= _SAMPLES for batch in batches):
+    if all(instrumented.num_samples(batch) <= _SAMPLES for batch in batches):
         return run(0)  # once: a model that fails may leave other state behind
     try:
         return run(_SAMPLES)
@@ -158,11 +156,11 @@ def on_few_samples(
 
 def _validate(instrumented: InstrumentedModel, batches: Sequence[Any], limit: int) -> list[str]:
     try:
-        for exchange in exchanges(batches, batch_size, limit):
+        for exchange in exchanges(batches, instrumented.layout(batches[0]), limit):
             data = _exchange_of_data(instrumented, exchange)
             if data is not None:
                 return _check_with_context(instrumented, data)
-        captured = instrumented.capture(first_samples(batches[0], batch_size, limit))
+        captured = instrumented.capture(first_samples(batches[0], instrumented.layout(batches[0]), limit))
         _check_gradients(captured, [])
         return [_NOT_LOOKED]
     except RuntimeError as error:

@@ -85,7 +85,8 @@ class LIBCallback(Callback):
             straight path from the mean.
         dtype: Floating-point type to compute in; None (null) for the model's own.
         input_fn: Converts a validation batch to the model's input: a dict becomes keyword arguments, a tuple
-            positional ones. By default the first entry of a tuple or list, and any other batch unchanged.
+            positional ones. None (null) calls the model as its own validation_step does, or else training_step or
+            predict_step; the log says how.
         mask: Marks the valid positions where some are padding: the name or index of the batch's entry that holds the
             mask, such as attention_mask, or a function from a batch to a tensor ``(n, S)``.
         dataloader: Batches to compute on instead of validation batches. A trainer without validation needs it; there,
@@ -243,8 +244,9 @@ class LIBCallback(Callback):
         state = self.state
         self._process_group = process_group_of(trainer)
         self.resolver = NodeLayerResolver(
-            self._given_layers, state.node_layers, self.name, self.spec, state.set_node_layers
-        )
+            self._given_layers, state.node_layers, self.name, self.spec.called_as(state.call),
+            state.set_node_layers, state.set_call,
+        )  # fmt: skip
         self.trigger = SnapshotTrigger(self.meter, state.skipped, self.name, self.config.follow)
         self.reporter = SnapshotReporter(
             self.name, self._hooks, state, list(self.computer.prefixes), trainer, self.config.follow
@@ -338,7 +340,7 @@ class LIBCallback(Callback):
     def _snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule, is_last: bool = False) -> bool:
         """Take a snapshot, unless one was tried at this step or it would cost too much; return whether it succeeded."""
         step, in_fit = trainer.global_step, trainer.state.fn == "fit"
-        if self._tried_step == step:
+        if self._tried_step == step or self.samples.has_given_up:
             return False
         if in_fit and not is_last and not self.trigger.can_take(step, self.state.next_kind(False), self._process_group):
             return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lib_lightning.api import check_node_layers, propose_node_layers
@@ -12,10 +13,12 @@ from lib_lightning.distributed.process_group import ProcessGroup
 from lib_lightning.distributed.torch_group import broadcast_text
 from lib_lightning.errors import LIBError, is_out_of_memory
 from lib_lightning.model.batch import is_empty
+from lib_lightning.model.batch_layout import BatchLayout
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.module_paths import check_taps
 from lib_lightning.model.node_layer import NodeLayer, as_node_layers
+from lib_lightning.model.steps import can_be_called
 from lib_lightning.model.validate import is_model_error, wrap_forward_errors
 from lib_lightning.training.frameworks import rank_zero_info
 from lib_lightning.training.trainer import trainer_precision
@@ -35,6 +38,7 @@ class NodeLayerResolver:
         name: Name of the callback, for messages.
         spec: How to call the model on a batch.
         on_change: Called with the names of the node layers whenever they become known or change.
+        on_call: Called with how the model is called, in plain values, when that becomes known.
 
     Attributes:
         layers: The node layers; None as long as they are not known.
@@ -47,8 +51,10 @@ class NodeLayerResolver:
         name: str,
         spec: ModelSpec,
         on_change: Callable[[list[str]], None],
+        on_call: Callable[[dict[str, Any]], None],
     ) -> None:
         self._is_given, self._name, self._spec, self._on_change = given is not None, name, spec, on_change
+        self._on_call = on_call
         self._is_checked = False
         self.layers: list[NodeLayer] | None = None
         if given is not None:
@@ -67,37 +73,66 @@ class NodeLayerResolver:
 
     def check_names(self, pl_module: pl.LightningModule) -> None:
         """Refuse names that the model does not have."""
-        check_taps(pl_module, self.layers or [])
+        check_taps(pl_module, self.layers or [], can_be_called(pl_module, self._spec.input_fn))
 
-    def check(self, pl_module: pl.LightningModule, batch: Any, strict: bool = True) -> None:
-        """Check the node layers on a first batch, or propose some.
+    def check(self, pl_module: pl.LightningModule, batch: Any, strict: bool = True) -> BatchLayout:
+        """Find how the model is called on a first batch, and check the node layers, or propose some.
 
         Args:
             pl_module: The model.
             batch: A batch.
             strict: Whether it is one of the batches that snapshots are computed on; others may be of another form.
 
+        Returns:
+            Which parts of the batch have one entry for each sample.
+
         Raises:
-            LIBError: If the node layers do not cut the model.
+            LIBError: If the model cannot be called, or the node layers do not cut it.
         """
-        if self._is_checked or is_empty(batch):
-            return
-        spec = self._spec
+        if is_empty(batch) or not self._is_needed(batch):
+            return self._layout
+        instrumented = InstrumentedModel(pl_module, [], replace(self._spec, dtype=None))
         try:
-            with trainer_precision(pl_module.trainer, spec.dtype), wrap_forward_errors(pl_module, spec):
+            with (
+                trainer_precision(pl_module.trainer, pl_module, self._spec.dtype),
+                wrap_forward_errors(pl_module, instrumented.spec),
+            ):
+                instrumented.layout(batch)
+                spec = replace(instrumented.spec, dtype=self._spec.dtype)
                 layers = self.layers or as_node_layers(propose_node_layers(pl_module, batch, spec.input_fn, spec.mask))
-                check_node_layers(pl_module, batch, layers, spec.dtype, spec.input_fn, spec.mask)
+                if not self._is_checked:
+                    check_node_layers(pl_module, batch, layers, spec.dtype, spec.input_fn, spec.mask)
         except LIBError as error:
             if is_out_of_memory(error.__cause__ or error):
                 log.warning("'%s' has too little memory to check its node layers: %s", self._name, error)
             # A training batch may be of another form; the first validation decides.
             elif strict or is_model_error(error, batch):
                 raise
-            return
-        self._is_checked = True
+            return self._layout
+        if strict:
+            self._set_call(spec)
+            self._is_checked = True
         if self.layers is None:
             self._set(layers)
             rank_zero_info(f"{self._name}: no node_layers given, using the proposed {self.names}")
+        return self._layout
+
+    def _is_needed(self, batch: Any) -> bool:
+        """Whether something is not known yet; which entries have the samples is certain from several samples only."""
+        return not (self._is_checked and (self._layout.is_certain or self._layout.num_samples(batch) < 2))
+
+    @property
+    def _layout(self) -> BatchLayout:
+        call = self._spec.call
+        return BatchLayout() if call is None or call.layout is None else call.layout
+
+    def _set_call(self, spec: ModelSpec) -> None:
+        if spec.call != self._spec.call:
+            assert spec.call is not None
+            if self._spec.call is None:
+                rank_zero_info(f"{self._name}: the model is called as {spec.call}")
+            self._spec = spec
+            self._on_call(spec.call.plain)
 
     def instrument(self, pl_module: pl.LightningModule, process_group: ProcessGroup) -> InstrumentedModel:
         """The model, ready to be cut at the node layers that all processes agree on.
@@ -120,4 +155,7 @@ class NodeLayerResolver:
                 raise LIBError("Node layers cannot be proposed, since no batch has been seen: give node_layers.")
             if own != agreed:
                 self._set(as_node_layers(json.loads(agreed)))
+        if process_group.size > 1:
+            agreed = broadcast_text(process_group, json.dumps(self._spec.call.plain) if self._spec.call else "")
+            self._spec = self._spec.called_as(json.loads(agreed) if agreed else None)
         return InstrumentedModel(pl_module, self.layers or [], self._spec)

@@ -133,6 +133,7 @@ class RunState:
 
     Attributes:
         node_layers: Names of the node layers; empty as long as they are not known.
+        call: How the model is called, in plain values; empty as long as it is not known.
         graphs: The graphs of the latest snapshot by prefix; not part of checkpoints.
         scalars: The latest scalars by name; empty before the first snapshot.
         n_snapshots: Number of snapshots so far.
@@ -155,6 +156,7 @@ class RunState:
     ) -> None:
         self._prefixes, self._plan, self._follow, self._schedule = dict(prefixes), plan, follow, schedule
         self.node_layers: list[str] = []
+        self.call: dict[str, Any] = {}
         self.graphs: dict[str, InteractionGraph] = {}
         self.scalars: dict[str, float] = {}
         self.n_snapshots = self.n_drawn = 0
@@ -171,6 +173,10 @@ class RunState:
     def set_node_layers(self, names: Sequence[str]) -> None:
         """The node layers have become known."""
         self.node_layers = list(names)
+
+    def set_call(self, call: Mapping[str, Any]) -> None:
+        """It has become known how the model is called."""
+        self.call = dict(call)
 
     def enter_folder(self, folder: str) -> None:
         """The run writes to this folder from here on."""
@@ -230,6 +236,7 @@ class RunState:
         history = self.history
         return {
             "node_layers": list(self.node_layers),
+            "call": dict(self.call),
             "scalars": dict(self.scalars),
             "n_snapshots": self.n_snapshots,
             "n_drawn": self.n_drawn,
@@ -268,6 +275,7 @@ class RunState:
         """
         given, state = state, current_state(state)
         self.node_layers = list(state["node_layers"] if node_layers is None else node_layers)
+        self.call = dict(state.get("call", {}))  # checkpoints before 0.2 have none
         self.cursor, self.samples = self._schedule.start(state["schedule"]), SavedSamples(**state["samples"])
         self.folders = list(state["folders"])
         for prefix, layout in self.layouts.items():

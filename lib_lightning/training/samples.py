@@ -15,7 +15,8 @@ from lib_lightning.distributed.process_group import ProcessGroup
 from lib_lightning.errors import LIBError, check_number
 from lib_lightning.io.basis_file import write_bytes
 from lib_lightning.io.run_layout import RunLayout
-from lib_lightning.model.batch import batch_size, index_batch, map_tensors, slice_batch
+from lib_lightning.model.batch import map_tensors
+from lib_lightning.model.batch_layout import BatchLayout
 from lib_lightning.model.preserve import preserve_rng
 from lib_lightning.training.snapshot import SnapshotData
 from lib_lightning.training.trainer import (
@@ -38,11 +39,16 @@ NUM_REFERENCE_SAMPLES = 1024
 _ENOUGH_REFERENCE_SAMPLES = 512
 
 
+# Called with a batch before any is kept: raises if the model cannot be run on it, and returns its layout.
+CheckBatch = Callable[[Any], BatchLayout]
+
+
 class SampleBuffer:
     """Copies of batches, up to a number of samples.
 
     Args:
         num_samples: Number of samples to keep.
+        layout: Which parts of a batch have one entry for each sample.
 
     Attributes:
         batches: The copies.
@@ -56,8 +62,8 @@ class SampleBuffer:
         ([2, 1], True)
     """
 
-    def __init__(self, num_samples: int) -> None:
-        self.num_samples = num_samples
+    def __init__(self, num_samples: int, layout: BatchLayout | None = None) -> None:
+        self.num_samples, self.layout = num_samples, layout or BatchLayout()
         self.batches: list[Any] = []
         self.count = 0
         self.is_frozen = False
@@ -68,30 +74,39 @@ class SampleBuffer:
         """Whether the number of samples is reached."""
         return self.count >= self.num_samples
 
-    def add(self, batch: Any, available: int | None = None) -> Any:
+    def add(self, batch: Any, available: int | None = None, layout: BatchLayout | None = None) -> Any:
         """Copy a batch, or as many of its samples as are still wanted.
 
         Args:
             batch: What a data loader returns.
             available: Number of distinct samples that the data loader has; the ones after these are padding by a
                 distributed sampler, and are ignored.
+            layout: Which parts of the batch have one entry for each sample; None for the same as before.
 
         Returns:
-            The available samples that were not wanted; None if there are none.
+            The available samples that were not wanted; None if there are none. A batch that cannot be split is kept as
+            a whole.
         """
-        n = batch_size(batch)
+        self.layout = layout or self.layout
+        n = self.layout.num_samples(batch)
         distinct = n if available is None else max(0, min(n, available - self._offered))
         wanted = min(distinct, self.num_samples - self.count)
         self._offered += n
-        rest = slice_batch(batch, max(0, wanted), distinct) if wanted < distinct else None
+        if not self.layout.can_split(batch) and wanted > 0:
+            wanted = distinct = n
+        rest = self.layout.select(batch, slice(max(0, wanted), distinct)) if wanted < distinct else None
         if wanted <= 0 or self.is_frozen:
             return rest
         # Copies made outside inference mode are ordinary tensors, which gradients can be taken through.
         with torch.inference_mode(False):
-            kept = batch if n <= wanted else slice_batch(batch, 0, wanted)
+            kept = batch if n <= wanted else self.layout.select(batch, slice(0, wanted))
             self.batches.append(map_tensors(kept, lambda t: t.detach().clone()))
         self.count += wanted
         return rest
+
+    def use(self, layout: BatchLayout) -> None:
+        """Count the samples anew, with the layout of the batches."""
+        self.layout, self.count = layout, sum(map(layout.num_samples, self.batches))
 
     def freeze(self) -> None:
         """Accept no more samples."""
@@ -107,14 +122,15 @@ class SampleBuffer:
         Returns:
             The buffer; samples keep their order and batches.
         """
-        subset = SampleBuffer(num_samples)
+        subset = SampleBuffer(num_samples, self.layout)
         chosen = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed), device="cpu")[:num_samples]
         start = 0
         for batch in self.batches:
-            here = chosen[(chosen >= start) & (chosen < start + batch_size(batch))].sort().values - start
-            start += batch_size(batch)
+            n = self.layout.num_samples(batch)
+            here = chosen[(chosen >= start) & (chosen < start + n)].sort().values - start
+            start += n
             if len(here):
-                subset.add(index_batch(batch, here))
+                subset.add(self.layout.select(batch, here))
         return subset
 
     def save(self, path: Path) -> bool:
@@ -156,7 +172,7 @@ class SampleBuffer:
         buffer = cls(num_samples)
         try:
             buffer.batches = torch.load(path, map_location=device, weights_only=True)
-            buffer.count = sum(map(batch_size, buffer.batches))
+            buffer.use(buffer.layout)
         except Exception:  # a damaged file can raise nearly anything
             return None
         return buffer
@@ -239,6 +255,7 @@ class SampleStore:
         held_out: Samples of this process that only ablations are scored on.
         reference: Samples of this process that features are recognised on.
         is_ready: Whether there are samples to compute a snapshot on.
+        has_given_up: Whether there are none because collecting them has failed.
     """
 
     def __init__(
@@ -262,14 +279,14 @@ class SampleStore:
         self._reference_capacity = shard_size(NUM_REFERENCE_SAMPLES, *data_rank(trainer))
         self.buffer, self.held_out = SampleBuffer(self._capacity), SampleBuffer(self._capacity)
         self.reference = SampleBuffer(self._reference_capacity)
-        self.is_ready = self._is_unsaved = self._seen_sanity_check = False
+        self.is_ready = self._is_unsaved = self._seen_sanity_check = self._has_failed = self.has_given_up = False
 
-    def prepare(self, trainer: pl.Trainer, check: Callable[[Any], None]) -> None:
+    def prepare(self, trainer: pl.Trainer, check: CheckBatch) -> None:
         """Get the samples that are available before the first step, and make sure that there will be some.
 
         Args:
             trainer: The trainer.
-            check: Called with a batch before any is kept.
+            check: Called with a batch before any is kept; returns which parts of it have one entry for each sample.
 
         Raises:
             LIBError: If there are no validation batches, and none of the user's own.
@@ -283,7 +300,7 @@ class SampleStore:
         else:
             self.collect_own(trainer, check)
 
-    def collect_own(self, trainer: pl.Trainer, check: Callable[[Any], None]) -> None:
+    def collect_own(self, trainer: pl.Trainer, check: CheckBatch) -> None:
         """Go through the user's own batches, if there are any and they have not been collected yet.
 
         Args:
@@ -297,9 +314,8 @@ class SampleStore:
             return
         wanted = self._config.num_samples * (1 + self._config.hold_out)
         with preserve_rng(_generators(self._config.dataloader)), self._process_group.sync_errors():
-            for batch in sharded_batches(trainer, self._config.dataloader, wanted):
-                check(batch)
-                self._add(batch, None)
+            for batch, layout in sharded_batches(trainer, self._config.dataloader, wanted, check):
+                self._add(batch, None, layout)
         if not any(self._process_group.gather(torch.tensor([len(self.buffer.batches)], device="cpu"))):
             raise LIBError("The dataloader given to LIBCallback has no batches, or is an iterator that is exhausted.")
         self._keep(complete=True)
@@ -309,7 +325,7 @@ class SampleStore:
         if not self.buffer.is_frozen:
             self.buffer, self.held_out = SampleBuffer(self._capacity), SampleBuffer(self._capacity)
 
-    def observe(self, trainer: pl.Trainer, batch: Any, dataloader_idx: int, check: Callable[[Any], None]) -> None:
+    def observe(self, trainer: pl.Trainer, batch: Any, dataloader_idx: int, check: CheckBatch) -> None:
         """Keep a copy of a validation batch, if it is from the data loader that is used.
 
         Args:
@@ -320,16 +336,28 @@ class SampleStore:
         """
         if self._config.dataloader is not None or self.buffer.is_frozen:
             return
-        if dataloader_idx == self._config.val_dataloader:
-            check(batch)
-            self._add(batch, num_validation_samples(trainer, dataloader_idx))
-        if self._config.hold_out and dataloader_idx == self._config.held_out_dataloader:
-            self.held_out.add(batch, num_validation_samples(trainer, dataloader_idx))
+        if dataloader_idx not in (self._config.val_dataloader, self._config.held_out_dataloader) or self._has_failed:
+            return
+        try:
+            if dataloader_idx == self._config.val_dataloader:
+                self._add(batch, num_validation_samples(trainer, dataloader_idx), check(batch))
+            if self._config.hold_out and dataloader_idx == self._config.held_out_dataloader:
+                self.held_out.add(batch, num_validation_samples(trainer, dataloader_idx), self.buffer.layout)
+        except Exception as error:
+            # Wrong settings stop a run before its first step; after that, nothing does.
+            if isinstance(error, LIBError) and trainer.global_step == 0:
+                raise
+            self._has_failed = True
+            log.warning(
+                "No samples for snapshots are collected any more; training continues. %s: %s",
+                type(error).__name__,
+                error,
+            )
 
-    def _add(self, batch: Any, available: int | None) -> None:
-        rest = self.buffer.add(batch, available)
+    def _add(self, batch: Any, available: int | None, layout: BatchLayout) -> None:
+        rest = self.buffer.add(batch, available, layout)
         if self._config.hold_out and self._config.held_out_dataloader is None and rest is not None:
-            self.held_out.add(rest)
+            self.held_out.add(rest, None, layout)
 
     def end_validation(self, is_sanity_check: bool) -> None:
         """A validation has ended, or a training epoch in a run without validation.
@@ -344,7 +372,10 @@ class SampleStore:
 
     def _keep(self, complete: bool) -> None:
         """Keep the samples seen so far; complete ones stay the same for the rest of the run."""
-        self.is_ready = True
+        # Where collecting them has failed, that has been said.
+        has_none = self._has_failed and not self.buffer.batches
+        self.has_given_up = all(self._process_group.gather(torch.tensor([has_none], device="cpu")))
+        self.is_ready = not self.has_given_up
         if self.buffer.is_frozen:
             return
         if complete:
@@ -381,7 +412,7 @@ class SampleStore:
         kinds = ["", "reference", *(["held-out"] if self._config.hold_out else [])]
         return {kind: path_of(self._process_group.rank, self._process_group.size, kind) for kind in kinds}
 
-    def _restore(self, trainer: pl.Trainer, check: Callable[[Any], None]) -> None:
+    def _restore(self, trainer: pl.Trainer, check: CheckBatch) -> None:
         """Read the samples of the interrupted run; collect new ones where any process is missing its own."""
         self._can_restore = False
         assert self._saved.written_to is not None
@@ -395,7 +426,10 @@ class SampleStore:
             assert buffer is not None
             assert reference is not None
             for batch in buffer.batches[:1]:
-                check(batch)
+                layout = check(batch)
+                for part in restored.values():
+                    assert part is not None
+                    part.use(layout)
             self.buffer, self.reference = buffer, reference
             self.held_out = restored.get("held-out") or self.held_out
             self._freeze_reference(self._saved.complete)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,8 @@ from torch.utils.data import DistributedSampler
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.distributed.torch_group import ReplicatedGroup, TorchProcessGroup
 from lib_lightning.errors import LIBError
-from lib_lightning.model.batch import batch_size, map_tensors, slice_batch
+from lib_lightning.model.batch import map_tensors
+from lib_lightning.model.batch_layout import BatchLayout
 from lib_lightning.model.process_state import PROCESS_LOCK
 from lib_lightning.training.frameworks import is_instance, member, package_of
 
@@ -194,30 +195,36 @@ def _flatten(loaders: Any) -> list[Any]:
     )
 
 
-def sharded_batches(trainer: pl.Trainer, dataloader: Iterable[Any], num_samples: int) -> Iterator[Any]:
+def sharded_batches(
+    trainer: pl.Trainer, dataloader: Iterable[Any], num_samples: int, check: Callable[[Any], BatchLayout]
+) -> Iterator[tuple[Any, BatchLayout]]:
     """Go through batches as the trainer would, with every n-th batch on each of n processes.
 
     Args:
         trainer: The trainer, which moves batches to its device.
         dataloader: The batches, the same on every process.
         num_samples: Number of samples to go through, over all processes.
+        check: Called with each batch of this process, and with the first; returns which parts of it have one entry for
+            each sample.
 
     Yields:
-        The batches of this process, on its device.
+        The batches of this process, on its device, and their layouts.
     """
     rank, size = data_rank(trainer)
-    n_seen = 0
+    n_seen, layout = 0, None
     stage = trainer.state.stage
     # Transfer hooks may augment training batches.
     trainer.state.stage = member(package_of(trainer), "trainer.states.RunningStage").VALIDATING
     try:
         for index, batch in enumerate(dataloader):
             wanted = num_samples - n_seen
-            n_seen += batch_size(batch)
-            if index % size == rank:
-                batch = trainer.precision_plugin.convert_input(slice_batch(batch, 0, wanted))
-                batch = _before_transfer(trainer.lightning_module, batch)
-                yield trainer.strategy.batch_to_device(batch)
+            if index % size == rank or layout is None:
+                moved = _before_transfer(trainer.lightning_module, trainer.precision_plugin.convert_input(batch))
+                moved = trainer.strategy.batch_to_device(moved)
+                layout = check(moved)
+                if index % size == rank:
+                    yield layout.select(moved, slice(0, wanted)), layout
+            n_seen += layout.num_samples(batch)
             if n_seen >= num_samples:
                 return
     finally:

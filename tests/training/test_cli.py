@@ -194,7 +194,7 @@ class TwoArguments(BoringModel):
         return super().forward(x) * scale
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self(batch, torch.ones(()))
+        pass  # and the training step calls it with one argument
 
 
 class BadDay(BoringModel):
@@ -212,7 +212,7 @@ def scaled(batch: Tensor) -> tuple[Tensor, Tensor]:
         (WithoutValidation, "^lib-lightning: There is no validation batch to run the model on"),
         (
             TwoArguments,
-            r"^lib-lightning: TwoArguments cannot be run on a validation batch: TypeError: .*'scale'. By def",
+            r"^lib-lightning: TwoArguments cannot be run on a validation batch: TypeError: .*'scale'. It was called",
         ),
         (
             BadDay,

@@ -152,9 +152,9 @@ def test_command_takes_each_callback_in_turn(
         ([*SMALL, "--trainer.callbacks.node_layers=[transformer.embedd, output]"], "no module 'transformer.embedd'"),
     ],
 )
-def test_command_fails_with_one_sentence(options: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_fails_with_a_few_lines(options: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit, match=message) as stopped:
         main(["profile", *options])
     assert str(stopped.value).startswith("lib-lightning: ")
-    assert len(str(stopped.value).splitlines()) == 1
+    assert len(str(stopped.value).splitlines()) <= 5
