@@ -66,8 +66,9 @@ def steps_of(model: nn.Module) -> list[str]:
         []
     """
     base = _lightning_class(model)
-    steps = [name for name in STEPS if base and getattr(type(model), name, None) is not getattr(base, name, None)]
-    return [name for name in steps if "dataloader_iter" not in inspect.signature(getattr(model, name)).parameters]
+    own = [name for name in STEPS if base and getattr(type(model), name, None) is not getattr(base, name, None)]
+    steps = {name: step for name in own if callable(step := getattr(model, name))}
+    return [name for name, step in steps.items() if "dataloader_iter" not in inspect.signature(step).parameters]
 
 
 def _lightning_class(module: nn.Module) -> type | None:

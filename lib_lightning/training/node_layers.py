@@ -94,7 +94,7 @@ class NodeLayerResolver:
         instrumented = InstrumentedModel(pl_module, [], replace(self._spec, dtype=None))
         try:
             with (
-                trainer_precision(pl_module.trainer, pl_module, self._spec.dtype),
+                trainer_precision(pl_module.trainer, self._spec.dtype),
                 wrap_forward_errors(pl_module, instrumented.spec),
             ):
                 instrumented.layout(batch)
