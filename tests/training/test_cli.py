@@ -212,7 +212,7 @@ def scaled(batch: Tensor) -> tuple[Tensor, Tensor]:
         (WithoutValidation, "^lib-lightning: There is no validation batch to run the model on"),
         (
             TwoArguments,
-            r"^lib-lightning: TwoArguments cannot be run on a validation batch: TypeError: .*'scale'. It was called",
+            r"^lib-lightning: TwoArguments cannot be run on a validation batch: TypeError: .*'scale'. input_fn=",
         ),
         (
             BadDay,
