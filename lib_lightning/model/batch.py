@@ -300,9 +300,12 @@ def _sequence_like(value: Any, items: list[Any]) -> Any:
         new = copy.copy(value)
         new[:] = items
         return new
+    if all(a is b for a, b in zip(items, value, strict=True)):
+        return value
     # Without the class's own __new__, which may take other arguments.
     new = tuple.__new__(kind, items)
-    vars(new).update(vars(value)) if hasattr(value, "__dict__") else None
+    if hasattr(value, "__dict__"):
+        vars(new).update(vars(value))
     return new
 
 
