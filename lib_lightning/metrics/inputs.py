@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from lib_lightning.errors import LIBError
+from lib_lightning.errors import LIBError, brief
 from lib_lightning.metrics.average import Aggregation, GraphAverage
 
 # What a metric is updated with: the importances of a node layer, the edges of a section, or its ablation curve.
@@ -161,7 +161,7 @@ def _try(name: str, metric: Metric, inputs: dict[str, Any]) -> None:
         metric.update(**inputs)
         value = metric.compute()
     except Exception as error:
-        raise LIBError(f"Metric '{name}' fails on a small graph. {type(error).__name__}: {error}") from error
+        raise LIBError(f"Metric '{name}' fails on a small graph. {brief(error)}") from error
     if not (isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)):
         what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__}"
         raise LIBError(f"Metric '{name}' returns {what}; a metric of a graph returns one number.")

@@ -98,9 +98,14 @@ class GraphMetrics:
 
     Args:
         metrics: As for `graph_scalars`.
+        on_error: Called with the name of a metric that fails and its error; the metric's values are then NaN. By
+            default the error is raised.
     """
 
-    def __init__(self, metrics: MetricCollection | None = None) -> None:
+    def __init__(
+        self, metrics: MetricCollection | None = None, on_error: Callable[[str, Exception], object] | None = None
+    ) -> None:
+        self._on_error = on_error
         self._metrics = [(name, local_copy(metric), kind) for name, metric, kind in _by_input_kind(metrics)]
 
     def compute(
@@ -137,11 +142,18 @@ class GraphMetrics:
         for name, metric, kind in self._metrics:
             if kind not in parts:
                 continue
-            values = {
-                f"{name}/{key}": evaluate(metric, **inputs, **_modules(metric, partitions, i)) if inputs else math.nan
-                for i, (key, inputs) in enumerate(parts[kind].items())
-            }
-            scalars |= values | {f"{name}/total": _total(metric, list(values.values()), edges, partitions)}
+            try:
+                values = [
+                    evaluate(metric, **inputs, **_modules(metric, partitions, i)) if inputs else math.nan
+                    for i, inputs in enumerate(parts[kind].values())
+                ]
+                values.append(_total(metric, values, edges, partitions))
+            except Exception as error:
+                if self._on_error is None:
+                    raise
+                self._on_error(name, error)
+                values = [math.nan] * (len(parts[kind]) + 1)
+            scalars |= {f"{name}/{key}": x for key, x in zip((*parts[kind], "total"), values, strict=True)}
         return scalars
 
 

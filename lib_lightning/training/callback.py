@@ -101,7 +101,8 @@ class LIBCallback(Callback):
             ``pca/...``, and the ratios of all totals as ``lib_over_pca/...``.
         metrics: Metrics to log, each under its own name for every part of the graph and in total; None (null) for
             `lib_lightning.metrics.default_metrics`.
-        labeller: Names features, such as `lib_lightning.labels.FourierLabels`.
+        labeller: Names features, such as `lib_lightning.labels.FourierLabels`. Where it, a metric or a score raises an
+            error, the snapshot goes on without its result, and that is logged once.
         ablation: An AblationPlan: counts at some snapshots how many edges the model needs for its score.
         follow: Whether features are tracked from snapshot to snapshot, and changes are reported.
         on_event: A function, or several, to call with each `lib_lightning.lineage.Event`, on every process.

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from lib_lightning.errors import brief, log_traceback
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_format import NOTES, STEP
 from lib_lightning.io.run_layout import RunLayout
@@ -151,9 +152,10 @@ class SnapshotReporter:
     def log_failure(self, step: int, error: Exception) -> None:
         """Log that a snapshot has failed, and why."""
         log.warning(
-            "The snapshot of '%s' at step %d failed and is skipped; training continues. %s: %s",
-            self._name, step, type(error).__name__, error,
+            "The snapshot of '%s' at step %d failed and is skipped; training continues. %s",
+            self._name, step, brief(error, 400),
         )  # fmt: skip
+        log_traceback(error)
 
     def notify(self, trainer: pl.Trainer, events: Sequence[Event]) -> None:
         """Report the events of a snapshot. Errors in the user's hooks are logged, and training continues.
@@ -172,9 +174,10 @@ class SnapshotReporter:
                 except Exception as error:
                     if k not in self._failed_hooks:
                         log.warning(
-                            "on_event=%r failed and will not be reported again: '%s'. %s: %s",
-                            hook, event.text, type(error).__name__, error,
+                            "on_event=%r failed and will not be reported again: '%s'. %s",
+                            hook, event.text, brief(error),
                         )  # fmt: skip
+                        log_traceback(error)
                     self._failed_hooks.add(k)
 
     def draw_run(self, trainer: pl.Trainer) -> None:
@@ -189,9 +192,10 @@ class SnapshotReporter:
             yield
         except Exception as error:
             log.warning(
-                "Events or figures over time of '%s' could not be written at step %d; training continues. %s: %s",
-                self._name, trainer.global_step, type(error).__name__, error,
+                "Events or figures over time of '%s' could not be written at step %d; training continues. %s",
+                self._name, trainer.global_step, brief(error),
             )  # fmt: skip
+            log_traceback(error)
 
     def _write_events(self, trainer: pl.Trainer, events: Sequence[Event]) -> None:
         for event in events:
@@ -243,8 +247,7 @@ class SnapshotReporter:
                     steps = ", ".join(f"{layer} {'never' if s is None else f'{s:,}'}" for layer, s in since.items())
                     lines.append(f"  formed        {steps} (step from which on half of the final importance exists)")
         except Exception as error:  # training is over, and its result must not be lost
-            log.warning(
-                "The last snapshot of '%s' could not be written. %s: %s", self._name, type(error).__name__, error
-            )
+            log.warning("The last snapshot of '%s' could not be written. %s", self._name, brief(error))
+            log_traceback(error)
         contents = [line for folder in self.directory.folders.values() for line in folder.contents()]
         rank_zero_info("\n".join([*lines, *contents, *where_to_look(trainer.loggers)]))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -17,7 +19,7 @@ from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
 from lib_lightning.algorithm.progress import phase_done
 from lib_lightning.api import graph_of
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from lib_lightning.errors import SettingError, SettingTypeError, check_number, quoted, shortened
+from lib_lightning.errors import SettingError, SettingTypeError, brief, check_number, log_traceback, quoted, shortened
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_format import NUM_SAMPLES, REFERENCE_SAMPLES, STEP
 from lib_lightning.labels.labeller import Labeller, label_features
@@ -30,6 +32,8 @@ from lib_lightning.metrics.summary import GraphMetrics, default_metrics, scalar_
 from lib_lightning.model.batch import hash_batches
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.preserve import preserve_rng
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -88,11 +92,6 @@ class SnapshotConfig:
         if self.metrics is not None:
             return self.metrics
         return default_metrics() if self.ablation is None else default_metrics(self.ablation.tolerance)
-
-    @cached_property
-    def graph_metrics(self) -> GraphMetrics:
-        """The metrics, prepared once for all snapshots: copying them takes longer than computing most of them."""
-        return GraphMetrics(self.collection)
 
     @cached_property
     def module_options(self) -> dict[str, Any]:
@@ -170,10 +169,18 @@ class SnapshotComputer:
 
     def __init__(self, config: SnapshotConfig, name: str) -> None:
         self.config, self.name = config, name
+        self._failed: set[str] = set()
         own = "" if name == "lib" else f"{name}_"
         self.prefixes = {name: config.config.basis, **{f"{own}{kind}": kind for kind in config.baselines}}
         self._keys: dict[tuple[str, ...], list[str]] = {}
         self._ratio_prefixes = {f"{own}{kind}": f"{name}_over_{kind}" for kind in config.baselines}
+
+    @cached_property
+    def _metrics(self) -> GraphMetrics:
+        """The metrics, prepared once for all snapshots: copying them takes longer than computing most of them."""
+        return GraphMetrics(
+            self.config.collection, lambda name, error: self._log_once(f"Metric '{name}' failed, and is NaN", error)
+        )
 
     def scalar_keys(self, node_layers: Sequence[str]) -> list[str]:
         """Names of all scalars of a snapshot with these node layers."""
@@ -224,6 +231,7 @@ class SnapshotComputer:
         phase_done("reference samples")
         graphs: dict[str, InteractionGraph] = {}
         scalars: dict[str, float] = {}
+        has_curves = ablate
         for prefix, kind in self.prefixes.items():
             graph = graph_of(
                 instrumented, data.batches, replace(self.config.config, basis=kind), self.config.memory_limit,
@@ -231,12 +239,13 @@ class SnapshotComputer:
             )  # fmt: skip
             graph.info |= metadata
             curves = self._ablate(graph, instrumented, data, process_group) if ablate else None
+            has_curves &= curves is not None
             partitions = graph.partitions()
-            measured = graph.measure(self.config.graph_metrics, curves, partitions)
+            measured = graph.measure(self._metrics, curves, partitions)
             scalars |= {f"{prefix}/{key}": value for key, value in measured.items()}
             graph.find_modules(partitions, **self.config.module_options)
             phase_done("metrics and modules")
-            self._label(graph, instrumented, data)
+            self._label(graph, instrumented, data, process_group)
             if self.config.follow:
                 graph.reference_features = reference_features(
                     graph, instrumented.model, data.reference, data.seed, process_group=process_group,
@@ -257,25 +266,46 @@ class SnapshotComputer:
         scalars |= self._ratios(scalars)
         scalars[f"{self.name}/samples"] = float(graphs[self.name].info[NUM_SAMPLES])
         scalars[f"{self.name}/seconds"] = time.perf_counter() - started
-        return Snapshot(metadata[STEP], graphs, scalars, ablate, events, tracker)
+        return Snapshot(metadata[STEP], graphs, scalars, has_curves, events, tracker)
+
+    @contextmanager
+    def _optional(self, what: str, process_group: ProcessGroup) -> Iterator[None]:
+        """A block that runs the user's code: if it fails on any process, the snapshot goes on without its result."""
+        try:
+            with process_group.sync_errors():
+                yield
+        except Exception as error:
+            self._log_once(what, error)
+
+    def _log_once(self, what: str, error: Exception) -> None:
+        if what not in self._failed:
+            self._failed.add(what)
+            log.warning("%s: %s. The snapshot goes on; this is not said again. %s", self.name, what, brief(error))
+            log_traceback(error)
 
     def _ablate(
         self, graph: InteractionGraph, instrumented: InstrumentedModel, data: SnapshotData, process_group: ProcessGroup
-    ) -> dict[tuple[str, str], Any]:
-        """Ablation curves of all sections."""
-        plan = self.config.ablation
+    ) -> dict[tuple[str, str], Any] | None:
+        """Ablation curves of all sections; None if they failed."""
+        plan, required = self.config.ablation, None
         assert plan is not None
-        required = edges_required(
-            instrumented.model, data.held_out, graph, plan.score_fn, plan.tolerance,
-            memory_limit=self.config.memory_limit, process_group=process_group, **vars(instrumented.spec),
-        )  # fmt: skip
+        with self._optional("Counting the edges required failed", process_group):
+            required = edges_required(
+                instrumented.model, data.held_out, graph, plan.score_fn, plan.tolerance,
+                memory_limit=self.config.memory_limit, process_group=process_group, **vars(instrumented.spec),
+            )  # fmt: skip
         phase_done("edges required")
-        return {section: result.as_curve() for section, result in required.items()}
+        return None if required is None else {section: result.as_curve() for section, result in required.items()}
 
-    def _label(self, graph: InteractionGraph, instrumented: InstrumentedModel, data: SnapshotData) -> None:
-        if self.config.labeller is None or not data.batches:
+    def _label(
+        self, graph: InteractionGraph, instrumented: InstrumentedModel, data: SnapshotData, process_group: ProcessGroup
+    ) -> None:
+        if self.config.labeller is None:
             return
-        with preserve_rng([]):  # a labeller may draw random numbers
+        # A labeller may draw random numbers. A process without samples has nothing to label.
+        with self._optional("The labeller failed, and features have no labels", process_group), preserve_rng([]):
+            if not data.batches:
+                return
             graph.labels = label_features(
                 graph, instrumented.model, data.batches, self.config.labeller, **vars(instrumented.spec)
             )
