@@ -185,7 +185,8 @@ def test_ablations_every_n_snapshots_on_held_out_samples(tmp_path: Path, score: 
     for k, snapshot in enumerate(run["snapshots"]):
         shown = snapshot["metrics"].get("edges_required/total")
         assert (shown is not None) == (k in (0, 3, 6))
-        assert drawn[k] == pytest.approx(shown["value"] or math.nan if shown else math.nan, rel=1e-4, nan_ok=True)
+        value = math.nan if shown is None or shown["value"] is None else shown["value"]
+        assert drawn[k] == pytest.approx(value, rel=1e-4, nan_ok=True)
 
 
 def test_history_has_values_where_they_were_measured() -> None:
