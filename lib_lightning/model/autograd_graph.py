@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -180,6 +180,16 @@ def saved_tensors_kept() -> Iterator[None]:
     """
     with nullcontext() if _preserve_version() else saved_tensors_hooks(torch.clone, lambda t: t):
         yield
+
+
+def version_of(t: Tensor) -> AbstractContextManager[None]:
+    """The version counter of a tensor now, which leaving this context restores.
+
+    For values that are written back: a graph that has saved the tensor is as valid as before. Without the possibility
+    to reset counters autograd raises an error there.
+    """
+    preserve = _preserve_version()
+    return nullcontext() if preserve is None or t.is_inference() else preserve(t)
 
 
 def _preserve_version() -> Any:

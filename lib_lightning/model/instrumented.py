@@ -20,6 +20,7 @@ from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.module_paths import check_taps, find_module
 from lib_lightning.model.node_layer import NodeLayer
 from lib_lightning.model.preserve import MAX_COPIED_BYTES, preserve_model
+from lib_lightning.model.process_state import seed_all
 from lib_lightning.model.replica import Copier
 from lib_lightning.model.saved_state import preserve_attributes
 from lib_lightning.model.sources import in_model
@@ -168,7 +169,7 @@ class InstrumentedModel:
         """Call the model on a batch, in the computation dtype, and return its output."""
         call = self.find_call(batch)
         # A model that draws random numbers draws the same ones whenever it sees the same batch.
-        self._reset_random_state()
+        seed_all(self.seed)
         dtype = self.spec.dtype
         try:
             if dtype is None:
@@ -199,7 +200,7 @@ class InstrumentedModel:
         """
         if self.spec.call is None:
             with self.session():
-                self._reset_random_state()
+                seed_all(self.seed)
                 call = find_call(self.model, batch, self.spec.input_fn)
             self.spec = dataclasses.replace(self.spec, input_fn=call)
         assert self.spec.call is not None
@@ -265,11 +266,6 @@ class InstrumentedModel:
             if isinstance(error, final) or is_out_of_memory(error):
                 raise
             return run(batch)
-
-    def _reset_random_state(self) -> None:
-        torch.default_generator.manual_seed(self.seed)
-        if torch.cuda.is_initialized():
-            torch.cuda.manual_seed_all(self.seed)
 
     def _forward(self, call: ModelCall, batch: Any) -> Any:
         if len(call.calls) > 1:

@@ -18,8 +18,8 @@ from torch.nn.parameter import is_lazy
 from lib_lightning.errors import LIBError, quoted
 from lib_lightning.model.process_state import PROCESS_LOCK, change_settings, save_rng
 from lib_lightning.model.replica import CannotCopyError, copy_model, discard, num_bytes
-from lib_lightning.model.saved_state import ordinary_parameters, save_values, saved_state
-from lib_lightning.model.saved_value import save_value
+from lib_lightning.model.saved_state import ordinary_parameters, save_values, saved_state, saver_of
+from lib_lightning.model.saved_value import Saver
 from lib_lightning.model.static_state import save_static_state
 from lib_lightning.model.torch_internals import writes_refused
 
@@ -116,8 +116,9 @@ def _module_to_run(model: nn.Module, max_bytes: int) -> Iterator[nn.Module]:
         with _restored(model, max_bytes):
             yield model
         return
-    seen = {id(module) for module in model.modules()}
-    restores = [save_static_state(copier.types, seen), *(save_value(x, seen) for x in copier.uncopied)]
+    saver = Saver(model.modules())
+    restores = [saver.save(x) for x in copier.uncopied]
+    restores.append(save_static_state(copier.kinds | saver.kinds, [*copier.functions, *saver.functions], saver))
     before = _fingerprint(model)
     try:
         with _weights_protected(model, shared):
@@ -141,12 +142,12 @@ def _restored(model: nn.Module, max_bytes: int) -> Iterator[None]:
     """Run a block that calls the model itself, and restore its state afterwards."""
     fits = num_bytes(model) <= max_bytes
     with ExitStack() as stack:
-        kinds = {type(module) for module in model.modules()}
-        stack.callback(save_static_state(kinds, {id(module) for module in model.modules()}))
+        saver, kinds = saver_of(model), {type(module) for module in model.modules()}
         if fits:
             stack.callback(save_values(model))
-        for save in saved_state():
+        for save in saved_state(saver):
             stack.callback(save(model))
+        stack.callback(save_static_state(saver.kinds | kinds, list(saver.functions), saver))
         with _weights_protected(model, [] if fits else ordinary_parameters(model)):
             yield
 

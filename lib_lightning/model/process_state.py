@@ -39,6 +39,21 @@ def save_rng() -> Callable[[], None]:
     return restore
 
 
+def seed_all(seed: int) -> None:
+    """Seed the random numbers of torch (CPU and CUDA), NumPy and Python.
+
+    Args:
+        seed: The seed.
+    """
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+    random.seed(seed)
+    numpy: Any = sys.modules.get("numpy")
+    if numpy:
+        numpy.random.seed(seed % 2**32)
+
+
 def change_settings() -> Callable[[], None]:
     """Change the settings of torch that have no context manager: full precision, no checkpointing, no cached weights.
 

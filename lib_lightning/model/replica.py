@@ -68,12 +68,14 @@ class Copier:
         shared_weights: Tensors whose memory the copies share with the originals.
 
     Attributes:
-        types: The types of all objects that have been copied.
+        kinds: The classes of all objects that have been copied.
+        functions: All functions among them.
         uncopied: Objects that could not be copied, and are shared.
     """
 
     def __init__(self, same: Iterable[Any] = (), shared_weights: Iterable[Tensor] = ()) -> None:
-        self.types: set[type] = set()
+        self.kinds: set[type] = set()
+        self.functions: list[types.FunctionType] = []
         self.uncopied: list[Any] = []
         self._originals: list[Any] = list(same)  # keeps them alive, so that each id means one object
         # Has the form of the memo of `copy.deepcopy`, and is given to the objects that copy themselves.
@@ -132,7 +134,7 @@ class Copier:
             return value
         if kind.__module__.startswith("torch._dynamo") and not isinstance(value, nn.Module):
             return value
-        self.types.add(kind)
+        self.kinds.add(kind)
         if isinstance(value, nn.Module) and _is_sum_of_attributes(kind):
             return self._module(value, kind)
         own = getattr(kind, "__deepcopy__", None)
@@ -224,6 +226,7 @@ class Copier:
         return new
 
     def _function(self, function: types.FunctionType) -> Any:
+        self.functions.append(function)
         eager = compiled_function(function)
         if eager is not None:
             return self(eager)
@@ -332,9 +335,10 @@ def copy_model(model: nn.Module, max_bytes: int) -> tuple[nn.Module, list[nn.Par
     tables = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm}
     shared = [p for p in shared if id(p) not in tables]
     copier = Copier(shared_weights=shared)
-    for t in itertools.chain(model.parameters(), model.buffers()):
-        copier(t)  # ahead of modules that copy themselves, which would copy shared memory
-    new: nn.Module = copier(model)
+    with torch.inference_mode(False), torch.no_grad():
+        for t in itertools.chain(model.parameters(), model.buffers()):
+            copier(t)  # ahead of modules that copy themselves, which would copy shared memory
+        new: nn.Module = copier(model)
     for module in model.modules():
         silence(copier.known(module), copier(vars(module).get("_trainer")))
     return new, shared, copier

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lib_lightning.model.process_state import in_turn
-from lib_lightning.model.saved_value import entries_of, has_address, save_memory, save_tensor, save_value
+from lib_lightning.model.saved_value import Saver, entries_of, has_address, save_memory, save_tensor
 from lib_lightning.model.torch_internals import remove_backward_hooks, set_tensor
 from lib_lightning.model.trainer_view import silence, view_of
 
@@ -23,12 +23,14 @@ _MODULE_NAMES = frozenset(nn.Module().__dict__)
 _REGISTRIES = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
 
 
-def saved_state() -> tuple[Save, ...]:
+def saved_state(saver: Saver) -> tuple[Save, ...]:
     """Everything of a model that is saved before a block and restored, in reverse order, after it."""
     return (
         replace_inference_tensors,  # tensors made in inference mode: replaced by copies that autograd accepts
-        save_registered,  # children and hooks: which are registered
-        preserve_attributes,  # other attributes of modules, and the contents of what they refer to
+        partial(save_registered, saver=saver),  # children and hooks: which are registered
+        partial(
+            preserve_attributes, saver=saver
+        ),  # other attributes of modules, and the contents of what they refer to
         save_buffers,  # which tensor is registered, and its values
         save_parameters,  # memory, grad and requires_grad; values where a module writes to its weights (max_norm)
         save_training_flags,
@@ -37,19 +39,25 @@ def saved_state() -> tuple[Save, ...]:
     )
 
 
-def preserve_attributes(model: nn.Module) -> Callable[[], None]:
+def saver_of(model: nn.Module) -> Saver:
+    """Saves what modules refer to, but neither the modules themselves nor their parameters and buffers."""
+    return Saver([*model.modules(), *model.parameters(), *model.buffers()])
+
+
+def preserve_attributes(model: nn.Module, saver: Saver | None = None) -> Callable[[], None]:
     """Save what a forward pass may store in plain attributes: a number of calls, the last state, a running metric.
 
     Args:
         model: The model.
+        saver: Saves the contents of what the attributes refer to; by default, a new one.
 
     Returns:
         A function that restores the attributes of all modules, and the contents of what they refer to. It may be called
         several times.
     """
-    seen = {id(module) for module in model.modules()} | {id(t) for t in (*model.parameters(), *model.buffers())}
+    saver = saver or saver_of(model)
     saved = [
-        (module, {k: (value, save_value(value, seen)) for k, value in _attributes(module).items()})
+        (module, {k: (value, saver.save(value)) for k, value in _attributes(module).items()})
         for module in model.modules()
     ]
 
@@ -105,11 +113,10 @@ def replace_inference_tensors(model: nn.Module) -> Callable[[], None]:
     return in_turn(undo)
 
 
-def save_registered(model: nn.Module) -> Callable[[], None]:
-    """Which children, parameters and hooks are registered, in which order."""
-    seen = {id(module) for module in model.modules()} | {id(t) for t in (*model.parameters(), *model.buffers())}
+def save_registered(model: nn.Module, saver: Saver) -> Callable[[], None]:
+    """Which children, parameters and hooks are registered, in which order; and what hooks refer to."""
     registries = [value for m in model.modules() for name, value in vars(m).items() if name in _REGISTRIES]
-    return in_turn([restore for x in registries if (restore := save_value(x, seen))])
+    return in_turn([restore for x in registries if (restore := saver.save(x))])
 
 
 def save_buffers(model: nn.Module) -> Callable[[], None]:
