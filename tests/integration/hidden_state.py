@@ -415,9 +415,9 @@ def open_file(m: Any) -> tuple[Use, Read]:
 
 
 def module_in_a_list(m: Any) -> tuple[Use, Read]:
-    m.unregistered = [nn.BatchNorm1d(3)]
+    m.unregistered = [nn.BatchNorm1d(6)]
     return (
-        lambda m, x: m.unregistered[0](x).detach().sum(),
+        lambda m, x: m.unregistered[0](torch.cat([x, x], 1)).detach().sum(),
         lambda m: (m.unregistered[0].running_mean.tolist(), m.unregistered[0].training),
     )
 
