@@ -1,0 +1,44 @@
+"""Tables: PyTorch Tabular."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.applications.running import application
+
+
+def tabular(config: str, callback: Any, folder: Path, **options: Any) -> None:
+    import pandas as pd
+    from pytorch_tabular import TabularModel, models
+    from pytorch_tabular.config import DataConfig, OptimizerConfig, TrainerConfig
+
+    random = np.random.default_rng(0)
+    x = random.standard_normal((96, 3))
+    table = pd.DataFrame(x, columns=["a", "b", "c"])
+    table["kind"] = random.choice(["p", "q", "r"], 96)
+    table["target"] = (x.sum(1) > 0).astype(int)
+    model = TabularModel(
+        data_config=DataConfig(target=["target"], continuous_cols=["a", "b", "c"], categorical_cols=["kind"]),
+        model_config=getattr(models, config)(task="classification", **options),
+        optimizer_config=OptimizerConfig(),
+        trainer_config=TrainerConfig(
+            batch_size=16, max_epochs=2, accelerator="cpu", progress_bar="none", checkpoints=None, early_stopping=None,
+            load_best=False, trainer_kwargs={"default_root_dir": str(folder), "enable_model_summary": False},
+        ),
+        verbose=False,
+    )  # fmt: skip
+    model.fit(train=table[:64], validation=table[64:], callbacks=[callback])
+
+
+@application("pytorch-tabular CategoryEmbeddingModel", "pytorch-tabular")
+def category_embedding(callback: Any, folder: Path) -> None:
+    tabular("CategoryEmbeddingModelConfig", callback, folder, layers="16-8")
+
+
+@application("pytorch-tabular FTTransformer", "pytorch-tabular")
+def ft_transformer(callback: Any, folder: Path) -> None:
+    small = {"input_embed_dim": 8, "num_heads": 2, "num_attn_blocks": 1}
+    tabular("FTTransformerConfig", callback, folder, **small)
