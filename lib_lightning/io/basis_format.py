@@ -41,6 +41,8 @@ VERSIONS = "versions"
 STEP = "step"
 LOGGING_STEP = "logging_step"
 EPOCH = "epoch"
+WEIGHTS = "weights"
+WEIGHTS_HASH = "weights_hash"
 METRICS = "metrics"
 REFERENCE_SAMPLES = "reference_samples"
 # Whether modules have the numbers that they have in the other snapshots of the run.

@@ -18,7 +18,7 @@ from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.errors import SettingError, check_list
 from lib_lightning.graph import InteractionGraph
-from lib_lightning.io.basis_format import EPOCH, LOGGING_STEP, STEP
+from lib_lightning.io.basis_format import EPOCH, LOGGING_STEP, STEP, WEIGHTS, WEIGHTS_HASH
 from lib_lightning.io.run_layout import check_run_name, overlapping_names
 from lib_lightning.labels.labeller import Labeller
 from lib_lightning.lineage.events import CHANGES
@@ -31,15 +31,20 @@ from lib_lightning.training.reporter import EventHook, SnapshotReporter
 from lib_lightning.training.run_state import RunState
 from lib_lightning.training.samples import SampleConfig, SampleStore
 from lib_lightning.training.schedule import Schedule
-from lib_lightning.training.snapshot import Snapshot, SnapshotComputer, SnapshotConfig
+from lib_lightning.training.snapshot import Previous, Snapshot, SnapshotComputer, SnapshotConfig
 from lib_lightning.training.trainer import (
+    call_again_last,
     check_strategy,
     has_validation,
     logging_step,
+    may_validate_next,
+    on_training_device,
     process_group_of,
+    remove_duplicates,
     synchronize,
     trainer_precision,
 )
+from lib_lightning.training.weights import TrainedWeights, weights_hash
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -192,6 +197,7 @@ class LIBCallback(Callback):
     def _begin(self) -> None:
         self.state = RunState(self.computer.prefixes, self.config.ablation, self.config.follow, self.schedule)
         self.meter = TimeMeter(self.max_overhead, self.clock, self.state.time)
+        self._is_second_call = self._has_ended = False
 
     @property
     def node_layers(self) -> list[NodeLayer] | None:
@@ -256,7 +262,8 @@ class LIBCallback(Callback):
         if layout is not None and trainer.state.fn == "fit":
             state.enter_folder(str(layout.path.resolve()))
         self.samples = SampleStore(self.sample_config, state.samples, trainer, self._process_group, layout)
-        self._tried_step = state.step
+        self._tried: tuple[int | None, str | None] = (state.step, state.weights_hash)
+        self._trained = TrainedWeights()
         self._has_checked_training_batch = False
 
     @timed_hook
@@ -295,10 +302,32 @@ class LIBCallback(Callback):
 
     @timed_hook
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take a snapshot if one is due, and log the latest scalars in any case."""
-        self.samples.end_validation(trainer.sanity_checking)
-        if not trainer.sanity_checking:
-            self._at_validation(trainer, pl_module)
+        """Take a snapshot if one is due, and log the latest scalars in any case.
+
+        Where another callback has put other weights in place for validation, which it takes back in this hook, the
+        snapshot is taken after that.
+        """
+        if self._is_second_call:
+            self._end_second_call(trainer)
+        else:
+            self.samples.end_validation(trainer.sanity_checking)
+            if trainer.sanity_checking or self._is_called_again(trainer, pl_module):
+                return
+        self._at_validation(trainer, pl_module)
+
+    def _is_called_again(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        is_replaced = self._trained.are_replaced(trainer.global_step, pl_module)
+        self._is_second_call = is_replaced and call_again_last(trainer, self)
+        return self._is_second_call
+
+    def _end_second_call(self, trainer: pl.Trainer) -> None:
+        self._is_second_call = False
+        remove_duplicates(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave the trainer's list of callbacks as it was."""
+        if self._is_second_call:
+            self._end_second_call(trainer)
 
     @timed_hook
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -322,15 +351,39 @@ class LIBCallback(Callback):
     ) -> None:
         """Take a snapshot if one is due at this step."""
         self._snapshot_if_due(trainer, pl_module)
+        if may_validate_next(trainer, batch_idx):
+            with self.meter.timed():
+                self._trained.note(trainer.global_step, pl_module)
 
     @timed_hook
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the last snapshot, write it as ``final.safetensors``, and log where everything is."""
-        if self._snapshot(trainer, pl_module, is_last=True):
-            self.reporter.log_scalars(trainer, self._scalars(trainer))
+        """Take the last snapshot, write it as ``final.safetensors``, and log where everything is.
+
+        In this hook, callbacks that average weights put the averages into the model. After all others have been called
+        (except checkpoints, which hold the state of this one), the snapshot is taken again if the weights have changed.
+        """
+        self._take_last(trainer, pl_module)
+        if self._is_second_call:
+            self._end_second_call(trainer)
+        elif call_again_last(trainer, self):
+            self._is_second_call = True
+            return
         self.reporter.finish(trainer)
         self.meter.end()
         self.trigger.log_summary()
+        self._has_ended = True
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Take the last snapshot again if the weights have changed since, such as in the model's own hooks."""
+        if self._has_ended and weights_hash(pl_module) != self._tried[1]:
+            with on_training_device(trainer, pl_module):
+                self._take_last(trainer, pl_module)
+                self.reporter.finish(trainer)
+        self._has_ended = False
+
+    def _take_last(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._snapshot(trainer, pl_module, is_last=True):
+            self.reporter.log_scalars(trainer, self._scalars(trainer))
 
     def _snapshot_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.samples.is_ready and self.state.cursor.due_at_step(trainer.global_step):
@@ -339,27 +392,47 @@ class LIBCallback(Callback):
                     self.reporter.log_scalars(trainer, self._scalars(trainer))
 
     def _snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule, is_last: bool = False) -> bool:
-        """Take a snapshot, unless one was tried at this step or it would cost too much; return whether it succeeded."""
+        """Take a snapshot, unless one was tried at this step or it would cost too much; return whether it succeeded.
+
+        The last one belongs to the final weights: it is only skipped if it has been tried with these.
+        """
         step, in_fit = trainer.global_step, trainer.state.fn == "fit"
-        if self._tried_step == step or self.samples.has_given_up:
+        if self.samples.has_given_up or (self._tried[0] == step and not is_last):
             return False
         if in_fit and not is_last and not self.trigger.can_take(step, self.state.next_kind(False), self._process_group):
             return False
-        self._tried_step = step
         with self.meter.excluded():
             synchronize(trainer)
+        weights = weights_hash(pl_module)
+        if is_last and not self._on_any_process(self._tried != (step, weights)):
+            return False
+        self._tried = (step, weights)
+        metadata: dict[str, Any] = {
+            STEP: step,
+            LOGGING_STEP: logging_step(trainer),
+            EPOCH: trainer.current_epoch,
+            WEIGHTS_HASH: weights,
+        }
+        if in_fit:
+            metadata[WEIGHTS] = self._trained.status(step, weights, is_last)
         kind = self.state.next_kind(is_last)
         with self.trigger.measure(step, kind):
-            succeeded = self._try_snapshot(trainer, pl_module, kind, draw=kind.figures or not in_fit)
+            succeeded = self._try_snapshot(trainer, pl_module, kind, metadata)
         if succeeded:
             self.trigger.on_success(kind)
         return succeeded
 
-    def _try_snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule, kind: SnapshotKind, draw: bool) -> bool:
+    def _on_any_process(self, condition: bool) -> bool:
+        # Of sharded weights, each process sees its own.
+        return any(bool(t) for t in self._process_group.gather(torch.tensor([condition], device="cpu")))
+
+    def _try_snapshot(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, kind: SnapshotKind, metadata: dict[str, Any]
+    ) -> bool:
         """Compute a snapshot, write it and make it part of the run; or log why that failed."""
         try:
             with self._process_group.sync_errors():
-                snapshot = self._compute(trainer, pl_module, kind)
+                snapshot = self._compute(trainer, pl_module, kind, metadata)
                 figures, layouts = self.reporter.write(trainer, snapshot)
         except Exception as error:
             self.reporter.log_failure(trainer.global_step, error)
@@ -372,26 +445,28 @@ class LIBCallback(Callback):
             if self._process_group.broadcast([has_changed])[0]:
                 self.state.cursor.densify(snapshot.step)
         self.reporter.notify(trainer, snapshot.events)
-        if draw:
+        if kind.figures or trainer.state.fn != "fit":
             self.reporter.draw_run(trainer)
             self.state.mark_drawn()
         return True
 
-    def _compute(self, trainer: pl.Trainer, pl_module: pl.LightningModule, kind: SnapshotKind) -> Snapshot:
+    def _compute(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, kind: SnapshotKind, metadata: dict[str, Any]
+    ) -> Snapshot:
         instrumented = self.resolver.instrument(pl_module, self._process_group)
-        interval = self.state.cursor.relative_interval(
-            self.state.step, trainer.global_step, self.trigger.skipped.since_last
-        )  # fmt: skip
+        before = self.state.before(metadata[STEP])
+        interval = self.state.cursor.relative_interval(before.step, metadata[STEP], self.trigger.skipped.since_last)
         with trainer_precision(trainer, self.spec.dtype):
             snapshot = self.computer.compute(
                 instrumented,
                 self.samples.for_snapshot(trainer),
-                {STEP: trainer.global_step, LOGGING_STEP: logging_step(trainer), EPOCH: trainer.current_epoch},
-                self.state.previous(interval),
+                metadata,
+                Previous(before.scalars, before.tracker, interval),
                 kind.ablation,
                 self._process_group,
             )
         self.reporter.log_notes(snapshot.graphs)
+        self.reporter.log_weights(metadata)
         return snapshot
 
     def _scalars(self, trainer: pl.Trainer) -> dict[str, float]:
@@ -421,7 +496,8 @@ class LIBCallback(Callback):
 
 def _check_names(trainer: pl.Trainer) -> None:
     """Refuse callbacks that would write to the same folder, or log under the same prefix."""
-    prefixes = [prefix for one in trainer.callbacks if isinstance(one, LIBCallback) for prefix in one.computer.prefixes]
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    prefixes = [prefix for one in callbacks if isinstance(one, LIBCallback) for prefix in one.computer.prefixes]
     if found := overlapping_names(prefixes):
         which = (
             f"would both write to '{found[0]}'"

@@ -20,7 +20,7 @@ from lib_lightning.api import list_node_layers
 from lib_lightning.errors import LIBError
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_file import write_bytes
-from lib_lightning.io.basis_format import EPOCH, NUM_SAMPLES, SETTINGS, STEP, VERSIONS
+from lib_lightning.io.basis_format import EPOCH, NUM_SAMPLES, SETTINGS, STEP, VERSIONS, WEIGHTS, WEIGHTS_HASH
 from lib_lightning.metrics.summary import graph_scalars
 from lib_lightning.model.batch import map_tensors
 from lib_lightning.training.samples import SampleBuffer
@@ -284,6 +284,8 @@ def _inspect(args: argparse.Namespace) -> None:
         origin = {key: graph.info[key] for key in (STEP, EPOCH, NUM_SAMPLES) if key in graph.info}
         print(path)
         print("  made at   ", ", ".join(f"{key} {value:,}" for key, value in origin.items()))
+        if WEIGHTS_HASH in graph.info:
+            print(f"  weights    {graph.info.get(WEIGHTS, 'validated')}, with hash {graph.info[WEIGHTS_HASH]}")
         print("  settings  ", ", ".join(f"{key} {value}" for key, value in graph.info.get(SETTINGS, {}).items()))
         print("  versions  ", ", ".join(f"{key} {value}" for key, value in graph.info.get(VERSIONS, {}).items()))
         for name, value in graph_scalars(list(graph.bases.values()), list(graph.edges.values())).items():

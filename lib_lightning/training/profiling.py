@@ -32,7 +32,7 @@ from lib_lightning.model.validate import wrap_forward_errors
 from lib_lightning.training.run_state import RunState
 from lib_lightning.training.samples import NUM_REFERENCE_SAMPLES, SampleBuffer
 from lib_lightning.training.schedule import Schedule
-from lib_lightning.training.snapshot import SnapshotComputer, SnapshotConfig, SnapshotData
+from lib_lightning.training.snapshot import Previous, SnapshotComputer, SnapshotConfig, SnapshotData
 from lib_lightning.training.writer import RunDirectory
 
 # Size of the square matrices whose product measures the rate of a machine, and the number of products timed.
@@ -176,7 +176,7 @@ def _snapshots(
         layouts = copy.deepcopy(state.layouts)
         with tempfile.TemporaryDirectory() as root, on_phase(listener):
             metadata = {STEP: state.n_snapshots, EPOCH: 0}
-            snapshot = computer.compute(instrumented, samples, metadata, state.previous(1.0))
+            snapshot = computer.compute(instrumented, samples, metadata, Previous(state.scalars, state.tracker))
             RunDirectory(Path(root), computer.prefixes).write(snapshot.graphs, snapshot.step, layouts)
         state.commit(snapshot, layouts)
 

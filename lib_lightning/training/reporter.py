@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib_lightning.errors import brief, log_traceback
 from lib_lightning.graph import InteractionGraph
-from lib_lightning.io.basis_format import NOTES, STEP
+from lib_lightning.io.basis_format import NOTES, STEP, WEIGHTS
 from lib_lightning.io.run_layout import RunLayout
 from lib_lightning.lineage.events import Event
 from lib_lightning.plots.animated_layout import AnimatedLayout
@@ -21,6 +21,7 @@ from lib_lightning.training.loggers import log_image, log_scalars, log_text, whe
 from lib_lightning.training.run_state import RunState
 from lib_lightning.training.snapshot import Snapshot
 from lib_lightning.training.trainer import logging_step, run_folder
+from lib_lightning.training.weights import TRAINED, VALIDATED
 from lib_lightning.training.writer import RunDirectory
 
 if TYPE_CHECKING:
@@ -148,6 +149,17 @@ class SnapshotReporter:
         for note in {note for graph in graphs.values() for note in graph.info[NOTES]} - self._logged_notes:
             log.warning("%s: %s", self._name, note)
             self._logged_notes.add(note)
+
+    def log_weights(self, metadata: Mapping[str, Any]) -> None:
+        """Log once that snapshots are of other weights than those trained."""
+        status, step = metadata.get(WEIGHTS, TRAINED), metadata[STEP]
+        if status != TRAINED and status not in self._logged_notes:
+            self._logged_notes.add(status)
+            when = "for validation" if status == VALIDATED else "at the end of training"
+            rank_zero_info(
+                f"{self._name}: the snapshot at step {step:,} is of weights that were put in place of the trained ones "
+                f"{when}; info['weights'] of its file says so."
+            )
 
     def log_failure(self, step: int, error: Exception) -> None:
         """Log that a snapshot has failed, and why."""

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from lib_lightning.ablation import AblationPlan
 from lib_lightning.algorithm.config import BasisKind
 from lib_lightning.graph import InteractionGraph
-from lib_lightning.io.basis_format import METRICS
+from lib_lightning.io.basis_format import METRICS, WEIGHTS_HASH
 from lib_lightning.io.checkpoint_format import current_state
 from lib_lightning.lineage.events import Event
 from lib_lightning.lineage.snapshot_tracker import SnapshotTracker
@@ -26,7 +26,7 @@ from lib_lightning.plots.timeline import draw_timeline
 from lib_lightning.training.budget import SkippedSnapshots, SnapshotKind, TimeSpent
 from lib_lightning.training.samples import SavedSamples
 from lib_lightning.training.schedule import Schedule
-from lib_lightning.training.snapshot import Previous, Snapshot
+from lib_lightning.training.snapshot import Snapshot
 
 # Figures over the whole run are drawn at this number of snapshots, and again whenever it has doubled.
 _FIRST_DRAWN = 4
@@ -120,6 +120,27 @@ class PlotHistory:
         }
 
 
+@dataclass(frozen=True)
+class Before:
+    """What a snapshot takes over from those before it.
+
+    Attributes:
+        step: Step of the latest of these; None if there are none.
+        scalars: Their latest scalars by name.
+        tracker: Tracks features over them.
+        n_snapshots: Their number.
+        n_events: Number of events so far.
+        ablation_step: Step of the latest of them that counted edges required.
+    """
+
+    step: int | None
+    scalars: dict[str, float]
+    tracker: SnapshotTracker
+    n_snapshots: int
+    n_events: int
+    ablation_step: int | None
+
+
 class RunState:
     """The state of one run: built fresh when a run begins, and replaced as a whole when one is resumed.
 
@@ -139,6 +160,7 @@ class RunState:
         n_snapshots: Number of snapshots so far.
         n_drawn: Number of snapshots that the latest figures over the whole run show.
         step: Number of optimizer steps before the latest snapshot; None before the first.
+        weights_hash: Hash of the weights of the latest snapshot.
         ablation_step: The same for the latest snapshot that counted edges required.
         tracker: Tracks features over snapshots.
         history: What figures over time show.
@@ -162,6 +184,8 @@ class RunState:
         self.n_snapshots = self.n_drawn = 0
         self.step: int | None = None
         self.ablation_step: int | None = None
+        self.weights_hash: str | None = None
+        self._before_latest: Before | None = None
         self.tracker = SnapshotTracker(list(prefixes))
         self.history = PlotHistory()
         self.events: list[Event] = []
@@ -198,9 +222,12 @@ class RunState:
         ablates = self._plan is not None and (is_last or self.n_snapshots % self._plan.every_n_snapshots == 0)
         return SnapshotKind(ablates, is_last or self.n_snapshots + 1 >= max(_FIRST_DRAWN, 2 * self.n_drawn))
 
-    def previous(self, relative_interval: float) -> Previous:
-        """What the next snapshot takes over, at a distance in regular intervals from the latest one."""
-        return Previous(self.scalars, self.tracker, relative_interval)
+    def before(self, step: int) -> Before:
+        """What a snapshot at a step takes over. It replaces the latest one if that is of the same step."""
+        if self.step == step and self._before_latest is not None:
+            return self._before_latest
+        latest = None if self.step == step else self.step
+        return Before(latest, self.scalars, self.tracker, self.n_snapshots, len(self.events), self.ablation_step)
 
     def commit(self, snapshot: Snapshot, layouts: Mapping[str, AnimatedLayout]) -> None:
         """Make a snapshot part of the run.
@@ -209,14 +236,15 @@ class RunState:
             snapshot: The snapshot, which has been written.
             layouts: Where its features have been drawn.
         """
+        before = self._before_latest = self.before(snapshot.step)
         self.graphs, self.scalars, self.step = snapshot.graphs, snapshot.scalars, snapshot.step
+        self.weights_hash = next(iter(snapshot.graphs.values())).info.get(WEIGHTS_HASH)
         self.layouts = dict(layouts)
-        self.n_snapshots += 1
-        if snapshot.is_ablation:
-            self.ablation_step = snapshot.step
+        self.n_snapshots = before.n_snapshots + 1
+        self.ablation_step = snapshot.step if snapshot.is_ablation else before.ablation_step
         if self._follow:
             self.tracker = snapshot.tracker
-            self.events += snapshot.events
+            self.events = self.events[: before.n_events] + snapshot.events
             # Not `snapshot.scalars`, which include the latest values of what this snapshot did not measure.
             measured = {
                 self._prefixes[prefix]: {
@@ -241,6 +269,7 @@ class RunState:
             "n_snapshots": self.n_snapshots,
             "n_drawn": self.n_drawn,
             "step": self.step,
+            "weights_hash": self.weights_hash,
             "ablation_step": self.ablation_step,
             "tracker": self.tracker.state_dict(),
             "history": {
@@ -285,6 +314,7 @@ class RunState:
         if state["scalars"] and set(state["scalars"]) != set(expected):
             return
         self.scalars, self.step, self.ablation_step = dict(state["scalars"]), state["step"], state["ablation_step"]
+        self.weights_hash = state.get("weights_hash")
         self.n_snapshots, self.n_drawn = state["n_snapshots"], state["n_drawn"]
         self.tracker.load_state_dict(state["tracker"])
         history = state["history"]

@@ -166,10 +166,48 @@ def logging_step(trainer: pl.Trainer) -> int:
     return min(_batches_that_stepped(trainer), max(trainer.global_step - 1, 0))
 
 
+def may_validate_next(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Whether validation, or the end of training, may follow a training batch.
+
+    Args:
+        trainer: The trainer, at the end of the batch.
+        batch_idx: Index of the batch.
+
+    Returns:
+        False only if neither follows at once.
+    """
+    every = trainer.val_check_batch  # infinity for data without a length, None where time decides
+    at_interval = not every or (every != float("inf") and (batch_idx + 1) % every == 0)
+    is_last_step = 0 < trainer.max_steps <= trainer.global_step
+    return trainer.is_last_batch or at_interval or is_last_step or trainer.should_stop
+
+
 def synchronize(trainer: pl.Trainer) -> None:
     """Wait until the device has finished the kernels that training has queued."""
     if trainer.strategy.root_device.type == "cuda":
         torch.cuda.synchronize(trainer.strategy.root_device)
+
+
+@contextmanager
+def on_training_device(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
+    """A block with the model on the device of training, from which the trainer takes it at the end.
+
+    Args:
+        trainer: The trainer.
+        pl_module: The model.
+
+    Yields:
+        Nothing.
+    """
+    device = pl_module.device
+    if is_sharded(trainer) or device == trainer.strategy.root_device:
+        yield
+        return
+    pl_module.to(trainer.strategy.root_device)
+    try:
+        yield
+    finally:
+        pl_module.to(device)
 
 
 def data_rank(trainer: pl.Trainer) -> tuple[int, int]:
@@ -307,6 +345,34 @@ def _combined_mode(trainer: pl.Trainer) -> str:
     """How several validation loaders are combined; without the internals, as by default."""
     combined = getattr(trainer.fit_loop.epoch_loop.val_loop, "_combined_loader", None)
     return str(getattr(combined, "_mode", "sequential"))
+
+
+def call_again_last(trainer: pl.Trainer, callback: Any) -> bool:
+    """Have the hook of a callback that is running called once more, after those of all callbacks except checkpoints.
+
+    The trainer goes through its own list of callbacks, so an entry that is added further down is reached. If Lightning
+    went through a copy, there would be no second call.
+
+    Args:
+        trainer: The trainer, in the middle of calling a hook of all callbacks.
+        callback: The callback.
+
+    Returns:
+        Whether there are others in between; if not, nothing is added. `remove_duplicates` is for the second call.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    place = callbacks.index(callback)
+    end = next((k for k, other in enumerate(callbacks) if is_instance(other, "callbacks.Checkpoint")), len(callbacks))
+    if place + 1 >= end:
+        return False
+    callbacks.insert(end, callback)
+    return True
+
+
+def remove_duplicates(trainer: pl.Trainer) -> None:
+    """Undo `call_again_last`. The list is a new one, because the trainer is going through the present one."""
+    once = {id(callback): callback for callback in trainer.callbacks}  # type: ignore[attr-defined]
+    trainer.callbacks = list(once.values())  # type: ignore[attr-defined]
 
 
 def _before_transfer(pl_module: pl.LightningModule, batch: Any) -> Any:

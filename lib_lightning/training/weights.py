@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lib_lightning.model.batch import hash_tensors
 
-# What ``info["weights"]`` of a snapshot says: those of the last optimizer step; others that a callback has put in their
-# place for validation; or others that are in their place when training has ended.
+# What ``info["weights"]`` of a snapshot says: they are those of the last optimizer step, or others that have been put
+# in their place, during a validation or at the end of training.
 TRAINED, VALIDATED, FINAL = "trained", "replaced for validation", "replaced after training"
 
 # Sums over rows and columns of this width: two passes over the memory, without a copy.
@@ -25,7 +25,7 @@ _MULTIPLIER = 0x1F58_6CA5_9E37_79B1
 def weights_hash(module: nn.Module) -> str:
     """Hash of a model's parameters and floating-point buffers, computed on their device.
 
-    It costs about as much as copying them once. It is meant for weights that are replaced, not for ones made to collide.
+    It costs about as much as copying them once, and sees any change, except of weights that are made to collide.
 
     Args:
         module: The model; of weights that are sharded over processes, those of this process are hashed.
@@ -59,6 +59,47 @@ def weights_hash(module: nn.Module) -> str:
     for device in dict.fromkeys(s.device for s in sums):
         digest.update(repr(torch.stack([s for s in sums if s.device == device]).tolist()).encode())
     return digest.hexdigest()[:16]
+
+
+class TrainedWeights:
+    """Remembers the weights after the latest training step, to recognise those that are put in their place.
+
+    Example:
+        >>> trained, model = TrainedWeights(), nn.Linear(2, 3)
+        >>> trained.note(10, model)
+        >>> trained.status(10, weights_hash(model), is_last=False)
+        'trained'
+        >>> model.bias.data += 1
+        >>> trained.status(10, weights_hash(model), is_last=True)
+        'replaced after training'
+    """
+
+    def __init__(self) -> None:
+        self._step: int | None = None
+        self._hash = ""
+
+    def note(self, step: int, model: nn.Module) -> None:
+        """These are the weights after a number of steps."""
+        self._step, self._hash = step, weights_hash(model)
+
+    def are_replaced(self, step: int, model: nn.Module) -> bool:
+        """Whether a model has other weights than after a step; False if those of that step are unknown."""
+        return self._step == step and weights_hash(model) != self._hash
+
+    def status(self, step: int, weights: str, is_last: bool) -> str:
+        """Describe the weights of a snapshot.
+
+        Args:
+            step: Number of optimizer steps before it.
+            weights: Hash of its weights.
+            is_last: Whether training has ended.
+
+        Returns:
+            `TRAINED`, `VALIDATED` or `FINAL`.
+        """
+        # Unknown weights are those of a step that has just been made, unless training has ended.
+        is_trained = weights == self._hash if self._step == step else not is_last
+        return TRAINED if is_trained else FINAL if is_last else VALIDATED
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

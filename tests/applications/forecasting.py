@@ -78,9 +78,7 @@ def pytorch_forecasting(model: str, callback: Any, folder: Path, dataset: dict[s
     import pandas as pd
     import pytorch_forecasting as pf
 
-    frames = [
-        pd.DataFrame({"series": str(i), "time": range(60), "value": wave}) for i, wave in enumerate(waves(6, 60))
-    ]
+    frames = [pd.DataFrame({"series": str(i), "time": range(60), "value": wave}) for i, wave in enumerate(waves(6, 60))]
     data = pf.TimeSeriesDataSet(
         pd.concat(frames), time_idx="time", target="value", group_ids=["series"], max_encoder_length=12,
         max_prediction_length=4, time_varying_unknown_reals=["value"], **dataset,
@@ -109,9 +107,8 @@ def pf_deepar(callback: Any, folder: Path) -> None:
 
 
 def gluonts(estimator: Any, folder: Path) -> None:
-    from gluonts.dataset.pandas import PandasDataset
-
     import pandas as pd
+    from gluonts.dataset.pandas import PandasDataset
 
     dates = pd.period_range("2020-01-01", periods=90, freq="D")
     series = {str(i): pd.Series(wave, index=dates) for i, wave in enumerate(waves(6, 90))}

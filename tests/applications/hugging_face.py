@@ -1,7 +1,7 @@
 """Sixty model types of Hugging Face transformers, tiny and with random weights, against dense Jacobians in float64.
 
-Node layers are the proposed ones. The dense Jacobians are those of autograd between the tensors that hooks see while the
-model runs as usual: for a proper cut, these are the derivatives that the paper's formulas need.
+Node layers are the proposed ones. The dense Jacobians are those of autograd between the tensors that hooks see while
+the model runs as usual: for a proper cut, these are the derivatives that the paper's formulas need.
 """
 
 from __future__ import annotations
@@ -183,7 +183,8 @@ def dense(
                 ]
                 rows.append(torch.cat(parts, -1))
         jacobians.append(torch.stack(rows, 1).unflatten(1, after.shape[1:]))
-    return [a.detach() for a in activations], jacobians
+    # Some models compute their output in float32.
+    return [a.detach().double() for a in activations], [J.double() for J in jacobians]
 
 
 def check(row: Row) -> dict[str, Any]:

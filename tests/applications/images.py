@@ -22,7 +22,9 @@ def simclr(callback: Any, folder: Path) -> None:
     class SimCLR(pl.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.backbone = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            self.backbone = nn.Sequential(
+                nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+            )
             self.projection_head = SimCLRProjectionHead(8, 16, 4)
             self.criterion = NTXentLoss()
 

@@ -27,7 +27,9 @@ def litgpt(callback: Any, folder: Path, **config: Any) -> None:
     class LitModel(pl.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.model = GPT(Config(block_size=16, n_layer=2, n_head=2, n_embd=8, padded_vocab_size=VOCABULARY, **config))
+            self.model = GPT(
+                Config(block_size=16, n_layer=2, n_head=2, n_embd=8, padded_vocab_size=VOCABULARY, **config)
+            )
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return chunked_cross_entropy(self.model(batch[0]), batch[1], chunk_size=0)

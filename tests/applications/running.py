@@ -95,4 +95,3 @@ def run(name: str) -> dict[str, Any]:
     result["warnings"] = messages.warnings
     result["versions"] = {package: version(package) for package in (*packages, "torch", "lightning")}
     return result
-

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 from lib_lightning import LIBCallback
 from lib_lightning.training import trainer as ours
+from lib_lightning.training.frameworks import PACKAGES, member
 from tests.tiny_training import NODE_LAYERS, Classifier, trainer_of
 
 INTERNALS = {
@@ -81,3 +82,33 @@ def test_without_an_internal_snapshots_are_the_same(
     monkeypatch.setattr(ours, function, without)
     found = fit(tmp_path / "without")
     assert found == pytest.approx(expected, nan_ok=True, rel=0, abs=0)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_callback_can_be_called_again_after_the_others(package: str, tmp_path: Path) -> None:
+    """Trainers go through their own list of callbacks, and not through a copy."""
+    calls = []
+
+    class Noted(member(package, "Callback")):  # type: ignore[misc]
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            calls.append(self.name)
+            if self.name == "ours" and calls.count("ours") == 1:
+                assert ours.call_again_last(trainer, self)
+            elif self.name == "ours":
+                ours.remove_duplicates(trainer)
+
+    class Last(Noted, member(package, "callbacks.Checkpoint")):  # type: ignore[misc]
+        pass
+
+    callbacks = [Noted("ours"), Noted("other"), Last("checkpoint")]
+    trainer = member(package, "Trainer")(
+        default_root_dir=tmp_path, max_steps=1, accelerator="cpu", logger=False, callbacks=callbacks,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    listed = list(trainer.callbacks)
+    trainer.fit(member(package, "demos.boring_classes.BoringModel")())
+    assert calls == ["ours", "other", "ours", "checkpoint"]
+    assert trainer.callbacks == listed

@@ -11,11 +11,11 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -234,25 +234,6 @@ def test_manual_optimisation(tmp_path: Path) -> None:
     assert [e.value for e in events.Scalars("lib/step")][-1] == 20
     run = json.loads(RunView(Path(logger.log_dir) / "lib", "lib", Cache(1 << 20)).run())
     assert run["scalars"]["val_loss"]["steps"] == [20]
-
-
-@pytest.mark.parametrize("before", [True, False])
-def test_averaged_weights(before: bool, tmp_path: Path) -> None:
-    # Validation runs on the averages, which the other callback takes out again when its turn comes.
-    class Spy(Steady):
-        def on_validation_epoch_start(self) -> None:
-            self.validated = {k: v.clone() for k, v in self.net.state_dict().items()}
-
-    callback, model = LIBCallback(NODE_LAYERS, dtype="float64"), Spy()
-    callbacks = [callback, EMAWeightAveraging(decay=0.8)]
-    trainer_of(tmp_path, *(callbacks if before else callbacks[::-1]), max_epochs=1).fit(model)
-    assert callback.graph is not None
-    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 2))
-    net.load_state_dict(model.validated)
-    averaged = compute_interaction_graph(
-        net, callback.samples.buffer.batches, [name.removeprefix("net.") for name in NODE_LAYERS], dtype=torch.float64
-    )
-    assert (same_importances(callback.graph, averaged) < 1e-9) == before
 
 
 def test_several_callbacks_at_once(tmp_path: Path) -> None:
