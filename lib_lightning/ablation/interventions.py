@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lib_lightning.algorithm.basis import Basis
 from lib_lightning.errors import NodeLayerError
+from lib_lightning.model.agreement import agree
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.vjp import apply_mask
 
@@ -193,8 +194,8 @@ class AblatedSection:
 
     def _is_same(self, a: Tensor, b: Tensor) -> bool:
         """Whether changes of the features are equal up to rounding, at valid positions. False for NaN."""
-        difference, size = apply_mask(a - b, self.mask_out), apply_mask(b, self.mask_out)
-        return bool(difference.norm() <= torch.finfo(b.dtype).eps ** _AFFINE * size.norm())
+        a, b = apply_mask(a, self.mask_out), apply_mask(b, self.mask_out)
+        return agree(a, b, torch.finfo(b.dtype).eps ** _AFFINE)
 
 
 def _nbytes(*tensors: Tensor) -> int:

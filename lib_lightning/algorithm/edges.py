@@ -11,7 +11,6 @@ from lib_lightning.algorithm.unequal_sampling import inclusion_probabilities, sy
 from lib_lightning.distributed.process_group import Reducible
 from lib_lightning.jacobian.closed_form import ClosedEdges
 from lib_lightning.jacobian.section import Gradients, Section
-from lib_lightning.model.precision import product_dtype
 
 # A Jacobian-vector product is a backward pass through a backward pass: measured at 1 to 2 times a vector-Jacobian one.
 _FORWARD_COST = 2
@@ -104,9 +103,9 @@ class Edges(Reducible):
             j = slice(start, start + size)
             tangents = fhat[..., j].movedim(-1, 0)[..., None] * C_pinv[j][:, None, None, :]
             interactions = section.jvp(tangents) @ C_next
-            squares = interactions.to(product_dtype(interactions.dtype)).square()
+            squares = interactions.double().square()
             for group, samples in section.group_slices:
-                self._total[group, :, j] += squares[:, samples].sum(dim=(1, 2)).T.double()
+                self._total[group, :, j] += squares[:, samples].sum(dim=(1, 2)).T
 
     def update_sampled(self, section: Section, fhat: Tensor) -> None:
         """Add one batch with `n_pushed` Jacobian-vector products, each for another feature of each sample."""
@@ -116,7 +115,7 @@ class Edges(Reducible):
         for j in chosen.T.split(section.vectors_per_call):  # (k, n)
             tangents = fhat[samples, :, j][..., None] * C_pinv[j][:, :, None, :]
             interactions = section.jvp(tangents) @ C_next
-            squares = interactions.to(product_dtype(interactions.dtype)).square().sum(dim=2).double()
+            squares = interactions.double().square().sum(dim=2)
             self._add_sampled(section, 1, j, squares / probabilities[j][..., None])
 
     def update_sampled_reverse(self, section: Section, fhat: Tensor) -> None:
@@ -130,7 +129,7 @@ class Edges(Reducible):
             cotangents = fhat.new_zeros(len(ti), section.n, section.S_out, section.d_out)
             cotangents[torch.arange(len(ti), device=fhat.device)[:, None], samples, t] = C_T[i]
             interactions = ((section.vjp(cotangents) @ C_pinv.T) * fhat).sum(dim=2)
-            squares = interactions.to(product_dtype(interactions.dtype)).square().double()
+            squares = interactions.double().square()
             self._add_sampled(section, 0, i, squares / probabilities[ti][..., None])
 
     def _choose(self, size: Tensor, count: int | None, n: int) -> tuple[Tensor, Tensor]:
@@ -153,9 +152,9 @@ class Edges(Reducible):
     def _add_gradients(self, section: Section, gradients: Gradients, fhat: Tensor) -> None:
         i, g = gradients
         interactions = (g @ self.before.from_features.to(fhat).T).mul_(fhat).sum(dim=2)
-        squares = interactions.to(product_dtype(interactions.dtype)).square()
+        squares = interactions.double().square()
         for group, samples in section.group_slices:
-            self._total[group].index_add_(0, i, squares[:, samples].sum(dim=1).double())
+            self._total[group].index_add_(0, i, squares[:, samples].sum(dim=1))
 
     def _add_closed(self, section: Section, fhat: Tensor) -> None:
         form = section.closed_form

@@ -16,6 +16,7 @@ from lib_lightning.algorithm.section_cache import SectionCache
 from lib_lightning.distributed.process_group import ProcessGroup, Reducible, all_reduce
 from lib_lightning.jacobian.closed_form import ClosedMetric
 from lib_lightning.jacobian.section import Section
+from lib_lightning.model.agreement import length
 
 
 class JacobianMetric(Reducible):
@@ -151,6 +152,6 @@ class JacobianMetric(Reducible):
         first, second = self.gram.N[0::2].sum(0), self.gram.N[1::2].sum(0)
         k_1, k_2 = self._probes
         # Var(pooled mean) = sigma^2 / k and Var(mean of one half - mean of the other) = sigma^2 (1/k_1 + 1/k_2).
-        spread = (first / k_1 - second / k_2).norm() * (k_1 * k_2) ** 0.5 / self.n_probes
-        size = ((first + second) / self.n_probes).norm()
+        spread = length(first / k_1 - second / k_2) * (k_1 * k_2) ** 0.5 / self.n_probes
+        size = length((first + second) / self.n_probes)
         return float(spread / size) if size > 0 else 0.0

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lib_lightning.errors import NotFiniteError
 from lib_lightning.model.precision import product_dtype
 
 # Up to this width, threads are faster if each takes some of the rows. Measured on two cores: by a fifth at 128, not at
@@ -88,6 +89,9 @@ def eigh_psd(matrix: Tensor, cutoff: float, floor: float = 0.0) -> tuple[Tensor,
     Returns:
         Eigenvalues ``(r,)``, descending, and eigenvectors ``(d, r)``.
 
+    Raises:
+        NotFiniteError: If an entry is NaN or infinite.
+
     Example:
         >>> values, vectors = eigh_psd(torch.diag(torch.tensor([1.0, 0.0, 4.0])), 1e-9)
         >>> values, vectors.abs()
@@ -95,6 +99,10 @@ def eigh_psd(matrix: Tensor, cutoff: float, floor: float = 0.0) -> tuple[Tensor,
                 [0., 0.],
                 [1., 0.]]))
     """
+    if not torch.isfinite(matrix).all():
+        raise NotFiniteError(
+            "A sum of squares of activations or gradients exceeds the range of float64. Scale the model's numbers."
+        )
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
     values, vectors = values.flip(0), vectors.flip(1)
     keep = values > max(float(cutoff * values.clamp(min=0).amax()), floor)

@@ -14,6 +14,7 @@ from torch import Tensor
 from lib_lightning.algorithm.gram import Gram
 from lib_lightning.algorithm.linalg import add_gram, eigh_psd
 from lib_lightning.distributed.process_group import ProcessGroup
+from lib_lightning.model.agreement import length
 from lib_lightning.model.precision import product_dtype
 
 # Up to this width the full matrix is cheaper than finding the span.
@@ -126,7 +127,7 @@ class LowRankGram(Gram):
     def _coordinates(self, g: Tensor) -> Tensor:
         """Widen the span to contain some vectors, and return their coordinates."""
         Q = self.Q.to(g)
-        size = g.norm()
+        size = length(g)
         if not torch.isfinite(size):  # NaN has no span; in a dense sum it is found later
             self._make_dense()
             return g
@@ -134,12 +135,12 @@ class LowRankGram(Gram):
         tolerance = 10 * self.d**0.5 * torch.finfo(g.dtype).eps * size
         coordinates = g @ Q.T
         rest = g - coordinates @ Q
-        while rest.norm() > tolerance:
+        while (remainder := length(rest)) > tolerance:
             if 2 * (Q.shape[0] + _SKETCH) > self.d:
                 self._make_dense()
                 return g
             omega = torch.randn(_SKETCH, len(g), generator=self._generator, device="cpu").to(g)
-            _, sizes, directions = torch.linalg.svd(omega @ rest, full_matrices=False)
+            _, sizes, directions = torch.linalg.svd(omega @ (rest / remainder.to(rest)), full_matrices=False)
             new = directions[sizes > torch.finfo(g.dtype).eps * self.d * sizes[0]]
             # Orthogonalise again: small remainders have lost their orthogonality to rounding.
             Q = torch.cat([Q, torch.linalg.qr((new - (new @ Q.T) @ Q).T).Q.T])

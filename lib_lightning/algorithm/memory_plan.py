@@ -15,6 +15,7 @@ from lib_lightning.algorithm.jackknife import GROUPS
 from lib_lightning.algorithm.low_rank_gram import DENSE_WIDTH
 from lib_lightning.errors import ActivationError, is_out_of_memory
 from lib_lightning.jacobian.section import STACK_ELEMENTS
+from lib_lightning.model.agreement import agree
 from lib_lightning.model.capture import CapturedLayer
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.torch_internals import storage_key
@@ -193,10 +194,7 @@ def split_batches(instrumented: InstrumentedModel, batches: Sequence[Any], size:
             raise
         return list(batches)
     # Other batch sizes may use other kernels: equal up to rounding, which half precision makes large.
-    same = all(
-        a.shape[1:] == b.shape[1:] and bool((a[:half] - b).norm() <= torch.finfo(a.dtype).eps ** 0.5 * b.norm())
-        for a, b in zip(more, fewer, strict=True)
-    )
+    same = all(agree(a[:half], b, torch.finfo(a.dtype).eps ** 0.5) for a, b in zip(more, fewer, strict=True))
     if not same:
         # A model that draws random numbers draws others for another number of samples, which is no reason.
         instrumented.manual_seed(instrumented.seed + 1)

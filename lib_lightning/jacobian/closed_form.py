@@ -167,12 +167,18 @@ class ClosedEdges:
             Shape ``(r_out, r_in)``, float64.
         """
         mask = form.mask[samples].flatten()
-        squares = fhat[samples].flatten(0, 1)[mask].square()
+        values = fhat[samples].flatten(0, 1)[mask]
+        size = values.abs().amax().clamp(min=torch.finfo(values.dtype).tiny) if len(values) else values.new_ones(())
+        # Factors of size 1, so that their squares stay in the range of the type.
+        squares = (values / size).square()
         if self.J is not None:
-            return self.J.square() * squares.double().sum(0)
+            return (self.J * size.double()).square() * squares.double().sum(0)
         assert form.derivatives is not None
         s = form.derivatives[samples].flatten(0, 1)[mask].to(product_dtype(form.derivatives.dtype))
-        A, B, squares = self.A.to(s).contiguous(), self.B.to(s).contiguous(), squares.to(s)
+        sizes = [factor.abs().amax().clamp(min=torch.finfo(torch.float64).tiny) for factor in (self.A, self.B)]
+        A, B = ((factor / k).to(s).contiguous() for factor, k in zip((self.A, self.B), sizes, strict=True))
+        identity = None if self.identity is None else (self.identity / (sizes[0] * sizes[1])).to(s)
+        squares = squares.to(s)
         total = torch.zeros(len(A), B.shape[1], dtype=torch.float64, device=s.device)
         rows, r_in = max(1, min(len(s), _ROWS)), B.shape[1]
         # Of the three factors A_i, s and B_j the two with the smaller product are multiplied first.
@@ -183,7 +189,7 @@ class ClosedEdges:
             A_i_B = (A_i.T[:, :, None] * B[:, None]).flatten(1) if factors_first else None
             for s_x, squares_x in zip(s.split(rows), squares.split(rows), strict=True):
                 J = (s_x[:, None] * A_i) @ B if A_i_B is None else (s_x @ A_i_B).unflatten(1, (-1, r_in))
-                if self.identity is not None:
-                    J += self.identity[i : i + features].to(s)
+                if identity is not None:
+                    J += identity[i : i + features]
                 total[i : i + features] += J.square_().mul_(squares_x[:, None]).sum(0).double()
-        return total
+        return total * (sizes[0] * sizes[1] * size.double()).square()

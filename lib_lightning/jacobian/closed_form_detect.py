@@ -25,6 +25,7 @@ from lib_lightning.errors import is_out_of_memory
 from lib_lightning.jacobian.closed_form import ClosedForm, Factors
 from lib_lightning.jacobian.integrated_gradients import sections_between
 from lib_lightning.jacobian.section import Section
+from lib_lightning.model.agreement import agree
 from lib_lightning.model.autograd_graph import (
     Edge,
     PathNode,
@@ -363,8 +364,7 @@ def _same_operations(a: _Signatures | None, b: _Signatures | None) -> bool:
 
 def _close(a: Tensor, b: Tensor) -> bool:
     """Whether two products are equal up to rounding; False for a product of zeros, which is no evidence."""
-    size = b.norm()
-    return bool(size > 0) and bool((a - b).norm() <= torch.finfo(b.dtype).eps ** _TOLERANCE_EXPONENT * size)
+    return bool(b.any()) and agree(a, b, torch.finfo(b.dtype).eps ** _TOLERANCE_EXPONENT)
 
 
 def _grad(of: _Result, by: _Result, u: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lib_lightning.errors import is_out_of_memory
 from lib_lightning.jacobian.closed_form import ClosedForm
+from lib_lightning.model.agreement import agree
 from lib_lightning.model.autograd_graph import has_custom_function
 from lib_lightning.model.capture import CapturedLayer
 from lib_lightning.model.vjp import _grad, apply_mask, num_valid, vjp
@@ -197,7 +198,7 @@ class Section:
             return None
         # <u, J v> = <J^T u, v> for every sample, up to rounding; parts of a model may compute in single precision.
         tolerance = max(1e-4, torch.finfo(self.a.dtype).eps ** 0.5)
-        return bool((forward - reverse).norm() <= tolerance * reverse.norm())
+        return agree(forward, reverse, tolerance)
 
     def cotangent_batches(self, C: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over the cotangents of all next-layer features, ``d fhat_{t,i} / d a^{l+1} = e_t C_i``.

@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lib_lightning.model.precision import product_dtype
+
+# Squares of smaller numbers would lose digits in float32.
+_SMALL = 1e-15
+
 
 def agree(a: Tensor, b: Tensor, tolerance: float) -> bool:
     """Whether the difference of two tensors is small, relative to the second one, in Euclidean length.
@@ -42,6 +47,11 @@ def length(x: Tensor) -> Tensor:
         >>> length(torch.tensor([3e30, 4e30])).item()
         5e+30
     """
-    x = x.detach().double()
+    x = x.detach().to(product_dtype(x.dtype))
+    size = x.norm().double()
+    if _SMALL < size < torch.inf:
+        return size
+    # Squares leave the range of the type.
+    x = x.double()
     largest = x.abs().amax() if x.numel() else x.new_zeros(())
     return largest * (x / largest).norm() if 0 < largest < torch.inf else largest
