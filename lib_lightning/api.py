@@ -32,7 +32,7 @@ from lib_lightning.model.node_layer import NodeLayer, as_node_layers
 from lib_lightning.model.preserve import copied_bytes, preserve_model
 from lib_lightning.model.propose import find_cuts, find_proposed, propose
 from lib_lightning.model.replica import num_bytes
-from lib_lightning.model.validate import validate_node_layers, wrap_forward_errors
+from lib_lightning.model.validate import NOT_LOOKED, validate_node_layers, wrap_forward_errors
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +167,8 @@ def graph_of(
         try:
             with process_group.sync_errors(), model_session(instrumented, copied_bytes(memory_limit)):
                 if plan is None:
-                    if check_first and batches:
+                    # A check that could not look at the first batches looks again at all of them.
+                    if batches and (check_first or NOT_LOOKED in instrumented.notes):
                         instrumented.notes = validate_node_layers(instrumented, batches)
                     batches = [batch for batch in batches if instrumented.num_samples(batch)]
                     largest = max(map(instrumented.num_samples, batches), default=1)
@@ -249,7 +250,9 @@ def _proposed(model: nn.Module, batches: Sequence[Any], spec: ModelSpec) -> list
     batch = next((batch for batch in batches if not is_empty(batch)), None)
     if batch is None:
         raise ActivationError("There are no samples to choose node layers with: every batch is empty.")
-    node_layers = propose_node_layers(model, batch, spec.input_fn, spec.mask)
+    check_has_tensors(batch)
+    with preserve_model(model) as copy:
+        node_layers = find_proposed(copy, [batch for batch in batches if not is_empty(batch)], spec)
     log.warning("No node layers were given; %s is cut at node_layers=%s.", type(model).__name__, node_layers)
     return node_layers
 
@@ -279,11 +282,26 @@ def check_node_layers(
     Example:
         >>> check_node_layers(nn.Linear(2, 2), torch.ones(1, 2), ["input", "output"])
     """
-    instrumented = InstrumentedModel(model, as_node_layers(node_layers), ModelSpec(input_fn, mask, dtype))
-    check_has_tensors(batch)
+    for note in notes_on(model, [batch], as_node_layers(node_layers), ModelSpec(input_fn, mask, dtype)):
+        log.warning(note)
+
+
+def notes_on(model: nn.Module, batches: Sequence[Any], layers: Sequence[NodeLayer], spec: ModelSpec) -> list[str]:
+    """`check_node_layers` on several batches, which returns what it could not test instead of logging it.
+
+    Args:
+        model: Any module; left exactly as it was found.
+        batches: Batches; a few samples are enough.
+        layers: Node layers.
+        spec: How to call the model on a batch.
+
+    Returns:
+        Notes, as `lib_lightning.model.validate.validate_node_layers` returns them.
+    """
+    instrumented = InstrumentedModel(model, layers, spec)
+    check_has_tensors(batches[0])
     with model_session(instrumented):
-        for note in validate_node_layers(instrumented, [batch]):
-            log.warning(note)
+        return validate_node_layers(instrumented, batches)
 
 
 def list_node_layers(model: nn.Module, batch: Any, input_fn: InputFn | None = None) -> list[CutPoint]:

@@ -84,6 +84,11 @@ def _are_zeros_and_ones(s: Tensor) -> bool:
     return s.device.type == "cpu" and len(s) < 2**24 and torch.equal(s, s.square())
 
 
+def _size(t: Tensor) -> Tensor:
+    """The largest absolute value in a tensor, positive."""
+    return t.abs().amax().clamp(min=torch.finfo(t.dtype).tiny) if t.numel() else t.new_ones(())
+
+
 class ClosedMetric:
     """Streaming ``sum g g^T`` over output features and samples of a section in closed form.
 
@@ -168,14 +173,14 @@ class ClosedEdges:
         """
         mask = form.mask[samples].flatten()
         values = fhat[samples].flatten(0, 1)[mask]
-        size = values.abs().amax().clamp(min=torch.finfo(values.dtype).tiny) if len(values) else values.new_ones(())
+        size = _size(values)
         # Factors of size 1, so that their squares stay in the range of the type.
         squares = (values / size).square()
         if self.J is not None:
             return (self.J * size.double()).square() * squares.double().sum(0)
         assert form.derivatives is not None
         s = form.derivatives[samples].flatten(0, 1)[mask].to(product_dtype(form.derivatives.dtype))
-        sizes = [factor.abs().amax().clamp(min=torch.finfo(torch.float64).tiny) for factor in (self.A, self.B)]
+        sizes = [_size(self.A), _size(self.B)]
         A, B = ((factor / k).to(s).contiguous() for factor, k in zip((self.A, self.B), sizes, strict=True))
         identity = None if self.identity is None else (self.identity / (sizes[0] * sizes[1])).to(s)
         squares = squares.to(s)

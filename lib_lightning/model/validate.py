@@ -40,7 +40,7 @@ _DIFFERENTIATED = (
     "A node layer is inside code that the model itself differentiates or maps (autograd.grad, torch.func). Tap modules "
     "before or after that."
 )
-_NOT_LOOKED = (
+NOT_LOOKED = (
     "The check for skip connections around the first node layer could not look: all samples that it was given are the "
     "same, or lead to the same activations there. Check the node layers with other batches (check_node_layers)."
 )
@@ -162,7 +162,7 @@ def _validate(instrumented: InstrumentedModel, batches: Sequence[Any], limit: in
                 return _check_with_context(instrumented, data)
         captured = instrumented.capture(first_samples(batches[0], instrumented.layout(batches[0]), limit))
         _check_gradients(captured, [])
-        return [_NOT_LOOKED]
+        return [NOT_LOOKED]
     except RuntimeError as error:
         for message, meaning in _TORCH_ERRORS.items():
             if message in str(error):
