@@ -12,23 +12,15 @@ from lib_lightning.api import notes_on, propose_node_layers
 from lib_lightning.distributed.process_group import ProcessGroup
 from lib_lightning.distributed.torch_group import broadcast_text
 from lib_lightning.errors import LIBError, is_out_of_memory
-<<<<<<< HEAD
 from lib_lightning.model.batch import is_empty
 from lib_lightning.model.batch_layout import BatchLayout
-=======
-from lib_lightning.model.batch import batch_size, is_empty
 from lib_lightning.model.exchange import first_samples
->>>>>>> 1235b1e (The check of a run's node layers pools samples over batches until some differ)
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.module_paths import check_taps
 from lib_lightning.model.node_layer import NodeLayer, as_node_layers
-<<<<<<< HEAD
 from lib_lightning.model.steps import can_be_called
-from lib_lightning.model.validate import is_model_error, wrap_forward_errors
-=======
 from lib_lightning.model.validate import NOT_LOOKED, is_model_error, wrap_forward_errors
->>>>>>> 1235b1e (The check of a run's node layers pools samples over batches until some differ)
 from lib_lightning.training.frameworks import rank_zero_info
 from lib_lightning.training.trainer import trainer_precision
 
@@ -104,16 +96,10 @@ class NodeLayerResolver:
         Raises:
             LIBError: If the model cannot be called, or the node layers do not cut it.
         """
-<<<<<<< HEAD
         if is_empty(batch) or not self._is_needed(batch):
             return self._layout
         instrumented = InstrumentedModel(pl_module, [], replace(self._spec, dtype=None))
-=======
-        if self._is_checked or is_empty(batch):
-            return
-        spec = self._spec
         batches = [*self._batches, batch]
->>>>>>> 1235b1e (The check of a run's node layers pools samples over batches until some differ)
         try:
             with (
                 trainer_precision(pl_module.trainer, self._spec.dtype),
@@ -122,30 +108,21 @@ class NodeLayerResolver:
                 instrumented.layout(batch)
                 spec = replace(instrumented.spec, dtype=self._spec.dtype)
                 layers = self.layers or as_node_layers(propose_node_layers(pl_module, batch, spec.input_fn, spec.mask))
-<<<<<<< HEAD
                 if not self._is_checked:
-                    check_node_layers(pl_module, batch, layers, spec.dtype, spec.input_fn, spec.mask)
-=======
-                self._notes = notes_on(pl_module, batches, layers, spec)
->>>>>>> 1235b1e (The check of a run's node layers pools samples over batches until some differ)
+                    self._notes = notes_on(pl_module, batches, layers, spec)
         except LIBError as error:
             if is_out_of_memory(error.__cause__ or error):
                 log.warning("'%s' has too little memory to check its node layers: %s", self._name, error)
             # A training batch may be of another form; the first validation decides.
             elif strict or is_model_error(error, batch):
                 raise
-<<<<<<< HEAD
             return self._layout
         if strict:
             self._set_call(spec)
-            self._is_checked = True
-=======
-            return
-        # Samples that are all the same say little: more of them are added, until some differ.
-        could_look = NOT_LOOKED not in self._notes
-        self._batches = [] if could_look else [*self._batches, first_samples(batch, batch_size, 1)]
-        self._is_checked = could_look or len(self._batches) == _MAX_BATCHES
->>>>>>> 1235b1e (The check of a run's node layers pools samples over batches until some differ)
+            # Samples that are all the same say little: more of them are added, until some differ.
+            could_look = NOT_LOOKED not in self._notes
+            self._batches = [] if could_look else [*self._batches, first_samples(batch, self._layout, 1)]
+            self._is_checked = could_look or len(self._batches) == _MAX_BATCHES
         if self.layers is None:
             self._set(layers)
             rank_zero_info(f"{self._name}: no node_layers given, using the proposed {self.names}")
@@ -189,13 +166,9 @@ class NodeLayerResolver:
                 raise LIBError("Node layers cannot be proposed, since no batch has been seen: give node_layers.")
             if own != agreed:
                 self._set(as_node_layers(json.loads(agreed)))
-<<<<<<< HEAD
         if process_group.size > 1:
             agreed = broadcast_text(process_group, json.dumps(self._spec.call.plain) if self._spec.call else "")
             self._spec = self._spec.called_as(json.loads(agreed) if agreed else None)
-        return InstrumentedModel(pl_module, self.layers or [], self._spec)
-=======
         instrumented = InstrumentedModel(pl_module, self.layers or [], self._spec)
         instrumented.notes = list(self._notes)
         return instrumented
->>>>>>> 1235b1e (The check of a run's node layers pools samples over batches until some differ)

@@ -20,6 +20,7 @@ from lib_lightning import NodeLayer, compute_interaction_graph, list_node_layers
 from lib_lightning.api import check_node_layers
 from lib_lightning.errors import NodeLayerError
 from lib_lightning.model.batch import batch_size, tensors_in
+from lib_lightning.model.batch_layout import BatchLayout
 from lib_lightning.model.exchange import exchanges
 from lib_lightning.model.instrumented import InstrumentedModel, model_session
 from lib_lightning.model.node_layer import as_node_layers
@@ -319,13 +320,13 @@ def test_every_bypass_between_node_layers_is_found(depth: int, data: st.DataObje
 def test_exchanged_samples_differ_and_are_few() -> None:
     x, labels = torch.randn(50, 3), torch.arange(50)
     for batch in ((x, labels), {"x": x, "y": labels}, x, Text(["a", "b"])):
-        for found in itertools.islice(exchanges([batch], batch_size, 3), 5):
+        for found in itertools.islice(exchanges([batch], BatchLayout(), 3), 5):
             assert batch_size(found.batch) <= 3
             assert any(
                 not torch.equal(a, b) for a, b in zip(tensors_in(found.batch), tensors_in(found.other), strict=True)
             )
-    assert not list(exchanges([torch.ones(1, dtype=torch.long)], batch_size, 3))
-    assert list(exchanges([torch.ones(1)], batch_size, 3)), "real numbers can always be changed"
+    assert not list(exchanges([torch.ones(1, dtype=torch.long)], BatchLayout(), 3))
+    assert list(exchanges([torch.ones(1)], BatchLayout(), 3)), "real numbers can always be changed"
 
 
 def test_excluded_positions_are_a_bypass() -> None:
