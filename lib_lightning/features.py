@@ -21,7 +21,8 @@ class FeatureBatch:
 
     Attributes:
         inputs: The first tensor of the model's inputs, shape ``(n, ...)``.
-        features: Feature values ``fhat`` of each node layer, shape ``(n, S, r)``.
+        features: Feature values ``fhat`` of each node layer, shape ``(n, S, r)``, in the order of the graph's indices
+            (`InteractionGraph.feature_ids` has the ids).
         masks: For each node layer, True at valid positions, shape ``(n, S)``; None if all positions are valid.
     """
 

@@ -62,7 +62,8 @@ def label_features(
         dtype: As for `compute_interaction_graph`.
 
     Returns:
-        A label for each feature, by node layer.
+        A label for each feature, by node layer, in the order of the graph's indices: label ``k`` is that of
+        ``graph.feature((layer, k))``, whose id has another number in a run.
 
     Raises:
         LIBError: If the graph does not know where its node layers are, there are no samples, samples differ in length,

@@ -19,8 +19,11 @@ from lib_lightning.lineage import Event, FeatureTracker
 from lib_lightning.lineage.events import CHANGES
 from lib_lightning.plots.animated_layout import AnimatedLayout
 from lib_lightning.plots.image import render_png
+from lib_lightning.plots.module_numbers import Members, ModuleNumbers
 from lib_lightning.training.snapshot import SnapshotComputer
 from lib_lightning.training.writer import SnapshotDirectory
+from lib_lightning.viewer.cache import Cache
+from lib_lightning.viewer.run_view import RunView
 from tests.tiny_training import NODE_LAYERS, Classifier, Noisy, trainer_of
 from tests.training.test_callback import run
 
@@ -121,6 +124,45 @@ def test_events_reach_hooks_files_and_loggers(broken: tuple[Path, LIBCallback, l
     texts = {e.step: e.tensor_proto.string_val[0].decode() for e in shown}
     assert set(texts) == {event.step for event in received}
     assert texts[8] == "\n".join(f"- {event.text}" for event in received if event.step == 8)
+
+
+def test_steps_agree_everywhere(broken: tuple[Path, LIBCallback, Any]) -> None:
+    """Files, titles, events, images, texts, scalars and the tab: the number of optimizer steps before a snapshot."""
+    folder, _, received = broken
+    graphs = snapshots(folder)
+    assert all(graph.info["step"] == step for step, graph in graphs.items())
+    titles = [graph.plot().texts[0].get_text() for graph in graphs.values()]
+    assert titles == [f"Interaction graph after {step:,} steps" for step in graphs]
+    shown = EventAccumulator(str(folder), {"images": 0, "tensors": 0, "scalars": 0}).Reload()
+    assert [image.step for image in shown.Images("lib/graph")] == list(graphs)
+    assert {text.step for text in shown.Tensors("lib/events/text_summary")} == {event.step for event in received}
+    # Scalars are where Lightning logs those of the user, and lib/step says of which snapshot they are.
+    at = {scalar.step: int(scalar.value) for scalar in shown.Scalars("lib/step")}
+    assert at == {graph.info["logging_step"]: step for step, graph in graphs.items()}
+    run = json.loads(RunView(folder / "lib", "lib", Cache(1 << 24)).run())
+    assert [snapshot["step"] for snapshot in run["snapshots"]] == list(graphs)
+    assert set(run["scalars"]["lib_over_pca/edges/total"]["steps"]) <= set(graphs)
+    assert run["scalars"]["val_loss"]["steps"] == [6, 12]
+
+
+def test_modules_keep_their_numbers_in_files_figures_and_history(broken: tuple[Path, LIBCallback, Any]) -> None:
+    folder, callback, _ = broken
+    for kind in ("lib", "pca", "neuron"):
+        numbers = ModuleNumbers()
+        for path in sorted((folder / kind / "snapshots").iterdir()):
+            graph = InteractionGraph.load(path)
+            assert graph.info["modules_tracked"]
+            members = {
+                name: Members(lineages.ids.numpy(), graph.modules[name].numpy(), graph.bases[name].importance.numpy())
+                for name, lineages in graph.lineages.items()
+            }
+            assert all(found == number for found, number in numbers.update(members).items())
+            found = InteractionGraph(graph.bases, graph.edges).find_modules()
+            before, after = (torch.cat(list(modules.values())) for modules in (found, graph.modules))
+            assert torch.equal(before[:, None] == before, after[:, None] == after), "the same modules"
+    history = callback.state.history.layers
+    for k, graph in enumerate(snapshots(folder).values()):
+        assert all(torch.equal(history[name][k].modules, modules) for name, modules in graph.modules.items())
 
 
 def test_figures_over_time_are_written_and_shown(broken: tuple[Path, LIBCallback, Any]) -> None:

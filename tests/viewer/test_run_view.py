@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.tensorboard import SummaryWriter
 
 from lib_lightning import InteractionGraph
 from lib_lightning.viewer.cache import Cache
@@ -372,3 +373,58 @@ def test_a_log_directory_may_have_any_name(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "samples" / "lib" / "snapshots", before / "snapshots")
     found = {name for name in find_runs(tmp_path) if name.endswith(("lib", "before"))}
     assert found == {"checkpoints/lib", "samples/lib", "snapshots/lib"}
+
+
+def test_modules_of_version_0_1_are_numbered_over_the_run(tmp_path: Path) -> None:
+    """Its files number modules anew in each snapshot; features that stay together keep their colour nevertheless."""
+    folder = tmp_path.resolve() / "lib"
+    saved, found = SavedRun(), []
+    for k in range(saved.snapshots):
+        graph = saved.graph(k)
+        del graph.info["modules_tracked"]
+        swap = torch.tensor([k % 2, 1 - k % 2, -1])
+        graph.modules = {name: swap[modules] for name, modules in graph.modules.items()}
+        graph.save(folder / "snapshots" / f"step-{10 * k:08d}.safetensors")
+    run = run_json(view_of(folder))
+    for k, (snapshot, number_of) in enumerate(zip(run["snapshots"], run["module_numbers"], strict=True)):
+        assert number_of == {"0": k % 2, "1": 1 - k % 2}
+        for layer in snapshot["layers"][:-1]:
+            numbers = [number_of.get(str(module), -1) for module in layer["modules"]]
+            found.append(dict(zip(layer["ids"], numbers, strict=True)))
+    assert all(number == lineage % 3 - 1 for of_layer in found for lineage, number in of_layer.items())
+
+
+def test_a_run_of_version_0_1_is_shown() -> None:
+    folder = Path(__file__).parents[1] / "data" / "v0_1" / "run" / "lib"
+    run = run_json(view_of(folder))
+    assert all(
+        set(number_of) == modules_of(s) for s, number_of in zip(run["snapshots"], run["module_numbers"], strict=True)
+    )
+    assert run["label_colors"] is not None
+    assert run["snapshots"][-1]["step"] == max(snapshot["step"] for snapshot in run["snapshots"])
+
+
+def modules_of(snapshot: dict[str, Any]) -> set[str]:
+    return {str(module) for layer in snapshot["layers"] for module in layer["modules"] if module >= 0}
+
+
+def test_ratios_are_shown_where_both_sides_were_measured(logs: Path) -> None:
+    """Between measurements, a callback logs the latest value of a ratio again."""
+    saved = SavedRun(snapshots=4)
+    for k in range(4):
+        graph = saved.graph(k)
+        graph.info["logging_step"] = max(10 * k - 1, 0)
+        if k in (1, 3):
+            graph.info["metrics"]["edges_required/total"] = {"value": 7.0, "error": None}
+        graph.save(logs / "lib" / "snapshots" / f"step-{10 * k:08d}.safetensors")
+    with SummaryWriter(str(logs)) as writer:
+        for step in (9, 19, 29):
+            for name in ("edges_required", "features"):
+                writer.add_scalar(f"lib_over_pca/{name}/total", step / 100, step)
+            writer.add_scalar("val_loss", step / 100, step)
+    scalars = run_json(view_of(logs / "lib"))["scalars"]
+    assert {name: curve["steps"] for name, curve in scalars.items()} == {
+        "val_loss": [10, 20, 30],
+        "lib_over_pca/features/total": [10, 20, 30],
+        "lib_over_pca/edges_required/total": [10, 30],
+    }
