@@ -224,9 +224,9 @@ def test_two_callbacks_share_loggers_under_their_names(tmp_path: Path) -> None:
         LIBCallback(NODE_LAYERS, basis="pca", name="pca", follow=False),
     ]
     trainer_of(tmp_path, *callbacks, logger=[logger]).fit(Classifier())
-    expected = [(f"{name}/graph", step) for step in (5, 11) for name in ("lib", "pca")]
+    expected = [(f"{name}/graph", step) for step in (6, 12) for name in ("lib", "pca")]
     # The last snapshot is that of the last validation: the spectra follow at the end of training.
-    expected += [(f"{name}/spectrum", 11) for name in ("lib", "pca")]
+    expected += [(f"{name}/spectrum", 12) for name in ("lib", "pca")]
     assert [(c["key"], c["step"]) for c, _ in logger.images] == expected
 
 
