@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 from lib_lightning import __version__
 from lib_lightning._deprecated import renamed_arguments
 from lib_lightning.algorithm.build import BuildResult, build_graph, phases
-from lib_lightning.algorithm.config import BasisKind, FinalBasisKind, FinalMetric, LIBConfig
+from lib_lightning.algorithm.config import BasisKind, FinalBasisKind, FinalMetric, LIBConfig, check_choice
+from lib_lightning.algorithm.effort import Effort, agree, choose_effort, measure_cost
 from lib_lightning.algorithm.jackknife import standard_error
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT, MemoryPlan, Workload, plan_memory, split_batches
 from lib_lightning.algorithm.progress import on_phase, phase_done
@@ -38,6 +39,9 @@ log = logging.getLogger(__name__)
 
 # How often the memory plan is halved before an out-of-memory error is raised.
 _MAX_HALVINGS = 6
+# Operations that effort="auto" lets a graph take: a minute or so on a few cores.
+_OPERATIONS = 1e12
+_SAMPLED = "Exact sums would take too long here; computed are {}. effort='exact' computes exact ones."
 
 
 @renamed_arguments(together="process_group")
@@ -58,6 +62,7 @@ def compute_interaction_graph(
     progress: bool = False,
     final_metric: FinalMetric | None = None,
     n_pushed: int | None = None,
+    effort: Effort = "auto",
 ) -> InteractionGraph:
     """Compute the Local Interaction Basis of a model's activations and the interactions between its features.
 
@@ -77,7 +82,7 @@ def compute_interaction_graph(
         rtol: Directions with an eigenvalue of the metric, or an importance (for PCA: a variance), up to this share of
             the largest are dropped; 0 drops only directions that are zero up to rounding.
         n_probes: Number of random-sign probes per sample for the metric, which makes its cost independent of the
-            number of output positions and features; None for the exact metric.
+            number of output positions and features; None for the exact metric (see ``effort``).
         integration_steps: Number of Gauss-Legendre points between the mean and the activations over which gradients
             are averaged; 0 for the gradients at the activations.
         dtype: Floating-point type of the computation; None for that of the model. Sums are always float64.
@@ -96,7 +101,9 @@ def compute_interaction_graph(
             is the effect on the predicted distribution. None for ``final_basis``.
         n_pushed: Number of features that each sample is pushed forward for, chosen at random by the square root of
             their importance, which makes the cost of edges independent of width and number of positions; None for
-            exact edges. The standard errors include the error of this choice.
+            exact edges (see ``effort``). The standard errors include the error of this choice.
+        effort: ``"auto"`` chooses ``n_probes`` and ``n_pushed``, where they are None, if exact sums would take more
+            than a minute or so, and says so in a note; ``"exact"`` takes None as exact in any case.
 
     Returns:
         The interaction graph: a basis for each node layer, edges between neighbouring ones.
@@ -119,6 +126,7 @@ def compute_interaction_graph(
         >>> graph.edges["1", "output"].shape[0]
         2
     """
+    check_choice("effort", effort, get_args(Effort))
     config = LIBConfig(basis, final_basis, rtol, n_probes, integration_steps, final_metric, n_pushed)
     check_number("memory_limit", memory_limit, lambda x: x > 0, "is a number of GiB above 0")
     if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
@@ -131,7 +139,9 @@ def compute_interaction_graph(
     if node_layers is None:
         node_layers = _proposed(model, batches, spec)
     instrumented = InstrumentedModel(model, as_node_layers(node_layers), spec)
-    graph = graph_of(instrumented, batches, config, memory_limit, process_group, check_first=True, progress=progress)
+    graph = graph_of(
+        instrumented, batches, config, memory_limit, process_group, check_first=True, progress=progress, effort=effort
+    )
     log.info("%s was called as %s.", type(model).__name__, instrumented.spec.call)
     for note in graph.info[keys.NOTES]:
         log.warning(note)
@@ -146,6 +156,7 @@ def graph_of(
     process_group: ProcessGroup = SINGLE_PROCESS,
     check_first: bool = False,
     progress: bool = False,
+    effort: Effort = "exact",
 ) -> InteractionGraph:
     """Compute the interaction graph of an instrumented model: `compute_interaction_graph` without its defaults.
 
@@ -157,12 +168,14 @@ def graph_of(
         process_group: As for `compute_interaction_graph`.
         check_first: Whether to validate the node layers first, and to refuse activations that do not vary at all.
         progress: Whether to show a progress bar.
+        effort: As for `compute_interaction_graph`.
 
     Returns:
         The interaction graph, on the CPU.
     """
     batches = [batch for batch in batches if not is_empty(batch)]
     largest, plan = 1, None
+    notes: list[str] = []
     for attempt in itertools.count():
         try:
             with process_group.sync_errors(), model_session(instrumented, copied_bytes(memory_limit)):
@@ -173,13 +186,15 @@ def graph_of(
                     batches = [batch for batch in batches if instrumented.num_samples(batch)]
                     largest = max(map(instrumented.num_samples, batches), default=1)
                     plan = _plan(instrumented, batches, config, memory_limit)
+                    if effort == "auto":
+                        config, notes = _affordable(instrumented, batches, config, process_group)
                 chunks = split_batches(instrumented, batches, plan.samples)
                 phase_done("checks and chunks")
                 with _progress_bar(phases(config, instrumented, len(chunks)), disable=not progress):
                     built = build_graph(instrumented, chunks, config, plan, process_group)
                 if check_first and built.is_constant:
                     raise ActivationError(built.notes[0])
-                return _as_graph(built, config, instrumented)
+                return _as_graph(replace(built, notes=[*built.notes, *notes]), config, instrumented)
         except Exception as error:
             if attempt == _MAX_HALVINGS or not is_out_of_memory(error):
                 raise
@@ -201,6 +216,19 @@ def _progress_bar(phases: Mapping[str, int], disable: bool) -> Iterator[None]:
 
         with on_phase(advance):
             yield
+
+
+def _affordable(
+    instrumented: InstrumentedModel, batches: Sequence[Any], config: LIBConfig, process_group: ProcessGroup
+) -> tuple[LIBConfig, list[str]]:
+    """The configuration with probes and features pushed forward where exact sums take too long, and a note of that."""
+    counts = process_group.gather(torch.tensor([sum(map(instrumented.num_samples, batches))], device="cpu"))
+    n = sum(int(count) for count in counts)
+    own = choose_effort(measure_cost(instrumented, batches[0]), config, n, _OPERATIONS, True) if batches else None
+    chosen = agree(own, process_group)
+    if chosen is None or chosen.applied_to(config) == config:
+        return config, []
+    return chosen.applied_to(config), [_SAMPLED.format(chosen)]
 
 
 def _plan(

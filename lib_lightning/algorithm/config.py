@@ -32,10 +32,10 @@ class LIBConfig:
     n_pushed: int | None = None
 
     def __post_init__(self) -> None:
-        _choice("basis", self.basis, get_args(BasisKind))
-        _choice("final_basis", self.final_basis, get_args(FinalBasisKind))
+        check_choice("basis", self.basis, get_args(BasisKind))
+        check_choice("final_basis", self.final_basis, get_args(FinalBasisKind))
         if self.final_metric is not None:
-            _choice("final_metric", self.final_metric, get_args(FinalMetric))
+            check_choice("final_metric", self.final_metric, get_args(FinalMetric))
             if self.final_basis != "auto":
                 raise SettingError(
                     f"final_metric={self.final_metric!r} determines the basis of the last node layer. Remove "
@@ -70,7 +70,17 @@ def final_kind(config: LIBConfig, taps: Sequence[str]) -> str:
     return "neuron" if tuple(taps) == (OUTPUT,) else "pca"
 
 
-def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise an error for a value that is not one of the choices.
+
+    Args:
+        name: Name of the setting.
+        value: Its value.
+        choices: The values allowed.
+
+    Raises:
+        SettingError: If it is none of them.
+    """
     if value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1)
         meant = f" Did you mean {near[0]!r}?" if near else ""

@@ -47,6 +47,7 @@ METRICS = "metrics"
 REFERENCE_SAMPLES = "reference_samples"
 # Whether modules have the numbers that they have in the other snapshots of the run.
 MODULES_TRACKED = "modules_tracked"
+EFFORT = "effort"
 
 # Names in files of version 0.1, and what they are now. Dots separate the parts of a tensor's key.
 OLD_TENSOR_NAMES = {"probes": "reference_features", "unsure": "degenerate"}

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 import weakref
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torchmetrics import MetricCollection
 
 from lib_lightning.ablation import AblationPlan
-from lib_lightning.algorithm.config import BasisKind, FinalBasisKind, FinalMetric, LIBConfig
+from lib_lightning.algorithm.config import BasisKind, FinalBasisKind, FinalMetric, LIBConfig, check_choice
+from lib_lightning.algorithm.effort import Effort, EffortPlan, agree
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.errors import SettingError, check_list
@@ -22,16 +24,18 @@ from lib_lightning.io.basis_format import EPOCH, LOGGING_STEP, STEP, WEIGHTS, WE
 from lib_lightning.io.run_layout import check_run_name, overlapping_names
 from lib_lightning.labels.labeller import Labeller
 from lib_lightning.lineage.events import CHANGES
+from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
 from lib_lightning.model.node_layer import NodeLayer, as_node_layers
 from lib_lightning.training.budget import SnapshotKind, SnapshotTrigger, TimeMeter, max_overhead_of, timed_hook
-from lib_lightning.training.frameworks import Callback, callback_of_both_packages
+from lib_lightning.training.effort import SHARE, expected_snapshots, plan_effort
+from lib_lightning.training.frameworks import Callback, callback_of_both_packages, rank_zero_info
 from lib_lightning.training.node_layers import NodeLayerResolver
 from lib_lightning.training.reporter import EventHook, SnapshotReporter
 from lib_lightning.training.run_state import RunState
 from lib_lightning.training.samples import SampleConfig, SampleStore
 from lib_lightning.training.schedule import Schedule
-from lib_lightning.training.snapshot import Previous, Snapshot, SnapshotComputer, SnapshotConfig
+from lib_lightning.training.snapshot import Previous, Snapshot, SnapshotComputer, SnapshotConfig, SnapshotData
 from lib_lightning.training.trainer import (
     call_again_last,
     check_strategy,
@@ -52,6 +56,8 @@ if TYPE_CHECKING:
 # All callbacks, in the order of their creation.
 _created: weakref.WeakSet[LIBCallback] = weakref.WeakSet()
 _numbers = itertools.count(1)
+# Number of samples, unless the user or the choice of effort says otherwise.
+_MAX_SAMPLES = 2048
 _DTYPES: dict[object, torch.dtype | None] = {
     None: None,
     **dict.fromkeys(("float32", torch.float32), torch.float32),
@@ -74,7 +80,8 @@ class LIBCallback(Callback):
             ``module.path:input`` for its input, ``input`` and ``output`` for the model's own, or a NodeLayer. Paths
             start at the LightningModule. None (null) uses proposed ones and logs which; see `list_node_layers`.
         num_samples: Number of validation samples to compute on, over all processes, the same throughout the run: the
-            first ones of the first whole validation. Snapshots before it use those of the sanity check.
+            first ones of the first whole validation. Snapshots before it use those of the sanity check. None (null) for
+            2048 at most; see effort.
         every_n_validations: A snapshot at the first validation and at every n-th one after it. The default, with n=1,
             if no other schedule is given.
         every_n_steps: Instead, a snapshot before training and after every n optimizer steps.
@@ -117,6 +124,9 @@ class LIBCallback(Callback):
             no limit for any other; .inf is no limit.
         n_pushed: None (null) for exact edges; a number for that many features that each sample is pushed forward for,
             chosen at random by the square root of their importance.
+        effort: auto chooses num_samples, n_probes and n_pushed, where they are None, once for all snapshots: exact if
+            that fits into the snapshots' share of the training (max_overhead, or 0.03), counted in operations, else
+            fewer; exact takes None as exact.
 
     Raises:
         LIBError: If fewer than two node layers are given.
@@ -137,7 +147,7 @@ class LIBCallback(Callback):
     def __init__(
         self,
         node_layers: Sequence[str | NodeLayer] | None = None,
-        num_samples: int = 2048,
+        num_samples: int | None = None,
         every_n_validations: int | None = None,
         every_n_steps: int | None = None,
         at_steps: Sequence[int] | None = None,
@@ -164,6 +174,7 @@ class LIBCallback(Callback):
         adaptive: bool = False,
         max_overhead: float | None = None,
         n_pushed: int | None = None,
+        effort: Effort = "auto",
     ) -> None:
         super().__init__()
         if not isinstance(dtype, (str, torch.dtype, type(None))) or dtype not in _DTYPES:
@@ -171,6 +182,7 @@ class LIBCallback(Callback):
         if adaptive and not follow:
             raise SettingError("adaptive=True reacts to events, and without follow=True there are none.")
         check_run_name(name)
+        check_choice("effort", effort, get_args(Effort))
         self.name, self.adaptive = name, adaptive
         baselines = check_list("baselines", baselines, "bases, such as ['pca']", lambda kind: isinstance(kind, str))
         self.spec = ModelSpec(input_fn, mask, _DTYPES[dtype])
@@ -179,13 +191,14 @@ class LIBCallback(Callback):
             tuple(baselines), metrics, labeller, ablation, memory_limit, follow,
         )  # fmt: skip
         self.sample_config = SampleConfig(
-            num_samples, dataloader, val_dataloader, ablation is not None,
+            _MAX_SAMPLES if num_samples is None else num_samples, dataloader, val_dataloader, ablation is not None,
             None if ablation is None else ablation.val_dataloader,
         )  # fmt: skip
         self.schedule = Schedule(every_n_validations, every_n_steps, at_steps, log_spaced)
         self.max_overhead = max_overhead_of(max_overhead, self.schedule.is_explicit)
         self.computer = SnapshotComputer(self.config, name)
         self.clock = time.perf_counter
+        self.effort, self._all_samples = effort, num_samples is not None
         self._given_layers = None if node_layers is None else as_node_layers(node_layers)
         hooks = [on_event] if callable(on_event) else on_event or []
         self._hooks = check_list("on_event", hooks, "functions of an event", callable)
@@ -456,18 +469,35 @@ class LIBCallback(Callback):
         instrumented = self.resolver.instrument(pl_module, self._process_group)
         before = self.state.before(metadata[STEP])
         interval = self.state.cursor.relative_interval(before.step, metadata[STEP], self.trigger.skipped.since_last)
+        data = self.samples.for_snapshot(trainer)
         with trainer_precision(trainer, self.spec.dtype):
+            if self.effort == "auto" and self.state.effort is None:
+                self.state.set_effort(self._plan_effort(trainer, instrumented, data))
             snapshot = self.computer.compute(
                 instrumented,
-                self.samples.for_snapshot(trainer),
+                data,
                 metadata,
                 Previous(before.scalars, before.tracker, interval),
                 kind.ablation,
                 self._process_group,
+                self.state.effort,
             )
         self.reporter.log_notes(snapshot.graphs)
         self.reporter.log_weights(metadata)
         return snapshot
+
+    def _plan_effort(
+        self, trainer: pl.Trainer, instrumented: InstrumentedModel, data: SnapshotData
+    ) -> EffortPlan | None:
+        """Choose once what every snapshot computes; called by all processes at the same time."""
+        share = self.max_overhead if math.isfinite(self.max_overhead) and self.max_overhead > 0 else SHARE
+        plan = plan_effort(
+            trainer, instrumented, data.batches, self.config.config, self.samples.expected_count, self._all_samples,
+            expected_snapshots(self.schedule, trainer) * len(self.computer.prefixes), share,
+        ) if data.batches else None  # fmt: skip
+        plan = agree(plan, self._process_group)
+        rank_zero_info(f"{self.name}: each snapshot uses {plan}")
+        return plan
 
     def _scalars(self, trainer: pl.Trainer) -> dict[str, float]:
         """The latest scalars; called by all processes at the same time."""

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from lib_lightning._deprecated import renamed_arguments
 from lib_lightning.algorithm.config import LIBConfig
+from lib_lightning.algorithm.effort import FLOP_FORMULAS
 from lib_lightning.algorithm.progress import on_phase
 from lib_lightning.api import check_node_layers, propose_node_layers
 from lib_lightning.errors import LIBError
@@ -39,9 +39,6 @@ from lib_lightning.training.writer import RunDirectory
 RATE_SIZE = 1500
 _RATE_PRODUCTS = 8
 REST = "the rest"
-
-# Formulas for the floating-point operations of matrix products and convolutions, by operator.
-_FORMULAS = FlopCounterMode(display=False).flop_registry
 
 # Floating-point operations by dtype.
 Flops = dict[torch.dtype, int]
@@ -214,7 +211,7 @@ class _Count:
 
     def add(self, operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
         """Count one operation."""
-        formula = _FORMULAS.get(operator.overloadpacket)
+        formula = FLOP_FORMULAS.get(operator.overloadpacket)
         if formula is not None:
             kind = next(arg.dtype for arg in args if isinstance(arg, Tensor))
             self._current[kind] += formula(*args, **kwargs, out_val=out)

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from lib_lightning.ablation import AblationPlan
 from lib_lightning.algorithm.config import BasisKind
+from lib_lightning.algorithm.effort import EffortPlan
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_format import METRICS, WEIGHTS_HASH
 from lib_lightning.io.checkpoint_format import current_state
@@ -171,6 +172,7 @@ class RunState:
         time: Seconds spent.
         skipped: Snapshots that were skipped.
         samples: Where the samples have been written.
+        effort: What every snapshot computes; None before it has been chosen.
     """
 
     def __init__(
@@ -193,6 +195,11 @@ class RunState:
         self.folders: list[str] = []
         self.cursor, self.time, self.skipped = schedule.start(), TimeSpent(), SkippedSnapshots()
         self.samples = SavedSamples()
+        self.effort: EffortPlan | None = None
+
+    def set_effort(self, plan: EffortPlan | None) -> None:
+        """What every snapshot of the run computes has been chosen."""
+        self.effort = plan
 
     def set_node_layers(self, names: Sequence[str]) -> None:
         """The node layers have become known."""
@@ -284,6 +291,7 @@ class RunState:
             "time": asdict(self.time),
             "skipped": asdict(self.skipped),
             "samples": asdict(self.samples),
+            "effort": None if self.effort is None else asdict(self.effort),
         }
 
     def load_state_dict(
@@ -307,6 +315,7 @@ class RunState:
         self.call = dict(state.get("call", {}))  # checkpoints before 0.2 have none
         self.cursor, self.samples = self._schedule.start(state["schedule"]), SavedSamples(**state["samples"])
         self.folders = list(state["folders"])
+        self.effort = EffortPlan(**effort) if (effort := state.get("effort")) else None
         for prefix, layout in self.layouts.items():
             if prefix in state["layouts"]:
                 layout.load_state_dict(state["layouts"][prefix])

@@ -88,6 +88,30 @@ class Schedule:
             k += 1
         return due
 
+    def count(self, validations: float, steps: float) -> float:
+        """About how many snapshots are due in a training.
+
+        Args:
+            validations: Number of validations of the training; may be infinite.
+            steps: Number of its optimizer steps; may be infinite.
+
+        Returns:
+            The number of snapshots; infinite if unknown.
+
+        Example:
+            >>> Schedule(every_n_validations=2).count(10, 1000), Schedule(at_steps=[0, 10, 5000]).count(10, 1000)
+            (5.0, 2.0)
+            >>> Schedule(log_spaced=10).count(10, 1000)
+            31.0
+        """
+        if self.every_n_validations:
+            return validations / self.every_n_validations
+        if self.at_steps is not None:
+            return float(sum(step <= steps for step in self.at_steps))
+        if self.every_n_steps:
+            return 1 + steps / self.every_n_steps
+        return 1 + (self.log_spaced or 1) * math.log10(max(1, steps))
+
     def start(self, position: Mapping[str, Any] | None = None) -> ScheduleCursor:
         """Start a run, or continue one.
 

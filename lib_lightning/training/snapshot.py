@@ -7,21 +7,23 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torchmetrics import MetricCollection
 
 from lib_lightning.ablation import AblationPlan, edges_required
 from lib_lightning.algorithm.config import BasisKind, LIBConfig
+from lib_lightning.algorithm.effort import EffortPlan
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
 from lib_lightning.algorithm.progress import phase_done
 from lib_lightning.api import graph_of
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.errors import SettingError, SettingTypeError, brief, check_number, log_traceback, quoted, shortened
 from lib_lightning.graph import InteractionGraph
-from lib_lightning.io.basis_format import NUM_SAMPLES, REFERENCE_SAMPLES, STEP
+from lib_lightning.io.basis_format import EFFORT, NUM_SAMPLES, REFERENCE_SAMPLES, STEP
 from lib_lightning.labels.labeller import Labeller, label_features
 from lib_lightning.lineage.events import Event
 from lib_lightning.lineage.reference import reference_features
@@ -118,6 +120,28 @@ class SnapshotData:
     reference: Sequence[Any] = ()
     seed: int = 0
 
+    def first(self, num_samples: int, instrumented: InstrumentedModel, process_group: ProcessGroup) -> Sequence[Any]:
+        """The first samples for bases and edges.
+
+        Args:
+            num_samples: Number of samples over all processes; each takes the same share of its own.
+            instrumented: The model, which knows what the samples of a batch are.
+            process_group: The processes.
+
+        Returns:
+            Batches of them, with at least one sample on each process that has any.
+        """
+        own = sum(map(instrumented.num_samples, self.batches))
+        total = sum(int(n) for n in process_group.gather(torch.tensor([own], device="cpu")))
+        if total <= num_samples:
+            return self.batches
+        remaining, batches = -(-num_samples * own // total), []
+        for batch in self.batches:
+            if remaining > 0:
+                batches.append(instrumented.select(batch, slice(0, remaining)))
+                remaining -= instrumented.num_samples(batch)
+        return batches
+
 
 @dataclass(frozen=True)
 class Previous:
@@ -212,6 +236,7 @@ class SnapshotComputer:
         previous: Previous,
         ablate: bool = False,
         process_group: ProcessGroup = SINGLE_PROCESS,
+        effort: EffortPlan | None = None,
     ) -> Snapshot:
         """Compute one snapshot.
 
@@ -222,6 +247,7 @@ class SnapshotComputer:
             previous: What to take over from the snapshot before; not modified.
             ablate: Whether to count edges required.
             process_group: The processes of the run.
+            effort: Number of samples, probes and features pushed forward; None for those of the configuration.
 
         Returns:
             The snapshot.
@@ -232,9 +258,14 @@ class SnapshotComputer:
         graphs: dict[str, InteractionGraph] = {}
         scalars: dict[str, float] = {}
         has_curves = ablate
+        config, batches = self.config.config, data.batches
+        if effort is not None:
+            config = effort.applied_to(config)
+            batches = data.first(effort.num_samples, instrumented, process_group)
+            metadata = {**metadata, EFFORT: asdict(effort)}
         for prefix, kind in self.prefixes.items():
             graph = graph_of(
-                instrumented, data.batches, replace(self.config.config, basis=kind), self.config.memory_limit,
+                instrumented, batches, replace(config, basis=kind), self.config.memory_limit,
                 process_group,
             )  # fmt: skip
             graph.info |= metadata

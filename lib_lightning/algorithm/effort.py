@@ -1,0 +1,322 @@
+"""How much a graph computes: samples, probes and features pushed forward, from counts of operations.
+
+Exact metrics and edges take a product with a section's Jacobian for each output position and feature, or for each
+input feature. With positions (images, tokens) that is often more than the whole training. Random probes and a random
+choice of features have the same expectation at a cost that is chosen. The choice follows from shapes and from
+operations that are counted on a few samples, not from a clock, so that two machines compute the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from lib_lightning.algorithm.config import LIBConfig
+from lib_lightning.algorithm.low_rank_gram import DENSE_WIDTH
+from lib_lightning.algorithm.shortcuts import FAST
+from lib_lightning.distributed.process_group import ProcessGroup
+from lib_lightning.jacobian.integrated_gradients import sections_between
+from lib_lightning.jacobian.section import STACK_ELEMENTS
+from lib_lightning.model.capture import CapturedLayer
+from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.torch_internals import operations_observed
+
+Effort = Literal["auto", "exact"]
+
+# Formulas for the floating-point operations of matrix products and convolutions, by operator.
+FLOP_FORMULAS = FlopCounterMode(display=False).flop_registry
+
+# Probes, and features pushed forward, of the smallest effort; both are doubled as long as that fits.
+_PROBES, _PUSHED = 4, 8
+# Rows of activations that fix the leading directions of a basis, whatever its width; and per direction.
+_MIN_ROWS, _ROWS_PER_DIRECTION = 1024, 4
+_MIN_SAMPLES = 32
+# What a number in a result, and the call of a kernel, cost in floating-point operations of matrix products.
+_PER_NUMBER, _PER_CALL = 5, 3e5
+_EIGENPROBLEM = 30
+# Forward passes of a graph: checks, plan, moments and whatever is run again.
+_FORWARD_PASSES = 4
+# Kernels for each node layer that no count of products includes: searches, sums, eigenproblems, errors.
+_CALLS_PER_LAYER = 1000
+# Samples on which operations are counted, and vectors that are multiplied at once.
+_COUNTED, _VECTORS = 2, 4
+# Numbers in the largest tensor of a chunk of samples, at most.
+_CHUNK = 2**22
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Operations of some computation on a few samples.
+
+    Attributes:
+        per_sample: Operations for each sample (and vector): floating-point operations, and numbers in results at their
+            price.
+        calls: Number of kernels that are called, whatever the number of samples.
+        calls_per_vector: How many more are called for each vector that is multiplied in the same call.
+    """
+
+    per_sample: float
+    calls: float
+    calls_per_vector: float = 0.0
+
+    def of(self, num_samples: float, vectors: float = 1, at_once: float = 1) -> float:
+        """Operations for a number of samples and vectors, of which some are multiplied at once."""
+        calls = vectors / at_once * self.calls + vectors * self.calls_per_vector
+        return self.per_sample * num_samples * vectors + calls * _PER_CALL
+
+
+@dataclass(frozen=True)
+class SectionCost:
+    """What determines the cost of a section.
+
+    Attributes:
+        reverse: A product with the Jacobian from the output side.
+        forward: A product from the input side; None if there is no second derivative.
+        shape_in: Positions and width of the node layer before.
+        shape_out: Positions and width of the node layer after.
+        has_closed_form: Whether sums are computed in closed form, without products.
+    """
+
+    reverse: Operations
+    forward: Operations | None
+    shape_in: tuple[int, int]
+    shape_out: tuple[int, int]
+    has_closed_form: bool
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """What determines the cost of a graph.
+
+    Attributes:
+        forward: One forward pass.
+        sections: The sections.
+    """
+
+    forward: Operations
+    sections: Sequence[SectionCost]
+
+    def of_graph(self, config: LIBConfig, num_samples: int) -> float:
+        """Operations of a graph.
+
+        Args:
+            config: What to compute; its ``n_probes`` and ``n_pushed`` are taken literally, None as exact.
+            num_samples: Number of samples.
+
+        Returns:
+            The number of operations.
+        """
+        total = _FORWARD_PASSES * self.forward.of(num_samples)
+        shapes = [section.shape_in for section in self.sections] + [self.sections[-1].shape_out]
+        for S, d in shapes:
+            rank = min(d, DENSE_WIDTH) if config.basis == "lib" else d
+            total += num_samples * S * d * rank * 4 + _EIGENPROBLEM * rank**3 + _CALLS_PER_LAYER * _PER_CALL
+        points = max(1, config.integration_steps)
+        for section in self.sections:
+            total += points * self._of_section(section, config, num_samples)
+        return total
+
+    def _of_section(self, section: SectionCost, config: LIBConfig, n: int) -> float:
+        (S, d), (S_out, d_out) = section.shape_in, section.shape_out
+        if section.has_closed_form:
+            return section.reverse.of(n) + 4.0 * n * S * d * d_out
+        # Chunks of samples, and stacks of vectors.
+        size = max(S * d, S_out * d_out)
+        chunk = min(n, max(1, _CHUNK // size))
+        stack = max(1, STACK_ELEMENTS // (chunk * size))
+
+        def products(count: float, of_one: Operations) -> float:
+            return of_one.of(chunk, count, min(count, stack)) * n / chunk
+
+        n_outputs = S_out * d_out
+        metric = 0.0
+        if config.basis == "lib":
+            probes = config.n_probes or n_outputs
+            metric = products(probes, section.reverse) + probes * 4.0 * n * S * d * min(d, DENSE_WIDTH)
+        edges = products(n_outputs, section.reverse) + n_outputs * 2.0 * n * S * d**2
+        if section.forward is not None:
+            pushed = min(d, config.n_pushed or d)
+            edges = min(edges, products(pushed, section.forward) + pushed * 2.0 * n * S_out * d_out**2)
+        return metric + edges
+
+    @property
+    def min_samples(self) -> int:
+        """The smallest number of samples that still fixes the leading directions of every basis."""
+        widths = [section.shape_in for section in self.sections] + [self.sections[-1].shape_out]
+        needed = (max(_MIN_ROWS, _ROWS_PER_DIRECTION * min(d, DENSE_WIDTH)) / S for S, d in widths[:-1])
+        return max(_MIN_SAMPLES, *(int(-(-n // 1)) for n in needed))
+
+
+@dataclass(frozen=True)
+class EffortPlan:
+    """What every graph of a run computes.
+
+    Attributes:
+        num_samples: Number of samples.
+        n_probes: As for `lib_lightning.compute_interaction_graph`; None is exact.
+        n_pushed: As for `lib_lightning.compute_interaction_graph`; None is exact.
+        operations: Predicted operations of one graph.
+        allowed: Operations that it may take; fewer than ``operations`` if even the smallest effort takes more.
+    """
+
+    num_samples: int
+    n_probes: int | None
+    n_pushed: int | None
+    operations: float
+    allowed: float
+
+    def applied_to(self, config: LIBConfig) -> LIBConfig:
+        """The configuration with the chosen numbers."""
+        return replace(config, n_probes=self.n_probes, n_pushed=self.n_pushed)
+
+    def __str__(self) -> str:
+        metric = "the exact metric" if self.n_probes is None else f"{self.n_probes} probes per sample for the metric"
+        edges = "exact edges" if self.n_pushed is None else f"edges from {self.n_pushed} features per sample"
+        return f"{self.num_samples:,} samples, {metric}, {edges} ({self.operations:.1e} operations)"
+
+
+def measure_cost(instrumented: InstrumentedModel, batch: Any) -> ModelCost:
+    """Count the operations of a model and its sections on a few samples.
+
+    Args:
+        instrumented: The model and its node layers. Call this within `model_session`.
+        batch: One batch, of which a few samples are run.
+
+    Returns:
+        The costs.
+    """
+    return instrumented.run_on_few(partial(_measure, instrumented), batch, _COUNTED)
+
+
+def _measure(instrumented: InstrumentedModel, batch: Any) -> ModelCost:
+    n = max(1, instrumented.num_samples(batch))
+    instrumented.manual_seed(0)
+    captured: list[CapturedLayer] = []
+    forward = counted_operations(lambda: captured.extend(instrumented.capture(batch)), n)
+    closed_forms = FAST.closed_forms.fit(instrumented, [batch])
+    costs = []
+    for i, section in enumerate(sections_between(captured, STACK_ELEMENTS)):
+        costs.append(
+            SectionCost(
+                _products(section.vjp, section.a_out, n),
+                _products(section.jvp, section.a, n) if section.has_jvp() else None,
+                (section.S_in, section.d_in),
+                (section.S_out, section.d_out),
+                closed_forms.closed_form_of(i, section) is not None,
+            )
+        )
+    return ModelCost(forward, costs)
+
+
+def _products(product: Callable[[Tensor], Tensor], like: Tensor, n: int) -> Operations:
+    """Operations of a product with a Jacobian, from one with a single vector and one with several."""
+    product(torch.ones_like(like)[None])  # some graphs are made by the first product
+    vectors = [torch.ones_like(like).expand(k, *like.shape) for k in (1, _VECTORS)]
+    one, several = (counted_operations(partial(product, v), n) for v in vectors)
+    extra = max(0.0, (several.calls - one.calls) / (_VECTORS - 1))
+    return Operations(several.per_sample / _VECTORS, max(0.0, one.calls - extra), extra)
+
+
+def counted_operations(run: Callable[[], object], n: int) -> Operations:
+    """Run a function and count its operations.
+
+    Args:
+        run: The function.
+        n: Number of samples (times vectors) that it computes on.
+
+    Returns:
+        The operations, divided by that number, and the number of calls.
+
+    Example:
+        >>> x = torch.ones(10, 4)
+        >>> counted_operations(lambda: x @ torch.ones(4, 2), 10).per_sample  # and the result of torch.ones
+        30.0
+    """
+    counter = _Counter()
+    with operations_observed(counter.add):
+        run()
+    return counter.operations(n)
+
+
+class _Counter:
+    """Counts floating-point operations, numbers in results, and kernels."""
+
+    def __init__(self) -> None:
+        self.flops, self.numbers, self.calls = 0.0, 0, 0
+
+    def add(self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        formula = FLOP_FORMULAS.get(operator.overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=out)
+        self.calls += 1
+        if isinstance(out, Tensor):
+            self.numbers += out.numel()
+
+    def operations(self, n: int) -> Operations:
+        return Operations((self.flops + _PER_NUMBER * self.numbers) / n, self.calls)
+
+
+def choose_effort(
+    cost: ModelCost, config: LIBConfig, num_samples: int, allowed: float, all_samples: bool
+) -> EffortPlan:
+    """Choose the most accurate computation that takes no more than a number of operations.
+
+    Exact if that fits; else as many samples as there are with as many probes and features as fit; else the smallest
+    numbers of these with fewer samples, but never fewer than fix the leading features.
+
+    Args:
+        cost: Cost of the model.
+        config: What to compute; ``n_probes`` and ``n_pushed`` that are not None are kept.
+        num_samples: Number of samples that there are.
+        allowed: Operations that one graph may take.
+        all_samples: Whether all of them are used in any case.
+
+    Returns:
+        The plan.
+
+    Example:
+        >>> product = Operations(per_sample=1e5, calls=20)
+        >>> cost = ModelCost(product, [SectionCost(product, product, (16, 64), (16, 64), False)])
+        >>> str(choose_effort(cost, LIBConfig(), 2048, 1e13, all_samples=False))
+        '2,048 samples, the exact metric, exact edges (8.0e+11 operations)'
+        >>> str(choose_effort(cost, LIBConfig(), 2048, 1e10, all_samples=False))
+        '2,048 samples, 4 probes per sample for the metric, edges from 8 features per sample (9.4e+09 operations)'
+    """
+    widest = max(section.shape_in[1] for section in cost.sections)
+
+    def plan(n: int, level: int | None) -> EffortPlan:
+        probes = config.n_probes or (None if level is None else _PROBES << level)
+        pushed = config.n_pushed or (None if level is None or _PUSHED << level >= widest else _PUSHED << level)
+        operations = cost.of_graph(replace(config, n_probes=probes, n_pushed=pushed), n)
+        return EffortPlan(n, probes, pushed, operations, allowed)
+
+    exact = plan(num_samples, None)
+    if exact.operations <= allowed:
+        return exact
+    best = plan(num_samples, 0)
+    level = 1
+    while (more := plan(num_samples, level)).operations <= min(allowed, exact.operations):
+        best, level = more, level + 1
+    n = num_samples
+    while best.operations > allowed and not all_samples and n > cost.min_samples:
+        n = max(cost.min_samples, n // 2)
+        best = plan(n, 0)
+    return best if best.operations < exact.operations else exact
+
+
+def agree(plan: EffortPlan | None, process_group: ProcessGroup) -> EffortPlan | None:
+    """The plan of the first process that has one, on all processes; None if no process has one."""
+    numbers = [] if plan is None else [
+        plan.num_samples, plan.n_probes or 0, plan.n_pushed or 0, plan.operations, plan.allowed
+    ]  # fmt: skip
+    for gathered in process_group.gather(torch.tensor(numbers, dtype=torch.float64, device="cpu")):
+        if len(gathered):
+            n, probes, pushed, operations, allowed = gathered.tolist()
+            return EffortPlan(int(n), int(probes) or None, int(pushed) or None, operations, allowed)
+    return None

@@ -1,0 +1,162 @@
+"""What the snapshots of a run compute: chosen once, from the operations of the training, and the same in all."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lib_lightning import InteractionGraph, LIBCallback
+from lib_lightning.io.run_layout import RunLayout
+from lib_lightning.training.effort import expected_snapshots
+from tests.tiny_training import Classifier, trainer_of
+
+
+class Images(pl.LightningModule):
+    """A classifier of images, on which exact sums take many times as long as training."""
+
+    def __init__(self, n: int = 128) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10),
+        )  # fmt: skip
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(n, 3, 16, 16, generator=generator)
+        self.data = TensorDataset(images, torch.randint(10, (n,), generator=generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self(batch[0])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters())
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.data, batch_size=32)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.data, batch_size=32)
+
+
+class Stop(pl.Callback):
+    """Ends a training after its first step."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: object) -> None:
+        trainer.should_stop = True
+
+
+def graphs(folder: Path) -> list[InteractionGraph]:
+    return [InteractionGraph.load(path) for path in RunLayout(folder / "lib").basis_files().values()]
+
+
+def test_all_snapshots_compute_the_same_and_say_what(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch"):
+        logging.getLogger(name).propagate = True
+    caplog.set_level("INFO")
+    first = LIBCallback(every_n_validations=1)
+    trainer = trainer_of(tmp_path / "first", first, max_epochs=2)
+    trainer.fit(Images())
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    said = {record.message for record in caplog.records if "each snapshot uses" in record.message}
+    assert said == {f"lib: each snapshot uses {first.state.effort}"}
+    # The schedule and the length of the training are others now, but what a snapshot computes is not.
+    second = LIBCallback(every_n_validations=1)
+    trainer_of(tmp_path / "second", second, max_epochs=4).fit(Images(), ckpt_path=tmp_path / "half.ckpt")
+    found = graphs(tmp_path / "first") + graphs(tmp_path / "second")
+    assert len(found) == 4
+    assert second.state.effort == first.state.effort
+    plans = [graph.info["effort"] for graph in found]
+    assert all(plan == plans[0] for plan in plans)
+    assert plans[0]["n_probes"] is not None
+    for graph in found:
+        settings = graph.info["settings"]
+        assert (settings["n_probes"], settings["n_pushed"]) == (plans[0]["n_probes"], plans[0]["n_pushed"])
+        assert graph.info["n_samples"] == plans[0]["num_samples"]
+
+
+def test_two_runs_compute_the_same_numbers(tmp_path: Path) -> None:
+    runs = []
+    for name in ("one", "other"):
+        torch.manual_seed(0)
+        trainer_of(tmp_path / name, LIBCallback(), max_epochs=1).fit(Images())
+        runs.append(graphs(tmp_path / name)[0])
+    for section, E in runs[0].edges.items():
+        assert torch.equal(E, runs[1].edges[section])
+
+
+def test_what_fits_is_exact(tmp_path: Path) -> None:
+    callback = LIBCallback()
+    trainer_of(tmp_path, callback, max_epochs=1).fit(Classifier())
+    assert callback.state.effort is not None
+    assert (callback.state.effort.n_probes, callback.state.effort.n_pushed) == (None, None)
+
+
+def test_numbers_that_are_given_are_kept(tmp_path: Path) -> None:
+    given = LIBCallback(num_samples=96, n_probes=3)
+    trainer_of(tmp_path / "given", given, max_epochs=1).fit(Images())
+    (graph,) = graphs(tmp_path / "given")
+    assert graph.info["n_samples"] == 96
+    assert graph.info["settings"]["n_probes"] == 3
+    exact = LIBCallback(num_samples=8, effort="exact")
+    trainer_of(tmp_path / "exact", exact, max_epochs=1).fit(Images())
+    (graph,) = graphs(tmp_path / "exact")
+    assert "effort" not in graph.info
+    assert (graph.info["settings"]["n_probes"], graph.info["settings"]["n_pushed"]) == (None, None)
+
+
+def test_longer_trainings_get_better_snapshots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lib_lightning.training.effort.MIN_OPERATIONS", 1e6)
+    probes = []
+    for epochs in (2, 40000):
+        callback = LIBCallback(at_steps=[1])
+        trainer_of(tmp_path / str(epochs), callback, Stop(), max_epochs=epochs).fit(Images(64))
+        assert callback.state.effort is not None
+        probes.append(callback.state.effort.n_probes or 10**9)
+    assert probes[0] < probes[1]
+
+
+def test_the_effort_is_a_choice() -> None:
+    with pytest.raises(ValueError, match="effort must be one of 'auto', 'exact'; got 'all'"):
+        LIBCallback(effort="all")  # type: ignore[arg-type]
+
+
+SCHEDULES: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
+    "validations": ({}, {"max_epochs": 6}, 6),
+    "every second epoch": ({}, {"max_epochs": 6, "check_val_every_n_epoch": 2}, 3),
+    "within epochs": ({}, {"max_epochs": 3, "val_check_interval": 2}, 6),
+    "every third validation": ({"every_n_validations": 3}, {"max_epochs": 6}, 2),
+    "until a step": ({}, {"max_epochs": -1, "max_steps": 12}, 3),
+    "steps": ({"every_n_steps": 5}, {"max_epochs": 5}, 5),
+    "list": ({"at_steps": [0, 3, 10**6]}, {"max_epochs": 6}, 2),
+    "no end": ({}, {"max_epochs": -1, "max_steps": -1}, float("inf")),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_expected_number_of_snapshots(name: str, tmp_path: Path) -> None:
+    options, limits, expected = SCHEDULES[name]
+    callback = LIBCallback(**options)
+
+    class Count(pl.Callback):
+        found: float | None = None
+
+        def on_train_batch_start(self, trainer: pl.Trainer, *args: object) -> None:
+            self.found = expected_snapshots(callback.schedule, trainer)
+            raise KeyboardInterrupt
+
+    count = Count()
+    with pytest.raises(SystemExit):
+        trainer_of(tmp_path, count, **limits).fit(Images(64 * 2))
+    assert count.found == pytest.approx(expected, abs=1)
