@@ -88,9 +88,13 @@ class BatchLayout:
             The same structure, with the samples; the batch itself if it cannot be split.
         """
         n = self.num_samples(batch)
-        if self.paths is None:
-            return _select(batch, (), lambda path, part: isinstance(part, Tensor) and length_of(part) == n, index)
-        return _select(batch, (), lambda path, part: path in self.paths and length_of(part) == n, index)
+        paths = self.paths
+
+        def has_samples(path: Path, part: Any) -> bool:
+            is_chosen = isinstance(part, Tensor) if paths is None else path in paths
+            return is_chosen and length_of(part) == n
+
+        return _select(batch, (), has_samples, index)
 
 
 def find_layout(

@@ -292,7 +292,10 @@ class InstrumentedModel:
 
         arguments = call.arguments_of(map_tensors(self._with_copied_objects(batch), register))
         # Excludes tensors made by `input_fn`, which may use the same memory for the next batch.
-        return map_tensors(arguments, lambda t: self._copy(without_subclass(t), may_share=id(t) in batch_tensors))
+        args, kwargs = map_tensors(
+            arguments, lambda t: self._copy(without_subclass(t), may_share=id(t) in batch_tensors)
+        )
+        return args, kwargs
 
     def _copied(self, batch: Any) -> Any:
         """A copy of a batch, for a step, which may expect tensors of its own classes."""

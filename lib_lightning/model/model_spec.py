@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lib_lightning.errors import LIBError, SettingTypeError
-from lib_lightning.model.calls import InputFn, ModelCall
+from lib_lightning.model.calls import InputFn as InputFn
+from lib_lightning.model.calls import ModelCall
 
 MaskFn = Callable[[Any], Tensor]
 

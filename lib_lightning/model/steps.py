@@ -328,7 +328,8 @@ class _StepRecorder:
             self._modes.append(torch.is_grad_enabled())
             torch.set_grad_enabled(True)
             if own and not self._is_marked and not record.depends:
-                return map_tensors((args, kwargs), _marked)
+                args, kwargs = map_tensors((args, kwargs), _marked)
+                return args, kwargs
             return None
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -458,7 +459,8 @@ def arguments_in_step(model: nn.Module, call: ModelCall, batch: Any) -> tuple[tu
                 raise
     if not found:
         raise LookupError(f"{call.step} does not call '{first.path or 'forward'}' on this batch.")
-    return map_tensors(found[0], without_subclass)
+    args, kwargs = map_tensors(found[0], without_subclass)
+    return args, kwargs
 
 
 def forward_in_step(model: nn.Module, call: ModelCall, batch: Any) -> Any:
