@@ -96,7 +96,12 @@ class NodeLayerResolver:
         Raises:
             LIBError: If the model cannot be called, or the node layers do not cut it.
         """
-        if is_empty(batch) or not self._is_needed(batch):
+        try:
+            if is_empty(batch) or not self._is_needed(batch):
+                return self._layout
+        except Exception:  # a batch of a strange class
+            if strict:
+                raise
             return self._layout
         instrumented = InstrumentedModel(pl_module, [], replace(self._spec, dtype=None))
         batches = [*self._batches, batch]
