@@ -436,7 +436,7 @@ def _model(kind: str, order: list[str], style: str, step: str, n: int) -> Base:
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(cases())
 def test_any_batch_and_any_step(case: tuple[str, list[str], str, str, int]) -> None:
-    kind, order, style, step, n = case
+    kind, order, style, _, n = case
     model = _model(*case)
     with torch.no_grad():
         scale = 2.0 if style == "converted" else 1.0
