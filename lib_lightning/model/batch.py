@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
+from torch.nn.utils.rnn import PackedSequence
 
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.errors import LIBError, is_out_of_memory
@@ -108,8 +109,8 @@ def first_tensor(value: Any) -> Tensor | None:
         if rest is not None:
             return rest
     found = tensors_in(value)
-    several = any(t.ndim > 0 and len(t) > 1 for t in found)
-    axes = (t for t in found if t.ndim > 0 and not (several and t.shape == (1,)))
+    several = any(t.ndim > 0 and t.size(0) > 1 for t in found)
+    axes = (t for t in found if t.ndim > 0 and not (several and t.ndim == 1 and t.size(0) == 1))
     return next(axes, found[0] if found else None)
 
 
@@ -142,7 +143,7 @@ def batch_size(batch: Any) -> int:
         The number of samples; 0 if there is no tensor.
     """
     first = first_tensor(batch)
-    return 0 if first is None or first.ndim == 0 else first.shape[0]
+    return 0 if first is None or first.ndim == 0 else first.size(0)
 
 
 def is_empty(batch: Any) -> bool:
@@ -155,6 +156,34 @@ def is_empty(batch: Any) -> bool:
         True if so; False for a batch without any tensor, which `check_has_tensors` rejects.
     """
     return first_tensor(batch) is not None and batch_size(batch) == 0
+
+
+def why_not_dense(value: Any) -> str | None:
+    """What is wrong with the main tensor of a module's input or output, if its rows are not those of the samples.
+
+    Args:
+        value: Tensors in tuples, lists, mappings and objects.
+
+    Returns:
+        What it is, for a message; None for an ordinary tensor, or none.
+
+    Example:
+        >>> import torch
+        >>> why_not_dense(torch.eye(2).to_sparse()), why_not_dense((torch.eye(2), "label"))
+        ('a sparse tensor', None)
+    """
+    t = first_tensor(value)
+    if any(item.data is t for item in (value, *_flat(value)) if isinstance(item, PackedSequence)):
+        return "a PackedSequence"
+    if t is None or (t.layout == torch.strided and not t.is_nested):
+        return None
+    return "a nested tensor" if t.is_nested else "a sparse tensor"
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    for item in value if isinstance(value, (tuple, list)) and not isinstance(value, PackedSequence) else ():
+        yield item
+        yield from _flat(item)
 
 
 def check_has_tensors(batch: Any) -> None:

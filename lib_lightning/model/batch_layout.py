@@ -267,10 +267,11 @@ def _entries(part: Any, index: Index) -> Any:
         if part.is_nested:
             return torch.nested.as_nested_tensor(_entries(list(part.unbind()), index), layout=part.layout)
         if isinstance(index, Tensor):
-            return part[index.to(part.device)] if part.layout == torch.strided else part.index_select(0, index)
-        if part.layout != torch.strided:
-            return part.index_select(0, torch.arange(part.size(0), device=part.device)[index])
-        return part[index]
+            index = index.to(part.device)
+        if part.layout == torch.strided:
+            return part[index]
+        rows = index if isinstance(index, Tensor) else torch.arange(part.size(0), device=part.device)[index]
+        return part.to_sparse_coo().index_select(0, rows).to_sparse(layout=part.layout)
     if isinstance(part, (list, tuple)):
         chosen = list(part[index]) if isinstance(index, slice) else [part[i] for i in index.tolist()]
         if isinstance(part, list) and type(part) is not list:

@@ -336,7 +336,7 @@ def _ways(model: nn.Module, batch: Any) -> Iterator[Arguments]:
     wants_batch = len(required) == 1 and (required[0].name in _BATCH_NAMES or _is_container(required[0].annotation))
     if wants_batch:
         yield whole
-    if isinstance(batch, (tuple, list)) and len(batch):
+    if isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence) and len(batch):
         yield from _ways_of_sequence(batch, required, names, takes_any)
     elif isinstance(batch, Mapping):
         yield from _by_name(list(batch), (), required, names, takes_any)

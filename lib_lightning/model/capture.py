@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lib_lightning.errors import ActivationError, NodeLayerError, quoted
 from lib_lightning.model.autograd_graph import is_view, overwrite, saved_tensors_kept, swap_in
-from lib_lightning.model.batch import first_tensor, replace_first_tensor
+from lib_lightning.model.batch import first_tensor, replace_first_tensor, why_not_dense
 from lib_lightning.model.module_paths import find_module
 from lib_lightning.model.node_layer import INPUT, NodeLayer, Tap, split_tap
 from lib_lightning.model.sources import in_model
@@ -195,6 +195,11 @@ class ActivationRecorder:
             raise ActivationError(
                 f"'{tap}' holds a DTensor, of which each process has a part. Choose a node layer where the whole "
                 "tensor is on every process, such as the input or output of the block that is split."
+            )
+        if what := why_not_dense(value):
+            raise ActivationError(
+                f"'{tap}' holds {what}, in which samples have no rows of their own. Choose a module before or after it "
+                "that has one row for each sample, such as the embedding or the head."
             )
         if not t.is_floating_point():
             raise ActivationError(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lib_lightning.model.autograd_graph import Edge, PathNode, edge_of, path_nodes
-from lib_lightning.model.batch import first_tensor, map_tensors, replace_first_tensor, tensors_in
+from lib_lightning.model.batch import first_tensor, map_tensors, replace_first_tensor, tensors_in, why_not_dense
 from lib_lightning.model.exchange import Exchange, exchanges, first_samples
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.module_paths import accepts_hooks, find_module, module_paths
@@ -287,7 +287,7 @@ class _Trace:
             return None
         edge = edge_of(t)
         if edge not in self._traced:
-            is_usable = t.is_floating_point() and t.ndim > 0 and t.shape[0] == self.n
+            is_usable = t.is_floating_point() and t.ndim > 0 and not why_not_dense(value) and t.shape[0] == self.n
             self._traced[edge] = TracedTensor(t.shape, is_usable)
         self._traced[edge].call_sites.append(site)
         return edge
@@ -298,6 +298,8 @@ class _Trace:
             return value
 
         def track(t: Tensor) -> Tensor:
+            if why_not_dense(t):
+                return t
             is_input = not (t.requires_grad or id(t) in self._parameter_ids or t.ndim == 0 or t.shape[0] != self.n)
             if not is_input or not t.is_floating_point() or (self.n > 1 and bool((t == t[:1]).all())):
                 return t

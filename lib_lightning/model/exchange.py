@@ -41,7 +41,7 @@ class Exchange:
     @classmethod
     def of(cls, batch: Any, other: Any) -> Exchange | None:
         """The exchange of one batch for another; None if they are equal."""
-        a, b = tensors_in(batch), tensors_in(other)
+        a, b = _dense_tensors(batch), _dense_tensors(other)
         if [(t.shape, t.dtype) for t in a] != [(t.shape, t.dtype) for t in b] or not a:
             return cls(batch, other, None)
         different = tuple(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if not _same(x, y))
@@ -71,7 +71,7 @@ class Exchange:
         """
         if self.entries is None:
             return None
-        tensors = tensors_in(self.batch)
+        tensors = _dense_tensors(self.batch)
         per_sample = {
             i: tensors[i].numel() / max(1, tensors[i].shape[0] if tensors[i].ndim else 1) for i in self.entries
         }
@@ -125,8 +125,8 @@ def _different_samples(batch: Any, layout: BatchLayout, limit: int) -> Iterator[
     """Samples of a batch that differ from the first: in any of its tensors, and in each one of them."""
     found: list[Tensor] = []
     n = layout.num_samples(batch)
-    for t in tensors_in(batch):
-        if n > 1 and t.ndim > 0 and t.shape[0] == n and t.layout == torch.strided and not t.is_nested:
+    for t in _dense_tensors(batch):
+        if n > 1 and t.ndim > 0 and t.shape[0] == n:
             found.append((t != t[:1]).flatten(1).any(1).cpu() if t.ndim > 1 else (t != t[:1]).cpu())
     tried: set[tuple[int, ...]] = set()
     for differs in (*([torch.stack(found).any(0)] if found else []), *found):
@@ -159,10 +159,21 @@ def _pooled(batches: Sequence[Any]) -> Any:
 
 def _moved(t: Tensor, n: int) -> Tensor:
     """The numbers of each sample at other places; real numbers that are all the same are changed."""
-    if t.ndim == 0 or t.numel() == 0 or t.layout != torch.strided or t.is_nested:
+    if t.ndim == 0 or t.layout != torch.strided or t.is_nested or t.numel() == 0:
         return t
     moved = t.flatten(1).roll(1, 1).view_as(t) if t.ndim > 1 and t.shape[0] == n else t
     return moved if not _same(moved, t) or not t.is_floating_point() else t + 0.25 * (1 + t.abs())
+
+
+def _dense_tensors(batch: Any) -> list[Tensor]:
+    """The tensors of a batch, those of other layouts as ordinary ones, to be compared."""
+    return [_dense(t) for t in tensors_in(batch)]
+
+
+def _dense(t: Tensor) -> Tensor:
+    if t.is_nested:
+        return torch.nested.to_padded_tensor(t, 0.0)
+    return t if t.layout == torch.strided else t.to_dense()
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
