@@ -27,13 +27,15 @@ from lib_lightning.graph import InteractionGraph, Replicates
 from lib_lightning.io import basis_format as keys
 from lib_lightning.model.batch import check_has_tensors, is_empty, num_elements
 from lib_lightning.model.discover import CutPoint
+from lib_lightning.model.forward_errors import wrap_forward_errors
 from lib_lightning.model.instrumented import InstrumentedModel, model_session
 from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
+from lib_lightning.model.module_paths import unwrapped
 from lib_lightning.model.node_layer import NodeLayer, as_node_layers
 from lib_lightning.model.preserve import copied_bytes, preserve_model
 from lib_lightning.model.propose import find_cuts, find_proposed, propose
 from lib_lightning.model.replica import num_bytes
-from lib_lightning.model.validate import NOT_LOOKED, validate_node_layers, wrap_forward_errors
+from lib_lightning.model.validate import NOT_LOOKED, validate_node_layers
 
 log = logging.getLogger(__name__)
 
@@ -139,9 +141,10 @@ def compute_interaction_graph(
     if node_layers is None:
         node_layers = _proposed(model, batches, spec)
     instrumented = InstrumentedModel(model, as_node_layers(node_layers), spec)
-    graph = graph_of(
-        instrumented, batches, config, memory_limit, process_group, check_first=True, progress=progress, effort=effort
-    )
+    with wrap_forward_errors(instrumented.model, instrumented.spec):
+        graph = graph_of(
+            instrumented, batches, config, memory_limit, process_group, check_first=True, progress=progress, effort=effort
+        )
     log.info("%s was called as %s.", type(model).__name__, instrumented.spec.call)
     for note in graph.info[keys.NOTES]:
         log.warning(note)
@@ -328,7 +331,7 @@ def notes_on(model: nn.Module, batches: Sequence[Any], layers: Sequence[NodeLaye
     """
     instrumented = InstrumentedModel(model, layers, spec)
     check_has_tensors(batches[0])
-    with model_session(instrumented):
+    with wrap_forward_errors(instrumented.model, spec), model_session(instrumented):
         return validate_node_layers(instrumented, batches)
 
 
@@ -360,6 +363,7 @@ def list_node_layers(model: nn.Module, batch: Any, input_fn: InputFn | None = No
         output 1 2 Sequential True
     """
     spec = ModelSpec(input_fn)
+    model = unwrapped(model)
     with wrap_forward_errors(model, spec), preserve_model(model) as copy:
         cuts = find_cuts(copy, [batch], spec)
     taps = propose(cuts)
@@ -389,5 +393,6 @@ def propose_node_layers(
         ['input', '1', 'output']
     """
     check_has_tensors(batch)
-    with preserve_model(model) as copy:
-        return find_proposed(copy, [batch], ModelSpec(input_fn, mask))
+    model, spec = unwrapped(model), ModelSpec(input_fn, mask)
+    with wrap_forward_errors(model, spec), preserve_model(model) as copy:
+        return find_proposed(copy, [batch], spec)

@@ -112,10 +112,10 @@ def brief(error: BaseException, limit: int = 200) -> str:
 
     Example:
         >>> brief(KeyError("x")), brief(ValueError("no\n  luck")), brief(RuntimeError("a" * 99), limit=20)
-        ("KeyError: 'x'", 'ValueError: no luck', 'RuntimeError: aaa...')
+        ("KeyError: 'x'", 'ValueError: no luck', 'RuntimeError: aaa')
     """
     message = str(error).partition("Exception raised from")[0]
-    return shortened(f"{type(error).__name__}: {message}" if message else type(error).__name__, limit)
+    return shortened(f"{type(error).__name__}: {message}" if message else type(error).__name__, limit).rstrip(".")
 
 
 def shortened(text: str, limit: int) -> str:
@@ -135,7 +135,8 @@ def on_screen(error: BaseException) -> list[str]:
     """
     width = min(shutil.get_terminal_size((_WIDTH, 24)).columns, 2 * _WIDTH)
     place = _place_of(error.__cause__) or _place_of(error)
-    lines = textwrap.wrap(f"{type(error).__name__}: {error}", max(width - 1, 40), break_on_hyphens=False)
+    text = f"{type(error).__name__}: {error}"
+    lines = [x for line in text.splitlines() for x in textwrap.wrap(line, max(width - 1, 40), break_on_hyphens=False)]
     room = _LINES - bool(place)
     if len(lines) > room:
         lines = [*lines[: room - 1], shortened(" ".join(lines[room - 1 :]), max(width - 1, 40))]

@@ -16,8 +16,9 @@ from lib_lightning.model.batch import map_tensors, tensors_in
 from lib_lightning.model.batch_layout import BatchLayout, find_layout
 from lib_lightning.model.calls import ModelCall, without_subclass
 from lib_lightning.model.capture import ActivationRecorder, CapturedLayer, StopForward
+from lib_lightning.model.conversion import convert_attributes, target_dtype
 from lib_lightning.model.model_spec import ModelSpec
-from lib_lightning.model.module_paths import check_taps, find_module
+from lib_lightning.model.module_paths import check_taps, find_module, unwrapped
 from lib_lightning.model.node_layer import NodeLayer
 from lib_lightning.model.preserve import MAX_COPIED_BYTES, preserve_model
 from lib_lightning.model.process_state import seed_all
@@ -50,7 +51,7 @@ class InstrumentedModel:
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[NodeLayer], spec: ModelSpec = _DEFAULT) -> None:
-        self.model = model
+        self.model = unwrapped(model)
         self.layers = list(layers)
         self.spec = spec
         self.seed = 0
@@ -66,7 +67,7 @@ class InstrumentedModel:
                 "FullyShardedDataParallel frees a module's weights after one backward pass, and a basis needs several "
                 "over the same forward pass. Use its successor, torch.distributed.fsdp.fully_shard."
             )
-        check_taps(model, self.layers, can_be_called(model, spec.input_fn))
+        check_taps(self.model, self.layers, can_be_called(self.model, spec.input_fn))
 
     def manual_seed(self, seed: int) -> None:
         """Set the seed of the random numbers that each of the following forward passes draws.
@@ -93,6 +94,8 @@ class InstrumentedModel:
         with preserve_model(original, max_bytes) as self.model:
             self._in_session = True
             try:
+                if self.spec.dtype is not None:
+                    convert_attributes(self.model, self.spec.dtype)
                 yield
             finally:
                 self.release()
@@ -175,8 +178,8 @@ class InstrumentedModel:
             if dtype is None:
                 return self._forward(call, batch)
             state = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-            converted = {f"model.{name}": t.detach().to(dtype) for name, t in state.items() if t.is_floating_point()}
-            return torch.func.functional_call(_Function(self.model, self._forward), converted, (call, batch))
+            tensors = {f"model.{name}": t.detach().to(target_dtype(t, dtype)) for name, t in state.items()}
+            return torch.func.functional_call(_Function(self.model, self._forward), tensors, (call, batch))
         finally:
             self._caller_tensors.clear()
 
@@ -306,8 +309,7 @@ class InstrumentedModel:
         return batch if isinstance(batch, Tensor) else Copier(same=tensors_in(batch))(batch)
 
     def _copy(self, tensor: Tensor, may_share: bool = True) -> Tensor:
-        dtype = self.spec.dtype if tensor.is_floating_point() else None
-        copy = tensor.detach().to(dtype or tensor.dtype, copy=True)
+        copy = tensor.detach().to(target_dtype(tensor, self.spec.dtype), copy=True)
         is_plain = type(tensor) is Tensor and tensor.layout == torch.strided and not tensor.is_inference()
         if may_share and is_plain and tensor.device.type == "cpu" and copy.dtype == tensor.dtype:
             self._caller_tensors[id(copy)] = copy, tensor.detach()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib_lightning.errors import LIBError, SettingTypeError
+from lib_lightning.errors import LIBError, SettingTypeError, brief, shortened
 from lib_lightning.model.calls import InputFn as InputFn
 from lib_lightning.model.calls import ModelCall
 
@@ -47,6 +47,11 @@ class ModelSpec:
             raise SettingTypeError(
                 f"dtype is a floating-point type such as torch.float64, or None; got {self.dtype!r}."
             )
+        if not (self.input_fn is None or callable(self.input_fn) or isinstance(self.input_fn, ModelCall)):
+            raise SettingTypeError(
+                "input_fn is a function from a batch to the model's input, such as lambda batch: batch['x']; got "
+                f"{shortened(repr(self.input_fn), 80)}."
+            )
 
     @property
     def call(self) -> ModelCall | None:
@@ -83,7 +88,7 @@ class ModelSpec:
         except (KeyError, IndexError, TypeError) as error:
             raise LIBError(
                 f"mask={self.mask!r} gives no mask for a batch of type {type(batch).__name__}: "
-                f"{type(error).__name__}: {error}. It is the name or index of an entry of the batch, or a function "
+                f"{brief(error)}. It is the name or index of an entry of the batch, or a function "
                 "from a batch to a tensor."
             ) from error
         if not isinstance(found, Tensor):

@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from lib_lightning.errors import NodeLayerError, quoted
+from lib_lightning.errors import LIBError, NodeLayerError, SettingTypeError, quoted, shortened
 from lib_lightning.model.node_layer import INPUT, OUTPUT, NodeLayer, Tap, split_tap, tap_name
-from lib_lightning.model.torch_internals import child, compiled_from, has_forward
+from lib_lightning.model.torch_internals import WRAPPER_NAMES, child, has_forward, wrapped_module
 
 
 def find_module(model: nn.Module, path: str) -> nn.Module:
-    """The module with a path. The path may omit the wrappers of `torch.compile`.
+    """The module with a path. The path may omit wrappers, such as those of `torch.compile` and DDP.
 
     Args:
         model: The model.
-        path: ``"net.0"`` also finds ``net._orig_mod.0``. Empty for the model itself.
+        path: ``"net.0"`` also finds ``net._orig_mod.0`` and ``net.module.0``. Empty for the model itself.
 
     Returns:
-        The module. For a compiled module the original one.
+        The module. For a wrapper the module inside it.
 
     Raises:
         AttributeError: If there is no such module.
     """
     module, wrappers = _unwrap(model)
-    for name in path.split(".") if path else []:
+    names = path.split(".") if path else []
+    # The wrapper may have been taken off already.
+    start = next((k for k, name in enumerate(names) if name not in WRAPPER_NAMES or child(module, name)), 0)
+    for name in names[start:]:
         if name not in wrappers:
             found = child(module, name)
             if found is None:
@@ -37,7 +41,7 @@ def find_module(model: nn.Module, path: str) -> nn.Module:
 
 
 def module_paths(model: nn.Module) -> list[str]:
-    """Paths of all modules, in the order of definition, without the wrappers of `torch.compile`.
+    """Paths of all modules, in the order of definition, without wrappers, such as those of `torch.compile`.
 
     Args:
         model: The model; its own path is empty.
@@ -46,7 +50,12 @@ def module_paths(model: nn.Module) -> list[str]:
         The paths. A module that is registered in several places has several.
     """
     named = dict(model.named_modules(remove_duplicate=False))
-    wrappers = {f"{path}.{found[0]}".lstrip(".") for path, m in named.items() if (found := compiled_from(m))}
+    wrappers = {
+        f"{path}.{name}".lstrip(".")
+        for path, module in named.items()
+        if (found := wrapped_module(module))
+        for name in found[0]
+    }
 
     def without_wrappers(path: str) -> str:
         names = path.split(".")
@@ -56,12 +65,39 @@ def module_paths(model: nn.Module) -> list[str]:
 
 
 def _unwrap(module: nn.Module) -> tuple[nn.Module, set[str]]:
-    """The module inside wrappers of `torch.compile`, and the names that modules have in the wrappers."""
-    names = set()
-    while found := compiled_from(module):
-        name, module = found
-        names.add(name)
+    """The module inside wrappers, and the names that modules have in the wrappers."""
+    names: set[str] = set()
+    while found := wrapped_module(module):
+        inside, module = found
+        names |= set(inside)
     return module, names
+
+
+def unwrapped(model: object) -> nn.Module:
+    """A model without wrappers: what data parallelism, Fabric and averaging of weights add is of use in training only.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The module inside the outermost wrappers, or the model itself.
+
+    Raises:
+        SettingTypeError: If it is not a module.
+        LIBError: If its weights have no values.
+    """
+    if not isinstance(model, nn.Module):
+        raise SettingTypeError(
+            f"model must be a torch.nn.Module; got {shortened(repr(model), 80)}. A class needs its arguments, as in "
+            "Net(); a function can be called by the forward() of a module."
+        )
+    empty = [name for name, t in itertools.chain(model.named_parameters(), model.named_buffers()) if t.is_meta]
+    if empty:
+        raise LIBError(
+            f"{quoted(empty, limit=3)} have no values: they are on the device 'meta'. Load the weights first, or "
+            "create the model on another device."
+        )
+    return _unwrap(model)[0]
 
 
 def accepts_hooks(module: nn.Module) -> bool:

@@ -7,6 +7,7 @@ of autograd are in `lib_lightning.model.autograd_graph`, because they make sense
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -60,6 +61,32 @@ def compiled_from(module: nn.Module) -> tuple[str, nn.Module] | None:
     if inner is None and type(module).__name__ == "OptimizedModule":
         name, inner = next(module.named_children(), (name, None))
     return None if inner is None else (name, inner)
+
+
+# Modules that only call another one: the names by which they have it, by the name of their class.
+_WRAPPERS = {
+    "DistributedDataParallel": ("module",),
+    "DataParallel": ("module",),
+    "AveragedModel": ("module",),
+    # Of Lightning Fabric: the second one may be wrapped once more.
+    "_FabricModule": ("_original_module", "_forward_module"),
+}
+
+WRAPPER_NAMES = frozenset({NAMES["compiled module"], *itertools.chain(*_WRAPPERS.values())})
+
+
+def wrapped_module(module: nn.Module) -> tuple[tuple[str, ...], nn.Module] | None:
+    """The module that a wrapper calls, and the names that it has in the wrapper; None for any other module.
+
+    Wrappers are those of `torch.compile`, data parallelism, averaged weights and Lightning Fabric.
+    """
+    if found := compiled_from(module):
+        return (found[0],), found[1]
+    for cls in type(module).__mro__:
+        names = _WRAPPERS.get(cls.__name__, ())
+        if names and (inner := child(module, names[0])) is not None:
+            return names, inner
+    return None
 
 
 def has_forward(module: nn.Module) -> bool:

@@ -8,21 +8,20 @@ the activations before it alone depends on something else, with or without gradi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lib_lightning.errors import LIBError, NodeLayerError, NotFiniteError, is_out_of_memory
 from lib_lightning.model.batch import first_tensor, is_empty, tensors_in
 from lib_lightning.model.capture import CapturedLayer
 from lib_lightning.model.exchange import Exchange, exchanges, first_samples
 from lib_lightning.model.instrumented import InstrumentedModel
-from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.module_paths import explain_own_names
 from lib_lightning.model.sources import SampleSources
 from lib_lightning.model.vjp import apply_mask, vjp
@@ -55,30 +54,6 @@ _TORCH_ERRORS = {
     "have been used in the graph": _DIFFERENTIATED,
     "inside of a function being transformed": _DIFFERENTIATED,
 }
-
-
-@contextmanager
-def wrap_forward_errors(model: nn.Module, spec: ModelSpec) -> Iterator[None]:
-    """Run a block that calls a model for the first time, and explain its errors.
-
-    Args:
-        model: The model.
-        spec: How it is called.
-
-    Raises:
-        LIBError: If the model cannot be called, with the reason.
-    """
-    try:
-        yield
-    except LIBError:
-        raise
-    except Exception as error:
-        call = "" if spec.call is None else f" It was called as {spec.call}."
-        raise LIBError(
-            f"{type(model).__name__} cannot be run on a validation batch: {type(error).__name__}: {error}.{call} "
-            "input_fn=lambda batch: ... returns the arguments: a tuple becomes positional arguments, a dict keyword "
-            "arguments, and anything else, a list too, is the only argument."
-        ) from error
 
 
 def is_model_error(error: Exception, batch: Any) -> bool:

@@ -15,12 +15,13 @@ from lib_lightning.errors import LIBError, is_out_of_memory
 from lib_lightning.model.batch import is_empty
 from lib_lightning.model.batch_layout import BatchLayout
 from lib_lightning.model.exchange import first_samples
+from lib_lightning.model.forward_errors import wrap_forward_errors
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.module_paths import check_taps
 from lib_lightning.model.node_layer import NodeLayer, as_node_layers
 from lib_lightning.model.steps import can_be_called
-from lib_lightning.model.validate import NOT_LOOKED, is_model_error, wrap_forward_errors
+from lib_lightning.model.validate import NOT_LOOKED, is_model_error
 from lib_lightning.training.frameworks import rank_zero_info
 from lib_lightning.training.trainer import trainer_precision
 

@@ -23,12 +23,12 @@ from lib_lightning.algorithm.progress import on_phase
 from lib_lightning.api import check_node_layers, propose_node_layers
 from lib_lightning.errors import LIBError
 from lib_lightning.io.basis_format import EPOCH, STEP
+from lib_lightning.model.forward_errors import wrap_forward_errors
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
 from lib_lightning.model.node_layer import NodeLayer, as_node_layers
 from lib_lightning.model.preserve import preserve_rng
 from lib_lightning.model.torch_internals import operations_observed
-from lib_lightning.model.validate import wrap_forward_errors
 from lib_lightning.training.run_state import RunState
 from lib_lightning.training.samples import NUM_REFERENCE_SAMPLES, SampleBuffer
 from lib_lightning.training.schedule import Schedule
