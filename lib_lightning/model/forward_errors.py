@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from lib_lightning.errors import LIBError, brief, is_out_of_memory, quoted
 from lib_lightning.model.model_spec import ModelSpec
+from lib_lightning.model.torch_internals import NAMES
 
-_TORCH = Path(torch.__file__).parent
 # Parts of messages of torch about two types in one operation.
 _TWO_TYPES = ("have the same dtype", "expected scalar type", "same data type", "Input type (")
 _TWO_DEVICES = ("on the same device", "type (torch.cuda.")
@@ -79,16 +78,16 @@ def explain(model: nn.Module, spec: ModelSpec, error: Exception) -> str:
             "batches of that type, or dtype=torch.float32 to convert weights and batches. A tensor inside an object of "
             "another class is not converted: register it as a buffer."
         )
+    if any(frame.name == NAMES["backward engine"] for frame in frames):
+        return (
+            f"{name} can be run, but torch cannot compute its derivatives: {brief(error)}. Node layers around that "
+            "operation, or ahead of it, may be possible."
+        )
     if any(frame.name == "_call_impl" for frame in frames) or not frames or spec.input_fn is not None:
         call = "" if spec.call is None else f" It was called as {spec.call}."
         return (
             f"{name} cannot be run on a batch: {brief(error)}.{call} input_fn=lambda batch: ... returns the arguments: "
             "a tuple becomes positional arguments, a dict keyword arguments, and anything else is the only argument."
-        )
-    if Path(frames[-1].filename).is_relative_to(_TORCH):
-        return (
-            f"{name} can be run, but torch cannot compute its derivatives: {brief(error)}. Node layers around that "
-            "operation, or ahead of it, may be possible."
         )
     return (
         f"{brief(error)} was raised in {Path(frames[-1].filename).name} while {name} was analysed, which should not "

@@ -29,6 +29,7 @@ NAMES = {
     "backward pre-hooks": "_backward_pre_hooks",
     "compiled module": "_orig_mod",
     "no forward": "_forward_unimplemented",
+    "backward engine": "_engine_run_backward",
     "storage": "_cdata",
     "reentrant checkpoint": "CheckpointFunction",
     "checkpoint": "_checkpoint_hook",

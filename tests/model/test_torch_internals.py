@@ -128,6 +128,8 @@ INTERNALS: list[tuple[Any, str, Any, str]] = [
     (torch_internals, "backward pre-hooks", nn.Module(), "as for backward hooks"),
     (torch_internals, "compiled module", torch.compile(nn.Identity(), backend="eager"), "nothing, unless the class of "
      "compiled modules has another name, too: then their paths need the name of the wrapper (no workaround)"),
+    (torch_internals, "backward engine", torch.autograd.graph, "the difference between a model that cannot be run and "
+     "one that cannot be differentiated, in a message"),
     (torch_internals, "no forward", torch.nn.modules.module, "an explanation of the error that torch raises"),
     (torch_internals, "storage", torch.ones(1).untyped_storage(), "nothing"),
     (torch_internals, "checkpoint", torch.utils.checkpoint, "a search through all modules; checkpointing that is "
