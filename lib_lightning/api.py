@@ -143,7 +143,14 @@ def compute_interaction_graph(
     instrumented = InstrumentedModel(model, as_node_layers(node_layers), spec)
     with wrap_forward_errors(instrumented.model, instrumented.spec):
         graph = graph_of(
-            instrumented, batches, config, memory_limit, process_group, check_first=True, progress=progress, effort=effort
+            instrumented,
+            batches,
+            config,
+            memory_limit,
+            process_group,
+            check_first=True,
+            progress=progress,
+            effort=effort,
         )
     log.info("%s was called as %s.", type(model).__name__, instrumented.spec.call)
     for note in graph.info[keys.NOTES]:
