@@ -272,8 +272,7 @@ class InteractionGraph:
         if wanted in ids:
             return layer, ids.index(wanted)
         at_index = f" The feature with index {int(number)} is '{ids[int(number)]}'." if int(number) < len(ids) else ""
-        few = quoted(ids[:5]) + (" ..." if len(ids) > 5 else "")
-        raise LIBError(f"There is no feature '{wanted}' in this graph, whose '{layer}' has {few}.{at_index}")
+        raise LIBError(f"There is no feature '{wanted}' in this graph, whose '{layer}' has {quoted(ids)}.{at_index}")
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write a basis file: safetensors with a JSON header. An existing file is replaced atomically.

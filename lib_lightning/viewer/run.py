@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib_lightning.errors import LIBError, MissingFileError, quoted
+from lib_lightning.io.basis_format import MODULES_TRACKED
 from lib_lightning.io.run_layout import RunLayout
 from lib_lightning.viewer.run_discovery import find_runs, read_events, snapshot_files
 
@@ -86,7 +87,13 @@ class Run:
                 f"Run '{self.name}' has no snapshot at step {step:,}; the nearest are at {nearest_steps}. "
                 f"There are {_summary(list(files))}, listed by the attribute steps."
             )
-        return InteractionGraph.load(files[step].path)
+        graph = InteractionGraph.load(files[step].path)
+        # The film gives modules of version 0.1 the same numbers in all snapshots.
+        number_of = None if graph.info.get(MODULES_TRACKED) else _views([self])[0].module_numbers().get(step)
+        if number_of is not None:
+            for name, modules in graph.modules.items():
+                graph.modules[name] = modules.new_tensor([number_of.get(m, -1) for m in modules.tolist()])
+        return graph
 
     def events(self) -> list[dict[str, Any]]:
         """Read the events of features and metrics.
@@ -187,8 +194,7 @@ def _folder(path: Path) -> Path:
             "LIBCallback writes them to the trainer's log directory, such as lightning_logs/version_0."
         )
     if len(primary) > 1:
-        few = quoted(list(primary)[:10]) + (" and others" if len(primary) > 10 else "")
-        raise LIBError(f"There are {len(primary)} runs in '{path}': {few}. Give the folder of one of them.")
+        raise LIBError(f"There are {len(primary)} runs in '{path}': {quoted(primary)}. Give the folder of one of them.")
     return next(iter(primary.values()))
 
 

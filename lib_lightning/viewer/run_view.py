@@ -79,6 +79,8 @@ class RunView:
         if not outlines:
             raise NotFoundError(f"Run '{self.name}' has no readable snapshots.")
         layers = outlines[-1].layers
+        # Over all snapshots, so that a film of some of them has the same.
+        module_numbers = self.module_numbers() if any(outline.members for outline in outlines) else {}
         events = [{key: event.get(key) for key in _EVENT_KEYS} for event in read_events(self.folder)]
         return object_(
             {
@@ -89,7 +91,7 @@ class RunView:
                 "snapshots": array(outline.json for outline in outlines),
                 "labels": dump([_newest_labels(outlines, i) for i in range(len(layers))]),
                 "label_colors": dump(list(label_colors([outline.groups for outline in outlines]).items())),
-                "module_numbers": dump(_module_numbers(outlines)),
+                "module_numbers": dump([module_numbers.get(step) for step in by_step]),
                 "events": dump(events),
                 "scalars": self._scalars(by_step),
             }
@@ -98,6 +100,16 @@ class RunView:
     def steps(self, every: int = 1) -> list[int]:
         """Steps of the snapshots that `run` includes."""
         return list(self._outlines(snapshot_files(self.folder), every))
+
+    def module_numbers(self) -> dict[int, dict[int, int] | None]:
+        """Numbers that modules have over the run, for files of version 0.1, which numbered them anew in each snapshot.
+
+        Returns:
+            For each snapshot, by step, the number of each module by its number in the file; None for one that has the
+            numbers of the run already.
+        """
+        over_run, outlines = ModuleNumbers(), self._outlines(snapshot_files(self.folder), 1)
+        return {step: over_run.update(one.members) if one.members else None for step, one in outlines.items()}
 
     def snapshot(self, step: int, edges: int = MAX_EDGES) -> str:
         """Describe one snapshot.
@@ -170,12 +182,6 @@ class RunView:
             steps, kept = [step for step, _ in found], np.array([x for _, x in found], dtype=float)
             scalars[tag] = object_({"steps": dump(steps), "values": numbers(kept)})
         return object_(scalars)
-
-
-def _module_numbers(outlines: list[Outline]) -> list[dict[int, int] | None]:
-    """For each snapshot of version 0.1, the number of each module over the run, by its number in the file."""
-    numbers = ModuleNumbers()
-    return [numbers.update(outline.members) if outline.members else None for outline in outlines]
 
 
 def _newest_labels(outlines: list[Outline], layer: int) -> dict[int, str]:

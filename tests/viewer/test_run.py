@@ -82,7 +82,7 @@ def test_folders_without_a_single_run_raise(tmp_path: Path) -> None:
         Run(tmp_path)
     for version in range(12):
         SavedRun().write(tmp_path / f"version_{version}" / "lib", [0])
-    with pytest.raises(LIBError, match=r"12 runs in .*'version_9/lib' and others\. Give the folder"):
+    with pytest.raises(LIBError, match=r"12 runs in .*'version_7/lib' and 4 more\. Give the folder"):
         Run(tmp_path)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from lib_lightning import InteractionGraph
+from lib_lightning.viewer import Run
 from lib_lightning.viewer.cache import Cache
 from lib_lightning.viewer.run_discovery import find_runs, regular_files
 from lib_lightning.viewer.run_view import NotFoundError, RunView
@@ -428,3 +429,15 @@ def test_ratios_are_shown_where_both_sides_were_measured(logs: Path) -> None:
         "lib_over_pca/features/total": [10, 20, 30],
         "lib_over_pca/edges_required/total": [10, 30],
     }
+
+
+def test_a_graph_of_version_0_1_has_the_numbers_of_the_film(tmp_path: Path) -> None:
+    shutil.copytree(Path(__file__).parents[1] / "data" / "v0_1" / "run" / "lib", tmp_path / "lib")
+    run, view = Run(tmp_path / "lib"), view_of(tmp_path.resolve() / "lib")
+    thinned = json.loads(view.run(every=2))
+    assert [s["step"] for s in thinned["snapshots"]] == view.steps(every=2)
+    for described in (run_json(view), thinned):
+        for snapshot, number_of in zip(described["snapshots"], described["module_numbers"], strict=True):
+            graph = run.graph(snapshot["step"])
+            for layer, modules in zip(snapshot["layers"], graph.modules.values(), strict=True):
+                assert modules.tolist() == [number_of.get(str(module), -1) for module in layer["modules"]]
