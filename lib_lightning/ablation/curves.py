@@ -25,7 +25,7 @@ class EdgesRequiredResult:
     Attributes:
         count: The number; None if all edges do not suffice, because the basis omits directions that the model needs.
         mask: True for the edges that are kept at that number, shape ``(r_out, r_in)``; all of them if ``count`` is
-            None.
+            None. Rows and columns are in the order of the graph's indices, as in its edges.
         score: Mean score with those edges.
         unablated: Mean score without ablation.
         curve: Mean scores by number of edges kept, for all numbers that were tried.

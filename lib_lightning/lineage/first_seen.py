@@ -22,6 +22,8 @@ from lib_lightning.lineage.matching import SAME, standardised
 class FeatureHistory:
     """Similarity of ``r`` final features to the most similar feature of each of ``T`` earlier snapshots.
 
+    Features are in the order of the final graph's indices.
+
     Attributes:
         steps: Steps of the snapshots, ascending, shape ``(T,)``, int64.
         similarity: Largest absolute correlation with any feature of the snapshot, shape ``(T, r)``, float64.

@@ -82,6 +82,8 @@ def draw_timeline(
         (Line2D([], [], lw=1.0, color=TEXT), "split from"),
         (Line2D([], [], lw=7, color=_OTHERS_COLOR, solid_capstyle="butt"), "all others"),
     ]
+    if any(not _has_labels(snapshots) for snapshots in layers.values()):
+        marks.append((Line2D([], [], ls="", marker="$7$", ms=6, color=TEXT), "id"))
     entries = [*wrap_legend(color_legend), marks]
     height = min(1.6, max(0.9, 7.0 / max(len(layers), 1)))
     totals = {name: len(table.ids) for name, table in tables.items()}
@@ -129,6 +131,7 @@ def _colors(
     # "" where a lineage is absent.
     colors = {name: np.full((len(tables[name].share), len(k)), "", dtype=object) for name, k in shown.items()}
     color_of = label_colors(_label_weights(layers))
+    drawn_groups: set[str] = set()
     for name, snapshots in layers.items():
         for t, snapshot in enumerate(snapshots):
             feature = tables[name].feature[t, shown[name]]
@@ -136,6 +139,7 @@ def _colors(
             if color_of:
                 groups = [label_group(snapshot.labels[k]) if snapshot.labels else "" for k in feature[present]]
                 colors[name][t, present] = [color_of.get(group, NO_MODULE) for group in groups]
+                drawn_groups.update(groups)
             elif snapshot.modules is not None:
                 module = as_array(snapshot.modules)[feature[present]].astype(int)
                 colors[name][t, present] = [module_color(m) for m in module.tolist()]
@@ -145,9 +149,10 @@ def _colors(
     if not color_of:
         has_modules = any(snapshot.modules is not None for layer in layers.values() for snapshot in layer)
         return drawn, _module_legend(colors, has_modules)
-    rows: list[tuple[Mark, str]] = [(_patch(color), group) for group, color in color_of.items() if color in MODULES]
-    if len(color_of) > len(MODULES):
-        rows.append((_patch(OTHER_MODULES), f"{len(color_of) - len(MODULES)} more"))
+    shown_colors = {group: color for group, color in color_of.items() if group in drawn_groups}
+    rows: list[tuple[Mark, str]] = [(_patch(color), group) for group, color in shown_colors.items() if color in MODULES]
+    if others := len(shown_colors) - len(rows):
+        rows.append((_patch(OTHER_MODULES), f"{others} more"))
     return drawn, [*rows, (_patch(NO_MODULE), "no label")]
 
 
@@ -178,10 +183,14 @@ def _patch(color: str) -> Line2D:
     return Line2D([], [], color=color, lw=7, solid_capstyle="butt")
 
 
+def _has_labels(snapshots: Sequence[LayerSnapshot]) -> bool:
+    return any(any(snapshot.labels or ()) for snapshot in snapshots)
+
+
 def _final_names(snapshots: Sequence[LayerSnapshot], table: LineageTable) -> list[str]:
-    """The text at the right end of each lineage: its label, or its id if the layer has no labels."""
+    """The text at the right end of each lineage: its label, or the number in its id if the layer has no labels."""
     feature = table.feature[-1] if len(table.feature) else np.arange(0)
-    if not any(any(snapshot.labels or ()) for snapshot in snapshots):
+    if not _has_labels(snapshots):
         return [str(k) for k in table.ids]
     labels = snapshots[-1].labels
     return [without_percentage(labels[int(k)]) if labels is not None and k >= 0 else "" for k in feature]

@@ -163,6 +163,16 @@ def test_labels_beyond_the_palette_share_a_neutral_colour() -> None:
     assert_readable(figure)
 
 
+def test_the_legend_has_the_labels_that_are_drawn_and_what_numbers_are() -> None:
+    moments = [layer_snapshot([0, 1], [4.0, 1.0], labels=["k=4 a 60%", "k=17 b 90%"])] * 3
+    figure = draw_timeline(STEPS[:3], {"fc": moments, "output": [layer_snapshot([0], [1.0])] * 3}, limit=1)
+    said = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    assert {"k=4", "id"} <= set(said)
+    assert "k=17" not in said
+    labelled = draw_timeline(STEPS[:3], {"fc": moments})
+    assert "id" not in words(labelled)
+
+
 def test_different_numbers_of_steps_and_snapshots_raise() -> None:
     with pytest.raises(ValueError, match="'fc' has 6 snapshots, but there are 2 steps"):
         draw_timeline([0, 1], {"fc": example_run()})

@@ -15,6 +15,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor, nn
 
 from lib_lightning import InteractionGraph, compute_interaction_graph
+from lib_lightning.graph import Lineages
 from lib_lightning.training.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +51,24 @@ def test_inspect_prints_how_and_how_many(basis_file: Path, capsys: pytest.Captur
     assert "basis lib" in printed
     features = InteractionGraph.load(basis_file).bases["1"].n_features
     assert any(line.split() == ["features/1", str(features)] for line in printed.splitlines())
+
+
+def test_inspect_lists_features_by_id_and_index(basis_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    graph = InteractionGraph.load(basis_file)
+    main(["inspect", str(basis_file), "--features", "2"])
+    assert "features by id (the index, as features are not tracked); index: position in" in capsys.readouterr().out
+    basis = graph.bases["1"]
+    ids = torch.arange(basis.n_features) + 40
+    graph.lineages = {"1": Lineages(ids, ids.double(), ids)}
+    graph.labels = {"1": [f"label {k}" for k in range(len(ids))]}
+    graph.save(basis_file)
+    main(["inspect", str(basis_file), "--features", "2"])
+    printed = capsys.readouterr().out
+    assert "features by id (the same in all snapshots of the run)" in printed
+    listed = [line.split() for line in printed.splitlines() if line.startswith("  1/")]
+    assert [(words[0], words[2], words[-1]) for words in listed] == [("1/40", "0", "0"), ("1/41", "1", "1")]
+    main(["inspect", str(basis_file), "--features", "0"])
+    assert "features by id" not in capsys.readouterr().out
 
 
 def test_plot_writes_an_image(basis_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

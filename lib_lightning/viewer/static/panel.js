@@ -163,14 +163,16 @@ export class RunPanel {
       ];
     }
     if (by === "label") {
-      const groups = [...history.labelGroups].filter(([, color]) => color !== OTHER_MODULES);
-      if (!groups.length) return [h("span", {}, "No feature has a label.")];
-      const others = history.labelGroups.size - groups.length;
+      const shown = new Set(scene.columns.flatMap((column) => column.dots.map((dot) => dot.group)));
+      const drawn = [...history.labelGroups].filter(([group]) => shown.has(group));
+      if (!drawn.length) return [h("span", {}, "No feature shown has a label.")];
+      const groups = drawn.filter(([, color]) => color !== OTHER_MODULES);
+      const others = drawn.length - groups.length;
       return [
         h("span", {}, "labels:"),
         ...groups.map(([group, color]) => entry([color, group])),
         ...(others ? [entry([OTHER_MODULES, `${integer(others)} more`])] : []),
-        entry([NO_MODULE, "none"]),
+        ...(shown.has(null) ? [entry([NO_MODULE, "none"])] : []),
       ];
     }
     if (!history.hasModules) return [entry([VERMILION, "features (modules were not computed)"])];
