@@ -93,8 +93,8 @@ class RunningCovariance(Reducible):
     def totals(self) -> Tensor:
         """Counts, type and mean of this process, for `align`; on the CPU."""
         dtype = -1 if self.dtype is None else _DTYPES.index(self.dtype)
-        numbers = [self.n, self.count, dtype, len(self.mean), self.varies]
-        numbers = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+        own = [self.n, self.count, dtype, len(self.mean), self.varies]
+        numbers = torch.tensor(own, dtype=torch.float64, device="cpu")
         return torch.cat([numbers, self.mean.cpu()])
 
     def align(self, all_totals: Sequence[Tensor]) -> None:

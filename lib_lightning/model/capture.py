@@ -29,6 +29,7 @@ from lib_lightning.model.autograd_graph import is_view, overwrite, saved_tensors
 from lib_lightning.model.batch import first_tensor, replace_first_tensor, why_not_dense
 from lib_lightning.model.module_paths import find_module
 from lib_lightning.model.node_layer import INPUT, NodeLayer, Tap, split_tap
+from lib_lightning.model.not_called import NotCalledError
 from lib_lightning.model.sources import in_model
 from lib_lightning.model.steps import is_preparing
 
@@ -132,9 +133,7 @@ class ActivationRecorder:
         taps = {(i, k): tap for i, layer in enumerate(self._layers) for k, tap in enumerate(layer.taps)}
         missing = [tap for key, tap in taps.items() if key not in self._recorded]
         if missing:
-            raise NodeLayerError(
-                f"{quoted(missing)} did not run in the model's forward pass. Choose modules that forward() calls."
-            )
+            raise NotCalledError(missing)
         order = [i for i, _ in self._recorded]
         if order != sorted(order):
             raise NodeLayerError(

@@ -11,15 +11,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lib_lightning.errors import LIBError, is_out_of_memory
+from lib_lightning.errors import LIBError, NodeLayerError, is_out_of_memory
 from lib_lightning.model.batch import map_tensors, tensors_in
 from lib_lightning.model.batch_layout import BatchLayout, find_layout
 from lib_lightning.model.calls import ModelCall, without_subclass
 from lib_lightning.model.capture import ActivationRecorder, CapturedLayer, StopForward
 from lib_lightning.model.conversion import convert_attributes, target_dtype
 from lib_lightning.model.model_spec import ModelSpec
-from lib_lightning.model.module_paths import check_taps, find_module, unwrapped
+from lib_lightning.model.module_paths import accepts_hooks, check_taps, find_module, unwrapped
 from lib_lightning.model.node_layer import NodeLayer
+from lib_lightning.model.not_called import NotCalledError, explain_not_called
 from lib_lightning.model.preserve import MAX_COPIED_BYTES, preserve_model
 from lib_lightning.model.process_state import seed_all
 from lib_lightning.model.replica import Copier
@@ -125,9 +126,26 @@ class InstrumentedModel:
         with recorder.hooked():
             self.run(batch)
         self._detached += recorder.detached
-        captured = recorder.finish()
+        try:
+            captured = recorder.finish()
+        except NotCalledError as error:
+            said = explain_not_called(self.model, error.taps, self._called_modules(batch))
+            raise NodeLayerError(said) from error
         mask = self.spec.mask_of(batch)
         return captured if mask is None else [_with_mask(layer, mask) for layer in captured]
+
+    def _called_modules(self, batch: Any) -> set[int]:
+        """``id`` of each module that the model calls on a batch; in another forward pass."""
+        called: set[int] = set()
+        hookable = [module for module in self.model.modules() if accepts_hooks(module)]
+        handles = [module.register_forward_pre_hook(lambda module, _: called.add(id(module))) for module in hookable]
+        try:
+            with torch.no_grad():
+                self.run(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return called
 
     def output(self, batch: Any, replace: Mapping[int, Tensor]) -> Any:
         """Run the model with replaced activations; other node layers are not hooked.

@@ -47,7 +47,7 @@ class ModelSpec:
             raise SettingTypeError(
                 f"dtype is a floating-point type such as torch.float64, or None; got {self.dtype!r}."
             )
-        if not (self.input_fn is None or callable(self.input_fn) or isinstance(self.input_fn, ModelCall)):
+        if not (self.input_fn is None or callable(self.input_fn)):
             raise SettingTypeError(
                 "input_fn is a function from a batch to the model's input, such as lambda batch: batch['x']; got "
                 f"{shortened(repr(self.input_fn), 80)}."

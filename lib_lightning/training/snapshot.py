@@ -85,8 +85,8 @@ class SnapshotConfig:
             )
         if self.metrics is not None:
             check_metrics(self.metrics)
-            if taken := {*self.metrics.keys()} & {*TURNOVER}:
-                raise SettingError(f"Metrics are called {quoted(sorted(taken))}, like scalars that are logged anyway.")
+            if taken := [name for name in TURNOVER if name in self.metrics]:
+                raise SettingError(f"Metrics are called {quoted(taken)}, like scalars that are logged anyway.")
 
     @cached_property
     def collection(self) -> MetricCollection:
