@@ -193,7 +193,7 @@ def graph_of(
                     # A check that could not look at the first batches looks again at all of them.
                     if batches and (check_first or NOT_LOOKED in instrumented.notes):
                         instrumented.notes = validate_node_layers(instrumented, batches)
-                    batches = [batch for batch in batches if instrumented.num_samples(batch)]
+                    batches = instrumented.parts(batch for batch in batches if instrumented.num_samples(batch))
                     largest = max(map(instrumented.num_samples, batches), default=1)
                     plan = _plan(instrumented, batches, config, memory_limit)
                     if effort == "auto":

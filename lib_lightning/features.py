@@ -56,7 +56,7 @@ def feature_values(
         [torch.Size([20, 1, 2])]
     """
     with model_session(instrumented), torch.no_grad():
-        for seed, batch in enumerate(batch for batch in batches if not is_empty(batch)):
+        for seed, batch in enumerate(instrumented.parts(batch for batch in batches if not is_empty(batch))):
             instrumented.manual_seed(seed)
             inputs = first_tensor(instrumented.inputs(batch))
             if inputs is None:

@@ -42,10 +42,12 @@ def map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
         return _sequence_like(value, [map_tensors(v, fn) for v in value])
     if isinstance(value, Mapping):
         return _with_items(value, {k: map_tensors(v, fn) for k, v in value.items()})
-    if isinstance(value, type) or not hasattr(value, "__dict__") or callable(value):
+    if isinstance(value, type) or not hasattr(value, "__dict__"):
         return value
-    if hasattr(value, "to_data_list") or hasattr(value, "edge_index"):  # PyTorch Geometric: copies all of its stores
+    if hasattr(value, "edge_index") and hasattr(value, "apply"):  # of PyTorch Geometric: copies all of its stores
         return copy.copy(value).apply(fn)
+    if callable(value):
+        return value
     names = _tensor_attributes(value)
     return replace_items(value, {name: map_tensors(getattr(value, name), fn) for name in names}) if names else value
 

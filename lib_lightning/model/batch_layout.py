@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from lib_lightning.errors import LIBError, is_out_of_memory
+from lib_lightning.errors import ActivationError, LIBError, is_out_of_memory
 from lib_lightning.model.batch import batch_size, replace_items, tensors_in
+from lib_lightning.model.node_layer import NodeLayer, NodesAsPositions
 
 Path = tuple[str | int, ...]
 Index = slice | Tensor
@@ -73,6 +74,17 @@ class BatchLayout:
         lengths = (length_of(part) for path, part in parts_of(batch) if path == self.counted)
         return next((n for n in lengths if n is not None), None) or batch_size(batch)
 
+    def uniform_parts(self, batch: Any) -> list[Any]:
+        """A batch of graphs as batches of graphs with equally many nodes; any other batch unchanged."""
+        found = next((part for _, part in parts_of(batch) if _is_graph_batch(part)), None)
+        sizes = [] if found is None else _node_counts(found)
+        if len(set(sizes)) < 2:
+            return [batch]
+        chosen = (
+            torch.tensor([i for i, size in enumerate(sizes) if size == k], device="cpu") for k in sorted(set(sizes))
+        )
+        return [self.select(batch, index) for index in chosen]
+
     def can_split(self, batch: Any) -> bool:
         """Whether samples of a batch can be selected."""
         return self.paths is None or any(path in self.paths for path, _ in parts_of(batch))
@@ -97,6 +109,55 @@ class BatchLayout:
         return _select(batch, (), has_samples, index)
 
 
+@dataclass(frozen=True)
+class GraphSizes:
+    """The graphs of a batch.
+
+    Attributes:
+        count: Number of graphs.
+        nodes: Number of nodes of each; None if they differ.
+    """
+
+    count: int
+    nodes: int | None
+
+    def fit(self, layer: NodeLayer, rows: int, tap: str) -> NodeLayer:
+        """The node layer for a tensor with a number of rows: one for each graph, or one for each node.
+
+        Args:
+            layer: The node layer.
+            rows: Number of rows of the tapped tensor.
+            tap: Name of the tap, for messages.
+
+        Returns:
+            The node layer; its nodes are positions if there is one row for each.
+
+        Raises:
+            ActivationError: If the rows are neither.
+        """
+        if rows == self.count:
+            return layer
+        if self.nodes is None or rows != self.count * self.nodes:
+            raise ActivationError(
+                f"'{tap}' has {rows} rows in a batch of {self.count} graphs, neither one for each graph nor one for "
+                "each node. Choose a node layer with one row for each node, or after pooling."
+            )
+        return NodesAsPositions(layer.taps, layer.name, layer.positions, layer.feature_dim, self.nodes)
+
+
+def graph_sizes(batch: Any) -> GraphSizes | None:
+    """Sizes of the graphs of a batch as in PyTorch Geometric; None for other batches."""
+    found = next((part for _, part in parts_of(batch) if _is_graph_batch(part)), None)
+    if found is None:
+        return None
+    sizes = _node_counts(found)
+    return GraphSizes(len(sizes), int(sizes[0]) if len(set(sizes)) == 1 else None)
+
+
+def _node_counts(graphs: Any) -> list[int]:
+    return [int(graph.num_nodes) for graph in graphs.to_data_list()]
+
+
 def find_layout(
     batch: Any, called_with: Sequence[Path] | None, run: Callable[[Any], Any], reseed: Callable[[], None]
 ) -> BatchLayout:
@@ -115,6 +176,10 @@ def find_layout(
         LIBError: If there are several possibilities that differ.
     """
     parts = {path: n for path, part in parts_of(batch) if (n := length_of(part)) is not None}
+    for path, part in parts_of(batch):
+        if _is_graph_batch(part):
+            same_length = [other for other, length in parts.items() if length == parts[path]]
+            return BatchLayout(_disjoint(same_length, parts[path], [path]), path, True)
     used = {path: n for path, n in parts.items() if called_with is None or _is_inside(path, called_with)}
     tensors = [path for path in used if isinstance(_get(batch, path), Tensor)]
     if called_with is not None and len(used) == len(tensors) == 1:

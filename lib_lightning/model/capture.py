@@ -27,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from lib_lightning.errors import ActivationError, NodeLayerError, quoted
 from lib_lightning.model.autograd_graph import is_view, overwrite, saved_tensors_kept, swap_in
 from lib_lightning.model.batch import first_tensor, replace_first_tensor, why_not_dense
+from lib_lightning.model.batch_layout import GraphSizes
 from lib_lightning.model.module_paths import find_module
 from lib_lightning.model.node_layer import INPUT, NodeLayer, Tap, split_tap
 from lib_lightning.model.not_called import NotCalledError
@@ -84,6 +85,7 @@ class ActivationRecorder:
         caller_tensors: Copies of the caller's input tensors and the originals, by ``id`` of the copy.
         stop_after: Index of the node layer after which to end the forward pass; None to run all of it.
         locate: From a tap to the tap of the module that it stands for; see `lib_lightning.model.calls.ModelCall`.
+        graphs: Sizes of the graphs, if the batch is one of graphs.
 
     Attributes:
         detached: Tensors without a graph that were overwritten with leaves. A module may store them.
@@ -99,9 +101,11 @@ class ActivationRecorder:
         caller_tensors: dict[int, tuple[Tensor, Tensor]],
         stop_after: int | None = None,
         locate: Callable[[Tap], Tap] = lambda tap: tap,
+        graphs: GraphSizes | None = None,
     ) -> None:
+        self._graphs = graphs
         self._locate = locate
-        self._model, self._layers, self._replace = model, layers, replace
+        self._model, self._layers, self._replace = model, list(layers), replace
         self._widths, self._caller_tensors, self._stop_after = widths, caller_tensors, stop_after
         self._parameter_ids = {id(t) for t in (*model.parameters(), *model.buffers())}
         # Output and leaf of each tap, by node layer and tap, in the order of the calls.
@@ -205,6 +209,8 @@ class ActivationRecorder:
                 f"'{tap}' holds {str(t.dtype).removeprefix('torch.')} numbers, which have no gradient. "
                 "Choose a node layer after they become activations, such as the embedding's output."
             )
+        if self._graphs is not None:
+            self._layers[key[0]] = self._graphs.fit(self._layers[key[0]], len(t), tap)
         output = self._unmodified_copy(t)
         replacement = self._replacement(key, t)
         # The leaf may share the output's memory: nothing else has a reference to it, and nothing writes to it.

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from lib_lightning.model.autograd_graph import Edge, PathNode, edge_of, path_nodes
 from lib_lightning.model.batch import first_tensor, map_tensors, replace_first_tensor, tensors_in, why_not_dense
+from lib_lightning.model.batch_layout import graph_sizes
 from lib_lightning.model.exchange import Exchange, exchanges, first_samples
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.module_paths import accepts_hooks, find_module, module_paths
-from lib_lightning.model.node_layer import INPUT, OUTPUT, NodeLayer, Tap, split_tap, tap_name
+from lib_lightning.model.node_layer import INPUT, OUTPUT, NodeLayer, NodesAsPositions, Tap, split_tap, tap_name
 from lib_lightning.model.sources import SampleSources, follow_use, in_model
 from lib_lightning.model.steps import is_preparing
 
@@ -155,6 +156,8 @@ class _Trace:
     def __init__(self, instrumented: InstrumentedModel, batch: Any, infer_inputs: bool = False) -> None:
         self.model, self.infer_inputs = instrumented.model, infer_inputs
         self.n = instrumented.num_samples(batch)
+        graphs = graph_sizes(batch)
+        self._nodes = graphs.nodes or 1 if graphs else 1
         self.inferred: list[Tensor] = []
         self._parameter_ids = {id(t) for t in (*self.model.parameters(), *self.model.buffers())}
         call = instrumented.find_call(batch)
@@ -198,7 +201,10 @@ class _Trace:
         best = min(tensor.call_sites, key=self._rank)
         taps = [name for site in (best, *tensor.call_sites) for name in self._names(site)]
         tap, *aliases = dict.fromkeys(taps)
-        a = NodeLayer([tap]).read([torch.empty(tensor.shape, device="meta")])
+        layer = NodeLayer([tap])
+        if tensor.shape[0] != self.n:
+            layer = NodesAsPositions([tap], nodes=self._nodes)
+        a = layer.read([torch.empty(tensor.shape, device="meta")])
         made_by = [site for site in tensor.call_sites if site.side == OUTPUT and not site.passthrough]
         depths = [depth for site in made_by if (depth := self._block_depth(site)) >= 0]
         return CutPoint(
@@ -287,7 +293,8 @@ class _Trace:
             return None
         edge = edge_of(t)
         if edge not in self._traced:
-            is_usable = t.is_floating_point() and t.ndim > 0 and not why_not_dense(value) and t.shape[0] == self.n
+            has_rows = t.is_floating_point() and t.ndim > 0 and not why_not_dense(value)
+            is_usable = has_rows and t.shape[0] in (self.n, self.n * self._nodes)
             self._traced[edge] = TracedTensor(t.shape, is_usable)
         self._traced[edge].call_sites.append(site)
         return edge

@@ -129,7 +129,9 @@ def _different_samples(batch: Any, layout: BatchLayout, limit: int) -> Iterator[
         if n > 1 and t.ndim > 0 and t.shape[0] == n:
             found.append((t != t[:1]).flatten(1).any(1).cpu() if t.ndim > 1 else (t != t[:1]).cpu())
     tried: set[tuple[int, ...]] = set()
-    for differs in (*([torch.stack(found).any(0)] if found else []), *found):
+    if not found and n > 1:  # samples that are not rows of tensors
+        found.append(torch.ones(n, dtype=torch.bool, device="cpu"))
+    for differs in (torch.stack(found).any(0), *found) if found else ():
         index = tuple([0, *differs.nonzero()[:, 0].tolist()][: limit or n])
         if len(index) > 1 and index not in tried:
             tried.add(index)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lib_lightning.errors import LIBError, NodeLayerError, is_out_of_memory
 from lib_lightning.model.batch import map_tensors, tensors_in
-from lib_lightning.model.batch_layout import BatchLayout, find_layout
+from lib_lightning.model.batch_layout import BatchLayout, find_layout, graph_sizes
 from lib_lightning.model.calls import ModelCall, without_subclass
 from lib_lightning.model.capture import ActivationRecorder, CapturedLayer, StopForward
 from lib_lightning.model.conversion import convert_attributes, target_dtype
@@ -257,6 +257,10 @@ class InstrumentedModel:
         """Number of samples in a batch, as the model sees it."""
         return self.layout(batch).num_samples(batch)
 
+    def parts(self, batches: Iterable[Any]) -> list[Any]:
+        """Batches that can be run: those of graphs are divided into graphs with equally many nodes."""
+        return [part for batch in batches for part in self.layout(batch).uniform_parts(batch)]
+
     def select(self, batch: Any, index: slice | Tensor) -> Any:
         """Samples of a batch, by a slice or indices ``(k,)``; the batch itself if it cannot be split."""
         return self.layout(batch).select(batch, index)
@@ -347,8 +351,9 @@ class InstrumentedModel:
         locate = self.find_call(batch).locate
         self._caller_tensors.clear()
         return ActivationRecorder(
-            self.model, self.layers, replace, self._widths, self._caller_tensors, stop_after, locate
-        )
+            self.model, self.layers, replace, self._widths, self._caller_tensors, stop_after, locate,
+            graph_sizes(batch),
+        )  # fmt: skip
 
 
 class _Function(nn.Module):

@@ -189,6 +189,25 @@ class NodeLayer:
         return torch.tensor([p % size for p in wanted], device=device)
 
 
+@dataclass(frozen=True)
+class NodesAsPositions(NodeLayer):
+    """A node layer in a batch of graphs, whose tensors have the nodes of all graphs on axis 0: nodes are positions.
+
+    Args:
+        nodes: Number of nodes of each graph.
+
+    Example:
+        >>> NodesAsPositions(["conv"], nodes=3).read([torch.zeros(6, 2)]).shape
+        torch.Size([2, 3, 2])
+    """
+
+    nodes: int = 1
+
+    def _to_rows(self, tensor: Tensor) -> Tensor:
+        rows = super()._to_rows(tensor)
+        return rows.reshape(len(rows) // self.nodes, self.nodes * rows.shape[1], rows.shape[2])
+
+
 def as_node_layers(specs: Sequence[str | NodeLayer]) -> list[NodeLayer]:
     """Convert a user's list of node layers to `NodeLayer` objects, with different names.
 

@@ -177,6 +177,7 @@ class _Search:
     def candidates(self) -> list[CutPoint]:
         """Tensors that dominate all paths with gradients, from a single forward pass."""
         instrumented = InstrumentedModel(self.model, [], self.spec)
+        self.batches = instrumented.parts(self.batches)
         cuts = on_few_samples(instrumented, partial(discover_cut_points, instrumented, self.batches), self.batches)
         self.spec = replace(instrumented.spec, dtype=None)
         if len(cuts) < 2:

@@ -92,7 +92,7 @@ def validate_node_layers(instrumented: InstrumentedModel, batches: Sequence[Any]
         NodeLayerError: If a node layer does not cut the computation, with its name and the reason.
         ActivationError: If activations are integers, NaN or infinite.
     """
-    batches = [batch for batch in batches if not is_empty(batch)] or list(batches[:1])
+    batches = instrumented.parts([batch for batch in batches if not is_empty(batch)] or batches[:1])
     try:
         return on_few_samples(instrumented, partial(_validate, instrumented, batches), batches, final=LIBError)
     except NodeLayerError as error:

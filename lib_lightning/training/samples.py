@@ -100,7 +100,8 @@ class SampleBuffer:
         # Copies made outside inference mode are ordinary tensors, which gradients can be taken through.
         with torch.inference_mode(False):
             kept = batch if n <= wanted else self.layout.select(batch, slice(0, wanted))
-            self.batches.append(map_tensors(kept, lambda t: t.detach().clone()))
+            parts = self.layout.uniform_parts(kept)
+            self.batches += [map_tensors(part, lambda t: t.detach().clone()) for part in parts]
         self.count += wanted
         return rest
 
