@@ -197,12 +197,14 @@ def find_layout(
         return BatchLayout(_disjoint(chosen, n, doubtful), counted, False)
     works = _Trial(batch, whole, n, run, reseed)
     for left_out in range(min(_MAX_LEFT_OUT, len(doubtful)) + 1):
-        tried = {
-            _disjoint([path for path in chosen if path not in excluded], n, doubtful, prefer_lists)
-            for excluded in combinations(doubtful, left_out)
-            for prefer_lists in (False, True)
-        }
-        found = [paths for paths in sorted(tried, key=str) if any(path in used for path in paths) and works(paths)]
+        found = []
+        for excluded in combinations(doubtful, left_out):
+            rest = [path for path in chosen if path not in excluded]
+            # If both work, the model does not use the list.
+            ways = [_disjoint(rest, n, doubtful, prefer_lists) for prefer_lists in (False, True)]
+            working = next((w for w in ways if any(path in used for path in w) and works(w)), None)
+            if working is not None and working not in found:
+                found.append(working)
         if len(found) > 1:
             raise LIBError(
                 f"Which entries of the batch have one row for each of its {n} samples cannot be told: both "

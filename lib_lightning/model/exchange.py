@@ -103,11 +103,13 @@ def exchanges(batches: Sequence[Any], layout: BatchLayout, limit: int) -> Iterat
     pooled = _pooled([first_samples(batch, layout, 1) for batch in batches][: max(2, limit)])
     if pooled is not None:
         yield from _checked(pooled, _rolled(pooled, layout))
-    for other in few[1:]:
-        yield from _checked(few[0], other)
+    others = [found for other in few[1:] for found in _checked(few[0], other)]
+    yield from (found for found in others if found.entries is not None)
     if tensors_in(few[0]):
         n = layout.num_samples(few[0])
         yield from _checked(few[0], map_tensors(few[0], lambda t: _moved(t, n)))
+    # Samples of other sizes last: what depends on the size differs as well.
+    yield from (found for found in others if found.entries is None)
 
 
 def first_samples(batch: Any, layout: BatchLayout, limit: int) -> Any:

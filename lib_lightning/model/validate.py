@@ -352,7 +352,7 @@ def _check_section(before: CapturedLayer, after: CapturedLayer) -> None:
     for sample, others in ((0, slice(1, None)), (-1, slice(None, -1))):
         u_sample = torch.zeros_like(u)
         u_sample[sample] = u[sample]
-        if any(bool((grad[others].abs() > 0).any()) for grad in vjp(before, after, u_sample)):
+        if bool((before.layer.read(vjp(before, after, u_sample))[others].abs() > 0).any()):
             raise NodeLayerError(
                 f"Samples influence each other between {names[1]} and {names[0]}: is axis 0 the batch? Models that "
                 "take the sequence first need batch_first=True; a norm over the batch is not a function of one sample."
