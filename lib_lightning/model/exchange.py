@@ -176,7 +176,8 @@ def _dense_tensors(batch: Any) -> list[Tensor]:
 
 def _dense(t: Tensor) -> Tensor:
     if t.is_nested:
-        return torch.nested.to_padded_tensor(t, 0.0)
+        padded: Tensor = torch.nested.to_padded_tensor(t, 0.0)
+        return padded
     return t if t.layout == torch.strided else t.to_dense()
 
 
