@@ -6,7 +6,7 @@ GROUPS = {
     "darts": ["darts", "pytorch-lightning", "tensorboardX"],
     "neuralforecast": ["neuralforecast"],
     "pytorch-forecasting": ["pytorch-forecasting"],
-    "pytorch-tabular": ["pytorch-tabular"],
+    "pytorch-tabular": ["pytorch-tabular", "requests"],
     "scvi-tools": ["scvi-tools"],
     "gluonts": ["gluonts[torch]"],
     "lightly": ["lightly"],

@@ -80,7 +80,7 @@ def pytorch_forecasting(model: str, callback: Any, folder: Path, dataset: dict[s
 
     frames = [pd.DataFrame({"series": str(i), "time": range(60), "value": wave}) for i, wave in enumerate(waves(6, 60))]
     data = pf.TimeSeriesDataSet(
-        pd.concat(frames), time_idx="time", target="value", group_ids=["series"], max_encoder_length=12,
+        pd.concat(frames, ignore_index=True), time_idx="time", target="value", group_ids=["series"], max_encoder_length=12,
         max_prediction_length=4, time_varying_unknown_reals=["value"], **dataset,
     )  # fmt: skip
     forecaster = getattr(pf, model).from_dataset(data, **options)
@@ -120,7 +120,7 @@ def gluonts(estimator: Any, folder: Path) -> None:
 def deepar(callback: Any, folder: Path) -> None:
     from gluonts.torch import DeepAREstimator
 
-    options = trainer_options(folder, callback)
+    options = trainer_options(folder, callback, enable_checkpointing=True)  # as GluonTS needs
     gluonts(
         DeepAREstimator(
             freq="D", prediction_length=4, hidden_size=8, num_layers=1, num_batches_per_epoch=4, batch_size=8,
@@ -134,7 +134,7 @@ def deepar(callback: Any, folder: Path) -> None:
 def feed_forward(callback: Any, folder: Path) -> None:
     from gluonts.torch import SimpleFeedForwardEstimator
 
-    options = trainer_options(folder, callback)
+    options = trainer_options(folder, callback, enable_checkpointing=True)  # as GluonTS needs
     gluonts(
         SimpleFeedForwardEstimator(
             prediction_length=4, hidden_dimensions=[16, 16], num_batches_per_epoch=4, batch_size=8,

@@ -56,13 +56,14 @@ def rows(auto: str, kind: str, *names: str, **special: dict[str, Any]) -> list[R
 CONFIGURATIONS: list[Row] = [
     *rows(
         CAUSAL, TEXT,
-        "gpt2", "gpt_neo", "gpt_neox", "gptj", "codegen", "gpt_bigcode", "opt", "bloom", "biogpt", "xglm", "llama",
+        "gpt2", "gpt_neo", "gpt_neox", "gptj", "codegen", "gpt_bigcode", "opt", "bloom", "biogpt", "helium", "llama",
         "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "phi", "phi3", "falcon", "mpt", "stablelm",
         "starcoder2", "olmo", "olmo2", "cohere", "granite", "persimmon", "nemotron", "glm", "mamba", "rwkv",
         gpt_neo={"attention_types": [[["global", "local"], 1]], "window_size": 2},
         phi={"partial_rotary_factor": 0.5}, stablelm={"partial_rotary_factor": 0.5},
         persimmon={"partial_rotary_factor": 0.5}, nemotron={"partial_rotary_factor": 0.5},
-        glm={"partial_rotary_factor": 0.5}, mixtral={"num_local_experts": 2},
+        glm={"partial_rotary_factor": 0.5}, mixtral={"num_local_experts": 2, "experts_implementation": "eager"},
+        codegen={"num_attention_heads": 4},
         mamba={"state_size": 4, "time_step_rank": 2}, rwkv={"attention_hidden_size": HIDDEN, "context_length": 16},
     ),
     *rows(
@@ -71,7 +72,7 @@ CONFIGURATIONS: list[Row] = [
         "fnet", "modernbert", "nystromformer", "megatron-bert",
         modernbert={"global_attn_every_n_layers": 1, "cls_token_id": 1, "sep_token_id": 2},
         rembert={"input_embedding_size": HIDDEN, "output_embedding_size": HIDDEN},
-        nystromformer={"num_landmarks": 2, "segment_means_seq_len": 16},
+        nystromformer={"num_landmarks": LENGTH, "segment_means_seq_len": LENGTH},
         convbert={"head_ratio": 1, "num_groups": 1},
     ),
     *rows(
@@ -80,7 +81,10 @@ CONFIGURATIONS: list[Row] = [
         resnet={"embedding_size": 4, "hidden_sizes": [4, 6], "depths": [1, 1], "layer_type": "basic"},
         regnet={"embedding_size": 4, "hidden_sizes": [4, 6], "depths": [1, 1], "groups_width": 2},
         convnext={"hidden_sizes": [4, 6], "depths": [1, 1], "num_stages": 2, "patch_size": 2},
-        swin={"embed_dim": 4, "depths": [1, 1], "num_heads": [1, 2], "window_size": 2, "patch_size": 2},
+        swin={
+            "embed_dim": 4, "depths": [1, 1], "num_heads": [1, 2], "num_attention_heads": [1, 2], "window_size": 2,
+            "patch_size": 2,
+        },
     ),
     *rows(
         PAIRS, SEQUENCES, "t5", "bart", "mbart", "pegasus", "marian",
@@ -92,13 +96,19 @@ CONFIGURATIONS: list[Row] = [
 ]  # fmt: skip
 
 
+def _can_be_set(config: Any, name: str) -> bool:
+    attribute = getattr(type(config), name, None)
+    return not isinstance(attribute, property) or attribute.fset is not None
+
+
 def model_of(model_type: str, auto: str, special: dict[str, Any]) -> nn.Module:
     """A tiny model with random weights in float64."""
     import transformers
 
     config = transformers.AutoConfig.for_model(model_type)
-    known = {name: value for name, value in {**SIZES, **special}.items() if hasattr(config, name)}
+    known = {name: value for name, value in SIZES.items() if hasattr(config, name) and _can_be_set(config, name)}
     config = type(config)(**{**known, **special})
+    config.architectures = []
     torch.manual_seed(0)
     model: nn.Module = getattr(transformers, auto).from_config(config).double().eval()
     with torch.no_grad():
