@@ -350,6 +350,25 @@ def _with_items(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
     return new
 
 
+def as_bytes(t: Tensor) -> Tensor:
+    """The values of a tensor of any type as ``uint8``, shape ``(number of bytes,)``.
+
+    Args:
+        t: Any strided tensor.
+
+    Returns:
+        A view of its memory if that is contiguous.
+
+    Example:
+        >>> import torch
+        >>> as_bytes(torch.zeros(3, 2)[::2, :1]).shape
+        torch.Size([8])
+    """
+    flat = t.contiguous().flatten()
+    # A tensor of one element is contiguous with any stride.
+    return (flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)).view(torch.uint8)
+
+
 def hash_tensors(tensors: Iterable[tuple[str, Tensor]], prefix: bytes = b"") -> bytes:
     """SHA-256 of tensors: of their labels, dtypes, shapes and values.
 
@@ -368,8 +387,7 @@ def hash_tensors(tensors: Iterable[tuple[str, Tensor]], prefix: bytes = b"") -> 
     digest = hashlib.sha256(prefix)
     for label, t in tensors:
         digest.update(f"{label}{t.dtype} {tuple(t.shape)}".encode())
-        # As bytes, because NumPy does not know every dtype.
-        digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(as_bytes(t.detach().cpu()).numpy().tobytes())
     return digest.digest()
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from lib_lightning.model.batch import hash_tensors
+from lib_lightning.model.batch import as_bytes, hash_tensors
 
 # What ``info["weights"]`` of a snapshot says: they are those of the last optimizer step, or others that have been put
 # in their place, during a validation or at the end of training.
@@ -110,7 +110,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _bytes(t: Tensor) -> Tensor:
     if hasattr(t, "to_local"):  # sharded over processes
         t = t.to_local()
-    return t.detach().contiguous().flatten().view(torch.uint8)
+    return as_bytes(t.detach())
 
 
 def _sums(data: Tensor) -> list[Tensor]:

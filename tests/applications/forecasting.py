@@ -80,8 +80,8 @@ def pytorch_forecasting(model: str, callback: Any, folder: Path, dataset: dict[s
 
     frames = [pd.DataFrame({"series": str(i), "time": range(60), "value": wave}) for i, wave in enumerate(waves(6, 60))]
     data = pf.TimeSeriesDataSet(
-        pd.concat(frames, ignore_index=True), time_idx="time", target="value", group_ids=["series"], max_encoder_length=12,
-        max_prediction_length=4, time_varying_unknown_reals=["value"], **dataset,
+        pd.concat(frames, ignore_index=True), time_idx="time", target="value", group_ids=["series"],
+        max_encoder_length=12, max_prediction_length=4, time_varying_unknown_reals=["value"], **dataset,
     )  # fmt: skip
     forecaster = getattr(pf, model).from_dataset(data, **options)
     train, validate = (data.to_dataloader(train=train, batch_size=16, num_workers=0) for train in (True, False))

@@ -279,3 +279,12 @@ def test_hash_does_not_depend_on_the_layout() -> None:
     assert weights_hash(a) == weights_hash(b)
     assert weights_hash(a) != weights_hash(nn.Linear(6, 6))
     assert len({weights_hash(nn.BatchNorm1d(3)), weights_hash(nn.Identity())}) == 2
+
+
+def test_tensors_of_one_element_have_any_stride() -> None:
+    layer = nn.Linear(1, 1)
+    before = weights_hash(layer)
+    layer.weight.data = torch.stack([layer.weight.data.flatten(), torch.zeros(1)])[:1].as_strided((1, 1), (7, 5))
+    assert weights_hash(layer) == before
+    graph = compute_interaction_graph(layer, [torch.randn(9, 2)[:, ::2]], ["input", "output"])
+    assert graph.bases["input"].n_features == 1
