@@ -33,7 +33,7 @@ from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
 from lib_lightning.model.module_paths import unwrapped
 from lib_lightning.model.node_layer import NodeLayer, as_node_layers
 from lib_lightning.model.preserve import copied_bytes, preserve_model
-from lib_lightning.model.propose import find_cuts, find_proposed, propose
+from lib_lightning.model.propose import find_cuts, find_proposed, propose, sizes
 from lib_lightning.model.replica import num_bytes
 from lib_lightning.model.validate import NOT_LOOKED, validate_node_layers
 
@@ -265,6 +265,7 @@ def _as_graph(built: BuildResult, config: LIBConfig, instrumented: InstrumentedM
         keys.MODEL_CALL: None if instrumented.spec.call is None else instrumented.spec.call.plain,
         keys.NODE_LAYERS: [
             {"name": x.name, "taps": list(x.taps), "positions": x.positions, "feature_dim": x.feature_dim}
+            | ({} if x.join == "features" else {"join": x.join})
             for x in instrumented.layers
         ],
         keys.NUM_SAMPLES: built.n_samples,
@@ -285,13 +286,14 @@ def _as_graph(built: BuildResult, config: LIBConfig, instrumented: InstrumentedM
 
 
 def _proposed(model: nn.Module, batches: Sequence[Any], spec: ModelSpec) -> list[str]:
-    batch = next((batch for batch in batches if not is_empty(batch)), None)
-    if batch is None:
+    if all(is_empty(batch) for batch in batches):
         raise ActivationError("There are no samples to choose node layers with: every batch is empty.")
-    check_has_tensors(batch)
-    with preserve_model(model) as copy:
-        node_layers = find_proposed(copy, [batch for batch in batches if not is_empty(batch)], spec)
-    log.warning("No node layers were given; %s is cut at node_layers=%s.", type(model).__name__, node_layers)
+    cuts = proposed_cuts(model, [batch for batch in batches if not is_empty(batch)], spec)
+    node_layers = [cut.tap for cut in cuts]
+    log.warning(
+        "No node layers were given; %s is cut at node_layers=%s, of %s.",
+        type(model).__name__, node_layers, sizes(cuts),
+    )  # fmt: skip
     return node_layers
 
 
@@ -399,7 +401,12 @@ def propose_node_layers(
         >>> propose_node_layers(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 4))
         ['input', '1', 'output']
     """
-    check_has_tensors(batch)
-    model, spec = unwrapped(model), ModelSpec(input_fn, mask)
+    return [cut.tap for cut in proposed_cuts(model, [batch], ModelSpec(input_fn, mask))]
+
+
+def proposed_cuts(model: nn.Module, batches: Sequence[Any], spec: ModelSpec) -> list[CutPoint]:
+    """`propose_node_layers` on several batches, with the sizes of the node layers."""
+    check_has_tensors(batches[0])
+    model = unwrapped(model)
     with wrap_forward_errors(model, spec), preserve_model(model) as copy:
-        return find_proposed(copy, [batch], spec)
+        return find_proposed(copy, batches, spec)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -110,6 +111,9 @@ class ActivationRecorder:
         self._parameter_ids = {id(t) for t in (*model.parameters(), *model.buffers())}
         # Output and leaf of each tap, by node layer and tap, in the order of the calls.
         self._recorded: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        # Taps of node layers that are part of an earlier one as well, and what the model continued with at each tap.
+        self._shared: dict[int, list[int]] = defaultdict(list)
+        self._continued: dict[str, Tensor] = {}
         self.detached: list[weakref.ref[Tensor]] = []
         self.stopped = False
 
@@ -117,10 +121,16 @@ class ActivationRecorder:
     def hooked(self, only: Collection[int] | None = None) -> Iterator[None]:
         """Register the hooks of all node layers, or of those with the indices ``only``."""
         handles: list[RemovableHandle] = []
+        attached: set[str] = set()
         try:
             for layer_index, layer in enumerate(self._layers):
                 for tap_index, tap in enumerate(layer.taps):
-                    if only is None or layer_index in only:
+                    if only is not None and layer_index not in only:
+                        continue
+                    if tap in attached:
+                        self._shared[layer_index].append(tap_index)
+                    else:
+                        attached.add(tap)
                         handles.append(self._attach(tap, (layer_index, tap_index)))
             with saved_tensors_kept():
                 yield
@@ -217,20 +227,56 @@ class ActivationRecorder:
         leaf = (output if replacement is None else replacement.clone()).detach()
         leaf.requires_grad_(torch.is_grad_enabled())
         self._recorded[key] = (output, leaf)
-        if key[0] == self._stop_after:
-            self.stopped = sum(i == key[0] for i, _ in self._recorded) == len(self._layers[key[0]].taps)
-            if self.stopped:
-                raise StopForward
+        if self._is_complete(key[0]) and key[0] == self._stop_after:
+            self.stopped = True
+            raise StopForward
+        new = self._continue(t, leaf, replacement is not None)
+        self._continued[tap] = new
+        self._record_shared(key[0])
+        return value if new is t else replace_first_tensor(value, new)
+
+    def _continue(self, t: Tensor, leaf: Tensor, is_replaced: bool) -> Tensor:
+        """Let the model continue from a leaf: in the same tensor object, or else in the one that is returned."""
         if id(t) in self._parameter_ids or (t.is_leaf and t.requires_grad):
-            return replace_first_tensor(value, leaf.clone())
+            return leaf.clone()
         if is_view(t):
             new = leaf.clone()
-            return value if swap_in(t, new) else replace_first_tensor(value, new)
+            return t if swap_in(t, new) else new
         has_graph = t.grad_fn is not None
         if not has_graph:
             self.detached.append(weakref.ref(t))
-        overwrite(t, leaf, new_memory=has_graph or replacement is not None)
-        return value
+        overwrite(t, leaf, new_memory=has_graph or is_replaced)
+        return t
+
+    def _is_complete(self, layer_index: int) -> bool:
+        return all((layer_index, k) in self._recorded for k in range(len(self._layers[layer_index].taps)))
+
+    def _record_shared(self, layer_index: int) -> None:
+        """Record the taps of a node layer that an earlier one has, too, as soon as its other taps are recorded.
+
+        From here on the model continues from new leaves, in the same tensor objects.
+        """
+        shared = [k for k in self._shared[layer_index] if (layer_index, k) not in self._recorded]
+        taps = self._layers[layer_index].taps
+        if not shared or any((layer_index, k) not in self._recorded for k in range(len(taps)) if k not in shared):
+            return
+        for k in shared:
+            t = self._continued[taps[k]]
+            key = layer_index, k
+            output, replacement = t.clone(), self._replacement(key, t)
+            leaf = (output if replacement is None else replacement.clone()).detach()
+            leaf.requires_grad_(torch.is_grad_enabled())
+            self._recorded[key] = output, leaf
+            if t.grad_fn is None:
+                self._continue(t, leaf, replacement is not None)
+            elif not swap_in(t, leaf.clone()):  # what has been computed from it keeps the old values
+                raise NodeLayerError(
+                    f"'{taps[k]}' cannot be in node layer '{self._layers[layer_index].name}' and in one before it: "
+                    "the model keeps its values for a derivative. Leave one of the two node layers out."
+                )
+        if layer_index == self._stop_after:
+            self.stopped = True
+            raise StopForward
 
     def _unmodified_copy(self, t: Tensor) -> Tensor:
         """A copy that nothing writes to. For an unmodified input of the model, that is the caller's tensor."""
@@ -248,5 +294,5 @@ class ActivationRecorder:
             return None
         # The taps of one node layer are called one after another; each takes its part of the features.
         start = sum(self._widths[layer_index, k] for k in range(tap_index))
-        (written,) = layer.write(values[..., start : start + self._widths[key]], [t])
+        (written,) = layer.write(layer.part(values, start, self._widths[key]), [t])
         return written.to(t.dtype)

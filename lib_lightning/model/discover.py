@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,14 +30,16 @@ from lib_lightning.model.sources import SampleSources, follow_use, in_model
 from lib_lightning.model.steps import is_preparing
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+# Sources that are tried as the input of an encoder.
+_MAX_STREAMS = 4
 
 
 @dataclass(frozen=True)
 class CutPoint:
-    """A place where a model can be cut with a single tensor.
+    """A place where a model can be cut with a single tensor, or with the output of an encoder and another tensor.
 
     Attributes:
-        tap: Its name, to be used as a node layer.
+        tap: Its name, to be used as a node layer. ``"encoder|decoder.0"`` joins two tensors along their positions.
         shape: Shape of the tensor, without the batch axis.
         positions: Number of positions ``S``, as a `NodeLayer` reads them.
         features: Number of features ``d`` at each position.
@@ -91,6 +94,8 @@ class TracedTensor:
         mixing_depth: Number of operations before it that mix features or positions.
         op_depth: Number of operations before it that change more than the layout.
         uses: Number of operations that use it.
+        beside: A tensor that cuts the computation only together with this one, such as an encoder's output beside a
+            decoder's stream; None if this one does so alone.
     """
 
     shape: torch.Size
@@ -99,6 +104,7 @@ class TracedTensor:
     mixing_depth: int = 0
     op_depth: int = 0
     uses: int = 0
+    beside: TracedTensor | None = None
 
 
 def discover_cut_points(instrumented: InstrumentedModel, batches: Sequence[Any], limit: int) -> list[CutPoint]:
@@ -127,7 +133,7 @@ def discover_cut_points(instrumented: InstrumentedModel, batches: Sequence[Any],
                 break
     finally:
         search.release()
-    return [trace.cut_point(tensor) for tensor in dominators]
+    return [cut for tensor in dominators if (cut := trace.cut_point(tensor))]
 
 
 def _compared(
@@ -147,7 +153,7 @@ def _compared(
 
 def class_name(model: nn.Module, tap: str) -> str:
     """Class name of the module that a tap names."""
-    return type(find_module(model, split_tap(tap).path)).__name__
+    return type(find_module(model, split_tap(re.split(r"[|+]", tap)[-1]).path)).__name__
 
 
 class _Trace:
@@ -187,6 +193,8 @@ class _Trace:
 
     def dominators(self, sources: Sequence[Tensor]) -> list[TracedTensor]:
         """Tensors that every path from the sources to the output goes through; at least two, or none."""
+        if len(sources) > 1 and (streams := self._encoder_and_decoder(sources)):
+            return streams
         # If several inputs have separate paths to the end, the smaller ones are context: a mask, a time step.
         largest = max((t.numel() for t in sources), default=0)
         for chosen in (list(sources), [t for t in sources if t.numel() == largest]):
@@ -196,8 +204,54 @@ class _Trace:
                 return dominators
         return []
 
-    def cut_point(self, tensor: TracedTensor) -> CutPoint:
-        """Name a traced tensor and describe it."""
+    def _encoder_and_decoder(self, sources: Sequence[Tensor]) -> list[TracedTensor]:
+        """The dominators of an encoder's input, and each block of a decoder beside the encoder's output.
+
+        Every path from the encoder's input goes through its output, and every path from the decoder's own input through
+        each of its blocks, so that the two together cut the computation. Up to the encoder's output the decoder's input
+        is context. Empty if there are no such blocks.
+        """
+        alone = [self._dominators_of(source) for source in sources[:_MAX_STREAMS]]
+        best: list[TracedTensor] = []
+        for one, two in itertools.permutations(range(len(alone)), 2):
+            encoder = [t for t in alone[one] if not self._depends(t, sources[two])]
+            if not encoder or len(encoder[-1].shape) < 3:  # a single vector is a condition rather than a stream
+                continue
+            known = {id(site) for tensor in alone[one] for site in tensor.call_sites}
+            pairs = [
+                replace(tensor, beside=encoder[-1])
+                for tensor in alone[two]
+                if self._is_block(tensor)
+                and not any(id(site) in known for site in tensor.call_sites)
+                and self._depends(tensor, sources[one])
+            ]
+            if pairs and len(encoder) + len(pairs) > len(best):
+                best = [*encoder, *pairs, *alone[one][len(encoder) :]]
+        return best
+
+    def _dominators_of(self, source: Tensor) -> list[TracedTensor]:
+        return self._merge_aliases(path_nodes([edge_of(source)], self._output)) if self._output else []
+
+    def _is_block(self, tensor: TracedTensor) -> bool:
+        return any(s.side == OUTPUT and not s.passthrough and self._block_depth(s) >= 0 for s in tensor.call_sites)
+
+    def _depends(self, tensor: TracedTensor, source: Tensor) -> bool:
+        edge = next(edge for edge, traced in self._traced.items() if traced.call_sites[0] in tensor.call_sites)
+        return bool(path_nodes([edge_of(source)], edge))
+
+    def cut_point(self, tensor: TracedTensor) -> CutPoint | None:
+        """Name a traced tensor and describe it; None if it cannot be joined with the one beside it."""
+        if tensor.beside is not None:
+            first, second = self.cut_point(tensor.beside), self.cut_point(replace(tensor, beside=None))
+            if first is None or second is None or first.features != second.features:
+                return None
+            return replace(
+                second,
+                tap=f"{first.tap}|{second.tap}",
+                shape=(first.positions + second.positions, second.features),
+                positions=first.positions + second.positions,
+                aliases=tuple(f"{alias}|{second.tap}" for alias in first.aliases),
+            )
         best = min(tensor.call_sites, key=self._rank)
         taps = [name for site in (best, *tensor.call_sites) for name in self._names(site)]
         tap, *aliases = dict.fromkeys(taps)

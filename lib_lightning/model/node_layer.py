@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,12 +26,16 @@ class NodeLayer:
     and so is that of any other module if its path alone would mean something else. This class covers the other cases.
 
     Args:
-        taps: Tensors to read, one string as above for each. Several are concatenated along the feature axis.
-        name: Name of the node layer. By default its taps joined by ``+``.
+        taps: Tensors to read, one string as above for each. Several are concatenated. A string with ``+`` between taps
+            (``"left+right"``) is the node layer that concatenates their features, one with ``|`` between them
+            (``"encoder|decoder.0"``) the one that concatenates their positions.
+        name: Name of the node layer. By default its taps joined by ``+``, or by ``|``.
         positions: Positions (tokens, pixels) to select: an index or a list of indices into the flattened positions.
             Negative indices count from the end. By default all positions.
         feature_dim: Axis of the features. By default axis 1 for four-dimensional tensors (channels-first images) and
             the last axis for all others.
+        join: Axis along which several taps are concatenated: ``"features"``, or ``"positions"`` for tensors with the
+            same features at different positions, such as the two streams of an encoder-decoder.
 
     Raises:
         NodeLayerError: If there is no tap, or a tap has an empty module path.
@@ -46,6 +51,7 @@ class NodeLayer:
     name: str = ""
     positions: int | Sequence[int] | None = None
     feature_dim: int | None = None
+    join: Literal["features", "positions"] = "features"
 
     def __post_init__(self) -> None:
         taps, positions = (self.taps,) if isinstance(self.taps, str) else tuple(self.taps), self.positions
@@ -64,7 +70,12 @@ class NodeLayer:
                     f"positions is an index or a list of at least one index, -1 for the last one; got {positions!r}. "
                     "Omit it for all positions."
                 )
-        object.__setattr__(self, "name", self.name or "+".join(taps))
+        if self.join not in ("features", "positions") or (self.join == "positions" and positions is not None):
+            raise NodeLayerError(
+                f"join is 'features', or 'positions' together with all positions; got {self.join!r}"
+                + (f" and positions={positions!r}." if positions is not None else ".")
+            )
+        object.__setattr__(self, "name", self.name or ("+" if self.join == "features" else "|").join(taps))
 
     def read(self, tensors: Sequence[Tensor]) -> Tensor:
         """Read the tapped tensors as one array of samples, positions and features.
@@ -83,12 +94,13 @@ class NodeLayer:
             torch.Size([2, 25, 3])
         """
         rows = [self._to_rows(tensor) for tensor in tensors]
-        if len({row.shape[:2] for row in rows}) > 1:
+        if len({self._common(row) for row in rows}) > 1:
             shapes = ", ".join(f"{tap} {tuple(t.shape)}" for tap, t in zip(self.taps, tensors, strict=True))
             raise NodeLayerError(
-                f"The taps of node layer '{self.name}' differ in samples or positions and cannot be joined: {shapes}."
+                f"The taps of node layer '{self.name}' differ in samples or "
+                f"{'positions' if self.join == 'features' else 'features'} and cannot be joined: {shapes}."
             )
-        a = torch.cat(rows, dim=-1) if len(rows) > 1 else rows[0]
+        a = torch.cat(rows, dim=self._join_axis) if len(rows) > 1 else rows[0]
         return self.positions_of(a)
 
     def write(self, values: Tensor, into: Sequence[Tensor]) -> list[Tensor]:
@@ -107,7 +119,7 @@ class NodeLayer:
             tensor([0., 0., 2.])
         """
         rows = [self._to_rows(tensor) for tensor in into]
-        parts = values.split([row.shape[-1] for row in rows], dim=-1)
+        parts = values.split([row.shape[self._join_axis] for row in rows], dim=self._join_axis)
         written = []
         for tensor, row, part in zip(into, rows, parts, strict=True):
             if self.positions is not None:
@@ -121,8 +133,20 @@ class NodeLayer:
         return self if len(self.taps) == 1 else replace(self, taps=[self.taps[tap]])
 
     def width(self, tensor: Tensor) -> int:
-        """Number of features in a tapped tensor."""
-        return self._to_rows(tensor).shape[-1]
+        """Length of a tapped tensor along the axis on which taps are concatenated."""
+        return self._to_rows(tensor).shape[self._join_axis]
+
+    def part(self, values: Tensor, start: int, width: int) -> Tensor:
+        """The part of activations ``(n, S, d)`` that belongs to a tap, along that axis."""
+        return values.narrow(self._join_axis, start, width)
+
+    @property
+    def _join_axis(self) -> int:
+        return 2 if self.join == "features" else 1
+
+    def _common(self, rows: Tensor) -> tuple[int, int]:
+        """What the taps of a node layer have in common: number of samples, and positions or features."""
+        return rows.shape[0], rows.shape[1 if self.join == "features" else 2]
 
     def select(self, mask: Tensor, tensors: Sequence[Tensor]) -> Tensor | None:
         """Select the entries of a batch's mask that belong to the node layer's positions.
@@ -139,6 +163,8 @@ class NodeLayer:
             NodeLayerError: If the node layer has another number of positions, more than one.
         """
         n, S, _ = self._to_rows(tensors[0]).shape
+        if self.join == "positions":
+            S = sum(map(self.width, tensors))
         if S == 1 and self.positions is None and mask.shape != (n, 1):
             return None
         if mask.shape != (n, S):
@@ -229,7 +255,7 @@ def as_node_layers(specs: Sequence[str | NodeLayer]) -> list[NodeLayer]:
             "At least two node layers are needed, as a list such as ['input', 'output']; got "
             f"{shortened(repr(specs), 80)}."
         )
-    layers = [spec if isinstance(spec, NodeLayer) else _as_node_layer(spec) for spec in specs]
+    layers = [spec if isinstance(spec, NodeLayer) else as_node_layer(spec) for spec in specs]
     names = [layer.name for layer in layers]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
@@ -237,8 +263,25 @@ def as_node_layers(specs: Sequence[str | NodeLayer]) -> list[NodeLayer]:
     return layers
 
 
-def _as_node_layer(spec: object) -> NodeLayer:
-    taps = [spec] if isinstance(spec, str) else spec
+def as_node_layer(spec: object) -> NodeLayer:
+    """Convert a string or a list of taps to a `NodeLayer`.
+
+    Args:
+        spec: A tap, taps joined by ``+`` or ``|``, or a list of taps.
+
+    Returns:
+        The node layer.
+
+    Raises:
+        NodeLayerError: If it is anything else.
+
+    Example:
+        >>> as_node_layer("left+right").taps, as_node_layer("encoder|decoder.0").join
+        (('left', 'right'), 'positions')
+    """
+    if isinstance(spec, str) and "|" in spec:
+        return NodeLayer(spec.split("|"), join="positions")
+    taps = spec.split("+") if isinstance(spec, str) else spec
     if not isinstance(taps, (list, tuple)) or not all(isinstance(tap, str) for tap in taps):
         raise NodeLayerError(
             f"{shortened(repr(spec), 80)} is not a node layer, which is a string such as 'module.path', a list of "

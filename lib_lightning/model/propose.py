@@ -14,7 +14,7 @@ from lib_lightning.errors import LIBError, NodeLayerError, SettingError, is_out_
 from lib_lightning.model.discover import CutPoint, class_name, discover_cut_points
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import ModelSpec
-from lib_lightning.model.node_layer import INPUT, OUTPUT, NodeLayer
+from lib_lightning.model.node_layer import INPUT, OUTPUT, as_node_layer
 from lib_lightning.model.validate import on_few_samples, validate_node_layers
 
 # Proposed node layers at most: as many as fit side by side in a figure, and as a snapshot can afford.
@@ -58,7 +58,7 @@ def find_cuts(model: nn.Module, batches: Sequence[Any], spec: ModelSpec = _DEFAU
     return search.validated(search.candidates())
 
 
-def find_proposed(model: nn.Module, batches: Sequence[Any], spec: ModelSpec = _DEFAULT) -> list[str]:
+def find_proposed(model: nn.Module, batches: Sequence[Any], spec: ModelSpec = _DEFAULT) -> list[CutPoint]:
     """Propose node layers for a model: `propose` of `find_cuts`, with fewer forward passes.
 
     Args:
@@ -67,7 +67,7 @@ def find_proposed(model: nn.Module, batches: Sequence[Any], spec: ModelSpec = _D
         spec: How to call the model on a batch.
 
     Returns:
-        Taps, in forward order.
+        The chosen cut points, in forward order.
 
     Raises:
         NodeLayerError: If there are fewer than two places to cut the model at.
@@ -76,15 +76,28 @@ def find_proposed(model: nn.Module, batches: Sequence[Any], spec: ModelSpec = _D
     Example:
         >>> import torch
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> find_proposed(model, [torch.randn(3, 4)])
+        >>> [cut.tap for cut in find_proposed(model, [torch.randn(3, 4)])]
         ['input', '1', 'output']
     """
     search = _Search(model, batches, spec)
     cuts = search.candidates()
+    chosen = _chosen(cuts)
+    return chosen if search.are_valid(chosen) else _chosen(search.validated(cuts))
+
+
+def sizes(cuts: Sequence[CutPoint]) -> str:
+    """Positions and features of cut points, for messages.
+
+    Example:
+        >>> sizes(find_proposed(nn.Linear(4, 2), [torch.randn(3, 4)]))
+        '1 x 4, 1 x 2 (positions x features)'
+    """
+    return ", ".join(f"{cut.positions} x {cut.features}" for cut in cuts) + " (positions x features)"
+
+
+def _chosen(cuts: Sequence[CutPoint]) -> list[CutPoint]:
     taps = propose(cuts)
-    if search.are_valid([cut for cut in cuts if cut.tap in taps]):
-        return taps
-    return propose(search.validated(cuts))
+    return [cut for cut in cuts if cut.tap in taps]
 
 
 def propose(cuts: Sequence[CutPoint], limit: int = LIMIT) -> list[str]:
@@ -209,7 +222,7 @@ class _Search:
 
     def are_valid(self, cuts: Sequence[CutPoint]) -> bool:
         """Whether `validate_node_layers` accepts the cut points as node layers of one model."""
-        instrumented = InstrumentedModel(self.model, [NodeLayer([cut.tap]) for cut in cuts], self.spec)
+        instrumented = InstrumentedModel(self.model, [as_node_layer(cut.tap) for cut in cuts], self.spec)
         try:
             validate_node_layers(instrumented, self.batches)
         except (LIBError, RuntimeError) as error:

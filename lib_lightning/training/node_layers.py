@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lib_lightning.api import notes_on, propose_node_layers
+from lib_lightning.api import notes_on, proposed_cuts
 from lib_lightning.distributed.process_group import ProcessGroup
 from lib_lightning.distributed.torch_group import broadcast_text
 from lib_lightning.errors import LIBError, is_out_of_memory
@@ -20,6 +20,7 @@ from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.module_paths import check_taps
 from lib_lightning.model.node_layer import NodeLayer, as_node_layers
+from lib_lightning.model.propose import sizes
 from lib_lightning.model.steps import can_be_called
 from lib_lightning.model.validate import NOT_LOOKED, is_model_error
 from lib_lightning.training.frameworks import rank_zero_info
@@ -113,7 +114,8 @@ class NodeLayerResolver:
             ):
                 instrumented.layout(batch)
                 spec = replace(instrumented.spec, dtype=self._spec.dtype)
-                layers = self.layers or as_node_layers(propose_node_layers(pl_module, batch, spec.input_fn, spec.mask))
+                cuts = [] if self.layers else proposed_cuts(pl_module, batches, replace(spec, dtype=None))
+                layers = self.layers or as_node_layers([cut.tap for cut in cuts])
                 if not self._is_checked:
                     self._notes = notes_on(pl_module, batches, layers, spec)
         except LIBError as error:
@@ -131,7 +133,7 @@ class NodeLayerResolver:
             self._is_checked = could_look or len(self._batches) == _MAX_BATCHES
         if self.layers is None:
             self._set(layers)
-            rank_zero_info(f"{self._name}: no node_layers given, using the proposed {self.names}")
+            rank_zero_info(f"{self._name}: no node_layers given, using the proposed {self.names}, of {sizes(cuts)}")
         return self._layout
 
     def _is_needed(self, batch: Any) -> bool:
