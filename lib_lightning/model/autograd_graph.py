@@ -172,13 +172,18 @@ def swap_in(t: Tensor, new: Tensor) -> bool:
 
 
 @contextmanager
-def saved_tensors_kept() -> Iterator[None]:
+def saved_tensors_kept(after_use: bool = False) -> Iterator[None]:
     """Run a forward pass in which `overwrite` is called.
+
+    Args:
+        after_use: Whether it is also called for tensors that operations have used. Autograd then saves aliases of the
+            tensors in place of the tensors themselves, which takes time.
 
     Autograd raises an error for a saved tensor whose version counter has increased. `overwrite` resets the counter. In
     a version of torch without that possibility autograd saves copies in this block, which takes time and memory.
     """
-    with nullcontext() if _preserve_version() else saved_tensors_hooks(torch.clone, lambda t: t):
+    save = torch.clone if not _preserve_version() else torch.detach if after_use else None
+    with nullcontext() if save is None else saved_tensors_hooks(save, lambda t: t):
         yield
 
 

@@ -132,7 +132,7 @@ class ActivationRecorder:
                     else:
                         attached.add(tap)
                         handles.append(self._attach(tap, (layer_index, tap_index)))
-            with saved_tensors_kept():
+            with saved_tensors_kept(after_use=bool(self._shared)):
                 yield
         finally:
             for handle in handles:
@@ -267,12 +267,10 @@ class ActivationRecorder:
             leaf = (output if replacement is None else replacement.clone()).detach()
             leaf.requires_grad_(torch.is_grad_enabled())
             self._recorded[key] = output, leaf
-            if t.grad_fn is None:
-                self._continue(t, leaf, replacement is not None)
-            elif not swap_in(t, leaf.clone()):  # what has been computed from it keeps the old values
+            if self._continue(t, leaf, replacement is not None) is not t:
                 raise NodeLayerError(
-                    f"'{taps[k]}' cannot be in node layer '{self._layers[layer_index].name}' and in one before it: "
-                    "the model keeps its values for a derivative. Leave one of the two node layers out."
+                    f"'{taps[k]}' cannot be in node layer '{self._layers[layer_index].name}' and in one before it, "
+                    "because it is a view or a parameter. Leave one of the two node layers out."
                 )
         if layer_index == self._stop_after:
             self.stopped = True

@@ -165,7 +165,7 @@ def dense(
                         moved.append(read(run(model, batch, layers, {**own, key: new}), l + 1, layers[l + 1]))
                     columns.append((moved[0] - 8 * moved[1] + 8 * moved[2] - moved[3]) / (12 * h))
                 blocks.append(torch.stack(columns, -1).unflatten(-1, index.shape))
-            jacobians.append(torch.cat(blocks, -1))
+            jacobians.append(torch.cat(blocks, -1 if layer.join == "features" else -2))
         return a, jacobians
     finally:
         for module in training:
@@ -178,7 +178,7 @@ Seen = dict[tuple[int, int], Tensor]
 def read(seen: Seen, l: int, layer: NodeLayer) -> Tensor:
     """Activations ``(n, S, d)`` of node layer ``l``, with its taps concatenated."""
     tapped = [seen[l, k] for k in range(len(layer.taps))]
-    return torch.cat([t.flatten(1)[:, entries(layer, t)] for t in tapped], -1)
+    return torch.cat([t.flatten(1)[:, entries(layer, t)] for t in tapped], -1 if layer.join == "features" else -2)
 
 
 def entries(layer: NodeLayer, t: Tensor) -> Tensor:
