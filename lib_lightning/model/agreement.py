@@ -48,10 +48,12 @@ def length(x: Tensor) -> Tensor:
         5e+30
     """
     x = x.detach().to(product_dtype(x.dtype))
-    size = x.norm().double()
+    size: Tensor = x.norm().double()
     if _SMALL < size < torch.inf:
         return size
     # Squares leave the range of the type.
     x = x.double()
     largest = x.abs().amax() if x.numel() else x.new_zeros(())
-    return largest * (x / largest).norm() if 0 < largest < torch.inf else largest
+    if 0 < largest < torch.inf:
+        largest = largest * (x / largest).norm()
+    return largest

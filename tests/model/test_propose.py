@@ -379,12 +379,13 @@ def test_nan_activations_raise_an_error() -> None:
         list_node_layers(ResidualMLP(), torch.full((3, 4), torch.nan))
 
 
-def test_demo_transformer_is_cut_after_the_decoder_has_joined_the_encoder() -> None:
+def test_demo_transformer_is_cut_along_the_encoder_and_the_decoder() -> None:
     model, tokens = DemoTransformer(vocab_size=11, ninp=8, nhead=2, nhid=16), torch.randint(0, 11, (4, 6))
     found = taps(model, (tokens, tokens), lambda batch: batch)
     assert found[-1] == "decoder", "its output has lost the batch axis"
     assert propose_node_layers(model, (tokens, tokens), lambda batch: batch) == [
-        "transformer.decoder.layers.1.norm2", "transformer.decoder.layers.1", "decoder",
+        "pos_encoder#0", "transformer.encoder.layers.0", "transformer.encoder.layers.1",
+        "transformer.encoder|transformer.decoder.layers.0", "transformer.decoder.layers.1", "decoder",
     ]  # fmt: skip
 
 
@@ -495,6 +496,9 @@ def test_proposed_node_layers_are_logged(caplog: pytest.LogCaptureFixture) -> No
     with caplog.at_level(logging.WARNING):
         graph = compute_interaction_graph(model, [X[:0], X])
     assert graph.node_layers == ["input", "1", "output"]
-    assert "No node layers were given; Sequential is cut at node_layers=['input', '1', 'output']." in caplog.messages
+    assert (
+        "No node layers were given; Sequential is cut at node_layers=['input', '1', 'output'], of 1 x 3, 1 x 4, 1 x 2 "
+        "(positions x features)."
+    ) in caplog.messages
     with pytest.raises(ActivationError, match="There are no samples to choose node layers with"):
         compute_interaction_graph(model, [])
