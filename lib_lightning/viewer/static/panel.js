@@ -129,7 +129,9 @@ export class RunPanel {
       const {name, kind} = this.history.layers[l];
       const shown = column.dots.length;
       const count = shown < column.total ? `${integer(shown)} of ${integer(column.total)}` : integer(shown);
-      const width = Math.max(60, scene.pitch - 8);
+      // Names at the rim of the picture must not leave it.
+      const toRim = Math.min(column.x, this.size[0] - column.x);
+      const width = Math.max(60, Math.min(scene.pitch - 8, 2 * toRim));
       return h(
         "div",
         {class: "lib-head", title: name, style: {left: `${column.x}px`, width: `${width}px`}},
