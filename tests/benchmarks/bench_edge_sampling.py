@@ -25,7 +25,7 @@ from lib_lightning.algorithm.edges import Edges
 from lib_lightning.algorithm.memory_plan import MemoryPlan
 from lib_lightning.jacobian.integrated_gradients import sections
 from lib_lightning.jacobian.section import Section
-from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.instrumented import InstrumentedModel, model_session
 from lib_lightning.model.node_layer import as_node_layers
 from tests.benchmarks.subjects import modular_addition
 
@@ -125,13 +125,18 @@ def edges_of(
 )
 def test_error_against_products(benchmark: Any, name: str, published: Path | None) -> None:
     model, data, names = MODELS[name](published)
-    instrumented = InstrumentedModel(model.eval().requires_grad_(False), as_node_layers(names))
+    instrumented = InstrumentedModel(model, as_node_layers(names))
+    with model_session(instrumented):
+        _compare(benchmark, name, instrumented, data)
+
+
+def _compare(benchmark: Any, name: str, instrumented: InstrumentedModel, data: Tensor) -> None:
     batches = list(data.split(32))
     built = benchmark.pedantic(
         lambda: build_graph(instrumented, batches, LIBConfig(n_probes=8), MemoryPlan(keep_graphs=True)),
         rounds=1, iterations=1,
     )  # fmt: skip
-    i = len(names) - 2
+    i = len(instrumented.layers) - 2
     before, after = built.bases[i], built.bases[i + 1]
     parts = [list(sections(instrumented, b, [basis.mean for basis in built.bases], 0, 4096))[i] for b in batches]
     E = edges_of(before, after, parts, None, 0).E
