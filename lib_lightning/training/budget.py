@@ -19,6 +19,8 @@ from lib_lightning.training.frameworks import rank_zero_info
 
 # Limit of the overhead where the user has not given a schedule.
 DEFAULT_MAX_OVERHEAD = 0.03
+# Without any setting of the user's, at least this many snapshots are taken, whatever they cost: two points are no film.
+FEWEST = 5
 # Seconds of overhead that are allowed in any run, however short.
 GRACE = 1.0
 # The first snapshot is slower than later ones, since everything is warmed up in it. What it costs is the estimate for
@@ -47,11 +49,13 @@ class TimeSpent:
         overhead: Seconds of overhead so far.
         training: Seconds of training so far.
         last_cost: Seconds that the latest snapshot of each kind has cost.
+        attempts: Number of snapshots that were computed, or failed.
     """
 
     overhead: float = 0.0
     training: float = 0.0
     last_cost: dict[str, float] = field(default_factory=dict)
+    attempts: int = 0
 
     def add(self, seconds: float, is_overhead: bool) -> None:
         """Add seconds of overhead, or of training."""
@@ -61,6 +65,7 @@ class TimeSpent:
     def set_cost(self, kind: str, seconds: float) -> None:
         """Note what the latest snapshot of a kind has cost."""
         self.last_cost[kind] = seconds
+        self.attempts += 1
 
     def forget_cost(self, kind: str) -> None:
         """Forget what the latest snapshot of a kind has cost."""
@@ -229,25 +234,30 @@ class SnapshotTrigger:
         self.meter, self.skipped = meter, skipped
         self._name, self._draws_over_time = name, draws_over_time
 
-    def can_take(self, step: int, kind: SnapshotKind, process_group: ProcessGroup) -> bool:
+    def can_take(
+        self, step: int, kind: SnapshotKind, process_group: ProcessGroup, progress: float | None = None
+    ) -> bool:
         """Decide whether a due snapshot is taken; process 0 decides for all. If not, count it as skipped.
 
         Args:
             step: Number of optimizer steps so far.
             kind: What the snapshot includes.
             process_group: The processes of the run.
+            progress: Share of the training that is over, if `FEWEST` snapshots are taken at even distances in any case.
 
         Returns:
             Whether to take it.
         """
         if step == self.skipped.last_step:  # due twice: additionally after a change, and at a validation
             return False
+        if progress is not None and self.meter.spent.attempts < 1 + math.floor((FEWEST - 1) * min(progress, 1.0)):
+            return True
         last_factor = 2.0 if self._draws_over_time and _FIRST in self.meter.spent.last_cost else 1.0
         affordable = torch.tensor(self.meter.can_afford(self._cost_key(kind), last_factor), device="cpu")
         (affordable,) = process_group.broadcast([affordable])
         if not affordable:
             if not self.skipped.total:
-                self._explain_skipping(step, kind)
+                self._explain_skipping(step, kind, progress is not None)
             self.skipped.add(step)
         return bool(affordable)
 
@@ -278,14 +288,15 @@ class SnapshotTrigger:
         name = "ablation" if kind.ablation else "plain"
         return f"{name}, with figures" if kind.figures else name
 
-    def _explain_skipping(self, step: int, kind: SnapshotKind) -> None:
+    def _explain_skipping(self, step: int, kind: SnapshotKind, has_fewest: bool) -> None:
         limit, cost = self.meter.limit, self.meter.expected_cost(self._cost_key(kind))
         spent = self.meter.spent
+        fewest = f" (but {FEWEST} at least in the whole training)" if has_fewest else ""
         rank_zero_info(
             f"{self._name}: the snapshot due at step {step:,} is skipped, as are later ones that would exceed "
             f"max_overhead={limit:g}. A snapshot takes {cost:.3g} s, so one is allowed every {cost / limit:.3g} s of "
-            f"training; {spent.overhead:.3g} s of {spent.training:.3g} s have been spent so far. Raise max_overhead "
-            "of LIBCallback for more snapshots (inf for all)."
+            f"training{fewest}; {spent.overhead:.3g} s of {spent.training:.3g} s have been spent so far. Raise "
+            "max_overhead of LIBCallback for more snapshots (inf for all)."
         )
 
     def log_summary(self) -> None:

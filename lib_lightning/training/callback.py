@@ -28,7 +28,7 @@ from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
 from lib_lightning.model.node_layer import NodeLayer, as_node_layers
 from lib_lightning.training.budget import SnapshotKind, SnapshotTrigger, TimeMeter, max_overhead_of, timed_hook
-from lib_lightning.training.effort import SHARE, expected_snapshots, plan_effort
+from lib_lightning.training.effort import SHARE, expected_snapshots, plan_effort, progress_of
 from lib_lightning.training.frameworks import Callback, callback_of_both_packages, rank_zero_info
 from lib_lightning.training.node_layers import NodeLayerResolver
 from lib_lightning.training.reporter import EventHook, SnapshotReporter
@@ -120,8 +120,8 @@ class LIBCallback(Callback):
         on_event: A function, or several, to call with each `lib_lightning.lineage.Event`, on every process.
         adaptive: Take snapshots four times as often for a while after a feature or a metric has changed.
         max_overhead: Largest ratio of the time spent here to the training time: snapshots that would exceed it are
-            skipped. The first and the last one are always computed. None (null) is 0.03 for the default schedule and
-            no limit for any other; .inf is no limit.
+            skipped. The first and the last one are always computed. None (null) is 0.03 for the default schedule, with
+            five snapshots at least, and no limit for any other; .inf is no limit.
         n_pushed: None (null) for exact edges; a number for that many features that each sample is pushed forward for,
             chosen at random by the square root of their importance.
         effort: auto chooses num_samples, n_probes and n_pushed, where they are None, once for all snapshots: exact if
@@ -196,6 +196,7 @@ class LIBCallback(Callback):
         )  # fmt: skip
         self.schedule = Schedule(every_n_validations, every_n_steps, at_steps, log_spaced)
         self.max_overhead = max_overhead_of(max_overhead, self.schedule.is_explicit)
+        self._takes_fewest = max_overhead is None and not self.schedule.is_explicit
         self.computer = SnapshotComputer(self.config, name)
         self.clock = time.perf_counter
         self.effort, self._all_samples = effort, num_samples is not None
@@ -412,8 +413,10 @@ class LIBCallback(Callback):
         step, in_fit = trainer.global_step, trainer.state.fn == "fit"
         if self.samples.has_given_up or (self._tried[0] == step and not is_last):
             return False
-        if in_fit and not is_last and not self.trigger.can_take(step, self.state.next_kind(False), self._process_group):
-            return False
+        if in_fit and not is_last:
+            progress = progress_of(trainer) if self._takes_fewest else None
+            if not self.trigger.can_take(step, self.state.next_kind(False), self._process_group, progress):
+                return False
         with self.meter.excluded():
             synchronize(trainer)
         weights = weights_hash(pl_module)

@@ -68,6 +68,12 @@ def expected_snapshots(schedule: Schedule, trainer: pl.Trainer) -> float:
     return schedule.count(math.inf, steps)
 
 
+def progress_of(trainer: pl.Trainer) -> float | None:
+    """Share of the optimizer steps of a training that are over; None if their number is unknown."""
+    steps = trainer.estimated_stepping_batches
+    return trainer.global_step / steps if math.isfinite(steps) and steps else None
+
+
 def _validations(trainer: pl.Trainer) -> float:
     epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
     batches = trainer.num_training_batches

@@ -84,11 +84,9 @@ def messages(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) 
     return caplog
 
 
-def test_by_default_snapshots_are_skipped_to_stay_below_three_per_cent(
-    tmp_path: Path, messages: pytest.LogCaptureFixture
-) -> None:
+def test_snapshots_are_skipped_to_stay_below_the_limit(tmp_path: Path, messages: pytest.LogCaptureFixture) -> None:
     model, logger = Timed(), CSVLogger(tmp_path, "csv")
-    callback = timed(model, 0.5)
+    callback = timed(model, 0.5, max_overhead=0.03)
     trainer_of(tmp_path, callback, max_epochs=20, logger=logger, log_every_n_steps=1).fit(model)
     # The k-th one is taken at the first validation after 0.5 (k + 1) / 0.03 seconds.
     assert steps_of(Path(logger.log_dir)) == [6, 54, 72, 84, 102, 120]
@@ -109,11 +107,23 @@ def test_by_default_snapshots_are_skipped_to_stay_below_three_per_cent(
 
 def test_first_and_last_snapshot_are_always_taken(tmp_path: Path, messages: pytest.LogCaptureFixture) -> None:
     model = Timed()
-    callback = timed(model, 1000)
+    callback = timed(model, 1000, max_overhead=0.03)
     trainer_of(tmp_path, callback, max_epochs=3).fit(model)
     assert steps_of(tmp_path) == [6, 18]
     assert InteractionGraph.load(tmp_path / "lib" / "final.safetensors").info["step"] == 18
     assert "snapshots skipped: 1" in messages.text, "the one of the last validation is taken as the last one of the run"
+
+
+@pytest.mark.parametrize("model", [Timed(), TimedAndFailing()], ids=["computed", "failed"])
+def test_by_default_there_are_at_least_five_snapshots(
+    model: Timed, tmp_path: Path, messages: pytest.LogCaptureFixture
+) -> None:
+    callback = timed(model, 1000)
+    trainer_of(tmp_path, callback, max_epochs=16).fit(model)
+    assert callback.meter.spent.attempts == 5
+    if not isinstance(model, TimedAndFailing):
+        assert steps_of(tmp_path) == [6, 24, 48, 72, 96]
+    assert "s of training (but 5 at least in the whole training);" in messages.text
 
 
 SCHEDULES: dict[str, tuple[dict[str, Any], list[int]]] = {
@@ -145,7 +155,7 @@ def test_short_runs_skip_nothing(tmp_path: Path) -> None:
 
 def test_failed_snapshots_count_as_overhead(tmp_path: Path, messages: pytest.LogCaptureFixture) -> None:
     model = TimedAndFailing()
-    trainer_of(tmp_path, timed(model, 0.5), max_epochs=10).fit(model)
+    trainer_of(tmp_path, timed(model, 0.5, max_overhead=0.03), max_epochs=10).fit(model)
     failed = [record.args[1] for record in messages.records if "failed and is skipped" in record.msg and record.args]  # type: ignore[index]
     assert failed == [6, 54, 60], "not at every validation"
 
@@ -177,7 +187,7 @@ def test_a_resumed_run_continues_with_the_time_spent(tmp_path: Path) -> None:
     def fit(name: str, epochs: int, ckpt: Path | None = None) -> tuple[LIBCallback, Path]:
         model = Timed()
         model.now = 1e6 * epochs  # the clock of another process
-        callback = timed(model, 0.5)
+        callback = timed(model, 0.5, max_overhead=0.03)
         trainer = trainer_of(tmp_path / name, callback, max_epochs=epochs)
         trainer.fit(model, ckpt_path=ckpt, weights_only=True if ckpt else None)
         trainer.save_checkpoint(tmp_path / name / "model.ckpt")
@@ -223,7 +233,7 @@ def test_skipped_snapshots_lengthen_the_interval(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(SnapshotTracker, "follow", note)
     model = Timed()
-    trainer_of(tmp_path, timed(model, 0.5, follow=True), max_epochs=13).fit(model)
+    trainer_of(tmp_path, timed(model, 0.5, follow=True, max_overhead=0.03), max_epochs=13).fit(model)
     # 0.5 s, 0.5 s for the second one and twice as much for a last one with figures over time: 67 s of training.
     assert steps_of(tmp_path) == [6, 72, 78]
     assert seen == [1, 11, 1]
