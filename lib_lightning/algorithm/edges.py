@@ -40,8 +40,8 @@ class Edges(Reducible):
 
         Random choice: each sample takes feature ``j`` with probability ``pi_j``, proportional to ``sqrt(Lambda_j)`` and
         at most 1, and its terms are divided by ``pi_j``, which leaves the expectation of the sum unchanged (Horvitz and
-        Thompson 1952, https://doi.org/10.1080/01621459.1952.10483446). Samples choose independently, so that the spread
-        between groups of samples includes the error of the choice.
+        Thompson 1952, https://doi.org/10.1080/01621459.1952.10483446). Groups of samples choose independently, so that
+        the spread between them includes the error of the choice.
     """
 
     sums = ("rows", "_total")
@@ -110,7 +110,7 @@ class Edges(Reducible):
     def update_sampled(self, section: Section, fhat: Tensor) -> None:
         """Add one batch with `n_pushed` Jacobian-vector products, each for another feature of each sample."""
         C_pinv, C_next = self.before.from_features.to(fhat), self.after.to_features.to(fhat)
-        probabilities, chosen = self._choose(self.before.importance.clamp(min=0).sqrt(), self.n_pushed, section.n)
+        probabilities, chosen = self._choose(self.before.importance.clamp(min=0).sqrt(), self.n_pushed, section)
         samples = torch.arange(section.n, device=fhat.device)
         for j in chosen.T.split(section.vectors_per_call):  # (k, n)
             tangents = fhat[samples, :, j][..., None] * C_pinv[j][:, :, None, :]
@@ -122,7 +122,7 @@ class Edges(Reducible):
         """Add one batch with as many vector-Jacobian products, each for another output position and feature."""
         C_pinv, C_T = self.before.from_features.to(fhat), self.after.to_features.to(fhat).T
         size = self.after.importance.clamp(min=0).sqrt().repeat(section.S_out)
-        probabilities, chosen = self._choose(size, _FORWARD_COST * (self.n_pushed or 1), section.n)
+        probabilities, chosen = self._choose(size, _FORWARD_COST * (self.n_pushed or 1), section)
         samples = torch.arange(section.n, device=fhat.device)
         for ti in chosen.T.split(section.vectors_per_call):  # (k, n)
             t, i = ti // self.after.n_features, ti % self.after.n_features
@@ -132,11 +132,13 @@ class Edges(Reducible):
             squares = interactions.double().square()
             self._add_sampled(section, 0, i, squares / probabilities[ti][..., None])
 
-    def _choose(self, size: Tensor, count: int | None, n: int) -> tuple[Tensor, Tensor]:
+    def _choose(self, size: Tensor, count: int | None, section: Section) -> tuple[Tensor, Tensor]:
         """Probabilities ``(r,)``, and the items that each sample of a batch takes, ``(n, k)``."""
         self.is_sampled = True
         probabilities = inclusion_probabilities(size, count or len(size))
-        return probabilities, systematic_sample(probabilities, n, self._generator)
+        # Groups choose independently, so that the spread between them shows the error of the choice.
+        lengths = [len(range(section.n)[samples]) for _, samples in section.group_slices]
+        return probabilities, torch.cat([systematic_sample(probabilities, n, self._generator) for n in lengths])
 
     def _add_sampled(self, section: Section, axis: int, index: Tensor, terms: Tensor) -> None:
         """Add terms ``(k, n, r)`` to the rows (axis 0) or columns (axis 1) ``index``, shape ``(k, n)``, of the sum."""

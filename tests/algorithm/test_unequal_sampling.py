@@ -36,6 +36,14 @@ def test_every_draw_has_as_many_different_items(size: list[float], count: int, s
     assert all(set((p == 1).nonzero().flatten().tolist()) <= set(row.tolist()) for row in chosen)
 
 
+@given(sizes, st.integers(1, 12), st.integers(1, 40), st.integers(0, 100))
+def test_draws_are_balanced(size: list[float], count: int, draws: int, seed: int) -> None:
+    p = inclusion_probabilities(torch.tensor(size), count)
+    chosen = systematic_sample(p, draws, torch.Generator().manual_seed(seed))
+    times = chosen.flatten().bincount(minlength=len(p))
+    assert ((times - draws * p).abs() < 2 + 1e-9).all()
+
+
 def test_items_are_chosen_as_often_as_their_probability_says() -> None:
     p = inclusion_probabilities(torch.tensor([9.0, 4.0, 3.0, 1.0, 0.5, 0.1, 0.0]), 3)
     generator = torch.Generator().manual_seed(0)
