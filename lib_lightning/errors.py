@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import numbers
 import os
@@ -98,6 +99,24 @@ def quoted(names: Iterable[str], limit: int = 8) -> str:
     all_names = list(names)
     rest = f" and {len(all_names) - limit} more" if len(all_names) > limit else ""
     return ", ".join(f"'{name}'" for name in all_names[:limit]) + rest
+
+
+def did_you_mean(wrong: object, known: Iterable[str]) -> str:
+    """A question with the most similar one of the known names, ahead of which there is a space; "" if none is similar.
+
+    Args:
+        wrong: The name that was given.
+        known: The names that exist.
+
+    Returns:
+        The question.
+
+    Example:
+        >>> did_you_mean("max_epohcs", ["max_epochs", "max_steps"]), did_you_mean("x", ["max_epochs"])
+        (" Did you mean 'max_epochs'?", '')
+    """
+    near = difflib.get_close_matches(str(wrong), list(known), n=1)
+    return f" Did you mean '{near[0]}'?" if near else ""
 
 
 def brief(error: BaseException, limit: int = 200) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lib_lightning.errors import SettingError, check_number
+from lib_lightning.errors import SettingError, check_number, did_you_mean
 from lib_lightning.model.node_layer import OUTPUT
 
 BasisKind = Literal["lib", "pca", "neuron"]
@@ -82,6 +81,5 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         SettingError: If it is none of them.
     """
     if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1)
-        meant = f" Did you mean {near[0]!r}?" if near else ""
+        meant = did_you_mean(value, choices)
         raise SettingError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}.{meant}")

@@ -252,8 +252,8 @@ def as_node_layers(specs: Sequence[str | NodeLayer]) -> list[NodeLayer]:
     """
     if isinstance(specs, str) or not isinstance(specs, Sequence) or len(specs) < 2:
         raise NodeLayerError(
-            "At least two node layers are needed, as a list such as ['input', 'output']; got "
-            f"{shortened(repr(specs), 80)}."
+            f"At least two node layers are needed; got {shortened(repr(specs), 80)}. Write a list such as "
+            "['input', 'output']."
         )
     layers = [spec if isinstance(spec, NodeLayer) else as_node_layer(spec) for spec in specs]
     names = [layer.name for layer in layers]

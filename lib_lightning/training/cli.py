@@ -11,13 +11,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
 
 from lib_lightning import __version__
 from lib_lightning.api import list_node_layers
-from lib_lightning.errors import LIBError
+from lib_lightning.errors import LIBError, did_you_mean, shows_tracebacks
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_file import write_bytes
 from lib_lightning.io.basis_format import EPOCH, NUM_SAMPLES, SETTINGS, STEP, VERSIONS, WEIGHTS, WEIGHTS_HASH
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 # Samples with which node layers are looked for.
 _NUM_SAMPLES = 8
+COMMANDS = ("fit", "validate", "test", "predict", "nodes", "profile", "inspect", "plot", "view")
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
 
@@ -41,6 +42,8 @@ def main(args: Sequence[str] | None = None) -> None:
         args: Arguments; those of the process by default.
     """
     words = sys.argv[1:] if args is None else list(args)
+    if words and words[0].isalpha() and words[0] not in COMMANDS:
+        sys.exit(f"lib-lightning: there is no command '{words[0]}'.{did_you_mean(words[0], COMMANDS)} See --help.")
     if words and words[0] in TRAINER_COMMANDS:
         run_trainer(args)
         return
@@ -53,7 +56,7 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         run()
     except (LIBError, OSError) as error:
-        sys.exit(f"lib-lightning: {error}")
+        _exit(error)
 
 
 def run_trainer(args: Sequence[str] | None) -> None:
@@ -71,7 +74,15 @@ def run_trainer(args: Sequence[str] | None) -> None:
     try:
         cli(args=None if args is None else list(args), save_config_kwargs={"overwrite": True})
     except LIBError as error:
-        sys.exit(f"lib-lightning: {error}")
+        _exit(error)
+
+
+def _exit(error: Exception) -> NoReturn:
+    """End with an error in at most five lines, or with its traceback if tracebacks are wanted."""
+    if shows_tracebacks():
+        raise error
+    said = "\n".join(line[:400] for line in str(error).splitlines()[:5])
+    sys.exit(f"lib-lightning: {said}")
 
 
 def _import_from_working_directory() -> None:

@@ -6,14 +6,16 @@ Not in `cli.py`, so that commands without a trainer import no Lightning.
 from __future__ import annotations
 
 import importlib
+import inspect
+import re
 import sys
-import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
+from lib_lightning.errors import LIBError, did_you_mean, shows_tracebacks
 from lib_lightning.training.frameworks import PACKAGES, member, package_of
 
 if TYPE_CHECKING:
@@ -68,7 +70,11 @@ class ShortErrors(LightningCLI):
         try:
             super().parse_arguments(parser, args)
         except Exception as error:
-            _stop(error)
+            known = {name for one in self._parsers(parser) for name in _options_of(one)}
+            _stop(error, known)
+
+    def _parsers(self, parser: LightningArgumentParser) -> list[LightningArgumentParser]:
+        return [parser, *getattr(self, "_subcommand_parsers", {}).values()]
 
     def instantiate_classes(self) -> None:
         """Create trainer, model and data; exit with one sentence if an argument is rejected by this package."""
@@ -76,18 +82,64 @@ class ShortErrors(LightningCLI):
             super().instantiate_classes()
         except Exception as error:
             # Other exceptions may come from the user's classes, and keep their traceback.
-            origin = [*_chain(error)][-1]
-            last = traceback.extract_tb(origin.__traceback__)[-1]
-            if not (isinstance(origin, ValueError) and "lib_lightning" in last.filename):
+            ours = [one for one in _chain(error) if isinstance(one, LIBError)]
+            if not ours or shows_tracebacks():
                 raise
-            _stop(error)
+            _stop(ours[-1])
 
 
-def _stop(error: Exception) -> None:
+def _options_of(parser: LightningArgumentParser) -> list[str]:
+    """Names of the options of a parser, such as ``trainer.max_epochs``."""
+    try:
+        return [str(name) for name in parser.get_defaults(skip_validation=True).keys(branches=True)]
+    except Exception:  # what is similar is of use, but not needed
+        return []
+
+
+# Lines of a message of the parser that are printed.
+_MOST_LINES = 4
+# Messages of the parser about a name that is not known, by what it is the name of.
+_UNKNOWN_OPTION = re.compile(r"unrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'")
+_UNKNOWN_ARGUMENT = re.compile(r"given class_path '([\w.]+)':\s+Option '(\w+)' is not accepted")
+_UNKNOWN_CLASS = re.compile(r"dot import path string: (\w+)")
+_UNKNOWN_NAME = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
+
+
+def _similar(message: str, options: Collection[str]) -> str:
+    """A question whether a similar name is meant; empty if there is none."""
+    with suppress(Exception):  # such as a module that cannot be imported
+        if found := _UNKNOWN_OPTION.search(message):
+            return did_you_mean(found[1] or found[2], options)
+        if found := _UNKNOWN_ARGUMENT.search(message):
+            module, _, cls = found[1].rpartition(".")
+            return did_you_mean(found[2], inspect.signature(getattr(importlib.import_module(module), cls)).parameters)
+        if found := _UNKNOWN_CLASS.search(message):
+            return did_you_mean(found[1], _callback_names())
+        if found := _UNKNOWN_NAME.search(message):
+            return did_you_mean(found[2], dir(importlib.import_module(found[1])))
+    return ""
+
+
+def _callback_names() -> set[str]:
+    """Names of the classes of callbacks that have been imported."""
+    bases = [member(package, "Callback") for package in PACKAGES if package in sys.modules]
+    found, names = list(bases), set()
+    while found:
+        cls = found.pop()
+        names.add(cls.__name__)
+        found += cls.__subclasses__()
+    return names
+
+
+def _stop(error: Exception, options: Collection[str] = ()) -> None:
     # For an option with several possible types the message lists the errors of all; the relevant one ends the chain.
     messages = [str(e) for e in _chain(error)]
     about = next((m for m in messages if m.startswith("Problem with given class_path")), messages[-1])
-    print(f"lib-lightning: {about}", file=sys.stderr)
+    if shows_tracebacks():
+        raise error
+    said = " ".join(line.strip() for line in about.splitlines()[:_MOST_LINES])
+    similar = _similar(about, options)
+    print(f"lib-lightning: {said.rstrip('.')}.{similar}" if similar else f"lib-lightning: {said}", file=sys.stderr)
     sys.exit(2)
 
 

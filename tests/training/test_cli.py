@@ -231,7 +231,7 @@ def scaled(batch: Tensor) -> tuple[Tensor, Tensor]:
         (WithoutValidation, "^lib-lightning: There is no validation batch to run the model on"),
         (
             TwoArguments,
-            r"^lib-lightning: TwoArguments cannot be run on a validation batch: TypeError: .*'scale'. input_fn=",
+            r"^lib-lightning: TwoArguments cannot be run on a batch: TypeError: .*'scale'. input_fn=",
         ),
         (
             BadDay,
