@@ -14,7 +14,7 @@ from torch.distributions import Distribution
 from torch.nn.utils.rnn import PackedSequence
 
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from lib_lightning.errors import LIBError, is_out_of_memory
+from lib_lightning.errors import LIBError
 
 T = TypeVar("T")
 
@@ -231,91 +231,6 @@ def tensors_in(value: Any) -> list[Tensor]:
 def num_elements(batch: Any) -> int:
     """Number of elements of all tensors in a batch."""
     return sum(t.numel() for t in tensors_in(batch))
-
-
-def slice_batch(batch: Any, start: int, stop: int) -> Any:
-    """Select consecutive samples of a batch.
-
-    Args:
-        batch: Tensors in tuples, lists and mappings; those with one entry for each sample are sliced.
-        start: First sample.
-        stop: End, exclusive.
-
-    Returns:
-        The same structure with views.
-
-    Example:
-        >>> import torch
-        >>> slice_batch({"x": torch.zeros(4, 2), "scale": torch.ones(())}, 1, 3)["x"].shape
-        torch.Size([2, 2])
-    """
-    n = batch_size(batch)
-    return map_tensors(batch, lambda t: t[start:stop] if t.ndim > 0 and t.shape[0] == n else t)
-
-
-def index_batch(batch: Any, index: Tensor) -> Any:
-    """Select samples of a batch by index.
-
-    Args:
-        batch: Tensors in tuples, lists and mappings; those with one entry for each sample are indexed.
-        index: Indices of the samples, shape ``(k,)``, int64.
-
-    Returns:
-        The same structure with copies.
-
-    Example:
-        >>> import torch
-        >>> index_batch((torch.arange(4), "label"), torch.tensor([3, 1]))
-        (tensor([3, 1]), 'label')
-    """
-    n = batch_size(batch)
-    return map_tensors(batch, lambda t: t[index.to(t.device)] if t.ndim > 0 and t.shape[0] == n else t)
-
-
-def run_on_few(
-    run: Callable[[Any], T], batch: Any, count: int, final: type[Exception] | tuple[type[Exception], ...] = ()
-) -> T:
-    """Run a function on the first samples of a batch, or on the whole batch if that fails.
-
-    It fails if a tensor of the batch has the length of the batch by chance and must not be sliced.
-
-    Args:
-        run: The function.
-        batch: One batch.
-        count: Number of samples.
-        final: Errors after which the whole batch is not tried; always those of memory.
-
-    Returns:
-        The result of the function.
-
-    Example:
-        >>> run_on_few(len, torch.zeros(9, 2), 3)
-        3
-    """
-    if batch_size(batch) <= count:  # once: a model that fails may leave other state behind
-        return run(batch)
-    try:
-        return run(slice_batch(batch, 0, count))
-    except Exception as error:
-        if isinstance(error, final) or is_out_of_memory(error):
-            raise
-        return run(batch)
-
-
-def default_input_fn(batch: Any) -> Any:
-    """The model's input for a batch: the first entry of a tuple or list, any other batch unchanged.
-
-    Args:
-        batch: One batch, as the data loader gives it.
-
-    Returns:
-        The input.
-
-    Example:
-        >>> default_input_fn(("inputs", "labels"))
-        'inputs'
-    """
-    return batch[0] if isinstance(batch, (tuple, list)) and batch else batch
 
 
 def _sequence_like(value: Any, items: list[Any]) -> Any:
