@@ -49,7 +49,7 @@ def scored_model(
     Yields:
         The scored model.
     """
-    instrumented = InstrumentedModel(model, graph.node_layer_specs(), ModelSpec(**spec).called_as(graph.model_call))
+    instrumented = InstrumentedModel(model, graph.node_layer_specs(), ModelSpec(**spec))
     with process_group.sync_errors(), model_session(instrumented), torch.no_grad():
         nonempty = instrumented.parts(batch for batch in batches if not is_empty(batch))
         yield ScoredModel(instrumented, nonempty, graph, score, memory_limit, process_group)

@@ -79,7 +79,7 @@ def label_features(
         {'input': ['first', 'second']}
     """
     layers = graph.node_layer_specs()
-    instrumented = InstrumentedModel(model, layers, ModelSpec(input_fn, mask, dtype).called_as(graph.model_call))
+    instrumented = InstrumentedModel(model, layers, ModelSpec(input_fn, mask, dtype))
     last = graph.bases[layers[-1].name]
     labelled = layers[:-1] if last.kind == "neuron" else layers
 

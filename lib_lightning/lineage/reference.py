@@ -60,7 +60,7 @@ def reference_features(
         >>> reference_features(graph, model, [x])["output"].shape
         torch.Size([20, 2])
     """
-    instrumented = InstrumentedModel(model, graph.node_layer_specs(), ModelSpec(**spec).called_as(graph.model_call))
+    instrumented = InstrumentedModel(model, graph.node_layer_specs(), ModelSpec(**spec))
     batches = list(batches)
     own = sum(instrumented.num_samples(batch) for batch in batches if not is_empty(batch))
     samples = sum(int(t) for t in process_group.gather(torch.tensor([own], device="cpu")))
