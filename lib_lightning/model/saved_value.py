@@ -83,9 +83,15 @@ class Saver:
         self.kinds.add(type(value))
         return _together([self.save(getattr(value, "__dict__", None)), self._slots(value)])
 
-    def _container(self, value: Any) -> Callable[[], object]:
+    def save_shallow(self, value: Any) -> Callable[[], object] | None:
+        """As `save`, but of a container only which entries it has, and of an object nothing."""
+        if isinstance(value, (list, deque, dict, set)) and id(value) not in self._seen:
+            return self._container(value, deep=False)
+        return self.save(value) if isinstance(value, (Tensor, torch.Generator, random.Random)) else None
+
+    def _container(self, value: Any, deep: bool = True) -> Callable[[], object]:
         entries = entries_of(value)
-        nested = [saved for entry in entries if (saved := self.save(entry))]
+        nested = [saved for entry in entries if (saved := self.save(entry))] if deep else []
 
         def restore() -> None:
             if not isinstance(value, tuple) and list(map(id, entries_of(value))) != list(map(id, entries)):

@@ -16,6 +16,9 @@ from lib_lightning.model.process_state import in_turn
 from lib_lightning.model.replica import EMPTY, contents_of
 from lib_lightning.model.saved_value import Saver
 
+# Saves the contents of an object, and returns the function that restores them; None if nothing can change.
+Save = Callable[[Any], Callable[[], object] | None]
+
 _ENTRIES = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 # Packages whose classes hold no state of a model.
 _LIBRARIES = frozenset(
@@ -46,15 +49,17 @@ def save_static_state(
     code.follow()
     restores: list[Callable[[], object] | None] = []
     for function in code.functions:
+        save = _save_of(function.__globals__, saver)
         held = (function.__closure__, function.__defaults__, function.__kwdefaults__, function.__dict__)
-        restores += [saver.save(x) for x in held if x]
+        restores += [save(x) for x in held if x]
     for cls in code.classes:
+        save = _save_of(getattr(sys.modules.get(cls.__module__), "__dict__", {}), saver)
         own = partial(_attributes, cls)
-        restores.append(_save_names(vars(cls), partial(setattr, cls), partial(delattr, cls), own, saver))
+        restores.append(_save_names(vars(cls), partial(setattr, cls), partial(delattr, cls), own, save))
     for variables, names in code.used.values():
         data = tuple(name for name in names if not isinstance(variables.get(name), _CODE))
-        known = partial(tuple, data)
-        restores.append(_save_names(variables, variables.__setitem__, variables.__delitem__, known, saver))
+        known, save = partial(tuple, data), _save_of(variables, saver)
+        restores.append(_save_names(variables, variables.__setitem__, variables.__delitem__, known, save))
     return in_turn([restore for restore in restores if restore])
 
 
@@ -114,12 +119,18 @@ class _Code:
                     self.add_function(inner)
 
 
+def _save_of(variables: Mapping[str, Any], saver: Saver) -> Save:
+    """How the contents of a file's variables are saved: those of installed packages are tables, large and nested."""
+    path = variables.get("__file__") or ""
+    return saver.save_shallow if "site-packages" in path or "dist-packages" in path else saver.save
+
+
 def _save_names(
     holder: Mapping[str, Any],
     assign: Callable[[str, Any], object],
     delete: Callable[[str], object],
     names: Callable[[], Iterable[str]],
-    saver: Saver,
+    save: Save,
 ) -> Callable[[], None]:
     """Save what some names stand for, in a class or in a module's globals.
 
@@ -128,10 +139,10 @@ def _save_names(
         assign: Gives a name another value.
         delete: Removes a name.
         names: Which names to save; called again to find new ones.
-        saver: Saves the values' contents.
+        save: Saves the values' contents.
     """
     before = {name: holder[name] for name in names() if name in holder}
-    contents = [saved for value in before.values() if (saved := saver.save(value))]
+    contents = [saved for value in before.values() if (saved := save(value))]
 
     def restore() -> None:
         for name in names():
