@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge, saved_tensors_hooks
+
+from lib_lightning.model.torch_internals import storage_key
 
 # The names of the attributes, by what they are.
 NAMES = {
@@ -195,6 +197,21 @@ def version_of(t: Tensor) -> AbstractContextManager[None]:
     """
     preserve = _preserve_version()
     return nullcontext() if preserve is None or t.is_inference() else preserve(t)
+
+
+def versions_of(tensors: Iterable[Tensor]) -> list[int]:
+    """The version counters of tensors, which increase when something is written to their memory."""
+    return [-1 if t.is_inference() else t._version for t in tensors]
+
+
+def saved_as_copies(tensors: Iterable[Tensor]) -> AbstractContextManager[object]:
+    """A block in which autograd saves copies of some tensors, since something will write to them later."""
+    memory = {storage_key(t) for t in tensors if t.layout == torch.strided}
+
+    def pack(t: Tensor) -> Tensor:
+        return t.clone() if t.layout == torch.strided and storage_key(t) in memory else t
+
+    return saved_tensors_hooks(pack, lambda t: t)
 
 
 def _preserve_version() -> Any:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lib_lightning.errors import LIBError, NodeLayerError, is_out_of_memory
+from lib_lightning.model.autograd_graph import saved_as_copies, versions_of
 from lib_lightning.model.batch import map_tensors, tensors_in
 from lib_lightning.model.batch_layout import BatchLayout, find_layout, graph_sizes
 from lib_lightning.model.calls import ModelCall, without_subclass
@@ -56,6 +57,8 @@ class InstrumentedModel:
         self.layers = list(layers)
         self.spec = spec
         self.seed = 0
+        # Whether a forward pass has written to parameters, which graphs of earlier passes need as they were.
+        self._writes_weights = False
         self._in_session = False
         self.notes: list[str] = []
         self._detached: list[weakref.ref[Tensor]] = []
@@ -122,10 +125,13 @@ class InstrumentedModel:
             NodeLayerError: If a node layer is not called, called repeatedly, or called out of order.
             ActivationError: If its activations are not floating-point numbers.
         """
+        wrote = self._writes_weights
         recorder = self._recorder(batch, replace or [None] * len(self.layers))
         with recorder.hooked():
             self.run(batch)
         self._detached += recorder.detached
+        if self._writes_weights and not wrote:  # from now on graphs keep the weights as they were
+            return self.capture(batch, replace)
         try:
             captured = recorder.finish()
         except NotCalledError as error:
@@ -192,13 +198,17 @@ class InstrumentedModel:
         # A model that draws random numbers draws the same ones whenever it sees the same batch.
         seed_all(self.seed)
         dtype = self.spec.dtype
+        weights = list(self.model.parameters())
+        versions = versions_of(weights)
         try:
-            if dtype is None:
-                return self._forward(call, batch)
-            state = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-            tensors = {f"model.{name}": t.detach().to(target_dtype(t, dtype)) for name, t in state.items()}
-            return torch.func.functional_call(_Function(self.model, self._forward), tensors, (call, batch))
+            with saved_as_copies(weights) if self._writes_weights else nullcontext():
+                if dtype is None:
+                    return self._forward(call, batch)
+                state = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+                tensors = {f"model.{name}": t.detach().to(target_dtype(t, dtype)) for name, t in state.items()}
+                return torch.func.functional_call(_Function(self.model, self._forward), tensors, (call, batch))
         finally:
+            self._writes_weights = self._writes_weights or versions_of(weights) != versions
             self._caller_tensors.clear()
 
     @property
