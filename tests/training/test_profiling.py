@@ -101,7 +101,7 @@ def test_without_samples_or_with_wrong_node_layers() -> None:
         profile_snapshot(mlp(), [])
     with pytest.raises(LIBError, match=r"has no module '4'"):
         profile_snapshot(mlp(), [torch.randn(9, 5)], ["4", "output"])
-    with pytest.raises(LIBError, match="Sequential cannot be run on a validation batch"):
+    with pytest.raises(LIBError, match="Sequential cannot be run on a batch"):
         profile_snapshot(mlp(), [torch.randn(9, 6)])
 
 
@@ -148,7 +148,7 @@ def test_command_takes_each_callback_in_turn(
             ["--model", "tests.training.test_cli.BadDay"],
             "fit failed before the first validation batch of BadDay with RuntimeError: no data",
         ),
-        (["--model", "tests.training.test_cli.TwoArguments"], "TwoArguments cannot be run on a validation batch"),
+        (["--model", "tests.training.test_cli.TwoArguments"], "TwoArguments cannot be run on a batch"),
         ([*SMALL, "--trainer.callbacks.node_layers=[transformer.embedd, output]"], "no module 'transformer.embedd'"),
     ],
 )
