@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from lib_lightning.errors import SettingError
+from lib_lightning.errors import SettingError, shortened
 
 _STEP = re.compile(r"step-(\d+)")
 # Beside it, a baseline appends "_neuron", and file systems allow 255 bytes.
@@ -184,8 +184,8 @@ def check_run_name(name: object) -> None:
         lib_lightning.errors.SettingError: name='../lib' cannot be the name of a folder in the log directory: '..' ...
     """
     if problem := _problem_of(name):
-        shown = name if not isinstance(name, str) or len(name) < 60 else f"{name[:50]}..."
-        raise SettingError(f"name={shown!r} cannot be the name of a folder in the log directory: {problem}.")
+        shown = shortened(repr(name), 80)
+        raise SettingError(f"name={shown} cannot be the name of a folder in the log directory: {problem}.")
 
 
 def _problem_of(name: object) -> str:

@@ -49,6 +49,7 @@ class TestCallbackNames:
     @example("lib/../../x")
     @example("")
     @example("lpt1")
+    @example("\U00012544" * 9)
     def test_a_run_never_writes_outside_its_folder(self, name: str) -> None:
         try:
             callback = LIBCallback(NODE_LAYERS, name=name, baselines=["pca", "neuron"])
