@@ -59,7 +59,7 @@ class InstrumentedModel:
         self.seed = 0
         # Whether a forward pass has written to parameters, which graphs of earlier passes need as they were.
         self._writes_weights = False
-        self._in_session = False
+        self._in_session = self._has_run = False
         self.notes: list[str] = []
         self._detached: list[weakref.ref[Tensor]] = []
         # Undoes what an interrupted forward pass has written to the attributes of modules.
@@ -103,7 +103,7 @@ class InstrumentedModel:
                 yield
             finally:
                 self.release()
-                self._in_session, self._restore_attributes = False, None
+                self._in_session, self._has_run, self._restore_attributes = False, False, None
                 self.model = original
 
     def activations(self, batch: Any) -> list[Tensor]:
@@ -181,6 +181,11 @@ class InstrumentedModel:
         """
         values = [a if i == index else None for i in range(len(self.layers))]
         recorder = self._recorder(batch, values, stop_after=index + 1)
+        if (
+            not self._has_run
+        ):  # modules that prepare themselves in their first pass, such as sharded ones, need all of it
+            with torch.no_grad():
+                self.run(batch)
         self._restore_attributes = self._restore_attributes or preserve_attributes(self.model)
         try:
             with recorder.hooked((index, index + 1)):

@@ -494,8 +494,9 @@ class LIBCallback(Callback):
     ) -> EffortPlan | None:
         """Choose once what every snapshot computes; called by all processes at the same time."""
         share = self.max_overhead if math.isfinite(self.max_overhead) and self.max_overhead > 0 else SHARE
+        expected = self.samples.expected_count  # by all processes, also those without samples
         plan = plan_effort(
-            trainer, instrumented, data.batches, self.config.config, self.samples.expected_count, self._all_samples,
+            trainer, instrumented, data.batches, self.config.config, expected, self._all_samples,
             expected_snapshots(self.schedule, trainer) * len(self.computer.prefixes), share,
         ) if data.batches else None  # fmt: skip
         plan = agree(plan, self._process_group)
