@@ -58,13 +58,22 @@ def results_of(python: Path, *words: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def record(name: str, result: dict[str, Any]) -> None:
+    """Write a result in place of the one before, and the page."""
+    print(f"{name}: {result['status']}", flush=True)
+    found = json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else {}
+    interpreter = f"Python {platform.python_version()} on {platform.system()}, {platform.machine()}"
+    every = {"interpreter": interpreter, "results": dict(sorted({**found, name: result}.items()))}
+    RESULTS.write_text(json.dumps(every, indent=1) + "\n")
+    PAGE.write_text(page(every))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--environments", type=Path, required=True, help="folder of the environments")
     parser.add_argument("names", nargs="*", help="beginnings of the names of applications; all by default")
     options = parser.parse_args()
     chosen = tuple(options.names) or ("",)
-    found: dict[str, dict[str, Any]] = json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else {}
     today = date.today().isoformat()
     applications = {name: group for name, (_, group, _, _) in load().items() if name.startswith(chosen)}
     types = [row[0] for row in CONFIGURATIONS if f"{TRANSFORMERS} {row[0]}".startswith(chosen)]
@@ -80,16 +89,10 @@ def main() -> None:
                 if reason
                 else results_of(python, "tests.applications.one", name)
             )
-            found[name] = {"name": name, "group": group, **result, "date": today}
-            print(f"{name}: {found[name]['status']}", flush=True)
+            record(name, {"name": name, "group": group, **result, "date": today})
         if is_oracle:
             for result in results_of(python, "tests.applications.hugging_face", *types):
-                name = f"{TRANSFORMERS} {result.get('name', '')}".strip()
-                found[name] = {**result, "date": today}
-                print(f"{name}: {result['status']}", flush=True)
-    interpreter = f"Python {platform.python_version()} on {platform.system()}, {platform.machine()}"
-    RESULTS.write_text(json.dumps({"interpreter": interpreter, "results": found}, indent=1) + "\n")
-    PAGE.write_text(page(json.loads(RESULTS.read_text())))
+                record(f"{TRANSFORMERS} {result.get('name', '')}".strip(), {**result, "date": today})
 
 
 if __name__ == "__main__":
