@@ -42,7 +42,8 @@ def map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
         return _sequence_like(value, [map_tensors(v, fn) for v in value])
     if isinstance(value, Mapping):
         return _with_items(value, {k: map_tensors(v, fn) for k, v in value.items()})
-    if isinstance(value, type) or not hasattr(value, "__dict__"):
+    # Dataclasses with slots have no __dict__.
+    if isinstance(value, type) or not (hasattr(value, "__dict__") or dataclasses.is_dataclass(value)):
         return value
     if hasattr(value, "edge_index") and hasattr(value, "apply"):  # of PyTorch Geometric: copies all of its stores
         return copy.copy(value).apply(fn)

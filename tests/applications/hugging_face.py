@@ -11,6 +11,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from lib_lightning import NodeLayer, compute_interaction_graph
 from lib_lightning.api import propose_node_layers
 from lib_lightning.errors import LIBError
+from lib_lightning.model.batch import replace_first_tensor
+from lib_lightning.model.node_layer import as_node_layers
 from tests.integration.oracle import assert_exact, entries, tensors_in
 
 VOCABULARY, HIDDEN, LENGTH, IMAGE, SAMPLES = 37, 8, 3, 8, 24
@@ -134,11 +137,20 @@ def batch_of(kind: str) -> dict[str, Tensor]:
     return {"input_ids": tokens()}
 
 
-def dense(
-    model: nn.Module, batch: dict[str, Tensor], node_layers: list[NodeLayer]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Activations ``(n, S, d)`` of each node layer, and Jacobians ``(n, S', d', S, d)`` of each section."""
-    seen: dict[tuple[int, int], Tensor] = {}
+Seen = dict[tuple[int, int], Tensor]
+
+
+def run(model: nn.Module, batch: dict[str, Tensor], node_layers: list[NodeLayer], cut: int | None = None) -> Seen:
+    """Run a model; return the tensor at each tap.
+
+    Args:
+        model: The model.
+        batch: Its keyword arguments.
+        node_layers: The node layers.
+        cut: Node layer of several taps, all outputs of modules: in the place of each comes a new leaf, so that none
+            depends on another.
+    """
+    seen: Seen = {}
     handles = []
     for l, layer in enumerate(node_layers):
         for k, tap in enumerate(layer.taps):
@@ -146,55 +158,63 @@ def dense(
             path, _, number = path.partition("#")
             calls: list[int] = []
 
-            def look(value: Any, key: tuple[int, int], call: int, calls: list[int]) -> None:
-                if len(calls) == call:
-                    t = tensors_in(value)[0]
-                    seen[key] = t if t.requires_grad or not t.is_floating_point() else t.requires_grad_()
+            def look(value: Any, at: tuple[int, int], call: int, calls: list[int]) -> Any:
                 calls.append(0)
+                if len(calls) - 1 != call:
+                    return None
+                t = tensors_in(value)[0]
+                seen[at] = t if t.requires_grad or not t.is_floating_point() else t.requires_grad_()
+                if at[0] != cut:
+                    return None
+                seen[at] = t.detach().requires_grad_()
+                return replace_first_tensor(value, seen[at])
 
-            at, call = (l, k), int(number or 0)
+            options: Any = {"at": (l, k), "call": int(number or 0), "calls": calls}
             module = model.get_submodule(path)
             if side == "input":
-                handles.append(
-                    module.register_forward_pre_hook(
-                        lambda m, args, kwargs, at=at, call=call, calls=calls: look((args, kwargs), at, call, calls),
-                        with_kwargs=True,
-                    )
-                )
+                before = partial(lambda look, m, args, kwargs: look((args, kwargs)), partial(look, **options))
+                handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             else:
-                handles.append(
-                    module.register_forward_hook(
-                        lambda m, args, out, at=at, call=call, calls=calls: look(out, at, call, calls)
-                    )
-                )
+                after = partial(lambda look, m, args, out: look(out), partial(look, **options))
+                handles.append(module.register_forward_hook(after))
     try:
         with torch.enable_grad():
             model(**{name: t.clone() for name, t in batch.items()})
     finally:
         for handle in handles:
             handle.remove()
+    return seen
 
-    def read(l: int) -> Tensor:
-        layer = node_layers[l]
-        return torch.cat([seen[l, k].flatten(1)[:, entries(layer, seen[l, k])] for k in range(len(layer.taps))], -1)
 
-    activations = [read(l) for l in range(len(node_layers))]
-    jacobians = []
-    for l, layer in enumerate(node_layers[:-1]):
-        sources = [seen[l, k] for k in range(len(layer.taps))]
-        after = activations[l + 1]
+def dense(
+    model: nn.Module, batch: dict[str, Tensor], node_layers: list[NodeLayer]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Activations ``(n, S, d)`` of each node layer, and Jacobians ``(n, S', d', S, d)`` of each section."""
+    activations, jacobians = [], []
+    for l, layer in enumerate(node_layers):
+        seen = run(model, batch, node_layers, cut=l if len(layer.taps) > 1 else None)
+        here = {at: t for at, t in seen.items() if at[0] == l}
+        activations.append(activation(layer, seen, l))
+        if l + 1 == len(node_layers):
+            break
+        after = activation(node_layers[l + 1], seen, l + 1)
         rows = []
         for t in range(after.shape[1]):
             for i in range(after.shape[2]):
-                grads = torch.autograd.grad(after[:, t, i].sum(), sources, retain_graph=True, allow_unused=True)
-                parts = [
-                    (torch.zeros_like(s) if g is None else g).flatten(1)[:, entries(layer, s)]
-                    for g, s in zip(grads, sources, strict=True)
-                ]
-                rows.append(torch.cat(parts, -1))
+                grads = torch.autograd.grad(
+                    after[:, t, i].sum(), list(here.values()), retain_graph=True, allow_unused=True
+                )
+                filled = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, here.values(), strict=True)]
+                rows.append(activation(layer, dict(zip(here, filled, strict=True)), l))
         jacobians.append(torch.stack(rows, 1).unflatten(1, after.shape[1:]))
     # Some models compute their output in float32.
     return [a.detach().double() for a in activations], [J.double() for J in jacobians]
+
+
+def activation(layer: NodeLayer, seen: Seen, l: int) -> Tensor:
+    """Node layer ``l`` with its taps joined, ``(n, S, d)``."""
+    taps = [seen[l, k] for k in range(len(layer.taps))]
+    return torch.cat([t.flatten(1)[:, entries(layer, t)] for t in taps], -1 if layer.join == "features" else 1)
 
 
 def check(row: Row) -> dict[str, Any]:
@@ -217,7 +237,7 @@ def check(row: Row) -> dict[str, Any]:
         return {**result, "status": "not run", "reason": f"{type(error).__name__}: {error}"[:400]}
     try:
         given = propose_node_layers(model, dict(batch))
-        layers = [NodeLayer([layer]) if isinstance(layer, str) else layer for layer in given]
+        layers = as_node_layers(given)
         result["node_layers"] = [layer.name for layer in layers]
         graph = compute_interaction_graph(model, [batch], layers, rtol=RTOL)
         expected = dense(model, batch, layers)

@@ -1,4 +1,4 @@
-"""The committed results of ``tox -e applications``: complete, with versions and dates, and as the documentation has them."""
+"""The committed results of ``tox -e applications``: complete, with versions and dates, and the same on the page."""
 
 from __future__ import annotations
 

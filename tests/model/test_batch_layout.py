@@ -351,3 +351,22 @@ def test_batches_are_left_as_they_are() -> None:
     assert all(torch.equal(batch[key], before[key]) for key in ("x", "weights", "scales"))
     layout = BatchLayout()
     assert layout.select(batch, slice(0, 2))["x"].shape == (2, D)
+
+
+@dataclasses.dataclass(slots=True)
+class WithSlots:
+    x: Tensor
+    label: Tensor | None = None
+
+
+def test_dataclasses_with_slots() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def forward(self, batch: WithSlots) -> Tensor:
+            return self.net(batch.x)
+
+    graph = compute_interaction_graph(Model(), [WithSlots(torch.randn(12, D))], ["net.0", "output"])
+    assert graph.info["n_samples"] == 12
