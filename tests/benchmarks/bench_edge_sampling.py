@@ -124,6 +124,7 @@ def edges_of(
     indirect=["published"],
 )
 def test_error_against_products(benchmark: Any, name: str, published: Path | None) -> None:
+    torch.manual_seed(0)
     model, data, names = MODELS[name](published)
     instrumented = InstrumentedModel(model, as_node_layers(names))
     with model_session(instrumented):

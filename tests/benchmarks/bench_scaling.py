@@ -22,6 +22,7 @@ from lib_lightning.algorithm.memory_plan import MemoryPlan
 from lib_lightning.algorithm.progress import on_phase
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.node_layer import as_node_layers
+from lib_lightning.model.torch_internals import operations_observed
 from lib_lightning.training.profiling import _Count
 from tests.benchmarks.clock import now
 
@@ -73,7 +74,7 @@ def activated(n: int = 2000, d: int = 48, h: int = 192, r: int = 48) -> Case:
 
 def general(
     n: int = 64, S: int = 16, d: int = 32, depth: int = 1, n_probes: int | None = None, points: int = 0,
-    keep: bool = True, jacobians: int = 0, outputs: int | None = None,
+    keep: bool = True, jacobians: int = 0, outputs: int | None = None, n_pushed: int | None = None,
 ) -> Case:  # fmt: skip
     """Blocks of width ``d``; with ``outputs``, followed by a linear map of one position to that many numbers."""
     model = nn.Sequential(*(Mixing(d) for _ in range(depth)))
@@ -81,7 +82,7 @@ def general(
     if outputs is not None:
         model.append(_Readout(d, outputs))
         names = ["input", "output"]
-    config = LIBConfig(rtol=0, n_probes=n_probes, integration_steps=points)
+    config = LIBConfig(rtol=0, n_probes=n_probes, integration_steps=points, n_pushed=n_pushed)
     return Case(model, torch.randn(n, S, d), names, config, MemoryPlan(keep_graphs=keep, product_bytes=jacobians))
 
 
@@ -148,6 +149,21 @@ SWEEPS = {
     "general: edges forward, samples": Sweep(lambda n: general(n, n_probes=1), [32, 64, 128, 256], EDGES, 1),
     "general: edges forward, positions": Sweep(lambda S: general(S=S, n_probes=1), [16, 32, 64, 128], EDGES, 1),
     "general: edges forward, width": Sweep(lambda d: general(d=d, n_probes=1), [16, 32, 64, 128], EDGES, 3),
+    "general: sampled edges, samples": Sweep(
+        lambda n: general(n, n_probes=1, n_pushed=8), [64, 128, 256, 512], EDGES, 1
+    ),
+    "general: sampled edges, positions": Sweep(
+        lambda S: general(S=S, n_probes=1, n_pushed=8), [16, 32, 64, 128], EDGES, 1
+    ),
+    "general: sampled edges, width": Sweep(
+        lambda d: general(d=d, n_probes=1, n_pushed=8), [16, 32, 64, 128], EDGES, 2
+    ),
+    "general: sampled edges, features per sample": Sweep(
+        lambda m: general(d=128, n_probes=1, n_pushed=m), [8, 16, 32, 64], EDGES, 1
+    ),
+    "depth: sampled edges": Sweep(
+        lambda L: general(depth=L, n_probes=1, n_pushed=8), [2, 4, 8, 16], EDGES, 1
+    ),
     "general: edges in reverse, outputs": Sweep(lambda r: general(outputs=r), [3, 6, 12, 24], EDGES, 1),
     "general: edges in reverse, positions": Sweep(lambda S: general(S=S, outputs=8), [16, 32, 64, 128], EDGES, 1),
     "general: edges from kept Jacobians, positions": Sweep(
@@ -172,7 +188,8 @@ def run(case: Case, listener: Callable[[str], None]) -> None:
 
 def operations(case: Case, step: str) -> int:
     """Floating-point operations of the matrix products in some steps."""
-    with _Count() as count:
+    count = _Count()
+    with operations_observed(count.add):
         run(case, count)
     return sum(sum(by_type.values()) for name, by_type in count.steps.items() if name.startswith(step))
 
