@@ -119,7 +119,7 @@ def edges_of(
 
 
 @pytest.mark.parametrize(
-    ("name", "published"),
+    "name,published",  # noqa: PT006 (as in the other benchmarks)
     [("GPT-2 shape", "made-up"), ("convolutions", "published"), ("modular addition", "published")],
     indirect=["published"],
 )
