@@ -53,7 +53,7 @@ def gpt2_small() -> tuple[nn.Module, Any, list[str]]:
 
 
 @pytest.mark.parametrize("make", [mlp, cnn, gpt2, llama, gpt2_small])
-def bench_session(benchmark: Any, make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_session(benchmark: Any, make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model, batch, layers = make()
     before = {name: t.clone() for name, t in model.state_dict().items()}
