@@ -315,8 +315,9 @@ def agree(plan: EffortPlan | None, process_group: ProcessGroup) -> EffortPlan | 
     numbers = [] if plan is None else [
         plan.num_samples, plan.n_probes or 0, plan.n_pushed or 0, plan.operations, plan.allowed
     ]  # fmt: skip
-    for gathered in process_group.gather(torch.tensor(numbers, dtype=torch.float64, device="cpu")):
-        if len(gathered):
-            n, probes, pushed, operations, allowed = gathered.tolist()
-            return EffortPlan(int(n), int(probes) or None, int(pushed) or None, operations, allowed)
-    return None
+    gathered = process_group.gather(torch.tensor(numbers, dtype=torch.float64, device="cpu"))
+    found = next((t for t in gathered if len(t)), torch.zeros(5, dtype=torch.float64, device="cpu"))
+    # Where every process has all samples, nothing is gathered.
+    (found,) = process_group.broadcast([found])
+    n, probes, pushed, operations, allowed = found.tolist()
+    return EffortPlan(int(n), int(probes) or None, int(pushed) or None, operations, allowed) if n else None

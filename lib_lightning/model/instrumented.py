@@ -26,6 +26,7 @@ from lib_lightning.model.preserve import MAX_COPIED_BYTES, preserve_model
 from lib_lightning.model.process_state import seed_all
 from lib_lightning.model.replica import Copier
 from lib_lightning.model.saved_state import preserve_attributes
+from lib_lightning.model.saved_value import has_address
 from lib_lightning.model.sources import in_model
 from lib_lightning.model.steps import arguments_in_step, can_be_called, find_call, forward_in_step
 
@@ -59,7 +60,7 @@ class InstrumentedModel:
         self.seed = 0
         # Whether a forward pass has written to parameters, which graphs of earlier passes need as they were.
         self._writes_weights = False
-        self._in_session = self._has_run = False
+        self._in_session = False
         self.notes: list[str] = []
         self._detached: list[weakref.ref[Tensor]] = []
         # Undoes what an interrupted forward pass has written to the attributes of modules.
@@ -103,7 +104,7 @@ class InstrumentedModel:
                 yield
             finally:
                 self.release()
-                self._in_session, self._has_run, self._restore_attributes = False, False, None
+                self._in_session, self._restore_attributes = False, None
                 self.model = original
 
     def activations(self, batch: Any) -> list[Tensor]:
@@ -180,12 +181,9 @@ class InstrumentedModel:
             ``a^{l+1}``, shape ``(n, S', d')``.
         """
         values = [a if i == index else None for i in range(len(self.layers))]
-        recorder = self._recorder(batch, values, stop_after=index + 1)
-        if (
-            not self._has_run
-        ):  # modules that prepare themselves in their first pass, such as sharded ones, need all of it
-            with torch.no_grad():
-                self.run(batch)
+        # A forward pass of a sharded model has to end as it began, for the next one to find the weights.
+        is_sharded = not all(map(has_address, self.model.parameters()))
+        recorder = self._recorder(batch, values, stop_after=None if is_sharded else index + 1)
         self._restore_attributes = self._restore_attributes or preserve_attributes(self.model)
         try:
             with recorder.hooked((index, index + 1)):

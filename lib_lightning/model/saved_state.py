@@ -115,7 +115,14 @@ def replace_inference_tensors(model: nn.Module) -> Callable[[], None]:
 
 def save_registered(model: nn.Module, saver: Saver) -> Callable[[], None]:
     """Which children, parameters and hooks are registered, in which order; and what hooks refer to."""
-    registries = [value for m in model.modules() for name, value in vars(m).items() if name in _REGISTRIES]
+    # `fully_shard` registers the whole parameters and their parts in turn, and knows itself which it has registered.
+    sharded = {id(m) for m in model.modules() if not all(map(has_address, m.parameters()))}
+    registries = [
+        value
+        for m in model.modules()
+        for name, value in vars(m).items()
+        if name in _REGISTRIES and not (id(m) in sharded and any(isinstance(x, Tensor) for x in value.values()))
+    ]
     return in_turn([restore for x in registries if (restore := saver.save(x))])
 
 

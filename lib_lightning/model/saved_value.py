@@ -17,6 +17,7 @@ from torch import Tensor
 from lib_lightning.model.autograd_graph import version_of
 from lib_lightning.model.process_state import in_turn
 from lib_lightning.model.replica import EMPTY, NOT_STATE, contents_of
+from lib_lightning.model.torch_internals import has_memory
 from lib_lightning.model.trainer_view import is_lightning
 
 _NO_CONTENTS = (type, types.ModuleType, types.CodeType, str, bytes, int, float, bool, complex, type(None))
@@ -53,7 +54,7 @@ class Saver:
         self._seen[id(value)] = value
         numpy: Any = sys.modules.get("numpy")
         if isinstance(value, Tensor):
-            return save_tensor(value)
+            return save_tensor(value) if has_memory(value) else None
         if numpy and isinstance(value, numpy.ndarray) and value.flags.writeable:
             return partial(numpy.copyto, value, value.copy())
         if isinstance(value, torch.Generator):
@@ -65,6 +66,9 @@ class Saver:
         if numpy and isinstance(value, numpy.random.Generator):
             return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
         if isinstance(value, NOT_STATE) or is_lightning(value, "Trainer", "Logger", "Fabric", "LightningDataModule"):
+            return None
+        # Process groups and sharded parameters, whose memory is freed between uses.
+        if type(value).__module__.startswith("torch.distributed."):
             return None
         if isinstance(value, (list, tuple, deque, dict, set)):
             return self._container(value)

@@ -9,6 +9,7 @@ what depends on it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from lib_lightning.model.autograd_graph import swap_in
 from lib_lightning.model.batch import tensors_in
-from lib_lightning.model.torch_internals import is_functorch_tensor
+from lib_lightning.model.torch_internals import has_memory, is_functorch_tensor
 
 # The place of a tensor in a forward pass: index of the operation that uses it, and index among its arguments.
 _Place = tuple[int, int]
@@ -49,7 +50,7 @@ class SampleSources:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._fixed = {id(t) for t in (*model.parameters(), *model.buffers())}
+        self._fixed = _Fixed(model)
         self._first: list[dict[_Place, Tensor]] = []
         self._others: list[dict[_Place, Tensor]] = []
         self._masks: dict[int, Tensor] | None = None
@@ -145,10 +146,34 @@ def follow_use(tensors: Sequence[Tensor]) -> None:
                 mode.use(tensors)
 
 
+class _Fixed:
+    """Tensors that do not come from the samples: parameters and buffers, and what gathers them where they are sharded.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._ids = {id(t) for t in (*model.parameters(), *model.buffers())}
+        self._is_sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
+
+    def __contains__(self, t: Tensor) -> bool:
+        return id(t) in self._ids
+
+    def gathers_weights(self) -> bool:
+        """Whether the present operation belongs to torch's code for sharded models."""
+        frame = sys._getframe(2) if self._is_sharded else None
+        while frame is not None:
+            if frame.f_globals.get("__name__", "").startswith("torch.distributed."):
+                return True
+            frame = frame.f_back
+        return False
+
+
 class _Operations(TorchFunctionMode):
     """Numbers the operations of a forward pass and the tensors they use."""
 
-    def __init__(self, fixed: set[int], masks: dict[int, Tensor] | None = None) -> None:
+    def __init__(self, fixed: _Fixed, masks: dict[int, Tensor] | None = None) -> None:
         super().__init__()
         self.paused = True
         self._fixed, self._masks = fixed, masks
@@ -158,7 +183,7 @@ class _Operations(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.paused or _is_query(func):
+        if self.paused or _is_query(func) or self._fixed.gathers_weights():
             return func(*args, **kwargs)
         number, tensors = self._count, [t for t in tensors_in((args, kwargs)) if not is_functorch_tensor(t)]
         self.use(tensors)
@@ -170,7 +195,7 @@ class _Operations(TorchFunctionMode):
         """An operation is about to use some tensors."""
         number, self._count = self._count, self._count + 1
         for index, t in enumerate(tensors):
-            if (t.is_floating_point() or t.is_complex()) and id(t) not in self._fixed:
+            if (t.is_floating_point() or t.is_complex()) and t not in self._fixed and has_memory(t):
                 self.visit((number, index), t)
 
     def visit(self, place: _Place, t: Tensor) -> None:
@@ -203,7 +228,7 @@ def _following(mode: _Operations) -> Iterator[None]:
 class _Fingerprints(_Operations):
     """Two numbers for each tensor that is used: a random combination of its entries, and their size."""
 
-    def __init__(self, fixed: set[int], masks: dict[int, Tensor] | None) -> None:
+    def __init__(self, fixed: _Fixed, masks: dict[int, Tensor] | None) -> None:
         super().__init__(fixed, masks)
         self.found: dict[_Place, Tensor] = {}
         self._known: dict[tuple[int, int], Tensor] = {}
@@ -233,7 +258,7 @@ class _Fingerprints(_Operations):
 class _Leaves(_Operations):
     """Makes a leaf of each tensor that differs between samples and was not computed from another one."""
 
-    def __init__(self, fixed: set[int], changed: set[_Place], again: bool, masks: dict[int, Tensor] | None) -> None:
+    def __init__(self, fixed: _Fixed, changed: set[_Place], again: bool, masks: dict[int, Tensor] | None) -> None:
         super().__init__(fixed, masks)
         self.found: list[Tensor] = []
         self.marked: list[Tensor] = []

@@ -212,6 +212,25 @@ def writes_refused(tensors: Sequence[Tensor], refuse: Callable[[], None]) -> Ite
         refuse()
 
 
+def has_memory(t: Tensor) -> bool:
+    """Whether the values of a tensor can be read: not if its memory has been freed, as of parameters that are sharded.
+
+    Example:
+        >>> x = torch.ones(2)
+        >>> before = has_memory(x)
+        >>> x.untyped_storage().resize_(0)
+        >>> before, has_memory(x)
+        (True, False)
+    """
+    if t.layout != torch.strided or not t.numel():
+        return True
+    try:
+        last = t.storage_offset() + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        return t.untyped_storage().nbytes() >= (last + 1) * t.element_size()
+    except (RuntimeError, NotImplementedError):  # tensors inside a transformation of torch.func, among others
+        return True
+
+
 def storage_key(t: Tensor) -> int:
     """A number that identifies the memory of a tensor."""
     storage = t.untyped_storage()

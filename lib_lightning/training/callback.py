@@ -494,7 +494,10 @@ class LIBCallback(Callback):
     ) -> EffortPlan | None:
         """Choose once what every snapshot computes; called by all processes at the same time."""
         share = self.max_overhead if math.isfinite(self.max_overhead) and self.max_overhead > 0 else SHARE
-        expected = self.samples.expected_count  # by all processes, also those without samples
+        own = torch.tensor([sum(map(instrumented.num_samples, data.batches))], device="cpu")
+        counts = self._process_group.gather(own)  # by all processes, also those without samples
+        is_known = self.samples.buffer.is_frozen
+        expected = sum(int(n) for n in counts) if is_known else self.sample_config.num_samples
         plan = plan_effort(
             trainer, instrumented, data.batches, self.config.config, expected, self._all_samples,
             expected_snapshots(self.schedule, trainer) * len(self.computer.prefixes), share,

@@ -282,12 +282,6 @@ class SampleStore:
         self.reference = SampleBuffer(self._reference_capacity)
         self.is_ready = self._is_unsaved = self._seen_sanity_check = self._has_failed = self.has_given_up = False
 
-    @property
-    def expected_count(self) -> int:
-        """Number of samples that a snapshot can use, over all processes."""
-        counts = self._process_group.gather(torch.tensor([self.buffer.count], device="cpu"))
-        return sum(int(n) for n in counts) if self.buffer.is_frozen else self._config.num_samples
-
     def prepare(self, trainer: pl.Trainer, check: CheckBatch) -> None:
         """Get the samples that are available before the first step, and make sure that there will be some.
 
