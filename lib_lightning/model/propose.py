@@ -89,6 +89,7 @@ def sizes(cuts: Sequence[CutPoint]) -> str:
     """Positions and features of cut points, for messages.
 
     Example:
+        >>> import torch
         >>> sizes(find_proposed(nn.Linear(4, 2), [torch.randn(3, 4)]))
         '1 x 4, 1 x 2 (positions x features)'
     """

@@ -247,12 +247,13 @@ class _Fingerprints(_Operations):
             numbers = torch.nan_to_num(numbers.double(), nan=2.0, posinf=1.0, neginf=-1.0).flatten()
             place = len(numbers), numbers.device
             if place not in self._weights:
-                weights = torch.rand(len(numbers), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+                generator = torch.Generator("cpu").manual_seed(0)
+                weights = torch.rand(len(numbers), generator=generator, dtype=torch.float64, device="cpu")
                 self._weights[place] = weights.to(numbers.device)
             weights = self._weights[place]
             return torch.stack([weights @ numbers, weights @ numbers.abs()])
         except (RuntimeError, NotImplementedError):  # sparse and nested tensors, among others
-            return torch.zeros(2, dtype=torch.float64)
+            return torch.zeros(2, dtype=torch.float64, device="cpu")
 
 
 class _Leaves(_Operations):

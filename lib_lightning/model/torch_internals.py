@@ -218,7 +218,7 @@ def has_memory(t: Tensor) -> bool:
     Example:
         >>> x = torch.ones(2)
         >>> before = has_memory(x)
-        >>> x.untyped_storage().resize_(0)
+        >>> _ = x.untyped_storage().resize_(0)
         >>> before, has_memory(x)
         (True, False)
     """

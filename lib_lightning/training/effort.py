@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
-
-import lightning.pytorch as pl
+from typing import TYPE_CHECKING, Any
 
 from lib_lightning.algorithm.config import LIBConfig
 from lib_lightning.algorithm.effort import EffortPlan, choose_effort, measure_cost
 from lib_lightning.model.instrumented import InstrumentedModel, model_session
 from lib_lightning.training.schedule import Schedule
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 # Share of the operations of the training that all snapshots may take, where the user sets none.
 SHARE = 0.03

@@ -120,7 +120,7 @@ def test_files_are_written_once(name: str, runs: tuple[Path, str]) -> None:
 def test_failure_on_one_process_is_reported_by_both(runs: tuple[Path, str]) -> None:
     _, output = runs
     assert output.count("ValueError: this process fails") == 1
-    assert output.count("PeerProcessError: Process 1 has failed; its own message says why.") == 1
+    assert output.count("PeerProcessError: Process 1 has failed; its own message says why") == 1
     assert output.count("failed and is skipped") == 2, "by no other process"
 
 
