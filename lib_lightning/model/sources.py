@@ -37,7 +37,7 @@ class SampleSources:
         model: The model. Its parameters and buffers are no sources.
 
     Example:
-        >>> embed = nn.Embedding(5, 2)
+        >>> embed = nn.Embedding(5, 2).requires_grad_(False)
         >>> tokens, others = torch.tensor([0, 1]), torch.tensor([1, 0])
         >>> search = SampleSources(embed)
         >>> for samples in (tokens, others):
