@@ -32,7 +32,6 @@ class RunningCovariance(Reducible):
         count: Number of rows.
         mean: ``mu``, shape ``(d,)``, float64; empty before the first row.
         dtype: Type of the activations.
-        varies: Whether rows differ by more than rounding.
 
     Note:
         Source: Chan, Golub and LeVeque (1979), "Updating formulae and a pairwise algorithm for computing sample
@@ -53,7 +52,7 @@ class RunningCovariance(Reducible):
         self.dtype: torch.dtype | None = None
         self.n = 0
         self.count = 0
-        self.varies = False
+        self._varies: bool | Tensor = False
         self._first: Tensor | None = None
         self.mean = torch.zeros(0, dtype=torch.float64, device="cpu")
         self._scatter = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
@@ -70,9 +69,11 @@ class RunningCovariance(Reducible):
         if count == 0 and self.mean.numel():
             return
         rows, self.dtype = rows.detach(), rows.dtype
-        if not self.varies and count:  # for ordinary activations, only at the first batch
+        if self._varies is not True and rows.numel():
             self._first = rows[:1].clone() if self._first is None else self._first
-            self.varies = _differ(rows, self._first)
+            self._varies = _differ(rows, self._first) | self._varies
+            if rows.device.type == "cpu":  # reading a value on another device would wait for it
+                self._varies = bool(self._varies)  # for ordinary activations, True from the first batch on
         mean = rows.sum(0, dtype=torch.float64) / max(1, count)
         total = self.count + count
         before = self.mean if self.count else torch.zeros_like(mean)
@@ -120,7 +121,13 @@ class RunningCovariance(Reducible):
         self.dtype = _DTYPES[int(dtypes.max())] if dtypes.max() >= 0 else None
         # Each process may have a constant of its own.
         own = means[counts > 0].to(self.dtype or means.dtype)
-        self.varies = bool(varies.any()) or (len(own) > 1 and _differ(own, own[:1]))
+        self._varies = bool(varies.any()) or (len(own) > 1 and own.numel() > 0 and bool(_differ(own, own[:1])))
+
+    @property
+    def varies(self) -> bool:
+        """Whether rows differ by more than rounding."""
+        self._varies = bool(self._varies)
+        return self._varies
 
     @property
     def covariance(self) -> Tensor:
@@ -133,11 +140,9 @@ class RunningCovariance(Reducible):
         return self._always or len(self.mean) <= DENSE_WIDTH
 
 
-def _differ(rows: Tensor, first: Tensor) -> bool:
-    """Whether any row ``(m, d)`` differs from the first one ``(1, d)`` by more than rounding."""
-    if torch.equal(rows, first.expand_as(rows)):
-        return False
-    return bool((rows - first).abs().max() > 2 * torch.finfo(rows.dtype).eps * first.abs().max())
+def _differ(rows: Tensor, first: Tensor) -> Tensor:
+    """Whether any row ``(m, d)`` differs from the first one ``(1, d)`` by more than rounding; on their device."""
+    return (rows - first).abs().max() > 2 * torch.finfo(rows.dtype).eps * first.abs().max()
 
 
 def all_reduce_covariances(moments: Sequence[RunningCovariance], process_group: ProcessGroup) -> None:

@@ -141,7 +141,12 @@ class LowRankGram(Gram):
                 return g
             omega = torch.randn(_SKETCH, len(g), generator=self._generator, device="cpu").to(g)
             _, sizes, directions = torch.linalg.svd(omega @ (rest / remainder.to(rest)), full_matrices=False)
-            new = directions[sizes > torch.finfo(g.dtype).eps * self.d * sizes[0]]
+            # Directions that are together within the tolerance may be rounding of those found before. The sketch makes
+            # vectors longer by the square root of its size; half the tolerance leaves room for its randomness.
+            together = sizes.square().flip(0).cumsum(0).flip(0).sqrt() / _SKETCH**0.5
+            found = (sizes > torch.finfo(g.dtype).eps * self.d * sizes[0]) & (together * remainder > tolerance / 2)
+            found[0] = True
+            new = directions[found]
             # Orthogonalise again: small remainders have lost their orthogonality to rounding.
             Q = torch.cat([Q, torch.linalg.qr((new - (new @ Q.T) @ Q).T).Q.T])
             coordinates = g @ Q.T

@@ -116,7 +116,7 @@ def _module_to_run(model: nn.Module, max_bytes: int) -> Iterator[nn.Module]:
         with _restored(model, max_bytes):
             yield model
         return
-    saver = Saver(model.modules())
+    saver = Saver([*model.modules(), *copier.shared])
     restores = [saver.save(x) for x in copier.uncopied]
     restores.append(save_static_state(copier.kinds | saver.kinds, [*copier.functions, *saver.functions], saver))
     before = _fingerprint(model)

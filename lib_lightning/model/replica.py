@@ -9,7 +9,8 @@ along with a model that refers to them. The rules are those of the pickle protoc
 - A lock becomes a new lock. What writes to files or runs in a thread becomes an object that accepts every call and does
   nothing. A generator in mid-run becomes one that says so when it is used, since using the original would advance it.
 - Trainers and loggers of Lightning become read-only views; see `lib_lightning.model.trainer_view`.
-- Data sets, data loaders and optimizers are not copied.
+- Data sets, data loaders and optimizers are not copied. Nor is an object whose ``__deepcopy__`` returns it, in which
+  hooks can note what happens to a copy.
 """
 
 from __future__ import annotations
@@ -71,12 +72,14 @@ class Copier:
         kinds: The classes of all objects that have been copied.
         functions: All functions among them.
         uncopied: Objects that could not be copied, and are shared.
+        shared: Objects whose own ``__deepcopy__`` returns them: they ask to be shared, with all that they hold.
     """
 
     def __init__(self, same: Iterable[Any] = (), shared_weights: Iterable[Tensor] = ()) -> None:
         self.kinds: set[type] = set()
         self.functions: list[types.FunctionType] = []
         self.uncopied: list[Any] = []
+        self.shared: list[Any] = []
         self._originals: list[Any] = list(same)  # keeps them alive, so that each id means one object
         # Has the form of the memo of `copy.deepcopy`, and is given to the objects that copy themselves.
         self._copies: dict[int, Any] = {id(x): x for x in self._originals}
@@ -138,7 +141,12 @@ class Copier:
         if isinstance(value, nn.Module) and _is_sum_of_attributes(kind):
             return self._module(value, kind)
         own = getattr(kind, "__deepcopy__", None)
-        return self._reduced(value, kind) if own is None else own(value, self._copies)
+        if own is None:
+            return self._reduced(value, kind)
+        new = own(value, self._copies)
+        if new is value and not isinstance(value, nn.Module):
+            self.shared.append(value)
+        return new
 
     def _module(self, module: nn.Module, kind: Any) -> Any:
         new = kind.__new__(kind)

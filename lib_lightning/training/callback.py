@@ -200,6 +200,9 @@ class LIBCallback(Callback):
         self.computer = SnapshotComputer(self.config, name)
         self.clock = time.perf_counter
         self.effort, self._all_samples = effort, num_samples is not None
+        asked = {"num_samples": num_samples, "n_probes": n_probes, "n_pushed": n_pushed}
+        # int() accepts NumPy's numbers, which a checkpoint could not be loaded with.
+        self._effort_options = {name: None if number is None else int(number) for name, number in asked.items()}
         self._given_layers = None if node_layers is None else as_node_layers(node_layers)
         hooks = [on_event] if callable(on_event) else on_event or []
         self._hooks = check_list("on_event", hooks, "functions of an event", callable)
@@ -474,8 +477,10 @@ class LIBCallback(Callback):
         interval = self.state.cursor.relative_interval(before.step, metadata[STEP], self.trigger.skipped.since_last)
         data = self.samples.for_snapshot(trainer)
         with trainer_precision(trainer, self.spec.dtype):
-            if self.effort == "auto" and self.state.effort is None:
-                self.state.set_effort(self._plan_effort(trainer, instrumented, data))
+            # A resumed run may ask for another number of samples or probes than the interrupted one.
+            is_chosen = self.state.effort is not None and self.state.effort_for == self._effort_options
+            if self.effort == "auto" and not is_chosen:
+                self.state.set_effort(self._plan_effort(trainer, instrumented, data), self._effort_options)
             snapshot = self.computer.compute(
                 instrumented,
                 data,
@@ -483,7 +488,7 @@ class LIBCallback(Callback):
                 Previous(before.scalars, before.tracker, interval),
                 kind.ablation,
                 self._process_group,
-                self.state.effort,
+                self.state.effort if self.effort == "auto" else None,
             )
         self.reporter.log_notes(snapshot.graphs)
         self.reporter.log_weights(metadata)

@@ -173,6 +173,7 @@ class RunState:
         skipped: Snapshots that were skipped.
         samples: Where the samples have been written.
         effort: What every snapshot computes; None before it has been chosen.
+        effort_for: The user's options that it has been chosen for.
     """
 
     def __init__(
@@ -196,10 +197,11 @@ class RunState:
         self.cursor, self.time, self.skipped = schedule.start(), TimeSpent(), SkippedSnapshots()
         self.samples = SavedSamples()
         self.effort: EffortPlan | None = None
+        self.effort_for: dict[str, int | None] = {}
 
-    def set_effort(self, plan: EffortPlan | None) -> None:
-        """What every snapshot of the run computes has been chosen."""
-        self.effort = plan
+    def set_effort(self, plan: EffortPlan | None, options: Mapping[str, int | None]) -> None:
+        """What every snapshot of the run computes has been chosen, for some options of the user."""
+        self.effort, self.effort_for = plan, dict(options)
 
     def set_node_layers(self, names: Sequence[str]) -> None:
         """The node layers have become known."""
@@ -292,6 +294,7 @@ class RunState:
             "skipped": asdict(self.skipped),
             "samples": asdict(self.samples),
             "effort": None if self.effort is None else asdict(self.effort),
+            "effort_for": dict(self.effort_for),
         }
 
     def load_state_dict(
@@ -316,6 +319,7 @@ class RunState:
         self.cursor, self.samples = self._schedule.start(state["schedule"]), SavedSamples(**state["samples"])
         self.folders = list(state["folders"])
         self.effort = EffortPlan(**effort) if (effort := state.get("effort")) else None
+        self.effort_for = dict(state.get("effort_for", {}))
         for prefix, layout in self.layouts.items():
             if prefix in state["layouts"]:
                 layout.load_state_dict(state["layouts"][prefix])

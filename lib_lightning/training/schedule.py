@@ -51,7 +51,7 @@ class Schedule:
                 check_number(name, value, lambda n: n >= 1, "must be at least 1", integer=True)
         if at_steps is not None and (isinstance(at_steps, (str, bytes)) or not isinstance(at_steps, Iterable)):
             raise SettingTypeError(f"at_steps must be a list of numbers of steps, such as [0, 100]; got {at_steps!r}.")
-        for step in at_steps or ():
+        for step in () if at_steps is None else at_steps:
             check_number("at_steps", step, lambda n: n >= 0, "must be at least 0", integer=True)
         # int() accepts NumPy's numbers, which a checkpoint could not be loaded with.
         at_steps = None if at_steps is None else [int(step) for step in at_steps]

@@ -17,6 +17,7 @@ from lib_lightning.algorithm.edges import Edges
 from lib_lightning.algorithm.jackknife import GROUPS, group_slices, leave_one_out, near_degenerate, standard_error
 from lib_lightning.algorithm.memory_plan import MemoryPlan
 from lib_lightning.distributed.process_group import ProcessGroup
+from lib_lightning.errors import ActivationError
 from lib_lightning.jacobian.integrated_gradients import sections
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import ModelSpec
@@ -328,16 +329,20 @@ def test_fixed_directions_are_never_degenerate(kind: str) -> None:
 
 
 def test_fewer_samples_than_groups() -> None:
+    """A single sample is refused, and in a snapshot, where it is not, there is nothing that could have an error."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     x = torch.randn(5, 3).double()
     for n in (5, 2):
         graph = compute_interaction_graph(model, x[:n].split(1), ["1", "output"])
         assert graph.replicates.edges["1", "output"].shape == (n, *graph.edges["1", "output"].shape)
         assert graph.edge_errors["1", "output"].isfinite().all()
-    one = compute_interaction_graph(model, [x[:1]], ["1", "output"])
-    assert one.edge_errors == {}
-    assert [b.importance_error for b in one.bases.values()] == [None, None]
-    assert [b.degenerate for b in one.bases.values()] == [None, None]
+    with pytest.raises(ActivationError, match="There is one sample"):
+        compute_interaction_graph(model, [x[:1]], ["1", "output"])
+    instrumented = InstrumentedModel(model, as_node_layers(["1", "output"]))
+    one = build_graph(instrumented, [x[:1]], LIBConfig(), MemoryPlan())
+    assert {len(x) for x in (*one.edge_replicates, *one.importance_replicates)} == {0}
+    assert [b.importance_error for b in one.bases] == [None, None]
+    assert [b.degenerate for b in one.bases] == [None, None]
 
 
 def test_groups_without_valid_positions_are_skipped() -> None:

@@ -143,14 +143,18 @@ def test_gpt2_with_checkpointing_enabled(reentrant: bool) -> None:
 
 
 def test_checkpointing_is_enabled_again_after_an_error() -> None:
+    """The error of a forward pass is the cause of a `LIBError`, which says how the model was called."""
+
     def fail(*_: object) -> None:
         raise RuntimeError("from the model")
 
     model, x = Checkpointed(WAYS["reentrant"]), torch.randn(20, 3)
     found = StateCheck(model)
     handle = model.head.register_forward_hook(fail)
-    with pytest.raises(RuntimeError, match="from the model"):
+    with pytest.raises(LIBError, match="RuntimeError: from the model") as error:
         compute_interaction_graph(model, [x], ["embed", "output"])
+    assert type(error.value.__cause__) is RuntimeError
+    assert str(error.value.__cause__) == "from the model"
     handle.remove()
     found.assert_same()
 

@@ -132,6 +132,17 @@ def test_other_settings_collect_other_samples(tmp_path: Path) -> None:
     assert InteractionGraph.load(tmp_path / "second" / "run" / "lib" / "final.safetensors").info["n_samples"] == 30
 
 
+@pytest.mark.parametrize(
+    ("options", "n_probes"),
+    [({"n_probes": 2}, 2), ({"n_probes": None}, None), ({"n_probes": 1, "effort": "exact"}, 1)],
+)
+def test_other_settings_choose_the_effort_anew(options: dict[str, Any], n_probes: int | None, tmp_path: Path) -> None:
+    checkpoint = fit(tmp_path / "first", 1, {**SCHEDULE, "n_probes": 3})
+    fit(tmp_path / "second", 2, {**SCHEDULE, **options}, checkpoint)
+    final = InteractionGraph.load(tmp_path / "second" / "run" / "lib" / "final.safetensors")
+    assert final.info["settings"]["n_probes"] == n_probes
+
+
 def start(folder: Path, *die_at: int) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "tests.resumable_run", str(folder), *map(str, die_at)],

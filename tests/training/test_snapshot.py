@@ -255,15 +255,19 @@ def test_resumed_runs_keep_their_held_out_samples(tmp_path: Path) -> None:
     assert second.snapshots == 7
 
 
-def test_a_failing_score_costs_only_the_snapshot(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_score_costs_only_the_ablation(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Snapshots go on without what the user's own code was to add, as with a labeller that fails."""
+
     def fails(output: Tensor, batch: Any) -> Tensor:
         return output
 
     callback = callback_with(ablation=AblationPlan(score=fails))
     plain = run(Sorted(), tmp_path / "plain")
     assert run(Sorted(), tmp_path / "watched", callback) == plain
-    assert "one number for each of the" in caplog.text
-    assert callback.snapshots == 0
+    assert caplog.text.count("one number for each of the") == 1
+    assert callback.snapshots == 2
+    assert math.isnan(callback.state.scalars["lib/edges_required/total"])
+    assert InteractionGraph.load(tmp_path / "watched" / "lib" / "final.safetensors").edges
 
 
 @pytest.mark.parametrize("options", [{"final_basis": "centered"}, {"final_metric": "fisher"}])

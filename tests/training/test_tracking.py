@@ -256,7 +256,8 @@ def test_no_events_if_only_the_number_of_probes_changes(tmp_path: Path) -> None:
                 sampled = replace(callback.config, config=replace(callback.config.config, n_probes=1))
                 callback.computer = SnapshotComputer(sampled, "lib")
 
-    callback, model = callback_with(every_n_steps=1), Still(n_val=16)
+    # The number of probes is that of the configuration, not one chosen once for the whole run.
+    callback, model = callback_with(every_n_steps=1, effort="exact"), Still(n_val=16)
     model.net[1] = torch.nn.LayerNorm(8)  # so that the section has no closed form, which would be summed exactly
     trainer_of(tmp_path, callback, Cheaper(), num_sanity_val_steps=-1).fit(model)
     graphs = snapshots(tmp_path)
