@@ -62,7 +62,12 @@ def plan_effort(
 
 
 def expected_snapshots(schedule: Schedule, trainer: pl.Trainer) -> float:
-    """About how many snapshots a schedule has until the end of the training; infinite if that is unknown."""
+    """About how many snapshots a schedule has until the end of the training; infinite if that is unknown.
+
+    A standalone validation has one.
+    """
+    if trainer.state.fn != "fit":
+        return 1.0
     steps = trainer.estimated_stepping_batches
     if schedule.every_n_validations:
         return schedule.count(_validations(trainer), steps)

@@ -160,3 +160,11 @@ def test_expected_number_of_snapshots(name: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         trainer_of(tmp_path, count, **limits).fit(Images(64 * 2))
     assert count.found == pytest.approx(expected, abs=1)
+
+
+def test_a_standalone_validation_chooses_for_itself(tmp_path: Path) -> None:
+    callback = LIBCallback()
+    trainer_of(tmp_path, callback).validate(Images(64), verbose=False)
+    assert callback.snapshots == 1
+    assert callback.state.effort is not None
+    assert callback.state.effort.n_probes is not None
