@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,8 +23,17 @@ from lib_lightning.model.batch import first_tensor, map_tensors, replace_first_t
 from lib_lightning.model.batch_layout import graph_sizes
 from lib_lightning.model.exchange import Exchange, exchanges, first_samples
 from lib_lightning.model.instrumented import InstrumentedModel
-from lib_lightning.model.module_paths import accepts_hooks, find_module, module_paths
-from lib_lightning.model.node_layer import INPUT, OUTPUT, NodeLayer, NodesAsPositions, Tap, split_tap, tap_name
+from lib_lightning.model.module_paths import accepts_hooks, as_in_model, find_module, module_paths
+from lib_lightning.model.node_layer import (
+    INPUT,
+    OUTPUT,
+    NodeLayer,
+    NodesAsPositions,
+    Tap,
+    as_node_layer,
+    split_tap,
+    tap_name,
+)
 from lib_lightning.model.sources import SampleSources, follow_use, in_model
 from lib_lightning.model.steps import is_preparing
 
@@ -153,7 +161,8 @@ def _compared(
 
 def class_name(model: nn.Module, tap: str) -> str:
     """Class name of the module that a tap names."""
-    return type(find_module(model, split_tap(re.split(r"[|+]", tap)[-1]).path)).__name__
+    last = as_in_model(model, as_node_layer(tap)).taps[-1]
+    return type(find_module(model, split_tap(last).path)).__name__
 
 
 class _Trace:

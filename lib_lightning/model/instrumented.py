@@ -19,7 +19,7 @@ from lib_lightning.model.calls import ModelCall, without_subclass
 from lib_lightning.model.capture import ActivationRecorder, CapturedLayer, StopForward
 from lib_lightning.model.conversion import convert_attributes, target_dtype
 from lib_lightning.model.model_spec import ModelSpec
-from lib_lightning.model.module_paths import accepts_hooks, check_taps, find_module, unwrapped
+from lib_lightning.model.module_paths import accepts_hooks, as_in_model, check_taps, find_module, unwrapped
 from lib_lightning.model.node_layer import NodeLayer
 from lib_lightning.model.not_called import NotCalledError, explain_not_called
 from lib_lightning.model.preserve import MAX_COPIED_BYTES, preserve_model
@@ -55,7 +55,7 @@ class InstrumentedModel:
 
     def __init__(self, model: nn.Module, layers: Sequence[NodeLayer], spec: ModelSpec = _DEFAULT) -> None:
         self.model = unwrapped(model)
-        self.layers = list(layers)
+        self.layers = [as_in_model(self.model, layer) for layer in layers]
         self.spec = spec
         self.seed = 0
         # Whether a forward pass has written to parameters, which graphs of earlier passes need as they were.

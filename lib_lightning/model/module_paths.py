@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lib_lightning.errors import LIBError, NodeLayerError, SettingTypeError, quoted, shortened
-from lib_lightning.model.node_layer import INPUT, OUTPUT, NodeLayer, Tap, split_tap, tap_name
+from lib_lightning.model.node_layer import INPUT, OUTPUT, NodeLayer, Tap, split_tap, tap_name, unjoined
 from lib_lightning.model.torch_internals import WRAPPER_NAMES, child, has_forward, wrapped_module
 
 
@@ -110,6 +110,18 @@ def accepts_hooks(module: nn.Module) -> bool:
     return True
 
 
+def as_in_model(model: nn.Module, layer: NodeLayer) -> NodeLayer:
+    """A node layer, where the string that it was given as may be the name of a single module, such as ``"a+b"``."""
+    whole = unjoined(layer)
+    if whole is None:
+        return layer
+    try:
+        find_module(model, split_tap(whole.name).path)
+    except AttributeError:
+        return layer
+    return whole
+
+
 def check_taps(model: nn.Module, layers: Sequence[NodeLayer], has_steps: bool = False) -> None:
     """Raise an error for taps that name modules the model does not have.
 
@@ -128,7 +140,7 @@ def check_taps(model: nn.Module, layers: Sequence[NodeLayer], has_steps: bool = 
             "model's output, such as: def forward(self, x): return self.net(x)"
         )
     for layer in layers:
-        for name in layer.taps:
+        for name in as_in_model(model, layer).taps:
             tap = split_tap(name)
             try:
                 module = find_module(model, tap.path)

@@ -279,15 +279,41 @@ def as_node_layer(spec: object) -> NodeLayer:
         >>> as_node_layer("left+right").taps, as_node_layer("encoder|decoder.0").join
         (('left', 'right'), 'positions')
     """
-    if isinstance(spec, str) and "|" in spec:
-        return NodeLayer(spec.split("|"), join="positions")
-    taps = spec.split("+") if isinstance(spec, str) else spec
+    if isinstance(spec, str):
+        return _from_string(spec)
+    taps = spec
     if not isinstance(taps, (list, tuple)) or not all(isinstance(tap, str) for tap in taps):
         raise NodeLayerError(
             f"{shortened(repr(spec), 80)} is not a node layer, which is a string such as 'module.path', a list of "
             "these, or a NodeLayer."
         )
     return NodeLayer(taps)
+
+
+def _from_string(spec: str) -> NodeLayer:
+    sign = "|" if "|" in spec else "+"
+    taps = spec.split(sign)
+    if len(taps) == 1 or not all(map(_is_tap, taps)):  # "a+" can only be the name of a module
+        return NodeLayer(spec)
+    layer = NodeLayer(taps, join="positions" if sign == "|" else "features")
+    object.__setattr__(layer, "_is_string", True)
+    return layer
+
+
+def unjoined(layer: NodeLayer) -> NodeLayer | None:
+    """The node layer that a string means in a model that has a module of this name, ``+`` or ``|`` included.
+
+    Args:
+        layer: The node layer that `as_node_layer` made of it.
+
+    Returns:
+        The node layer of a single tap; None if the node layer was given in another way than as taps in a string.
+
+    Example:
+        >>> unjoined(as_node_layer("a+b")).taps, unjoined(as_node_layer(["a", "b"]))
+        (('a+b',), None)
+    """
+    return NodeLayer(layer.name) if getattr(layer, "_is_string", False) and _is_tap(layer.name) else None
 
 
 @dataclass(frozen=True)
@@ -364,6 +390,14 @@ def tap_name(tap: Tap) -> str:
     place = tap.path if tap.call is None else f"{tap.path}#{tap.call}"
     names = [*([place] if tap.side == OUTPUT else []), f"{place}:{tap.side}", f"{tap.path}#:{tap.side}"]
     return next(name for name in names if _means(name, tap))
+
+
+def _is_tap(name: str) -> bool:
+    try:
+        split_tap(name)
+    except NodeLayerError:
+        return False
+    return True
 
 
 def _means(name: str, tap: Tap) -> bool:

@@ -30,10 +30,7 @@ WORDS = st.sampled_from(
     ["input", "output", "total", "a", "b", "to", "-to-", "x y", "#", "#1", ":", ".", "/", "+", "0", "ü"]
 )
 NAMES = st.lists(WORDS, min_size=1, max_size=4).map("".join)
-# Not "+", which joins taps in proposals.
-CHILDREN = NAMES.map(lambda name: name.replace(".", "_").replace("+", "_")).filter(
-    lambda name: not hasattr(nn.Module, name)
-)
+CHILDREN = NAMES.map(lambda name: name.replace(".", "_")).filter(lambda name: not hasattr(nn.Module, name))
 
 
 class TestCallbackNames:
@@ -180,6 +177,8 @@ class TestModuleNames:
     @given(st.lists(CHILDREN, min_size=3, max_size=4, unique=True))
     @example(["input", "act", "output"])
     @example(["a", "a:input", "a#1", "a#"])
+    @example(["a", "b", "a+b"])
+    @example(["+", "a+", "a|b"])
     def test_listed_names_are_the_tensors_that_they_name(self, children: list[str]) -> None:
         torch.manual_seed(0)
         widths = [4, 5, 6, 7, 8]
