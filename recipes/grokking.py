@@ -60,7 +60,7 @@ def train(folder: Path, seed: int, modulus: int = 59, steps: int = STEPS, per_de
         NodeLayer(["transformer.unembed:input"], name=BEFORE_OUTPUT),
         "output",
     ]
-    callback = LIBCallback(layers, log_spaced=per_decade, labeller=FourierLabels(modulus))
+    callback = LIBCallback(layers, log_spaced=per_decade, labeller=FourierLabels(modulus), effort="exact")
     logger = CSVLogger(folder, name="", version="")
     trainer = L.Trainer(
         max_epochs=1, val_check_interval=min(10, steps), callbacks=[callback], logger=logger, accelerator="cpu",

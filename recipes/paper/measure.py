@@ -74,7 +74,7 @@ def measure(network: Network, basis: str) -> dict[str, Any]:
     """
     start = time.process_time()
     graph = compute_interaction_graph(
-        network.model, network.fit, network.node_layers, **{**network.options, **BASES[basis]}
+        network.model, network.fit, network.node_layers, **{"effort": "exact", **network.options, **BASES[basis]}
     )
     middle = time.process_time()
     required = edges_required(

@@ -22,7 +22,9 @@ CURVE_SEQUENCES = 8
 
 def graph_of(subject: Subject) -> Any:
     """The computation that is measured."""
-    return compute_interaction_graph(subject.model, subject.batches, subject.node_layers, n_probes=PROBES)
+    return compute_interaction_graph(
+        subject.model, subject.batches, subject.node_layers, n_probes=PROBES, effort="exact"
+    )
 
 
 def backward_seconds(subject: Subject) -> list[float]:

@@ -33,7 +33,9 @@ def main(name: str, limit: float) -> None:
     compute_interaction_graph(small, [torch.randn(50, 8)], ["input", "1", "output"])  # loads libraries
     options = {"n_probes": 4} if name == "language_model" else {}
     before = peak()
-    graph = compute_interaction_graph(subject.model, [subject.data], subject.node_layers, memory_limit=limit, **options)
+    graph = compute_interaction_graph(
+        subject.model, [subject.data], subject.node_layers, memory_limit=limit, effort="exact", **options
+    )
     assert all(torch.isfinite(E).all() for E in graph.edges.values())
     print(peak() - before)
 

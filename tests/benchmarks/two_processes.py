@@ -44,12 +44,14 @@ def main(name: str, path: Path) -> None:
     processes = TorchProcessGroup()
 
     def process_group() -> InteractionGraph:
-        graph = compute_interaction_graph(subject.model, own, subject.node_layers, process_group=processes)
+        graph = compute_interaction_graph(
+            subject.model, own, subject.node_layers, process_group=processes, effort="exact"
+        )
         dist.barrier()
         return graph
 
     def alone() -> InteractionGraph:
-        return compute_interaction_graph(subject.model, batches, subject.node_layers)
+        return compute_interaction_graph(subject.model, batches, subject.node_layers, effort="exact")
 
     process_group()  # to warm up
     found = []
