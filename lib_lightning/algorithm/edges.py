@@ -30,7 +30,6 @@ class Edges(Reducible):
 
     Attributes:
         fell_back: Whether forward mode would have been cheaper, but an operation has no second derivative.
-        is_sampled: Whether terms have been chosen at random.
 
     Note:
         Source: arXiv 2405.10928, edges of the interaction graph (squared). The inner sum over ``s`` is entry ``(t, i)``
@@ -57,7 +56,6 @@ class Edges(Reducible):
     ) -> None:
         self.before, self.after, self.n_pushed = before, after, n_pushed
         self._generator = generator or torch.Generator().manual_seed(0)
-        self.is_sampled = False
         self.rows = torch.zeros(groups, dtype=torch.float64, device="cpu")
         self.fell_back = False
         # None until a batch decides it.
@@ -134,7 +132,6 @@ class Edges(Reducible):
 
     def _choose(self, size: Tensor, count: int | None, section: Section) -> tuple[Tensor, Tensor]:
         """Probabilities ``(r,)``, and the items that each sample of a batch takes, ``(n, k)``."""
-        self.is_sampled = True
         probabilities = inclusion_probabilities(size, count or len(size))
         # Groups choose independently, so that the spread between them shows the error of the choice.
         lengths = [len(range(section.n)[samples]) for _, samples in section.group_slices]

@@ -8,6 +8,7 @@ operations that are counted on a few samples, not from a clock, so that two mach
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -148,9 +149,9 @@ class ModelCost:
     @property
     def min_samples(self) -> int:
         """The smallest number of samples that still fixes the leading directions of every basis."""
-        widths = [section.shape_in for section in self.sections] + [self.sections[-1].shape_out]
-        needed = (max(_MIN_ROWS, _ROWS_PER_DIRECTION * min(d, DENSE_WIDTH)) / S for S, d in widths[:-1])
-        return max(_MIN_SAMPLES, *(int(-(-n // 1)) for n in needed))
+        shapes = [section.shape_in for section in self.sections]
+        needed = [max(_MIN_ROWS, _ROWS_PER_DIRECTION * min(d, DENSE_WIDTH)) / S for S, d in shapes]
+        return max(_MIN_SAMPLES, math.ceil(max(needed)))
 
 
 @dataclass(frozen=True)
