@@ -28,7 +28,7 @@ from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
 from lib_lightning.model.node_layer import NodeLayer, as_node_layers
 from lib_lightning.training.budget import SnapshotKind, SnapshotTrigger, TimeMeter, max_overhead_of, timed_hook
-from lib_lightning.training.effort import SHARE, expected_snapshots, plan_effort, progress_of
+from lib_lightning.training.effort import SHARE, expected_snapshots, plan_effort, progress_of, validation_samples
 from lib_lightning.training.frameworks import Callback, callback_of_both_packages, rank_zero_info
 from lib_lightning.training.node_layers import NodeLayerResolver
 from lib_lightning.training.reporter import EventHook, SnapshotReporter
@@ -501,10 +501,12 @@ class LIBCallback(Callback):
         share = self.max_overhead if math.isfinite(self.max_overhead) and self.max_overhead > 0 else SHARE
         own = torch.tensor([sum(map(instrumented.num_samples, data.batches))], device="cpu")
         counts = self._process_group.gather(own)  # by all processes, also those without samples
-        is_known = self.samples.buffer.is_frozen
-        expected = sum(int(n) for n in counts) if is_known else self.sample_config.num_samples
+        expected: float = sum(int(n) for n in counts)
+        if not self.samples.buffer.is_frozen:  # the whole validation is still to come
+            size = instrumented.num_samples(data.batches[0]) if data.batches else 0
+            expected = min(self.sample_config.num_samples, validation_samples(trainer, size) or math.inf)
         plan = plan_effort(
-            trainer, instrumented, data.batches, self.config.config, expected, self._all_samples,
+            trainer, instrumented, data.batches, self.config.config, int(expected), self._all_samples,
             expected_snapshots(self.schedule, trainer) * len(self.computer.prefixes), share,
         ) if data.batches else None  # fmt: skip
         plan = agree(plan, self._process_group)

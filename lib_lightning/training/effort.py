@@ -48,7 +48,6 @@ def plan_effort(
         The plan.
     """
     size = instrumented.num_samples(batches[0])
-    num_samples = int(min(num_samples, _validation_samples(trainer, size)))
     with model_session(instrumented):
         cost = measure_cost(instrumented, batches[0])
     training = 0.0
@@ -68,10 +67,7 @@ def expected_snapshots(schedule: Schedule, trainer: pl.Trainer) -> float:
     """
     if trainer.state.fn != "fit":
         return 1.0
-    steps = trainer.estimated_stepping_batches
-    if schedule.every_n_validations:
-        return schedule.count(_validations(trainer), steps)
-    return schedule.count(math.inf, steps)
+    return schedule.count(_validations(trainer), trainer.estimated_stepping_batches)
 
 
 def progress_of(trainer: pl.Trainer) -> float | None:
@@ -90,8 +86,8 @@ def _validations(trainer: pl.Trainer) -> float:
     return epochs / every if math.isfinite(batches) else epochs
 
 
-def _validation_samples(trainer: pl.Trainer, size: int) -> float:
-    """About how many samples a validation has; infinite as long as that is unknown."""
+def validation_samples(trainer: pl.Trainer, size: int) -> float:
+    """About how many samples a validation has, with batches of a size; infinite as long as that is unknown."""
     batches = max(trainer.num_val_batches, default=0) if trainer.val_dataloaders is not None else 0
     return batches * size * trainer.world_size if batches else math.inf
 

@@ -168,3 +168,11 @@ def test_a_standalone_validation_chooses_for_itself(tmp_path: Path) -> None:
     assert callback.snapshots == 1
     assert callback.state.effort is not None
     assert callback.state.effort.n_probes is not None
+
+
+def test_samples_of_the_users_own_may_be_more_than_a_validation_has(tmp_path: Path) -> None:
+    own = DataLoader(Images(96).data, batch_size=32)
+    callback = LIBCallback(dataloader=own, every_n_validations=1)
+    trainer_of(tmp_path, callback, max_epochs=1, limit_val_batches=1).fit(Images(64))
+    assert callback.state.effort is not None
+    assert callback.state.effort.num_samples == 96
