@@ -35,6 +35,7 @@ from lib_lightning.model.node_layer import NodeLayer, as_node_layers
 from lib_lightning.model.preserve import copied_bytes, preserve_model
 from lib_lightning.model.propose import find_cuts, find_proposed, propose, sizes
 from lib_lightning.model.replica import num_bytes
+from lib_lightning.model.skip_positions import SkipPositions
 from lib_lightning.model.validate import NOT_LOOKED, validate_node_layers
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ def compute_interaction_graph(
     final_metric: FinalMetric | None = None,
     n_pushed: int | None = None,
     effort: Effort = "auto",
+    skip_positions: SkipPositions | None = None,
 ) -> InteractionGraph:
     """Compute the Local Interaction Basis of a model's activations and the interactions between its features.
 
@@ -106,6 +108,11 @@ def compute_interaction_graph(
             exact edges (see ``effort``). The standard errors include the error of this choice.
         effort: ``"auto"`` chooses ``n_probes`` and ``n_pushed``, where they are None, if exact sums would take more
             than a minute or so, and says so in a note; ``"exact"`` takes None as exact in any case.
+        skip_positions: Positions whose activations flow on as ever but are left out of all features, metrics, edges and
+            ablations: 1 for the first one, as of language models, whose first token often has most of the variance; -1
+            for the last one; a list of indices; a slice. Counted in each sample, among the valid ones if there is a
+            mask. None for none; a `NodeLayer` may have its own. Paths from other positions through these are no part
+            of edges.
 
     Returns:
         The interaction graph: a basis for each node layer, edges between neighbouring ones.
@@ -136,7 +143,7 @@ def compute_interaction_graph(
             "batches must be an iterable of batches, such as a list or a DataLoader; got "
             f"{type(batches).__name__}. For a single batch, write [batch]."
         )
-    spec = ModelSpec(input_fn, mask, dtype)
+    spec = ModelSpec(input_fn, mask, dtype, skip_positions)
     batches = list(batches)
     if node_layers is None:
         node_layers = _proposed(model, batches, spec)
@@ -261,11 +268,13 @@ def _as_graph(built: BuildResult, config: LIBConfig, instrumented: InstrumentedM
             **asdict(config),
             "dtype": None if instrumented.spec.dtype is None else str(instrumented.spec.dtype).split(".")[-1],
             "call": str(instrumented.spec.call),
+            **_skip_entry(instrumented.spec.skip_positions),
         },
         keys.MODEL_CALL: None if instrumented.spec.call is None else instrumented.spec.call.plain,
         keys.NODE_LAYERS: [
             {"name": x.name, "taps": list(x.taps), "positions": x.positions, "feature_dim": x.feature_dim}
             | ({} if x.join == "features" else {"join": x.join})
+            | _skip_entry(x.skip_positions)
             for x in instrumented.layers
         ],
         keys.NUM_SAMPLES: built.n_samples,
@@ -283,6 +292,10 @@ def _as_graph(built: BuildResult, config: LIBConfig, instrumented: InstrumentedM
     )
     errors = {pair: standard_error(x) for pair, x in replicates.edges.items() if len(x) > 1}
     return InteractionGraph(bases, edges, info, errors, replicates=replicates)
+
+
+def _skip_entry(skip: SkipPositions | None) -> dict[str, Any]:
+    return {} if skip is None else {"skip_positions": list(skip) if isinstance(skip, tuple) else skip}
 
 
 def _proposed(model: nn.Module, batches: Sequence[Any], spec: ModelSpec) -> list[str]:
@@ -304,6 +317,7 @@ def check_node_layers(
     dtype: torch.dtype | None = None,
     input_fn: InputFn | None = None,
     mask: str | int | MaskFn | None = None,
+    skip_positions: SkipPositions | None = None,
 ) -> None:
     """Validate a choice of node layers by running one batch.
 
@@ -314,6 +328,7 @@ def check_node_layers(
         dtype: As for `compute_interaction_graph`.
         input_fn: As for `compute_interaction_graph`.
         mask: As for `compute_interaction_graph`.
+        skip_positions: As for `compute_interaction_graph`.
 
     Raises:
         NodeLayerError: If a node layer is unknown, never run, out of order, or does not cut the computation.
@@ -322,7 +337,8 @@ def check_node_layers(
     Example:
         >>> check_node_layers(nn.Linear(2, 2), torch.ones(1, 2), ["input", "output"])
     """
-    for note in notes_on(model, [batch], as_node_layers(node_layers), ModelSpec(input_fn, mask, dtype)):
+    spec = ModelSpec(input_fn, mask, dtype, skip_positions)
+    for note in notes_on(model, [batch], as_node_layers(node_layers), spec):
         log.warning(note)
 
 

@@ -40,12 +40,13 @@ def jacobian(F: Callable[[Tensor], Tensor], a_x: Tensor) -> Tensor:
     return torch.autograd.functional.jacobian(lambda a: F(a[None])[0], a_x)
 
 
-def averaged_jacobian(F: Callable[[Tensor], Tensor], a_x: Tensor, mu: Tensor, steps: int) -> Tensor:
-    """Jacobian averaged along the straight path from the mean; at the activations for 0 steps."""
+def averaged_jacobian(F: Callable[[Tensor], Tensor], a_x: Tensor, mu: Tensor, steps: int, valid: Tensor) -> Tensor:
+    """Jacobian averaged along the straight path from the mean at valid positions; at the activations for 0 steps."""
     if steps == 0:
         return jacobian(F, a_x)
     points, weights = np.polynomial.legendre.leggauss(steps)
-    return sum(w / 2 * jacobian(F, mu + (p + 1) / 2 * (a_x - mu)) for p, w in zip(points, weights, strict=True))
+    start = torch.where(valid[:, None], mu, a_x)
+    return sum(w / 2 * jacobian(F, start + (p + 1) / 2 * (a_x - start)) for p, w in zip(points, weights, strict=True))
 
 
 def nonzero_eigh(A: Tensor, rtol: float) -> tuple[Tensor, Tensor]:
@@ -126,7 +127,7 @@ def jacobian_metric(
     """The metric ``M`` of the node layer before a section, from samples ``a`` of shape ``(n, S, d)``."""
     M = torch.zeros(a.shape[-1], a.shape[-1]).double()
     for x, a_x in enumerate(a):
-        J = averaged_jacobian(F, a_x, mu, steps)  # (S', d', S, d)
+        J = averaged_jacobian(F, a_x, mu, steps, valid[x])  # (S', d', S, d)
         J = J[valid_next[x]][:, :, valid[x]]
         g = torch.einsum("pi,tpsd->tisd", C_next, J).reshape(-1, a.shape[-1])
         M += g.T @ g / valid.sum()
@@ -147,7 +148,7 @@ def edges(
     """The edges ``E`` of a section between two bases, from samples ``a`` of shape ``(n, S, d)``."""
     E = torch.zeros(C_next.shape[1], C.shape[1]).double()
     for x, a_x in enumerate(a):
-        J = averaged_jacobian(F, a_x, mu, steps)
+        J = averaged_jacobian(F, a_x, mu, steps, valid[x])
         J = J[valid_next[x]][:, :, valid[x]]
         J_hat = torch.einsum("pi,tpsd,jd->tisj", C_next, J, C_pinv)
         fhat = (a_x[valid[x]] - mu) @ C

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from lib_lightning.jacobian.section import QuadraturePoint, Section
@@ -35,7 +36,9 @@ def sections(
     """
     if integration_steps == 0:
         return sections_between(instrumented.capture(batch), stack_elements)
-    activations = instrumented.activations(batch)
+    with torch.no_grad():
+        found = instrumented.capture(batch)
+    activations = [layer.a for layer in found]
     # The last node layer starts no section and is not replaced. A tap that is computed from another tap of its own
     # node layer must not see that one replaced: then even and odd node layers are replaced in two separate passes.
     starts = range(len(activations) - 1)
@@ -43,6 +46,11 @@ def sections(
     points: list[list[QuadraturePoint]] = [[] for _ in starts]
     for alpha, weight in gauss_legendre(integration_steps):
         path = [m.to(a) + alpha * (a - m.to(a)) for m, a in zip(means, activations, strict=True)]
+        # Positions without features stay as they are.
+        path = [
+            new if layer.mask is None else torch.where(layer.mask[..., None], new, layer.a)
+            for new, layer in zip(path, found, strict=True)
+        ]
         for turn in turns:
             captured = instrumented.capture(batch, [a if i in turn else None for i, a in enumerate(path)])
             for i in turn:

@@ -13,6 +13,7 @@ from lib_lightning.features import feature_values
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
+from lib_lightning.model.skip_positions import SkipPositions
 
 
 class Labeller(Protocol):
@@ -47,6 +48,7 @@ def label_features(
     input_fn: InputFn | None = None,
     mask: str | int | MaskFn | None = None,
     dtype: torch.dtype | None = None,
+    skip_positions: SkipPositions | None = None,
 ) -> dict[str, list[str]]:
     """Label the features of every node layer by their values on some batches, for `InteractionGraph.labels`.
 
@@ -60,6 +62,7 @@ def label_features(
         input_fn: As for `compute_interaction_graph`.
         mask: As for `compute_interaction_graph`.
         dtype: As for `compute_interaction_graph`.
+        skip_positions: As for `compute_interaction_graph`. The graph remembers its own.
 
     Returns:
         A label for each feature, by node layer, in the order of the graph's indices: label ``k`` is that of
@@ -79,7 +82,7 @@ def label_features(
         {'input': ['first', 'second']}
     """
     layers = graph.node_layer_specs()
-    instrumented = InstrumentedModel(model, layers, ModelSpec(input_fn, mask, dtype))
+    instrumented = InstrumentedModel(model, layers, ModelSpec(input_fn, mask, dtype, skip_positions))
     last = graph.bases[layers[-1].name]
     labelled = layers[:-1] if last.kind == "neuron" else layers
 

@@ -142,7 +142,7 @@ class GraphSizes:
                 f"'{tap}' has {rows} rows in a batch of {self.count} graphs, neither one for each graph nor one for "
                 "each node. Choose a node layer with one row for each node, or after pooling."
             )
-        return NodesAsPositions(layer.taps, layer.name, layer.positions, layer.feature_dim, layer.join, self.nodes)
+        return NodesAsPositions(**{f.name: getattr(layer, f.name) for f in dataclasses.fields(layer)}, nodes=self.nodes)
 
 
 def graph_sizes(batch: Any) -> GraphSizes | None:

@@ -46,7 +46,9 @@ class CapturedLayer:
         leaves: The tensors that the model continued with: leaves of the graph of the section after.
         order: Indices of the taps in the order in which they were called. A tap may be computed from another tap of
             the same node layer; its output is then on the graph of that tap's leaf.
-        mask: True at valid positions, shape ``(n, S)``; None if all positions are valid.
+        mask: True at positions that features are made of, shape ``(n, S)``; None for all: the valid ones without those
+            that are left out.
+        valid: True at valid positions, shape ``(n, S)``; None if all positions are valid.
     """
 
     layer: NodeLayer
@@ -54,6 +56,7 @@ class CapturedLayer:
     leaves: tuple[Tensor, ...]
     order: tuple[int, ...]
     mask: Tensor | None = None
+    valid: Tensor | None = None
 
     @property
     def a(self) -> Tensor:

@@ -55,7 +55,7 @@ class InstrumentedModel:
 
     def __init__(self, model: nn.Module, layers: Sequence[NodeLayer], spec: ModelSpec = _DEFAULT) -> None:
         self.model = unwrapped(model)
-        self.layers = [as_in_model(self.model, layer) for layer in layers]
+        self.layers = [self._with_settings(as_in_model(self.model, layer), spec) for layer in layers]
         self.spec = spec
         self.seed = 0
         # Whether a forward pass has written to parameters, which graphs of earlier passes need as they were.
@@ -73,6 +73,12 @@ class InstrumentedModel:
                 "over the same forward pass. Use its successor, torch.distributed.fsdp.fully_shard."
             )
         check_taps(self.model, self.layers, can_be_called(self.model, spec.input_fn))
+
+    @staticmethod
+    def _with_settings(layer: NodeLayer, spec: ModelSpec) -> NodeLayer:
+        if layer.skip_positions is not None or spec.skip_positions is None:
+            return layer
+        return dataclasses.replace(layer, skip_positions=spec.skip_positions)
 
     def manual_seed(self, seed: int) -> None:
         """Set the seed of the random numbers that each of the following forward passes draws.
@@ -139,7 +145,7 @@ class InstrumentedModel:
             said = explain_not_called(self.model, error.taps, self._called_modules(batch))
             raise NodeLayerError(said) from error
         mask = self.spec.mask_of(batch)
-        return captured if mask is None else [_with_mask(layer, mask) for layer in captured]
+        return [_with_masks(layer, mask) for layer in captured]
 
     def _called_modules(self, batch: Any) -> set[int]:
         """``id`` of each module that the model calls on a batch; in another forward pass."""
@@ -387,6 +393,8 @@ def model_session(instrumented: InstrumentedModel, max_bytes: int = MAX_COPIED_B
         yield
 
 
-def _with_mask(captured: CapturedLayer, mask: Tensor) -> CapturedLayer:
+def _with_masks(captured: CapturedLayer, mask: Tensor | None) -> CapturedLayer:
     outputs = captured.outputs
-    return dataclasses.replace(captured, mask=captured.layer.select(mask.to(outputs[0].device) != 0, outputs))
+    on_device = None if mask is None else mask.to(outputs[0].device) != 0
+    valid, kept = captured.layer.masks(on_device, outputs)
+    return captured if kept is None else dataclasses.replace(captured, mask=kept, valid=valid)

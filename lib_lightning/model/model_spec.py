@@ -12,6 +12,7 @@ from torch import Tensor
 from lib_lightning.errors import LIBError, SettingTypeError, brief, shortened
 from lib_lightning.model.calls import InputFn as InputFn
 from lib_lightning.model.calls import ModelCall
+from lib_lightning.model.skip_positions import SkipPositions, plain_skip
 
 MaskFn = Callable[[Any], Tensor]
 
@@ -28,8 +29,11 @@ class ModelSpec:
             batch's entry that holds the mask, such as ``"attention_mask"``, or a function from a batch to a tensor of
             shape ``(n, S)``. By default all positions are valid.
         dtype: Floating-point type to compute in. By default the model's own.
+        skip_positions: Positions to leave out of all node layers that do not say themselves: a number of first ones, or
+            of last ones if negative, a list of indices, or a slice. By default none.
 
     Raises:
+        SettingError: If ``skip_positions`` is neither a number, nor indices, nor a slice.
         SettingTypeError: If ``dtype`` is not a floating-point type.
 
     Example:
@@ -41,8 +45,10 @@ class ModelSpec:
     input_fn: InputFn | ModelCall | None = None
     mask: str | int | MaskFn | None = None
     dtype: torch.dtype | None = None
+    skip_positions: SkipPositions | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "skip_positions", plain_skip(self.skip_positions))
         if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
             raise SettingTypeError(
                 f"dtype is a floating-point type such as torch.float64, or None; got {self.dtype!r}."

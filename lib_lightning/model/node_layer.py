@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lib_lightning.errors import NodeLayerError, shortened
+from lib_lightning.model.skip_positions import SkipPositions, kept_positions, plain_skip
 
 INPUT, OUTPUT = "input", "output"
 
@@ -36,9 +37,13 @@ class NodeLayer:
             the last axis for all others.
         join: Axis along which several taps are concatenated: ``"features"``, or ``"positions"`` for tensors with the
             same features at different positions, such as the two streams of an encoder-decoder.
+        skip_positions: Positions whose activations flow on as ever but are left out of all features: 1 for the first
+            one, -1 for the last one, a list of indices or a slice; as for `compute_interaction_graph`, whose setting
+            None takes over. 0 leaves out none.
 
     Raises:
         NodeLayerError: If there is no tap, or a tap has an empty module path.
+        SettingError: If ``skip_positions`` is neither a number, nor indices, nor a slice.
 
     Example:
         >>> NodeLayer(["left", "right"], positions=-1).name
@@ -52,6 +57,7 @@ class NodeLayer:
     positions: int | Sequence[int] | None = None
     feature_dim: int | None = None
     join: Literal["features", "positions"] = "features"
+    skip_positions: SkipPositions | None = None
 
     def __post_init__(self) -> None:
         taps, positions = (self.taps,) if isinstance(self.taps, str) else tuple(self.taps), self.positions
@@ -75,6 +81,7 @@ class NodeLayer:
                 f"join is 'features', or 'positions' together with all positions; got {self.join!r}"
                 + (f" and positions={positions!r}." if positions is not None else ".")
             )
+        object.__setattr__(self, "skip_positions", plain_skip(self.skip_positions))
         object.__setattr__(self, "name", self.name or ("+" if self.join == "features" else "|").join(taps))
 
     def read(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -148,31 +155,53 @@ class NodeLayer:
         """What the taps of a node layer have in common: number of samples, and positions or features."""
         return rows.shape[0], rows.shape[1 if self.join == "features" else 2]
 
-    def select(self, mask: Tensor, tensors: Sequence[Tensor]) -> Tensor | None:
-        """Select the entries of a batch's mask that belong to the node layer's positions.
+    def masks(self, mask: Tensor | None, tensors: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """Which of the activations that `read` returns are valid, and which of these are not left out.
 
         Args:
-            mask: True at valid positions, shape ``(n, S)`` with the ``S`` positions of the batch.
+            mask: True at valid positions, shape ``(n, S)`` with the ``S`` positions of the batch; None if all are.
             tensors: One tensor for each tap.
 
         Returns:
-            The mask ``(n, S)`` of the activations that `read` returns. None if there is a single position per sample,
-            such as after pooling, which is not padding.
+            Two masks ``(n, S)``, of valid positions, and of those that features are made of; None for all positions.
+            The single position per sample that is there after pooling is neither padding nor left out.
 
         Raises:
-            NodeLayerError: If the node layer has another number of positions, more than one.
+            NodeLayerError: If the node layer has another number of positions than the mask, more than one, or all of
+                them are left out.
         """
         n, S, _ = self._to_rows(tensors[0]).shape
+        widths = [S]
         if self.join == "positions":
-            S = sum(map(self.width, tensors))
-        if S == 1 and self.positions is None and mask.shape != (n, 1):
-            return None
-        if mask.shape != (n, S):
+            widths = list(map(self.width, tensors))
+            S = sum(widths)
+        if mask is not None and S == 1 and self.positions is None and mask.shape != (n, 1):
+            mask = None
+        if mask is not None and mask.shape != (n, S):
             raise NodeLayerError(
                 f"The mask has shape {tuple(mask.shape)}, but node layer '{self.name}' has {n} samples and {S} "
                 "positions: every node layer with more than one position needs a mask of its positions."
             )
-        return mask if self.positions is None else mask[:, self._position_index(S, mask.device)]
+        skip = plain_skip(self.skip_positions)
+        if not skip or S == 1:  # 0, no indices, or nothing said
+            valid = None if mask is None else self._at_positions(mask)
+            return valid, valid
+        # Without a mask all samples are alike, and one stands for all of them.
+        all_valid = mask if mask is not None else torch.ones(1, S, dtype=torch.bool, device=tensors[0].device)
+        # Tensors that are joined have their own first and last positions.
+        kept = torch.cat([kept_positions(skip, part) for part in all_valid.split(widths, dim=1)], dim=1)
+        kept = self._at_positions(kept)
+        if mask is not None:
+            return self._at_positions(mask), kept
+        if not kept.any():
+            raise NodeLayerError(
+                f"skip_positions={self.skip_positions!r} leaves out all positions of node layer '{self.name}', which "
+                f"has {S}. Leave out fewer, or give this node layer its own: NodeLayer(..., skip_positions=0)."
+            )
+        return None, None if kept.all() else kept.expand(n, -1)
+
+    def _at_positions(self, mask: Tensor) -> Tensor:
+        return mask if self.positions is None else mask[:, self._position_index(mask.shape[1], mask.device)]
 
     def _feature_axis(self, ndim: int) -> int:
         if self.feature_dim is not None:

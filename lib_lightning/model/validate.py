@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from lib_lightning.model.capture import CapturedLayer
 from lib_lightning.model.exchange import Exchange, exchanges, first_samples
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.module_paths import explain_own_names
+from lib_lightning.model.skip_positions import plain_skip, skipped_of
 from lib_lightning.model.sources import SampleSources
 from lib_lightning.model.vjp import apply_mask, vjp
 
@@ -302,11 +304,25 @@ class _Check:
 
 
 def _check_gradients(captured: Sequence[CapturedLayer], sources: Sequence[Tensor]) -> None:
+    _check_skipped(captured)
     for layer in captured:
         check_finite(layer.layer.name, layer.rows)
     _check_bypass(captured, sources)
     for before, after in pairwise(captured):
         _check_section(before, after)
+
+
+def _check_skipped(captured: Sequence[CapturedLayer]) -> None:
+    """Positions to leave out have to be there in some node layer."""
+    asked = [layer for layer in captured if layer.layer.skip_positions]
+    sizes = [replace(layer.layer, positions=None).read(layer.outputs).shape[1] for layer in asked]
+    skips = [plain_skip(layer.layer.skip_positions) for layer in asked]
+    if asked and not any(S > 1 and skipped_of(skip or 0, S) for S, skip in zip(sizes, skips, strict=True)):
+        shown = ", ".join(f"{S} at '{layer.layer.name}'" for S, layer in list(zip(sizes, asked, strict=True))[:3])
+        raise NodeLayerError(
+            f"skip_positions={skips[0]!r} leaves nothing out; numbers of positions: {shown}. Positions are counted "
+            "from 0, and a single one (after pooling, or without a sequence) is never left out."
+        )
 
 
 def _check_bypass(captured: Sequence[CapturedLayer], sources: Sequence[Tensor]) -> None:
@@ -338,10 +354,11 @@ def _check_section(before: CapturedLayer, after: CapturedLayer) -> None:
             "each must be the batch."
         )
     u = torch.rand(a_next.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(a_next)
-    u = apply_mask(u, after.mask)
+    # Positions that are left out are part of the cut: what follows may depend on them, which it may not on padding.
+    u = apply_mask(u, after.valid)
     grads = vjp(before, after, u)
     selected = before.layer.write(
-        apply_mask(before.layer.read(grads), before.mask), [torch.zeros_like(grad) for grad in grads]
+        apply_mask(before.layer.read(grads), before.valid), [torch.zeros_like(grad) for grad in grads]
     )
     # A comparison that is false for NaN: a derivative may be NaN, which is no evidence of a path.
     if any(bool(((grad - part).abs() > 0).any()) for grad, part in zip(grads, selected, strict=True)):

@@ -27,6 +27,7 @@ from lib_lightning.lineage.events import CHANGES
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
 from lib_lightning.model.node_layer import NodeLayer, as_node_layers
+from lib_lightning.model.skip_positions import SkipPositions
 from lib_lightning.training.budget import SnapshotKind, SnapshotTrigger, TimeMeter, max_overhead_of, timed_hook
 from lib_lightning.training.effort import SHARE, expected_snapshots, plan_effort, progress_of, validation_samples
 from lib_lightning.training.frameworks import Callback, callback_of_both_packages, rank_zero_info
@@ -127,6 +128,10 @@ class LIBCallback(Callback):
         effort: auto chooses num_samples, n_probes and n_pushed, where they are None, once for all snapshots: exact if
             that fits into the snapshots' share of the training (max_overhead, or 0.03), counted in operations, else
             fewer; exact takes None as exact.
+        skip_positions: Positions whose activations flow on as ever but are left out of all features, metrics, edges and
+            ablations: 1 for the first one, as of language models, whose first token often has most of the variance; -1
+            for the last one; a list of indices; a slice, such as slice(2, 10). Counted in each sample, among the valid
+            ones if there is a mask. None (null) for none; a NodeLayer may have its own.
 
     Raises:
         LIBError: If fewer than two node layers are given.
@@ -175,6 +180,7 @@ class LIBCallback(Callback):
         max_overhead: float | None = None,
         n_pushed: int | None = None,
         effort: Effort = "auto",
+        skip_positions: SkipPositions | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(dtype, (str, torch.dtype, type(None))) or dtype not in _DTYPES:
@@ -185,7 +191,7 @@ class LIBCallback(Callback):
         check_choice("effort", effort, get_args(Effort))
         self.name, self.adaptive = name, adaptive
         baselines = check_list("baselines", baselines, "bases, such as ['pca']", lambda kind: isinstance(kind, str))
-        self.spec = ModelSpec(input_fn, mask, _DTYPES[dtype])
+        self.spec = ModelSpec(input_fn, mask, _DTYPES[dtype], skip_positions)
         self.config = SnapshotConfig(
             LIBConfig(basis, final_basis, rtol, n_probes, integration_steps, final_metric, n_pushed),
             tuple(baselines), metrics, labeller, ablation, memory_limit, follow,

@@ -28,6 +28,7 @@ from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
 from lib_lightning.model.node_layer import NodeLayer, as_node_layers
 from lib_lightning.model.preserve import preserve_rng
+from lib_lightning.model.skip_positions import SkipPositions
 from lib_lightning.model.torch_internals import operations_observed
 from lib_lightning.training.run_state import RunState
 from lib_lightning.training.samples import NUM_REFERENCE_SAMPLES, SampleBuffer
@@ -101,6 +102,7 @@ def profile_snapshot(
     input_fn: InputFn | None = None,
     mask: str | int | MaskFn | None = None,
     dtype: torch.dtype | None = None,
+    skip_positions: SkipPositions | None = None,
 ) -> Profile:
     """Measure the time and operations of each step of a snapshot of `lib_lightning.LIBCallback`.
 
@@ -116,6 +118,7 @@ def profile_snapshot(
         input_fn: As for `lib_lightning.compute_interaction_graph`.
         mask: As for `lib_lightning.compute_interaction_graph`.
         dtype: As for `lib_lightning.compute_interaction_graph`.
+        skip_positions: As for `lib_lightning.compute_interaction_graph`.
 
     Returns:
         A profile with a row for each step. Baselines count towards the rows of the main basis.
@@ -140,12 +143,12 @@ def profile_snapshot(
         raise LIBError("There are no samples: batches is empty.")
     reference = samples.subsample(NUM_REFERENCE_SAMPLES, seed=0)
     device = next((t.device for t in itertools.chain(model.parameters(), model.buffers())), torch.device("cpu"))
-    spec = ModelSpec(input_fn, mask, dtype)
+    spec = ModelSpec(input_fn, mask, dtype, skip_positions)
     with preserve_rng([]):
         with wrap_forward_errors(model, spec):
             first = model, samples.batches[0]
             layers = as_node_layers(node_layers or propose_node_layers(*first, input_fn, mask))
-            check_node_layers(*first, layers, dtype, input_fn, mask)
+            check_node_layers(*first, layers, dtype, input_fn, mask, skip_positions)
         instrumented = InstrumentedModel(model, layers, spec)
         take = _snapshots(instrumented, config, SnapshotData(samples.batches, reference=reference.batches))
         take(lambda step: None)

@@ -144,7 +144,7 @@ def test_names_of_joined_node_layers() -> None:
     assert torch.equal(read, torch.cat([a, b], 1))
     assert all(map(torch.equal, pair.write(read, [torch.zeros_like(a), torch.zeros_like(b)]), [a, b]))
     mask = torch.ones(2, 8)
-    assert pair.select(mask, [a, b]) is mask
+    assert pair.masks(mask, [a, b]) == (mask, mask)
     with pytest.raises(NodeLayerError, match="differ in samples or features and cannot be joined"):
         pair.read([a, b[..., :2]])
     with pytest.raises(NodeLayerError, match="join is 'features', or 'positions' together with all positions"):

@@ -137,6 +137,7 @@ def test_mistakes_get_one_sentence_before_training(tmp_path: Path) -> None:
             ["--trainer.callbacks.num_samples=1"],
             "num_samples must be at least 2: a basis needs samples to vary; got 1.",
         ),
+        (["--trainer.callbacks.skip_positions=all"], "skip_positions is a number of first positions to leave out"),
         (["--trainer.callbacks.node_layers=[a]"], "At least two node layers are needed; got"),
         (["--trainer.callbacks.basis=lob"], "Expected a typing.Literal['lib', 'pca', 'neuron']. Got value: lob"),
         (["--trainer.callbacks.bases=lib"], "Option 'bases' is not accepted"),
@@ -253,3 +254,12 @@ def test_nodes_feeds_the_model_as_the_callback_does(capsys: pytest.CaptureFixtur
 
 def test_saved_graphs_load_elsewhere(basis_file: Path) -> None:
     assert InteractionGraph.load(basis_file).node_layers == ["input", "1", "output"]
+
+
+@pytest.mark.parametrize(
+    ("word", "printed"), [("1", "1"), ("-1", "-1"), ("[0, 2]", "- 0\n      - 2"), ("slice(2, 10)", "slice(2, 10)")]
+)
+def test_positions_to_leave_out_on_the_command_line(word: str, printed: str) -> None:
+    setting = f"--trainer.callbacks.skip_positions={word}"
+    shown = command("fit", "--config", "recipes/modular_addition.yaml", setting, "--print_config")
+    assert f"skip_positions: {printed}" in shown.replace("skip_positions:\n      -", "skip_positions: -")
