@@ -19,6 +19,7 @@ from lib_lightning.graph import InteractionGraph
 from lib_lightning.model.batch import is_empty
 from lib_lightning.model.instrumented import InstrumentedModel, model_session
 from lib_lightning.model.model_spec import ModelSpec
+from lib_lightning.model.precision import to_float64
 
 Score = Callable[[Any, Any], Tensor]
 
@@ -119,7 +120,7 @@ class ScoredModel:
                 raise LIBError(
                     f"A score function must return one number for each of the {size} samples of a batch; got {got}."
                 )
-            total += scores.double().sum().cpu()
+            total += to_float64(scores).sum().cpu()
             n += size
         total, count = self._process_group.sum([total, torch.tensor(n, device="cpu")])
         if not count:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lib_lightning.errors import LIBError
 from lib_lightning.model.batch import first_tensor
+from lib_lightning.model.precision import for_sums
 
 
 def accuracy(output: Any, batch: Any) -> Tensor:
@@ -66,6 +67,7 @@ def _logits_and_labels(output: Any, batch: Any) -> tuple[Tensor, Tensor]:
             f"Logits {shapes[0]} and labels {shapes[1]} do not fit: there must be one label for each row of logits. "
             "Pass your own score function: (output, batch) -> one number for each sample."
         )
+    logits = for_sums(logits)
     return logits, labels.to(logits.device)
 
 

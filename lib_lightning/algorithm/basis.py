@@ -10,6 +10,7 @@ from torch import Tensor
 from lib_lightning._deprecated import renamed_fields
 from lib_lightning.algorithm.linalg import Cutoff, eigh_psd
 from lib_lightning.distributed.process_group import ProcessGroup
+from lib_lightning.model.precision import supports_float64
 
 # Kinds of bases whose features are identified by their index, such as a neuron or a class.
 FIXED_ORDER = ("neuron", "centered")
@@ -56,8 +57,10 @@ class Basis:
         return self.importance.shape[0]
 
     def to(self, device: torch.device | str) -> Basis:
-        """The basis on a device."""
+        """The basis on a device; in float32 on a device without float64."""
         tensors = {field.name: getattr(self, field.name) for field in fields(self)[2:]}
+        if not supports_float64(torch.device(device)):
+            tensors = {n: t.float() if t is not None and t.dtype == torch.float64 else t for n, t in tensors.items()}
         return replace(self, **{name: t.to(device) for name, t in tensors.items() if t is not None})
 
     def broadcast(self, process_group: ProcessGroup) -> Basis:

@@ -10,6 +10,7 @@ from torch import Tensor
 from lib_lightning.algorithm.linalg import add_gram
 from lib_lightning.algorithm.low_rank_gram import DENSE_WIDTH
 from lib_lightning.distributed.process_group import ProcessGroup, Reducible, all_reduce
+from lib_lightning.model.precision import for_sums
 
 _DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 # Numbers ahead of the mean in `RunningCovariance.totals`.
@@ -68,7 +69,7 @@ class RunningCovariance(Reducible):
         count = rows.shape[0]
         if count == 0 and self.mean.numel():
             return
-        rows, self.dtype = rows.detach(), rows.dtype
+        rows, self.dtype = for_sums(rows.detach()), rows.dtype
         if self._varies is not True and rows.numel():
             self._first = rows[:1].clone() if self._first is None else self._first
             self._varies = _differ(rows, self._first) | self._varies

@@ -11,6 +11,7 @@ from lib_lightning.algorithm.unequal_sampling import inclusion_probabilities, sy
 from lib_lightning.distributed.process_group import Reducible
 from lib_lightning.jacobian.closed_form import ClosedEdges
 from lib_lightning.jacobian.section import Gradients, Section
+from lib_lightning.model.precision import to_float64
 
 # A Jacobian-vector product is a backward pass through a backward pass: measured at 1 to 2 times a vector-Jacobian one.
 _FORWARD_COST = 2
@@ -101,7 +102,7 @@ class Edges(Reducible):
             j = slice(start, start + size)
             tangents = fhat[..., j].movedim(-1, 0)[..., None] * C_pinv[j][:, None, None, :]
             interactions = section.jvp(tangents) @ C_next
-            squares = interactions.double().square()
+            squares = to_float64(interactions).square()
             for group, samples in section.group_slices:
                 self._total[group, :, j] += squares[:, samples].sum(dim=(1, 2)).T
 
@@ -111,9 +112,10 @@ class Edges(Reducible):
         probabilities, chosen = self._choose(self.before.importance.clamp(min=0).sqrt(), self.n_pushed, section)
         samples = torch.arange(section.n, device=fhat.device)
         for j in chosen.T.split(section.vectors_per_call):  # (k, n)
-            tangents = fhat[samples, :, j][..., None] * C_pinv[j][:, :, None, :]
+            here = j.to(fhat.device)  # importances are on the CPU if the device has no float64
+            tangents = fhat[samples, :, here][..., None] * C_pinv[here][:, :, None, :]
             interactions = section.jvp(tangents) @ C_next
-            squares = interactions.double().square().sum(dim=2)
+            squares = to_float64(interactions).square().sum(dim=2)
             self._add_sampled(section, 1, j, squares / probabilities[j][..., None])
 
     def update_sampled_reverse(self, section: Section, fhat: Tensor) -> None:
@@ -125,9 +127,10 @@ class Edges(Reducible):
         for ti in chosen.T.split(section.vectors_per_call):  # (k, n)
             t, i = ti // self.after.n_features, ti % self.after.n_features
             cotangents = fhat.new_zeros(len(ti), section.n, section.S_out, section.d_out)
-            cotangents[torch.arange(len(ti), device=fhat.device)[:, None], samples, t] = C_T[i]
+            places = torch.arange(len(ti), device=fhat.device)[:, None], samples, t.to(fhat.device)
+            cotangents[places] = C_T[i.to(fhat.device)]
             interactions = ((section.vjp(cotangents) @ C_pinv.T) * fhat).sum(dim=2)
-            squares = interactions.double().square()
+            squares = to_float64(interactions).square()
             self._add_sampled(section, 0, i, squares / probabilities[ti][..., None])
 
     def _choose(self, size: Tensor, count: int | None, section: Section) -> tuple[Tensor, Tensor]:
@@ -151,9 +154,9 @@ class Edges(Reducible):
     def _add_gradients(self, section: Section, gradients: Gradients, fhat: Tensor) -> None:
         i, g = gradients
         interactions = (g @ self.before.from_features.to(fhat).T).mul_(fhat).sum(dim=2)
-        squares = interactions.double().square()
+        squares = to_float64(interactions).square()
         for group, samples in section.group_slices:
-            self._total[group].index_add_(0, i, squares[:, samples].sum(dim=1))
+            self._total[group].index_add_(0, i.to(squares.device), squares[:, samples].sum(dim=1))
 
     def _add_closed(self, section: Section, fhat: Tensor) -> None:
         form = section.closed_form

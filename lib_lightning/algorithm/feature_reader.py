@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lib_lightning.algorithm.basis import Basis
+from lib_lightning.model.precision import for_sums
 from lib_lightning.model.vjp import apply_mask, num_valid
 
 
@@ -36,8 +37,10 @@ class FeatureReader:
             mask: True at valid positions, shape ``(n, S)``; None if all are valid.
 
         Returns:
-            ``fhat``, zero at masked positions, shape ``(n, S, r)``, float64.
+            ``fhat``, zero at masked positions, shape ``(n, S, r)``, float64; on the CPU if the device of the
+            activations has no float64.
         """
+        a, mask = for_sums(a), None if mask is None else for_sums(mask)
         if self._cached_features is None:
             return apply_mask(self.basis.encode(a, torch.float64), mask)
         stop = self._start + num_valid(a, mask)

@@ -9,6 +9,7 @@ from lib_lightning.algorithm.jackknife import leave_one_out
 from lib_lightning.algorithm.linalg import eigh_psd
 from lib_lightning.algorithm.section_cache import SectionCache
 from lib_lightning.distributed.process_group import ProcessGroup, Reducible, all_reduce
+from lib_lightning.model.precision import to_float64
 
 
 class FisherMetric(Reducible):
@@ -54,7 +55,7 @@ class FisherMetric(Reducible):
             rows: Logits, one vector a row: ``(m, d)``.
             group: Number of the group.
         """
-        p = rows.detach().double().softmax(-1)
+        p = to_float64(rows.detach()).softmax(-1)
         self._total = self._total.to(p.device)
         self.rows[group] += rows.shape[0]
         self._total[group] += torch.diag(p.sum(0)) - p.T @ p

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lib_lightning.algorithm.linalg import eigh_psd
 from lib_lightning.distributed.process_group import ProcessGroup, Reducible
+from lib_lightning.model.precision import to_float64
 
 
 class Gram(Reducible, ABC):
@@ -91,8 +92,9 @@ class DenseGram(Gram):
 
     def add(self, g: Tensor, part: int = 0) -> None:
         """See `Gram`."""
+        g = to_float64(g)
         self.N = self.N.to(g.device)
-        self.N[part] += g.double().T @ g.double()
+        self.N[part] += g.T @ g
 
     def add_product(self, V: Tensor, sums: Iterable[Tensor]) -> None:
         """See `Gram`."""

@@ -15,7 +15,7 @@ from lib_lightning.algorithm.gram import Gram
 from lib_lightning.algorithm.linalg import add_gram, eigh_psd
 from lib_lightning.distributed.process_group import ProcessGroup
 from lib_lightning.model.agreement import length
-from lib_lightning.model.precision import product_dtype
+from lib_lightning.model.precision import for_sums, product_dtype
 
 # Up to this width the full matrix is cheaper than finding the span.
 DENSE_WIDTH = 512
@@ -64,7 +64,7 @@ class LowRankGram(Gram):
 
     def add(self, g: Tensor, part: int = 0) -> None:
         """See `Gram`."""
-        g = g.to(product_dtype(g.dtype))
+        g = for_sums(g.to(product_dtype(g.dtype)))
         self.N = self.N.to(g.device)
         coordinates = g if self.dense else self._coordinates(g)
         # Summed in float64: in float32 the rounding error of the sum, some 1e-6 of the largest eigenvalue, would make

@@ -21,6 +21,7 @@ from lib_lightning.algorithm.basis import Basis, lib_basis
 from lib_lightning.algorithm.covariance import RunningCovariance
 from lib_lightning.algorithm.linalg import Cutoff, eigh_psd
 from lib_lightning.distributed.process_group import ProcessGroup, Reducible, all_reduce
+from lib_lightning.model.precision import for_sums
 
 # Numbers to centre at a time, so that they stay in the processor's cache until they are multiplied.
 _NUMBERS = 2**19
@@ -136,7 +137,7 @@ class DualEigenproblem(Reducible):
 
     def update(self, rows: Tensor) -> None:
         """See `Eigenproblem`."""
-        for block in rows.split(max(1, _NUMBERS // max(1, rows.shape[1]))):
+        for block in for_sums(rows).split(max(1, _NUMBERS // max(1, rows.shape[1]))):
             if len(block) > len(self._centred):
                 self._centred = self.mean.new_empty(block.shape)
             self._add(torch.sub(block, self.mean, out=self._centred[: len(block)]))

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lib_lightning.model.precision import product_dtype
+from lib_lightning.model.precision import for_sums, product_dtype, to_float64
 
 # Positions, and numbers, in one block of products: small enough for a core's cache.
 _ROWS, _BLOCK = 256, 2**18
@@ -109,9 +109,9 @@ class ClosedMetric:
 
     def add(self, form: ClosedForm, group: int, samples: slice) -> None:
         """Add some samples of one batch to a group."""
-        self._count[group] += form.mask[samples].sum()
+        self._count[group] += for_sums(form.mask[samples]).sum()
         if form.derivatives is not None:
-            s = form.derivatives[samples].flatten(0, 1)
+            s = for_sums(form.derivatives[samples].flatten(0, 1))
             s = s.to(torch.float32 if _are_zeros_and_ones(s) else torch.float64)
             self._s[group] += s.sum(0)
             self._ss[group] += s.T @ s
@@ -123,11 +123,11 @@ class ClosedMetric:
             ``V``, shape ``(m, d_in)``, and one ``X`` for each group, shape ``(m, m)``; float64.
         """
         f, C = self.factors, self.C_next
-        A = C.T if f.W_2 is None else C.T @ f.W_2.double()
+        A = C.T if f.W_2 is None else C.T @ to_float64(f.W_2)
         one = torch.eye(len(A), dtype=A.dtype, device=A.device)
         if f.affine:  # g = A^T e_i, the same for every sample
             return A, (count * one for count in self._count)
-        V = torch.eye(f.hidden, dtype=A.dtype, device=A.device) if f.W_1 is None else f.W_1.double()
+        V = torch.eye(f.hidden, dtype=A.dtype, device=A.device) if f.W_1 is None else to_float64(f.W_1)
         A_A = A.T @ A
         hidden = (A_A * ss for ss in self._ss)
         if not f.residual:
@@ -154,8 +154,8 @@ class ClosedEdges:
 
     def __init__(self, factors: Factors, C_pinv: Tensor, C_next: Tensor) -> None:
         self.factors = factors
-        self.A = C_next.T if factors.W_2 is None else C_next.T @ factors.W_2.double()
-        self.B = C_pinv.T if factors.W_1 is None else factors.W_1.double() @ C_pinv.T
+        self.A = C_next.T if factors.W_2 is None else C_next.T @ to_float64(factors.W_2)
+        self.B = C_pinv.T if factors.W_1 is None else to_float64(factors.W_1) @ C_pinv.T
         self.identity = C_next.T @ C_pinv.T if factors.residual else None
         # The Jacobian between features, if it is the same everywhere.
         self.J = self.A @ self.B if factors.affine else None
@@ -177,14 +177,14 @@ class ClosedEdges:
         # Factors of size 1, so that their squares stay in the range of the type.
         squares = (values / size).square()
         if self.J is not None:
-            return (self.J * size.double()).square() * squares.double().sum(0)
+            return (self.J * to_float64(size)).square() * to_float64(squares).sum(0)
         assert form.derivatives is not None
         s = form.derivatives[samples].flatten(0, 1)[mask].to(product_dtype(form.derivatives.dtype))
         sizes = [_size(self.A), _size(self.B)]
         A, B = ((factor / k).to(s).contiguous() for factor, k in zip((self.A, self.B), sizes, strict=True))
         identity = None if self.identity is None else (self.identity / (sizes[0] * sizes[1])).to(s)
         squares = squares.to(s)
-        total = torch.zeros(len(A), B.shape[1], dtype=torch.float64, device=s.device)
+        total = self.A.new_zeros(len(A), B.shape[1])
         rows, r_in = max(1, min(len(s), _ROWS)), B.shape[1]
         # Of the three factors A_i, s and B_j the two with the smaller product are multiplied first.
         factors_first = len(s) > r_in > 0
@@ -196,5 +196,5 @@ class ClosedEdges:
                 J = (s_x[:, None] * A_i) @ B if A_i_B is None else (s_x @ A_i_B).unflatten(1, (-1, r_in))
                 if identity is not None:
                     J += identity[i : i + features]
-                total[i : i + features] += J.square_().mul_(squares_x[:, None]).sum(0).double()
-        return total * (sizes[0] * sizes[1] * size.double()).square()
+                total[i : i + features] += to_float64(J.square_().mul_(squares_x[:, None]).sum(0))
+        return total * (sizes[0] * sizes[1] * to_float64(size)).square()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+
+from lib_lightning.model.precision import for_sums, supports_float64
 
 Aggregation = Literal["sum", "mean", "joint"]
 
@@ -39,12 +42,17 @@ class GraphAverage(Metric):
         self.add_state(self._sum, torch.zeros((), dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long, device="cpu"), dist_reduce_fx="sum")
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> GraphAverage:
+        """Move the states along with a module that contains the metric, unless the new device has no float64."""
+        moved = supports_float64(fn(torch.zeros(1, device="cpu")).device)
+        return super()._apply(fn, *args, **kwargs) if moved else self
+
     def _add(self, value: Tensor) -> None:
         if (values := self.__dict__.get("_single_values")) is not None:
             values.append(value)
             return
         total: Tensor = getattr(self, self._sum)
-        setattr(self, self._sum, total + value.detach().to(total))
+        setattr(self, self._sum, total + for_sums(value.detach()).to(total))
         self.count += 1
 
     def single_value(self, **inputs: Any) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lib_lightning.model.precision import product_dtype
+from lib_lightning.model.precision import product_dtype, to_float64
 
 # Squares of smaller numbers would lose digits in float32.
 _SMALL = 1e-15
@@ -31,7 +31,7 @@ def agree(a: Tensor, b: Tensor, tolerance: float) -> bool:
     if a.shape != b.shape:
         return False
     size = length(b)
-    return bool(torch.isfinite(size)) and bool(length(a.double() - b.double()) <= tolerance * size)
+    return bool(torch.isfinite(size)) and bool(length(to_float64(a) - to_float64(b)) <= tolerance * size)
 
 
 def length(x: Tensor) -> Tensor:
@@ -48,11 +48,11 @@ def length(x: Tensor) -> Tensor:
         '5e+30'
     """
     x = x.detach().to(product_dtype(x.dtype))
-    size: Tensor = x.norm().double()
+    size: Tensor = to_float64(x.norm())
     if _SMALL < size < torch.inf:
         return size
     # Squares leave the range of the type.
-    x = x.double()
+    x = to_float64(x)
     largest = x.abs().amax() if x.numel() else x.new_zeros(())
     if 0 < largest < torch.inf:
         largest = largest * (x / largest).norm()

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from lib_lightning.model.autograd_graph import swap_in
 from lib_lightning.model.batch import tensors_in
+from lib_lightning.model.precision import to_float64
 from lib_lightning.model.torch_internals import has_memory, is_functorch_tensor
 
 # The place of a tensor in a forward pass: index of the operation that uses it, and index among its arguments.
@@ -244,7 +245,7 @@ class _Fingerprints(_Operations):
     def _fingerprint(self, t: Tensor) -> Tensor:
         try:
             numbers = torch.view_as_real(t) if t.is_complex() else t
-            numbers = torch.nan_to_num(numbers.double(), nan=2.0, posinf=1.0, neginf=-1.0).flatten()
+            numbers = torch.nan_to_num(to_float64(numbers), nan=2.0, posinf=1.0, neginf=-1.0).flatten()
             place = len(numbers), numbers.device
             if place not in self._weights:
                 generator = torch.Generator("cpu").manual_seed(0)

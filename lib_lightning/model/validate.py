@@ -24,6 +24,7 @@ from lib_lightning.model.capture import CapturedLayer
 from lib_lightning.model.exchange import Exchange, exchanges, first_samples
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.module_paths import explain_own_names
+from lib_lightning.model.precision import to_float64
 from lib_lightning.model.skip_positions import plain_skip, skipped_of
 from lib_lightning.model.sources import SampleSources
 from lib_lightning.model.vjp import apply_mask, vjp
@@ -397,7 +398,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
     finite = torch.isfinite(b)
     if not torch.equal(torch.nan_to_num(a[~finite], nan=0.5), torch.nan_to_num(b[~finite], nan=0.5)):
         return False
-    a, b, eps = a[finite].double(), b[finite].double(), torch.finfo(b.dtype).eps
+    a, b, eps = to_float64(a[finite]), to_float64(b[finite]), torch.finfo(b.dtype).eps
     return not len(b) or bool((a - b).abs().max() <= min(1000 * eps, eps**0.5) * b.abs().max())
 
 

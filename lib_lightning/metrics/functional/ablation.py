@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from lib_lightning.model.precision import to_float64
+
 
 def min_edges_from_curve(counts: Tensor, scores: Tensor, unablated: float | Tensor, tolerance: float = 1e-3) -> Tensor:
     """Smallest number of edges from which on the score is within a tolerance of the unablated score.
@@ -31,8 +33,8 @@ def min_edges_from_curve(counts: Tensor, scores: Tensor, unablated: float | Tens
         >>> min_edges_from_curve(counts, scores, unablated=0.9)
         tensor(100., dtype=torch.float64)
     """
-    sufficient = scores.double() >= torch.as_tensor(unablated, dtype=torch.float64, device=scores.device) - tolerance
-    counts = counts.double()
+    counts, scores = to_float64(counts), to_float64(scores)
+    sufficient = scores >= torch.as_tensor(unablated, dtype=torch.float64, device=scores.device) - tolerance
     if not bool(sufficient.all()):
         counts = counts[counts > counts[~sufficient].amax()]
     return counts.amin() if counts.numel() else counts.new_full((), math.nan)

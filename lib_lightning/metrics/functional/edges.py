@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lib_lightning.errors import LIBError
 from lib_lightning.metrics.functional.perplexity import perplexity
+from lib_lightning.model.precision import to_float64
 
 
 def number_of_edges(edges: Tensor, rtol: float = 1e-3) -> Tensor:
@@ -62,7 +63,7 @@ def share_of_edges(edges: Tensor, share: float = 0.99) -> Tensor:
         tensor(0.5000, dtype=torch.float64)
     """
     check_share(share)
-    strengths = edges.detach().double().flatten()
+    strengths = to_float64(edges.detach()).flatten()
     cumulative = strengths.sort(descending=True).values.cumsum(0)
     if strengths.numel() == 0 or cumulative[-1] <= 0:
         return strengths.new_zeros(())

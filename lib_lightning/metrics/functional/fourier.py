@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lib_lightning.errors import SettingError
+from lib_lightning.model.precision import for_sums, to_float64
 
 # Arguments of waves. "a,b" stands for the sum of a wave in a and one in b.
 KINDS = ("a+b", "a,b", "a", "b")
@@ -52,8 +53,8 @@ def fourier_variance(features: Tensor, a: Tensor, b: Tensor, modulus: int) -> Te
         )
     n, S, r = features.shape
     if n == 0:
-        return features.new_zeros(len(KINDS), modulus // 2, r, dtype=torch.float64)
-    values = features.double()
+        return for_sums(features).new_zeros(len(KINDS), modulus // 2, r, dtype=torch.float64)
+    values, a, b = to_float64(features), for_sums(a), for_sums(b)
     mean = values.mean(0)
     centred = values - mean
     variance = centred.square().mean(0)

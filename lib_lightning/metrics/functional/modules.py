@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lib_lightning.errors import LIBError
 from lib_lightning.metrics.functional.leiden import leiden
+from lib_lightning.model.precision import to_float64
 
 EdgeWeights = Literal["strength", "amplitude", "binary"]
 
@@ -170,7 +171,7 @@ def largest_module(modules: Sequence[Tensor]) -> Tensor:
         >>> largest_module([torch.tensor([1, 0, -1]), torch.tensor([0, 0])])
         tensor(0.7500, dtype=torch.float64)
     """
-    sizes = module_sizes(modules).double()
+    sizes = to_float64(module_sizes(modules))
     return sizes[0] / sizes.sum() if len(sizes) else sizes.new_zeros(())
 
 

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from lib_lightning.model.precision import to_float64
+
 
 def gini(weights: Tensor) -> Tensor:
     """Gini coefficient: mean absolute difference of two weights, divided by twice their mean.
@@ -26,7 +28,7 @@ def gini(weights: Tensor) -> Tensor:
         >>> gini(torch.ones(2, 2)), gini(torch.tensor([0.0, 0.0, 0.0, 5.0]))
         (tensor(0., dtype=torch.float64), tensor(0.7500, dtype=torch.float64))
     """
-    w = weights.detach().double().flatten().sort().values
+    w = to_float64(weights.detach()).flatten().sort().values
     n, total = w.numel(), w.sum()
     if n == 0 or total <= 0:
         return w.new_zeros(())
@@ -52,7 +54,7 @@ def hoyer(weights: Tensor) -> Tensor:
         >>> hoyer(torch.ones(2, 2)), hoyer(torch.tensor([0.0, 0.0, 0.0, 5.0]))
         (tensor(0., dtype=torch.float64), tensor(1., dtype=torch.float64))
     """
-    w = weights.detach().double().flatten()
+    w = to_float64(weights.detach()).flatten()
     if w.numel() < 2 or w.amax() <= 0:
         return w.new_zeros(())
     # Scaled to a largest weight of 1, because squares of tiny weights underflow.
