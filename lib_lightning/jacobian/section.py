@@ -18,7 +18,7 @@ from torch import Tensor
 from lib_lightning.errors import is_out_of_memory
 from lib_lightning.jacobian.closed_form import ClosedForm
 from lib_lightning.model.agreement import agree
-from lib_lightning.model.autograd_graph import has_custom_function
+from lib_lightning.model.autograd_graph import has_custom_function, save_contiguous
 from lib_lightning.model.capture import CapturedLayer
 from lib_lightning.model.vjp import _grad, apply_mask, num_valid, vjp
 
@@ -154,7 +154,7 @@ class Section:
             def product(vectors: Sequence[Tensor], k: int | None, point: QuadraturePoint = point) -> list[Tensor]:
                 return vjp(point.before, point.after, vectors[0], k)
 
-            grads = self._batched([cotangents], product)
+            grads = self._batched([cotangents], product, point.after.outputs)
             rows = point.before.layer.read([grad.flatten(0, 1) for grad in grads])
             products.append(rows.unflatten(0, cotangents.shape[:2]))
         return apply_mask(self._average(products), self.mask_in)
@@ -177,7 +177,7 @@ class Section:
             zeros = [leaf.new_zeros(k * leaf.shape[0], *leaf.shape[1:]) for leaf in point.before.leaves]
             written = point.before.layer.write(tangents.flatten(0, 1), zeros)
             vectors = [v.unflatten(0, (k, -1)) for v in written]
-            (product,) = self._batched(vectors, partial(_grad, grads, [placeholder]))
+            (product,) = self._batched(vectors, partial(_grad, grads, [placeholder]), grads)
             products.append(product)
         return apply_mask(self._average(products), self.mask_out)
 
@@ -250,20 +250,24 @@ class Section:
         return placeholder, vjp(point.before, point.after, placeholder, create_graph=True)
 
     def _batched(
-        self, vectors: Sequence[Tensor], product: Callable[[Sequence[Tensor], int | None], Sequence[Tensor]]
+        self,
+        vectors: Sequence[Tensor],
+        product: Callable[[Sequence[Tensor], int | None], Sequence[Tensor]],
+        outputs: Sequence[Tensor],
     ) -> list[Tensor]:
-        """Multiply a batch of vectors with a derivative: in one call where that works, else one by one."""
+        """Multiply a batch of vectors with the derivative of outputs: in one call where that works, else one by one."""
         k = vectors[0].shape[0]
         # In a batched call, `grad.data` in the backward of a custom function crashes the process.
         if k > 1 and self.vectors_per_call > 1 and any(point.has_custom_function for point in self.points):
             self.sequential_only = True
-        if k > 1 and self.vectors_per_call > 1:
+        while k > 1 and self.vectors_per_call > 1:
             try:
                 return list(product(vectors, k))
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
-                self.sequential_only = True  # some operation has no batching rule
+                # Some operation has no batching rule, or none for tensors with channels last in memory.
+                self.sequential_only = not save_contiguous(outputs)
         singles = [product([v[index] for v in vectors], None) for index in range(k)]
         # A batch of one needs no copy, which would cost as much as an operation of the model.
         return [parts[0][None] if k == 1 else torch.stack(parts) for parts in zip(*singles, strict=True)]

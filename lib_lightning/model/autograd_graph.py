@@ -8,10 +8,11 @@ Each is used in one function here, and that function has a fallback for versions
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ NAMES = {
     "version counter": "_unsafe_preserve_version_counter",
     "input metadata": "_input_metadata",
     "saved tensors": "_saved_",  # a prefix
+    "saved memory": "_raw_saved_",  # a prefix; the same names after it
     "is view": "_is_view",
     "base": "_base",
     "custom function": "BackwardCFunction",
@@ -328,6 +330,37 @@ def saved_tensors_intact(output: Tensor) -> bool:
         except RuntimeError:  # the error of a backward pass
             return False
     return True
+
+
+def save_contiguous(outputs: Iterable[Tensor]) -> bool:
+    """Let operations keep what they have saved with channels last in the usual order of memory, channels first.
+
+    Some derivatives bring gradients into the order of memory of a saved tensor, which is not possible for a batch of
+    gradients: that of GroupNorm, and the second one of max pooling.
+
+    Args:
+        outputs: Results of the computation.
+
+    Returns:
+        Whether any saved tensor was reordered; its values are the same.
+
+    Example:
+        >>> x = torch.ones(1, 2, 3, 3).to(memory_format=torch.channels_last).requires_grad_()
+        >>> y = x.exp()
+        >>> save_contiguous([y]), save_contiguous([y])
+        (True, False)
+    """
+    saved, memory = NAMES["saved tensors"], NAMES["saved memory"]
+    reordered = False
+    for node in dict.fromkeys(itertools.chain(*(topological_order(t.grad_fn) for t in outputs if t.grad_fn))):
+        for name in _names_with_prefix(type(node), memory):
+            # Refused where it was modified, and where a hook packs what is saved in another way.
+            with suppress(RuntimeError):
+                t = getattr(node, name.replace(memory, saved, 1), None) if name.startswith(memory) else None
+                if isinstance(t, Tensor) and t.ndim in (4, 5) and t.stride(1) == 1 and not t.is_contiguous():
+                    getattr(node, name).register_hooks(torch.Tensor.contiguous, lambda t: t)
+                    reordered = True
+    return reordered
 
 
 def topological_order(last: Node) -> list[Node]:

@@ -92,6 +92,15 @@ def with_backward_hooks(model: nn.Sequential) -> nn.Sequential:
     return model
 
 
+class ChannelsLast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm = nn.Linear(5, 16), nn.GroupNorm(2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.up(x).view(-1, 2, 2, 4).permute(0, 3, 1, 2)).flatten(1)
+
+
 def mlp(*activations: nn.Module) -> nn.Sequential:
     relu, tanh = activations or (nn.ReLU(), nn.Tanh())
     return nn.Sequential(nn.Linear(5, 6), relu, nn.Linear(6, 4), tanh, nn.Linear(4, 3))
@@ -116,6 +125,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "compiled": (lambda: nn.Sequential(torch.compile(mlp()[:2], backend="eager"), nn.Linear(6, 3)), ["0.0", "output"]),
     "checkpoint": (lambda: Checkpointed(False), ["up", "head:input", "output"]),
     "reentrant checkpoint": (lambda: Checkpointed(True), ["up", "head:input", "output"]),
+    "channels last in memory": (ChannelsLast, ["up", "output"]),
 }
 # Each internal: the module that names it, the key of the name, the object that should have it, and what its absence
 # costs. None of these is a snapshot or a digit.
@@ -148,6 +158,8 @@ INTERNALS: list[tuple[Any, str, Any, str]] = [
     (autograd_graph, "version counter", torch.autograd, "time and memory for copies of tensors that autograd saves"),
     (autograd_graph, "input metadata", (X.clone().requires_grad_() * 2).grad_fn, "closed forms, so time"),
     (autograd_graph, "saved tensors", None, "backward passes to check graphs that are kept, so time"),
+    (autograd_graph, "saved memory", None, "products with several vectors at once in sections with channels last in "
+     "memory, so time"),
     (autograd_graph, "is view", X, "nothing"),
     (autograd_graph, "base", X, "nothing, unless 'is view' is missing, too: then all tapped tensors are treated as "
      "views, and node layers beside skip connections may be refused (no workaround)"),
@@ -172,7 +184,7 @@ def test_this_version_of_torch_has_all_of_them() -> None:
     missing = []
     for module, key, owner, cost in INTERNALS:
         name = module.NAMES[key]
-        if key == "saved tensors":
+        if key in ("saved tensors", "saved memory"):
             owner, name = (X.clone().requires_grad_() * X).grad_fn, f"{name}self"
         if not hasattr(owner, name):
             missing.append(f"{type(owner).__name__} {name} is missing, which costs {cost}")
