@@ -28,6 +28,7 @@ from lib_lightning.algorithm.basis import FIXED_ORDER, Basis, centered_basis, ne
 from lib_lightning.algorithm.config import LIBConfig, final_kind
 from lib_lightning.algorithm.covariance import RunningCovariance, all_reduce_covariances
 from lib_lightning.algorithm.degenerate import describe_empty_layers, is_constant
+from lib_lightning.algorithm.dominance import PositionVariance, describe_dominance, reduce_position_variances
 from lib_lightning.algorithm.edges import Edges
 from lib_lightning.algorithm.feature_reader import FeatureReader
 from lib_lightning.algorithm.fisher_metric import FisherMetric
@@ -66,7 +67,8 @@ class BuildResult:
         n_samples: Number of samples.
         metric_errors: Estimated relative error of the metric of each node layer that has one: 0 if it is exact, None if
             a single probe leaves it unknown.
-        notes: Sentences about node layers without features, and about slower fallbacks that were used.
+        notes: Sentences about node layers without features, about those with one that has nearly all of the variance,
+            and about slower fallbacks that were used.
         importance_replicates: Jackknife replicates of the importances of each node layer, shape ``(G, r)``; G is 0 if
             there are too few samples for groups.
         edge_replicates: Jackknife replicates of the edges between these features, ``(G, r_out, r_in)``.
@@ -167,7 +169,7 @@ def build_graph(
         torch.Generator().manual_seed(process_group.rank),
     )
     # 1. Moments.
-    moments, cache = _moments(run, instrumented, batches)
+    moments, position_variances, cache = _moments(run, instrumented, batches)
     # 2. Metric and basis of each node layer, from the last to the first.
     layers: list[_Layer] = []
     metric_errors: dict[str, float | None] = {}
@@ -190,7 +192,11 @@ def build_graph(
         edges=[e.E for e in edges],
         n_samples=moments[0].n,
         metric_errors=metric_errors,
-        notes=[*describe_empty_layers(bases, moments), *_notes(run, edges, cache)],
+        notes=[
+            *describe_empty_layers(bases, moments, any(layer.skip_positions for layer in instrumented.layers)),
+            *describe_dominance(bases, instrumented.layers, position_variances),
+            *_notes(run, edges, cache),
+        ],
         importance_replicates=importances,
         edge_replicates=[e.replicates for e in edges],
         is_constant=is_constant(moments),
@@ -218,13 +224,19 @@ def phases(config: LIBConfig, instrumented: InstrumentedModel, n_batches: int) -
 
 def _moments(
     run: _Run, instrumented: InstrumentedModel, batches: Sequence[Any]
-) -> tuple[list[RunningCovariance], SectionCache]:
-    """Step 1: ``mu = E[a]`` and ``Sigma = E[(a - mu)(a - mu)^T]`` of every node layer, in the first pass."""
+) -> tuple[list[RunningCovariance], list[PositionVariance], SectionCache]:
+    """Step 1: ``mu = E[a]`` and ``Sigma = E[(a - mu)(a - mu)^T]`` of every node layer, in the first pass.
+
+    And how the variance is divided between positions, which notes are about.
+    """
     # With a metric, the covariance of a wide node layer can be avoided.
     moments = [RunningCovariance(always=kind != "lib" or not run.shortcuts.dual) for kind in run.kinds]
 
+    position_variances = [PositionVariance() for _ in run.names]
+
     def add(captured: list[CapturedLayer]) -> None:
-        for layer_moments, layer in zip(moments, captured, strict=True):
+        for layer_moments, position_variance, layer in zip(moments, position_variances, captured, strict=True):
+            position_variance.update(layer)
             layer_moments.update(layer.rows, layer.a.shape[0])
             if not torch.isfinite(layer_moments.mean).all():  # cheaper than checking every activation
                 check_finite(layer.layer.name, layer.rows)
@@ -236,7 +248,8 @@ def _moments(
     if not all(layer_moments.count for layer_moments in moments):
         raise ActivationError("There are no samples to compute a basis from, or every position is masked.")
     phase_done("moments")
-    return moments, cache.path_from([layer_moments.mean for layer_moments in moments])
+    position_variances = reduce_position_variances(position_variances, run.process_group)
+    return moments, position_variances, cache.path_from([layer_moments.mean for layer_moments in moments])
 
 
 def _metric(run: _Run, i: int, next_basis: Basis | None, d: int, cache: SectionCache) -> Metric | None:

@@ -14,12 +14,15 @@ def is_constant(moments: Sequence[RunningCovariance]) -> bool:
     return not any(layer.varies for layer in moments)
 
 
-def describe_empty_layers(bases: Sequence[Basis], moments: Sequence[RunningCovariance]) -> list[str]:
+def describe_empty_layers(
+    bases: Sequence[Basis], moments: Sequence[RunningCovariance], skips_positions: bool = False
+) -> list[str]:
     """Explain why node layers have no features, or only features without importance.
 
     Args:
         bases: The basis of each node layer.
         moments: The moments of each, combined over all processes.
+        skips_positions: Whether positions are left out.
 
     Returns:
         One sentence for each reason; none for an ordinary graph.
@@ -47,8 +50,9 @@ def describe_empty_layers(bases: Sequence[Basis], moments: Sequence[RunningCovar
             f"importance. {cause}"
         )
     if unused:
+        bypassed = ", or does all of the effect go through positions that skip_positions leaves out"
         sentences.append(
             f"{quoted(unused)}: activations vary, but the next node layer does not depend on them at these weights, so "
-            "there are no features. Are the weights after them zero, or units dead?"
+            f"there are no features. Are the weights after them zero, or units dead{bypassed if skips_positions else ''}?"
         )
     return sentences
