@@ -50,9 +50,9 @@ def describe_empty_layers(
             f"importance. {cause}"
         )
     if unused:
-        bypassed = ", or does all of the effect go through positions that skip_positions leaves out"
+        bypassed = ", or does all of the effect go through positions that skip_positions leaves out" * skips_positions
         sentences.append(
             f"{quoted(unused)}: activations vary, but the next node layer does not depend on them at these weights, so "
-            f"there are no features. Are the weights after them zero, or units dead{bypassed if skips_positions else ''}?"
+            f"there are no features. Are the weights after them zero, or units dead{bypassed}?"
         )
     return sentences

@@ -85,7 +85,7 @@ def test_a_position_is_named_with_the_setting_that_leaves_it_out(place: int | No
     (note,) = notes
     assert note.startswith(f"Position {place % 6} of the samples has more than 90% of the variance of 'norm#1:input'")
     assert note.endswith(f"skip_positions={setting} leaves it out.")
-    skip = eval(setting)  # noqa: S307
+    skip = eval(setting)
     assert compute_interaction_graph(model, [TOKENS], layers, skip_positions=skip).info["notes"] == []
 
 
