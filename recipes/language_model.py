@@ -6,18 +6,17 @@ Face's GPT-Neo, so the same node layers fit both, and GPT-2 as well.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lib_lightning.errors import LIBError
+from recipes.checkpoint import load_pretrained, load_tokenizer
 
 BYTES = 256
 
@@ -197,16 +196,7 @@ class LanguageModel(L.LightningModule):
         if isinstance(text, Text):
             name = self.hparams.pretrained or "The model"
             tokens, positions = (self.model.get_submodule(f"transformer.{e}").num_embeddings for e in ("wte", "wpe"))
-            if tokens < text.vocabulary:
-                raise LIBError(
-                    f"{name} knows {tokens} tokens, and the text has {text.vocabulary}: pass --data.tokenizer with the "
-                    "tokenizer that the checkpoint was trained with."
-                )
-            if positions < text.context:
-                raise LIBError(
-                    f"{name} has {positions} positions, and the text comes in pieces of {text.context}: pass "
-                    f"--data.context with {positions} or less."
-                )
+            text.check_fits(name, tokens, positions)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits ``(n, S, vocabulary)`` of the token after each of ``(n, S)``."""
@@ -288,6 +278,28 @@ class Text(L.LightningDataModule):
             )
         self.train, self.test = pieces[:-n_test], pieces[-n_test:]
 
+    def check_fits(self, name: str, tokens: int, positions: int | None) -> None:
+        """Raise an error if a model is too small for the text.
+
+        Args:
+            name: Name of the model.
+            tokens: Number of tokens that it knows.
+            positions: Its longest context; None if there is no limit.
+
+        Raises:
+            LIBError: If it knows too few tokens or positions.
+        """
+        if tokens < self.vocabulary:
+            raise LIBError(
+                f"{name} knows {tokens} tokens, and the text has {self.vocabulary}: pass --data.tokenizer with the "
+                "tokenizer that the checkpoint was trained with."
+            )
+        if positions is not None and positions < self.context:
+            raise LIBError(
+                f"{name} has {positions} positions, and the text comes in pieces of {self.context}: pass "
+                f"--data.context with {positions} or less."
+            )
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Training pieces, shuffled."""
         return DataLoader(self.train, self.batch_size, shuffle=True, drop_last=True)
@@ -319,65 +331,3 @@ def read_text(path: str | None) -> bytes:
             "--data.path with a text file."
         ) from error
     return "\n".join(topics[name] for name in sorted(topics)).encode()
-
-
-def load_pretrained(name: str) -> nn.Module:
-    """Load a causal language model from Hugging Face or from a folder.
-
-    Args:
-        name: Its name or folder.
-
-    Raises:
-        LIBError: If transformers is not installed, or there is no such checkpoint.
-    """
-    # As float32, for training and for snapshots, whatever its dtype on disk.
-    model = from_pretrained("AutoModelForCausalLM", "model", name, dtype=torch.float32)
-    model.config.use_cache = False  # used only to generate text
-    return model.train()
-
-
-def load_tokenizer(name: str) -> Any:
-    """Load the tokenizer of a checkpoint from Hugging Face or from a folder; None if it has no tokenizer.
-
-    Args:
-        name: Its name or folder.
-
-    Raises:
-        LIBError: If transformers is not installed, or there is no such checkpoint.
-    """
-    tokenizer = from_pretrained("AutoTokenizer", "tokenizer", name)
-    if tokenizer.vocab_size == 0:
-        rank_zero_info(f"{name} has no tokenizer: the tokens are the bytes of the text.")
-        return None
-    return tokenizer
-
-
-def from_pretrained(loader: str, what: str, name: str, **options: Any) -> Any:
-    """Load a part of a checkpoint from Hugging Face or from a folder.
-
-    Args:
-        loader: The class of transformers that loads it.
-        what: The part, for error messages.
-        name: Name or folder of the checkpoint.
-        options: Options of the loader.
-
-    Raises:
-        LIBError: If transformers is not installed, or the checkpoint or this part of it is not found.
-    """
-    try:
-        import transformers
-    except ImportError as error:
-        raise LIBError(
-            f"To load '{name}', the language model recipe needs the transformers library, which is not installed: "
-            "pip install transformers"
-        ) from error
-    # Names are NAME or OWNER/NAME. For any other string, the error of transformers would be about the form of a name.
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) and not Path(name).is_dir():
-        raise LIBError(f"There is no folder {Path(name).resolve()} to load a checkpoint from.")
-    try:
-        return getattr(transformers, loader).from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        raise LIBError(
-            f"The {what} of '{name}' cannot be loaded. It must be the name of a checkpoint at https://huggingface.co, "
-            f"with network access, or a folder written by save_pretrained. ({type(error).__name__}: {error})"
-        ) from error

@@ -247,6 +247,8 @@ class _Search:
 
     def extract_factors(self) -> Iterator[Factors]:
         """Factors of all forms that the section could have."""
+        if len(self.path) > _MAX_OPERATIONS:
+            return
         d_in, d_out = self.section.d_in, self.section.d_out
         if self._affordable(d_out):
             yield Factors(None, self._linear_map(self.end, self.begin, d_out), d_in, affine=True)
