@@ -22,6 +22,7 @@ from lib_lightning.model.saved_state import ordinary_parameters, save_values, sa
 from lib_lightning.model.saved_value import Saver
 from lib_lightning.model.static_state import save_static_state
 from lib_lightning.model.torch_internals import writes_refused
+from lib_lightning.model.waiting_threads import considerate_threads
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ def preserve_model(model: nn.Module, max_bytes: int = MAX_COPIED_BYTES) -> Itera
     _check_not_lazy(model)
     with PROCESS_LOCK, ExitStack() as stack:
         stack.callback(save_rng())
+        stack.enter_context(considerate_threads())
         module = stack.enter_context(_module_to_run(model, max_bytes))
         stack.callback(change_settings())
         stack.enter_context(torch.inference_mode(False))
