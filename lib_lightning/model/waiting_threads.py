@@ -1,8 +1,8 @@
 """Threads of torch that sleep instead of spin while other programs use the cores.
 
 torch divides an operation among threads, and a thread that has finished its share spins until all have. On quiet cores
-that is the fastest way: with sleeping threads a snapshot of small operations takes up to 1.7 times as long. On cores that
-other programs use as well (workers of data loaders), spinning takes the time that the thread left behind needs: a
+that is the fastest way: with sleeping threads a snapshot of small operations takes up to 1.7 times as long. On cores
+that other programs use as well (workers of data loaders), spinning takes the time that the thread left behind needs: a
 snapshot takes four times as long beside one other process on two cores, and thirty times beside several.
 
 Only how threads wait is changed: their number and their shares stay, and so do results, to the last bit.
@@ -86,7 +86,10 @@ class Watch(threading.Thread):
             share, before, waited = (now - waited) / (looked - before), looked, now
             if sleeping is None and share > _BUSY:
                 self.times_busy += 1
-                sleeping = self._make_sleep()
+                try:
+                    sleeping = self._make_sleep()
+                except RuntimeError:  # the system allows no more threads
+                    return
             elif sleeping is not None and share < _QUIET:
                 sleeping.stop()
                 sleeping = None
@@ -115,12 +118,13 @@ class SleepingThreads(threading.Thread):
 
     def run(self) -> None:
         """Hold the threads until `stop` is called."""
-        openmp = gnu_openmp()
-        if openmp is not None:
-            # A function that only reads a number is what all of these threads run, once.
-            nothing = ctypes.cast(openmp.omp_get_thread_num, ctypes.c_void_p)
-            openmp.GOMP_parallel(nothing, None, ctypes.c_uint(self._missing), ctypes.c_uint(0))
-        self._begun.set()
+        try:
+            if (openmp := gnu_openmp()) is not None:
+                # A function that only reads a number is what all of these threads run, once.
+                nothing = ctypes.cast(openmp.omp_get_thread_num, ctypes.c_void_p)
+                openmp.GOMP_parallel(nothing, None, ctypes.c_uint(self._missing), ctypes.c_uint(0))
+        finally:
+            self._begun.set()
         self._end.wait()
 
     def stop(self) -> None:
