@@ -279,7 +279,7 @@ def _as_graph(built: BuildResult, config: LIBConfig, instrumented: InstrumentedM
         ],
         keys.NUM_SAMPLES: built.n_samples,
         keys.METRIC_ERRORS: built.metric_errors,
-        keys.NOTES: [*instrumented.notes, *built.notes],
+        keys.NOTES: [*instrumented.notes, *instrumented.axis_notes, *built.notes],
         keys.VERSIONS: {"lib_lightning": __version__, "torch": str(torch.__version__)},
     }
     names = [basis.name for basis in built.bases]

@@ -168,10 +168,12 @@ def swap_in(t: Tensor, new: Tensor) -> bool:
         >>> swap_in(column, torch.ones(3)), also_column
         (True, tensor([1., 1., 1.]))
     """
+    attributes = dict(vars(t))
     try:
         torch.utils.swap_tensors(t, new)
     except RuntimeError:
         return False
+    vars(t).update(attributes)
     return True
 
 

@@ -29,6 +29,7 @@ from lib_lightning.errors import ActivationError, NodeLayerError, quoted
 from lib_lightning.model.autograd_graph import is_view, overwrite, saved_tensors_kept, swap_in
 from lib_lightning.model.batch import first_tensor, replace_first_tensor, why_not_dense
 from lib_lightning.model.batch_layout import GraphSizes
+from lib_lightning.model.feature_axis import FeatureAxes, TensorRecord, following
 from lib_lightning.model.module_paths import find_module
 from lib_lightning.model.node_layer import INPUT, NodeLayer, Tap, split_tap
 from lib_lightning.model.not_called import NotCalledError
@@ -90,6 +91,7 @@ class ActivationRecorder:
         stop_after: Index of the node layer after which to end the forward pass; None to run all of it.
         locate: From a tap to the tap of the module that it stands for; see `lib_lightning.model.calls.ModelCall`.
         graphs: Sizes of the graphs, if the batch is one of graphs.
+        axes: Follows the operations, to find the axes of features; None where these are known.
 
     Attributes:
         detached: Tensors without a graph that were overwritten with leaves. A module may store them.
@@ -106,8 +108,11 @@ class ActivationRecorder:
         stop_after: int | None = None,
         locate: Callable[[Tap], Tap] = lambda tap: tap,
         graphs: GraphSizes | None = None,
+        axes: FeatureAxes | None = None,
     ) -> None:
-        self._graphs = graphs
+        self._graphs, self._axes = graphs, axes
+        # What is known of the tensor of each tap before it was cut.
+        self.records: dict[tuple[int, int], TensorRecord] = {}
         self._locate = locate
         self._model, self._layers, self._replace = model, list(layers), replace
         self._widths, self._caller_tensors, self._stop_after = widths, caller_tensors, stop_after
@@ -135,7 +140,7 @@ class ActivationRecorder:
                     else:
                         attached.add(tap)
                         handles.append(self._attach(tap, (layer_index, tap_index)))
-            with saved_tensors_kept(after_use=bool(self._shared)):
+            with saved_tensors_kept(after_use=bool(self._shared)), following(self._axes):
                 yield
         finally:
             for handle in handles:
@@ -224,6 +229,8 @@ class ActivationRecorder:
             )
         if self._graphs is not None:
             self._layers[key[0]] = self._graphs.fit(self._layers[key[0]], len(t), tap)
+        if self._axes is not None:
+            self.records[key] = self._axes.record(t)
         output = self._unmodified_copy(t)
         replacement = self._replacement(key, t)
         # The leaf may share the output's memory: nothing else has a reference to it, and nothing writes to it.
@@ -266,6 +273,8 @@ class ActivationRecorder:
         for k in shared:
             t = self._continued[taps[k]]
             key = layer_index, k
+            if self._axes is not None:
+                self.records[key] = self._axes.record(t)
             output, replacement = t.clone(), self._replacement(key, t)
             leaf = (output if replacement is None else replacement.clone()).detach()
             leaf.requires_grad_(torch.is_grad_enabled())

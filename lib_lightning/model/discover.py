@@ -22,7 +22,8 @@ from lib_lightning.model.autograd_graph import Edge, PathNode, edge_of, path_nod
 from lib_lightning.model.batch import first_tensor, map_tensors, replace_first_tensor, tensors_in, why_not_dense
 from lib_lightning.model.batch_layout import graph_sizes
 from lib_lightning.model.exchange import Exchange, exchanges, first_samples
-from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.feature_axis import FeatureAxes, TensorRecord
+from lib_lightning.model.instrumented import InstrumentedModel, fixed_tensors
 from lib_lightning.model.module_paths import accepts_hooks, as_in_model, find_module, module_paths
 from lib_lightning.model.node_layer import (
     INPUT,
@@ -104,6 +105,7 @@ class TracedTensor:
         uses: Number of operations that use it.
         beside: A tensor that cuts the computation only together with this one, such as an encoder's output beside a
             decoder's stream; None if this one does so alone.
+        record: The operations around it, which tell the axis of its features.
     """
 
     shape: torch.Size
@@ -113,6 +115,7 @@ class TracedTensor:
     op_depth: int = 0
     uses: int = 0
     beside: TracedTensor | None = None
+    record: TensorRecord | None = None
 
 
 def discover_cut_points(instrumented: InstrumentedModel, batches: Sequence[Any], limit: int) -> list[CutPoint]:
@@ -134,7 +137,7 @@ def discover_cut_points(instrumented: InstrumentedModel, batches: Sequence[Any],
         # are the same, every tensor without history at a module's input or output may be a source.
         for again in (False, True):
             trace = _Trace(instrumented, samples, infer_inputs=exchange is None)
-            with search.mark(again, hold_masks=True) as sources, trace.hooked():
+            with search.mark(again, hold_masks=True) as sources, trace.hooked(), trace.axes:
                 instrumented.run(samples)
             dominators = trace.dominators(sources or trace.inferred)
             if dominators or exchange is None:
@@ -174,6 +177,7 @@ class _Trace:
         graphs = graph_sizes(batch)
         self._nodes = graphs.nodes or 1 if graphs else 1
         self.inferred: list[Tensor] = []
+        self.axes = FeatureAxes(fixed_tensors(self.model))
         self._parameter_ids = {id(t) for t in (*self.model.parameters(), *self.model.buffers())}
         call = instrumented.find_call(batch)
         self._first, self._last = call.calls[0], call.calls[-1]
@@ -264,9 +268,10 @@ class _Trace:
         best = min(tensor.call_sites, key=self._rank)
         taps = [name for site in (best, *tensor.call_sites) for name in self._names(site)]
         tap, *aliases = dict.fromkeys(taps)
-        layer = NodeLayer([tap])
+        axis = None if tensor.record is None else self.axes.axis_of(tensor.record).axis
+        layer = NodeLayer([tap], feature_dim=axis)
         if tensor.shape[0] != self.n:
-            layer = NodesAsPositions([tap], nodes=self._nodes)
+            layer = NodesAsPositions([tap], feature_dim=axis, nodes=self._nodes)
         a = layer.read([torch.empty(tensor.shape, device="meta")])
         made_by = [site for site in tensor.call_sites if site.side == OUTPUT and not site.passthrough]
         depths = [depth for site in made_by if (depth := self._block_depth(site)) >= 0]
@@ -358,7 +363,7 @@ class _Trace:
         if edge not in self._traced:
             has_rows = t.is_floating_point() and t.ndim > 0 and not why_not_dense(value)
             is_usable = has_rows and t.shape[0] in (self.n, self.n * self._nodes)
-            self._traced[edge] = TracedTensor(t.shape, is_usable)
+            self._traced[edge] = TracedTensor(t.shape, is_usable, record=self.axes.record(t))
         self._traced[edge].call_sites.append(site)
         return edge
 

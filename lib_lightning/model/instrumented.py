@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -18,6 +19,7 @@ from lib_lightning.model.batch_layout import BatchLayout, find_layout, graph_siz
 from lib_lightning.model.calls import ModelCall, without_subclass
 from lib_lightning.model.capture import ActivationRecorder, CapturedLayer, StopForward
 from lib_lightning.model.conversion import convert_attributes, target_dtype
+from lib_lightning.model.feature_axis import FeatureAxes, TensorRecord
 from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.module_paths import accepts_hooks, as_in_model, check_taps, find_module, unwrapped
 from lib_lightning.model.node_layer import NodeLayer
@@ -47,6 +49,7 @@ class InstrumentedModel:
         model: The module that runs: in a `session`, the copy.
         seed: Seed of the random numbers that a forward pass draws; set by `manual_seed`.
         notes: What the check of the node layers could not test, or treated as a constant, in sentences.
+        axis_notes: Which axes were taken for those of features without evidence, in sentences; known after `capture`.
 
     Raises:
         NodeLayerError: If a tap names a module that the model does not have, or the model has no ``forward``.
@@ -62,6 +65,8 @@ class InstrumentedModel:
         self._writes_weights = False
         self._in_session = False
         self.notes: list[str] = []
+        self.axis_notes: list[str] = []
+        self._knows_axes = all(layer.feature_dim is not None for layer in self.layers)
         self._detached: list[weakref.ref[Tensor]] = []
         # Undoes what an interrupted forward pass has written to the attributes of modules.
         self._restore_attributes: Callable[[], None] | None = None
@@ -133,7 +138,8 @@ class InstrumentedModel:
             ActivationError: If its activations are not floating-point numbers.
         """
         wrote = self._writes_weights
-        recorder = self._recorder(batch, replace or [None] * len(self.layers))
+        axes = None if self._knows_axes else FeatureAxes(fixed_tensors(self.model))
+        recorder = self._recorder(batch, replace or [None] * len(self.layers), axes=axes)
         with recorder.hooked():
             self.run(batch)
         self._detached += recorder.detached
@@ -144,8 +150,35 @@ class InstrumentedModel:
         except NotCalledError as error:
             said = explain_not_called(self.model, error.taps, self._called_modules(batch))
             raise NodeLayerError(said) from error
+        if axes is not None:
+            captured = self._with_axes(captured, axes, recorder.records)
         mask = self.spec.mask_of(batch)
         return [_with_masks(layer, mask) for layer in captured]
+
+    def _with_axes(
+        self,
+        captured: Sequence[CapturedLayer],
+        axes: FeatureAxes,
+        records: Mapping[tuple[int, int], TensorRecord],
+    ) -> list[CapturedLayer]:
+        """The captured node layers with their axes of features, which are kept from now on."""
+        self._knows_axes = True
+        for i, layer in enumerate(self.layers):
+            if layer.feature_dim is None:
+                found = [axes.axis_of(records[i, k]) for k in range(len(layer.taps))]
+                axis = found[0].axis if len({one.axis for one in found}) == 1 else None
+                self.layers[i] = dataclasses.replace(layer, feature_dim=axis)
+                if (axis is None and len({one.axis for one in found}) > 1) or any(one.is_guess for one in found):
+                    self.axis_notes.append(_guessed(self.layers[i], captured[i].outputs))
+        self._widths.clear()
+        known = [layer.feature_dim for layer in self.layers]
+        captured = [
+            dataclasses.replace(c, layer=dataclasses.replace(c.layer, feature_dim=axis))
+            for c, axis in zip(captured, known, strict=True)
+        ]
+        for i, c in enumerate(captured):
+            self._widths |= {(i, k): c.layer.width(t) for k, t in enumerate(c.outputs)}
+        return captured
 
     def _called_modules(self, batch: Any) -> set[int]:
         """``id`` of each module that the model calls on a batch; in another forward pass."""
@@ -365,13 +398,17 @@ class InstrumentedModel:
         self._detached.clear()
 
     def _recorder(
-        self, batch: Any, replace: Sequence[Tensor | None], stop_after: int | None = None
+        self,
+        batch: Any,
+        replace: Sequence[Tensor | None],
+        stop_after: int | None = None,
+        axes: FeatureAxes | None = None,
     ) -> ActivationRecorder:
         locate = self.find_call(batch).locate
         self._caller_tensors.clear()
         return ActivationRecorder(
             self.model, self.layers, replace, self._widths, self._caller_tensors, stop_after, locate,
-            graph_sizes(batch),
+            graph_sizes(batch), axes,
         )  # fmt: skip
 
 
@@ -391,6 +428,21 @@ def model_session(instrumented: InstrumentedModel, max_bytes: int = MAX_COPIED_B
     """Run a block that calls the model, on a copy of it; see `InstrumentedModel.session`."""
     with instrumented.session(max_bytes):
         yield
+
+
+def fixed_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers of a model."""
+    return itertools.chain(model.parameters(), model.buffers())
+
+
+def _guessed(layer: NodeLayer, tensors: Sequence[Tensor]) -> str:
+    shapes = " and ".join(str(tuple(t.shape[1:])) for t in tensors)
+    axes = " and ".join(str(layer.feature_axis(t.ndim) % t.ndim) for t in tensors)
+    return (
+        f"Which axis of '{layer.name}' has the features cannot be told from the modules around it; axis {axes} was "
+        f"taken, of samples of shape {shapes} (axis 0 is the batch). NodeLayer({list(layer.taps)!r}, feature_dim=...) "
+        "sets it."
+    )
 
 
 def _with_masks(captured: CapturedLayer, mask: Tensor | None) -> CapturedLayer:

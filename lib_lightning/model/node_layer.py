@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lib_lightning.errors import NodeLayerError, shortened
+from lib_lightning.model.feature_axis import usual_axis
 from lib_lightning.model.skip_positions import SkipPositions, kept_positions, plain_skip
 
 INPUT, OUTPUT = "input", "output"
@@ -33,8 +34,9 @@ class NodeLayer:
         name: Name of the node layer. By default its taps joined by ``+``, or by ``|``.
         positions: Positions (tokens, pixels) to select: an index or a list of indices into the flattened positions.
             Negative indices count from the end. By default all positions.
-        feature_dim: Axis of the features. By default axis 1 for four-dimensional tensors (channels-first images) and
-            the last axis for all others.
+        feature_dim: Axis of the features. By default it is found from the modules that make and read the tensor: axis 1
+            at convolutions, the last one at linear maps. Where these do not tell, it is axis 1 for four-dimensional
+            tensors (channels-first images) and the last axis for all others, and a note says so.
         join: Axis along which several taps are concatenated: ``"features"``, or ``"positions"`` for tensors with the
             same features at different positions, such as the two streams of an encoder-decoder.
         skip_positions: Positions whose activations flow on as ever but are left out of all features: 1 for the first
@@ -203,10 +205,9 @@ class NodeLayer:
     def _at_positions(self, mask: Tensor) -> Tensor:
         return mask if self.positions is None else mask[:, self._position_index(mask.shape[1], mask.device)]
 
-    def _feature_axis(self, ndim: int) -> int:
-        if self.feature_dim is not None:
-            return self.feature_dim
-        return 1 if ndim == 4 else -1
+    def feature_axis(self, ndim: int) -> int:
+        """The axis of features of a tensor with so many axes."""
+        return usual_axis(ndim) if self.feature_dim is None else self.feature_dim
 
     def _to_rows(self, tensor: Tensor) -> Tensor:
         if tensor.ndim == 0:
@@ -215,7 +216,7 @@ class NodeLayer:
             )
         if tensor.ndim == 1:
             return tensor.reshape(-1, 1, 1)
-        axis = self._feature_axis(tensor.ndim)
+        axis = self.feature_axis(tensor.ndim)
         if not -tensor.ndim <= axis < tensor.ndim or axis in (0, -tensor.ndim):
             raise NodeLayerError(
                 f"feature_dim={axis} of node layer '{self.name}' is not a feature axis of shape {tuple(tensor.shape)}."
@@ -226,7 +227,7 @@ class NodeLayer:
     def _from_rows(self, rows: Tensor, shape: torch.Size) -> Tensor:
         if len(shape) == 1:
             return rows.reshape(shape)
-        axis = self._feature_axis(len(shape))
+        axis = self.feature_axis(len(shape))
         moved_shape = torch.empty(shape, device="meta").movedim(axis, -1).shape
         return rows.reshape(moved_shape).movedim(-1, axis)
 

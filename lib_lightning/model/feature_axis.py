@@ -1,0 +1,393 @@
+"""Which axis of a tensor holds features: found from the operations that make it and that read it.
+
+A convolution, a batch norm or a pooling has channels on axis 1, a linear map or a layer norm has features on the last
+axis. From one forward pass it is known which operations are around a tensor, through elementwise operations, slices,
+transpositions and reshapes between them. Those that say where features are have one vote each; where they do not agree,
+most votes decide, and where none says anything, the usual place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from lib_lightning.model.batch import tensors_in
+
+# For each axis of a tensor the axis of another one that it corresponds to, or None.
+_Axes = tuple[int | None, ...]
+
+# Operations that have channels on axis 1 of what they read and make, by the beginning of their names.
+_CHANNELS_FIRST = (
+    "conv", "batch_norm", "instance_norm", "group_norm", "local_response_norm", "max_pool", "avg_pool", "lp_pool",
+    "adaptive_max_pool", "adaptive_avg_pool", "fractional_max_pool", "max_unpool", "interpolate", "upsample",
+    "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "unfold", "fold", "grid_sample", "native_group_norm",
+    "native_batch_norm", "native_channel_shuffle", "dropout1d", "dropout2d", "dropout3d", "feature_dropout",
+    "feature_alpha_dropout",
+)  # fmt: skip
+# Those that have features on the last axis.
+_FEATURES_LAST = (
+    "linear", "bilinear", "embedding", "lstm", "gru", "rnn", "multi_head_attention", "native_multi_head_attention",
+    "transformer_encoder_layer", "layer_norm", "rms_norm", "native_layer_norm",
+)  # fmt: skip
+# Methods of tensors that begin like one of these.
+_OTHERS = ("unfold_copy", "convert", "conj")
+# Elementwise operations that may have a vector of weights beside a tensor, one for each feature.
+_WITH_VECTOR = {
+    "add", "radd", "iadd", "sub", "subtract", "rsub", "isub", "mul", "multiply", "rmul", "imul", "div", "divide",
+    "true_divide", "truediv", "rdiv", "rtruediv", "itruediv", "prelu",
+}  # fmt: skip
+_MATMUL = frozenset({"matmul", "rmatmul", "mm"})
+# Operations after which an axis is another thing.
+_MIXING = {
+    "matmul", "rmatmul", "imatmul", "mm", "bmm", "baddbmm", "addmm", "addbmm", "einsum", "tensordot", "dot", "outer",
+    "kron", "cdist", "scaled_dot_product_attention",
+}  # fmt: skip
+_TRANSPOSED = frozenset({"transpose", "swapaxes", "swapdims"})
+_MOVED = frozenset({"movedim", "moveaxis"})
+_RESHAPED = frozenset({"view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze"})
+# The attribute of tensors that holds their record.
+_RECORD = "_lib_lightning_record"
+# Operations that are followed at most, from one tensor.
+_MAX_OPERATIONS = 300
+
+
+@dataclass(eq=False)
+class TensorRecord:
+    """A tensor of a forward pass.
+
+    Attributes:
+        shape: Its shape.
+        maker: The operation that made it; None for an input, or a tensor of unknown origin.
+        readers: The operations that read it.
+    """
+
+    shape: torch.Size
+    maker: _Operation | None = None
+    readers: list[_Operation] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class _Operation:
+    """An operation of a forward pass.
+
+    Attributes:
+        inputs: What it reads, with the axes of the result that axes of it correspond to.
+        outputs: What it makes.
+        axes: Axis of features of each input and of the results, where the operation says it.
+    """
+
+    inputs: list[tuple[TensorRecord, _Axes]]
+    outputs: list[TensorRecord]
+    input_axis: int | None = None
+    output_axis: int | None = None
+
+
+@dataclass(frozen=True)
+class FeatureAxis:
+    """The axis of features of a tensor.
+
+    Attributes:
+        axis: The axis; -1 for the last one. None for the one of `usual_axis`.
+        is_guess: Whether nothing says it, or several operations say different things.
+    """
+
+    axis: int | None
+    is_guess: bool
+
+
+class FeatureAxes(TorchFunctionMode):
+    """Follows the operations of one forward pass, which runs in this context.
+
+    Args:
+        fixed: Parameters and buffers, to which nothing is attached.
+
+    Example:
+        >>> conv, x = torch.nn.Conv1d(3, 4, 1), torch.randn(2, 3, 7)
+        >>> with FeatureAxes() as axes:
+        ...     h = conv(x).relu()
+        ...     late = h.transpose(1, 2)
+        >>> axes.axis_of(axes.record(h)), axes.axis_of(axes.record(late))
+        (FeatureAxis(axis=1, is_guess=False), FeatureAxis(axis=None, is_guess=False))
+    """
+
+    def __init__(self, fixed: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self._fixed = {id(t) for t in fixed}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        # What is not understood is not followed; it must not end the forward pass.
+        with suppress(Exception):
+            self._follow(_name(func), args, kwargs, out)
+        return out
+
+    def record(self, t: Tensor) -> TensorRecord:
+        """The record of a tensor as it is now."""
+        found = self._known(t)
+        return self._add(t) if found is None else found
+
+    def _known(self, t: Tensor) -> TensorRecord | None:
+        owner, found = getattr(t, _RECORD, (None, None))
+        return found if owner is self else None
+
+    def _add(self, t: Tensor) -> TensorRecord:
+        added = TensorRecord(t.shape)
+        if id(t) not in self._fixed:
+            # At the tensor itself, as long as that exists. A weak reference would keep it from being swapped.
+            setattr(t, _RECORD, (self, added))
+        return added
+
+    def _follow(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
+        results = [t for t in tensors_in(out) if t.is_floating_point() and t.ndim > 1]
+        if not results:
+            return
+        tensors = [t for t in tensors_in((args, kwargs)) if t.is_floating_point() and t.ndim > 0]
+        read = [t for t in tensors if self._known(t) is not None or not (id(t) in self._fixed or _is_weight(t))]
+        axis = _axis_of_operation(name, args, kwargs)
+        if tensors and not read and axis is None:
+            return
+        operation = _Operation([], [], axis, axis)
+        weights = [t for t in tensors if not any(t is x for x in read)]
+        if name == "einsum":
+            operation.input_axis, operation.output_axis = _axes_of_einsum(args, weights)
+        elif name in _MATMUL and len(tensors) == 2 and weights and tensors[1] is weights[0] and weights[0].ndim == 2:
+            operation.input_axis = operation.output_axis = -1
+        elif name in _WITH_VECTOR and weights:
+            operation.output_axis = _axis_of_vector(weights[0], results[0])
+            operation.input_axis = operation.output_axis if read[0].ndim == results[0].ndim else None
+        follows = axis is None and name not in _MIXING
+        for t in read if axis is None else read[:1]:
+            mapped = _mapped(name, t.shape, results[0].shape, args, kwargs) if follows else (None,) * t.ndim
+            record = self.record(t)
+            operation.inputs.append((record, mapped))
+            record.readers.append(operation)
+        for t in results:
+            known = self._known(t)
+            made = self._add(t)
+            made.maker = operation
+            operation.outputs.append(made)
+            if known is not None and not any(known is record for record, _ in operation.inputs):
+                # An operation in place has read it, too.
+                operation.inputs.append((known, tuple(range(t.ndim))))
+                known.readers.append(operation)
+
+    def axis_of(self, record: TensorRecord) -> FeatureAxis:
+        """The axis of features of a tensor.
+
+        Args:
+            record: The tensor.
+
+        Returns:
+            The axis. Samples are on axis 0, so that a matrix has no other.
+        """
+        ndim = len(record.shape)
+        if ndim < 3:
+            return FeatureAxis(None, False)
+        votes = Counter(axis for axis in _votes(record) if axis)
+        if not votes:
+            return FeatureAxis(None, True)
+        usual = usual_axis(ndim) % ndim
+        most = max(votes.values())
+        best = [axis for axis, count in votes.items() if count == most]
+        axis = usual if usual in best else best[0]
+        chosen = None if axis == usual else -1 if axis == ndim - 1 else axis
+        return FeatureAxis(chosen, len(votes) > 1 and 2 * most <= sum(votes.values()))
+
+
+def usual_axis(ndim: int) -> int:
+    """The axis of features where nothing says another: 1 for images, the last one for all others."""
+    return 1 if ndim == 4 else -1
+
+
+def _votes(record: TensorRecord) -> Iterator[int | None]:
+    """The axes that operations around a tensor say to hold its features."""
+    own: _Axes = tuple(range(len(record.shape)))
+    for step in (_before, _after):
+        seen, waiting = {id(record)}, [(record, own)]
+        for _ in range(_MAX_OPERATIONS):
+            if not waiting:
+                break
+            current, axes = waiting.pop(0)
+            for axis, following in step(current):
+                if axis is not None:
+                    yield axes[axis]
+                elif following is not None and id(following[0]) not in seen:
+                    seen.add(id(following[0]))
+                    other, mapped = following
+                    waiting.append((other, tuple(None if k is None else axes[k] for k in mapped)))
+
+
+_Step = tuple[int | None, tuple[TensorRecord, _Axes] | None]
+
+
+def _before(record: TensorRecord) -> Iterator[_Step]:
+    """Whether the maker of a tensor says its axis, or else what it was made from."""
+    maker = record.maker
+    if maker is None:
+        return
+    if maker.output_axis is not None:
+        yield maker.output_axis, None
+        return
+    for made_from, mapped in maker.inputs:
+        yield None, (made_from, mapped)
+
+
+def _after(record: TensorRecord) -> Iterator[_Step]:
+    """Which of the readers of a tensor say its axis, and else what they make of it."""
+    for reader in record.readers:
+        if reader.input_axis is not None:
+            yield reader.input_axis, None
+            continue
+        for read, mapped in reader.inputs:
+            if read is record:
+                for made in reader.outputs:
+                    # The other way round: for each axis of the result that of the tensor.
+                    back = {k: axis for axis, k in enumerate(mapped) if k is not None}
+                    yield None, (made, tuple(back.get(k) for k in range(len(made.shape))))
+
+
+def _name(func: Any) -> str:
+    name = str(getattr(func, "__name__", ""))
+    if name == "__get__":
+        name = str(getattr(getattr(func, "__self__", None), "__name__", ""))
+    return name.strip("_")
+
+
+def _is_weight(t: Tensor) -> bool:
+    """Whether a tensor of unknown origin could be weights of its operation."""
+    return t.ndim <= 2 or sum(size > 1 for size in t.shape) <= 1
+
+
+def _axis_of_operation(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> int | None:
+    if name.startswith(_OTHERS) or "tbc" in name:
+        return None
+    if name.startswith(("layer_norm", "rms_norm", "native_layer_norm")):
+        shape = args[1] if len(args) > 1 else kwargs.get("normalized_shape", ())
+        return -1 if isinstance(shape, int) or len(shape) == 1 else None  # over all axes it says nothing
+    if name == "unfold" and isinstance(args[0], Tensor) and len(args) == 4:
+        return None  # the method of tensors, which has windows of one axis
+    if name.startswith(_CHANNELS_FIRST):
+        return 1
+    return -1 if name.startswith(_FEATURES_LAST) else None
+
+
+def _axis_of_vector(weights: Tensor, result: Tensor) -> int | None:
+    """The axis along which a vector of weights differs, of a tensor that it is added to or multiplied with."""
+    long = [k - weights.ndim for k, size in enumerate(weights.shape) if size > 1]
+    return long[0] % result.ndim if len(long) == 1 and result.shape[long[0]] == weights.shape[long[0]] else None
+
+
+def _axes_of_einsum(args: Sequence[Any], weights: Sequence[Tensor]) -> tuple[int | None, int | None]:
+    """Axes of the features that are read and made by a product with weights."""
+    equation = args[0].replace(" ", "") if isinstance(args[0], str) else ""
+    operands, _, result = equation.partition("->")
+    words = operands.split(",")
+    tensors = args[1:] if not isinstance(args[1], (list, tuple)) else args[1]
+    if len(words) != 2 or len(tensors) != 2 or "." in equation or len(weights) != 1:
+        return None, None
+    own = words[1] if tensors[1] is weights[0] else words[0]
+    other = words[0] if own is words[1] else words[1]
+    read = [other.index(x) for x in own if x in other and x not in result]
+    made = [result.index(x) for x in own if x in result and x not in other]
+    return (read[0] if len(read) == 1 else None), (made[0] if len(made) == 1 else None)
+
+
+def _mapped(
+    name: str, shape: Sequence[int], result: Sequence[int], args: Sequence[Any], kwargs: dict[str, Any]
+) -> _Axes:
+    """For each axis of an operand the axis of the result that it becomes."""
+    ndim, unknown = len(shape), (None,) * len(shape)
+    if name == "permute":
+        dims = _flat(args[1:] or kwargs["dims"])
+        return tuple([d % ndim for d in dims].index(axis) for axis in range(ndim))
+    if name in _TRANSPOSED or name in _MOVED:
+        sizes = torch.empty(tuple(range(1, ndim + 1)), device="meta")  # that tell axes apart
+        function: Callable[..., Tensor] = torch.transpose if name in _TRANSPOSED else torch.movedim
+        places = function(sizes, *args[1:], *kwargs.values()).shape
+        return tuple(places.index(axis + 1) for axis in range(ndim))
+    if name in ("t", "T", "mT", "H", "mH", "adjoint"):
+        swapped = list(range(ndim))
+        if name == "T":
+            return tuple(reversed(swapped))
+        swapped[-2:] = swapped[:-3:-1]
+        return tuple(swapped)
+    if name in _RESHAPED:
+        return _reshaped(shape, result)
+    if len(result) == ndim:
+        return tuple(range(ndim))
+    if name == "getitem":
+        return _indexed(shape, args[1])
+    if len(result) > ndim:
+        if name == "stack":
+            new = (_dim(args, kwargs, 0)) % len(result)
+            return tuple(axis + (axis >= new) for axis in range(ndim))
+        return tuple(axis + len(result) - ndim for axis in range(ndim))  # broadcast
+    removed = _dim(args, kwargs, None)
+    if removed is None:
+        return unknown
+    gone = {d % ndim for d in _flat(removed)}
+    if len(result) != ndim - len(gone):
+        return unknown
+    kept = [axis for axis in range(ndim) if axis not in gone]
+    return tuple(kept.index(axis) if axis in kept else None for axis in range(ndim))
+
+
+def _reshaped(shape: Sequence[int], result: Sequence[int]) -> _Axes:
+    """Axes with as many entries before them and of the same size are the same."""
+    places = {(math.prod(result[:k]), size): k for k, size in enumerate(result) if size > 1}
+    return tuple(places.get((math.prod(shape[:k]), size)) for k, size in enumerate(shape))
+
+
+def _indexed(shape: Sequence[int], index: Any) -> _Axes:
+    """Axes after an index of integers, slices, None and an ellipsis."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    if any(isinstance(part, (Tensor, list)) for part in parts):
+        return (None,) * len(shape)
+    used = sum(part is not None and part is not Ellipsis for part in parts)
+    if Ellipsis not in parts:
+        parts.append(Ellipsis)
+    at = parts.index(Ellipsis)
+    parts[at : at + 1] = [slice(None)] * (len(shape) - used)
+    mapped: list[int | None] = []
+    k = 0
+    for part in parts:
+        if part is None:
+            k += 1
+        elif isinstance(part, slice):
+            mapped.append(k)
+            k += 1
+        else:
+            mapped.append(None)
+    return tuple(mapped)
+
+
+def _dim(args: Sequence[Any], kwargs: dict[str, Any], usual: Any) -> Any:
+    for key in ("dim", "axis"):
+        if kwargs.get(key) is not None:
+            return kwargs[key]
+    return args[1] if len(args) > 1 and not isinstance(args[1], Tensor) else usual
+
+
+def _flat(dims: Any) -> list[int]:
+    if isinstance(dims, int):
+        return [dims]
+    return [d for part in dims for d in _flat(part)]
+
+
+@contextmanager
+def following(axes: FeatureAxes | None) -> Iterator[None]:
+    """A block in which the operations of a forward pass are followed; None to follow none."""
+    if axes is None:
+        yield
+        return
+    with axes:
+        yield
