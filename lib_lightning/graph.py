@@ -19,7 +19,7 @@ from lib_lightning.algorithm.jackknife import standard_error
 from lib_lightning.errors import LIBError, quoted
 from lib_lightning.io import basis_format as keys
 from lib_lightning.io.basis_file import BasisFileError, read_file, write_file
-from lib_lightning.model.node_layer import NodeLayer
+from lib_lightning.model.node_layer import NodeLayer, with_known_axis
 
 # Imported where they are used: together they take twice as long to import as torch.
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class InteractionGraph:
             raise LIBError(
                 "The places of this graph's node layers in the model are unknown: info has no 'node_layers'."
             )
-        return [NodeLayer(**layer) for layer in self.info[keys.NODE_LAYERS]]
+        return [with_known_axis(NodeLayer(**layer)) for layer in self.info[keys.NODE_LAYERS]]
 
     @property
     def model_call(self) -> dict[str, Any] | None:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ _FEATURES_LAST = (
     "linear", "bilinear", "embedding", "lstm", "gru", "rnn", "multi_head_attention", "native_multi_head_attention",
     "transformer_encoder_layer", "layer_norm", "rms_norm", "native_layer_norm",
 )  # fmt: skip
+_LINEAR = ("linear", "bilinear", "lstm", "gru", "rnn")
 # Methods of tensors that begin like one of these.
 _OTHERS = ("unfold_copy", "convert", "conj")
 # Elementwise operations that may have a vector of weights beside a tensor, one for each feature.
@@ -81,13 +82,16 @@ class _Operation:
     Attributes:
         inputs: What it reads, with the axes of the result that axes of it correspond to.
         outputs: What it makes.
-        axes: Axis of features of each input and of the results, where the operation says it.
+        input_axis: Axis of features of the first input, if the operation says it.
+        output_axis: That of the results.
+        is_linear: Whether it is a linear map of one axis, which could also be positions.
     """
 
     inputs: list[tuple[TensorRecord, _Axes]]
     outputs: list[TensorRecord]
     input_axis: int | None = None
     output_axis: int | None = None
+    is_linear: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,18 +159,24 @@ class FeatureAxes(TorchFunctionMode):
         axis = _axis_of_operation(name, args, kwargs)
         if tensors and not read and axis is None:
             return
-        operation = _Operation([], [], axis, axis)
+        operation = _Operation([], [], axis, axis, name.startswith(_LINEAR))
         weights = [t for t in tensors if not any(t is x for x in read)]
         if name == "einsum":
             operation.input_axis, operation.output_axis = _axes_of_einsum(args, weights)
+            operation.is_linear = True
         elif name in _MATMUL and len(tensors) == 2 and weights and tensors[1] is weights[0] and weights[0].ndim == 2:
             operation.input_axis = operation.output_axis = -1
+            operation.is_linear = True
         elif name in _WITH_VECTOR and weights:
             operation.output_axis = _axis_of_vector(weights[0], results[0])
             operation.input_axis = operation.output_axis if read[0].ndim == results[0].ndim else None
-        follows = axis is None and name not in _MIXING
         for t in read if axis is None else read[:1]:
-            mapped = _mapped(name, t.shape, results[0].shape, args, kwargs) if follows else (None,) * t.ndim
+            if operation.is_linear and operation.input_axis == -1 and t.ndim == results[0].ndim:
+                mapped: _Axes = (*range(t.ndim - 1), None)
+            elif axis is None and name not in _MIXING:
+                mapped = _mapped(name, t.shape, results[0].shape, args, kwargs)
+            else:
+                mapped = (None,) * t.ndim
             record = self.record(t)
             operation.inputs.append((record, mapped))
             record.readers.append(operation)
@@ -192,15 +202,22 @@ class FeatureAxes(TorchFunctionMode):
         ndim = len(record.shape)
         if ndim < 3:
             return FeatureAxis(None, False)
-        votes = Counter(axis for axis in _votes(record) if axis)
+        votes: Counter[int] = Counter()
+        certain, beyond = set(), set()
+        for vote in _votes(record):
+            if vote.axis and vote.is_beyond:
+                beyond.add(vote.axis)
+            elif vote.axis:
+                votes[vote.axis] += 1 if vote.is_linear else 2
+                certain |= set() if vote.is_linear else {vote.axis}
         if not votes:
             return FeatureAxis(None, True)
         usual = usual_axis(ndim) % ndim
         most = max(votes.values())
         best = [axis for axis, count in votes.items() if count == most]
-        axis = usual if usual in best else best[0]
-        chosen = None if axis == usual else -1 if axis == ndim - 1 else axis
-        return FeatureAxis(chosen, len(votes) > 1 and 2 * most <= sum(votes.values()))
+        if usual in best or (usual in beyond and not certain & set(best)):
+            return FeatureAxis(None, usual not in best or 2 * most <= sum(votes.values()))
+        return FeatureAxis(-1 if best[0] == ndim - 1 else best[0], 2 * most <= sum(votes.values()))
 
 
 def usual_axis(ndim: int) -> int:
@@ -208,51 +225,64 @@ def usual_axis(ndim: int) -> int:
     return 1 if ndim == 4 else -1
 
 
-def _votes(record: TensorRecord) -> Iterator[int | None]:
-    """The axes that operations around a tensor say to hold its features."""
+class _Vote(NamedTuple):
+    """What an operation says about a tensor.
+
+    Attributes:
+        axis: Its axis of features; None if it is not among the axes of the tensor.
+        is_linear: Whether the operation is a linear map.
+        is_beyond: Whether another linear map is between the two.
+    """
+
+    axis: int | None
+    is_linear: bool
+    is_beyond: bool
+
+
+def _votes(record: TensorRecord) -> Iterator[_Vote]:
+    """What the operations around a tensor say about its features."""
     own: _Axes = tuple(range(len(record.shape)))
     for step in (_before, _after):
-        seen, waiting = {id(record)}, [(record, own)]
+        seen, waiting = {id(record)}, [(record, own, False)]
         for _ in range(_MAX_OPERATIONS):
             if not waiting:
                 break
-            current, axes = waiting.pop(0)
-            for axis, following in step(current):
+            current, axes, is_beyond = waiting.pop(0)
+            for operation, axis, other, mapped in step(current):
                 if axis is not None:
-                    yield axes[axis]
-                elif following is not None and id(following[0]) not in seen:
-                    seen.add(id(following[0]))
-                    other, mapped = following
-                    waiting.append((other, tuple(None if k is None else axes[k] for k in mapped)))
+                    yield _Vote(axes[axis], operation.is_linear, is_beyond)
+                    if is_beyond or not operation.is_linear:
+                        continue
+                if id(other) not in seen:
+                    seen.add(id(other))
+                    here = tuple(None if k is None else axes[k] for k in mapped)
+                    waiting.append((other, here, is_beyond or axis is not None))
 
 
-_Step = tuple[int | None, tuple[TensorRecord, _Axes] | None]
+# An operation beside a tensor, the axis that it says, and the tensor on its other side with the axes that correspond.
+_Step = tuple[_Operation, int | None, TensorRecord, _Axes]
 
 
 def _before(record: TensorRecord) -> Iterator[_Step]:
-    """Whether the maker of a tensor says its axis, or else what it was made from."""
-    maker = record.maker
-    if maker is None:
-        return
-    if maker.output_axis is not None:
-        yield maker.output_axis, None
-        return
-    for made_from, mapped in maker.inputs:
-        yield None, (made_from, mapped)
+    """What made a tensor, and what it was made from."""
+    if record.maker is not None:
+        nothing = (TensorRecord(record.shape), (None,) * len(record.shape))
+        for made_from, mapped in record.maker.inputs or [nothing]:
+            yield record.maker, record.maker.output_axis, made_from, mapped
+            if record.maker.output_axis is not None:
+                break
 
 
 def _after(record: TensorRecord) -> Iterator[_Step]:
-    """Which of the readers of a tensor say its axis, and else what they make of it."""
+    """What reads a tensor, and what is made of it."""
     for reader in record.readers:
-        if reader.input_axis is not None:
-            yield reader.input_axis, None
-            continue
-        for read, mapped in reader.inputs:
-            if read is record:
-                for made in reader.outputs:
-                    # The other way round: for each axis of the result that of the tensor.
-                    back = {k: axis for axis, k in enumerate(mapped) if k is not None}
-                    yield None, (made, tuple(back.get(k) for k in range(len(made.shape))))
+        mapped = next(axes for read, axes in reader.inputs if read is record)
+        # The other way round: for each axis of the result that of the tensor.
+        back = {k: axis for axis, k in enumerate(mapped) if k is not None}
+        for made in reader.outputs:
+            yield reader, reader.input_axis, made, tuple(back.get(k) for k in range(len(made.shape)))
+            if reader.input_axis is not None:
+                break
 
 
 def _name(func: Any) -> str:
@@ -283,7 +313,9 @@ def _axis_of_operation(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -
 def _axis_of_vector(weights: Tensor, result: Tensor) -> int | None:
     """The axis along which a vector of weights differs, of a tensor that it is added to or multiplied with."""
     long = [k - weights.ndim for k, size in enumerate(weights.shape) if size > 1]
-    return long[0] % result.ndim if len(long) == 1 and result.shape[long[0]] == weights.shape[long[0]] else None
+    if len(long) != 1 or result.shape[long[0]] != weights.shape[long[0]]:
+        return None
+    return long[0] % result.ndim or None  # axis 0 has samples
 
 
 def _axes_of_einsum(args: Sequence[Any], weights: Sequence[Tensor]) -> tuple[int | None, int | None]:
@@ -310,10 +342,12 @@ def _mapped(
         dims = _flat(args[1:] or kwargs["dims"])
         return tuple([d % ndim for d in dims].index(axis) for axis in range(ndim))
     if name in _TRANSPOSED or name in _MOVED:
-        sizes = torch.empty(tuple(range(1, ndim + 1)), device="meta")  # that tell axes apart
-        function: Callable[..., Tensor] = torch.transpose if name in _TRANSPOSED else torch.movedim
-        places = function(sizes, *args[1:], *kwargs.values()).shape
-        return tuple(places.index(axis + 1) for axis in range(ndim))
+        first, second = ([d % ndim for d in _flat(given)] for given in [*args[1:], *kwargs.values()][:2])
+        if name in _TRANSPOSED:
+            first, second = first + second, second + first
+        kept = [axis for axis in range(ndim) if axis not in first]
+        free = [place for place in range(ndim) if place not in second]
+        return tuple(dict(zip([*first, *kept], [*second, *free], strict=True))[axis] for axis in range(ndim))
     if name in ("t", "T", "mT", "H", "mH", "adjoint"):
         swapped = list(range(ndim))
         if name == "T":

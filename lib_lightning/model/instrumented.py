@@ -22,7 +22,7 @@ from lib_lightning.model.conversion import convert_attributes, target_dtype
 from lib_lightning.model.feature_axis import FeatureAxes, TensorRecord
 from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.module_paths import accepts_hooks, as_in_model, check_taps, find_module, unwrapped
-from lib_lightning.model.node_layer import NodeLayer
+from lib_lightning.model.node_layer import NodeLayer, has_known_axis
 from lib_lightning.model.not_called import NotCalledError, explain_not_called
 from lib_lightning.model.preserve import MAX_COPIED_BYTES, preserve_model
 from lib_lightning.model.process_state import seed_all
@@ -66,7 +66,7 @@ class InstrumentedModel:
         self._in_session = False
         self.notes: list[str] = []
         self.axis_notes: list[str] = []
-        self._knows_axes = all(layer.feature_dim is not None for layer in self.layers)
+        self._knows_axes = all(map(has_known_axis, self.layers))
         self._detached: list[weakref.ref[Tensor]] = []
         # Undoes what an interrupted forward pass has written to the attributes of modules.
         self._restore_attributes: Callable[[], None] | None = None
@@ -164,7 +164,7 @@ class InstrumentedModel:
         """The captured node layers with their axes of features, which are kept from now on."""
         self._knows_axes = True
         for i, layer in enumerate(self.layers):
-            if layer.feature_dim is None:
+            if not has_known_axis(layer):
                 found = [axes.axis_of(records[i, k]) for k in range(len(layer.taps))]
                 axis = found[0].axis if len({one.axis for one in found}) == 1 else None
                 self.layers[i] = dataclasses.replace(layer, feature_dim=axis)

@@ -346,6 +346,28 @@ def unjoined(layer: NodeLayer) -> NodeLayer | None:
     return NodeLayer(layer.name) if getattr(layer, "_is_string", False) and _is_tap(layer.name) else None
 
 
+def with_known_axis(layer: NodeLayer) -> NodeLayer:
+    """The same node layer, as it was in an earlier computation: without ``feature_dim`` its axis is the usual one.
+
+    Args:
+        layer: The node layer, newly made.
+
+    Returns:
+        The node layer, whose axis of features is not looked for.
+
+    Example:
+        >>> has_known_axis(with_known_axis(NodeLayer("conv"))), has_known_axis(NodeLayer("conv"))
+        (True, False)
+    """
+    object.__setattr__(layer, "_has_known_axis", True)
+    return layer
+
+
+def has_known_axis(layer: NodeLayer) -> bool:
+    """Whether the axis of features of a node layer is known, and not to be looked for."""
+    return layer.feature_dim is not None or getattr(layer, "_has_known_axis", False)
+
+
 @dataclass(frozen=True)
 class Tap:
     """The parts of a tap's name.

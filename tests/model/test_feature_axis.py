@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lib_lightning import NodeLayer, compute_interaction_graph, list_node_layers
 from lib_lightning.model.instrumented import InstrumentedModel
-from lib_lightning.model.node_layer import as_node_layers
+from lib_lightning.model.node_layer import as_node_layers, has_known_axis
 
 C, D = 4, 5  # channels, and width of a linear map: no other axis has these sizes
 
@@ -316,7 +316,13 @@ def test_a_given_axis_is_kept() -> None:
 def test_files_say_it_and_are_read_without_looking_again() -> None:
     model = nn.Sequential(nn.Conv1d(C, D, 1), nn.Tanh(), nn.Flatten(), nn.Linear(D * 6, 2))
     graph = compute_interaction_graph(model, [torch.randn(30, C, 6)], ["0", "1", "output"])
-    assert [layer.feature_dim for layer in graph.node_layer_specs()] == [1, 1, None]
+    layers = graph.node_layer_specs()
+    assert [layer.feature_dim for layer in layers] == [1, 1, None]
+    assert all(map(has_known_axis, layers))
+    # One of an earlier version, which took the last axis.
+    graph.info["node_layers"][0]["feature_dim"] = None
+    captured = InstrumentedModel(model, graph.node_layer_specs()).capture(torch.randn(3, C, 6))
+    assert [layer.a.shape[2] for layer in captured] == [6, D, 2]
 
 
 def test_what_fails_while_operations_are_followed_is_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
