@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lib_lightning.errors import LIBError, NodeLayerError, SettingTypeError, quoted, shortened
-from lib_lightning.model.node_layer import INPUT, OUTPUT, NodeLayer, Tap, split_tap, tap_name, unjoined
+from lib_lightning.model.node_layer import INPUT, OUTPUT, NodeLayer, Tap, readings, split_tap, tap_name
 from lib_lightning.model.torch_internals import WRAPPER_NAMES, child, has_forward, wrapped_module
 
 
@@ -111,15 +111,39 @@ def accepts_hooks(module: nn.Module) -> bool:
 
 
 def as_in_model(model: nn.Module, layer: NodeLayer) -> NodeLayer:
-    """A node layer, where the string that it was given as may be the name of a single module, such as ``"a+b"``."""
-    whole = unjoined(layer)
-    if whole is None:
+    """A node layer, where the string that it was given as may have names of modules with ``+`` or ``|`` in them.
+
+    Args:
+        model: The model.
+        layer: The node layer.
+
+    Returns:
+        Of what its string may mean, that with the fewest taps that are all there: ``"a+b"`` is the module of this name
+        if there is one. The node layer itself if nothing is there, or if it was not given as a string.
+
+    Raises:
+        NodeLayerError: If it could mean two things.
+    """
+    if all({"+", "|"}.isdisjoint(path) for path in module_paths(model)):
         return layer
+    for same_count in readings(layer):
+        found = [reading for reading in same_count if all(_has_tap(model, tap) for tap in reading.taps)]
+        if len(found) > 1:
+            shown = " or ".join(repr(list(reading.taps)) for reading in found)
+            raise NodeLayerError(
+                f"Node layer '{layer.name}' could join {shown}. Write it as one of these lists, or as a NodeLayer."
+            )
+        if found:
+            return found[0]
+    return layer
+
+
+def _has_tap(model: nn.Module, tap: str) -> bool:
     try:
-        find_module(model, split_tap(whole.name).path)
+        find_module(model, split_tap(tap).path)
     except AttributeError:
-        return layer
-    return whole
+        return False
+    return True
 
 
 def check_taps(model: nn.Module, layers: Sequence[NodeLayer], has_steps: bool = False) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -323,27 +324,44 @@ def as_node_layer(spec: object) -> NodeLayer:
 def _from_string(spec: str) -> NodeLayer:
     sign = "|" if "|" in spec else "+"
     taps = spec.split(sign)
-    if len(taps) == 1 or not all(map(_is_tap, taps)):  # "a+" can only be the name of a module
-        return NodeLayer(spec)
-    layer = NodeLayer(taps, join="positions" if sign == "|" else "features")
+    is_joined = len(taps) > 1 and all(map(_is_tap, taps))  # "a+" can only be the name of a module
+    layer = _joined(taps, sign) if is_joined else NodeLayer(spec)
     object.__setattr__(layer, "_is_string", True)
     return layer
 
 
-def unjoined(layer: NodeLayer) -> NodeLayer | None:
-    """The node layer that a string means in a model that has a module of this name, ``+`` or ``|`` included.
+def _joined(taps: Sequence[str], sign: str) -> NodeLayer:
+    return NodeLayer(taps, join="positions" if sign == "|" and len(taps) > 1 else "features")
+
+
+def readings(layer: NodeLayer) -> Iterator[list[NodeLayer]]:
+    """What the string of a node layer could mean in models with modules that have ``+`` or ``|`` in their names.
 
     Args:
         layer: The node layer that `as_node_layer` made of it.
 
-    Returns:
-        The node layer of a single tap; None if the node layer was given in another way than as taps in a string.
+    Yields:
+        Node layers of one tap, then of two, and so on. Nothing if the node layer was not given as such a string.
 
     Example:
-        >>> unjoined(as_node_layer("a+b")).taps, unjoined(as_node_layer(["a", "b"]))
-        (('a+b',), None)
+        >>> [[part.taps for part in parts] for parts in readings(as_node_layer("a+b+c"))]
+        [[('a+b+c',)], [('a', 'b+c'), ('a+b', 'c')], [('a', 'b', 'c')]]
+        >>> list(readings(as_node_layer(["a", "b"])))
+        []
     """
-    return NodeLayer(layer.name) if getattr(layer, "_is_string", False) and _is_tap(layer.name) else None
+    if not getattr(layer, "_is_string", False):
+        return
+    divided = {sign: layer.name.split(sign) for sign in "+|"}
+    for count in range(1, 1 + max(map(len, divided.values()))):
+        found = []
+        for sign, words in divided.items():
+            if count > 1 or sign == "+":  # a single tap is not joined
+                for cuts in itertools.combinations(range(1, len(words)), count - 1):
+                    ends = itertools.pairwise([0, *cuts, len(words)])
+                    taps = [sign.join(words[start:end]) for start, end in ends]
+                    if all(map(_is_tap, taps)):
+                        found.append(_joined(taps, sign))
+        yield found
 
 
 def with_known_axis(layer: NodeLayer) -> NodeLayer:

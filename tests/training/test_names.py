@@ -21,7 +21,8 @@ from lib_lightning.errors import LIBError, NodeLayerError, SettingError
 from lib_lightning.io.run_layout import check_run_name
 from lib_lightning.lineage.snapshot_tracker import SnapshotTracker
 from lib_lightning.metrics.summary import scalar_keys
-from lib_lightning.model.node_layer import Tap, split_tap, tap_name
+from lib_lightning.model.module_paths import as_in_model
+from lib_lightning.model.node_layer import Tap, as_node_layer, split_tap, tap_name
 from lib_lightning.training.writer import RunDirectory
 from tests.tiny_training import NODE_LAYERS, Classifier, trainer_of
 
@@ -195,6 +196,61 @@ class TestModuleNames:
             graph = compute_interaction_graph(model, [x], spelled, final_basis="pca")
             for basis, reference in zip(graph.bases.values(), expected.bases.values(), strict=True):
                 assert torch.equal(basis.importance, reference.importance)
+
+    @settings(deadline=None, max_examples=200)
+    @given(
+        names=st.lists(st.text("ab+|", min_size=1, max_size=4), min_size=2, max_size=6, unique=True),
+        chosen=st.lists(st.integers(0, 5), min_size=1, max_size=3), sign=st.sampled_from("+|"),
+    )  # fmt: skip
+    @example(["a+b", "c", "a"], [0, 1], "+")
+    @example(["a", "a+b", "b+a", "b"], [1, 3], "+")
+    @example(["a+", "b"], [0, 1], "+")
+    def test_strings_that_join_modules_with_signs_in_their_names(
+        self, names: list[str], chosen: list[int], sign: str
+    ) -> None:
+        """Of all lists of modules that give the same string, the shortest is meant."""
+        model = nn.ModuleDict({name: nn.Linear(2, 2) for name in names})
+        text = sign.join(names[k % len(names)] for k in chosen)
+
+        def lists_of(rest: str, join: str) -> list[tuple[str, ...]]:
+            found = [(rest,)] if rest in names else []
+            for name in names:
+                if rest.startswith(name + join):
+                    found += [(name, *taps) for taps in lists_of(rest[len(name) + 1 :], join)]
+            return found
+
+        lists = [*lists_of(text, "+"), *lists_of(text, "|")]
+        shortest = [taps for taps in dict.fromkeys(lists) if len(taps) == min(map(len, lists))]
+        layer = as_node_layer(text)
+        if len(shortest) > 1:
+            with pytest.raises(NodeLayerError, match=r"could join .* or .*Write it as one of these lists"):
+                as_in_model(model, layer)
+            return
+        assert as_in_model(model, layer).taps == shortest[0]
+        assert as_in_model(model, layer).name == text or len(shortest[0]) == 1
+        as_list = as_node_layer(list(shortest[0]))
+        assert as_in_model(model, as_list) is as_list
+
+    def test_a_joined_module_with_a_sign_in_its_name(self) -> None:
+        class Parallel(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.parts = nn.ModuleDict({"up+down": nn.Linear(4, 3), "left": nn.Linear(4, 2)})
+                self.head = nn.Linear(5, 2)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return self.head(torch.cat([part(x) for part in self.parts.values()], -1))
+
+        torch.manual_seed(0)
+        model, x = Parallel(), torch.randn(20, 4)
+        graphs = [
+            compute_interaction_graph(model, [x], ["input", layer, "output"])
+            for layer in ("parts.up+down+parts.left", ["parts.up+down", "parts.left"])
+        ]
+        assert graphs[0].node_layers == graphs[1].node_layers
+        assert len(graphs[0].bases["parts.up+down+parts.left"].mean) == 5
+        with pytest.raises(NodeLayerError, match=r"has no module 'parts.up'"):
+            compute_interaction_graph(model, [x], ["input", "parts.up+parts.left", "output"])
 
     def test_errors_spell_out_names_that_mean_two_things(self) -> None:
         children = OrderedDict(first=nn.Linear(4, 4), input=nn.Linear(4, 3), output=nn.Linear(3, 2))
