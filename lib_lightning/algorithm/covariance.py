@@ -10,6 +10,7 @@ from torch import Tensor
 from lib_lightning.algorithm.linalg import add_gram
 from lib_lightning.algorithm.low_rank_gram import DENSE_WIDTH
 from lib_lightning.distributed.process_group import ProcessGroup, Reducible, all_reduce
+from lib_lightning.model.agreement import any_differs
 from lib_lightning.model.precision import for_sums
 
 _DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -72,7 +73,7 @@ class RunningCovariance(Reducible):
         rows, self.dtype = for_sums(rows.detach()), rows.dtype
         if self._varies is not True and rows.numel():
             self._first = rows[:1].clone() if self._first is None else self._first
-            self._varies = _differ(rows, self._first) | self._varies
+            self._varies = any_differs(rows, self._first) | self._varies
             if rows.device.type == "cpu":  # reading a value on another device would wait for it
                 self._varies = bool(self._varies)  # for ordinary activations, True from the first batch on
         mean = rows.sum(0, dtype=torch.float64) / max(1, count)
@@ -122,7 +123,7 @@ class RunningCovariance(Reducible):
         self.dtype = _DTYPES[int(dtypes.max())] if dtypes.max() >= 0 else None
         # Each process may have a constant of its own.
         own = means[counts > 0].to(self.dtype or means.dtype)
-        self._varies = bool(varies.any()) or (len(own) > 1 and own.numel() > 0 and bool(_differ(own, own[:1])))
+        self._varies = bool(varies.any()) or (len(own) > 1 and own.numel() > 0 and bool(any_differs(own, own[:1])))
 
     @property
     def varies(self) -> bool:
@@ -139,11 +140,6 @@ class RunningCovariance(Reducible):
     def has_covariance(self) -> bool:
         """Whether the covariance is computed."""
         return self._always or len(self.mean) <= DENSE_WIDTH
-
-
-def _differ(rows: Tensor, first: Tensor) -> Tensor:
-    """Whether any row ``(m, d)`` differs from the first one ``(1, d)`` by more than rounding; on their device."""
-    return (rows - first).abs().max() > 2 * torch.finfo(rows.dtype).eps * first.abs().max()
 
 
 def all_reduce_covariances(moments: Sequence[RunningCovariance], process_group: ProcessGroup) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lib_lightning.errors import is_out_of_memory
 from lib_lightning.jacobian.closed_form import ClosedForm
-from lib_lightning.model.agreement import agree
+from lib_lightning.model.agreement import agree, half_of_the_digits
 from lib_lightning.model.autograd_graph import has_custom_function, save_contiguous
 from lib_lightning.model.capture import CapturedLayer
 from lib_lightning.model.vjp import _grad, apply_mask, num_valid, vjp
@@ -197,7 +197,7 @@ class Section:
         if not reverse.any():
             return None
         # <u, J v> = <J^T u, v> for every sample, up to rounding; parts of a model may compute in single precision.
-        tolerance = max(1e-4, torch.finfo(self.a.dtype).eps ** 0.5)
+        tolerance = max(1e-4, half_of_the_digits(self.a.dtype))
         return agree(forward, reverse, tolerance)
 
     def cotangent_batches(self, C: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

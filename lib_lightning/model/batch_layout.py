@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from lib_lightning.errors import ActivationError, LIBError, is_out_of_memory
+from lib_lightning.model.agreement import half_of_the_digits, same_numbers
 from lib_lightning.model.batch import batch_size, replace_items, tensors_in
 from lib_lightning.model.node_layer import NodeLayer, NodesAsPositions
 
@@ -367,13 +368,8 @@ def _rows(output: Any) -> list[Tensor]:
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape:
-        return False
-    if not a.is_floating_point():
-        return torch.equal(a, b)
-    # Another number of samples may use other kernels: equal up to rounding, which half precision makes large.
-    same = (a == b) | ((a != a) & (b != b))
-    return bool(same.all()) or bool((a - b).norm() <= torch.finfo(a.dtype).eps ** 0.5 * b.norm())
+    # Another number of samples may use other kernels.
+    return same_numbers(a, b, half_of_the_digits(b.dtype) if b.is_floating_point() else 0.0)
 
 
 def _is_inside(path: Path, outer: Sequence[Path]) -> bool:

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from lib_lightning.errors import LIBError, NodeLayerError, NotFiniteError, is_out_of_memory
+from lib_lightning.model.agreement import other_order, same_numbers
 from lib_lightning.model.batch import first_tensor, is_empty, tensors_in
 from lib_lightning.model.capture import CapturedLayer
 from lib_lightning.model.exchange import Exchange, exchanges, first_samples
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.module_paths import explain_own_names
-from lib_lightning.model.precision import to_float64
 from lib_lightning.model.skip_positions import plain_skip, skipped_of
 from lib_lightning.model.sources import SampleSources
 from lib_lightning.model.vjp import apply_mask, vjp
@@ -390,16 +390,7 @@ def _check_same_output(instrumented: InstrumentedModel, batch: Any, captured: Se
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    # The same operations on the same numbers, but an accelerator may sum them in another order. In half precision a
-    # tolerance of 1000 eps would exceed the numbers themselves. Numbers that are not finite (at masked positions) are
-    # to be the same.
-    if a.shape != b.shape:
-        return False
-    finite = torch.isfinite(b)
-    if not torch.equal(torch.nan_to_num(a[~finite], nan=0.5), torch.nan_to_num(b[~finite], nan=0.5)):
-        return False
-    a, b, eps = to_float64(a[finite]), to_float64(b[finite]), torch.finfo(b.dtype).eps
-    return not len(b) or bool((a - b).abs().max() <= min(1000 * eps, eps**0.5) * b.abs().max())
+    return same_numbers(a, b, other_order(b.dtype) if b.is_floating_point() else 0.0)
 
 
 def _depends(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> bool:

@@ -13,7 +13,7 @@ from lib_lightning.algorithm.linalg import eigh_psd
 from lib_lightning.errors import NotFiniteError
 from lib_lightning.jacobian.closed_form_detect import ClosedFormDetector
 from lib_lightning.jacobian.integrated_gradients import sections
-from lib_lightning.model.agreement import agree, length
+from lib_lightning.model.agreement import agree, any_differs, half_of_the_digits, length, other_order, same_numbers
 from lib_lightning.model.instrumented import InstrumentedModel, model_session
 from lib_lightning.model.node_layer import as_node_layers
 
@@ -98,3 +98,35 @@ def test_the_scale_of_the_input_does_not_matter() -> None:
     graph = compute_interaction_graph(model, [x * 1e25], ["input", "output"])
     pair = ("input", "output")
     torch.testing.assert_close(graph.edges[pair], expected.edges[pair], rtol=1e-8, atol=1e-10)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    exponent=st.integers(-4, 4), dtype=st.sampled_from(DTYPES), n=st.integers(1, 50),
+    special=st.sampled_from([None, torch.nan, torch.inf, -torch.inf]), error=st.sampled_from([0.0, 0.5, 2.0]),
+)  # fmt: skip
+def test_numbers_that_are_the_same_up_to_a_tolerance(
+    exponent: int, dtype: torch.dtype, n: int, special: float | None, error: float
+) -> None:
+    """One entry beyond the tolerance is found, at any scale and beside entries that are not finite."""
+    b = ((torch.randn(n, generator=torch.Generator().manual_seed(n)) + 2) * 2.0**exponent).to(dtype)
+    for tolerance in (other_order(dtype), half_of_the_digits(dtype)):
+        assert torch.finfo(dtype).eps < tolerance <= half_of_the_digits(dtype) < 0.1
+        x, y = b.double().clone(), b.double().clone()
+        x[n // 2] += error * tolerance * y.abs().max()
+        if special is not None:
+            x, y = (torch.cat([t, t.new_tensor([special])]) for t in (x, y))
+            assert not same_numbers(torch.cat([x[:-1], x.new_ones(1)]), y, tolerance)
+        assert same_numbers(x, y, tolerance) == (error <= 1)
+        assert not same_numbers(x[:-1], y, tolerance)
+    assert same_numbers(torch.arange(3), torch.arange(3), 0.0)
+    assert not same_numbers(torch.arange(3), torch.arange(1, 4), 1.0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(dtype=st.sampled_from(DTYPES), exponent=st.integers(-4, 4), ulps=st.integers(-9, 9))
+def test_a_result_that_differs_by_more_than_its_last_digit(dtype: torch.dtype, exponent: int, ulps: int) -> None:
+    first = torch.full((1, 3), 2.0**exponent, dtype=dtype)
+    rows = first.repeat(4, 1)
+    rows[2, 1] += ulps * torch.finfo(dtype).eps * 2.0**exponent
+    assert bool(any_differs(rows, first)) == (abs(ulps) > 2)

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,14 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib_lightning import NodeLayer, compute_interaction_graph, list_node_layers
-from lib_lightning.api import check_node_layers
+from lib_lightning.algorithm.config import LIBConfig
+from lib_lightning.api import check_node_layers, graph_of
 from lib_lightning.errors import NodeLayerError
 from lib_lightning.model.batch import batch_size, tensors_in
 from lib_lightning.model.batch_layout import BatchLayout
 from lib_lightning.model.exchange import exchanges
 from lib_lightning.model.instrumented import InstrumentedModel, model_session
 from lib_lightning.model.node_layer import as_node_layers
-from lib_lightning.model.validate import validate_node_layers
+from lib_lightning.model.validate import NOT_LOOKED, validate_node_layers
 
 D = 4
 VOCABULARY = 7
@@ -204,6 +206,94 @@ def test_a_check_that_could_not_look_says_so(caplog: pytest.LogCaptureFixture) -
     (note,) = graph.info["notes"]
     assert "skip connections around the first node layer could not look" in note
     assert note in caplog.messages
+
+
+class Lookup(nn.Module):
+    """Rows of a parameter, and two residual blocks, without a module that makes the residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.W = nn.Parameter(torch.randn(7, D))
+        self.mlp, self.mlp_2 = (nn.Sequential(nn.Linear(D, 5), nn.Tanh(), nn.Linear(5, D)) for _ in range(2))
+
+    def forward(self, t: Tensor) -> Tensor:
+        h = self.W[t]
+        h = h + self.mlp(h)
+        h = h + self.mlp_2(h)
+        return h  # noqa: RET504
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_residual_blocks_of_a_lookup(form: str) -> None:
+    """Their inputs are cuts, their outputs are not."""
+    torch.manual_seed(0)
+    model, batches = Lookup(), FORMS[form](torch.tensor([[3, 1], [4, 6], [5, 2], [0, 1], [3, 3]]))
+    stream = ["mlp:input", "mlp_2:input", "output"]
+    for layers, skipped, source in (
+        (["mlp", "output"], "mlp", "the model's input"),
+        (["mlp", "mlp_2:input", "output"], "mlp", "the model's input"),
+        (["mlp:input", "mlp_2", "output"], "mlp_2", "'mlp:input'"),
+        (["mlp:input", "mlp.0", "mlp_2:input"], "mlp.0", "'mlp:input'"),
+    ):
+        with pytest.raises(NodeLayerError, match=f"'{skipped}' does not cut .*also depends on {source} past it"):
+            notes_on(model, batches, layers)
+    assert set(notes_on(model, batches, stream)) <= {NOT_LOOKED}
+    assert stream[1] in [name for cut in list_node_layers(model, batches[0]) for name in (cut.tap, *cut.aliases)]
+
+
+def notes_on(model: nn.Module, batches: Sequence[Any], layers: Sequence[str]) -> list[str]:
+    instrumented = InstrumentedModel(model, as_node_layers(list(layers)))
+    with model_session(instrumented):
+        return validate_node_layers(instrumented, batches)
+
+
+class Noisy(nn.Module):
+    """Draws random numbers, from a generator that nobody can seed or from torch's."""
+
+    def __init__(self, seedable: bool = False) -> None:
+        super().__init__()
+        self.first, self.last, self.seedable = nn.Linear(D, D), nn.Linear(D, 2), seedable
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = torch.randn(()) if self.seedable else torch.tensor(np.random.default_rng().standard_normal())
+        return self.last(torch.tanh(self.first(x) + noise.to(x)))
+
+
+def test_a_model_that_does_not_repeat_itself_is_noted() -> None:
+    """Nothing can be compared then; paths with gradients are still found."""
+    x = torch.randn(6, D)
+    (note,) = notes_on(Noisy(), [x], ["first", "last:input", "output"])
+    assert note == (
+        "The check for paths without gradient around node layers could not look: two passes over the same batch give "
+        "different activations."
+    )
+    assert notes_on(Noisy(seedable=True), [x], ["first", "last:input", "output"]) == []
+
+    class Skipping(Noisy):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + x[:, :2]
+
+    with pytest.raises(NodeLayerError, match=r"'first' does not cut .* also depends on the model's input"):
+        notes_on(Skipping(), [x], ["first", "output"])
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_the_check_is_repeated_when_there_are_samples_that_differ(skips: bool) -> None:
+    """At a snapshot, of which the first batches had nothing to look at."""
+    torch.manual_seed(0)
+    model = Lookup()
+    same, other = torch.full((4, 2), 3), torch.tensor([[3, 1], [4, 6], [5, 2], [0, 1]])
+    instrumented = InstrumentedModel(model, as_node_layers(["mlp" if skips else "mlp:input", "output"]))
+    with model_session(instrumented):
+        instrumented.notes = validate_node_layers(instrumented, [same])
+    assert instrumented.notes == [NOT_LOOKED]
+    if skips:
+        with pytest.raises(NodeLayerError, match="'mlp' does not cut"):
+            graph_of(instrumented, [same, other], LIBConfig())
+        return
+    graph = graph_of(instrumented, [same, other], LIBConfig())
+    assert NOT_LOOKED not in graph.info["notes"]
+    assert instrumented.notes == []
 
 
 class Column(nn.Module):
