@@ -1,7 +1,7 @@
 """Whether two computations of the same numbers agree up to rounding, and how large that may be.
 
-All tolerances are here. Each follows from what differs between the two computations, in units of the precision ``eps`` of
-the numbers:
+All tolerances are here. Each follows from what differs between the two computations, in units of the precision ``eps``
+of the numbers:
 
 - one operation on the same numbers: the last digit, `LAST_DIGIT` of them;
 - the same operations, which an accelerator may sum in another order: 1,000 ``eps``, and never more than half of the
