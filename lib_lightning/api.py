@@ -35,6 +35,7 @@ from lib_lightning.model.node_layer import NodeLayer, as_node_layers
 from lib_lightning.model.preserve import copied_bytes, preserve_model
 from lib_lightning.model.propose import find_cuts, find_proposed, propose, sizes
 from lib_lightning.model.replica import num_bytes
+from lib_lightning.model.safe_points import signals_at_safe_points
 from lib_lightning.model.skip_positions import SkipPositions
 from lib_lightning.model.validate import NOT_LOOKED, validate_node_layers
 
@@ -148,7 +149,7 @@ def compute_interaction_graph(
     if node_layers is None:
         node_layers = _proposed(model, batches, spec)
     instrumented = InstrumentedModel(model, as_node_layers(node_layers), spec)
-    with wrap_forward_errors(instrumented.model, instrumented.spec):
+    with signals_at_safe_points(), wrap_forward_errors(instrumented.model, instrumented.spec):
         graph = graph_of(
             instrumented,
             batches,

@@ -37,6 +37,10 @@ class LIBError(Exception):
         return on_screen(self)
 
 
+class ComputationStopped(BaseException):
+    """A signal has asked for the end of a computation. Not an Exception: no handler of errors may take it for one."""
+
+
 class NodeLayerError(LIBError, ValueError):
     """A node layer that is not valid for the model: unknown, not called, out of order, or not a cut."""
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from lib_lightning.model.safe_points import safe_point
+
 Listener = Callable[[str], None]
 
 _listeners: ContextVar[tuple[Listener, ...]] = ContextVar("_listeners", default=())
@@ -18,7 +20,11 @@ def phase_done(phase: str) -> None:
 
     Args:
         phase: Name of the phase.
+
+    Raises:
+        KeyboardInterrupt: After Ctrl-C; see `safe_point`.
     """
+    safe_point()
     for listener in _listeners.get():
         listener(phase)
 

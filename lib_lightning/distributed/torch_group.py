@@ -13,7 +13,7 @@ from torch import distributed as dist
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lib_lightning.distributed.process_group import ProcessGroup
-from lib_lightning.errors import LIBError, is_out_of_memory
+from lib_lightning.errors import ComputationStopped, LIBError, is_out_of_memory
 
 # Attribute of an exception that the other processes already know of.
 _REPORTED = "_lib_lightning_reported"
@@ -79,7 +79,7 @@ class TorchProcessGroup(ProcessGroup):
         """
         try:
             yield
-        except Exception as error:
+        except (Exception, ComputationStopped) as error:
             is_reported = isinstance(error, (PeerProcessError, PeerProcessMemoryError)) or hasattr(error, _REPORTED)
             if not is_reported:
                 setattr(error, _REPORTED, True)  # for an enclosing block

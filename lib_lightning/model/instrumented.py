@@ -27,6 +27,7 @@ from lib_lightning.model.not_called import NotCalledError, explain_not_called
 from lib_lightning.model.preserve import MAX_COPIED_BYTES, preserve_model
 from lib_lightning.model.process_state import seed_all
 from lib_lightning.model.replica import Copier
+from lib_lightning.model.safe_points import safe_point
 from lib_lightning.model.saved_state import preserve_attributes
 from lib_lightning.model.saved_value import has_address
 from lib_lightning.model.sources import in_model
@@ -236,6 +237,7 @@ class InstrumentedModel:
 
     def run(self, batch: Any) -> Any:
         """Call the model on a batch, in the computation dtype, and return its output."""
+        safe_point()
         call = self.find_call(batch)
         # A model that draws random numbers draws the same ones whenever it sees the same batch.
         seed_all(self.seed)

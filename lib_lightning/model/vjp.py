@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lib_lightning.model.capture import CapturedLayer
+from lib_lightning.model.safe_points import safe_point
 
 
 def vjp(
@@ -52,6 +53,7 @@ def _grad(
     create_graph: bool = False,
 ) -> list[Tensor]:
     """`torch.autograd.grad` with zeros, in place of errors, for inputs that an output does not depend on."""
+    safe_point()
     differentiable = [i for i, output in enumerate(outputs) if output.requires_grad]
     grads: Sequence[Tensor | None] = [None] * len(inputs)
     if differentiable:

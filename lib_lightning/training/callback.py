@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import time
 import weakref
@@ -18,7 +19,7 @@ from lib_lightning.algorithm.config import BasisKind, FinalBasisKind, FinalMetri
 from lib_lightning.algorithm.effort import Effort, EffortPlan, agree
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from lib_lightning.errors import SettingError, check_list
+from lib_lightning.errors import ComputationStopped, SettingError, check_list
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_format import EPOCH, LOGGING_STEP, STEP, WEIGHTS, WEIGHTS_HASH
 from lib_lightning.io.run_layout import check_run_name, overlapping_names
@@ -27,6 +28,7 @@ from lib_lightning.lineage.events import CHANGES
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
 from lib_lightning.model.node_layer import NodeLayer, as_node_layers
+from lib_lightning.model.safe_points import signals_at_safe_points
 from lib_lightning.model.skip_positions import SkipPositions
 from lib_lightning.training.budget import SnapshotKind, SnapshotTrigger, TimeMeter, max_overhead_of, timed_hook
 from lib_lightning.training.effort import SHARE, expected_snapshots, plan_effort, progress_of, validation_samples
@@ -40,6 +42,7 @@ from lib_lightning.training.snapshot import Previous, Snapshot, SnapshotComputer
 from lib_lightning.training.trainer import (
     call_again_last,
     check_strategy,
+    has_received_sigterm,
     has_validation,
     logging_step,
     may_validate_next,
@@ -57,6 +60,8 @@ if TYPE_CHECKING:
 # All callbacks, in the order of their creation.
 _created: weakref.WeakSet[LIBCallback] = weakref.WeakSet()
 _numbers = itertools.count(1)
+log = logging.getLogger(__name__)
+
 # Number of samples, unless the user or the choice of effort says otherwise.
 _MAX_SAMPLES = 2048
 _DTYPES: dict[object, torch.dtype | None] = {
@@ -456,9 +461,12 @@ class LIBCallback(Callback):
     ) -> bool:
         """Compute a snapshot, write it and make it part of the run; or log why that failed."""
         try:
-            with self._process_group.sync_errors():
+            with self._process_group.sync_errors(), signals_at_safe_points(partial(has_received_sigterm, trainer)):
                 snapshot = self._compute(trainer, pl_module, kind, metadata)
                 figures, layouts = self.reporter.write(trainer, snapshot)
+        except ComputationStopped:  # Lightning ends the training after this hook
+            log.warning("%s: the snapshot after %d steps was dropped: SIGTERM.", self.name, trainer.global_step)
+            return False
         except Exception as error:
             self.reporter.log_failure(trainer.global_step, error)
             return False

@@ -332,6 +332,11 @@ def num_unpadded_samples(data_loader: Any) -> int | None:
     return shard_size(len(sampler.dataset), sampler.rank, sampler.num_replicas)  # type: ignore[arg-type]
 
 
+def has_received_sigterm(trainer: pl.Trainer) -> bool:
+    """Whether the trainer is going to end for SIGTERM; never with versions of Lightning that do not tell."""
+    return bool(getattr(trainer, "received_sigterm", False))
+
+
 # Internals of Lightning, each with a fallback for versions without it. tests/training/test_lightning_internals.py names
 # all of them.
 
