@@ -61,7 +61,8 @@ def snapshot(folder: Path, options: Sequence[str], extra: Sequence[str] = ()) ->
     if status:
         raise SystemExit(f"{' '.join(command)} failed.")
     process.returncode = 0
-    (row,) = [row for row in csv.DictReader((run_folder(folder) / "metrics.csv").open()) if row.get("lib/seconds")]
+    with (run_folder(folder) / "metrics.csv").open() as file:
+        (row,) = [row for row in csv.DictReader(file) if row.get("lib/seconds")]
     found = {
         "snapshot (s)": round(float(row["lib/seconds"]), 1),
         "command (s)": round(time.perf_counter() - start, 1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from lib_lightning.training.cli import main
 from recipes.checkpoint import SMOLLM2, load_pretrained, load_tokenizer
 from recipes.language_model import Text
 from recipes.pretrained_lm import QUARTERS, PretrainedLM, find_blocks, quarters_of
+from recipes.smollm2 import RESULTS, RUNS, measure, report, snapshot
+from recipes.token_labels import TokenLabels, readable
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = ["--data.context=8", "--trainer.callbacks.num_samples=4", "--trainer.callbacks.n_probes=2",
@@ -224,3 +227,59 @@ def test_snapshot_of_smollm2(tmp_path: Path) -> None:
                      "--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false")  # fmt: skip
     assert {len(basis.mean) for basis in graph.bases.values()} == {576}
     assert min(basis.n_features for basis in graph.bases.values()) > 450  # of 8 * 63 - 1 that the samples span
+
+
+# Labels, and what the README shows
+
+
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(0, 5), st.integers(0, 2**31))
+def test_labels_do_not_depend_on_the_free_sign_and_scale_of_features(n: int, S: int, r: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(n, S, r, generator=generator, dtype=torch.float64)
+    tokens = torch.randint(0, 256, (n, S), generator=generator)
+    labels = TokenLabels()(features, tokens)
+    assert len(labels) == r
+    assert labels == TokenLabels()(-3 * features, tokens)
+    for label, feature in zip(labels, features.flatten(0, 1).T, strict=True):
+        place = int(feature.abs().argmax())
+        shown = {readable(int(token), None) for token in tokens.flatten()}
+        assert set(label.split()) <= shown
+        if S * n <= 3:
+            assert readable(int(tokens.flatten()[place]), None) in label.split()
+
+
+def test_labels_of_other_positions_than_those_of_tokens_are_empty() -> None:
+    assert TokenLabels()(torch.ones(2, 1, 3), torch.ones(2, 5, dtype=torch.int64)) == ["", "", ""]
+
+
+@pytest.mark.recipe
+def test_features_are_labelled_with_tokens(tmp_path: Path) -> None:
+    graph = validate(checkpoint(tmp_path / "checkpoint"), tmp_path, *SMALL)
+    assert all(label and len(label.split()) <= 3 for labels in graph.labels.values() for label in labels)
+
+
+def test_the_readme_shows_what_the_committed_results_say() -> None:
+    found = json.loads(RESULTS.read_text())
+    assert report(found) in (RECIPES.parent / "README.md").read_text()
+    assert set(found["layers"]) == set(QUARTERS)
+    assert set(found["measured"]) == set(RUNS)
+    # What the recipe promises, on two cores.
+    assert found["measured"]["sampled edges"]["snapshot (s)"] <= 75
+    assert found["measured"]["exact edges"]["snapshot (s)"] <= 600
+    assert all(run["peak memory of the process (GiB)"] <= 4 for run in found["measured"].values())
+
+
+@pytest.mark.recipe
+def test_small_snapshots_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = checkpoint(tmp_path / "checkpoint")
+    monkeypatch.setattr("recipes.smollm2.PACKAGES", ("torch", "transformers"))
+    for run, options in RUNS.items():
+        sizes = [option.rpartition(".")[2] for option in SMALL[1:-1] if not options or "n_pushed" not in option]
+        snapshot(tmp_path / run, [*sizes, *options], [f"--model.pretrained={name}", SMALL[0], SMALL[-1]])
+    found = measure(tmp_path)
+    assert set(found) == set(json.loads(RESULTS.read_text()))
+    assert {
+        run["snapshot (s)"] > 0 and run["peak memory of the process (GiB)"] > 0 for run in found["measured"].values()
+    } == {True}
+    assert all(0 < error < 1 for error in found["error of the sampled edges"].values())
+    assert len(report(found).splitlines()) == len(report(json.loads(RESULTS.read_text())).splitlines())
