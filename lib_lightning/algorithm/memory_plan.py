@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -207,5 +208,7 @@ def _chunks(instrumented: InstrumentedModel, batch: Any, size: int) -> Iterator[
     if not instrumented.layout(batch).can_split(batch):
         yield batch
         return
-    for start in range(0, max(1, instrumented.num_samples(batch)), size):
+    n = max(1, instrumented.num_samples(batch))
+    size = math.ceil(n / math.ceil(n / size))  # of about equal size: a last one of few samples takes as long as others
+    for start in range(0, n, size):
         yield instrumented.select(batch, slice(start, start + size))
