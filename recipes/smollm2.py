@@ -26,8 +26,14 @@ from typing import Any
 import torch
 
 from lib_lightning import InteractionGraph
+from lib_lightning.features import feature_values
 from lib_lightning.metrics.functional import effective_features
+from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.plots.image import render_png
+from recipes.checkpoint import SMOLLM2
+from recipes.language_model import Text
+from recipes.pretrained_lm import PretrainedLM
 
 RESULTS = Path(__file__).parent / "smollm2.json"
 RECIPE = Path(__file__).parent / "pretrained_lm.yaml"
@@ -84,39 +90,98 @@ def graph_of(folder: Path) -> InteractionGraph:
     return InteractionGraph.load(file)
 
 
-def measure(folder: Path) -> dict[str, Any]:
-    """What the tables show, from the snapshots in a folder."""
+def measure(folder: Path, name: str = SMOLLM2, context: int = 64) -> dict[str, Any]:
+    """What the tables show.
+
+    Args:
+        folder: Folder with the snapshots.
+        name: The model, as for `recipes.checkpoint.load_pretrained`.
+        context: Tokens in a piece of text.
+
+    Returns:
+        Numbers and strings, as they are committed.
+    """
     graphs = {name: graph_of(folder / name) for name in RUNS}
     graph, exact, with_first = graphs.values()
     errors = {
         " to ".join(pair): float(torch.linalg.norm(graph.edges[pair] - E) / torch.linalg.norm(E))
         for pair, E in exact.edges.items()
     }
+    values, tokens = feature_values_of(graph, name, context)
     return {
         "date": datetime.date.today().isoformat(),
         "threads": torch.get_num_threads(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
         "measured": {name: json.loads((folder / name / "measured.json").read_text()) for name in RUNS},
         "error of the sampled edges": errors,
         "error of the metric": graph.info["metric_errors"],
-        "layers": {name: _layer(graph, name) for name in graph.bases},
+        "layers": {name: _layer(graph, name, values[name], tokens) for name in graph.bases},
         "first feature, with the first position": {
             name: float(basis.importance[0] / basis.importance.sum()) for name, basis in with_first.bases.items()
         },
     }
 
 
-def _layer(graph: InteractionGraph, name: str) -> dict[str, Any]:
+def feature_values_of(graph: InteractionGraph, name: str, context: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Values of all features on the samples of a snapshot.
+
+    Args:
+        graph: The snapshot.
+        name: The model.
+        context: Tokens in a piece of text.
+
+    Returns:
+        For each node layer the values at all positions but the first, shape ``(m, r)``; the tokens there, ``(m,)``.
+    """
+    model, text = PretrainedLM(name), Text(tokenizer=name, context=context, batch_size=1)
+    model.configure_model()
+    text.setup("validate")
+    tokens = text.test[: graph.info["n_samples"]]
+    instrumented = InstrumentedModel(model, graph.node_layer_specs(), ModelSpec())
+    (batch,) = feature_values(instrumented, graph, [tokens])
+    return {layer: f[:, 1:].flatten(0, 1) for layer, f in batch.features.items()}, tokens[:, 1:].flatten()
+
+
+def share_of_token(features: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Share of each feature's variance that is between tokens, and not between places with the same token.
+
+    Args:
+        features: Values, shape ``(m, r)``.
+        tokens: Tokens, shape ``(m,)``; those at fewer than three places are left out.
+
+    Returns:
+        Shape ``(r,)``; 0 in expectation for a feature that does not depend on the token.
+
+    Example:
+        >>> share_of_token(torch.tensor([[1.0], [1.0], [1.0], [3.0], [3.0], [3.0]]), torch.tensor([0, 0, 0, 1, 1, 1]))
+        tensor([1.], dtype=torch.float64)
+    """
+    groups = [features[tokens == token].double() for token in tokens.unique() if (tokens == token).sum() >= 3]
+    if not groups:
+        return torch.full_like(features[0], torch.nan, dtype=torch.float64)
+    # Unbiased variances, so that groups of three do not explain anything by chance.
+    n = sum(map(len, groups))
+    within = sum(len(group) / n * group.var(0) for group in groups)
+    return 1 - within / torch.cat(groups).var(0)
+
+
+def _layer(graph: InteractionGraph, name: str, features: torch.Tensor, tokens: torch.Tensor) -> dict[str, Any]:
     basis = graph.bases[name]
     share = basis.importance / basis.importance.sum()
     errors = torch.full_like(share, torch.nan) if basis.importance_error is None else basis.importance_error
+    by_token = share_of_token(features, tokens)
+    energy = features.double().square()
+    in_five = energy.sort(0, descending=True).values[:5].sum(0) / energy.sum(0)
     return {
         "features": basis.n_features,
         "effective features": float(effective_features(basis.importance)),
+        "due to the token": float((share * by_token).sum()),
         "largest": [
             {
                 "share": float(share[i]),
                 "error": float(errors[i] / basis.importance.sum()),
+                "in five places": float(in_five[i]),
+                "due to the token": float(by_token[i]),
                 "tokens": graph.labels.get(name, [""] * len(share))[i],
             }
             for i in range(min(IN_TABLE, len(share)))
@@ -138,6 +203,10 @@ def report(found: dict[str, Any]) -> str:
             f"{share:.0%}" for share in found["first feature, with the first position"].values()
         ],
     }
+    rows["its five largest values' share of its variance"] = [
+        f"{layer['largest'][0]['in five places']:.0%}" for layer in layers.values()
+    ]
+    rows["variance due to the token"] = [f"{layer['due to the token']:.0%}" for layer in layers.values()]
     lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
     lines += ["", f"| rank | {' | '.join(layers)} |", "|---" * (1 + len(layers)) + "|"]
     for i in range(IN_TABLE):

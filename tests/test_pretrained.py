@@ -20,7 +20,7 @@ from lib_lightning.training.cli import main
 from recipes.checkpoint import SMOLLM2, load_pretrained, load_tokenizer
 from recipes.language_model import Text
 from recipes.pretrained_lm import QUARTERS, PretrainedLM, find_blocks, quarters_of
-from recipes.smollm2 import RESULTS, RUNS, measure, report, snapshot
+from recipes.smollm2 import RESULTS, RUNS, measure, report, share_of_token, snapshot
 from recipes.token_labels import TokenLabels, readable
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -269,6 +269,17 @@ def test_the_readme_shows_what_the_committed_results_say() -> None:
     assert all(run["peak memory of the process (GiB)"] <= 4 for run in found["measured"].values())
 
 
+def test_share_of_variance_due_to_the_token() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 100, (400,), generator=generator)
+    by_token, noise = torch.randn(100, generator=generator)[tokens], torch.randn(400, generator=generator)
+    share = share_of_token(torch.stack([by_token, noise, by_token + noise], 1), tokens)
+    assert share[0] == pytest.approx(1)
+    assert abs(share[1]) < 0.15
+    assert share[2] == pytest.approx(0.5, abs=0.2)
+    assert share_of_token(noise[:2, None], tokens[:2]).isnan().all()
+
+
 @pytest.mark.recipe
 def test_small_snapshots_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = checkpoint(tmp_path / "checkpoint")
@@ -276,7 +287,7 @@ def test_small_snapshots_are_measured(tmp_path: Path, monkeypatch: pytest.Monkey
     for run, options in RUNS.items():
         sizes = [option.rpartition(".")[2] for option in SMALL[1:-1] if not options or "n_pushed" not in option]
         snapshot(tmp_path / run, [*sizes, *options], [f"--model.pretrained={name}", SMALL[0], SMALL[-1]])
-    found = measure(tmp_path)
+    found = measure(tmp_path, name, context=8)
     assert set(found) == set(json.loads(RESULTS.read_text()))
     assert {
         run["snapshot (s)"] > 0 and run["peak memory of the process (GiB)"] > 0 for run in found["measured"].values()
