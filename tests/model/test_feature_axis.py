@@ -259,6 +259,38 @@ def test_a_conv1d_is_the_conv2d_of_images_of_height_one() -> None:
         torch.testing.assert_close(E, graphs[1].edges[pair], rtol=1e-9, atol=1e-12)
 
 
+def hugging_face(name: str) -> tuple[nn.Module, dict[str, Tensor], dict[str, int]]:
+    """A small model with random weights, a batch, and the axes of some of its tensors."""
+    import transformers as T
+
+    small = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    if name == "Wav2Vec2":
+        options = {
+            "conv_dim": (16, 16), "conv_stride": (4, 4), "conv_kernel": (8, 4), "num_feat_extract_layers": 2,
+            "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2,
+        }  # fmt: skip
+        axes = {"feature_extractor.conv_layers.0": 1, "feature_extractor.conv_layers.1": 1, "feature_projection": 2}
+        return T.Wav2Vec2Model(T.Wav2Vec2Config(**small, **options)), {"input_values": torch.randn(3, 400)}, axes
+    if name == "Swin":
+        config = T.SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 2), window_size=4)
+        axes = {"embeddings.patch_embeddings.projection": 1, "embeddings": 2, "encoder.layers.0": 2}
+        return T.SwinModel(config), {"pixel_values": torch.randn(3, 3, 32, 32)}, axes
+    if name == "ConvNeXt":
+        config = T.ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1])
+        axes = {"embeddings": 1, "encoder.stages.0.layers.0.layernorm": 3, "encoder.stages.0.layers.0.act": 3}
+        axes["encoder.stages.0"] = 1
+        return T.ConvNextModel(config), {"pixel_values": torch.randn(3, 3, 64, 64)}, axes
+    config = T.LlamaConfig(**small, vocab_size=50)
+    tokens = torch.randint(0, 50, (3, 8))
+    return T.LlamaModel(config), {"input_ids": tokens}, {"embed_tokens": 2, "layers.0.mlp.act_fn": 2, "layers.0": 2}
+
+
+@pytest.mark.parametrize("name", ["Wav2Vec2", "Swin", "ConvNeXt", "Llama"])
+def test_models_of_transformers(name: str) -> None:
+    model, batch, expected = hugging_face(name)
+    assert axes_found(model.eval(), batch, list(expected)) == (list(expected.values()), [])
+
+
 class TestGuesses:
     def test_images_that_are_flattened(self) -> None:
         """No axis has features of its own."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -296,3 +297,16 @@ def test_in_a_trainer(tmp_path: Path) -> None:
     assert all(InteractionGraph.load(file).node_layer_specs()[0].skip_positions == 1 for file in files)
     values = [graph.reference_features["input"] for graph in callback.graphs.values()]
     assert all(len(value) for value in itertools.chain(values))
+
+
+def test_the_page_about_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "positions.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    exec(compile(block, "positions.md", "exec"), {})
+    assert capsys.readouterr().out == "1\n"
+    for file in re.findall(r"`(tests/[^`]+)`", page):
+        assert (Path(__file__).parents[2] / file).exists()
+    for setting in ("1", "-1", "[0, 4, -1]", "slice(2, 10)"):
+        assert f"| `{setting}` |" in page
+        plain_skip(eval(setting))
