@@ -171,15 +171,14 @@ class InstrumentedModel:
                 self.layers[i] = dataclasses.replace(layer, feature_dim=axis)
                 if (axis is None and len({one.axis for one in found}) > 1) or any(one.is_guess for one in found):
                     self.axis_notes.append(_guessed(self.layers[i], captured[i].outputs))
-        self._widths.clear()
-        known = [layer.feature_dim for layer in self.layers]
-        captured = [
-            dataclasses.replace(c, layer=dataclasses.replace(c.layer, feature_dim=axis))
-            for c, axis in zip(captured, known, strict=True)
+        changed = [
+            dataclasses.replace(c, layer=dataclasses.replace(c.layer, feature_dim=layer.feature_dim))
+            for c, layer in zip(captured, self.layers, strict=True)
         ]
-        for i, c in enumerate(captured):
-            self._widths |= {(i, k): c.layer.width(t) for k, t in enumerate(c.outputs)}
-        return captured
+        for i, (before, after) in enumerate(zip(captured, changed, strict=True)):
+            if before.layer.feature_dim != after.layer.feature_dim:
+                self._widths |= {(i, k): after.layer.width(t) for k, t in enumerate(after.outputs)}
+        return changed
 
     def _called_modules(self, batch: Any) -> set[int]:
         """``id`` of each module that the model calls on a batch; in another forward pass."""
