@@ -9,7 +9,8 @@ operations that are counted on a few samples, not from a clock, so that two mach
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -92,6 +93,28 @@ class SectionCost:
 
 
 @dataclass(frozen=True)
+class GraphCost:
+    """Operations of each step of a graph.
+
+    Attributes:
+        moments: Forward passes.
+        metrics: Products for the metric of each node layer but the last.
+        bases: Eigenproblem of each node layer, and the sums for it.
+        edges: Products for the edges of each section.
+    """
+
+    moments: float
+    metrics: Sequence[float]
+    bases: Sequence[float]
+    edges: Sequence[float]
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.moments + sum(self.metrics) + sum(self.bases) + sum(self.edges)
+
+
+@dataclass(frozen=True)
 class ModelCost:
     """What determines the cost of a graph.
 
@@ -104,29 +127,38 @@ class ModelCost:
     sections: Sequence[SectionCost]
 
     def of_graph(self, config: LIBConfig, num_samples: int) -> float:
-        """Operations of a graph.
+        """Operations of a graph; see `steps`."""
+        return self.steps(config, num_samples).total
+
+    def steps(self, config: LIBConfig, num_samples: int) -> GraphCost:
+        """Operations of each step of a graph.
 
         Args:
             config: What to compute; its ``n_probes`` and ``n_pushed`` are taken literally, None as exact.
             num_samples: Number of samples.
 
         Returns:
-            The number of operations.
+            The numbers of operations.
         """
-        total = _FORWARD_PASSES * self.forward.of(num_samples)
         shapes = [section.shape_in for section in self.sections] + [self.sections[-1].shape_out]
+        bases = []
         for S, d in shapes:
             rank = min(d, DENSE_WIDTH) if config.basis == "lib" else d
-            total += num_samples * S * d * rank * 4 + _EIGENPROBLEM * rank**3 + _CALLS_PER_LAYER * _PER_CALL
+            bases.append(num_samples * S * d * rank * 4 + _EIGENPROBLEM * rank**3 + _CALLS_PER_LAYER * _PER_CALL)
         points = max(1, config.integration_steps)
-        for section in self.sections:
-            total += points * self._of_section(section, config, num_samples)
-        return total
+        sections = [self._of_section(section, config, num_samples) for section in self.sections]
+        return GraphCost(
+            _FORWARD_PASSES * self.forward.of(num_samples),
+            [points * metric for metric, _ in sections],
+            bases,
+            [points * edges for _, edges in sections],
+        )
 
-    def _of_section(self, section: SectionCost, config: LIBConfig, n: int) -> float:
+    def _of_section(self, section: SectionCost, config: LIBConfig, n: int) -> tuple[float, float]:
+        """Operations of metric and edges."""
         (S, d), (S_out, d_out) = section.shape_in, section.shape_out
         if section.has_closed_form:
-            return section.reverse.of(n) + 4.0 * n * S * d * d_out
+            return section.reverse.of(n), 4.0 * n * S * d * d_out
         # Chunks of samples, and stacks of vectors.
         size = max(S * d, S_out * d_out)
         chunk = min(n, max(1, _CHUNK // size))
@@ -144,7 +176,7 @@ class ModelCost:
         if section.forward is not None:
             pushed = min(d, config.n_pushed or d)
             edges = min(edges, products(pushed, section.forward) + pushed * 2.0 * n * S_out * d_out**2)
-        return metric + edges
+        return metric, edges
 
     @property
     def min_samples(self) -> int:
@@ -239,28 +271,36 @@ def counted_operations(run: Callable[[], object], n: int) -> Operations:
         >>> counted_operations(lambda: x @ torch.ones(4, 2), 10).per_sample  # and the result of torch.ones
         30.0
     """
-    counter = _Counter()
-    with operations_observed(counter.add):
+    count = OperationCount()
+    with operations_observed(count.add):
         run()
-    return counter.operations(n)
+    return Operations((sum(count.flops.values()) + _PER_NUMBER * count.numbers) / n, count.calls)
 
 
-class _Counter:
-    """Counts floating-point operations, numbers in results, and kernels."""
+class OperationCount:
+    """Counts floating-point operations, numbers in results, and calls of kernels.
+
+    `FlopCounterMode` does not distinguish dtypes, and registers hooks on all modules.
+
+    Attributes:
+        flops: Floating-point operations of matrix products and convolutions, by dtype.
+        numbers: Numbers in the results of all operators.
+        calls: Number of operators that were called.
+    """
 
     def __init__(self) -> None:
-        self.flops, self.numbers, self.calls = 0.0, 0, 0
+        self.flops: dict[torch.dtype, int] = defaultdict(int)
+        self.numbers, self.calls = 0, 0
 
-    def add(self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    def add(self, operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
+        """Count one operator, for `operations_observed`."""
         formula = FLOP_FORMULAS.get(operator.overloadpacket)
         if formula is not None:
-            self.flops += formula(*args, **kwargs, out_val=out)
+            dtype = next((arg.dtype for arg in args if isinstance(arg, Tensor)), torch.float32)
+            self.flops[dtype] += formula(*args, **kwargs, out_val=out)
         self.calls += 1
         if isinstance(out, Tensor):
             self.numbers += out.numel()
-
-    def operations(self, n: int) -> Operations:
-        return Operations((self.flops + _PER_NUMBER * self.numbers) / n, self.calls)
 
 
 def choose_effort(

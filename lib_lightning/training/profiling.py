@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lib_lightning._deprecated import renamed_arguments
 from lib_lightning.algorithm.config import LIBConfig
-from lib_lightning.algorithm.effort import FLOP_FORMULAS
+from lib_lightning.algorithm.effort import OperationCount
 from lib_lightning.algorithm.progress import on_phase
 from lib_lightning.api import check_node_layers, propose_node_layers
 from lib_lightning.errors import LIBError
@@ -196,28 +196,18 @@ class _Clock:
         self._last = now
 
 
-class _Count:
-    """Adds up the floating-point operations of every step by dtype.
-
-    `FlopCounterMode` does not distinguish dtypes, and registers hooks on all modules.
-    """
+class _Count(OperationCount):
+    """Adds up the floating-point operations of every step by dtype."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.steps: dict[str, Flops] = {}
-        self._current: Flops = defaultdict(int)
 
     def __call__(self, step: str) -> None:
         counted = self.steps.setdefault(step, defaultdict(int))
-        for kind, flop in self._current.items():
+        for kind, flop in self.flops.items():
             counted[kind] += flop
-        self._current.clear()
-
-    def add(self, operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
-        """Count one operation."""
-        formula = FLOP_FORMULAS.get(operator.overloadpacket)
-        if formula is not None:
-            kind = next(arg.dtype for arg in args if isinstance(arg, Tensor))
-            self._current[kind] += formula(*args, **kwargs, out_val=out)
+        self.flops.clear()
 
 
 def product_rate(dtype: torch.dtype, device: torch.device, size: int = RATE_SIZE) -> float | None:
