@@ -10,7 +10,7 @@ from lib_lightning._deprecated import MovedModules
 
 if TYPE_CHECKING:
     from lib_lightning.algorithm.basis import Basis
-    from lib_lightning.api import compute_interaction_graph, list_node_layers
+    from lib_lightning.api import compute_interaction_graph, estimate_cost, list_node_layers
     from lib_lightning.graph import InteractionGraph
     from lib_lightning.model.node_layer import NodeLayer
     from lib_lightning.training.callback import LIBCallback
@@ -24,6 +24,7 @@ __all__ = [
     "NodeLayer",
     "__version__",
     "compute_interaction_graph",
+    "estimate_cost",
     "list_node_layers",
 ]
 
@@ -35,6 +36,7 @@ _WHERE = {
     "LIBCallback": "training.callback",
     "NodeLayer": "model.node_layer",
     "compute_interaction_graph": "api",
+    "estimate_cost": "api",
     "list_node_layers": "api",
 }
 

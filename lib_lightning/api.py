@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -17,7 +18,8 @@ from lib_lightning import __version__
 from lib_lightning._deprecated import renamed_arguments
 from lib_lightning.algorithm.build import BuildResult, build_graph, phases
 from lib_lightning.algorithm.config import BasisKind, FinalBasisKind, FinalMetric, LIBConfig, check_choice
-from lib_lightning.algorithm.effort import Effort, agree, choose_effort, measure_cost
+from lib_lightning.algorithm.cost import CostEstimate, file_bytes, held_bytes, samples_of, try_out
+from lib_lightning.algorithm.effort import Effort, EffortPlan, ModelCost, agree, choose_effort, measure_cost
 from lib_lightning.algorithm.jackknife import standard_error
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT, MemoryPlan, Workload, plan_memory, split_batches
 from lib_lightning.algorithm.progress import on_phase, phase_done
@@ -166,6 +168,117 @@ def compute_interaction_graph(
     return graph
 
 
+def estimate_cost(
+    model: nn.Module,
+    batch: Any,
+    node_layers: Sequence[str | NodeLayer] | None = None,
+    num_samples: int | None = None,
+    effort: Effort = "auto",
+    memory_limit: float = MEMORY_LIMIT,
+    input_fn: InputFn | None = None,
+    mask: str | int | MaskFn | None = None,
+    dtype: torch.dtype | None = None,
+    skip_positions: SkipPositions | None = None,
+    **settings: Any,
+) -> CostEstimate:
+    """Predict time, memory and file size of a graph, without computing it.
+
+    Operations are counted on two samples. Their rate is that of a much smaller graph, which is computed twice.
+
+    Args:
+        model: As for `compute_interaction_graph`; left exactly as it was found.
+        batch: One batch, as `compute_interaction_graph` takes many.
+        node_layers: As for `compute_interaction_graph`.
+        num_samples: Number of samples of all batches; None for those of ``batch``.
+        effort: As for `compute_interaction_graph`.
+        memory_limit: As for `compute_interaction_graph`, in GiB.
+        input_fn: As for `compute_interaction_graph`.
+        mask: As for `compute_interaction_graph`.
+        dtype: As for `compute_interaction_graph`.
+        skip_positions: As for `compute_interaction_graph`.
+        settings: What else the graph is computed with: ``basis``, ``final_basis``, ``rtol``, ``n_probes``,
+            ``n_pushed``, ``integration_steps``, ``final_metric``.
+
+    Returns:
+        The plan, predicted seconds and bytes. Printed, it is a sentence.
+
+    Raises:
+        NodeLayerError: If a node layer is unknown, never run, out of order, or does not cut the computation.
+        ActivationError: If activations are integers, NaN or infinite, or there are no samples.
+        ValueError: If an argument is outside its range.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> estimate = estimate_cost(model, torch.randn(64, 4), ["input", "1", "output"], num_samples=10_000)
+        >>> estimate.plan.num_samples, estimate.seconds < 60, estimate.file_bytes < 10_000
+        (10000, True, True)
+    """
+    check_choice("effort", effort, get_args(Effort))
+    config = LIBConfig(**settings)
+    check_number("memory_limit", memory_limit, lambda x: x > 0, "is a number of GiB above 0")
+    spec = ModelSpec(input_fn, mask, dtype, skip_positions)
+    if is_empty(batch):
+        raise ActivationError("There are no samples to estimate a cost with: the batch is empty.")
+    if node_layers is None:
+        node_layers = _proposed(model, [batch], spec)
+    instrumented = InstrumentedModel(model, as_node_layers(node_layers), spec)
+    with signals_at_safe_points(), wrap_forward_errors(instrumented.model, instrumented.spec):
+        with model_session(instrumented, copied_bytes(memory_limit)):
+            instrumented.notes = validate_node_layers(instrumented, [batch])
+            n = num_samples or instrumented.num_samples(batch)
+            cost = measure_cost(instrumented, batch)
+        plan = EffortPlan(n, config.n_probes, config.n_pushed, cost.of_graph(config, n), math.inf)
+        if effort == "auto":
+            plan = choose_effort(cost, config, n, _OPERATIONS, True)
+        return estimate_of(instrumented, batch, cost, plan, config, memory_limit)
+
+
+def estimate_of(
+    instrumented: InstrumentedModel,
+    batch: Any,
+    cost: ModelCost,
+    plan: EffortPlan,
+    config: LIBConfig,
+    memory_limit: float = MEMORY_LIMIT,
+) -> CostEstimate:
+    """Predict what a plan costs: `estimate_cost` without its defaults.
+
+    Args:
+        instrumented: The model and its node layers.
+        batch: One batch that is not empty.
+        cost: Counts of operations, of `lib_lightning.algorithm.effort.measure_cost`.
+        plan: What is computed.
+        config: The configuration.
+        memory_limit: As for `compute_interaction_graph`, in GiB.
+
+    Returns:
+        The estimate.
+    """
+    chosen = plan.applied_to(config)
+
+    def run(n: int, trial: LIBConfig) -> list[int]:
+        batches = samples_of([batch], n, instrumented.select, instrumented.num_samples)
+        graph = graph_of(instrumented, batches, trial, memory_limit)
+        nonlocal itemsize
+        itemsize = max(E.element_size() for E in graph.edges.values())
+        return [basis.n_features for basis in graph.bases.values()]
+
+    itemsize = 8
+
+    seconds, ranks = try_out(cost, plan, chosen, run)
+    with model_session(instrumented, copied_bytes(memory_limit)):
+        device = instrumented.activations(instrumented.select(batch, slice(0, 1)))[0].device
+        memory = _plan(instrumented, [batch], chosen, memory_limit, plan.num_samples)
+    return CostEstimate(
+        plan,
+        seconds,
+        held_bytes(device) + memory.peak_bytes,
+        file_bytes(cost, ranks, itemsize),
+        torch.get_num_threads(),
+        device,
+    )
+
+
 def graph_of(
     instrumented: InstrumentedModel,
     batches: Sequence[Any],
@@ -250,13 +363,17 @@ def _affordable(
 
 
 def _plan(
-    instrumented: InstrumentedModel, batches: Sequence[Any], config: LIBConfig, memory_limit: float
+    instrumented: InstrumentedModel,
+    batches: Sequence[Any],
+    config: LIBConfig,
+    memory_limit: float,
+    samples: int | None = None,
 ) -> MemoryPlan:
     if not batches:  # only other processes have samples
         return MemoryPlan()
     # Batches may have samples of different sizes (sequence lengths): plan for the largest.
     largest = max(batches, key=lambda batch: num_elements(batch) / instrumented.num_samples(batch))
-    samples = sum(map(instrumented.num_samples, batches))
+    samples = samples or sum(map(instrumented.num_samples, batches))
     workload = Workload(samples, config.integration_steps, config.basis == "lib", config.final_metric == "fisher")
     weights = num_bytes(instrumented.model)
     copied = weights if weights <= copied_bytes(memory_limit) else 0

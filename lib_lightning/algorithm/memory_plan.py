@@ -44,6 +44,7 @@ class MemoryPlan:
         groups: Number of jackknife groups, each with sums of its own; 1 for no standard errors.
         keep_graphs: Whether the autograd graphs of all samples are kept.
         product_bytes: Bytes of gradients to keep from the metric for the edges, if graphs are kept.
+        peak_bytes: About how much memory that takes, in bytes, without such gradients; 0 if unknown.
     """
 
     samples: int = 2**31
@@ -51,6 +52,7 @@ class MemoryPlan:
     groups: int = GROUPS
     keep_graphs: bool = False
     product_bytes: int = 0
+    peak_bytes: int = 0
 
     def halved(self, largest_batch: int) -> MemoryPlan:
         """A plan of half the size, without kept graphs.
@@ -138,7 +140,13 @@ def plan_memory(
     keep_graphs = 0 < workload.samples <= samples and left > 0
     if captured[0].a.device.type == "cpu":
         samples = min(samples, _CPU_NUMBERS * len(captured[0].a) // largest)
-    return MemoryPlan(max(1, samples), max(1, stack), groups, keep_graphs, max(0, left))
+    peak_bytes = matrices + groups * sums + _WORKING * itemsize * stack * max(outputs, largest) // outputs
+    if keep_graphs:
+        peak_bytes += workload.samples * per_sample
+    else:
+        at_once = min(samples, workload.samples) if workload.samples else samples
+        peak_bytes += at_once * _GRAPHS * max(1, workload.points) * max(1, two - one)
+    return MemoryPlan(max(1, samples), max(1, stack), groups, keep_graphs, max(0, left), peak_bytes)
 
 
 def _saved_by_autograd(instrumented: InstrumentedModel, batch: Any) -> tuple[list[CapturedLayer], int, int]:

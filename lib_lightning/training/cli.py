@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from torch import nn
 
 from lib_lightning import __version__
-from lib_lightning.api import list_node_layers
+from lib_lightning.api import estimate_cost, list_node_layers
 from lib_lightning.errors import LIBError, did_you_mean, shows_tracebacks
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_file import write_bytes
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # Samples with which node layers are looked for.
 _NUM_SAMPLES = 8
-COMMANDS = ("fit", "validate", "test", "predict", "nodes", "profile", "inspect", "plot", "view")
+COMMANDS = ("fit", "validate", "test", "predict", "nodes", "estimate", "profile", "inspect", "plot", "view")
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
 
@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(
-        required=True, metavar="{fit,validate,test,predict,nodes,profile,inspect,plot,view}"
+        required=True, metavar="{fit,validate,test,predict,nodes,estimate,profile,inspect,plot,view}"
     )
     for command in TRAINER_COMMANDS:
         commands.add_parser(command, help=f"{command} with a Lightning trainer (see lib-lightning {command} --help)")
@@ -112,6 +112,14 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Model and data are specified as for fit, by --config and its other options.",
     )
     nodes.add_argument("--all", action="store_true", help="list all names of each place")
+    commands.add_parser(
+        "estimate",
+        help="predict time, memory and file size of a snapshot without computing it",
+        usage="lib-lightning estimate --config FILE [any option of fit]",
+        description="Print what a graph of the model would compute, and the predicted seconds, peak memory and size of "
+        "its file on this machine. A much smaller graph is computed to measure its rate.",
+        epilog="Model, data and callbacks are specified as for fit, by --config and its other options.",
+    )
     commands.add_parser(
         "profile",
         help="measure the time of each step of a snapshot",
@@ -170,6 +178,20 @@ def _nodes(words: Sequence[str]) -> None:
 
 def _in_yaml(name: str) -> str:
     return name if set(name).isdisjoint(":#") else f'"{name}"'
+
+
+def _estimate(words: Sequence[str]) -> None:
+    model, samples = _model_and_samples(words)
+    for callback, batches in samples:
+        spec, config = callback.spec, callback.config.config
+        buffer = SampleBuffer(callback.sample_config.num_samples)
+        for batch in batches:
+            buffer.add(batch)
+        estimate = estimate_cost(
+            model, batches[0], callback.node_layers, buffer.count, callback.effort, callback.config.memory_limit,
+            **vars(spec), **vars(config),
+        )  # fmt: skip
+        print(f"{callback.name}: {estimate}.")
 
 
 def _profile(words: Sequence[str]) -> None:
@@ -343,4 +365,4 @@ def _view(args: argparse.Namespace) -> None:
 
 
 # Commands that take the options of fit.
-_WITH_FIT_OPTIONS = {"nodes": _nodes, "profile": _profile}
+_WITH_FIT_OPTIONS = {"nodes": _nodes, "estimate": _estimate, "profile": _profile}

@@ -1,0 +1,191 @@
+"""Predicted and measured seconds and peak memory of graphs: ``python -m tests.benchmarks.estimates [NAME ...]``.
+
+Each model in a process of its own, at default settings, with one thread unless OMP_NUM_THREADS says otherwise. Prints a
+table in Markdown.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lib_lightning import compute_interaction_graph, estimate_cost
+from recipes.language_model import GPTNeo
+from recipes.modular_addition import AllPairs, ModularAdditionTransformer
+from tests.benchmarks.memory import peak
+
+Subject = tuple[nn.Module, Tensor, list[str] | None]
+
+
+class Residual(nn.Module):
+    """A block of a ResNet."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.inner(x))
+
+
+class ViT(nn.Module):
+    """Patches of 4 x 4 pixels, two blocks, and the mean over patches."""
+
+    def __init__(self, width: int = 48) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 4, 4)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, 4, 2 * width, batch_first=True, norm_first=True) for _ in range(2)
+        )
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).mT
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.head(tokens.mean(1))
+
+
+class UNet(nn.Module):
+    """Once down and up, with a skip connection around it."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, channels, 3, padding=1)
+        self.down = nn.Conv2d(channels, 2 * channels, 3, 2, padding=1)
+        self.up = nn.ConvTranspose2d(2 * channels, channels, 2, 2)
+        self.last = nn.Conv2d(2 * channels, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = torch.relu(self.first(x))
+        up = torch.relu(self.up(torch.relu(self.down(skip))))
+        return self.last(torch.cat([skip, up], 1))
+
+
+class LastState(nn.Module):
+    """An LSTM over a sequence, and a linear map of its states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(16, 32, batch_first=True)
+        self.head = nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[0])
+
+
+class Logits(nn.Module):
+    """A model of transformers, which returns its logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model(tokens).logits
+
+
+def _gpt2() -> Subject:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=256, n_positions=32, n_embd=64, n_layer=2, n_head=4)
+    layers = ["model.transformer.h.0", "model.transformer.h.1", "model.lm_head:input"]
+    return Logits(GPT2LMHeadModel(config)), torch.randint(256, (64, 32)), layers
+
+
+def _llama() -> Subject:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    )
+    layers = ["model.model.layers.0", "model.model.layers.1", "model.lm_head:input"]
+    return Logits(LlamaForCausalLM(config)), torch.randint(256, (64, 32)), layers
+
+
+def _images(n: int, size: int) -> Tensor:
+    return torch.randn(n, 3, size, size)
+
+
+SUBJECTS: dict[str, Callable[[], Subject]] = {
+    "MLP, 784-256-256-10": lambda: (
+        nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)),
+        torch.randn(2048, 784), ["input", "1", "3", "output"],
+    ),
+    "CNN, 8 channels, 16 x 16": lambda: (
+        nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Flatten(),
+            nn.Linear(2048, 10),
+        ),
+        _images(256, 16), ["1", "3", "output"],
+    ),
+    "ResNet, 3 blocks of 16 channels, 16 x 16": lambda: (
+        nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1), Residual(16), Residual(16), Residual(16), nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(), nn.Linear(16, 10),
+        ),
+        _images(128, 16), ["1", "2", "3", "output"],
+    ),
+    "ViT, 2 blocks of width 48, 16 patches": lambda: (
+        ViT(), _images(256, 16), ["blocks.0:input", "blocks.1:input", "output"],
+    ),
+    "GPT-2, 2 blocks of width 64, 32 tokens": _gpt2,
+    "Llama, 2 blocks of width 64, 32 tokens": _llama,
+    "LSTM, 32 units, 16 steps": lambda: (LastState(), torch.randn(128, 16, 16), ["input", "head:input", "output"]),
+    "U-Net, 8 and 16 channels, 16 x 16": lambda: (UNet(), _images(64, 16), ["input", "output"]),
+    "language-model recipe": lambda: (
+        GPTNeo(), torch.randint(256, (64, 64)), ["transformer.h.1", "transformer.h.4", "lm_head:input"],
+    ),
+    "modular addition, modulus 113": lambda: (
+        ModularAdditionTransformer(113), AllPairs(113).tokens[:2048], None,
+    ),
+}  # fmt: skip
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Predict and measure one model."""
+    torch.manual_seed(0)
+    small = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    compute_interaction_graph(small, [torch.randn(50, 8)], ["input", "1", "output"])  # loads libraries
+    model, data, layers = SUBJECTS[name]()
+    estimate = estimate_cost(model, data, layers)
+    started = time.perf_counter()
+    compute_interaction_graph(model, [data], layers)
+    seconds = time.perf_counter() - started
+    return {
+        "plan": str(estimate.plan).split(" (")[0], "threads": estimate.threads,
+        "predicted": [estimate.seconds, estimate.peak_bytes / 1e6], "measured": [seconds, peak() * 2**20 / 1e6],
+    }  # fmt: skip
+
+
+def main(names: list[str]) -> None:
+    """Print the table."""
+    print("| model | plan | seconds predicted | measured | MB at the peak predicted | measured |")
+    print("|---|---|---|---|---|---|")
+    for name in names or SUBJECTS:
+        run = subprocess.run(
+            [sys.executable, "-m", __spec__.name, "--one", name], check=False, capture_output=True, text=True
+        )
+        if run.returncode:
+            print(f"| {name} | failed: {run.stderr.strip().splitlines()[-1]} |", flush=True)
+            continue
+        found = json.loads(run.stdout.splitlines()[-1])
+        (t, m), (t_found, m_found) = found["predicted"], found["measured"]
+        print(f"| {name} | {found['plan']} | {t:.2g} | {t_found:.2g} | {m:,.0f} | {m_found:,.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--one"]:
+        print(json.dumps(measure(sys.argv[2])))
+    else:
+        main(sys.argv[1:])
