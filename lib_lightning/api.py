@@ -18,7 +18,7 @@ from lib_lightning import __version__
 from lib_lightning._deprecated import renamed_arguments
 from lib_lightning.algorithm.build import BuildResult, build_graph, phases
 from lib_lightning.algorithm.config import BasisKind, FinalBasisKind, FinalMetric, LIBConfig, check_choice
-from lib_lightning.algorithm.cost import CostEstimate, file_bytes, held_bytes, samples_of, try_out
+from lib_lightning.algorithm.cost import CostEstimate, file_bytes, held_bytes, kept_bytes, samples_of, try_out
 from lib_lightning.algorithm.effort import Effort, EffortPlan, ModelCost, agree, choose_effort, measure_cost
 from lib_lightning.algorithm.jackknife import standard_error
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT, MemoryPlan, Workload, plan_memory, split_batches
@@ -267,15 +267,15 @@ def estimate_of(
 
     seconds, ranks = try_out(cost, plan, chosen, run)
     with model_session(instrumented, copied_bytes(memory_limit)):
-        device = instrumented.activations(instrumented.select(batch, slice(0, 1)))[0].device
+        a = instrumented.activations(instrumented.select(batch, slice(0, 1)))[0]
         memory = _plan(instrumented, [batch], chosen, memory_limit, plan.num_samples)
     return CostEstimate(
         plan,
         seconds,
-        held_bytes(device) + memory.peak_bytes,
+        held_bytes(a.device) + memory.peak_bytes + kept_bytes(cost, plan, chosen, memory, a.element_size()),
         file_bytes(cost, ranks, itemsize),
         torch.get_num_threads(),
-        device,
+        a.device,
     )
 
 

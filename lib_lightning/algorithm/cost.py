@@ -14,6 +14,7 @@ import torch
 
 from lib_lightning.algorithm.config import LIBConfig
 from lib_lightning.algorithm.effort import EffortPlan, ModelCost
+from lib_lightning.algorithm.memory_plan import MemoryPlan
 
 # A trial has at most this share of the operations of the graph, as far as samples and products allow.
 _TRIAL_SHARE = 0.1
@@ -123,6 +124,29 @@ def _trial(cost: ModelCost, plan: EffortPlan, config: LIBConfig) -> tuple[int, L
         few = {"n_probes": config.n_probes, "n_pushed": config.n_pushed}
         trial = replace(config, **{name: min(k or _TRIAL_PRODUCTS, _TRIAL_PRODUCTS) for name, k in few.items()})
     return n, trial
+
+
+def kept_bytes(cost: ModelCost, plan: EffortPlan, config: LIBConfig, memory: MemoryPlan, itemsize: int) -> int:
+    """Memory of the products that an exact metric keeps for the edges, in bytes.
+
+    Args:
+        cost: Cost of the model.
+        plan: What is computed.
+        config: Its configuration.
+        memory: How much is computed at once.
+        itemsize: Bytes of a number in the computation.
+
+    Returns:
+        Bytes; 0 without kept graphs.
+    """
+    if not memory.keep_graphs or config.n_probes is not None or config.basis != "lib":
+        return 0
+    needed = 0
+    for section in cost.sections:
+        (S, d), (S_out, d_out) = section.shape_in, section.shape_out
+        if not section.has_closed_form:
+            needed += plan.num_samples * S * d * S_out * d_out * itemsize
+    return min(needed, memory.product_bytes)
 
 
 def file_bytes(cost: ModelCost, ranks: Sequence[int], itemsize: int) -> int:

@@ -141,11 +141,10 @@ def plan_memory(
     if captured[0].a.device.type == "cpu":
         samples = min(samples, _CPU_NUMBERS * len(captured[0].a) // largest)
     peak_bytes = matrices + groups * sums + _WORKING * itemsize * stack * max(outputs, largest) // outputs
+    at_once = min(samples, workload.samples) if workload.samples else samples
+    peak_bytes += at_once * _GRAPHS * max(1, workload.points) * max(1, two - one)
     if keep_graphs:
         peak_bytes += workload.samples * per_sample
-    else:
-        at_once = min(samples, workload.samples) if workload.samples else samples
-        peak_bytes += at_once * _GRAPHS * max(1, workload.points) * max(1, two - one)
     return MemoryPlan(max(1, samples), max(1, stack), groups, keep_graphs, max(0, left), peak_bytes)
 
 
