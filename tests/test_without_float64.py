@@ -24,7 +24,7 @@ from lib_lightning.metrics import NumberOfEdges, NumberOfModules
 from lib_lightning.metrics.functional import fourier_variance, gini, hoyer, share_of_edges
 from lib_lightning.model.agreement import agree, length
 from lib_lightning.model.precision import for_sums, supports_float64, to_float64
-from tests.without_float64 import DEVICE, DeviceWithoutFloat64, batches_on_device
+from tests.stand_in_device import DEVICE, StandInDevice, batches_on_device
 
 Made = tuple[nn.Module, Tensor, list[str]]
 
@@ -59,7 +59,7 @@ def llama() -> Made:
 
 
 def on_device(model: nn.Module, x: Any, layers: list[str], **options: Any) -> InteractionGraph:
-    with DeviceWithoutFloat64() as device:
+    with StandInDevice() as device:
         graph = compute_interaction_graph(model.to(DEVICE), [batches_on_device(x)], layers, **options)
         model.to("cpu")
         assert device.operations > 100
@@ -129,7 +129,7 @@ def test_ablations() -> None:
     graph = compute_interaction_graph(model, [batch], layers)
     curve = node_ablation_curve(model, [batch], graph, log_likelihood, "1")
     required = edges_required(model, [batch], graph, log_likelihood, tolerance=1e-2)
-    with DeviceWithoutFloat64():
+    with StandInDevice():
         model.to(DEVICE)
         moved = batches_on_device(batch)
         assert node_ablation_curve(model, [moved], graph, log_likelihood, "1") == pytest.approx(curve, abs=1e-5)
@@ -153,14 +153,14 @@ def test_metrics_of_edges_on_the_device(r_out: int, r_in: int, seed: int) -> Non
         return [x.cpu() for x in (*found, *(metric.compute() for metric in metrics))]
 
     expected = numbers(E, residues, values)
-    with DeviceWithoutFloat64():
+    with StandInDevice():
         found = numbers(*batches_on_device((E, residues, values)))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 def test_the_stand_in_refuses_what_such_a_device_refuses() -> None:
-    with DeviceWithoutFloat64():
+    with StandInDevice():
         x = torch.ones(2, 2, device=DEVICE)
         assert x.device == DEVICE
         for refused in (
@@ -180,7 +180,7 @@ def test_the_stand_in_refuses_what_such_a_device_refuses() -> None:
 
 def test_the_device_is_asked_once() -> None:
     supports_float64.cache_clear()
-    with DeviceWithoutFloat64() as device:
+    with StandInDevice() as device:
         assert not supports_float64(DEVICE)
         asked = device.operations
         assert not supports_float64(DEVICE)
@@ -221,7 +221,7 @@ def test_a_training_with_the_callback(tmp_path: Any) -> None:
     torch.manual_seed(0)
     loader = DataLoader(TensorDataset(torch.randn(64, 8), torch.randint(3, (64,))), batch_size=32)
     module = _Training()
-    with DeviceWithoutFloat64() as device:
+    with StandInDevice() as device:
         trainer = Trainer(
             max_epochs=2, strategy=SingleDeviceStrategy(DEVICE, _Accelerator()), default_root_dir=tmp_path,
             enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False, logger=False,

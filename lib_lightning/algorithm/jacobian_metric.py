@@ -96,8 +96,9 @@ class JacobianMetric(Reducible):
             if k == 0:
                 continue
             signs = self._signs[half].draw(section.n * k, section.S_out * C.shape[1])
-            # Consecutive vectors are orthogonal; those of one sample are consecutive.
-            signs = signs.view(section.n, k, section.S_out, C.shape[1]).transpose(0, 1)
+            # Consecutive vectors are orthogonal; those of one sample are consecutive. All of them are moved at once,
+            # as the host waits for a device that it copies to.
+            signs = signs.to(C.device).view(section.n, k, section.S_out, C.shape[1]).transpose(0, 1)
             for part in signs.split(section.vectors_per_call):
                 self._add(section, section.vjp(part.to(C) @ C.T), half)
 

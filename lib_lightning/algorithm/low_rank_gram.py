@@ -19,6 +19,8 @@ from lib_lightning.model.precision import for_sums, product_dtype
 
 # Up to this width the full matrix is cheaper than finding the span.
 DENSE_WIDTH = 512
+# The same on an accelerator, where finding the span would make the host wait for the device at every product.
+_DENSE_ON_DEVICE = 4096
 # New directions found in one step.
 _SKETCH = 64
 # Numbers to convert to float64 at a time.
@@ -66,6 +68,8 @@ class LowRankGram(Gram):
         """See `Gram`."""
         g = for_sums(g.to(product_dtype(g.dtype)))
         self.N = self.N.to(g.device)
+        if g.device.type != "cpu" and self.d <= _DENSE_ON_DEVICE and not self.dense:
+            self._make_dense()
         coordinates = g if self.dense else self._coordinates(g)
         # Summed in float64: in float32 the rounding error of the sum, some 1e-6 of the largest eigenvalue, would make
         # directions look important that vary strongly but that nothing reads. This costs a quarter of the time on a

@@ -247,7 +247,7 @@ def predictions(machine: Machine) -> Iterator[Row]:
 
 def _predicted_seconds(machine: Machine, model: nn.Module, x: Tensor, layers: list[str]) -> float | None:
     if hasattr(lib_lightning, "estimate_cost"):
-        return float(lib_lightning.estimate_cost(model, [x], layers).seconds)
+        return float(lib_lightning.estimate_cost(model, x, layers, num_samples=len(x)).seconds)
     # Operations of the graph, at the rate of this model's own forward pass.
     instrumented = InstrumentedModel(model, as_node_layers(layers))
     with model_session(instrumented), torch.no_grad():

@@ -1,8 +1,9 @@
-"""A stand-in for a device without float64, such as Apple's MPS: CPU memory that torch says is on another device.
+"""A stand-in for an accelerator, with or without float64: CPU memory that torch says is on another device.
 
-Tensors are ordinary ones. Inside a `DeviceWithoutFloat64` block, those whose memory was created on the device are
-remembered by it, their ``device`` reads ``hpu:0``, and an operation raises an error as on a real device if its result
-would be float64 there, if it also takes a tensor of more than one number from the CPU, or if it has no kernel there.
+Tensors are ordinary ones. Inside a `StandInDevice` block, those whose memory was created on the device are remembered
+by it, their ``device`` reads ``hpu:0``, and an operation raises an error as on a real device if it also takes a tensor
+of more than one number from the CPU. Without float64, as on Apple's MPS, so does an operation whose result would be
+float64 there, or that MPS lacks.
 """
 
 from __future__ import annotations
@@ -18,23 +19,32 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lib_lightning.model.precision import supports_float64
+
 DEVICE = torch.device("hpu", 0)
 # Operations that MPS lacks.
 _NO_KERNEL = ("linalg_eigh", "_linalg_eigh", "linalg_qr", "linalg_svd", "_linalg_svd", "geqrf", "linalg_cholesky_ex")
 aten = torch.ops.aten
+# Operations for which the host waits.
+_WAITING = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "unique_dim")
 _WIDE = (torch.float64, torch.complex128)
 
 
-class DeviceWithoutFloat64:
+class StandInDevice:
     """Inside the block, ``model.to(DEVICE)`` and the like put tensors on the device.
+
+    Args:
+        float64: Whether the device has it.
 
     Attributes:
         operations: How many operations have run on the device.
-        moves: How many tensors were copied between the device and the CPU.
+        waits: How often the host has waited for the device: for a number, a size that depends on numbers, or a tensor
+            copied from or to the CPU.
     """
 
-    def __init__(self) -> None:
-        self.operations = self.moves = 0
+    def __init__(self, float64: bool = False) -> None:
+        self.float64 = float64
+        self.operations = self.waits = 0
         # A weak reference also keeps the address from being used again.
         self._memory: dict[int, StorageWeakRef] = {}
         self._next_purge = 1000
@@ -42,13 +52,15 @@ class DeviceWithoutFloat64:
         self.inside = False
         self._stack = ExitStack()
 
-    def __enter__(self) -> DeviceWithoutFloat64:
+    def __enter__(self) -> StandInDevice:
+        supports_float64.cache_clear()
         self._stack.enter_context(_Operations(self))
         self._stack.enter_context(_Functions(self))
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self._stack.__exit__(*exception)
+        supports_float64.cache_clear()
 
     def holds(self, t: Tensor) -> bool:
         """Whether a tensor is on the device."""
@@ -58,7 +70,7 @@ class DeviceWithoutFloat64:
         """Remember that the memory of new tensors is on the device."""
         for t in tensors:
             if isinstance(t, Tensor) and t.layout == torch.strided:
-                if t.dtype in _WIDE:
+                if t.dtype in _WIDE and not self.float64:
                     raise TypeError("Cannot convert a tensor to float64 on a device that does not support it.")
                 self._memory[t.untyped_storage()._cdata] = StorageWeakRef(t.untyped_storage())
         if len(self._memory) > self._next_purge:
@@ -71,7 +83,7 @@ class DeviceWithoutFloat64:
         converted = Tensor.to(t, dtype)
         if self.holds(converted) == on_device:
             return converted
-        self.moves += 1
+        self.waits += 1
         with torch._C.DisableTorchFunction(), _disable_current_modes():
             moved = converted.detach().clone()
         if on_device:
@@ -82,7 +94,7 @@ class DeviceWithoutFloat64:
 class _Operations(TorchDispatchMode):
     """Every operation, also those of backward passes."""
 
-    def __init__(self, device: DeviceWithoutFloat64) -> None:
+    def __init__(self, device: StandInDevice) -> None:
         super().__init__()
         self.device = device
 
@@ -95,7 +107,9 @@ class _Operations(TorchDispatchMode):
             elsewhere = [t for t, held in zip(inputs, here, strict=True) if not held and t.ndim]
             if elsewhere and name not in ("index", "index_put", "index_put_", "_index_put_impl_", "copy_"):
                 raise RuntimeError(f"Expected all tensors to be on the same device ({name}).")
-            if name in _NO_KERNEL:
+            masks = (i for i in args[1] if i is not None and i.dtype == torch.bool) if name == "index" else iter(())
+            self.device.waits += name in _WAITING or next(masks, None) is not None
+            if name in _NO_KERNEL and not self.device.float64:
                 raise NotImplementedError(f"The operator 'aten::{name}' is not implemented for the device.")
         found = func(*args, **(kwargs or {}))
         if any(here) or (self.device.inside and not inputs and func is not aten.lift_fresh.default):
@@ -106,7 +120,7 @@ class _Operations(TorchDispatchMode):
 class _Functions(TorchFunctionMode):
     """What Python calls: where tensors say they are, moves, and new tensors."""
 
-    def __init__(self, device: DeviceWithoutFloat64) -> None:
+    def __init__(self, device: StandInDevice) -> None:
         super().__init__()
         self.device = device
 
@@ -151,7 +165,8 @@ class _Functions(TorchFunctionMode):
                 dtype = x
             elif isinstance(x, (torch.device, str)):
                 device = torch.device(x)
-        if device.type == "cpu" and dtype in _WIDE and self.device.holds(t) and dtype != t.dtype:
+        refused = dtype in _WIDE and not self.device.float64
+        if device.type == "cpu" and refused and self.device.holds(t) and dtype != t.dtype:
             raise TypeError("Cannot convert a tensor to float64 on a device that does not support it.")
         found = self.device.copied(t, device, dtype)
         return found.clone() if copy and found is t else found
@@ -162,4 +177,4 @@ def batches_on_device(batches: Any) -> Any:
     return tree_map(lambda t: t.to(DEVICE) if isinstance(t, Tensor) else t, batches)
 
 
-__all__ = ["DEVICE", "DeviceWithoutFloat64", "batches_on_device"]
+__all__ = ["DEVICE", "StandInDevice", "batches_on_device"]
