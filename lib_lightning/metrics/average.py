@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lib_lightning.model.precision import for_sums, supports_float64
@@ -42,7 +42,7 @@ class GraphAverage(Metric):
         self.add_state(self._sum, torch.zeros((), dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long, device="cpu"), dist_reduce_fx="sum")
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> GraphAverage:
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> nn.Module:
         """Move the states along with a module that contains the metric, unless the new device has no float64."""
         moved = supports_float64(fn(torch.zeros(1, device="cpu")).device)
         return super()._apply(fn, *args, **kwargs) if moved else self
