@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import math
@@ -22,7 +23,8 @@ from lib_lightning.algorithm.cost import CostEstimate, file_bytes, held_bytes, k
 from lib_lightning.algorithm.effort import Effort, EffortPlan, ModelCost, agree, choose_effort, measure_cost
 from lib_lightning.algorithm.jackknife import standard_error
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT, MemoryPlan, Workload, plan_memory, split_batches
-from lib_lightning.algorithm.progress import on_phase, phase_done
+from lib_lightning.algorithm.progress import phase_done
+from lib_lightning.algorithm.progress_bar import ProgressDisplay, current_display, steps_of
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.errors import ActivationError, SettingTypeError, check_number, is_out_of_memory
 from lib_lightning.graph import InteractionGraph, Replicates
@@ -103,7 +105,7 @@ def compute_interaction_graph(
             samples that need less; after an out-of-memory error the chunks are halved.
         process_group: Processes that call this function with different batches, to get the graph of all samples:
             `lib_lightning.distributed.torch_group.TorchProcessGroup()`. By default a single process.
-        progress: Whether to show a progress bar.
+        progress: Whether to show a progress bar, with steps as long as their operations, and the remaining time.
         final_metric: ``"fisher"`` for the Fisher metric of the last node layer, which must be logits: importance then
             is the effect on the predicted distribution. None for ``final_basis``.
         n_pushed: Number of features that each sample is pushed forward for, chosen at random by the square root of
@@ -321,7 +323,8 @@ def graph_of(
                         config, notes = _affordable(instrumented, batches, config, process_group)
                 chunks = split_batches(instrumented, batches, plan.samples)
                 phase_done("checks and chunks")
-                with _progress_bar(phases(config, instrumented, len(chunks)), disable=not progress):
+                display = ProgressDisplay(tqdm) if progress else current_display()
+                with _progress(display, instrumented, chunks, config):
                     built = build_graph(instrumented, chunks, config, plan, process_group)
                 if check_first and built.is_constant:
                     raise ActivationError(built.notes[0])
@@ -334,19 +337,20 @@ def graph_of(
 
 
 @contextmanager
-def _progress_bar(phases: Mapping[str, int], disable: bool) -> Iterator[None]:
-    """Show the progress of a computation whose phases are reported as often as given."""
-    remaining = dict(phases)
-    with tqdm(total=sum(phases.values()), disable=disable, unit="step") as bar:
-
-        def advance(phase: str) -> None:
-            if remaining.get(phase):  # some phases go over the batches a second time
-                remaining[phase] -= 1
-                bar.set_description(phase, refresh=False)
-                bar.update()
-
-        with on_phase(advance):
-            yield
+def _progress(
+    display: ProgressDisplay | None, instrumented: InstrumentedModel, chunks: Sequence[Any], config: LIBConfig
+) -> Iterator[None]:
+    """Show the progress of a graph."""
+    if display is None:
+        yield
+        return
+    if display.cost is None and chunks:
+        # What cannot be counted has a bar with steps of equal lengths.
+        with contextlib.suppress(Exception):
+            display.cost = measure_cost(instrumented, chunks[0])
+    num_samples = sum(map(instrumented.num_samples, chunks))
+    with display.following(steps_of(phases(config, instrumented, len(chunks)), display.cost, config, num_samples)):
+        yield
 
 
 def _affordable(

@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import FrameType
 from typing import Any
 
@@ -115,3 +116,22 @@ def signals_at_safe_points(is_stopped: Callable[[], bool] = lambda: False) -> It
                     signal.signal(signum, handler)
         _deferred = None
         deferred.run()
+
+
+_vector_listener: ContextVar[Callable[[int], None] | None] = ContextVar("_vector_listener", default=None)
+
+
+def vectors_multiplied(count: int) -> None:
+    """Report that some vectors have been multiplied with a Jacobian."""
+    if (listener := _vector_listener.get()) is not None:
+        listener(count)
+
+
+@contextmanager
+def on_vectors(listener: Callable[[int], None]) -> Iterator[None]:
+    """Call a function with each number of vectors that are multiplied with a Jacobian, as long as the context lasts."""
+    token = _vector_listener.set(listener)
+    try:
+        yield
+    finally:
+        _vector_listener.reset(token)

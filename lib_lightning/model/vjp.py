@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lib_lightning.model.capture import CapturedLayer
-from lib_lightning.model.safe_points import safe_point
+from lib_lightning.model.safe_points import safe_point, vectors_multiplied
 
 
 def vjp(
@@ -66,6 +66,7 @@ def _grad(
             allow_unused=True,
             is_grads_batched=k is not None,
         )
+    vectors_multiplied(k or 1)
     batch = () if k is None else (k,)
     return [
         x.new_zeros(*batch, *x.shape) if grad is None else grad.reshape(*batch, *x.shape)

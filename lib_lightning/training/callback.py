@@ -18,6 +18,7 @@ from lib_lightning.ablation import AblationPlan
 from lib_lightning.algorithm.config import BasisKind, FinalBasisKind, FinalMetric, LIBConfig, check_choice
 from lib_lightning.algorithm.effort import Effort, EffortPlan, agree
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
+from lib_lightning.algorithm.progress_bar import displayed_in
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.errors import ComputationStopped, SettingError, check_list
 from lib_lightning.graph import InteractionGraph
@@ -39,6 +40,7 @@ from lib_lightning.training.run_state import RunState
 from lib_lightning.training.samples import SampleConfig, SampleStore
 from lib_lightning.training.schedule import Schedule
 from lib_lightning.training.snapshot import Previous, Snapshot, SnapshotComputer, SnapshotConfig, SnapshotData
+from lib_lightning.training.snapshot_bar import SnapshotBar
 from lib_lightning.training.trainer import (
     call_again_last,
     check_strategy,
@@ -292,6 +294,7 @@ class LIBCallback(Callback):
         self.samples = SampleStore(self.sample_config, state.samples, trainer, self._process_group, layout)
         self._tried: tuple[int | None, str | None] = (state.step, state.weights_hash)
         self._trained = TrainedWeights()
+        self._bar = SnapshotBar(self.name)
         self._has_checked_training_batch = False
 
     @timed_hook
@@ -462,7 +465,8 @@ class LIBCallback(Callback):
         """Compute a snapshot, write it and make it part of the run; or log why that failed."""
         try:
             with self._process_group.sync_errors(), signals_at_safe_points(partial(has_received_sigterm, trainer)):
-                snapshot = self._compute(trainer, pl_module, kind, metadata)
+                with displayed_in(self._bar.of(trainer)):
+                    snapshot = self._compute(trainer, pl_module, kind, metadata)
                 figures, layouts = self.reporter.write(trainer, snapshot)
         except ComputationStopped:  # Lightning ends the training after this hook
             log.warning("%s: the snapshot after %d steps was dropped: SIGTERM.", self.name, trainer.global_step)
