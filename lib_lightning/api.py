@@ -258,14 +258,14 @@ def estimate_of(
     """
     chosen = plan.applied_to(config)
 
+    itemsize = 8
+
     def run(n: int, trial: LIBConfig) -> list[int]:
         batches = samples_of([batch], n, instrumented.select, instrumented.num_samples)
         graph = graph_of(instrumented, batches, trial, memory_limit)
         nonlocal itemsize
         itemsize = max(E.element_size() for E in graph.edges.values())
         return [basis.n_features for basis in graph.bases.values()]
-
-    itemsize = 8
 
     seconds, ranks = try_out(cost, plan, chosen, run)
     with model_session(instrumented, copied_bytes(memory_limit)):

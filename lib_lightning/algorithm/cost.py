@@ -121,8 +121,8 @@ def _trial(cost: ModelCost, plan: EffortPlan, config: LIBConfig) -> tuple[int, L
     while cost.of_graph(trial, n) - fewest > allowed and n > _TRIAL_SAMPLES:
         n = max(_TRIAL_SAMPLES, n // 2)
     if cost.of_graph(trial, n) > 2 * allowed:
-        few = {"n_probes": config.n_probes, "n_pushed": config.n_pushed}
-        trial = replace(config, **{name: min(k or _TRIAL_PRODUCTS, _TRIAL_PRODUCTS) for name, k in few.items()})
+        probes, pushed = (min(k or _TRIAL_PRODUCTS, _TRIAL_PRODUCTS) for k in (config.n_probes, config.n_pushed))
+        trial = replace(config, n_probes=probes, n_pushed=pushed)
     return n, trial
 
 
@@ -141,12 +141,15 @@ def kept_bytes(cost: ModelCost, plan: EffortPlan, config: LIBConfig, memory: Mem
     """
     if not memory.keep_graphs or config.n_probes is not None or config.basis != "lib":
         return 0
-    needed = 0
-    for section in cost.sections:
+    # All products of a section at a chunk of samples, or none; from the last section to the first.
+    chunk = min(plan.num_samples, memory.samples)
+    kept = 0
+    for section in reversed(cost.sections):
         (S, d), (S_out, d_out) = section.shape_in, section.shape_out
+        needed = chunk * S * d * S_out * d_out * itemsize
         if not section.has_closed_form:
-            needed += plan.num_samples * S * d * S_out * d_out * itemsize
-    return min(needed, memory.product_bytes)
+            kept += needed * min(-(-plan.num_samples // chunk), (memory.product_bytes - kept) // needed)
+    return kept
 
 
 def file_bytes(cost: ModelCost, ranks: Sequence[int], itemsize: int) -> int:

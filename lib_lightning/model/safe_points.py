@@ -18,7 +18,7 @@ from typing import Any
 
 from lib_lightning.errors import ComputationStopped
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
 
 
 class _Deferred:
