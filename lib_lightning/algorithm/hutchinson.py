@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lib_lightning.model.safe_points import safe_point
+
+# Numbers that are drawn between two points at which Ctrl-C is obeyed: some 0.1 s.
+_NUMBERS = 2**24
+
 
 class OrthogonalSigns:
     """Vectors ``z`` of random signs, in sets of mutually orthogonal ones.
@@ -49,7 +54,9 @@ class OrthogonalSigns:
         while count > 0:
             if len(self._columns) != size or self._used == 2**self._bits:
                 self._begin(size)
-            rows = torch.arange(self._used, min(self._used + count, 2**self._bits), device="cpu")
+            safe_point()
+            stop = min(self._used + min(count, max(1, _NUMBERS // max(1, size))), 2**self._bits)
+            rows = torch.arange(self._used, stop, device="cpu")
             parts.append(_hadamard_at(rows, self._columns, self._bits) * self._flips)
             self._used += len(rows)
             count -= len(rows)
