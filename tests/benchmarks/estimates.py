@@ -144,7 +144,7 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "LSTM, 32 units, 16 steps": lambda: (LastState(), torch.randn(128, 16, 16), ["input", "head:input", "output"]),
     "U-Net, 8 and 16 channels, 16 x 16": lambda: (UNet(), _images(64, 16), ["input", "output"]),
     "language-model recipe": lambda: (
-        GPTNeo(), torch.randint(256, (64, 64)), ["transformer.h.1", "transformer.h.4", "lm_head:input"],
+        GPTNeo(), torch.randint(256, (8, 64)), ["transformer.h.1", "transformer.h.4", "lm_head:input"],
     ),
     "modular addition, modulus 113": lambda: (
         ModularAdditionTransformer(113), AllPairs(113).tokens[:2048], None,
