@@ -67,4 +67,9 @@ def readable(token: int, tokenizer: Any) -> str:
     """
     text = chr(token) if tokenizer is None else tokenizer.decode([token])
     text = text.strip(" ") or "␣"
-    return "".join(_VISIBLE.get(character, character) for character in text if character != "\n") or "⏎"
+    return "".join(map(_seen, text.replace("\n", ""))) or "⏎"
+
+
+def _seen(character: str) -> str:
+    # Other control characters as they are written in Python.
+    return _VISIBLE.get(character) or (character if character.isprintable() else ascii(character)[1:-1])

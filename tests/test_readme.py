@@ -83,7 +83,7 @@ def test_other_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
                 main([*args, "--print_config"])
             assert stopped.value.code == 0
             monkeypatch.chdir(tmp_path)
-        elif args[0] in ("nodes", "profile"):
+        elif args[0] in ("nodes", "profile", "estimate"):
             monkeypatch.chdir(ROOT)
             main(args)
             monkeypatch.chdir(tmp_path)

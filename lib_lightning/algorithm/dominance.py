@@ -22,8 +22,8 @@ from lib_lightning.model.vjp import apply_mask
 
 # A position or feature with a larger share than this is reported.
 _SHARE = 0.9
-# Of fewer activations than these, one feature may well have most of the importance.
-_MIN_WIDTH = 8
+# Of fewer activations than these, one feature often has most of the importance, and nothing is wrong.
+_MIN_WIDTH = 16
 
 
 class PositionVariance:

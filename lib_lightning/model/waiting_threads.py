@@ -145,7 +145,9 @@ def gnu_openmp() -> ctypes.CDLL | None:
     with contextlib.suppress(OSError, AttributeError, UnicodeDecodeError):
         # Each line of a mapped file ends in its path.
         paths = set(re.findall(r"(/.*/libgomp[^/\n]*)$", Path("/proc/self/maps").read_text(), re.MULTILINE))
-        # With two of them in the process it is unknown which one torch calls.
+        # Other packages bring one of their own. Torch calls the one beside itself, or the only one.
+        beside_torch = {path for path in paths if Path(path).is_relative_to(Path(torch.__file__).parent)}
+        paths = beside_torch or paths
         if len(paths) == 1:
             openmp = ctypes.CDLL(paths.pop())
             if openmp.GOMP_parallel and openmp.omp_get_thread_num and openmp.omp_get_num_procs:

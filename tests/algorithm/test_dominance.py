@@ -99,8 +99,8 @@ def test_a_second_position_is_added_to_the_setting() -> None:
 
 def test_a_feature_that_is_a_matter_of_scale() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 9))
-    x = torch.randn(200, 8)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 17))
+    x = torch.randn(200, 16)
     assert compute_interaction_graph(model, [x], ["input", "1", "output"], basis="pca").info["notes"] == []
     x[:, 3] *= 1000
     note, *_ = compute_interaction_graph(model, [x], ["input", "1", "output"], basis="pca").info["notes"]
@@ -110,13 +110,13 @@ def test_a_feature_that_is_a_matter_of_scale() -> None:
 def test_a_result_of_one_dimension_is_said_once() -> None:
     """Everything before it has one important feature, too, as it should."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 9))
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 17))
     with torch.no_grad():
         model[2].weight[0] *= 1000
-    (note,) = compute_interaction_graph(model, [torch.randn(200, 8)], ["input", "1", "output"]).info["notes"]
+    (note,) = compute_interaction_graph(model, [torch.randn(200, 16)], ["input", "1", "output"]).info["notes"]
     assert note.startswith("One feature has more than 90% of the variance of 'output', the last node layer")
-    one = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
-    assert compute_interaction_graph(one, [torch.randn(200, 8)], ["1", "output"]).info["notes"] == []
+    one = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1))
+    assert compute_interaction_graph(one, [torch.randn(200, 16)], ["1", "output"]).info["notes"] == []
 
 
 class Training(pl.LightningModule):
