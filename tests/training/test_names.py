@@ -7,6 +7,7 @@ import re
 from collections import OrderedDict
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+import lib_lightning.training.callback
 from lib_lightning import InteractionGraph, LIBCallback, NodeLayer, compute_interaction_graph, list_node_layers
 from lib_lightning.errors import LIBError, NodeLayerError, SettingError
 from lib_lightning.io.run_layout import check_run_name
@@ -93,8 +95,10 @@ class TestCallbackNames:
         assert "\n" not in str(error.value)
         assert not list(tmp_path.rglob("*.safetensors"))
 
-    def test_callbacks_of_one_name_in_two_trainers(self, tmp_path: Path) -> None:
+    def test_callbacks_of_one_name_in_two_trainers(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         # The second one is created before the first has been in a run: its checkpoint has the same key all the same.
+        # Callbacks of other tests that have not been in a run and are not collected yet would be counted.
+        monkeypatch.setattr(lib_lightning.training.callback, "_created", WeakSet())
         callbacks = [LIBCallback(NODE_LAYERS), LIBCallback(NODE_LAYERS)]
         trainers = [trainer_of(tmp_path / str(k), one, max_epochs=1) for k, one in enumerate(callbacks)]
         for trainer in trainers:
