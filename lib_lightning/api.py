@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -18,15 +19,26 @@ from tqdm.auto import tqdm
 from lib_lightning import __version__
 from lib_lightning._deprecated import renamed_arguments
 from lib_lightning.algorithm.build import BuildResult, build_graph, phases
-from lib_lightning.algorithm.config import BasisKind, FinalBasisKind, FinalMetric, LIBConfig, check_choice
+from lib_lightning.algorithm.config import (
+    BasisKind,
+    FinalBasisKind,
+    FinalMetric,
+    LIBConfig,
+    MetricKind,
+    check_choice,
+    final_kind,
+)
 from lib_lightning.algorithm.cost import CostEstimate, file_bytes, held_bytes, kept_bytes, samples_of, try_out
 from lib_lightning.algorithm.effort import Effort, EffortPlan, ModelCost, agree, choose_effort, measure_cost
 from lib_lightning.algorithm.jackknife import standard_error
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT, MemoryPlan, Workload, plan_memory, split_batches
+from lib_lightning.algorithm.output_distribution import OutputDistribution, OutputSetting, find_output_distribution
+from lib_lightning.algorithm.output_distribution import agree as agree_on_output
+from lib_lightning.algorithm.output_gradients import needs_output
 from lib_lightning.algorithm.progress import phase_done
 from lib_lightning.algorithm.progress_bar import ProgressDisplay, current_display, steps_of
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from lib_lightning.errors import ActivationError, SettingTypeError, check_number, is_out_of_memory
+from lib_lightning.errors import ActivationError, LIBError, SettingTypeError, brief, check_number, is_out_of_memory
 from lib_lightning.graph import InteractionGraph, Replicates
 from lib_lightning.io import basis_format as keys
 from lib_lightning.model.batch import check_has_tensors, is_empty, num_elements
@@ -49,6 +61,10 @@ log = logging.getLogger(__name__)
 _MAX_HALVINGS = 6
 # Operations that effort="auto" lets a graph take: a minute or so on a few cores.
 _OPERATIONS = 1e12
+# Samples that show what the output stands for.
+_FEW = 8
+_NO_OUTPUT = "The importance of features for the output is not computed: {}"
+_GUESSED = "The output is taken for {} predictions, which is a guess: output_distribution says what it is."
 _SAMPLED = "Exact sums would take too long here; computed are {}. effort='exact' computes exact ones."
 
 
@@ -72,6 +88,8 @@ def compute_interaction_graph(
     n_pushed: int | None = None,
     effort: Effort = "auto",
     skip_positions: SkipPositions | None = None,
+    metric: MetricKind = "next",
+    output_distribution: OutputSetting = "auto",
 ) -> InteractionGraph:
     """Compute the Local Interaction Basis of a model's activations and the interactions between its features.
 
@@ -106,8 +124,8 @@ def compute_interaction_graph(
         process_group: Processes that call this function with different batches, to get the graph of all samples:
             `lib_lightning.distributed.torch_group.TorchProcessGroup()`. By default a single process.
         progress: Whether to show a progress bar, with steps as long as their operations, and the remaining time.
-        final_metric: ``"fisher"`` for the Fisher metric of the last node layer, which must be logits: importance then
-            is the effect on the predicted distribution. None for ``final_basis``.
+        final_metric: ``"fisher"`` measures the last node layer by what the model's output predicts: importance then is
+            the effect on the predicted distribution. None for ``final_basis``.
         n_pushed: Number of features that each sample is pushed forward for, chosen at random by the square root of
             their importance, which makes the cost of edges independent of width and number of positions; None for
             exact edges (see ``effort``). The standard errors include the error of this choice.
@@ -118,6 +136,12 @@ def compute_interaction_graph(
             for the last one; a list of indices; a slice. Counted in each sample, among the valid ones if there is a
             mask. None for none; a `NodeLayer` may have its own. Paths from other positions through these are no part
             of edges.
+        metric: ``"next"`` measures a node layer by the features of the next one, as the paper does; ``"output"``
+            measures all of them by what the model's output predicts.
+        output_distribution: What the output is: ``"categorical"`` for logits of classes or tokens, ``"bernoulli"`` for
+            logits of yes-or-no answers, ``"gaussian"`` for numbers with a squared error. ``"auto"`` finds out by the
+            loss, the model's configuration or the labels in the batch, and ``graph.info`` says how; ``"none"`` leaves
+            out `Basis.output_importance`.
 
     Returns:
         The interaction graph: a basis for each node layer, edges between neighbouring ones.
@@ -141,7 +165,9 @@ def compute_interaction_graph(
         2
     """
     check_choice("effort", effort, get_args(Effort))
-    config = LIBConfig(basis, final_basis, rtol, n_probes, integration_steps, final_metric, n_pushed)
+    config = LIBConfig(
+        basis, final_basis, rtol, n_probes, integration_steps, final_metric, n_pushed, metric, output_distribution
+    )
     check_number("memory_limit", memory_limit, lambda x: x > 0, "is a number of GiB above 0")
     if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
         raise SettingTypeError(
@@ -309,6 +335,7 @@ def graph_of(
     batches = [batch for batch in batches if not is_empty(batch)]
     largest, plan = 1, None
     notes: list[str] = []
+    output, output_notes = None, list[str]()
     for attempt in itertools.count():
         try:
             with process_group.sync_errors(), model_session(instrumented, copied_bytes(memory_limit)):
@@ -318,17 +345,19 @@ def graph_of(
                         instrumented.notes = validate_node_layers(instrumented, batches)
                     batches = instrumented.parts(batch for batch in batches if instrumented.num_samples(batch))
                     largest = max(map(instrumented.num_samples, batches), default=1)
-                    plan = _plan(instrumented, batches, config, memory_limit)
+                    output, output_notes = _output(instrumented, batches, config, process_group)
+                    plan = _plan(instrumented, batches, config, memory_limit, output is not None)
                     if effort == "auto":
                         config, notes = _affordable(instrumented, batches, config, process_group)
                 chunks = split_batches(instrumented, batches, plan.samples)
                 phase_done("checks and chunks")
                 display = ProgressDisplay(tqdm) if progress else current_display()
                 with _progress(display, instrumented, chunks, config):
-                    built = build_graph(instrumented, chunks, config, plan, process_group)
+                    built = build_graph(instrumented, chunks, config, plan, process_group, output=output)
                 if check_first and built.is_constant:
                     raise ActivationError(built.notes[0])
-                return _as_graph(replace(built, notes=[*built.notes, *notes]), config, instrumented)
+                built = replace(built, notes=[*built.notes, *notes, *output_notes])
+                return _as_graph(built, config, instrumented, output)
         except Exception as error:
             if attempt == _MAX_HALVINGS or not is_out_of_memory(error):
                 raise
@@ -366,11 +395,44 @@ def _affordable(
     return chosen.applied_to(config), [_SAMPLED.format(chosen)]
 
 
+def _output(
+    instrumented: InstrumentedModel, batches: Sequence[Any], config: LIBConfig, process_group: ProcessGroup
+) -> tuple[OutputDistribution | None, list[str]]:
+    """What the output stands for, and notes on that; None where it is not needed, or cannot be differentiated."""
+    needed = needs_output(config, instrumented.layers[-1].taps)
+    problem, found = None, None
+    try:
+        if batches and config.output_distribution != "none":
+            found = instrumented.run_on_few(partial(_find_output, instrumented, config), batches[0], _FEW)
+    except (LIBError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        problem = error
+    output = agree_on_output(found, process_group)
+    if output is None and needed:
+        raise ActivationError(
+            "The model's output is no tensor of floating-point numbers by which features could be measured"
+            + (f": {problem}" if problem else ".")
+            + " Remove metric and final_metric, or return a tensor."
+        ) from problem
+    if output is None:
+        return None, [_NO_OUTPUT.format(brief(problem))] if problem else []
+    return output, [_GUESSED.format(output.kind)] if needed and output.is_guess else []
+
+
+def _find_output(instrumented: InstrumentedModel, config: LIBConfig, batch: Any) -> OutputDistribution | None:
+    found = find_output_distribution(instrumented, batch, config.output_distribution)
+    if found is not None:
+        instrumented.to_output.capture(batch)
+    return found
+
+
 def _plan(
     instrumented: InstrumentedModel,
     batches: Sequence[Any],
     config: LIBConfig,
     memory_limit: float,
+    has_output: bool,
     samples: int | None = None,
 ) -> MemoryPlan:
     if not batches:  # only other processes have samples
@@ -378,13 +440,18 @@ def _plan(
     # Batches may have samples of different sizes (sequence lengths): plan for the largest.
     largest = max(batches, key=lambda batch: num_elements(batch) / instrumented.num_samples(batch))
     samples = samples or sum(map(instrumented.num_samples, batches))
-    workload = Workload(samples, config.integration_steps, config.basis == "lib", config.final_metric == "fisher")
+    last = instrumented.layers[-1].taps
+    workload = Workload(
+        samples, config.integration_steps, config.basis == "lib", final_kind(config, last) == "lib", has_output
+    )
     weights = num_bytes(instrumented.model)
     copied = weights if weights <= copied_bytes(memory_limit) else 0
     return plan_memory(instrumented, largest, int(memory_limit * 2**30) - copied, workload)
 
 
-def _as_graph(built: BuildResult, config: LIBConfig, instrumented: InstrumentedModel) -> InteractionGraph:
+def _as_graph(
+    built: BuildResult, config: LIBConfig, instrumented: InstrumentedModel, output: OutputDistribution | None
+) -> InteractionGraph:
     info = {
         keys.SETTINGS: {
             **asdict(config),
@@ -401,6 +468,7 @@ def _as_graph(built: BuildResult, config: LIBConfig, instrumented: InstrumentedM
         ],
         keys.NUM_SAMPLES: built.n_samples,
         keys.METRIC_ERRORS: built.metric_errors,
+        keys.OUTPUT_DISTRIBUTION: None if output is None else output.plain,
         keys.NOTES: [*instrumented.notes, *instrumented.axis_notes, *built.notes],
         keys.VERSIONS: {"lib_lightning": __version__, "torch": str(torch.__version__)},
     }

@@ -35,6 +35,9 @@ class Basis:
             other samples are slightly rotated, which to first order does not change importances.
         degenerate: True for a feature whose importance is so close to a neighbour's that the samples do not determine
             its direction, shape ``(r,)``, bool; None if unknown.
+        output_importance: What setting a feature to its mean at one position does to what the model predicts, shape
+            ``(r,)``, float64: the Kullback-Leibler divergence in nats, to second order. None where it was not computed.
+        output_importance_error: Its standard error, shape ``(r,)``, float64; None if unknown.
 
     Example:
         >>> basis = neuron_basis("fc", torch.tensor([1.0, 2.0]), torch.eye(2))
@@ -50,6 +53,8 @@ class Basis:
     importance: Tensor
     importance_error: Tensor | None = None
     degenerate: Tensor | None = None
+    output_importance: Tensor | None = None
+    output_importance_error: Tensor | None = None
 
     @property
     def n_features(self) -> int:

@@ -2,11 +2,13 @@
 
 1. *Moments.* Run all batches once; mean and covariance of every node layer.
 2. *Metric and basis* of each node layer, from the last to the first. The last one is in neurons, centred neurons or
-   PCA, or has the Fisher metric of the distribution that its logits predict. Every earlier one has the Jacobian
-   metric, which measures a step by its effect on the *next* layer's features. PCA whitens the activations; a rotation
-   to the eigenvectors of the metric, and a scaling by its eigenvalues, make Jacobians orthonormal.
+   PCA, or has a metric that measures a step by its effect on what the model predicts. Every earlier one has the
+   Jacobian metric, which measures a step by its effect on the *next* layer's features, or all of them have that of the
+   predictions. PCA whitens the activations; a rotation to the eigenvectors of the metric, and a scaling by its
+   eigenvalues, make Jacobians orthonormal.
 3. *Edges.* Squared interactions between the features of neighbouring layers.
-4. *Standard errors* of importances and edges, from sums over groups of samples with one left out at a time. An
+4. *Importance for the output:* what setting a feature to its mean does to the predictions.
+5. *Standard errors* of importances and edges, from sums over groups of samples with one left out at a time. An
    importance is a variance times a squared length in the metric, and both have replicates, given the next layer's
    features. The rotation of the feature's own direction is a second-order effect. For an edge it is not: the standard
    error of an edge holds for these features.
@@ -17,7 +19,7 @@ What makes this fast is behind interfaces with a plain twin each; see `lib_light
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,11 +34,22 @@ from lib_lightning.algorithm.dominance import PositionVariance, describe_dominan
 from lib_lightning.algorithm.edges import Edges
 from lib_lightning.algorithm.feature_reader import FeatureReader
 from lib_lightning.algorithm.fisher_metric import FisherMetric
+from lib_lightning.algorithm.gradient_metric import GradientMetric
 from lib_lightning.algorithm.jackknife import FeatureVariances, near_degenerate, standard_error
 from lib_lightning.algorithm.jacobian_metric import JacobianMetric
 from lib_lightning.algorithm.linalg import Cutoff
 from lib_lightning.algorithm.memory_plan import MemoryPlan
 from lib_lightning.algorithm.metric import Metric
+from lib_lightning.algorithm.output_distribution import OutputDistribution
+from lib_lightning.algorithm.output_gradients import (
+    EXACT_OUTPUTS,
+    IMPORTANCE_VECTORS,
+    SAMPLED,
+    OutputGradients,
+    measured_by_output,
+    output_importances,
+    output_metrics,
+)
 from lib_lightning.algorithm.progress import phase_done
 from lib_lightning.algorithm.section_cache import SectionCache
 from lib_lightning.algorithm.shortcuts import FAST, PLAIN, Shortcuts
@@ -55,6 +68,11 @@ _NO_FORWARD_MODE = (
     "Between '{}' and '{}' an operation has no second derivative, so edges are computed in reverse mode, output by "
     "output: slower, with the same result."
 )
+_SAMPLED_OUTPUT = (
+    "The output has so many numbers that its metric is estimated from {} random vectors per sample; n_probes sets "
+    "another number. The file says how large the error is."
+)
+_OUTPUT_METRIC, _OUTPUT_IMPORTANCE = "metric of the output", "importance for the output"
 
 
 @dataclass(frozen=True)
@@ -108,21 +126,25 @@ class _Run:
 
     Attributes:
         names: Names of the node layers.
+        last_taps: Taps of the last of them.
         kinds: Kind of basis of each node layer; ``"lib"`` has a metric.
         config: What to compute.
         shortcuts: How to compute it.
         process_group: The processes.
         plan: How much is computed at once.
         generator: Random signs for probes, and the choice of the features that are pushed forward.
+        output: What the model's output stands for; None if it is not known.
     """
 
     names: list[str]
+    last_taps: Sequence[str]
     kinds: list[str]
     config: LIBConfig
     shortcuts: Shortcuts
     process_group: ProcessGroup
     plan: MemoryPlan
     generator: torch.Generator
+    output: OutputDistribution | None
 
     @property
     def last(self) -> int:
@@ -138,6 +160,7 @@ def build_graph(
     process_group: ProcessGroup = SINGLE_PROCESS,
     shortcuts: Shortcuts = FAST,
     plain: bool = False,
+    output: OutputDistribution | None = None,
 ) -> BuildResult:
     """Compute the bases and edges of a model.
 
@@ -151,6 +174,7 @@ def build_graph(
         process_group: The processes whose samples are combined. Each has batches of its own; some may have none.
         shortcuts: How to compute it.
         plain: Whether to use no shortcut at all. For tests.
+        output: What the model's output stands for, the same on every process; None for no importances for the output.
 
     Returns:
         Bases and edges, the same on every process.
@@ -161,20 +185,25 @@ def build_graph(
     shortcuts = PLAIN if plain else shortcuts
     run = _Run(
         [layer.name for layer in instrumented.layers],
+        instrumented.layers[-1].taps,
         _kinds(config, instrumented),
         config,
         shortcuts,
         process_group,
         _common_plan(plan, process_group, shortcuts.keep_graphs),
         torch.Generator().manual_seed(process_group.rank),
+        output,
     )
     # 1. Moments.
     moments, position_variances, cache = _moments(run, instrumented, batches)
     # 2. Metric and basis of each node layer, from the last to the first.
+    widths = [len(layer_moments.mean) for layer_moments in moments]
+    gradients = _output_gradients(run, instrumented, batches, cache)
+    by_output = _output_metrics(run, gradients, widths)
     layers: list[_Layer] = []
     metric_errors: dict[str, float | None] = {}
     for i in reversed(range(len(run.names))):
-        metric = _metric(run, i, layers[0].basis if layers else None, len(moments[i].mean), cache)
+        metric = by_output.get(i) or _metric(run, i, layers[0].basis if layers else None, widths[i], cache)
         basis, features = _basis(run, i, moments, metric, cache)
         lengths = None
         if metric is not None:
@@ -183,9 +212,11 @@ def build_graph(
         phase_done(f"basis of {basis.name}")
     # 3. Edges.
     edges, variances = _edges(run, layers, cache)
-    # 4. Standard errors.
+    # 4. Importance for the output.
+    bases = _output_importances(run, [layer.basis for layer in layers], gradients)
+    # 5. Standard errors.
     importances = [_importance_replicates(layer, v) for layer, v in zip(layers, variances, strict=True)]
-    bases = [_with_errors(layer.basis, x) for layer, x in zip(layers, importances, strict=True)]
+    bases = [_with_errors(basis, x) for basis, x in zip(bases, importances, strict=True)]
     phase_done("standard errors")
     return BuildResult(
         bases=bases,
@@ -195,7 +226,7 @@ def build_graph(
         notes=[
             *describe_empty_layers(bases, moments, any(layer.skip_positions for layer in instrumented.layers)),
             *describe_dominance(bases, instrumented.layers, position_variances),
-            *_notes(run, edges, cache),
+            *_notes(run, edges, cache, by_output),
         ],
         importance_replicates=importances,
         edge_replicates=[e.replicates for e in edges],
@@ -216,9 +247,12 @@ def phases(config: LIBConfig, instrumented: InstrumentedModel, n_batches: int) -
     """
     names, kinds = [layer.name for layer in instrumented.layers], _kinds(config, instrumented)
     counts = {"moments": n_batches + 1}
-    for name, kind in zip(reversed(names), reversed(kinds), strict=True):
-        counts[f"basis of {name}"] = n_batches + 1 if kind == "lib" else 1
+    measured = measured_by_output(config, len(names), instrumented.layers[-1].taps)
+    counts |= {_OUTPUT_METRIC: n_batches} if measured else {}
+    for i, (name, kind) in reversed(list(enumerate(zip(names, kinds, strict=True)))):
+        counts[f"basis of {name}"] = n_batches + 1 if kind == "lib" and i not in measured else 1
     counts |= {_edges_phase(before, after): n_batches for before, after in itertools.pairwise(names)}
+    counts |= {} if config.output_distribution == "none" else {_OUTPUT_IMPORTANCE: n_batches}
     return counts | {"standard errors": 1}
 
 
@@ -257,9 +291,10 @@ def _metric(run: _Run, i: int, next_basis: Basis | None, d: int, cache: SectionC
     if run.kinds[i] != "lib":
         return None
     groups = run.plan.groups
-    metric: Metric
+    metric: FisherMetric | JacobianMetric
     if next_basis is None:
-        metric = FisherMetric(d, groups)
+        assert run.output is not None
+        metric = FisherMetric(d, groups, run.output)
     else:
         C_next = next_basis.to_features
         metric = JacobianMetric(d, C_next, run.config.n_probes, run.generator, groups, run.shortcuts.gram)
@@ -268,6 +303,38 @@ def _metric(run: _Run, i: int, next_basis: Basis | None, d: int, cache: SectionC
     if not metric.is_finite():
         raise _not_finite(run, i)
     return metric
+
+
+def _output_gradients(
+    run: _Run, instrumented: InstrumentedModel, batches: Sequence[Any], cache: SectionCache
+) -> OutputGradients | None:
+    """Gradients of what the model predicts, if it is known what that is."""
+    if run.output is None:
+        return None
+    plan, rank = run.plan, run.process_group.rank
+    return OutputGradients(instrumented, batches, run.output, cache.group_slices, plan.stack_elements, rank)
+
+
+def _output_metrics(
+    run: _Run, gradients: OutputGradients | None, widths: Sequence[int]
+) -> Mapping[int, GradientMetric]:
+    """Step 2: the metrics ``M_out`` of node layers that are measured by the model's output; exact for the output."""
+    measured = measured_by_output(run.config, len(run.names), run.last_taps)
+    if not measured or gradients is None:
+        return {}
+    n_probes = _agreed(gradients.num_vectors(run.config.n_probes, EXACT_OUTPUTS, SAMPLED), run.process_group)
+    groups = run.plan.groups
+    metrics = output_metrics(gradients, measured, widths, n_probes, groups, run.shortcuts.gram, _OUTPUT_METRIC)
+    for i, metric in metrics.items():
+        metric.reduce(run.process_group)
+        if not metric.is_finite():
+            raise _not_finite(run, i)
+    return metrics
+
+
+def _agreed(n_vectors: int | None, process_group: ProcessGroup) -> int | None:
+    """The number of random vectors per sample that all processes use: the largest, of which None is 0."""
+    return max(int(t) for t in process_group.gather(torch.tensor([n_vectors or 0], device="cpu"))) or None
 
 
 def _basis(
@@ -325,15 +392,30 @@ def _edges(run: _Run, layers: Sequence[_Layer], cache: SectionCache) -> tuple[li
     return edges, variances
 
 
+def _output_importances(run: _Run, bases: Sequence[Basis], gradients: OutputGradients | None) -> list[Basis]:
+    """Step 4: the bases with the importances ``o`` of their features for the output."""
+    if gradients is None:
+        return list(bases)
+    # Importances have standard errors, so that a few vectors are enough.
+    n_probes = min(run.config.n_probes or IMPORTANCE_VECTORS, IMPORTANCE_VECTORS)
+    n_vectors = _agreed(gradients.num_vectors(n_probes, 0, n_probes), run.process_group)
+    found = output_importances(gradients, bases, n_vectors, run.plan.groups, _OUTPUT_IMPORTANCE)
+    all_reduce(found, run.process_group)
+    return [
+        replace(basis, output_importance=one.value, output_importance_error=one.error)
+        for basis, one in zip(bases, found, strict=True)
+    ]
+
+
 def _importance_replicates(layer: _Layer, variances: FeatureVariances) -> Tensor:
-    """Step 4: replicates of ``Lambda = (variance of a feature) (squared length of its C^+ in the metric)``."""
+    """Step 5: replicates of ``Lambda = (variance of a feature) (squared length of its C^+ in the metric)``."""
     replicates = variances.replicates()
     # In a LIB the squared length is 1 for all samples, but not for each replicate.
     return replicates if layer.lengths is None else replicates * layer.lengths
 
 
 def _with_errors(basis: Basis, replicates: Tensor) -> Basis:
-    """Step 4: the basis with standard errors."""
+    """Step 5: the basis with standard errors."""
     if len(replicates) < 2:
         return basis
     # The directions of neurons and classes do not depend on the samples.
@@ -344,7 +426,7 @@ def _with_errors(basis: Basis, replicates: Tensor) -> Basis:
 def _kinds(config: LIBConfig, instrumented: InstrumentedModel) -> list[str]:
     """Kind of basis of each node layer."""
     *others, last = instrumented.layers
-    return [config.basis for _ in others] + ["lib" if config.final_metric else final_kind(config, last.taps)]
+    return [config.basis for _ in others] + [final_kind(config, last.taps)]
 
 
 def _common_plan(plan: MemoryPlan, process_group: ProcessGroup, keep_graphs: bool) -> MemoryPlan:
@@ -365,6 +447,10 @@ def _not_finite(run: _Run, i: int) -> NotFiniteError:
     )
 
 
-def _notes(run: _Run, edges: Sequence[Edges], cache: SectionCache) -> list[str]:
+def _notes(
+    run: _Run, edges: Sequence[Edges], cache: SectionCache, output_metrics: Mapping[int, GradientMetric]
+) -> list[str]:
     notes = [_SEQUENTIAL.format(*run.names[i : i + 2]) for i in cache.sequential_sections]
+    if run.config.n_probes is None and any(metric.n_probes is not None for metric in output_metrics.values()):
+        notes.append(_SAMPLED_OUTPUT.format(SAMPLED))
     return notes + [_NO_FORWARD_MODE.format(*run.names[i : i + 2]) for i, e in enumerate(edges) if e.fell_back]

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lib_lightning.algorithm.output_distribution import OutputSetting
 from lib_lightning.errors import SettingError, check_number, did_you_mean
 from lib_lightning.model.node_layer import OUTPUT
 
 BasisKind = Literal["lib", "pca", "neuron"]
 FinalBasisKind = Literal["auto", "neuron", "pca", "centered"]
 FinalMetric = Literal["fisher"]
+MetricKind = Literal["next", "output"]
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,19 @@ class LIBConfig:
     integration_steps: int = 0
     final_metric: FinalMetric | None = None
     n_pushed: int | None = None
+    metric: MetricKind = "next"
+    output_distribution: OutputSetting = "auto"
 
     def __post_init__(self) -> None:
         check_choice("basis", self.basis, get_args(BasisKind))
         check_choice("final_basis", self.final_basis, get_args(FinalBasisKind))
+        check_choice("metric", self.metric, get_args(MetricKind))
+        check_choice("output_distribution", self.output_distribution, get_args(OutputSetting))
+        if self.metric == "output" and self.basis != "lib":
+            raise SettingError(f"metric='output' is the metric of basis='lib'; got basis={self.basis!r}.")
+        if self.output_distribution == "none" and (self.metric == "output" or self.final_metric):
+            asked = "metric='output'" if self.metric == "output" else f"final_metric={self.final_metric!r}"
+            raise SettingError(f"{asked} measures by what the output predicts. Remove output_distribution='none'.")
         if self.final_metric is not None:
             check_choice("final_metric", self.final_metric, get_args(FinalMetric))
             if self.final_basis != "auto":
@@ -50,23 +61,28 @@ class LIBConfig:
 
 
 def final_kind(config: LIBConfig, taps: Sequence[str]) -> str:
-    """The kind of basis of the last node layer, which has no next layer and therefore no Jacobian metric.
+    """The kind of basis of the last node layer, which has no next layer.
 
     Args:
         config: The configuration.
         taps: Taps of the last node layer.
 
     Returns:
-        The configured ``final_basis``; if that is ``"auto"``, ``"neuron"`` for the model's output, whose entries have a
-        meaning (such as classes), and ``"pca"`` for any other node layer.
+        ``"lib"`` with a ``final_metric``, else the configured ``final_basis``. If that is ``"auto"``, ``"neuron"`` for
+        the model's output, whose entries have a meaning (such as classes). For any other node layer ``"pca"``, or
+        ``"lib"`` if all bases are measured by the output.
 
     Example:
         >>> final_kind(LIBConfig(), ["output"]), final_kind(LIBConfig(), ["blocks.3"])
         ('neuron', 'pca')
     """
+    if config.final_metric is not None:
+        return "lib"
     if config.final_basis != "auto":
         return config.final_basis
-    return "neuron" if tuple(taps) == (OUTPUT,) else "pca"
+    if tuple(taps) == (OUTPUT,):
+        return "neuron"
+    return "lib" if config.metric == "output" else "pca"
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

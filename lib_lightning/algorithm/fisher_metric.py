@@ -1,4 +1,4 @@
-"""The Fisher metric of logits: how much a step changes the predicted distribution."""
+"""The Fisher metric of a model's output: how much a step changes what it predicts."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ from torch import Tensor
 
 from lib_lightning.algorithm.jackknife import leave_one_out
 from lib_lightning.algorithm.linalg import eigh_psd
+from lib_lightning.algorithm.output_distribution import OutputDistribution
 from lib_lightning.algorithm.section_cache import SectionCache
 from lib_lightning.distributed.process_group import ProcessGroup, Reducible, all_reduce
-from lib_lightning.model.precision import to_float64
+
+_LOGITS = OutputDistribution("categorical")
 
 
 class FisherMetric(Reducible):
-    """Streaming ``E[diag(p) - p p^T]`` with ``p = softmax(a)``, over samples and positions.
+    """Streaming ``E[F]`` over samples and positions, with the Fisher information ``F`` of what the output stands for.
 
-    To second order, a step ``v`` in the logits changes the distribution by a Kullback-Leibler divergence of
-    ``v^T (diag(p) - p p^T) v / 2`` nats. A step that is common to all logits changes nothing.
+    For logits of classes, ``F = diag(p) - p p^T`` with ``p = softmax(a)``: a step that is common to all logits changes
+    nothing. See `OutputDistribution` for the others.
 
     See `lib_lightning.algorithm.metric.Metric` for the methods.
 
     Args:
-        d: Number of logits.
+        d: Number of logits, or of other outputs.
         groups: Number of jackknife groups.
+        distribution: What the output stands for.
 
     Note:
         Source: Amari (1998), https://doi.org/10.1162/089976698300017746, the Fisher information of a categorical
@@ -39,7 +42,8 @@ class FisherMetric(Reducible):
 
     sums = ("rows", "_total")
 
-    def __init__(self, d: int, groups: int = 1) -> None:
+    def __init__(self, d: int, groups: int = 1, distribution: OutputDistribution = _LOGITS) -> None:
+        self._distribution = distribution
         self.rows = torch.zeros(groups, dtype=torch.float64, device="cpu")
         self._total = torch.zeros(groups, d, d, dtype=torch.float64, device="cpu")
 
@@ -52,13 +56,13 @@ class FisherMetric(Reducible):
         """Add logits of one group of samples.
 
         Args:
-            rows: Logits, one vector a row: ``(m, d)``.
+            rows: Outputs, one a row: ``(m, d)``.
             group: Number of the group.
         """
-        p = to_float64(rows.detach()).softmax(-1)
-        self._total = self._total.to(p.device)
+        found = self._distribution.fisher_sum(rows)
+        self._total = self._total.to(found.device)
         self.rows[group] += rows.shape[0]
-        self._total[group] += torch.diag(p.sum(0)) - p.T @ p
+        self._total[group] += found
 
     def reduce(self, process_group: ProcessGroup) -> None:
         """See `Metric`."""

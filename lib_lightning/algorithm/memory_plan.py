@@ -30,6 +30,8 @@ _CPU_NUMBERS = 2**22
 _FEW = 8
 # Forward mode differentiates a backward pass, whose intermediate results are kept beside those of the forward pass.
 _GRAPHS = 3
+# Probabilities, vectors and their products, for a vocabulary larger than everything else.
+_OUTPUTS = 8
 # A backward pass has a few tensors of the size of the largest one at a time.
 _WORKING = 4
 
@@ -77,12 +79,14 @@ class Workload:
         points: Number of points of the integration path, each of which has a graph.
         lib: Whether all node layers but the last have a metric, so that wide ones need no covariance.
         fisher: Whether the last node layer has a metric as well.
+        output: Whether gradients of the model's output are needed.
     """
 
     samples: int = 0
     points: int = 1
     lib: bool = False
     fisher: bool = False
+    output: bool = False
 
 
 def plan_memory(
@@ -103,16 +107,19 @@ def plan_memory(
         ActivationError: If a node layer is so wide that its covariance alone does not fit.
     """
     n = instrumented.num_samples(batch)
+    cut = instrumented.to_output if workload.output else instrumented
     try:
-        captured, two, largest = _saved_by_autograd(instrumented, instrumented.select(batch, slice(0, 2)))
+        captured, two, largest = _saved_by_autograd(cut, instrumented.select(batch, slice(0, 2)))
         # What does not depend on the number of samples (weights, position embeddings) is in both.
-        one = _saved_by_autograd(instrumented, instrumented.select(batch, slice(0, 1)))[1] if n > 1 else 0
+        one = _saved_by_autograd(cut, instrumented.select(batch, slice(0, 1)))[1] if n > 1 else 0
     except Exception as error:
         if is_out_of_memory(error):
             raise
         # A tensor of the batch has the length of the batch by chance and must not be cut: run the whole batch.
-        captured, saved, largest = _saved_by_autograd(instrumented, batch)
+        captured, saved, largest = _saved_by_autograd(cut, batch)
         two, one = saved // max(1, n), 0
+    output_bytes = captured[-1].a[0].numel() * captured[-1].a.element_size() if workload.output else 0
+    captured = captured[: len(instrumented.layers)]
     # A covariance and two maps for each node layer, and the eigenproblem and products of the widest. A wide node layer
     # with a metric needs only the directions that are read: their number is unknown, at least a few hundred.
     widths = [layer.a.shape[-1] for layer in captured]
@@ -131,7 +138,7 @@ def plan_memory(
     itemsize = captured[0].a.element_size()
     outputs = max(layer.a.numel() for layer in captured)
     # Half for graphs and a quarter for vectors; the rest is lost to fragmentation.
-    samples = memory_limit // 2 // (_GRAPHS * max(1, workload.points) * max(1, two - one))
+    samples = memory_limit // 2 // (_GRAPHS * max(1, workload.points) * max(1, two - one) + _OUTPUTS * output_bytes)
     # Sections know only the sizes of their inputs and outputs, but the largest tensor between them needs the memory.
     stack = min(STACK_ELEMENTS, memory_limit // 4 // (_WORKING * itemsize)) * outputs // max(outputs, largest)
     # Kept graphs: those of all samples, activations on both sides of each cut, and a second graph for one chunk.

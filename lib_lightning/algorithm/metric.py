@@ -6,22 +6,11 @@ from typing import Protocol
 
 from torch import Tensor
 
-from lib_lightning.algorithm.section_cache import SectionCache
 from lib_lightning.distributed.process_group import ProcessGroup
 
 
 class Metric(Protocol):
     """A quadratic form ``v M v^T`` on the activations of a node layer, summed over samples."""
-
-    def add_batches(self, cache: SectionCache, index: int, phase: str) -> None:
-        """Add all batches of this process.
-
-        Args:
-            cache: The activations and sections of all batches.
-            index: Index of the node layer.
-            phase: Name of the phase, for progress.
-        """
-        ...
 
     def reduce(self, process_group: ProcessGroup) -> None:
         """Add up the sums of all processes."""

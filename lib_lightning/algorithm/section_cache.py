@@ -66,6 +66,7 @@ class SectionCache(ABC):
 
     Attributes:
         is_cached: Whether no batch is run again.
+        group_slices: Jackknife groups of each batch: number of the group, and slice of its samples.
     """
 
     is_cached: ClassVar[bool]
@@ -73,7 +74,7 @@ class SectionCache(ABC):
     def __init__(self, source: _Batches, sizes: Sequence[int]) -> None:
         self._source = source
         starts = itertools.accumulate(sizes, initial=0)
-        self._groups = [
+        self.group_slices = [
             list(group_slices(start, start + n, sum(sizes), source.plan.groups))
             for start, n in zip(starts, sizes, strict=False)
         ]
@@ -163,7 +164,7 @@ class SectionCache(ABC):
                 # A copy, so that whatever a phase computes of the section is freed after it.
                 copied = replace(
                     section,
-                    group_slices=self._groups[index],
+                    group_slices=self.group_slices[index],
                     sequential_only=i in self._sequential_only,
                     cached_products=products,
                 )
@@ -187,7 +188,7 @@ class SectionCache(ABC):
         """
         for index in range(len(self._source.batches)):
             a, mask = self._activations_of(index, i)
-            for group, samples in self._groups[index]:
+            for group, samples in self.group_slices[index]:
                 yield rows_of(a[samples], None if mask is None else mask[samples]), group
             phase_done(phase)
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 # Of each node layer. The names are those of the attributes of `Basis`; the last ones may be missing.
+_OPTIONAL = ("importance_error", "degenerate", "output_importance", "output_importance_error")
 BASIS_REQUIRED = {name: f"basis.{{}}.{name}" for name in ("mean", "to_features", "from_features", "importance")}
-BASIS_OPTIONAL = {name: f"basis.{{}}.{name}" for name in ("importance_error", "degenerate")}
+BASIS_OPTIONAL = {name: f"basis.{{}}.{name}" for name in _OPTIONAL}
 BASIS = BASIS_REQUIRED | BASIS_OPTIONAL
 # The names are those of the attributes of `Lineages`: all of them, or none.
 LINEAGES = {name: f"lineages.{{}}.{name}" for name in ("ids", "similarity", "parents")}
@@ -48,6 +49,8 @@ REFERENCE_SAMPLES = "reference_samples"
 # Whether modules have the numbers that they have in the other snapshots of the run.
 MODULES_TRACKED = "modules_tracked"
 EFFORT = "effort"
+# What the model's output stands for, and why it is taken for that.
+OUTPUT_DISTRIBUTION = "output_distribution"
 
 # Names in files of version 0.1, and what they are now. Dots separate the parts of a tensor's key.
 OLD_TENSOR_NAMES = {"probes": "reference_features", "unsure": "degenerate"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import weakref
@@ -22,7 +23,7 @@ from lib_lightning.model.conversion import convert_attributes, target_dtype
 from lib_lightning.model.feature_axis import FeatureAxes, TensorRecord
 from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.module_paths import accepts_hooks, as_in_model, check_taps, find_module, unwrapped
-from lib_lightning.model.node_layer import NodeLayer, has_known_axis
+from lib_lightning.model.node_layer import OUTPUT, NodeLayer, has_known_axis
 from lib_lightning.model.not_called import NotCalledError, explain_not_called
 from lib_lightning.model.preserve import MAX_COPIED_BYTES, preserve_model
 from lib_lightning.model.process_state import seed_all
@@ -118,6 +119,15 @@ class InstrumentedModel:
                 self.release()
                 self._in_session, self._restore_attributes = False, None
                 self.model = original
+
+    @property
+    def to_output(self) -> InstrumentedModel:
+        """The same model, with its output as the last node layer; use it in the same `session`."""
+        if self.layers and tuple(self.layers[-1].taps) == (OUTPUT,):
+            return self
+        other = copy.copy(self)
+        other.layers, other._widths = [*self.layers, NodeLayer(OUTPUT)], {}
+        return other
 
     def activations(self, batch: Any) -> list[Tensor]:
         """Activations ``(n, S, d)`` of every node layer on one batch, without gradients."""

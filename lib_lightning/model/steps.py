@@ -99,13 +99,13 @@ def find_call(model: nn.Module, batch: Any, input_fn: InputFn | ModelCall | None
         return ModelCall(input_fn=input_fn)
     problems = []
     for step in steps_of(model):
-        with _state_restored(model):
+        with state_restored(model):
             found = find_call_in_step(model, step, map_tensors(batch, lambda t: t.detach().clone()))
         if isinstance(found, ModelCall):
             return found
         problems.append((step, found))
     try:
-        with _state_restored(model):
+        with state_restored(model):
             return find_arguments(model, batch)
     except LIBError as error:
         failed = [f"{step}: {type(problem).__name__}: {problem}" for step, problem in problems if problem]
@@ -115,7 +115,7 @@ def find_call(model: nn.Module, batch: Any, input_fn: InputFn | ModelCall | None
 
 
 @contextmanager
-def _state_restored(model: nn.Module) -> Iterator[None]:
+def state_restored(model: nn.Module) -> Iterator[None]:
     """What a forward pass writes into buffers and attributes of modules is undone after the block."""
     restore = save_buffers(model), preserve_attributes(model)
     try:
