@@ -14,6 +14,7 @@ from lib_lightning import NodeLayer
 from lib_lightning.algorithm.build import BuildResult, build_graph
 from lib_lightning.algorithm.config import LIBConfig
 from lib_lightning.algorithm.memory_plan import MemoryPlan
+from lib_lightning.algorithm.output_distribution import OutputDistribution
 from lib_lightning.algorithm.shortcuts import FAST, Shortcuts
 from lib_lightning.jacobian.closed_form_detect import NoClosedForms
 from lib_lightning.model.instrumented import InstrumentedModel, model_session
@@ -35,13 +36,14 @@ def built(
     plan: MemoryPlan = KEEP_ALL,
     shortcuts: Shortcuts = FAST,
     plain: bool = False,
+    output: OutputDistribution | None = OutputDistribution("categorical"),  # noqa: B008
     **options: Any,
 ) -> BuildResult:
     """Bases and edges of a model; options are those of `LIBConfig`."""
     instrumented = InstrumentedModel(model, as_node_layers(layers), spec or ModelSpec())
     config = LIBConfig(**{"rtol": 1e-11, **options})
     with model_session(instrumented):
-        return build_graph(instrumented, batches, config, plan, shortcuts=shortcuts, plain=plain)
+        return build_graph(instrumented, batches, config, plan, shortcuts=shortcuts, plain=plain, output=output)
 
 
 def built_of(case: Case, sizes: tuple[int, ...] = (7, 2, 11), **options: Any) -> BuildResult:
@@ -62,10 +64,12 @@ def assert_equal(one: BuildResult, other: BuildResult, rtol: float = 1e-8) -> No
 
     def numbers(result: BuildResult) -> list[Tensor]:
         importances = [b.importance for b in result.bases]
+        importances += [b.output_importance for b in result.bases if b.output_importance is not None]
         return [*importances, *result.edges, *result.importance_replicates, *result.edge_replicates]
 
     # A replicate may be only rounding error (the variance of one sample): relative to the numbers that it replicates.
-    scales = [*(b.importance for b in other.bases), *other.edges] * 2
+    scales = [*numbers(other)[: -len(other.importance_replicates) - len(other.edge_replicates)]]
+    scales += [*(b.importance for b in other.bases), *other.edges]
     for a, b, scale in zip(numbers(one), numbers(other), scales, strict=True):
         assert a.shape == b.shape
         assert a.numel() == 0 or (a - b).abs().max() <= rtol * max(b.abs().max(), scale.abs().max())

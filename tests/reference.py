@@ -64,6 +64,7 @@ def transcribe(
     steps: int = 0,
     rtol: float = 1e-11,
     masks: Sequence[Tensor] = (),
+    output: str | None = None,
 ) -> Reference:
     """Bases and edges of a chain.
 
@@ -75,6 +76,7 @@ def transcribe(
         steps: Points of the integration path.
         rtol: Eigenvalues below this share of the largest are zero.
         masks: True at valid positions of each node layer, ``(n, S)``; other positions are excluded from every sum.
+        output: Measure all node layers but the last by what the last predicts; see `fisher_information`.
 
     Returns:
         Activations, bases and edges.
@@ -100,6 +102,8 @@ def transcribe(
         else:
             if kind == "fisher":
                 M = fisher_metric(rows)
+            elif output is not None:
+                M = output_metric(chain[l:], a[l], a[L], valid[l], valid[L], output)
             else:
                 M = jacobian_metric(chain[l], a[l], mean[l], C[l + 1], valid[l], valid[l + 1], steps)
             Lambda[l], V = nonzero_eigh(D.sqrt().diag() @ U.T @ M @ U @ D.sqrt().diag(), rtol)
@@ -113,6 +117,62 @@ def fisher_metric(logits: Tensor) -> Tensor:
     """Mean of ``diag(p) - p p^T`` over logits, one vector a row, with ``p = softmax(logits)``."""
     p = logits.softmax(-1)
     return sum(p_x.diag() - torch.outer(p_x, p_x) for p_x in p) / len(p)
+
+
+def fisher_information(a: Tensor, kind: str) -> Tensor:
+    """Fisher information of one output position ``a`` of shape ``(d,)``: of logits, or of the mean of a Gaussian."""
+    if kind == "categorical":
+        p = a.softmax(-1)
+        return p.diag() - torch.outer(p, p)
+    if kind == "bernoulli":
+        return (a.sigmoid() * (1 - a.sigmoid())).diag()
+    return torch.eye(len(a)).double()
+
+
+def gradients_of_output(chain: Chain, a_x: Tensor, valid: Tensor) -> Tensor:
+    """Dense Jacobian ``(S', d', S, d)`` of the rest of a chain at one sample; of valid output positions."""
+
+    def rest(a: Tensor) -> Tensor:
+        for F in chain:
+            a = F(a)
+        return a
+
+    return jacobian(rest, a_x)[valid]
+
+
+def output_metric(chain: Chain, a: Tensor, a_out: Tensor, valid: Tensor, valid_out: Tensor, kind: str) -> Tensor:
+    """``M_out = 1/(n S) sum_x sum_{t,s} J_ts^T F_t J_ts`` of a node layer, from samples ``a`` of shape ``(n, S, d)``.
+
+    With ``F = 1``, this is the metric of the authors' "naive gradient flow": that of a network with two node layers,
+    this one and the last, whose features are neurons.
+    """
+    M = torch.zeros(a.shape[-1], a.shape[-1]).double()
+    for x, a_x in enumerate(a):
+        J = gradients_of_output(chain, a_x, valid_out[x])[:, :, valid[x]]
+        for J_t, out in zip(J, a_out[x][valid_out[x]], strict=True):
+            M += torch.einsum("isd,ij,jse->de", J_t, fisher_information(out, kind), J_t) / valid.sum()
+    return M
+
+
+def output_importance(
+    chain: Chain,
+    a: Tensor,
+    a_out: Tensor,
+    valid: Tensor,
+    valid_out: Tensor,
+    kind: str,
+    features: Tensor,
+    C_pinv: Tensor,
+) -> Tensor:
+    """``o_j = 1/2 1/(n S) sum_x sum_{t,s} (J_ts v)^T F_t (J_ts v)`` with ``v = fhat_{s,j} C^+_j``."""
+    o = torch.zeros(len(C_pinv)).double()
+    for x, a_x in enumerate(a):
+        J = gradients_of_output(chain, a_x, valid_out[x])
+        for j in range(len(C_pinv)):
+            moved = torch.einsum("tisd,s,d->tis", J, features[x, :, j], C_pinv[j])[:, :, valid[x]]
+            for moved_t, out in zip(moved, a_out[x][valid_out[x]], strict=True):
+                o[j] += torch.einsum("is,ij,js->", moved_t, fisher_information(out, kind), moved_t) / 2 / valid.sum()
+    return o
 
 
 def jacobian_metric(

@@ -33,7 +33,7 @@ from lib_lightning.algorithm.degenerate import describe_empty_layers, is_constan
 from lib_lightning.algorithm.dominance import PositionVariance, describe_dominance, reduce_position_variances
 from lib_lightning.algorithm.edges import Edges
 from lib_lightning.algorithm.feature_reader import FeatureReader
-from lib_lightning.algorithm.fisher_metric import FisherMetric
+from lib_lightning.algorithm.fisher_metric import LOGITS, FisherMetric
 from lib_lightning.algorithm.gradient_metric import GradientMetric
 from lib_lightning.algorithm.jackknife import FeatureVariances, near_degenerate, standard_error
 from lib_lightning.algorithm.jacobian_metric import JacobianMetric
@@ -293,8 +293,7 @@ def _metric(run: _Run, i: int, next_basis: Basis | None, d: int, cache: SectionC
     groups = run.plan.groups
     metric: FisherMetric | JacobianMetric
     if next_basis is None:
-        assert run.output is not None
-        metric = FisherMetric(d, groups, run.output)
+        metric = FisherMetric(d, groups, run.output or LOGITS)
     else:
         C_next = next_basis.to_features
         metric = JacobianMetric(d, C_next, run.config.n_probes, run.generator, groups, run.shortcuts.gram)

@@ -11,7 +11,7 @@ from lib_lightning.algorithm.output_distribution import OutputDistribution
 from lib_lightning.algorithm.section_cache import SectionCache
 from lib_lightning.distributed.process_group import ProcessGroup, Reducible, all_reduce
 
-_LOGITS = OutputDistribution("categorical")
+LOGITS = OutputDistribution("categorical")
 
 
 class FisherMetric(Reducible):
@@ -42,7 +42,7 @@ class FisherMetric(Reducible):
 
     sums = ("rows", "_total")
 
-    def __init__(self, d: int, groups: int = 1, distribution: OutputDistribution = _LOGITS) -> None:
+    def __init__(self, d: int, groups: int = 1, distribution: OutputDistribution = LOGITS) -> None:
         self._distribution = distribution
         self.rows = torch.zeros(groups, dtype=torch.float64, device="cpu")
         self._total = torch.zeros(groups, d, d, dtype=torch.float64, device="cpu")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -159,7 +159,7 @@ def find_output_distribution(
         same_features = loss.shape[-1:] == output.shape[-1:] or loss.shape[1:2] == output.shape[1:2]
         if same_features or loss.shape == output.shape[:-1]:
             return OutputDistribution(_KIND_OF_LOSS[loss.function], f"as the loss is {loss.function}")
-    return _from_config(instrumented, value) or _from_labels(batch, output) or _guess(output)
+    return _from_config(instrumented, value) or _from_labels(_not_inputs(instrumented, batch), output) or _guess(output)
 
 
 def agree(found: OutputDistribution | None, process_group: ProcessGroup) -> OutputDistribution | None:
@@ -196,11 +196,17 @@ def _from_config(instrumented: InstrumentedModel, value: Any) -> OutputDistribut
     return OutputDistribution("categorical", "as the output is named logits")
 
 
-def _from_labels(batch: Any, output: Tensor) -> OutputDistribution | None:
-    """What the entries of a batch that have the shape of labels say."""
-    if isinstance(batch, Tensor):
-        return None
-    others = tensors_in(batch)[1:]
+def _not_inputs(instrumented: InstrumentedModel, batch: Any) -> list[Tensor]:
+    """Tensors of a batch that the model does not take."""
+    call = instrumented.find_call(batch)
+    if call.step is not None:  # which of them it takes is known to the step alone
+        return []
+    inputs = {t.data_ptr() for t in tensors_in(call.arguments_of(batch))}
+    return [t for t in tensors_in(batch) if t.data_ptr() not in inputs]
+
+
+def _from_labels(others: Sequence[Tensor], output: Tensor) -> OutputDistribution | None:
+    """What tensors with the shape of labels say."""
     for t in others:
         if not t.is_floating_point() and t.dtype != torch.bool and t.shape in (output.shape[:-1], _without(output, 1)):
             return OutputDistribution("categorical", "as the batch has labels that are integers")
