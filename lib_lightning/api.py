@@ -296,7 +296,8 @@ def estimate_of(
     seconds, ranks = try_out(cost, plan, chosen, run)
     with model_session(instrumented, copied_bytes(memory_limit)):
         a = instrumented.activations(instrumented.select(batch, slice(0, 1)))[0]
-        memory = _plan(instrumented, [batch], chosen, memory_limit, plan.num_samples)
+        has_output = chosen.output_distribution != "none"
+        memory = _plan(instrumented, [batch], chosen, memory_limit, has_output, plan.num_samples)
     return CostEstimate(
         plan,
         seconds,

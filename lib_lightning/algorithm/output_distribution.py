@@ -13,6 +13,7 @@ from lib_lightning.distributed.process_group import ProcessGroup
 from lib_lightning.model.batch import first_tensor, tensors_in
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.losses import losses_in_step
+from lib_lightning.model.precision import to_float64
 
 OutputKind = Literal["categorical", "bernoulli", "gaussian"]
 OutputSetting = Literal["auto", "categorical", "bernoulli", "gaussian", "none"]
@@ -80,7 +81,7 @@ class OutputDistribution:
         Returns:
             Shape ``(d, d)``, float64.
         """
-        rows = rows.detach().double()
+        rows = to_float64(rows.detach())
         if self.kind == "gaussian":
             return len(rows) * torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
         if self.kind == "bernoulli":
@@ -102,7 +103,7 @@ class OutputDistribution:
             >>> OutputDistribution("gaussian").divergence(torch.zeros(1), torch.tensor([2.0]))
             tensor(2., dtype=torch.float64)
         """
-        a, b = a.double(), b.double()
+        a, b = to_float64(a), to_float64(b)
         if self.kind == "gaussian":
             return (a - b).square().sum(-1) / 2
         if self.kind == "bernoulli":

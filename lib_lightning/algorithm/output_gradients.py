@@ -32,6 +32,7 @@ from lib_lightning.jacobian.integrated_gradients import sections_between
 from lib_lightning.jacobian.section import Section
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.node_layer import OUTPUT
+from lib_lightning.model.precision import to_float64
 from lib_lightning.model.vjp import apply_mask
 
 # Output positions times entries up to which a metric is the exact sum, and the random vectors otherwise.
@@ -271,7 +272,7 @@ class OutputImportance(Reducible):
             fhat: Its features, zero at masked positions, shape ``(n, S, r)``.
         """
         effects = (g @ self.basis.from_features.to(g).T).mul_(fhat.to(g))
-        squares = effects.double().square().sum((0, 2))
+        squares = to_float64(effects).square().sum((0, 2))
         for group, samples in batch.group_slices:
             self._total[group] += squares[samples].sum(0)
 
