@@ -43,9 +43,11 @@ from lib_lightning.algorithm.metric import Metric
 from lib_lightning.algorithm.output_distribution import OutputDistribution
 from lib_lightning.algorithm.output_gradients import (
     EXACT_OUTPUTS,
-    IMPORTANCE_VECTORS,
+    OUTPUT_IMPORTANCE,
+    OUTPUT_METRIC,
     SAMPLED,
     OutputGradients,
+    importance_vectors,
     measured_by_output,
     output_importances,
     output_metrics,
@@ -72,7 +74,6 @@ _SAMPLED_OUTPUT = (
     "The output has so many numbers that its metric is estimated from {} random vectors per sample; n_probes sets "
     "another number. The file says how large the error is."
 )
-_OUTPUT_METRIC, _OUTPUT_IMPORTANCE = "metric of the output", "importance for the output"
 
 
 @dataclass(frozen=True)
@@ -248,11 +249,11 @@ def phases(config: LIBConfig, instrumented: InstrumentedModel, n_batches: int) -
     names, kinds = [layer.name for layer in instrumented.layers], _kinds(config, instrumented)
     counts = {"moments": n_batches + 1}
     measured = measured_by_output(config, len(names), instrumented.layers[-1].taps)
-    counts |= {_OUTPUT_METRIC: n_batches} if measured else {}
+    counts |= {OUTPUT_METRIC: n_batches} if measured else {}
     for i, (name, kind) in reversed(list(enumerate(zip(names, kinds, strict=True)))):
         counts[f"basis of {name}"] = n_batches + 1 if kind == "lib" and i not in measured else 1
     counts |= {_edges_phase(before, after): n_batches for before, after in itertools.pairwise(names)}
-    counts |= {} if config.output_distribution == "none" else {_OUTPUT_IMPORTANCE: n_batches}
+    counts |= {} if config.output_distribution == "none" else {OUTPUT_IMPORTANCE: n_batches}
     return counts | {"standard errors": 1}
 
 
@@ -323,7 +324,7 @@ def _output_metrics(
         return {}
     n_probes = _agreed(gradients.num_vectors(run.config.n_probes, EXACT_OUTPUTS, SAMPLED), run.process_group)
     groups = run.plan.groups
-    metrics = output_metrics(gradients, measured, widths, n_probes, groups, run.shortcuts.gram, _OUTPUT_METRIC)
+    metrics = output_metrics(gradients, measured, widths, n_probes, groups, run.shortcuts.gram)
     for i, metric in metrics.items():
         metric.reduce(run.process_group)
         if not metric.is_finite():
@@ -395,10 +396,8 @@ def _output_importances(run: _Run, bases: Sequence[Basis], gradients: OutputGrad
     """Step 4: the bases with the importances ``o`` of their features for the output."""
     if gradients is None:
         return list(bases)
-    # Importances have standard errors, so that a few vectors are enough.
-    n_probes = min(run.config.n_probes or IMPORTANCE_VECTORS, IMPORTANCE_VECTORS)
-    n_vectors = _agreed(gradients.num_vectors(n_probes, 0, n_probes), run.process_group)
-    found = output_importances(gradients, bases, n_vectors, run.plan.groups, _OUTPUT_IMPORTANCE)
+    n_vectors = _agreed(gradients.num_vectors(importance_vectors(run.config), 0, SAMPLED), run.process_group)
+    found = output_importances(gradients, bases, n_vectors, run.plan.groups)
     all_reduce(found, run.process_group)
     return [
         replace(basis, output_importance=one.value, output_importance_error=one.error)

@@ -21,8 +21,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lib_lightning.algorithm.config import LIBConfig
 from lib_lightning.algorithm.low_rank_gram import DENSE_WIDTH
+from lib_lightning.algorithm.output_gradients import EXACT_OUTPUTS, SAMPLED, importance_vectors, num_vectors
 from lib_lightning.algorithm.shortcuts import FAST
 from lib_lightning.distributed.process_group import ProcessGroup
+from lib_lightning.errors import LIBError
 from lib_lightning.jacobian.integrated_gradients import sections_between
 from lib_lightning.jacobian.section import STACK_ELEMENTS
 from lib_lightning.model.capture import CapturedLayer
@@ -101,17 +103,22 @@ class GraphCost:
         metrics: Products for the metric of each node layer but the last.
         bases: Eigenproblem of each node layer, and the sums for it.
         edges: Products for the edges of each section.
+        output_metric: Gradients of the output for metrics.
+        output_importance: Gradients of the output for the importances of all features.
     """
 
     moments: float
     metrics: Sequence[float]
     bases: Sequence[float]
     edges: Sequence[float]
+    output_metric: float = 0.0
+    output_importance: float = 0.0
 
     @property
     def total(self) -> float:
         """All of them."""
-        return self.moments + sum(self.metrics) + sum(self.bases) + sum(self.edges)
+        sums = sum(self.metrics) + sum(self.bases) + sum(self.edges)
+        return self.moments + sums + self.output_metric + self.output_importance
 
 
 @dataclass(frozen=True)
@@ -121,10 +128,13 @@ class ModelCost:
     Attributes:
         forward: One forward pass.
         sections: The sections.
+        readout: The section from the last node layer to the model's output; None if that is the output, or has no
+            gradient.
     """
 
     forward: Operations
     sections: Sequence[SectionCost]
+    readout: SectionCost | None = None
 
     def of_graph(self, config: LIBConfig, num_samples: int) -> float:
         """Operations of a graph; see `steps`."""
@@ -147,12 +157,30 @@ class ModelCost:
             bases.append(num_samples * S * d * rank * 4 + _EIGENPROBLEM * rank**3 + _CALLS_PER_LAYER * _PER_CALL)
         points = max(1, config.integration_steps)
         sections = [self._of_section(section, config, num_samples) for section in self.sections]
+        by_output = config.metric == "output"
         return GraphCost(
             _FORWARD_PASSES * self.forward.of(num_samples),
-            [points * metric for metric, _ in sections],
+            [0.0 if by_output else points * metric for metric, _ in sections],
             bases,
             [points * edges for _, edges in sections],
+            self._of_output(config.n_probes, EXACT_OUTPUTS, SAMPLED, num_samples)
+            if by_output or (config.final_metric and self.readout)
+            else 0.0,
+            0.0
+            if config.output_distribution == "none"
+            else self._of_output(importance_vectors(config), 0, SAMPLED, num_samples),
         )
+
+    def _of_output(self, n_probes: int | None, exact_outputs: int, sampled: int, n: int) -> float:
+        """Operations of gradients of the output with respect to all node layers."""
+        sections = [*self.sections, self.readout] if self.readout else list(self.sections)
+        S_out, d_out = sections[-1].shape_out
+        vectors = num_vectors(S_out * d_out, n_probes, exact_outputs, sampled) or S_out * d_out
+        chunk = min(n, max(1, _CHUNK // max(S * d for S, d in [section.shape_in for section in sections])))
+        size = chunk * max(1, S_out * d_out)
+        stack = min(vectors, max(1, STACK_ELEMENTS // size))
+        products = sum(section.reverse.of(chunk, vectors, stack) for section in sections) * n / chunk
+        return self.forward.of(n) + products
 
     def _of_section(self, section: SectionCost, config: LIBConfig, n: int) -> tuple[float, float]:
         """Operations of metric and edges."""
@@ -231,20 +259,27 @@ def _measure(instrumented: InstrumentedModel, batch: Any) -> ModelCost:
     n = max(1, instrumented.num_samples(batch))
     instrumented.manual_seed(0)
     captured: list[CapturedLayer] = []
-    forward = counted_operations(lambda: captured.extend(instrumented.capture(batch)), n)
+    try:
+        forward = counted_operations(lambda: captured.extend(instrumented.to_output.capture(batch)), n)
+    except LIBError:  # the output is no activations
+        captured.clear()
+        forward = counted_operations(lambda: captured.extend(instrumented.capture(batch)), n)
     closed_forms = FAST.closed_forms.fit(instrumented, [batch])
+    sections = sections_between(captured, STACK_ELEMENTS)
+    between = sections[: len(instrumented.layers) - 1]
     costs = []
-    for i, section in enumerate(sections_between(captured, STACK_ELEMENTS)):
+    for i, section in enumerate(sections):
+        is_readout = i == len(between)
         costs.append(
             SectionCost(
                 _products(section.vjp, section.a_out, n),
-                _products(section.jvp, section.a, n) if section.has_jvp() else None,
+                _products(section.jvp, section.a, n) if not is_readout and section.has_jvp() else None,
                 (section.S_in, section.d_in),
                 (section.S_out, section.d_out),
-                closed_forms.closed_form_of(i, section) is not None,
+                not is_readout and closed_forms.closed_form_of(i, section) is not None,
             )
         )
-    return ModelCost(forward, costs)
+    return ModelCost(forward, costs[: len(between)], costs[-1] if len(costs) > len(between) else None)
 
 
 def _products(product: Callable[[Tensor], Tensor], like: Tensor, n: int) -> Operations:

@@ -35,6 +35,8 @@ from lib_lightning.model.node_layer import OUTPUT
 from lib_lightning.model.precision import to_float64
 from lib_lightning.model.vjp import apply_mask
 
+# Names of phases, for progress.
+OUTPUT_METRIC, OUTPUT_IMPORTANCE = "metric of the output", "importance for the output"
 # Output positions times entries up to which a metric is the exact sum, and the random vectors otherwise.
 EXACT_OUTPUTS, SAMPLED = 4096, 64
 # The same for importances, which have standard errors.
@@ -135,10 +137,7 @@ class OutputGradients:
             return n_probes
         with torch.no_grad():
             a = self._capture(0)[-1].a
-        outputs = a.shape[1] * a.shape[2]
-        if outputs <= (exact_outputs if n_probes is None else n_probes):
-            return None
-        return sampled if n_probes is None else n_probes
+        return num_vectors(a.shape[1] * a.shape[2], n_probes, exact_outputs, sampled)
 
     def batches(
         self, phase: str, halves: Sequence[int] | None
@@ -213,7 +212,6 @@ def output_metrics(
     n_probes: int | None,
     groups: int,
     gram: Callable[[int, int], Gram],
-    phase: str,
 ) -> dict[int, GradientMetric]:
     """The metrics ``M_out`` of some node layers, of the samples of this process.
 
@@ -224,14 +222,13 @@ def output_metrics(
         n_probes: Random vectors per sample; None for the exact sum.
         groups: Number of jackknife groups.
         gram: As for `GradientMetric`.
-        phase: Name of the phase, for progress.
 
     Returns:
         The metrics by index of the node layer, not yet summed over processes.
     """
     metrics = {i: GradientMetric(widths[i], n_probes, groups, gram) for i in layers}
     halves = None if n_probes is None else next(iter(metrics.values())).halves
-    for batch, found in gradients.batches(phase, halves):
+    for batch, found in gradients.batches(OUTPUT_METRIC, halves):
         for i, metric in metrics.items():
             metric.count(batch.a[i], batch.masks[i], batch.group_slices)
         for one in found:
@@ -289,7 +286,7 @@ class OutputImportance(Reducible):
 
 
 def output_importances(
-    gradients: OutputGradients, bases: Sequence[Basis], n_vectors: int | None, groups: int, phase: str
+    gradients: OutputGradients, bases: Sequence[Basis], n_vectors: int | None, groups: int
 ) -> list[OutputImportance]:
     """The importances of all features for the output, of the samples of this process.
 
@@ -298,13 +295,12 @@ def output_importances(
         bases: Basis of each node layer.
         n_vectors: Random vectors per sample; None for the exact sum.
         groups: Number of jackknife groups.
-        phase: Name of the phase, for progress.
 
     Returns:
         The importances of each node layer, not yet summed over processes.
     """
     importances = [OutputImportance(basis, n_vectors, groups) for basis in bases]
-    for batch, found in gradients.batches(phase, None if n_vectors is None else [n_vectors]):
+    for batch, found in gradients.batches(OUTPUT_IMPORTANCE, None if n_vectors is None else [n_vectors]):
         features = []
         for i, importance in enumerate(importances):
             importance.count(batch, i)
@@ -312,6 +308,32 @@ def output_importances(
         for one in found:
             importances[one.index].add(batch, one.g, features[one.index])
     return importances
+
+
+def num_vectors(outputs: int, n_probes: int | None, exact_outputs: int, sampled: int) -> int | None:
+    """How many random vectors to multiply for each sample.
+
+    Args:
+        outputs: Output positions times entries.
+        n_probes: The number of vectors, if the user gave one.
+        exact_outputs: Number of outputs up to which all unit vectors are taken if the user gave none.
+        sampled: Number of random vectors otherwise.
+
+    Returns:
+        The number; None for all unit vectors, which are never more than the user's number.
+
+    Example:
+        >>> num_vectors(10, 16, 0, 64), num_vectors(1000, 16, 0, 64), num_vectors(1000, None, 100, 64)
+        (None, 16, 64)
+    """
+    if outputs <= (exact_outputs if n_probes is None else n_probes):
+        return None
+    return sampled if n_probes is None else n_probes
+
+
+def importance_vectors(config: LIBConfig) -> int:
+    """Number of random vectors per sample for importances, which have standard errors: a few are enough."""
+    return min(config.n_probes or IMPORTANCE_VECTORS, IMPORTANCE_VECTORS)
 
 
 def is_output(taps: Sequence[str]) -> bool:

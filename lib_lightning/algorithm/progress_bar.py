@@ -10,6 +10,7 @@ from typing import Any
 
 from lib_lightning.algorithm.config import LIBConfig
 from lib_lightning.algorithm.effort import ModelCost
+from lib_lightning.algorithm.output_gradients import OUTPUT_IMPORTANCE, OUTPUT_METRIC
 from lib_lightning.algorithm.progress import on_phase
 from lib_lightning.model.safe_points import on_vectors
 
@@ -49,14 +50,16 @@ def steps_of(phases: Mapping[str, int], cost: ModelCost | None, config: LIBConfi
     moments, *others = phases.items()
     bases = [item for item in others if item[0].startswith("basis of ")]
     edges = [item for item in others if item[0].startswith("edges from ")]
-    last = [name for name, _ in others[len(bases) + len(edges) :]]
+    output_metric = [item for item in others if item[0] == OUTPUT_METRIC]
+    last = others[len(output_metric) + len(bases) + len(edges) :]
     n = max(1, moments[1] - 1)
     if cost is None or len(edges) != len(cost.sections):
-        found = [Step(name) for name, count in (moments, *bases) for _ in range(count)]
+        found = [Step(name) for name, count in (moments, *output_metric, *bases) for _ in range(count)]
         found += [Step(name) for _ in range(n) for name, _ in edges]
-        return found + [Step(name) for name in last]
+        return found + [Step(name) for name, count in last for _ in range(count)]
     of_graph = cost.steps(config, num_samples)
     found = [Step(moments[0], of_graph.moments / n)] * n + [Step(moments[0], 0.0)]
+    found += [Step(name, of_graph.output_metric / n) for name, count in output_metric for _ in range(count)]
     for i, (name, count) in zip(reversed(range(len(bases))), bases, strict=True):
         if count > 1 and i < len(cost.sections):
             vectors = float(config.n_probes or cost.sections[i].shape_out[0] * cost.sections[i].shape_out[1])
@@ -69,7 +72,8 @@ def steps_of(phases: Mapping[str, int], cost: ModelCost | None, config: LIBConfi
             outputs = section.shape_out[0] * section.shape_out[1]
             pushed = min(section.shape_in[1], config.n_pushed or section.shape_in[1], outputs)
             found.append(Step(name, length / n, float(pushed)))
-    return found + [Step(name, 0.0) for name in last]
+    lengths = {OUTPUT_IMPORTANCE: of_graph.output_importance / n}
+    return found + [Step(name, lengths.get(name, 0.0)) for name, count in last for _ in range(count)]
 
 
 class ProgressDisplay:

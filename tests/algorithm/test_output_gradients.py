@@ -88,7 +88,7 @@ def metrics_of(
         gradients = OutputGradients(
             instrumented, batches, OutputDistribution("categorical"), groups, MemoryPlan().stack_elements, seed
         )
-        found = output_metrics(gradients, range(len(layers)), widths, n_probes, 1, LowRankGram, "test")
+        found = output_metrics(gradients, range(len(layers)), widths, n_probes, 1, LowRankGram)
     return list(found.values())
 
 
@@ -110,8 +110,8 @@ def test_estimates_have_the_metric_in_expectation_and_know_their_error() -> None
 def test_random_signs_have_less_variance_than_drawn_labels() -> None:
     model, tokens = Tokens().double(), torch.randint(0, 64, (16, 5))
     model.head.weight.data *= 8  # predictions that are nearly certain, as those of a trained model
-    (exact,) = metrics_of(model, [tokens], LAYERS[-1:], None)
-    signs = [metrics_of(model, [tokens], LAYERS[-1:], 4, seed)[0].M for seed in range(20)]
+    _, exact = metrics_of(model, [tokens], LAYERS[1:], None)
+    signs = [metrics_of(model, [tokens], LAYERS[1:], 4, seed)[-1].M for seed in range(20)]
     labels = [metric_of_drawn_labels(model, tokens, 4) for _ in range(20)]
     error = [float(torch.stack(found).sub(exact.M).norm(dim=(1, 2)).square().mean()) for found in (signs, labels)]
     mean = torch.stack(labels).mean(0)
@@ -205,7 +205,7 @@ def importances_of(model: nn.Module, batch: Tensor, bases: Any, n_vectors: int |
         gradients = OutputGradients(
             instrumented, [batch], OutputDistribution("categorical"), groups, MemoryPlan().stack_elements, seed
         )
-        return output_importances(gradients, bases, n_vectors, 8, "test")
+        return output_importances(gradients, bases, n_vectors, 8)
 
 
 def test_errors_of_importances_are_those_found() -> None:
