@@ -75,6 +75,8 @@ class Feature:
         lineage: The lineage; None if features are not tracked.
         importance: Its importance.
         importance_error: Standard error of the importance; None if unknown.
+        output_importance: What setting it to its mean at one position does to the model's predictions, in nats; None
+            where it was not computed.
         label: Its name; "" for none.
         module: Number of its module, -1 for none; None if modules have not been looked for.
         to_feature: The direction that is read, a column of ``C``, shape ``(d,)``, float64: the feature's value is
@@ -89,6 +91,7 @@ class Feature:
     lineage: int | None
     importance: float
     importance_error: float | None
+    output_importance: float | None
     label: str
     module: int | None
     to_feature: Tensor = field(repr=False, compare=False)
@@ -205,7 +208,7 @@ class InteractionGraph:
                 f"'{layer}' has {basis.n_features:,} features, with indices from 0 to {basis.n_features - 1:,}; "
                 f"got {index}. To look a feature up by its id, write '{layer}/{index}'."
             )
-        modules, errors = self.modules.get(layer), basis.importance_error
+        modules, errors, nats = self.modules.get(layer), basis.importance_error, basis.output_importance
         return Feature(
             self.feature_ids(layer)[index],
             layer,
@@ -213,6 +216,7 @@ class InteractionGraph:
             int(self.lineages[layer].ids[index]) if layer in self.lineages else None,
             float(basis.importance[index]),
             None if errors is None else float(errors[index]),
+            None if nats is None else float(nats[index]),
             self.labels[layer][index] if self.labels.get(layer) else "",
             None if modules is None else int(modules[index]),
             basis.to_features[:, index],

@@ -15,9 +15,10 @@ import torch
 from torchmetrics import MetricCollection
 
 from lib_lightning.ablation import AblationPlan
-from lib_lightning.algorithm.config import BasisKind, FinalBasisKind, FinalMetric, LIBConfig, check_choice
+from lib_lightning.algorithm.config import BasisKind, FinalBasisKind, FinalMetric, LIBConfig, MetricKind, check_choice
 from lib_lightning.algorithm.effort import Effort, EffortPlan, agree
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
+from lib_lightning.algorithm.output_distribution import OutputSetting
 from lib_lightning.algorithm.progress_bar import displayed_in
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.errors import ComputationStopped, SettingError, check_list
@@ -115,8 +116,8 @@ class LIBCallback(Callback):
         memory_limit: Memory that a snapshot may use beside model and samples, in GiB.
         name: Prefix of everything logged and name of the folder, in the log directory. Several LIBCallbacks of a
             trainer need different names.
-        final_metric: fisher measures logits by the distribution that they parametrise, so that importance means effect
-            on the prediction.
+        final_metric: fisher measures the last node layer by what the model's output predicts, so that importance there
+            means effect on the prediction.
         baselines: Other bases, such as pca and neuron, to compute on the same samples. Their scalars are logged as
             ``pca/...``, and the ratios of all totals as ``lib_over_pca/...``.
         metrics: Metrics to log, each under its own name for every part of the graph and in total; None (null) for
@@ -139,6 +140,11 @@ class LIBCallback(Callback):
             ablations: 1 for the first one, as of language models, whose first token often has most of the variance; -1
             for the last one; a list of indices; a slice, such as slice(2, 10). Counted in each sample, among the valid
             ones if there is a mask. None (null) for none; a NodeLayer may have its own.
+        metric: next measures a node layer by the features of the next one, as the paper does; output measures all of
+            them by what the model's output predicts.
+        output_distribution: What the output is: categorical for logits of classes or tokens, bernoulli for logits of
+            yes-or-no answers, gaussian for numbers with a squared error. auto finds out by the loss of the step, the
+            model's configuration or the labels; none leaves out importances for the output.
 
     Raises:
         LIBError: If fewer than two node layers are given.
@@ -188,6 +194,8 @@ class LIBCallback(Callback):
         n_pushed: int | None = None,
         effort: Effort = "auto",
         skip_positions: SkipPositions | None = None,
+        metric: MetricKind = "next",
+        output_distribution: OutputSetting = "auto",
     ) -> None:
         super().__init__()
         if not isinstance(dtype, (str, torch.dtype, type(None))) or dtype not in _DTYPES:
@@ -200,7 +208,10 @@ class LIBCallback(Callback):
         baselines = check_list("baselines", baselines, "bases, such as ['pca']", lambda kind: isinstance(kind, str))
         self.spec = ModelSpec(input_fn, mask, _DTYPES[dtype], skip_positions)
         self.config = SnapshotConfig(
-            LIBConfig(basis, final_basis, rtol, n_probes, integration_steps, final_metric, n_pushed),
+            LIBConfig(
+                basis, final_basis, rtol, n_probes, integration_steps, final_metric, n_pushed, metric,
+                output_distribution,
+            ),
             tuple(baselines), metrics, labeller, ablation, memory_limit, follow,
         )  # fmt: skip
         self.sample_config = SampleConfig(

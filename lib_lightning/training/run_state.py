@@ -324,9 +324,12 @@ class RunState:
             if prefix in state["layouts"]:
                 layout.load_state_dict(state["layouts"][prefix])
         expected = scalar_keys(self.node_layers) if self.node_layers else []
-        if state["scalars"] and set(state["scalars"]) != set(expected):
+        scalars = dict(state["scalars"])
+        if scalars:  # earlier versions have not measured everything
+            scalars = {key: math.nan for key in expected if "/nats/" in key} | scalars
+        if scalars and set(scalars) != set(expected):
             return
-        self.scalars, self.step, self.ablation_step = dict(state["scalars"]), state["step"], state["ablation_step"]
+        self.scalars, self.step, self.ablation_step = scalars, state["step"], state["ablation_step"]
         self.weights_hash = state.get("weights_hash")
         self.n_snapshots, self.n_drawn = state["n_snapshots"], state["n_drawn"]
         self.tracker.load_state_dict(state["tracker"])

@@ -30,12 +30,15 @@ from lib_lightning.lineage.reference import reference_features
 from lib_lightning.lineage.snapshot_tracker import TURNOVER, SnapshotTracker
 from lib_lightning.metrics.inputs import check_metrics
 from lib_lightning.metrics.modules import Modularity
-from lib_lightning.metrics.summary import GraphMetrics, default_metrics, scalar_keys
+from lib_lightning.metrics.summary import GraphMetrics, default_metrics, layer_keys, scalar_keys
 from lib_lightning.model.batch import hash_batches
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.preserve import preserve_rng
 
 log = logging.getLogger(__name__)
+
+# Scalars of the importances for the output.
+NATS = "nats"
 
 
 @dataclass(frozen=True)
@@ -220,8 +223,10 @@ class SnapshotComputer:
             keys += scalar_keys(node_layers, metrics, causal=True)
         totals = [key for key in keys if key.endswith("/total")]
         turnover = [key for prefix in self.prefixes for key in SnapshotTracker.keys(prefix, node_layers)]
+        has_nats = self.config.config.output_distribution != "none"
+        nats = [f"{NATS}/{key}" for key in layer_keys(node_layers)] if has_nats else []
         return [
-            *(f"{prefix}/{key}" for prefix in self.prefixes for key in keys),
+            *(f"{prefix}/{key}" for prefix in self.prefixes for key in (*keys, *nats)),
             *(f"{ratio}/{key}" for ratio in self._ratio_prefixes.values() for key in totals),
             *(turnover if self.config.follow else []),
             f"{self.name}/samples",
@@ -273,7 +278,7 @@ class SnapshotComputer:
             has_curves &= curves is not None
             partitions = graph.partitions()
             measured = graph.measure(self._metrics, curves, partitions)
-            scalars |= {f"{prefix}/{key}": value for key, value in measured.items()}
+            scalars |= {f"{prefix}/{key}": value for key, value in (measured | nats_of(graph)).items()}
             graph.find_modules(partitions, **self.config.module_options)
             phase_done("metrics and modules")
             self._label(graph, instrumented, data, process_group)
@@ -352,3 +357,17 @@ class SnapshotComputer:
                 own, other = scalars[f"{self.name}/{key}"], scalars[total]
                 ratios[f"{ratio_prefix}/{key}"] = own / other if other else math.nan
         return ratios
+
+
+def nats_of(graph: InteractionGraph) -> dict[str, float]:
+    """What all features of each node layer do to the predictions, one at a time, in nats.
+
+    Args:
+        graph: The graph.
+
+    Returns:
+        ``nats/<layer>``: the sum of their importances for the output; nothing for layers without any.
+    """
+    values = [basis.output_importance for basis in graph.bases.values()]
+    pairs = zip(layer_keys(graph.node_layers), values, strict=True)
+    return {f"{NATS}/{key}": float(value.sum()) for key, value in pairs if value is not None}

@@ -31,6 +31,8 @@ _DETAIL = {
     "error": basis_format.BASIS["importance_error"],
     "similarity": basis_format.LINEAGES["similarity"],
     "degenerate": basis_format.BASIS["degenerate"],
+    "nats": basis_format.BASIS["output_importance"],
+    "nats_error": basis_format.BASIS["output_importance_error"],
 }
 _SECTION = (basis_format.EDGES, basis_format.EDGE_ERRORS)
 _INTEGERS = {"ids", "parents", "modules", "degenerate"}

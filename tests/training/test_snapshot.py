@@ -109,7 +109,19 @@ def test_user_metrics_under_their_own_names(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, callback)
     trainer.fit(Sorted())
     keys = {key.split("/")[1] for key in trainer.callback_metrics if key.startswith("lib/")}
-    assert keys == {"my_large", "my_parts", "samples", "seconds", "step", "age", "overhead", "born", "ended", "overlap"}
+    assert keys == {
+        "my_large",
+        "my_parts",
+        "nats",
+        "samples",
+        "seconds",
+        "step",
+        "age",
+        "overhead",
+        "born",
+        "ended",
+        "overlap",
+    }
     graph = callback.graph
     assert graph is not None
     assert trainer.callback_metrics["lib/my_large/net.0.input"] == NumberOfFeatures(rtol=0.1)(

@@ -141,7 +141,18 @@ class SavedRun:
         r, d = len(importance), self.features
         C = torch.eye(d, r, dtype=torch.float64)
         degenerate = torch.arange(r) % 5 == 4
-        return Basis(name, self.kind, torch.zeros(d).double(), C, C.T, importance, importance / 20, degenerate)
+        return Basis(
+            name,
+            self.kind,
+            torch.zeros(d).double(),
+            C,
+            C.T,
+            importance,
+            importance / 20,
+            degenerate,
+            importance / 100,
+            importance / 1000,
+        )
 
 
 def write_run(

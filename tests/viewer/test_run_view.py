@@ -111,6 +111,8 @@ def test_the_json_of_a_snapshot_matches_its_graph(logs: Path) -> None:
             assert layer["modules"] == graph.modules[name].tolist()
             assert layer["labels"] == graph.labels[name]
             assert layer["degenerate"] == basis.degenerate.tolist()
+            assert layer["nats"] == rounded(basis.output_importance)
+            assert layer["nats_error"] == rounded(basis.output_importance_error)
         for section, (pair, E) in zip(snapshot["sections"], graph.edges.items(), strict=True):
             assert section["count"] == int((E != 0).sum())
             assert [section["strength"], section["strongest"]] == rounded(torch.stack([E.sum(), E.max()]))

@@ -16,6 +16,7 @@ export function featureDetails(scene, l, i, color, followed) {
   const label = labelOf(history, snapshot, l, i, id);
   const rows = [
     ["importance", withError(layer.importance[i], layer.error?.[i])],
+    layer.nats ? ["effect on output", `${withError(layer.nats[i], layer.nats_error?.[i])} nats`] : null,
     ["rank", `${ordinal(history.rank(k, l, i))} of ${integer(layer.importance.length)}`],
     ["index", `${integer(i)} in the bases, edges and labels of this snapshot`],
     module === null ? null : ["module", module < 0 ? "none" : String(module)],
