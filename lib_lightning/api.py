@@ -32,9 +32,7 @@ from lib_lightning.algorithm.cost import CostEstimate, file_bytes, held_bytes, k
 from lib_lightning.algorithm.effort import Effort, EffortPlan, ModelCost, agree, choose_effort, measure_cost
 from lib_lightning.algorithm.jackknife import standard_error
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT, MemoryPlan, Workload, plan_memory, split_batches
-from lib_lightning.algorithm.output_distribution import OutputDistribution, OutputSetting, find_output_distribution
-from lib_lightning.algorithm.output_distribution import agree as agree_on_output
-from lib_lightning.algorithm.output_gradients import needs_output
+from lib_lightning.algorithm.output_gradients import is_output, needs_output
 from lib_lightning.algorithm.progress import phase_done
 from lib_lightning.algorithm.progress_bar import ProgressDisplay, current_display, steps_of
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
@@ -48,8 +46,10 @@ from lib_lightning.model.instrumented import InstrumentedModel, model_session
 from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
 from lib_lightning.model.module_paths import unwrapped
 from lib_lightning.model.node_layer import NodeLayer, as_node_layers
+from lib_lightning.model.output_distribution import OutputDistribution, OutputSetting, find_output_distribution
+from lib_lightning.model.output_distribution import agree as agree_on_output
 from lib_lightning.model.preserve import copied_bytes, preserve_model
-from lib_lightning.model.propose import find_cuts, find_proposed, propose, sizes
+from lib_lightning.model.propose import find_cuts_and_proposals, find_proposed, sizes
 from lib_lightning.model.replica import num_bytes
 from lib_lightning.model.safe_points import signals_at_safe_points
 from lib_lightning.model.skip_positions import SkipPositions
@@ -125,7 +125,8 @@ def compute_interaction_graph(
             `lib_lightning.distributed.torch_group.TorchProcessGroup()`. By default a single process.
         progress: Whether to show a progress bar, with steps as long as their operations, and the remaining time.
         final_metric: ``"fisher"`` measures the last node layer by what the model's output predicts: importance then is
-            the effect on the predicted distribution. None for ``final_basis``.
+            the effect on the predicted distribution. None for ``final_basis``; but with ``effort="auto"``, the node
+            layer before more than 512 logits is measured so.
         n_pushed: Number of features that each sample is pushed forward for, chosen at random by the square root of
             their importance, which makes the cost of edges independent of width and number of positions; None for
             exact edges (see ``effort``). The standard errors include the error of this choice.
@@ -317,6 +318,7 @@ def graph_of(
     check_first: bool = False,
     progress: bool = False,
     effort: Effort = "exact",
+    may_choose: bool = False,
 ) -> InteractionGraph:
     """Compute the interaction graph of an instrumented model: `compute_interaction_graph` without its defaults.
 
@@ -329,6 +331,7 @@ def graph_of(
         check_first: Whether to validate the node layers first, and to refuse activations that do not vary at all.
         progress: Whether to show a progress bar.
         effort: As for `compute_interaction_graph`.
+        may_choose: Whether the metric of the last node layer may be chosen, as with effort="auto".
 
     Returns:
         The interaction graph, on the CPU.
@@ -347,6 +350,8 @@ def graph_of(
                     batches = instrumented.parts(batch for batch in batches if instrumented.num_samples(batch))
                     largest = max(map(instrumented.num_samples, batches), default=1)
                     output, output_notes = _output(instrumented, batches, config, process_group)
+                    if may_choose or effort == "auto":
+                        config = _with_final_metric(config, instrumented.layers[-1], output)
                     plan = _plan(instrumented, batches, config, memory_limit, output is not None)
                     if effort == "auto":
                         config, notes = _affordable(instrumented, batches, config, process_group)
@@ -417,6 +422,14 @@ def _output(
     if output is None:
         return None, [_NO_OUTPUT.format(brief(problem))] if problem else []
     return output, [_GUESSED.format(output.kind)] if needed and output.is_guess else []
+
+
+def _with_final_metric(config: LIBConfig, last: NodeLayer, output: OutputDistribution | None) -> LIBConfig:
+    """The configuration in which very many logits measure the node layer before them, where nothing else is asked."""
+    is_free = config.final_metric is None and config.final_basis == "auto"
+    if is_free and not is_output(last.taps) and output is not None and output.has_many_logits:
+        return replace(config, final_metric="fisher")
+    return config
 
 
 def _find_output(instrumented: InstrumentedModel, config: LIBConfig, batch: Any) -> OutputDistribution | None:
@@ -579,8 +592,7 @@ def list_node_layers(model: nn.Module, batch: Any, input_fn: InputFn | None = No
     spec = ModelSpec(input_fn)
     model = unwrapped(model)
     with wrap_forward_errors(model, spec), preserve_model(model) as copy:
-        cuts = find_cuts(copy, [batch], spec)
-    taps = propose(cuts)
+        cuts, taps = find_cuts_and_proposals(copy, [batch], spec)
     return [replace(cut, proposed=cut.tap in taps) for cut in cuts]
 
 

@@ -14,12 +14,12 @@ from lib_lightning import NodeLayer
 from lib_lightning.algorithm.build import BuildResult, build_graph
 from lib_lightning.algorithm.config import LIBConfig
 from lib_lightning.algorithm.memory_plan import MemoryPlan
-from lib_lightning.algorithm.output_distribution import OutputDistribution
 from lib_lightning.algorithm.shortcuts import FAST, Shortcuts
 from lib_lightning.jacobian.closed_form_detect import NoClosedForms
 from lib_lightning.model.instrumented import InstrumentedModel, model_session
 from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.node_layer import as_node_layers
+from lib_lightning.model.output_distribution import OutputDistribution
 from tests.cases import Case
 from tests.reference import activations
 

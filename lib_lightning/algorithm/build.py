@@ -40,7 +40,6 @@ from lib_lightning.algorithm.jacobian_metric import JacobianMetric
 from lib_lightning.algorithm.linalg import Cutoff
 from lib_lightning.algorithm.memory_plan import MemoryPlan
 from lib_lightning.algorithm.metric import Metric
-from lib_lightning.algorithm.output_distribution import OutputDistribution
 from lib_lightning.algorithm.output_gradients import (
     EXACT_OUTPUTS,
     OUTPUT_IMPORTANCE,
@@ -60,6 +59,7 @@ from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.errors import ActivationError, NotFiniteError
 from lib_lightning.model.capture import CapturedLayer
 from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.output_distribution import OutputDistribution
 from lib_lightning.model.validate import check_finite
 
 _SEQUENTIAL = (

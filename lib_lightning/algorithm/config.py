@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lib_lightning.algorithm.output_distribution import OutputSetting
 from lib_lightning.errors import SettingError, check_number, did_you_mean
 from lib_lightning.model.node_layer import OUTPUT
+from lib_lightning.model.output_distribution import OutputSetting
 
 BasisKind = Literal["lib", "pca", "neuron"]
 FinalBasisKind = Literal["auto", "neuron", "pca", "centered"]

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from lib_lightning.algorithm.jackknife import leave_one_out
 from lib_lightning.algorithm.linalg import eigh_psd
-from lib_lightning.algorithm.output_distribution import OutputDistribution
 from lib_lightning.algorithm.section_cache import SectionCache
 from lib_lightning.distributed.process_group import ProcessGroup, Reducible, all_reduce
+from lib_lightning.model.output_distribution import OutputDistribution
 
 LOGITS = OutputDistribution("categorical")
 

@@ -19,6 +19,7 @@ from lib_lightning.jacobian.section import STACK_ELEMENTS
 from lib_lightning.model.agreement import agree
 from lib_lightning.model.capture import CapturedLayer
 from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.node_layer import OUTPUT
 from lib_lightning.model.torch_internals import storage_key
 
 # Default memory limit, in GiB.
@@ -26,6 +27,7 @@ MEMORY_LIMIT = 2.0
 
 # Larger tensors do not fit into a CPU's caches, and each is in newly mapped memory: twice the time.
 _CPU_NUMBERS = 2**22
+_WITHOUT_OUTPUT = " Logits need not be one: without them, they measure the node layer before."
 # Number of samples that show whether a batch can be split.
 _FEW = 8
 # Forward mode differentiates a backward pass, whose intermediate results are kept beside those of the forward pass.
@@ -131,6 +133,8 @@ def plan_memory(
             f"Node layer '{widest}' has {max(widths):,} features at each position: with the other node layers, "
             f"matrices of that size take {matrices / 2**30:.2g} GiB, more than memory_limit allows "
             f"({memory_limit / 2**30:.2g} GiB). Choose narrower node layers, or raise memory_limit."
+            + _WITHOUT_OUTPUT
+            * (widest == OUTPUT and len(captured) > 2)
         )
     # A metric for each node layer and the edges of each section, once for each group.
     sums = 8 * (sum(d * d + d * d_next for d, d_next in itertools.pairwise(ranks)) + workload.fisher * widths[-1] ** 2)

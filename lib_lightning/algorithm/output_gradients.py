@@ -25,13 +25,13 @@ from lib_lightning.algorithm.config import LIBConfig, final_kind
 from lib_lightning.algorithm.gradient_metric import GradientMetric, GroupSlices, count_rows
 from lib_lightning.algorithm.gram import Gram
 from lib_lightning.algorithm.jackknife import leave_one_out, standard_error
-from lib_lightning.algorithm.output_distribution import OutputDistribution
 from lib_lightning.algorithm.progress import phase_done
 from lib_lightning.distributed.process_group import Reducible
 from lib_lightning.jacobian.integrated_gradients import sections_between
 from lib_lightning.jacobian.section import Section
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.node_layer import OUTPUT
+from lib_lightning.model.output_distribution import OutputDistribution
 from lib_lightning.model.precision import to_float64
 from lib_lightning.model.vjp import apply_mask
 

@@ -15,6 +15,7 @@ from lib_lightning.model.discover import CutPoint, class_name, discover_cut_poin
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.node_layer import INPUT, OUTPUT, as_node_layer
+from lib_lightning.model.output_distribution import MANY_LOGITS, find_output_distribution
 from lib_lightning.model.validate import on_few_samples, validate_node_layers
 
 # Proposed node layers at most: as many as fit side by side in a figure, and as a snapshot can afford.
@@ -58,6 +59,24 @@ def find_cuts(model: nn.Module, batches: Sequence[Any], spec: ModelSpec = _DEFAU
     return search.validated(search.candidates())
 
 
+def find_cuts_and_proposals(
+    model: nn.Module, batches: Sequence[Any], spec: ModelSpec = _DEFAULT
+) -> tuple[list[CutPoint], list[str]]:
+    """`find_cuts`, and the taps of those that are proposed.
+
+    Args:
+        model: Any module.
+        batches: Batches, of which a few samples are used.
+        spec: How to call the model on a batch.
+
+    Returns:
+        The cut points, and the taps, in forward order.
+    """
+    search = _Search(model, batches, spec)
+    cuts = search.validated(search.candidates())
+    return cuts, propose(cuts, has_many_logits=search.has_many_logits(cuts[-1]))
+
+
 def find_proposed(model: nn.Module, batches: Sequence[Any], spec: ModelSpec = _DEFAULT) -> list[CutPoint]:
     """Propose node layers for a model: `propose` of `find_cuts`, with fewer forward passes.
 
@@ -81,8 +100,9 @@ def find_proposed(model: nn.Module, batches: Sequence[Any], spec: ModelSpec = _D
     """
     search = _Search(model, batches, spec)
     cuts = search.candidates()
-    chosen = _chosen(cuts)
-    return chosen if search.are_valid(chosen) else _chosen(search.validated(cuts))
+    has_many_logits = search.has_many_logits(cuts[-1])
+    chosen = _chosen(cuts, has_many_logits)
+    return chosen if search.are_valid(chosen) else _chosen(search.validated(cuts), has_many_logits)
 
 
 def sizes(cuts: Sequence[CutPoint]) -> str:
@@ -96,23 +116,25 @@ def sizes(cuts: Sequence[CutPoint]) -> str:
     return ", ".join(f"{cut.positions} x {cut.features}" for cut in cuts) + " (positions x features)"
 
 
-def _chosen(cuts: Sequence[CutPoint]) -> list[CutPoint]:
-    taps = propose(cuts)
+def _chosen(cuts: Sequence[CutPoint], has_many_logits: bool) -> list[CutPoint]:
+    taps = propose(cuts, has_many_logits=has_many_logits)
     return [cut for cut in cuts if cut.tap in taps]
 
 
-def propose(cuts: Sequence[CutPoint], limit: int = LIMIT) -> list[str]:
+def propose(cuts: Sequence[CutPoint], limit: int = LIMIT, has_many_logits: bool = False) -> list[str]:
     """Choose the cut points to look at.
 
     Of several cut points without a mixing operation between them, one is chosen: the input of the next layer (after the
     elementwise nonlinearity, not before it), or the output of a block rather than what a norm or pooling makes of it.
     The first and the last one are always chosen. If more than ``limit`` remain, some at even distances are chosen, from
     the outputs of repeated blocks if there are any. Very wide node layers, and inputs of very many numbers, are chosen
-    only if there is nothing else.
+    only if there is nothing else. Of a model with very many logits, the last one is the node layer before its head,
+    such as the final residual stream, which the logits can measure.
 
     Args:
         cuts: Cut points, in forward order.
         limit: Number of cut points to choose at most.
+        has_many_logits: Whether the output is logits of so many classes or tokens that it is not to be chosen.
 
     Returns:
         Their taps, in forward order.
@@ -131,6 +153,8 @@ def propose(cuts: Sequence[CutPoint], limit: int = LIMIT) -> list[str]:
         raise SettingError(f"limit is the largest number of node layers to propose, at least 2; got {limit}.")
     if len(cuts) < 2:
         raise NodeLayerError(_too_few([cut.tap for cut in cuts]))
+    if has_many_logits and cuts[-1].tap == OUTPUT and len(cuts) > 2:
+        cuts = cuts[:-1]
     narrow = [cut for cut in cuts if cut.features <= _MAX_FEATURES]
     for candidates in ([cut for cut in narrow if not _is_large_input(cut)], narrow):
         if len(candidates) > 1:
@@ -197,6 +221,15 @@ class _Search:
         if len(cuts) < 2:
             raise NodeLayerError(_too_few([cut.tap for cut in cuts]))
         return cuts
+
+    def has_many_logits(self, last: CutPoint) -> bool:
+        """Whether the last cut point is the output, and logits of very many classes or tokens."""
+        if last.tap != OUTPUT or last.features <= MANY_LOGITS:
+            return False
+        instrumented = InstrumentedModel(self.model, [], self.spec)
+        with instrumented.session():
+            found = instrumented.run_on_few(partial(find_output_distribution, instrumented), self.batches[0], 2)
+        return found is not None and found.has_many_logits
 
     def validated(self, cuts: list[CutPoint]) -> list[CutPoint]:
         """The cut points that `validate_node_layers` accepts; at least two."""

@@ -18,7 +18,6 @@ from lib_lightning.ablation import AblationPlan
 from lib_lightning.algorithm.config import BasisKind, FinalBasisKind, FinalMetric, LIBConfig, MetricKind, check_choice
 from lib_lightning.algorithm.effort import Effort, EffortPlan, agree
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
-from lib_lightning.algorithm.output_distribution import OutputSetting
 from lib_lightning.algorithm.progress_bar import displayed_in
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.errors import ComputationStopped, SettingError, check_list
@@ -30,6 +29,7 @@ from lib_lightning.lineage.events import CHANGES
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
 from lib_lightning.model.node_layer import NodeLayer, as_node_layers
+from lib_lightning.model.output_distribution import OutputSetting
 from lib_lightning.model.safe_points import signals_at_safe_points
 from lib_lightning.model.skip_positions import SkipPositions
 from lib_lightning.training.budget import SnapshotKind, SnapshotTrigger, TimeMeter, max_overhead_of, timed_hook

@@ -81,7 +81,7 @@ class SnapshotConfig:
                 f"ablation must be an AblationPlan, or None for no ablations; got {shortened(repr(self.ablation), 80)}."
             )
         for kind in self.baselines:
-            replace(self.config, basis=kind)
+            with_basis(self.config, kind)
         if len({self.config.basis, *self.baselines}) <= len(self.baselines):
             raise SettingError(
                 f"baselines are bases other than {self.config.basis!r}, each of them once; got {self.baselines}."
@@ -270,8 +270,8 @@ class SnapshotComputer:
             metadata = {**metadata, EFFORT: asdict(effort)}
         for prefix, kind in self.prefixes.items():
             graph = graph_of(
-                instrumented, batches, replace(config, basis=kind), self.config.memory_limit,
-                process_group,
+                instrumented, batches, with_basis(config, kind), self.config.memory_limit,
+                process_group, may_choose=effort is not None,
             )  # fmt: skip
             graph.info |= metadata
             curves = self._ablate(graph, instrumented, data, process_group) if ablate else None
@@ -357,6 +357,16 @@ class SnapshotComputer:
                 own, other = scalars[f"{self.name}/{key}"], scalars[total]
                 ratios[f"{ratio_prefix}/{key}"] = own / other if other else math.nan
         return ratios
+
+
+def with_basis(config: LIBConfig, kind: BasisKind) -> LIBConfig:
+    """The configuration of the same graph with another basis, such as a baseline, which has no metric.
+
+    Example:
+        >>> with_basis(LIBConfig(metric="output"), "pca").metric
+        'next'
+    """
+    return replace(config, basis=kind, metric=config.metric if kind == "lib" else "next")
 
 
 def nats_of(graph: InteractionGraph) -> dict[str, float]:

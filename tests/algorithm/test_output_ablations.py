@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lib_lightning import InteractionGraph, compute_interaction_graph
-from lib_lightning.algorithm.output_distribution import OutputDistribution
 from lib_lightning.model.instrumented import InstrumentedModel, model_session
 from lib_lightning.model.node_layer import as_node_layers
+from lib_lightning.model.output_distribution import OutputDistribution
 
 # Features and positions that are really set to their mean, one at a time.
 _FEATURES, _PLACES = 24, 6

@@ -9,18 +9,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lib_lightning import InteractionGraph, compute_interaction_graph
+from lib_lightning import InteractionGraph, compute_interaction_graph, list_node_layers
 from lib_lightning.algorithm.build import BuildResult, build_graph
 from lib_lightning.algorithm.config import LIBConfig
 from lib_lightning.algorithm.gradient_metric import GradientMetric
 from lib_lightning.algorithm.jackknife import group_slices
 from lib_lightning.algorithm.low_rank_gram import LowRankGram
 from lib_lightning.algorithm.memory_plan import MemoryPlan
-from lib_lightning.algorithm.output_distribution import OutputDistribution
 from lib_lightning.algorithm.output_gradients import OutputGradients, output_importances, output_metrics
-from lib_lightning.errors import SettingError
+from lib_lightning.api import propose_node_layers
+from lib_lightning.errors import ActivationError, SettingError
 from lib_lightning.model.instrumented import InstrumentedModel, model_session
 from lib_lightning.model.node_layer import as_node_layers
+from lib_lightning.model.output_distribution import OutputDistribution
 from tests.algorithm.test_build import assert_same, close, reference_of
 from tests.cases import Case
 from tests.reference import Reference, output_importance
@@ -261,3 +262,31 @@ def test_many_outputs_are_sampled_and_said_so() -> None:
 def test_without_importances() -> None:
     graph = compute_interaction_graph(Tokens(), [torch.randint(0, 64, (8, 6))], LAYERS, output_distribution="none")
     assert all(basis.output_importance is None for basis in graph.bases.values())
+
+
+def test_proposals_end_before_many_logits_which_measure_the_last_node_layer() -> None:
+    model, tokens = Tokens(900), torch.randint(0, 900, (8, 6))
+    layers = propose_node_layers(model, tokens)
+    assert layers[-1] == "blocks.1"
+    graph = compute_interaction_graph(model, [tokens], layers)
+    assert graph.bases["blocks.1"].kind == "lib"
+    assert graph.info["settings"]["final_metric"] == "fisher"
+    assert any(cut.tap == "blocks.1" and cut.proposed for cut in list_node_layers(model, tokens))
+    # What is asked for is kept, and exact sums are those of the paper.
+    for options in ({"final_basis": "pca"}, {"effort": "exact", "n_probes": 2, "n_pushed": 2}):
+        assert compute_interaction_graph(model, [tokens], layers, **options).bases["blocks.1"].kind == "pca"
+
+
+def test_few_logits_and_other_outputs_stay_node_layers() -> None:
+    tokens = torch.randint(0, 60, (8, 6))
+    assert propose_node_layers(Tokens(60), tokens)[-1] == "output"
+    autoencoder = nn.Sequential(nn.Linear(600, 20), nn.ReLU(), nn.Linear(20, 600))
+    x = torch.rand(16, 600)
+    assert propose_node_layers(autoencoder, x)[-1] == "output"
+    assert propose_node_layers(autoencoder, (x, torch.zeros(16, dtype=torch.int64)))[-1] == "1"
+
+
+def test_refused_width_of_logits_says_what_to_do() -> None:
+    model, tokens = Tokens(20_000), torch.randint(0, 900, (8, 6))
+    with pytest.raises(ActivationError, match="without them, they measure the node layer before"):
+        compute_interaction_graph(model, [tokens], ["embed", "blocks.1", "output"])

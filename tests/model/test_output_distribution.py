@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from lib_lightning import compute_interaction_graph
-from lib_lightning.algorithm.output_distribution import OutputDistribution, agree, find_output_distribution
 from lib_lightning.model.instrumented import InstrumentedModel, model_session
 from lib_lightning.model.model_spec import ModelSpec
+from lib_lightning.model.output_distribution import OutputDistribution, agree, find_output_distribution
 from tests import reference
 
 KINDS = ["categorical", "bernoulli", "gaussian"]
@@ -207,9 +207,9 @@ def test_step_leaves_state_as_it_was() -> None:
 
 def test_processes_agree() -> None:
     group = SimpleNamespace(
-        gather=lambda t: [torch.tensor([], dtype=torch.int64), torch.tensor([2]), torch.tensor([0])]
+        gather=lambda t: [torch.tensor([], dtype=torch.int64), torch.tensor([2, 7, 0]), torch.tensor([0, 7, 0])]
     )
     found = agree(OutputDistribution("categorical", "by its labels"), group)
     assert found is not None
-    assert found.kind == "gaussian"
+    assert (found.kind, found.width) == ("gaussian", 7)
     assert agree(None, SimpleNamespace(gather=lambda t: [t, t])) is None

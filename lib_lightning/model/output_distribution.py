@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -13,11 +13,14 @@ from lib_lightning.distributed.process_group import ProcessGroup
 from lib_lightning.model.batch import first_tensor, tensors_in
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.losses import losses_in_step
+from lib_lightning.model.node_layer import OUTPUT, NodeLayer
 from lib_lightning.model.precision import to_float64
 
 OutputKind = Literal["categorical", "bernoulli", "gaussian"]
 OutputSetting = Literal["auto", "categorical", "bernoulli", "gaussian", "none"]
 
+# More logits than these are no node layer, but measure the one before them.
+MANY_LOGITS = 512
 _GUESS = "by its size, which is a guess"
 _KIND_OF_LOSS: dict[str, OutputKind] = {
     **dict.fromkeys(("cross_entropy", "nll_loss", "linear_cross_entropy"), "categorical"),
@@ -39,6 +42,7 @@ class OutputDistribution:
             ``p = sigmoid(a)``; ``"gaussian"`` for the mean of a normal distribution of variance 1, ``F = 1``: nats are
             half of squared distances.
         reason: Why the output is taken for that, to end a sentence with.
+        width: Number of entries at each output position; 0 if unknown.
 
     Note:
         Source: Amari (1998), https://doi.org/10.1162/089976698300017746.
@@ -46,6 +50,7 @@ class OutputDistribution:
 
     kind: OutputKind
     reason: str = ""
+    width: int = 0
 
     def factor_times(self, a: Tensor, z: Tensor) -> Tensor:
         """Multiply with a factor ``R`` of the Fisher information, ``R R^T = F``, without forming it.
@@ -118,6 +123,14 @@ class OutputDistribution:
         return self.reason == _GUESS
 
     @property
+    def has_many_logits(self) -> bool:
+        """Whether these are logits of so many classes or tokens that the node layer before them is the last to take.
+
+        Not if that they are logits at all is a guess.
+        """
+        return self.kind == "categorical" and not self.is_guess and self.width > MANY_LOGITS
+
+    @property
     def plain(self) -> dict[str, str]:
         """Kind and reason in a dict, for files."""
         return {"kind": self.kind, "reason": self.reason}
@@ -129,8 +142,8 @@ def find_output_distribution(
     """Find out what a model's output stands for.
 
     In this order: the setting; the loss that the step of a LightningModule computes from it; the configuration of a
-    Hugging Face model; the labels in the batch; and for want of all of these, one number for a mean, and several for
-    the logits of classes.
+    Hugging Face model; the labels in the batch; tokens as input, with an output for each; and for want of all of these,
+    one number is a mean, and several are the logits of classes.
 
     Args:
         instrumented: The model. Call this within `model_session`.
@@ -144,7 +157,7 @@ def find_output_distribution(
         >>> from torch import nn
         >>> model = InstrumentedModel(nn.Linear(4, 3), [])
         >>> find_output_distribution(model, (torch.ones(5, 4), torch.zeros(5, dtype=torch.int64)))
-        OutputDistribution(kind='categorical', reason='as the batch has labels that are integers')
+        OutputDistribution(kind='categorical', reason='as the batch has labels that are integers', width=3)
     """
     if setting == "none":
         return None
@@ -153,14 +166,22 @@ def find_output_distribution(
     output = first_tensor(value)
     if output is None or not output.is_floating_point() or output.ndim == 0:
         return None
-    if setting != "auto":
-        return OutputDistribution(setting, "as output_distribution says")
+    width = NodeLayer(OUTPUT).read([output]).shape[-1]
+    return replace(_found(instrumented, batch, value, output, setting), width=width)
+
+
+def _found(
+    instrumented: InstrumentedModel, batch: Any, value: Any, output: Tensor, setting: OutputSetting
+) -> OutputDistribution:
+    if setting in get_args(OutputKind):
+        return OutputDistribution(cast("OutputKind", setting), "as output_distribution says")
     for loss in losses_in_step(instrumented.model, batch, set(_KIND_OF_LOSS)):
         # A loss may leave out positions, as that of the next token does, or the axis of a single number.
         same_features = loss.shape[-1:] == output.shape[-1:] or loss.shape[1:2] == output.shape[1:2]
         if same_features or loss.shape == output.shape[:-1]:
             return OutputDistribution(_KIND_OF_LOSS[loss.function], f"as the loss is {loss.function}")
-    return _from_config(instrumented, value) or _from_labels(_not_inputs(instrumented, batch), output) or _guess(output)
+    others = _not_inputs(instrumented, batch)
+    return _from_config(instrumented, value) or _from_labels(others, output) or _guess(output, batch)
 
 
 def agree(found: OutputDistribution | None, process_group: ProcessGroup) -> OutputDistribution | None:
@@ -174,14 +195,12 @@ def agree(found: OutputDistribution | None, process_group: ProcessGroup) -> Outp
         The distribution; None if no process has found one.
     """
     kinds = get_args(OutputKind)
-    number = [] if found is None else [kinds.index(found.kind)]
-    gathered = process_group.gather(torch.tensor(number, dtype=torch.int64, device="cpu"))
-    numbers = [int(t) for t in gathered if len(t)]
-    if not numbers:
-        return None
-    if found is not None and kinds.index(found.kind) == numbers[0]:
+    own = [] if found is None else [kinds.index(found.kind), found.width, int(found.is_guess)]
+    gathered = process_group.gather(torch.tensor(own, dtype=torch.int64, device="cpu"))
+    first = next(([int(x) for x in t] for t in gathered if len(t)), None)
+    if first is None or first == own:
         return found
-    return OutputDistribution(kinds[numbers[0]], "as another process found")
+    return OutputDistribution(kinds[first[0]], _GUESS if first[2] else "as another process found", first[1])
 
 
 def _from_config(instrumented: InstrumentedModel, value: Any) -> OutputDistribution | None:
@@ -223,7 +242,10 @@ def _without(t: Tensor, axis: int) -> tuple[int, ...]:
     return (*t.shape[:axis], *t.shape[axis + 1 :])
 
 
-def _guess(output: Tensor) -> OutputDistribution:
+def _guess(output: Tensor, batch: Any) -> OutputDistribution:
+    inputs = tensors_in(batch)
+    if output.ndim == 3 and inputs and not inputs[0].is_floating_point() and inputs[0].shape == output.shape[:2]:
+        return OutputDistribution("categorical", "as there is an output for each token")
     if output.shape[-1] == 1 or output.ndim == 1:
         return OutputDistribution("gaussian", _GUESS)
     return OutputDistribution("categorical", _GUESS)
