@@ -73,9 +73,10 @@ def on_device(model: nn.Module, x: Any, layers: list[str], **options: Any) -> In
         {"effort": "exact"},
         {"n_probes": 4, "n_pushed": 2},
         {"n_probes": 4, "n_pushed": 2, "final_metric": "fisher"},
+        {"n_probes": 4, "n_pushed": 2, "metric": "output"},
         {"n_probes": 2, "n_pushed": 2, "integration_steps": 2},
     ],
-    ids=["exact", "sampled", "fisher", "path"],
+    ids=["exact", "sampled", "fisher", "output", "path"],
 )
 def test_a_snapshot_is_that_of_a_device_with_float64(make: Callable[[], Made], options: dict[str, Any]) -> None:
     model, x, layers = make()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -290,3 +292,9 @@ def test_refused_width_of_logits_says_what_to_do() -> None:
     model, tokens = Tokens(20_000), torch.randint(0, 900, (8, 6))
     with pytest.raises(ActivationError, match="without them, they measure the node layer before"):
         compute_interaction_graph(model, [tokens], ["embed", "blocks.1", "output"])
+
+
+def test_example_on_the_page() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "output.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(block, "docs/output.md", "exec"), {"__name__": "page"})
