@@ -435,7 +435,8 @@ def _with_final_metric(config: LIBConfig, last: NodeLayer, output: OutputDistrib
 def _find_output(instrumented: InstrumentedModel, config: LIBConfig, batch: Any) -> OutputDistribution | None:
     found = find_output_distribution(instrumented, batch, config.output_distribution)
     if found is not None:
-        instrumented.to_output.capture(batch)
+        with torch.no_grad():
+            instrumented.capture_to_output(batch)
     return found
 
 

@@ -36,7 +36,7 @@ def built(
     plan: MemoryPlan = KEEP_ALL,
     shortcuts: Shortcuts = FAST,
     plain: bool = False,
-    output: OutputDistribution | None = OutputDistribution("categorical"),  # noqa: B008
+    output: OutputDistribution | None = None,
     **options: Any,
 ) -> BuildResult:
     """Bases and edges of a model; options are those of `LIBConfig`."""

@@ -260,7 +260,7 @@ def _measure(instrumented: InstrumentedModel, batch: Any) -> ModelCost:
     instrumented.manual_seed(0)
     captured: list[CapturedLayer] = []
     try:
-        forward = counted_operations(lambda: captured.extend(instrumented.to_output.capture(batch)), n)
+        forward = counted_operations(lambda: captured.extend(instrumented.capture_to_output(batch)), n)
     except LIBError:  # the output is no activations
         captured.clear()
         forward = counted_operations(lambda: captured.extend(instrumented.capture(batch)), n)
@@ -361,8 +361,8 @@ def choose_effort(
         >>> cost = ModelCost(product, [SectionCost(product, product, (16, 64), (16, 64), False)])
         >>> str(choose_effort(cost, LIBConfig(), 2048, 1e13, all_samples=False))
         '2,048 samples, the exact metric, exact edges (8.0e+11 operations)'
-        >>> str(choose_effort(cost, LIBConfig(), 2048, 1e10, all_samples=False))
-        '2,048 samples, 4 probes per sample for the metric, edges from 8 features per sample (9.4e+09 operations)'
+        >>> str(choose_effort(cost, LIBConfig(), 2048, 2e10, all_samples=False))
+        '2,048 samples, 8 probes per sample for the metric, edges from 16 features per sample (1.8e+10 operations)'
     """
     widest = max(section.shape_in[1] for section in cost.sections)
 

@@ -133,11 +133,11 @@ class OutputGradients:
         Returns:
             The number; None for all unit vectors, if these are no more than the first two numbers.
         """
-        if not self._batches:
-            return n_probes
-        with torch.no_grad():
-            a = self._capture(0)[-1].a
-        return num_vectors(a.shape[1] * a.shape[2], n_probes, exact_outputs, sampled)
+        outputs = self._distribution.positions * self._distribution.width
+        if not outputs and self._batches:
+            with torch.no_grad():
+                outputs = self._capture(0)[-1].a[0].numel()
+        return num_vectors(outputs, n_probes, exact_outputs, sampled)
 
     def batches(
         self, phase: str, halves: Sequence[int] | None
@@ -160,7 +160,7 @@ class OutputGradients:
 
     def _capture(self, index: int) -> list[Any]:
         self._instrumented.manual_seed(index)
-        return self._instrumented.to_output.capture(self._batches[index])
+        return self._instrumented.capture_to_output(self._batches[index])
 
     def _batch(self, index: int) -> OutputBatch:
         captured = self._capture(index)

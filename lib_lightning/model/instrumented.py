@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lib_lightning.errors import LIBError, NodeLayerError, is_out_of_memory
+from lib_lightning.errors import ActivationError, LIBError, NodeLayerError, is_out_of_memory
 from lib_lightning.model.autograd_graph import saved_as_copies, versions_of
 from lib_lightning.model.batch import map_tensors, tensors_in
 from lib_lightning.model.batch_layout import BatchLayout, find_layout, graph_sizes
@@ -128,6 +128,26 @@ class InstrumentedModel:
         other = copy.copy(self)
         other.layers, other._widths = [*self.layers, NodeLayer(OUTPUT)], {}
         return other
+
+    def capture_to_output(self, batch: Any) -> list[CapturedLayer]:
+        """Cut the computation at every node layer and at the model's output.
+
+        Args:
+            batch: One batch, as the data loader gives it.
+
+        Returns:
+            One `CapturedLayer` for each node layer and one for the output, in order; a single one for both if the last
+            node layer is the output.
+
+        Raises:
+            NodeLayerError: As for `capture`.
+            ActivationError: If the output has no row for each sample.
+        """
+        captured = self.to_output.capture(batch)
+        samples, rows = len(captured[0].a), len(captured[-1].a)
+        if samples != rows:
+            raise ActivationError(f"The model's output has {rows:,} rows for {samples:,} samples.")
+        return captured
 
     def activations(self, batch: Any) -> list[Tensor]:
         """Activations ``(n, S, d)`` of every node layer on one batch, without gradients."""

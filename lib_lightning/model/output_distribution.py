@@ -15,6 +15,7 @@ from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.losses import losses_in_step
 from lib_lightning.model.node_layer import OUTPUT, NodeLayer
 from lib_lightning.model.precision import to_float64
+from lib_lightning.model.saved_value import has_address
 
 OutputKind = Literal["categorical", "bernoulli", "gaussian"]
 OutputSetting = Literal["auto", "categorical", "bernoulli", "gaussian", "none"]
@@ -43,6 +44,7 @@ class OutputDistribution:
             half of squared distances.
         reason: Why the output is taken for that, to end a sentence with.
         width: Number of entries at each output position; 0 if unknown.
+        positions: Number of output positions of the samples that it was found with; 0 if unknown.
 
     Note:
         Source: Amari (1998), https://doi.org/10.1162/089976698300017746.
@@ -51,6 +53,7 @@ class OutputDistribution:
     kind: OutputKind
     reason: str = ""
     width: int = 0
+    positions: int = 0
 
     def factor_times(self, a: Tensor, z: Tensor) -> Tensor:
         """Multiply with a factor ``R`` of the Fisher information, ``R R^T = F``, without forming it.
@@ -157,7 +160,7 @@ def find_output_distribution(
         >>> from torch import nn
         >>> model = InstrumentedModel(nn.Linear(4, 3), [])
         >>> find_output_distribution(model, (torch.ones(5, 4), torch.zeros(5, dtype=torch.int64)))
-        OutputDistribution(kind='categorical', reason='as the batch has labels that are integers', width=3)
+        OutputDistribution(kind='categorical', reason='as the batch has labels that are integers', width=3, positions=1)
     """
     if setting == "none":
         return None
@@ -166,8 +169,8 @@ def find_output_distribution(
     output = first_tensor(value)
     if output is None or not output.is_floating_point() or output.ndim == 0:
         return None
-    width = NodeLayer(OUTPUT).read([output]).shape[-1]
-    return replace(_found(instrumented, batch, value, output, setting), width=width)
+    _, positions, width = NodeLayer(OUTPUT).read([output]).shape
+    return replace(_found(instrumented, batch, value, output, setting), width=width, positions=positions)
 
 
 def _found(
@@ -195,12 +198,13 @@ def agree(found: OutputDistribution | None, process_group: ProcessGroup) -> Outp
         The distribution; None if no process has found one.
     """
     kinds = get_args(OutputKind)
-    own = [] if found is None else [kinds.index(found.kind), found.width, int(found.is_guess)]
+    own = [] if found is None else [kinds.index(found.kind), found.width, found.positions, int(found.is_guess)]
     gathered = process_group.gather(torch.tensor(own, dtype=torch.int64, device="cpu"))
     first = next(([int(x) for x in t] for t in gathered if len(t)), None)
     if first is None or first == own:
         return found
-    return OutputDistribution(kinds[first[0]], _GUESS if first[2] else "as another process found", first[1])
+    kind, width, positions, is_guess = first
+    return OutputDistribution(kinds[kind], _GUESS if is_guess else "as another process found", width, positions)
 
 
 def _from_config(instrumented: InstrumentedModel, value: Any) -> OutputDistribution | None:
@@ -221,8 +225,13 @@ def _not_inputs(instrumented: InstrumentedModel, batch: Any) -> list[Tensor]:
     call = instrumented.find_call(batch)
     if call.step is not None:  # which of them it takes is known to the step alone
         return []
-    inputs = {t.data_ptr() for t in tensors_in(call.arguments_of(batch))}
-    return [t for t in tensors_in(batch) if t.data_ptr() not in inputs]
+    inputs = {_place(t) for t in tensors_in(call.arguments_of(batch))}
+    return [t for t in tensors_in(batch) if _place(t) not in inputs]
+
+
+def _place(t: Tensor) -> int:
+    """Where the values of a tensor are, so that views of the same values are recognised."""
+    return t.data_ptr() if has_address(t) else id(t)
 
 
 def _from_labels(others: Sequence[Tensor], output: Tensor) -> OutputDistribution | None:

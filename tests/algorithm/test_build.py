@@ -16,6 +16,7 @@ from lib_lightning.algorithm.memory_plan import MemoryPlan
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.node_layer import as_node_layers
+from lib_lightning.model.output_distribution import OutputDistribution
 from tests.cases import Case
 from tests.computing import assert_equal, built, built_of
 from tests.conftest import CASES
@@ -113,10 +114,12 @@ def test_result_does_not_depend_on_batches_and_vectors_per_call(
         {"final_basis": "centered", "basis": "neuron"},
         {"final_basis": "pca", "basis": "pca"},
         {"integration_steps": 2},
+        {"metric": "output"},
     ],
     ids=lambda options: "-".join(map(str, options.values())) or "lib",
 )
 def test_plain_twins_give_the_same_result(case: Case, options: dict[str, Any]) -> None:
+    options |= {"output": OutputDistribution("categorical")}
     assert_equal(built_of(case, **options), built_of(case, plain=True, **options))
 
 
