@@ -434,10 +434,11 @@ def _with_final_metric(config: LIBConfig, last: NodeLayer, output: OutputDistrib
 
 def _find_output(instrumented: InstrumentedModel, config: LIBConfig, batch: Any) -> OutputDistribution | None:
     found = find_output_distribution(instrumented, batch, config.output_distribution)
-    if found is not None:
-        with torch.no_grad():
-            instrumented.capture_to_output(batch)
-    return found
+    if found is None:
+        return None
+    with torch.no_grad():
+        a = instrumented.capture_to_output(batch)[-1].a  # with its own axis of features, at its selected positions
+    return replace(found, positions=a.shape[1], width=a.shape[2])
 
 
 def _plan(

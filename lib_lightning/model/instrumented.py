@@ -69,6 +69,7 @@ class InstrumentedModel:
         self.notes: list[str] = []
         self.axis_notes: list[str] = []
         self._knows_axes = all(map(has_known_axis, self.layers))
+        self._output_layer = NodeLayer(OUTPUT)
         self._detached: list[weakref.ref[Tensor]] = []
         # Undoes what an interrupted forward pass has written to the attributes of modules.
         self._restore_attributes: Callable[[], None] | None = None
@@ -126,7 +127,8 @@ class InstrumentedModel:
         if self.layers and tuple(self.layers[-1].taps) == (OUTPUT,):
             return self
         other = copy.copy(self)
-        other.layers, other._widths = [*self.layers, NodeLayer(OUTPUT)], {}
+        other.layers, other._widths, other.axis_notes = [*self.layers, self._output_layer], {}, []
+        other._knows_axes = all(map(has_known_axis, other.layers))
         return other
 
     def capture_to_output(self, batch: Any) -> list[CapturedLayer]:
@@ -143,7 +145,10 @@ class InstrumentedModel:
             NodeLayerError: As for `capture`.
             ActivationError: If the output has no row for each sample.
         """
-        captured = self.to_output.capture(batch)
+        cut = self.to_output
+        captured = cut.capture(batch)
+        if cut is not self:  # the axis of its features is known from now on
+            self._output_layer = cut.layers[-1]
         samples, rows = len(captured[0].a), len(captured[-1].a)
         if samples != rows:
             raise ActivationError(f"The model's output has {rows:,} rows for {samples:,} samples.")

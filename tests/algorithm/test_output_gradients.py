@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lib_lightning import InteractionGraph, compute_interaction_graph, list_node_layers
+from lib_lightning import InteractionGraph, NodeLayer, compute_interaction_graph, list_node_layers
 from lib_lightning.algorithm.build import BuildResult, build_graph
 from lib_lightning.algorithm.config import LIBConfig
 from lib_lightning.algorithm.gradient_metric import GradientMetric
@@ -298,3 +298,23 @@ def test_example_on_the_page() -> None:
     page = (Path(__file__).parents[2] / "docs" / "output.md").read_text()
     (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(compile(block, "docs/output.md", "exec"), {"__name__": "page"})
+
+
+def test_classes_of_a_segmentation_are_on_the_axis_of_channels() -> None:
+    model = nn.Sequential(nn.Conv1d(2, 5, 3, padding=1), nn.ReLU(), nn.Conv1d(5, 3, 1)).double()
+    x, y = torch.randn(12, 2, 7).double(), torch.randint(0, 3, (12, 7))
+    graph = compute_interaction_graph(model, [(x, y)], ["0", "1"])
+    expected = compute_interaction_graph(model, [(x, y)], ["0", "1", NodeLayer("2", feature_dim=1)])
+    assert graph.info["output_distribution"]["kind"] == "categorical"
+    C_pinv, mean = graph.bases["1"].from_features, graph.bases["1"].mean
+    a = model[1](model[0](x)).detach().mT  # (n, S, d)
+    features, p = (a - mean) @ graph.bases["1"].to_features, model(x).detach().mT.softmax(-1)
+    W = model[2].weight.detach()[..., 0]
+    F_x = torch.diag_embed(p) - p[..., :, None] * p[..., None, :]
+    moved = features[..., None] * (C_pinv @ W.T)  # (n, S, r, classes)
+    o = torch.einsum("nsri,nsij,nsrj->r", moved, F_x, moved) / 2 / (12 * 7)
+    error = graph.bases["1"].output_importance_error
+    assert graph.bases["1"].output_importance is not None
+    assert error is not None
+    assert ((graph.bases["1"].output_importance - o).abs() <= 4 * error + 1e-12).all()
+    assert len(expected.bases["2"].mean) == 3
