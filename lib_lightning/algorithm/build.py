@@ -214,7 +214,7 @@ def build_graph(
     # 3. Edges.
     edges, variances = _edges(run, layers, cache)
     # 4. Importance for the output.
-    bases = _output_importances(run, [layer.basis for layer in layers], gradients)
+    bases = _output_importances(run, [layer.basis for layer in layers], gradients, int(moments[0].count))
     # 5. Standard errors.
     importances = [_importance_replicates(layer, v) for layer, v in zip(layers, variances, strict=True)]
     bases = [_with_errors(basis, x) for basis, x in zip(bases, importances, strict=True)]
@@ -392,11 +392,11 @@ def _edges(run: _Run, layers: Sequence[_Layer], cache: SectionCache) -> tuple[li
     return edges, variances
 
 
-def _output_importances(run: _Run, bases: Sequence[Basis], gradients: OutputGradients | None) -> list[Basis]:
+def _output_importances(run: _Run, bases: Sequence[Basis], gradients: OutputGradients | None, rows: int) -> list[Basis]:
     """Step 4: the bases with the importances ``o`` of their features for the output."""
     if gradients is None:
         return list(bases)
-    n_vectors = _agreed(gradients.num_vectors(importance_vectors(run.config), 0, SAMPLED), run.process_group)
+    n_vectors = _agreed(gradients.num_vectors(importance_vectors(run.config, rows), 0, SAMPLED), run.process_group)
     found = output_importances(gradients, bases, n_vectors, run.plan.groups)
     all_reduce(found, run.process_group)
     return [

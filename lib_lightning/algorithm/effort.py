@@ -168,7 +168,7 @@ class ModelCost:
             else 0.0,
             0.0
             if config.output_distribution == "none"
-            else self._of_output(importance_vectors(config), 0, SAMPLED, num_samples),
+            else self._of_output(importance_vectors(config, num_samples * shapes[0][0]), 0, SAMPLED, num_samples),
         )
 
     def _of_output(self, n_probes: int | None, exact_outputs: int, sampled: int, n: int) -> float:
@@ -362,7 +362,7 @@ def choose_effort(
         >>> str(choose_effort(cost, LIBConfig(), 2048, 1e13, all_samples=False))
         '2,048 samples, the exact metric, exact edges (8.0e+11 operations)'
         >>> str(choose_effort(cost, LIBConfig(), 2048, 2e10, all_samples=False))
-        '2,048 samples, 8 probes per sample for the metric, edges from 16 features per sample (1.8e+10 operations)'
+        '2,048 samples, 8 probes per sample for the metric, edges from 16 features per sample (1.7e+10 operations)'
     """
     widest = max(section.shape_in[1] for section in cost.sections)
 

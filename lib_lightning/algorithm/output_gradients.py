@@ -39,8 +39,8 @@ from lib_lightning.model.vjp import apply_mask
 OUTPUT_METRIC, OUTPUT_IMPORTANCE = "metric of the output", "importance for the output"
 # Output positions times entries up to which a metric is the exact sum, and the random vectors otherwise.
 EXACT_OUTPUTS, SAMPLED = 4096, 64
-# The same for importances, which have standard errors.
-IMPORTANCE_VECTORS = 16
+# Random vectors for importances: as many as make this number of gradients, but no fewer and no more than these.
+_IMPORTANCE_ROWS, _IMPORTANCE_VECTORS = 2048, (2, 16)
 
 
 @dataclass(frozen=True)
@@ -331,9 +331,22 @@ def num_vectors(outputs: int, n_probes: int | None, exact_outputs: int, sampled:
     return sampled if n_probes is None else n_probes
 
 
-def importance_vectors(config: LIBConfig) -> int:
-    """Number of random vectors per sample for importances, which have standard errors: a few are enough."""
-    return min(config.n_probes or IMPORTANCE_VECTORS, IMPORTANCE_VECTORS)
+def importance_vectors(config: LIBConfig, rows: int) -> int:
+    """Number of random vectors per sample for importances, which samples and positions average over, too.
+
+    Args:
+        config: What to compute.
+        rows: Number of samples times positions of a node layer.
+
+    Returns:
+        The number, no more than the user's number of probes.
+
+    Example:
+        >>> [importance_vectors(LIBConfig(), rows) for rows in (10, 512, 100_000)]
+        [16, 4, 2]
+    """
+    needed = min(max(-(-_IMPORTANCE_ROWS // max(1, rows)), _IMPORTANCE_VECTORS[0]), _IMPORTANCE_VECTORS[1])
+    return min(config.n_probes or needed, needed)
 
 
 def is_output(taps: Sequence[str]) -> bool:
