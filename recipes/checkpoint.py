@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 from pathlib import Path
@@ -36,8 +37,9 @@ def load_pretrained(name: str) -> nn.Module:
     return model.train()
 
 
+@functools.lru_cache(maxsize=1)  # labels need it for each node layer, and of a GGUF file it takes seconds
 def load_tokenizer(name: str) -> Any:
-    """Load the tokenizer of a checkpoint; None if it has no tokenizer.
+    """Load the tokenizer of a checkpoint, or return the one that was loaded last; None if it has no tokenizer.
 
     Args:
         name: As for `load_pretrained`.

@@ -1,6 +1,6 @@
 """Gradients of what a model predicts, with respect to all of its node layers: metrics and importances from them.
 
-A factor ``R`` of the output's Fisher information (`OutputDistribution.factor_times`) and vectors ``z`` over all output
+A factor ``R`` of the output's Fisher information (`OutputDistribution.factor`) and vectors ``z`` over all output
 positions and entries make gradients ``g = J^T R z``, one backward pass for each ``z``. Random signs have
 ``E[g g^T] = J^T F J``, in which different positions do not mix, as signs are independent; unit vectors sum to it
 exactly. No matrix has the size of the output.
@@ -13,6 +13,7 @@ exactly. No matrix has the size of the output.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -183,8 +184,9 @@ class OutputGradients:
         out, mask = batch.a[-1], batch.masks[-1]
         size = max(1, min(self._stack_elements // max(1, *(a.numel() for a in batch.a)), 2**31))
         parts = _unit_vectors(out, size) if halves is None else _signs(out, halves, size, generator)
+        factor = self._distribution.factor(out)
         for half, z in parts:
-            yield from batch.backward(apply_mask(self._distribution.factor_times(out, z), mask), half)
+            yield from batch.backward(apply_mask(factor(z), mask), half)
 
 
 def _unit_vectors(a: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
@@ -200,9 +202,19 @@ def _signs(a: Tensor, halves: Sequence[int], size: int, generator: torch.Generat
     """Random signs, some vectors at a time: ``(k, n, S, d)``."""
     for half, count in enumerate(halves):
         for start in range(0, count, size):
-            shape = (min(size, count - start), *a.shape)
-            bits = torch.randint(0, 2, shape, dtype=torch.int8, generator=generator, device="cpu")
-            yield half, (2 * bits - 1).to(a)
+            yield half, _random_signs((min(size, count - start), *a.shape), generator, a)
+
+
+def _random_signs(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Tensor:
+    """Independent random signs with the type and device of another tensor, which do not depend on these."""
+    size = math.prod(shape)
+    # Drawn on the CPU, eight with one number: over a vocabulary, drawing them one by one takes as long as a product.
+    draws = torch.randint(0, 256, (-(-size // 8),), dtype=torch.uint8, generator=generator, device="cpu").to(
+        like.device
+    )
+    bits = torch.arange(8, device=like.device)
+    signs = 2 * (torch.arange(256, device=like.device)[:, None] >> bits & 1) - 1
+    return signs.to(like.dtype)[draws.int()].flatten()[:size].view(*shape)
 
 
 def output_metrics(

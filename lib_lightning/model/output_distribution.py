@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
 
@@ -55,30 +55,35 @@ class OutputDistribution:
     width: int = 0
     positions: int = 0
 
-    def factor_times(self, a: Tensor, z: Tensor) -> Tensor:
-        """Multiply with a factor ``R`` of the Fisher information, ``R R^T = F``, without forming it.
+    def factor(self, a: Tensor) -> Callable[[Tensor], Tensor]:
+        """A factor ``R`` of the Fisher information, ``R R^T = F``, as a function that multiplies with it.
 
         With random signs ``z``, ``E[(R z)(R z)^T] = F``: the same as of gradients of the log-likelihood of labels that
         are drawn from the distribution, with less variance where one class is nearly certain.
 
         Args:
             a: Output, shape ``(..., d)``.
-            z: Vectors, shape ``(..., d)``.
 
         Returns:
-            ``R z``, shape ``(..., d)``, in the type of ``a``.
+            The function ``z -> R z``, of vectors with any more axes in front, in the type of ``a``.
 
         Example:
-            >>> OutputDistribution("categorical").factor_times(torch.zeros(2), torch.tensor([1.0, -1.0]))
+            >>> OutputDistribution("categorical").factor(torch.zeros(2))(torch.tensor([1.0, -1.0]))
             tensor([ 0.7071, -0.7071])
         """
         if self.kind == "gaussian":
-            return z.to(a)
+            return lambda z: z.to(a)
         if self.kind == "bernoulli":
-            return ((-a).sigmoid() * a.sigmoid()).sqrt() * z
+            root = ((-a).sigmoid() * a.sigmoid()).sqrt()
+            return lambda z: root * z
         p = a.softmax(-1)
-        w = p.sqrt() * z
-        return w - p * w.sum(-1, keepdim=True)
+        root = p.sqrt()
+
+        def product(z: Tensor) -> Tensor:
+            w = root * z
+            return w.addcmul_(p, w.sum(-1, keepdim=True), value=-1)
+
+        return product
 
     def fisher_sum(self, rows: Tensor) -> Tensor:
         """Sum of the Fisher information over outputs.

@@ -27,7 +27,7 @@ def test_factor_and_sum_are_those_of_the_fisher_information(kind: str) -> None:
     distribution = OutputDistribution(kind)
     a = 3 * torch.randn(6, 5).double()
     F_x = torch.stack([reference.fisher_information(row, kind) for row in a])
-    columns = [distribution.factor_times(a, e.expand_as(a)) for e in torch.eye(5).double()]
+    columns = [distribution.factor(a)(e.expand_as(a)) for e in torch.eye(5).double()]
     R = torch.stack(columns, -1)
     torch.testing.assert_close(R @ R.mT, F_x, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(distribution.fisher_sum(a), F_x.sum(0), rtol=1e-12, atol=1e-14)
@@ -54,7 +54,7 @@ def test_extreme_logits_stay_finite() -> None:
     a = torch.tensor([[200.0, -200.0, 0.0]])
     for kind in KINDS:
         distribution = OutputDistribution(kind)
-        assert torch.isfinite(distribution.factor_times(a, torch.ones_like(a))).all()
+        assert torch.isfinite(distribution.factor(a)(torch.ones_like(a))).all()
         assert torch.isfinite(distribution.fisher_sum(a)).all()
         assert torch.isfinite(distribution.divergence(a, a.flip(1))).all()
 
