@@ -78,12 +78,13 @@ class OutputBatch:
     masks: Sequence[Tensor | None]
     group_slices: GroupSlices
 
-    def backward(self, cotangents: Tensor, half: int) -> Iterator[LayerGradients]:
-        """Gradients with respect to all node layers, from the last to the first.
+    def backward(self, cotangents: Tensor, half: int, first: int = 0) -> Iterator[LayerGradients]:
+        """Gradients with respect to node layers, from the last to the first.
 
         Args:
             cotangents: Vectors at the model's output, shape ``(k, n, S, d)``.
             half: Which half of the random vectors they belong to.
+            first: Index of the first node layer whose gradients are needed.
 
         Yields:
             The gradients of each node layer.
@@ -91,7 +92,7 @@ class OutputBatch:
         g = cotangents
         if len(self.sections) == self.last:
             yield LayerGradients(self.last, half, apply_mask(g, self.masks[-1]))
-        for index in reversed(range(len(self.sections))):
+        for index in reversed(range(first, len(self.sections))):
             g = self.sections[index].vjp(g)
             yield LayerGradients(index, half, g)
 
@@ -141,13 +142,14 @@ class OutputGradients:
         return num_vectors(outputs, n_probes, exact_outputs, sampled)
 
     def batches(
-        self, phase: str, halves: Sequence[int] | None
+        self, phase: str, halves: Sequence[int] | None, first: int = 0
     ) -> Iterator[tuple[OutputBatch, Iterator[LayerGradients]]]:
         """Iterate over the batches.
 
         Args:
             phase: Name of the phase; its progress is reported after each batch.
             halves: Number of random vectors per sample in each half; None for all unit vectors.
+            first: Index of the first node layer whose gradients are needed.
 
         Yields:
             A batch, and the gradients of its node layers.
@@ -155,7 +157,7 @@ class OutputGradients:
         generator = torch.Generator().manual_seed(self._seed)
         for index in range(len(self._batches)):
             batch = self._batch(index)
-            yield batch, self._gradients(batch, halves, generator)
+            yield batch, self._gradients(batch, halves, generator, first)
             self._sequential_only |= {i for i, section in enumerate(batch.sections) if section.sequential_only}
             phase_done(phase)
 
@@ -179,14 +181,14 @@ class OutputGradients:
         )
 
     def _gradients(
-        self, batch: OutputBatch, halves: Sequence[int] | None, generator: torch.Generator
+        self, batch: OutputBatch, halves: Sequence[int] | None, generator: torch.Generator, first: int
     ) -> Iterator[LayerGradients]:
         out, mask = batch.a[-1], batch.masks[-1]
         size = max(1, min(self._stack_elements // max(1, *(a.numel() for a in batch.a)), 2**31))
         parts = _unit_vectors(out, size) if halves is None else _signs(out, halves, size, generator)
         factor = self._distribution.factor(out)
         for half, z in parts:
-            yield from batch.backward(apply_mask(factor(z), mask), half)
+            yield from batch.backward(apply_mask(factor(z), mask), half, first)
 
 
 def _unit_vectors(a: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
@@ -240,7 +242,7 @@ def output_metrics(
     """
     metrics = {i: GradientMetric(widths[i], n_probes, groups, gram) for i in layers}
     halves = None if n_probes is None else next(iter(metrics.values())).halves
-    for batch, found in gradients.batches(OUTPUT_METRIC, halves):
+    for batch, found in gradients.batches(OUTPUT_METRIC, halves, min(layers)):
         for i, metric in metrics.items():
             metric.count(batch.a[i], batch.masks[i], batch.group_slices)
         for one in found:
