@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
+import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +20,19 @@ import torch
 from lib_lightning.algorithm.config import LIBConfig
 from lib_lightning.algorithm.effort import EffortPlan, ModelCost
 from lib_lightning.algorithm.memory_plan import MemoryPlan
+from lib_lightning.algorithm.progress import on_phase
+from lib_lightning.model.loops import LoopTrial, loops_shortened
 
-# A trial has at most this share of the operations of the graph, as far as samples and products allow.
-_TRIAL_SHARE = 0.1
-_TRIAL_SAMPLES, _TRIAL_PRODUCTS = 8, 4
-# Operations below which a trial is too short to be measured.
-_TRIAL_OPERATIONS = 1e9
-# Seconds after which a trial is not repeated.
-_LONG_TRIAL = 5
+# A trial has at most this share of the operations of the graph, as far as few samples allow.
+_TRIAL_SHARE = 0.05
+# Operations that a trial may have in any case: about a second.
+_TRIAL_OPERATIONS = 2e10
+# Samples of a trial, at least; and rows of activations for each of their dimensions.
+_TRIAL_SAMPLES, _ROWS_PER_DIRECTION = 8, 1.25
+# Calls of each loop over products that a trial does, about.
+_TRIAL_CALLS = 6
+# Seconds between two looks at the memory.
+_LOOK_EVERY = 0.002
 # Bytes of a file beside its tensors: names, settings, notes.
 _HEADER = 2048
 
@@ -82,48 +92,94 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes / 1e3:.1f} kB"
 
 
-def try_out(
-    cost: ModelCost, plan: EffortPlan, config: LIBConfig, run: Callable[[int, LIBConfig], Sequence[int]]
-) -> tuple[float, list[int]]:
-    """Predict the seconds and features of a graph from a much smaller one, by their operations.
+def trial_size(cost: ModelCost, config: LIBConfig, num_samples: int, chunk: int) -> tuple[int, int]:
+    """Number of samples in a chunk of a trial, and number of its chunks.
+
+    Chunks are those of the graph, as far as a trial, which shortens loops over products, then is a small part of it.
 
     Args:
         cost: Cost of the model.
-        plan: What the graph computes.
-        config: Its configuration, with the numbers of the plan.
-        run: Computes a graph of some of the samples with another configuration; returns the number of features of each
-            node layer.
+        config: What the graph computes.
+        num_samples: Its number of samples.
+        chunk: Number of samples in one of its chunks.
 
     Returns:
-        The seconds, and the number of features of each node layer.
+        The two numbers. There are two chunks, the first of which may take longer than all others, or one with all
+        samples.
     """
-    n, trial = _trial(cost, plan, config)
-    seconds: list[float] = []
-    found: Sequence[int] = ()
-    while len(seconds) < 2 and sum(seconds) < _LONG_TRIAL:  # the first one warms up
-        started = time.perf_counter()
-        found = run(n, trial)
-        seconds.append(time.perf_counter() - started)
+    chunk = min(chunk, num_samples)
     shapes = [section.shape_in for section in cost.sections] + [cost.sections[-1].shape_out]
-    # Few samples allow few directions; a layer that has fewer than that has no more with all samples.
-    limits = [[min(d, max(1, samples * S - 1)) for S, d in shapes] for samples in (n, plan.num_samples)]
-    ranks = [r if r < 0.9 * few else many for r, few, many in zip(found, *limits, strict=True)]
-    return min(seconds) * plan.operations / cost.of_graph(trial, n), ranks
+    # Fewer rows of activations would have fewer features.
+    fewest = max(_TRIAL_SAMPLES, *(math.ceil(_ROWS_PER_DIRECTION * d / S) for S, d in shapes))
+    allowed = max(_TRIAL_OPERATIONS, _TRIAL_SHARE * cost.of_graph(config, num_samples))
+
+    def operations(n: int) -> float:
+        return cost.steps(config, n, _TRIAL_CALLS).total * (1 if n == num_samples else 2)
+
+    n = chunk
+    while n // 2 >= fewest and operations(n) > allowed:
+        n //= 2
+    return n, 1 if n == num_samples else 2
 
 
-def _trial(cost: ModelCost, plan: EffortPlan, config: LIBConfig) -> tuple[int, LIBConfig]:
-    """Number of samples and configuration of a much smaller graph with the same steps."""
-    n, trial = plan.num_samples, config
-    allowed = max(_TRIAL_OPERATIONS, _TRIAL_SHARE * plan.operations)
-    # Half at least, so that a cheap graph is not computed as a whole either.
-    n = max(min(n, _TRIAL_SAMPLES), n // 2)
-    fewest = cost.of_graph(trial, _TRIAL_SAMPLES)  # what does not depend on samples is not saved by fewer
-    while cost.of_graph(trial, n) - fewest > allowed and n > _TRIAL_SAMPLES:
-        n = max(_TRIAL_SAMPLES, n // 2)
-    if cost.of_graph(trial, n) > 2 * allowed:
-        probes, pushed = (min(k or _TRIAL_PRODUCTS, _TRIAL_PRODUCTS) for k in (config.n_probes, config.n_pushed))
-        trial = replace(config, n_probes=probes, n_pushed=pushed)
-    return n, trial
+class Trial:
+    """Times a graph of few samples, in which loops over products are shortened, to predict that of all samples.
+
+    Args:
+        per_batch: How often each phase of a graph of `MANY` batches is reported.
+        device: Where it is computed.
+    """
+
+    MANY = 1000
+
+    def __init__(self, per_batch: Mapping[str, int], device: torch.device) -> None:
+        self._per_batch = per_batch
+        self._clock = partial(_now, device)
+        self._loops = LoopTrial(self._clock)
+        self._seconds: dict[str, list[float]] = defaultdict(list)
+        self._last = 0.0
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """A block in which the small graph is computed."""
+        self._last = self._now()
+        with loops_shortened(self._loops), on_phase(self._add):
+            yield
+
+    def _now(self) -> float:
+        return self._clock() + self._loops.seconds
+
+    def _add(self, phase: str) -> None:
+        now = self._now()
+        self._seconds[phase].append(now - self._last)
+        self._last = now
+
+    def seconds(self, chunks: int, repeats: float) -> float:
+        """Seconds of the graph of all samples.
+
+        Args:
+            chunks: Number of chunks in the small graph, 1 or 2.
+            repeats: Number of such chunks that all samples make.
+
+        Returns:
+            The seconds.
+        """
+        total = 0.0
+        for phase, spent in self._seconds.items():
+            # The last report of some phases is for what is computed of all batches together.
+            once = self._per_batch.get(phase, 0) in (1, self.MANY + 1)
+            total += spent[-1] * once
+            batches = spent[:-1] if once else spent
+            first = sum(batches[::chunks])
+            later = sum(batches[1::chunks]) if chunks > 1 else first
+            total += first + max(0.0, repeats - 1) * later
+        return total
+
+
+def _now(device: torch.device) -> float:
+    if device.type != "cpu" and hasattr(torch, "accelerator"):
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
 
 
 def kept_bytes(cost: ModelCost, plan: EffortPlan, config: LIBConfig, memory: MemoryPlan, itemsize: int) -> int:
@@ -139,7 +195,7 @@ def kept_bytes(cost: ModelCost, plan: EffortPlan, config: LIBConfig, memory: Mem
     Returns:
         Bytes; 0 without kept graphs.
     """
-    if not memory.keep_graphs or config.n_probes is not None or config.basis != "lib":
+    if not memory.keep_graphs or config.n_probes is not None or config.basis != "lib" or config.metric != "next":
         return 0
     # All products of a section at a chunk of samples, or none; from the last section to the first.
     chunk = min(plan.num_samples, memory.samples)
@@ -150,6 +206,24 @@ def kept_bytes(cost: ModelCost, plan: EffortPlan, config: LIBConfig, memory: Mem
         if not section.has_closed_form:
             kept += needed * min(-(-plan.num_samples // chunk), (memory.product_bytes - kept) // needed)
     return kept
+
+
+def likely_ranks(cost: ModelCost, found: Sequence[int], few: int, many: int) -> list[int]:
+    """Number of features of each node layer with many samples, by those with few.
+
+    Args:
+        cost: Cost of the model, which knows the widths of the node layers.
+        found: Number of features of each node layer with few samples.
+        few: Number of the few samples.
+        many: Number of the many.
+
+    Returns:
+        The numbers.
+    """
+    shapes = [section.shape_in for section in cost.sections] + [cost.sections[-1].shape_out]
+    # Few samples allow few directions; a layer that has fewer than that has no more with all samples.
+    limits = [[min(d, max(1, samples * S - 1)) for S, d in shapes] for samples in (few, many)]
+    return [r if r < 0.9 * low else high for r, low, high in zip(found, *limits, strict=True)]
 
 
 def file_bytes(cost: ModelCost, ranks: Sequence[int], itemsize: int) -> int:
@@ -168,6 +242,38 @@ def file_bytes(cost: ModelCost, ranks: Sequence[int], itemsize: int) -> int:
     bases = sum(d + 2 * d * r + 4 * r for d, r in zip(widths, ranks, strict=True))
     edges = sum(2 * r * r_next for r, r_next in itertools.pairwise(ranks))
     return itemsize * (bases + edges) + _HEADER
+
+
+class PeakMemory:
+    """The largest memory of this process during a block, looked up every few milliseconds.
+
+    Args:
+        device: The accelerator whose memory is meant, or the CPU for main memory.
+
+    Attributes:
+        before: Bytes before the block.
+        peak: Largest number of bytes in it; 0 where the system does not tell.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.before = self.peak = held_bytes(device)
+        self._over = threading.Event()
+
+    def __enter__(self) -> PeakMemory:
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while True:
+            self.peak = max(self.peak, held_bytes(self._device))
+            if self._over.wait(_LOOK_EVERY):
+                return
 
 
 def held_bytes(device: torch.device) -> int:

@@ -11,6 +11,7 @@ from lib_lightning.algorithm.unequal_sampling import inclusion_probabilities, sy
 from lib_lightning.distributed.process_group import Reducible
 from lib_lightning.jacobian.closed_form import ClosedEdges
 from lib_lightning.jacobian.section import Gradients, Section
+from lib_lightning.model.loops import parts_of
 from lib_lightning.model.precision import to_float64
 
 # A Jacobian-vector product is a backward pass through a backward pass: measured at 1 to 2 times a vector-Jacobian one.
@@ -98,7 +99,7 @@ class Edges(Reducible):
         """Add one batch with one Jacobian-vector product for each input feature."""
         C_pinv, C_next = self.before.from_features.to(fhat), self.after.to_features.to(fhat)
         size = section.vectors_per_call
-        for start in range(0, self.before.n_features, size):
+        for start in parts_of(range(0, self.before.n_features, size)):
             j = slice(start, start + size)
             tangents = fhat[..., j].movedim(-1, 0)[..., None] * C_pinv[j][:, None, None, :]
             interactions = section.jvp(tangents) @ C_next
@@ -111,7 +112,7 @@ class Edges(Reducible):
         C_pinv, C_next = self.before.from_features.to(fhat), self.after.to_features.to(fhat)
         probabilities, chosen = self._choose(self.before.importance.clamp(min=0).sqrt(), self.n_pushed, section)
         samples = torch.arange(section.n, device=fhat.device)
-        for j in chosen.T.split(section.vectors_per_call):  # (k, n)
+        for j in parts_of(chosen.T.split(section.vectors_per_call)):  # (k, n)
             here = j.to(fhat.device)  # importances are on the CPU if the device has no float64
             tangents = fhat[samples, :, here][..., None] * C_pinv[here][:, :, None, :]
             interactions = section.jvp(tangents) @ C_next
@@ -124,7 +125,7 @@ class Edges(Reducible):
         size = self.after.importance.clamp(min=0).sqrt().repeat(section.S_out)
         probabilities, chosen = self._choose(size, _FORWARD_COST * (self.n_pushed or 1), section)
         samples = torch.arange(section.n, device=fhat.device)
-        for ti in chosen.T.split(section.vectors_per_call):  # (k, n)
+        for ti in parts_of(chosen.T.split(section.vectors_per_call)):  # (k, n)
             t, i = ti // self.after.n_features, ti % self.after.n_features
             cotangents = fhat.new_zeros(len(ti), section.n, section.S_out, section.d_out)
             places = torch.arange(len(ti), device=fhat.device)[:, None], samples, t.to(fhat.device)

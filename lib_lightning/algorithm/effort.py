@@ -20,11 +20,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lib_lightning.algorithm.config import LIBConfig
+from lib_lightning.algorithm.jackknife import GROUPS
 from lib_lightning.algorithm.low_rank_gram import DENSE_WIDTH
 from lib_lightning.algorithm.output_gradients import EXACT_OUTPUTS, SAMPLED, importance_vectors, num_vectors
 from lib_lightning.algorithm.shortcuts import FAST
 from lib_lightning.distributed.process_group import ProcessGroup
 from lib_lightning.errors import LIBError
+from lib_lightning.jacobian.closed_form import _BLOCK, _ROWS, ClosedForm
 from lib_lightning.jacobian.integrated_gradients import sections_between
 from lib_lightning.jacobian.section import STACK_ELEMENTS
 from lib_lightning.model.capture import CapturedLayer
@@ -52,6 +54,10 @@ _CALLS_PER_LAYER = 1000
 _COUNTED, _VECTORS = 2, 4
 # Numbers in the largest tensor of a chunk of samples, at most.
 _CHUNK = 2**22
+# Kernels for each group of samples in each call of a product: sums are kept by group.
+_CALLS_PER_GROUP = 5
+# Numbers in the products of a section with all output features, up to which they are kept from the metric for the edges.
+_KEPT = 2**27
 
 
 @dataclass(frozen=True)
@@ -84,14 +90,20 @@ class SectionCost:
         forward: A product from the input side; None if there is no second derivative.
         shape_in: Positions and width of the node layer before.
         shape_out: Positions and width of the node layer after.
-        has_closed_form: Whether sums are computed in closed form, without products.
+        hidden: Number of hidden units of its closed form, with which sums need no products: 0 for an affine section.
+            None if it has none.
     """
 
     reverse: Operations
     forward: Operations | None
     shape_in: tuple[int, int]
     shape_out: tuple[int, int]
-    has_closed_form: bool
+    hidden: int | None = None
+
+    @property
+    def has_closed_form(self) -> bool:
+        """Whether sums are computed in closed form, without products."""
+        return self.hidden is not None
 
 
 @dataclass(frozen=True)
@@ -140,12 +152,13 @@ class ModelCost:
         """Operations of a graph; see `steps`."""
         return self.steps(config, num_samples).total
 
-    def steps(self, config: LIBConfig, num_samples: int) -> GraphCost:
+    def steps(self, config: LIBConfig, num_samples: int, calls: float = math.inf) -> GraphCost:
         """Operations of each step of a graph.
 
         Args:
             config: What to compute; its ``n_probes`` and ``n_pushed`` are taken literally, None as exact.
             num_samples: Number of samples.
+            calls: Number of calls after which each loop over products is left.
 
         Returns:
             The numbers of operations.
@@ -156,7 +169,7 @@ class ModelCost:
             rank = min(d, DENSE_WIDTH) if config.basis == "lib" else d
             bases.append(num_samples * S * d * rank * 4 + _EIGENPROBLEM * rank**3 + _CALLS_PER_LAYER * _PER_CALL)
         points = max(1, config.integration_steps)
-        sections = [self._of_section(section, config, num_samples) for section in self.sections]
+        sections = [self._of_section(section, config, num_samples, calls) for section in self.sections]
         by_output = config.metric == "output"
         return GraphCost(
             _FORWARD_PASSES * self.forward.of(num_samples),
@@ -182,28 +195,33 @@ class ModelCost:
         products = sum(section.reverse.of(chunk, vectors, stack) for section in sections) * n / chunk
         return self.forward.of(n) + products
 
-    def _of_section(self, section: SectionCost, config: LIBConfig, n: int) -> tuple[float, float]:
+    def _of_section(self, section: SectionCost, config: LIBConfig, n: int, calls: float) -> tuple[float, float]:
         """Operations of metric and edges."""
+        if section.hidden is not None:
+            return _of_closed_form(section, section.hidden, n, calls)
         (S, d), (S_out, d_out) = section.shape_in, section.shape_out
-        if section.has_closed_form:
-            return section.reverse.of(n), 4.0 * n * S * d * d_out
         # Chunks of samples, and stacks of vectors.
         size = max(S * d, S_out * d_out)
         chunk = min(n, max(1, _CHUNK // size))
         stack = max(1, STACK_ELEMENTS // (chunk * size))
 
-        def products(count: float, of_one: Operations) -> float:
-            return of_one.of(chunk, count, min(count, stack)) * n / chunk
+        def products(count: float, of_one: Operations, sums: float) -> float:
+            at_once = min(count, stack)
+            count = min(count, calls * stack)
+            groups = count / at_once * GROUPS * _CALLS_PER_GROUP * _PER_CALL
+            return (of_one.of(chunk, count, at_once) + groups + count * chunk * sums) * n / chunk
 
         n_outputs = S_out * d_out
         metric = 0.0
-        if config.basis == "lib":
-            probes = config.n_probes or n_outputs
-            metric = products(probes, section.reverse) + probes * 4.0 * n * S * d * min(d, DENSE_WIDTH)
-        edges = products(n_outputs, section.reverse) + n_outputs * 2.0 * n * S * d**2
+        if config.basis == "lib" and config.metric == "next":
+            metric = products(config.n_probes or n_outputs, section.reverse, 4.0 * S * d * min(d, DENSE_WIDTH))
+        reading = 2.0 * S * d**2
+        if metric and config.n_probes is None and n * S * d * n_outputs <= _KEPT:
+            return metric, products(n_outputs, Operations(3.0 * _PER_NUMBER * S * d, 0.0), reading)
+        edges = products(n_outputs, section.reverse, reading)
         if section.forward is not None:
             pushed = min(d, config.n_pushed or d)
-            edges = min(edges, products(pushed, section.forward) + pushed * 2.0 * n * S_out * d_out**2)
+            edges = min(edges, products(pushed, section.forward, 2.0 * S_out * d_out**2))
         return metric, edges
 
     @property
@@ -212,6 +230,23 @@ class ModelCost:
         shapes = [section.shape_in for section in self.sections]
         needed = [max(_MIN_ROWS, _ROWS_PER_DIRECTION * min(d, DENSE_WIDTH)) / S for S, d in shapes]
         return max(_MIN_SAMPLES, math.ceil(max(needed)))
+
+
+def _of_closed_form(section: SectionCost, hidden: int, n: int, calls: float) -> tuple[float, float]:
+    """Operations of metric and edges in closed form."""
+    (S, d), (_, d_out) = section.shape_in, section.shape_out
+    # The metric is a product of factors with as many rows as there are hidden units, or outputs of an affine section.
+    rows = hidden or d_out
+    wide = d > DENSE_WIDTH and 2 * rows <= d
+    factors = 4.0 * rows**3 if wide else 2.0 * rows * d * (rows + d)
+    metric = section.reverse.of(n) + 4.0 * n * S * hidden**2 + GROUPS * factors + 2.0 * rows**2 * d_out
+    r = min(d, rows)
+    if not hidden:
+        return metric, 2.0 * d_out * d * r + _PER_NUMBER * n * S * r
+    # Some features of the next node layer at a time.
+    at_once = max(1, _BLOCK // (max(_ROWS, hidden) * r))
+    share = min(1.0, calls * at_once / d_out)
+    return metric, share * n * S * r * d_out * (2.0 * hidden + 3 * _PER_NUMBER)
 
 
 @dataclass(frozen=True)
@@ -276,10 +311,14 @@ def _measure(instrumented: InstrumentedModel, batch: Any) -> ModelCost:
                 _products(section.jvp, section.a, n) if not is_readout and section.has_jvp() else None,
                 (section.S_in, section.d_in),
                 (section.S_out, section.d_out),
-                not is_readout and closed_forms.closed_form_of(i, section) is not None,
+                None if is_readout else _hidden(closed_forms.closed_form_of(i, section)),
             )
         )
     return ModelCost(forward, costs[: len(between)], costs[-1] if len(costs) > len(between) else None)
+
+
+def _hidden(form: ClosedForm | None) -> int | None:
+    return None if form is None else 0 if form.factors.affine else form.factors.hidden
 
 
 def _products(product: Callable[[Tensor], Tensor], like: Tensor, n: int) -> Operations:
@@ -358,7 +397,7 @@ def choose_effort(
 
     Example:
         >>> product = Operations(per_sample=1e5, calls=20)
-        >>> cost = ModelCost(product, [SectionCost(product, product, (16, 64), (16, 64), False)])
+        >>> cost = ModelCost(product, [SectionCost(product, product, (16, 64), (16, 64))])
         >>> str(choose_effort(cost, LIBConfig(), 2048, 1e13, all_samples=False))
         '2,048 samples, the exact metric, exact edges (8.0e+11 operations)'
         >>> str(choose_effort(cost, LIBConfig(), 2048, 2e10, all_samples=False))

@@ -14,6 +14,7 @@ from lib_lightning.algorithm.low_rank_gram import LowRankGram
 from lib_lightning.algorithm.section_cache import SectionCache
 from lib_lightning.jacobian.closed_form import ClosedMetric
 from lib_lightning.jacobian.section import Section
+from lib_lightning.model.loops import parts_of
 
 
 class JacobianMetric(GradientMetric):
@@ -87,7 +88,7 @@ class JacobianMetric(GradientMetric):
             # Consecutive vectors are orthogonal; those of one sample are consecutive. All of them are moved at once,
             # as the host waits for a device that it copies to.
             signs = signs.to(C.device).view(section.n, k, section.S_out, C.shape[1]).transpose(0, 1)
-            for part in signs.split(section.vectors_per_call):
+            for part in parts_of(signs.split(section.vectors_per_call)):
                 self.add(section.group_slices, section.vjp(part.to(C) @ C.T), half)
 
     def _finish_closed(self) -> None:

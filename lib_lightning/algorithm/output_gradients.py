@@ -31,6 +31,7 @@ from lib_lightning.distributed.process_group import Reducible
 from lib_lightning.jacobian.integrated_gradients import sections_between
 from lib_lightning.jacobian.section import Section
 from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.loops import parts_of
 from lib_lightning.model.node_layer import OUTPUT
 from lib_lightning.model.output_distribution import OutputDistribution
 from lib_lightning.model.precision import to_float64
@@ -194,7 +195,7 @@ class OutputGradients:
 def _unit_vectors(a: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
     """Unit vectors over positions and entries, the same for all samples, some at a time: ``(k, n, S, d)``."""
     n, S, d = a.shape
-    for part in torch.arange(S * d, device=a.device).split(size):
+    for part in parts_of(torch.arange(S * d, device=a.device).split(size)):
         z = a.new_zeros(len(part), 1, S * d)
         z[torch.arange(len(part), device=a.device), 0, part] = 1
         yield 0, z.expand(-1, n, -1).unflatten(-1, (S, d))
@@ -203,7 +204,7 @@ def _unit_vectors(a: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
 def _signs(a: Tensor, halves: Sequence[int], size: int, generator: torch.Generator) -> Iterator[tuple[int, Tensor]]:
     """Random signs, some vectors at a time: ``(k, n, S, d)``."""
     for half, count in enumerate(halves):
-        for start in range(0, count, size):
+        for start in parts_of(range(0, count, size)):
             yield half, _random_signs((min(size, count - start), *a.shape), generator, a)
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lib_lightning.model.loops import parts_of
 from lib_lightning.model.precision import for_sums, product_dtype, to_float64
 
 # Positions, and numbers, in one block of products: small enough for a core's cache.
@@ -189,7 +190,7 @@ class ClosedEdges:
         # Of the three factors A_i, s and B_j the two with the smaller product are multiplied first.
         factors_first = len(s) > r_in > 0
         features = max(1, _BLOCK // ((max(rows, len(B)) * r_in) if factors_first else (rows * max(1, *B.shape))))
-        for i in range(0, len(A), features):
+        for i in parts_of(range(0, len(A), features)):
             A_i = A[i : i + features]
             A_i_B = (A_i.T[:, :, None] * B[:, None]).flatten(1) if factors_first else None
             for s_x, squares_x in zip(s.split(rows), squares.split(rows), strict=True):

@@ -20,6 +20,7 @@ from lib_lightning.jacobian.closed_form import ClosedForm
 from lib_lightning.model.agreement import agree, half_of_the_digits
 from lib_lightning.model.autograd_graph import has_custom_function, save_contiguous
 from lib_lightning.model.capture import CapturedLayer
+from lib_lightning.model.loops import parts_of
 from lib_lightning.model.vjp import _grad, apply_mask, num_valid, vjp
 
 # Several vectors go through a section in one call. Small tensors gain from it (2 to 6 times less overhead per call),
@@ -213,8 +214,8 @@ class Section:
         C_T, r_out = C.T.contiguous(), max(1, C.shape[1])
         k = torch.arange(self.S_out * C.shape[1], device=C.device)
         size = self.vectors_per_call
-        parts = zip((k // r_out).split(size), (k % r_out).split(size), strict=True)
-        for t, i in parts if len(k) else ():
+        parts = list(zip((k // r_out).split(size), (k % r_out).split(size), strict=True)) if len(k) else []
+        for t, i in parts_of(parts, fewest=self._fewest_parts):
             cotangents = C.new_zeros(len(t), self.S_out, self.d_out)
             cotangents[k[: len(t)], t] = C_T[i]
             yield i, cotangents[:, None].expand(-1, self.n, -1, -1).contiguous()
@@ -233,11 +234,17 @@ class Section:
         products = ((i, self.vjp(cotangents)) for i, cotangents in self.cotangent_batches(C))
         if self.cached_products is None:
             return products
+        count = -(-self.S_out * C.shape[1] // self.vectors_per_call)
         if not self.cached_products:
             # All of them before the first is used: alternating between backward passes and sums would evict either
             # one's data from the processor's cache.
             self.cached_products.extend(products)
-        return self.cached_products
+        return parts_of(self.cached_products, count, self._fewest_parts)
+
+    @property
+    def _fewest_parts(self) -> int:
+        """Calls of which even a trial needs the gradients: as many directions as the node layer before may have."""
+        return -(-2 * self.d_in // (self.n * self.vectors_per_call))
 
     def _average(self, products: Sequence[Tensor]) -> Tensor:
         if len(products) == 1:  # its weight is 1
