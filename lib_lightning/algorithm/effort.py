@@ -8,6 +8,7 @@ operations that are counted on a few samples, not from a clock, so that two mach
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,7 @@ from lib_lightning.algorithm.output_gradients import EXACT_OUTPUTS, SAMPLED, imp
 from lib_lightning.algorithm.shortcuts import FAST
 from lib_lightning.distributed.process_group import ProcessGroup
 from lib_lightning.errors import LIBError
-from lib_lightning.jacobian.closed_form import _BLOCK, _ROWS, ClosedForm
+from lib_lightning.jacobian.closed_form import BLOCK, ROWS, ClosedForm
 from lib_lightning.jacobian.integrated_gradients import sections_between
 from lib_lightning.jacobian.section import STACK_ELEMENTS
 from lib_lightning.model.capture import CapturedLayer
@@ -35,8 +36,26 @@ from lib_lightning.model.torch_internals import operations_observed
 
 Effort = Literal["auto", "exact"]
 
-# Formulas for the floating-point operations of matrix products and convolutions, by operator.
-FLOP_FORMULAS = FlopCounterMode(display=False).flop_registry
+# Channels that kernels of convolutions compute at a time.
+_CHANNELS = 16
+# Kernels that a step of a fused recurrent layer stands for.
+_CALLS_PER_STEP = 3
+
+
+def _flops_of_rnn(x: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    """Operations of a fused recurrent layer: its matrices at every step."""
+    weights = [t for t in args[:4] if isinstance(t, Tensor) and t.ndim == 2]
+    return 2 * x.numel() // max(1, x.shape[-1]) * sum(w.numel() for w in weights[:2])
+
+
+def _flops_of_rnn_backward(x: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    return 3 * _flops_of_rnn(x, *args)  # forward again, gradients of states and of weights
+
+
+# Formulas for the floating-point operations of matrix products, convolutions and recurrent layers, by operator.
+FLOP_FORMULAS = dict(FlopCounterMode(display=False).flop_registry)
+_FUSED = {"mkldnn_rnn_layer": _flops_of_rnn, "mkldnn_rnn_layer_backward": _flops_of_rnn_backward}
+FLOP_FORMULAS |= {getattr(torch.ops.aten, name): f for name, f in _FUSED.items() if hasattr(torch.ops.aten, name)}
 
 # Probes, and features pushed forward, of the smallest effort; both are doubled as long as that fits.
 _PROBES, _PUSHED = 4, 8
@@ -169,7 +188,11 @@ class ModelCost:
             rank = min(d, DENSE_WIDTH) if config.basis == "lib" else d
             bases.append(num_samples * S * d * rank * 4 + _EIGENPROBLEM * rank**3 + _CALLS_PER_LAYER * _PER_CALL)
         points = max(1, config.integration_steps)
-        sections = [self._of_section(section, config, num_samples, calls) for section in self.sections]
+        ranks = self._ranks()
+        sections = [
+            self._of_section(section, *pair, config, num_samples, calls)
+            for section, pair in zip(self.sections, itertools.pairwise(ranks), strict=True)
+        ]
         by_output = config.metric == "output"
         return GraphCost(
             _FORWARD_PASSES * self.forward.of(num_samples),
@@ -195,10 +218,20 @@ class ModelCost:
         products = sum(section.reverse.of(chunk, vectors, stack) for section in sections) * n / chunk
         return self.forward.of(n) + products
 
-    def _of_section(self, section: SectionCost, config: LIBConfig, n: int, calls: float) -> tuple[float, float]:
-        """Operations of metric and edges."""
+    def _ranks(self) -> list[int]:
+        """The largest number of features that each node layer can have."""
+        ranks = [self.sections[-1].shape_out[1]]
+        for section in reversed(self.sections):
+            read = math.inf if section.hidden is None else section.hidden or ranks[0]
+            ranks.insert(0, int(min(section.shape_in[1], read)))
+        return ranks
+
+    def _of_section(
+        self, section: SectionCost, r: int, r_out: int, config: LIBConfig, n: int, calls: float
+    ) -> tuple[float, float]:
+        """Operations of metric and edges, between ``r`` and ``r_out`` features."""
         if section.hidden is not None:
-            return _of_closed_form(section, section.hidden, n, calls)
+            return _of_closed_form(section, r, r_out, n, calls)
         (S, d), (S_out, d_out) = section.shape_in, section.shape_out
         # Chunks of samples, and stacks of vectors.
         size = max(S * d, S_out * d_out)
@@ -211,17 +244,17 @@ class ModelCost:
             groups = count / at_once * GROUPS * _CALLS_PER_GROUP * _PER_CALL
             return (of_one.of(chunk, count, at_once) + groups + count * chunk * sums) * n / chunk
 
-        n_outputs = S_out * d_out
+        n_outputs = S_out * r_out
         metric = 0.0
         if config.basis == "lib" and config.metric == "next":
             metric = products(config.n_probes or n_outputs, section.reverse, 4.0 * S * d * min(d, DENSE_WIDTH))
-        reading = 2.0 * S * d**2
+        reading = 2.0 * S * d * r
         if metric and config.n_probes is None and n * S * d * n_outputs <= _KEPT:
             return metric, products(n_outputs, Operations(3.0 * _PER_NUMBER * S * d, 0.0), reading)
         edges = products(n_outputs, section.reverse, reading)
         if section.forward is not None:
-            pushed = min(d, config.n_pushed or d)
-            edges = min(edges, products(pushed, section.forward, 2.0 * S_out * d_out**2))
+            pushed = min(r, config.n_pushed or r)
+            edges = min(edges, products(pushed, section.forward, 2.0 * S_out * d_out * r_out))
         return metric, edges
 
     @property
@@ -232,21 +265,20 @@ class ModelCost:
         return max(_MIN_SAMPLES, math.ceil(max(needed)))
 
 
-def _of_closed_form(section: SectionCost, hidden: int, n: int, calls: float) -> tuple[float, float]:
-    """Operations of metric and edges in closed form."""
-    (S, d), (_, d_out) = section.shape_in, section.shape_out
-    # The metric is a product of factors with as many rows as there are hidden units, or outputs of an affine section.
-    rows = hidden or d_out
-    wide = d > DENSE_WIDTH and 2 * rows <= d
-    factors = 4.0 * rows**3 if wide else 2.0 * rows * d * (rows + d)
+def _of_closed_form(section: SectionCost, r: int, r_out: int, n: int, calls: float) -> tuple[float, float]:
+    """Operations of metric and edges in closed form, between ``r`` and ``r_out`` features."""
+    (S, d), (_, d_out), hidden = section.shape_in, section.shape_out, section.hidden or 0
+    # The metric is a product of factors with as many rows as there are hidden units, or features after an affine one.
+    rows = hidden or r_out
+    is_small = d > DENSE_WIDTH and 2 * rows <= d
+    factors = 4.0 * rows**3 if is_small else 2.0 * rows * d * (rows + d)
     metric = section.reverse.of(n) + 4.0 * n * S * hidden**2 + GROUPS * factors + 2.0 * rows**2 * d_out
-    r = min(d, rows)
     if not hidden:
-        return metric, 2.0 * d_out * d * r + _PER_NUMBER * n * S * r
+        return metric, 2.0 * r_out * d * r + _PER_NUMBER * n * S * r
     # Some features of the next node layer at a time.
-    at_once = max(1, _BLOCK // (max(_ROWS, hidden) * r))
-    share = min(1.0, calls * at_once / d_out)
-    return metric, share * n * S * r * d_out * (2.0 * hidden + 3 * _PER_NUMBER)
+    at_once = max(1, BLOCK // (max(ROWS, hidden) * r))
+    share = min(1.0, calls * at_once / r_out)
+    return metric, share * n * S * r * r_out * (2.0 * hidden + 3 * _PER_NUMBER)
 
 
 @dataclass(frozen=True)
@@ -348,7 +380,22 @@ def counted_operations(run: Callable[[], object], n: int) -> Operations:
     count = OperationCount()
     with operations_observed(count.add):
         run()
-    return Operations((sum(count.flops.values()) + _PER_NUMBER * count.numbers) / n, count.calls)
+    return Operations((sum(count.flops.values()) + count.padding + _PER_NUMBER * count.numbers) / n, count.calls)
+
+
+def _padding(operator: Any, args: tuple[Any, ...]) -> float:
+    """How many times the operations of a convolution its kernel makes, as few channels take as long as more."""
+    aten = torch.ops.aten
+    if operator is aten.convolution_backward:
+        weight, groups, both = args[2], args[9], True
+    elif operator in (aten.convolution, aten._convolution):
+        weight, groups, both = args[1], args[8], False
+    else:
+        return 1.0
+    if groups != 1:
+        return 1.0
+    sizes = weight.shape[:2] if both else [weight.shape[1 if args[6] else 0]]
+    return math.prod(-(-size // _CHANNELS) * _CHANNELS / max(1, size) for size in sizes)
 
 
 class OperationCount:
@@ -358,12 +405,14 @@ class OperationCount:
 
     Attributes:
         flops: Floating-point operations of matrix products and convolutions, by dtype.
+        padding: Operations that kernels of convolutions with few channels make on top.
         numbers: Numbers in the results of all operators.
         calls: Number of operators that were called.
     """
 
     def __init__(self) -> None:
         self.flops: dict[torch.dtype, int] = defaultdict(int)
+        self.padding = 0.0
         self.numbers, self.calls = 0, 0
 
     def add(self, operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
@@ -371,8 +420,12 @@ class OperationCount:
         formula = FLOP_FORMULAS.get(operator.overloadpacket)
         if formula is not None:
             dtype = next((arg.dtype for arg in args if isinstance(arg, Tensor)), torch.float32)
-            self.flops[dtype] += formula(*args, **kwargs, out_val=out)
+            flops = formula(*args, **kwargs, out_val=out)
+            self.flops[dtype] += flops
+            self.padding += (_padding(operator.overloadpacket, args) - 1) * flops
         self.calls += 1
+        if operator.overloadpacket.__name__ in _FUSED:
+            self.calls += _CALLS_PER_STEP * args[0].shape[0]
         if isinstance(out, Tensor):
             self.numbers += out.numel()
 

@@ -24,7 +24,7 @@ from lib_lightning.model.loops import parts_of
 from lib_lightning.model.precision import for_sums, product_dtype, to_float64
 
 # Positions, and numbers, in one block of products: small enough for a core's cache.
-_ROWS, _BLOCK = 256, 2**18
+ROWS, BLOCK = 256, 2**18
 
 
 @dataclass(frozen=True)
@@ -186,10 +186,10 @@ class ClosedEdges:
         identity = None if self.identity is None else (self.identity / (sizes[0] * sizes[1])).to(s)
         squares = squares.to(s)
         total = self.A.new_zeros(len(A), B.shape[1])
-        rows, r_in = max(1, min(len(s), _ROWS)), B.shape[1]
+        rows, r_in = max(1, min(len(s), ROWS)), B.shape[1]
         # Of the three factors A_i, s and B_j the two with the smaller product are multiplied first.
         factors_first = len(s) > r_in > 0
-        features = max(1, _BLOCK // ((max(rows, len(B)) * r_in) if factors_first else (rows * max(1, *B.shape))))
+        features = max(1, BLOCK // ((max(rows, len(B)) * r_in) if factors_first else (rows * max(1, *B.shape))))
         for i in parts_of(range(0, len(A), features)):
             A_i = A[i : i + features]
             A_i_B = (A_i.T[:, :, None] * B[:, None]).flatten(1) if factors_first else None

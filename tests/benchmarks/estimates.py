@@ -1,12 +1,15 @@
 """Predicted and measured seconds and peak memory of graphs: ``python -m tests.benchmarks.estimates [NAME ...]``.
 
-Each model in a process of its own, at default settings, with one thread unless OMP_NUM_THREADS says otherwise. Prints a
-table in Markdown.
+Each model in a process of its own, at default settings, with one thread unless OMP_NUM_THREADS says otherwise; estimate
+and graph in turns, and of each the median. Prints a table in Markdown, with how long an estimate itself takes.
+``--rounds 1`` measures once; a NAME is the beginning of a model's.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -152,40 +155,130 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
 }  # fmt: skip
 
 
-def measure(name: str) -> dict[str, Any]:
-    """Predict and measure one model."""
+class Mixer(nn.Module):
+    """Two blocks of an MLP-Mixer on patches of 4 x 4 pixels."""
+
+    def __init__(self, width: int = 32, patches: int = 16) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 4, 4)
+        self.blocks = nn.ModuleList(MixerBlock(width, patches) for _ in range(2))
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).mT
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.head(tokens.mean(1))
+
+
+class MixerBlock(nn.Module):
+    """Mixes patches, then channels."""
+
+    def __init__(self, width: int, patches: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.mix = nn.Sequential(nn.Linear(patches, 2 * patches), nn.GELU(), nn.Linear(2 * patches, patches))
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mix(self.norms[0](x).mT).mT
+        return x + self.mlp(self.norms[1](x))
+
+
+def _vit_of_transformers() -> Subject:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        image_size=16, patch_size=4, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_labels=10,
+    )  # fmt: skip
+    model = Logits(ViTForImageClassification(config))
+    return model, _images(128, 16), ["model.vit.layers.0", "model.vit.layers.1", "output"]
+
+
+def _mamba() -> Subject:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(
+        vocab_size=128, hidden_size=32, state_size=8, num_hidden_layers=2, intermediate_size=64, use_cache=False
+    )
+    layers = ["model.backbone.layers.0", "model.backbone.layers.1", "model.lm_head:input"]
+    return Logits(MambaForCausalLM(config)), torch.randint(128, (32, 16)), layers
+
+
+# Models that nothing was tuned with.
+SUBJECTS |= {
+    "1-d convolutions, 16 channels, 64 steps": lambda: (
+        nn.Sequential(
+            nn.Conv1d(4, 16, 5, padding=2), nn.GELU(), nn.Conv1d(16, 16, 5, padding=2), nn.GELU(),
+            nn.Conv1d(16, 16, 5, 2, padding=2), nn.GELU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(16, 5),
+        ),
+        torch.randn(256, 4, 64), ["1", "3", "5", "output"],
+    ),
+    "ViT of transformers, 2 blocks of width 48": _vit_of_transformers,
+    "MLP-Mixer, 2 blocks of width 32": lambda: (Mixer(), _images(256, 16), ["blocks.0", "blocks.1", "output"]),
+    "Mamba, 2 blocks of width 32, 16 tokens": _mamba,
+}  # fmt: skip
+
+
+def measure(name: str, rounds: int) -> dict[str, Any]:
+    """Predict and measure one model, in turns."""
     torch.manual_seed(0)
     small = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     compute_interaction_graph(small, [torch.randn(50, 8)], ["input", "1", "output"])  # loads libraries
     model, data, layers = SUBJECTS[name]()
-    estimate = estimate_cost(model, data, layers)
-    started = time.perf_counter()
-    compute_interaction_graph(model, [data], layers)
-    seconds = time.perf_counter() - started
+    estimates, estimating, measured, by_processor = [], [], [], []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        estimates.append(estimate_cost(model, data, layers))
+        estimating.append(time.perf_counter() - started)
+        started, processor = time.perf_counter(), time.process_time()
+        compute_interaction_graph(model, [data], layers)
+        measured.append(time.perf_counter() - started)
+        by_processor.append(time.process_time() - processor)
+        if len(measured) == 1:
+            memory = [estimates[0].peak_bytes / 1e6, peak() * 2**20 / 1e6]
+    median = statistics.median
     return {
-        "plan": str(estimate.plan).split(" (")[0], "threads": estimate.threads,
-        "predicted": [estimate.seconds, estimate.peak_bytes / 1e6], "measured": [seconds, peak() * 2**20 / 1e6],
+        "plan": str(estimates[0].plan).split(" (")[0], "operations": estimates[0].plan.operations,
+        "predicted": median(e.seconds for e in estimates), "measured": median(measured),
+        "processor": median(by_processor), "estimating": median(estimating), "memory": memory,
     }  # fmt: skip
 
 
-def main(names: list[str]) -> None:
+def main() -> None:
     """Print the table."""
-    print("| model | plan | seconds predicted | measured | MB at the peak predicted | measured |")
-    print("|---|---|---|---|---|---|")
-    for name in names or SUBJECTS:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split(":")[0])
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--one", action="store_true", help="print numbers of a single model")
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measure(options.names[0], options.rounds)))
+        return
+    print(
+        "| model | plan | seconds predicted | measured | of the processor | ratio | seconds of the estimate "
+        "| MB at the peak predicted | measured | ratio |"
+    )
+    print("|" + "---|" * 10)
+    for name in SUBJECTS:
+        if options.names and not name.startswith(tuple(options.names)):
+            continue
         run = subprocess.run(
-            [sys.executable, "-m", __spec__.name, "--one", name], check=False, capture_output=True, text=True
-        )
+            [sys.executable, "-m", __spec__.name, "--one", "--rounds", str(options.rounds), name],
+            check=False, capture_output=True, text=True,
+        )  # fmt: skip
         if run.returncode:
             print(f"| {name} | failed: {run.stderr.strip().splitlines()[-1]} |", flush=True)
             continue
         found = json.loads(run.stdout.splitlines()[-1])
-        (t, m), (t_found, m_found) = found["predicted"], found["measured"]
-        print(f"| {name} | {found['plan']} | {t:.2g} | {t_found:.2g} | {m:,.0f} | {m_found:,.0f} |", flush=True)
+        t, t_found, (m, m_found) = found["predicted"], found["measured"], found["memory"]
+        print(
+            f"| {name} | {found['plan']} | {t:.2g} | {t_found:.2g} | {found['processor']:.2g} | {t / t_found:.2f} "
+            f"| {found['estimating']:.2g} | {m:,.0f} | {m_found:,.0f} | {m / m_found:.2f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--one"]:
-        print(json.dumps(measure(sys.argv[2])))
-    else:
-        main(sys.argv[1:])
+    main()

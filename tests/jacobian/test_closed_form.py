@@ -30,7 +30,7 @@ def jacobian(factors: Factors, s: Tensor) -> Tensor:
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("n", [1, R_IN, R_IN + 1, 40, 600])
 def test_edges_are_the_sum_over_samples(n: int, residual: bool, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(closed, "_BLOCK", block)
+    monkeypatch.setattr(closed, "BLOCK", block)
     factors, C_pinv, C_next = parts(residual)
     derivatives, fhat = torch.rand(n, 1, H).double(), torch.randn(n, 1, R_IN).double()
     form = ClosedForm(factors, derivatives, torch.ones(n, 1, dtype=torch.bool))
