@@ -151,10 +151,10 @@ class FeatureAxes(TorchFunctionMode):
         return added
 
     def _follow(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
-        results = [t for t in tensors_in(out) if t.is_floating_point() and t.ndim > 1]
+        results = [t for t in _tensors((out,)) if t.is_floating_point() and t.ndim > 1]
         if not results:
             return
-        tensors = [t for t in tensors_in((args, kwargs)) if t.is_floating_point() and t.ndim > 0]
+        tensors = [t for t in _tensors((*args, *kwargs.values())) if t.is_floating_point() and t.ndim > 0]
         read = [t for t in tensors if self._known(t) is not None or not (id(t) in self._fixed or _is_weight(t))]
         axis = _axis_of_operation(name, args, kwargs)
         if tensors and not read and axis is None:
@@ -283,6 +283,17 @@ def _after(record: TensorRecord) -> Iterator[_Step]:
             yield reader, reader.input_axis, made, tuple(back.get(k) for k in range(len(made.shape)))
             if reader.input_axis is not None:
                 break
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors in arguments of an operation, most of which are tensors and numbers."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif not (value is None or isinstance(value, (int, float, str))):
+            found.extend(tensors_in(value))
+    return found
 
 
 def _name(func: Any) -> str:
