@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -36,9 +38,9 @@ class OrthogonalSigns:
 
     def __init__(self, generator: torch.Generator) -> None:
         self.generator = generator
-        self._bits = self._used = 0
-        self._flips = torch.zeros(0, dtype=torch.int8, device="cpu")
+        self._size = self._bits = self._used = 0
         self._columns = torch.zeros(0, dtype=torch.int64, device="cpu")
+        self._flips = torch.zeros(0, dtype=torch.int8, device="cpu")
 
     def draw(self, count: int, size: int) -> Tensor:
         """Draw the next vectors.
@@ -50,31 +52,41 @@ class OrthogonalSigns:
         Returns:
             Entries 1 and -1, shape ``(count, size)``, int8, on the CPU.
         """
-        parts = [torch.zeros(0, size, dtype=torch.int8, device="cpu")]
-        while count > 0:
-            if len(self._columns) != size or self._used == 2**self._bits:
+        signs = torch.empty(count, size, dtype=torch.int8, device="cpu")
+        drawn = 0
+        while drawn < count:
+            if self._size != size or self._used == 2**self._bits:
                 self._begin(size)
             safe_point()
-            stop = min(self._used + min(count, max(1, _NUMBERS // max(1, size))), 2**self._bits)
-            rows = torch.arange(self._used, stop, device="cpu")
-            parts.append(_hadamard_at(rows, self._columns, self._bits) * self._flips)
-            self._used += len(rows)
-            count -= len(rows)
-        return torch.cat(parts)
+            stop = min(self._used + min(count - drawn, max(1, _NUMBERS // max(1, size))), 2**self._bits)
+            self._fill(signs[drawn : drawn + stop - self._used])
+            drawn += stop - self._used
+            self._used = stop
+        return signs
 
     def _begin(self, size: int) -> None:
-        self._bits, self._used = max(1, size - 1).bit_length(), 0
+        self._size, self._bits, self._used = size, max(1, size - 1).bit_length(), 0
         self._columns = torch.randperm(2**self._bits, generator=self.generator, device="cpu")[:size]
         self._flips = (1 - 2 * torch.randint(0, 2, (size,), generator=self.generator, device="cpu")).to(torch.int8)
 
+    def _fill(self, signs: Tensor) -> None:
+        """Write the next vectors of the set."""
+        # Sylvester's matrix of size 2^bits is the Kronecker product of two smaller ones, whose columns are chosen
+        # once for many rows.
+        low = self._bits // 2
+        high_rows, low_rows = _hadamard(self._bits - low), _hadamard(low)
+        start, stop = self._used, self._used + len(signs)
+        first = start >> low
+        high = high_rows[first : (stop - 1 >> low) + 1][:, self._columns >> low] * self._flips
+        rows = torch.arange(start, stop, device="cpu")
+        if len(rows) < len(low_rows):
+            low_rows, index = low_rows[rows % len(low_rows)], rows - start
+        else:
+            index = rows % len(low_rows)
+        torch.mul(high[(rows >> low) - first], low_rows[:, self._columns % 2**low][index], out=signs)
 
-def _hadamard_at(rows: Tensor, columns: Tensor, bits: int) -> Tensor:
-    """Entries of Sylvester's Hadamard matrix of size ``2^bits``: the Kronecker product of two smaller ones."""
-    low = bits // 2
-    high_part = _hadamard(bits - low)[rows >> low][:, columns >> low]
-    return high_part * _hadamard(low)[rows & (2**low - 1)][:, columns & (2**low - 1)]
 
-
+@lru_cache(maxsize=32)
 def _hadamard(bits: int) -> Tensor:
     H = torch.ones(1, 1, dtype=torch.int8, device="cpu")
     for _ in range(bits):
