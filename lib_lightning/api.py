@@ -72,7 +72,7 @@ _MAX_HALVINGS = 6
 # Operations that effort="auto" lets a graph take: a minute or so on a few cores.
 _OPERATIONS = 1e12
 # Seconds below which an estimate is made twice, as only the second one is as fast as all that follow.
-_SHORT_TRIAL = 1.0
+_SHORT_TRIAL = 0.5
 # Samples that show what the output stands for.
 _FEW = 8
 _NO_OUTPUT = "The importance of features for the output is not computed: {}"
@@ -310,16 +310,16 @@ def _estimate(
 
     chunk, chunks = trial_size(cost, config, n, min(size, memory.samples))
     batches = samples_of([batch], chunk, instrumented.select, instrumented.num_samples) * chunks
-    device = instrumented.activations(batches[0])[0].device
-    trial = Trial(phases(config, instrumented, Trial.MANY), device)
-    with PeakMemory(device) as used, trial.measuring():
+    a = instrumented.activations(instrumented.select(batch, slice(0, 1)))[0]
+    trial = Trial(phases(config, instrumented, Trial.MANY), a.device)
+    with PeakMemory(a.device) as used, trial.measuring():
         built = build_graph(instrumented, batches, config, memory, output=output)
     ranks = likely_ranks(cost, [basis.n_features for basis in built.bases], chunks * chunk, n)
     itemsize = built.bases[0].to_features.element_size()
     # What all samples need beside those of the trial, by the plan.
     of_trial = _plan(instrumented, [batch], config, memory_limit, output is not None, chunks * chunk)
     more = max(0, memory.peak_bytes - of_trial.peak_bytes)
-    kept = kept_bytes(cost, plan, config, memory, next(iter(built.edges)).element_size())
+    kept = kept_bytes(cost, plan, config, memory, a.element_size())
     peak = max(used.peak, used.before + of_trial.peak_bytes * (used.peak == 0))
     return CostEstimate(
         plan,
@@ -327,7 +327,7 @@ def _estimate(
         peak + more + kept,
         file_bytes(cost, ranks, itemsize),
         torch.get_num_threads(),
-        device,
+        a.device,
     )
 
 

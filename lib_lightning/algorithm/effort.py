@@ -63,7 +63,7 @@ _PROBES, _PUSHED = 4, 8
 _MIN_ROWS, _ROWS_PER_DIRECTION = 1024, 4
 _MIN_SAMPLES = 32
 # What a number in a result, and the call of a kernel, cost in floating-point operations of matrix products.
-_PER_NUMBER, _PER_CALL = 5, 3e5
+PER_NUMBER, PER_CALL = 5, 3e5
 _EIGENPROBLEM = 30
 # Forward passes of a graph: checks, plan, moments and whatever is run again.
 _FORWARD_PASSES = 4
@@ -97,7 +97,7 @@ class Operations:
     def of(self, num_samples: float, vectors: float = 1, at_once: float = 1) -> float:
         """Operations for a number of samples and vectors, of which some are multiplied at once."""
         calls = vectors / at_once * self.calls + vectors * self.calls_per_vector
-        return self.per_sample * num_samples * vectors + calls * _PER_CALL
+        return self.per_sample * num_samples * vectors + calls * PER_CALL
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class ModelCost:
         bases = []
         for S, d in shapes:
             rank = min(d, DENSE_WIDTH) if config.basis == "lib" else d
-            bases.append(num_samples * S * d * rank * 4 + _EIGENPROBLEM * rank**3 + _CALLS_PER_LAYER * _PER_CALL)
+            bases.append(num_samples * S * d * rank * 4 + _EIGENPROBLEM * rank**3 + _CALLS_PER_LAYER * PER_CALL)
         points = max(1, config.integration_steps)
         ranks = self._ranks()
         sections = [
@@ -241,7 +241,7 @@ class ModelCost:
         def products(count: float, of_one: Operations, sums: float) -> float:
             at_once = min(count, stack)
             count = min(count, calls * stack)
-            groups = count / at_once * GROUPS * _CALLS_PER_GROUP * _PER_CALL
+            groups = count / at_once * GROUPS * _CALLS_PER_GROUP * PER_CALL
             return (of_one.of(chunk, count, at_once) + groups + count * chunk * sums) * n / chunk
 
         n_outputs = S_out * r_out
@@ -250,7 +250,7 @@ class ModelCost:
             metric = products(config.n_probes or n_outputs, section.reverse, 4.0 * S * d * min(d, DENSE_WIDTH))
         reading = 2.0 * S * d * r
         if metric and config.n_probes is None and n * S * d * n_outputs <= _KEPT:
-            return metric, products(n_outputs, Operations(3.0 * _PER_NUMBER * S * d, 0.0), reading)
+            return metric, products(n_outputs, Operations(3.0 * PER_NUMBER * S * d, 0.0), reading)
         edges = products(n_outputs, section.reverse, reading)
         if section.forward is not None:
             pushed = min(r, config.n_pushed or r)
@@ -274,11 +274,11 @@ def _of_closed_form(section: SectionCost, r: int, r_out: int, n: int, calls: flo
     factors = 4.0 * rows**3 if is_small else 2.0 * rows * d * (rows + d)
     metric = section.reverse.of(n) + 4.0 * n * S * hidden**2 + GROUPS * factors + 2.0 * rows**2 * d_out
     if not hidden:
-        return metric, 2.0 * r_out * d * r + _PER_NUMBER * n * S * r
+        return metric, 2.0 * r_out * d * r + PER_NUMBER * n * S * r
     # Some features of the next node layer at a time.
     at_once = max(1, BLOCK // (max(ROWS, hidden) * r))
     share = min(1.0, calls * at_once / r_out)
-    return metric, share * n * S * r * r_out * (2.0 * hidden + 3 * _PER_NUMBER)
+    return metric, share * n * S * r * r_out * (2.0 * hidden + 3 * PER_NUMBER)
 
 
 @dataclass(frozen=True)
@@ -380,7 +380,7 @@ def counted_operations(run: Callable[[], object], n: int) -> Operations:
     count = OperationCount()
     with operations_observed(count.add):
         run()
-    return Operations((sum(count.flops.values()) + count.padding + _PER_NUMBER * count.numbers) / n, count.calls)
+    return Operations((sum(count.flops.values()) + count.padding + PER_NUMBER * count.numbers) / n, count.calls)
 
 
 def _padding(operator: Any, args: tuple[Any, ...]) -> float:
