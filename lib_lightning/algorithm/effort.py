@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lib_lightning.algorithm.config import LIBConfig
 from lib_lightning.algorithm.jackknife import GROUPS
 from lib_lightning.algorithm.low_rank_gram import DENSE_WIDTH
+from lib_lightning.algorithm.memory_plan import saved_by_autograd
 from lib_lightning.algorithm.output_gradients import EXACT_OUTPUTS, SAMPLED, importance_vectors, num_vectors
 from lib_lightning.algorithm.shortcuts import FAST
 from lib_lightning.distributed.process_group import ProcessGroup
@@ -65,18 +66,21 @@ _MIN_SAMPLES = 32
 # What a number in a result, and the call of a kernel, cost in floating-point operations of matrix products.
 PER_NUMBER, PER_CALL = 5, 3e5
 _EIGENPROBLEM = 30
-# Forward passes of a graph: checks, plan, moments and whatever is run again.
-_FORWARD_PASSES = 4
-# Kernels for each node layer that no count of products includes: searches, sums, eigenproblems, errors.
-_CALLS_PER_LAYER = 1000
+# Forward passes of a graph for checks and plans, and whatever is run again.
+_CHECKS = 3
+# Kernels that no count of products includes: of searches and sums in the first pass; of eigenproblem and sums of a basis,
+# with a metric or without; of features, checks and sums of the edges of a section at a chunk of samples; of importances
+# for the output; and of errors.
+_CALLS_FOR_MOMENTS, _CALLS_FOR_BASIS, _CALLS_FOR_PLAIN_BASIS, _CALLS_FOR_EDGES = 600, 300, 20, 450
+_CALLS_FOR_IMPORTANCE, _CALLS_FOR_ERRORS = 300, 200
 # Samples on which operations are counted, and vectors that are multiplied at once.
 _COUNTED, _VECTORS = 2, 4
 # Numbers in the largest tensor of a chunk of samples, at most.
 _CHUNK = 2**22
 # Kernels for each group of samples in each call of a product: sums are kept by group.
 _CALLS_PER_GROUP = 5
-# Numbers in the products of a section with all output features, up to which they are kept from the metric for the edges.
-_KEPT = 2**27
+# Numbers that are kept at most of products with all output features, from the metric for the edges.
+_KEPT = 2.5e8
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,7 @@ class SectionCost:
         shape_out: Positions and width of the node layer after.
         hidden: Number of hidden units of its closed form, with which sums need no products: 0 for an affine section.
             None if it has none.
+        sequential: Whether vectors are multiplied one by one, as an operation knows no several at once.
     """
 
     reverse: Operations
@@ -118,6 +123,7 @@ class SectionCost:
     shape_in: tuple[int, int]
     shape_out: tuple[int, int]
     hidden: int | None = None
+    sequential: bool = False
 
     @property
     def has_closed_form(self) -> bool:
@@ -130,26 +136,30 @@ class GraphCost:
     """Operations of each step of a graph.
 
     Attributes:
-        moments: Forward passes.
+        checks: Forward passes before the first sums.
+        moments: The pass with the first sums.
         metrics: Products for the metric of each node layer but the last.
         bases: Eigenproblem of each node layer, and the sums for it.
         edges: Products for the edges of each section.
         output_metric: Gradients of the output for metrics.
         output_importance: Gradients of the output for the importances of all features.
+        errors: Standard errors.
     """
 
+    checks: float
     moments: float
     metrics: Sequence[float]
     bases: Sequence[float]
     edges: Sequence[float]
     output_metric: float = 0.0
     output_importance: float = 0.0
+    errors: float = 0.0
 
     @property
     def total(self) -> float:
         """All of them."""
         sums = sum(self.metrics) + sum(self.bases) + sum(self.edges)
-        return self.moments + sums + self.output_metric + self.output_importance
+        return self.checks + self.moments + sums + self.output_metric + self.output_importance + self.errors
 
 
 @dataclass(frozen=True)
@@ -161,11 +171,14 @@ class ModelCost:
         sections: The sections.
         readout: The section from the last node layer to the model's output; None if that is the output, or has no
             gradient.
+        stack_elements: About how many numbers a batch of vectors has; fewer where a tensor between node layers is
+            larger than they are.
     """
 
     forward: Operations
     sections: Sequence[SectionCost]
     readout: SectionCost | None = None
+    stack_elements: int = STACK_ELEMENTS
 
     def of_graph(self, config: LIBConfig, num_samples: int) -> float:
         """Operations of a graph; see `steps`."""
@@ -184,9 +197,11 @@ class ModelCost:
         """
         shapes = [section.shape_in for section in self.sections] + [self.sections[-1].shape_out]
         bases = []
-        for S, d in shapes:
-            rank = min(d, DENSE_WIDTH) if config.basis == "lib" else d
-            bases.append(num_samples * S * d * rank * 4 + _EIGENPROBLEM * rank**3 + _CALLS_PER_LAYER * PER_CALL)
+        for i, (S, d) in enumerate(shapes):
+            has_metric = config.basis == "lib" and (i < len(self.sections) or config.final_metric is not None)
+            rank = min(d, DENSE_WIDTH) if has_metric else d
+            own = _CALLS_FOR_BASIS if has_metric else _CALLS_FOR_PLAIN_BASIS
+            bases.append(num_samples * S * d * rank * 4 + _EIGENPROBLEM * rank**3 + own * PER_CALL)
         points = max(1, config.integration_steps)
         ranks = self._ranks()
         sections = [
@@ -194,29 +209,44 @@ class ModelCost:
             for section, pair in zip(self.sections, itertools.pairwise(ranks), strict=True)
         ]
         by_output = config.metric == "output"
+        output_metric, importance = 0.0, 0.0
+        if by_output or (config.final_metric and self.readout):
+            output_metric = self._of_output(config.n_probes, EXACT_OUTPUTS, num_samples, calls)
+        if config.output_distribution != "none":
+            vectors = importance_vectors(config, num_samples * shapes[0][0])
+            importance = self._of_output(vectors, 0, num_samples, calls) + _CALLS_FOR_IMPORTANCE * PER_CALL
         return GraphCost(
-            _FORWARD_PASSES * self.forward.of(num_samples),
+            _CHECKS * self.forward.of(num_samples),
+            self.forward.of(num_samples) + _CALLS_FOR_MOMENTS * PER_CALL,
             [0.0 if by_output else points * metric for metric, _ in sections],
             bases,
-            [points * edges for _, edges in sections],
-            self._of_output(config.n_probes, EXACT_OUTPUTS, SAMPLED, num_samples)
-            if by_output or (config.final_metric and self.readout)
-            else 0.0,
-            0.0
-            if config.output_distribution == "none"
-            else self._of_output(importance_vectors(config, num_samples * shapes[0][0]), 0, SAMPLED, num_samples),
+            [points * edges + _CALLS_FOR_EDGES * PER_CALL * self._chunks(num_samples) for _, edges in sections],
+            output_metric,
+            importance,
+            _CALLS_FOR_ERRORS * PER_CALL,
         )
 
-    def _of_output(self, n_probes: int | None, exact_outputs: int, sampled: int, n: int) -> float:
+    def _of_output(self, n_probes: int | None, exact_outputs: int, n: int, calls: float) -> float:
         """Operations of gradients of the output with respect to all node layers."""
         sections = [*self.sections, self.readout] if self.readout else list(self.sections)
         S_out, d_out = sections[-1].shape_out
-        vectors = num_vectors(S_out * d_out, n_probes, exact_outputs, sampled) or S_out * d_out
-        chunk = min(n, max(1, _CHUNK // max(S * d for S, d in [section.shape_in for section in sections])))
-        size = chunk * max(1, S_out * d_out)
-        stack = min(vectors, max(1, STACK_ELEMENTS // size))
-        products = sum(section.reverse.of(chunk, vectors, stack) for section in sections) * n / chunk
-        return self.forward.of(n) + products
+        vectors = num_vectors(S_out * d_out, n_probes, exact_outputs, SAMPLED) or S_out * d_out
+        size = max(S * d for S, d in [*(section.shape_in for section in sections), (S_out, d_out)])
+        chunk = min(n, max(1, _CHUNK // size))
+        stack = min(vectors, max(1, self.stack_elements // (chunk * size)))
+        stack = 1 if any(section.sequential for section in sections) else stack
+        count = min(vectors, calls * stack)
+        products = 0.0
+        for section in sections:
+            S, d = section.shape_in
+            groups = count / stack * GROUPS * _CALLS_PER_GROUP * PER_CALL
+            products += section.reverse.of(chunk, count, stack) + groups + 4.0 * count * chunk * S * d * min(d, DENSE_WIDTH)
+        return self.forward.of(n) + products * n / chunk
+
+    def _chunks(self, num_samples: int) -> int:
+        """About the number of chunks of samples, on a CPU."""
+        largest = max(S * d for section in self.sections for S, d in (section.shape_in, section.shape_out))
+        return -(-num_samples * largest // _CHUNK)
 
     def _ranks(self) -> list[int]:
         """The largest number of features that each node layer can have."""
@@ -236,7 +266,7 @@ class ModelCost:
         # Chunks of samples, and stacks of vectors.
         size = max(S * d, S_out * d_out)
         chunk = min(n, max(1, _CHUNK // size))
-        stack = max(1, STACK_ELEMENTS // (chunk * size))
+        stack = 1 if section.sequential else max(1, self.stack_elements // (chunk * size))
 
         def products(count: float, of_one: Operations, sums: float) -> float:
             at_once = min(count, stack)
@@ -249,12 +279,14 @@ class ModelCost:
         if config.basis == "lib" and config.metric == "next":
             metric = products(config.n_probes or n_outputs, section.reverse, 4.0 * S * d * min(d, DENSE_WIDTH))
         reading = 2.0 * S * d * r
-        if metric and config.n_probes is None and n * S * d * n_outputs <= _KEPT:
-            return metric, products(n_outputs, Operations(3.0 * PER_NUMBER * S * d, 0.0), reading)
         edges = products(n_outputs, section.reverse, reading)
         if section.forward is not None:
             pushed = min(r, config.n_pushed or r)
             edges = min(edges, products(pushed, section.forward, 2.0 * S_out * d_out * r_out))
+        if metric and config.n_probes is None:
+            kept = products(n_outputs, Operations(3.0 * PER_NUMBER * S * d, 0.0), reading)
+            share = min(1.0, _KEPT / (n * S * d * n_outputs))
+            edges = share * kept + (1 - share) * edges
         return metric, edges
 
     @property
@@ -331,22 +363,27 @@ def _measure(instrumented: InstrumentedModel, batch: Any) -> ModelCost:
     except LIBError:  # the output is no activations
         captured.clear()
         forward = counted_operations(lambda: captured.extend(instrumented.capture(batch)), n)
+    outputs = max(layer.a.numel() for layer in captured[: len(instrumented.layers)])
+    _, _, largest = saved_by_autograd(instrumented, batch)
     closed_forms = FAST.closed_forms.fit(instrumented, [batch])
     sections = sections_between(captured, STACK_ELEMENTS)
     between = sections[: len(instrumented.layers) - 1]
     costs = []
     for i, section in enumerate(sections):
         is_readout = i == len(between)
+        reverse = _products(section.vjp, section.a_out, n)
         costs.append(
             SectionCost(
-                _products(section.vjp, section.a_out, n),
+                reverse,
                 _products(section.jvp, section.a, n) if not is_readout and section.has_jvp() else None,
                 (section.S_in, section.d_in),
                 (section.S_out, section.d_out),
                 None if is_readout else _hidden(closed_forms.closed_form_of(i, section)),
+                section.sequential_only,
             )
         )
-    return ModelCost(forward, costs[: len(between)], costs[-1] if len(costs) > len(between) else None)
+    readout = costs[-1] if len(costs) > len(between) else None
+    return ModelCost(forward, costs[: len(between)], readout, STACK_ELEMENTS * outputs // max(outputs, largest))
 
 
 def _hidden(form: ClosedForm | None) -> int | None:

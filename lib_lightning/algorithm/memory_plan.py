@@ -111,14 +111,14 @@ def plan_memory(
     n = instrumented.num_samples(batch)
     cut = instrumented.to_output if workload.output else instrumented
     try:
-        captured, two, largest = _saved_by_autograd(cut, instrumented.select(batch, slice(0, 2)))
+        captured, two, largest = saved_by_autograd(cut, instrumented.select(batch, slice(0, 2)))
         # What does not depend on the number of samples (weights, position embeddings) is in both.
-        one = _saved_by_autograd(cut, instrumented.select(batch, slice(0, 1)))[1] if n > 1 else 0
+        one = saved_by_autograd(cut, instrumented.select(batch, slice(0, 1)))[1] if n > 1 else 0
     except Exception as error:
         if is_out_of_memory(error):
             raise
         # A tensor of the batch has the length of the batch by chance and must not be cut: run the whole batch.
-        captured, saved, largest = _saved_by_autograd(cut, batch)
+        captured, saved, largest = saved_by_autograd(cut, batch)
         two, one = saved // max(1, n), 0
     output_bytes = captured[-1].a[0].numel() * captured[-1].a.element_size() if workload.output else 0
     captured = captured[: len(instrumented.layers)]
@@ -159,7 +159,7 @@ def plan_memory(
     return MemoryPlan(max(1, samples), max(1, stack), groups, keep_graphs, max(0, left), peak_bytes)
 
 
-def _saved_by_autograd(instrumented: InstrumentedModel, batch: Any) -> tuple[list[CapturedLayer], int, int]:
+def saved_by_autograd(instrumented: InstrumentedModel, batch: Any) -> tuple[list[CapturedLayer], int, int]:
     """Capture a batch; return also the bytes that autograd saves, and the size of the largest saved tensor."""
     state = (*instrumented.model.parameters(), *instrumented.model.buffers())
     weights = {storage_key(t) for t in state if t.layout == torch.strided}

@@ -72,7 +72,7 @@ def steps_of(phases: Mapping[str, int], cost: ModelCost | None, config: LIBConfi
             outputs = section.shape_out[0] * section.shape_out[1]
             pushed = min(section.shape_in[1], config.n_pushed or section.shape_in[1], outputs)
             found.append(Step(name, length / n, float(pushed)))
-    lengths = {OUTPUT_IMPORTANCE: of_graph.output_importance / n}
+    lengths = {OUTPUT_IMPORTANCE: of_graph.output_importance / n, "standard errors": of_graph.errors}
     return found + [Step(name, lengths.get(name, 0.0)) for name, count in last for _ in range(count)]
 
 
