@@ -328,6 +328,7 @@ def _estimate(
         file_bytes(cost, ranks, itemsize),
         torch.get_num_threads(),
         a.device,
+        tuple(ranks),
     )
 
 

@@ -49,6 +49,7 @@ class CostEstimate:
         file_bytes: Predicted size of its basis file in bytes; features that are followed, and labels, come on top.
         threads: Number of threads of torch.
         device: Where it is computed.
+        num_features: Predicted number of features of each node layer.
     """
 
     plan: EffortPlan
@@ -57,6 +58,7 @@ class CostEstimate:
     file_bytes: int
     threads: int
     device: torch.device
+    num_features: tuple[int, ...]
 
     def __str__(self) -> str:
         where = f"{self.threads} thread{'s' * (self.threads != 1)}" if self.device.type == "cpu" else str(self.device)

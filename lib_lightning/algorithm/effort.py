@@ -184,13 +184,16 @@ class ModelCost:
         """Operations of a graph; see `steps`."""
         return self.steps(config, num_samples).total
 
-    def steps(self, config: LIBConfig, num_samples: int, calls: float = math.inf) -> GraphCost:
+    def steps(
+        self, config: LIBConfig, num_samples: int, calls: float = math.inf, largest_chunk: float = math.inf
+    ) -> GraphCost:
         """Operations of each step of a graph.
 
         Args:
             config: What to compute; its ``n_probes`` and ``n_pushed`` are taken literally, None as exact.
             num_samples: Number of samples.
             calls: Number of calls after which each loop over products is left.
+            largest_chunk: Number of samples in the largest batch.
 
         Returns:
             The numbers of operations.
@@ -205,7 +208,7 @@ class ModelCost:
         points = max(1, config.integration_steps)
         ranks = self._ranks()
         sections = [
-            self._of_section(section, *pair, config, num_samples, calls)
+            self._of_section(section, *pair, config, num_samples, calls, largest_chunk)
             for section, pair in zip(self.sections, itertools.pairwise(ranks), strict=True)
         ]
         by_output = config.metric == "output"
@@ -220,7 +223,7 @@ class ModelCost:
             self.forward.of(num_samples) + _CALLS_FOR_MOMENTS * PER_CALL,
             [0.0 if by_output else points * metric for metric, _ in sections],
             bases,
-            [points * edges + _CALLS_FOR_EDGES * PER_CALL * self._chunks(num_samples) for _, edges in sections],
+            [points * edges + _CALLS_FOR_EDGES * PER_CALL * self._chunks(num_samples, largest_chunk) for _, edges in sections],
             output_metric,
             importance,
             _CALLS_FOR_ERRORS * PER_CALL,
@@ -243,10 +246,10 @@ class ModelCost:
             products += section.reverse.of(chunk, count, stack) + groups + 4.0 * count * chunk * S * d * min(d, DENSE_WIDTH)
         return self.forward.of(n) + products * n / chunk
 
-    def _chunks(self, num_samples: int) -> int:
+    def _chunks(self, num_samples: int, largest_chunk: float) -> int:
         """About the number of chunks of samples, on a CPU."""
         largest = max(S * d for section in self.sections for S, d in (section.shape_in, section.shape_out))
-        return -(-num_samples * largest // _CHUNK)
+        return math.ceil(num_samples / min(largest_chunk, max(1, _CHUNK // largest)))
 
     def _ranks(self) -> list[int]:
         """The largest number of features that each node layer can have."""
@@ -257,7 +260,7 @@ class ModelCost:
         return ranks
 
     def _of_section(
-        self, section: SectionCost, r: int, r_out: int, config: LIBConfig, n: int, calls: float
+        self, section: SectionCost, r: int, r_out: int, config: LIBConfig, n: int, calls: float, largest_chunk: float
     ) -> tuple[float, float]:
         """Operations of metric and edges, between ``r`` and ``r_out`` features."""
         if section.hidden is not None:
@@ -265,7 +268,7 @@ class ModelCost:
         (S, d), (S_out, d_out) = section.shape_in, section.shape_out
         # Chunks of samples, and stacks of vectors.
         size = max(S * d, S_out * d_out)
-        chunk = min(n, max(1, _CHUNK // size))
+        chunk = int(min(n, largest_chunk, max(1, _CHUNK // size)))
         stack = 1 if section.sequential else max(1, self.stack_elements // (chunk * size))
 
         def products(count: float, of_one: Operations, sums: float) -> float:
@@ -285,7 +288,7 @@ class ModelCost:
             edges = min(edges, products(pushed, section.forward, 2.0 * S_out * d_out * r_out))
         if metric and config.n_probes is None:
             kept = products(n_outputs, Operations(3.0 * PER_NUMBER * S * d, 0.0), reading)
-            share = min(1.0, _KEPT / (n * S * d * n_outputs))
+            share = min(1.0, _KEPT // (chunk * S * d * n_outputs) * chunk / n)  # of all samples of a chunk, or of none
             edges = share * kept + (1 - share) * edges
         return metric, edges
 

@@ -57,7 +57,7 @@ def steps_of(phases: Mapping[str, int], cost: ModelCost | None, config: LIBConfi
         found = [Step(name) for name, count in (moments, *output_metric, *bases) for _ in range(count)]
         found += [Step(name) for _ in range(n) for name, _ in edges]
         return found + [Step(name) for name, count in last for _ in range(count)]
-    of_graph = cost.steps(config, num_samples)
+    of_graph = cost.steps(config, num_samples, largest_chunk=-(-num_samples // n))
     found = [Step(moments[0], of_graph.moments / n)] * n + [Step(moments[0], 0.0)]
     found += [Step(name, of_graph.output_metric / n) for name, count in output_metric for _ in range(count)]
     for i, (name, count) in zip(reversed(range(len(bases))), bases, strict=True):

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -21,6 +22,7 @@ from lib_lightning.errors import LIBError, did_you_mean, shows_tracebacks
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_file import write_bytes
 from lib_lightning.io.basis_format import EPOCH, NUM_SAMPLES, SETTINGS, STEP, VERSIONS, WEIGHTS, WEIGHTS_HASH
+from lib_lightning.lineage.reference import NUM_REFERENCE_VALUES
 from lib_lightning.metrics.summary import graph_scalars
 from lib_lightning.model.batch import map_tensors
 from lib_lightning.training.samples import SampleBuffer
@@ -191,6 +193,9 @@ def _estimate(words: Sequence[str]) -> None:
             model, batches[0], callback.node_layers, buffer.count, callback.effort, callback.config.memory_limit,
             **vars(spec), **vars(config),
         )  # fmt: skip
+        if callback.config.follow:  # values of all features, as half-precision numbers
+            followed = 2 * NUM_REFERENCE_VALUES * sum(estimate.num_features)
+            estimate = replace(estimate, file_bytes=estimate.file_bytes + followed)
         print(f"{callback.name}: {estimate}.")
 
 

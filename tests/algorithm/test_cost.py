@@ -30,9 +30,9 @@ CNN = nn.Sequential(
 Example = tuple[nn.Module, Tensor, list[str] | None, dict[str, Any]]
 
 
-def _few(make: Callable[[], tuple[nn.Module, Tensor]]) -> tuple[nn.Module, Tensor]:
+def _few(make: Callable[[], tuple[nn.Module, Tensor]], n: int = 16) -> tuple[nn.Module, Tensor]:
     model, x = make()
-    return model, x[:16]
+    return model, x[:n]
 
 
 def _gpt2() -> Example:
@@ -49,7 +49,7 @@ EXAMPLES: dict[str, Callable[[], Example]] = {
     "gpt2, gradients of the output": lambda: (*_gpt2()[:3], {"metric": "output"}),
     "gpt2, proposed node layers": lambda: (*_gpt2()[:2], None, {"n_probes": 32}),
     "llama": lambda: (*_few(llama), ["model.layers.0", "model.layers.1"], {}),
-    "lstm": lambda: (*_few(lstm), ["input", "head:input", "output"], {}),
+    "lstm": lambda: (*_few(lstm, 64), ["input", "head:input", "output"], {}),
     "u-net": lambda: (UNet(4), torch.randn(16, 3, 8, 8), ["input", "output"], {}),
     "positions": lambda: (*_gpt2()[:3], {"skip_positions": 1}),
     "integrated gradients": lambda: (CNN, torch.randn(16, 3, 16, 16), ["3", "output"], {"integration_steps": 3}),

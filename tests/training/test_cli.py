@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 import yaml
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from lib_lightning import InteractionGraph, compute_interaction_graph
 from lib_lightning.graph import Lineages
@@ -33,6 +36,13 @@ def command(*args: str, code: int = 0) -> str:
     )
     assert done.returncode == code, done.stdout
     return done.stdout
+
+
+def _of_gpt2(setting: str) -> list[str]:
+    """Options for a GPT-2 with one callback."""
+    name, _, value = setting.partition("=")
+    callback = {"class_path": "lib_lightning.LIBCallback", "init_args": {name: yaml.safe_load(value)}}
+    return ["--model", "tests.training.test_cli.TinyGPT2", "--trainer.callbacks", json.dumps([callback])]
 
 
 @pytest.fixture
@@ -250,6 +260,98 @@ def test_nodes_feeds_the_model_as_the_callback_does(capsys: pytest.CaptureFixtur
     callback["init_args"] = {"node_layers": ["input", "output"], "input_fn": "tests.training.test_cli.scaled"}
     main(["nodes", "--model", "tests.training.test_cli.TwoArguments", "--trainer.callbacks", json.dumps([callback])])
     assert capsys.readouterr().out.splitlines()[-1] == "node_layers: [input, output]"
+
+
+class TinyGPT2(BoringModel):
+    """GPT-2 with its own data."""
+
+    def __init__(self, tokens: int = 12) -> None:
+        super().__init__()
+        self.tokens = tokens
+        config = GPT2Config(
+            vocab_size=32, n_positions=tokens, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+        )
+        self.model = GPT2LMHeadModel(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x).logits
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self(batch)
+
+    def val_dataloader(self) -> DataLoader[Tensor]:
+        return DataLoader(torch.randint(32, (24, self.tokens)), batch_size=8)
+
+
+ESTIMATE = re.compile(
+    r"^(?P<name>\w+): (?P<samples>[\d,]+) samples, .*metric, .*edges.* \(.* operations\): about .* with \d+ threads?, "
+    r".*B of memory at its peak, and (?P<size>[\d.]+) (?P<unit>[kM])B for each file\.$"
+)
+
+
+def test_estimate_says_what_a_snapshot_of_a_recipe_costs(tmp_path: Path) -> None:
+    before = set(ROOT.iterdir())
+    recipe = ("--config", "recipes/digits_mlp.yaml")
+    (line,) = command("estimate", *recipe).splitlines()
+    found = ESTIMATE.match(line)
+    assert found, line
+    assert set(ROOT.iterdir()) == before, "and writes nothing"
+    command("validate", *recipe, "--trainer.default_root_dir", str(tmp_path))
+    (file,) = tmp_path.glob("lightning_logs/version_0/lib/**/*.safetensors")
+    predicted = float(found["size"]) * {"k": 1e3, "M": 1e6}[found["unit"]]
+    assert predicted / 2 < file.stat().st_size < 2 * predicted
+    assert InteractionGraph.load(file).info["n_samples"] == int(found["samples"].replace(",", ""))
+
+
+def test_estimate_follows_the_settings_of_each_callback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    callbacks = [
+        {"class_path": "lib_lightning.LIBCallback", "init_args": {"name": name, **settings}}
+        for name, settings in (
+            ("sampled", {"n_probes": 3, "n_pushed": 2, "num_samples": 10}),
+            ("exact", {"effort": "exact", "node_layers": ["model.transformer.h.0", "model.transformer.h.1"]}),
+        )
+    ]
+    model = {"class_path": "tests.training.test_cli.TinyGPT2", "init_args": {"tokens": 8}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"model": model, "trainer": {"callbacks": callbacks}}))
+    main(["estimate", "--config", "run.yaml"])
+    sampled, exact = capsys.readouterr().out.splitlines()
+    assert "sampled: 10 samples, 3 probes per sample for the metric, edges from 2 features per sample" in sampled
+    assert "exact: 24 samples, the exact metric, exact edges" in exact
+    assert ESTIMATE.match(sampled)
+    assert ESTIMATE.match(exact)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--config", "nothing.yaml"], r"File does not exist: '.*nothing.yaml'"),
+        ([], "the following arguments are required: model"),
+        (["--model", "tests.training.test_cli.TinyGPT3"], "TinyGPT3"),
+        (["--model", "tests.training.test_cli.WithoutValidation"], "There is no validation batch to run the model on"),
+        (["--model", "tests.training.test_cli.BadDay"], "fit failed before the first validation batch of BadDay"),
+        (["--model", "tests.training.test_cli.TwoArguments"], "TwoArguments cannot be run on a batch: TypeError"),
+        (_of_gpt2("node_layers=[model.transformer.h.7, output]"), r"no module 'model.transformer.h.7'"),
+        (_of_gpt2("node_layers=[model.transformer.h.1, model.transformer.h.0]"), "order"),
+        (_of_gpt2("n_probes=0"), "n_probes must be at least 1"),
+        (_of_gpt2("effort=most"), r"Expected a typing.Literal\['auto', 'exact'\]"),
+        (_of_gpt2("memory_limit=-1"), "memory_limit"),
+        (_of_gpt2("skip_positions=slice(0, 12)"), "position"),
+    ],
+)
+def test_estimate_fails_with_a_few_lines(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["estimate", *words])
+    said = capsys.readouterr().err if ended.value.code == 2 else str(ended.value)
+    assert said.startswith("lib-lightning: ")
+    assert re.search(message, said)
+    assert len(said.strip().splitlines()) <= 5
+    assert "Traceback" not in said
 
 
 def test_saved_graphs_load_elsewhere(basis_file: Path) -> None:
