@@ -39,7 +39,7 @@ from lib_lightning.algorithm.cost import (
     samples_of,
     trial_size,
 )
-from lib_lightning.algorithm.effort import Effort, EffortPlan, ModelCost, agree, choose_effort, measure_cost
+from lib_lightning.algorithm.effort import Effort, EffortPlan, agree, choose_effort, measure_cost
 from lib_lightning.algorithm.jackknife import standard_error
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT, MemoryPlan, Workload, plan_memory, split_batches
 from lib_lightning.algorithm.output_gradients import is_output, needs_output
@@ -271,9 +271,9 @@ def estimate_cost(
     def once() -> CostEstimate:
         instrumented = InstrumentedModel(model, as_node_layers(node_layers), spec)
         started = time.perf_counter()
-        with wrap_forward_errors(instrumented.model, instrumented.spec):
-            with model_session(instrumented, copied_bytes(memory_limit)):
-                return _estimate(instrumented, batch, config, memory_limit, num_samples, effort, started)
+        explained = wrap_forward_errors(instrumented.model, instrumented.spec)
+        with explained, model_session(instrumented, copied_bytes(memory_limit)):
+            return _estimate(instrumented, batch, config, memory_limit, num_samples, effort, started)
 
     with signals_at_safe_points():
         started = time.perf_counter()

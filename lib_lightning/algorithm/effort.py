@@ -68,9 +68,9 @@ PER_NUMBER, PER_CALL = 5, 3e5
 _EIGENPROBLEM = 30
 # Forward passes of a graph for checks and plans, and whatever is run again.
 _CHECKS = 3
-# Kernels that no count of products includes: of searches and sums in the first pass; of eigenproblem and sums of a basis,
-# with a metric or without; of features, checks and sums of the edges of a section at a chunk of samples; of importances
-# for the output; and of errors.
+# Kernels that no count of products includes: of searches and sums in the first pass; of eigenproblem and sums of a
+# basis, with a metric or without; of features, checks and sums of the edges of a section at a chunk of samples; of
+# importances for the output; and of errors.
 _CALLS_FOR_MOMENTS, _CALLS_FOR_BASIS, _CALLS_FOR_PLAIN_BASIS, _CALLS_FOR_EDGES = 600, 300, 20, 450
 _CALLS_FOR_IMPORTANCE, _CALLS_FOR_ERRORS = 300, 200
 # Samples on which operations are counted, and vectors that are multiplied at once.
@@ -206,7 +206,7 @@ class ModelCost:
             own = _CALLS_FOR_BASIS if has_metric else _CALLS_FOR_PLAIN_BASIS
             bases.append(num_samples * S * d * rank * 4 + _EIGENPROBLEM * rank**3 + own * PER_CALL)
         points = max(1, config.integration_steps)
-        ranks = self._ranks()
+        ranks = self.ranks()
         sections = [
             self._of_section(section, *pair, config, num_samples, calls, largest_chunk)
             for section, pair in zip(self.sections, itertools.pairwise(ranks), strict=True)
@@ -223,7 +223,10 @@ class ModelCost:
             self.forward.of(num_samples) + _CALLS_FOR_MOMENTS * PER_CALL,
             [0.0 if by_output else points * metric for metric, _ in sections],
             bases,
-            [points * edges + _CALLS_FOR_EDGES * PER_CALL * self._chunks(num_samples, largest_chunk) for _, edges in sections],
+            [
+                points * edges + _CALLS_FOR_EDGES * PER_CALL * self._chunks(num_samples, largest_chunk)
+                for _, edges in sections
+            ],
             output_metric,
             importance,
             _CALLS_FOR_ERRORS * PER_CALL,
@@ -243,7 +246,9 @@ class ModelCost:
         for section in sections:
             S, d = section.shape_in
             groups = count / stack * GROUPS * _CALLS_PER_GROUP * PER_CALL
-            products += section.reverse.of(chunk, count, stack) + groups + 4.0 * count * chunk * S * d * min(d, DENSE_WIDTH)
+            products += (
+                section.reverse.of(chunk, count, stack) + groups + 4.0 * count * chunk * S * d * min(d, DENSE_WIDTH)
+            )
         return self.forward.of(n) + products * n / chunk
 
     def _chunks(self, num_samples: int, largest_chunk: float) -> int:
@@ -251,7 +256,7 @@ class ModelCost:
         largest = max(S * d for section in self.sections for S, d in (section.shape_in, section.shape_out))
         return math.ceil(num_samples / min(largest_chunk, max(1, _CHUNK // largest)))
 
-    def _ranks(self) -> list[int]:
+    def ranks(self) -> list[int]:
         """The largest number of features that each node layer can have."""
         ranks = [self.sections[-1].shape_out[1]]
         for section in reversed(self.sections):

@@ -58,19 +58,21 @@ def steps_of(phases: Mapping[str, int], cost: ModelCost | None, config: LIBConfi
         found += [Step(name) for _ in range(n) for name, _ in edges]
         return found + [Step(name) for name, count in last for _ in range(count)]
     of_graph = cost.steps(config, num_samples, largest_chunk=-(-num_samples // n))
+    ranks = cost.ranks()
     found = [Step(moments[0], of_graph.moments / n)] * n + [Step(moments[0], 0.0)]
     found += [Step(name, of_graph.output_metric / n) for name, count in output_metric for _ in range(count)]
     for i, (name, count) in zip(reversed(range(len(bases))), bases, strict=True):
         if count > 1 and i < len(cost.sections):
-            vectors = float(config.n_probes or cost.sections[i].shape_out[0] * cost.sections[i].shape_out[1])
+            vectors = float(config.n_probes or cost.sections[i].shape_out[0] * ranks[i + 1])
             found += [Step(name, of_graph.metrics[i] / n, vectors)] * (count - 1)
         elif count > 1:
             found += [Step(name, of_graph.moments / n)] * (count - 1)
         found.append(Step(name, of_graph.bases[i]))
     for _ in range(n):
-        for (name, _), section, length in zip(edges, cost.sections, of_graph.edges, strict=True):
-            outputs = section.shape_out[0] * section.shape_out[1]
-            pushed = min(section.shape_in[1], config.n_pushed or section.shape_in[1], outputs)
+        for (name, _), section, r, r_out, length in zip(
+            edges, cost.sections, ranks, ranks[1:], of_graph.edges, strict=False
+        ):
+            pushed = min(r, config.n_pushed or r, section.shape_out[0] * r_out)
             found.append(Step(name, length / n, float(pushed)))
     lengths = {OUTPUT_IMPORTANCE: of_graph.output_importance / n, "standard errors": of_graph.errors}
     return found + [Step(name, lengths.get(name, 0.0)) for name, count in last for _ in range(count)]

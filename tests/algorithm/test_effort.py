@@ -95,7 +95,9 @@ def test_the_cost_is_the_same_whenever_it_is_counted(case: Case) -> None:
 operations = st.builds(Operations, st.floats(1e2, 1e8), st.floats(1, 500), st.floats(0, 20))
 shapes = st.tuples(st.integers(1, 200), st.integers(1, 600))
 costs = st.lists(
-    st.builds(SectionCost, operations, st.none() | operations, shapes, shapes, st.none() | st.integers(0, 500)), min_size=1, max_size=4
+    st.builds(SectionCost, operations, st.none() | operations, shapes, shapes, st.none() | st.integers(0, 500)),
+    min_size=1,
+    max_size=4,
 ).map(lambda sections: ModelCost(Operations(1e5, 20), sections))
 
 

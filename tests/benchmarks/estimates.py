@@ -2,8 +2,8 @@
 
 Each model in a process of its own, at default settings, with one thread unless OMP_NUM_THREADS says otherwise; estimate
 and graph in turns, and of each the median. Prints a table in Markdown, with how long an estimate itself takes.
-``--rounds 1`` measures once; a NAME is the beginning of a model's. ``--clock processor`` predicts and measures seconds of
-the processor, which depend less on other programs.
+``--rounds 1`` measures once; a NAME is the beginning of a model's. ``--clock processor`` predicts and measures seconds
+of the processor, which depend less on other programs.
 """
 
 from __future__ import annotations
@@ -267,10 +267,10 @@ def main() -> None:
     for name in SUBJECTS:
         if options.names and not name.startswith(tuple(options.names)):
             continue
+        settings = ["--one", f"--rounds={options.rounds}", f"--clock={options.clock}"]
         run = subprocess.run(
-            [sys.executable, "-m", __spec__.name, "--one", f"--rounds={options.rounds}", f"--clock={options.clock}", name],
-            check=False, capture_output=True, text=True,
-        )  # fmt: skip
+            [sys.executable, "-m", __spec__.name, *settings, name], check=False, capture_output=True, text=True
+        )
         if run.returncode:
             print(f"| {name} | failed: {run.stderr.strip().splitlines()[-1]} |", flush=True)
             continue

@@ -28,13 +28,10 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import lib_lightning
-from lib_lightning import InteractionGraph, compute_interaction_graph
-from lib_lightning.algorithm.config import LIBConfig
-from lib_lightning.algorithm.effort import FLOP_FORMULAS, counted_operations, measure_cost
+from lib_lightning import InteractionGraph, compute_interaction_graph, estimate_cost
+from lib_lightning.algorithm.effort import FLOP_FORMULAS
 from lib_lightning.api import propose_node_layers
 from lib_lightning.model.agreement import length
-from lib_lightning.model.instrumented import InstrumentedModel, model_session
-from lib_lightning.model.node_layer import as_node_layers
 from lib_lightning.model.precision import supports_float64
 from lib_lightning.model.torch_internals import operations_observed
 from recipes.modular_addition import AllPairs
@@ -216,7 +213,7 @@ def _counted_waits() -> Iterator[list[Any]]:
 
 
 def predictions(machine: Machine) -> Iterator[Row]:
-    """Seconds that the plan predicts and seconds that are measured, at default settings."""
+    """Predicted seconds and measured ones, at default settings."""
     k = 1 if machine.small else 4
     conv = [nn.Conv2d(3, 8 * k, 3, padding=1), nn.ReLU(), nn.Conv2d(8 * k, 8 * k, 3, padding=1), nn.ReLU()]
     llama = LlamaForCausalLM(
@@ -235,26 +232,18 @@ def predictions(machine: Machine) -> Iterator[Row]:
     for name, (model, x) in cases.items():
         model, x = machine.to(model, x[:8] if machine.small else x)
         layers = propose_node_layers(model, x)
-        predicted = _predicted_seconds(machine, model, x, layers)
+        estimate, estimating = machine.seconds(lambda m=model, b=x, n=layers: estimate_cost(m, b, n))
         (_, spent), peak = machine.peak(
             lambda m=model, b=x, n=layers: machine.seconds(lambda: compute_interaction_graph(m, [b], n))
         )
-        yield {
-            "what": f"plan: {name}", "predicted (s)": predicted, "seconds": spent, "peak (GiB)": peak,
-            "predicted / measured": None if predicted is None else predicted / spent,
+        row = {
+            "what": f"plan: {name}", "predicted (s)": estimate.seconds, "seconds": spent,
+            "predicted / measured": estimate.seconds / spent, "seconds of the estimate": estimating,
         }  # fmt: skip
-
-
-def _predicted_seconds(machine: Machine, model: nn.Module, x: Tensor, layers: list[str]) -> float | None:
-    if hasattr(lib_lightning, "estimate_cost"):
-        return float(lib_lightning.estimate_cost(model, x, layers, num_samples=len(x)).seconds)
-    # Operations of the graph, at the rate of this model's own forward pass.
-    instrumented = InstrumentedModel(model, as_node_layers(layers))
-    with model_session(instrumented), torch.no_grad():
-        cost = measure_cost(instrumented, x)
-        spent = min(machine.seconds(lambda: instrumented.model(x))[1] for _ in range(3))
-        rate = counted_operations(lambda: instrumented.model(x), len(x)).of(len(x)) / spent
-    return cost.of_graph(LIBConfig(), len(x)) / rate
+        if peak is not None:
+            held = torch.cuda.memory_allocated(machine.device)
+            row |= {"predicted peak (GiB)": (estimate.peak_bytes - held) / 2**30, "peak (GiB)": peak}
+        yield row
 
 
 def _gpt2(n_layer: int, width: int, context: int, vocabulary: int = 64) -> nn.Module:

@@ -342,9 +342,7 @@ def test_estimate_follows_the_settings_of_each_callback(
         (_of_gpt2("skip_positions=slice(0, 12)"), "position"),
     ],
 )
-def test_estimate_fails_with_a_few_lines(
-    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_estimate_fails_with_a_few_lines(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["estimate", *words])
     said = capsys.readouterr().err if ended.value.code == 2 else str(ended.value)
