@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -24,12 +25,14 @@ from lib_lightning.algorithm.effort import (
     counted_operations,
     measure_cost,
 )
+from lib_lightning.algorithm.progress import on_phase
 from lib_lightning.api import graph_of, propose_node_layers
 from lib_lightning.distributed.process_group import ProcessGroup
 from lib_lightning.model.instrumented import InstrumentedModel, model_session
 from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.node_layer import as_node_layers
 from tests.cases import Case
+from tests.operations_clock import OperationsClock
 
 CONFIG = LIBConfig()
 
@@ -143,3 +146,47 @@ def test_processes_agree() -> None:
     assert agree(plan, ProcessGroup()) == plan
     assert agree(None, ProcessGroup()) is None
     assert agree(replace(plan, n_probes=None, n_pushed=8), ProcessGroup()).n_pushed == 8  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("channels", "factor"), [(3, (16 / 3) ** 2), (8, 4.0), (16, 1.0), (24, (32 / 24) ** 2)])
+def test_few_channels_take_as_long_as_more(channels: int, factor: float) -> None:
+    conv, x = nn.Conv2d(channels, channels, 3, padding=1), torch.randn(2, channels, 9, 9, requires_grad=True)
+    y = conv(x)
+    products = 2 * 9 * channels**2 * 81  # for each sample
+    numbers = 5 * channels * 81
+    counted = counted_operations(lambda: torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True), 2)
+    assert counted.per_sample == pytest.approx(factor * products + numbers, rel=0.01)
+    counted = counted_operations(lambda: conv(x), 2)
+    assert counted.per_sample == pytest.approx(factor**0.5 * products + numbers, rel=0.01)
+
+
+def test_a_fused_recurrent_layer_has_the_operations_of_its_matrices() -> None:
+    rnn, x = nn.LSTM(8, 16, batch_first=True), torch.randn(4, 12, 8)
+    counted = counted_operations(lambda: rnn(x), 4)
+    assert 2 * 12 * 64 * (8 + 16) <= counted.per_sample < 4 * 12 * 64 * (8 + 16)
+
+
+@pytest.mark.parametrize("width", [16, 64])
+def test_sums_in_closed_form_cost_what_they_compute(width: int) -> None:
+    model = nn.Sequential(nn.Linear(width, 128), nn.Tanh(), nn.Linear(128, width))
+    x = torch.randn(4096, width)
+    instrumented = InstrumentedModel(model, as_node_layers(["input", "output"]))
+    with model_session(instrumented):
+        cost = measure_cost(instrumented, x)
+    assert cost.sections[0].hidden == 128
+    steps = cost.steps(CONFIG, len(x))
+    seen: dict[str, float] = defaultdict(float)
+    clock = OperationsClock()
+    last = 0.0
+
+    def add(phase: str) -> None:
+        nonlocal last
+        now = clock.perf_counter()
+        seen[phase] += now - last
+        last = now
+
+    with clock.running(), on_phase(add):
+        graph_of(instrumented, [x], CONFIG)
+    predicted = {"basis of input": steps.metrics[0] + steps.bases[0], "edges from input to output": steps.edges[0]}
+    for phase, operations in predicted.items():
+        assert seen[phase] / 2.5 < operations < 2.5 * seen[phase], phase
