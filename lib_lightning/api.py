@@ -70,7 +70,7 @@ log = logging.getLogger(__name__)
 # How often the memory plan is halved before an out-of-memory error is raised.
 _MAX_HALVINGS = 6
 # Operations that effort="auto" lets a graph take: a minute or so on a few cores.
-_OPERATIONS = 1e12
+_OPERATIONS = 1.5e12
 # Seconds below which an estimate is made twice, as only the second one is as fast as all that follow.
 _SHORT_TRIAL = 0.5
 # Samples that show what the output stands for.
