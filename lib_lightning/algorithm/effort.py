@@ -46,7 +46,8 @@ _CALLS_PER_STEP = 3
 def _flops_of_rnn(x: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
     """Operations of a fused recurrent layer: its matrices at every step."""
     weights = [t for t in args[:4] if isinstance(t, Tensor) and t.ndim == 2]
-    return 2 * int(x.numel()) // max(1, x.shape[-1]) * sum(w.numel() for w in weights[:2])
+    rows = x.numel() // max(1, x.shape[-1])
+    return int(2 * rows * sum(w.numel() for w in weights[:2]))
 
 
 def _flops_of_rnn_backward(x: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
