@@ -269,11 +269,16 @@ def estimate_cost(
     proposing = time.perf_counter() - started
 
     def once() -> CostEstimate:
-        instrumented = InstrumentedModel(model, as_node_layers(node_layers), spec)
-        started = time.perf_counter()
-        explained = wrap_forward_errors(instrumented.model, instrumented.spec)
-        with explained, model_session(instrumented, copied_bytes(memory_limit)):
-            return _estimate(instrumented, batch, config, memory_limit, num_samples, effort, started)
+        for halvings in itertools.count():
+            instrumented = InstrumentedModel(model, as_node_layers(node_layers), spec)
+            explained = wrap_forward_errors(instrumented.model, instrumented.spec)
+            try:
+                with explained, model_session(instrumented, copied_bytes(memory_limit)):
+                    return _estimate(instrumented, batch, config, memory_limit, num_samples, effort, halvings)
+            except Exception as error:
+                if halvings == _MAX_HALVINGS or not is_out_of_memory(error):
+                    raise
+        raise AssertionError("unreachable")
 
     with signals_at_safe_points():
         started = time.perf_counter()
@@ -291,9 +296,10 @@ def _estimate(
     memory_limit: float,
     num_samples: int | None,
     effort: Effort,
-    started: float,
+    halvings: int,
 ) -> CostEstimate:
-    """Predict what a graph costs: its preparations, which are done, and a trial. ``started`` is when they began."""
+    """Predict what a graph costs: its preparations, which are done, and a trial, with a memory plan halved so often."""
+    started = time.perf_counter()
     instrumented.notes = validate_node_layers(instrumented, [batch])
     size = instrumented.num_samples(batch)
     n = num_samples or size
@@ -301,6 +307,8 @@ def _estimate(
     if effort == "auto":
         config = _with_final_metric(config, instrumented.layers[-1], output)
     memory = _plan(instrumented, [batch], config, memory_limit, output is not None, n)
+    for _ in range(halvings):
+        memory = memory.halved(size)
     cost = measure_cost(instrumented, batch)
     plan = EffortPlan(n, config.n_probes, config.n_pushed, cost.of_graph(config, n), math.inf)
     if effort == "auto":

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lib_lightning import compute_interaction_graph, estimate_cost
+from lib_lightning.algorithm.build import build_graph
 from lib_lightning.errors import ActivationError, SettingError
 from lib_lightning.io.basis_format import NUM_SAMPLES, SETTINGS
 from tests.algorithm.test_effort import gpt2, llama, lstm
@@ -116,3 +117,18 @@ def test_settings_are_kept_and_checked() -> None:
         estimate_cost(MLP, x, effort="some")  # type: ignore[arg-type]
     with pytest.raises(ActivationError, match="no samples"):
         estimate_cost(MLP, x[:0])
+
+
+def test_an_estimate_uses_smaller_chunks_after_running_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def build(instrumented: Any, batches: Any, *args: Any, **options: Any) -> Any:
+        sizes.append(len(batches[0]))
+        if sizes[-1] > 10:
+            raise torch.OutOfMemoryError("out of memory")
+        return build_graph(instrumented, batches, *args, **options)
+
+    monkeypatch.setattr("lib_lightning.api.build_graph", build)
+    estimate = estimate_cost(MLP, torch.randn(32, 20), ["input", "1", "output"])
+    assert sizes[:3] == [32, 16, 8]
+    assert estimate.plan.num_samples == 32
