@@ -9,7 +9,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -179,8 +179,9 @@ class Trial:
 
 
 def _now(device: torch.device) -> float:
-    if device.type != "cpu" and hasattr(torch, "accelerator"):
-        torch.accelerator.synchronize(device)
+    if device.type != "cpu":
+        with suppress(AttributeError, RuntimeError):  # a device that torch.accelerator does not know
+            torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
@@ -281,7 +282,10 @@ class PeakMemory:
 def held_bytes(device: torch.device) -> int:
     """Memory that this process holds now, on an accelerator or in main memory; 0 where the system does not tell."""
     if device.type != "cpu":
-        return int(torch.accelerator.memory_allocated(device)) if hasattr(torch, "accelerator") else 0
+        try:
+            return int(torch.accelerator.memory_allocated(device))
+        except (AttributeError, RuntimeError):
+            return 0
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):

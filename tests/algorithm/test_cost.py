@@ -20,6 +20,7 @@ from lib_lightning.io.basis_format import NUM_SAMPLES, SETTINGS
 from tests.algorithm.test_effort import gpt2, llama, lstm
 from tests.benchmarks.estimates import UNet
 from tests.operations_clock import OperationsClock
+from tests.stand_in_device import DEVICE, StandInDevice
 
 MLP = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
 CNN = nn.Sequential(
@@ -132,3 +133,12 @@ def test_an_estimate_uses_smaller_chunks_after_running_out_of_memory(monkeypatch
     estimate = estimate_cost(MLP, torch.randn(32, 20), ["input", "1", "output"])
     assert sizes[:3] == [32, 16, 8]
     assert estimate.plan.num_samples == 32
+
+
+def test_an_estimate_on_a_device_that_tells_nothing() -> None:
+    model = nn.Sequential(nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 10))
+    with StandInDevice(float64=True) as device:
+        estimate = estimate_cost(model.to(DEVICE), torch.randn(64, 20).to(DEVICE), ["input", "output"])
+        assert device.operations > 0
+    assert estimate.device == DEVICE
+    assert estimate.peak_bytes > 0
