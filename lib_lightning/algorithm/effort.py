@@ -218,7 +218,9 @@ class ModelCost:
         by_output = config.metric == "output"
         output_metric, importance = 0.0, 0.0
         if by_output or (config.final_metric and self.readout):
-            output_metric = self._of_output(config.n_probes, EXACT_OUTPUTS, num_samples, calls)
+            # Gradients for the metric of the last node layer stop there.
+            first = 0 if by_output else len(self.sections)
+            output_metric = self._of_output(config.n_probes, EXACT_OUTPUTS, num_samples, calls, first)
         if config.output_distribution != "none":
             vectors = importance_vectors(config, num_samples * shapes[0][0])
             importance = self._of_output(vectors, 0, num_samples, calls) + _CALLS_FOR_IMPORTANCE * PER_CALL
@@ -236,8 +238,8 @@ class ModelCost:
             _CALLS_FOR_ERRORS * PER_CALL,
         )
 
-    def _of_output(self, n_probes: int | None, exact_outputs: int, n: int, calls: float) -> float:
-        """Operations of gradients of the output with respect to all node layers."""
+    def _of_output(self, n_probes: int | None, exact_outputs: int, n: int, calls: float, first: int = 0) -> float:
+        """Operations of gradients of the output with respect to the node layers from ``first`` on."""
         sections = [*self.sections, self.readout] if self.readout else list(self.sections)
         S_out, d_out = sections[-1].shape_out
         vectors = num_vectors(S_out * d_out, n_probes, exact_outputs, SAMPLED) or S_out * d_out
@@ -247,7 +249,7 @@ class ModelCost:
         stack = 1 if any(section.sequential for section in sections) else stack
         count = min(vectors, calls * stack)
         products = 0.0
-        for section in sections:
+        for section in sections[first:]:
             S, d = section.shape_in
             groups = count / stack * GROUPS * _CALLS_PER_GROUP * PER_CALL
             products += (

@@ -212,12 +212,10 @@ def _random_signs(shape: Sequence[int], generator: torch.Generator, like: Tensor
     """Independent random signs with the type and device of another tensor, which do not depend on these."""
     size = math.prod(shape)
     # Drawn on the CPU, eight with one number: over a vocabulary, drawing them one by one takes as long as a product.
-    draws = torch.randint(0, 256, (-(-size // 8),), dtype=torch.uint8, generator=generator, device="cpu").to(
-        like.device
-    )
-    bits = torch.arange(8, device=like.device)
-    signs = 2 * (torch.arange(256, device=like.device)[:, None] >> bits & 1) - 1
-    return signs.to(like.dtype)[draws.int()].flatten()[:size].view(*shape)
+    draws = torch.randint(0, 256, (-(-size // 8),), dtype=torch.uint8, generator=generator, device="cpu")
+    bits = torch.arange(256, device=like.device)[:, None] >> torch.arange(8, device=like.device) & 1
+    signs = (2 * bits - 1).to(like.dtype)
+    return signs[draws.to(like.device).int()].flatten()[:size].view(*shape)
 
 
 def output_metrics(
