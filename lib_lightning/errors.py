@@ -105,6 +105,24 @@ def quoted(names: Iterable[str], limit: int = 8) -> str:
     return ", ".join(f"'{name}'" for name in all_names[:limit]) + rest
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and a noun, in the plural unless it is one.
+
+    Args:
+        number: The number.
+        noun: The noun in the singular, whose plural ends in s.
+
+    Returns:
+        The text.
+
+    Example:
+        >>> counted(1, "snapshot"), counted(2048, "sample"), counted(0, "batch")
+        ('1 snapshot', '2,048 samples', '0 batches')
+    """
+    ending = "" if number == 1 else "es" if noun.endswith(("s", "ch", "sh", "x")) else "s"
+    return f"{number:,} {noun}{ending}"
+
+
 def did_you_mean(wrong: object, known: Iterable[str]) -> str:
     """A question with the most similar one of the known names, ahead of which there is a space; "" if none is similar.
 

@@ -27,7 +27,7 @@ from lib_lightning.algorithm.memory_plan import saved_by_autograd
 from lib_lightning.algorithm.output_gradients import EXACT_OUTPUTS, SAMPLED, importance_vectors, num_vectors
 from lib_lightning.algorithm.shortcuts import FAST
 from lib_lightning.distributed.process_group import ProcessGroup
-from lib_lightning.errors import LIBError
+from lib_lightning.errors import LIBError, counted
 from lib_lightning.jacobian.closed_form import BLOCK, ROWS, ClosedForm
 from lib_lightning.jacobian.integrated_gradients import sections_between
 from lib_lightning.jacobian.section import STACK_ELEMENTS
@@ -61,8 +61,8 @@ FLOP_FORMULAS |= {getattr(torch.ops.aten, name): f for name, f in _FUSED.items()
 
 # Probes, and features pushed forward, of the smallest effort; both are doubled as long as that fits.
 _PROBES, _PUSHED = 4, 8
-# Rows of activations that fix the leading directions of a basis, whatever its width; and per direction.
-_MIN_ROWS, _ROWS_PER_DIRECTION = 1024, 4
+# Rows of activations that fix the leading directions of a basis, at least; and per direction.
+_MIN_ROWS, _ROWS_PER_DIRECTION = 128, 8
 _MIN_SAMPLES = 32
 # The same number of operations takes a graph longer than training steps: 0.9 to 1.9 times on eight models.
 _SLOWER = 1.4
@@ -349,10 +349,19 @@ class EffortPlan:
         """The configuration with the chosen numbers."""
         return replace(config, n_probes=self.n_probes, n_pushed=self.n_pushed)
 
+    @property
+    def text(self) -> str:
+        """What is computed, in words."""
+        metric = "the exact metric"
+        if self.n_probes is not None:
+            metric = f"{counted(self.n_probes, 'probe')} per sample for the metric"
+        edges = "exact edges"
+        if self.n_pushed is not None:
+            edges = f"edges from {counted(self.n_pushed, 'feature')} per sample"
+        return f"{counted(self.num_samples, 'sample')}, {metric}, {edges}"
+
     def __str__(self) -> str:
-        metric = "the exact metric" if self.n_probes is None else f"{self.n_probes} probes per sample for the metric"
-        edges = "exact edges" if self.n_pushed is None else f"edges from {self.n_pushed} features per sample"
-        return f"{self.num_samples:,} samples, {metric}, {edges} ({self.operations:.1e} operations)"
+        return f"{self.text} ({self.operations:.1e} operations)"
 
 
 def measure_cost(instrumented: InstrumentedModel, batch: Any) -> ModelCost:

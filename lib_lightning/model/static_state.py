@@ -29,7 +29,7 @@ _CODE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
 
 
 def save_static_state(
-    kinds: Iterable[type], functions: Iterable[types.FunctionType], saver: Saver
+    kinds: Iterable[type], functions: Iterable[types.FunctionType], saver: Saver, entries: Iterable[str] = _ENTRIES
 ) -> Callable[[], None]:
     """Save class attributes, default arguments and global variables that code may write to.
 
@@ -37,11 +37,12 @@ def save_static_state(
         kinds: The classes of a model's modules and other objects.
         functions: Functions that the model holds, such as hooks.
         saver: Saves contents; it knows the objects that are saved already.
+        entries: Names of the methods that are called.
 
     Returns:
         A function that restores them in place.
     """
-    code = _Code()
+    code = _Code(entries)
     for kind in kinds:
         code.add_class(kind)
     for function in functions:
@@ -72,12 +73,12 @@ class _Code:
         used: The global variables of each file, and the names that these functions use.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, entries: Iterable[str]) -> None:
         self.classes: dict[type, None] = {}
         self.functions: dict[types.FunctionType, None] = {}
         self.used: dict[int, tuple[dict[str, Any], set[str]]] = {}
         self._methods: dict[str, list[types.FunctionType]] = {}
-        self._names: dict[str, None] = dict.fromkeys(_ENTRIES)
+        self._names: dict[str, None] = dict.fromkeys(entries)
         self._todo: list[types.FunctionType] = []
 
     def add_class(self, kind: type) -> None:

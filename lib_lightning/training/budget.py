@@ -14,13 +14,12 @@ from typing import Any, TypeVar, cast
 import torch
 
 from lib_lightning.distributed.process_group import ProcessGroup
-from lib_lightning.errors import check_number
+from lib_lightning.errors import check_number, counted
 from lib_lightning.training.frameworks import rank_zero_info
+from lib_lightning.training.schedule import FEWEST
 
 # Limit of the overhead where the user has not given a schedule.
 DEFAULT_MAX_OVERHEAD = 0.03
-# Without any setting of the user's, at least this many snapshots are taken, whatever they cost: two points are no film.
-FEWEST = 5
 # Seconds of overhead that are allowed in any run, however short.
 GRACE = 1.0
 # The first snapshot is slower than later ones, since everything is warmed up in it. What it costs is the estimate for
@@ -50,12 +49,14 @@ class TimeSpent:
         training: Seconds of training so far.
         last_cost: Seconds that the latest snapshot of each kind has cost.
         attempts: Number of snapshots that were computed, or failed.
+        failures: Number of those that failed.
     """
 
     overhead: float = 0.0
     training: float = 0.0
     last_cost: dict[str, float] = field(default_factory=dict)
     attempts: int = 0
+    failures: int = 0
 
     def add(self, seconds: float, is_overhead: bool) -> None:
         """Add seconds of overhead, or of training."""
@@ -70,6 +71,36 @@ class TimeSpent:
     def forget_cost(self, kind: str) -> None:
         """Forget what the latest snapshot of a kind has cost."""
         self.last_cost.pop(kind, None)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How far a run is whose snapshots have been planned until the end of the training.
+
+    Attributes:
+        training: Share of the training that is over, above 0 after the first step.
+        snapshots: Share of the planned snapshots that are due until now.
+        planned: Number of planned snapshots.
+    """
+
+    training: float
+    snapshots: float
+    planned: int
+
+    def time_for_snapshots(self, training: float) -> tuple[float, float]:
+        """Seconds of training that snapshots until now may be a share of, and those of the whole training.
+
+        Most of the planned snapshots are early in training, so each has the same part of the time that all of them
+        have, whenever it is due. They may be ahead of that by two snapshots.
+
+        Args:
+            training: Seconds of training so far.
+
+        Returns:
+            Both.
+        """
+        total = training / self.training if self.training > 0 else math.inf
+        return min(1.0, self.snapshots + 2 / self.planned) * total, total
 
 
 class TimeMeter:
@@ -154,12 +185,14 @@ class TimeMeter:
         costs = self.spent.last_cost
         return costs.get(kind, max(costs.values(), default=0.0))
 
-    def can_afford(self, kind: str, last_factor: float = 1.0) -> bool:
+    def can_afford(self, kind: str, last_factor: float = 1.0, pace: Pace | None = None) -> bool:
         """Whether there is time for a snapshot now and for the last one, which is always taken.
 
         Args:
             kind: Kind of the snapshot. Snapshots that cost more now and then, and at the end, are a kind of their own.
             last_factor: Cost of the last snapshot relative to the dearest one so far.
+            pace: How far the run is, if its snapshots have been planned; None if no more than the limit may be spent at
+                any time.
 
         Returns:
             Whether both stay within the limit. The first snapshot is always affordable.
@@ -167,8 +200,12 @@ class TimeMeter:
         self._settle()
         if not self.spent.last_cost or self.limit == math.inf:
             return True
-        wanted = self.expected_cost(kind) + last_factor * max(self.spent.last_cost.values())
-        return self.spent.overhead + wanted <= max(GRACE, self.limit * self.spent.training)
+        now = self.spent.overhead + self.expected_cost(kind)
+        with_last = now + last_factor * max(self.spent.last_cost.values())
+        if pace is None:
+            return with_last <= max(GRACE, self.limit * self.spent.training)
+        until_now, total = pace.time_for_snapshots(self.spent.training)
+        return now <= max(GRACE, self.limit * until_now) and with_last <= max(GRACE, self.limit * total)
 
     @property
     def ratio(self) -> float:
@@ -235,7 +272,12 @@ class SnapshotTrigger:
         self._name, self._draws_over_time = name, draws_over_time
 
     def can_take(
-        self, step: int, kind: SnapshotKind, process_group: ProcessGroup, progress: float | None = None
+        self,
+        step: int,
+        kind: SnapshotKind,
+        process_group: ProcessGroup,
+        pace: Pace | None = None,
+        has_fewest: bool = False,
     ) -> bool:
         """Decide whether a due snapshot is taken; process 0 decides for all. If not, count it as skipped.
 
@@ -243,21 +285,22 @@ class SnapshotTrigger:
             step: Number of optimizer steps so far.
             kind: What the snapshot includes.
             process_group: The processes of the run.
-            progress: Share of the training that is over, if `FEWEST` snapshots are taken at even distances in any case.
+            pace: How far the run is, if its snapshots have been planned.
+            has_fewest: Whether `FEWEST` of these are taken in any case.
 
         Returns:
             Whether to take it.
         """
         if step == self.skipped.last_step:  # due twice: additionally after a change, and at a validation
             return False
-        if progress is not None and self.meter.spent.attempts < 1 + math.floor((FEWEST - 1) * min(progress, 1.0)):
+        if pace is not None and has_fewest and self.meter.spent.attempts < 1 + int((FEWEST - 1) * pace.snapshots):
             return True
         last_factor = 2.0 if self._draws_over_time and _FIRST in self.meter.spent.last_cost else 1.0
-        affordable = torch.tensor(self.meter.can_afford(self._cost_key(kind), last_factor), device="cpu")
+        affordable = torch.tensor(self.meter.can_afford(self._cost_key(kind), last_factor, pace), device="cpu")
         (affordable,) = process_group.broadcast([affordable])
         if not affordable:
             if not self.skipped.total:
-                self._explain_skipping(step, kind, progress is not None)
+                self._explain_skipping(step, kind, pace is not None and has_fewest)
             self.skipped.add(step)
         return bool(affordable)
 
@@ -276,11 +319,13 @@ class SnapshotTrigger:
         with self.meter.snapshot(self._cost_key(kind)), no_garbage_collection():
             yield
 
-    def on_success(self, kind: SnapshotKind) -> None:
-        """A snapshot was taken: the next interval begins, and its cost is known."""
-        self.skipped.start_interval()
-        if kind.figures:
-            self.meter.spent.forget_cost(_FIRST)
+    def on_result(self, kind: SnapshotKind, succeeded: bool) -> None:
+        """A snapshot was taken, and the next interval begins; or it has failed."""
+        self.meter.spent.failures += not succeeded
+        if succeeded:
+            self.skipped.start_interval()
+            if kind.figures:
+                self.meter.spent.forget_cost(_FIRST)
 
     def _cost_key(self, kind: SnapshotKind) -> str:
         if not kind.ablation and not self.meter.spent.last_cost:
@@ -295,18 +340,28 @@ class SnapshotTrigger:
         rank_zero_info(
             f"{self._name}: the snapshot due at step {step:,} is skipped, as are later ones that would exceed "
             f"max_overhead={limit:g}. A snapshot takes {cost:.3g} s, so one is allowed every {cost / limit:.3g} s of "
-            f"training{fewest}; {spent.overhead:.3g} s of {spent.training:.3g} s have been spent so far. Raise "
+            f"training{fewest}; so far it is {spent.overhead:.3g} s beside {spent.training:.3g} s. Raise "
             "max_overhead of LIBCallback for more snapshots (inf for all)."
         )
 
-    def log_summary(self) -> None:
-        """Log the overhead of the whole run, once training has ended."""
-        spent = self.meter.spent
-        limit = "" if self.meter.limit == math.inf else f", max_overhead={self.meter.limit:g}"
-        rank_zero_info(
-            f"{self._name}: overhead {self.meter.ratio:.2%} of the training time ({spent.overhead:.3g} s of "
-            f"{spent.training:.3g} s{limit}); snapshots skipped: {self.skipped.total:,}"
-        )
+    def log_summary(self, snapshots: int) -> None:
+        """Log what a run has cost, once training has ended.
+
+        Args:
+            snapshots: Number of its snapshots.
+        """
+        spent, skipped = self.meter.spent, self.skipped.total
+        text = f"{counted(snapshots, 'snapshot')} and all that belongs to them took {spent.overhead:.3g} s"
+        if spent.training > 0:
+            # In a training of seconds, this would be a share of hundreds of percent.
+            share = f" ({self.meter.ratio:.2%})" if self.meter.ratio < 1 else ""
+            text += f", beside {spent.training:.3g} s of training{share}"
+        if skipped:
+            were = "was" if skipped == 1 else "were"
+            text += f"; {skipped:,} {were} skipped to stay below max_overhead={self.meter.limit:g}"
+        if spent.failures:
+            text += f"; {spent.failures:,} failed"
+        rank_zero_info(f"{self._name}: {text}")
 
 
 def max_overhead_of(max_overhead: float | None, is_explicit: bool) -> float:

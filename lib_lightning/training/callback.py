@@ -16,7 +16,7 @@ from torchmetrics import MetricCollection
 
 from lib_lightning.ablation import AblationPlan
 from lib_lightning.algorithm.config import BasisKind, FinalBasisKind, FinalMetric, LIBConfig, MetricKind, check_choice
-from lib_lightning.algorithm.effort import Effort, EffortPlan, agree
+from lib_lightning.algorithm.effort import Effort
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
 from lib_lightning.algorithm.progress_bar import displayed_in
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
@@ -32,14 +32,21 @@ from lib_lightning.model.node_layer import NodeLayer, as_node_layers
 from lib_lightning.model.output_distribution import OutputSetting
 from lib_lightning.model.safe_points import signals_at_safe_points
 from lib_lightning.model.skip_positions import SkipPositions
-from lib_lightning.training.budget import SnapshotKind, SnapshotTrigger, TimeMeter, max_overhead_of, timed_hook
-from lib_lightning.training.effort import SHARE, expected_snapshots, plan_effort, progress_of, validation_samples
+from lib_lightning.training.budget import Pace, SnapshotKind, SnapshotTrigger, TimeMeter, max_overhead_of, timed_hook
+from lib_lightning.training.effort import (
+    PlanSettings,
+    RunPlan,
+    RunPlanner,
+    agree,
+    training_steps,
+    validation_samples,
+)
 from lib_lightning.training.frameworks import Callback, callback_of_both_packages, rank_zero_info
 from lib_lightning.training.node_layers import NodeLayerResolver
 from lib_lightning.training.reporter import EventHook, SnapshotReporter
 from lib_lightning.training.run_state import RunState
 from lib_lightning.training.samples import SampleConfig, SampleStore
-from lib_lightning.training.schedule import Schedule
+from lib_lightning.training.schedule import FEWEST, Schedule
 from lib_lightning.training.snapshot import Previous, Snapshot, SnapshotComputer, SnapshotConfig, SnapshotData
 from lib_lightning.training.snapshot_bar import SnapshotBar
 from lib_lightning.training.trainer import (
@@ -56,6 +63,7 @@ from lib_lightning.training.trainer import (
     trainer_precision,
 )
 from lib_lightning.training.weights import TrainedWeights, weights_hash
+from lib_lightning.training.writer import KeepSnapshots, check_keep
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -89,10 +97,12 @@ class LIBCallback(Callback):
             ``module.path:input`` for its input, ``input`` and ``output`` for the model's own, or a NodeLayer. Paths
             start at the LightningModule. None (null) uses proposed ones and logs which; see `list_node_layers`.
         num_samples: Number of validation samples to compute on, over all processes, the same throughout the run: the
-            first ones of the first whole validation. Snapshots before it use those of the sanity check. None (null) for
-            2048 at most; see effort.
-        every_n_validations: A snapshot at the first validation and at every n-th one after it. The default, with n=1,
-            if no other schedule is given.
+            first ones of the validation data. They are read before the first step, which changes nothing in training;
+            where that is impossible, snapshots before the first validation use those of the sanity check, and the log
+            says so. None (null) for 2048 at most; see effort.
+        every_n_validations: A snapshot at the first validation and at every n-th one after it. Without any schedule,
+            there are up to 20 snapshots from step 0 to the end, log-spaced, and at least 5; in a training of unknown
+            length one before training and one at every validation.
         every_n_steps: Instead, a snapshot before training and after every n optimizer steps.
         at_steps: Instead, a snapshot after each of these numbers of optimizer steps; 0 is before training.
         log_spaced: Instead, a snapshot before training and this many per tenfold increase of the step.
@@ -110,8 +120,8 @@ class LIBCallback(Callback):
             predict_step; the log says how.
         mask: Marks the valid positions where some are padding: the name or index of the batch's entry that holds the
             mask, such as attention_mask, or a function from a batch to a tensor ``(n, S)``.
-        dataloader: Batches to compute on instead of validation batches. A trainer without validation needs it; there,
-            the end of a training epoch counts as a validation.
+        dataloader: Batches to compute on instead of validation batches. A trainer without validation takes training
+            batches otherwise; there, the end of a training epoch counts as a validation.
         val_dataloader: Index of the validation data loader to compute on, where there are several.
         memory_limit: Memory that a snapshot may use beside model and samples, in GiB.
         name: Prefix of everything logged and name of the folder, in the log directory. Several LIBCallbacks of a
@@ -128,11 +138,13 @@ class LIBCallback(Callback):
         follow: Whether features are tracked from snapshot to snapshot, and changes are reported.
         on_event: A function, or several, to call with each `lib_lightning.lineage.Event`, on every process.
         adaptive: Take snapshots four times as often for a while after a feature or a metric has changed.
-        max_overhead: Largest ratio of the time spent here to the training time: snapshots that would exceed it are
-            skipped. The first and the last one are always computed. None (null) is 0.03 for the default schedule, with
-            five snapshots at least, and no limit for any other; .inf is no limit.
+        max_overhead: Largest ratio of the time spent here to the training time: snapshots are planned by it, and those
+            that would still exceed it are skipped. The first and the last one are always computed. None (null) is 0.03
+            for the default schedule, with five snapshots at least, and no limit for any other; .inf is no limit.
         n_pushed: None (null) for exact edges; a number for that many features that each sample is pushed forward for,
             chosen at random by the square root of their importance.
+        keep_snapshots: Which basis files and figures of single snapshots stay on disk: all; a number for the latest; or
+            log_spaced for the first, about ten per tenfold increase of the step, and the latest.
         effort: auto chooses num_samples, n_probes and n_pushed, where they are None, once for all snapshots: exact if
             that fits into the snapshots' share of the training (max_overhead, or 0.03), counted in operations, else
             fewer; exact takes None as exact.
@@ -193,6 +205,7 @@ class LIBCallback(Callback):
         max_overhead: float | None = None,
         n_pushed: int | None = None,
         effort: Effort = "auto",
+        keep_snapshots: KeepSnapshots = "all",
         skip_positions: SkipPositions | None = None,
         metric: MetricKind = "next",
         output_distribution: OutputSetting = "auto",
@@ -204,6 +217,7 @@ class LIBCallback(Callback):
             raise SettingError("adaptive=True reacts to events, and without follow=True there are none.")
         check_run_name(name)
         check_choice("effort", effort, get_args(Effort))
+        self._keep_snapshots = check_keep(keep_snapshots)
         self.name, self.adaptive = name, adaptive
         baselines = check_list("baselines", baselines, "bases, such as ['pca']", lambda kind: isinstance(kind, str))
         self.spec = ModelSpec(input_fn, mask, _DTYPES[dtype], skip_positions)
@@ -226,12 +240,16 @@ class LIBCallback(Callback):
         self.effort, self._all_samples = effort, num_samples is not None
         asked = {"num_samples": num_samples, "n_probes": n_probes, "n_pushed": n_pushed}
         # int() accepts NumPy's numbers, which a checkpoint could not be loaded with.
-        self._effort_options = {name: None if number is None else int(number) for name, number in asked.items()}
+        self._effort_options: dict[str, int | str | None] = {
+            name: None if number is None else int(number) for name, number in asked.items()
+        }
+        self._effort_options["effort"] = effort
         self._given_layers = None if node_layers is None else as_node_layers(node_layers)
         hooks = [on_event] if callable(on_event) else on_event or []
         self._hooks = check_list("on_event", hooks, "functions of an event", callable)
         self._process_group: ProcessGroup = SINGLE_PROCESS
         self._is_in_trainer, self._number = False, next(_numbers)
+        self._has_warned_of_test = False
         _created.add(self)
         self._begin()
 
@@ -297,8 +315,9 @@ class LIBCallback(Callback):
         )  # fmt: skip
         self.trigger = SnapshotTrigger(self.meter, state.skipped, self.name, self.config.follow)
         self.reporter = SnapshotReporter(
-            self.name, self._hooks, state, list(self.computer.prefixes), trainer, self.config.follow
-        )
+            self.name, self._hooks, state, list(self.computer.prefixes), trainer, self.config.follow,
+            self._keep_snapshots,
+        )  # fmt: skip
         layout = self.reporter.layout
         if layout is not None and trainer.state.fn == "fit":
             state.enter_folder(str(layout.path.resolve()))
@@ -312,7 +331,9 @@ class LIBCallback(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make sure that there will be samples, and take the snapshot before training if one is due."""
         self.meter.begin()
-        self.samples.prepare(trainer, partial(self.resolver.check, pl_module))
+        is_due_early = self.state.cursor.next_step is not None
+        self.samples.prepare(trainer, partial(self.resolver.check, pl_module), is_due_early)
+        self._plan_steps(trainer, FEWEST)  # as many as there are in any case, until the plan says how many
         self._snapshot_if_due(trainer, pl_module)
 
     def on_train_batch_start(
@@ -374,6 +395,8 @@ class LIBCallback(Callback):
     @timed_hook
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Without validation, the end of an epoch takes its place."""
+        # A callback that comes after this one may have ended the epoch at a step that was not expected to be its last.
+        self._trained.note_if_unknown(trainer.global_step, pl_module)
         if not has_validation(trainer):
             self.samples.end_validation(is_sanity_check=False)
             self._at_validation(trainer, pl_module)
@@ -412,8 +435,14 @@ class LIBCallback(Callback):
             return
         self.reporter.finish(trainer)
         self.meter.end()
-        self.trigger.log_summary()
+        self.trigger.log_summary(self.state.n_snapshots)
         self._has_ended = True
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say that a test computes no snapshots, where there are none of a training either."""
+        if not self.snapshots and not self._has_warned_of_test and trainer.is_global_zero:
+            self._has_warned_of_test = True
+            log.warning("%s: a test computes no snapshots; trainer.fit and trainer.validate do.", self.name)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take the last snapshot again if the weights have changed since, such as in the model's own hooks."""
@@ -442,8 +471,8 @@ class LIBCallback(Callback):
         if self.samples.has_given_up or (self._tried[0] == step and not is_last):
             return False
         if in_fit and not is_last:
-            progress = progress_of(trainer) if self._takes_fewest else None
-            if not self.trigger.can_take(step, self.state.next_kind(False), self._process_group, progress):
+            kind, pace = self.state.next_kind(False), self._pace(trainer)
+            if not self.trigger.can_take(step, kind, self._process_group, pace, self._takes_fewest):
                 return False
         with self.meter.excluded():
             synchronize(trainer)
@@ -462,9 +491,16 @@ class LIBCallback(Callback):
         kind = self.state.next_kind(is_last)
         with self.trigger.measure(step, kind):
             succeeded = self._try_snapshot(trainer, pl_module, kind, metadata)
-        if succeeded:
-            self.trigger.on_success(kind)
+        self.trigger.on_result(kind, succeeded)
         return succeeded
+
+    def _pace(self, trainer: pl.Trainer) -> Pace | None:
+        """How far the run is, if its snapshots have been planned until the end of the training."""
+        cursor, steps = self.state.cursor, training_steps(trainer)
+        due = cursor.share_due(trainer.global_step)
+        if due is None or not math.isfinite(steps):
+            return None
+        return Pace(min(1.0, trainer.global_step / max(1.0, steps)), due, len(cursor.planned))
 
     def _on_any_process(self, condition: bool) -> bool:
         # Of sharded weights, each process sees its own.
@@ -507,9 +543,9 @@ class LIBCallback(Callback):
         data = self.samples.for_snapshot(trainer)
         with trainer_precision(trainer, self.spec.dtype):
             # A resumed run may ask for another number of samples or probes than the interrupted one.
-            is_chosen = self.state.effort is not None and self.state.effort_for == self._effort_options
-            if self.effort == "auto" and not is_chosen:
-                self.state.set_effort(self._plan_effort(trainer, instrumented, data), self._effort_options)
+            if self.state.planned_for != self._effort_options:
+                self.state.set_plan(self._plan(trainer, instrumented, data), self._effort_options)
+            plan = self.state.plan
             snapshot = self.computer.compute(
                 instrumented,
                 data,
@@ -517,30 +553,48 @@ class LIBCallback(Callback):
                 Previous(before.scalars, before.tracker, interval),
                 kind.ablation,
                 self._process_group,
-                self.state.effort if self.effort == "auto" else None,
+                plan,
             )
         self.reporter.log_notes(snapshot.graphs)
+        self.reporter.log_limits(snapshot.graphs[self.name])
         self.reporter.log_weights(metadata)
         return snapshot
 
-    def _plan_effort(
-        self, trainer: pl.Trainer, instrumented: InstrumentedModel, data: SnapshotData
-    ) -> EffortPlan | None:
-        """Choose once what every snapshot computes; called by all processes at the same time."""
-        share = self.max_overhead if math.isfinite(self.max_overhead) and self.max_overhead > 0 else SHARE
+    def _plan(self, trainer: pl.Trainer, instrumented: InstrumentedModel, data: SnapshotData) -> RunPlan | None:
+        """Choose once what every snapshot computes, and when; called by all processes at the same time."""
         own = torch.tensor([sum(map(instrumented.num_samples, data.batches))], device="cpu")
         counts = self._process_group.gather(own)  # by all processes, also those without samples
         expected: float = sum(int(n) for n in counts)
         if not self.samples.buffer.is_frozen:  # the whole validation is still to come
             size = instrumented.num_samples(data.batches[0]) if data.batches else 0
             expected = min(self.sample_config.num_samples, validation_samples(trainer, size) or math.inf)
-        plan = plan_effort(
-            trainer, instrumented, data.batches, self.config.config, int(expected), self._all_samples,
-            expected_snapshots(self.schedule, trainer) * len(self.computer.prefixes), share,
-        ) if data.batches else None  # fmt: skip
+        elif self._all_samples and expected < self.sample_config.num_samples:
+            rank_zero_info(
+                f"{self.name}: num_samples={self.sample_config.num_samples:,} is more than there are: snapshots use "
+                f"all {expected:,.0f}."
+            )
+        planner = RunPlanner(trainer, self.schedule, self.max_overhead, len(self.computer.prefixes))
+        given = {name: value for name, value in self._effort_options.items() if value is not None}
+        plan, warnings = None, list[str]()
+        if data.batches:
+            settings = PlanSettings(self.config.config, int(expected), given, self.config.memory_limit)
+            plan, warnings = planner.plan(instrumented, data.batches[0], settings)
         plan = agree(plan, self._process_group)
-        rank_zero_info(f"{self.name}: each snapshot uses {plan}")
+        if plan is not None:
+            is_new = not self.state.cursor.planned or self.state.plan is None
+            if is_new and plan.snapshots is not None:
+                self._plan_steps(trainer, plan.snapshots)
+            rank_zero_info(f"{self.name}: {planner.describe(plan)}")
+        for warning in warnings:
+            log.warning("%s: %s", self.name, warning)
         return plan
+
+    def _plan_steps(self, trainer: pl.Trainer, snapshots: int) -> None:
+        """Plan the steps of the snapshots, unless the user has given a schedule, or the length is unknown."""
+        steps, cursor = training_steps(trainer), self.state.cursor
+        is_new = snapshots != FEWEST or not cursor.planned
+        if is_new and not self.schedule.is_explicit and math.isfinite(steps) and steps >= 1:
+            cursor.plan(snapshots, int(steps))
 
     def _scalars(self, trainer: pl.Trainer) -> dict[str, float]:
         """The latest scalars; called by all processes at the same time."""

@@ -1,15 +1,25 @@
-"""How much the snapshots of a run compute: their share of the operations of the training."""
+"""The plan of a run: how many snapshots it has, and what each of them computes, from the operations of its training."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lib_lightning.algorithm.config import LIBConfig
-from lib_lightning.algorithm.effort import EffortPlan, choose_effort, measure_cost
+from lib_lightning.algorithm.cost import duration
+from lib_lightning.algorithm.effort import EffortPlan, ModelCost, choose_effort, measure_cost
+from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
+from lib_lightning.api import estimate_cost
+from lib_lightning.distributed.process_group import ProcessGroup
+from lib_lightning.errors import counted, log_traceback
 from lib_lightning.model.instrumented import InstrumentedModel, model_session
-from lib_lightning.training.schedule import Schedule
+from lib_lightning.training.schedule import FEWEST, MOST, Schedule
+from lib_lightning.training.trainer import synchronize
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -18,46 +28,248 @@ if TYPE_CHECKING:
 SHARE = 0.03
 # Operations that a snapshot may take in any case: a second or so.
 MIN_OPERATIONS = 1e10
+# What a snapshot takes beside its graphs, for drawing, files and tracking: in operations, and about as much in seconds.
+_BESIDE_GRAPHS, _SECONDS_BESIDE_GRAPHS = 5e9, 0.8
 # A training step has one forward pass and two backward passes, for activations and weights.
 _PASSES = 3
+# `estimate_cost` takes about a tenth of a graph, but at least two seconds. It is asked where that is at most 1% of the
+# training and its snapshots; else the rate of operations is that of forward passes, which graphs reach within a factor
+# of two.
+_ESTIMATE_SHARE, _ESTIMATE_OPERATIONS, _MAX_ESTIMATE_SHARE = 0.1, 4e10, 0.01
+_TIMED_PASSES = 2
+# A snapshot that takes longer than this many seconds is announced with the setting that would shorten it.
+_LONG = 60
 
 
-def plan_effort(
-    trainer: pl.Trainer,
-    instrumented: InstrumentedModel,
-    batches: Sequence[Any],
-    config: LIBConfig,
-    num_samples: int,
-    all_samples: bool,
-    snapshots: float,
-    share: float,
-) -> EffortPlan:
-    """Choose what every snapshot of a run computes.
+@dataclass(frozen=True)
+class PlanSettings:
+    """What the user has asked for, as far as it decides how much a snapshot computes.
+
+    Attributes:
+        config: What to compute; numbers of probes and of pushed features that are given are kept.
+        available: Number of samples that there are, over all processes.
+        given: The settings that are given, by name: ``num_samples``, ``n_probes``, ``n_pushed``, ``effort``.
+        memory_limit: Memory that a snapshot may use, in GiB.
+    """
+
+    config: LIBConfig
+    available: int
+    given: Mapping[str, Any]
+    memory_limit: float = MEMORY_LIMIT
+
+    def without_given(self) -> PlanSettings:
+        """The same with nothing given."""
+        return replace(self, config=replace(self.config, n_probes=None, n_pushed=None), given={})
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What every snapshot of a run computes, and how many there are; the same from the first to the last.
+
+    Attributes:
+        effort: What one graph computes.
+        snapshots: Number of snapshots of the run; None if it is unknown.
+        seconds: Predicted seconds of one snapshot on this machine. Nothing depends on them.
+        share: Predicted operations of all snapshots, relative to those of the training; None without one. Where its
+            length is unknown, of one snapshot relative to the training between two validations.
+    """
+
+    effort: EffortPlan
+    snapshots: int | None
+    seconds: float
+    share: float | None
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> RunPlan:
+        """From what `plain` returns."""
+        own = {name: values[name] for name in ("snapshots", "seconds", "share")}
+        return cls(EffortPlan(**{name: value for name, value in values.items() if name not in own}), **own)
+
+    def of_snapshot(self) -> dict[str, Any]:
+        """What it says of one snapshot, as plain values, for the file of each, which is the same on any machine."""
+        return asdict(self.effort)
+
+    def plain(self) -> dict[str, Any]:
+        """As plain values, for files and checkpoints."""
+        return {**asdict(self.effort), "snapshots": self.snapshots, "seconds": self.seconds, "share": self.share}
+
+
+class RunPlanner:
+    """Chooses the plan of a run from counts of operations, so that two machines compute the same numbers.
 
     Args:
-        trainer: The trainer, whose training has begun.
-        instrumented: The model and its node layers.
-        batches: Samples of this process, of which a few are run.
-        config: What to compute; numbers of probes and of pushed features that are given are kept.
-        num_samples: Number of samples that a snapshot can use, over all processes.
-        all_samples: Whether it uses all of them in any case.
-        snapshots: Number of graphs that are expected to be computed in this run.
-        share: Share of the operations of the training that all of them may take.
-
-    Returns:
-        The plan.
+        trainer: The trainer, whose data loaders have been set up.
+        schedule: When snapshots are due.
+        max_overhead: Share of the training that all snapshots may take; infinite for no limit.
+        graphs: Number of graphs of each snapshot.
     """
-    size = instrumented.num_samples(batches[0])
-    with model_session(instrumented):
-        cost = measure_cost(instrumented, batches[0])
-    training = 0.0
-    if trainer.state.fn == "fit":
-        steps = trainer.estimated_stepping_batches
-        if not math.isfinite(steps):  # of a training without an end, the interval between two validations
-            steps, snapshots = trainer.num_training_batches if math.isfinite(trainer.num_training_batches) else 0, 1
-        training = _PASSES * cost.forward.of(_samples_per_step(trainer, size)) * steps
-    allowed = max(MIN_OPERATIONS, share * training / max(1.0, snapshots))
-    return choose_effort(cost, config, num_samples, allowed, all_samples)
+
+    def __init__(self, trainer: pl.Trainer, schedule: Schedule, max_overhead: float, graphs: int) -> None:
+        self._trainer, self._schedule, self._graphs = trainer, schedule, graphs
+        self._has_limit = math.isfinite(max_overhead)
+        self._share = max_overhead if self._has_limit else SHARE
+        self._steps = training_steps(trainer)
+
+    def plan(self, instrumented: InstrumentedModel, batch: Any, settings: PlanSettings) -> tuple[RunPlan, list[str]]:
+        """Choose number and size of the snapshots.
+
+        Args:
+            instrumented: The model and its node layers.
+            batch: A batch, of which a few samples are run.
+            settings: What the user has asked for.
+
+        Returns:
+            As many snapshots as fit in the smallest size, up to `MOST` and at least `FEWEST`, and the most accurate
+            ones that then fit. And warnings: if they take long, or have few samples.
+        """
+        with model_session(instrumented):
+            cost = measure_cost(instrumented, batch)
+            rate = self._forward_rate(instrumented, batch, cost)
+        training = self._training_operations(cost, instrumented.num_samples(batch))
+        plan = self._choose(cost, training, settings, rate)
+        estimated = self._estimated(instrumented, batch, settings, plan, training)
+        if estimated is not None:
+            rate = plan.effort.operations / estimated
+            plan = self._choose(cost, training, settings, rate)
+        free = self._choose(cost, training, settings.without_given(), rate) if settings.given else plan
+        warnings = [_warning(plan, settings.given, free.seconds), _few_samples(instrumented, cost, plan)]
+        return plan, [text for text in warnings if text]
+
+    def _forward_rate(self, instrumented: InstrumentedModel, batch: Any, cost: ModelCost) -> float:
+        """Operations per second of this machine in a forward pass on a batch."""
+        seconds = []
+        for _ in range(_TIMED_PASSES):  # the first one warms up
+            synchronize(self._trainer)
+            started = time.perf_counter()
+            instrumented.activations(batch)
+            synchronize(self._trainer)
+            seconds.append(time.perf_counter() - started)
+        return cost.forward.of(instrumented.num_samples(batch)) / max(min(seconds), 1e-9)
+
+    def _estimated(
+        self, instrumented: InstrumentedModel, batch: Any, settings: PlanSettings, plan: RunPlan, training: float
+    ) -> float | None:
+        """Seconds of one graph, from a trial; None where that would take too long, or other processes wait."""
+        needed = max(_ESTIMATE_SHARE * plan.effort.operations, _ESTIMATE_OPERATIONS)
+        snapshots = (plan.snapshots or 1) * self._of_snapshot(plan.effort)
+        if needed > _MAX_ESTIMATE_SHARE * (training + snapshots) or self._trainer.world_size > 1:
+            return None
+        config = plan.effort.applied_to(settings.config)
+        try:
+            estimate = estimate_cost(
+                instrumented.model, batch, instrumented.layers, plan.effort.num_samples, "exact",
+                settings.memory_limit, **vars(instrumented.spec), **vars(config),
+            )  # fmt: skip
+        except Exception as error:  # what is wrong is said by the snapshot, if it is wrong there too
+            log_traceback(error)
+            return None
+        return estimate.seconds
+
+    def _choose(self, cost: ModelCost, training: float, settings: PlanSettings, rate: float) -> RunPlan:
+        allowed, due = self._share * training, self._number_due()
+        chosen_number = due is None
+        if due is None:
+            smallest = self._of_snapshot(_effort(cost, settings, 0.0))
+            fitting = int(min(MOST, allowed / smallest)) if self._has_limit else MOST
+            due = min(max(FEWEST, fitting), self._steps + 1)
+        # Of a training without an end, the interval between two validations has one snapshot.
+        is_known = math.isfinite(due) and math.isfinite(self._steps)
+        snapshots = max(1.0, due) if is_known else 1.0
+        least = 0.0 if chosen_number and self._has_limit and snapshots > FEWEST else MIN_OPERATIONS
+        effort = _effort(cost, settings, max(least, allowed / snapshots / self._graphs - _BESIDE_GRAPHS))
+        each = self._of_snapshot(effort)
+        share = snapshots * each / training if training else None
+        seconds = self._graphs * effort.operations / rate + _SECONDS_BESIDE_GRAPHS
+        return RunPlan(effort, round(snapshots) if is_known else None, seconds, share)
+
+    def _of_snapshot(self, effort: EffortPlan) -> float:
+        return self._graphs * effort.operations + _BESIDE_GRAPHS
+
+    def _number_due(self) -> float | None:
+        """About how many snapshots are due in the user's schedule, infinite if unknown; None if the plan chooses."""
+        if self._trainer.state.fn == "fit" and not self._schedule.is_explicit and math.isfinite(self._steps):
+            return None
+        return expected_snapshots(self._schedule, self._trainer)
+
+    def _training_operations(self, cost: ModelCost, size: int) -> float:
+        """Operations of the training; of one without an end, those between two validations; 0 without a training."""
+        if self._trainer.state.fn != "fit":
+            return 0.0
+        batches = self._trainer.num_training_batches
+        steps = self._steps if math.isfinite(self._steps) else batches if math.isfinite(batches) else 0
+        return _PASSES * cost.forward.of(_samples_per_step(self._trainer, size)) * steps
+
+    def describe(self, plan: RunPlan) -> str:
+        """A plan in words.
+
+        Args:
+            plan: The plan.
+
+        Returns:
+            A few sentences in one line.
+        """
+        when, each = str(self._schedule), duration(plan.seconds)
+        if self._number_due() is None:
+            when = f"from step 0 to step {self._steps:,.0f}, log-spaced"
+        if self._trainer.state.fn != "fit":
+            return f"the snapshot uses {plan.effort.text}, and will take about {each}"
+        if plan.snapshots is None:
+            # Of a training without an end, those are skipped that would take more than their share.
+            within = f", within {_percent(self._share)} of the training time" if self._has_limit else ""
+            return f"snapshots {when}{within}, each with {plan.effort.text}, about {each} each"
+        if plan.snapshots == 1:
+            text = f"1 snapshot {when}, with {plan.effort.text}, about {each}"
+        else:
+            text = (
+                f"{plan.snapshots:,} snapshots {when}, each with {plan.effort.text}, about {each} each "
+                f"and {duration(plan.seconds * plan.snapshots)} in total"
+            )
+        if plan.share is not None and plan.share <= self._share * 1.005:
+            return f"{text}: {plan.share:.1%} of the training"
+        if self._has_limit and self._number_due() is None:
+            text += f". That is more than {_percent(self._share)} of so short a training, but fewer would be no film"
+        return text
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}%"
+
+
+def _effort(cost: ModelCost, settings: PlanSettings, allowed: float) -> EffortPlan:
+    config, n = settings.config, settings.available
+    if settings.given.get("effort") == "exact":
+        return EffortPlan(n, config.n_probes, config.n_pushed, cost.of_graph(config, n), allowed)
+    return choose_effort(cost, config, n, allowed, all_samples="num_samples" in settings.given)
+
+
+def _warning(plan: RunPlan, given: Mapping[str, Any], seconds_if_free: float) -> str:
+    """What to say before a snapshot that takes long, with the setting that would shorten it; else an empty text."""
+    if plan.seconds <= _LONG:
+        return ""
+    text = f"each snapshot will take about {duration(plan.seconds)}"
+    named = [f"{name}={value!r}" for name, value in given.items() if (name, value) != ("effort", "auto")]
+    if named and seconds_if_free < 0.8 * plan.seconds:
+        return f"{text}, because of {' and '.join(named)}. Without: about {duration(seconds_if_free)}."
+    return f"{text}. Fewer node_layers, or num_samples={max(2, plan.effort.num_samples // 4)}, would shorten it."
+
+
+def _few_samples(instrumented: InstrumentedModel, cost: ModelCost, plan: RunPlan) -> str:
+    """What to say of the first node layer with more directions than the samples can show; else an empty text."""
+    shapes = [section.shape_in for section in cost.sections] + [cost.sections[-1].shape_out]
+    for layer, (S, d) in zip(instrumented.layers, shapes, strict=True):
+        n = plan.effort.num_samples
+        if n * S <= d:
+            positions = "" if S == 1 else f" of {counted(S, 'position')}"
+            return (
+                f"'{layer.name}' has {counted(d, 'direction')}, of which {counted(n, 'sample')}{positions} can show "
+                f"{n * S - 1:,} at most. More samples would show more."
+            )
+    return ""
+
+
+def training_steps(trainer: pl.Trainer) -> float:
+    """Number of optimizer steps until the end of a training; infinite if that is unknown, or there is no training."""
+    return float(trainer.estimated_stepping_batches) if trainer.state.fn == "fit" else math.inf
 
 
 def expected_snapshots(schedule: Schedule, trainer: pl.Trainer) -> float:
@@ -67,13 +279,22 @@ def expected_snapshots(schedule: Schedule, trainer: pl.Trainer) -> float:
     """
     if trainer.state.fn != "fit":
         return 1.0
-    return schedule.count(_validations(trainer), trainer.estimated_stepping_batches)
+    return schedule.count(_validations(trainer), training_steps(trainer))
 
 
-def progress_of(trainer: pl.Trainer) -> float | None:
-    """Share of the optimizer steps of a training that are over; None if their number is unknown."""
-    steps = trainer.estimated_stepping_batches
-    return trainer.global_step / steps if math.isfinite(steps) and steps else None
+def agree(plan: RunPlan | None, process_group: ProcessGroup) -> RunPlan | None:
+    """The plan of the first process that has one, on all processes; None if no process has one."""
+    numbers = [] if plan is None else [
+        plan.effort.num_samples, plan.effort.n_probes or 0, plan.effort.n_pushed or 0, plan.effort.operations,
+        plan.effort.allowed, plan.snapshots or 0, plan.seconds, plan.share or 0,
+    ]  # fmt: skip
+    gathered = process_group.gather(torch.tensor(numbers, dtype=torch.float64, device="cpu"))
+    found = next((t for t in gathered if len(t)), torch.zeros(8, dtype=torch.float64, device="cpu"))
+    # Where every process has all samples, nothing is gathered.
+    (found,) = process_group.broadcast([found])
+    n, probes, pushed, operations, allowed, snapshots, seconds, share = found.tolist()
+    effort = EffortPlan(int(n), int(probes) or None, int(pushed) or None, operations, allowed)
+    return RunPlan(effort, int(snapshots) or None, seconds, share or None) if n else None
 
 
 def _validations(trainer: pl.Trainer) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from lib_lightning.errors import brief, log_traceback
+from lib_lightning.errors import brief, counted, log_traceback
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_format import NOTES, STEP, WEIGHTS
 from lib_lightning.io.run_layout import RunLayout
@@ -22,7 +22,7 @@ from lib_lightning.training.run_state import RunState
 from lib_lightning.training.snapshot import Snapshot
 from lib_lightning.training.trainer import logging_step, run_folder
 from lib_lightning.training.weights import TRAINED, VALIDATED
-from lib_lightning.training.writer import RunDirectory
+from lib_lightning.training.writer import KeepSnapshots, RunDirectory
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -45,6 +45,7 @@ class SnapshotReporter:
         prefixes: Names of the folders, that of the basis itself first.
         trainer: The trainer; all processes create their reporter at the same time.
         follow: Whether features are tracked.
+        keep: Which snapshots stay on disk.
 
     Attributes:
         directory: The folder of the run.
@@ -58,14 +59,22 @@ class SnapshotReporter:
         prefixes: Sequence[str],
         trainer: pl.Trainer,
         follow: bool,
+        keep: KeepSnapshots = "all",
     ) -> None:
         self._name, self._hooks, self._state, self._follow = name, list(hooks), state, follow
         # A standalone validation leaves the files of the training run alone.
         part = "" if trainer.state.fn == "fit" else RunLayout.VALIDATION
         self.directory = RunDirectory(run_folder(trainer), prefixes, part)
+        self._keep = keep
+        self._failures: set[str] = set()
         if trainer.is_global_zero:
             for folder in self.directory.folders.values():
                 folder.clean()
+                if trainer.state.fn == "fit" and (problem := folder.problem()):
+                    log.warning(
+                        "%s: snapshots cannot be written to %s (%s), and fail until they can.",
+                        name, folder.layout.path, problem,
+                    )  # fmt: skip
         self._has_written = self._has_explained_ids = False
         self._logged_step: int | None = None
         self._logged_notes: set[str] = set()
@@ -137,6 +146,8 @@ class SnapshotReporter:
             for folder in self.directory.folders.values():
                 folder.archive_stale({*self._state.history.steps, snapshot.step})
         self._has_written = True
+        for folder in self.directory.folders.values():
+            folder.keep(self._keep)
         return figures, layouts
 
     def show(self, trainer: pl.Trainer, figures: Mapping[str, PNG], step: int) -> None:
@@ -147,8 +158,7 @@ class SnapshotReporter:
     def log_notes(self, graphs: Mapping[str, InteractionGraph]) -> None:
         """Log notes about slower fallbacks, each of them once."""
         for note in {note for graph in graphs.values() for note in graph.info[NOTES]} - self._logged_notes:
-            log.warning("%s: %s", self._name, note)
-            self._logged_notes.add(note)
+            self._log_note(note)
 
     def log_weights(self, metadata: Mapping[str, Any]) -> None:
         """Log once that snapshots are of other weights than those trained."""
@@ -162,12 +172,29 @@ class SnapshotReporter:
             )
 
     def log_failure(self, step: int, error: Exception) -> None:
-        """Log that a snapshot has failed, and why."""
-        log.warning(
-            "The snapshot of '%s' at step %d failed and is skipped; training continues. %s",
-            self._name, step, brief(error, 400),
-        )  # fmt: skip
-        log_traceback(error)
+        """Log that a snapshot has failed, and why; the same reason once. How many have failed is logged at the end."""
+        reason = brief(error, 400)
+        if reason not in self._failures:
+            self._failures.add(reason)
+            log.warning(
+                "The snapshot of '%s' at step %d failed and is skipped; training continues. %s",
+                self._name, step, reason,
+            )  # fmt: skip
+            log_traceback(error)
+
+    def log_limits(self, graph: InteractionGraph) -> None:
+        """Log once that the output is one number, which limits the features of a graph."""
+        last = graph.node_layers[-1]
+        if len(graph.bases[last].mean) == 1:
+            self._log_note(
+                f"'{last}' is one number, so each layer of the graph has one feature for each way to change it, often "
+                "a single one. A last node layer before it shows more."
+            )
+
+    def _log_note(self, note: str) -> None:
+        if note not in self._logged_notes:
+            self._logged_notes.add(note)
+            log.warning("%s: %s", self._name, note)
 
     def notify(self, trainer: pl.Trainer, events: Sequence[Event]) -> None:
         """Report the events of a snapshot. Errors in the user's hooks are logged, and training continues.
@@ -248,16 +275,17 @@ class SnapshotReporter:
             return
         if state.n_drawn < state.n_snapshots:
             self.draw_run(trainer)
-        lines = [f"\n{self._name}: {state.n_snapshots} snapshots of {' -> '.join(state.node_layers)}"]
+        lines = [f"\n{self._name}: {counted(state.n_snapshots, 'snapshot')} of {' -> '.join(state.node_layers)}"]
         try:
             if state.step is not None and state.step == trainer.global_step:
                 for folder in self.directory.folders.values():
                     folder.write_final(state.step)
                 earlier = [path for path in state.folders if path != str(directory.layout.path.resolve())]
                 since = directory.write_first_seen(state.graphs[self._name], state.step, earlier)
-                if since:
-                    steps = ", ".join(f"{layer} {'never' if s is None else f'{s:,}'}" for layer, s in since.items())
-                    lines.append(f"  formed        {steps} (step from which on half of the final importance exists)")
+                steps = ", ".join(f"{step:,} in {layer}" for layer, step in since.items() if step is not None)
+                # Two points are no development.
+                if steps and state.n_snapshots >= _MIN_OVER_TIME:
+                    lines.append(f"  formed        half of the final features, by importance, from step {steps} on")
         except Exception as error:  # training is over, and its result must not be lost
             log.warning("The last snapshot of '%s' could not be written. %s", self._name, brief(error))
             log_traceback(error)

@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 
 from lib_lightning.ablation import AblationPlan
 from lib_lightning.algorithm.config import BasisKind
-from lib_lightning.algorithm.effort import EffortPlan
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_format import METRICS, WEIGHTS_HASH
 from lib_lightning.io.checkpoint_format import current_state
@@ -25,6 +24,7 @@ from lib_lightning.plots.over_time import draw_sparsity_over_time
 from lib_lightning.plots.spectrum_over_time import draw_spectrum_over_time
 from lib_lightning.plots.timeline import draw_timeline
 from lib_lightning.training.budget import SkippedSnapshots, SnapshotKind, TimeSpent
+from lib_lightning.training.effort import RunPlan
 from lib_lightning.training.samples import SavedSamples
 from lib_lightning.training.schedule import Schedule
 from lib_lightning.training.snapshot import Snapshot
@@ -172,8 +172,8 @@ class RunState:
         time: Seconds spent.
         skipped: Snapshots that were skipped.
         samples: Where the samples have been written.
-        effort: What every snapshot computes; None before it has been chosen.
-        effort_for: The user's options that it has been chosen for.
+        plan: What every snapshot computes; None before it has been chosen.
+        planned_for: The user's options that it has been chosen for.
     """
 
     def __init__(
@@ -196,12 +196,12 @@ class RunState:
         self.folders: list[str] = []
         self.cursor, self.time, self.skipped = schedule.start(), TimeSpent(), SkippedSnapshots()
         self.samples = SavedSamples()
-        self.effort: EffortPlan | None = None
-        self.effort_for: dict[str, int | None] = {}
+        self.plan: RunPlan | None = None
+        self.planned_for: dict[str, Any] = {}
 
-    def set_effort(self, plan: EffortPlan | None, options: Mapping[str, int | None]) -> None:
+    def set_plan(self, plan: RunPlan | None, options: Mapping[str, Any]) -> None:
         """What every snapshot of the run computes has been chosen, for some options of the user."""
-        self.effort, self.effort_for = plan, dict(options)
+        self.plan, self.planned_for = plan, dict(options)
 
     def set_node_layers(self, names: Sequence[str]) -> None:
         """The node layers have become known."""
@@ -293,8 +293,8 @@ class RunState:
             "time": asdict(self.time),
             "skipped": asdict(self.skipped),
             "samples": asdict(self.samples),
-            "effort": None if self.effort is None else asdict(self.effort),
-            "effort_for": dict(self.effort_for),
+            "plan": None if self.plan is None else self.plan.plain(),
+            "planned_for": dict(self.planned_for),
         }
 
     def load_state_dict(
@@ -318,8 +318,8 @@ class RunState:
         self.call = dict(state.get("call", {}))  # checkpoints before 0.2 have none
         self.cursor, self.samples = self._schedule.start(state["schedule"]), SavedSamples(**state["samples"])
         self.folders = list(state["folders"])
-        self.effort = EffortPlan(**effort) if (effort := state.get("effort")) else None
-        self.effort_for = dict(state.get("effort_for", {}))
+        self.plan = RunPlan.from_plain(plan) if (plan := state.get("plan")) else None
+        self.planned_for = dict(state.get("planned_for", {}))
         for prefix, layout in self.layouts.items():
             if prefix in state["layouts"]:
                 layout.load_state_dict(state["layouts"][prefix])

@@ -12,15 +12,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lib_lightning.distributed.process_group import ProcessGroup
-from lib_lightning.errors import LIBError, check_number
+from lib_lightning.errors import LIBError, brief, check_number, counted
 from lib_lightning.io.basis_file import write_bytes
 from lib_lightning.io.run_layout import RunLayout
 from lib_lightning.model.batch import map_tensors
 from lib_lightning.model.batch_layout import BatchLayout
 from lib_lightning.model.preserve import preserve_rng
+from lib_lightning.training.first_batches import OneShotError
+from lib_lightning.training.frameworks import rank_zero_info
 from lib_lightning.training.snapshot import SnapshotData
 from lib_lightning.training.trainer import (
+    CheckBatch,
+    batches_before_training,
     data_rank,
+    has_validation,
     num_validation_samples,
     require_validation,
     shard_size,
@@ -37,10 +42,6 @@ log = logging.getLogger(__name__)
 # that features have only rotated among themselves, so that many from the sanity check are kept for the whole run.
 NUM_REFERENCE_SAMPLES = 1024
 _ENOUGH_REFERENCE_SAMPLES = 512
-
-
-# Called with a batch before any is kept: raises if the model cannot be run on it, and returns its layout.
-CheckBatch = Callable[[Any], BatchLayout]
 
 
 class SampleBuffer:
@@ -241,8 +242,10 @@ class SavedSamples:
 class SampleStore:
     """Collects the samples of one run, keeps them for all of its snapshots, and saves them for a resumed run.
 
-    They are the first ones of the first whole validation (before it, those of the sanity check), or the user's own.
-    Some of the first samples, chosen at random, are reference samples: these stay the same throughout the run.
+    They are the first ones of the validation data, or the user's own. Where a snapshot is due before the first
+    validation, they are read before the first step, if that leaves no trace; else they are those of the sanity check
+    until then. Some of the first samples, chosen at random, are reference samples: these stay the same throughout the
+    run.
 
     Args:
         config: Which samples to collect.
@@ -282,24 +285,91 @@ class SampleStore:
         self.reference = SampleBuffer(self._reference_capacity)
         self.is_ready = self._is_unsaved = self._seen_sanity_check = self._has_failed = self.has_given_up = False
 
-    def prepare(self, trainer: pl.Trainer, check: CheckBatch) -> None:
+    def prepare(self, trainer: pl.Trainer, check: CheckBatch, is_due_early: bool = False) -> None:
         """Get the samples that are available before the first step, and make sure that there will be some.
 
         Args:
             trainer: The trainer.
             check: Called with a batch before any is kept; returns which parts of it have one entry for each sample.
+            is_due_early: Whether a snapshot may be due before the first validation.
 
         Raises:
-            LIBError: If there are no validation batches, and none of the user's own.
+            LIBError: If there are no batches to compute on.
         """
         if self._can_restore:
             self._restore(trainer, check)
-        if self._config.dataloader is None:
-            require_validation(trainer, self._process_group, self._config.val_dataloader)
-            if self._config.held_out_dataloader is not None:
-                require_validation(trainer, self._process_group, self._config.held_out_dataloader)
-        else:
+        if self._config.dataloader is not None:
             self.collect_own(trainer, check)
+            return
+        # The loaders of some processes may be empty, which is an error.
+        validates = any(self._process_group.gather(torch.tensor([has_validation(trainer)], device="cpu")))
+        if not validates and self._takes_training_samples(trainer, check):
+            return
+        require_validation(trainer, self._process_group, self._config.val_dataloader)
+        if self._config.held_out_dataloader is not None:
+            require_validation(trainer, self._process_group, self._config.held_out_dataloader)
+        if is_due_early and not self.buffer.is_frozen:
+            reason = self._read_first(trainer, self._config.val_dataloader, check)
+            if reason:
+                has = (
+                    f"the {counted(self.buffer.count, 'sample')} of the sanity check" if self.is_ready else "no samples"
+                )
+                rank_zero_info(f"Before the first validation, snapshots have {has}: {reason}.")
+
+    def _takes_training_samples(self, trainer: pl.Trainer, check: CheckBatch) -> bool:
+        """Without validation, read the training data instead; whether that was possible."""
+        if self.buffer.is_frozen:
+            return True
+        uses_first = self._config.val_dataloader == 0 and self._config.held_out_dataloader is None
+        if not uses_first or self._read_first(trainer, None, check):
+            return False
+        rank_zero_info(
+            f"Snapshots are computed on {counted(self.buffer.count, 'training sample')}, since this training has no "
+            "validation; dataloader= of LIBCallback takes others."
+        )
+        return True
+
+    def _read_first(self, trainer: pl.Trainer, index: int | None, check: CheckBatch) -> str:
+        """Read all samples before the first step, from the trainer's data loaders, which stay as they are.
+
+        Args:
+            trainer: The trainer.
+            index: Index of a validation data loader; None for the training data loader.
+            check: Called with each batch before it is kept.
+
+        Returns:
+            Why that was not possible; empty if it was.
+        """
+        before, reason = (self.buffer, self.held_out), ""
+        self.buffer, self.held_out = SampleBuffer(self._capacity), SampleBuffer(self._capacity)
+        with self._process_group.sync_errors():  # of the model, which stop the run before its first step
+            try:
+                self._read(trainer, index, check)
+            except OneShotError as error:
+                reason = str(error)
+            except LIBError:
+                raise
+            except Exception as error:  # of the data, which the trainer will report when it reads them
+                reason = f"reading them failed with {brief(error)}"
+        if any(self._process_group.gather(torch.tensor([bool(reason)], device="cpu"))):
+            self.buffer, self.held_out = before
+            return reason or "another process cannot read its own without leaving a trace"
+        self._keep(complete=True)
+        return ""
+
+    def _read(self, trainer: pl.Trainer, index: int | None, check: CheckBatch) -> None:
+        holds_out, other = self._config.hold_out, self._config.held_out_dataloader
+        available = None if index is None else num_validation_samples(trainer, index)
+        for batch, layout in batches_before_training(trainer, index, check):
+            self._add(batch, available, layout)
+            if self.buffer.is_full and (not holds_out or other is not None or self.held_out.is_full):
+                break
+        if holds_out and other is not None:
+            available = num_validation_samples(trainer, other)
+            for batch, _ in batches_before_training(trainer, other, lambda _: self.buffer.layout):
+                self.held_out.add(batch, available, self.buffer.layout)
+                if self.held_out.is_full:
+                    break
 
     def collect_own(self, trainer: pl.Trainer, check: CheckBatch) -> None:
         """Go through the user's own batches, if there are any and they have not been collected yet.

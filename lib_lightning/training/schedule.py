@@ -7,10 +7,42 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lib_lightning.errors import SettingError, SettingTypeError, check_number
+from lib_lightning.errors import SettingError, SettingTypeError, check_number, counted
 
+# Snapshots of a run without a schedule of the user's, if there is time for them; and at least: two points are no film.
+MOST, FEWEST = 20, 5
+# The first of them after step 0 is at this share of the training at the earliest, and each is at most this many times
+# as late as the one before.
+_EARLIEST, _LARGEST_RATIO = 1 / 1000, 3.0
 # After a change, snapshots are taken this many times as often, for this many snapshots.
 _DENSER, _N_DENSER = 4, 8
+
+
+def log_spaced_steps(snapshots: int, last: int) -> list[int]:
+    """Steps of a given number of snapshots: 0, and then evenly on a logarithmic axis until the end of the training.
+
+    Args:
+        snapshots: Number of snapshots, at least 2.
+        last: Step at which training ends.
+
+    Returns:
+        That many different steps, ascending, from 0 to ``last``; all steps if there are fewer.
+
+    Example:
+        >>> log_spaced_steps(5, 1000)
+        [0, 37, 111, 333, 1000]
+        >>> log_spaced_steps(20, 1000)
+        [0, 1, 2, 3, 4, 6, 9, 13, 19, 27, 39, 56, 80, 115, 165, 237, 340, 487, 698, 1000]
+        >>> log_spaced_steps(20, 3)
+        [0, 1, 2, 3]
+    """
+    ratio = min(_LARGEST_RATIO, (1 / _EARLIEST) ** (1 / max(1, snapshots - 2)))
+    steps = [0]
+    for later in range(snapshots - 2, -1, -1):
+        # What is left of the axis is divided anew each time, as steps at the beginning are rounded up.
+        due = last / ratio**later if steps[-1] == 0 else steps[-1] * (last / steps[-1]) ** (1 / (later + 1))
+        steps.append(min(last, max(steps[-1] + 1, round(due))))
+    return sorted(set(steps))
 
 
 class Schedule:
@@ -24,7 +56,8 @@ class Schedule:
             logarithmic axis.
 
     Attributes:
-        is_explicit: Whether one of the options was given; without any, a snapshot is due at every validation.
+        is_explicit: Whether one of the options was given. Without any, a snapshot is due before training and at every
+            validation, or, once `ScheduleCursor.plan` has been called, at the steps that were planned.
 
     Raises:
         SettingError: If several options are given, or a number is out of range.
@@ -80,7 +113,7 @@ class Schedule:
         if self.at_steps is not None:
             return next((due for due in self.at_steps if due > step), None)
         if self.log_spaced is None:
-            return None
+            return 0 if step < 0 and not self.is_explicit else None
         if step < 1:
             return step + 1
         k = math.floor(self.log_spaced * math.log10(step))
@@ -105,12 +138,23 @@ class Schedule:
             31.0
         """
         if self.every_n_validations:
-            return validations / self.every_n_validations
+            return validations / self.every_n_validations + (not self.is_explicit)
         if self.at_steps is not None:
             return float(sum(step <= steps for step in self.at_steps))
         if self.every_n_steps:
             return 1 + steps / self.every_n_steps
         return 1 + (self.log_spaced or 1) * math.log10(max(1, steps))
+
+    def __str__(self) -> str:
+        if self.every_n_steps:
+            return f"before training and every {counted(self.every_n_steps, 'step')}"
+        if self.at_steps is not None:
+            return f"at the {counted(len(self.at_steps), 'step')} given"
+        if self.log_spaced:
+            return f"before training and {self.log_spaced:,} per tenfold increase of the step"
+        n = self.every_n_validations or 1
+        validation = "at every validation" if n == 1 else f"at the first of every {n:,} validations"
+        return validation if self.is_explicit else f"before training and {validation}"
 
     def start(self, position: Mapping[str, Any] | None = None) -> ScheduleCursor:
         """Start a run, or continue one.
@@ -126,7 +170,7 @@ class Schedule:
             return ScheduleCursor(self, next_step=self.next_step_after(-1))
         fields = {name: value for name, value in position.items() if name != "options"}
         if position["options"] != self.options:
-            fields["next_step"] = self.next_step_after(fields["step"])
+            fields |= {"next_step": self.next_step_after(fields["step"]), "planned": []}
         return ScheduleCursor(self, **fields)
 
 
@@ -145,6 +189,7 @@ class ScheduleCursor:
         regular: Steps of the two latest regular snapshots that were due.
         extra: Steps of additional snapshots still to come, after a change.
         extra_interval: Steps between these.
+        planned: Steps at which snapshots are due, ascending; empty as long as they have not been planned.
         dense_from: Step at which the current denser phase began.
         dense_until: Step at which it ends; -1 if there was none yet.
     """
@@ -155,6 +200,7 @@ class ScheduleCursor:
     next_step: int | None = None
     regular: list[int] = field(default_factory=list)
     extra: list[int] = field(default_factory=list)
+    planned: list[int] = field(default_factory=list)
     extra_interval: int = 0
     dense_from: int = 0
     dense_until: int = -1
@@ -166,9 +212,42 @@ class ScheduleCursor:
         options = {k: list(v) if isinstance(v, list) else v for k, v in self.schedule.options.items()}
         return {"options": options, **position}
 
+    def plan(self, snapshots: int, last: int) -> None:
+        """Plan the steps of the snapshots, now that the length of the training is known.
+
+        Only without a schedule of the user's. A training that goes on beyond its end has snapshots at the same ratios.
+
+        Args:
+            snapshots: Number of snapshots.
+            last: Step at which training ends.
+
+        Example:
+            >>> cursor = Schedule().start()
+            >>> cursor.plan(5, 100)
+            >>> [step for step in range(700) if cursor.due_at_step(step)]
+            [0, 4, 12, 35, 100, 286]
+        """
+        self.planned = log_spaced_steps(snapshots, last)
+        self.next_step = self._next_step_after(self.step)
+
+    def share_due(self, step: int) -> float | None:
+        """Share of the planned snapshots that are due until a step, itself included; None without a plan."""
+        return sum(due <= step for due in self.planned) / len(self.planned) if self.planned else None
+
+    def _next_step_after(self, step: int) -> int | None:
+        if not self.planned:
+            return self.schedule.next_step_after(step)
+        due = next((due for due in self.planned if due > step), None)
+        if due is None:
+            *_, before, due = [1, *self.planned]
+            ratio = max(due / max(before, 1), 1.1)
+            while due <= step:
+                due = max(due + 1, round(due * ratio))
+        return due
+
     def due_at_validation(self, step: int) -> bool:
         """Count a validation after ``step`` optimizer steps, and say whether a snapshot is due at it."""
-        every = self.schedule.every_n_validations
+        every = None if self.planned else self.schedule.every_n_validations
         due = every is not None and self.validations % every == 0
         self.validations += 1
         if due:
@@ -182,7 +261,7 @@ class ScheduleCursor:
             return False
         due = self.next_step is not None and step >= self.next_step
         if due:
-            self.next_step = self.schedule.next_step_after(step)
+            self.next_step = self._next_step_after(step)
             self.regular = [*self.regular[-1:], step]
         remaining = [extra for extra in self.extra if extra > step]
         due = due or len(remaining) < len(self.extra)

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,6 @@ from torchmetrics import MetricCollection
 
 from lib_lightning.ablation import AblationPlan, edges_required
 from lib_lightning.algorithm.config import BasisKind, LIBConfig
-from lib_lightning.algorithm.effort import EffortPlan
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
 from lib_lightning.algorithm.progress import phase_done
 from lib_lightning.api import graph_of
@@ -34,6 +33,7 @@ from lib_lightning.metrics.summary import GraphMetrics, default_metrics, layer_k
 from lib_lightning.model.batch import hash_batches
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.preserve import preserve_rng
+from lib_lightning.training.effort import RunPlan
 
 log = logging.getLogger(__name__)
 
@@ -241,7 +241,7 @@ class SnapshotComputer:
         previous: Previous,
         ablate: bool = False,
         process_group: ProcessGroup = SINGLE_PROCESS,
-        effort: EffortPlan | None = None,
+        plan: RunPlan | None = None,
     ) -> Snapshot:
         """Compute one snapshot.
 
@@ -252,7 +252,7 @@ class SnapshotComputer:
             previous: What to take over from the snapshot before; not modified.
             ablate: Whether to count edges required.
             process_group: The processes of the run.
-            effort: Number of samples, probes and features pushed forward; None for those of the configuration.
+            plan: Number of samples, probes and features pushed forward; None for those of the configuration.
 
         Returns:
             The snapshot.
@@ -264,14 +264,14 @@ class SnapshotComputer:
         scalars: dict[str, float] = {}
         has_curves = ablate
         config, batches = self.config.config, data.batches
-        if effort is not None:
-            config = effort.applied_to(config)
-            batches = data.first(effort.num_samples, instrumented, process_group)
-            metadata = {**metadata, EFFORT: asdict(effort)}
+        if plan is not None:
+            config = plan.effort.applied_to(config)
+            batches = data.first(plan.effort.num_samples, instrumented, process_group)
+            metadata = {**metadata, EFFORT: plan.of_snapshot()}
         for prefix, kind in self.prefixes.items():
             graph = graph_of(
                 instrumented, batches, with_basis(config, kind), self.config.memory_limit,
-                process_group, may_choose=effort is not None,
+                process_group, may_choose=plan is not None,
             )  # fmt: skip
             graph.info |= metadata
             curves = self._ablate(graph, instrumented, data, process_group) if ablate else None

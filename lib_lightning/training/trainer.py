@@ -17,10 +17,15 @@ from lib_lightning.errors import LIBError
 from lib_lightning.model.batch import map_tensors
 from lib_lightning.model.batch_layout import BatchLayout
 from lib_lightning.model.process_state import PROCESS_LOCK
+from lib_lightning.training.first_batches import OneShotError, batches_without_trace
 from lib_lightning.training.frameworks import is_instance, member, package_of
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
+
+
+# Called with a batch before any is kept: raises if the model cannot be run on it, and returns its layout.
+CheckBatch = Callable[[Any], BatchLayout]
 
 
 def process_group_of(trainer: pl.Trainer) -> ProcessGroup:
@@ -234,7 +239,7 @@ def _flatten(loaders: Any) -> list[Any]:
 
 
 def sharded_batches(
-    trainer: pl.Trainer, dataloader: Iterable[Any], num_samples: int, check: Callable[[Any], BatchLayout]
+    trainer: pl.Trainer, dataloader: Iterable[Any], num_samples: int, check: CheckBatch
 ) -> Iterator[tuple[Any, BatchLayout]]:
     """Go through batches as the trainer would, with every n-th batch on each of n processes.
 
@@ -250,10 +255,7 @@ def sharded_batches(
     """
     rank, size = data_rank(trainer)
     n_seen, layout = 0, None
-    stage = trainer.state.stage
-    # Transfer hooks may augment training batches.
-    trainer.state.stage = member(package_of(trainer), "trainer.states.RunningStage").VALIDATING
-    try:
+    with _validating(trainer):
         for index, batch in enumerate(dataloader):
             wanted = num_samples - n_seen
             if index % size == rank or layout is None:
@@ -265,6 +267,51 @@ def sharded_batches(
             n_seen += layout.num_samples(batch)
             if n_seen >= num_samples:
                 return
+
+
+def batches_before_training(
+    trainer: pl.Trainer, index: int | None, check: CheckBatch
+) -> Iterator[tuple[Any, BatchLayout]]:
+    """Go through the first batches of one of the trainer's data loaders before the first step, without leaving a trace.
+
+    Args:
+        trainer: The trainer.
+        index: Index of a validation data loader; None for the training data loader.
+        check: Called with each batch; returns which parts of it have one entry for each sample.
+
+    Yields:
+        The batches of this process as in a validation, on its device, and their layouts.
+
+    Raises:
+        OneShotError: If that is not possible.
+    """
+    if index is None:
+        loaders, limits = _flatten(trainer.train_dataloader), [trainer.num_training_batches]
+        if len(loaders) != 1:
+            raise OneShotError("each training batch combines several data loaders")
+        loader, limit, index = loaders[0], limits[0], 0
+    else:
+        if trainer.val_dataloaders is None:
+            raise OneShotError("the trainer makes its validation data loaders later")
+        if _combined_mode(trainer) != "sequential":
+            raise OneShotError("each validation batch combines several data loaders")
+        loader, limit = _flatten(trainer.val_dataloaders)[index], trainer.num_val_batches[index]
+    with batches_without_trace(loader) as batches, _validating(trainer):
+        for k, batch in enumerate(batches):
+            if k >= limit:
+                break
+            moved = _before_transfer(trainer.lightning_module, trainer.precision_plugin.convert_input(batch), index)
+            moved = trainer.strategy.batch_to_device(moved, dataloader_idx=index)
+            yield moved, check(moved)
+
+
+@contextmanager
+def _validating(trainer: pl.Trainer) -> Iterator[None]:
+    """A block in which the trainer says that it validates: transfer hooks may augment training batches."""
+    stage = trainer.state.stage
+    trainer.state.stage = member(package_of(trainer), "trainer.states.RunningStage").VALIDATING
+    try:
+        yield
     finally:
         trainer.state.stage = stage
 
@@ -380,7 +427,7 @@ def remove_duplicates(trainer: pl.Trainer) -> None:
     trainer.callbacks = list(once.values())  # type: ignore[attr-defined]
 
 
-def _before_transfer(pl_module: pl.LightningModule, batch: Any) -> Any:
-    """Apply the module's or data module's hook before a batch is moved to the device."""
+def _before_transfer(pl_module: pl.LightningModule, batch: Any, index: int = 0) -> Any:
+    """Apply the module's or data module's hook before a batch of a data loader is moved to the device."""
     internal = getattr(pl_module, "_on_before_batch_transfer", None)
-    return pl_module.on_before_batch_transfer(batch, 0) if internal is None else internal(batch)
+    return pl_module.on_before_batch_transfer(batch, index) if internal is None else internal(batch, index)

@@ -82,6 +82,11 @@ class TrainedWeights:
         """These are the weights after a number of steps."""
         self._step, self._hash = step, weights_hash(model)
 
+    def note_if_unknown(self, step: int, model: nn.Module) -> None:
+        """These are the weights after a number of steps, unless other ones have been noted."""
+        if self._step != step:
+            self.note(step, model)
+
     def are_replaced(self, step: int, model: nn.Module) -> bool:
         """Whether a model has other weights than after a step; False if those of that step are unknown."""
         return self._step == step and weights_hash(model) != self._hash

@@ -4,18 +4,75 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from matplotlib.figure import Figure
 
 from lib_lightning.algorithm.progress import phase_done
+from lib_lightning.errors import brief, check_number
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_file import TEMPORARY, write_bytes
 from lib_lightning.io.run_layout import RunLayout
 from lib_lightning.lineage.first_seen import first_seen, retrace_files
 from lib_lightning.plots.animated_layout import AnimatedLayout
 from lib_lightning.plots.image import PNG, render_png
+
+KeepSnapshots = Literal["all", "log_spaced"] | int
+# What a folder must have room for at the start of a run.
+_TRIAL_BYTES = 2**20
+# Of log-spaced snapshots, this many are kept per tenfold increase of the step.
+_KEPT_PER_DECADE = 10
+
+
+def check_keep(keep: object) -> KeepSnapshots:
+    """Check which snapshots are to be kept.
+
+    Args:
+        keep: ``"all"``, ``"log_spaced"``, or a number.
+
+    Returns:
+        The same.
+
+    Raises:
+        SettingError: If it is none of these.
+    """
+    if keep == "all" or keep == "log_spaced":
+        return keep
+    expected = "is 'all', 'log_spaced', or a number of snapshots of at least 1"
+    check_number("keep_snapshots", keep, lambda n: n >= 1, expected, integer=True)
+    return int(keep)  # type: ignore[call-overload, no-any-return]
+
+
+def steps_to_keep(steps: Iterable[int], keep: KeepSnapshots) -> set[int]:
+    """Which of the snapshots of a run stay on disk.
+
+    Args:
+        steps: Their steps.
+        keep: Which: ``"all"``; a number for the latest; ``"log_spaced"`` for the first ones of each tenth of a decade,
+            step 0, and the latest.
+
+    Returns:
+        The steps of those.
+
+    Example:
+        >>> sorted(steps_to_keep(range(0, 100, 10), 3))
+        [70, 80, 90]
+        >>> len(steps_to_keep(range(100_000), "log_spaced"))
+        48
+    """
+    ordered = sorted(steps)
+    if keep == "all":
+        return set(ordered)
+    if keep == "log_spaced":
+        # The same snapshots whenever this is asked: the first one of each part of the axis stays the first.
+        firsts: dict[int, int] = {}
+        for step in ordered:
+            firsts.setdefault(math.floor(_KEPT_PER_DECADE * math.log10(step) + 1e-9) if step else -1, step)
+        return {*firsts.values(), *ordered[-1:]}
+    return set(ordered[-keep:])
 
 
 class SnapshotDirectory:
@@ -114,6 +171,27 @@ class SnapshotDirectory:
         for at, file in self.layout.snapshot_files():
             if at == step:
                 file.unlink(missing_ok=True)
+
+    def keep(self, keep: KeepSnapshots) -> None:
+        """Remove the files of snapshots that are not to be kept."""
+        files = self.layout.snapshot_files() if keep != "all" else []
+        kept = steps_to_keep({at for at, _ in files}, keep)
+        for at, file in files:
+            if at not in kept:
+                file.unlink(missing_ok=True)
+
+    def problem(self) -> str:
+        """Why nothing can be written to the folder; empty if something can."""
+        trial = self.layout.path / f"trial{TEMPORARY}"
+        try:
+            trial.parent.mkdir(parents=True, exist_ok=True)
+            trial.write_bytes(bytes(_TRIAL_BYTES))
+            trial.unlink()
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                trial.unlink(missing_ok=True)
+            return error.strerror or brief(error)
+        return ""
 
     def archive_stale(self, steps: Collection[int]) -> None:
         """Move snapshots of all other steps to ``stale``: those of another run, or from beyond a resumed checkpoint.

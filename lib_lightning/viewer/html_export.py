@@ -21,7 +21,15 @@ modules["view.js"].mount(document.getElementById("lib-view"), modules["embedded.
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
 
-def film_page(runs: Sequence[RunView], title: str, edges: int = MAX_EDGES, every: int = 1) -> str:
+# A page of more bytes takes browsers seconds to open.
+MAX_BYTES = 20_000_000
+# Fewer edges than this are left out before snapshots are.
+_FEWEST_EDGES = 50
+
+
+def film_page(
+    runs: Sequence[RunView], title: str, edges: int = MAX_EDGES, every: int = 1, max_bytes: int = MAX_BYTES
+) -> str:
     """Export the film of runs as one HTML file.
 
     Args:
@@ -29,6 +37,7 @@ def film_page(runs: Sequence[RunView], title: str, edges: int = MAX_EDGES, every
         title: Title of the page.
         edges: Maximum number of edges per section and snapshot; the strongest are included.
         every: Include every n-th snapshot of a run, and the last one.
+        max_bytes: Size of the file. If it would be larger, there are fewer edges and snapshots, and the page says so.
 
     Returns:
         Text of the file.
@@ -36,6 +45,8 @@ def film_page(runs: Sequence[RunView], title: str, edges: int = MAX_EDGES, every
     Raises:
         NotFoundError: If a run has no readable snapshot.
     """
+    asked = edges, every
+    edges, every = _that_fit(runs, edges, every, max_bytes)
     content = object_(
         {
             "runs": dump([run.entry() for run in runs]),
@@ -63,6 +74,7 @@ def film_page(runs: Sequence[RunView], title: str, edges: int = MAX_EDGES, every
             "</head>",
             "<body>",
             '<div id="lib-view"></div>',
+            *([_note(edges, every, max_bytes)] if (edges, every) != asked else []),
             f'<script type="text/plain" id="lib-runs">{_compressed(content)}</script>',
             *snapshots,
             f'<script type="module">\n{_inline(script, "script")}</script>',
@@ -70,6 +82,32 @@ def film_page(runs: Sequence[RunView], title: str, edges: int = MAX_EDGES, every
             "</html>",
             "",
         ]
+    )
+
+
+def _that_fit(runs: Sequence[RunView], edges: int, every: int, max_bytes: int) -> tuple[int, int]:
+    """Largest number of edges, and smallest distance of snapshots, with which a page is not too large."""
+    # What is in every page; some snapshots of all ages say how large the others are.
+    static = sum(map(len, static_files().values()))
+    while True:
+        content = sum(len(_compressed(run.run(every))) for run in runs)
+        steps = [(run, step) for run in runs for step in run.steps(every)]
+        some = steps[:: max(1, len(steps) // 16)]
+        size = sum(len(_compressed(run.snapshot(step, edges))) + 120 for run, step in some)
+        snapshots = size * len(steps) / max(1, len(some))
+        if static + content + snapshots <= 0.9 * max_bytes or len(steps) <= 2 * len(runs):
+            return edges, every
+        if edges > _FEWEST_EDGES:
+            edges = max(_FEWEST_EDGES, edges // 2)
+        else:
+            every *= 2
+
+
+def _note(edges: int, every: int, max_bytes: int) -> str:
+    of_snapshots = f"every {every}th snapshot and " if every > 1 else ""
+    return (
+        f'<p id="lib-thinned">To stay below {max_bytes / 1e6:.3g} MB, this page has {of_snapshots}the strongest '
+        f"{edges} edges of each section. The tab in TensorBoard shows all of them.</p>"
     )
 
 

@@ -176,7 +176,8 @@ def test_proposals_survive_a_resumed_run(tmp_path: Path) -> None:
 
     def fit(epochs: int, checkpoint: Path | None) -> tuple[list[str], Path]:
         trainer = pl.Trainer(
-            max_epochs=epochs, callbacks=[LIBCallback()], default_root_dir=tmp_path, accelerator="cpu",
+            max_epochs=epochs, callbacks=[LIBCallback(every_n_validations=1)], default_root_dir=tmp_path,
+            accelerator="cpu",
             enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
         trainer.fit(Trained(), loader, loader, ckpt_path=checkpoint)

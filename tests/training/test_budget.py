@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gc
+import itertools
 import logging
 import math
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
@@ -20,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lib_lightning import InteractionGraph, LIBCallback
 from lib_lightning.ablation import AblationPlan
+from lib_lightning.algorithm.effort import EffortPlan
 from lib_lightning.distributed.process_group import SINGLE_PROCESS
 from lib_lightning.lineage.snapshot_tracker import SnapshotTracker
 from lib_lightning.training.budget import (
@@ -30,8 +33,10 @@ from lib_lightning.training.budget import (
     TimeSpent,
     no_garbage_collection,
 )
+from lib_lightning.training.effort import RunPlan, _warning
 from lib_lightning.training.snapshot import Snapshot
 from lib_lightning.training.trainer import synchronize
+from lib_lightning.training.writer import steps_to_keep
 from tests.tiny_training import NODE_LAYERS, STEPS_PER_EPOCH, Classifier, Failing, trainer_of
 from tests.training.test_callback import run
 
@@ -57,7 +62,10 @@ class TimedAndFailing(Timed, Failing):
 
 
 def timed(model: Timed, cost: float, **options: Any) -> LIBCallback:
-    """A callback whose snapshots take a fixed number of seconds."""
+    """A callback whose snapshots take a fixed number of seconds, by default at every validation."""
+    if not {"every_n_steps", "at_steps", "every_n_validations", "planned"} & options.keys():
+        options["every_n_validations"] = 1
+    options.pop("planned", None)
     callback = LIBCallback(**{"node_layers": NODE_LAYERS, "follow": False, **options})
     compute = callback.computer.compute
 
@@ -101,8 +109,10 @@ def test_snapshots_are_skipped_to_stay_below_the_limit(tmp_path: Path, messages:
     assert text.count("is skipped") == 1
     assert "the snapshot due at step 12 is skipped, as are later ones that would exceed max_overhead=0.03." in text
     assert "A snapshot takes 0.5 s, so one is allowed every 16.7 s of training; 0.5 s of 12 s have been spent" in text
-    assert text.count("overhead 2.50% of the training time (3 s of 120 s, max_overhead=0.03)") == 1
-    assert text.count("snapshots skipped: 14") == 1
+    said = (
+        "6 snapshots and all that belongs to them took 3 s, beside 120 s of training (2.50%); 14 were skipped to stay "
+    )
+    assert text.count(f"{said}below max_overhead=0.03") == 1
 
 
 def test_first_and_last_snapshot_are_always_taken(tmp_path: Path, messages: pytest.LogCaptureFixture) -> None:
@@ -111,19 +121,39 @@ def test_first_and_last_snapshot_are_always_taken(tmp_path: Path, messages: pyte
     trainer_of(tmp_path, callback, max_epochs=3).fit(model)
     assert steps_of(tmp_path) == [6, 18]
     assert InteractionGraph.load(tmp_path / "lib" / "final.safetensors").info["step"] == 18
-    assert "snapshots skipped: 1" in messages.text, "the one of the last validation is taken as the last one of the run"
+    assert "1 was skipped" in messages.text, "the one of the last validation is taken as the last one of the run"
 
 
 @pytest.mark.parametrize("model", [Timed(), TimedAndFailing()], ids=["computed", "failed"])
 def test_by_default_there_are_at_least_five_snapshots(
-    model: Timed, tmp_path: Path, messages: pytest.LogCaptureFixture
+    model: Timed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: pytest.LogCaptureFixture
 ) -> None:
-    callback = timed(model, 1000)
+    monkeypatch.setattr("lib_lightning.training.effort.FEWEST", 20)  # as in a longer training
+    monkeypatch.setattr("lib_lightning.training.callback.FEWEST", 20)
+    callback = timed(model, 1000, planned=True)
     trainer_of(tmp_path, callback, max_epochs=16).fit(model)
     assert callback.meter.spent.attempts == 5
     if not isinstance(model, TimedAndFailing):
-        assert steps_of(tmp_path) == [6, 24, 48, 72, 96]
+        assert steps_of(tmp_path) == [0, 4, 11, 32, 96], "evenly among the 20 that were planned"
     assert "s of training (but 5 at least in the whole training);" in messages.text
+
+
+def test_planned_snapshots_are_thinned_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of them are early, when there has been little training that they could be a share of."""
+    monkeypatch.setattr("lib_lightning.training.callback.FEWEST", 20)
+    monkeypatch.setattr("lib_lightning.training.effort.FEWEST", 20)
+    for cost, expected in ((0.15, 18), (0.3, 8)):
+        model = Timed()
+        callback = timed(model, cost, planned=True, max_overhead=0.03)
+        trainer_of(tmp_path / str(cost), callback, max_epochs=20).fit(model)
+        steps, planned = steps_of(tmp_path / str(cost)), callback.state.cursor.planned
+        assert len(planned) == 20
+        assert len(steps) >= expected
+        assert callback.meter.ratio <= 0.03 + cost / 120
+        taken = [planned.index(step) for step in steps]
+        assert taken[0] == 0
+        assert taken[-1] == 19
+        assert max(b - a for a, b in itertools.pairwise(taken)) <= 4
 
 
 SCHEDULES: dict[str, tuple[dict[str, Any], list[int]]] = {
@@ -131,7 +161,7 @@ SCHEDULES: dict[str, tuple[dict[str, Any], list[int]]] = {
     "list": ({"at_steps": [1, 2, 3]}, [1, 2, 3, 12]),
     "validations": ({"every_n_validations": 1}, [6, 12]),
     "limited": ({"every_n_steps": 1, "max_overhead": 10.0}, [0, 9, 12]),
-    "unlimited": ({"max_overhead": math.inf}, [6, 12]),
+    "unlimited": ({"max_overhead": math.inf, "planned": True}, [*range(13)]),
 }
 
 
@@ -144,19 +174,27 @@ def test_explicit_schedules_are_kept_unless_limited(
     trainer_of(tmp_path, timed(model, 30.0, **options)).fit(model)
     assert steps_of(tmp_path) == steps
     assert ("is skipped" in messages.text) == (schedule == "limited")
-    assert "of the training time" in messages.text, "logged in any case"
+    assert "and all that belongs to them took" in messages.text, "logged in any case"
 
 
 def test_short_runs_skip_nothing(tmp_path: Path) -> None:
     model = Timed()
-    trainer_of(tmp_path, timed(model, 0.125), max_epochs=4).fit(model)
+    trainer_of(tmp_path, timed(model, 0.125, max_overhead=0.03), max_epochs=4).fit(model)
     assert steps_of(tmp_path) == [6, 12, 18, 24]
 
 
-def test_failed_snapshots_count_as_overhead(tmp_path: Path, messages: pytest.LogCaptureFixture) -> None:
+def test_failed_snapshots_count_as_overhead(tmp_path: Path) -> None:
     model = TimedAndFailing()
-    trainer_of(tmp_path, timed(model, 0.5, max_overhead=0.03), max_epochs=10).fit(model)
-    failed = [record.args[1] for record in messages.records if "failed and is skipped" in record.msg and record.args]  # type: ignore[index]
+    callback = timed(model, 0.5, max_overhead=0.03)
+    compute, failed = callback.computer.compute, []
+
+    def noted(*args: Any, **kwargs: Any) -> Snapshot:
+        failed.append(model.global_step)
+        return compute(*args, **kwargs)
+
+    callback.computer.compute = noted  # type: ignore[method-assign]
+    trainer_of(tmp_path, callback, max_epochs=10).fit(model)
+    assert callback.meter.spent.failures == len(failed)
     assert failed == [6, 54, 60], "not at every validation"
 
 
@@ -423,3 +461,146 @@ def test_garbage_collection_is_off_and_then_as_before(was_on: bool) -> None:
         assert gc.isenabled() == was_on
     finally:
         gc.enable()
+
+
+def test_the_summary_counts_failures_and_has_plurals(tmp_path: Path, messages: pytest.LogCaptureFixture) -> None:
+    model = TimedAndFailing()
+    trainer_of(tmp_path, timed(model, 0.5, at_steps=[0, 2, 4])).fit(model)
+    assert messages.text.count("failed and is skipped") == 1
+    # At the steps given, at the first validation, and at the end.
+    said = "0 snapshots and all that belongs to them took 2.5 s, beside 12 s of training (20.83%); 5 failed"
+    assert said in messages.text
+
+
+def test_the_plan_is_logged_and_stored(tmp_path: Path, messages: pytest.LogCaptureFixture) -> None:
+    model = Timed()
+    callback = timed(model, 0.1, planned=True)
+    trainer = trainer_of(tmp_path, callback)
+    trainer.fit(model)
+    (line,) = {r.getMessage() for r in messages.records if "log-spaced" in r.getMessage()}
+    assert line.startswith(
+        "lib: 5 snapshots from step 0 to step 12, log-spaced, each with 24 samples, the exact metric,"
+    )
+    assert " s each and " in line
+    assert " s in total" in line
+    plan = callback.state.plan
+    assert plan is not None
+    assert steps_of(tmp_path) == callback.state.cursor.planned
+    for step in steps_of(tmp_path):
+        graph = InteractionGraph.load(tmp_path / "lib" / "snapshots" / f"step-{step:08d}.safetensors")
+        assert graph.info["effort"] == plan.of_snapshot()
+        assert graph.info["n_samples"] == 24
+    assert callback.state_dict()["plan"] == plan.plain()
+
+
+def test_long_snapshots_are_announced_with_the_setting() -> None:
+    effort = EffortPlan(64, 512, None, 1e13, 1e10)
+    long, short = RunPlan(effort, 4, 500.0, 2.0), RunPlan(effort, 4, 59.0, 2.0)
+    given = {"n_probes": 512, "effort": "auto"}
+    expected = "each snapshot will take about 8.3 min, because of n_probes=512. Without: about 5 s."
+    assert _warning(long, given, 5.0) == expected
+    assert "Fewer node_layers, or num_samples=16, would shorten it." in _warning(long, given, 490.0)
+    assert not _warning(short, given, 5.0)
+
+
+@pytest.mark.parametrize("keep", [2, "log_spaced", "all"])
+def test_snapshots_are_kept_as_asked(keep: Any, tmp_path: Path) -> None:
+    model = Timed()
+    callback = timed(model, 0.1, every_n_steps=1, keep_snapshots=keep)
+    trainer_of(tmp_path, callback, max_epochs=2).fit(model)
+    log_spaced = sorted(steps_to_keep(range(13), "log_spaced"))
+    assert len(log_spaced) < 13
+    assert steps_of(tmp_path) == {2: [11, 12], "log_spaced": log_spaced, "all": [*range(13)]}[keep]
+    assert len(list((tmp_path / "lib" / "figures").iterdir())) == len(steps_of(tmp_path))
+    with pytest.raises(ValueError, match="keep_snapshots is 'all', 'log_spaced', or a number"):
+        LIBCallback(NODE_LAYERS, keep_snapshots=0)
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_once_at_the_start(
+    tmp_path: Path, messages: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "lib").write_text("in the way")
+    model = Timed()
+    trainer_of(tmp_path, timed(model, 0.1, at_steps=[0, 1, 2])).fit(model)
+    said = [r.getMessage() for r in messages.records if "snapshots cannot be written to" in r.getMessage()]
+    assert len(set(said)) == 1
+    assert str(tmp_path / "lib") in said[0]
+    assert "5 failed" in messages.text
+
+
+class OneNumber(Timed):
+    """A regression on more inputs than samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(5, 40), torch.nn.ReLU(), torch.nn.Linear(40, 1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.net(batch[0]).square().mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.net(batch[0])
+
+
+def test_an_output_of_one_number_is_said_once(tmp_path: Path, messages: pytest.LogCaptureFixture) -> None:
+    model = OneNumber()
+    callback = timed(model, 0.1, at_steps=[0, 1], node_layers=["net.0:input", "net.2:input", "output"])
+    trainer_of(tmp_path, callback).fit(model)
+    said = {r.getMessage() for r in messages.records if "'output' is one number" in r.getMessage()}
+    assert len(said) == 1
+
+
+def test_fewer_samples_than_directions_are_said_once(tmp_path: Path, messages: pytest.LogCaptureFixture) -> None:
+    model = OneNumber()
+    layers = ["net.0:input", "net.1:input", "output"]
+    callback = timed(model, 0.1, at_steps=[0, 1], node_layers=layers, num_samples=10)
+    trainer_of(tmp_path, callback).fit(model)
+    said = {r.getMessage() for r in messages.records if "would show more" in r.getMessage()}
+    assert said == {
+        "lib: 'net.1:input' has 40 directions, of which 10 samples can show 9 at most. More samples would show more."
+    }
+
+
+def test_more_samples_than_there_are_are_said_once(tmp_path: Path, messages: pytest.LogCaptureFixture) -> None:
+    for num_samples, expected in ((500, 1), (24, 0), (None, 0)):
+        messages.clear()
+        model = Timed()
+        callback = timed(model, 0.1, at_steps=[0, 1], num_samples=num_samples)
+        trainer_of(tmp_path / str(num_samples), callback).fit(model)
+        said = {r.getMessage() for r in messages.records if "is more than there are" in r.getMessage()}
+        assert len(said) == expected
+        assert said <= {"lib: num_samples=500 is more than there are: snapshots use all 24."}
+
+
+@pytest.mark.parametrize("limits", [{"max_epochs": -1, "max_steps": -1}, {"max_epochs": 1}])
+def test_a_stop_that_comes_after_this_callback_is_no_change_of_weights(
+    limits: dict[str, Any], tmp_path: Path, messages: pytest.LogCaptureFixture
+) -> None:
+    class Stops(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *args: object) -> None:
+            trainer.should_stop = trainer.should_stop or trainer.global_step == 4
+
+    model = Timed()
+    trainer_of(tmp_path, timed(model, 0.1, planned=True), Stops(), **limits).fit(model)
+    assert max(steps_of(tmp_path)) == 4
+    assert InteractionGraph.load(tmp_path / "lib" / "final.safetensors").info["weights"] == "trained"
+    assert "put in place" not in messages.text
+    if limits["max_epochs"] == -1:
+        text = "snapshots before training and at every validation, within 3% of the training time, each with 24 samples"
+        assert text in messages.text
+
+
+def test_a_test_without_snapshots_says_so_once(tmp_path: Path, messages: pytest.LogCaptureFixture) -> None:
+    class Tested(Timed):
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            self(batch[0])
+
+        def test_dataloader(self) -> DataLoader[Any]:
+            return self.val_dataloader()
+
+    trainer = trainer_of(tmp_path, LIBCallback(NODE_LAYERS))
+    for _ in range(2):
+        trainer.test(Tested(), verbose=False)
+    said = [r for r in messages.records if "a test computes no snapshots" in r.getMessage()]
+    assert len({id(r) for r in said}) <= 2
+    assert said

@@ -173,7 +173,7 @@ def test_scalars_between_validations_share_the_step_axis(tmp_path: Path) -> None
 
 
 def test_files_match_a_graph_computed_afterwards(tmp_path: Path) -> None:
-    callback, model = LIBCallback(NODE_LAYERS, num_samples=20, dtype="float64"), Classifier()
+    callback, model = LIBCallback(NODE_LAYERS, num_samples=20, dtype="float64", every_n_validations=1), Classifier()
     trainer = trainer_of(tmp_path, callback)
     trainer.fit(model)
     final = InteractionGraph.load(tmp_path / "lib" / "final.safetensors")
@@ -189,7 +189,7 @@ def test_files_match_a_graph_computed_afterwards(tmp_path: Path) -> None:
 
 
 def test_num_samples_limits_the_samples(tmp_path: Path) -> None:
-    callback = LIBCallback(NODE_LAYERS, num_samples=10)
+    callback = LIBCallback(NODE_LAYERS, num_samples=10, every_n_validations=1)
     trainer_of(tmp_path, callback).fit(Classifier())
     assert [len(x) for x, _ in callback.samples.buffer.batches] == [8, 2]
     assert callback.graph is not None
@@ -197,13 +197,13 @@ def test_num_samples_limits_the_samples(tmp_path: Path) -> None:
 
 
 def test_sanity_check_takes_no_snapshot(tmp_path: Path) -> None:
-    callback = LIBCallback(NODE_LAYERS)
+    callback = LIBCallback(NODE_LAYERS, every_n_validations=1)
     trainer_of(tmp_path, callback, limit_train_batches=0, num_sanity_val_steps=-1).fit(Classifier())
     assert callback.snapshots == 0
 
 
 def test_validate_computes_too(tmp_path: Path) -> None:
-    callback = LIBCallback(NODE_LAYERS)
+    callback = LIBCallback(NODE_LAYERS, every_n_validations=1)
     trainer = trainer_of(tmp_path, callback)
     (metrics,) = trainer.validate(Classifier(), verbose=False)
     assert KEYS - set(metrics) == {"lib/overhead"}, "there is no training that it could be a share of"
@@ -219,7 +219,7 @@ def test_trial_runs_write_nothing(options: dict[str, Any], tmp_path: Path, monke
         "enable_progress_bar": None,
         "enable_model_summary": None,
     }
-    callback = LIBCallback(NODE_LAYERS)
+    callback = LIBCallback(NODE_LAYERS, every_n_validations=1)
     trainer_of(tmp_path, callback, **overridden, **options).fit(Classifier())
     assert not list(tmp_path.rglob("*.safetensors"))
 
@@ -229,7 +229,7 @@ def test_end_of_fit_logs_all_paths(tmp_path: Path, caplog: pytest.LogCaptureFixt
     with caplog.at_level("INFO"):
         for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch"):
             __import__("logging").getLogger(name).propagate = True
-        trainer_of(tmp_path, LIBCallback(NODE_LAYERS), logger=logger).fit(Classifier())
+        trainer_of(tmp_path, LIBCallback(NODE_LAYERS, every_n_validations=1), logger=logger).fit(Classifier())
     assert f"--logdir {logger.log_dir} --samples_per_plugin images=1000" in caplog.text
     for part in ("snapshots", "figures", "final.safetensors"):
         assert str(Path(logger.log_dir) / "lib" / part) in caplog.text
@@ -254,7 +254,7 @@ def test_a_run_resumes_from_its_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_with_other_node_layers_starts_anew(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, LIBCallback(NODE_LAYERS), max_epochs=1)
+    trainer = trainer_of(tmp_path, LIBCallback(NODE_LAYERS, every_n_validations=1), max_epochs=1)
     trainer.fit(Classifier())
     trainer.save_checkpoint(tmp_path / "model.ckpt")
     other = LIBCallback(["net.0:input", "net.3", "output"], every_n_validations=5)
@@ -270,9 +270,11 @@ def test_training_with_workers_is_unchanged(tmp_path: Path) -> None:
 
 def test_two_callbacks_need_two_names(tmp_path: Path) -> None:
     with pytest.raises(LIBError, match="Two LIBCallbacks of this trainer would both write to 'lib': give each a name="):
-        trainer_of(tmp_path, LIBCallback(NODE_LAYERS), LIBCallback(NODE_LAYERS)).fit(Classifier())
-    pca = LIBCallback(NODE_LAYERS, basis="pca", name="pca")
-    trainer = trainer_of(tmp_path, LIBCallback(NODE_LAYERS), pca)
+        trainer_of(
+            tmp_path, LIBCallback(NODE_LAYERS, every_n_validations=1), LIBCallback(NODE_LAYERS, every_n_validations=1)
+        ).fit(Classifier())
+    pca = LIBCallback(NODE_LAYERS, basis="pca", name="pca", every_n_validations=1)
+    trainer = trainer_of(tmp_path, LIBCallback(NODE_LAYERS, every_n_validations=1), pca)
     trainer.fit(Classifier())
     assert {"lib/edges/total", "pca/edges/total"} <= set(trainer.callback_metrics)
     assert (tmp_path / "pca" / "final.safetensors").exists()
@@ -295,7 +297,7 @@ def test_dict_batches_and_input_fn(tmp_path: Path) -> None:
         val_dataloader = train_dataloader
 
     for input_fn in (None, lambda batch: (batch["x"], 2.0)):
-        callback = LIBCallback(NODE_LAYERS, input_fn=input_fn)
+        callback = LIBCallback(NODE_LAYERS, input_fn=input_fn, every_n_validations=1)
         trainer_of(tmp_path, callback).fit(TakesDict())
         assert callback.snapshots == 2
 
@@ -323,16 +325,6 @@ class Broken(Classifier):
         return super().forward(x / 0 * 0)
 
 
-class NoValidation(Classifier):
-    validation_step = None
-    val_dataloader = None
-
-
-class EmptyValidation(Classifier):
-    def val_dataloader(self) -> DataLoader[Any]:
-        return DataLoader([])
-
-
 class NeedsMore(Classifier):
     """Cannot be called with what is in its batch, and has no step that calls it on a validation batch."""
 
@@ -355,9 +347,6 @@ MISTAKES: list[tuple[Callable[[], Classifier], list[str | NodeLayer], dict[str, 
     (Tokens, ["input", "output"], {}, "int64 numbers, which have no gradient"),
     (Broken, NODE_LAYERS, {}, r"Node layer 'net\.0:input' has NaN activations"),
     (NeedsMore, NODE_LAYERS, {}, r"cannot be run on a batch \(\[Tensor \(.*TypeError(.|\n)*input_fn=lambda batch: "),
-    (NoValidation, NODE_LAYERS, {}, "computes on validation batches, and there are none"),
-    (EmptyValidation, NODE_LAYERS, {}, "computes on validation batches, and there are none"),
-    (Classifier, NODE_LAYERS, {"limit_val_batches": 0}, "computes on validation batches, and there are none"),
 ]
 
 
@@ -374,7 +363,7 @@ def test_mistakes_stop_before_the_first_step(
 ) -> None:
     module = model()
     module.spare = nn.Linear(1, 1)
-    trainer = trainer_of(tmp_path, LIBCallback(layers), num_sanity_val_steps=sanity, **options)
+    trainer = trainer_of(tmp_path, LIBCallback(layers, every_n_validations=1), num_sanity_val_steps=sanity, **options)
     if model in (NeedsMore, Tokens) and sanity == 0:
         # Without a sanity check, what only a validation batch can show is seen at the first validation.
         trainer.fit(module)
@@ -395,7 +384,7 @@ def test_a_failing_forward_pass_costs_only_its_snapshot(tmp_path: Path, caplog: 
                 x = x * math.nan
             return super().forward(x)
 
-    callback = LIBCallback(NODE_LAYERS)
+    callback = LIBCallback(NODE_LAYERS, every_n_validations=1)
     trainer = trainer_of(tmp_path, callback, EarlyStopping("lib/edges/total", patience=9), max_epochs=3)
     trainer.fit(BreaksOnce())
     assert trainer.global_step == 18
@@ -412,7 +401,7 @@ def test_a_full_disk_costs_only_files(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(InteractionGraph, "save", full)
-    trainer = trainer_of(tmp_path, LIBCallback(NODE_LAYERS))
+    trainer = trainer_of(tmp_path, LIBCallback(NODE_LAYERS, every_n_validations=1))
     trainer.fit(Classifier())
     assert trainer.global_step == 12
     assert "No space left on device" in caplog.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lib_lightning import InteractionGraph, LIBCallback
 from lib_lightning.io.run_layout import RunLayout
-from lib_lightning.training.effort import expected_snapshots
+from lib_lightning.training.effort import RunPlanner, expected_snapshots
 from tests.tiny_training import Classifier, trainer_of
 
 
@@ -69,14 +70,16 @@ def test_all_snapshots_compute_the_same_and_say_what(tmp_path: Path, caplog: pyt
     trainer = trainer_of(tmp_path / "first", first, max_epochs=2)
     trainer.fit(Images())
     trainer.save_checkpoint(tmp_path / "half.ckpt")
-    said = {record.message for record in caplog.records if "each snapshot uses" in record.message}
-    assert said == {f"lib: each snapshot uses {first.state.effort}"}
+    said = {record.message for record in caplog.records if "snapshots at every" in record.message}
+    assert len(said) == 1
+    assert first.state.plan is not None
+    assert f"lib: 2 snapshots at every validation, each with {first.state.plan.effort.text}, about " in said.pop()
     # The schedule and the length of the training are others now, but what a snapshot computes is not.
     second = LIBCallback(every_n_validations=1)
     trainer_of(tmp_path / "second", second, max_epochs=4).fit(Images(), ckpt_path=tmp_path / "half.ckpt")
     found = graphs(tmp_path / "first") + graphs(tmp_path / "second")
     assert len(found) == 4
-    assert second.state.effort == first.state.effort
+    assert second.state.plan == first.state.plan
     plans = [graph.info["effort"] for graph in found]
     assert all(plan == plans[0] for plan in plans)
     assert plans[0]["n_probes"] is not None
@@ -90,29 +93,29 @@ def test_two_runs_compute_the_same_numbers(tmp_path: Path) -> None:
     runs = []
     for name in ("one", "other"):
         torch.manual_seed(0)
-        trainer_of(tmp_path / name, LIBCallback(), max_epochs=1).fit(Images())
+        trainer_of(tmp_path / name, LIBCallback(every_n_validations=1), max_epochs=1).fit(Images())
         runs.append(graphs(tmp_path / name)[0])
     for section, E in runs[0].edges.items():
         assert torch.equal(E, runs[1].edges[section])
 
 
 def test_what_fits_is_exact(tmp_path: Path) -> None:
-    callback = LIBCallback()
+    callback = LIBCallback(every_n_validations=1)
     trainer_of(tmp_path, callback, max_epochs=1).fit(Classifier())
-    assert callback.state.effort is not None
-    assert (callback.state.effort.n_probes, callback.state.effort.n_pushed) == (None, None)
+    assert callback.state.plan is not None
+    assert (callback.state.plan.effort.n_probes, callback.state.plan.effort.n_pushed) == (None, None)
 
 
 def test_numbers_that_are_given_are_kept(tmp_path: Path) -> None:
-    given = LIBCallback(num_samples=96, n_probes=3)
+    given = LIBCallback(num_samples=96, n_probes=3, every_n_validations=1)
     trainer_of(tmp_path / "given", given, max_epochs=1).fit(Images())
     (graph,) = graphs(tmp_path / "given")
     assert graph.info["n_samples"] == 96
     assert graph.info["settings"]["n_probes"] == 3
-    exact = LIBCallback(num_samples=8, effort="exact")
+    exact = LIBCallback(num_samples=8, effort="exact", every_n_validations=1)
     trainer_of(tmp_path / "exact", exact, max_epochs=1).fit(Images())
     (graph,) = graphs(tmp_path / "exact")
-    assert "effort" not in graph.info
+    assert (graph.info["effort"]["n_probes"], graph.info["effort"]["n_pushed"]) == (None, None)
     assert (graph.info["settings"]["n_probes"], graph.info["settings"]["n_pushed"]) == (None, None)
 
 
@@ -122,22 +125,64 @@ def test_longer_trainings_get_better_snapshots(tmp_path: Path, monkeypatch: pyte
     for epochs in (2, 40000):
         callback = LIBCallback(at_steps=[1])
         trainer_of(tmp_path / str(epochs), callback, Stop(), max_epochs=epochs).fit(Images(64))
-        assert callback.state.effort is not None
-        probes.append(callback.state.effort.n_probes or 10**9)
+        assert callback.state.plan is not None
+        probes.append(callback.state.plan.effort.n_probes or 10**9)
     assert probes[0] < probes[1]
+
+
+@pytest.mark.parametrize("estimated", [30.0, None])
+def test_seconds_are_those_of_an_estimate_where_it_is_a_small_part_and_decide_nothing(
+    estimated: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def estimate(*args: Any, **settings: Any) -> SimpleNamespace:
+        asked.append(settings)
+        if estimated is None:
+            raise ValueError("no estimate")
+        return SimpleNamespace(seconds=estimated)
+
+    monkeypatch.setattr("lib_lightning.training.effort.estimate_cost", estimate)
+    plans = []
+    for rate in (1e9, 1e12):
+        monkeypatch.setattr(RunPlanner, "_forward_rate", lambda *args, rate=rate: rate)
+        callback = LIBCallback(at_steps=[1])
+        trainer_of(tmp_path / str(rate), callback, Stop(), max_epochs=200_000).fit(Images(64))
+        plans.append(callback.state.plan)
+    assert len(asked) == 2, "once in each run"
+    slow, fast = plans
+    assert slow is not None
+    assert fast is not None
+    assert slow.effort == fast.effort
+    assert asked[0]["n_probes"] == slow.effort.n_probes
+    if estimated is not None:
+        assert slow.seconds == fast.seconds == pytest.approx(estimated + 0.8)
+    else:
+        assert slow.seconds > fast.seconds
+
+
+def test_no_estimate_in_a_short_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def estimate(*args: Any, **settings: Any) -> None:
+        raise AssertionError("would take longer than the training")
+
+    monkeypatch.setattr("lib_lightning.training.effort.estimate_cost", estimate)
+    callback = LIBCallback(at_steps=[0])
+    trainer_of(tmp_path, callback, max_epochs=1).fit(Images(64))
+    assert callback.state.plan is not None
+    assert 0.8 < callback.state.plan.seconds < 60
 
 
 def test_the_effort_is_a_choice() -> None:
     with pytest.raises(ValueError, match="effort must be one of 'auto', 'exact'; got 'all'"):
-        LIBCallback(effort="all")  # type: ignore[arg-type]
+        LIBCallback(effort="all", every_n_validations=1)  # type: ignore[arg-type]
 
 
 SCHEDULES: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
-    "validations": ({}, {"max_epochs": 6}, 6),
-    "every second epoch": ({}, {"max_epochs": 6, "check_val_every_n_epoch": 2}, 3),
-    "within epochs": ({}, {"max_epochs": 3, "val_check_interval": 2}, 6),
+    "validations": ({"every_n_validations": 1}, {"max_epochs": 6}, 6),
+    "every second epoch": ({"every_n_validations": 1}, {"max_epochs": 6, "check_val_every_n_epoch": 2}, 3),
+    "within epochs": ({"every_n_validations": 1}, {"max_epochs": 3, "val_check_interval": 2}, 6),
     "every third validation": ({"every_n_validations": 3}, {"max_epochs": 6}, 2),
-    "until a step": ({}, {"max_epochs": -1, "max_steps": 12}, 3),
+    "until a step": ({"every_n_validations": 1}, {"max_epochs": -1, "max_steps": 12}, 3),
     "steps": ({"every_n_steps": 5}, {"max_epochs": 5}, 5),
     "list": ({"at_steps": [0, 3, 10**6]}, {"max_epochs": 6}, 2),
     "no end": ({}, {"max_epochs": -1, "max_steps": -1}, float("inf")),
@@ -163,16 +208,16 @@ def test_expected_number_of_snapshots(name: str, tmp_path: Path) -> None:
 
 
 def test_a_standalone_validation_chooses_for_itself(tmp_path: Path) -> None:
-    callback = LIBCallback()
+    callback = LIBCallback(every_n_validations=1)
     trainer_of(tmp_path, callback).validate(Images(64), verbose=False)
     assert callback.snapshots == 1
-    assert callback.state.effort is not None
-    assert callback.state.effort.n_probes is not None
+    assert callback.state.plan is not None
+    assert callback.state.plan.effort.n_probes is not None
 
 
 def test_samples_of_the_users_own_may_be_more_than_a_validation_has(tmp_path: Path) -> None:
     own = DataLoader(Images(96).data, batch_size=32)
     callback = LIBCallback(dataloader=own, every_n_validations=1)
     trainer_of(tmp_path, callback, max_epochs=1, limit_val_batches=1).fit(Images(64))
-    assert callback.state.effort is not None
-    assert callback.state.effort.num_samples == 96
+    assert callback.state.plan is not None
+    assert callback.state.plan.effort.num_samples == 96

@@ -112,16 +112,16 @@ def test_training_and_its_log_are_the_same_with_the_callback(package: str, tmp_p
 @pytest.mark.parametrize("kind", ["CSVLogger", "TensorBoardLogger"])
 def test_files_are_in_the_folder_of_the_run(package: str, of_logger: str, kind: str, tmp_path: Path) -> None:
     logger = member(of_logger, f"loggers.{kind}")(tmp_path, name="name")
-    fit(package, tmp_path, LIBCallback(NODE_LAYERS), logger=logger, max_epochs=1)
+    fit(package, tmp_path, LIBCallback(NODE_LAYERS, every_n_validations=1), logger=logger, max_epochs=1)
     assert (tmp_path / "name" / "version_0" / "lib" / "final.safetensors").exists()
 
 
 @pytest.mark.parametrize(("first", "second"), list(itertools.product(PACKAGES, PACKAGES)))
 def test_checkpoints_are_resumed_by_either_package(first: str, second: str, tmp_path: Path) -> None:
     checkpoint = member(first, "callbacks.ModelCheckpoint")(tmp_path, filename="last")
-    interrupted = LIBCallback(NODE_LAYERS)
+    interrupted = LIBCallback(NODE_LAYERS, every_n_validations=1)
     fit(first, tmp_path, interrupted, checkpoint, max_epochs=1, logger=False)
-    resumed = LIBCallback(NODE_LAYERS)
+    resumed = LIBCallback(NODE_LAYERS, every_n_validations=1)
     fit(second, tmp_path, resumed, ckpt_path=str(tmp_path / "last.ckpt"), logger=False)
     assert (interrupted.snapshots, resumed.snapshots) == (1, 2)
     assert len(resumed.state.history.steps) == 2
@@ -153,15 +153,25 @@ def test_sharded_weights_are_recognised(package: str) -> None:
 def test_two_callbacks_of_one_name_are_refused(package: str, tmp_path: Path) -> None:
     pl = importlib.import_module(package)
     with pytest.raises(LIBError, match="give each a name="):
-        fit(package, tmp_path, LIBCallback(NODE_LAYERS), LIBCallback(NODE_LAYERS), logger=False)
-    assert pl.Trainer(callbacks=LIBCallback(NODE_LAYERS), logger=False, accelerator="cpu").callbacks
+        fit(
+            package,
+            tmp_path,
+            LIBCallback(NODE_LAYERS, every_n_validations=1),
+            LIBCallback(NODE_LAYERS, every_n_validations=1),
+            logger=False,
+        )
+    assert pl.Trainer(
+        callbacks=LIBCallback(NODE_LAYERS, every_n_validations=1), logger=False, accelerator="cpu"
+    ).callbacks
 
 
 @each_package
 def test_other_callbacks_can_monitor_it(package: str, tmp_path: Path) -> None:
     stop = member(package, "callbacks.EarlyStopping")("lib/age", patience=1)
     checkpoint = member(package, "callbacks.ModelCheckpoint")(tmp_path, monitor="lib/features/total", save_top_k=1)
-    trainer = fit(package, tmp_path, stop, LIBCallback(NODE_LAYERS), checkpoint, logger=False, max_epochs=9)
+    trainer = fit(
+        package, tmp_path, stop, LIBCallback(NODE_LAYERS, every_n_validations=1), checkpoint, logger=False, max_epochs=9
+    )
     assert trainer.current_epoch == 2, "stopped, since the age is always 0"
     assert checkpoint.best_model_path
 

@@ -220,8 +220,8 @@ def test_no_logger_leaves_files(tmp_path: Path, caplog: pytest.LogCaptureFixture
 def test_two_callbacks_share_loggers_under_their_names(tmp_path: Path) -> None:
     logger = Wandb(tmp_path)
     callbacks = [
-        LIBCallback(NODE_LAYERS, follow=False),
-        LIBCallback(NODE_LAYERS, basis="pca", name="pca", follow=False),
+        LIBCallback(NODE_LAYERS, follow=False, every_n_validations=1),
+        LIBCallback(NODE_LAYERS, basis="pca", name="pca", follow=False, every_n_validations=1),
     ]
     trainer_of(tmp_path, *callbacks, logger=[logger]).fit(Classifier())
     expected = [(f"{name}/graph", step) for step in (6, 12) for name in ("lib", "pca")]

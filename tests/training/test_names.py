@@ -55,7 +55,7 @@ class TestCallbackNames:
     @example("\U00012544" * 9)
     def test_a_run_never_writes_outside_its_folder(self, name: str) -> None:
         try:
-            callback = LIBCallback(NODE_LAYERS, name=name, baselines=["pca", "neuron"])
+            callback = LIBCallback(NODE_LAYERS, name=name, baselines=["pca", "neuron"], every_n_validations=1)
         except SettingError:
             with pytest.raises(SettingError, match=r"^name=.{0,90} cannot be the name of a folder in the log dir"):
                 check_run_name(name)
@@ -73,7 +73,7 @@ class TestCallbackNames:
     def test_names_that_are_not_strings(self) -> None:
         for name in (None, 3, Path("lib")):
             with pytest.raises(SettingError, match="it is not a string"):
-                LIBCallback(NODE_LAYERS, name=name)  # type: ignore[arg-type]
+                LIBCallback(NODE_LAYERS, name=name, every_n_validations=1)  # type: ignore[arg-type]
 
     @pytest.mark.parametrize(
         ("first", "second"),
@@ -99,14 +99,21 @@ class TestCallbackNames:
         # The second one is created before the first has been in a run: its checkpoint has the same key all the same.
         # Callbacks of other tests that have not been in a run and are not collected yet would be counted.
         monkeypatch.setattr(lib_lightning.training.callback, "_created", WeakSet())
-        callbacks = [LIBCallback(NODE_LAYERS), LIBCallback(NODE_LAYERS)]
+        callbacks = [LIBCallback(NODE_LAYERS, every_n_validations=1), LIBCallback(NODE_LAYERS, every_n_validations=1)]
         trainers = [trainer_of(tmp_path / str(k), one, max_epochs=1) for k, one in enumerate(callbacks)]
         for trainer in trainers:
             trainer.fit(Classifier())
-        assert callbacks[0].state_key == callbacks[1].state_key == LIBCallback(NODE_LAYERS).state_key
+        assert (
+            callbacks[0].state_key
+            == callbacks[1].state_key
+            == LIBCallback(NODE_LAYERS, every_n_validations=1).state_key
+        )
 
     def test_names_with_several_parts(self, tmp_path: Path) -> None:
-        callbacks = [LIBCallback(NODE_LAYERS, name=name) for name in ("probes/lib", "probes/wide lib", "lib")]
+        callbacks = [
+            LIBCallback(NODE_LAYERS, name=name, every_n_validations=1)
+            for name in ("probes/lib", "probes/wide lib", "lib")
+        ]
         trainer_of(tmp_path, *callbacks, max_epochs=1).fit(Classifier())
         assert all((tmp_path / one.name / "final.safetensors").exists() for one in callbacks)
 
@@ -158,7 +165,7 @@ class TestScalarNames:
 
         loggers = [TensorBoardLogger(tmp_path), CSVLogger(tmp_path)]
         layers = ["total", NodeLayer(["net.4:input"], name="a:input"), NodeLayer(["output"], name="a.input")]
-        callback = LIBCallback(layers)
+        callback = LIBCallback(layers, every_n_validations=1)
         trainer_of(tmp_path, callback, logger=loggers).fit(Model())
         assert callback.graph is not None
         scalars = callback.graph.measure()

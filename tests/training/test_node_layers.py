@@ -37,7 +37,8 @@ class Skip(pl.LightningModule):
 
 def fit(skip: float, data: Any, batch_size: int, folder: Path) -> None:
     trainer = pl.Trainer(
-        max_epochs=1, callbacks=[LIBCallback(node_layers=["a", "output"])], default_root_dir=folder,
+        max_epochs=1,
+        callbacks=[LIBCallback(node_layers=["a", "output"], every_n_validations=1)], default_root_dir=folder,
         accelerator="cpu", enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     loader = DataLoader(data, batch_size=batch_size)

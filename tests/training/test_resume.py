@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -33,15 +34,29 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 }
 
 
-def fit(folder: Path, epochs: int, options: dict[str, Any], ckpt: Path | None = None) -> Path:
-    """Train, and return the checkpoint at the end."""
+class Interruption(pl.Callback):
+    """Ends a training early, which was to be longer."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.should_stop = trainer.should_stop or trainer.current_epoch + 1 == self.epochs
+
+
+def fit(
+    folder: Path, epochs: int, options: dict[str, Any], ckpt: Path | None = None, interrupted: int | None = None
+) -> Path:
+    """Train, if need be only the first of all epochs, and return the checkpoint at the end."""
     torch.manual_seed(0)
     loggers = [TensorBoardLogger(folder, "", "run"), CSVLogger(folder, "", "csv")]
     callback = LIBCallback(**{"node_layers": NODE_LAYERS, "num_samples": 20, **options})
     saver = ModelCheckpoint(folder / "checkpoints", filename="{epoch}")
+    stopper = [] if interrupted is None else [Interruption(interrupted)]
     trainer = trainer_of(
-        folder, callback, saver, logger=loggers, enable_checkpointing=True, max_epochs=epochs, log_every_n_steps=1
-    )
+        folder, callback, saver, *stopper, logger=loggers, enable_checkpointing=True, max_epochs=epochs,
+        log_every_n_steps=1,
+    )  # fmt: skip
     trainer.fit(Steady(), ckpt_path=ckpt, weights_only=True if ckpt else None)
     return Path(saver.best_model_path)
 
@@ -69,7 +84,7 @@ def drawn(folder: Path, after: int) -> list[tuple[int, bytes]]:
 def test_resuming_at_the_end_of_an_epoch_is_exact(schedule: str, tmp_path: Path) -> None:
     options = SCHEDULES[schedule]
     fit(tmp_path / "whole", EPOCHS, options)
-    checkpoint = fit(tmp_path / "first", 2, options)
+    checkpoint = fit(tmp_path / "first", EPOCHS, options, interrupted=2)
     fit(tmp_path / "second", EPOCHS, options, checkpoint)
     half = 2 * STEPS_PER_EPOCH
     whole, second = files(tmp_path / "whole", half), files(tmp_path / "second", half)
@@ -96,7 +111,7 @@ def test_checkpoints_load_with_weights_only(tmp_path: Path) -> None:
 
 
 def test_samples_are_only_written_with_a_checkpoint(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, LIBCallback(NODE_LAYERS), max_epochs=1)
+    trainer = trainer_of(tmp_path, LIBCallback(NODE_LAYERS, every_n_validations=1), max_epochs=1)
     trainer.fit(Steady())
     assert not (tmp_path / "lib" / "samples").exists()
     trainer.save_checkpoint(tmp_path / "model.ckpt")

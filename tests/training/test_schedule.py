@@ -22,7 +22,7 @@ def due_steps(cursor: ScheduleCursor, seen: range) -> list[int]:
         (Schedule(log_spaced=1), range(101), [0, 1, 10, 100]),
         (Schedule(log_spaced=3), range(101), [0, 1, 2, 5, 10, 22, 46, 100]),
         (Schedule(log_spaced=100), range(6), [0, 1, 2, 3, 4, 5]),
-        (Schedule(), range(10), []),
+        (Schedule(), range(10), [0]),
     ],
 )
 def test_due_steps(schedule: Schedule, seen: range, expected: list[int]) -> None:

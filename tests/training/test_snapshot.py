@@ -61,7 +61,7 @@ def test_training_is_unchanged_with_all_options(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("snapshots", [2, 3])
 def test_figures_over_time_need_three_snapshots(snapshots: int, tmp_path: Path) -> None:
-    callback = callback_with()
+    callback = callback_with(every_n_validations=1)
     logger = TensorBoardLogger(tmp_path, name="")
     trainer_of(tmp_path, callback, logger=logger, max_epochs=snapshots).fit(Sorted())
     assert callback.snapshots == snapshots
@@ -71,7 +71,7 @@ def test_figures_over_time_need_three_snapshots(snapshots: int, tmp_path: Path) 
 
 
 def test_baselines_on_the_same_samples_and_their_ratios(tmp_path: Path) -> None:
-    callback = callback_with(baselines=["pca", "neuron"])
+    callback = callback_with(baselines=["pca", "neuron"], every_n_validations=1)
     trainer, model = trainer_of(tmp_path, callback, logger=TensorBoardLogger(tmp_path, name="")), Sorted()
     trainer.fit(model)
     numbers = trainer.callback_metrics
@@ -273,7 +273,7 @@ def test_a_failing_score_costs_only_the_ablation(tmp_path: Path, caplog: pytest.
     def fails(output: Tensor, batch: Any) -> Tensor:
         return output
 
-    callback = callback_with(ablation=AblationPlan(score=fails))
+    callback = callback_with(ablation=AblationPlan(score=fails), every_n_validations=1)
     plain = run(Sorted(), tmp_path / "plain")
     assert run(Sorted(), tmp_path / "watched", callback) == plain
     assert caplog.text.count("one number for each of the") == 1

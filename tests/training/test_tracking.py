@@ -20,6 +20,7 @@ from lib_lightning.lineage.events import CHANGES
 from lib_lightning.plots.animated_layout import AnimatedLayout
 from lib_lightning.plots.image import render_png
 from lib_lightning.plots.module_numbers import Members, ModuleNumbers
+from lib_lightning.training.samples import SampleStore
 from lib_lightning.training.snapshot import SnapshotComputer
 from lib_lightning.training.writer import SnapshotDirectory
 from lib_lightning.viewer.cache import Cache
@@ -236,6 +237,12 @@ def test_snapshots_are_denser_after_a_change(tmp_path: Path) -> None:
     assert steps[steps.index(first) :][:9] == list(range(first, first + 9))
 
 
+@pytest.fixture
+def read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data that cannot be read before training: the samples of the sanity check do until the first validation."""
+    monkeypatch.setattr(SampleStore, "_read_first", lambda *args: "the data can be read once")
+
+
 class Still(Steady):
     """A model whose weights do not change."""
 
@@ -255,8 +262,11 @@ def test_no_events_if_only_the_number_of_probes_changes(tmp_path: Path) -> None:
             if trainer.global_step == 6:
                 sampled = replace(callback.config, config=replace(callback.config.config, n_probes=1))
                 callback.computer = SnapshotComputer(sampled, "lib")
+                plan = callback.state.plan
+                assert plan is not None
+                effort = replace(plan.effort, n_probes=1)
+                callback.state.set_plan(replace(plan, effort=effort), callback._effort_options)
 
-    # The number of probes is that of the configuration, not one chosen once for the whole run.
     callback, model = callback_with(every_n_steps=1, effort="exact"), Still(n_val=16)
     model.net[1] = torch.nn.LayerNorm(8)  # so that the section has no closed form, which would be summed exactly
     trainer_of(tmp_path, callback, Cheaper(), num_sanity_val_steps=-1).fit(model)
@@ -266,6 +276,7 @@ def test_no_events_if_only_the_number_of_probes_changes(tmp_path: Path) -> None:
     assert callback.state.events == []
 
 
+@pytest.mark.usefixtures("read_once")
 def test_no_events_if_only_the_samples_change(tmp_path: Path) -> None:
     """The few samples of the sanity check are replaced at the first validation."""
     callback = callback_with(every_n_steps=1)
@@ -335,6 +346,7 @@ def samples_of(graphs: dict[int, InteractionGraph]) -> list[str]:
     return [graph.info["reference_samples"] for graph in graphs.values()]
 
 
+@pytest.mark.usefixtures("read_once")
 def test_reference_samples_of_the_sanity_check_are_kept(tmp_path: Path) -> None:
     """Eight batches of 64 are enough reference samples; snapshots use the samples of the whole validation later."""
     trainer_of(tmp_path, callback_with(), num_sanity_val_steps=8).fit(Steady(n_val=700))
@@ -344,6 +356,7 @@ def test_reference_samples_of_the_sanity_check_are_kept(tmp_path: Path) -> None:
     assert {len(graph.reference_features[NODE_LAYERS[0]]) for graph in graphs.values()} == {512}
 
 
+@pytest.mark.usefixtures("read_once")
 def test_too_few_reference_samples_are_replaced_once(tmp_path: Path) -> None:
     callback = callback_with()
     trainer_of(tmp_path, callback).fit(Steady(n_val=200))

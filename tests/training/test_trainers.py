@@ -75,7 +75,7 @@ def test_precision(precision: Any, dtype: Any, tolerance: float, tmp_path: Path)
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), lr=0.1)  # Adam divides by zero in half precision
 
-    callback, model = LIBCallback(NODE_LAYERS, dtype=dtype), Plain()
+    callback, model = LIBCallback(NODE_LAYERS, dtype=dtype, every_n_validations=1), Plain()
     trainer_of(tmp_path, callback, precision=precision, limit_train_batches=4).fit(model)
     assert callback.graph is not None
     assert all(E.dtype == torch.float64 for E in callback.graph.edges.values())
@@ -98,7 +98,7 @@ class TwoLoaders(Steady):
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_several_validation_loaders(index: int, tmp_path: Path) -> None:
-    callback = LIBCallback(NODE_LAYERS, val_dataloader=index)
+    callback = LIBCallback(NODE_LAYERS, val_dataloader=index, every_n_validations=1)
     trainer = trainer_of(tmp_path, callback)
     trainer.fit(TwoLoaders())
     assert_computed_on(callback, inputs(loader([20, 12][index], index + 1)))
@@ -108,7 +108,9 @@ def test_several_validation_loaders(index: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sanity", [0, 2])
 def test_a_missing_validation_loader_is_refused(sanity: int, tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, LIBCallback(NODE_LAYERS, val_dataloader=2), num_sanity_val_steps=sanity)
+    trainer = trainer_of(
+        tmp_path, LIBCallback(NODE_LAYERS, val_dataloader=2, every_n_validations=1), num_sanity_val_steps=sanity
+    )
     if sanity:
         with pytest.raises(LIBError, match="val_dataloader=2 of LIBCallback counts from 0, but there are only 2"):
             trainer.fit(TwoLoaders())
@@ -130,7 +132,7 @@ def test_a_missing_validation_loader_is_refused(sanity: int, tmp_path: Path) -> 
     ],
 )
 def test_validation_intervals_and_limits(options: dict[str, Any], steps: list[int], tmp_path: Path) -> None:
-    callback = LIBCallback(NODE_LAYERS)
+    callback = LIBCallback(NODE_LAYERS, every_n_validations=1)
     trainer_of(tmp_path, callback, **options).fit(Steady())
     files = sorted((tmp_path / "lib" / "snapshots").iterdir())
     assert files == [tmp_path / "lib" / "snapshots" / f"step-{step:08d}.safetensors" for step in steps]
@@ -152,7 +154,7 @@ def test_iterable_datasets(tmp_path: Path) -> None:
 
         val_dataloader = train_dataloader
 
-    callback = LIBCallback(NODE_LAYERS)
+    callback = LIBCallback(NODE_LAYERS, every_n_validations=1)
     trainer_of(tmp_path, callback).fit(Streaming())
     assert_computed_on(callback, inputs(loader(20)))
 
@@ -179,11 +181,11 @@ def test_an_own_dataloader_replaces_validation(schedule: dict[str, int], tmp_pat
     assert model.losses == without.losses
     assert callback.samples.buffer.count == 24
     steps = sorted(int(p.stem.removeprefix("step-")) for p in (tmp_path / "lib" / "snapshots").iterdir())
-    assert steps == {0: [6, 12, 18], 2: [6, 18], 4: [0, 4, 8, 12, 16, 18]}[next(iter(schedule.values()), 0)]
+    assert steps == {0: [0, 1, 3, 7, 18], 2: [6, 18], 4: [0, 4, 8, 12, 16, 18]}[next(iter(schedule.values()), 0)]
 
 
 def test_an_own_dataloader_beside_validation(tmp_path: Path) -> None:
-    callback = LIBCallback(NODE_LAYERS, dataloader=list(loader(20, 5)))
+    callback = LIBCallback(NODE_LAYERS, dataloader=list(loader(20, 5)), every_n_validations=1)
     trainer = trainer_of(tmp_path, callback)
     trainer.fit(Steady())
     assert_computed_on(callback, inputs(loader(20, 5)))
@@ -193,7 +195,7 @@ def test_an_own_dataloader_beside_validation(tmp_path: Path) -> None:
 
 
 def test_inference_mode(tmp_path: Path) -> None:
-    callback, model = LIBCallback(NODE_LAYERS), Steady()
+    callback, model = LIBCallback(NODE_LAYERS, every_n_validations=1), Steady()
     trainer_of(tmp_path, callback).validate(model, verbose=False)
     assert callback.graph is not None
     again = compute_interaction_graph(model, [inputs(model.val_dataloader())], NODE_LAYERS)
@@ -239,9 +241,9 @@ def test_manual_optimisation(tmp_path: Path) -> None:
 def test_several_callbacks_at_once(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     callbacks = [
-        LIBCallback(NODE_LAYERS),
+        LIBCallback(NODE_LAYERS, every_n_validations=1),
         LIBCallback(NODE_LAYERS, basis="pca", name="pca", every_n_steps=4),
-        LIBCallback(["input", "output"], name="ends", num_samples=10),
+        LIBCallback(["input", "output"], name="ends", num_samples=10, every_n_validations=1),
     ]
     trainer = trainer_of(tmp_path, *callbacks, logger=logger, enable_checkpointing=True)
     trainer.fit(Steady())
@@ -270,7 +272,10 @@ def test_unsupported_strategies_are_refused(strategy: type[Any], reason: str, tm
 
 
 def test_a_little_memory_is_enough(tmp_path: Path) -> None:
-    callback, unlimited = LIBCallback(NODE_LAYERS, memory_limit=1e-5), LIBCallback(NODE_LAYERS, name="unlimited")
+    callback, unlimited = (
+        LIBCallback(NODE_LAYERS, memory_limit=1e-5, every_n_validations=1),
+        LIBCallback(NODE_LAYERS, name="unlimited", every_n_validations=1),
+    )
     trainer_of(tmp_path, callback, unlimited, max_epochs=1).fit(Steady())
     assert callback.graph is not None
     assert unlimited.graph is not None
@@ -289,14 +294,14 @@ def test_running_out_of_memory_costs_only_the_snapshot(tmp_path: Path, caplog: p
 
     model = Greedy()
     model.fits = 2
-    callback = LIBCallback(NODE_LAYERS)
+    callback = LIBCallback(NODE_LAYERS, every_n_validations=1)
     trainer_of(tmp_path, callback, max_epochs=1).fit(model)
     assert callback.snapshots == 1, "in chunks that fit"
     exact = compute_interaction_graph(model.net, [inputs(model.val_dataloader())], ["0:input", "2:input", "output"])
     assert callback.graph is not None
     assert same_importances(callback.graph, exact) < 1e-5
     model.fits = 0
-    callback = LIBCallback(NODE_LAYERS)
+    callback = LIBCallback(NODE_LAYERS, every_n_validations=1)
     trainer = trainer_of(tmp_path, callback, max_epochs=1)
     trainer.fit(model)
     assert callback.snapshots == 0
@@ -309,7 +314,7 @@ def test_samples_that_cannot_be_saved_cost_nothing(tmp_path: Path, caplog: pytes
         def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
             return [*batch, lambda: None]
 
-    callback = LIBCallback(NODE_LAYERS)
+    callback = LIBCallback(NODE_LAYERS, every_n_validations=1)
     trainer = trainer_of(tmp_path, callback, max_epochs=1)
     trainer.fit(Unkeepable())
     assert callback.snapshots == 1
@@ -318,7 +323,7 @@ def test_samples_that_cannot_be_saved_cost_nothing(tmp_path: Path, caplog: pytes
 
 
 def test_a_standalone_validation_leaves_the_run_alone(tmp_path: Path) -> None:
-    callback = LIBCallback(NODE_LAYERS)
+    callback = LIBCallback(NODE_LAYERS, every_n_validations=1)
     trainer = trainer_of(tmp_path, callback, max_epochs=1)
     model = Steady()
     trainer.fit(model)
@@ -342,7 +347,7 @@ def test_a_generator_shared_with_an_own_dataloader_is_restored(tmp_path: Path) -
             def train_dataloader(self) -> DataLoader[Any]:
                 return shared
 
-        callbacks = [LIBCallback(NODE_LAYERS, dataloader=shared)] if with_callback else []
+        callbacks = [LIBCallback(NODE_LAYERS, dataloader=shared, every_n_validations=1)] if with_callback else []
         trainer_of(tmp_path, *callbacks, max_epochs=1).fit(Watching())
         return seen
 
@@ -351,7 +356,7 @@ def test_a_generator_shared_with_an_own_dataloader_is_restored(tmp_path: Path) -
 
 def test_an_own_dataloader_without_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LIBError, match="has no batches, or is an iterator that is exhausted"):
-        trainer_of(tmp_path, LIBCallback(NODE_LAYERS, dataloader=iter([]))).fit(Steady())
+        trainer_of(tmp_path, LIBCallback(NODE_LAYERS, dataloader=iter([]), every_n_validations=1)).fit(Steady())
 
 
 def test_tensors_of_the_default_type_fit_the_precision(tmp_path: Path) -> None:
@@ -359,7 +364,7 @@ def test_tensors_of_the_default_type_fit_the_precision(tmp_path: Path) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.net(x * torch.ones(5))
 
-    callback = LIBCallback(NODE_LAYERS)
+    callback = LIBCallback(NODE_LAYERS, every_n_validations=1)
     trainer_of(tmp_path, callback, max_epochs=1, precision="64-true").fit(MakesOwn())
     assert callback.snapshots == 1
     assert torch.get_default_dtype() == torch.float32
@@ -381,6 +386,6 @@ def test_nan_in_a_training_batch_is_not_a_model_error(tmp_path: Path) -> None:
         def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
             return [batch[0] * torch.nan, batch[1]] if self.trainer.training and not self.trainer.global_step else batch
 
-    callback = LIBCallback(NODE_LAYERS)
+    callback = LIBCallback(NODE_LAYERS, every_n_validations=1)
     trainer_of(tmp_path, callback, max_epochs=1, num_sanity_val_steps=0).fit(Skips())
     assert callback.snapshots == 1

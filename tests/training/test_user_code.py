@@ -92,7 +92,7 @@ def test_snapshots_go_on_without_them(
 
 
 def test_a_traceback_is_logged_on_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    callback = LIBCallback(NODE_LAYERS, labeller=Fails(names, 0, ValueError("mine")))
+    callback = LIBCallback(NODE_LAYERS, labeller=Fails(names, 0, ValueError("mine")), every_n_validations=1)
     with caplog.at_level(logging.DEBUG, logger="lib_lightning"):
         trainer_of(tmp_path, callback, max_epochs=1).fit(Classifier())
     (record,) = (r for r in caplog.records if r.exc_info and r.name.startswith("lib_lightning"))
@@ -101,7 +101,7 @@ def test_a_traceback_is_logged_on_request(tmp_path: Path, caplog: pytest.LogCapt
 
 
 def test_a_labeller_of_the_wrong_number_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    callback = LIBCallback(NODE_LAYERS, labeller=lambda features, inputs: ["only one"])
+    callback = LIBCallback(NODE_LAYERS, labeller=lambda features, inputs: ["only one"], every_n_validations=1)
     with caplog.at_level(logging.WARNING, logger="lib_lightning"):
         trainer_of(tmp_path, callback).fit(Classifier())
     assert callback.snapshots == 2
@@ -110,4 +110,4 @@ def test_a_labeller_of_the_wrong_number_is_reported(tmp_path: Path, caplog: pyte
 
 def test_names_of_metrics_that_are_taken() -> None:
     with pytest.raises(LIBError, match="Metrics are called 'born'"):
-        LIBCallback(NODE_LAYERS, metrics=MetricCollection({"born": NumberOfEdges()}))
+        LIBCallback(NODE_LAYERS, metrics=MetricCollection({"born": NumberOfEdges()}), every_n_validations=1)

@@ -54,7 +54,7 @@ def assert_final(callback: LIBCallback, model: nn.Module, folder: Path) -> Inter
 @each_package
 @each_order
 def test_stochastic_weight_averaging(package: str, first: bool, tmp_path: Path) -> None:
-    callback, model = LIBCallback(NODE_LAYERS), model_of(package)
+    callback, model = LIBCallback(NODE_LAYERS, every_n_validations=1), model_of(package)
     averaging = member(package, "callbacks.StochasticWeightAveraging")(0.5, swa_epoch_start=1)
     fit(package, tmp_path, model, [callback, averaging] if first else [averaging, callback])
     assert assert_final(callback, model, tmp_path).info["weights"] == FINAL
@@ -67,7 +67,7 @@ def test_stochastic_weight_averaging(package: str, first: bool, tmp_path: Path) 
 @each_package
 @each_order
 def test_moving_averages_are_validated_and_kept(package: str, first: bool, tmp_path: Path) -> None:
-    callback, model = LIBCallback(NODE_LAYERS, max_overhead=float("inf")), model_of(package)
+    callback, model = LIBCallback(NODE_LAYERS, max_overhead=float("inf"), every_n_validations=1), model_of(package)
     averaging = member(package, "callbacks.EMAWeightAveraging")(decay=0.8)
     trained: list[str] = []
     spy = made_of(package, on_train_epoch_end=lambda trainer, module: trained.append(weights_hash(module)))
@@ -128,7 +128,7 @@ WAYS = [in_place, behind_the_version_counter, in_one_entry, permuted, loaded, ne
 @each_order
 @pytest.mark.parametrize("way", WAYS)
 def test_any_callback_may_change_the_final_weights(way: Callable[..., Any], first: bool, tmp_path: Path) -> None:
-    callback, model = LIBCallback(NODE_LAYERS), model_of(PACKAGES[0])
+    callback, model = LIBCallback(NODE_LAYERS, every_n_validations=1), model_of(PACKAGES[0])
     swapper = made_of(PACKAGES[0], on_train_end=way)
     fit(PACKAGES[0], tmp_path, model, [callback, swapper] if first else [swapper, callback], max_epochs=1)
     assert assert_final(callback, model, tmp_path).info["weights"] == FINAL
@@ -137,7 +137,7 @@ def test_any_callback_may_change_the_final_weights(way: Callable[..., Any], firs
 @each_package
 @pytest.mark.parametrize("hook", ["on_train_end", "on_fit_end"])
 def test_the_model_itself_may_change_the_final_weights(package: str, hook: str, tmp_path: Path) -> None:
-    callback, model = LIBCallback(NODE_LAYERS), model_of(package)
+    callback, model = LIBCallback(NODE_LAYERS, every_n_validations=1), model_of(package)
     setattr(model, hook, lambda: in_place(None, model))
     fit(package, tmp_path, model, [callback], max_epochs=1)
     assert assert_final(callback, model, tmp_path).info["weights"] == FINAL
@@ -151,7 +151,7 @@ def test_checkpoints_hold_the_state_of_the_final_weights(package: str, tmp_path:
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             seen.append((callback.state_dict()["weights_hash"], weights_hash(pl_module)))
 
-    callback, model = LIBCallback(NODE_LAYERS), model_of(package)
+    callback, model = LIBCallback(NODE_LAYERS, every_n_validations=1), model_of(package)
     callbacks = [AtTheEnd(), callback, made_of(package, on_train_end=in_place)]
     fit(package, tmp_path, model, callbacks, max_epochs=1, enable_checkpointing=True)
     ((saved, weights),) = seen
@@ -168,7 +168,7 @@ def test_weights_that_stay_replaced_during_validation_are_named(
 
     swapper = made_of(PACKAGES[0], on_validation_start=in_place, on_validation_end=back)
     for name, order in (("before", 1), ("after", -1)):
-        callback, model = LIBCallback(NODE_LAYERS), model_of(PACKAGES[0])
+        callback, model = LIBCallback(NODE_LAYERS, every_n_validations=1), model_of(PACKAGES[0])
         fit(PACKAGES[0], tmp_path / name, model, [swapper, callback][::order], max_epochs=1, num_sanity_val_steps=0)
         file = tmp_path / name / "lib" / "snapshots" / "step-00000004.safetensors"
         assert InteractionGraph.load(file).info["weights"] == TRAINED, "the last one is computed again"
@@ -177,7 +177,7 @@ def test_weights_that_stay_replaced_during_validation_are_named(
 
 
 def test_without_others_nothing_is_computed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    callback, model = LIBCallback(NODE_LAYERS), model_of(PACKAGES[0])
+    callback, model = LIBCallback(NODE_LAYERS, every_n_validations=1), model_of(PACKAGES[0])
     computed = []
     original = callback.computer.compute
     monkeypatch.setattr(callback.computer, "compute", lambda *args: computed.append(1) or original(*args))
@@ -191,7 +191,7 @@ def test_an_error_of_another_callback_leaves_the_list_as_it_was(tmp_path: Path) 
     def fail(*_: Any) -> None:
         raise RuntimeError("of another callback")
 
-    callback = LIBCallback(NODE_LAYERS)
+    callback = LIBCallback(NODE_LAYERS, every_n_validations=1)
     callbacks = [callback, made_of(PACKAGES[0], on_train_end=fail)]
     pl = importlib.import_module(PACKAGES[0])
     options: Any = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": 1}
@@ -208,7 +208,7 @@ def test_without_a_second_call_the_last_snapshot_comes_at_teardown(
 ) -> None:
     # As if Lightning went through a copy of its list.
     monkeypatch.setattr("lib_lightning.training.callback.call_again_last", lambda trainer, callback: False)
-    callback, model = LIBCallback(NODE_LAYERS), model_of(package)
+    callback, model = LIBCallback(NODE_LAYERS, every_n_validations=1), model_of(package)
     fit(package, tmp_path, model, [callback, made_of(package, on_train_end=in_place)], max_epochs=1)
     assert_final(callback, model, tmp_path)
 

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lib_lightning.viewer.bundle import bundle, static_files
@@ -145,3 +146,59 @@ def test_the_viewers_modules_are_bundled_completely() -> None:
     script = bundle(static_files(), {"view.js": "mount", "embedded.js": "embeddedSource"})
     assert not re.search(r"^\s*(import|export)\b", script, re.MULTILINE)
     assert script.count("(() => {\n") >= len(re.findall(r"^modules\[", script, re.MULTILINE)) > 5
+
+
+def test_large_pages_are_thinned_and_say_so(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    whole = film_page([view_of(tmp_path / "lib")], "t")
+    assert "lib-thinned" not in whole
+    thinned = film_page([view_of(tmp_path / "lib")], "t", max_bytes=len(whole) // 2)
+    assert 'id="lib-thinned"' in thinned
+    assert "To stay below" in thinned
+
+
+class LongRun:
+    """As much text as a run of a transformer with many features: 13 layers, and edges with their errors."""
+
+    name, _layers, _kinds = "long", 13, 8
+
+    def __init__(self, snapshots: int, features: int) -> None:
+        self._steps = list(range(0, 10 * snapshots, 10))
+        rng = np.random.default_rng(0)
+        self._outlines: list[list[dict[str, Any]]] = []
+        self._edges: list[list[dict[str, Any]]] = []
+        for _ in range(self._kinds):  # one after the other again and again, far enough apart not to be compressed
+            values = [[float(f"{x:.5g}") for x in rng.exponential(size=features)] for _ in range(self._layers)]
+            ids = [rng.permutation(features).tolist() for _ in range(self._layers)]
+            self._outlines.append([{"ids": i, "importance": v, "modules": i} for i, v in zip(ids, values, strict=True)])
+            weights = [[float(f"{x:.5g}") for x in rng.exponential(size=400)] for _ in range(self._layers - 1)]
+            ends = [rng.integers(features, size=400).tolist() for _ in range(self._layers - 1)]
+            self._edges.append(
+                [{"source": e, "target": e[::-1], "weight": w} for e, w in zip(ends, weights, strict=True)]
+            )
+
+    def entry(self) -> dict[str, Any]:
+        return {"name": self.name, "version": "0", "snapshots": len(self._steps)}
+
+    def steps(self, every: int = 1) -> list[int]:
+        return [*self._steps[:-1:every], self._steps[-1]]
+
+    def run(self, every: int = 1) -> str:
+        return json.dumps([self._outlines[step // 10 % self._kinds] for step in self.steps(every)])
+
+    def snapshot(self, step: int, edges: int = 400) -> str:
+        kind = step // 10 % self._kinds
+        held = [{end: column[:edges] for end, column in section.items()} for section in self._edges[kind]]
+        return json.dumps({"step": step, "layers": self._outlines[kind], "sections": held})
+
+
+@pytest.mark.parametrize("features", [40, 128])
+def test_a_page_of_500_snapshots_of_13_layers_is_smaller_than_20_megabytes(features: int) -> None:
+    run = LongRun(500, features)
+    page = film_page([run], "t")  # type: ignore[list-item]
+    assert 5e6 < len(page) < 20e6
+    assert 'id="lib-thinned"' in page
+    shown = re.findall(r'class="lib-snapshot" data-run="long" data-step="(\d+)"', page)
+    assert int(shown[0]) == 0
+    assert int(shown[-1]) == 4990
+    assert len(shown) >= 50
