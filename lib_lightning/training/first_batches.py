@@ -90,6 +90,7 @@ def batches_without_trace(loader: Any) -> Iterator[Iterable[Any]]:
         OneShotError: If the batches can be gone through only once.
 
     Example:
+        >>> import torch
         >>> loader = DataLoader(list(range(6)), batch_size=2, shuffle=True)
         >>> state = torch.get_rng_state()
         >>> with batches_without_trace(loader) as batches:

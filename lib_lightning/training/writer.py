@@ -61,7 +61,7 @@ def steps_to_keep(steps: Iterable[int], keep: KeepSnapshots) -> set[int]:
         >>> sorted(steps_to_keep(range(0, 100, 10), 3))
         [70, 80, 90]
         >>> len(steps_to_keep(range(100_000), "log_spaced"))
-        48
+        49
     """
     ordered = sorted(steps)
     if keep == "all":
