@@ -176,25 +176,35 @@ def row(name: str, with_exact: bool) -> str:
         f"{spent.overhead:.3g}",
     ]  # fmt: skip
     if with_exact:
-        cells.append(deviation(graph, model, plan.effort.num_samples))
+        cells.append(beside_exact(graph, model, plan.effort.num_samples))
     return f"| {' | '.join(cells)} |"
 
 
-def deviation(graph: InteractionGraph, model: Training, num_samples: int) -> str:
-    """How far the importances and edges of a graph are from exact ones, relative to these."""
-    batches = DataLoader(model.data, model.subject.batch_size)
+def beside_exact(graph: InteractionGraph, model: Training, num_samples: int) -> str:
+    """Effective features of a frame, and its largest feature, beside those of exact sums over the same samples.
+
+    Exact sums have a standard error, too: that of having so few samples.
+    """
+    samples = model.data.tensors[0][:num_samples]
     exact = compute_interaction_graph(
-        model.eval(), batches, graph.node_layers, effort="exact", output_distribution="none"
+        model.eval(), [samples], graph.node_layers, effort="exact", output_distribution="none"
     )
-    total, expected = (sum(float(b.importance.sum()) for b in g.bases.values()) for g in (graph, exact))
-    sums = [sum(float(E.sum()) for E in g.edges.values()) for g in (graph, exact)]
-    return f"{total / expected - 1:+.1%} of importance, {sums[0] / sums[1] - 1:+.1%} of edges, {num_samples} samples"
+    cells = []
+    for one in (graph, exact):
+        one.measure()
+        found = one.info["metrics"]["effective_features/total"]
+        error = "" if found["error"] is None else f" ± {found['error']:.2g}"
+        cells.append(f"{found['value']:.3g}{error}")
+        shares = [float(basis.importance[0] / basis.importance.sum()) for basis in one.bases.values()]
+        cells.append(f"{max(shares):.1%}")
+    return f"{cells[0]} | {cells[2]} | {cells[1]} | {cells[3]}"
 
 
 def table(names: Iterable[str], with_exact: bool = False) -> Iterable[str]:
     """The lines of the table, each as soon as it is known."""
     heads = ["training", "frames", "each has", "training, s", "a snapshot, predicted, s", "all snapshots, s"]
-    heads += ["beside exact sums"] * with_exact
+    if with_exact:
+        heads += ["effective features", "exact sums", "largest share of importance", "exact sums"]
     yield f"| {' | '.join(heads)} |"
     yield "|" + "---|" * len(heads)
     for name in names:
