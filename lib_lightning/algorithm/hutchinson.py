@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
@@ -38,9 +36,10 @@ class OrthogonalSigns:
 
     def __init__(self, generator: torch.Generator) -> None:
         self.generator = generator
-        self._size = self._bits = self._used = 0
+        self._size, self._bits, self._used = -1, 0, 0
         self._columns = torch.zeros(0, dtype=torch.int64, device="cpu")
         self._flips = torch.zeros(0, dtype=torch.int8, device="cpu")
+        self._high = self._low = torch.zeros(0, 0, dtype=torch.int8, device="cpu")
 
     def draw(self, count: int, size: int) -> Tensor:
         """Draw the next vectors.
@@ -65,7 +64,10 @@ class OrthogonalSigns:
         return signs
 
     def _begin(self, size: int) -> None:
-        self._size, self._bits, self._used = size, max(1, size - 1).bit_length(), 0
+        bits = max(1, size - 1).bit_length()
+        if bits != self._bits:
+            self._high, self._low = _hadamard(bits - bits // 2), _hadamard(bits // 2)
+        self._size, self._bits, self._used = size, bits, 0
         self._columns = torch.randperm(2**self._bits, generator=self.generator, device="cpu")[:size]
         self._flips = (1 - 2 * torch.randint(0, 2, (size,), generator=self.generator, device="cpu")).to(torch.int8)
 
@@ -74,7 +76,7 @@ class OrthogonalSigns:
         # Sylvester's matrix of size 2^bits is the Kronecker product of two smaller ones, whose columns are chosen
         # once for many rows.
         low = self._bits // 2
-        high_rows, low_rows = _hadamard(self._bits - low), _hadamard(low)
+        high_rows, low_rows = self._high, self._low
         start, stop = self._used, self._used + len(signs)
         first = start >> low
         high = high_rows[first : (stop - 1 >> low) + 1][:, self._columns >> low] * self._flips
@@ -86,7 +88,6 @@ class OrthogonalSigns:
         torch.mul(high[(rows >> low) - first], low_rows[:, self._columns % 2**low][index], out=signs)
 
 
-@lru_cache(maxsize=32)
 def _hadamard(bits: int) -> Tensor:
     H = torch.ones(1, 1, dtype=torch.int8, device="cpu")
     for _ in range(bits):

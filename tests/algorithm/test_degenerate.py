@@ -50,7 +50,7 @@ def mlp(zero: list[int], dead: bool) -> nn.Sequential:
             {},
             {"basis": "pca"},
             {"basis": "neuron"},
-            {"final_metric": "fisher"},
+            {"final_metric": "fisher", "output_distribution": "categorical"},
             {"n_probes": 2},
             {"dtype": torch.float64},
         ]

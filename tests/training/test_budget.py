@@ -108,7 +108,7 @@ def test_snapshots_are_skipped_to_stay_below_the_limit(tmp_path: Path, messages:
     text = messages.text
     assert text.count("is skipped") == 1
     assert "the snapshot due at step 12 is skipped, as are later ones that would exceed max_overhead=0.03." in text
-    assert "A snapshot takes 0.5 s, so one is allowed every 16.7 s of training; 0.5 s of 12 s have been spent" in text
+    assert "A snapshot takes 0.5 s, so one is allowed every 16.7 s of training; so far it is 0.5 s beside 12 s." in text
     said = (
         "6 snapshots and all that belongs to them took 3 s, beside 120 s of training (2.50%); 14 were skipped to stay "
     )

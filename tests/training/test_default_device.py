@@ -17,6 +17,7 @@ from lib_lightning.ablation import AblationPlan, edge_ablation_curve, node_ablat
 from lib_lightning.ablation.scores import accuracy
 from lib_lightning.api import check_node_layers
 from lib_lightning.lineage import FeatureTracker, reference_features
+from lib_lightning.training.trainer import batches_before_training
 from tests.tiny_training import NODE_LAYERS, Classifier, trainer_of
 
 HOOKS = [
@@ -63,6 +64,17 @@ def fitted(kind: type[LIBCallback], folder: Path, **options: Any) -> tuple[LIBCa
     model = Logging()
     trainer_of(folder, callback).fit(model)
     return callback, model
+
+
+@pytest.fixture(autouse=True)
+def _loaders_have_the_default_device_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a real training, where it is not changed for the hooks of the callback alone."""
+
+    def read(*args: Any) -> list[Any]:
+        with torch.device("cpu"):
+            return list(batches_before_training(*args))
+
+    monkeypatch.setattr("lib_lightning.training.samples.batches_before_training", read)
 
 
 @pytest.mark.parametrize("options", [{}, {"n_probes": 2, "integration_steps": 2}, {"final_metric": "fisher"}])

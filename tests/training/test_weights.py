@@ -231,7 +231,8 @@ HOOKS = [
 def test_whoever_changes_weights_and_when(
     swappers: list[tuple[str, Any]], place: int, package: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    folder, callback, model = tmp_path_factory.mktemp("run"), LIBCallback(NODE_LAYERS), model_of(package)
+    folder, model = tmp_path_factory.mktemp("run"), model_of(package)
+    callback = LIBCallback(NODE_LAYERS, every_n_validations=1)
     others = [made_of(package, **{hook: way}) for hook, way in swappers]
     fit(package, folder, model, [*others[:place], callback, *others[place:]], max_epochs=2)
     assert_final(callback, model, folder)
