@@ -226,7 +226,7 @@ class LIBCallback(Callback):
                 basis, final_basis, rtol, n_probes, integration_steps, final_metric, n_pushed, metric,
                 output_distribution,
             ),
-            tuple(baselines), metrics, labeller, ablation, memory_limit, follow,
+            tuple(baselines), metrics, labeller, ablation, memory_limit, follow, effort == "auto",
         )  # fmt: skip
         self.sample_config = SampleConfig(
             _MAX_SAMPLES if num_samples is None else num_samples, dataloader, val_dataloader, ablation is not None,

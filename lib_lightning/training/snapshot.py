@@ -53,6 +53,7 @@ class SnapshotConfig:
         ablation: When and how edges required are counted; None for never.
         memory_limit: As for `lib_lightning.compute_interaction_graph`, in GiB.
         follow: Whether features are tracked from snapshot to snapshot.
+        may_choose: As for `lib_lightning.api.graph_of`.
 
     Raises:
         SettingError: If a baseline is unknown or is the basis itself, or the memory limit is not positive.
@@ -66,6 +67,7 @@ class SnapshotConfig:
     ablation: AblationPlan | None = None
     memory_limit: float = MEMORY_LIMIT
     follow: bool = True
+    may_choose: bool = False
 
     def __post_init__(self) -> None:
         check_number("memory_limit", self.memory_limit, lambda x: x > 0, "is a number of GiB above 0")
@@ -271,7 +273,7 @@ class SnapshotComputer:
         for prefix, kind in self.prefixes.items():
             graph = graph_of(
                 instrumented, batches, with_basis(config, kind), self.config.memory_limit,
-                process_group, may_choose=plan is not None,
+                process_group, may_choose=self.config.may_choose,
             )  # fmt: skip
             graph.info |= metadata
             curves = self._ablate(graph, instrumented, data, process_group) if ablate else None

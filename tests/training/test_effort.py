@@ -119,6 +119,21 @@ def test_numbers_that_are_given_are_kept(tmp_path: Path) -> None:
     assert (graph.info["settings"]["n_probes"], graph.info["settings"]["n_pushed"]) == (None, None)
 
 
+class ManyClasses(Images):
+    """A classifier with more classes than may be a node layer."""
+
+    def __init__(self) -> None:
+        super().__init__(32)
+        self.net[6] = nn.Linear(8, 600)
+
+
+@pytest.mark.parametrize(("effort", "kind"), [("auto", "lib"), ("exact", "pca")])
+def test_exact_snapshots_choose_no_metric_either(effort: Any, kind: str, tmp_path: Path) -> None:
+    callback = LIBCallback(["net.4", "net.5"], num_samples=8, n_probes=2, n_pushed=2, effort=effort, at_steps=[0])
+    trainer_of(tmp_path, callback, max_epochs=1).fit(ManyClasses())
+    assert {graph.bases["net.5"].kind for graph in graphs(tmp_path)} == {kind}
+
+
 def test_longer_trainings_get_better_snapshots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lib_lightning.training.effort.MIN_OPERATIONS", 1e6)
     probes = []
