@@ -26,7 +26,7 @@ from lib_lightning.algorithm.low_rank_gram import DENSE_WIDTH
 from lib_lightning.algorithm.memory_plan import saved_by_autograd
 from lib_lightning.algorithm.output_gradients import EXACT_OUTPUTS, SAMPLED, importance_vectors, num_vectors
 from lib_lightning.algorithm.shortcuts import FAST
-from lib_lightning.distributed.process_group import ProcessGroup
+from lib_lightning.distributed.process_group import ProcessGroup, first_given
 from lib_lightning.errors import LIBError, counted
 from lib_lightning.jacobian.closed_form import BLOCK, ROWS, ClosedForm
 from lib_lightning.jacobian.integrated_gradients import sections_between
@@ -350,6 +350,17 @@ class EffortPlan:
         return replace(config, n_probes=self.n_probes, n_pushed=self.n_pushed)
 
     @property
+    def numbers(self) -> list[float]:
+        """All of it as numbers, 0 for None, for other processes."""
+        return [self.num_samples, self.n_probes or 0, self.n_pushed or 0, self.operations, self.allowed]
+
+    @classmethod
+    def from_numbers(cls, numbers: Sequence[float]) -> EffortPlan:
+        """From `numbers`."""
+        n, probes, pushed, operations, allowed = numbers
+        return cls(int(n), int(probes) or None, int(pushed) or None, operations, allowed)
+
+    @property
     def text(self) -> str:
         """What is computed, in words."""
         metric = "the exact metric"
@@ -540,12 +551,5 @@ def choose_effort(
 
 def agree(plan: EffortPlan | None, process_group: ProcessGroup) -> EffortPlan | None:
     """The plan of the first process that has one, on all processes; None if no process has one."""
-    numbers = [] if plan is None else [
-        plan.num_samples, plan.n_probes or 0, plan.n_pushed or 0, plan.operations, plan.allowed
-    ]  # fmt: skip
-    gathered = process_group.gather(torch.tensor(numbers, dtype=torch.float64, device="cpu"))
-    found = next((t for t in gathered if len(t)), torch.zeros(5, dtype=torch.float64, device="cpu"))
-    # Where every process has all samples, nothing is gathered.
-    (found,) = process_group.broadcast([found])
-    n, probes, pushed, operations, allowed = found.tolist()
-    return EffortPlan(int(n), int(probes) or None, int(pushed) or None, operations, allowed) if n else None
+    found = first_given([] if plan is None else plan.numbers, process_group)
+    return EffortPlan.from_numbers(found) if found else None

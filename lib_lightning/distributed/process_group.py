@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 
@@ -72,6 +73,27 @@ class Reducible:
     """
 
     sums: ClassVar[tuple[str, ...]] = ()
+
+
+def first_given(numbers: Sequence[float], process_group: ProcessGroup) -> list[float]:
+    """The numbers of the first process that has any, on all processes.
+
+    Args:
+        numbers: Numbers of this process; empty if it has none.
+        process_group: The processes.
+
+    Returns:
+        The numbers; empty if no process has any.
+
+    Example:
+        >>> first_given([2, 0.5], SINGLE_PROCESS), first_given([], SINGLE_PROCESS)
+        ([2.0, 0.5], [])
+    """
+    gathered = process_group.gather(torch.tensor(numbers, dtype=torch.float64, device="cpu"))
+    found = next((t for t in gathered if len(t)), gathered[0])
+    # Where every process has all samples, nothing is gathered.
+    (found,) = process_group.broadcast([found])
+    return [float(x) for x in found]
 
 
 def all_reduce(parts: Sequence[Reducible], process_group: ProcessGroup) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from lib_lightning.distributed.process_group import ProcessGroup
+from lib_lightning.distributed.process_group import ProcessGroup, first_given
 from lib_lightning.model.batch import first_tensor, tensors_in
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.losses import losses_in_step
@@ -204,9 +204,8 @@ def agree(found: OutputDistribution | None, process_group: ProcessGroup) -> Outp
     """
     kinds = get_args(OutputKind)
     own = [] if found is None else [kinds.index(found.kind), found.width, found.positions, int(found.is_guess)]
-    gathered = process_group.gather(torch.tensor(own, dtype=torch.int64, device="cpu"))
-    first = next(([int(x) for x in t] for t in gathered if len(t)), None)
-    if first is None or first == own:
+    first = [int(number) for number in first_given(own, process_group)]
+    if not first or first == own:
         return found
     kind, width, positions, is_guess = first
     return OutputDistribution(kinds[kind], _GUESS if is_guess else "as another process found", width, positions)

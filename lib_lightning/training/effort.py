@@ -8,14 +8,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from lib_lightning.algorithm.config import LIBConfig
 from lib_lightning.algorithm.cost import duration
 from lib_lightning.algorithm.effort import EffortPlan, ModelCost, choose_effort, measure_cost
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
 from lib_lightning.api import estimate_cost
-from lib_lightning.distributed.process_group import ProcessGroup
+from lib_lightning.distributed.process_group import ProcessGroup, first_given
 from lib_lightning.errors import counted, log_traceback
 from lib_lightning.model.instrumented import InstrumentedModel, model_session
 from lib_lightning.training.schedule import FEWEST, MOST, Schedule
@@ -284,17 +282,12 @@ def expected_snapshots(schedule: Schedule, trainer: pl.Trainer) -> float:
 
 def agree(plan: RunPlan | None, process_group: ProcessGroup) -> RunPlan | None:
     """The plan of the first process that has one, on all processes; None if no process has one."""
-    numbers = [] if plan is None else [
-        plan.effort.num_samples, plan.effort.n_probes or 0, plan.effort.n_pushed or 0, plan.effort.operations,
-        plan.effort.allowed, plan.snapshots or 0, plan.seconds, plan.share or 0,
-    ]  # fmt: skip
-    gathered = process_group.gather(torch.tensor(numbers, dtype=torch.float64, device="cpu"))
-    found = next((t for t in gathered if len(t)), torch.zeros(8, dtype=torch.float64, device="cpu"))
-    # Where every process has all samples, nothing is gathered.
-    (found,) = process_group.broadcast([found])
-    n, probes, pushed, operations, allowed, snapshots, seconds, share = found.tolist()
-    effort = EffortPlan(int(n), int(probes) or None, int(pushed) or None, operations, allowed)
-    return RunPlan(effort, int(snapshots) or None, seconds, share or None) if n else None
+    own = [] if plan is None else [*plan.effort.numbers, plan.snapshots or 0, plan.seconds, plan.share or 0]
+    found = first_given(own, process_group)
+    if not found:
+        return None
+    *effort, snapshots, seconds, share = found
+    return RunPlan(EffortPlan.from_numbers(effort), int(snapshots) or None, seconds, share or None)
 
 
 def _validations(trainer: pl.Trainer) -> float:

@@ -207,9 +207,10 @@ def test_step_leaves_state_as_it_was() -> None:
 
 def test_processes_agree() -> None:
     group = SimpleNamespace(
-        gather=lambda t: [torch.tensor([], dtype=torch.int64), torch.tensor([2, 7, 3, 0]), torch.tensor([0, 7, 3, 0])]
+        gather=lambda t: [torch.tensor([], dtype=torch.int64), torch.tensor([2, 7, 3, 0]), torch.tensor([0, 7, 3, 0])],
+        broadcast=list,
     )
     found = agree(OutputDistribution("categorical", "by its labels"), group)
     assert found is not None
     assert (found.kind, found.width) == ("gaussian", 7)
-    assert agree(None, SimpleNamespace(gather=lambda t: [t, t])) is None
+    assert agree(None, SimpleNamespace(gather=lambda t: [t, t], broadcast=list)) is None
