@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -42,15 +42,13 @@ class Residual(nn.Module):
         return torch.relu(x + self.inner(x))
 
 
-class ViT(nn.Module):
-    """Patches of 4 x 4 pixels, two blocks, and the mean over patches."""
+class OnPatches(nn.Module):
+    """Blocks on patches of 4 x 4 pixels, and the mean over patches."""
 
-    def __init__(self, width: int = 48) -> None:
+    def __init__(self, width: int, blocks: Iterable[nn.Module]) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, width, 4, 4)
-        self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(width, 4, 2 * width, batch_first=True, norm_first=True) for _ in range(2)
-        )
+        self.blocks = nn.ModuleList(blocks)
         self.head = nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,6 +56,14 @@ class ViT(nn.Module):
         for block in self.blocks:
             tokens = block(tokens)
         return self.head(tokens.mean(1))
+
+
+class ViT(OnPatches):
+    """Two blocks with attention."""
+
+    def __init__(self, width: int = 48) -> None:
+        layers = [nn.TransformerEncoderLayer(width, 4, 2 * width, batch_first=True, norm_first=True) for _ in range(2)]
+        super().__init__(width, layers)
 
 
 class UNet(nn.Module):
@@ -156,20 +162,11 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
 }  # fmt: skip
 
 
-class Mixer(nn.Module):
-    """Two blocks of an MLP-Mixer on patches of 4 x 4 pixels."""
+class Mixer(OnPatches):
+    """Two blocks of an MLP-Mixer."""
 
     def __init__(self, width: int = 32, patches: int = 16) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(3, width, 4, 4)
-        self.blocks = nn.ModuleList(MixerBlock(width, patches) for _ in range(2))
-        self.head = nn.Linear(width, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.patches(x).flatten(2).mT
-        for block in self.blocks:
-            tokens = block(tokens)
-        return self.head(tokens.mean(1))
+        super().__init__(width, [MixerBlock(width, patches) for _ in range(2)])
 
 
 class MixerBlock(nn.Module):

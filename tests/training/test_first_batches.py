@@ -226,19 +226,23 @@ def test_what_can_be_read_once_is_not_read(kind: str) -> None:
         pass
 
 
+def assert_no_trace(package: str, folder: Path, loaders: Callable[[Stateful], tuple[Any, ...]]) -> Stateful:
+    """Train without the callback and with it, with the same end; returns the data of the second training."""
+    found = []
+    for callbacks in ([], [LIBCallback(LAYERS, at_steps=[0], effort="exact")]):
+        data = Stateful()
+        found.append(state_after(fit(package, folder, loaders(data), *callbacks), data))
+    assert found[1] == found[0]
+    return data
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("package", PACKAGES)
 def test_samples_of_the_sanity_check_where_data_can_be_read_once(
     package: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    found = []
-    for callback in (None, LIBCallback(LAYERS, at_steps=[0], effort="exact")):
-        data = Stateful()
-        loaders = DataLoader(data, 8), Holding(DataLoader(data, 8))
-        trainer = fit(package, tmp_path, loaders, *([] if callback is None else [callback]))
-        found.append(state_after(trainer, data))
-    assert found[1] == found[0]
+    assert_no_trace(package, tmp_path, lambda data: (DataLoader(data, 8), Holding(DataLoader(data, 8))))
     assert min(RunLayout(tmp_path / "lib").basis_files()) == 0
     said = [r.getMessage() for r in caplog.records if "Before the first validation" in r.getMessage()]
     assert said == [
@@ -253,14 +257,7 @@ def test_without_validation_training_data_are_read(
     package: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    found = []
-    for callback in (None, LIBCallback(LAYERS, at_steps=[0], effort="exact")):
-        data = Stateful()
-        trainer = fit(
-            package, tmp_path, (DataLoader(data, 8, shuffle=True),), *([] if callback is None else [callback])
-        )
-        found.append(state_after(trainer, data))
-    assert found[1] == found[0]
+    data = assert_no_trace(package, tmp_path, lambda data: (DataLoader(data, 8, shuffle=True),))
     graphs = [InteractionGraph.load(path) for path in RunLayout(tmp_path / "lib").basis_files().values()]
     assert {graph.info["n_samples"] for graph in graphs} == {N}
     assert "Snapshots are computed on 40 training samples" in caplog.text
