@@ -139,9 +139,9 @@ def compute_interaction_graph(
         final_metric: ``"fisher"`` measures the last node layer by what the model's output predicts: importance then is
             the effect on the predicted distribution. None for ``final_basis``; but with ``effort="auto"``, the node
             layer before more than 512 logits is measured so.
-        n_pushed: Number of features that each sample is pushed forward for, chosen at random by the square root of
-            their importance, which makes the cost of edges independent of width and number of positions; None for
-            exact edges (see ``effort``). The standard errors include the error of this choice.
+        n_pushed: Number of features that each sample is pushed forward for, chosen at random, important ones more
+            often, which makes the cost of edges independent of width and number of positions; None for exact edges
+            (see ``effort``). The standard errors include the error of this choice.
         effort: ``"auto"`` chooses ``n_probes`` and ``n_pushed``, where they are None, if exact sums would take more
             than a minute or so, and says so in a note; ``"exact"`` takes None as exact in any case.
         skip_positions: Positions whose activations flow on as ever but are left out of all features, metrics, edges and
@@ -190,7 +190,7 @@ def compute_interaction_graph(
     spec = ModelSpec(input_fn, mask, dtype, skip_positions)
     batches = list(batches)
     if node_layers is None:
-        node_layers = _proposed(model, batches, spec)
+        node_layers = proposed_node_layers(model, batches, spec)
     instrumented = InstrumentedModel(model, as_node_layers(node_layers), spec)
     with signals_at_safe_points(), wrap_forward_errors(instrumented.model, instrumented.spec):
         graph = graph_of(
@@ -265,7 +265,7 @@ def estimate_cost(
         raise ActivationError("There are no samples to estimate a cost with: the batch is empty.")
     started = time.perf_counter()
     if node_layers is None:
-        node_layers = _proposed(model, [batch], spec)
+        node_layers = proposed_node_layers(model, [batch], spec)
     proposing = time.perf_counter() - started
 
     def once() -> CostEstimate:
@@ -463,6 +463,21 @@ def _with_final_metric(config: LIBConfig, last: NodeLayer, output: OutputDistrib
     return config
 
 
+def with_chosen_metric(config: LIBConfig, instrumented: InstrumentedModel, batch: Any) -> LIBConfig:
+    """The configuration of a graph whose metric of the last node layer may be chosen.
+
+    Args:
+        config: What the user has asked for.
+        instrumented: The model and its node layers. Call this within `model_session`.
+        batch: A batch, of which a few samples are run.
+
+    Returns:
+        The configuration, with ``final_metric="fisher"`` where many logits follow, and nothing else is asked for.
+    """
+    output, _ = _output(instrumented, [batch], config, SINGLE_PROCESS)
+    return _with_final_metric(config, instrumented.layers[-1], output)
+
+
 def _find_output(instrumented: InstrumentedModel, config: LIBConfig, batch: Any) -> OutputDistribution | None:
     found = find_output_distribution(instrumented, batch, config.output_distribution)
     if found is None:
@@ -533,7 +548,20 @@ def _skip_entry(skip: SkipPositions | None) -> dict[str, Any]:
     return {} if skip is None else {"skip_positions": list(skip) if isinstance(skip, tuple) else skip}
 
 
-def _proposed(model: nn.Module, batches: Sequence[Any], spec: ModelSpec) -> list[str]:
+def proposed_node_layers(model: nn.Module, batches: Sequence[Any], spec: ModelSpec) -> list[str]:
+    """Propose node layers, and log a warning that names them.
+
+    Args:
+        model: Any module.
+        batches: Batches, of which the first ones that are not empty are run.
+        spec: How the model is called.
+
+    Returns:
+        Names of the node layers.
+
+    Raises:
+        ActivationError: If there are no samples.
+    """
     if all(is_empty(batch) for batch in batches):
         raise ActivationError("There are no samples to choose node layers with: every batch is empty.")
     cuts = proposed_cuts(model, [batch for batch in batches if not is_empty(batch)], spec)

@@ -266,7 +266,10 @@ def test_the_readme_shows_what_the_committed_results_say() -> None:
     # What the recipe promises, on two cores.
     assert found["threads"] == 2
     assert found["measured"]["sampled edges"]["snapshot (s)"] <= 75
+    assert found["measured"]["exact edges"]["snapshot (s)"] <= 600
     assert all(run["peak memory of the process (GiB)"] <= 4 for run in found["measured"].values())
+    assert len(found["error of the sampled edges"]) == 3
+    assert max(found["error of the sampled edges"].values()) < 0.1
 
 
 def test_share_of_variance_due_to_the_token() -> None:

@@ -21,6 +21,7 @@ from lib_lightning.algorithm.config import LIBConfig
 from lib_lightning.algorithm.effort import EffortPlan, ModelCost
 from lib_lightning.algorithm.memory_plan import MemoryPlan
 from lib_lightning.algorithm.progress import on_phase
+from lib_lightning.errors import counted
 from lib_lightning.model.loops import LoopTrial, loops_shortened
 
 # A trial has at most this share of the operations of the graph, as far as few samples allow.
@@ -60,11 +61,15 @@ class CostEstimate:
     device: torch.device
     num_features: tuple[int, ...]
 
+    @property
+    def where(self) -> str:
+        """Where it is computed, in words."""
+        return counted(self.threads, "thread") if self.device.type == "cpu" else str(self.device)
+
     def __str__(self) -> str:
-        where = f"{self.threads} thread{'s' * (self.threads != 1)}" if self.device.type == "cpu" else str(self.device)
         return (
-            f"{self.plan}: about {duration(self.seconds)} with {where}, {size(self.peak_bytes)} of memory at its peak, "
-            f"and {size(self.file_bytes)} for each file"
+            f"{self.plan}: about {duration(self.seconds)} with {self.where}, {size(self.peak_bytes)} of memory at its "
+            f"peak, and {size(self.file_bytes)} for each file"
         )
 
 

@@ -18,6 +18,16 @@ from lib_lightning.model.precision import to_float64
 _FORWARD_COST = 2
 
 
+# Features are chosen by this power of their importance. Edges from a feature are about proportional to its importance,
+# so the power 1 has the smallest error of the whole matrix, and 1/2 that of single small edges. In SmolLM2, with 16 of
+# 500 features and 8 samples, errors of the matrix are 8%, 14% and 37% for the powers 1, 3/4 and 1/2.
+_POWER = 0.75
+
+
+def _size(basis: Basis) -> Tensor:
+    return basis.importance.clamp(min=0) ** _POWER
+
+
 class Edges(Reducible):
     """Streaming ``E_ij = 1/(n S) sum_x sum_t (sum_s [d fhat'_{t,i} / d fhat_{s,j}] fhat_{s,j})^2``.
 
@@ -39,7 +49,7 @@ class Edges(Reducible):
         whatever the number of output positions. It is also the inner product of ``fhat_{s,j}`` with the gradient of
         ``fhat'_{t,i}``: one vector-Jacobian product for each ``(t, i)``.
 
-        Random choice: each sample takes feature ``j`` with probability ``pi_j``, proportional to ``sqrt(Lambda_j)`` and
+        Random choice: each sample takes feature ``j`` with probability ``pi_j``, proportional to ``Lambda_j^(3/4)`` and
         at most 1, and its terms are divided by ``pi_j``, which leaves the expectation of the sum unchanged (Horvitz and
         Thompson 1952, https://doi.org/10.1080/01621459.1952.10483446). Groups of samples choose independently, so that
         the spread between them includes the error of the choice.
@@ -110,7 +120,7 @@ class Edges(Reducible):
     def update_sampled(self, section: Section, fhat: Tensor) -> None:
         """Add one batch with `n_pushed` Jacobian-vector products, each for another feature of each sample."""
         C_pinv, C_next = self.before.from_features.to(fhat), self.after.to_features.to(fhat)
-        probabilities, chosen = self._choose(self.before.importance.clamp(min=0).sqrt(), self.n_pushed, section)
+        probabilities, chosen = self._choose(_size(self.before), self.n_pushed, section)
         samples = torch.arange(section.n, device=fhat.device)
         for j in parts_of(chosen.T.split(section.vectors_per_call)):  # (k, n)
             here = j.to(fhat.device)  # importances are on the CPU if the device has no float64
@@ -122,7 +132,7 @@ class Edges(Reducible):
     def update_sampled_reverse(self, section: Section, fhat: Tensor) -> None:
         """Add one batch with as many vector-Jacobian products, each for another output position and feature."""
         C_pinv, C_T = self.before.from_features.to(fhat), self.after.to_features.to(fhat).T
-        size = self.after.importance.clamp(min=0).sqrt().repeat(section.S_out)
+        size = _size(self.after).repeat(section.S_out)
         probabilities, chosen = self._choose(size, _FORWARD_COST * (self.n_pushed or 1), section)
         samples = torch.arange(section.n, device=fhat.device)
         for ti in parts_of(chosen.T.split(section.vectors_per_call)):  # (k, n)

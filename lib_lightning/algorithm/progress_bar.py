@@ -15,7 +15,7 @@ from lib_lightning.algorithm.progress import on_phase
 from lib_lightning.model.safe_points import on_vectors
 
 # Percentage, bar, time so far and remaining time; counts of operations would mean nothing to a reader.
-BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+BAR_FORMAT = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 # Part of a step that the products in it make up; the rest is its sums.
 _PRODUCTS = 0.95
 
@@ -117,6 +117,7 @@ class _Place:
         self._left = list(steps)
         self._total, self._bar = total, bar
         self._vectors, self._prefix = 0, prefix
+        self._describe()
 
     def end(self, phase: str) -> None:
         """A phase is reported; some go over the batches more often than expected."""
@@ -124,8 +125,12 @@ class _Place:
         if index is not None:
             del self._left[index]
             self._vectors = 0
-            self._bar.set_description(f"{self._prefix}{phase}", refresh=False)
+            self._describe()
             self._show(0.0)
+
+    def _describe(self) -> None:
+        if self._left:
+            self._bar.set_description(f"{self._prefix}{self._left[0].phase}", refresh=False)
 
     def add(self, vectors: int) -> None:
         """Some vectors have been multiplied."""

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -28,7 +28,7 @@ from lib_lightning.model.not_called import NotCalledError, explain_not_called
 from lib_lightning.model.preserve import MAX_COPIED_BYTES, preserve_model
 from lib_lightning.model.process_state import seed_all
 from lib_lightning.model.replica import Copier
-from lib_lightning.model.safe_points import safe_point
+from lib_lightning.model.safe_points import interruptible, safe_point
 from lib_lightning.model.saved_state import preserve_attributes
 from lib_lightning.model.saved_value import has_address
 from lib_lightning.model.sources import in_model
@@ -65,7 +65,7 @@ class InstrumentedModel:
         self.seed = 0
         # Whether a forward pass has written to parameters, which graphs of earlier passes need as they were.
         self._writes_weights = False
-        self._in_session = False
+        self._in_session = self._is_copy = False
         self.notes: list[str] = []
         self.axis_notes: list[str] = []
         self._knows_axes = all(map(has_known_axis, self.layers))
@@ -111,14 +111,14 @@ class InstrumentedModel:
             return
         original = self.model
         with preserve_model(original, max_bytes) as self.model:
-            self._in_session = True
+            self._in_session, self._is_copy = True, self.model is not original
             try:
                 if self.spec.dtype is not None:
                     convert_attributes(self.model, self.spec.dtype)
                 yield
             finally:
                 self.release()
-                self._in_session, self._restore_attributes = False, None
+                self._in_session, self._is_copy, self._restore_attributes = False, False, None
                 self.model = original
 
     @property
@@ -279,7 +279,10 @@ class InstrumentedModel:
         weights = list(self.model.parameters())
         versions = versions_of(weights)
         try:
-            with saved_as_copies(weights) if self._writes_weights else nullcontext():
+            with (
+                saved_as_copies(weights) if self._writes_weights else nullcontext(),
+                self._interruptible(),
+            ):
                 if dtype is None:
                     return self._forward(call, batch)
                 state = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
@@ -288,6 +291,10 @@ class InstrumentedModel:
         finally:
             self._writes_weights = self._writes_weights or versions_of(weights) != versions
             self._caller_tensors.clear()
+
+    def _interruptible(self) -> AbstractContextManager[None]:
+        """A block in which the model runs. A signal ends it at once if that is a copy."""
+        return interruptible() if self._is_copy else nullcontext()
 
     @property
     def entry(self) -> nn.Module:
@@ -308,7 +315,7 @@ class InstrumentedModel:
             LIBError: If the model cannot be called.
         """
         if self.spec.call is None:
-            with self.session():
+            with self.session(), self._interruptible():
                 seed_all(self.seed)
                 call = find_call(self.model, batch, self.spec.input_fn)
             self.spec = dataclasses.replace(self.spec, input_fn=call)

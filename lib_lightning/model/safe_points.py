@@ -2,7 +2,8 @@
 
 Python runs the handler of a signal between any two instructions: also between those that put a user's weights, modes
 and random states back. Long computations therefore note signals, and run their handlers at `safe_point`: before each
-forward pass, each product with a Jacobian, and after each phase.
+forward pass, each product with a Jacobian, and after each phase; and at any instruction of a block that is
+`interruptible`, such as a forward pass of a copy of the model.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class _Deferred:
     def __init__(self, is_stopped: Callable[[], bool]) -> None:
         self.pending: list[int] = []
         self.handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
+        self.is_interruptible = False
         self._is_stopped = is_stopped
 
     def note(self, signum: int, frame: FrameType | None) -> None:
@@ -36,6 +38,8 @@ class _Deferred:
             self.handlers[signum](signum, frame)
         else:
             self.pending.append(signum)
+            if self.is_interruptible:
+                self.obey()
 
     def run(self) -> None:
         """Run the handlers of all signals that have come."""
@@ -62,6 +66,31 @@ def safe_point() -> None:
     """
     if _deferred is not None and _deferred.pending and threading.current_thread() is threading.main_thread():
         _deferred.obey()
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """A block that may end at any instruction, as nothing that is used afterwards changes in it.
+
+    Example:
+        >>> import os, signal
+        >>> try:
+        ...     with signals_at_safe_points(), interruptible():
+        ...         os.kill(os.getpid(), signal.SIGINT)
+        ...         print("this is not done")
+        ... except KeyboardInterrupt:
+        ...     print("interrupted")
+        interrupted
+    """
+    deferred = _deferred
+    if deferred is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    deferred.is_interruptible = True
+    try:
+        yield
+    finally:
+        deferred.is_interruptible = False
 
 
 @contextmanager

@@ -26,6 +26,8 @@ from lib_lightning.io.basis_format import EPOCH, LOGGING_STEP, STEP, WEIGHTS, WE
 from lib_lightning.io.run_layout import check_run_name, overlapping_names
 from lib_lightning.labels.labeller import Labeller
 from lib_lightning.lineage.events import CHANGES
+from lib_lightning.lineage.reference import NUM_REFERENCE_VALUES
+from lib_lightning.model.batch_layout import BatchLayout
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
 from lib_lightning.model.node_layer import NodeLayer, as_node_layers
@@ -34,6 +36,7 @@ from lib_lightning.model.safe_points import signals_at_safe_points
 from lib_lightning.model.skip_positions import SkipPositions
 from lib_lightning.training.budget import Pace, SnapshotKind, SnapshotTrigger, TimeMeter, max_overhead_of, timed_hook
 from lib_lightning.training.effort import (
+    PlanResult,
     PlanSettings,
     RunPlan,
     RunPlanner,
@@ -59,6 +62,7 @@ from lib_lightning.training.trainer import (
     on_training_device,
     process_group_of,
     remove_duplicates,
+    sigterm_exception,
     synchronize,
     trainer_precision,
 )
@@ -142,7 +146,7 @@ class LIBCallback(Callback):
             that would still exceed it are skipped. The first and the last one are always computed. None (null) is 0.03
             for the default schedule, with five snapshots at least, and no limit for any other; .inf is no limit.
         n_pushed: None (null) for exact edges; a number for that many features that each sample is pushed forward for,
-            chosen at random by the square root of their importance.
+            chosen at random, important ones more often.
         keep_snapshots: Which basis files and figures of single snapshots stay on disk: all; a number for the latest; or
             log_spaced for the first, about ten per tenfold increase of the step, and the latest.
         effort: auto chooses num_samples, n_probes and n_pushed, where they are None, once for all snapshots: exact if
@@ -332,8 +336,9 @@ class LIBCallback(Callback):
         """Make sure that there will be samples, and take the snapshot before training if one is due."""
         self.meter.begin()
         is_due_early = self.state.cursor.next_step is not None
-        self.samples.prepare(trainer, partial(self.resolver.check, pl_module), is_due_early)
-        self._plan_steps(trainer, FEWEST)  # as many as there are in any case, until the plan says how many
+        self.samples.prepare(trainer, partial(self._check, trainer, pl_module), is_due_early)
+        if not self.state.cursor.planned:
+            self._plan_steps(trainer, FEWEST)  # as many as there are in any case, until the plan says how many
         self._snapshot_if_due(trainer, pl_module)
 
     def on_train_batch_start(
@@ -343,7 +348,17 @@ class LIBCallback(Callback):
         if not self._has_checked_training_batch:
             self._has_checked_training_batch = True
             with self.meter.timed():  # not around every step: that would cost more than it measures
-                self.resolver.check(pl_module, batch, strict=False)
+                self._check(trainer, pl_module, batch, strict=False)
+
+    def _check(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, strict: bool = True
+    ) -> BatchLayout:
+        """Check the node layers on a batch; end the training there if SIGTERM has come, as the trainer would later."""
+        try:
+            with signals_at_safe_points(partial(has_received_sigterm, trainer)):
+                return self.resolver.check(pl_module, batch, strict)
+        except ComputationStopped:
+            raise sigterm_exception(trainer) from None
 
     # Validation: collect samples, compute snapshots, log scalars.
 
@@ -353,7 +368,7 @@ class LIBCallback(Callback):
         if trainer.state.fn != "fit":
             self.state.forget_step()
             self._start(trainer)
-            self.samples.collect_own(trainer, partial(self.resolver.check, pl_module))
+            self.samples.collect_own(trainer, partial(self._check, trainer, pl_module))
         self.samples.start_validation()
 
     @timed_hook
@@ -361,7 +376,7 @@ class LIBCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Keep a copy of the batch."""
-        self.samples.observe(trainer, batch, dataloader_idx, partial(self.resolver.check, pl_module))
+        self.samples.observe(trainer, batch, dataloader_idx, partial(self._check, trainer, pl_module))
 
     @timed_hook
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -574,27 +589,52 @@ class LIBCallback(Callback):
                 f"all {expected:,.0f}."
             )
         planner = RunPlanner(trainer, self.schedule, self.max_overhead, len(self.computer.prefixes))
-        given = {name: value for name, value in self._effort_options.items() if value is not None}
         plan, warnings = None, list[str]()
         if data.batches:
-            settings = PlanSettings(self.config.config, int(expected), given, self.config.memory_limit)
-            plan, warnings = planner.plan(instrumented, data.batches[0], settings)
+            found = planner.plan(instrumented, data.batches[0], self.plan_settings(int(expected)))
+            plan, warnings = found.plan, found.warnings
+            if found.plan.snapshots is not None:
+                self.reporter.check_space(found.plan.snapshots, self.file_bytes(found))
         plan = agree(plan, self._process_group)
         if plan is not None:
-            is_new = not self.state.cursor.planned or self.state.plan is None
-            if is_new and plan.snapshots is not None:
+            if self.state.plan is None and plan.snapshots is not None:
                 self._plan_steps(trainer, plan.snapshots)
             rank_zero_info(f"{self.name}: {planner.describe(plan)}")
         for warning in warnings:
             log.warning("%s: %s", self.name, warning)
         return plan
 
+    def plan_settings(self, available: int) -> PlanSettings:
+        """What the user has asked for, as far as it decides how much a snapshot computes.
+
+        Args:
+            available: Number of samples that there are.
+
+        Returns:
+            The settings.
+        """
+        given = {name: value for name, value in self._effort_options.items() if value is not None}
+        config = self.config
+        return PlanSettings(config.config, available, given, config.memory_limit, config.may_choose)
+
+    def file_bytes(self, result: PlanResult) -> int:
+        """About the size of the file of a snapshot.
+
+        Args:
+            result: What it computes.
+
+        Returns:
+            The size, in bytes.
+        """
+        # Values of all features, as half-precision numbers.
+        followed = 2 * NUM_REFERENCE_VALUES * sum(result.num_features) if self.config.follow else 0
+        return result.file_bytes + followed
+
     def _plan_steps(self, trainer: pl.Trainer, snapshots: int) -> None:
         """Plan the steps of the snapshots, unless the user has given a schedule, or the length is unknown."""
-        steps, cursor = training_steps(trainer), self.state.cursor
-        is_new = snapshots != FEWEST or not cursor.planned
-        if is_new and not self.schedule.is_explicit and math.isfinite(steps) and steps >= 1:
-            cursor.plan(snapshots, int(steps))
+        steps = training_steps(trainer)
+        if not self.schedule.is_explicit and math.isfinite(steps) and steps >= 1:
+            self.state.cursor.plan(snapshots, int(steps))
 
     def _scalars(self, trainer: pl.Trainer) -> dict[str, float]:
         """The latest scalars; called by all processes at the same time."""

@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -17,18 +17,23 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from torch import nn
 
 from lib_lightning import __version__
-from lib_lightning.api import estimate_cost, list_node_layers
+from lib_lightning.algorithm.cost import size
+from lib_lightning.api import list_node_layers, proposed_node_layers
 from lib_lightning.errors import LIBError, did_you_mean, shows_tracebacks
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_file import write_bytes
 from lib_lightning.io.basis_format import EPOCH, NUM_SAMPLES, SETTINGS, STEP, VERSIONS, WEIGHTS, WEIGHTS_HASH
-from lib_lightning.lineage.reference import NUM_REFERENCE_VALUES
 from lib_lightning.metrics.summary import graph_scalars
 from lib_lightning.model.batch import map_tensors
+from lib_lightning.model.forward_errors import wrap_forward_errors
+from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.node_layer import as_node_layers
 from lib_lightning.training.samples import SampleBuffer
 from lib_lightning.viewer.run import Run, write_film
 
 if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
     from lib_lightning.training.callback import LIBCallback
 
 # Samples with which node layers are looked for.
@@ -166,13 +171,14 @@ def _nodes(words: Sequence[str]) -> None:
     show_all = "--all" in words
     # Names do not depend on the device, and every machine has a CPU.
     options = [*(word for word in words if word != "--all"), "--trainer.accelerator=cpu"]
-    model, ((callback, batches), *_) = _model_and_samples(options, _NUM_SAMPLES)
+    collected = _model_and_samples(options, _NUM_SAMPLES)
+    model, ((callback, batches), *_) = collected.model, collected.samples
     cuts = list_node_layers(model, batches[0], callback.spec.input_fn)
     sizes = [f"{cut.positions:,} x {cut.features:,}" for cut in cuts]
     width, size_width = max(len(cut.tap) for cut in cuts), max(map(len, [*sizes, "positions x features"]))
     print(f"  {'name':<{width}}  {'positions x features':>{size_width}}  module")
-    for cut, size in zip(cuts, sizes, strict=True):
-        print(f"{'*' if cut.proposed else ' '} {cut.tap:<{width}}  {size:>{size_width}}  {cut.module}")
+    for cut, shape in zip(cuts, sizes, strict=True):
+        print(f"{'*' if cut.proposed else ' '} {cut.tap:<{width}}  {shape:>{size_width}}  {cut.module}")
         for alias in cut.aliases if show_all else ():
             print(f"    = {alias}")
     print(f"\nnode_layers: [{', '.join(_in_yaml(cut.tap) for cut in cuts if cut.proposed)}]")
@@ -183,27 +189,39 @@ def _in_yaml(name: str) -> str:
 
 
 def _estimate(words: Sequence[str]) -> None:
-    model, samples = _model_and_samples(words)
-    for callback, batches in samples:
-        spec, config = callback.spec, callback.config.config
-        buffer = SampleBuffer(callback.sample_config.num_samples)
-        for batch in batches:
-            buffer.add(batch)
-        estimate = estimate_cost(
-            model, batches[0], callback.node_layers, buffer.count, callback.effort, callback.config.memory_limit,
-            **vars(spec), **vars(config),
-        )  # fmt: skip
-        if callback.config.follow:  # values of all features, as half-precision numbers
-            followed = 2 * NUM_REFERENCE_VALUES * sum(estimate.num_features)
-            estimate = replace(estimate, file_bytes=estimate.file_bytes + followed)
-        print(f"{callback.name}: {estimate}.")
+    from lib_lightning.training.effort import RunPlanner
+
+    collected = _model_and_samples(words)
+    model = collected.model
+    for callback, batches in collected.samples:
+        layers = callback.node_layers or as_node_layers(proposed_node_layers(model, batches[:1], callback.spec))
+        instrumented = InstrumentedModel(model, layers, callback.spec)
+        planner = RunPlanner(
+            collected.trainer, callback.schedule, callback.max_overhead, len(callback.computer.prefixes)
+        )
+        settings = callback.plan_settings(sum(map(instrumented.num_samples, batches)))
+        with wrap_forward_errors(model, callback.spec):
+            result = planner.plan(instrumented, batches[0], settings, estimate=True)
+        plan, estimate = result.plan, result.estimate
+        print(f"{callback.name}: {planner.describe(plan)}.")
+        if estimate is not None:
+            file_bytes = callback.file_bytes(result)
+            files = (plan.snapshots or 1) * len(callback.computer.prefixes)
+            in_all = f" of {files:,} files, {size(files * file_bytes)} in all" if plan.snapshots else " file"
+            print(
+                f"  {estimate.where}: {size(estimate.peak_bytes)} of memory at its peak; "
+                f"{size(file_bytes)} for each{in_all}."
+            )
+        for warning in result.warnings:
+            print(f"  {warning}")
 
 
 def _profile(words: Sequence[str]) -> None:
     from lib_lightning.training.profiling import RATE_SIZE, profile_snapshot
 
-    model, samples = _model_and_samples(words)
-    for callback, batches in samples:
+    collected = _model_and_samples(words)
+    model = collected.model
+    for callback, batches in collected.samples:
         profile = profile_snapshot(model, batches, callback.node_layers, callback.config, **vars(callback.spec))
         layers = " -> ".join(profile.node_layers)
         print(f"{callback.name}: one snapshot of {layers} on {profile.samples:,} samples\n")
@@ -225,9 +243,22 @@ class _AllCollected(BaseException):
     """Ends fit when all samples are collected. Not an Exception, so that no handler in fit takes it for an error."""
 
 
-def _model_and_samples(
-    words: Sequence[str], num_samples: int | None = None
-) -> tuple[nn.Module, list[tuple[LIBCallback, list[Any]]]]:
+@dataclass(frozen=True)
+class _Collected:
+    """What a command needs of a run.
+
+    Attributes:
+        model: The model, on the device that it would be trained on.
+        trainer: The trainer, with its training data set up.
+        samples: Each callback, or a default one, with its batches.
+    """
+
+    model: nn.Module
+    trainer: pl.Trainer
+    samples: list[tuple[LIBCallback, list[Any]]]
+
+
+def _model_and_samples(words: Sequence[str], num_samples: int | None = None) -> _Collected:
     """Build model and data from options of fit, and run fit until the samples of all callbacks are collected.
 
     Args:
@@ -235,8 +266,9 @@ def _model_and_samples(
         num_samples: Number of samples of the first validation batches; None for the ``num_samples`` of each callback.
 
     Returns:
-        The model, on the device that it would be trained on, and each callback, or a default one, with its batches.
+        Model, trainer and samples.
     """
+    from lib_lightning.training.effort import training_steps
     from lib_lightning.training.trainer_cli import trainer_cli_for
 
     _import_from_working_directory()
@@ -258,9 +290,15 @@ def _model_and_samples(
                 if callback.sample_config.val_dataloader == dataloader_idx:
                     buffer.add(batch)
 
-        def on_validation_batch_end(self, *_: Any) -> None:
+        def on_validation_batch_end(self, trainer: Any, *_: Any) -> None:
             if all(buffer.batches if num_samples else buffer.is_full for _, buffer in buffers):
-                raise _AllCollected
+                self.on_sanity_check_end(trainer)
+
+        def on_sanity_check_end(self, trainer: Any, *_: Any) -> None:
+            training_steps(trainer)  # sets up the training data, as a plan needs them
+            raise _AllCollected
+
+        on_train_start = on_sanity_check_end  # without a sanity check
 
     with _quiet():
         single = [f"--trainer.{option}" for option in ("devices=1", "strategy=auto", "logger=false")]
@@ -272,7 +310,7 @@ def _model_and_samples(
             for callback in callbacks or [LIBCallback()]
         ]
         trainer.callbacks = [Collect()]
-        trainer.num_sanity_val_steps, trainer.limit_train_batches = float("inf"), 0
+        trainer.num_sanity_val_steps = float("inf")
         try:
             for callback, buffer in buffers:
                 for batch in () if num_samples else callback.sample_config.dataloader or ():
@@ -294,7 +332,7 @@ def _model_and_samples(
         )
     device = trainer.strategy.root_device
     samples = [(callback, map_tensors(buffer.batches, lambda t: t.to(device))) for callback, buffer in buffers]
-    return cli.model.to(device), samples
+    return _Collected(cli.model.to(device), trainer, samples)
 
 
 @contextmanager

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lib_lightning.algorithm.config import LIBConfig
-from lib_lightning.algorithm.cost import duration
+from lib_lightning.algorithm.cost import CostEstimate, duration, file_bytes
 from lib_lightning.algorithm.effort import EffortPlan, ModelCost, choose_effort, measure_cost
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
-from lib_lightning.api import estimate_cost
+from lib_lightning.api import estimate_cost, with_chosen_metric
 from lib_lightning.distributed.process_group import ProcessGroup, first_given
 from lib_lightning.errors import counted, log_traceback
 from lib_lightning.model.instrumented import InstrumentedModel, model_session
@@ -35,6 +37,8 @@ _PASSES = 3
 # of two.
 _ESTIMATE_SHARE, _ESTIMATE_OPERATIONS, _MAX_ESTIMATE_SHARE = 0.1, 4e10, 0.01
 _TIMED_PASSES = 2
+# The type of numbers in files that is expected of models without a setting.
+_FLOAT = torch.float32
 # A snapshot that takes longer than this many seconds is announced with the setting that would shorten it.
 _LONG = 60
 
@@ -48,12 +52,14 @@ class PlanSettings:
         available: Number of samples that there are, over all processes.
         given: The settings that are given, by name: ``num_samples``, ``n_probes``, ``n_pushed``, ``effort``.
         memory_limit: Memory that a snapshot may use, in GiB.
+        may_choose: As for `lib_lightning.api.graph_of`.
     """
 
     config: LIBConfig
     available: int
     given: Mapping[str, Any]
     memory_limit: float = MEMORY_LIMIT
+    may_choose: bool = False
 
     def without_given(self) -> PlanSettings:
         """The same with nothing given."""
@@ -92,6 +98,25 @@ class RunPlan:
         return {**asdict(self.effort), "snapshots": self.snapshots, "seconds": self.seconds, "share": self.share}
 
 
+@dataclass(frozen=True)
+class PlanResult:
+    """What `RunPlanner.plan` returns.
+
+    Attributes:
+        plan: The plan.
+        warnings: What to say of it: that a snapshot takes long, or that there are few samples.
+        file_bytes: About the size of a basis file, without what is kept to follow features.
+        num_features: About the number of features of each node layer.
+        estimate: What one graph costs; None if that has not been estimated.
+    """
+
+    plan: RunPlan
+    warnings: list[str]
+    file_bytes: int
+    num_features: Sequence[int]
+    estimate: CostEstimate | None = None
+
+
 class RunPlanner:
     """Chooses the plan of a run from counts of operations, so that two machines compute the same numbers.
 
@@ -108,30 +133,49 @@ class RunPlanner:
         self._share = max_overhead if self._has_limit else SHARE
         self._steps = training_steps(trainer)
 
-    def plan(self, instrumented: InstrumentedModel, batch: Any, settings: PlanSettings) -> tuple[RunPlan, list[str]]:
+    def plan(
+        self, instrumented: InstrumentedModel, batch: Any, settings: PlanSettings, estimate: bool = False
+    ) -> PlanResult:
         """Choose number and size of the snapshots.
 
         Args:
             instrumented: The model and its node layers.
             batch: A batch, of which a few samples are run.
             settings: What the user has asked for.
+            estimate: Whether to estimate what a snapshot costs in any case, and to raise what goes wrong.
 
         Returns:
             As many snapshots as fit in the smallest size, up to `MOST` and at least `FEWEST`, and the most accurate
-            ones that then fit. And warnings: if they take long, or have few samples.
+            ones that then fit.
         """
         with model_session(instrumented):
+            if settings.may_choose:
+                settings = replace(settings, config=with_chosen_metric(settings.config, instrumented, batch))
             cost = measure_cost(instrumented, batch)
-            rate = self._forward_rate(instrumented, batch, cost)
-        training = self._training_operations(cost, instrumented.num_samples(batch))
-        plan = self._choose(cost, training, settings, rate)
-        estimated = self._estimated(instrumented, batch, settings, plan, training)
-        if estimated is not None:
-            rate = plan.effort.operations / estimated
-            plan = self._choose(cost, training, settings, rate)
-        free = self._choose(cost, training, settings.without_given(), rate) if settings.given else plan
+            size = instrumented.num_samples(batch)
+        training = self._training_operations(cost, size)
+        plan = self._choose(cost, training, settings)
+        cost_estimate = None
+        if estimate or self._can_estimate(plan, training):
+            cost_estimate = _estimate(instrumented, batch, settings, plan, estimate)
+        if cost_estimate is None:
+            with model_session(instrumented):
+                rate = self._forward_rate(instrumented, batch, cost)
+        else:
+            rate = plan.effort.operations / cost_estimate.seconds
+        plan = self._with_seconds(plan, rate)
+        free = plan
+        if settings.given:
+            free = self._with_seconds(self._choose(cost, training, settings.without_given()), rate)
         warnings = [_warning(plan, settings.given, free.seconds), _few_samples(instrumented, cost, plan)]
-        return plan, [text for text in warnings if text]
+        texts = [text for text in warnings if text]
+        if cost_estimate is not None:
+            return PlanResult(plan, texts, cost_estimate.file_bytes, cost_estimate.num_features, cost_estimate)
+        ranks, dtype = cost.ranks(), instrumented.spec.dtype or _FLOAT
+        return PlanResult(plan, texts, file_bytes(cost, ranks, dtype.itemsize), ranks)
+
+    def _with_seconds(self, plan: RunPlan, rate: float) -> RunPlan:
+        return replace(plan, seconds=self._graphs * plan.effort.operations / rate + _SECONDS_BESIDE_GRAPHS)
 
     def _forward_rate(self, instrumented: InstrumentedModel, batch: Any, cost: ModelCost) -> float:
         """Operations per second of this machine in a forward pass on a batch."""
@@ -144,26 +188,13 @@ class RunPlanner:
             seconds.append(time.perf_counter() - started)
         return cost.forward.of(instrumented.num_samples(batch)) / max(min(seconds), 1e-9)
 
-    def _estimated(
-        self, instrumented: InstrumentedModel, batch: Any, settings: PlanSettings, plan: RunPlan, training: float
-    ) -> float | None:
-        """Seconds of one graph, from a trial; None where that would take too long, or other processes wait."""
+    def _can_estimate(self, plan: RunPlan, training: float) -> bool:
+        """Whether an estimate takes little time beside training and snapshots, and no other process waits for it."""
         needed = max(_ESTIMATE_SHARE * plan.effort.operations, _ESTIMATE_OPERATIONS)
         snapshots = (plan.snapshots or 1) * self._of_snapshot(plan.effort)
-        if needed > _MAX_ESTIMATE_SHARE * (training + snapshots) or self._trainer.world_size > 1:
-            return None
-        config = plan.effort.applied_to(settings.config)
-        try:
-            estimate = estimate_cost(
-                instrumented.model, batch, instrumented.layers, plan.effort.num_samples, "exact",
-                settings.memory_limit, **vars(instrumented.spec), **vars(config),
-            )  # fmt: skip
-        except Exception as error:  # what is wrong is said by the snapshot, if it is wrong there too
-            log_traceback(error)
-            return None
-        return estimate.seconds
+        return needed <= _MAX_ESTIMATE_SHARE * (training + snapshots) and self._trainer.world_size == 1
 
-    def _choose(self, cost: ModelCost, training: float, settings: PlanSettings, rate: float) -> RunPlan:
+    def _choose(self, cost: ModelCost, training: float, settings: PlanSettings) -> RunPlan:
         allowed, due = self._share * training, self._number_due()
         chosen_number = due is None
         if due is None:
@@ -177,8 +208,7 @@ class RunPlanner:
         effort = _effort(cost, settings, max(least, allowed / snapshots / self._graphs - _BESIDE_GRAPHS))
         each = self._of_snapshot(effort)
         share = snapshots * each / training if training else None
-        seconds = self._graphs * effort.operations / rate + _SECONDS_BESIDE_GRAPHS
-        return RunPlan(effort, round(snapshots) if is_known else None, seconds, share)
+        return RunPlan(effort, round(snapshots) if is_known else None, math.nan, share)
 
     def _of_snapshot(self, effort: EffortPlan) -> float:
         return self._graphs * effort.operations + _BESIDE_GRAPHS
@@ -229,6 +259,23 @@ class RunPlanner:
         return text
 
 
+def _estimate(
+    instrumented: InstrumentedModel, batch: Any, settings: PlanSettings, plan: RunPlan, must_succeed: bool
+) -> CostEstimate | None:
+    """What one graph costs, from a trial; None if that fails, but need not succeed."""
+    config = plan.effort.applied_to(settings.config)
+    try:
+        return estimate_cost(
+            instrumented.model, batch, instrumented.layers, plan.effort.num_samples, "exact",
+            settings.memory_limit, **vars(instrumented.spec), **vars(config),
+        )  # fmt: skip
+    except Exception as error:  # what is wrong is said by the snapshot, if it is wrong there too
+        if must_succeed:
+            raise
+        log_traceback(error)
+        return None
+
+
 def _percent(share: float) -> str:
     return f"{100 * share:.3g}%"
 
@@ -267,7 +314,8 @@ def _few_samples(instrumented: InstrumentedModel, cost: ModelCost, plan: RunPlan
 
 def training_steps(trainer: pl.Trainer) -> float:
     """Number of optimizer steps until the end of a training; infinite if that is unknown, or there is no training."""
-    return float(trainer.estimated_stepping_batches) if trainer.state.fn == "fit" else math.inf
+    steps = trainer.estimated_stepping_batches if trainer.state.fn == "fit" else math.inf
+    return math.inf if steps < 0 else float(steps)  # max_steps=-1 for data without a length
 
 
 def expected_snapshots(schedule: Schedule, trainer: pl.Trainer) -> float:

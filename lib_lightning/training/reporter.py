@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import shutil
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+from lib_lightning.algorithm.cost import size
 from lib_lightning.errors import brief, counted, log_traceback
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_format import NOTES, STEP, WEIGHTS
@@ -127,6 +130,26 @@ class SnapshotReporter:
         They are logged where it would log them, beside the scalars of the user: after 3,000 steps, at 2,999.
         """
         log_scalars(trainer.loggers, scalars, logging_step(trainer))
+
+    def check_space(self, snapshots: int, file_bytes: int) -> None:
+        """Warn if the files of a run will be larger than the room that there is for them.
+
+        Args:
+            snapshots: Number of snapshots of the run.
+            file_bytes: Size of the file of one, in bytes.
+        """
+        if self.layout is None:
+            return
+        kept = snapshots if isinstance(self._keep, str) else min(snapshots, self._keep)
+        needed = kept * len(self.directory.folders) * file_bytes
+        with suppress(OSError):  # a folder that cannot be written to has been reported
+            free = shutil.disk_usage(self.layout.path).free
+            if needed > free:
+                log.warning(
+                    "%s: snapshots will take about %s, and there are %s left for %s. keep_snapshots=%d keeps as many "
+                    "as there is room for.",
+                    self._name, size(needed), size(free), self.layout.path, max(1, int(0.8 * kept * free / needed)),
+                )  # fmt: skip
 
     def write(self, trainer: pl.Trainer, snapshot: Snapshot) -> tuple[dict[str, PNG], dict[str, AnimatedLayout]]:
         """Write a snapshot.
@@ -282,12 +305,22 @@ class SnapshotReporter:
                     folder.write_final(state.step)
                 earlier = [path for path in state.folders if path != str(directory.layout.path.resolve())]
                 since = directory.write_first_seen(state.graphs[self._name], state.step, earlier)
-                steps = ", ".join(f"{step:,} in {layer}" for layer, step in since.items() if step is not None)
                 # Two points are no development.
-                if steps and state.n_snapshots >= _MIN_OVER_TIME:
-                    lines.append(f"  formed        half of the final features, by importance, from step {steps} on")
+                if state.n_snapshots >= _MIN_OVER_TIME and (steps := _by_step(since)):
+                    lines.append(f"  half formed   {steps} (since then: half of the final features, by importance)")
         except Exception as error:  # training is over, and its result must not be lost
             log.warning("The last snapshot of '%s' could not be written. %s", self._name, brief(error))
             log_traceback(error)
         contents = [line for folder in self.directory.folders.values() for line in folder.contents()]
         rank_zero_info("\n".join([*lines, *contents, *where_to_look(trainer.loggers)]))
+
+
+def _by_step(since: Mapping[str, int | None]) -> str:
+    """Node layers by step, in words: ``at step 0 in a and b, at step 40 in c``."""
+    layers = defaultdict(list)
+    for layer, step in since.items():
+        if step is not None:
+            layers[step].append(layer)
+    if len(layers) == 1 and None not in since.values():
+        return f"at step {next(iter(layers)):,} in all node layers"
+    return ", ".join(f"at step {step:,} in {' and '.join(names)}" for step, names in sorted(layers.items()))

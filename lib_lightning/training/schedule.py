@@ -122,7 +122,7 @@ class Schedule:
         return due
 
     def count(self, validations: float, steps: float) -> float:
-        """About how many snapshots are due in a training.
+        """About how many snapshots a training has, with the one at its end.
 
         Args:
             validations: Number of validations of the training; may be infinite.
@@ -133,17 +133,23 @@ class Schedule:
 
         Example:
             >>> Schedule(every_n_validations=2).count(10, 1000), Schedule(at_steps=[0, 10, 5000]).count(10, 1000)
-            (5.0, 2.0)
+            (5, 3)
             >>> Schedule(log_spaced=10).count(10, 1000)
-            31.0
+            29
         """
         if self.every_n_validations:
-            return validations / self.every_n_validations + (not self.is_explicit)
-        if self.at_steps is not None:
-            return float(sum(step <= steps for step in self.at_steps))
-        if self.every_n_steps:
-            return 1 + steps / self.every_n_steps
-        return 1 + (self.log_spaced or 1) * math.log10(max(1, steps))
+            found = validations / self.every_n_validations + (not self.is_explicit)
+        elif not math.isfinite(steps):
+            found = steps if self.at_steps is None else len(set(self.at_steps))
+        elif self.every_n_steps:
+            found = 1 + steps / self.every_n_steps
+        else:
+            due, step = {steps}, self.next_step_after(-1)
+            while step is not None and step <= steps:
+                due.add(step)
+                step = self.next_step_after(step)
+            found = len(due)
+        return math.ceil(found - 1e-6) if math.isfinite(found) else found
 
     def __str__(self) -> str:
         if self.every_n_steps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
@@ -24,8 +25,7 @@ class SnapshotBar:
     """
 
     def __init__(self, name: str) -> None:
-        self._display = ProgressDisplay(self._make, f"{name}: snapshot, ")
-        self._name = name
+        self._display = ProgressDisplay(partial(_bar, desc=f"{name}: snapshot: "), f"{name}: snapshot, ")
 
     def of(self, trainer: pl.Trainer) -> ProgressDisplay | None:
         """Where to show a snapshot; None for nowhere, as the trainer shows no bars or this is not its first process."""
@@ -33,6 +33,7 @@ class SnapshotBar:
         is_shown = bar is not None and getattr(bar, "is_enabled", True) and trainer.is_global_zero
         return self._display if is_shown else None
 
-    def _make(self, **options: Any) -> Any:
-        # Lightning's own bars are written to the standard output; another stream would mix with them.
-        return tqdm(desc=f"{self._name}: snapshot", delay=DELAY, leave=False, file=sys.stdout, **options)
+
+def _bar(**options: Any) -> Any:
+    # Lightning's own bars are written to the standard output; another stream would mix with them.
+    return tqdm(delay=DELAY, leave=False, file=sys.stdout, **options)

@@ -384,6 +384,12 @@ def has_received_sigterm(trainer: pl.Trainer) -> bool:
     return bool(getattr(trainer, "received_sigterm", False))
 
 
+def sigterm_exception(trainer: pl.Trainer) -> BaseException:
+    """What the trainer raises between two batches after SIGTERM."""
+    cls = member(package_of(trainer), "utilities.exceptions.SIGTERMException") or SystemExit
+    return cls()  # type: ignore[no-any-return]
+
+
 # Internals of Lightning, each with a fallback for versions without it. tests/training/test_lightning_internals.py names
 # all of them.
 

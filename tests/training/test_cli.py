@@ -284,23 +284,31 @@ class TinyGPT2(BoringModel):
 
 
 ESTIMATE = re.compile(
-    r"^(?P<name>\w+): (?P<samples>[\d,]+) samples, .*metric, .*edges.* \(.* operations\): about .* with \d+ threads?, "
-    r".*B of memory at its peak, and (?P<size>[\d.]+) (?P<unit>[kM])B for each file\.$"
+    r"^(?P<name>\w+): (?P<snapshots>\d+) snapshots .*, each with (?P<samples>[\d,]+) samples, .*metric, .*edges.*, "
+    r"about .* each and .* in total.*\.\n"
+    r"  \d+ threads?: .*B of memory at its peak; (?P<size>[\d.]+) (?P<unit>[kM])B for each of (?P<files>[\d,]+) files, "
+    r".* in all\.$",
+    re.MULTILINE,
 )
 
 
-def test_estimate_says_what_a_snapshot_of_a_recipe_costs(tmp_path: Path) -> None:
+def test_estimate_says_what_the_snapshots_of_a_recipe_cost(tmp_path: Path) -> None:
     before = set(ROOT.iterdir())
-    recipe = ("--config", "recipes/digits_mlp.yaml")
-    (line,) = command("estimate", *recipe).splitlines()
-    found = ESTIMATE.match(line)
-    assert found, line
+    recipe = ("--config", "recipes/digits_mlp.yaml", "--trainer.max_epochs=2")
+    said = command("estimate", *recipe)
+    found = ESTIMATE.match(said)
+    assert found, said
     assert set(ROOT.iterdir()) == before, "and writes nothing"
-    command("validate", *recipe, "--trainer.default_root_dir", str(tmp_path))
-    (file,) = tmp_path.glob("lightning_logs/version_0/lib/**/*.safetensors")
+    command("fit", *recipe, "--trainer.default_root_dir", str(tmp_path))
+    (folder,) = tmp_path.glob("lightning_logs/version_0/lib/snapshots")
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) == int(found["snapshots"])
+    assert int(found["files"]) == 3 * len(files), "with those of the baselines"
     predicted = float(found["size"]) * {"k": 1e3, "M": 1e6}[found["unit"]]
-    assert predicted / 2 < file.stat().st_size < 2 * predicted
-    assert InteractionGraph.load(file).info["n_samples"] == int(found["samples"].replace(",", ""))
+    assert predicted / 2 < files[-1].stat().st_size < 2 * predicted
+    graph = InteractionGraph.load(files[0])
+    assert graph.info["n_samples"] == int(found["samples"].replace(",", ""))
+    assert graph.info["effort"]["n_probes"] is None
 
 
 def test_estimate_follows_the_settings_of_each_callback(
@@ -315,13 +323,13 @@ def test_estimate_follows_the_settings_of_each_callback(
         )
     ]
     model = {"class_path": "tests.training.test_cli.TinyGPT2", "init_args": {"tokens": 8}}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"model": model, "trainer": {"callbacks": callbacks}}))
+    trainer = {"callbacks": callbacks, "max_epochs": 3}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"model": model, "trainer": trainer}))
     main(["estimate", "--config", "run.yaml"])
-    sampled, exact = capsys.readouterr().out.splitlines()
-    assert "sampled: 10 samples, 3 probes per sample for the metric, edges from 2 features per sample" in sampled
-    assert "exact: 24 samples, the exact metric, exact edges" in exact
-    assert ESTIMATE.match(sampled)
-    assert ESTIMATE.match(exact)
+    said = capsys.readouterr().out
+    sampled, exact = ESTIMATE.finditer(said)
+    assert "10 samples, 3 probes per sample for the metric, edges from 2 features per sample" in sampled[0]
+    assert "24 samples, the exact metric, exact edges" in exact[0]
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +12,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lib_lightning import InteractionGraph, LIBCallback
+from lib_lightning import InteractionGraph, LIBCallback, estimate_cost
 from lib_lightning.io.run_layout import RunLayout
 from lib_lightning.training.effort import RunPlanner, expected_snapshots
 from tests.tiny_training import Classifier, trainer_of
@@ -155,7 +156,7 @@ def test_seconds_are_those_of_an_estimate_where_it_is_a_small_part_and_decide_no
         asked.append(settings)
         if estimated is None:
             raise ValueError("no estimate")
-        return SimpleNamespace(seconds=estimated)
+        return SimpleNamespace(seconds=estimated, file_bytes=1000, num_features=(3,))
 
     monkeypatch.setattr("lib_lightning.training.effort.estimate_cost", estimate)
     plans = []
@@ -174,6 +175,68 @@ def test_seconds_are_those_of_an_estimate_where_it_is_a_small_part_and_decide_no
         assert slow.seconds == fast.seconds == pytest.approx(estimated + 0.8)
     else:
         assert slow.seconds > fast.seconds
+
+
+def test_a_plan_predicts_the_time_of_its_snapshots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lib_lightning.training.effort._MAX_ESTIMATE_SHARE", 1e9)
+    asked = []
+
+    def estimate(*args: Any, **settings: Any) -> Any:
+        asked.append(estimate_cost(*args, **settings))
+        return asked[-1]
+
+    monkeypatch.setattr("lib_lightning.training.effort.estimate_cost", estimate)
+    callback = LIBCallback(at_steps=[0])
+    trainer_of(tmp_path, callback, max_epochs=1).fit(Images(64))
+    assert len(asked) == 1, "in the midst of a training"
+    plan = callback.state.plan
+    assert plan is not None
+    assert asked[0].plan.num_samples == plan.effort.num_samples
+    assert plan.seconds == pytest.approx(asked[0].seconds + 0.8)
+    # The clock of a busy machine allows no closer look; tests/benchmarks/estimates.py takes it.
+    assert callback.graph is not None
+
+
+def test_plans_include_the_metric_that_is_chosen(tmp_path: Path) -> None:
+    operations = {}
+    for metric, options in (("chosen", {}), ("pca", {"final_basis": "pca"}), ("fisher", {"final_metric": "fisher"})):
+        callback = LIBCallback(["net.4", "net.5"], 8, n_probes=2, n_pushed=2, at_steps=[0], **options)
+        trainer_of(tmp_path / metric, callback, max_epochs=1).fit(ManyClasses())
+        assert callback.state.plan is not None
+        operations[metric] = callback.state.plan.effort.operations
+    assert operations["chosen"] == operations["fisher"] > operations["pca"]
+
+
+class Stream(IterableDataset[Tensor]):
+    """Samples without a length."""
+
+    def __init__(self, data: Tensor) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.data)
+
+
+class Streamed(Images):
+    """A training that cannot tell how many steps it has."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(Stream(self.data), batch_size=32)
+
+
+def test_a_training_of_unknown_length_has_a_snapshot_at_every_validation(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch"):
+        logging.getLogger(name).propagate = True
+    caplog.set_level("INFO")
+    callback = LIBCallback()
+    trainer_of(tmp_path, callback, max_epochs=3).fit(Streamed(64))
+    assert callback.snapshots >= 3
+    assert callback.state.plan is not None
+    assert callback.state.plan.snapshots is None
+    (said,) = {record.message for record in caplog.records if "lib: snapshots " in record.message}
+    assert "step -1" not in said
 
 
 def test_no_estimate_in_a_short_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -227,3 +227,86 @@ def test_another_thread_neither_handles_nor_blocks_signals() -> None:
     thread.start()
     thread.join()
     assert safe_points._deferred is None
+
+
+class Slow(nn.Module):
+    """A forward pass of many seconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.calls = nn.Linear(4, 3), nn.Linear(3, 2), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).tanh()
+        self.calls += 1
+        for _ in range(500):
+            time.sleep(0.01)
+            x = x * 1.0
+        return self.last(x)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_ctrl_c_ends_a_long_forward_pass(dtype: Any) -> None:
+    model, x = Slow(), torch.randn(12, 4)
+    before = state_of(model)
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    started = time.perf_counter()
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        compute_interaction_graph(model, [x], ["first", "last"], dtype=dtype)
+    assert time.perf_counter() - started < 2.5
+    assert_same(state_of(model), before)
+    assert model.calls == 0, "only a copy has run"
+    assert not model.first._forward_hooks
+    assert isinstance(model.first.weight, nn.Parameter)
+
+
+def test_sigterm_ends_a_long_forward_pass_of_a_snapshot(tmp_path: Path) -> None:
+    import lightning.pytorch as pl
+
+    class Training(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Slow()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return self.net.last(self.net.first(batch)).mean()
+
+        def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+            self.net(batch)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+        def train_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(torch.randn(12, 4), batch_size=4)
+
+        val_dataloader = train_dataloader
+
+    class Send(pl.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            sent.append(time.perf_counter() + 0.5)
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    sent: list[float] = []
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    callback = LIBCallback(["net.first", "net.last"], at_steps=[0])
+    trainer = pl.Trainer(
+        default_root_dir=tmp_path, callbacks=[Send(), callback], max_epochs=1, accelerator="cpu", devices=1,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )  # fmt: skip
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "_exit", lambda code: None)
+            with pytest.raises(SystemExit):
+                trainer.fit(Training())
+        assert time.perf_counter() - sent[0] < 2
+    finally:
+        for s, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
+            signal.signal(s, handler)
+    assert callback.snapshots == 0
+    assert not files(tmp_path)
