@@ -32,10 +32,10 @@ MIN_OPERATIONS = 1e10
 _BESIDE_GRAPHS, _SECONDS_BESIDE_GRAPHS = 5e9, 0.8
 # A training step has one forward pass and two backward passes, for activations and weights.
 _PASSES = 3
-# `estimate_cost` takes about a tenth of a graph, but at least two seconds. It is asked where that is at most 1% of the
-# training and its snapshots; else the rate of operations is that of forward passes, which graphs reach within a factor
-# of two.
-_ESTIMATE_SHARE, _ESTIMATE_OPERATIONS, _MAX_ESTIMATE_SHARE = 0.1, 4e10, 0.01
+# `estimate_cost` takes about a tenth of a graph, but at least two seconds. It is asked where that is at most 3% of what
+# all snapshots take; else the rate of operations is that of forward passes, which graphs reach within a factor of two,
+# of convolutions of four.
+_ESTIMATE_SHARE, _ESTIMATE_OPERATIONS, _MAX_ESTIMATE_SHARE = 0.1, 4e10, 0.03
 _TIMED_PASSES = 2
 # The type of numbers in files that is expected of models without a setting.
 _FLOAT = torch.float32
@@ -156,7 +156,7 @@ class RunPlanner:
         training = self._training_operations(cost, size)
         plan = self._choose(cost, training, settings)
         cost_estimate = None
-        if estimate or self._can_estimate(plan, training):
+        if estimate or self._can_estimate(plan):
             cost_estimate = _estimate(instrumented, batch, settings, plan, estimate)
         if cost_estimate is None:
             with model_session(instrumented):
@@ -188,11 +188,11 @@ class RunPlanner:
             seconds.append(time.perf_counter() - started)
         return cost.forward.of(instrumented.num_samples(batch)) / max(min(seconds), 1e-9)
 
-    def _can_estimate(self, plan: RunPlan, training: float) -> bool:
-        """Whether an estimate takes little time beside training and snapshots, and no other process waits for it."""
+    def _can_estimate(self, plan: RunPlan) -> bool:
+        """Whether an estimate takes little time beside the snapshots, and no other process waits for it."""
         needed = max(_ESTIMATE_SHARE * plan.effort.operations, _ESTIMATE_OPERATIONS)
         snapshots = (plan.snapshots or 1) * self._of_snapshot(plan.effort)
-        return needed <= _MAX_ESTIMATE_SHARE * (training + snapshots) and self._trainer.world_size == 1
+        return needed <= _MAX_ESTIMATE_SHARE * snapshots and self._trainer.world_size == 1
 
     def _choose(self, cost: ModelCost, training: float, settings: PlanSettings) -> RunPlan:
         allowed, due = self._share * training, self._number_due()

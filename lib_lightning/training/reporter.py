@@ -197,6 +197,8 @@ class SnapshotReporter:
     def log_failure(self, step: int, error: Exception) -> None:
         """Log that a snapshot has failed, and why; the same reason once. How many have failed is logged at the end."""
         reason = brief(error, 400)
+        if isinstance(error, OSError) and self.layout is not None and str(self.layout.path) not in reason:
+            reason = f"{reason.rstrip('.')}: {self.layout.path}"
         if reason not in self._failures:
             self._failures.add(reason)
             log.warning(

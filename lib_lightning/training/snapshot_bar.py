@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 # Snapshots that take fewer seconds than this have no bar.
 DELAY = 5.0
+# Rich's bars count whole numbers.
+_PERCENT = 100
 
 
 class SnapshotBar:
@@ -25,15 +28,65 @@ class SnapshotBar:
     """
 
     def __init__(self, name: str) -> None:
-        self._display = ProgressDisplay(partial(_bar, desc=f"{name}: snapshot: "), f"{name}: snapshot, ")
+        self._name = name
 
     def of(self, trainer: pl.Trainer) -> ProgressDisplay | None:
         """Where to show a snapshot; None for nowhere, as the trainer shows no bars or this is not its first process."""
         bar: Any = trainer.progress_bar_callback
-        is_shown = bar is not None and getattr(bar, "is_enabled", True) and trainer.is_global_zero
-        return self._display if is_shown else None
+        if bar is None or not getattr(bar, "is_enabled", True) or not trainer.is_global_zero:
+            return None
+        prefix = f"{self._name}: snapshot, "
+        progress = getattr(bar, "progress", None)
+        if progress is not None and progress.live.is_started:  # of a RichProgressBar
+            return ProgressDisplay(partial(_RichBar, progress), prefix)
+        return ProgressDisplay(partial(_tqdm, desc=f"{self._name}: snapshot: "), prefix)
 
 
-def _bar(**options: Any) -> Any:
+def _tqdm(**options: Any) -> Any:
     # Lightning's own bars are written to the standard output; another stream would mix with them.
     return tqdm(delay=DELAY, leave=False, file=sys.stdout, **options)
+
+
+class _RichBar:
+    """A bar among those of a RichProgressBar, as far as a `ProgressDisplay` needs one.
+
+    Args:
+        progress: The trainer's bars, of class `rich.progress.Progress`.
+        total: Where the bar ends.
+        options: Other options of tqdm, which have no meaning here.
+
+    Attributes:
+        n: How far the bar is.
+    """
+
+    def __init__(self, progress: Any, total: float, **options: Any) -> None:
+        self._progress, self._total = progress, total
+        self._started = time.monotonic()
+        self._description, self._task = "", None
+        self.n = 0.0
+
+    def __enter__(self) -> _RichBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+            self._progress.refresh()
+
+    def set_description(self, description: str, refresh: bool = True) -> None:
+        """Set the text beside the bar."""
+        self._description = description
+
+    def update(self, n: float) -> None:
+        """Move the bar on."""
+        self.n += n
+        if self._task is None:
+            waiting = time.monotonic() - self._started
+            if waiting < DELAY:
+                return
+            self._task = self._progress.add_task(self._description, total=_PERCENT)
+            # For the rate, and so for the remaining time.
+            self._progress.tasks[-1].start_time -= waiting
+        self._progress.update(
+            self._task, completed=round(_PERCENT * self.n / self._total), description=self._description
+        )

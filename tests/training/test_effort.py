@@ -159,10 +159,11 @@ def test_seconds_are_those_of_an_estimate_where_it_is_a_small_part_and_decide_no
         return SimpleNamespace(seconds=estimated, file_bytes=1000, num_features=(3,))
 
     monkeypatch.setattr("lib_lightning.training.effort.estimate_cost", estimate)
+    monkeypatch.setattr("lib_lightning.training.effort._ESTIMATE_OPERATIONS", 1e9)
     plans = []
     for rate in (1e9, 1e12):
         monkeypatch.setattr(RunPlanner, "_forward_rate", lambda *args, rate=rate: rate)
-        callback = LIBCallback(at_steps=[1])
+        callback = LIBCallback(at_steps=[1, *range(100, 105)], max_overhead=0.03)
         trainer_of(tmp_path / str(rate), callback, Stop(), max_epochs=200_000).fit(Images(64))
         plans.append(callback.state.plan)
     assert len(asked) == 2, "once in each run"

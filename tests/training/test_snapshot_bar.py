@@ -23,11 +23,56 @@ def test_a_bar_appears_where_the_trainer_shows_bars_and_the_snapshot_is_long(
 ) -> None:
     pl = importlib.import_module(package)
     monkeypatch.setattr(snapshot_bar, "DELAY", delay)
+    # Where rich is installed, its bars are the default.
+    bars = [importlib.import_module(f"{package}.callbacks").TQDMProgressBar()] if is_enabled else []
     trainer = pl.Trainer(
-        default_root_dir=tmp_path, callbacks=[LIBCallback(node_layers=NODE_LAYERS)], max_epochs=1, accelerator="cpu",
-        devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=is_enabled, enable_model_summary=False,
+        default_root_dir=tmp_path, callbacks=[*bars, LIBCallback(node_layers=NODE_LAYERS)], max_epochs=1,
+        accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=is_enabled,
+        enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(model_of(package))
     said = capsys.readouterr().out
     assert ("lib: snapshot" in said) == (is_enabled and delay == 0)
     assert ("Epoch 0" in said) == is_enabled
+
+
+def test_bars_of_rich_have_one_more_as_long_as_the_snapshot_lasts(tmp_path: Path, monkeypatch: Any) -> None:
+    from lightning.pytorch.callbacks import RichProgressBar
+
+    monkeypatch.setattr(snapshot_bar, "DELAY", 0.0)
+    pl = importlib.import_module(PACKAGES[0])
+    seen: list[tuple[str, float, bool]] = []
+    removed: list[Any] = []
+
+    class Bar(RichProgressBar):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            super().on_train_start(trainer, pl_module)
+            progress: Any = self.progress
+            update, remove = progress.update, progress.remove_task
+
+            def watched(task: Any, **options: Any) -> None:
+                update(task, **options)
+                if "description" in options and "snapshot" in options["description"]:
+                    (found,) = (one for one in progress.tasks if one.id == task)
+                    seen.append((found.description, found.percentage, progress.live.is_started))
+
+            def removing(task: Any) -> None:
+                remove(task)
+                removed.append(task)
+
+            progress.update, progress.remove_task = watched, removing
+
+    bar = Bar()
+    trainer = pl.Trainer(
+        default_root_dir=tmp_path, callbacks=[bar, LIBCallback(node_layers=NODE_LAYERS, at_steps=[1, 3])],
+        max_epochs=1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(model_of(PACKAGES[0]))
+    assert len(removed) >= 2
+    assert all(is_live for *_, is_live in seen)
+    assert any(description.startswith("lib: snapshot, edges from") for description, *_ in seen)
+    shares = [percentage for _, percentage, _ in seen]
+    assert max(shares) == 100
+    assert bar.progress is not None
+    assert not [task for task in bar.progress.tasks if "snapshot" in task.description]
