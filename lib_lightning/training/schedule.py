@@ -155,7 +155,7 @@ class Schedule:
         if self.every_n_steps:
             return f"before training and every {counted(self.every_n_steps, 'step')}"
         if self.at_steps is not None:
-            return f"at the {counted(len(self.at_steps), 'step')} given"
+            return f"at the {counted(len(self.at_steps), 'step')} given and at the end"
         if self.log_spaced:
             return f"before training and {self.log_spaced:,} per tenfold increase of the step"
         n = self.every_n_validations or 1

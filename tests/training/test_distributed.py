@@ -141,3 +141,15 @@ def test_probes_of_two_processes_estimate_the_same_metric(runs: tuple[Path, str]
     graphs = [InteractionGraph.load(runs[0] / name / "lib" / "final.safetensors") for name in ("repeated", "probes")]
     exact, sampled = (graph.bases["net.0:input"].importance for graph in graphs)
     assert 0 < (exact.sum() - sampled.sum()).abs() / exact.sum() < 0.2
+
+
+def test_two_processes_obey_sigterm_in_the_middle_of_a_snapshot(tmp_path: Path) -> None:
+    torchrun("tests/stopped_processes.py", tmp_path)
+    for found in (torch.load(tmp_path / f"process-{rank}.pt") for rank in (0, 1)):
+        assert found["kind"] == "SIGTERMException"
+        assert found["seconds"] < 2
+        assert (found["snapshots"], found["steps"]) == (0, 0)
+        assert found["same"]
+        assert all(found["modes"]), "in training mode, as before"
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not list(tmp_path.rglob("*.tmp"))
