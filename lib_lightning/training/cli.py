@@ -204,14 +204,12 @@ def _estimate(words: Sequence[str]) -> None:
             result = planner.plan(instrumented, batches[0], settings, estimate=True)
         plan, estimate = result.plan, result.estimate
         print(f"{callback.name}: {planner.describe(plan)}.")
-        if estimate is not None:
-            file_bytes = callback.file_bytes(result)
-            files = (plan.snapshots or 1) * len(callback.computer.prefixes)
-            in_all = f" of {files:,} files, {size(files * file_bytes)} in all" if plan.snapshots else " file"
-            print(
-                f"  {estimate.where}: {size(estimate.peak_bytes)} of memory at its peak; "
-                f"{size(file_bytes)} for each{in_all}."
-            )
+        assert estimate is not None
+        file_bytes = callback.file_bytes(result)
+        files = (plan.snapshots or 1) * len(callback.computer.prefixes)
+        in_all = f" of {files:,} files, {size(files * file_bytes)} in all" if plan.snapshots else " file"
+        peak = f"{size(estimate.peak_bytes)} of memory at its peak"
+        print(f"  {estimate.where}: {peak}; {size(file_bytes)} for each{in_all}.")
         for warning in result.warnings:
             print(f"  {warning}")
 
@@ -298,7 +296,8 @@ def _model_and_samples(words: Sequence[str], num_samples: int | None = None) -> 
             training_steps(trainer)  # sets up the training data, as a plan needs them
             raise _AllCollected
 
-        on_train_start = on_sanity_check_end  # without a sanity check
+        def on_train_start(self, trainer: Any, *_: Any) -> None:  # without a sanity check
+            self.on_sanity_check_end(trainer)
 
     with _quiet():
         single = [f"--trainer.{option}" for option in ("devices=1", "strategy=auto", "logger=false")]

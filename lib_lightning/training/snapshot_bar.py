@@ -62,7 +62,8 @@ class _RichBar:
     def __init__(self, progress: Any, total: float, **options: Any) -> None:
         self._progress, self._total = progress, total
         self._started = time.monotonic()
-        self._description, self._task = "", None
+        self._description = ""
+        self._task: Any = None  # as long as the delay lasts
         self.n = 0.0
 
     def __enter__(self) -> _RichBar:

@@ -387,7 +387,7 @@ def has_received_sigterm(trainer: pl.Trainer) -> bool:
 def sigterm_exception(trainer: pl.Trainer) -> BaseException:
     """What the trainer raises between two batches after SIGTERM."""
     cls = member(package_of(trainer), "utilities.exceptions.SIGTERMException") or SystemExit
-    return cls()  # type: ignore[no-any-return]
+    return cls()
 
 
 # Internals of Lightning, each with a fallback for versions without it. tests/training/test_lightning_internals.py names
