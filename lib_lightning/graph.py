@@ -384,7 +384,9 @@ class InteractionGraph:
         """Compute metrics, and store them with their standard errors as ``info["metrics"]``.
 
         Standard errors are those of the jackknife over `replicates`. For metrics of modules, they hold for these
-        modules. For metrics of ablation curves, they are unknown.
+        modules. For metrics of ablation curves, they are unknown. Edges from a random choice of features look sparser
+        than exact ones, as some are never chosen: there, errors include that bias, which the jackknife estimates, too
+        (Quenouille 1956, https://doi.org/10.1093/biomet/43.3-4.353).
 
         Args:
             metrics: As for `lib_lightning.metrics.graph_scalars`, or prepared for several graphs.
@@ -411,7 +413,7 @@ class InteractionGraph:
             None if curves is None else [curves.get(section) for section in self.edges],
             partitions,
         )
-        errors = self._standard_errors(prepared, partitions)
+        errors = self._standard_errors(prepared, partitions, scalars)
         self.info[keys.METRICS] = {
             # JSON has no NaN.
             key: {"value": _or_none(value), "error": _or_none(errors.get(key, math.nan))}
@@ -419,7 +421,9 @@ class InteractionGraph:
         }
         return scalars
 
-    def _standard_errors(self, metrics: GraphMetrics, partitions: Partitions) -> dict[str, float]:
+    def _standard_errors(
+        self, metrics: GraphMetrics, partitions: Partitions, scalars: Mapping[str, float]
+    ) -> dict[str, float]:
         if self.replicates is None:
             return {}
         importance, edges = self.replicates.importance, self.replicates.edges
@@ -431,11 +435,13 @@ class InteractionGraph:
             )
             for g in range(min(len(E) for E in edges.values()))
         ]
-        names = replicates[0] if replicates else {}
-        return {
-            key: float(standard_error(torch.tensor([r[key] for r in replicates], device="cpu").double()))
-            for key in names
-        }
+        is_sampled = self.info.get(keys.SETTINGS, {}).get("n_pushed") is not None
+        found = {}
+        for key in replicates[0] if replicates else ():
+            x = torch.tensor([r[key] for r in replicates], dtype=torch.float64, device="cpu")
+            bias = (len(x) - 1) * (float(x.mean()) - scalars[key]) if is_sampled else 0.0
+            found[key] = math.hypot(float(standard_error(x)), bias)
+        return found
 
     def to_networkx(self) -> nx.DiGraph[tuple[str, int]]:
         """Convert to a directed graph.

@@ -110,3 +110,24 @@ def test_features_that_are_not_tracked_have_their_index_in_their_id() -> None:
 def test_features_that_do_not_exist(which: Any, message: str) -> None:
     with pytest.raises(LIBError, match=message):
         tracked([7, 5]).feature(which)
+
+
+def test_errors_of_metrics_include_that_sampled_edges_look_sparser() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 24), nn.LayerNorm(24), nn.Tanh(), nn.Linear(24, 24), nn.Softmax(-1))
+    x = torch.randn(64, 24) * torch.linspace(0.3, 1.5, 24)
+    layers, key = ["input", "2", "output"], "effective_edges/total"
+
+    def measured(x: torch.Tensor, **options: Any) -> tuple[float, float, float]:
+        graph = compute_interaction_graph(model, [x], layers, basis="pca", output_distribution="none", **options)
+        value, error = graph.measure()[key], graph.info["metrics"][key]["error"]
+        graph.info["settings"]["n_pushed"] = None
+        graph.measure()
+        return value, error, graph.info["metrics"][key]["error"]
+
+    exact, with_bias, without = measured(x, effort="exact")
+    assert with_bias == without
+    repetitions = [measured(x[torch.randperm(64)], n_pushed=3) for _ in range(20)]
+    assert all(value < exact for value, *_ in repetitions)
+    assert all(exact - value < 2 * error for value, error, _ in repetitions)
+    assert sum(exact - value < 2 * error for value, _, error in repetitions) < 10

@@ -63,7 +63,7 @@ FLOP_FORMULAS |= {getattr(torch.ops.aten, name): f for name, f in _FUSED.items()
 _PROBES, _PUSHED = 4, 8
 # Rows of activations that fix the leading directions of a basis, at least; and per direction.
 _MIN_ROWS, _ROWS_PER_DIRECTION = 128, 8
-_MIN_SAMPLES = 32
+_MIN_SAMPLES = 24
 # The same number of operations takes a graph longer than training steps: 0.9 to 1.9 times on eight models.
 _SLOWER = 1.4
 # What a number in a result, and the call of a kernel, cost in floating-point operations of matrix products.
