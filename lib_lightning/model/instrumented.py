@@ -25,7 +25,7 @@ from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.module_paths import accepts_hooks, as_in_model, check_taps, find_module, unwrapped
 from lib_lightning.model.node_layer import OUTPUT, NodeLayer, has_known_axis
 from lib_lightning.model.not_called import NotCalledError, explain_not_called
-from lib_lightning.model.preserve import MAX_COPIED_BYTES, preserve_model
+from lib_lightning.model.preserve import MAX_COPIED_BYTES, is_running_copy, preserve_model
 from lib_lightning.model.process_state import seed_all
 from lib_lightning.model.replica import Copier
 from lib_lightning.model.safe_points import interruptible, safe_point
@@ -111,7 +111,7 @@ class InstrumentedModel:
             return
         original = self.model
         with preserve_model(original, max_bytes) as self.model:
-            self._in_session, self._is_copy = True, self.model is not original
+            self._in_session, self._is_copy = True, is_running_copy(self.model)
             try:
                 if self.spec.dtype is not None:
                     convert_attributes(self.model, self.spec.dtype)

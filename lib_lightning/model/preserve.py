@@ -32,6 +32,8 @@ COPIED_SHARE = 0.25
 MAX_COPIED_BYTES = 2**29
 # Models that run themselves, because they cannot be copied, or can be reached from their copy.
 _NOT_COPIED: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
+# What runs in the blocks of `preserve_model` at present, and whether it is a copy.
+_RUNNING: dict[int, tuple[nn.Module, bool]] = {}
 
 
 def copied_bytes(memory_limit: float) -> int:
@@ -64,7 +66,7 @@ def preserve_model(model: nn.Module, max_bytes: int = MAX_COPIED_BYTES) -> Itera
             copy, which may then not write to them.
 
     Yields:
-        The module to run.
+        The module to run. It runs itself in further such blocks within this one.
 
     Raises:
         LIBError: If the model has lazy parameters, which take their shapes from the first batch of training; if it
@@ -78,9 +80,13 @@ def preserve_model(model: nn.Module, max_bytes: int = MAX_COPIED_BYTES) -> Itera
         >>> model.training
         True
     """
-    _check_not_lazy(model)
     with PROCESS_LOCK, ExitStack() as stack:
         stack.callback(save_rng())
+        if id(model) in _RUNNING:
+            with torch.inference_mode(False), torch.enable_grad():
+                yield model
+            return
+        _check_not_lazy(model)
         stack.enter_context(considerate_threads())
         module = stack.enter_context(_module_to_run(model, max_bytes))
         stack.callback(change_settings())
@@ -100,7 +106,21 @@ def preserve_model(model: nn.Module, max_bytes: int = MAX_COPIED_BYTES) -> Itera
             m.training = False
         for parameter in module.parameters():
             parameter.requires_grad_(False)
+        _RUNNING[id(module)] = module, module is not model
+        stack.callback(_RUNNING.pop, id(module))
         yield module
+
+
+def is_running_copy(module: nn.Module) -> bool:
+    """Whether a module is the copy that runs in a block of `preserve_model`.
+
+    Example:
+        >>> model = nn.Dropout()
+        >>> with preserve_model(model) as copy:
+        ...     is_running_copy(copy), is_running_copy(model)
+        (True, False)
+    """
+    return _RUNNING.get(id(module), (None, False))[1]
 
 
 @contextmanager

@@ -52,25 +52,27 @@ class SampleSources:
 
     def __init__(self, model: nn.Module) -> None:
         self._fixed = _Fixed(model)
-        self._first: list[dict[_Place, Tensor]] = []
+        self._first: dict[_Place, Tensor] | None = None
         self._others: list[dict[_Place, Tensor]] = []
         self._masks: dict[int, Tensor] | None = None
         self._changed: set[_Place] | None = None
         self._marked: list[Tensor] = []
 
     @contextmanager
-    def compare(self, hold_masks: bool = False, again: bool = False) -> Iterator[None]:
+    def compare(self, hold_masks: bool = False) -> Iterator[None]:
         """Run the model in this block: in the first block on the samples to look at, then on others.
 
         Args:
             hold_masks: Whether to replace boolean tensors that the model computes from integers (``tokens == pad``) by
                 those of the first block, so that they are the same for all samples.
-            again: Whether this is another run on the first samples. What differs then does not come from the samples.
         """
         fingerprints = _Fingerprints(self._fixed, self._held(hold_masks))
         with _following(fingerprints):
             yield
-        (self._first if again or not self._first else self._others).append(fingerprints.found)
+        if self._first is None:
+            self._first = fingerprints.found
+        else:
+            self._others.append(fingerprints.found)
         self._changed = None
 
     @contextmanager
@@ -83,6 +85,9 @@ class SampleSources:
     def mark(self, again: bool = False, hold_masks: bool = False) -> Iterator[list[Tensor]]:
         """Make leaves of the sources, in a run on the first set of samples.
 
+        What differs from the first run on them does not come from the samples, such as random numbers that no seed
+        reaches, and is no source.
+
         Args:
             again: Whether a tensor without history is a source although it was computed from one (under ``no_grad``).
             hold_masks: As for `compare`.
@@ -90,7 +95,8 @@ class SampleSources:
         Yields:
             The leaves; filled during the block.
         """
-        leaves = _Leaves(self._fixed, self.changed, again, self._held(hold_masks))
+        candidates = {place: self._first[place] for place in self.changed} if self._first else {}
+        leaves = _Leaves(self._fixed, candidates, again, self._held(hold_masks))
         with _following(leaves):
             yield leaves.found
         self._marked += leaves.marked
@@ -99,16 +105,13 @@ class SampleSources:
     def changed(self) -> set[_Place]:
         """Places of the tensors that differed."""
         if self._changed is None:
-            if not self._first:
-                return set()
-            first, *again = self._first
-            differs = [set().union(*(_different(first, run) for run in runs)) for runs in (self._others, again)]
-            self._changed = differs[0] - differs[1]
+            first = self._first or {}
+            self._changed = set().union(*(_different(first, run) for run in self._others))
         return self._changed
 
     def forget(self) -> None:
         """Forget the runs, to compare other samples."""
-        self._first, self._others, self._masks, self._changed = [], [], None, None
+        self._first, self._others, self._masks, self._changed = None, [], None, None
 
     def release(self) -> None:
         """Remove the history of tensors that outlive the run, such as those stored by a module."""
@@ -233,7 +236,7 @@ class _Fingerprints(_Operations):
         super().__init__(fixed, masks)
         self.found: dict[_Place, Tensor] = {}
         self._known: dict[tuple[int, int], Tensor] = {}
-        self._weights: dict[tuple[int, torch.device], Tensor] = {}
+        self._fingerprint = _Fingerprint()
 
     def visit(self, place: _Place, t: Tensor) -> None:
         key = id(t), t._version if not t.is_inference() else 0
@@ -242,7 +245,14 @@ class _Fingerprints(_Operations):
             self._known[key] = self._fingerprint(t.detach())
         self.found[place] = self._known[key]
 
-    def _fingerprint(self, t: Tensor) -> Tensor:
+
+class _Fingerprint:
+    """The function from a tensor to its two numbers. Equal tensors have equal ones."""
+
+    def __init__(self) -> None:
+        self._weights: dict[tuple[int, torch.device], Tensor] = {}
+
+    def __call__(self, t: Tensor) -> Tensor:
         try:
             numbers = torch.view_as_real(t) if t.is_complex() else t
             numbers = torch.nan_to_num(to_float64(numbers), nan=2.0, posinf=1.0, neginf=-1.0).flatten()
@@ -260,15 +270,21 @@ class _Fingerprints(_Operations):
 class _Leaves(_Operations):
     """Makes a leaf of each tensor that differs between samples and was not computed from another one."""
 
-    def __init__(self, fixed: _Fixed, changed: set[_Place], again: bool, masks: dict[int, Tensor] | None) -> None:
+    def __init__(
+        self, fixed: _Fixed, changed: dict[_Place, Tensor], again: bool, masks: dict[int, Tensor] | None
+    ) -> None:
         super().__init__(fixed, masks)
         self.found: list[Tensor] = []
         self.marked: list[Tensor] = []
+        # Fingerprints, in the first run on the same samples, of the tensors that differ between samples.
         self._changed, self._again = changed, again
         self._computed: set[int] = set()
+        self._fingerprint = _Fingerprint()
 
     def visit(self, place: _Place, t: Tensor) -> None:
         if t.requires_grad or place not in self._changed or (id(t) in self._computed and not self._again):
+            return
+        if _different({place: self._changed[place]}, {place: self._fingerprint(t.detach())}):
             return
         with torch.enable_grad():
             leaf = t.detach().clone().requires_grad_(True)

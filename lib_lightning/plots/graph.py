@@ -21,14 +21,14 @@ from lib_lightning.plots.layout import Band, Column, columns_by_importance, colu
 from lib_lightning.plots.legend import DASHES, MAX_WIDTH, ROW, dot_area, draw_legend, edge_style, legend_rows
 from lib_lightning.plots.lineage_series import as_array, degenerate_mask
 from lib_lightning.plots.palette import BETWEEN_MODULES, BLUE, MODULES, MUTED, TEXT, THEME, VERMILION, module_color
-from lib_lightning.plots.text_metrics import DPI, non_overlapping, percent, shorten, shorten_front, text_width
+from lib_lightning.plots.text_metrics import DPI, fit_names, non_overlapping, percent, shorten, text_width
 
 # Inches. With modules, there is one more line of counts below the graph.
 _HEIGHT, _GRAPH_BOTTOM, _GRAPH_HEIGHT, _TITLE_OFFSET, _COUNT_LINE = 5.4, 1.269, 2.943, 0.378, 0.21
 _COLUMN_WIDTH = 1.75
 # Longer columns have no space for text beside the dots.
 _MAX_LABELS = 16
-_NUMBER_SIZE, _LABEL_SIZE = 9.0, 8.5
+_NAME_SIZE, _NUMBER_SIZE, _LABEL_SIZE = 13.0, 9.0, 8.5
 # Points from the centre of a dot to the text beside it, and the line height of that text.
 _LABEL_OFFSET, _LINE_HEIGHT = 11.0, 11.0
 # Points to the right of the last column's labels, where the bands end.
@@ -118,8 +118,10 @@ def draw_graph(
     for x, E in enumerate(edges):
         inside = inside_modules(E, modules[x], modules[x + 1]) if modules is not None else None
         _draw_section(axes, x, E, (columns[x], columns[x + 1]), max_edges // len(edges), inside)
+    column_width = 72 * axes.bbox.width / DPI / np.ptp(axes.get_xlim())
+    headings, size = fit_names(tuple(basis.name for basis in bases), column_width - 6, _NAME_SIZE, 7.0, lines=3)
     for x, (basis, column) in enumerate(zip(bases, columns, strict=True)):
-        _draw_column(axes, x, basis, column, hollow[x], is_animated=layout is not None)
+        _draw_column(axes, x, basis, column, hollow[x], (headings[x], size), is_animated=layout is not None)
         next_column = columns[x + 1] if x + 1 < len(columns) else None
         _draw_labels(axes, x, column, shown_labels[x], next_column)
     draw_legend(figure, rows)
@@ -207,7 +209,9 @@ def _draw_section(
     )  # fmt: skip
 
 
-def _draw_column(axes: Axes, x: int, basis: Basis, column: Column, hollow: np.ndarray, is_animated: bool) -> None:
+def _draw_column(
+    axes: Axes, x: int, basis: Basis, column: Column, hollow: np.ndarray, heading: tuple[str, float], is_animated: bool
+) -> None:
     importance = as_array(basis.importance)
     shown, heights = column.shown, column.heights
     share = importance[shown] / max(importance.max(initial=0.0), np.finfo(float).tiny)
@@ -230,9 +234,10 @@ def _draw_column(axes: Axes, x: int, basis: Basis, column: Column, hollow: np.nd
     )  # fmt: skip
     count = f"{len(shown)} of {len(importance)}" if len(shown) < len(importance) else f"{len(importance)}"
     features = THEME["feature_names"].get(basis.kind, f"{basis.kind} features")
-    name, size = _fit_name(basis.name, 72 * axes.bbox.width / DPI / np.ptp(axes.get_xlim()) - 3)
+    text, size = heading
     axes.text(
-        x, 1.135, name, parse_math=False, ha="center", fontsize=size, fontweight="bold", color=TEXT, clip_on=False
+        x, 1.135, text, parse_math=False, ha="center", va="bottom", fontsize=size, fontweight="bold", color=TEXT,
+        clip_on=False, linespacing=1.0,
     )  # fmt: skip
     count_color = VERMILION if column.modules is None else MUTED
     axes.text(x, 1.055, f"{count} {features}", ha="center", fontsize=11, color=count_color, clip_on=False)
@@ -281,12 +286,3 @@ def _annotate(axes: Axes, x: int, y: float, text: str, size: float, left: bool) 
         ha="right" if left else "left", va="center", fontsize=size, color=TEXT, zorder=4, path_effects=_STROKE,
         parse_math=False,
     )  # fmt: skip
-
-
-def _fit_name(name: str, max_width: float) -> tuple[str, float]:
-    """Fit the name of a node layer into its column by reducing the font size, then cutting the beginning."""
-    # About 17 bold letters of size 13 fit between two columns.
-    size = min(13.0, max(7.0, 13.0 * 17 / max(len(name), 1)))
-    width = text_width(name, size, "bold")
-    size = max(min(size, 7.0), size * min(1.0, max_width / max(width, 1.0)))
-    return shorten_front(name, max_width, size, "bold"), size

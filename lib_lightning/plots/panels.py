@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from matplotlib.lines import Line2D
 
 from lib_lightning.plots.fast_axes import FastAxes
 from lib_lightning.plots.palette import MUTED, TEXT
-from lib_lightning.plots.text_metrics import DPI, shorten_front, text_width
+from lib_lightning.plots.text_metrics import DPI, fit_names, text_width
 
 Mark = Line2D | tuple[Line2D, ...]
 
@@ -22,7 +23,7 @@ _PANEL_WIDTH, _PANEL_HEIGHT, _PAGE_WIDTH = 2.25, 1.55, 6.4
 _LEFT, _RIGHT, _TOP, _BOTTOM, _ROW_GAP, _COLUMN_GAP, _LEGEND_LINE = 0.82, 0.14, 0.92, 0.62, 0.62, 0.22, 0.26
 _LEGEND_SIZE = 10.5
 _SEPARATE_SCALE_GAP, _SHARED_X_GAP = 0.6, 0.36
-_MAX_TITLE_SIZE, _MIN_TITLE_SIZE, _SECOND_LINE = 11.0, 8.5, 0.17
+_MAX_TITLE_SIZE, _MIN_TITLE_SIZE, _LINE = 11.0, 8.5, 0.17
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,9 @@ def panels(
     width = max(_PAGE_WIDTH, grid.columns * _PANEL_WIDTH + _LEFT + grid.right)
     panel_width = (width - _LEFT - grid.right - (grid.columns - 1) * column_gap) / grid.columns
     titles, size = _titles(names, 72 * panel_width - grid.title_margin)
-    second_line = _SECOND_LINE * any("\n" in panel_title for panel_title in titles)
-    top = _TOP + n_legend_lines * _LEGEND_LINE + second_line
-    row_gap = (_SHARED_X_GAP if grid.share_x else _ROW_GAP) + second_line
+    more_lines = _LINE * max((panel_title.count("\n") for panel_title in titles), default=0)
+    top = _TOP + n_legend_lines * _LEGEND_LINE + more_lines
+    row_gap = (_SHARED_X_GAP if grid.share_x else _ROW_GAP) + more_lines
     height = top + n_rows * grid.height + (n_rows - 1) * row_gap + _BOTTOM
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
     figure.text(0.03, 1 - 0.38 / height, title, fontsize=16, fontweight="bold", color=TEXT, parse_math=False)
@@ -157,10 +158,12 @@ def _grid_for(count: int) -> Grid:
 
 
 def _titles(names: Sequence[str], max_width: float) -> tuple[list[str], float]:
-    """Fit panel titles: break sections into two lines, then reduce the font size, then cut the beginning."""
-    lines = [name.replace(" -> ", "\n-> ").split("\n") for name in names]
+    """Fit panel titles: break sections into two lines, then fit the names of their node layers, all of them alike."""
     if all(text_width(name, _MAX_TITLE_SIZE, "bold") <= max_width for name in names):
-        lines = [[name] for name in names]
-    widest = max((text_width(line, _MAX_TITLE_SIZE, "bold") for parts in lines for line in parts), default=0.0)
-    size = max(_MIN_TITLE_SIZE, _MAX_TITLE_SIZE * min(1.0, max_width / max(widest, 1.0)))
-    return ["\n".join(shorten_front(line, max_width, size, "bold") for line in parts) for parts in lines], size
+        return list(names), _MAX_TITLE_SIZE
+    ends = [name.split(" -> ") for name in names]
+    arrow = "-> " if any(len(pair) > 1 for pair in ends) else ""
+    space = max_width - text_width(arrow, _MAX_TITLE_SIZE, "bold")
+    texts, size = fit_names(tuple(itertools.chain(*ends)), space, _MAX_TITLE_SIZE, _MIN_TITLE_SIZE, lines=2)
+    remaining = iter(texts)
+    return [f"\n{arrow}".join(itertools.islice(remaining, len(pair))) for pair in ends], size

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
-from functools import cache
+import re
+from collections.abc import Iterator, Sequence
+from functools import cache, lru_cache
 
 from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.font_manager import FontProperties
 
 # Pixels per inch of all figures.
 DPI = 140
+# Bold names in smaller letters are hard to read.
+_READABLE = 9.0
 
 
 def text_width(text: str, size: float, weight: str = "normal") -> float:
@@ -82,6 +86,81 @@ def shorten_front(text: str, max_width: float, size: float, weight: str = "norma
     while len(kept) > 5 and text_width(kept, size, weight) > max_width:
         kept = "…" + kept.removeprefix("…")[1:]
     return kept
+
+
+@lru_cache(maxsize=64)
+def fit_names(
+    names: tuple[str, ...], max_width: float, largest: float, smallest: float, lines: int = 1
+) -> tuple[tuple[str, ...], float]:
+    """Fit bold names of node layers into a width: all in one font size, and all without the same beginning.
+
+    As much as is needed is done of this, in turn: the size is reduced to one that is read with ease, components that
+    all paths begin with are left out, names are broken into lines, the size is reduced to the smallest one, and
+    the beginnings of those that still do not fit are cut.
+
+    Args:
+        names: The names; taps of one node layer are joined by ``|`` or ``+``.
+        max_width: Maximum width, in points.
+        largest: Largest font size, in points.
+        smallest: Smallest font size, in points.
+        lines: Largest number of lines of a name.
+
+    Returns:
+        The texts and their font size.
+
+    Example:
+        >>> texts, size = fit_names(("net.model.embed", "net.model.layers.0", "output"), 90, 13, 7)
+        >>> texts
+        ('…model.embed', '…model.layers.0', 'output')
+    """
+    readable = max(smallest, min(largest, _READABLE))
+    texts = names
+    for texts in _without_beginning(names):
+        for size in _sizes(largest, readable):
+            if _fits(texts, max_width, size):
+                return texts, size
+    texts = tuple(_broken(text, max_width, readable, lines) for text in texts)
+    # Three lines need the space of two larger ones.
+    largest = min(largest, 2 * largest / max(text.count("\n") + 1 for text in texts))
+    for size in _sizes(largest, smallest):
+        if _fits(texts, max_width, size):
+            return texts, size
+    cut = ("\n".join(shorten_front(line, max_width, smallest, "bold") for line in text.split("\n")) for text in texts)
+    return tuple(cut), smallest
+
+
+def _sizes(largest: float, smallest: float) -> list[float]:
+    return [largest - step / 2 for step in range(int(2 * (largest - smallest)) + 1)]
+
+
+def _fits(texts: Sequence[str], max_width: float, size: float) -> bool:
+    return all(text_width(line, size, "bold") <= max_width for text in texts for line in text.split("\n"))
+
+
+def _without_beginning(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """The names without 0, 1, 2, ... of the components that all paths of several components begin with."""
+    paths = [tap.split(".") for name in names for tap in re.split(r"[|+]", name) if "." in tap]
+    shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*(path[:-1] for path in paths), strict=False))
+    common = [parts[0] for parts in shared]
+    for count in range(len(common) + 1):
+        if count and any(path[count].isdigit() for path in paths):  # a number alone says nothing
+            continue
+        beginning = "".join(f"{part}." for part in common[:count])
+        pattern = re.compile(rf"(?:(?<=[|+])|^){re.escape(beginning)}")
+        yield tuple(pattern.sub("…", name) if beginning else name for name in names)
+
+
+def _broken(text: str, max_width: float, size: float, most: int) -> str:
+    """A name in as few lines as fit, of about the same length, broken between components of its path or words."""
+    ends = [match.end() for match in re.finditer(r"[.|+_](?=.)|.(?=:)", text)]
+    best = text
+    for count in range(min(most, len(ends) + 1)):
+        cuts = ([0, *chosen, None] for chosen in itertools.combinations(ends, count))
+        choices = ([text[start:end] for start, end in itertools.pairwise(cut)] for cut in cuts)
+        best = "\n".join(min(choices, key=lambda lines: max(map(len, lines))))
+        if _fits([best], max_width, size):
+            break
+    return best
 
 
 def percent(share: float) -> str:

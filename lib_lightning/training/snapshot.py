@@ -32,7 +32,7 @@ from lib_lightning.metrics.modules import Modularity
 from lib_lightning.metrics.summary import GraphMetrics, default_metrics, layer_keys, scalar_keys
 from lib_lightning.model.batch import hash_batches
 from lib_lightning.model.instrumented import InstrumentedModel
-from lib_lightning.model.preserve import preserve_rng
+from lib_lightning.model.preserve import copied_bytes, preserve_rng
 from lib_lightning.training.effort import RunPlan
 
 log = logging.getLogger(__name__)
@@ -270,28 +270,20 @@ class SnapshotComputer:
             config = plan.effort.applied_to(config)
             batches = data.first(plan.effort.num_samples, instrumented, process_group)
             metadata = {**metadata, EFFORT: plan.of_snapshot()}
-        for prefix, kind in self.prefixes.items():
-            graph = graph_of(
-                instrumented, batches, with_basis(config, kind), self.config.memory_limit,
-                process_group, may_choose=self.config.may_choose,
-            )  # fmt: skip
-            graph.info |= metadata
-            curves = self._ablate(graph, instrumented, data, process_group) if ablate else None
-            has_curves &= curves is not None
-            partitions = graph.partitions()
-            measured = graph.measure(self._metrics, curves, partitions)
-            scalars |= {f"{prefix}/{key}": value for key, value in (measured | nats_of(graph)).items()}
-            graph.find_modules(partitions, **self.config.module_options)
-            phase_done("metrics and modules")
-            self._label(graph, instrumented, data, process_group)
-            if self.config.follow:
-                graph.reference_features = reference_features(
-                    graph, instrumented.model, data.reference, data.seed, process_group=process_group,
-                    **vars(instrumented.spec),
+        # One copy of the model for all that runs it.
+        with process_group.sync_errors(), instrumented.session(copied_bytes(self.config.memory_limit)):
+            for prefix, kind in self.prefixes.items():
+                graph = graph_of(
+                    instrumented, batches, with_basis(config, kind), self.config.memory_limit,
+                    process_group, may_choose=self.config.may_choose,
                 )  # fmt: skip
-                graph.info[REFERENCE_SAMPLES] = reference_hash
-                phase_done("reference samples")
-            graphs[prefix] = graph
+                graph.info |= metadata
+                if reference_hash is not None:
+                    graph.info[REFERENCE_SAMPLES] = reference_hash
+                measured, has_own_curves = self._complete(graph, instrumented, data, ablate, process_group)
+                scalars |= {f"{prefix}/{key}": value for key, value in measured.items()}
+                has_curves &= has_own_curves
+                graphs[prefix] = graph
         tracker, events = SnapshotTracker(list(self.prefixes)) if previous.tracker is None else previous.tracker, []
         if self.config.follow:
             tracker = tracker.copy()
@@ -305,6 +297,30 @@ class SnapshotComputer:
         scalars[f"{self.name}/samples"] = float(graphs[self.name].info[NUM_SAMPLES])
         scalars[f"{self.name}/seconds"] = time.perf_counter() - started
         return Snapshot(metadata[STEP], graphs, scalars, has_curves, events, tracker)
+
+    @torch.no_grad()  # for metrics and a labeller of the user's, as in a validation
+    def _complete(
+        self,
+        graph: InteractionGraph,
+        instrumented: InstrumentedModel,
+        data: SnapshotData,
+        ablate: bool,
+        process_group: ProcessGroup,
+    ) -> tuple[dict[str, float], bool]:
+        """Give a graph its modules, labels and reference features; returns its scalars, and whether it was ablated."""
+        curves = self._ablate(graph, instrumented, data, process_group) if ablate else None
+        partitions = graph.partitions()
+        measured = graph.measure(self._metrics, curves, partitions)
+        graph.find_modules(partitions, **self.config.module_options)
+        phase_done("metrics and modules")
+        self._label(graph, instrumented, data, process_group)
+        if self.config.follow:
+            graph.reference_features = reference_features(
+                graph, instrumented.model, data.reference, data.seed, process_group=process_group,
+                **vars(instrumented.spec),
+            )  # fmt: skip
+            phase_done("reference samples")
+        return measured | nats_of(graph), curves is not None
 
     @contextmanager
     def _optional(self, what: str, process_group: ProcessGroup) -> Iterator[None]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import os
 import re
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -275,6 +277,40 @@ def test_a_model_that_does_not_repeat_itself_is_noted() -> None:
 
     with pytest.raises(NodeLayerError, match=r"'first' does not cut .* also depends on the model's input"):
         notes_on(Skipping(), [x], ["first", "output"])
+
+
+def noise_of(origin: str, like: Tensor) -> Tensor:
+    """Numbers that no seed reaches."""
+    if origin == "generator":
+        generator = torch.Generator()
+        generator.seed()
+        return torch.randn(like.shape, generator=generator)
+    if origin == "clock":
+        return torch.full(like.shape, time.perf_counter() % 1)
+    if origin == "system":
+        return torch.tensor(list(os.urandom(like.numel())), dtype=like.dtype).view(like.shape) / 255
+    return torch.from_numpy(np.random.default_rng().normal(size=like.shape)).to(like)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    origin=st.sampled_from(["generator", "clock", "system", "numpy"]),
+    size=st.sampled_from([0.0, 1e-12, 1e-5, 0.5]),
+    skips=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_numbers_that_no_seed_reaches_are_no_input(origin: str, size: float, skips: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    model = Skip(lambda m, x: x, lambda m, x: (x if skips else 0) + size * noise_of(origin, x))
+    batch = torch.randn(12, D)
+    if skips:
+        with pytest.raises(NodeLayerError, match="'a' does not cut .* depends on the model's input past it"):
+            check_node_layers(model, [batch], ["a", "output"])
+    else:
+        check_node_layers(model, [batch], ["a", "output"])
+    proposed = {cut.tap for cut in list_node_layers(model, batch)}
+    assert {"input", "b:input", "output"} <= proposed
+    assert ("a" in proposed) == (not skips)
 
 
 @pytest.mark.parametrize("skips", [True, False])

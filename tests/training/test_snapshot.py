@@ -23,6 +23,7 @@ from lib_lightning.ablation import AblationPlan, accuracy, edges_required
 from lib_lightning.errors import LIBError
 from lib_lightning.graph import Lineages
 from lib_lightning.metrics import Gini, Modularity, NumberOfFeatures, find_modules
+from lib_lightning.model.replica import copy_model
 from lib_lightning.training.run_state import PlotHistory
 from lib_lightning.viewer.cache import Cache
 from lib_lightning.viewer.run_view import RunView
@@ -57,6 +58,47 @@ def test_training_is_unchanged_with_all_options(tmp_path: Path) -> None:
     plain = run(Sorted(), tmp_path / "plain")
     assert run(Sorted(), tmp_path / "watched", everything) == plain
     assert everything.snapshots == 5
+
+
+@pytest.mark.parametrize("share", [0.25, 0.0])
+def test_one_copy_of_the_model_serves_a_whole_snapshot(
+    share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied: list[int] = []
+    shared: list[int] = []
+
+    def counted(model: Any, max_bytes: int) -> Any:
+        made = copy_model(model, max_bytes)
+        copied.append(max_bytes)
+        shared.append(len(made[1]))
+        return made
+
+    def labeller(features: Tensor, inputs: Tensor) -> list[str]:
+        assert not torch.is_grad_enabled()
+        return ["a feature"] * features.shape[-1]
+
+    callback = callback_with(
+        baselines=["pca"], labeller=labeller, ablation=AblationPlan(every_n_snapshots=1), memory_limit=0.5,
+        max_overhead=float("inf"), every_n_steps=3, effort="exact",
+    )  # fmt: skip
+    compute, counts = callback.computer.compute, []
+
+    def compute_counted(*args: Any) -> Any:
+        copied.clear()
+        result = compute(*args)
+        counts.append(list(copied))
+        return result
+
+    monkeypatch.setattr("lib_lightning.model.preserve.COPIED_SHARE", share)
+    monkeypatch.setattr("lib_lightning.model.preserve.copy_model", counted)
+    monkeypatch.setattr(callback.computer, "compute", compute_counted)
+    trainer_of(tmp_path, callback).fit(Sorted())
+    assert callback.snapshots == 5
+    assert counts == [[int(share * 2**29)]] * 5
+    assert callback.graph is not None
+    assert set(callback.graph.labels or {}) == set(NODE_LAYERS[:-1])
+    assert callback.graph.reference_features
+    assert bool(shared[-1]) == (share == 0), "weights are shared with the copy if they are too large"
 
 
 @pytest.mark.parametrize("snapshots", [2, 3])

@@ -110,7 +110,7 @@ def state_of(trainer: Any) -> list[Any]:
 
 
 def assert_same_training(
-    make: Callable[[], Any], package: str, folder: Path, layers: list[str], read: Callable[[Any], Any] = str
+    make: Callable[[], Any], package: str, folder: Path, layers: list[str] | None, read: Callable[[Any], Any] = str
 ) -> None:
     """Train twice, with and without snapshots, and compare everything."""
     found = []
@@ -152,6 +152,45 @@ def test_transformers_that_install_hooks_in_their_first_call(package: str, tmp_p
         return module_of(package, BertModel(config), torch.randint(0, 37, (32, 5)), forward)
 
     assert_same_training(make, package, tmp_path, ["net.embeddings", "net.encoder.layer.0"])
+
+
+def cnn() -> tuple[nn.Module, Tensor, None]:
+    """Running statistics and dropout are what such a network keeps and draws."""
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout2d(0.3), nn.MaxPool2d(2),
+        nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Dropout(0.3), nn.Linear(6, 3),
+    )  # fmt: skip
+    return network, torch.randn(32, 3, 8, 8), None
+
+
+def gpt2() -> tuple[nn.Module, Tensor, Callable[..., Tensor]]:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    return GPT2LMHeadModel(config), torch.randint(0, 11, (32, 6)), lambda module, x: module.net(input_ids=x).logits
+
+
+def llama() -> tuple[nn.Module, Tensor, Callable[..., Tensor]]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, attention_dropout=0.3,
+    )  # fmt: skip
+    return LlamaForCausalLM(config), torch.randint(0, 11, (32, 6)), lambda module, x: module.net(input_ids=x).logits
+
+
+@each_package
+@pytest.mark.parametrize("network_and_data", [cnn, gpt2, llama])
+def test_usual_architectures_at_default_node_layers(
+    package: str, network_and_data: Callable[[], tuple[nn.Module, Tensor, Any]], tmp_path: Path
+) -> None:
+    def make() -> Any:
+        network, data, forward = network_and_data()
+        return module_of(package, network, data, forward)
+
+    assert_same_training(make, package, tmp_path, None)
 
 
 class Batch:
