@@ -32,8 +32,8 @@ COPIED_SHARE = 0.25
 MAX_COPIED_BYTES = 2**29
 # Models that run themselves, because they cannot be copied, or can be reached from their copy.
 _NOT_COPIED: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
-# What runs in the blocks of `preserve_model` at present, and whether it is a copy.
-_RUNNING: dict[int, tuple[nn.Module, bool]] = {}
+# The copies that run in the blocks of `preserve_model` at present.
+_RUNNING: dict[int, _Running] = {}
 
 
 def copied_bytes(memory_limit: float) -> int:
@@ -46,6 +46,19 @@ def copied_bytes(memory_limit: float) -> int:
         A quarter of it.
     """
     return int(memory_limit * 2**30 * COPIED_SHARE)
+
+
+class _Running:
+    """A copy that runs, and the model that it was made of."""
+
+    def __init__(self, copy: nn.Module, original: nn.Module, max_bytes: int) -> None:
+        self.original, self.max_bytes = original, max_bytes
+        self._copy, self._fingerprint = copy, _fingerprint(copy)
+
+    @property
+    def is_as_made(self) -> bool:
+        """Whether nothing has been assigned to its modules, or written to its parameters and buffers."""
+        return _fingerprint(self._copy) == self._fingerprint
 
 
 @contextmanager
@@ -66,7 +79,8 @@ def preserve_model(model: nn.Module, max_bytes: int = MAX_COPIED_BYTES) -> Itera
             copy, which may then not write to them.
 
     Yields:
-        The module to run. It runs itself in further such blocks within this one.
+        The module to run. In further such blocks within this one it runs itself, as long as it is as it was made; what
+        changes itself in a forward pass is copied anew.
 
     Raises:
         LIBError: If the model has lazy parameters, which take their shapes from the first batch of training; if it
@@ -82,10 +96,13 @@ def preserve_model(model: nn.Module, max_bytes: int = MAX_COPIED_BYTES) -> Itera
     """
     with PROCESS_LOCK, ExitStack() as stack:
         stack.callback(save_rng())
-        if id(model) in _RUNNING:
+        running = _RUNNING.get(id(model))
+        if running is not None and running.is_as_made:
             with torch.inference_mode(False), torch.enable_grad():
                 yield model
             return
+        if running is not None:
+            model, max_bytes = running.original, running.max_bytes
         _check_not_lazy(model)
         stack.enter_context(considerate_threads())
         module = stack.enter_context(_module_to_run(model, max_bytes))
@@ -106,8 +123,9 @@ def preserve_model(model: nn.Module, max_bytes: int = MAX_COPIED_BYTES) -> Itera
             m.training = False
         for parameter in module.parameters():
             parameter.requires_grad_(False)
-        _RUNNING[id(module)] = module, module is not model
-        stack.callback(_RUNNING.pop, id(module))
+        if module is not model:
+            _RUNNING[id(module)] = _Running(module, model, max_bytes)
+            stack.callback(_RUNNING.pop, id(module))
         yield module
 
 
@@ -120,7 +138,7 @@ def is_running_copy(module: nn.Module) -> bool:
         ...     is_running_copy(copy), is_running_copy(model)
         (True, False)
     """
-    return _RUNNING.get(id(module), (None, False))[1]
+    return id(module) in _RUNNING
 
 
 @contextmanager
