@@ -8,6 +8,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from lib_lightning.errors import LIBError, quoted
 from lib_lightning.model.process_state import PROCESS_LOCK, change_settings, save_rng
-from lib_lightning.model.replica import CannotCopyError, copy_model, discard, num_bytes
+from lib_lightning.model.replica import CannotCopyError, CopiedState, Copier, copy_model, discard, num_bytes
 from lib_lightning.model.saved_state import ordinary_parameters, save_values, saved_state, saver_of
 from lib_lightning.model.saved_value import Saver
 from lib_lightning.model.static_state import save_static_state
@@ -48,17 +49,13 @@ def copied_bytes(memory_limit: float) -> int:
     return int(memory_limit * 2**30 * COPIED_SHARE)
 
 
+@dataclass(frozen=True)
 class _Running:
-    """A copy that runs, and the model that it was made of."""
+    """A copy that runs, the model that it was made of, and what it held when it was made."""
 
-    def __init__(self, copy: nn.Module, original: nn.Module, max_bytes: int) -> None:
-        self.original, self.max_bytes = original, max_bytes
-        self._copy, self._fingerprint = copy, _fingerprint(copy)
-
-    @property
-    def is_as_made(self) -> bool:
-        """Whether nothing has been assigned to its modules, or written to its parameters and buffers."""
-        return _fingerprint(self._copy) == self._fingerprint
+    original: nn.Module
+    max_bytes: int
+    state: CopiedState
 
 
 @contextmanager
@@ -97,7 +94,7 @@ def preserve_model(model: nn.Module, max_bytes: int = MAX_COPIED_BYTES) -> Itera
     with PROCESS_LOCK, ExitStack() as stack:
         stack.callback(save_rng())
         running = _RUNNING.get(id(model))
-        if running is not None and running.is_as_made:
+        if running is not None and running.state.is_unchanged():
             with torch.inference_mode(False), torch.enable_grad():
                 yield model
             return
@@ -105,7 +102,7 @@ def preserve_model(model: nn.Module, max_bytes: int = MAX_COPIED_BYTES) -> Itera
             model, max_bytes = running.original, running.max_bytes
         _check_not_lazy(model)
         stack.enter_context(considerate_threads())
-        module = stack.enter_context(_module_to_run(model, max_bytes))
+        module, copier = stack.enter_context(_module_to_run(model, max_bytes))
         stack.callback(change_settings())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -123,8 +120,8 @@ def preserve_model(model: nn.Module, max_bytes: int = MAX_COPIED_BYTES) -> Itera
             m.training = False
         for parameter in module.parameters():
             parameter.requires_grad_(False)
-        if module is not model:
-            _RUNNING[id(module)] = _Running(module, model, max_bytes)
+        if copier is not None:
+            _RUNNING[id(module)] = _Running(model, max_bytes, CopiedState(copier.copies()))
             stack.callback(_RUNNING.pop, id(module))
         yield module
 
@@ -142,7 +139,7 @@ def is_running_copy(module: nn.Module) -> bool:
 
 
 @contextmanager
-def _module_to_run(model: nn.Module, max_bytes: int) -> Iterator[nn.Module]:
+def _module_to_run(model: nn.Module, max_bytes: int) -> Iterator[tuple[nn.Module, Copier | None]]:
     if _NOT_COPIED.get(id(model)) is not model:
         try:
             copy, shared, copier = copy_model(model, max_bytes)
@@ -154,7 +151,7 @@ def _module_to_run(model: nn.Module, max_bytes: int) -> Iterator[nn.Module]:
             )  # fmt: skip
     if _NOT_COPIED.get(id(model)) is model:
         with _restored(model, max_bytes):
-            yield model
+            yield model, None
         return
     saver = Saver([*model.modules(), *copier.shared])
     restores = [saver.save(x) for x in copier.uncopied]
@@ -162,7 +159,7 @@ def _module_to_run(model: nn.Module, max_bytes: int) -> Iterator[nn.Module]:
     before = _fingerprint(model)
     try:
         with _weights_protected(model, shared):
-            yield copy
+            yield copy, copier
     finally:
         discard(copy)
         for restore in restores:

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -212,6 +213,19 @@ def test_products_are_of_full_precision(setting: str) -> None:
     assert run.returncode == 0, run.stderr
 
 
+class Held:
+    """An object that a model holds."""
+
+    def __init__(self) -> None:
+        self.calls, self.inside, self.tensor = 0, {"calls": 0}, torch.zeros(2)
+
+
+WAYS = [
+    "nothing", "attribute", "buffer", "weights", "hook", "list", "array", "set", "object", "tensor", "generator",
+    "closure",
+]  # fmt: skip
+
+
 class Counting(nn.Module):
     """Counts its calls, in the way that it is told."""
 
@@ -219,10 +233,35 @@ class Counting(nn.Module):
         super().__init__()
         self.way, self.calls, self.layer = way, 0, nn.Linear(3, 2)
         self.register_buffer("count", torch.zeros(()))
+        self.held = {"numbers": [0], "array": np.zeros(1), "set": {0}, "object": Held(), "generator": torch.Generator()}
+        self.function = self._closure()
+
+    def _closure(self) -> Callable[[], None]:
+        calls = 0
+
+        def count() -> None:
+            nonlocal calls
+            calls += 1
+
+        return count
 
     def forward(self, x: Tensor) -> Tensor:
         if self.way == "attribute":
             self.calls += 1
+        elif self.way == "list":
+            self.held["numbers"][0] += 1
+        elif self.way == "array":
+            self.held["array"] += 1
+        elif self.way == "set":
+            self.held["set"].add(len(self.held["set"]))
+        elif self.way == "object":
+            self.held["object"].inside["calls"] = self.held["object"].calls = self.held["object"].calls + 1
+        elif self.way == "tensor":
+            self.held["object"].tensor.add_(1)
+        elif self.way == "generator":
+            torch.rand(1, generator=self.held["generator"])
+        elif self.way == "closure":
+            self.function()
         elif self.way == "buffer":
             self.count += 1
         elif self.way == "weights":
@@ -233,7 +272,7 @@ class Counting(nn.Module):
         return self.layer(x)
 
 
-@pytest.mark.parametrize("way", ["nothing", "attribute", "buffer", "weights", "hook"])
+@pytest.mark.parametrize("way", WAYS)
 def test_blocks_within_a_block_run_its_copy_as_long_as_it_is_as_it_was_made(way: str) -> None:
     model, x = Counting(way), torch.randn(4, 3)
     expected = model.layer(x)
