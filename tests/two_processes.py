@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -149,6 +150,23 @@ RUNS: dict[str, tuple[Any, Any]] = {
     "fully_sharded": (lambda: Sharded(plain(71)), {"dtype": None}),
     "tensor_parallel": (lambda: Sharded(plain(71)), {"dtype": None, "node_layers": ["input", "output"]}),
 }
+RUNS |= {name: (lambda: Model(plain(71)), {}) for name in ("averaged", "moving_average", "halved")}
+
+
+class Halving(pl.Callback):
+    """Changes the weights when training has ended."""
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for parameter in pl_module.parameters():
+            parameter.data.mul_(0.5)
+
+
+# Callbacks that replace the weights, by run.
+OTHERS: dict[str, Any] = {
+    "averaged": lambda: StochasticWeightAveraging(0.5, swa_epoch_start=1),
+    "moving_average": lambda: EMAWeightAveraging(decay=0.8),
+    "halved": Halving,
+}
 STRATEGIES: dict[str, Any] = {
     "fully_sharded": lambda: ModelParallelStrategy(2, 1, process_group_backend="gloo"),
     "tensor_parallel": lambda: ModelParallelStrategy(1, 2, process_group_backend="gloo"),
@@ -170,7 +188,8 @@ def main(folder: Path) -> None:
         if isinstance(model, Timed):
             model.watch(callback)
         strategy = STRATEGIES.get(name, lambda: "ddp")
-        trainer = trainer_of(folder / name, callback, devices=2, strategy=strategy(), max_epochs=2)
+        others = [OTHERS[name]()] if name in OTHERS else []
+        trainer = trainer_of(folder / name, callback, *others, devices=2, strategy=strategy(), max_epochs=2)
         trainer.fit(model)
         trainer.save_checkpoint(folder / name / "checkpoint")
         weights = whole(model)

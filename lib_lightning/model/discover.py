@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lib_lightning.errors import NodeLayerError
 from lib_lightning.model.autograd_graph import Edge, PathNode, edge_of, path_nodes
 from lib_lightning.model.batch import first_tensor, map_tensors, replace_first_tensor, tensors_in, why_not_dense
 from lib_lightning.model.batch_layout import graph_sizes
@@ -128,6 +129,9 @@ def discover_cut_points(instrumented: InstrumentedModel, batches: Sequence[Any],
 
     Returns:
         The cut points that are inputs or outputs of modules, in forward order. Paths without gradients are not checked.
+
+    Raises:
+        NodeLayerError: If there are none, because the model computes another number of rows than there are samples.
     """
     search = SampleSources(instrumented.model)
     exchange = _compared(instrumented, batches, limit, search)
@@ -144,6 +148,12 @@ def discover_cut_points(instrumented: InstrumentedModel, batches: Sequence[Any],
                 break
     finally:
         search.release()
+    if not dominators and len(trace.other_rows) == 1:
+        raise NodeLayerError(
+            f"The model computes {max(trace.other_rows)} rows of {trace.n} samples of a batch: a step may cut samples "
+            "into several, such as windows of a series. Node layers need one row for each sample: give batches of what "
+            "forward() receives, with LIBCallback(dataloader=batches, input_fn=lambda batch: (batch,))."
+        )
     return [cut for tensor in dominators if (cut := trace.cut_point(tensor))]
 
 
@@ -177,6 +187,8 @@ class _Trace:
         graphs = graph_sizes(batch)
         self._nodes = graphs.nodes or 1 if graphs else 1
         self.inferred: list[Tensor] = []
+        # Numbers of rows of tensors that every path goes through and that have no row for each sample.
+        self.other_rows: set[int] = set()
         self.axes = FeatureAxes(fixed_tensors(self.model))
         self._parameter_ids = {id(t) for t in (*self.model.parameters(), *self.model.buffers())}
         call = instrumented.find_call(batch)
@@ -395,6 +407,8 @@ class _Trace:
             traced = self._traced.get(node.edge)
             if traced is None:
                 continue
+            if node.is_dominator and not traced.is_usable and traced.shape:
+                self.other_rows.add(traced.shape[0])
             if node.is_dominator and traced.is_usable:
                 tensor = replace(
                     traced,

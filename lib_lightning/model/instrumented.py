@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -119,6 +119,26 @@ class InstrumentedModel:
             finally:
                 self.release()
                 self._in_session, self._is_copy, self._restore_attributes = False, False, None
+                self.model = original
+
+    @contextmanager
+    def shared_copy(self, max_bytes: int = MAX_COPIED_BYTES) -> Iterator[None]:
+        """A block whose sessions, and those of others on `model`, run one copy as long as that is as it was made.
+
+        Args:
+            max_bytes: As for `session`.
+
+        Yields:
+            Nothing.
+        """
+        original = self.model
+        with ExitStack() as stack:
+            self.model = stack.enter_context(preserve_model(original, max_bytes))
+            if self.model is original:  # it cannot be copied: each session restores it
+                stack.close()
+            try:
+                yield
+            finally:
                 self.model = original
 
     @property

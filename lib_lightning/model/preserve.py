@@ -8,6 +8,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from lib_lightning.errors import LIBError, quoted
 from lib_lightning.model.process_state import PROCESS_LOCK, change_settings, save_rng
-from lib_lightning.model.replica import CannotCopyError, copy_model, discard, num_bytes
+from lib_lightning.model.replica import CannotCopyError, CopiedState, Copier, copy_model, discard, num_bytes
 from lib_lightning.model.saved_state import ordinary_parameters, save_values, saved_state, saver_of
 from lib_lightning.model.saved_value import Saver
 from lib_lightning.model.static_state import save_static_state
@@ -32,8 +33,8 @@ COPIED_SHARE = 0.25
 MAX_COPIED_BYTES = 2**29
 # Models that run themselves, because they cannot be copied, or can be reached from their copy.
 _NOT_COPIED: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
-# What runs in the blocks of `preserve_model` at present, and whether it is a copy.
-_RUNNING: dict[int, tuple[nn.Module, bool]] = {}
+# The copies that run in the blocks of `preserve_model` at present.
+_RUNNING: dict[int, _Running] = {}
 
 
 def copied_bytes(memory_limit: float) -> int:
@@ -46,6 +47,15 @@ def copied_bytes(memory_limit: float) -> int:
         A quarter of it.
     """
     return int(memory_limit * 2**30 * COPIED_SHARE)
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A copy that runs, the model that it was made of, and what it held when it was made."""
+
+    original: nn.Module
+    max_bytes: int
+    state: CopiedState
 
 
 @contextmanager
@@ -66,7 +76,8 @@ def preserve_model(model: nn.Module, max_bytes: int = MAX_COPIED_BYTES) -> Itera
             copy, which may then not write to them.
 
     Yields:
-        The module to run. It runs itself in further such blocks within this one.
+        The module to run. In further such blocks within this one it runs itself, as long as it is as it was made; what
+        changes itself in a forward pass is copied anew.
 
     Raises:
         LIBError: If the model has lazy parameters, which take their shapes from the first batch of training; if it
@@ -82,13 +93,16 @@ def preserve_model(model: nn.Module, max_bytes: int = MAX_COPIED_BYTES) -> Itera
     """
     with PROCESS_LOCK, ExitStack() as stack:
         stack.callback(save_rng())
-        if id(model) in _RUNNING:
+        running = _RUNNING.get(id(model))
+        if running is not None and running.state.is_unchanged():
             with torch.inference_mode(False), torch.enable_grad():
                 yield model
             return
+        if running is not None:
+            model, max_bytes = running.original, running.max_bytes
         _check_not_lazy(model)
         stack.enter_context(considerate_threads())
-        module = stack.enter_context(_module_to_run(model, max_bytes))
+        module, copier = stack.enter_context(_module_to_run(model, max_bytes))
         stack.callback(change_settings())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -106,8 +120,9 @@ def preserve_model(model: nn.Module, max_bytes: int = MAX_COPIED_BYTES) -> Itera
             m.training = False
         for parameter in module.parameters():
             parameter.requires_grad_(False)
-        _RUNNING[id(module)] = module, module is not model
-        stack.callback(_RUNNING.pop, id(module))
+        if copier is not None:
+            _RUNNING[id(module)] = _Running(model, max_bytes, CopiedState(copier.copies()))
+            stack.callback(_RUNNING.pop, id(module))
         yield module
 
 
@@ -120,11 +135,11 @@ def is_running_copy(module: nn.Module) -> bool:
         ...     is_running_copy(copy), is_running_copy(model)
         (True, False)
     """
-    return _RUNNING.get(id(module), (None, False))[1]
+    return id(module) in _RUNNING
 
 
 @contextmanager
-def _module_to_run(model: nn.Module, max_bytes: int) -> Iterator[nn.Module]:
+def _module_to_run(model: nn.Module, max_bytes: int) -> Iterator[tuple[nn.Module, Copier | None]]:
     if _NOT_COPIED.get(id(model)) is not model:
         try:
             copy, shared, copier = copy_model(model, max_bytes)
@@ -136,7 +151,7 @@ def _module_to_run(model: nn.Module, max_bytes: int) -> Iterator[nn.Module]:
             )  # fmt: skip
     if _NOT_COPIED.get(id(model)) is model:
         with _restored(model, max_bytes):
-            yield model
+            yield model, None
         return
     saver = Saver([*model.modules(), *copier.shared])
     restores = [saver.save(x) for x in copier.uncopied]
@@ -144,7 +159,7 @@ def _module_to_run(model: nn.Module, max_bytes: int) -> Iterator[nn.Module]:
     before = _fingerprint(model)
     try:
         with _weights_protected(model, shared):
-            yield copy
+            yield copy, copier
     finally:
         discard(copy)
         for restore in restores:

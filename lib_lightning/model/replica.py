@@ -116,6 +116,10 @@ class Copier:
         self._copies[id(value)] = new
         return new
 
+    def copies(self) -> list[Any]:
+        """All copies that have been made, without what is shared with the originals."""
+        return [self._copies[id(x)] for x in self._originals if self._copies[id(x)] is not x]
+
     def known(self, value: Any) -> Any:
         """The copy of an object that has been copied; any other object unchanged."""
         return self._copies.get(id(value), value)
@@ -350,6 +354,66 @@ def copy_model(model: nn.Module, max_bytes: int) -> tuple[nn.Module, list[nn.Par
     for module in model.modules():
         silence(copier.known(module), copier(vars(module).get("_trainer")))
     return new, shared, copier
+
+
+class CopiedState:
+    """What copies hold at one moment.
+
+    Args:
+        copies: The copies, with all that they hold.
+
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> model.calls = [0]
+        >>> copy, _, copier = copy_model(model, 10**6)
+        >>> state = CopiedState(copier.copies())
+        >>> copy.calls[0] += 1
+        >>> state.is_unchanged()
+        False
+    """
+
+    def __init__(self, copies: Iterable[Any]) -> None:
+        # Values are kept, so that no other one can be taken for them.
+        self._contents = [(x, _contents(x)) for x in copies]
+
+    def is_unchanged(self) -> bool:
+        """Whether nothing has been assigned to any of them, or written to their tensors."""
+        return all(_same_contents(_contents(x), before) for x, before in self._contents)
+
+
+def _contents(value: Any) -> Any:
+    """What an object holds itself: values by name or place, whose own contents do not matter."""
+    if isinstance(value, Tensor):
+        return {"version": None if value.is_inference() else value._version, "grad": value.requires_grad}
+    if isinstance(value, dict):
+        return dict(value)
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
+        return list(value)
+    if isinstance(value, types.CellType):
+        return [contents_of(value)]
+    if isinstance(value, torch.Generator):
+        return value.get_state().tolist()
+    if hasattr(type(value), "tobytes"):  # of NumPy
+        return value.tobytes()
+    found = dict(getattr(value, "__dict__", {}))
+    for kind in type(value).__mro__:
+        for name in [slots] if isinstance(slots := kind.__dict__.get("__slots__", ()), str) else slots:
+            found[name] = getattr(value, name, None)
+    # Dictionaries of modules that are empty are not among the copies.
+    lengths = {f"number of {name}": len(x) for name, x in found.items() if isinstance(x, (dict, OrderedDict))}
+    return found | lengths
+
+
+def _same_contents(a: Any, b: Any) -> bool:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return len(a) == len(b) and all(key in b and _is_same(x, b[key]) for key, x in a.items())
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_is_same, a, b))
+    return bool(a == b)
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and type(a) in (int, float, bool, str) and a == b)
 
 
 def num_bytes(model: nn.Module) -> int:

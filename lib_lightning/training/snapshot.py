@@ -271,7 +271,7 @@ class SnapshotComputer:
             batches = data.first(plan.effort.num_samples, instrumented, process_group)
             metadata = {**metadata, EFFORT: plan.of_snapshot()}
         # One copy of the model for all that runs it.
-        with process_group.sync_errors(), instrumented.session(copied_bytes(self.config.memory_limit)):
+        with process_group.sync_errors(), instrumented.shared_copy(copied_bytes(self.config.memory_limit)):
             for prefix, kind in self.prefixes.items():
                 graph = graph_of(
                     instrumented, batches, with_basis(config, kind), self.config.memory_limit,

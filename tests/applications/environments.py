@@ -11,6 +11,6 @@ GROUPS = {
     "gluonts": ["gluonts[torch]"],
     "lightly": ["lightly"],
     "litgpt": ["litgpt"],
-    "others": ["monai", "torch-geometric", "peft", "diffusers", "transformers"],
+    "others": ["monai", "torch-geometric", "peft", "diffusers", "transformers", "tensordict"],
     "transformers": ["transformers"],
 }

@@ -1,4 +1,4 @@
-"""Tables: PyTorch Tabular."""
+"""Tables: PyTorch Tabular, and batches that are a TensorDict."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.applications.running import application
+from tests.applications.running import application, trainer_options
 
 
 def tabular(config: str, callback: Any, folder: Path, **options: Any) -> None:
@@ -42,3 +42,36 @@ def category_embedding(callback: Any, folder: Path) -> None:
 def ft_transformer(callback: Any, folder: Path) -> None:
     small = {"input_embed_dim": 8, "num_heads": 2, "num_attn_blocks": 1}
     tabular("FTTransformerConfig", callback, folder, **small)
+
+
+@application("tensordict TensorDictModule", "others", "tensordict")
+def tensor_dict(callback: Any, folder: Path) -> None:
+    import lightning.pytorch as pl
+    import torch
+    from tensordict import TensorDict
+    from tensordict.nn import TensorDictModule
+    from torch import Tensor, nn
+    from torch.utils.data import DataLoader
+
+    class Model(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            network = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+            self.net = TensorDictModule(network, in_keys=["x"], out_keys=["y"])
+
+        def forward(self, batch: Any) -> Tensor:
+            return self.net(batch)["y"]
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self(batch).square().mean()
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self(batch)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.01)
+
+    parts = [{"x": torch.randn(16, 4), "row": torch.arange(16)} for _ in range(4)]
+    batches: Any = [TensorDict(part, batch_size=[16]) for part in parts]
+    loader: Any = DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch)
+    pl.Trainer(**trainer_options(folder, callback)).fit(Model(), loader, loader)

@@ -6,6 +6,8 @@ import logging
 import random
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lib_lightning.errors import LIBError
-from lib_lightning.model.preserve import preserve_model
+from lib_lightning.model.preserve import is_running_copy, preserve_model
 from tests.integration.state_check import StateCheck
 
 
@@ -209,3 +211,100 @@ def test_products_are_of_full_precision(setting: str) -> None:
         [sys.executable, "-c", _PRECISIONS.format(setting=setting)], capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
+
+
+class Held:
+    """An object that a model holds."""
+
+    def __init__(self) -> None:
+        self.calls, self.inside, self.tensor = 0, {"calls": 0}, torch.zeros(2)
+
+
+WAYS = [
+    "nothing", "attribute", "buffer", "weights", "hook", "list", "array", "set", "object", "tensor", "generator",
+    "closure",
+]  # fmt: skip
+
+
+class Counting(nn.Module):
+    """Counts its calls, in the way that it is told."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.calls, self.layer = way, 0, nn.Linear(3, 2)
+        self.register_buffer("count", torch.zeros(()))
+        self.held = {"numbers": [0], "array": np.zeros(1), "set": {0}, "object": Held(), "generator": torch.Generator()}
+        self.function = self._closure()
+
+    def _closure(self) -> Callable[[], None]:
+        calls = 0
+
+        def count() -> None:
+            nonlocal calls
+            calls += 1
+
+        return count
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "attribute":
+            self.calls += 1
+        elif self.way == "list":
+            self.held["numbers"][0] += 1
+        elif self.way == "array":
+            self.held["array"] += 1
+        elif self.way == "set":
+            self.held["set"].add(len(self.held["set"]))
+        elif self.way == "object":
+            self.held["object"].inside["calls"] = self.held["object"].calls = self.held["object"].calls + 1
+        elif self.way == "tensor":
+            self.held["object"].tensor.add_(1)
+        elif self.way == "generator":
+            torch.rand(1, generator=self.held["generator"])
+        elif self.way == "closure":
+            self.function()
+        elif self.way == "buffer":
+            self.count += 1
+        elif self.way == "weights":
+            with torch.no_grad():
+                self.layer.weight.mul_(0.9)
+        elif self.way == "hook":
+            self.layer.register_forward_hook(lambda module, args, out: out * 0.9)
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_blocks_within_a_block_run_its_copy_as_long_as_it_is_as_it_was_made(way: str) -> None:
+    model, x = Counting(way), torch.randn(4, 3)
+    expected = model.layer(x)
+    with preserve_model(model) as outer:
+        state = torch.get_rng_state()
+        for number in range(3):
+            with torch.no_grad(), preserve_model(outer) as inner:
+                assert torch.is_grad_enabled()
+                assert inner is not model
+                assert (inner is outer) == (way == "nothing" or number == 0)
+                assert is_running_copy(inner)
+                found = inner(x)
+                torch.rand(1)
+            assert torch.equal(torch.get_rng_state(), state)
+            assert torch.equal(found, expected * (0.9 if way == "hook" else 1)) or way == "weights"
+            assert is_running_copy(outer)
+    assert model.calls == model.count == 0
+    assert torch.equal(model.layer(x), expected)
+    assert not is_running_copy(outer)
+
+
+def test_a_thread_waits_for_the_block_of_another() -> None:
+    model, order = nn.Linear(3, 2), []
+
+    def run() -> None:
+        with preserve_model(model):
+            order.append("second")
+
+    with preserve_model(model) as outer, preserve_model(outer):
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join(0.1)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]

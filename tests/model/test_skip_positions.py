@@ -241,6 +241,30 @@ def test_selected_positions_are_counted_in_the_whole_tensor() -> None:
         NodeLayer(["a"], positions=0, skip_positions=1).masks(None, tensors)
 
 
+def test_a_classifier_without_the_position_it_reads_has_no_features_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12, image_size=8, patch_size=4,
+        num_labels=3,
+    )  # fmt: skip
+    model, batch = ViTForImageClassification(config).eval(), {"pixel_values": torch.randn(20, 3, 8, 8)}
+    layers = ["vit.layers.0", "vit.layers.1", "output"]
+    graph = compute_interaction_graph(model, [batch], layers)
+    assert all(basis.n_features for basis in graph.bases.values())
+    assert not graph.info["notes"]
+    graph = compute_interaction_graph(model, [batch], layers, skip_positions=1)
+    assert [basis.n_features for basis in graph.bases.values()] == [0, 0, 3]
+    (note,) = graph.info["notes"]
+    assert re.match("'vit.layers.0', 'vit.layers.1': .*positions that skip_positions leaves out", note)
+    assert note in caplog.text
+    # Up to the last block, the other positions are read by all.
+    graph = compute_interaction_graph(model, [batch], layers[:-1], skip_positions=1)
+    assert all(basis.n_features for basis in graph.bases.values())
+
+
 @pytest.mark.parametrize(
     "wrong", [True, "x", "2:10", slice(0, 2, 0), slice("a", 2), "slice(1)", [1.5], 2.5, object(), {1}, "1"]
 )

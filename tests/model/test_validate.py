@@ -304,7 +304,7 @@ def test_numbers_that_no_seed_reaches_are_no_input(origin: str, size: float, ski
     model = Skip(lambda m, x: x, lambda m, x: (x if skips else 0) + size * noise_of(origin, x))
     batch = torch.randn(12, D)
     if skips:
-        with pytest.raises(NodeLayerError, match="'a' does not cut .* depends on the model's input past it"):
+        with pytest.raises(NodeLayerError, match=r"'a' does not cut .* depends on the model's input past it"):
             check_node_layers(model, [batch], ["a", "output"])
     else:
         check_node_layers(model, [batch], ["a", "output"])

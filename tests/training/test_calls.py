@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lib_lightning import LIBCallback, compute_interaction_graph
+from lib_lightning.errors import LIBError
 from lib_lightning.graph import InteractionGraph
+from lib_lightning.io.basis_format import NUM_SAMPLES
 
 N, D = 12, 4
 
@@ -245,7 +247,7 @@ def test_no_argument_is_needed(kind: Callable[[], Base], tmp_path: Path, caplog:
     assert same(importances(callback.graph), importances(expected))
     assert len([line for line in caplog.messages if "the model is called as" in line]) == 1
     assert callback.graph.model_call == callback.state.call  # type: ignore[union-attr]
-    assert callback.graph.info["n_samples"] == 3 * N  # type: ignore[union-attr]
+    assert callback.graph.info[NUM_SAMPLES] == 3 * N  # type: ignore[union-attr]
 
 
 def test_weights_are_the_same_as_without_the_callback(tmp_path: Path) -> None:
@@ -298,6 +300,33 @@ def test_a_step_that_calls_several_modules_is_the_forward_pass(
         other, inputs, ["encoder:input", *callback.state.node_layers[1:-1], "output"], input_fn=lambda batch: batch
     )
     assert same(importances(callback.graph), importances(expected))
+
+
+class Windows(Base):
+    """A step that cuts each series of a batch into windows, which are what the model predicts from."""
+
+    def batch_of(self, x: Tensor, y: Tensor) -> Any:
+        return {"series": torch.randn(N, 3 * D), "extra": y}
+
+    def forward(self, windows: dict[str, Tensor]) -> Tensor:
+        return self.net(windows["inside"])
+
+    def windows_of(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"inside": batch["series"].unfold(1, D, D).flatten(0, 1)}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss(self(self.windows_of(batch)))
+
+
+def test_a_step_that_divides_samples_is_refused_with_a_way_that_works(tmp_path: Path) -> None:
+    with pytest.raises(LIBError, match=f"computes {3 * N} rows of {N} samples .* LIBCallback\\(dataloader=batches, in"):
+        fit(Windows(), tmp_path, node_layers=None)
+    model = Windows()
+    batches = [model.windows_of(batch) for batch in model.batches]
+    callback = fit(model, tmp_path, node_layers=None, dataloader=batches, input_fn=lambda batch: (batch,))
+    assert callback.graph is not None
+    assert callback.graph.info[NUM_SAMPLES] == 9 * N
+    assert [basis.n_features > 0 for basis in callback.graph.bases.values()] == [True] * 3
 
 
 def test_input_fn_comes_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -445,7 +474,7 @@ def test_any_batch_and_any_step(case: tuple[str, list[str], str, str, int]) -> N
         )
     graph = compute_interaction_graph(model, model.batches, LAYERS)
     assert same(importances(graph), importances(expected)), graph.info["settings"]["call"]
-    assert graph.info["n_samples"] == 3 * n
+    assert graph.info[NUM_SAMPLES] == 3 * n
     again = compute_interaction_graph(model, model.batches, LAYERS, memory_limit=1e-4)
     assert same(importances(graph), importances(again)), "chunks of samples are the samples"
 
@@ -458,5 +487,5 @@ def test_in_a_trainer(kind: str, tmp_path: Path) -> None:
     inputs = [_unpack(kind, order, batch)["x"] * 2 for batch in model.batches]
     expected = compute_interaction_graph(model, [torch.cat(inputs)[:7]], LAYERS)
     assert callback.graph is not None
-    assert callback.graph.info["n_samples"] == 7
+    assert callback.graph.info[NUM_SAMPLES] == 7
     assert same(importances(callback.graph), importances(expected))

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from lib_lightning import InteractionGraph, compute_interaction_graph
-from tests.two_processes import RUNS, samples
+from lib_lightning.training.weights import FINAL, TRAINED
+from tests.two_processes import OTHERS, RUNS, samples
 
 ROOT = Path(__file__).parents[2]
 # Number of samples, their width, and those that each process computes on.
@@ -33,6 +34,7 @@ SAMPLES: dict[str, tuple[int, int, list[int]]] = {
     "budget": (71, 5, [36, 35]),
     "fully_sharded": (71, 5, [36, 35]),
     "tensor_parallel": (71, 5, [71, 71]),
+    **dict.fromkeys(OTHERS, (71, 5, [36, 35])),
 }
 
 # Where only some of the samples are taken: of how many.
@@ -82,6 +84,7 @@ def test_two_processes_give_the_result_of_one(name: str, runs: tuple[Path, str])
         net, [samples(RUNS_ON.get(name, n), d)[:n]], layers, basis=basis, dtype=torch.float64
     )
     assert graph.info["n_samples"] == n
+    assert graph.info["weights"] == (FINAL if name in OTHERS else TRAINED)
     # Activations and gradients in float32 are rounded to 6e-8, differently in batches of another size; edges hold
     # their fourth power.
     tolerance = 1e-10 if "dtype" not in RUNS[name][1] else 1e-5

@@ -101,6 +101,33 @@ def test_one_copy_of_the_model_serves_a_whole_snapshot(
     assert bool(shared[-1]) == (share == 0), "weights are shared with the copy if they are too large"
 
 
+class Counting(Sorted):
+    """Changes with each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x) * (1 + self.calls)
+
+
+def test_baselines_start_from_the_same_state_of_the_model(tmp_path: Path) -> None:
+    graphs, calls = [], []
+    for prefix, options in (("pca", {"baselines": ["pca"]}), ("lib", {"basis": "pca"})):
+        pl.seed_everything(0, verbose=False)
+        model = Counting()
+        trainer_of(tmp_path / prefix, callback_with(every_n_validations=1, **options)).fit(model)
+        graphs.append(InteractionGraph.load(tmp_path / prefix / prefix / "final.safetensors"))
+        calls.append(model.calls)
+    assert calls[0] == calls[1]
+    for one, other in zip(graphs[0].bases.values(), graphs[1].bases.values(), strict=True):
+        assert torch.equal(one.importance, other.importance)
+    for E, expected in zip(graphs[0].edges.values(), graphs[1].edges.values(), strict=True):
+        assert torch.equal(E, expected)
+
+
 @pytest.mark.parametrize("snapshots", [2, 3])
 def test_figures_over_time_need_three_snapshots(snapshots: int, tmp_path: Path) -> None:
     callback = callback_with(every_n_validations=1)

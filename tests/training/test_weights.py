@@ -79,6 +79,41 @@ def test_moving_averages_are_validated_and_kept(package: str, first: bool, tmp_p
         assert (info["weights"], info["weights_hash"]) == (TRAINED, expected), "validation used other weights"
 
 
+@pytest.mark.parametrize(
+    ("package", "kind", "first", "saved_after"),
+    [
+        (PACKAGES[0], "StochasticWeightAveraging", True, 2),
+        (PACKAGES[-1], "StochasticWeightAveraging", False, 1),
+        (PACKAGES[0], "EMAWeightAveraging", False, 3),
+        (PACKAGES[-1], "EMAWeightAveraging", True, 2),
+    ],
+)
+def test_averages_of_a_resumed_run(package: str, kind: str, first: bool, saved_after: int, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "part.ckpt"
+
+    def run(folder: Path, ckpt_path: Path | None) -> tuple[LIBCallback, Any]:
+        def save(trainer: Any, module: nn.Module) -> None:
+            if ckpt_path is None and trainer.current_epoch == saved_after - 1:
+                trainer.save_checkpoint(checkpoint)
+
+        options: dict[str, Any] = {"swa_lrs": 0.5, "swa_epoch_start": 1} if kind[0] == "S" else {"decay": 0.8}
+        averaging = member(package, f"callbacks.{kind}")(**options)
+        callback, model = LIBCallback(NODE_LAYERS, max_overhead=float("inf"), every_n_validations=1), model_of(package)
+        callbacks = [callback, averaging] if first else [averaging, callback]
+        spy = made_of(package, on_train_epoch_end=save)
+        trainer = importlib.import_module(package).Trainer(
+            default_root_dir=folder, max_epochs=4, accelerator="cpu", enable_progress_bar=False, logger=False,
+            enable_model_summary=False, enable_checkpointing=False, callbacks=[*callbacks, spy],
+        )  # fmt: skip
+        trainer.fit(model, ckpt_path=ckpt_path)
+        return callback, model
+
+    whole, _ = run(tmp_path / "whole", None)
+    callback, model = run(tmp_path / "resumed", checkpoint)
+    assert assert_final(callback, model, tmp_path / "resumed").info["weights"] == FINAL
+    assert callback.state.history.steps == whole.state.history.steps == [4, 8, 12, 16]
+
+
 # callbacks of others
 
 
