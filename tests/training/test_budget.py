@@ -7,6 +7,8 @@ import gc
 import itertools
 import logging
 import math
+import re
+import signal
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -604,3 +606,39 @@ def test_a_test_without_snapshots_says_so_once(tmp_path: Path, messages: pytest.
     said = [r for r in messages.records if "a test computes no snapshots" in r.getMessage()]
     assert len({id(r) for r in said}) <= 2
     assert said
+
+
+def test_a_disk_that_is_full_is_said_with_its_path_and_leaves_no_half_files(
+    tmp_path: Path, messages: pytest.LogCaptureFixture
+) -> None:
+    resource = pytest.importorskip("resource")
+    model, before = Timed(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    trainer = trainer_of(tmp_path, timed(model, 0.1, at_steps=[0, 1, 2]))
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    # Writes end in the middle of a file, as on a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        trainer.fit(model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    (said,) = {r.getMessage() for r in messages.records if "failed and is skipped" in r.getMessage()}
+    assert str(tmp_path / "lib") in said
+    assert "File too large" in said
+    assert messages.text.count("cannot be written to") == 1
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert trainer.global_step > 2, "training goes on"
+
+
+@pytest.mark.parametrize(("free", "warns"), [(3000, True), (10**9, False)])
+def test_files_that_will_not_fit_on_the_disk_are_said_beforehand(
+    free: int, warns: bool, tmp_path: Path, messages: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+    model = Timed()
+    trainer_of(tmp_path, timed(model, 0.1, at_steps=[0, 1, 2])).fit(model)
+    said = [r.getMessage() for r in messages.records if "keeps as many" in r.getMessage()]
+    assert len(said) == warns
+    if warns:
+        assert str(tmp_path / "lib") in said[0]
+        assert re.search(r"keep_snapshots=\d+ keeps as many as there is room for", said[0])
