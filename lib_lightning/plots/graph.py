@@ -235,8 +235,10 @@ def _draw_column(
     count = f"{len(shown)} of {len(importance)}" if len(shown) < len(importance) else f"{len(importance)}"
     features = THEME["feature_names"].get(basis.kind, f"{basis.kind} features")
     text, size = heading
+    # Single lines stand on one line, with descenders or without; several grow upwards.
+    align = "bottom" if "\n" in text else "baseline"
     axes.text(
-        x, 1.135, text, parse_math=False, ha="center", va="bottom", fontsize=size, fontweight="bold", color=TEXT,
+        x, 1.135, text, parse_math=False, ha="center", va=align, fontsize=size, fontweight="bold", color=TEXT,
         clip_on=False, linespacing=1.0,
     )  # fmt: skip
     count_color = VERMILION if column.modules is None else MUTED
