@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lib_lightning.algorithm.basis import Basis
-from lib_lightning.errors import LIBError, NodeLayerError, SettingTypeError, brief, quoted, shortened
+from lib_lightning.errors import LIBError, NodeLayerError, SettingTypeError, brief, check_number, quoted, shortened
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.interventions.names import FeatureName, find_features
 from lib_lightning.model.autograd_graph import is_view, swap_in
@@ -56,12 +56,15 @@ def scale(factor: float) -> Callable[[Tensor], Tensor]:
     Returns:
         A value of `edit_features`.
 
+    Raises:
+        SettingError: If it is NaN or infinite.
+        SettingTypeError: If it is not a number.
+
     Example:
         >>> scale(2.0)(torch.tensor([1.0, -3.0]))
         tensor([ 2., -6.])
     """
-    if not isinstance(factor, numbers.Real) or not math.isfinite(factor):
-        raise SettingTypeError(f"scale takes a finite number; got {shortened(repr(factor), 80)}.")
+    check_number("factor", factor, math.isfinite, "must be a finite number")
     return functools.partial(operator.mul, factor)
 
 
@@ -88,7 +91,8 @@ def edit_features(
             number is the lineage), by node layer and index, ``("resid_post", 2)``, or by a label that no other feature
             has. Its value is ``(a - mean) @ to_feature``, with the mean over the samples of the graph. It becomes
 
-            - a number, the same at all samples and positions; `MEAN`, which is 0, for the feature's mean;
+            - a number (or a tensor without axes), the same at all samples and positions; `MEAN`, which is 0, for the
+              feature's mean;
             - ``scale(2.0)``: its values times a factor;
             - or what a function makes of its values ``(n, S)`` at all samples and positions: a tensor of this shape, or
               one that can be broadcast to it. For a node layer that joins positions it is called once for each tensor.
@@ -142,10 +146,11 @@ def edit_features(
 
 
 def _checked(edit: object, name: FeatureName) -> Edit:
-    if isinstance(edit, numbers.Real) and not isinstance(edit, bool):
-        if math.isfinite(edit):
-            return float(edit)
-    elif callable(edit):
+    if isinstance(edit, Tensor) and edit.ndim == 0:
+        return lambda f: edit  # on its graph, if it has one
+    if not isinstance(edit, bool) and isinstance(edit, numbers.Real) and math.isfinite(edit):
+        return float(edit)
+    if callable(edit):
         return edit
     raise SettingTypeError(
         f"Feature {name!r} becomes a finite number, or what a function such as scale(2.0) makes of its values; got "
@@ -391,7 +396,8 @@ class _Run:
         is_joined = [editor.is_joined and editor.edited_parts is None for editor in self._editors]
         for editor in itertools.compress(self._editors, is_joined):
             self._compute_beforehand(editor, module, args, kwargs)
-        return self._own((args, kwargs))
+        own: tuple[Any, Any] = self._own((args, kwargs))
+        return own
 
     def _compute_beforehand(
         self, editor: LayerEditor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

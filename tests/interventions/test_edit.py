@@ -270,6 +270,19 @@ def test_a_graph_of_the_edited_model() -> None:
     assert graph_of(model, [x], ["input", "1", "output"]).bases["1"].n_features == 3
 
 
+def test_a_value_that_is_learned() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(), torch.randn(9, 3).double()
+    graph = graph_of(model, [x], ["1", "output"])
+    value = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    with edit_features(model, graph, {"1/0": value}):
+        model(x)[:, 0].sum().backward()
+    slope = model[2].weight[0] @ graph.bases["1"].from_features[0]
+    assert float(value.grad) == pytest.approx(9 * float(slope))
+    for factor, error in (("2", SettingTypeError), (float("inf"), SettingError), (None, SettingTypeError)):
+        with pytest.raises(error, match="factor must be a finite number"):
+            scale(factor)
+
+
 def test_masks_and_errors_of_functions() -> None:
     class Words(nn.Module):
         def __init__(self) -> None:
@@ -404,6 +417,25 @@ def test_compiled_modules_and_generation() -> None:
     with edit_features(lm, graph, {"lm_head:input/0": lambda f: n_calls.append(f.shape) or f}):
         lm.generate(tokens, max_new_tokens=3, do_sample=False, pad_token_id=0)
     assert len(n_calls) == 3
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(use_reentrant: bool) -> None:
+    model, tokens = gpt2().train(), torch.randint(1, 7, (20, 5))
+    graph = graph_of(model, [tokens], ["transformer.h.0", "transformer.h.1.ln_2:input", "lm_head:input"])
+    grads = []
+    for is_checkpointed in (False, True):
+        if is_checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        with edit_features(model, graph, {"transformer.h.0/0": 1.0, "transformer.h.1.ln_2:input/1": scale(2.0)}):
+            embeddings = model.transformer.wte(tokens).detach().requires_grad_()
+            loss = model(inputs_embeds=embeddings).logits.square().mean()
+            loss.backward()
+        grads.append([embeddings.grad, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+        model.zero_grad()
+    assert len(grads[0]) > 20
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=TOLERANCE)
 
 
 class Regression:
