@@ -38,6 +38,7 @@ from lib_lightning.model.replica import Copier
 from lib_lightning.model.saved_state import preserve_attributes
 from lib_lightning.model.sources import in_model
 from lib_lightning.model.steps import is_preparing
+from lib_lightning.model.torch_internals import disable_checkpointing
 from lib_lightning.model.vjp import apply_mask
 
 # The mean of a feature. Its value is C^T (a - mean): activations are centred, so that this is 0 in every basis.
@@ -110,10 +111,10 @@ def edit_features(
 
     Note:
         Hooks belong to the model, so that other threads that run it meanwhile see the edits, too: let one thread at a
-        time edit a model. Modules compiled by `torch.compile` run uncompiled in the block. With activation
-        checkpointing, call ``backward()`` in the block as well, because it runs parts of the model again. Features of a
-        node layer that concatenates those of several tensors are known only after the model has used the first of them:
-        the model first runs up to the last one, without a trace in random states, buffers and attributes.
+        time edit a model. In the block, modules compiled by `torch.compile` run uncompiled, and activation
+        checkpointing is off, so that nothing runs a second time. Features of a node layer that concatenates those of
+        several tensors are known only after the model has used the first of them: the model first runs up to the last
+        one, without a trace in random states, buffers and attributes.
 
     Example:
         >>> from lib_lightning import compute_interaction_graph
@@ -139,6 +140,8 @@ def edit_features(
     with ExitStack() as stack:
         # Compiled modules ignore hooks that are registered later.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
+        # What runs again in a backward pass would see tensor objects that are edited already.
+        stack.callback(disable_checkpointing())
         run = _Run(instrumented.model, ModelCall.from_plain(graph.model_call) or ModelCall(), editors, mask)
         stack.enter_context(run.hooked())
         yield
@@ -347,7 +350,8 @@ class _Run:
         self._call = call
         self._mask = None if isinstance(mask, str) else mask
         # Kept, so that no other object has the same id.
-        self._fixed = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        attributes = [x for module in model.modules() for x in vars(module).values() if isinstance(x, Tensor)]
+        self._fixed = {id(t): t for t in (*model.parameters(), *model.buffers(), *attributes)}
         self._of_caller: dict[int, Tensor] = {}
         self._n_calls: Counter[str] = Counter()
         self._has_run = False
@@ -441,7 +445,8 @@ class _Run:
             if call != hook.tap.call:
                 return value
         t = tensor_at(hook.name, value)
-        with in_model(False):
+        # A tensor with a graph keeps it where the model has switched gradients off, for its other references.
+        with in_model(False), torch.set_grad_enabled(torch.is_grad_enabled() or t.requires_grad):
             if self._recording is hook.editor:
                 if hook.editor.record(hook.tap_index, t, self._mask):
                     raise _StopForward(self)

@@ -38,7 +38,7 @@ def sign_flip_p_values(total: Tensor, squares: Tensor) -> Tensor:
     Example:
         >>> d = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, -2.0, 1.5, 0.5], [2.0, 1.0, 2.0, 1.0]]).double()
         >>> sign_flip_p_values(d.sum(1), d.square().sum(1))
-        tensor([1.0000, 1.0000, 0.1828], dtype=torch.float64)
+        tensor([1.0000, 1.0000, 0.1837], dtype=torch.float64)
     """
     t = torch.where(squares > 0, total.abs() / squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt(), 0.0)
     return (_RADEMACHER * torch.erfc(t / math.sqrt(2))).clamp(max=1)

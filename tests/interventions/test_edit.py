@@ -11,6 +11,7 @@ import pytest
 import pytorch_lightning
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -129,6 +130,18 @@ class Branches(nn.Module):
         return self.head(h + torch.tanh(self.up(h)))
 
 
+class Streams(nn.Module):
+    """Two tensors whose positions are one node layer; one of them is used before the other is there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.decode, self.head = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(3, 2)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        memory = self.encode(source).tanh()
+        return self.head(torch.cat([memory, self.decode(target).sin()], 1))
+
+
 def models() -> dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], Any, dict[str, Any]]]:
     def tokens() -> Tensor:
         return torch.randint(1, 7, (20, 5))
@@ -149,6 +162,11 @@ def models() -> dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], Any,
             llama, tokens, ["model.layers.0", "model.layers.1.post_attention_layernorm:input", "model.norm"], {}
         ),
         "lstm": (Recurrent, lambda: torch.randn(20, 4, 3), ["lstm", "output"], {}),
+        "two streams": (
+            Streams, lambda: (torch.randn(20, 3, 4), torch.randn(20, 2, 4)),
+            [NodeLayer(["encode", "decode"], "streams", join="positions"), "head:input", "output"],
+            {"skip_positions": 1},
+        ),
         "branches": (Branches, lambda: torch.randn(20, 3), ["input", "left+right", "output"], {}),
     }  # fmt: skip
 
@@ -276,7 +294,7 @@ def test_a_value_that_is_learned() -> None:
     value = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     with edit_features(model, graph, {"1/0": value}):
         model(x)[:, 0].sum().backward()
-    slope = model[2].weight[0] @ graph.bases["1"].from_features[0]
+    slope = model[2].weight[0].detach() @ graph.bases["1"].from_features[0]
     assert float(value.grad) == pytest.approx(9 * float(slope))
     for factor, error in (("2", SettingTypeError), (float("inf"), SettingError), (None, SettingTypeError)):
         with pytest.raises(error, match="factor must be a finite number"):
@@ -419,21 +437,112 @@ def test_compiled_modules_and_generation() -> None:
     assert len(n_calls) == 3
 
 
+def test_parts_without_gradients_and_tensors_that_modules_keep() -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.frozen, self.head = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.up(x)
+            with torch.no_grad():
+                left = self.frozen(h).tanh()
+            return self.head(h + left)
+
+    model, x = Frozen().double(), torch.randn(12, 3).double()
+    basis = graph_of(nn.Sequential(model.up), [x], ["input", "output"], final_basis="pca").bases["output"]
+    graph = InteractionGraph({"h": basis}, {}, {"node_layers": [{"name": "h", "taps": ["frozen:input"]}]})
+    h = by_hand(model.up(x), basis, 0, torch.sin)
+    expected = torch.autograd.grad(model.head(h + model.frozen(h.detach()).tanh()).square().sum(), model.up.weight)
+    with edit_features(model, graph, {"h/0": torch.sin}):
+        found = torch.autograd.grad(model(x).square().sum(), model.up.weight)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=TOLERANCE)
+
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.randn(12, 3).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.table
+
+    tables = nn.Sequential(Table(), nn.Linear(3, 2).double())
+    table = tables[0].table
+    before, plain = table.clone(), tables(x)
+    basis = graph_of(nn.Sequential(nn.Linear(3, 2)), [x.float()], ["input", "output"]).bases["input"]
+    constant = InteractionGraph({"0": basis}, {}, {"node_layers": [{"name": "0", "taps": ["0"]}]})
+    with edit_features(tables, constant, {("0", 0): 9.0}), torch.no_grad():
+        assert not torch.equal(tables(x), plain)
+    assert tables[0].table is table
+    assert torch.equal(table, before)
+
+
+def test_a_step_that_calls_several_modules() -> None:
+    class Autoencoder(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.decoder = nn.Linear(3, 2), nn.Linear(2, 3)
+
+        def training_step(self, batch: Tensor, _: int = 0) -> Tensor:
+            self.y = self.decoder(torch.tanh(self.encoder(batch)))
+            return (self.y - batch).square().mean()
+
+        validation_step = training_step
+
+    model, x = Autoencoder().double(), torch.randn(20, 3).double()
+    graph = graph_of(model, [x], ["input", "encoder", "output"])
+    assert len(graph.model_call["calls"]) == 2
+    h = by_hand(x, graph.bases["input"], 0, lambda f: 3 * f)
+    y = by_hand(model.decoder(torch.tanh(model.encoder(h))), graph.bases["output"], 1, torch.zeros_like)
+    kept = x.clone()
+    for _ in range(2):
+        with edit_features(model, graph, {"input/0": scale(3.0), "output/1": MEAN}):
+            loss = model.training_step(x)
+        torch.testing.assert_close(model.y, y, rtol=TOLERANCE, atol=TOLERANCE)
+        torch.testing.assert_close(loss, (y - x).square().mean())
+        assert torch.equal(x, kept)
+
+
+class Checkpointed(nn.Module):
+    """Residual blocks that run again in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head, self.use_reentrant = nn.Linear(3, 5), nn.Linear(5, 2), None
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 5)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = x + (block(x) if self.use_reentrant is None else self.again(block, x))
+        return self.head(x)
+
+    def again(self, block: nn.Module, x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(block, x, use_reentrant=self.use_reentrant)
+        return y
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing(use_reentrant: bool) -> None:
-    model, tokens = gpt2().train(), torch.randint(1, 7, (20, 5))
-    graph = graph_of(model, [tokens], ["transformer.h.0", "transformer.h.1.ln_2:input", "lm_head:input"])
+    model, x = Checkpointed().double(), torch.randn(20, 3).double()
+    graph = graph_of(model, [x], ["embed", "blocks.1:input", "output"])
+    inner = graph_of(model.blocks[1], [torch.randn(20, 5).double()], ["0", "1", "output"])
+    names = {"0": "blocks.1.0", "1": "blocks.1.1"}  # inside of what runs again, and no cut of the whole model
+    inside = InteractionGraph(
+        {names[name]: basis for name, basis in inner.bases.items() if name in names}, {},
+        {"node_layers": [place | {"name": f"blocks.1.{place['name']}", "taps": [f"blocks.1.{place['name']}"]}
+                         for place in inner.info["node_layers"] if place["name"] in names]},
+    )  # fmt: skip
     grads = []
-    for is_checkpointed in (False, True):
-        if is_checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-        with edit_features(model, graph, {"transformer.h.0/0": 1.0, "transformer.h.1.ln_2:input/1": scale(2.0)}):
-            embeddings = model.transformer.wte(tokens).detach().requires_grad_()
-            loss = model(inputs_embeds=embeddings).logits.square().mean()
-            loss.backward()
-        grads.append([embeddings.grad, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    for model.use_reentrant in (None, use_reentrant):
         model.zero_grad()
-    assert len(grads[0]) > 20
+        with (
+            edit_features(model, graph, {"blocks.1:input/0": 1.0, "embed/1": scale(2.0)}),
+            edit_features(model, inside, {"blocks.1.0/0": torch.sin, "blocks.1.1/1": scale(0.5)}),
+        ):
+            model(x).square().mean().backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert len(grads[0]) == len(list(model.parameters()))
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=TOLERANCE)
 
