@@ -600,3 +600,23 @@ def test_a_lightning_module_in_training(kind: Any, package: Any, tmp_path: Any) 
     assert len(module.seen) >= 8
     assert not torch.equal(module.net[0].weight, weight)
     assert n_hooks(module) == [0] * len(n_hooks(module))
+
+
+def test_a_whole_training_in_a_block(tmp_path: Any) -> None:
+    """Optimizer, validation and snapshots all see the edited model."""
+    torch.manual_seed(0)
+    module, x = LightningRegression(), torch.randn(32, 3)
+    graph = graph_of(module, [[x, x[:, :2]]], ["input", "net.1", "output"])
+    callback = LIBCallback(node_layers=["input", "net.1", "output"], at_steps=[0, 4], num_samples=32)
+    trainer = pl.Trainer(
+        max_epochs=2, default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[callback],
+    )  # fmt: skip
+    data = DataLoader([(row, row[:2] ** 2) for row in x], batch_size=8)
+    names = {("net.1", j): MEAN for j in range(1, graph.bases["net.1"].n_features)}
+    with edit_features(module, graph, names):
+        trainer.fit(module, data, data)
+    files = sorted(tmp_path.rglob("step-*.safetensors"))
+    assert len(files) == 3
+    assert InteractionGraph.load(files[0]).bases["net.1"].n_features == 1
+    assert n_hooks(module) == [0] * len(n_hooks(module))

@@ -160,7 +160,7 @@ def test_several_features_at_once_give_the_same(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(InstrumentedModel, "run", lambda self, batch: n_passes.append(1) or run(self, batch))
     together = feature_effects(model, [batch], graph, log_likelihood)
     few = len(n_passes)
-    monkeypatch.setattr(effects, "_BYTES", 0)
+    monkeypatch.setattr(effects, "_BYTES_CPU", 0)
     single = feature_effects(model, [batch], graph, log_likelihood)
     assert few <= 8  # one for each node layer, and a few without edits
     assert len(n_passes) - few >= 13
@@ -185,6 +185,20 @@ def test_scores_that_know_their_samples_and_models_that_draw_random_numbers() ->
     for name, effect in plain.items():
         if not name.startswith("output"):
             assert noisy[name].change == pytest.approx(effect.change, rel=1e-2, abs=1e-3)  # 100 in float32
+
+
+def test_small_effects_need_double_precision() -> None:
+    model, x, graph = tiny(0)
+    y = model(x).detach()
+
+    def score(output: Tensor, batch: Tensor) -> Tensor:
+        return 1 - 1e-6 * (output[:, 0] - y[: len(output), 0].to(output)).square()
+
+    for dtype, is_visible in ((None, False), (torch.float64, True)):
+        found = feature_effects(model, [x], graph, score, dtype=dtype)
+        assert found["output/0"].significant == is_visible
+        assert found["output/0"].change == pytest.approx(-1e-6 * float(y[:, 0].var(correction=0)), abs=2e-7)
+        assert found["output/1"].p_value == 1
 
 
 def test_memory_that_runs_out_and_untouched_models(monkeypatch: pytest.MonkeyPatch) -> None:
