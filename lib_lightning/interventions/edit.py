@@ -13,6 +13,7 @@ import itertools
 import math
 import numbers
 import operator
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -73,7 +74,7 @@ def scale(factor: float) -> Callable[[Tensor], Tensor]:
 def edit_features(
     model: nn.Module,
     graph: InteractionGraph,
-    edits: Mapping[FeatureName, Edit],
+    edits: Mapping[Any, Edit],
     mask: str | Tensor | None = None,
 ) -> Iterator[None]:
     """A block in which some features of a model have other values.
@@ -321,6 +322,10 @@ class _TapHook(NamedTuple):
     tap: Tap
 
 
+# Whether the features of a node layer are computed beforehand, by any of several blocks.
+_in_thread = threading.local()
+
+
 class _StopForward(BaseException):
     """Ends a forward pass when the features of a node layer are known.
 
@@ -354,7 +359,7 @@ class _Run:
         self._fixed = {id(t): t for t in (*model.parameters(), *model.buffers(), *attributes)}
         self._of_caller: dict[int, Tensor] = {}
         self._n_calls: Counter[str] = Counter()
-        self._has_run = False
+        self._has_begun = self._has_ended = self._has_visited = False
         # The node layer whose features are computed beforehand, in a forward pass of its own.
         self._recording: LayerEditor | None = None
 
@@ -366,6 +371,7 @@ class _Run:
             for module in dict.fromkeys([self._model, find_module(self._model, first.path)]):
                 handle = module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True)
                 stack.callback(handle.remove)
+                stack.callback(module.register_forward_hook(self._end).remove)
             for editor in self._editors:
                 for k, name in enumerate(editor.layer.taps):
                     tap = self._call.locate(split_tap(name))
@@ -381,7 +387,7 @@ class _Run:
     def check_complete(self) -> None:
         """Raise an error if the model ran without one of the node layers."""
         missing = [editor.name for editor in self._editors if not editor.was_edited]
-        if self._has_run and missing:
+        if missing and (self._has_ended or (self._has_visited and not self._has_begun)):
             raise LIBError(
                 f"The model ran without calling {quoted(missing)} as a module, so that features there were not edited. "
                 "Hooks see module(x), and not module.forward(x)."
@@ -394,7 +400,7 @@ class _Run:
             self._n_calls.clear()
             for editor in self._editors:
                 editor.forget()
-        self._has_run = True
+        self._has_begun = True
         if isinstance(self._mask_argument, str):
             self._mask = _argument(module, args, kwargs, self._mask_argument)
         is_joined = [editor.is_joined and editor.edited_parts is None for editor in self._editors]
@@ -407,9 +413,14 @@ class _Run:
         self, editor: LayerEditor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Run the model up to the last tensor of a node layer that concatenates several, and leave no trace of that."""
+        if getattr(_in_thread, "is_recording", False):
+            raise LIBError(
+                f"Features of '{editor.name}', which concatenates several tensors, are edited in a block inside of one "
+                "that does so as well. Edit all of them in one block."
+            )
         buffers = {name: t.detach().clone() for name, t in module.named_buffers()}
         args, kwargs = Copier(same=tensors_in((args, kwargs)))((args, kwargs))
-        self._recording = editor
+        self._recording, _in_thread.is_recording = editor, True
         with ExitStack() as stack:
             stack.callback(save_rng())
             stack.callback(preserve_attributes(self._model))
@@ -419,16 +430,19 @@ class _Run:
                 if stopped.run is not self:
                     raise
             finally:
-                self._recording = None
+                self._recording, _in_thread.is_recording = None, False
                 self._n_calls.clear()
 
     def _own(self, arguments: Any) -> Any:
         """The same arguments with copies of their tensors, so that those of the caller stay as they are."""
         own = _own_tensors(arguments)
-        passed = {id(t) for t in tensors_in(_plain(own))}
+        passed = {id(t) for t in _tensors(own)}
         # Tensors in other objects become no others.
         self._of_caller = {id(t): t for t in tensors_in(own) if id(t) not in passed}
         return own
+
+    def _end(self, *_: Any) -> None:
+        self._has_ended = True
 
     def _leave(self, path: str, index: int, *_: Any) -> None:
         self._n_calls[f"{path} done"] += 1
@@ -438,7 +452,7 @@ class _Run:
     def _visit(self, hook: _TapHook, value: Any) -> Any:
         if is_preparing():
             return value
-        self._has_run = True
+        self._has_visited = True
         if hook.tap.call is not None:
             call = self._n_calls[hook.name]
             self._n_calls[hook.name] += 1
@@ -451,6 +465,8 @@ class _Run:
                 if hook.editor.record(hook.tap_index, t, self._mask):
                     raise _StopForward(self)
                 return value
+            if self._recording and hook.editor.is_joined and hook.editor.edited_parts is None:
+                return value  # of a later node layer
             new = self._replace(t, hook.editor.new_tensor(hook.tap_index, t, self._mask))
             return value if new is t else replace_first_tensor(value, new)
 
@@ -490,16 +506,16 @@ def _argument(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
 def _own_tensors(value: Any) -> Any:
     """The same arguments with copies of their tensors, on the graphs of these."""
     if isinstance(value, Tensor):
-        return value.clone() if type(value) is Tensor and value.is_floating_point() else value
+        return value.clone() if value.is_floating_point() else value
     if type(value) in (tuple, list):
         return type(value)(map(_own_tensors, value))
     return {key: _own_tensors(x) for key, x in value.items()} if type(value) is dict else value
 
 
-def _plain(value: Any) -> Any:
-    """What `_own_tensors` has copied tensors of."""
-    if type(value) in (tuple, list):
-        return [_plain(x) for x in value]
-    if type(value) is dict:
-        return [_plain(x) for x in value.values()]
-    return value if isinstance(value, Tensor) else None
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors that `_own_tensors` copies."""
+    if isinstance(value, Tensor):
+        yield value
+    elif type(value) in (tuple, list, dict):
+        for x in value.values() if type(value) is dict else value:
+            yield from _tensors(x)

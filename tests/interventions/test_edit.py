@@ -405,6 +405,52 @@ def test_tensors_that_are_used_before_all_of_their_node_layer_are_known() -> Non
         model.left(x)
 
 
+def test_several_node_layers_that_concatenate_tensors() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.head = Early(), Early(), nn.Linear(2, 2)
+            self.up = nn.Linear(2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.second(self.up(self.first(x).tanh())))
+
+    model, x = Twice().double().eval(), torch.randn(30, 3).double()
+    layers = ["input", "first.left+first.right", "second.left+second.right", "output"]
+    graph = graph_of(model, [x], layers)
+
+    def half(module: nn.Module, x: Tensor, name: str, j: int) -> Tensor:
+        h = module.norm(x)
+        a = by_hand(torch.cat([module.left(h), module.right(h)], -1), graph.bases[name], j, torch.sin)
+        return module.head(a[:, :2].tanh() * a[:, 2:])
+
+    expected = model.head(half(model.second, model.up(half(model.first, x, layers[1], 0).tanh()), layers[2], 1))
+    with edit_features(model, graph, {(layers[1], 0): torch.sin, (layers[2], 1): torch.sin}):
+        torch.testing.assert_close(model(x), expected, rtol=TOLERANCE, atol=TOLERANCE)
+    with (
+        edit_features(model, graph, {(layers[1], 0): torch.sin}),
+        edit_features(model, graph, {(layers[2], 1): torch.sin}),
+        pytest.raises(LIBError, match="Edit all of them in one block"),
+    ):
+        model(x)
+    with edit_features(model, graph, {(layers[1], 0): torch.sin}), edit_features(model, graph, {"output/0": 1.0}):
+        model(x)
+
+
+def test_subclasses_of_tensors_stay_as_they_are() -> None:
+    class Image(torch.Tensor):
+        pass
+
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(9, 3)
+    graph = graph_of(model, [x], ["input", "output"])
+    for given in (x.clone().as_subclass(Image), nn.Parameter(x.clone(), requires_grad=False), nn.Parameter(x.clone())):
+        with edit_features(model, graph, {"input/0": 5.0}):
+            y = model(given)
+        assert torch.equal(given.as_subclass(Tensor), x)
+        with edit_features(model, graph, {"input/0": 5.0}):
+            torch.testing.assert_close(y.as_subclass(Tensor), model(x))
+
+
 def test_half_precision_and_autocast() -> None:
     model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(40, 3)
     graph = graph_of(model, [x], ["1", "output"])
