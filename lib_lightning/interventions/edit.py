@@ -29,7 +29,7 @@ from lib_lightning.interventions.names import FeatureName, find_features
 from lib_lightning.model.autograd_graph import is_view, swap_in
 from lib_lightning.model.batch import replace_first_tensor, tensors_in
 from lib_lightning.model.calls import ModelCall
-from lib_lightning.model.capture import hook_at, tensor_at
+from lib_lightning.model.capture import hook_at, like, tensor_at
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.module_paths import find_module
 from lib_lightning.model.node_layer import NodeLayer, Tap, split_tap
@@ -285,7 +285,7 @@ class LayerEditor:
             layer = self.layer.only(k)
             (new,) = self._edited(layer, [t], None if mask is None else self._part(k, layer.width(t), mask))
         self.was_edited = True
-        return _like(t, new)
+        return like(t, new)
 
     def _edited(self, layer: NodeLayer, tensors: Sequence[Tensor], mask: Tensor | None) -> list[Tensor]:
         # Copies, so that autograd keeps no reference to the tensor objects themselves, which become others.
@@ -306,11 +306,6 @@ class LayerEditor:
             return mask
         start = sum(self._widths.get(i, 0) for i in range(k))
         return mask[:, start : start + width]
-
-
-def _like(t: Tensor, new: Tensor) -> Tensor:
-    """New values in the type and the order of memory of a tensor, which the model may rely on."""
-    return torch.empty_like(t, requires_grad=False).copy_(new)
 
 
 class _TapHook(NamedTuple):

@@ -139,6 +139,11 @@ def tensor_at(tap: str, value: Any) -> Tensor:
     return t
 
 
+def like(t: Tensor, values: Tensor) -> Tensor:
+    """Values in the type and the order of memory of a tensor, which the model may rely on, on their own graph."""
+    return torch.empty_like(t, requires_grad=False).copy_(values)
+
+
 class ActivationRecorder:
     """The hooks of one forward pass, and the tensors they recorded.
 
@@ -337,4 +342,4 @@ class ActivationRecorder:
         # The taps of one node layer are called one after another; each takes its part of the features.
         start = sum(self._widths[layer_index, k] for k in range(tap_index))
         (written,) = layer.write(layer.part(values, start, self._widths[key]), [t])
-        return written.to(t.dtype)
+        return like(t, written)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -10,6 +11,8 @@ import lightning.pytorch as pl
 import pytest
 import pytorch_lightning
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
@@ -21,7 +24,7 @@ from lib_lightning.interventions import MEAN, edit_features, scale
 from lib_lightning.model.batch import first_tensor, map_tensors
 from lib_lightning.model.instrumented import InstrumentedModel, model_session
 from lib_lightning.model.model_spec import ModelSpec
-from tests.cases import Case
+from tests.cases import Case, all_cases
 from tests.integration.oracle import randomize
 
 TOLERANCE = 1e-12
@@ -177,6 +180,36 @@ def test_kinds_of_models(name: str) -> None:
     model, batch = make().double().eval(), data()
     batch = map_tensors(batch, lambda t: t.double() if t.is_floating_point() else t)
     check_against_replacement(model, batch, graph_of(model, [batch], layers, **options))
+
+
+@functools.cache
+def residual() -> tuple[Case, InteractionGraph]:
+    (case,) = (case for case in all_cases() if case.name == "norm_and_residual")
+    return case, graph_of(case.model, [case.data], case.node_layers)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 2)), max_size=8, unique_by=lambda x: x[:2])
+)
+def test_any_edits_of_all_node_layers_at_once(choices: list[tuple[int, int, int]]) -> None:
+    """As in a model whose activations are replaced in one node layer after another."""
+    case, graph = residual()
+    chosen = [(i, j, k) for i, j, k in choices if j < graph.bases[graph.node_layers[i]].n_features]
+    instrumented = InstrumentedModel(case.model, graph.node_layer_specs())
+    replaced: dict[int, Tensor] = {}
+    with model_session(instrumented), torch.no_grad():
+        for i, basis in enumerate(graph.bases.values()):
+            a = before = instrumented.capture(case.data, [replaced.get(l) for l in range(4)])[i].a
+            for layer, j, k in chosen:
+                if layer == i:
+                    a = a + by_hand(before, basis, j, EDITS[k][1]) - before
+            if a is not before:
+                replaced[i] = a
+        expected = instrumented.output(case.data, replaced)
+    edits = {(graph.node_layers[i], j): EDITS[k][0] for i, j, k in chosen}
+    with edit_features(case.model, graph, edits):
+        torch.testing.assert_close(case.model(case.data), expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def test_only_along_the_feature_and_several_at_once() -> None:
@@ -443,10 +476,10 @@ def test_subclasses_of_tensors_stay_as_they_are() -> None:
 
     model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(9, 3)
     graph = graph_of(model, [x], ["input", "output"])
-    for given in (x.clone().as_subclass(Image), nn.Parameter(x.clone(), requires_grad=False), nn.Parameter(x.clone())):
+    for own in (x.clone().as_subclass(Image), nn.Parameter(x.clone(), requires_grad=False), nn.Parameter(x.clone())):
         with edit_features(model, graph, {"input/0": 5.0}):
-            y = model(given)
-        assert torch.equal(given.as_subclass(Tensor), x)
+            y = model(own)
+        assert torch.equal(own.as_subclass(Tensor), x)
         with edit_features(model, graph, {"input/0": 5.0}):
             torch.testing.assert_close(y.as_subclass(Tensor), model(x))
 

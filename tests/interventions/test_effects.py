@@ -14,10 +14,11 @@ from lib_lightning.ablation import accuracy, log_likelihood
 from lib_lightning.distributed.process_group import ProcessGroup
 from lib_lightning.errors import LIBError, NodeLayerError, NotFiniteError, SettingError
 from lib_lightning.interventions import MEAN, Effect, edit_features, effects, feature_effects
-from lib_lightning.model.batch import first_tensor
+from lib_lightning.model.batch import first_tensor, map_tensors
 from lib_lightning.model.instrumented import InstrumentedModel
 from recipes.ground_truth import FEATURES, network_of_features
 from tests.cases import Case
+from tests.interventions.test_edit import models
 
 
 def square_of_output(output: Any, batch: Any) -> Tensor:
@@ -46,6 +47,22 @@ def test_equal_to_editing_one_feature_after_another(case: Case) -> None:
                 d = square_of_output(case.model(*args, **kwargs), None) - before
             assert effect.change == pytest.approx(float(d.mean()), abs=1e-12)
             assert effect.error == pytest.approx(float(d.std() / len(d) ** 0.5), abs=1e-9)
+
+
+@pytest.mark.parametrize("name", models())
+def test_equal_to_editing_on_kinds_of_models(name: str) -> None:
+    make, data, layers, options = models()[name]
+    model = make().double().eval()
+    batch = map_tensors(data(), lambda t: t.double() if t.is_floating_point() else t)
+    graph = compute_interaction_graph(model, [batch], layers, effort="exact", **options)
+    found = feature_effects(model, [batch], graph, square_of_output)
+    args = batch if isinstance(batch, tuple) else (batch,)
+    with torch.no_grad():
+        before = square_of_output(model(*args), None)
+        for feature, effect in found.items():
+            with edit_features(model, graph, {feature: MEAN}):
+                d = square_of_output(model(*args), None) - before
+            assert effect.change == pytest.approx(float(d.mean()), abs=1e-10)
 
 
 def graph_of_planted(seed: int) -> tuple[Any, InteractionGraph, list[str]]:
