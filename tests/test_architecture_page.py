@@ -40,6 +40,6 @@ def test_paths_exist() -> None:
         assert (ROOT / path).exists()
 
 
-def test_all_three_ways_are_there() -> None:
+def test_all_ways_are_there() -> None:
     assert len(NAMES) > 25
-    assert PAGE.count("\n## From ") == 3
+    assert PAGE.count("\n## From ") == 4

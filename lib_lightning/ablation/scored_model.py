@@ -24,6 +24,28 @@ from lib_lightning.model.precision import to_float64
 Score = Callable[[Any, Any], Tensor]
 
 
+def sample_scores(score: Score, output: Any, batch: Any, size: int) -> Tensor:
+    """The scores of the samples of a batch.
+
+    Args:
+        score: From the model's output and a batch to one score for each sample.
+        output: The model's output.
+        batch: The batch.
+        size: Number of its samples.
+
+    Returns:
+        Shape ``(size,)``, float64.
+
+    Raises:
+        LIBError: If the function does not return one number for each sample.
+    """
+    scores = score(output, batch)
+    if not isinstance(scores, Tensor) or scores.shape != (size,):
+        got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+        raise LIBError(f"A score function must return one number for each of the {size} samples of a batch; got {got}.")
+    return to_float64(scores)
+
+
 @contextmanager
 def scored_model(
     model: nn.Module,
@@ -113,14 +135,8 @@ class ScoredModel:
     def _mean_score(self, ablated: _AblationCache[_T], kept: _T) -> float:
         total, n = torch.zeros((), dtype=torch.float64, device="cpu"), 0
         for batch, model in zip(self._batches, ablated, strict=True):
-            scores = self._score(model.output(kept), batch)
             size = self._instrumented.num_samples(batch)
-            if not isinstance(scores, Tensor) or scores.shape != (size,):
-                got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
-                raise LIBError(
-                    f"A score function must return one number for each of the {size} samples of a batch; got {got}."
-                )
-            total += to_float64(scores).sum().cpu()
+            total += sample_scores(self._score, model.output(kept), batch, size).sum().cpu()
             n += size
         total, count = self._process_group.sum([total, torch.tensor(n, device="cpu")])
         if not count:

@@ -79,6 +79,71 @@ class StopForward(BaseException):
     """Ends a forward pass after the last node layer that is needed."""
 
 
+def hook_at(module: nn.Module, side: str, visit: Callable[[Any], Any]) -> RemovableHandle:
+    """Let a function replace what a module takes or returns.
+
+    Args:
+        module: The module.
+        side: ``"input"`` or ``"output"``.
+        visit: From a pair of positional and keyword arguments, or the output, to what the model continues with.
+
+    Returns:
+        The handle that ends it.
+    """
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        args, kwargs = visit((args, kwargs))
+        return args, kwargs
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return visit(output)
+
+    if side == INPUT:
+        return module.register_forward_pre_hook(before, with_kwargs=True)
+    return module.register_forward_hook(after)
+
+
+def tensor_at(tap: str, value: Any) -> Tensor:
+    """The tensor of a tap.
+
+    Args:
+        tap: Name of the tap, for errors.
+        value: What the module takes or returns.
+
+    Returns:
+        Its first tensor.
+
+    Raises:
+        ActivationError: If there is none, or it is no ordinary one of floating-point numbers.
+    """
+    t = first_tensor(value)
+    if t is None:
+        raise ActivationError(
+            f"'{tap}' holds no tensor, but {type(value).__name__}. Choose a module inside it that returns tensors."
+        )
+    if hasattr(t, "full_tensor"):
+        raise ActivationError(
+            f"'{tap}' holds a DTensor, of which each process has a part. Choose a node layer where the whole "
+            "tensor is on every process, such as the input or output of the block that is split."
+        )
+    if what := why_not_dense(value):
+        raise ActivationError(
+            f"'{tap}' holds {what}, in which samples have no rows of their own. Choose a module before or after it "
+            "that has one row for each sample, such as the embedding or the head."
+        )
+    if not t.is_floating_point():
+        raise ActivationError(
+            f"'{tap}' holds {str(t.dtype).removeprefix('torch.')} numbers, which have no gradient. "
+            "Choose a node layer after they become activations, such as the embedding's output."
+        )
+    return t
+
+
+def like(t: Tensor, values: Tensor) -> Tensor:
+    """Values in the type and the order of memory of a tensor, which the model may rely on, on their own graph."""
+    return torch.empty_like(t, requires_grad=False).copy_(values)
+
+
 class ActivationRecorder:
     """The hooks of one forward pass, and the tensors they recorded.
 
@@ -194,39 +259,11 @@ class ActivationRecorder:
             with in_model(False):
                 return self._record(name, key, value)
 
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-            args, kwargs = visit((args, kwargs))
-            return args, kwargs
-
-        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            return visit(output)
-
-        if tap.side == INPUT:
-            return module.register_forward_pre_hook(before, with_kwargs=True)
-        return module.register_forward_hook(after)
+        return hook_at(module, tap.side, visit)
 
     def _record(self, tap: str, key: tuple[int, int], value: Any) -> Any:
         """Record the tensor of one tap, and return the value that the model continues with."""
-        t = first_tensor(value)
-        if t is None:
-            raise ActivationError(
-                f"'{tap}' holds no tensor, but {type(value).__name__}. Choose a module inside it that returns tensors."
-            )
-        if hasattr(t, "full_tensor"):
-            raise ActivationError(
-                f"'{tap}' holds a DTensor, of which each process has a part. Choose a node layer where the whole "
-                "tensor is on every process, such as the input or output of the block that is split."
-            )
-        if what := why_not_dense(value):
-            raise ActivationError(
-                f"'{tap}' holds {what}, in which samples have no rows of their own. Choose a module before or after it "
-                "that has one row for each sample, such as the embedding or the head."
-            )
-        if not t.is_floating_point():
-            raise ActivationError(
-                f"'{tap}' holds {str(t.dtype).removeprefix('torch.')} numbers, which have no gradient. "
-                "Choose a node layer after they become activations, such as the embedding's output."
-            )
+        t = tensor_at(tap, value)
         if self._graphs is not None:
             self._layers[key[0]] = self._graphs.fit(self._layers[key[0]], len(t), tap)
         if self._axes is not None:
@@ -305,4 +342,4 @@ class ActivationRecorder:
         # The taps of one node layer are called one after another; each takes its part of the features.
         start = sum(self._widths[layer_index, k] for k in range(tap_index))
         (written,) = layer.write(layer.part(values, start, self._widths[key]), [t])
-        return written.to(t.dtype)
+        return like(t, written)

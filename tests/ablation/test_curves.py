@@ -354,6 +354,29 @@ def test_another_precision() -> None:
     assert rounded[1] == pytest.approx(exact[1], abs=1e-5)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_convolutions_whose_order_of_memory_the_model_relies_on(memory_format: torch.memory_format) -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.act, self.head = nn.Conv2d(2, 3, 2), nn.ReLU(), nn.Linear(27, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.act(self.conv(x))
+            if memory_format is torch.channels_last:
+                h = h.permute(0, 2, 3, 1)
+            return self.head(h.view(len(h), -1))  # no copy: fails in the other order
+
+    model = Flat().double().to(memory_format=memory_format)
+    x = torch.randn(40, 2, 4, 4).double().contiguous(memory_format=memory_format)
+    batch = x, model(x).argmax(-1)
+    graph = compute_interaction_graph(model, [batch], ["input", "conv", "act", "output"], basis="pca")
+    curve = node_ablation_curve(model, [batch], graph, accuracy, "conv", [0, 3])
+    assert curve[3] == 1  # all three directions
+    assert curve[0] < 1
+    ask_all(model, [batch], graph)
+
+
 def test_batches_may_come_from_a_generator() -> None:
     model = randomize(mlp())
     batch = labelled(model)
