@@ -593,7 +593,7 @@ class LIBCallback(Callback):
         if data.batches:
             found = planner.plan(instrumented, data.batches[0], self.plan_settings(int(expected)))
             plan, warnings = found.plan, found.warnings
-            if found.plan.snapshots is not None:
+            if trainer.is_global_zero and found.plan.snapshots is not None:
                 self.reporter.check_space(found.plan.snapshots, self.file_bytes(found))
         plan = agree(plan, self._process_group)
         if plan is not None:

@@ -148,21 +148,22 @@ class RunPlanner:
             As many snapshots as fit in the smallest size, up to `MOST` and at least `FEWEST`, and the most accurate
             ones that then fit.
         """
+        rate = None
         with model_session(instrumented):
             if settings.may_choose:
                 settings = replace(settings, config=with_chosen_metric(settings.config, instrumented, batch))
             cost = measure_cost(instrumented, batch)
-            size = instrumented.num_samples(batch)
-        training = self._training_operations(cost, size)
-        plan = self._choose(cost, training, settings)
-        cost_estimate = None
-        if estimate or self._can_estimate(plan):
-            cost_estimate = _estimate(instrumented, batch, settings, plan, estimate)
-        if cost_estimate is None:
+            training = self._training_operations(cost, instrumented.num_samples(batch))
+            plan = self._choose(cost, training, settings)
+            estimates = estimate or self._can_estimate(plan)
+            if not estimates:
+                rate = self._forward_rate(instrumented, batch, cost)
+        cost_estimate = _estimate(instrumented, batch, settings, plan, estimate) if estimates else None
+        if cost_estimate is not None:
+            rate = plan.effort.operations / cost_estimate.seconds
+        elif rate is None:  # the estimate has failed
             with model_session(instrumented):
                 rate = self._forward_rate(instrumented, batch, cost)
-        else:
-            rate = plan.effort.operations / cost_estimate.seconds
         plan = self._with_seconds(plan, rate)
         free = plan
         if settings.given:
