@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from lib_lightning._deprecated import renamed_arguments, renamed_fields
 from lib_lightning.algorithm.basis import Basis
+from lib_lightning.algorithm.examples import FeatureExamples
 from lib_lightning.algorithm.jackknife import standard_error
 from lib_lightning.errors import LIBError, quoted
 from lib_lightning.io import basis_format as keys
@@ -60,6 +62,38 @@ class Lineages:
     ids: Tensor
     similarity: Tensor
     parents: Tensor
+
+
+@dataclass(frozen=True)
+class OutputEffects:
+    """Which outputs of the model, such as classes or tokens, each feature of a node layer raises and lowers most.
+
+    Attributes:
+        outputs: Index of the output, shape ``(r, 2 k)``, int32: first the ``k`` that are raised most, then the ``k``
+            that are lowered most; -1 for none.
+        changes: Mean change of this output, shape ``(r, 2 k)``, float32; NaN for none.
+        errors: Its standard error, shape ``(r, 2 k)``, float32; NaN where it is not known.
+    """
+
+    outputs: Tensor
+    changes: Tensor
+    errors: Tensor
+
+
+@dataclass(frozen=True)
+class FeatureEffects:
+    """What setting each feature of a node layer alone to its mean does to a score.
+
+    Attributes:
+        changes: Mean change of the score, shape ``(r,)``, float64; NaN for features that were not tried.
+        errors: Its standard error over samples, shape ``(r,)``, float64.
+        significant: Whether it is a discovery, with the false discovery rate over all features tried controlled, shape
+            ``(r,)``, bool.
+    """
+
+    changes: Tensor
+    errors: Tensor
+    significant: Tensor
 
 
 @dataclass(frozen=True)
@@ -124,6 +158,16 @@ class InteractionGraph:
             features are not tracked.
         lineages: For each node layer the lineages of its features; empty if they are not tracked.
         replicates: Jackknife replicates, for standard errors. They are not saved to files.
+        attributions: For each section a matrix ``A`` of shape ``(r_after, r_before)``, float64: how much of the
+            variance of feature ``i`` feature ``j`` accounts for, to first order. Positive where ``j`` drives ``i`` the
+            way it goes, negative where it holds against it. Empty in graphs from files of earlier versions.
+        attribution_errors: Standard errors of the attributions, with their shapes; empty if unknown.
+        examples: For each node layer, where its features are largest and smallest; empty in graphs from files of
+            earlier versions.
+        output_effects: For each node layer, the outputs that its features raise and lower most; empty if unknown.
+        effects: For each node layer, what its features do to a score; empty if that has not been tried.
+        label_scores: For node layers with labels that have one, how well each label predicts the activity of its
+            feature on other samples, from 0.5 (chance) to 1, shape ``(r,)``, float32; NaN for features without a label.
 
     Example:
         >>> import torch
@@ -144,6 +188,12 @@ class InteractionGraph:
     reference_features: dict[str, Tensor] = field(default_factory=dict)
     lineages: dict[str, Lineages] = field(default_factory=dict)
     replicates: Replicates | None = field(default=None, repr=False, compare=False)
+    attributions: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    attribution_errors: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    examples: dict[str, FeatureExamples] = field(default_factory=dict)
+    output_effects: dict[str, OutputEffects] = field(default_factory=dict)
+    effects: dict[str, FeatureEffects] = field(default_factory=dict)
+    label_scores: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def node_layers(self) -> list[str]:
@@ -289,22 +339,27 @@ class InteractionGraph:
             for name, key in keys.BASIS.items():
                 if (value := getattr(basis, name)) is not None:
                     tensors[key.format(i)] = value
-            if layer in self.modules:
-                tensors[keys.MODULES.format(i)] = self.modules[layer]
-            if layer in self.reference_features:
-                tensors[keys.REFERENCE_FEATURES.format(i)] = self.reference_features[layer]
-            if layer in self.lineages:
-                tensors |= {key.format(i): getattr(self.lineages[layer], name) for name, key in keys.LINEAGES.items()}
-        for i, (section, E) in enumerate(self.edges.items()):
-            tensors[keys.EDGES.format(i)] = E
-            if section in self.edge_errors:
-                tensors[keys.EDGE_ERRORS.format(i)] = self.edge_errors[section]
-        header = {
+            for name, key in keys.OF_LAYERS.items():
+                if layer in (of_layers := getattr(self, name)):
+                    tensors[key.format(i)] = of_layers[layer]
+            for name, attributes in keys.RECORDS.items():
+                if layer in (records := getattr(self, name)):
+                    tensors |= {key.format(i): getattr(records[layer], part) for part, key in attributes.items()}
+        for i, section in enumerate(self.edges):
+            for name, key in keys.OF_SECTIONS.items():
+                if section in (of_sections := getattr(self, name)):
+                    tensors[key.format(i)] = of_sections[section]
+        header: dict[str, Any] = {
             keys.LAYERS: self.node_layers,
             keys.KINDS: [basis.kind for basis in self.bases.values()],
             keys.INFO: self.info,
             keys.LABELS: self.labels,
         }
+        if self.examples:
+            header[keys.EXAMPLE_LAYOUTS] = {
+                layer: {name: getattr(of_layer, name) for name in keys.EXAMPLE_LAYOUT}
+                for layer, of_layer in self.examples.items()
+            }
         write_file(path, tensors, header)
 
     @classmethod
@@ -337,20 +392,24 @@ class InteractionGraph:
                 )
                 for i, (layer, kind) in enumerate(zip(layers, kinds, strict=True))
             }
-            lineages = {
-                layer: Lineages(**{name: tensors[key.format(i)] for name, key in keys.LINEAGES.items()})
-                for i, layer in enumerate(layers)
-                if keys.LINEAGES["ids"].format(i) in tensors
+            missing = [section for i, section in enumerate(sections) if keys.EDGES.format(i) not in tensors]
+            if missing:
+                raise KeyError(f"edges of {missing[0]}")
+            layouts = {
+                layer: {name: tuple(x) if isinstance(x, list) else x for name, x in layout.items()}
+                for layer, layout in header.get(keys.EXAMPLE_LAYOUTS, {}).items()
             }
+            others: dict[str, Any] = {name: _present(tensors, key, layers) for name, key in keys.OF_LAYERS.items()}
+            others |= {name: _present(tensors, key, sections) for name, key in keys.OF_SECTIONS.items()}
             return cls(
                 bases,
-                {section: tensors[keys.EDGES.format(i)] for i, section in enumerate(sections)},
-                info,
-                _present(tensors, keys.EDGE_ERRORS, sections),
-                _present(tensors, keys.MODULES, layers),
-                labels,
-                _present(tensors, keys.REFERENCE_FEATURES, layers),
-                lineages,
+                info=info,
+                labels=labels,
+                **others,
+                lineages=_records(tensors, keys.LINEAGES, layers, Lineages),
+                examples=_records(tensors, keys.EXAMPLES, layers, FeatureExamples, layouts),
+                output_effects=_records(tensors, keys.OUTPUT_EFFECTS, layers, OutputEffects),
+                effects=_records(tensors, keys.EFFECTS, layers, FeatureEffects),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise BasisFileError(f"'{path}' is a basis file, but a part of it is missing: {error}.") from error
@@ -549,6 +608,24 @@ _Place = TypeVar("_Place")
 def _present(tensors: Mapping[str, Tensor], key: str, places: Sequence[_Place]) -> dict[_Place, Tensor]:
     """The tensors of one kind in a file, by node layer or section."""
     return {place: tensors[key.format(i)] for i, place in enumerate(places) if key.format(i) in tensors}
+
+
+_Record = TypeVar("_Record")
+
+
+def _records(
+    tensors: Mapping[str, Tensor],
+    attributes: Mapping[str, str],
+    layers: Sequence[str],
+    kind: Callable[..., _Record],
+    others: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+) -> dict[str, _Record]:
+    """The tensors in a file that belong together, by node layer; ``others`` are attributes that are no tensors."""
+    return {
+        layer: kind(**{name: tensors[key.format(i)] for name, key in attributes.items()}, **others.get(layer, {}))
+        for i, layer in enumerate(layers)
+        if any(key.format(i) in tensors for key in attributes.values())
+    }
 
 
 def _or_none(value: float) -> float | None:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from lib_lightning import InteractionGraph
-from lib_lightning.features import feature_values
+from lib_lightning.features.values import feature_values
 from lib_lightning.metrics.functional import effective_features
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import ModelSpec

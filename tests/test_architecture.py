@@ -38,7 +38,7 @@ LAYERS: list[dict[str, str]] = [
     {"metrics": "metrics of a graph: pure functions, and torchmetrics classes over them"},
     {"plots": "figures"},
     {"graph": "`InteractionGraph`, which users hold"},
-    {"features": "values of features on samples"},
+    {"features": "values of features on samples, the samples on which they are largest, and how a sample looks"},
     {
         "lineage": "features over time: matching, tracking, events, change detection",
         "labels": "names for features, from their values and the model's inputs",

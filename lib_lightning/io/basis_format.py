@@ -13,13 +13,31 @@ _OPTIONAL = ("importance_error", "degenerate", "output_importance", "output_impo
 BASIS_REQUIRED = {name: f"basis.{{}}.{name}" for name in ("mean", "to_features", "from_features", "importance")}
 BASIS_OPTIONAL = {name: f"basis.{{}}.{name}" for name in _OPTIONAL}
 BASIS = BASIS_REQUIRED | BASIS_OPTIONAL
-# The names are those of the attributes of `Lineages`: all of them, or none.
-LINEAGES = {name: f"lineages.{{}}.{name}" for name in ("ids", "similarity", "parents")}
 MODULES = "modules.{}"
 REFERENCE_FEATURES = "reference_features.{}"
+LABEL_SCORES = "label_scores.{}"
+# Several tensors that belong together: all of them, or none. The names are those of the attributes of the class.
+LINEAGES = {name: f"lineages.{{}}.{name}" for name in ("ids", "similarity", "parents")}
+EXAMPLES = {
+    name: f"examples.{{}}.{name}" for name in ("samples", "positions", "values", "context", "histogram", "bin_width")
+}
+OUTPUT_EFFECTS = {name: f"output_effects.{{}}.{name}" for name in ("outputs", "changes", "errors")}
+EFFECTS = {name: f"effects.{{}}.{name}" for name in ("changes", "errors", "significant")}
 # Of each section.
 EDGES = "edges.{}"
 EDGE_ERRORS = "edge_errors.{}"
+ATTRIBUTIONS = "attributions.{}"
+ATTRIBUTION_ERRORS = "attribution_errors.{}"
+
+# The same, by attribute of `InteractionGraph`.
+OF_LAYERS = {"modules": MODULES, "reference_features": REFERENCE_FEATURES, "label_scores": LABEL_SCORES}
+OF_SECTIONS = {
+    "edges": EDGES,
+    "edge_errors": EDGE_ERRORS,
+    "attributions": ATTRIBUTIONS,
+    "attribution_errors": ATTRIBUTION_ERRORS,
+}
+RECORDS = {"lineages": LINEAGES, "examples": EXAMPLES, "output_effects": OUTPUT_EFFECTS, "effects": EFFECTS}
 
 # Keys of the header.
 FORMAT = "format"
@@ -28,6 +46,9 @@ CONTENT_HASH = "content_hash"
 LAYERS = "layers"
 KINDS = "kinds"
 LABELS = "labels"
+# By node layer, the attributes of `FeatureExamples` that are no tensors.
+EXAMPLE_LAYOUTS = "example_layouts"
+EXAMPLE_LAYOUT = ("counts", "shape", "before")
 INFO = "info"
 
 # Keys of the header's info, which is `InteractionGraph.info`.
@@ -49,6 +70,10 @@ REFERENCE_SAMPLES = "reference_samples"
 # Whether modules have the numbers that they have in the other snapshots of the run.
 MODULES_TRACKED = "modules_tracked"
 EFFORT = "effort"
+# Names of the model's outputs, such as classes, as a list.
+OUTPUT_NAMES = "output_names"
+# How the effects of features on a score were found: name of the score, level, number of samples.
+CAUSAL = "causal"
 # What the model's output stands for, and why it is taken for that.
 OUTPUT_DISTRIBUTION = "output_distribution"
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lib_lightning.errors import LIBError
-from lib_lightning.features import feature_values
+from lib_lightning.features.values import feature_values
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec

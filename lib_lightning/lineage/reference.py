@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lib_lightning._deprecated import renamed_arguments
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.errors import LIBError
-from lib_lightning.features import feature_values
+from lib_lightning.features.values import feature_values
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.lineage.matching import standardised
 from lib_lightning.model.batch import is_empty

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lib_lightning import InteractionGraph, compute_interaction_graph
-from lib_lightning.graph import Lineages
+from lib_lightning.algorithm.examples import FeatureExamples
+from lib_lightning.graph import FeatureEffects, Lineages, OutputEffects
 from lib_lightning.io.basis_file import BasisFileError, read_file, write_bytes, write_file
 
 
@@ -40,20 +43,6 @@ def test_round_trip_is_exact(graph: InteractionGraph, tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["graph.safetensors"]
 
 
-def test_round_trip_of_reference_features_and_lineages(graph: InteractionGraph, tmp_path: Path) -> None:
-    r = graph.bases["1"].n_features
-    graph.reference_features = {"1": torch.randn(7, r).half()}
-    similarity = torch.rand(r, dtype=torch.float64)
-    similarity[0] = torch.nan
-    graph.lineages = {"1": Lineages(torch.arange(r) + 3, similarity, torch.full((r,), -1))}
-    graph.save(tmp_path / "graph.safetensors")
-    loaded = InteractionGraph.load(tmp_path / "graph.safetensors")
-    assert list(loaded.reference_features) == list(loaded.lineages) == ["1"]
-    assert torch.equal(loaded.reference_features["1"], graph.reference_features["1"])
-    for key, tensor in vars(graph.lineages["1"]).items():
-        assert torch.equal(getattr(loaded.lineages["1"], key).nan_to_num(-7), tensor.nan_to_num(-7))
-
-
 def test_round_trip_of_errors_modules_and_labels(graph: InteractionGraph, tmp_path: Path) -> None:
     graph.modules = {"1": torch.arange(graph.bases["1"].n_features) % 2 - 1}
     graph.labels = {"output": ["cat", "", "dog"]}
@@ -71,6 +60,41 @@ def test_round_trip_of_errors_modules_and_labels(graph: InteractionGraph, tmp_pa
     assert loaded.labels == graph.labels
     assert graph.replicates is not None
     assert loaded.replicates is None
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two values consist of equal tensors and plain values; NaN equals NaN."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a.nan_to_num(-7), b.nan_to_num(-7))
+    if dataclasses.is_dataclass(a):
+        return type(a) is type(b) and same(vars(a), vars(b))
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    return bool(a == b)
+
+
+def test_every_part_of_a_graph_is_saved(graph: InteractionGraph, tmp_path: Path) -> None:
+    r = graph.bases["1"].n_features
+    numbers = torch.arange(2 * r, dtype=torch.int32).view(r, 2)
+    graph.reference_features = {"1": torch.randn(7, r).half()}
+    graph.lineages = {"1": Lineages(torch.arange(r), torch.rand(r).double(), torch.full((r,), -1))}
+    graph.modules, graph.labels = {"1": torch.arange(r)}, {"output": ["cat", "", "dog"]}
+    graph.label_scores = {"1": torch.rand(r)}
+    graph.attributions = {pair: torch.randn_like(E) for pair, E in graph.edges.items()}
+    graph.attribution_errors = {pair: torch.rand_like(E) for pair, E in graph.edges.items()}
+    examples = FeatureExamples(
+        numbers, numbers, torch.randn(r, 2), (1, 1, 0), (4, 5), torch.randn(r, 2, 0).half(), 0,
+        torch.ones(r, 64).long(), torch.rand(r),
+    )  # fmt: skip
+    graph.examples = {"1": examples, "output": dataclasses.replace(examples, shape=())}
+    graph.output_effects = {"1": OutputEffects(numbers, torch.randn(r, 2), torch.full((r, 2), torch.nan))}
+    graph.effects = {"input": FeatureEffects(torch.rand(4).double(), torch.rand(4).double(), torch.rand(4) > 0.5)}
+    graph.save(tmp_path / "graph.safetensors")
+    loaded = InteractionGraph.load(tmp_path / "graph.safetensors")
+    for field in dataclasses.fields(graph):
+        if field.name != "replicates":
+            assert getattr(graph, field.name), f"{field.name} has nothing to save"
+            assert same(getattr(loaded, field.name), getattr(graph, field.name)), field.name
 
 
 def test_files_without_errors_load(graph: InteractionGraph, tmp_path: Path) -> None:
