@@ -79,6 +79,11 @@ class RunLayout:
         return self.path / "events.jsonl"
 
     @property
+    def notes_file(self) -> Path:
+        """The user's notes on features, as JSON."""
+        return self.path / "notes.json"
+
+    @property
     def history_file(self) -> Path:
         """The step since which each final feature has been recognisable, as JSON."""
         return self.path / "retraced.json"

@@ -75,6 +75,11 @@ class FeatureTracker:
         """Names of the node layers, in forward order; none before the first snapshot."""
         return list(self._previous)
 
+    @property
+    def num_lineages(self) -> dict[str, int]:
+        """Number of lineages that each node layer has had so far: their ids are below it."""
+        return {name: previous.next_id for name, previous in self._previous.items()}
+
     def update(self, graph: InteractionGraph, step: int | None = None) -> list[Event]:
         """Determine the lineages of a snapshot, and store them as ``graph.lineages``.
 

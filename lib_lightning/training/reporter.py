@@ -9,10 +9,11 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib_lightning.algorithm.cost import size
-from lib_lightning.errors import brief, counted, log_traceback
+from lib_lightning.errors import LIBError, brief, counted, log_traceback
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_format import NOTES, STEP, WEIGHTS
 from lib_lightning.io.run_layout import RunLayout
@@ -25,7 +26,7 @@ from lib_lightning.training.run_state import RunState
 from lib_lightning.training.snapshot import Snapshot
 from lib_lightning.training.trainer import logging_step, run_folder
 from lib_lightning.training.weights import TRAINED, VALIDATED
-from lib_lightning.training.writer import KeepSnapshots, RunDirectory
+from lib_lightning.training.writer import KeepSnapshots, RunDirectory, SnapshotDirectory
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -166,12 +167,26 @@ class SnapshotReporter:
         layouts = copy.deepcopy(self._state.layouts)  # the state's own stay as they are if writing fails
         figures = self.directory.write(snapshot.graphs, snapshot.step, layouts)
         if not self._has_written and self._follow:
-            for folder in self.directory.folders.values():
+            for prefix, folder in self.directory.folders.items():
                 folder.archive_stale({*self._state.history.steps, snapshot.step})
+                self._keep_notes(prefix, folder)
         self._has_written = True
         for folder in self.directory.folders.values():
             folder.keep(self._keep)
         return figures, layouts
+
+    def _keep_notes(self, prefix: str, folder: SnapshotDirectory) -> None:
+        num_lineages = self._state.tracker.trackers[prefix].num_lineages
+        roots = [Path(earlier).parents[self._name.count("/")] for earlier in self._state.folders]
+        earlier_folders = [str(root / prefix) for root in roots[:-1]]
+        try:
+            moved = folder.keep_notes(num_lineages, earlier_folders)
+        except (LIBError, OSError) as error:
+            log.warning("%s: notes on features of an earlier run stay as they are. %s", self._name, brief(error))
+            return
+        if moved:
+            stale = folder.layout.stale_file(folder.layout.notes_file)
+            rank_zero_info(f"{self._name}: {counted(moved, 'note')} on features of another run moved to {stale}.")
 
     def show(self, trainer: pl.Trainer, figures: Mapping[str, PNG], step: int) -> None:
         """Show figures in the loggers, at the number of optimizer steps that is in their titles and file names."""

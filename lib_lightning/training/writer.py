@@ -15,6 +15,7 @@ from lib_lightning.algorithm.progress import phase_done
 from lib_lightning.errors import brief, check_number
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_file import TEMPORARY, write_bytes
+from lib_lightning.io.notes import change_notes, read_notes
 from lib_lightning.io.run_layout import RunLayout
 from lib_lightning.lineage.first_seen import first_seen, retrace_files
 from lib_lightning.plots.animated_layout import AnimatedLayout
@@ -205,6 +206,35 @@ class SnapshotDirectory:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 file.replace(place)
 
+    def keep_notes(self, num_lineages: Mapping[str, int], earlier_folders: Sequence[str]) -> int:
+        """Keep the user's notes on lineages that the run has had, also from earlier folders; move others to ``stale``.
+
+        Args:
+            num_lineages: Number of lineages of each node layer before the first snapshot in this folder. Later ones are
+                other features than those of the same ids in an interrupted run.
+            earlier_folders: Folders of the same run before it was interrupted, the earliest first.
+
+        Returns:
+            Number of notes that were moved.
+
+        Raises:
+            LIBError: If notes cannot be read.
+        """
+        path = self.layout.notes_file
+        files = [path, *(RunLayout(folder).notes_file for folder in reversed(earlier_folders))]
+        source = next((file for file in files if file.exists()), None)
+        if source is None:
+            return 0
+        notes = read_notes(source)
+        kept = {name: text for name, text in notes.items() if _is_one_of(name, num_lineages)}
+        moved = {name: text for name, text in read_notes(path).items() if name not in kept}
+        if moved:
+            stale = self.layout.stale_file(path)
+            stale.parent.mkdir(parents=True, exist_ok=True)
+            change_notes(stale, lambda before: before | moved)
+        change_notes(path, lambda now: {name: text for name, text in (kept | now).items() if name not in moved})
+        return len(moved)
+
     def clean(self) -> None:
         """Remove files that a killed process has left unfinished."""
         with contextlib.suppress(OSError):  # they do no harm if they cannot be removed
@@ -221,9 +251,15 @@ class SnapshotDirectory:
             "spectra": layout.spectra,
             "timeline": layout.timeline,
             "events": layout.events_file,
+            "notes": layout.notes_file,
             "first seen": layout.history_file,
         }
         return [f"  {what:<13} {path}" for what, path in places.items() if path.exists()]
+
+
+def _is_one_of(feature_id: str, num_lineages: Mapping[str, int]) -> bool:
+    layer, _, number = feature_id.rpartition("/")
+    return number.isdecimal() and int(number) < num_lineages.get(layer, 0)
 
 
 class RunDirectory:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib_lightning.errors import LIBError, MissingFileError, quoted
 from lib_lightning.io.basis_format import MODULES_TRACKED
+from lib_lightning.io.notes import read_notes
 from lib_lightning.io.run_layout import RunLayout
 from lib_lightning.viewer.run_discovery import find_runs, read_events, snapshot_files
 
@@ -102,6 +103,45 @@ class Run:
             Events with ``step``, ``kind``, ``text``, ``layer`` and ``lineage``; empty if features were not tracked.
         """
         return read_events(self.folder)
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """Your notes on features, by their ids; see `annotate`.
+
+        Raises:
+            LIBError: If the file of the notes has been damaged.
+        """
+        return read_notes(RunLayout(self.folder).notes_file)
+
+    def annotate(self, feature_id: str, text: str) -> None:
+        """Write a note on a feature, in place of the one that it had.
+
+        The note belongs to the feature's lineage: it is shown at all snapshots that have the feature. All notes of a
+        run are in its ``notes.json``.
+
+        Args:
+            feature_id: The feature's id, such as ``"resid_post/17"``.
+            text: The note; "" to remove it.
+
+        Raises:
+            LIBError: If no snapshot has this feature, with similar ids; or if the features of the run are not tracked,
+                so that an id is another feature in each snapshot.
+
+        Example:
+            >>> import tempfile
+            >>> import torch
+            >>> from lib_lightning import compute_interaction_graph
+            >>> graph = compute_interaction_graph(torch.nn.Linear(3, 2), [torch.randn(9, 3)], ["input", "output"])
+            >>> with tempfile.TemporaryDirectory() as logs:
+            ...     graph.save(f"{logs}/lib/snapshots/step-00000010.safetensors")
+            ...     run = Run(logs)
+            ...     run.annotate("input/1", "what the second output reads")
+            ...     run.notes
+            {'input/1': 'what the second output reads'}
+        """
+        from lib_lightning.viewer.notes import annotate
+
+        annotate(self.folder, feature_id, text)
 
     def view(self, output: str | PathLike[str] | None = None, edges: int | None = None, every: int = 1) -> Path:
         """Export the film of the run as one HTML file, which a browser opens without server or network.

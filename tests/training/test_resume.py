@@ -19,6 +19,10 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lib_lightning import InteractionGraph, LIBCallback
+from lib_lightning.errors import LIBError
+from lib_lightning.io.notes import change_notes, read_notes
+from lib_lightning.training.writer import SnapshotDirectory
+from lib_lightning.viewer import Run
 from tests.resumable_run import EPOCHS, NODE_LAYERS, SCHEDULE, STEPS_PER_EPOCH, Steady
 from tests.tiny_training import trainer_of
 
@@ -156,6 +160,43 @@ def test_other_settings_choose_the_effort_anew(options: dict[str, Any], n_probes
     fit(tmp_path / "second", 2, {**SCHEDULE, **options}, checkpoint)
     final = InteractionGraph.load(tmp_path / "second" / "run" / "lib" / "final.safetensors")
     assert final.info["settings"]["n_probes"] == n_probes
+
+
+def test_notes_stay_with_their_features(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In the folder of the run or a new one; those on features of another run are kept apart."""
+    options: dict[str, Any] = {"at_steps": [0]}
+    checkpoint = fit(tmp_path / "a", 1, options)
+    old, new = (tmp_path / name / "run" / "lib" for name in "ab")
+    Run(old).annotate("net.2:input/1", "kept")
+    change_notes(old / "notes.json", lambda notes: notes | {"net.2:input/900": "born after the checkpoint"})
+    fit(tmp_path / "b", 2, options, checkpoint)
+    assert Run(new).notes == {"net.2:input/1": "kept"}
+    Run(new).annotate("net.0:input/0", "more")
+    fit(tmp_path / "b", 2, options)
+    assert Run(new).notes == {}
+    assert read_notes(new / "stale" / "notes.json") == {"net.2:input/1": "kept", "net.0:input/0": "more"}
+    assert "2 notes on features of another run moved to" in caplog.text
+    (new / "notes.json").write_text("{")
+    with pytest.raises(LIBError, match="cannot be read"):
+        SnapshotDirectory(new).keep_notes({}, [])
+    assert (new / "notes.json").read_text() == "{"
+
+
+@pytest.mark.parametrize("same_folder", [True, False])
+def test_notes_on_features_of_an_interrupted_run(same_folder: bool, tmp_path: Path) -> None:
+    earlier = [tmp_path / "0", tmp_path / "1"]
+    folder = SnapshotDirectory(earlier[1] if same_folder else tmp_path / "2")
+    for at, text in zip(earlier, ("old", "new"), strict=True):
+        at.mkdir()
+        change_notes(at / "notes.json", lambda _, text=text: {"a/b/4": text, "a/b/5": text, "gone/0": text})
+    (tmp_path / "2").mkdir()
+    moved = folder.keep_notes({"a/b": 5, "c": 9}, list(map(str, earlier)))
+    assert moved == (2 if same_folder else 0), "of another folder, the file stays as it is"
+    assert read_notes(folder.layout.notes_file) == {"a/b/4": "new"}
+    stale = read_notes(folder.layout.stale_file(folder.layout.notes_file))
+    assert stale == ({"a/b/5": "new", "gone/0": "new"} if same_folder else {})
+    assert folder.keep_notes({"a/b": 5}, list(map(str, earlier))) == 0
+    assert read_notes(folder.layout.notes_file) == {"a/b/4": "new"}
 
 
 def start(folder: Path, *die_at: int) -> subprocess.Popen[str]:

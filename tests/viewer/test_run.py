@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import json
 import re
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import pytest
 import torch
 
 from lib_lightning import InteractionGraph
+from lib_lightning.algorithm.basis import FIXED_ORDER
 from lib_lightning.errors import LIBError
 from lib_lightning.training.cli import main
-from lib_lightning.viewer import Run
+from lib_lightning.viewer import Run, notes
 from tests.viewer.browser import READY, Watched
 from tests.viewer.saved_run import SavedRun, write_run
 
@@ -151,3 +153,38 @@ def test_the_view_command_reports_errors(
         write_run(tmp_path / "run")
     with pytest.raises(SystemExit, match=f"^lib-lightning: {message}"):
         main(["view", *options])
+
+
+def test_notes_are_written_on_features_that_a_snapshot_has(tmp_path: Path) -> None:
+    saved = write_run(tmp_path)
+    run = Run(tmp_path)
+    ended = next(i for i, one in enumerate(saved.lineages[1]) if one.death < saved.snapshots)
+    run.annotate(f"hidden/{ended}", "no longer in the last snapshot")
+    run.annotate("output/3", "the class of threes")
+    assert Run(tmp_path).notes == {
+        f"hidden/{ended}": "no longer in the last snapshot",
+        "output/3": "the class of threes",
+    }
+    assert json.loads((run.folder / "notes.json").read_text()) == run.notes
+    for wrong in ("hiden/1", "hidden/99", "hidden", "", "../x/0", "hidden/-1", "hidden/01"):
+        with pytest.raises(LIBError, match=r"No snapshot of run '.*' has a feature '.*'\. Near matches: '.*/"):
+            run.annotate(wrong, "x")
+    with pytest.raises(LIBError, match="Near matches: 'hidden/1'"):
+        run.annotate("hiden/1", "x")
+    for file in (run.folder / "snapshots").iterdir():
+        if file.stem != "step-00000070":
+            file.unlink()
+    run.annotate(f"hidden/{ended}", "")
+    assert list(run.notes) == ["output/3"]
+
+
+def test_notes_need_features_that_are_tracked(tmp_path: Path) -> None:
+    graph = SavedRun().graph(0)
+    graph.lineages = {}
+    graph.save(tmp_path / "snapshots" / "step-00000000.safetensors")
+    Run(tmp_path).annotate("hidden/0", "there is no other snapshot")
+    graph.save(tmp_path / "snapshots" / "step-00000001.safetensors")
+    Run(tmp_path).annotate("output/1", "classes keep their places")
+    assert notes.FIXED_ORDER == FIXED_ORDER
+    with pytest.raises(LIBError, match=r"not tracked \(follow=False\), so 'hidden/1' is another feature in each"):
+        Run(tmp_path).annotate("hidden/1", "x")
