@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 
-def number(value: float | None) -> str:
+def number(value: float | None, digits: int = 5) -> str:
     """Encode a number.
 
     Args:
         value: Any number, or None.
+        digits: Number of significant digits.
 
     Returns:
         JSON; null for None, NaN and infinities.
@@ -26,14 +27,15 @@ def number(value: float | None) -> str:
         >>> number(0.123456), number(float("nan"))
         ('0.12346', 'null')
     """
-    return "null" if value is None or not math.isfinite(value) else f"{value:.5g}"
+    return "null" if value is None or not math.isfinite(value) else f"{value:.{digits}g}"
 
 
-def numbers(values: np.ndarray | None) -> str:
+def numbers(values: np.ndarray | None, digits: int = 5) -> str:
     """Encode an array of numbers.
 
     Args:
         values: Floating-point array of shape ``(n,)``; or None.
+        digits: Number of significant digits.
 
     Returns:
         JSON; null for None, and for each NaN and infinity.
@@ -45,9 +47,9 @@ def numbers(values: np.ndarray | None) -> str:
     if values is None:
         return "null"
     if not np.isfinite(values).all():
-        return f"[{','.join(map(number, values.tolist()))}]"
+        return f"[{','.join(number(value, digits) for value in values.tolist())}]"
     # One format for the whole array is twice as fast as one per element.
-    return f"[{','.join(['%.5g'] * len(values)) % tuple(values.tolist())}]"
+    return f"[{','.join([f'%.{digits}g'] * len(values)) % tuple(values.tolist())}]"
 
 
 def integers(values: np.ndarray | None) -> str:
