@@ -84,6 +84,11 @@ class RunLayout:
         return self.path / "notes.json"
 
     @property
+    def renderings_file(self) -> Path:
+        """How the samples among the examples of features look, one JSON object a line."""
+        return self.path / "samples.jsonl"
+
+    @property
     def history_file(self) -> Path:
         """The step since which each final feature has been recognisable, as JSON."""
         return self.path / "retraced.json"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import gzip
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from lib_lightning.viewer.bundle import bundle, static_files
+from lib_lightning.viewer.embedded_features import EmbeddedFeatures, budget, compressed, embed_features
 from lib_lightning.viewer.json_text import dump, object_
 from lib_lightning.viewer.run_view import RunView
 
@@ -37,7 +36,8 @@ def film_page(
         title: Title of the page.
         edges: Maximum number of edges per section and snapshot; the strongest are included.
         every: Include every n-th snapshot of a run, and the last one.
-        max_bytes: Size of the file. If it would be larger, there are fewer edges and snapshots, and the page says so.
+        max_bytes: Size of the file. If it would be larger, there are fewer edges and snapshots, and the page says so. A
+            quarter of it, up to 5 MB, is for the pages of features, of as many snapshots as fit.
 
     Returns:
         Text of the file.
@@ -46,7 +46,8 @@ def film_page(
         NotFoundError: If a run has no readable snapshot.
     """
     asked = edges, every
-    edges, every = _that_fit(runs, edges, every, max_bytes)
+    for_features = budget(max_bytes)
+    edges, every = _that_fit(runs, edges, every, max_bytes - for_features)
     content = object_(
         {
             "runs": dump([run.entry() for run in runs]),
@@ -55,10 +56,11 @@ def film_page(
     )
     snapshots = [
         f'<script type="text/plain" class="lib-snapshot" data-run="{html.escape(run.name)}" data-step="{step}">'
-        f"{_compressed(run.snapshot(step, edges))}</script>"
+        f"{compressed(run.snapshot(step, edges))}</script>"
         for run in runs
         for step in run.steps(every)
     ]
+    embedded = {run.name: embed_features(run, run.steps(every), for_features // len(runs)) for run in runs}
     static = static_files()
     script = bundle(static, {"view.js": "mount", "embedded.js": "embeddedSource"}) + _START
     return "\n".join(
@@ -75,8 +77,9 @@ def film_page(
             "<body>",
             '<div id="lib-view"></div>',
             *([_note(edges, every, max_bytes)] if (edges, every) != asked else []),
-            f'<script type="text/plain" id="lib-runs">{_compressed(content)}</script>',
+            f'<script type="text/plain" id="lib-runs">{compressed(content)}</script>',
             *snapshots,
+            *_feature_scripts(embedded),
             f'<script type="module">\n{_inline(script, "script")}</script>',
             "</body>",
             "</html>",
@@ -90,10 +93,10 @@ def _that_fit(runs: Sequence[RunView], edges: int, every: int, max_bytes: int) -
     # What is in every page; some snapshots of all ages say how large the others are.
     static = sum(map(len, static_files().values()))
     while True:
-        content = sum(len(_compressed(run.run(every))) for run in runs)
+        content = sum(len(compressed(run.run(every))) for run in runs)
         steps = [(run, step) for run in runs for step in run.steps(every)]
         some = steps[:: max(1, len(steps) // 16)]
-        size = sum(len(_compressed(run.snapshot(step, edges))) + 120 for run, step in some)
+        size = sum(len(compressed(run.snapshot(step, edges))) + 120 for run, step in some)
         snapshots = size * len(steps) / max(1, len(some))
         if static + content + snapshots <= 0.9 * max_bytes or len(steps) <= 2 * len(runs):
             return edges, every
@@ -111,9 +114,12 @@ def _note(edges: int, every: int, max_bytes: int) -> str:
     )
 
 
-def _compressed(json: str) -> str:
-    # Without a timestamp, so that the same run gives the same file.
-    return base64.b64encode(gzip.compress(json.encode(), compresslevel=6, mtime=0)).decode()
+def _feature_scripts(embedded: Mapping[str, EmbeddedFeatures]) -> Iterator[str]:
+    for name, features in embedded.items():
+        run = html.escape(name)
+        yield f'<script type="text/plain" class="lib-features-of-run" data-run="{run}">{features.run}</script>'
+        for step, pages in features.snapshots.items():
+            yield f'<script type="text/plain" class="lib-features" data-run="{run}" data-step="{step}">{pages}</script>'
 
 
 def _inline(code: str, tag: str) -> str:

@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,12 @@ from tensorboard.backend.http_util import Respond
 from tensorboard.plugins.base_plugin import FrontendMetadata, TBContext, TBPlugin
 from werkzeug.wrappers import Request, Response
 
+from lib_lightning.errors import LIBError
 from lib_lightning.viewer.bundle import static_files
 from lib_lightning.viewer.cache import Cache
 from lib_lightning.viewer.json_text import dump
+from lib_lightning.viewer.note_request import RefusedError, is_local, read_note_request
+from lib_lightning.viewer.notes import annotate
 from lib_lightning.viewer.run_discovery import find_runs
 from lib_lightning.viewer.run_view import NotFoundError, RunView
 
@@ -36,7 +39,8 @@ class LIBPlugin(TBPlugin):  # type: ignore[misc]  # TensorBoard has no types
     """Serves the interaction graphs over training of all runs below the log directory.
 
     The run in a request is looked up among the runs found there. Requests are never used to construct paths, and
-    symbolic links are not followed.
+    symbolic links are not followed. Nothing is written but the user's notes on features, for requests of a page that
+    this server has sent to a browser on the same machine; see `lib_lightning.viewer.note_request`.
 
     Args:
         context: TensorBoard's context, with its flags and log directory.
@@ -57,8 +61,17 @@ class LIBPlugin(TBPlugin):  # type: ignore[misc]  # TensorBoard has no types
             f"/{name}": _app(partial(_static, content), _CONTENT_TYPES[Path(name).suffix])
             for name, content in static_files().items()
         }
-        data = {"/runs": self._list_runs, "/run": self._describe_run, "/snapshot": self._describe_snapshot}
-        return {**static, **{route: _app(handler, "application/json") for route, handler in data.items()}}
+        data = {
+            "/runs": self._list_runs,
+            "/run": self._describe_run,
+            "/snapshot": self._describe_snapshot,
+            "/feature": self._describe_feature,
+        }
+        return {
+            **static,
+            **{route: _app(handler, "application/json") for route, handler in data.items()},
+            "/note": _app(self._write_note, "application/json", methods=("POST",)),
+        }
 
     def is_active(self) -> bool:
         """Whether there are any runs."""
@@ -103,28 +116,55 @@ class LIBPlugin(TBPlugin):  # type: ignore[misc]  # TensorBoard has no types
         return self._requested_run(request).run()
 
     def _describe_snapshot(self, request: Request) -> str:
-        run, step = self._requested_run(request), request.args.get("step", "")
-        if not (step.isascii() and step.isdigit() and len(step) < 20):
-            raise NotFoundError(f"There is no snapshot at step '{step}': steps are whole numbers.")
-        return run.snapshot(int(step))
+        return self._requested_run(request).snapshot(_whole_number(request.args.get("step", ""), "step", "steps"))
+
+    def _describe_feature(self, request: Request) -> str:
+        step, layer, which = (
+            _whole_number(request.args.get(key, ""), key, f"{key}s") for key in ("step", "layer", "feature")
+        )
+        described = self._requested_run(request).feature(step, layer, which)
+        # Where notes can be written, the page lets them be edited.
+        return f'{{"editable":{dump(is_local(request))},{described[1:]}'
+
+    def _write_note(self, request: Request) -> str:
+        note = read_note_request(request)
+        runs = self._runs()
+        if note.run not in runs:
+            raise NotFoundError(f"There is no run '{note.run}' below the log directory.")
+        try:
+            annotate(runs[note.run].folder, note.feature, note.text)
+        except LIBError as error:
+            raise RefusedError(str(error), 409) from error
+        return dump({"note": runs[note.run].notes().get(note.feature, "")})
+
+
+def _whole_number(text: str, name: str, names: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 20):
+        what = "snapshot at step" if name == "step" else name
+        raise NotFoundError(f"There is no {what} '{text}': {names} are whole numbers.")
+    return int(text)
 
 
 def _static(content: str, request: Request) -> str:
     return content
 
 
-def _app(handler: Callable[[Request], str], success_type: str) -> Callable[..., Any]:
+def _app(
+    handler: Callable[[Request], str], success_type: str, methods: Sequence[str] = ("GET", "HEAD")
+) -> Callable[..., Any]:
     """WSGI application of a request handler, which reports errors as JSON instead of raising them."""
 
     def respond(request: Request) -> Response:
         content, content_type, code = "", "application/json", 200
-        if request.method not in ("GET", "HEAD"):
-            content, code = _error("Only GET requests are allowed."), 405
+        if request.method not in methods:
+            content, code = _error(f"Only {methods[0]} requests are allowed."), 405
         else:
             try:
                 content, content_type = handler(request), success_type
             except NotFoundError as error:
                 content, code = _error(str(error)), 404
+            except RefusedError as error:
+                content, code = _error(str(error)), error.code
             except Exception as error:
                 log.exception("LIB plugin: request %s failed.", request.path)
                 content, code = _error(f"The request failed: {type(error).__name__}: {error}"), 500

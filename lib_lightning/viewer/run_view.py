@@ -5,17 +5,29 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lib_lightning.errors import LIBError
+from lib_lightning.io.notes import read_notes
 from lib_lightning.io.run_layout import RunLayout
 from lib_lightning.plots.module_numbers import ModuleNumbers
 from lib_lightning.plots.palette import label_colors
 from lib_lightning.viewer.cache import Cache
+from lib_lightning.viewer.feature import (
+    Curves,
+    FeaturePage,
+    SnapshotFeatures,
+    feature_history,
+    latest_effect,
+    read_curves,
+)
 from lib_lightning.viewer.json_text import array, dump, numbers, object_
+from lib_lightning.viewer.renderings import read_renderings
 from lib_lightning.viewer.run_discovery import (
     FileStamp,
     is_log_file,
@@ -124,13 +136,117 @@ class RunView:
         Raises:
             NotFoundError: If there is no such snapshot, or its file cannot be read.
         """
+        file = self._file(step)
+        with self._reading(step):
+            return self._cache.get((file, edges), lambda: read_detail(file, step, edges), size=len)
+
+    def feature(self, step: int, layer: int, which: int) -> str:
+        """Describe one feature in a snapshot, with its numbers over the run.
+
+        Args:
+            step: Number of optimizer steps before the snapshot.
+            layer: Index of the feature's node layer.
+            which: The number in the feature's id.
+
+        Returns:
+            JSON. Whatever the files do not contain is null.
+
+        Raises:
+            NotFoundError: If there is no such snapshot or feature, or the file cannot be read.
+        """
+        file = self._file(step)
+        with self._reading(step):
+            page = self._cache.get(
+                (file, "feature", layer, which),
+                lambda: SnapshotFeatures(file, step, layer).page(layer, which),
+                size=lambda found: found.size() if found else 100,
+            )
+        if page is None:
+            raise NotFoundError(f"Run '{self.name}' has no feature {which} of node layer {layer} at step {step:,}.")
+        history = self.feature_history(page.id)
+        return object_(
+            {
+                **page.entries,
+                "renderings": object_(self.renderings(page.samples)),
+                "effect": dump(latest_effect(history, step)),
+                "note": dump(self.notes().get(page.id, "")),
+                "history": dump(history),
+            }
+        )
+
+    def feature_pages(self, step: int, limit: int) -> list[FeaturePage]:
+        """What a snapshot says about the most important features of each node layer.
+
+        Args:
+            step: Number of optimizer steps before the snapshot.
+            limit: Maximum number of features per node layer.
+
+        Returns:
+            Their pages.
+
+        Raises:
+            NotFoundError: If there is no such snapshot, or its file cannot be read.
+        """
+        file = self._file(step)
+        with self._reading(step):
+            features = SnapshotFeatures(file, step)
+            pages = (
+                features.page(layer, which)
+                for layer in range(len(features.layers))
+                for which in features.most_important(layer, limit)
+            )
+            return [page for page in pages if page is not None]
+
+    def feature_history(self, feature_id: str) -> dict[str, list[Any]]:
+        """Numbers of a feature, by its id, in all snapshots; see `lib_lightning.viewer.feature.feature_history`."""
+        layer, _, which = feature_id.rpartition("/")
+        return feature_history(self._curves(), layer, int(which))
+
+    def renderings(self, samples: Iterable[int]) -> dict[str, str]:
+        """How samples look, as JSON by their numbers; without those that the run has not kept."""
+        path = RunLayout(self.folder).renderings_file
+        file = next((file for file in regular_files(self.folder) if file.path == path), None)
+        if file is None:
+            return {}
+        found = self._cache.get(file, lambda: read_renderings(file.path), size=lambda all_: 200 + file.size)
+        return {str(sample): found[sample] for sample in samples if sample in found}
+
+    def notes(self) -> dict[str, str]:
+        """The user's notes on features, by id; empty if they cannot be read."""
+        path = RunLayout(self.folder).notes_file
+        with contextlib.suppress(*UNREADABLE):
+            if any(file.path == path for file in regular_files(self.folder)):
+                return read_notes(path)
+        return {}
+
+    def _file(self, step: int) -> FileStamp:
         file = snapshot_files(self.folder).get(step)
         if file is None:
             raise NotFoundError(f"Run '{self.name}' has no snapshot at step {step:,}.")
+        return file
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
         try:
-            return self._cache.get((file, edges), lambda: read_detail(file, step, edges), size=len)
+            yield
         except UNREADABLE as error:
             raise NotFoundError(f"Cannot read the snapshot of run '{self.name}' at step {step:,}: {error}") from error
+
+    def _curves(self) -> dict[int, Curves]:
+        """The numbers of all features, by step, of the readable snapshots."""
+
+        def read(file: FileStamp) -> Curves | None:
+            with contextlib.suppress(*UNREADABLE):
+                return read_curves(file)
+            return None
+
+        found = {
+            step: self._cache.get(
+                (file, "curves"), partial(read, file), size=lambda curves: curves.size() if curves else 100
+            )
+            for step, file in snapshot_files(self.folder).items()
+        }
+        return {step: curves for step, curves in found.items() if curves is not None}
 
     def _entry(self, files: dict[int, FileStamp]) -> dict[str, Any]:
         # Scalars and events are also written between snapshots and after the last one.

@@ -166,6 +166,65 @@ class SyntheticRun:
         layers = [self._layer(k, l) for l in range(len(self.layers))]
         return json.dumps({"step": step, "layers": layers, "sections": sections})
 
+    def feature(self, step: int, layer: int, which: int) -> str:
+        """Nothing but importances and edges, as for the file of an older version."""
+        shown = json.loads(self.snapshot(step))
+        of_layer, name = shown["layers"][layer], self.layers[layer][0]
+        i = of_layer["ids"].index(which)
+        history = [self._history_at(k, layer, which) for k in range(len(self.steps()))]
+        unknown = ("effect", "effect_error", "effect_significant", "score")
+        return json.dumps(
+            {
+                "step": step,
+                "layer": name,
+                "id": f"{name}/{which}",
+                "index": i,
+                "label": of_layer["labels"][i],
+                "label_score": None,
+                "importance": of_layer["importance"][i],
+                "importance_error": of_layer["error"][i],
+                "nats": of_layer["nats"][i],
+                "nats_error": of_layer["nats_error"][i],
+                "degenerate": of_layer["degenerate"][i],
+                **dict.fromkeys(("histogram", "shape", "examples", "raised", "lowered", "effect")),
+                "inputs": self._interactions(shown, layer - 1, i, "target") if layer else None,
+                "outputs": self._interactions(shown, layer, i, "source") if layer < len(self.layers) - 1 else None,
+                "renderings": {},
+                "note": "",
+                "history": {
+                    "steps": self.steps(),
+                    **{key: [at[key] for at in history] for key in history[0]},
+                    **{key: [None] * len(history) for key in unknown},
+                },
+            }
+        )
+
+    def _history_at(self, k: int, layer: int, which: int) -> dict[str, float | None]:
+        of_layer = self._layer(k, layer)
+        i = of_layer["ids"].index(which) if which in of_layer["ids"] else None
+        keys = {"importance": "importance", "importance_error": "error", "nats": "nats", "nats_error": "nats_error"}
+        return {name: None if i is None else of_layer[key][i] for name, key in keys.items()}
+
+    def _interactions(self, shown: dict[str, Any], section: int, i: int, end: str) -> list[dict[str, Any]]:
+        edges = shown["sections"][section]["edges"]
+        other, l = ("source", section) if end == "target" else ("target", section + 1)
+        name, of_layer = self.layers[l][0], shown["layers"][l]
+        total = sum(w for w, own in zip(edges["weight"], edges[end], strict=True) if own == i)
+        unknown = dict.fromkeys(("edge_error", "attribution", "attribution_error"))
+        return [
+            {"layer": name, "id": f"{name}/{of_layer['ids'][j]}", "label": of_layer["labels"][j], "share": w / total}
+            | {"edge": w, **unknown}
+            for w, own, j in zip(edges["weight"], edges[end], edges[other], strict=True)
+            if own == i
+        ][:8]
+
+    def feature_pages(self, step: int, limit: int) -> list[Any]:
+        """None: the film of this run has no pages of features."""
+        return []
+
+    def notes(self) -> dict[str, str]:
+        return {}
+
     def section(self, k: int, l: int) -> tuple[list[float], list[int], list[int]]:
         """Strengths of all edges of a section, the strongest first, and the indices of their features."""
         before, after = self.alive(k, l), self.alive(k, l + 1)

@@ -52,6 +52,9 @@ class FakePlugin:
             route.fulfill(body=self.saved(query["run"]).run())
         elif int(query["step"]) in self.lost:
             route.fulfill(status=404, json={"error": f"The run has no snapshot at step {query['step']}."})
+        elif name == "feature":
+            place = (int(query[key]) for key in ("step", "layer", "feature"))
+            route.fulfill(body=self.saved(query["run"]).feature(*place))
         else:
             route.fulfill(body=self.saved(query["run"]).snapshot(int(query["step"])))
 

@@ -93,7 +93,7 @@ def test_notebook_display_of_a_run(tmp_path: Path) -> None:
     shown = Run(tmp_path)._repr_html_()
     page = html.unescape(re.fullmatch(r'<iframe srcdoc="([^"]*)" [^>]*></iframe><p>.*</p>', shown, re.DOTALL)[1])  # type: ignore[index]
     assert page.startswith("<!DOCTYPE html>")
-    assert re.findall(r'data-step="(\d+)"', page) == [str(20 * k) for k in range(35)] + ["690"]
+    assert re.findall(r'class="lib-snapshot" .* data-step="(\d+)"', page) == [str(20 * k) for k in range(35)] + ["690"]
     assert "70 snapshots, steps 0 to 690). One in 2 snapshots is shown" in shown
 
 
@@ -131,7 +131,7 @@ def test_the_view_command_writes_a_film(tmp_path: Path, capsys: pytest.CaptureFi
     both = tmp_path / "films" / "both.html"
     main(["view", *(str(tmp_path / f"version_{i}") for i in (0, 1)), "-o", str(both), "--every", "4", "--edges", "3"])
     page = both.read_text()
-    assert re.findall(r'data-run="([^"]*)" data-step="(\d+)"', page) == [
+    assert re.findall(r'class="lib-snapshot" data-run="([^"]*)" data-step="(\d+)"', page) == [
         (f"version_{i}/lib", str(step)) for i in (0, 1) for step in (0, 40, 70)
     ]
 

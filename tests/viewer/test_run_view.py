@@ -86,6 +86,7 @@ def test_synthetic_runs_have_the_same_json_keys_as_saved_runs(logs: Path) -> Non
         form["snapshots"][0]["metrics"] = None
     assert forms[0] == forms[1]
     assert keys_of(json.loads(real.snapshot(30))) == keys_of(json.loads(made_up.snapshot(made_up.all_steps[0])))
+    assert keys_of(json.loads(real.feature(30, 0, 1))) == keys_of(json.loads(made_up.feature(10, 0, 1)))
 
 
 def test_the_json_of_a_snapshot_matches_its_graph(logs: Path) -> None:

@@ -2,6 +2,7 @@
 
 import {h, setOptions} from "./dom.js";
 import {number} from "./text.js";
+import {FeatureSearch} from "./feature_search.js";
 
 const SPEEDS = [1, 2, 4, 8, 16, 30];
 const LIMITS = [10, 20, 40, 80, 160];
@@ -90,17 +91,7 @@ export class Controls {
       (value) => actions.set({heights: value}),
       "vertical positions of features: the same in all snapshots, or grouped by the modules of this snapshot",
     );
-    this.suggestions = h("datalist", {id: "lib-known-features"});
-    this.find = h("input", {
-      type: "search",
-      "data-role": "find",
-      list: "lib-known-features",
-      placeholder: "layer/id or label",
-      size: 18,
-      "aria-label": "find and follow a feature",
-      title: "find a feature and show its importance over training",
-      onchange: () => this.find.value.trim() && actions.find(this.find.value.trim()),
-    });
+    this.search = new FeatureSearch(actions.find);
     this.runs = h("fieldset", {class: "lib-runs", "aria-label": "runs"});
     this.actions = actions;
     this.header = h(
@@ -124,8 +115,7 @@ export class Controls {
       labelled("features per layer", this.features),
       labelled("colour", this.color),
       labelled("positions", this.heights),
-      labelled("follow", this.find),
-      this.suggestions,
+      labelled("feature", this.search.element),
     );
   }
 
@@ -178,8 +168,8 @@ export class Controls {
     for (const box of this.runs.querySelectorAll("input")) box.checked = chosen.includes(box.value);
   }
 
-  /** Set the suggestions of the search field: features with a label, and the most important ones. */
+  /** Set the features that the search field finds. */
   showSuggestions(features) {
-    this.suggestions.replaceChildren(...features.map(([value, label]) => h("option", {value, label: label || value})));
+    this.search.setKnown(features);
   }
 }

@@ -9,6 +9,15 @@ async function decompressed(text) {
 /** A data source that reads the `<script>` elements of a film. */
 export function embeddedSource(page) {
   let runs = null;
+  const scripts = new Map();
+  const script = (kind, name, step) => {
+    const found = [...page.querySelectorAll(`script.${kind}`)].find(
+      ({dataset}) => dataset.run === name && (step === undefined || Number(dataset.step) === step),
+    );
+    if (found && !scripts.has(found)) scripts.set(found, decompressed(found.textContent));
+    return scripts.get(found);
+  };
+  const notes = new BrowserNotes();
   const all = () => (runs ??= decompressed(page.getElementById("lib-runs").textContent));
   return {
     live: false,
@@ -27,5 +36,82 @@ export function embeddedSource(page) {
       if (!element) throw new Error(`This file does not contain a snapshot of run ${name} at step ${step}.`);
       return decompressed(element.textContent);
     },
+    /** The page of a feature at a step, or at the nearest one that the file has. */
+    async feature(name, step, _, id, layer) {
+      const ofRun = await script("lib-features-of-run", name);
+      const feature = `${layer}/${id}`;
+      const near = [...(ofRun?.steps ?? [])].sort((a, b) => Math.abs(a - step) - Math.abs(b - step));
+      for (const at of near) {
+        const found = (await script("lib-features", name, at))[feature];
+        if (!found) continue;
+        const history = ofRun.history[feature];
+        const note = notes.of(name)[feature] ?? ofRun.notes[feature] ?? "";
+        return {...found, renderings: ofRun.renderings, history, effect: latestEffect(history, at), note, editable: true};
+      }
+      throw new Error(
+        near.length
+          ? `This file has the pages of the ${ofRun.limit} most important features of each node layer, and this feature is not among them. ` +
+              "The tab in TensorBoard has all of them."
+          : "This file has no pages of features. The tab in TensorBoard has them.",
+      );
+    },
+    async saveNote(name, feature, text) {
+      const kept = notes.save(name, feature, text);
+      return {
+        note: text,
+        where: kept ? "kept by this browser" : "kept until this page is closed: download notes.json",
+      };
+    },
+    /** All notes of a run, as the file that the tab and `Run.annotate` read. */
+    async notesFile(name) {
+      const all = {...(await script("lib-features-of-run", name))?.notes, ...notes.of(name)};
+      return Object.fromEntries(Object.entries(all).filter(([, text]) => text));
+    },
   };
+}
+
+/** The newest effect at or before a step, like that of the tab. */
+function latestEffect(history, step) {
+  let k = history.steps.length - 1;
+  while (k >= 0 && (history.steps[k] > step || history.effect[k] === null)) k -= 1;
+  if (k < 0) return null;
+  return {
+    change: history.effect[k],
+    error: history.effect_error[k],
+    significant: Boolean(history.effect_significant[k]),
+    step: history.steps[k],
+    score: history.score[k],
+  };
+}
+
+/** Notes in the storage of the browser, or in memory where a page has no storage. */
+class BrowserNotes {
+  constructor() {
+    this.inMemory = new Map();
+  }
+
+  of(run) {
+    if (!this.inMemory.has(run)) {
+      let kept = null;
+      try {
+        kept = JSON.parse(localStorage.getItem(`lib-notes:${run}`));
+      } catch {
+        // A sandboxed frame, such as in a notebook, has no storage.
+      }
+      this.inMemory.set(run, kept && typeof kept === "object" ? kept : {});
+    }
+    return this.inMemory.get(run);
+  }
+
+  /** Keep a note; returns whether it stays after the page is closed. */
+  save(run, feature, text) {
+    const notes = {...this.of(run), [feature]: text};
+    this.inMemory.set(run, notes);
+    try {
+      localStorage.setItem(`lib-notes:${run}`, JSON.stringify(notes));
+      return true;
+    } catch {
+      return false;
+    }
+  }
 }

@@ -1,8 +1,5 @@
 // Finding features by `layer/id` or by label.
 
-// A longer list would be slow to open.
-const MAX_SUGGESTIONS = 400;
-
 /** Suggestions as pairs `[name, label]`, those with a label first. */
 export function featureSuggestions(panels) {
   const labels = new Map();
@@ -11,7 +8,7 @@ export function featureSuggestions(panels) {
       for (const id of history.first[l].keys()) labels.set(`${layer.name}/${id}`, history.run.labels?.[l]?.[id] ?? "");
     });
   }
-  return [...labels].sort((a, b) => Boolean(b[1]) - Boolean(a[1])).slice(0, MAX_SUGGESTIONS);
+  return [...labels].sort((a, b) => Boolean(b[1]) - Boolean(a[1]));
 }
 
 /** The lineage `{run, l, id}` with a name or label, the newest if there are several in a layer; or null. */

@@ -8,8 +8,8 @@ function address(route, query) {
   return url;
 }
 
-async function request(route, query) {
-  const response = await fetch(address(route, query)).catch(() => {
+async function request(route, query, options) {
+  const response = await fetch(address(route, query), options).catch(() => {
     throw new Error("TensorBoard does not respond.");
   });
   if (response.ok) return response.json();
@@ -22,6 +22,15 @@ const httpSource = {
   runs: () => request("runs"),
   run: (name) => request("run", {run: name}),
   snapshot: (name, step) => request("snapshot", {run: name, step}),
+  feature: (name, step, layer, feature) => request("feature", {run: name, step, layer, feature}),
+  async saveNote(run, feature, text) {
+    const {note} = await request("note", {}, {
+      method: "POST",
+      headers: {"Content-Type": "application/json", "X-LIB-Note": "1"},
+      body: JSON.stringify({run, feature, text}),
+    });
+    return {note, where: "saved in notes.json of the run"};
+  },
 };
 
 /** Called by TensorBoard when the tab is opened. */

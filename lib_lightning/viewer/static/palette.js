@@ -80,3 +80,16 @@ export function edgeStyle(share, total) {
     opacity: (opacity_min + opacity_range * root) * thinning,
   };
 }
+
+/** Background for a value of a feature: one colour for each sign, stronger for larger values; `least` is the weakest. */
+export function valueColor(value, scale, least = 0) {
+  if (value === null || !Number.isFinite(value)) return "transparent";
+  const share = Math.min(1, Math.abs(value) / (scale || 1));
+  const [r, g, b] = rgb(value >= 0 ? VERMILION : BLUE);
+  return `rgb(${r} ${g} ${b} / ${(100 * (least + (0.62 - least) * share)).toFixed(0)}%)`;
+}
+
+/** Red, green and blue of a colour such as "#336699", from 0 to 255. */
+function rgb(color) {
+  return [1, 3, 5].map((start) => parseInt(color.slice(start, start + 2), 16));
+}

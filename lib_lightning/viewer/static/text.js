@@ -34,6 +34,17 @@ export function withError(value, error) {
   return scientific ? `(${both}) × ${tenTo(exponent)}` : both;
 }
 
+/** A number that may be negative, with a minus sign as wide as a plus sign. */
+export function signed(value) {
+  return number(value).replace("-", "−");
+}
+
+/** A change with its standard error, and its sign even if that is plus: "+0.031 ± 0.006". */
+export function change(value, error) {
+  const text = withError(value, error).replaceAll("-", "−");
+  return value > 0 ? `+${text}` : text;
+}
+
 /** 0.974 -> "97%"; "100%" and "0%" only if exact. */
 export function percent(share) {
   if (!Number.isFinite(share)) return "–";

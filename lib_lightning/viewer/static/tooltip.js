@@ -41,7 +41,7 @@ export function featureDetails(scene, l, i, color, followed) {
     ),
     neighbours(scene, l, i, "before"),
     neighbours(scene, l, i, "after"),
-    h("div", {class: "lib-tip-hint"}, followed ? "click to stop following this feature" : "click to follow this feature over training"),
+    h("div", {class: "lib-tip-hint"}, followed ? "click to stop following this feature and close its page" : "click for examples, interactions and effects, and to follow it over training"),
   ].filter(Boolean);
 }
 

@@ -9,6 +9,7 @@ import {Controls} from "./controls.js";
 import {Timeline} from "./timeline.js";
 import {RunPanel, Tooltip, markLegend} from "./panel.js";
 import {RunList} from "./run_list.js";
+import {FeaturePanel} from "./feature_panel.js";
 import {Player} from "./player.js";
 import {emptyState, stepText} from "./strings.js";
 import {findFeature, featureSuggestions, resolveFollowed} from "./find.js";
@@ -52,6 +53,7 @@ class View {
       run: (name, on) => this.choose(name, on),
       find: (text) => this.find(text),
     });
+    this.featurePanel = new FeaturePanel(source, {close: () => this.follow(null), go: (id) => this.goTo(id)});
     this.timeline = new Timeline(this.state, {
       set: (change) => this.set(change),
       go: (step, nearest) => this.show(this.stepNear(step, nearest), {fade: true}),
@@ -68,7 +70,7 @@ class View {
       {class: "lib-content", hidden: true},
       this.controls.film,
       this.controls.options,
-      this.grid,
+      h("div", {class: "lib-main"}, this.grid, this.featurePanel.element),
       markLegend(),
       this.timeline.element,
     );
@@ -256,6 +258,7 @@ class View {
     this.controls.showThreshold(state.threshold);
     this.timeline.moveTo(state.step);
     this.describeFollowed();
+    this.showFeature();
     const sum = (value) => pictures.reduce((total, {panel}) => total + (panel.scene ? value(panel.scene) : 0), 0);
     Object.assign(this.root.dataset, {
       step: state.step,
@@ -299,16 +302,41 @@ class View {
     this.follow(same ? null : lineage);
   }
 
-  /** Follow a lineage `{run, l, id}` over training, or none. */
+  /** Follow a lineage `{run, l, id}` over training, with its page beside the graph, or none. */
   follow(lineage) {
     const layer = lineage && this.runList.panels.get(lineage.run).history.layers[lineage.l].name;
+    const wasOpen = this.featurePanel.isOpen;
+    if (lineage && !wasOpen) this.opener = document.activeElement;
     this.state.follow = lineage && {...lineage, layer};
+    const hadFocus = this.featurePanel.element.contains(document.activeElement);
+    this.showFeature();
+    if (!lineage && hadFocus) this.opener?.focus();
+    if (this.featurePanel.isOpen !== wasOpen) this.redraw(); // the graph has another width
     for (const panel of this.runList.shown) {
       panel.setFollowed(this.state.follow);
       panel.focus();
     }
     this.drawTimeline();
     this.describeFollowed();
+  }
+
+  /** Open, update or close the page of the followed feature. */
+  showFeature() {
+    const {follow} = this.state;
+    const panel = follow && this.runList.panels.get(follow.run);
+    this.content.classList.toggle("lib-with-feature", Boolean(panel));
+    if (!panel) {
+      this.featurePanel.close();
+      return;
+    }
+    const {history, version} = panel;
+    this.featurePanel.show({...follow, version, history}, Math.max(0, history.at(this.state.step)));
+  }
+
+  /** Go to another feature from the page of one. */
+  goTo(id) {
+    this.find(id, this.state.follow?.run);
+    this.featurePanel.focus();
   }
 
   describeFollowed() {
@@ -329,10 +357,13 @@ class View {
     if (this.pictures) this.describeFollowed();
   }
 
-  find(text) {
-    const found = findFeature(this.runList.shown, text);
+  find(text, run) {
+    const panels = this.runList.shown;
+    const found = findFeature(run === undefined ? panels : panels.filter((panel) => panel.name === run), text);
     if (found) {
+      const byKeyboard = this.controls.search.element.contains(document.activeElement);
       this.follow(found);
+      if (byKeyboard) this.featurePanel.focus();
       if (!this.failed) this.report(null);
     } else this.report(new Error(`No feature shown has the name or label “${text}”.`));
   }
