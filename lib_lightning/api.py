@@ -541,7 +541,8 @@ def _as_graph(
         {pair: x.cpu() for pair, x in zip(pairs, built.edge_replicates, strict=True)},
     )
     errors = {pair: standard_error(x) for pair, x in replicates.edges.items() if len(x) > 1}
-    return InteractionGraph(bases, edges, info, errors, replicates=replicates)
+    examples = dict(zip(names, built.examples, strict=True))
+    return InteractionGraph(bases, edges, info, errors, replicates=replicates, examples=examples)
 
 
 def _skip_entry(skip: SkipPositions | None) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from lib_lightning.algorithm.covariance import RunningCovariance, all_reduce_cov
 from lib_lightning.algorithm.degenerate import describe_empty_layers, is_constant
 from lib_lightning.algorithm.dominance import PositionVariance, describe_dominance, reduce_position_variances
 from lib_lightning.algorithm.edges import Edges
+from lib_lightning.algorithm.examples import FeatureExamples, Positions, example_collectors, merge_examples
 from lib_lightning.algorithm.feature_reader import FeatureReader
 from lib_lightning.algorithm.fisher_metric import LOGITS, FisherMetric
 from lib_lightning.algorithm.gradient_metric import GradientMetric
@@ -91,6 +92,7 @@ class BuildResult:
         importance_replicates: Jackknife replicates of the importances of each node layer, shape ``(G, r)``; G is 0 if
             there are too few samples for groups.
         edge_replicates: Jackknife replicates of the edges between these features, ``(G, r_out, r_in)``.
+        examples: Examples of the features of each node layer.
         is_constant: Whether activations are the same for all samples at all node layers, so that there is nothing to
             compute; ``notes`` say so.
     """
@@ -102,6 +104,7 @@ class BuildResult:
     notes: list[str] = field(default_factory=list)
     importance_replicates: list[Tensor] = field(default_factory=list)
     edge_replicates: list[Tensor] = field(default_factory=list)
+    examples: list[FeatureExamples] = field(default_factory=list)
     is_constant: bool = False
 
 
@@ -196,7 +199,7 @@ def build_graph(
         output,
     )
     # 1. Moments.
-    moments, position_variances, cache = _moments(run, instrumented, batches)
+    moments, position_variances, positions, cache = _moments(run, instrumented, batches)
     # 2. Metric and basis of each node layer, from the last to the first.
     widths = [len(layer_moments.mean) for layer_moments in moments]
     gradients = _output_gradients(run, instrumented, batches, cache)
@@ -212,7 +215,7 @@ def build_graph(
         layers.insert(0, _Layer(basis, features, lengths))
         phase_done(f"basis of {basis.name}")
     # 3. Edges.
-    edges, variances = _edges(run, layers, cache)
+    edges, variances, examples = _edges(run, layers, positions, cache)
     # 4. Importance for the output.
     bases = _output_importances(run, [layer.basis for layer in layers], gradients, int(moments[0].count))
     # 5. Standard errors.
@@ -231,6 +234,7 @@ def build_graph(
         ],
         importance_replicates=importances,
         edge_replicates=[e.replicates for e in edges],
+        examples=examples,
         is_constant=is_constant(moments),
     )
 
@@ -259,17 +263,19 @@ def phases(config: LIBConfig, instrumented: InstrumentedModel, n_batches: int) -
 
 def _moments(
     run: _Run, instrumented: InstrumentedModel, batches: Sequence[Any]
-) -> tuple[list[RunningCovariance], list[PositionVariance], SectionCache]:
+) -> tuple[list[RunningCovariance], list[PositionVariance], list[list[Positions]], SectionCache]:
     """Step 1: ``mu = E[a]`` and ``Sigma = E[(a - mu)(a - mu)^T]`` of every node layer, in the first pass.
 
-    And how the variance is divided between positions, which notes are about.
+    And how the variance is divided between positions, which notes are about; and which positions each batch has.
     """
     # With a metric, the covariance of a wide node layer can be avoided.
     moments = [RunningCovariance(always=kind != "lib" or not run.shortcuts.dual) for kind in run.kinds]
 
     position_variances = [PositionVariance() for _ in run.names]
+    positions: list[list[Positions]] = []
 
     def add(captured: list[CapturedLayer]) -> None:
+        positions.append([Positions.of(layer) for layer in captured])
         for layer_moments, position_variance, layer in zip(moments, position_variances, captured, strict=True):
             position_variance.update(layer)
             layer_moments.update(layer.rows, layer.a.shape[0])
@@ -284,7 +290,7 @@ def _moments(
         raise ActivationError("There are no samples to compute a basis from, or every position is masked.")
     phase_done("moments")
     position_variances = reduce_position_variances(position_variances, run.process_group)
-    return moments, position_variances, cache.path_from([layer_moments.mean for layer_moments in moments])
+    return moments, position_variances, positions, cache.path_from([layer_moments.mean for layer_moments in moments])
 
 
 def _metric(run: _Run, i: int, next_basis: Basis | None, d: int, cache: SectionCache) -> Metric | None:
@@ -368,28 +374,37 @@ def _basis(
     return basis.broadcast(run.process_group), features
 
 
-def _edges(run: _Run, layers: Sequence[_Layer], cache: SectionCache) -> tuple[list[Edges], list[FeatureVariances]]:
-    """Step 3: the edges ``E`` of every section; and the variances of all features, for their standard errors."""
+def _edges(
+    run: _Run, layers: Sequence[_Layer], positions: Sequence[Sequence[Positions]], cache: SectionCache
+) -> tuple[list[Edges], list[FeatureVariances], list[FeatureExamples]]:
+    """Step 3: the edges ``E`` of every section.
+
+    Also what else needs all values of all features: their variances, for standard errors, and their examples.
+    """
     bases, groups = [layer.basis for layer in layers], run.plan.groups
     edges = [
         Edges(before, after, groups, run.shortcuts.forward_mode, run.config.n_pushed, run.generator)
         for before, after in itertools.pairwise(bases)
     ]
     variances = [FeatureVariances(basis, groups) for basis in bases]
+    examples = example_collectors(bases, positions, cache.num_samples, run.process_group)
     readers = [FeatureReader(layer.basis, layer.features) for layer in layers]
-    for i, section in cache.sections("edges"):
+    for batch, i, section in cache.sections("edges"):
         fhat = readers[i].next(section.a, section.mask_in)
         edges[i].update(section, fhat)
         variances[i].update(fhat, section.mask_in, section.group_slices)
+        examples[i].update(fhat, section.mask_in, positions[batch][i])
         if i + 1 == run.last:
             fhat = readers[run.last].next(section.a_out, section.mask_out)
             variances[run.last].update(fhat, section.mask_out, section.group_slices)
+            examples[run.last].update(fhat, section.mask_out, positions[batch][run.last])
         phase_done(_edges_phase(*run.names[i : i + 2]))
     all_reduce([*edges, *variances], run.process_group)
+    merge_examples(examples, run.process_group)
     for i, section_edges in enumerate(edges):
         if not torch.isfinite(section_edges.E).all():
             raise _not_finite(run, i)
-    return edges, variances
+    return edges, variances, [one.result() for one in examples]
 
 
 def _output_importances(run: _Run, bases: Sequence[Basis], gradients: OutputGradients | None, rows: int) -> list[Basis]:

@@ -19,6 +19,7 @@ import torch
 
 from lib_lightning.algorithm.config import LIBConfig
 from lib_lightning.algorithm.effort import EffortPlan, ModelCost
+from lib_lightning.algorithm.examples import bytes_per_feature
 from lib_lightning.algorithm.memory_plan import MemoryPlan
 from lib_lightning.algorithm.progress import on_phase
 from lib_lightning.errors import counted
@@ -245,11 +246,14 @@ def file_bytes(cost: ModelCost, ranks: Sequence[int], itemsize: int) -> int:
     Returns:
         Bytes.
     """
-    widths = [section.shape_in[1] for section in cost.sections] + [cost.sections[-1].shape_out[1]]
+    shapes = [section.shape_in for section in cost.sections] + [cost.sections[-1].shape_out]
+    widths = [d for _, d in shapes]
+    # As if all positions were those of a sequence, whose examples have a context.
+    examples = sum(r * bytes_per_feature(S) for (S, _), r in zip(shapes, ranks, strict=True))
     # Mean, both maps, importances with their errors and modules; edges with their errors.
     bases = sum(d + 2 * d * r + 4 * r for d, r in zip(widths, ranks, strict=True))
     edges = sum(2 * r * r_next for r, r_next in itertools.pairwise(ranks))
-    return itemsize * (bases + edges) + _HEADER
+    return itemsize * (bases + edges) + examples + _HEADER
 
 
 class PeakMemory:

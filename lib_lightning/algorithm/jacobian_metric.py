@@ -56,7 +56,7 @@ class JacobianMetric(GradientMetric):
         """See `Metric`."""
         # The edges of the section need the same gradients again, unless random combinations of them are summed.
         n_reused = self.C_next.shape[1] if self.n_probes is None else 0
-        for _, section in cache.sections(phase, index, n_reused):
+        for _, _, section in cache.sections(phase, index, n_reused):
             self.update(section)
 
     def update(self, section: Section) -> None:

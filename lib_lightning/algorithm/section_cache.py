@@ -66,6 +66,7 @@ class SectionCache(ABC):
 
     Attributes:
         is_cached: Whether no batch is run again.
+        num_samples: Number of samples.
         group_slices: Jackknife groups of each batch: number of the group, and slice of its samples.
     """
 
@@ -73,6 +74,7 @@ class SectionCache(ABC):
 
     def __init__(self, source: _Batches, sizes: Sequence[int]) -> None:
         self._source = source
+        self.num_samples = sum(sizes)
         starts = itertools.accumulate(sizes, initial=0)
         self.group_slices = [
             list(group_slices(start, start + n, sum(sizes), source.plan.groups))
@@ -142,7 +144,7 @@ class SectionCache(ABC):
         """
         return self
 
-    def sections(self, phase: str, only: int | None = None, n_reused: int = 0) -> Iterator[tuple[int, Section]]:
+    def sections(self, phase: str, only: int | None = None, n_reused: int = 0) -> Iterator[tuple[int, int, Section]]:
         """Iterate over the sections of all batches.
 
         Args:
@@ -152,7 +154,7 @@ class SectionCache(ABC):
                 kept as far as there is memory.
 
         Yields:
-            The index of a section and the section, batch by batch.
+            Index of the batch, index of the section, and the section, batch by batch.
         """
         for index in range(len(self._source.batches)):
             for i, section in self._sections_of(index, only):
@@ -168,7 +170,7 @@ class SectionCache(ABC):
                     sequential_only=i in self._sequential_only,
                     cached_products=products,
                 )
-                yield i, copied
+                yield index, i, copied
                 if copied.sequential_only:
                     self._sequential_only.add(i)
                 if n_reused and products:

@@ -138,6 +138,30 @@ class NodeLayer:
             written.append(self._from_rows(part, tensor.shape))
         return written
 
+    def position_shape(self, tensors: Sequence[Tensor]) -> tuple[int, ...]:
+        """Shape of all positions of a sample, also of those that the node layer does not select.
+
+        Args:
+            tensors: One tensor for each tap.
+
+        Returns:
+            ``()`` for a single position, ``(T,)`` for a sequence, ``(H, W)`` for an image.
+
+        Example:
+            >>> NodeLayer(["conv"]).position_shape([torch.zeros(2, 3, 5, 4)]), NodeLayer("fc").position_shape(
+            ...     [torch.zeros(2, 3)]
+            ... )
+            ((5, 4), ())
+        """
+        first = tensors[0]
+        S = sum(map(self.width, tensors)) if self.join == "positions" else self._to_rows(first).shape[1]
+        axes = list(first.shape)
+        if first.ndim > 1:
+            del axes[self.feature_axis(first.ndim)], axes[0]
+            if math.prod(axes) == S:
+                return tuple(axes)
+        return (S,) if S > 1 else ()
+
     def only(self, tap: int) -> NodeLayer:
         """This node layer with only one of its taps."""
         return self if len(self.taps) == 1 else replace(self, taps=[self.taps[tap]])
