@@ -261,7 +261,8 @@ def _keys(sample: Tensor, position: Tensor) -> Tensor:
     """Numbers that put places into an order that looks random and depends on the places alone."""
     mixed = (sample * _MULTIPLIER + position + 1) * _MULTIPLIER  # int64, modulo 2^64
     mixed = (mixed ^ (mixed >> 29)) * _MULTIPLIER
-    return (mixed >> (64 - _KEY_BITS)) & (_NO_KEY - 1)
+    keys: Tensor = (mixed >> (64 - _KEY_BITS)) & (_NO_KEY - 1)
+    return keys
 
 
 class ExampleCollector:
