@@ -101,13 +101,15 @@ def test_files_without_errors_load(graph: InteractionGraph, tmp_path: Path) -> N
     graph.save(tmp_path / "graph.safetensors")
     tensors, header = read_file(tmp_path / "graph.safetensors")
     bare = {
-        name: t for name, t in tensors.items() if not name.endswith(("_error", "degenerate")) and "errors" not in name
+        name: t
+        for name, t in tensors.items()
+        if not name.endswith(("_error", "degenerate")) and "errors" not in name and not name.startswith("examples")
     }
     assert len(bare) < len(tensors)
     header = {key: header[key] for key in ("layers", "kinds", "info")}
     write_file(tmp_path / "bare.safetensors", bare, header)
     loaded = InteractionGraph.load(tmp_path / "bare.safetensors")
-    assert (loaded.edge_errors, loaded.modules, loaded.labels) == ({}, {}, {})
+    assert (loaded.edge_errors, loaded.modules, loaded.labels, loaded.examples) == ({}, {}, {}, {})
     assert [(b.importance_error, b.degenerate) for b in loaded.bases.values()] == [(None, None)] * 3
     loaded.save(tmp_path / "again.safetensors")
     assert set(read_file(tmp_path / "again.safetensors")[0]) == set(bare)
