@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from lib_lightning.errors import LIBError, brief, log_traceback
+from lib_lightning.features.output_names import OutputNames
 from lib_lightning.features.renderers import Renderer, Rendering, check_renderer, default_renderer, render
-from lib_lightning.features.sample import SampleReader, class_names_of
+from lib_lightning.features.sample import SampleReader
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.model.batch import is_empty
 from lib_lightning.model.instrumented import InstrumentedModel
@@ -65,13 +66,13 @@ def render_samples(
     wanted = mentioned_samples(graph)
     if not wanted or not batches:
         return {}
-    spec = ModelSpec(input_fn, mask).called_as(graph.model_call)
+    spec, names = ModelSpec(input_fn, mask).called_as(graph.model_call), OutputNames.of_graph(graph)
     if model is None:
-        return render_each(SampleReader.of_graph(graph, spec), renderer, batches, wanted)
+        return render_each(SampleReader.of_graph(graph, spec).with_names(names.of), renderer, batches, wanted)
     instrumented = InstrumentedModel(model, [], spec)
     with instrumented.session():
         batches = instrumented.parts(batches)
-        reader = SampleReader.of_model(instrumented, batches[0], class_names_of(graph))
+        reader = SampleReader.of_model(instrumented, batches[0]).with_names(names.of)
         renderer = renderer or fitting_renderer(reader, batches[0], instrumented.model)
         return render_each(reader, renderer, batches, wanted)
 

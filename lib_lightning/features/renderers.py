@@ -159,6 +159,15 @@ class TokenRenderer:
             self._loaded.append(_load_tokenizer(self.tokenizer))
         return self._loaded[0]
 
+    @property
+    def vocabulary(self) -> int | None:
+        """Number of tokens; None if unknown."""
+        if self.tokenizer == "bytes":
+            return 256
+        return (
+            len(self._tokenizer) if hasattr(self._tokenizer, "__len__") else getattr(self._tokenizer, "n_vocab", None)
+        )
+
     def text(self, token: int) -> str:
         r"""A token as text, with white space that can be seen, except for spaces.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from lib_lightning.errors import LIBError
 from lib_lightning.graph import InteractionGraph
-from lib_lightning.io import basis_format as keys
 from lib_lightning.model.batch import first_tensor, map_tensors, tensors_in
 from lib_lightning.model.batch_layout import BatchLayout, Path, length_of, parts_of
 from lib_lightning.model.calls import ModelCall, entry
@@ -79,7 +78,7 @@ class SampleReader:
         layout: Which parts of a batch have one entry for each sample.
         compute: For a model whose own step computes its arguments: from a batch to positional and keyword arguments.
         parameters: Names of the positional parameters of its ``forward``.
-        class_names: Names of the classes, by number.
+        class_names: From numbers of classes to the names of those that have one.
     """
 
     call: ModelCall | None
@@ -87,18 +86,15 @@ class SampleReader:
     layout: BatchLayout = field(default_factory=BatchLayout)
     compute: ArgumentsFn | None = None
     parameters: tuple[str, ...] = ()
-    class_names: Mapping[int, str] = field(default_factory=dict)
+    class_names: Callable[[Sequence[int]], Mapping[int, str]] = lambda _: {}
 
     @classmethod
-    def of_model(
-        cls, instrumented: InstrumentedModel, batch: Any, class_names: Mapping[int, str] | None = None
-    ) -> SampleReader:
+    def of_model(cls, instrumented: InstrumentedModel, batch: Any) -> SampleReader:
         """Read what a model is called with. Read in a `session` of the model, as its own step may compute that.
 
         Args:
             instrumented: The model.
             batch: One batch, from which it becomes known how the model is called, unless it is known.
-            class_names: Names of the classes.
 
         Returns:
             The reader.
@@ -106,8 +102,7 @@ class SampleReader:
         layout, spec = instrumented.layout(batch), instrumented.spec
         computes = spec.call is not None and spec.call.step is not None
         parameters = _parameters(instrumented.entry)
-        compute = instrumented.inputs if computes else None
-        return cls(spec.call, spec.mask_of, layout, compute, parameters, class_names or {})
+        return cls(spec.call, spec.mask_of, layout, instrumented.inputs if computes else None, parameters)
 
     @classmethod
     def of_graph(cls, graph: InteractionGraph, spec: ModelSpec) -> SampleReader:
@@ -124,7 +119,11 @@ class SampleReader:
         call = spec.call or (ModelCall(input_fn=spec.input_fn) if spec.input_fn is not None else None)
         layout = BatchLayout.from_plain(plain["layout"]) if plain.get("layout") else BatchLayout()
         is_known = call is not None and call.step is None
-        return cls(call if is_known else None, spec.mask_of, layout, class_names=class_names_of(graph))
+        return cls(call if is_known else None, spec.mask_of, layout)
+
+    def with_names(self, names: Callable[[Sequence[int]], Mapping[int, str]]) -> SampleReader:
+        """The same, with a function from numbers of classes to their names, as far as they have any."""
+        return replace(self, class_names=names)
 
     def read(self, batches: Iterable[Any], wanted: Collection[int], first: int = 0) -> Iterator[tuple[int, Sample]]:
         """Take samples out of batches.
@@ -165,14 +164,12 @@ class SampleReader:
             map_tensors(one, lambda t: t.detach().cpu()),
             inputs,
             None if mask is None else (mask[0] != 0).cpu(),
-            "" if label is None else label if isinstance(label, str) else self.class_names.get(label, str(label)),
+            ""
+            if label is None
+            else label
+            if isinstance(label, str)
+            else self.class_names([label]).get(label, str(label)),
         )
-
-
-def class_names_of(graph: InteractionGraph) -> dict[int, str]:
-    """Names of the outputs, by number, as far as a graph knows them."""
-    names = graph.info.get(keys.OUTPUT_NAMES) or []
-    return {int(k): str(name) for k, name in (names.items() if isinstance(names, dict) else enumerate(names))}
 
 
 def _parameters(module: nn.Module) -> tuple[str, ...]:

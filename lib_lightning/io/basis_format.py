@@ -70,7 +70,9 @@ REFERENCE_SAMPLES = "reference_samples"
 # Whether modules have the numbers that they have in the other snapshots of the run.
 MODULES_TRACKED = "modules_tracked"
 EFFORT = "effort"
-# Names of the model's outputs, such as classes, as a list.
+# Hash of the samples that it was computed on: examples have their numbers.
+SAMPLES = "samples"
+# Names of the model's outputs, such as classes, as a list; of very many, a dict by number of those that are mentioned.
 OUTPUT_NAMES = "output_names"
 # How the effects of features on a score were found: name of the score, level, number of samples.
 CAUSAL = "causal"

@@ -321,6 +321,18 @@ def hash_batches(batches: Iterable[Any], process_group: ProcessGroup = SINGLE_PR
         >>> hash_batches([torch.zeros(2)]) == hash_batches([torch.zeros(2)]) != hash_batches([torch.ones(2)])
         True
     """
-    digest = hash_tensors(("", t) for batch in batches for t in tensors_in(batch))
+    return agreed_hash(hash_tensors(("", t) for batch in batches for t in tensors_in(batch)), process_group)
+
+
+def agreed_hash(digest: bytes, process_group: ProcessGroup) -> str:
+    """Hash of the hashes of all processes.
+
+    Args:
+        digest: The hash of this process, such as that of `hash_tensors`.
+        process_group: The processes.
+
+    Returns:
+        The hash in hexadecimal, the same on every process.
+    """
     gathered = process_group.gather(torch.tensor(list(digest), dtype=torch.uint8, device="cpu"))
     return hashlib.sha256(b"".join(bytes(t.tolist()) for t in gathered)).hexdigest()[:16]

@@ -21,6 +21,7 @@ from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
 from lib_lightning.algorithm.progress_bar import displayed_in
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.errors import ComputationStopped, SettingError, check_list
+from lib_lightning.features.renderers import Renderer
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_format import EPOCH, LOGGING_STEP, STEP, WEIGHTS, WEIGHTS_HASH
 from lib_lightning.io.run_layout import check_run_name, overlapping_names
@@ -46,6 +47,7 @@ from lib_lightning.training.effort import (
 )
 from lib_lightning.training.frameworks import Callback, callback_of_both_packages, rank_zero_info
 from lib_lightning.training.node_layers import NodeLayerResolver
+from lib_lightning.training.renderings import RenderingConfig, RunRenderings
 from lib_lightning.training.reporter import EventHook, SnapshotReporter
 from lib_lightning.training.run_state import RunState
 from lib_lightning.training.samples import SampleConfig, SampleStore
@@ -161,6 +163,11 @@ class LIBCallback(Callback):
         output_distribution: What the output is: categorical for logits of classes or tokens, bernoulli for logits of
             yes-or-no answers, gaussian for numbers with a squared error. auto finds out by the loss of the step, the
             model's configuration or the labels; none leaves out importances for the output.
+        renderer: How the samples look at which features are largest and smallest: one of `lib_lightning.features`, such
+            as TokenRenderer, ImageRenderer, TableRenderer or SeriesRenderer, or a function of a Sample. None (null)
+            takes a fitting one. Where it raises an error, that sample is shown without a picture.
+        output_names: Names of the outputs, such as classes: a list; a dict by number; a configuration with id2label; a
+            tokenizer. None (null) takes those of the model's configuration, or the tokens of the renderer.
 
     Raises:
         LIBError: If fewer than two node layers are given.
@@ -213,6 +220,8 @@ class LIBCallback(Callback):
         skip_positions: SkipPositions | None = None,
         metric: MetricKind = "next",
         output_distribution: OutputSetting = "auto",
+        renderer: Renderer | None = None,
+        output_names: Any = None,
     ) -> None:
         super().__init__()
         if not isinstance(dtype, (str, torch.dtype, type(None))) or dtype not in _DTYPES:
@@ -236,6 +245,7 @@ class LIBCallback(Callback):
             _MAX_SAMPLES if num_samples is None else num_samples, dataloader, val_dataloader, ablation is not None,
             None if ablation is None else ablation.val_dataloader,
         )  # fmt: skip
+        self._rendering_config = RenderingConfig(renderer, output_names)
         self.schedule = Schedule(every_n_validations, every_n_steps, at_steps, log_spaced)
         self.max_overhead = max_overhead_of(max_overhead, self.schedule.is_explicit)
         self._takes_fewest = max_overhead is None and not self.schedule.is_explicit
@@ -325,6 +335,9 @@ class LIBCallback(Callback):
         layout = self.reporter.layout
         if layout is not None and trainer.state.fn == "fit":
             state.enter_folder(str(layout.path.resolve()))
+        folders = self.reporter.directory.folders if trainer.is_global_zero else {}
+        files = {prefix: folder.layout.renderings_file for prefix, folder in folders.items()}
+        self._renderings = RunRenderings(self._rendering_config, self.name, files, is_new=state.n_snapshots == 0)
         self.samples = SampleStore(self.sample_config, state.samples, trainer, self._process_group, layout)
         self._tried: tuple[int | None, str | None] = (state.step, state.weights_hash)
         self._trained = TrainedWeights()
@@ -356,7 +369,10 @@ class LIBCallback(Callback):
         """Check the node layers on a batch; end the training there if SIGTERM has come, as the trainer would later."""
         try:
             with signals_at_safe_points(partial(has_received_sigterm, trainer)):
-                return self.resolver.check(pl_module, batch, strict)
+                layout = self.resolver.check(pl_module, batch, strict)
+                if not (strict and self._has_checked_training_batch):  # from then on, nothing stops the run
+                    self._renderings.check(InstrumentedModel(pl_module, [], self.resolver.spec), batch)
+                return layout
         except ComputationStopped:
             raise sigterm_exception(trainer) from None
 
@@ -570,6 +586,7 @@ class LIBCallback(Callback):
                 self._process_group,
                 plan,
             )
+        self._renderings.update(instrumented, snapshot.batches, snapshot.graphs, self._process_group)
         self.reporter.log_notes(snapshot.graphs)
         self.reporter.log_limits(snapshot.graphs[self.name])
         self.reporter.log_weights(metadata)

@@ -141,6 +141,11 @@ class NodeLayerResolver:
         return not (self._is_checked and (self._layout.is_certain or self._layout.num_samples(batch) < 2))
 
     @property
+    def spec(self) -> ModelSpec:
+        """How the model is called on a batch, as far as that is known."""
+        return self._spec
+
+    @property
     def _layout(self) -> BatchLayout:
         call = self._spec.call
         return BatchLayout() if call is None or call.layout is None else call.layout

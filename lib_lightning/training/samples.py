@@ -15,7 +15,7 @@ from lib_lightning.distributed.process_group import ProcessGroup
 from lib_lightning.errors import LIBError, brief, check_number, counted
 from lib_lightning.io.basis_file import write_bytes
 from lib_lightning.io.run_layout import RunLayout
-from lib_lightning.model.batch import map_tensors
+from lib_lightning.model.batch import hash_tensors, map_tensors, tensors_in
 from lib_lightning.model.batch_layout import BatchLayout
 from lib_lightning.model.preserve import preserve_rng
 from lib_lightning.training.first_batches import OneShotError
@@ -69,6 +69,7 @@ class SampleBuffer:
         self.count = 0
         self.is_frozen = False
         self._offered = 0
+        self._digest = -1, b""
 
     @property
     def is_full(self) -> bool:
@@ -109,6 +110,13 @@ class SampleBuffer:
     def use(self, layout: BatchLayout) -> None:
         """Count the samples anew, with the layout of the batches."""
         self.layout, self.count = layout, sum(map(layout.num_samples, self.batches))
+
+    @property
+    def digest(self) -> bytes:
+        """Hash of the samples so far; computed once for each number of them."""
+        if self._digest[0] != self.count:
+            self._digest = self.count, hash_tensors(("", t) for batch in self.batches for t in tensors_in(batch))
+        return self._digest[1]
 
     def freeze(self) -> None:
         """Accept no more samples."""
@@ -477,7 +485,8 @@ class SampleStore:
         batches, held_out_batches, reference = (
             shared_samples(trainer, buffer.batches) for buffer in (self.buffer, held_out, self.reference)
         )
-        return SnapshotData(batches, held_out_batches, reference, self._saved.seed)
+        digest = self.buffer.digest if batches is self.buffer.batches else b""
+        return SnapshotData(batches, held_out_batches, reference, self._saved.seed, digest)
 
     def _files(self, path_of: Callable[[int, int, str], Path]) -> dict[str, Path]:
         kinds = ["", "reference", *(["held-out"] if self._config.hold_out else [])]

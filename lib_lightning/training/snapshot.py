@@ -22,7 +22,7 @@ from lib_lightning.api import graph_of
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.errors import SettingError, SettingTypeError, brief, check_number, log_traceback, quoted, shortened
 from lib_lightning.graph import InteractionGraph
-from lib_lightning.io.basis_format import EFFORT, NUM_SAMPLES, REFERENCE_SAMPLES, STEP
+from lib_lightning.io.basis_format import EFFORT, NUM_SAMPLES, REFERENCE_SAMPLES, SAMPLES, STEP
 from lib_lightning.labels.labeller import Labeller, label_features
 from lib_lightning.lineage.events import Event
 from lib_lightning.lineage.reference import reference_features
@@ -30,7 +30,7 @@ from lib_lightning.lineage.snapshot_tracker import TURNOVER, SnapshotTracker
 from lib_lightning.metrics.inputs import check_metrics
 from lib_lightning.metrics.modules import Modularity
 from lib_lightning.metrics.summary import GraphMetrics, default_metrics, layer_keys, scalar_keys
-from lib_lightning.model.batch import hash_batches
+from lib_lightning.model.batch import agreed_hash, hash_batches, hash_tensors, tensors_in
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.preserve import copied_bytes, preserve_rng
 from lib_lightning.training.effort import RunPlan
@@ -118,12 +118,14 @@ class SnapshotData:
         held_out: Batches that ablations are scored on.
         reference: Batches on which features are recognised; the same in all snapshots.
         seed: Seed of the choice of positions in these.
+        digest: Hash of ``batches``, if it is known.
     """
 
     batches: Sequence[Any]
     held_out: Sequence[Any] = ()
     reference: Sequence[Any] = ()
     seed: int = 0
+    digest: bytes = b""
 
     def first(self, num_samples: int, instrumented: InstrumentedModel, process_group: ProcessGroup) -> Sequence[Any]:
         """The first samples for bases and edges.
@@ -174,6 +176,7 @@ class Snapshot:
         is_ablation: Whether edges required were counted.
         events: What has happened to features since the snapshot before.
         tracker: The tracker, updated with this snapshot.
+        batches: The batches of this process that it was computed on.
     """
 
     step: int
@@ -182,6 +185,7 @@ class Snapshot:
     is_ablation: bool
     events: list[Event]
     tracker: SnapshotTracker
+    batches: Sequence[Any] = ()
 
 
 class SnapshotComputer:
@@ -270,6 +274,10 @@ class SnapshotComputer:
             config = plan.effort.applied_to(config)
             batches = data.first(plan.effort.num_samples, instrumented, process_group)
             metadata = {**metadata, EFFORT: plan.of_snapshot()}
+        # Numbers of samples have a meaning among these samples only.
+        digest = data.digest or hash_tensors(("", t) for batch in batches for t in tensors_in(batch))
+        count = sum(map(instrumented.num_samples, batches))
+        metadata = {**metadata, SAMPLES: agreed_hash(digest + count.to_bytes(8, "big"), process_group)}
         # One copy of the model for all that runs it.
         with process_group.sync_errors(), instrumented.shared_copy(copied_bytes(self.config.memory_limit)):
             for prefix, kind in self.prefixes.items():
@@ -296,7 +304,7 @@ class SnapshotComputer:
         scalars |= self._ratios(scalars)
         scalars[f"{self.name}/samples"] = float(graphs[self.name].info[NUM_SAMPLES])
         scalars[f"{self.name}/seconds"] = time.perf_counter() - started
-        return Snapshot(metadata[STEP], graphs, scalars, has_curves, events, tracker)
+        return Snapshot(metadata[STEP], graphs, scalars, has_curves, events, tracker, batches)
 
     @torch.no_grad()  # for metrics and a labeller of the user's, as in a validation
     def _complete(

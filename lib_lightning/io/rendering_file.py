@@ -1,0 +1,116 @@
+"""The file of a run with the renderings of its samples: one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+# Numbers of samples are those among some samples, which their hash tells from others.
+SAMPLE, SAMPLES = "sample", "samples"
+_HEAD = re.compile(rf'{{"{SAMPLE}": (\d+), "{SAMPLES}": "(\w*)"')
+
+Key = tuple[int, str]
+
+
+def rendering_line(sample: int, samples: str, rendering: Mapping[str, Any]) -> str:
+    """A line of the file.
+
+    Args:
+        sample: Number of the sample.
+        samples: Hash of the samples among which it has that number: ``info["samples"]`` of a graph.
+        rendering: Its rendering.
+
+    Returns:
+        The line.
+
+    Example:
+        >>> rendering_line(3, "1f", {"kind": "text", "text": "a"})
+        '{"sample": 3, "samples": "1f", "kind": "text", "text": "a"}'
+    """
+    return json.dumps({SAMPLE: sample, SAMPLES: samples, **rendering}, ensure_ascii=False, allow_nan=False)
+
+
+def key_of(line: str) -> Key | None:
+    """Number of the sample in a line and hash of its samples; None if the line is none of `rendering_line`.
+
+    Args:
+        line: The line.
+
+    Returns:
+        Both.
+
+    Example:
+        >>> key_of('{"sample": 3, "samples": "1f", "kind": "text", "text": "a"}')
+        (3, '1f')
+    """
+    match = _HEAD.match(line)
+    return (int(match[1]), match[2]) if match and line.rstrip().endswith("}") else None
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of the file; those of a process that was killed while writing one are left out.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The lines; none if there is no file.
+    """
+    try:
+        text = path.read_text("utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    return [line for line in text.split("\n") if key_of(line) is not None]
+
+
+def append_lines(path: Path, lines: Iterable[str], anew: bool = False) -> None:
+    """Write lines at the end of the file.
+
+    Args:
+        path: The file; it is made if there is none, and its folder as well.
+        lines: The lines.
+        anew: Whether they replace those that are in it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb" if anew else "ab+") as file:
+        if not anew and file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # a process was killed while writing
+                file.write(b"\n")
+        file.write("".join(f"{line}\n" for line in lines).encode())
+
+
+def read_renderings(path: Path, samples: str, wanted: Iterable[int] | None = None) -> dict[int, dict[str, Any]]:
+    """Read the renderings of some samples.
+
+    Args:
+        path: The file.
+        samples: Hash of the samples: ``info["samples"]`` of the graph whose examples they are.
+        wanted: Numbers of samples; None for all.
+
+    Returns:
+        Renderings by number of the sample; the last one of each.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "samples.jsonl"
+        ...     append_lines(path, [rendering_line(i, "1f", {"kind": "text", "text": "abc"[i]}) for i in range(3)])
+        ...     read_renderings(path, "1f", [2])
+        {2: {'kind': 'text', 'text': 'c'}}
+    """
+    chosen = None if wanted is None else set(wanted)
+    found = {}
+    for line in read_lines(path):
+        sample, of = key_of(line) or (-1, "")
+        if of == samples and (chosen is None or sample in chosen):
+            try:
+                rendering = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            found[sample] = {key: value for key, value in rendering.items() if key not in (SAMPLE, SAMPLES)}
+    return found
