@@ -20,7 +20,7 @@ from lib_lightning.features.sample import Sample
 Rendering = dict[str, Any]
 
 # Larger images are stored smaller, in pixels of the longer side: a page shows examples side by side.
-_STORED_SIZE = 128
+_STORED_SIZE = 96
 # Points of a line; longer series are stored as means of equally many values.
 _POINTS = 1000
 _CHANNELS = 16

@@ -72,6 +72,8 @@ MODULES_TRACKED = "modules_tracked"
 EFFORT = "effort"
 # Hash of the samples that it was computed on: examples have their numbers.
 SAMPLES = "samples"
+# By node layer, where in the input its positions are shown: `lib_lightning.io.places.Places`.
+PLACES = "places"
 # Names of the model's outputs, such as classes, as a list; of very many, a dict by number of those that are mentioned.
 OUTPUT_NAMES = "output_names"
 # How the effects of features on a score were found: name of the score, level, number of samples.

@@ -586,7 +586,7 @@ class LIBCallback(Callback):
                 self._process_group,
                 plan,
             )
-        self._renderings.update(instrumented, snapshot.batches, snapshot.graphs, self._process_group)
+            self._renderings.update(instrumented, snapshot.batches, snapshot.graphs, self._process_group)
         self.reporter.log_notes(snapshot.graphs)
         self.reporter.log_limits(snapshot.graphs[self.name])
         self.reporter.log_weights(metadata)

@@ -18,6 +18,7 @@ from lib_lightning.algorithm.progress import phase_done
 from lib_lightning.distributed.process_group import ProcessGroup
 from lib_lightning.errors import LIBError, brief, log_traceback
 from lib_lightning.features.output_names import OutputNames, check_output_names, find_output_names
+from lib_lightning.features.places import find_places
 from lib_lightning.features.render import fitting_renderer, mentioned_samples, render_each
 from lib_lightning.features.renderers import Renderer, check_renderer, render
 from lib_lightning.features.sample import SampleReader
@@ -64,6 +65,7 @@ class RunRenderings:
         self._config, self._name, self._files = config, name, dict(folders)
         self._renderer: Renderer | None = config.renderer
         self._names: OutputNames | None = None
+        self._places: dict[str, dict[str, Any]] | None = None
         self._knows_names = self._has_failed = self._is_checked = False
         # What has been rendered, or tried, by prefix; read from the files when it is needed first.
         self._done: dict[str, set[Key]] = {prefix: set() for prefix in folders} if is_new else {}
@@ -139,8 +141,10 @@ class RunRenderings:
         # What is in the files is known to the first process alone.
         (agreed,) = process_group.broadcast([torch.tensor(wanted, dtype=torch.int64, device="cpu")])
         with process_group.sync_errors():
-            found = self._render(instrumented, batches, [int(i) for i in agreed], first)
+            found = self._render(instrumented, batches, [int(i) for i in agreed], first, graphs)
             for graph in graphs.values():
+                if graph.examples:
+                    graph.info[keys.PLACES] = self._places or {}
                 if self._names is not None and (names := self._names.plain(graph)):
                     graph.info[keys.OUTPUT_NAMES] = names
         renderings = _gather(found, process_group)
@@ -163,27 +167,45 @@ class RunRenderings:
         batches: Sequence[Any],
         wanted: Sequence[int],
         first: int,
+        graphs: Mapping[str, InteractionGraph],
     ) -> dict[int, dict[str, Any]]:
         """Renderings of those samples that are in the batches of this process."""
-        if not batches or (self._knows_names and not wanted):
-            return {}
         call = instrumented.spec.call
+        is_first = not self._knows_names or (self._places is None and any(graph.examples for graph in graphs.values()))
+        if not batches or not (is_first or wanted):
+            return {}
         # A step that computes what the model is called with is run.
-        with instrumented.session() if call is not None and call.step is not None else nullcontext():
-            return self._render_in_session(instrumented, batches, wanted, first)
+        needs_model = is_first or (call is not None and call.step is not None)
+        with instrumented.session() if needs_model else nullcontext():
+            reader = self._reader(instrumented, batches[0])
+            if is_first:
+                self._find_places(instrumented, reader, batches[0], graphs)
+            assert self._renderer is not None
+            return render_each(reader, self._renderer, batches, wanted, first, self._on_failure)
 
-    def _render_in_session(
-        self, instrumented: InstrumentedModel, batches: Sequence[Any], wanted: Sequence[int], first: int
-    ) -> dict[int, dict[str, Any]]:
-        reader = SampleReader.of_model(instrumented, batches[0])
+    def _find_places(
+        self, instrumented: InstrumentedModel, reader: SampleReader, batch: Any, graphs: Mapping[str, InteractionGraph]
+    ) -> None:
+        """Find where in the input positions are shown, in the first snapshot with examples."""
+        longest = {layer: one.shape for graph in graphs.values() for layer, one in graph.examples.items()}
+        if not longest or self._renderer is None:
+            return
+        self._places = {}
+        try:
+            sample = next(sample for _, sample in reader.read([batch], [0]))
+            self._places = find_places(instrumented, batch, sample, render(self._renderer, sample), longest)
+        except Exception as error:  # of the user's renderer, or of a model with other samples on their own
+            log_traceback(error)
+
+    def _reader(self, instrumented: InstrumentedModel, batch: Any) -> SampleReader:
+        """Takes samples out of batches; the renderer and the names of outputs become known as well."""
+        reader = SampleReader.of_model(instrumented, batch)
         if self._renderer is None:
-            self._renderer = fitting_renderer(reader, batches[0], instrumented.model)
+            self._renderer = fitting_renderer(reader, batch, instrumented.model)
         if not self._knows_names:
-            self._names = find_output_names(self._config.output_names, self._renderer, instrumented, batches[0])
+            self._names = find_output_names(self._config.output_names, self._renderer, instrumented, batch)
             self._knows_names = True
-        if self._names is not None:
-            reader = reader.with_names(self._names.of)
-        return render_each(reader, self._renderer, batches, wanted, first, self._on_failure)
+        return reader if self._names is None else reader.with_names(self._names.of)
 
     def _on_failure(self, sample: int, error: Exception) -> None:
         if not self._has_failed:
