@@ -19,8 +19,8 @@ from lib_lightning.model.node_layer import INPUT, NodeLayer
 
 # Samples on which it is seen what positions depend on.
 _FEW = 2
-# Tokens in front of patches, such as a class token and registers, at most.
-_MOST_SKIPPED = 16
+# Numbers of tokens in front of patches: a class token, one for distillation, four registers.
+_SKIPPED = (0, 1, 2, 4, 5)
 
 
 def find_places(
@@ -117,9 +117,9 @@ def places_in_image(grid: Sequence[int], image: Sequence[int]) -> Places | None:
 def _patches(count: int, image: Sequence[int]) -> tuple[int, tuple[int, int]] | None:
     """Number of tokens in front of the patches, and rows and columns of these: patches are squares of whole pixels."""
     height, width = image
-    for skipped in range(min(_MOST_SKIPPED, count - 2) + 1):
-        rows = round(math.sqrt((count - skipped) * height / width))
-        if rows < 1 or (count - skipped) % rows:
+    for skipped in _SKIPPED:
+        rows = round(math.sqrt(max(0, count - skipped) * height / width))
+        if rows < 1 or (count - skipped) % rows or 3 * skipped > count:
             continue
         columns = (count - skipped) // rows
         if height % rows == 0 and width % columns == 0 and height // rows == width // columns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -63,7 +64,7 @@ def changed_by(model: nn.Module, x: Tensor, position: tuple[int, int]) -> Tensor
 @pytest.mark.parametrize("name", STACKS)
 def test_box_is_what_a_position_of_a_convolution_depends_on(name: str) -> None:
     torch.manual_seed(0)
-    model, x = STACKS[name].double(), torch.randn(4, 3, 14, 16, dtype=torch.float64)
+    model, x = copy.deepcopy(STACKS[name]).double(), torch.randn(4, 3, 14, 16, dtype=torch.float64)
     last = f"{len(model) - 1}"
     places = places_of(nn.Sequential(*model, nn.Flatten()), x, [last, "output"])[last]
     H, W = model(x).shape[2:]

@@ -106,7 +106,6 @@ def test_labels_are_no_inputs_and_have_names() -> None:
     assert find_labels({"tokens": Y, "y": Y}, ((Y,), {}), 6) is None
     batch = {"x": X, "labels": ["cat", "dog", "cow"] * 2}
     instrumented = InstrumentedModel(nn.Linear(2, 3), [])
-    instrumented = InstrumentedModel(nn.Linear(2, 3), [], InstrumentedModel(nn.Linear(2, 3), []).spec)
     assert find_labels(batch, ((X,), {}), 6) == ("labels",)
     reader = SampleReader.of_model(instrumented, (X, Y)).with_names(OutputNames(("zero", "one")).of)
     assert [s.label for _, s in reader.read([(X, Y)], range(3))] == ["zero", "2", "one"]
