@@ -14,6 +14,7 @@ from torch import nn
 
 from lib_lightning import InteractionGraph, compute_interaction_graph
 from lib_lightning.training.weights import FINAL, TRAINED
+from tests.rendered import check_rows
 from tests.two_processes import OTHERS, RUNS, samples
 
 ROOT = Path(__file__).parents[2]
@@ -119,6 +120,12 @@ def test_files_are_written_once(name: str, runs: tuple[Path, str]) -> None:
         f"{kind}{k}-of-2.pt" for kind in ("", "reference-") for k in (1, 2)
     ]
     assert not list(folder.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("name", sorted(set(RUNS) - {"empty_first"}))
+def test_samples_of_both_processes_are_rendered(name: str, runs: tuple[Path, str]) -> None:
+    layer = InteractionGraph.load(runs[0] / name / "lib" / "final.safetensors").node_layers[0]
+    assert len(check_rows(runs[0] / name / "lib", layer)) == 1
 
 
 def test_failure_on_one_process_is_reported_by_both(runs: tuple[Path, str]) -> None:
