@@ -41,7 +41,7 @@ class Renderer(Protocol):
         {'kind': 'text', 'text': 'starts with 0.5'}
     """
 
-    def __call__(self, sample: Sample, /) -> Mapping[str, Any] | str:
+    def __call__(self, sample: Sample, /) -> Any:
         """Render one sample.
 
         Args:

@@ -72,7 +72,7 @@ def embed_features(run: RunView, steps: Sequence[int], max_bytes: int) -> Embedd
 def _with_limit(run: RunView, steps: Sequence[int], max_bytes: int, limit: int) -> EmbeddedFeatures:
     texts: dict[int, str] = {}
     histories: dict[str, str] = {}
-    renderings: dict[str, str] = {}
+    renderings: dict[str, dict[str, str]] = {}
     size = len(compressed(dump(run.notes())))
     for step in _in_turn(steps):
         try:
@@ -83,28 +83,30 @@ def _with_limit(run: RunView, steps: Sequence[int], max_bytes: int, limit: int) 
             continue
         text = compressed(object_({page.id: object_(page.entries) for page in pages}))
         new = {page.id: dump(run.feature_history(page.id)) for page in pages if page.id not in histories}
-        looks = run.renderings(sample for page in pages for sample in page.samples if str(sample) not in renderings)
+        known = renderings.get(pages[0].of, {})
+        wanted = (sample for page in pages for sample in page.samples if str(sample) not in known)
+        looks = run.renderings(wanted, pages[0].of)
         # Compressed with those of the other snapshots, it is smaller.
         size += len(text) + len(compressed(object_(new))) + len(compressed(object_(looks)))
         if size > max_bytes:
             break
         texts[step] = text
         histories |= new
-        renderings |= looks
+        renderings[pages[0].of] = known | looks
     return EmbeddedFeatures(
         compressed(_of_run(run, histories, renderings, sorted(texts), limit)), dict(sorted(texts.items()))
     )
 
 
 def _of_run(
-    run: RunView, histories: dict[str, str], renderings: dict[str, str], steps: Sequence[int], limit: int
+    run: RunView, histories: dict[str, str], renderings: dict[str, dict[str, str]], steps: Sequence[int], limit: int
 ) -> str:
     return object_(
         {
             "steps": dump(list(steps)),
             "limit": dump(limit),
             "history": object_(histories),
-            "renderings": object_(renderings),
+            "renderings": object_({of: object_(found) for of, found in renderings.items()}),
             "notes": dump(run.notes()),
         }
     )

@@ -11,6 +11,7 @@ import numpy as np
 
 from lib_lightning.io import basis_format as keys
 from lib_lightning.io.basis_file import read_parts
+from lib_lightning.io.places import Places, position_in_input
 from lib_lightning.viewer.json_text import array, dump, integers, number, numbers, object_
 from lib_lightning.viewer.run_discovery import FileStamp
 
@@ -49,11 +50,13 @@ class FeaturePage:
     Attributes:
         id: The feature's id, such as ``"resid_post/17"``.
         samples: Numbers of the samples among its examples.
+        of: Hash of the samples that have these numbers; "" if unknown.
         entries: JSON by key.
     """
 
     id: str
     samples: tuple[int, ...]
+    of: str
     entries: dict[str, str]
 
     def size(self) -> int:
@@ -109,6 +112,7 @@ class SnapshotFeatures:
             return None
         i = own.index(which)
         samples, examples = self._examples(layer, i)
+        of = str(self._header[keys.INFO].get(keys.SAMPLES, ""))
         raised, lowered = self._outputs(layer, i)
         histogram, width = self._row(layer, "example_histogram", i), self._row(layer, "example_bin_width", i)
         is_degenerate = self._row(layer, "degenerate", i)
@@ -125,13 +129,14 @@ class SnapshotFeatures:
             "degenerate": dump(bool(is_degenerate)),
             "histogram": "null" if histogram is None else _histogram(histogram, float(width)),
             "shape": dump(self._header.get(keys.EXAMPLE_LAYOUTS, {}).get(self.layers[layer], {}).get("shape")),
+            "samples": dump(of),
             "examples": examples,
             "inputs": self._interactions(layer, i, "inputs"),
             "outputs": self._interactions(layer, i, "outputs"),
             "raised": raised,
             "lowered": lowered,
         }
-        return FeaturePage(f"{self.layers[layer]}/{which}", samples, entries)
+        return FeaturePage(f"{self.layers[layer]}/{which}", samples, of, entries)
 
     def _of(self, layer: int, name: str) -> np.ndarray | None:
         return self._tensors.get(_OWN[name].format(layer))
@@ -154,6 +159,7 @@ class SnapshotFeatures:
         kinds = [kind for kind, count in zip(_KINDS, layout["counts"], strict=True) for _ in range(count)]
         positions, values = self._row(layer, "example_positions", i), self._row(layer, "example_values", i)
         context = self._row(layer, "example_context", i)
+        places = self._header[keys.INFO].get(keys.PLACES)
         found = [
             object_(
                 {
@@ -162,6 +168,7 @@ class SnapshotFeatures:
                     "position": dump(int(positions[k])),
                     "value": number(float(values[k])),
                     **_context(context[k], int(positions[k]) - layout["before"]),
+                    **_place(places, self.layers[layer], int(positions[k])),
                 }
             )
             for k in range(len(samples))
@@ -248,6 +255,17 @@ def _context(values: np.ndarray, start: int) -> dict[str, str]:
         return {"context": "null", "context_start": "null"}
     first, end = int(known[0]), int(known[-1]) + 1
     return {"context": numbers(values[first:end].astype(float), digits=3), "context_start": dump(start + first)}
+
+
+def _place(places: Any, layer: str, position: int) -> dict[str, str]:
+    """Where in the input a position is shown; nothing in a file that does not know."""
+    if not isinstance(places, dict):
+        return {}
+    known = Places.from_plain(places.get(layer))
+    found = {name: dump(where) for name, where in position_in_input(places.get(layer), position).items()}
+    # Neighbouring positions are not those of neighbouring tokens.
+    is_strided = known is not None and len(known.grid) == 1 and known.stride[0] != 1
+    return found | (dict.fromkeys(("context", "context_start"), "null") if is_strided else {})
 
 
 def _name(names: Any, output: int) -> str | None:

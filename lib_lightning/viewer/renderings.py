@@ -6,31 +6,33 @@ import contextlib
 import json
 from pathlib import Path
 
+from lib_lightning.io.rendering_file import SAMPLE, SAMPLES
 from lib_lightning.viewer.json_text import dump
 
 
-def read_renderings(path: Path) -> dict[int, str]:
+def read_renderings(path: Path) -> dict[str, dict[int, str]]:
     """Read the renderings of samples.
 
     Args:
-        path: File with one JSON object a line, such as ``{"sample": 12, "kind": "text", "text": "..."}``.
+        path: File with one JSON object a line; see `lib_lightning.io.rendering_file.rendering_line`.
 
     Returns:
-        JSON of each, by the number of the sample; the last one if there are several. Incomplete lines, as of a file
-        that is being written, are skipped.
+        By the hash of the samples ("" if a line has none), JSON of each sample by its number; the last one if there are
+        several. Incomplete lines, as of a file that is being written, are skipped.
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = Path(folder) / "samples.jsonl"
-        ...     _ = path.write_text('{"sample": 3, "kind": "text", "text": "a"}' + chr(10) + '{"sample": 4, "ki')
+        ...     line = '{"sample": 3, "samples": "1f", "kind": "text", "text": "a"}'
+        ...     _ = path.write_text(line + chr(10) + '{"sample": 4, "ki')
         ...     read_renderings(path)
-        {3: '{"kind":"text","text":"a"}'}
+        {'1f': {3: '{"kind":"text","text":"a"}'}}
     """
-    found = {}
+    found: dict[str, dict[int, str]] = {}
     for line in path.read_text("utf-8", errors="replace").split("\n"):
         with contextlib.suppress(ValueError, RecursionError):
             rendering = json.loads(line, parse_constant=lambda _: None)
-            if isinstance(rendering, dict) and isinstance(sample := rendering.pop("sample", None), int):
-                found[sample] = dump(rendering)
+            if isinstance(rendering, dict) and isinstance(sample := rendering.pop(SAMPLE, None), int):
+                found.setdefault(str(rendering.pop(SAMPLES, "")), {})[sample] = dump(rendering)
     return found

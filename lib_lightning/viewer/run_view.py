@@ -167,7 +167,7 @@ class RunView:
         return object_(
             {
                 **page.entries,
-                "renderings": object_(self.renderings(page.samples)),
+                "renderings": object_(self.renderings(page.samples, page.of)),
                 "effect": dump(latest_effect(history, step)),
                 "note": dump(self.notes().get(page.id, "")),
                 "history": dump(history),
@@ -202,14 +202,20 @@ class RunView:
         layer, _, which = feature_id.rpartition("/")
         return feature_history(self._curves(), layer, int(which))
 
-    def renderings(self, samples: Iterable[int]) -> dict[str, str]:
-        """How samples look, as JSON by their numbers; without those that the run has not kept."""
+    def renderings(self, samples: Iterable[int], of: str) -> dict[str, str]:
+        """How samples look, as JSON by their numbers; without those that the run has not kept.
+
+        Args:
+            samples: Their numbers.
+            of: Hash of the samples that have these numbers.
+        """
         path = RunLayout(self.folder).renderings_file
         file = next((file for file in regular_files(self.folder) if file.path == path), None)
         if file is None:
             return {}
         found = self._cache.get(file, lambda: read_renderings(file.path), size=lambda all_: 200 + file.size)
-        return {str(sample): found[sample] for sample in samples if sample in found}
+        known = {**found.get("", {}), **found.get(of, {})}
+        return {str(sample): known[sample] for sample in samples if sample in known}
 
     def notes(self) -> dict[str, str]:
         """The user's notes on features, by id; empty if they cannot be read."""

@@ -46,7 +46,7 @@ export function embeddedSource(page) {
         if (!found) continue;
         const history = ofRun.history[feature];
         const note = notes.of(name)[feature] ?? ofRun.notes[feature] ?? "";
-        return {...found, renderings: ofRun.renderings, history, effect: latestEffect(history, at), note, editable: true};
+        return {...found, renderings: {...ofRun.renderings[""], ...ofRun.renderings[found.samples]}, history, effect: latestEffect(history, at), note, editable: true};
       }
       throw new Error(
         near.length

@@ -49,11 +49,13 @@ function placeText({position}, rendering, shape) {
 
 /** Tokens around the position, each in the colour of the feature's value at it. */
 function tokensView(example, {tokens}, {shape, scale}) {
-  const {position, context, context_start: start} = example;
+  const {context, context_start: start, token} = example;
+  // Positions may be those of other tokens, such as behind a class token.
+  const position = token ?? example.position;
   const known = context ?? [example.value];
-  const from = context ? start : position;
+  const from = context ? start + position - example.position : position;
   // A layer that has one value for each sample, such as a pooled one, has no token of its own.
-  const hasPlace = position < tokens.length && (shape?.length > 0 || position > 0);
+  const hasPlace = token !== null && position < tokens.length && (shape?.length > 0 || position > 0);
   const [first, end] =
     tokens.length <= MAX_TOKENS
       ? [0, tokens.length]
@@ -104,12 +106,20 @@ function imageView(example, {png, size}, {shape, title, compact}) {
       height,
       style: {imageRendering: zoom > 1 ? "pixelated" : "auto"},
     }),
-    boxView(example.position, shape),
+    boxView(example, size, shape),
   );
 }
 
+/** A box around a part of an image, in shares of its sides. */
+function box(left, top, width, height) {
+  const style = {left: `${100 * left}%`, top: `${100 * top}%`, width: `${100 * width}%`, height: `${100 * height}%`};
+  return h("span", {class: "lib-box", style});
+}
+
 /** The box of a position in an image. The positions of a sequence that fill a square are those of patches. */
-function boxView(position, shape) {
+function boxView({position, position_box: part}, size, shape) {
+  if (part === null) return null;
+  if (part && size) return box(part[1] / size[1], part[0] / size[0], part[3] / size[1], part[2] / size[0]);
   let grid = shape?.length === 2 ? shape : null;
   if (shape?.length === 1) {
     const others = [0, 1].find((extra) => Number.isInteger(Math.sqrt(shape[0] - extra)) && shape[0] - extra > 1);
@@ -119,15 +129,7 @@ function boxView(position, shape) {
   }
   if (!grid || grid[0] * grid[1] <= 1 || position >= grid[0] * grid[1]) return null;
   const [row, column] = [Math.floor(position / grid[1]), position % grid[1]];
-  return h("span", {
-    class: "lib-box",
-    style: {
-      left: `${(100 * column) / grid[1]}%`,
-      top: `${(100 * row) / grid[0]}%`,
-      width: `${100 / grid[1]}%`,
-      height: `${100 / grid[0]}%`,
-    },
-  });
+  return box(column / grid[1], row / grid[0], 1 / grid[1], 1 / grid[0]);
 }
 
 /** Rows of a table, with the columns that differ most between the examples; all of them on hover. */
@@ -179,7 +181,7 @@ export function tellingColumns(examples, renderings) {
 }
 
 /** Channels as lines, with a mark at the position. */
-function seriesView(example, {values}, {shape, title, compact}) {
+function seriesView({position, token}, {values, length: steps}, {shape, title, compact}) {
   const zoom = compact ? 0.75 : 1;
   const [width, height] = [SERIES.width * zoom, SERIES.height * zoom];
   const finite = values.flat().filter((value) => Number.isFinite(value));
@@ -188,10 +190,11 @@ function seriesView(example, {values}, {shape, title, compact}) {
   const length = Math.max(...values.map((channel) => channel.length));
   const x = (t) => (length > 1 ? 2 + (t / (length - 1)) * (width - 4) : width / 2);
   const svg = s("svg", {width, height, class: "lib-series", role: "img", "aria-label": title});
-  if (shape?.length === 1 && shape[0] > 1) {
+  if (token !== null && shape?.length === 1 && shape[0] > 1) {
     // A layer with fewer positions than the series has each stand for several.
     const band = Math.max(1.5, (width - 4) / shape[0]);
-    const at = 2 + ((example.position + 0.5) / shape[0]) * (width - 4);
+    const share = token === undefined ? (position + 0.5) / shape[0] : (token + 0.5) / (steps ?? length);
+    const at = 2 + share * (width - 4);
     svg.append(s("rect", {x: at - band / 2, y: 0, width: band, height, class: "lib-series-here"}));
   }
   values.forEach((channel, c) => {
