@@ -317,7 +317,8 @@ class SnapshotReporter:
             self.draw_run(trainer)
         lines = [f"\n{self._name}: {counted(state.n_snapshots, 'snapshot')} of {' -> '.join(state.node_layers)}"]
         try:
-            if state.step is not None and state.step == trainer.global_step:
+            # A run that is resumed at its end has no new snapshot.
+            if state.graphs and state.step is not None and state.step == trainer.global_step:
                 for folder in self.directory.folders.values():
                     folder.write_final(state.step)
                 earlier = [path for path in state.folders if path != str(directory.layout.path.resolve())]

@@ -81,12 +81,9 @@ def test_a_resumed_run_goes_on(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     file = tmp_path / "lib" / "samples.jsonl"
     before = read_lines(file)
-    file.write_text("".join(f"{line}\n" for line in before[::2]))
-    again = trainer_of(tmp_path, LIBCallback(NODE_LAYERS, at_steps=[0], baselines=["pca"]), max_steps=12)
+    again = trainer_of(tmp_path, LIBCallback(NODE_LAYERS, at_steps=[0], baselines=["pca"]), max_epochs=3)
     again.fit(Steady(), ckpt_path=tmp_path / "checkpoint", weights_only=True)
-    after = read_lines(file)
-    assert after[: len(before[::2])] == before[::2]
-    assert set(after) <= set(before)
+    assert read_lines(file)[: len(before)] == before
     assert len(check_rows(tmp_path / "lib")) == 1
 
 
