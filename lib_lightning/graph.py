@@ -7,18 +7,21 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from os import PathLike
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lib_lightning._deprecated import renamed_arguments, renamed_fields
 from lib_lightning.algorithm.basis import Basis
 from lib_lightning.algorithm.examples import FeatureExamples
 from lib_lightning.algorithm.jackknife import standard_error
-from lib_lightning.errors import LIBError, quoted
+from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
+from lib_lightning.errors import LIBError, SettingTypeError, check_number, quoted
 from lib_lightning.io import basis_format as keys
 from lib_lightning.io.basis_file import BasisFileError, read_file, write_file
 from lib_lightning.model.node_layer import NodeLayer, with_known_axis
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from lib_lightning.metrics.modules import Partitions
     from lib_lightning.metrics.summary import EdgeCurve, GraphMetrics
     from lib_lightning.plots.animated_layout import AnimatedLayout
+    from lib_lightning.sample_graph.sample_graph import SampleGraph
 
 
 @dataclass(frozen=True)
@@ -525,6 +529,145 @@ class InteractionGraph:
             for i, j in E.nonzero().tolist():
                 graph.add_edge((before, j), (after, i), weight=float(E[i, j]))
         return graph
+
+    def sample_graph(
+        self,
+        sample: Any,
+        model: nn.Module,
+        index: int | None = None,
+        outputs: Sequence[int] | None = None,
+        position: int | None = None,
+        max_features: int = 100,
+        **options: Any,
+    ) -> SampleGraph:
+        """The graph of one sample: what its features at their positions contribute to each other, and to the outputs.
+
+        Outputs are followed back, one vector-Jacobian product for each output and for each feature that is kept.
+
+        Args:
+            sample: A batch with one sample, as the model or `compute_interaction_graph` takes it.
+            model: The model that the graph was computed on, or one of the same shape; it is not changed.
+            index: Which sample, if the batch has several.
+            outputs: Indices of the outputs to follow; by default, as in circuit-tracer, the most likely ones that have
+                a probability of 95% together, ten at most. Of outputs that are numbers, the ten that are farthest from
+                their mean.
+            position: Position of the output to follow, negative from the end; by default the last one that is valid.
+            max_features: Number of features at positions to keep in each node layer: those that matter most.
+            options: ``input_fn``, ``mask`` and ``dtype`` as for `compute_interaction_graph`, and ``memory_limit`` in
+                GiB for contributions: those that need more are computed twice.
+
+        Returns:
+            The graph. `SampleGraph.pruned` leaves out what matters little.
+
+        Raises:
+            LIBError: If the batch has several samples, or none.
+            NodeLayerError: If the graph belongs to a model of a different shape.
+            NotFiniteError: If activations are NaN or infinite.
+
+        Example:
+            >>> from lib_lightning import compute_interaction_graph
+            >>> model, x = torch.nn.Linear(3, 2), torch.randn(9, 3)
+            >>> graph = compute_interaction_graph(model, [x], ["input", "output"])
+            >>> graph.sample_graph(x, model, index=4, outputs=[0, 1])
+            SampleGraph(1 input, 2 features, 1 error, 2 outputs, 8 edges)
+        """
+        from lib_lightning.model.instrumented import InstrumentedModel
+        from lib_lightning.model.model_spec import ModelSpec
+        from lib_lightning.sample_graph.sample_graph import FeatureNames, assemble
+        from lib_lightning.sample_graph.trace import TraceSettings, trace_sample
+
+        check_number("max_features", max_features, lambda x: x >= 1, "is a number of features, at least 1", True)
+        memory_limit = options.pop("memory_limit", MEMORY_LIMIT)
+        check_number("memory_limit", memory_limit, lambda x: x > 0, "is a number of GiB above 0")
+        kind = (self.info.get(keys.OUTPUT_DISTRIBUTION) or {}).get("kind", "categorical")
+        steps = self.info.get(keys.SETTINGS, {}).get("integration_steps", 0)
+        settings = TraceSettings(outputs, position, max_features, memory_limit, steps, kind)
+        instrumented = InstrumentedModel(model, self.node_layer_specs(), ModelSpec(**options))
+        names = FeatureNames(
+            {layer: self.feature_ids(layer) for layer in self.bases},
+            self.labels,
+            self.info.get(keys.OUTPUT_NAMES) or [],
+        )
+        trace = trace_sample(instrumented, sample, index, list(self.bases.values()), settings)
+        return assemble(trace, names, {"model": type(instrumented.model).__name__, keys.STEP: self.info.get(keys.STEP)})
+
+    def to_circuit_tracer(
+        self,
+        path: str | PathLike[str],
+        sample: Any,
+        model: nn.Module | None = None,
+        tokens: Any = None,
+        node_threshold: float = 0.8,
+        edge_threshold: float = 0.98,
+        **options: Any,
+    ) -> SampleGraph:
+        """Write the graph of one sample for the viewer of circuit-tracer.
+
+        Beside the file, ``graph-metadata.json`` lists all graphs of the folder, and a folder of the same name has what
+        is known of each feature. To look at them: ``circuit_tracer.frontend.local_server.serve("graphs")``.
+
+        Args:
+            path: The file, such as ``"graphs/cat.json"``.
+            sample: A batch with one sample, or what `sample_graph` has returned.
+            model: The model; not needed for a `SampleGraph`.
+            tokens: A text for each position, or the tokenizer of the model; by default the numbers of the tokens.
+            node_threshold: As for `SampleGraph.pruned`; 1 for all nodes.
+            edge_threshold: As for `SampleGraph.pruned`.
+            options: As for `sample_graph`.
+
+        Returns:
+            The graph that was written.
+
+        Raises:
+            SettingError: If the path does not end in ``.json``, or the texts are not as many as positions.
+            LIBError: As for `sample_graph`.
+
+        Example:
+            >>> import json, tempfile
+            >>> from pathlib import Path
+            >>> from lib_lightning import compute_interaction_graph
+            >>> model, x = torch.nn.Linear(3, 2), torch.randn(9, 3)
+            >>> graph = compute_interaction_graph(model, [x], ["input", "output"])
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     written = graph.to_circuit_tracer(f"{folder}/first.json", x[:1], model)
+            ...     read = json.loads(Path(folder, "first.json").read_text())
+            >>> len(read["nodes"]) == len(written.nodes), len(read["links"]) == len(written.weights)
+            (True, True)
+        """
+        from lib_lightning.sample_graph.circuit_tracer import write_graph
+        from lib_lightning.sample_graph.sample_graph import SampleGraph
+
+        if isinstance(sample, SampleGraph):
+            everything = sample
+        elif model is None:
+            raise SettingTypeError("The model is needed: graph.to_circuit_tracer(path, sample, model).")
+        else:
+            everything = self.sample_graph(sample, model, **options)
+        pruned = everything.pruned(node_threshold, edge_threshold)
+        write_graph(Path(path), pruned, everything, tokens, partial(self._of_circuit_tracer, tokens))
+        return pruned
+
+    def _of_circuit_tracer(self, tokens: Any, layer: str, index: int) -> dict[str, Any]:
+        """What is known of a feature beyond one sample, as in circuit-tracer's files of features."""
+        names, known = self.info.get(keys.OUTPUT_NAMES) or [], dict[str, Any]()
+
+        def name(c: int) -> str:
+            return names[c] if c < len(names) else tokens.decode([c]) if hasattr(tokens, "decode") else str(c)
+
+        if layer in self.output_effects:
+            found = self.output_effects[layer].outputs[index].tolist()
+            k = len(found) // 2
+            known["top_logits"] = [name(c) for c in found[:k] if c >= 0]
+            known["bottom_logits"] = [name(c) for c in found[k:] if c >= 0]
+        if layer in self.examples:
+            counts, width = self.examples[layer].histogram[index], float(self.examples[layer].bin_width[index])
+            share = counts.double().cumsum(0) / counts.sum().clamp(min=1)
+            bins = torch.searchsorted(share, torch.arange(1, 100, device="cpu").double() / 100)
+            known["histogram"] = counts.tolist()
+            known["act_min"], known["act_max"] = -width * len(counts) / 2, width * len(counts) / 2
+            known["quantile_values"] = ((bins + 1 - len(counts) / 2) * width).tolist()
+            known["activation_frequency"] = 1.0
+        return known
 
     @renamed_arguments(film="layout")
     def plot(self, max_edges: int = 300, max_features: int = 40, layout: AnimatedLayout | None = None) -> Figure:

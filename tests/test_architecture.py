@@ -37,6 +37,7 @@ LAYERS: list[dict[str, str]] = [
     {"io": "basis files and the files of a run, with the names that version 0.1 wrote"},
     {"metrics": "metrics of a graph: pure functions, and torchmetrics classes over them"},
     {"plots": "figures"},
+    {"sample_graph": "what features contribute to each other on a single sample, and its file for circuit-tracer"},
     {"graph": "`InteractionGraph`, which users hold"},
     {"features": "values of features on samples, the samples on which they are largest, and how a sample looks"},
     {

@@ -1,0 +1,179 @@
+"""Contributions on one sample, compared with dense Jacobians and finite differences of the model itself."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from lib_lightning import InteractionGraph, NodeLayer, compute_interaction_graph
+from lib_lightning.errors import LIBError, NodeLayerError, NotFiniteError, SettingError
+from lib_lightning.sample_graph import SampleGraph
+from tests.integration.oracle import assert_close, dense, randomize
+
+V, T = 11, 4
+
+
+def mlp() -> tuple[nn.Module, Any, list[Any]]:
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 3))
+    return model, torch.randn(20, 5).double(), ["0", "1", "3", "output"]
+
+
+def cnn() -> tuple[nn.Module, Any, list[Any]]:
+    blocks = [nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.MaxPool2d(2), nn.Conv2d(3, 4, 2), nn.Tanh()]
+    model = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    return model, torch.randn(12, 2, 6, 6).double(), ["0", "2", "4", "output"]
+
+
+def gpt2() -> tuple[nn.Module, Any, list[Any]]:
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=T, n_embd=8, n_layer=2, n_head=2, **ends))
+    return model, {"input_ids": torch.randint(V, (12, T))}, ["transformer.drop", "transformer.h.0", "transformer.h.1"]
+
+
+def llama() -> tuple[nn.Module, Any, list[Any]]:
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=V, num_hidden_layers=2, max_position_embeddings=T, **sizes))
+    for layer in model.model.layers:  # those of transformers compute in float32
+        layer.input_layernorm, layer.post_attention_layernorm = nn.RMSNorm(8), nn.RMSNorm(8)
+    model.model.norm = nn.RMSNorm(8)
+    batch = {"input_ids": torch.randint(V, (12, T))}
+    return model, batch, ["model.embed_tokens", "model.layers.0", NodeLayer("model.layers.1", positions=[-1])]
+
+
+MODELS: list[Callable[[], tuple[nn.Module, Any, list[Any]]]] = [mlp, cnn, gpt2, llama]
+
+
+@cache
+def computed(make: Callable[[], tuple[nn.Module, Any, list[Any]]]) -> tuple[nn.Module, Any, InteractionGraph]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, batch, layers = make()
+        model = randomize(model).eval()
+    return model, batch, compute_interaction_graph(model, [batch], layers, effort="exact")
+
+
+def one_of(batch: Any, index: int) -> Any:
+    if isinstance(batch, dict):
+        return {name: t[index : index + 1] for name, t in batch.items()}
+    return batch[index : index + 1]
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    found = model(**batch) if isinstance(batch, dict) else model(batch)
+    return found if isinstance(found, Tensor) else found.logits
+
+
+def rows(layer: NodeLayer, value: Any) -> Tensor:
+    """Activations ``(S, d)`` of what a module returns, for one sample."""
+    t = value if isinstance(value, Tensor) else value[0]
+    return layer.read([t])[0]
+
+
+def section(model: nn.Module, batch: Any, before: NodeLayer, after: NodeLayer) -> tuple[Tensor, Callable[..., Tensor]]:
+    """Activations of a node layer at one sample, and the function from them to the next: by hooks of our own."""
+    modules = dict(model.named_modules())
+    seen: dict[str, Any] = {}
+
+    def run(new: Tensor | None) -> Tensor:
+        def first(module: nn.Module, args: Any, output: Any) -> Any:
+            t = output if isinstance(output, Tensor) else output[0]
+            seen["a"] = rows(before, t).detach()
+            if new is None:
+                return output
+            written = before.write(new[None], [t])[0]
+            return written if isinstance(output, Tensor) else (written, *output[1:])
+
+        def second(module: nn.Module, args: Any, output: Any) -> None:
+            seen["out"] = rows(after, output)
+
+        handles = [modules[before.taps[0]].register_forward_hook(first)]
+        if after.taps[0] != "output":
+            handles.append(modules[after.taps[0]].register_forward_hook(second))
+        y = call(model, batch)
+        for handle in handles:
+            handle.remove()
+        return rows(after, y) if after.taps[0] == "output" else seen["out"]
+
+    run(None)
+    return seen["a"], run
+
+
+def positions(found: SampleGraph, layer: NodeLayer, S: int) -> list[int]:
+    """Indices of a node layer's positions that have features or outputs as nodes."""
+    numbers = [p % T for p in layer.positions] if isinstance(layer.positions, tuple) else list(range(S))
+    nodes = {node.position for node in found.nodes if node.layer == layer.name and node.kind in ("feature", "output")}
+    return [numbers.index(position) for position in sorted(nodes)]
+
+
+def weights(found: SampleGraph, kind: str, layers: tuple[str, str], sizes: tuple[int, int]) -> Tensor:
+    """Weights of edges from nodes of a kind, shape ``(S', r', S, r)``; positions without target nodes are left out."""
+    ends = [
+        (found.nodes[s], found.nodes[t], w)
+        for s, t, w in zip(found.sources.tolist(), found.targets.tolist(), found.weights.tolist(), strict=True)
+    ]
+    targets = sorted({n.position for n in found.nodes if n.layer == layers[1] and n.kind in ("feature", "output")})
+    sources = sorted({n.position for n in found.nodes if n.layer == layers[0]})  # all of them have errors
+    matrix = torch.zeros(len(targets), sizes[1], len(sources), sizes[0]).double()
+    for s, t, w in ends:
+        if s.kind == kind and (s.layer, t.layer) == layers:
+            matrix[targets.index(t.position), t.index, sources.index(s.position), s.index if s.index >= 0 else 0] = w
+    return matrix
+
+
+@pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
+def test_contributions_are_those_of_dense_jacobians(make: Callable[[], Any]) -> None:
+    model, batch, graph = computed(make)
+    sample = one_of(batch, 5)
+    V_out = call(model, sample).shape[-1]
+    found = graph.sample_graph(sample, model, outputs=range(V_out), max_features=10**6)
+    assert found.left_out().abs().max() < 1e-9  # every value is exactly what leads to it
+    specs = [layer for layer in graph.node_layer_specs() if layer.taps != ("output",)]
+    jacobians = dense(model, sample, [*specs, "output"])[1]
+    for l, (before, after) in enumerate(itertools.pairwise([*specs, NodeLayer("output")])):
+        a, function = section(model, sample, before, after)
+        J = torch.autograd.functional.jacobian(function, a)  # (S', d', S, d)
+        assert_close(jacobians[l][0], J)  # both ways of our own agree: autograd and finite differences
+        basis, out = graph.bases[before.name], function(a).detach()
+        fhat = (a - basis.mean) @ basis.to_features
+        if after.name == "output":  # logits less their average, and less those at the mean
+            at_mean = graph.bases["output"].mean if "output" in graph.bases else function(basis.mean.expand_as(a))
+            C = torch.eye(V_out).double() - 1 / V_out
+        else:
+            C, at_mean = graph.bases[after.name].to_features, graph.bases[after.name].mean
+        reached = positions(found, after, len(out))  # by paths that lead to the output at the last position
+        values, J = ((out - at_mean) @ C)[reached].detach(), J[reached]
+        G = torch.einsum("pi,tpsd->tisd", C, J)
+        layers, sizes = (before.name, after.name), (basis.n_features, C.shape[1])
+        expected = torch.einsum("tisd,jd,sj->tisj", G, basis.from_features, fhat)
+        assert_close(weights(found, "feature", layers, sizes), expected, 1e-8)
+        errors = torch.einsum("tisd,sd->tis", G, a - basis.mean - fhat @ basis.from_features)
+        linearisation = values - torch.einsum("tisd,sd->ti", G, a - basis.mean)
+        if len(out) == len(a):  # the error at the target's own position has what linearisation leaves out
+            for t, s in enumerate(reached):
+                errors[t, :, s] += linearisation[t]
+            linearisation = 0 * linearisation
+        scale = float(values.abs().max())
+        actual = weights(found, "error", layers, (1, C.shape[1]))[..., 0]
+        if linearisation.any():
+            actual, errors = actual.sum(2), errors.sum(2) + linearisation
+        assert (actual - errors).abs().max() < 1e-8 * scale
+        assert actual.abs().max() > 1e-6 * scale or after.name == "output"
+
+
+def test_squares_of_sums_over_positions_make_edges() -> None:
+    for make, S in ((mlp, 1), (cnn, 9)):
+        model, batch, graph = computed(make)
+        layers = graph.node_layers[1], graph.node_layers[2]
+        sizes = tuple(graph.bases[layer].n_features for layer in layers)
+        E = 0
+        for index in range(len(batch)):
+            found = graph.sample_graph(batch, model, index=index, max_features=10**6)
+            E = E + weights(found, "feature", layers, sizes).sum(2).square().sum(0) / (len(batch) * S)
+        assert_close(E, graph.edges[layers], 1e-8)
