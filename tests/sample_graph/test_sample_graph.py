@@ -177,3 +177,113 @@ def test_squares_of_sums_over_positions_make_edges() -> None:
             found = graph.sample_graph(batch, model, index=index, max_features=10**6)
             E = E + weights(found, "feature", layers, sizes).sum(2).square().sum(0) / (len(batch) * S)
         assert_close(E, graph.edges[layers], 1e-8)
+
+
+def test_fewer_features_and_less_memory_change_no_weight() -> None:
+    model, batch, graph = computed(gpt2)
+    full = graph.sample_graph(batch, model, index=0, max_features=10**6)
+    known = dict(zip(pairs(full), full.weights.tolist(), strict=True))
+    few = graph.sample_graph(batch, model, index=0, max_features=5)
+    assert [sum(n.kind == "feature" and n.layer == layer for n in few.nodes) for layer in few.node_layers] == [5, 5, 5]
+    kinds = [few.nodes[s].kind for s in few.sources.tolist()]
+    for pair, kind, weight in zip(pairs(few), kinds, few.weights.tolist(), strict=True):
+        assert abs(known[pair] - weight) < 1e-9, kind
+    assert few.left_out().abs().max() > 1e-3  # of features that are no nodes
+    # What is kept are the features with most influence on outputs.
+    last = [n for n in full.nodes if n.kind == "feature" and n.layer == full.node_layers[-1]]
+    best = sorted(last, key=lambda n: -n.influence)[:5]
+    assert {n.key for n in best} == {n.key for n in few.nodes if n.kind == "feature" and n.layer == best[0].layer}
+    again = graph.sample_graph(batch, model, index=0, max_features=5, memory_limit=1e-9)
+    assert pairs(again) == pairs(few)
+    torch.testing.assert_close(again.weights, few.weights)
+
+
+def pairs(found: SampleGraph) -> list[tuple[Any, Any]]:
+    ends = zip(found.sources.tolist(), found.targets.tolist(), strict=True)
+    return [(found.nodes[s].key, found.nodes[t].key) for s, t in ends]
+
+
+def test_linearisation_leaves_out_nothing_of_affine_sections_and_with_integrated_gradients() -> None:
+    model, batch, graph = computed(mlp)
+    found = graph.sample_graph(batch, model, index=0)
+    last = torch.tensor([n.kind == "output" for n in found.nodes])
+    assert found.linearisation[last].abs().max() < 1e-12  # the section to the output is affine
+    assert found.linearisation[~last].abs().max() > 1e-3
+    # On the path from the mean, the integral of the gradient is the change.
+    path = compute_interaction_graph(model, [batch], graph.node_layers, integration_steps=24)
+    values = path.sample_graph(batch, model, index=0).linearisation
+    mean = {layer: path.bases[layer].mean[None] for layer in path.node_layers}
+    a0 = mean["0"]
+    offset = ((model[1](a0) - mean["1"]) @ path.bases["1"].to_features)[0]  # from the mean to the output at the mean
+    first = [n.index for n in path.sample_graph(batch, model, index=0).nodes if n.layer == "1" and n.kind == "feature"]
+    start = next(i for i, n in enumerate(path.sample_graph(batch, model, index=0).nodes) if n.layer == "1")
+    assert_close(values[start : start + len(first)], offset[first], 1e-8)
+
+
+def test_masked_positions_have_no_nodes() -> None:
+    model, batch, graph = computed(gpt2)
+    mask = torch.ones(12, T).long()
+    mask[3, 2:] = 0
+    batch = {**batch, "attention_mask": mask}
+    found = graph.sample_graph(batch, model, index=3, mask="attention_mask", max_features=10**6)
+    assert {n.position for n in found.nodes} == {0, 1}
+    assert found.left_out().abs().max() < 1e-9
+    short = graph.sample_graph({"input_ids": batch["input_ids"][3:4, :2]}, model, max_features=10**6)
+    assert dict(zip(pairs(found), found.weights.tolist(), strict=True)) == pytest.approx(
+        dict(zip(pairs(short), short.weights.tolist(), strict=True)), abs=1e-9
+    )
+
+
+@pytest.mark.parametrize("kind", ["bernoulli", "gaussian"])
+def test_outputs_that_are_no_classes(kind: str) -> None:
+    model, batch, _ = computed(mlp)
+    graph = compute_interaction_graph(model, [batch], ["0", "1", "output"], output_distribution=kind)
+    found = graph.sample_graph(batch, model, index=1)
+    outputs = [n for n in found.nodes if n.kind == "output"]
+    y = model(batch)[1].detach()
+    for node in outputs:  # of numbers, how far they are from their means
+        assert node.value == pytest.approx(float(y[node.index] - graph.bases["output"].mean[node.index]))
+        assert node.probability == (pytest.approx(float(y[node.index].sigmoid())) if kind == "bernoulli" else None)
+    assert len(outputs) == 3
+
+
+def test_pruning_and_networkx() -> None:
+    model, batch, graph = computed(llama)
+    found = graph.sample_graph(batch, model, index=0)
+    total = sum(n.probability for n in found.nodes if n.kind == "output")
+    for layer in found.node_layers:  # probability flows back through every node layer, and ends in errors and inputs
+        total -= sum(n.influence for n in found.nodes if n.kind == "error" and n.layer == layer)
+    assert total == pytest.approx(sum(n.influence for n in found.nodes if n.kind == "input"), rel=1e-9)
+    pruned = found.pruned()
+    assert 0 < len(pruned.weights) < len(found.weights)
+    assert set(pairs(pruned)) <= set(pairs(found))
+    assert len(found.pruned(1, 1).weights) > 0.9 * len(found.weights)
+    nx = pruned.to_networkx()
+    assert nx.number_of_nodes() == len(pruned.nodes)
+    assert nx.number_of_edges() == len(pruned.weights)
+    for node, data in nx.nodes(data=True):
+        if data["kind"] == "feature":
+            assert nx.in_degree(node)
+            assert nx.out_degree(node)
+            assert graph.feature((data["layer"], data["index"])).id == data["id"]
+
+
+def test_errors() -> None:
+    model, batch, graph = computed(mlp)
+    with pytest.raises(SettingError, match="a batch with 20 samples: say which one with index=0"):
+        graph.sample_graph(batch, model)
+    with pytest.raises(SettingError, match="index=20 is none of them"):
+        graph.sample_graph(batch, model, index=20)
+    with pytest.raises(SettingError, match="0 samples"):
+        graph.sample_graph(batch[:0], model)
+    with pytest.raises(SettingError, match=r"outputs are different indices from 0 to 2; got \[3\]"):
+        graph.sample_graph(batch, model, index=0, outputs=[3])
+    with pytest.raises(SettingError, match="position=1 is none of the 1 output positions"):
+        graph.sample_graph(batch, model, index=0, position=1)
+    with pytest.raises(NotFiniteError, match="'0' on this sample are NaN"):
+        graph.sample_graph(batch * float("nan"), model, index=0)
+    other = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    with pytest.raises(NodeLayerError, match="computed on another model"):
+        graph.sample_graph(batch, other, index=0)
+    with pytest.raises(LIBError, match="The model is needed"):
+        graph.to_circuit_tracer("one.json", batch)

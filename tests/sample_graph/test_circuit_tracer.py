@@ -1,0 +1,182 @@
+"""Files for circuit-tracer's viewer: its format, and the same graph when its own reader reads them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lib_lightning.algorithm.examples import FeatureExamples
+from lib_lightning.errors import LIBError, SettingError
+from lib_lightning.graph import OutputEffects
+from tests.sample_graph.test_sample_graph import cnn, computed, gpt2, llama, mlp, one_of
+
+
+class Letters:
+    """A tokenizer."""
+
+    def decode(self, numbers: list[int]) -> str:
+        return "".join('abcdefghij"'[number] for number in numbers)
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+# What circuit-tracer's models of pydantic demand: name, type, and whether None may take its place.
+NODE = {
+    "node_id": str, "feature": int, "layer": str, "ctx_idx": int, "feature_type": str, "token_prob": float,
+    "is_target_logit": bool, "run_idx": int, "reverse_ctx_idx": int, "jsNodeId": str, "clerp": str,
+}  # fmt: skip
+METADATA = {"slug": str, "scan": str, "transcoder_list": list, "prompt_tokens": list, "prompt": str}
+QPARAMS = {"pinnedIds": list, "supernodes": list, "linkType": str, "clickedId": str, "sg_pos": str}
+
+
+def check(document: Any) -> None:
+    for found, fields in ((document["metadata"], METADATA), (document["qParams"], QPARAMS)):
+        assert {name: type(found[name]) for name in fields} == fields
+    ids = set()
+    tokens = document["metadata"]["prompt_tokens"]
+    last = max(int(node["layer"]) for node in document["nodes"] if node["feature_type"] != "embedding")
+    assert len(tokens) > 1  # its viewer takes nodes of a single position for the same feature everywhere
+    for node in document["nodes"]:
+        assert {name: type(node[name]) for name in NODE} == NODE
+        assert tokens[node["ctx_idx"]]
+        assert node["node_id"].split("_")[0] == node["layer"]
+        assert node["influence"] is None or 0 <= node["influence"] <= document["metadata"]["node_threshold"]
+        if node["feature_type"] == "cross layer transcoder":  # its viewer finds layer and number in the feature
+            z = node["feature"]
+            w = int(((8 * z + 1) ** 0.5 - 1) // 2)
+            number = z - w * (w + 1) // 2
+            assert node["node_id"] == f"{w - number}_{number}_{node['ctx_idx']}"
+        if node["feature_type"] == "logit":
+            assert int(node["layer"]) == last
+            assert float(node["clerp"].split("(p=")[1].split(")")[0]) == pytest.approx(node["token_prob"], abs=1e-3)
+        ids.add(node["node_id"])
+    assert (
+        len(ids)
+        == len(document["nodes"])
+        == len({node["jsNodeId"] for node in document["nodes"]} | ids)
+        - len({node["jsNodeId"] for node in document["nodes"]} - ids)
+    )
+    for link in document["links"]:
+        assert {link["source"], link["target"]} <= ids
+        assert isinstance(link["weight"], float)
+    assert document["qParams"]["clickedId"] in ids
+
+
+@pytest.mark.parametrize("make", [mlp, cnn, gpt2, llama], ids=lambda make: make.__name__)
+def test_format(make: Any, tmp_path: Path) -> None:
+    model, batch, graph = computed(make)
+    written = graph.to_circuit_tracer(tmp_path / "one.json", one_of(batch, 2), model, node_threshold=1)
+    document = read(tmp_path / "one.json")
+    check(document)
+    assert len(document["nodes"]) == len(written.nodes)
+    assert len(document["links"]) == len(written.weights)
+    assert sum(link["weight"] for link in document["links"]) == pytest.approx(float(written.weights.sum()))
+    for node, found in zip(written.nodes, document["nodes"], strict=True):
+        assert (found["activation"], found["clerp"]) == (node.value, node.id) or node.kind != "feature"
+    # Several graphs in one folder.
+    graph.to_circuit_tracer(tmp_path / "two.json", written)
+    graph.to_circuit_tracer(tmp_path / "one.json", written)
+    assert [entry["slug"] for entry in read(tmp_path / "graph-metadata.json")["graphs"]] == ["two", "one"]
+
+
+def test_texts_and_what_is_known_of_features(tmp_path: Path) -> None:
+    model, batch, graph = computed(gpt2)
+    layer = graph.node_layers[1]
+    r = graph.bases[layer].n_features
+    fields = dict(vars(graph))
+    fields["labels"] = {layer: ["vowels", *[""] * (r - 1)]}
+    fields["output_effects"] = {
+        layer: OutputEffects(torch.tensor([[1, 2, 3, -1]] * r), torch.ones(r, 4), torch.ones(r, 4))
+    }
+    histogram, none = torch.zeros(r, 64, dtype=torch.int32), torch.zeros(r, 0)
+    histogram[:, 30] = 10
+    width = torch.full((r,), 0.5)
+    fields["examples"] = {layer: FeatureExamples(none, none, none, (0, 0, 0), (4,), none, 0, histogram, width)}
+    named = type(graph)(**fields)
+    sample = one_of(batch, 2)
+    written = named.to_circuit_tracer(
+        tmp_path / "x.json", sample, model, Letters(), node_threshold=1, edge_threshold=1, outputs=range(11)
+    )
+    document = read(tmp_path / "x.json")
+    check(document)
+    text = Letters().decode(sample["input_ids"][0].tolist())
+    assert document["metadata"]["prompt"] == text
+    assert document["metadata"]["prompt_tokens"] == list(text)
+    clerps = {node["clerp"] for node in document["nodes"]}
+    assert f"vowels ({layer}/0)" in clerps
+    outputs = [node for node in document["nodes"] if node["feature_type"] == "logit"]
+    assert {node["clerp"].split('"')[1] for node in outputs} == set("abcdefghij'")  # the viewer splits at quotes
+    number = next(n["feature"] for n, m in zip(document["nodes"], written.nodes, strict=True) if m.label == "vowels")
+    known = read(tmp_path / "x" / f"{number}.json")
+    assert (known["top_logits"], known["bottom_logits"]) == (["b", "c"], ["d"])
+    assert (known["act_min"], known["act_max"], sum(known["histogram"])) == (-16.0, 16.0, 10)
+    assert set(known["quantile_values"]) == {-0.5}
+    features = {node["feature"] for node in document["nodes"] if node["feature_type"] == "cross layer transcoder"}
+    assert {int(path.stem) for path in (tmp_path / "x").iterdir()} == features
+
+
+def test_errors(tmp_path: Path) -> None:
+    model, batch, graph = computed(gpt2)
+    sample = one_of(batch, 0)
+    with pytest.raises(SettingError, match=r"end in \.json, such as graphs/one\.json"):
+        graph.to_circuit_tracer(tmp_path / "one", sample, model)
+    with pytest.raises(SettingError, match="There are 2 texts for 4 positions"):
+        graph.to_circuit_tracer(tmp_path / "one.json", sample, model, ["a", "b"])
+    with pytest.raises(SettingError, match="node_threshold is a share from 0 to 1; got 80"):
+        graph.to_circuit_tracer(tmp_path / "one.json", sample, model, node_threshold=80)
+    model, batch, other = computed(mlp)
+    with pytest.raises(LIBError, match="no numbers of tokens"):
+        other.to_circuit_tracer(tmp_path / "one.json", batch[:1], model, Letters())
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "graph-metadata.json").write_text("[]")
+    with pytest.raises(LIBError, match="is no list of graphs of circuit-tracer"):
+        other.to_circuit_tracer(tmp_path / "one.json", batch[:1], model)
+
+
+@pytest.mark.parametrize("make", [mlp, cnn, gpt2, llama], ids=lambda make: make.__name__)
+def test_circuit_tracer_reads_the_same_graph(make: Any, tmp_path: Path) -> None:
+    models = pytest.importorskip("circuit_tracer.frontend.graph_models")
+    model, batch, graph = computed(make)
+    written = graph.to_circuit_tracer(tmp_path / "one.json", batch, model, index=2)
+    found = models.Model.model_validate_json((tmp_path / "one.json").read_text())
+    assert len(found.nodes) == len({node.node_id for node in found.nodes}) == len(written.nodes)
+    assert len(found.links) == len([models.Link(**link) for link in found.links]) == len(written.weights)
+    features = pytest.importorskip("circuit_tracer.frontend.feature_models")
+    assert features.Model.model_fields.keys() >= read(next((tmp_path / "one").iterdir())).keys()
+
+
+@pytest.mark.parametrize("make", [mlp, cnn, gpt2, llama], ids=lambda make: make.__name__)
+def test_circuit_tracer_prunes_to_the_same_graph(make: Any) -> None:
+    pytest.importorskip("circuit_tracer")
+    theirs = pytest.importorskip("circuit_tracer.graph")
+    model, batch, graph = computed(make)
+    full = graph.sample_graph(batch, model, index=2)
+    order = [i for kind in ("feature", "error", "input", "output") for i, n in enumerate(full.nodes) if n.kind == kind]
+    place = {i: k for k, i in enumerate(order)}
+    A = torch.zeros(len(order), len(order), dtype=torch.float64)
+    for s, t, w in zip(full.sources.tolist(), full.targets.tolist(), full.weights.tolist(), strict=True):
+        A[place[t], place[s]] = w
+    kinds = [n.kind for n in full.nodes]
+    other = SimpleNamespace(
+        adjacency_matrix=A,
+        input_tokens=range(kinds.count("input")),
+        logit_targets=range(kinds.count("output")),
+        selected_features=range(kinds.count("feature")),
+        logit_probabilities=torch.tensor([n.probability for n in full.nodes if n.kind == "output"]).double(),
+    )
+    with torch.random.fork_rng():
+        torch.set_default_dtype(torch.float64)
+        try:
+            nodes, edges, _ = theirs.prune_graph(other, 0.8, 0.98)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    own = full.pruned(0.8, 0.98)
+    assert {full.nodes[order[k]].key for k in nodes.nonzero()[:, 0].tolist()} == {n.key for n in own.nodes}
+    assert int(edges.sum()) == len(own.weights)
