@@ -553,8 +553,9 @@ class InteractionGraph:
                 their mean.
             position: Position of the output to follow, negative from the end; by default the last one that is valid.
             max_features: Number of features at positions to keep in each node layer: those that matter most.
-            options: ``input_fn``, ``mask`` and ``dtype`` as for `compute_interaction_graph`, and ``memory_limit`` in
-                GiB for contributions: those that need more are computed twice.
+            options: ``input_fn``, ``mask`` and ``dtype`` as for `compute_interaction_graph`; ``integration_steps`` as
+                there, by default that of the graph, with which less is left out by linearisation; and ``memory_limit``
+                in GiB for contributions: those that need more are computed twice.
 
         Returns:
             The graph. `SampleGraph.pruned` leaves out what matters little.
@@ -580,7 +581,8 @@ class InteractionGraph:
         memory_limit = options.pop("memory_limit", MEMORY_LIMIT)
         check_number("memory_limit", memory_limit, lambda x: x > 0, "is a number of GiB above 0")
         kind = (self.info.get(keys.OUTPUT_DISTRIBUTION) or {}).get("kind", "categorical")
-        steps = self.info.get(keys.SETTINGS, {}).get("integration_steps", 0)
+        steps = options.pop("integration_steps", self.info.get(keys.SETTINGS, {}).get("integration_steps", 0))
+        check_number("integration_steps", steps, lambda x: x >= 0, "is a number of points, or 0", True)
         settings = TraceSettings(outputs, position, max_features, memory_limit, steps, kind)
         instrumented = InstrumentedModel(model, self.node_layer_specs(), ModelSpec(**options))
         names = FeatureNames(

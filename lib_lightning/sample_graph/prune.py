@@ -24,6 +24,7 @@ class FlatGraph:
         probabilities: Weight of each output, zero for other nodes, shape ``(N,)``, float64.
         needs_input: Nodes that are left out without an edge that leads to them, shape ``(N,)``, bool.
         is_kept: Nodes that are never left out, shape ``(N,)``, bool.
+        is_counted: Nodes that shares of the influence are counted of, shape ``(N,)``, bool.
     """
 
     stage: Tensor
@@ -33,6 +34,7 @@ class FlatGraph:
     probabilities: Tensor
     needs_input: Tensor
     is_kept: Tensor
+    is_counted: Tensor
 
 
 def influence(graph: FlatGraph, edges: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,16 +77,17 @@ def prune(graph: FlatGraph, node_threshold: float, edge_threshold: float) -> tup
 
     Args:
         graph: The graph.
-        node_threshold: Share of the influence of all nodes that the chosen ones have together.
-        edge_threshold: The same for edges between them.
+        node_threshold: Share of the influence of all counted nodes that the chosen ones among them have together.
+            Others are chosen if they have at least as much as the least of these.
+        edge_threshold: The same for edges between them; counted are those that lead from counted nodes.
 
     Returns:
         True for nodes and edges to keep, shapes ``(N,)`` and ``(E,)``.
     """
     everything = torch.ones_like(graph.weights, dtype=torch.bool)
-    nodes = _largest(influence(graph, everything)[0], node_threshold) | graph.is_kept
+    nodes = _largest(influence(graph, everything)[0], graph.is_counted, node_threshold) | graph.is_kept
     edges = nodes[graph.sources] & nodes[graph.targets]
-    edges &= _largest(influence(graph, edges)[1], edge_threshold)
+    edges &= _largest(influence(graph, edges)[1], graph.is_counted[graph.sources], edge_threshold)
     while True:
         has_output = torch.zeros_like(nodes).index_fill_(0, graph.sources[edges], True)
         has_input = torch.zeros_like(nodes).index_fill_(0, graph.targets[edges], True)
@@ -95,9 +98,11 @@ def prune(graph: FlatGraph, node_threshold: float, edge_threshold: float) -> tup
         nodes = left
 
 
-def _largest(scores: Tensor, threshold: float) -> Tensor:
-    """The largest scores that have a share of the sum together, those of the same size included."""
-    ordered = scores.sort(descending=True).values
+def _largest(scores: Tensor, counted: Tensor, threshold: float) -> Tensor:
+    """The largest scores, such that the counted ones have a share of their sum together, and others of that size."""
+    ordered = scores[counted].sort(descending=True).values
+    if not len(ordered):
+        return torch.ones_like(counted)
     share = ordered.cumsum(0) / ordered.sum().clamp(min=torch.finfo(scores.dtype).tiny)
-    last = min(int(torch.searchsorted(share, threshold)), len(scores) - 1)
-    return scores >= ordered[last] if len(scores) else torch.zeros_like(scores, dtype=torch.bool)
+    last = min(int(torch.searchsorted(share, threshold)), len(ordered) - 1)
+    return scores >= ordered[last]

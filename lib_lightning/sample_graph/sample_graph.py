@@ -118,8 +118,9 @@ class SampleGraph:
         """The part of the graph that matters most to the outputs.
 
         Args:
-            node_threshold: Share of the influence of all nodes that those that are kept have together. Outputs and
-                inputs are kept in any case.
+            node_threshold: Share of the influence of all features and inputs that those have together that are kept.
+                Outputs and inputs are kept in any case. Errors are kept if they have at least as much as the least of
+                these, but are not counted: else a large error would hide all features.
             edge_threshold: The same for the edges between them. Nodes that no longer lead to an output, and features
                 to which no edge leads, are left out as well.
 
@@ -157,6 +158,7 @@ class SampleGraph:
             ),
             torch.tensor([kind == "feature" for kind in kinds], device="cpu"),
             torch.tensor([kind in ("input", "output") for kind in kinds], device="cpu"),
+            torch.tensor([kind != "error" for kind in kinds], device="cpu"),
         )
 
     def to_networkx(self) -> nx.DiGraph[NodeKey]:

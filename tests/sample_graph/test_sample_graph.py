@@ -209,15 +209,13 @@ def test_linearisation_leaves_out_nothing_of_affine_sections_and_with_integrated
     last = torch.tensor([n.kind == "output" for n in found.nodes])
     assert found.linearisation[last].abs().max() < 1e-12  # the section to the output is affine
     assert found.linearisation[~last].abs().max() > 1e-3
-    # On the path from the mean, the integral of the gradient is the change.
-    path = compute_interaction_graph(model, [batch], graph.node_layers, integration_steps=24)
-    values = path.sample_graph(batch, model, index=0).linearisation
-    mean = {layer: path.bases[layer].mean[None] for layer in path.node_layers}
-    a0 = mean["0"]
-    offset = ((model[1](a0) - mean["1"]) @ path.bases["1"].to_features)[0]  # from the mean to the output at the mean
-    first = [n.index for n in path.sample_graph(batch, model, index=0).nodes if n.layer == "1" and n.kind == "feature"]
-    start = next(i for i, n in enumerate(path.sample_graph(batch, model, index=0).nodes) if n.layer == "1")
-    assert_close(values[start : start + len(first)], offset[first], 1e-8)
+    # On the path from the mean, the integral of the gradient is the change: what is left is how far the next node layer
+    # at this mean is from its own mean.
+    along = graph.sample_graph(batch, model, index=0, integration_steps=24)
+    mean = [graph.bases[layer].mean for layer in ("0", "1")]
+    offset = ((model[1](mean[0]) - mean[1]) @ graph.bases["1"].to_features).detach()
+    first = [i for i, n in enumerate(along.nodes) if (n.layer, n.kind) == ("1", "feature")]
+    assert_close(along.linearisation[first], offset[[along.nodes[i].index for i in first]], 1e-8)
 
 
 def test_masked_positions_have_no_nodes() -> None:
