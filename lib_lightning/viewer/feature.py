@@ -44,7 +44,7 @@ _CURVES = {name: _OWN[name] for name in ("ids", "importance", "importance_error"
 
 
 @dataclass(frozen=True)
-class FeaturePage:
+class SnapshotFeature:
     """What a snapshot says about one feature.
 
     Attributes:
@@ -98,7 +98,7 @@ class SnapshotFeatures:
         own = self.numbers(layer)
         return [own[i] for i in order]
 
-    def page(self, layer: int, which: int) -> FeaturePage | None:
+    def page(self, layer: int, which: int) -> SnapshotFeature | None:
         """Describe a feature.
 
         Args:
@@ -136,7 +136,7 @@ class SnapshotFeatures:
             "raised": raised,
             "lowered": lowered,
         }
-        return FeaturePage(f"{self.layers[layer]}/{which}", samples, of, entries)
+        return SnapshotFeature(f"{self.layers[layer]}/{which}", samples, of, entries)
 
     def _of(self, layer: int, name: str) -> np.ndarray | None:
         return self._tensors.get(_OWN[name].format(layer))

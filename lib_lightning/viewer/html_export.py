@@ -16,6 +16,10 @@ MAX_EDGES = 400
 _START = """
 modules["view.js"].mount(document.getElementById("lib-view"), modules["embedded.js"].embeddedSource(document));
 """
+_START_FEATURE = """
+const script = document.getElementById("lib-feature-data");
+modules["feature_page.js"].mountFeature(document.getElementById("lib-view"), script);
+"""
 # Forbids the browser to load anything.
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
@@ -61,8 +65,36 @@ def film_page(
         for step in run.steps(every)
     ]
     embedded = {run.name: embed_features(run, run.steps(every), for_features // len(runs)) for run in runs}
+    body = [
+        '<div id="lib-view"></div>',
+        *([_note(edges, every, max_bytes)] if (edges, every) != asked else []),
+        f'<script type="text/plain" id="lib-runs">{compressed(content)}</script>',
+        *snapshots,
+        *_feature_scripts(embedded),
+    ]
+    return _page(title, body, {"view.js": "mount", "embedded.js": "embeddedSource"}, _START)
+
+
+def feature_page(title: str, content: str) -> str:
+    """Export the page of one feature as HTML.
+
+    Args:
+        title: Title of the page.
+        content: JSON of the name of the run, the feature's page, its pages at other steps, and its first step.
+
+    Returns:
+        Text of the file.
+    """
+    body = [
+        '<div id="lib-view"></div>',
+        f'<script type="text/plain" id="lib-feature-data">{compressed(content)}</script>',
+    ]
+    return _page(title, body, {"feature_page.js": "mountFeature"}, _START_FEATURE)
+
+
+def _page(title: str, body: Sequence[str], entry_points: Mapping[str, str], start: str) -> str:
     static = static_files()
-    script = bundle(static, {"view.js": "mount", "embedded.js": "embeddedSource"}) + _START
+    script = bundle(static, entry_points) + start
     return "\n".join(
         [
             "<!DOCTYPE html>",
@@ -75,11 +107,7 @@ def film_page(
             f"<style>body {{ margin: 0; }}\n{_inline(static['view.css'], 'style')}</style>",
             "</head>",
             "<body>",
-            '<div id="lib-view"></div>',
-            *([_note(edges, every, max_bytes)] if (edges, every) != asked else []),
-            f'<script type="text/plain" id="lib-runs">{compressed(content)}</script>',
-            *snapshots,
-            *_feature_scripts(embedded),
+            *body,
             f'<script type="module">\n{_inline(script, "script")}</script>',
             "</body>",
             "</html>",

@@ -17,6 +17,7 @@ from lib_lightning.viewer.run_discovery import find_runs, read_events, snapshot_
 
 if TYPE_CHECKING:
     from lib_lightning.graph import InteractionGraph
+    from lib_lightning.viewer.feature_page import FeaturePage
     from lib_lightning.viewer.run_view import RunView
 
 # Maximum size of cached data, in bytes.
@@ -103,6 +104,34 @@ class Run:
             Events with ``step``, ``kind``, ``text``, ``layer`` and ``lineage``; empty if features were not tracked.
         """
         return read_events(self.folder)
+
+    def feature(self, feature_id: str, step: int | None = None) -> FeaturePage:
+        """What is known about a feature: examples, interactions, effects. A notebook shows it as the tab does.
+
+        Args:
+            feature_id: Its id, such as ``"resid_post/17"``.
+            step: One of `steps`; None for the last at which the feature is present.
+
+        Returns:
+            Its page, with the numbers as attributes.
+
+        Raises:
+            LIBError: If there is no such feature, or not at this step.
+
+        Example:
+            >>> import tempfile
+            >>> import torch
+            >>> from lib_lightning import compute_interaction_graph
+            >>> graph = compute_interaction_graph(torch.nn.Linear(3, 2), [torch.randn(9, 3)], ["input", "output"])
+            >>> with tempfile.TemporaryDirectory() as logs:
+            ...     graph.save(f"{logs}/lib/snapshots/step-00000010.safetensors")
+            ...     feature = Run(logs).feature("input/1")
+            >>> feature.id, feature.step, [one["id"].startswith("output/") for one in feature.outputs]
+            ('input/1', 10, [True, True])
+        """
+        from lib_lightning.viewer.feature_page import feature_of
+
+        return feature_of(_views([self])[0], feature_id, step)
 
     @property
     def notes(self) -> dict[str, str]:

@@ -20,7 +20,7 @@ from lib_lightning.plots.palette import label_colors
 from lib_lightning.viewer.cache import Cache
 from lib_lightning.viewer.feature import (
     Curves,
-    FeaturePage,
+    SnapshotFeature,
     SnapshotFeatures,
     feature_history,
     latest_effect,
@@ -174,7 +174,7 @@ class RunView:
             }
         )
 
-    def feature_pages(self, step: int, limit: int) -> list[FeaturePage]:
+    def feature_pages(self, step: int, limit: int) -> list[SnapshotFeature]:
         """What a snapshot says about the most important features of each node layer.
 
         Args:

@@ -1,6 +1,7 @@
 // The data source of a film in one HTML file: everything is in the page, compressed.
 
-async function decompressed(text) {
+/** The JSON in the text of a `<script>` element. */
+export async function decompressed(text) {
   const bytes = Uint8Array.from(atob(text.trim()), (letter) => letter.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   return JSON.parse(await new Response(stream).text());

@@ -16,6 +16,9 @@ import {
 // While a slider is dragged or the film plays, only steps that are shown for as long as this are loaded.
 const WAIT_MS = 120;
 const MAX_PAGES = 60;
+// As in the style sheet, in pixels.
+const TWO_COLUMNS = 760,
+  COLUMN_GAP = 34;
 
 /** The panel. `actions.close()` closes it, `actions.go(id)` goes to another feature, such as "resid_post/17". */
 export class FeaturePanel {
@@ -42,7 +45,7 @@ export class FeaturePanel {
       this.notice,
       this.numbers,
       this.note.element,
-      this.parts,
+      h("div", {class: "lib-feature-body"}, this.parts),
     );
   }
 
@@ -75,7 +78,7 @@ export class FeaturePanel {
     if (isNew) {
       for (const part of [this.label, this.parts, this.numbers]) part.replaceChildren();
       this.element.scrollTop = 0;
-      this.#notify("Loading…");
+      this.notify("Loading…");
     }
     this.element.setAttribute("aria-busy", "true");
     clearTimeout(this.timer);
@@ -95,15 +98,18 @@ export class FeaturePanel {
     if (now.error) {
       for (const part of [this.label, this.parts, this.numbers]) part.replaceChildren();
       this.note.element.hidden = true;
-      this.#notify(`${now.error.message ?? now.error}`);
+      this.notify(`${now.error.message ?? now.error}`);
       return;
     }
-    try {
-      this.#draw(feature, now, history.steps[found], history.steps[k]);
-    } catch (error) {
-      this.#notify(`This feature cannot be shown. ${error.message ?? error}`);
-      return;
-    }
+    const birth = history.isTracked(0, l) ? history.birth(l, id) : "not tracked: at other steps, another feature may have this number";
+    const [wanted, step] = [history.steps[found], history.steps[k]];
+    const notice =
+      wanted !== step
+        ? `This feature is not present at step ${integer(step)}; this is how it was at step ${integer(wanted)}.`
+        : now.step !== wanted
+          ? `The page of this feature at step ${integer(wanted)} is not in this file; this is step ${integer(now.step)}.`
+          : "";
+    if (!this.draw(feature.run, now, birth, notice)) return;
     // The page at this step does not wait for the others.
     const others = [
       ["first seen", first],
@@ -118,39 +124,48 @@ export class FeaturePanel {
       }),
     );
     if (this.wanted?.key !== key) return;
-    const distinct = pages.filter(({step}, i) => step !== now.step && pages.findIndex((other) => other.step === step) === i);
-    this.comparison.replaceChildren(...[comparisonPart([...distinct, {title: "now", step: now.step, page: now}])].filter(Boolean));
+    this.compare(now, pages);
     this.element.dataset.loaded = key;
   }
 
-  #draw(feature, page, wanted, step) {
-    const {history, l, id, name} = feature;
-    const width = Math.max(260, Math.min(this.element.clientWidth - 40, 620));
-    this.label.replaceChildren(...labelOf(page));
-    this.#notify(
-      wanted !== step
-        ? `This feature is not present at step ${integer(step)}; this is how it was at step ${integer(wanted)}.`
-        : page.step !== wanted
-          ? `The page of this feature at step ${integer(wanted)} is not in this file; this is step ${integer(page.step)}.`
-          : "",
-    );
-    const birth = history.isTracked(0, l) ? history.birth(l, id) : "not tracked: at other steps, another feature may have this number";
-    this.numbers.replaceChildren(numbersPart(page, {birth}));
-    this.note.element.hidden = false;
-    this.note.show(feature.run, name, page);
+  /** Draw a page. Returns whether that was possible. */
+  draw(run, page, birth, notice = "") {
+    const whole = this.element.clientWidth - 40;
+    const width = Math.max(260, Math.min(whole >= TWO_COLUMNS ? (whole - COLUMN_GAP) / 2 : whole, 620));
     this.comparison = h("div");
-    this.parts.replaceChildren(
-      examplesPart(page, "This snapshot has no examples of this feature: it was written without them, or by an older version."),
-      this.comparison,
-      histogramPart(page, width),
-      interactionsPart(page, this.actions.go),
-      outputsPart(page),
-      curvesPart(page, width),
-    );
+    this.element.hidden = false;
+    this.title.textContent = page.id;
+    this.notify(notice);
+    try {
+      this.label.replaceChildren(...labelOf(page));
+      this.numbers.replaceChildren(numbersPart(page, {birth}));
+      this.parts.replaceChildren(
+        examplesPart(page, "This snapshot has no examples of this feature: it was written without them, or by an older version."),
+        this.comparison,
+        histogramPart(page, width),
+        interactionsPart(page, this.actions.go),
+        outputsPart(page),
+        curvesPart(page, width),
+      );
+    } catch (error) {
+      this.notify(`This feature cannot be shown. ${error.message ?? error}`);
+      return false;
+    }
+    this.note.element.hidden = false;
+    this.note.show(run, page.id, page);
     this.element.dataset.step = page.step;
+    return true;
   }
 
-  #notify(text) {
+  /** Compare the examples with those of earlier steps, `pages` are `{title, step, page}` or `{title, step, missing}`. */
+  compare(now, pages) {
+    const distinct = pages.filter(({step}, i) => step !== now.step && pages.findIndex((other) => other.step === step) === i);
+    const compared = comparisonPart([...distinct, {title: "now", step: now.step, page: now}]);
+    this.comparison.replaceChildren(...(compared ? [compared] : []));
+  }
+
+  /** A sentence above the page, "" for none. */
+  notify(text) {
     this.notice.hidden = !text;
     this.notice.textContent = text;
   }

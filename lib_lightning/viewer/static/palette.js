@@ -11,6 +11,13 @@ export const OTHER_MODULES = THEME.other_modules,
 // Edges between modules.
 export const BETWEEN = THEME.between_modules;
 
+/** Set the colours of the theme for the style sheet, which has its own for dark pages. */
+export function themeColors(root) {
+  for (const [name, color] of Object.entries({text: TEXT, muted: MUTED, accent: BLUE, warning: VERMILION})) {
+    root.style.setProperty(`--theme-${name}`, color);
+  }
+}
+
 /** The colour of a module, by its number: the same as in figures. */
 export function moduleColor(number) {
   return number < 0 ? NO_MODULE : (MODULE_COLORS[number] ?? OTHER_MODULES);

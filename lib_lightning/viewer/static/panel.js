@@ -3,7 +3,6 @@
 import {
   AGES,
   FROM_THE_START,
-  MUTED,
   NO_MODULE,
   OTHER_MODULES,
   VERMILION,
@@ -184,7 +183,7 @@ export class RunPanel {
       ...colored.map((module) => entry([moduleColor(module), String(module)])),
       ...(others ? [entry([OTHER_MODULES, `${integer(others)} more`])] : []),
       ...(none ? [entry([NO_MODULE, "none"])] : []),
-      h("span", {style: {color: MUTED}}, "grey lines: between modules"),
+      h("span", {}, "grey lines: between modules"),
     ];
   }
 

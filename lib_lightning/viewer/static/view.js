@@ -1,7 +1,8 @@
 // The view: its state (runs, step, drawing options), and all changes of it.
 
+import {watchDark} from "./dark.js";
 import {h} from "./dom.js";
-import {BLUE, MUTED, TEXT, VERMILION} from "./palette.js";
+import {themeColors} from "./palette.js";
 import {THEME} from "./theme.js";
 import {integer} from "./text.js";
 import {dotOfLineage} from "./scene.js";
@@ -84,9 +85,8 @@ class View {
       this.tip.element,
       this.timeline.events.tip,
     );
-    for (const [name, color] of Object.entries({text: TEXT, muted: MUTED, accent: BLUE, warning: VERMILION})) {
-      this.root.style.setProperty(`--${name}`, color);
-    }
+    themeColors(this.root);
+    this.endWatch = watchDark((dark) => this.root.classList.toggle("lib-dark", dark));
     element.append(this.root);
     this.keys = (event) => this.player.onKey(event);
     document.addEventListener("keydown", this.keys);
@@ -118,6 +118,7 @@ class View {
     this.player.play(false);
     document.removeEventListener("keydown", this.keys);
     this.resized.disconnect();
+    this.endWatch();
     this.root.remove();
     delete this.element.libView;
   }
