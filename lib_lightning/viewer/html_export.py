@@ -31,7 +31,12 @@ _FEWEST_EDGES = 50
 
 
 def film_page(
-    runs: Sequence[RunView], title: str, edges: int = MAX_EDGES, every: int = 1, max_bytes: int = MAX_BYTES
+    runs: Sequence[RunView],
+    title: str,
+    edges: int = MAX_EDGES,
+    every: int = 1,
+    max_bytes: int = MAX_BYTES,
+    feature_bytes: int | None = None,
 ) -> str:
     """Export the film of runs as one HTML file.
 
@@ -40,8 +45,9 @@ def film_page(
         title: Title of the page.
         edges: Maximum number of edges per section and snapshot; the strongest are included.
         every: Include every n-th snapshot of a run, and the last one.
-        max_bytes: Size of the file. If it would be larger, there are fewer edges and snapshots, and the page says so. A
-            quarter of it, up to 5 MB, is for the pages of features, of as many snapshots as fit.
+        max_bytes: Size of the file. If it would be larger, there are fewer edges and snapshots, and the page says so.
+        feature_bytes: How much of it is for the pages of features, of as many snapshots as fit; by default a quarter, up
+            to 5 MB.
 
     Returns:
         Text of the file.
@@ -50,7 +56,7 @@ def film_page(
         NotFoundError: If a run has no readable snapshot.
     """
     asked = edges, every
-    for_features = budget(max_bytes)
+    for_features = budget(max_bytes) if feature_bytes is None else feature_bytes
     edges, every = _that_fit(runs, edges, every, max_bytes - for_features)
     content = object_(
         {

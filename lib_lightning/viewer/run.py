@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _CACHE_BYTES = 256 << 20
 # Maximum number of snapshots, and of edges per section, of the film in a notebook.
 _NOTEBOOK_SNAPSHOTS, _NOTEBOOK_EDGES = 60, 200
+# Of the pages of features in it, since a notebook keeps what it shows.
+_NOTEBOOK_FEATURE_BYTES = 1_000_000
 _KINDS = ("lib", "pca", "neuron")
 
 
@@ -199,7 +201,7 @@ class Run:
         if not steps:
             return html.escape(repr(self))
         every = -(-len(steps) // _NOTEBOOK_SNAPSHOTS)
-        page = film_page(_views([self]), self.name, _NOTEBOOK_EDGES, every)
+        page = film_page(_views([self]), self.name, _NOTEBOOK_EDGES, every, feature_bytes=_NOTEBOOK_FEATURE_BYTES)
         thinned = f" One in {every} snapshots is shown; <code>view()</code> exports all of them." if every > 1 else ""
         return (
             f'<iframe srcdoc="{html.escape(page)}" sandbox="allow-scripts allow-downloads" '

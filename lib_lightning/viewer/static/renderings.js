@@ -19,16 +19,16 @@ export const SMALL = new Set(["image", "series"]);
  */
 export function exampleView(example, rendering, {shape, scale, compact = false}) {
   const draw = {tokens: tokensView, image: imageView, series: seriesView, text: textView}[rendering?.kind];
+  const small = SMALL.has(rendering?.kind); // with a mark in the picture
   const where = placeText(example, rendering, shape);
   const value = h("span", {class: "lib-example-value"}, swatch(example.value, scale), signed(example.value));
   const about = h(
     "span",
     {class: "lib-example-about"},
-    [draw ? rendering.label : `sample ${integer(example.sample)}`, compact ? "" : where].filter(Boolean).join(" · "),
+    [draw ? rendering.label : `sample ${integer(example.sample)}`, compact || small ? "" : where].filter(Boolean).join(" · "),
   );
   const title = [`sample ${integer(example.sample)}`, rendering?.label, where].filter(Boolean).join(", ");
   const picture = draw ? draw(example, rendering, {shape, scale, title, compact}) : null;
-  const small = SMALL.has(rendering?.kind);
   return h(
     "li",
     {class: `lib-example ${small ? "lib-small-example" : "lib-wide-example"}`, "data-sample": example.sample, title},
