@@ -46,8 +46,8 @@ def film_page(
         edges: Maximum number of edges per section and snapshot; the strongest are included.
         every: Include every n-th snapshot of a run, and the last one.
         max_bytes: Size of the file. If it would be larger, there are fewer edges and snapshots, and the page says so.
-        feature_bytes: How much of it is for the pages of features, of as many snapshots as fit; by default a quarter, up
-            to 5 MB.
+        feature_bytes: How much of it is for the pages of features, of as many snapshots as fit; by default a quarter,
+            up to 5 MB.
 
     Returns:
         Text of the file.

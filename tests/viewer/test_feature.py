@@ -31,7 +31,7 @@ def close(value: Any) -> Any:
     return None if value is None or not math.isfinite(value) else pytest.approx(float(value), rel=1e-4)
 
 
-@pytest.mark.parametrize("rendering", ["tokens", "image", "row"])
+@pytest.mark.parametrize("rendering", ["tokens", "image"])
 def test_the_page_of_every_feature_matches_the_graph(tmp_path: Path, rendering: str) -> None:
     run = ExampleRun(LAYERS, rendering=rendering, snapshots=4)
     run.write(tmp_path)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from playwright.sync_api import Locator
 
 from lib_lightning.viewer import Run
@@ -41,7 +43,7 @@ def part(of: Locator, name: str) -> Locator:
     return of.locator(f"[data-part='{name}']")
 
 
-@pytest.mark.parametrize("rendering", ["tokens", "image", "row", "series", "text"])
+@pytest.mark.parametrize("rendering", ["tokens", "image", "row", "series"])
 def test_the_film_shows_the_page_of_a_feature(opened: Open, tmp_path: Path, rendering: str) -> None:
     run = ExampleRun(LAYERS, rendering=rendering)
     view = opened(film(tmp_path, run))
@@ -195,4 +197,69 @@ def test_the_tab_loads_a_page_on_demand_and_saves_a_note(watched: Watched, tmp_p
         tab.frame.locator("[data-role='save-note']").click()
         tab.frame.wait_for_selector(".lib-note-buttons :text('saved in notes.json')")
         assert json.loads((folder / "notes.json").read_text()) == {"hidden/0": "in the tab"}
+        # The tab is as dark as TensorBoard.
+        assert tab.frame.locator(".lib-dark").count() == 0
+        watched.page.evaluate("document.body.classList.add('dark-mode')")
+        tab.frame.wait_for_selector(".lib-view.lib-dark")
+        watched.page.evaluate("document.body.classList.remove('dark-mode')")
+        tab.frame.wait_for_selector(".lib-view:not(.lib-dark)")
         assert tab.errors == []
+
+
+# The least contrast (WCAG 2.1) of the visible texts of the view with what is behind them.
+CONTRAST = """() => {
+  const parse = (text) => text.match(/[\\d.]+/g).map(Number); // rgb(), or rgba() with the opacity from 0 to 1
+  const over = ([r, g, b, a = 1], below) => [r, g, b].map((x, i) => a * x + (1 - a) * below[i]);
+  const behind = (element) => {
+    if (!element) return [255, 255, 255];
+    const [r, g, b, a = 1] = parse(getComputedStyle(element).backgroundColor);
+    return a === 1 ? [r, g, b] : over([r, g, b, a], behind(element.parentElement));
+  };
+  const luminance = (color) => {
+    const [r, g, b] = color.map((x) => x / 255).map((x) => (x <= 0.03928 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const walker = document.createTreeWalker(document.querySelector(".lib-feature"), NodeFilter.SHOW_TEXT);
+  const found = [];
+  while (walker.nextNode()) {
+    const element = walker.currentNode.parentElement;
+    if (!walker.currentNode.data.trim() || !element.checkVisibility() || element.closest("svg, :disabled")) continue;
+    const below = behind(element);
+    const [a, b] = [luminance(over(parse(getComputedStyle(element).color), below)), luminance(below)];
+    found.push([(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), walker.currentNode.data]);
+  }
+  return found.sort((a, b) => a[0] - b[0])[0];
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_is_readable_in_narrow_windows_and_on_dark_pages(opened: Open, tmp_path: Path, scheme: str) -> None:
+    text = film(tmp_path, ExampleRun(LAYERS, snapshots=2))
+    view = opened(text)
+    view.page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+    view.page.wait_for_selector(".lib-dark" if scheme == "dark" else ".lib-view:not(.lib-dark)")
+    panel(view, "hidden/1")
+    graph, page = view.page.locator(".lib-panels"), view.role("feature")
+    for width in (1000, 1400):
+        view.page.set_viewport_size({"width": width, "height": 800})
+        view.page.wait_for_function("w => document.querySelector('.lib-view').clientWidth <= w", arg=width)
+        assert view.page.evaluate("document.documentElement.scrollWidth") == width
+        assert page.evaluate("e => e.scrollWidth <= e.clientWidth")
+        left, right = graph.bounding_box(), page.bounding_box()
+        assert left
+        assert right
+        # Below the graph, or beside it.
+        if width == 1000:
+            assert right["y"] >= left["y"] + left["height"]
+        else:
+            assert right["x"] >= left["x"] + left["width"]
+            assert right["height"] < 800
+        least, of = view.page.evaluate(CONTRAST)
+        assert least >= 4.5, of
+    # The picture has the colour of the page around it.
+    stage = Image.open(io.BytesIO(view.page.locator(".lib-stage").screenshot())).convert("RGB")
+    paper = view.page.locator(".lib-view").evaluate(
+        "e => getComputedStyle(e).backgroundColor.match(/\\d+/g).map(Number)"
+    )
+    assert stage.getpixel((2, stage.height - 2)) == pytest.approx(paper, abs=2)
+    assert view.errors == []
