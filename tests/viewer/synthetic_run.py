@@ -186,6 +186,7 @@ class SyntheticRun:
                 "nats": of_layer["nats"][i],
                 "nats_error": of_layer["nats_error"][i],
                 "degenerate": of_layer["degenerate"][i],
+                "samples": "",
                 **dict.fromkeys(("histogram", "shape", "examples", "raised", "lowered", "effect")),
                 "inputs": self._interactions(shown, layer - 1, i, "target") if layer else None,
                 "outputs": self._interactions(shown, layer, i, "source") if layer < len(self.layers) - 1 else None,

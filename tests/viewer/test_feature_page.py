@@ -113,7 +113,7 @@ def test_the_pages_in_a_film_fit_into_a_number_of_bytes(folder: Path, max_bytes:
             whole = json.loads(view.feature(step, LAYERS.index(layer), int(which)))
             assert page == {key: whole[key] for key in page}
             assert of_run["history"][feature] == whole["history"]
-            assert {n: of_run["renderings"][n] for n in whole["renderings"]} == whole["renderings"]
+            assert {n: of_run["renderings"][""][n] for n in whole["renderings"]} == whole["renderings"]
 
 
 def test_a_film_says_which_step_it_shows_instead(watched: Watched, folder: Path, tmp_path: Path) -> None:
