@@ -9,12 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from lib_lightning.errors import LIBError, quoted
 from lib_lightning.viewer.json_text import array, dump, object_
 from lib_lightning.viewer.run_view import RunView
 
 # Examples of each end, interactions of each side and outputs in a terminal; tokens on either side of a position.
 _SHOWN, _AROUND = 3, 5
+# Columns of a table row.
+_COLUMNS = 5
 _WIDTH = 110
 
 
@@ -84,11 +88,12 @@ class FeaturePage:
             else f"effect on predictions {_with_error(self.output_importance, self.output_importance_error)} nats",
             f"present since step {known[0]:,}" if known else "",
         ]
+        columns = _telling_columns(self._of("largest"), self._of("smallest"))
         return [
             f"{self.id} at step {self.step:,}" + (f": {self.label}{score}" if self.label else ""),
             "  " + ", ".join(filter(None, numbers)),
             _effect(self.effect),
-            *(_example(example) for kind in ("largest", "smallest") for example in self._of(kind)[:_SHOWN]),
+            *(_example(one, columns) for kind in ("largest", "smallest") for one in self._of(kind)[:_SHOWN]),
             _interactions("from", self.inputs),
             _interactions("to", self.outputs),
             _outputs("raises", self.raised),
@@ -206,23 +211,40 @@ def _effect(effect: dict[str, Any] | None) -> str:
     )
 
 
-def _example(example: dict[str, Any]) -> str:
-    return f"  {example['kind']:>8} {example['value']:>8.3g}  {_looks(example)}"
+def _telling_columns(largest: Sequence[dict[str, Any]], smallest: Sequence[dict[str, Any]]) -> list[int]:
+    """Columns of table rows, those first that differ most between both ends, relative to their spread."""
+    ends = [
+        [one["rendering"]["values"] for one in end if (one["rendering"] or {}).get("kind") == "row"]
+        for end in (largest, smallest)
+    ]
+    try:
+        high, low = (np.array(end, dtype=float) for end in ends)
+        spread = np.concatenate([high, low]).std(axis=0)
+        difference = np.abs(high.mean(axis=0) - low.mean(axis=0)) / np.where(spread > 0, spread, np.inf)
+    except (TypeError, ValueError):  # no rows, or of texts
+        return []
+    return [int(c) for c in np.argsort(-difference, kind="stable")[:_COLUMNS]]
 
 
-def _looks(example: dict[str, Any]) -> str:
-    rendering, at = example["rendering"] or {}, example["position"]
+def _example(example: dict[str, Any], columns: Sequence[int]) -> str:
+    return f"  {example['kind']:>8} {example['value']:>8.3g}  {_looks(example, columns)}"
+
+
+def _looks(example: dict[str, Any], columns: Sequence[int]) -> str:
+    rendering, at = example["rendering"] or {}, example.get("token", example["position"])
     kind = rendering.get("kind")
     if kind == "tokens":
         tokens = [str(token).replace("\n", "\u21b5") for token in rendering["tokens"]]
         shown = [f"[{token}]" if p == at else token for p, token in enumerate(tokens)]
-        text = "".join(shown[max(0, at - _AROUND) : at + _AROUND + 1])
+        text = "".join(shown if at is None else shown[max(0, at - _AROUND) : at + _AROUND + 1])
     elif kind == "row":
-        text = ", ".join(f"{c} {v}" for c, v in zip(rendering["columns"], rendering["values"], strict=False))
+        names, values = rendering["columns"], rendering["values"]
+        text = ", ".join(f"{names[c]}: {values[c]}" for c in columns or range(min(_COLUMNS, len(names))))
     elif kind == "text":
         text = str(rendering["text"])
     else:
-        text = f"sample {example['sample']}" + (f", position {at}" if at else "")
+        where = f", position {example['position']}" if example["position"] else ""
+        text = f"sample {example['sample']}{where}"
     label = f"  ({rendering['label']})" if rendering.get("label") else ""
     return (text if len(text) <= _WIDTH else text[:_WIDTH] + "...") + label
 

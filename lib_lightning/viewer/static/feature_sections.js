@@ -59,6 +59,7 @@ export function examplesPart(page, missing) {
     "examples",
     `Examples at step ${integer(page.step)}`,
     scaleKey(options.scale),
+    options.columns ? sentence("The columns are those in which both ends differ most; point at a row to see all of them.") : null,
     hasLooks ? null : sentence("How these samples look was not kept (samples.jsonl of the run): they are named by their numbers."),
     ENDS.map(([kind, title]) => {
       const found = page.examples.filter((example) => example.kind === kind);

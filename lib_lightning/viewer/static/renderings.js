@@ -137,13 +137,21 @@ export function rowTable(examples, renderings, {scale, columns, compact}, label)
   const {columns: names} = renderings[examples[0].sample];
   const chosen = (columns ?? names.map((_, c) => c)).slice(0, compact ? MAX_COLUMNS - 2 : MAX_COLUMNS);
   const more = names.length - chosen.length;
+  const hasLabels = examples.some(({sample}) => renderings[sample].label);
   return h(
     "div",
     {class: "lib-rows"},
     h(
       "table",
       {"aria-label": label},
-      h("tr", {}, h("th", {}, "value"), chosen.map((c) => h("th", {title: names[c]}, names[c])), h("th", {}, more ? `+ ${integer(more)} more` : "")),
+      h(
+        "tr",
+        {},
+        h("th", {}, "value"),
+        hasLabels ? h("th", {}, "label") : null,
+        chosen.map((c) => h("th", {title: names[c]}, names[c])),
+        more ? h("th", {}, `+ ${integer(more)} columns`) : null,
+      ),
       examples.map((example) => {
         const {values, label: kind} = renderings[example.sample];
         const all = names.map((name, c) => `${name}: ${cell(values[c])}`).join("\n");
@@ -151,8 +159,8 @@ export function rowTable(examples, renderings, {scale, columns, compact}, label)
           "tr",
           {title: all, "data-sample": example.sample},
           h("td", {class: "lib-example-value"}, swatch(example.value, scale), signed(example.value)),
+          hasLabels ? h("td", {}, kind ?? "") : null,
           chosen.map((c) => h("td", {}, cell(values[c]))),
-          h("td", {class: "lib-example-about"}, kind ?? ""),
         );
       }),
     ),
