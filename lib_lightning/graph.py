@@ -116,6 +116,9 @@ class Feature:
         output_importance: What setting it to its mean at one position does to the model's predictions, in nats; None
             where it was not computed.
         label: Its name; "" for none.
+        label_score: How well the label predicts the feature's activity on other samples, from 0.5 (chance) to 1; None
+            if unknown.
+        note: The user's note on it, of a graph of a run (`Run.annotate`); "" for none.
         module: Number of its module, -1 for none; None if modules have not been looked for.
         to_feature: The direction that is read, a column of ``C``, shape ``(d,)``, float64: the feature's value is
             ``(a - mean) @ to_feature``.
@@ -134,6 +137,8 @@ class Feature:
     module: int | None
     to_feature: Tensor = field(repr=False, compare=False)
     from_feature: Tensor = field(repr=False, compare=False)
+    label_score: float | None = None
+    note: str = ""
 
 
 @renamed_fields(probes="reference_features")
@@ -170,6 +175,8 @@ class InteractionGraph:
             earlier versions.
         output_effects: For each node layer, the outputs that its features raise and lower most; empty if unknown.
         effects: For each node layer, what its features do to a score; empty if that has not been tried.
+        notes: The user's notes on features, by id, of a graph of a run. They are not saved with the graph: the run has
+            them in a file.
         label_scores: For node layers with labels that have one, how well each label predicts the activity of its
             feature on other samples, from 0.5 (chance) to 1, shape ``(r,)``, float32; NaN for features without a label.
 
@@ -198,6 +205,7 @@ class InteractionGraph:
     output_effects: dict[str, OutputEffects] = field(default_factory=dict)
     effects: dict[str, FeatureEffects] = field(default_factory=dict)
     label_scores: dict[str, Tensor] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def node_layers(self) -> list[str]:
@@ -263,8 +271,10 @@ class InteractionGraph:
                 f"got {index}. To look a feature up by its id, write '{layer}/{index}'."
             )
         modules, errors, nats = self.modules.get(layer), basis.importance_error, basis.output_importance
+        score = float(self.label_scores[layer][index]) if layer in self.label_scores else math.nan
+        feature_id = self.feature_ids(layer)[index]
         return Feature(
-            self.feature_ids(layer)[index],
+            feature_id,
             layer,
             index,
             int(self.lineages[layer].ids[index]) if layer in self.lineages else None,
@@ -275,6 +285,8 @@ class InteractionGraph:
             None if modules is None else int(modules[index]),
             basis.to_features[:, index],
             basis.from_features[index],
+            _or_none(score),
+            self.notes.get(feature_id, ""),
         )
 
     def index(self, feature_id: str) -> int:

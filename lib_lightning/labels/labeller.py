@@ -1,19 +1,28 @@
-"""The protocol of labellers, and the function that applies one to a graph."""
+"""The protocol of labellers, and the functions that apply one to a graph."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lib_lightning.errors import LIBError
+from lib_lightning.features.sample import class_names_of
 from lib_lightning.features.values import feature_values
 from lib_lightning.graph import InteractionGraph
+from lib_lightning.labels.targets import TargetReader
+from lib_lightning.model.batch import is_empty
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
+from lib_lightning.model.node_layer import NodeLayer
 from lib_lightning.model.skip_positions import SkipPositions
+
+# Of the choice of positions.
+_SEED = 0
 
 
 class Labeller(Protocol):
@@ -36,6 +45,78 @@ class Labeller(Protocol):
 
         Returns:
             A label for each of the ``r`` features; "" for none.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class FeatureSamples:
+    """The features of one node layer on all samples, and what is known of these.
+
+    Attributes:
+        features: ``fhat``, shape ``(n, P, r)``; 0, its mean, at masked positions.
+        positions: Index of each of the ``P`` positions among the positions of the sample, shape ``(n, P)``, int64.
+        num_positions: Number of positions of a sample.
+        inputs: The first tensor of the model's inputs for these samples, shape ``(n, ...)``.
+        mask: True at valid positions, shape ``(n, P)``; None if all are valid.
+        classes: Classes of the samples, shape ``(n,)``, int64; None if there are none.
+        targets: Numbers that the model is to predict, shape ``(n,)``; None if there are none.
+        class_names: Names of the classes, as far as they are known.
+    """
+
+    features: Tensor
+    positions: Tensor
+    num_positions: int
+    inputs: Tensor
+    mask: Tensor | None = None
+    classes: Tensor | None = None
+    targets: Tensor | None = None
+    class_names: Mapping[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, features: Tensor, inputs: Tensor) -> FeatureSamples:
+        """All positions of samples of which nothing else is known."""
+        n, S, _ = features.shape
+        return cls(features, torch.arange(S, device=features.device).expand(n, S), S, inputs)
+
+    @property
+    def valid(self) -> Tensor:
+        """True at valid positions, shape ``(n, P)``."""
+        return torch.ones_like(self.positions, dtype=torch.bool) if self.mask is None else self.mask
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labels of the features of one node layer.
+
+    Attributes:
+        names: A label for each feature; "" for none.
+        scores: How well each label predicts where its feature is active, shape ``(r,)``, float32; NaN for none. None
+            if the labeller has no scores.
+    """
+
+    names: list[str]
+    scores: Tensor | None = None
+
+
+class ScoringLabeller(Labeller, Protocol):
+    """A labeller such as `ExampleLabels` that sees more than the model's first input, and scores its labels.
+
+    Attributes:
+        max_positions: Number of positions that it looks at: with more samples than this, it is given the first ones; of
+            longer samples, some positions of each, chosen at random.
+    """
+
+    max_positions: int
+
+    def label(self, samples: FeatureSamples) -> Labels:
+        """Label the features of one node layer.
+
+        Args:
+            samples: The features and what is known of the samples.
+
+        Returns:
+            Labels and scores.
         """
         ...
 
@@ -81,22 +162,76 @@ def label_features(
         >>> graph.labels
         {'input': ['first', 'second']}
     """
+    found = find_labels(graph, model, batches, labeller, input_fn, mask, dtype, skip_positions)
+    return {name: labels.names for name, labels in found.items()}
+
+
+def find_labels(
+    graph: InteractionGraph,
+    model: nn.Module,
+    batches: Iterable[Any],
+    labeller: Labeller,
+    input_fn: InputFn | None = None,
+    mask: str | int | MaskFn | None = None,
+    dtype: torch.dtype | None = None,
+    skip_positions: SkipPositions | None = None,
+) -> dict[str, Labels]:
+    """Label the features of every node layer as `label_features` does, with scores if the labeller has any.
+
+    Args:
+        graph: As for `label_features`, and so are the others.
+        model: The model.
+        batches: The batches.
+        labeller: The labeller.
+        input_fn: As for `compute_interaction_graph`.
+        mask: As for `compute_interaction_graph`.
+        dtype: As for `compute_interaction_graph`.
+        skip_positions: As for `compute_interaction_graph`.
+
+    Returns:
+        Labels of each node layer, for `InteractionGraph.labels` and `InteractionGraph.label_scores`.
+
+    Raises:
+        LIBError: As for `label_features`.
+
+    Example:
+        >>> from lib_lightning import compute_interaction_graph
+        >>> from lib_lightning.labels import ExampleLabels
+        >>> model, x = nn.Linear(3, 2), torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
+        >>> graph = compute_interaction_graph(model, [x], ["input", "output"])
+        >>> find_labels(graph, model, [x], ExampleLabels(columns=["age", "height", "weight"])).keys()
+        dict_keys(['input'])
+    """
     layers = graph.node_layer_specs()
     instrumented = InstrumentedModel(model, layers, ModelSpec(input_fn, mask, dtype, skip_positions))
-    last = graph.bases[layers[-1].name]
-    labelled = layers[:-1] if last.kind == "neuron" else layers
+    labelled = layers[:-1] if graph.bases[layers[-1].name].kind == "neuron" else layers
+    parts = instrumented.parts(batch for batch in batches if not is_empty(batch))
+    if not parts:
+        raise LIBError("There are no samples to label features with: all batches are empty.")
+    collect = _scored if hasattr(labeller, "label") else _plain
+    found = collect(labeller, [layer.name for layer in labelled], instrumented, graph, parts)
+    for name, labels in found.items():
+        if len(labels.names) != graph.bases[name].n_features:
+            raise LIBError(
+                f"The labeller returned {len(labels.names)} labels for the {graph.bases[name].n_features} features of "
+                f"'{name}'."
+            )
+    return found
 
-    features: dict[str, list[Tensor]] = {layer.name: [] for layer in labelled}
+
+def _plain(
+    labeller: Any, names: Sequence[str], instrumented: InstrumentedModel, graph: InteractionGraph, batches: list[Any]
+) -> dict[str, Labels]:
+    """Call a labeller with the features and inputs of all samples."""
+    features: dict[str, list[Tensor]] = {name: [] for name in names}
     inputs: list[Tensor] = []
     for values in feature_values(instrumented, graph, batches):
         inputs.append(values.inputs)
         for name, parts in features.items():
             valid, fhat = values.masks[name], values.features[name]
             parts.append(fhat if valid is None else fhat.where(valid[..., None], 0.0))
-    if not inputs:
-        raise LIBError("There are no samples to label features with: all batches are empty.")
     all_inputs = _concatenate(inputs)
-    return {name: _checked(labeller(_concatenate(parts), all_inputs), name, graph) for name, parts in features.items()}
+    return {name: Labels(list(labeller(_concatenate(parts), all_inputs))) for name, parts in features.items()}
 
 
 def _concatenate(parts: list[Tensor]) -> Tensor:
@@ -108,9 +243,72 @@ def _concatenate(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts)
 
 
-def _checked(labels: list[str], layer: str, graph: InteractionGraph) -> list[str]:
-    if len(labels) != graph.bases[layer].n_features:
-        raise LIBError(
-            f"The labeller returned {len(labels)} labels for the {graph.bases[layer].n_features} features of '{layer}'."
-        )
-    return list(labels)
+def _scored(
+    labeller: Any, names: Sequence[str], instrumented: InstrumentedModel, graph: InteractionGraph, batches: list[Any]
+) -> dict[str, Labels]:
+    """Call a labeller with some positions of each sample, and what is known of the samples."""
+    limit: int = labeller.max_positions
+    num_samples = min(limit, sum(map(instrumented.num_samples, batches)))
+    layers = {layer.name: layer for layer in graph.node_layer_specs()}
+    features: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in names}
+    num_positions: dict[str, int] = {}
+    inputs: list[Tensor] = []
+    known = TargetReader(class_names_of(graph))
+    generator = torch.Generator().manual_seed(_SEED)
+    for batch, values in zip(batches, feature_values(instrumented, graph, batches), strict=True):
+        n = len(values.inputs)
+        known.add(batch, instrumented.inputs(batch), n)
+        inputs.append(_without_padding(values.inputs, instrumented.spec.mask_of(batch)))
+        for name, parts in features.items():
+            fhat, mask = values.features[name], values.masks[name]
+            places, length = _positions(layers[name], fhat.shape[1], inputs[-1])
+            chosen = _some(n, fhat.shape[1], max(1, limit // num_samples), generator)
+            valid = torch.ones_like(chosen, dtype=torch.bool) if mask is None else mask.gather(1, chosen)
+            fhat = fhat.gather(1, chosen[..., None].expand(-1, -1, fhat.shape[2])).float()
+            parts.append((fhat.where(valid[..., None], 0.0), places[chosen], valid))
+            num_positions[name] = max(length, num_positions.get(name, 0))
+        if sum(map(len, inputs)) >= limit:
+            break
+    all_inputs = _padded(inputs)
+    found = {}
+    for name, parts in features.items():
+        fhat, positions, valid = (_padded([part[i] for part in parts], 0) for i in range(3))
+        mask = None if valid.all() else valid
+        samples = FeatureSamples(
+            fhat, positions, num_positions[name], all_inputs, mask, known.classes, known.targets,
+            known.class_names,
+        )  # fmt: skip
+        found[name] = labeller.label(samples)
+    return found
+
+
+def _some(n: int, S: int, P: int, generator: torch.Generator) -> Tensor:
+    """At most ``P`` of ``S`` positions of each sample, in order, shape ``(n, P)``."""
+    if P >= S:
+        return torch.arange(S, device="cpu").expand(n, S)
+    return torch.rand(n, S, generator=generator, device="cpu").topk(P, dim=1).indices.sort(1).values
+
+
+def _positions(layer: NodeLayer, S: int, inputs: Tensor) -> tuple[Tensor, int]:
+    """Places of a node layer's positions among those of a sample, shape ``(S,)``, and how many these are."""
+    if layer.positions is None or inputs.is_floating_point() or inputs.ndim != 2:
+        return torch.arange(S, device="cpu"), S
+    every = torch.arange(inputs.shape[1], device="cpu")
+    chosen = every[torch.tensor(layer.positions, device="cpu").reshape(-1)]
+    return chosen, inputs.shape[1]
+
+
+def _without_padding(inputs: Tensor, mask: Tensor | None) -> Tensor:
+    """Tokens, -1 where there is only padding."""
+    if mask is None or inputs.is_floating_point() or mask.shape != inputs.shape:
+        return inputs
+    return inputs.long().where(mask.cpu() != 0, -1)
+
+
+def _padded(parts: list[Tensor], padding: int = -1) -> Tensor:
+    """Samples of all batches, shorter ones with padding at the end."""
+    shapes = {part.shape[1:] for part in parts}
+    if len(shapes) > 1 and not (parts[0].is_floating_point() and padding < 0):
+        longest = max(part.shape[1] for part in parts)
+        parts = [F.pad(part, (*[0] * 2 * (part.ndim - 2), 0, longest - part.shape[1]), value=padding) for part in parts]
+    return _concatenate(parts)

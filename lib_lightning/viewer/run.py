@@ -92,6 +92,7 @@ class Run:
                 f"There are {_summary(list(files))}, listed by the attribute steps."
             )
         graph = InteractionGraph.load(files[step].path)
+        graph.notes = self.notes
         # The film gives modules of version 0.1 the same numbers in all snapshots.
         number_of = None if graph.info.get(MODULES_TRACKED) else _views([self])[0].module_numbers().get(step)
         if number_of is not None:
