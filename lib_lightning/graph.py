@@ -687,7 +687,8 @@ class InteractionGraph:
     def plot(self, max_edges: int = 300, max_features: int = 40, layout: AnimatedLayout | None = None) -> Figure:
         """Draw the graph: one column per node layer, dots sized by importance, lines by edge strength.
 
-        Modules, if known, are drawn as bands in the colours of their numbers; labels are written beside their features.
+        Modules, if known, are drawn as bands in the colours of their numbers; labels are written beside their features,
+        with their scores.
         The number beside a dot is the one in the feature's id: its lineage in a run, else its index.
 
         Args:
@@ -705,7 +706,7 @@ class InteractionGraph:
         # Some layers, such as the output, may have no modules or labels.
         none = [torch.full((b.n_features,), -1, device="cpu") for b in bases]
         modules = [self.modules.get(b.name, no) for b, no in zip(bases, none, strict=True)] if self.modules else None
-        labels = [self.labels.get(b.name) or [""] * b.n_features for b in bases] if self.labels else None
+        labels = [self._scored_labels(b.name) for b in bases] if self.labels else None
         return draw_graph(
             bases,
             list(self.edges.values()),
@@ -715,6 +716,15 @@ class InteractionGraph:
             Annotations(modules, labels, lineages),
             layout if None not in lineages else None,
         )
+
+    def _scored_labels(self, layer: str) -> list[str]:
+        """Labels of a node layer, each followed by its score."""
+        names = self.labels.get(layer) or [""] * self.bases[layer].n_features
+        scores = self.label_scores[layer].tolist() if layer in self.label_scores else [math.nan] * len(names)
+        return [
+            f"{name} ({score:.2f})" if name and math.isfinite(score) else name
+            for name, score in zip(names, scores, strict=True)
+        ]
 
     def plot_spectrum(self, baselines: Sequence[InteractionGraph] = ()) -> Figure:
         """Draw the importance spectrum of every node layer.

@@ -42,10 +42,10 @@ LAYERS: list[dict[str, str]] = [
     {"features": "values of features on samples, the samples on which they are largest, and how a sample looks"},
     {
         "lineage": "features over time: matching, tracking, events, change detection",
-        "labels": "names for features, from their values and the model's inputs",
         "ablation": "ablation curves, and the smallest number of edges that keeps a score",
     },
     {"interventions": "features of a live model set to other values, and what each one alone does to a score"},
+    {"labels": "names for features, from their values and the model's inputs, and how well these predict them"},
     {"api": "the functions that users call without a trainer"},
     {"viewer": "runs on disk, TensorBoard's tab, and the same as one HTML file; importable without torch"},
     {"training": "everything that imports Lightning: callback, snapshots, schedule and budget, profile, command line"},

@@ -203,11 +203,11 @@ class Contained:
 
 @dataclass(frozen=True)
 class Numbers:
-    """Numbers of which a high or a low value may predict activity, such as the columns of a table.
+    """Numbers of which large or small values may predict activity, such as the columns of a table.
 
     Attributes:
         values: Shape ``(n, P, M)`` or ``(n, 1, M)``, float.
-        names: Names of a high and a low value of each.
+        names: What large and small values of each are called.
         of_samples: Whether they are properties of samples.
     """
 

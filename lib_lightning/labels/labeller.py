@@ -248,7 +248,8 @@ def _scored(
 ) -> dict[str, Labels]:
     """Call a labeller with some positions of each sample, and what is known of the samples."""
     limit: int = labeller.max_positions
-    num_samples = min(limit, sum(map(instrumented.num_samples, batches)))
+    batches = _first(batches, limit, instrumented)
+    num_samples = sum(map(instrumented.num_samples, batches))
     layers = {layer.name: layer for layer in graph.node_layer_specs()}
     features: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in names}
     num_positions: dict[str, int] = {}
@@ -267,8 +268,6 @@ def _scored(
             fhat = fhat.gather(1, chosen[..., None].expand(-1, -1, fhat.shape[2])).float()
             parts.append((fhat.where(valid[..., None], 0.0), places[chosen], valid))
             num_positions[name] = max(length, num_positions.get(name, 0))
-        if sum(map(len, inputs)) >= limit:
-            break
     all_inputs = _padded(inputs)
     found = {}
     for name, parts in features.items():
@@ -279,6 +278,17 @@ def _scored(
             known.class_names,
         )  # fmt: skip
         found[name] = labeller.label(samples)
+    return found
+
+
+def _first(batches: Sequence[Any], limit: int, instrumented: InstrumentedModel) -> list[Any]:
+    """Batches of the first samples, up to a number of these."""
+    found: list[Any] = []
+    for batch in batches:
+        n = instrumented.num_samples(batch)
+        if limit > 0:
+            found.append(batch if n <= limit else instrumented.select(batch, slice(0, limit)))
+        limit -= n
     return found
 
 

@@ -71,7 +71,7 @@ def properties(samples: FeatureSamples, texts: Texts) -> list[Kind]:
 
 def _numbers(values: Tensor, names: Sequence[str], of_samples: bool = False) -> Numbers:
     values = values.float().nan_to_num(0.0)
-    return Numbers(values, [(f"high {name}", f"low {name}") for name in names], of_samples)
+    return Numbers(values, [(f"large {name}", f"small {name}") for name in names], of_samples)
 
 
 def _column_names(count: int, texts: Texts) -> list[str]:

@@ -27,7 +27,7 @@ from lib_lightning.training.budget import SkippedSnapshots, SnapshotKind, TimeSp
 from lib_lightning.training.effort import RunPlan
 from lib_lightning.training.samples import SavedSamples
 from lib_lightning.training.schedule import Schedule
-from lib_lightning.training.snapshot import Snapshot
+from lib_lightning.training.snapshot import NAMED, Snapshot
 
 # Figures over the whole run are drawn at this number of snapshots, and again whenever it has doubled.
 _FIRST_DRAWN = 4
@@ -140,6 +140,10 @@ class Before:
     n_snapshots: int
     n_events: int
     ablation_step: int | None
+
+
+# In names of scalars, as in `lib_lightning.training.snapshot`.
+_NAMED = f"/{NAMED}/"
 
 
 class RunState:
@@ -326,7 +330,9 @@ class RunState:
         expected = scalar_keys(self.node_layers) if self.node_layers else []
         scalars = dict(state["scalars"])
         if scalars:  # earlier versions have not measured everything
-            scalars = {key: math.nan for key in expected if "/nats/" in key} | scalars
+            scalars = {key: math.nan for key in expected if "/nats/" in key or _NAMED in key} | scalars
+            # With or without a labeller, the run is the same.
+            scalars = {key: value for key, value in scalars.items() if key in expected or _NAMED not in key}
         if scalars and set(scalars) != set(expected):
             return
         self.scalars, self.step, self.ablation_step = scalars, state["step"], state["ablation_step"]

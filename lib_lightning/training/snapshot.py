@@ -23,7 +23,7 @@ from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.errors import SettingError, SettingTypeError, brief, check_number, log_traceback, quoted, shortened
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_format import EFFORT, NUM_SAMPLES, REFERENCE_SAMPLES, SAMPLES, STEP
-from lib_lightning.labels.labeller import Labeller, label_features
+from lib_lightning.labels.labeller import Labeller, find_labels
 from lib_lightning.lineage.events import Event
 from lib_lightning.lineage.reference import reference_features
 from lib_lightning.lineage.snapshot_tracker import TURNOVER, SnapshotTracker
@@ -37,8 +37,11 @@ from lib_lightning.training.effort import RunPlan
 
 log = logging.getLogger(__name__)
 
-# Scalars of the importances for the output.
-NATS = "nats"
+# Scalars of the importances for the output, and of the numbers of features whose name predicts where they are active.
+NATS, NAMED = "nats", "named_features"
+# A labeller that scores its labels gets so many times the samples that a graph was computed on, if there are as many:
+# it needs half of them to choose a name, and a forward pass for each is little beside the passes of a graph.
+_LABELLED_SAMPLES = 4
 
 
 @dataclass(frozen=True)
@@ -215,6 +218,10 @@ class SnapshotComputer:
             self.config.collection, lambda name, error: self._log_once(f"Metric '{name}' failed, and is NaN", error)
         )
 
+    @property
+    def _has_scores(self) -> bool:
+        return hasattr(self.config.labeller, "label")
+
     def scalar_keys(self, node_layers: Sequence[str]) -> list[str]:
         """Names of all scalars of a snapshot with these node layers."""
         key = tuple(node_layers)
@@ -231,8 +238,9 @@ class SnapshotComputer:
         turnover = [key for prefix in self.prefixes for key in SnapshotTracker.keys(prefix, node_layers)]
         has_nats = self.config.config.output_distribution != "none"
         nats = [f"{NATS}/{key}" for key in layer_keys(node_layers)] if has_nats else []
+        named = [f"{NAMED}/{key}" for key in (*layer_keys(node_layers), "total")] if self._has_scores else []
         return [
-            *(f"{prefix}/{key}" for prefix in self.prefixes for key in (*keys, *nats)),
+            *(f"{prefix}/{key}" for prefix in self.prefixes for key in (*keys, *nats, *named)),
             *(f"{ratio}/{key}" for ratio in self._ratio_prefixes.values() for key in totals),
             *(turnover if self.config.follow else []),
             f"{self.name}/samples",
@@ -328,7 +336,8 @@ class SnapshotComputer:
                 **vars(instrumented.spec),
             )  # fmt: skip
             phase_done("reference samples")
-        return measured | nats_of(graph), curves is not None
+        named = self._named_features(graph, process_group)
+        return measured | nats_of(graph) | named, curves is not None
 
     @contextmanager
     def _optional(self, what: str, process_group: ProcessGroup) -> Iterator[None]:
@@ -366,12 +375,27 @@ class SnapshotComputer:
             return
         # A labeller may draw random numbers. A process without samples has nothing to label.
         with self._optional("The labeller failed, and features have no labels", process_group), preserve_rng([]):
-            if not data.batches:
+            batches = data.batches
+            if self._has_scores:
+                batches = data.first(_LABELLED_SAMPLES * graph.info[NUM_SAMPLES], instrumented, process_group)
+            if not batches:
                 return
-            graph.labels = label_features(
-                graph, instrumented.model, data.batches, self.config.labeller, **vars(instrumented.spec)
-            )
+            found = find_labels(graph, instrumented.model, batches, self.config.labeller, **vars(instrumented.spec))
+            graph.labels = {layer: labels.names for layer, labels in found.items()}
+            graph.label_scores = {layer: labels.scores for layer, labels in found.items() if labels.scores is not None}
         phase_done("labels")
+
+    def _named_features(self, graph: InteractionGraph, process_group: ProcessGroup) -> dict[str, float]:
+        """Numbers of features whose label predicts where they are active, as the first process has found them."""
+        if not self._has_scores:
+            return {}
+        scores = [graph.label_scores.get(layer) for layer in graph.node_layers]
+        counts = [math.nan if one is None else float(one.isfinite().sum()) for one in scores]
+        (agreed,) = process_group.broadcast([torch.tensor(counts, dtype=torch.float64, device="cpu")])
+        counts = agreed.tolist()
+        found = {f"{NAMED}/{key}": n for key, n in zip(layer_keys(graph.node_layers), counts, strict=True)}
+        known = [n for n in counts if math.isfinite(n)]
+        return found | {f"{NAMED}/total": sum(known) if known else math.nan}
 
     def _ratios(self, scalars: Mapping[str, float]) -> dict[str, float]:
         """Totals of the basis divided by those of each baseline."""

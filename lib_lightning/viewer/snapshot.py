@@ -33,6 +33,7 @@ _DETAIL = {
     "degenerate": basis_format.BASIS["degenerate"],
     "nats": basis_format.BASIS["output_importance"],
     "nats_error": basis_format.BASIS["output_importance_error"],
+    "label_score": basis_format.LABEL_SCORES,
 }
 _SECTION = (basis_format.EDGES, basis_format.EDGE_ERRORS)
 _INTEGERS = {"ids", "parents", "modules", "degenerate"}

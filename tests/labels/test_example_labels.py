@@ -66,9 +66,9 @@ def test_classes_targets_and_columns() -> None:
     labels = ExampleLabels(columns=["age", "height", "weight", "size"])
     names = labels.label(samples).names
     assert names[0].split("; ")[0] == "high: class -1, ship"
-    assert names[1] in ("high: high height; low: low height", "low: low height; high: high height")
-    assert names[2] in ("low: high size; high: low size", "low: high size")
-    assert set(names[3].split("; ")) == {"high: high target", "low: low target"}
+    assert names[1] in ("high: large height; low: small height", "low: small height; high: large height")
+    assert names[2] in ("low: large size; high: small size", "low: large size")
+    assert set(names[3].split("; ")) == {"high: large target", "low: small target"}
     assert names[4] == ""
     assert ExampleLabels(classes=["a", "b", "c"]).label(samples).names[0].split("; ")[0] == "high: class -1, c"
     assert "column 1" in ExampleLabels()(features, x)[1]
@@ -89,8 +89,8 @@ def test_places_and_colours_of_images_and_channels_of_series() -> None:
     series = torch.randn(100, 2, 20, generator=generator)
     features = torch.stack([noisy(series[:, 0]), noisy(5 * series[:, 1].mean(1, True).expand(-1, 20))], 2)
     names = ExampleLabels()(features, series)
-    assert "high: high channel 0" in names[0]
-    assert "high: high mean of channel 1" in names[1]
+    assert "high: large channel 0" in names[0]
+    assert "high: large mean of channel 1" in names[1]
 
 
 @pytest.mark.parametrize("kind", ["tokens", "table"])

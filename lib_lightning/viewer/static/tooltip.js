@@ -14,6 +14,7 @@ export function featureDetails(scene, l, i, color, followed) {
   const similarity = layer.similarity?.[i];
   const module = layer.modules ? history.modules[k][l][i] : null;
   const label = labelOf(history, snapshot, l, i, id);
+  const score = layer.labels?.[i] === label ? layer.label_score?.[i] : null;
   const rows = [
     ["importance", withError(layer.importance[i], layer.error?.[i])],
     layer.nats ? ["effect on output", `${withError(layer.nats[i], layer.nats_error?.[i])} nats`] : null,
@@ -34,6 +35,7 @@ export function featureDetails(scene, l, i, color, followed) {
       `${history.layers[l].name}/${id}`,
     ),
     label ? h("div", {class: "lib-tip-label"}, label) : null,
+    label && Number.isFinite(score) ? h("div", {}, `predicts its activity: AUROC ${number(score)}`) : null,
     h(
       "dl",
       {},
