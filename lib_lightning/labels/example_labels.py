@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -79,6 +79,25 @@ class ExampleLabels:
             object.__setattr__(self, "renderer", TokenRenderer(self.tokenizer))
         elif self.renderer is None and self.columns is not None:
             object.__setattr__(self, "renderer", TableRenderer(self.columns))
+
+    def with_defaults(self, renderer: Renderer | None, classes: object) -> ExampleLabels:
+        """The same labeller, with names from elsewhere where it has none of its own.
+
+        Args:
+            renderer: How samples look.
+            classes: Names of the model's outputs, as far as they are a list or a dict by number.
+
+        Returns:
+            The labeller.
+        """
+        names = classes if isinstance(classes, (list, tuple, Mapping)) else None
+        return replace(
+            self,
+            tokenizer=None,
+            columns=None,
+            renderer=renderer if self.renderer is None else self.renderer,
+            classes=names if self.classes is None else self.classes,
+        )
 
     def __call__(self, features: Tensor, inputs: Tensor, /) -> list[str]:
         """Label the features of one node layer by the model's inputs alone, as any `Labeller`."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib_lightning.errors import LIBError
-from lib_lightning.features.sample import class_names_of
+from lib_lightning.features.output_names import OutputNames, find_output_names
 from lib_lightning.features.values import feature_values
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.labels.targets import TargetReader
@@ -254,7 +254,7 @@ def _scored(
     features: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in names}
     num_positions: dict[str, int] = {}
     inputs: list[Tensor] = []
-    known = TargetReader(class_names_of(graph))
+    known = TargetReader()
     generator = torch.Generator().manual_seed(_SEED)
     for batch, values in zip(batches, feature_values(instrumented, graph, batches), strict=True):
         n = len(values.inputs)
@@ -268,14 +268,17 @@ def _scored(
             fhat = fhat.gather(1, chosen[..., None].expand(-1, -1, fhat.shape[2])).float()
             parts.append((fhat.where(valid[..., None], 0.0), places[chosen], valid))
             num_positions[name] = max(length, num_positions.get(name, 0))
-    all_inputs = _padded(inputs)
+    all_inputs, classes = _padded(inputs), known.classes
+    names_of_graph = OutputNames.of_graph(graph)
+    if not names_of_graph.count:
+        names_of_graph = find_output_names(None, None, instrumented, batches[0]) or names_of_graph
+    class_names = known.class_names or names_of_graph.of([] if classes is None else classes.unique().tolist())
     found = {}
     for name, parts in features.items():
         fhat, positions, valid = (_padded([part[i] for part in parts], 0) for i in range(3))
         mask = None if valid.all() else valid
         samples = FeatureSamples(
-            fhat, positions, num_positions[name], all_inputs, mask, known.classes, known.targets,
-            known.class_names,
+            fhat, positions, num_positions[name], all_inputs, mask, classes, known.targets, class_names,
         )  # fmt: skip
         found[name] = labeller.label(samples)
     return found

@@ -20,7 +20,7 @@ class TargetReader:
     """Reads classes and targets of the samples of one batch after the other.
 
     Attributes:
-        class_names: Names of the classes, as far as they are known; those of classes that are texts are added.
+        class_names: Names of classes that are texts, by the number that each has got here.
 
     Example:
         >>> reader = TargetReader()

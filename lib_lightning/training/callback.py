@@ -25,6 +25,7 @@ from lib_lightning.features.renderers import Renderer
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_format import EPOCH, LOGGING_STEP, STEP, WEIGHTS, WEIGHTS_HASH
 from lib_lightning.io.run_layout import check_run_name, overlapping_names
+from lib_lightning.labels.example_labels import ExampleLabels
 from lib_lightning.labels.labeller import Labeller
 from lib_lightning.lineage.events import CHANGES
 from lib_lightning.lineage.reference import NUM_REFERENCE_VALUES
@@ -138,8 +139,9 @@ class LIBCallback(Callback):
             ``pca/...``, and the ratios of all totals as ``lib_over_pca/...``.
         metrics: Metrics to log, each under its own name for every part of the graph and in total; None (null) for
             `lib_lightning.metrics.default_metrics`.
-        labeller: Names features, such as `lib_lightning.labels.FourierLabels`. Where it, a metric or a score raises an
-            error, the snapshot goes on without its result, and that is logged once.
+        labeller: Names features: `lib_lightning.labels.ExampleLabels` by what the places have in common where they are
+            most active, `lib_lightning.labels.FourierLabels` by frequencies, or a function. Where it, a metric or a
+            score raises an error, the snapshot goes on without its result, and that is logged once.
         ablation: An AblationPlan: counts at some snapshots how many edges the model needs for its score.
         follow: Whether features are tracked from snapshot to snapshot, and changes are reported.
         on_event: A function, or several, to call with each `lib_lightning.lineage.Event`, on every process.
@@ -234,6 +236,8 @@ class LIBCallback(Callback):
         self.name, self.adaptive = name, adaptive
         baselines = check_list("baselines", baselines, "bases, such as ['pca']", lambda kind: isinstance(kind, str))
         self.spec = ModelSpec(input_fn, mask, _DTYPES[dtype], skip_positions)
+        if isinstance(labeller, ExampleLabels):
+            labeller = labeller.with_defaults(renderer, output_names)
         self.config = SnapshotConfig(
             LIBConfig(
                 basis, final_basis, rtol, n_probes, integration_steps, final_metric, n_pushed, metric,
