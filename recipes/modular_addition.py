@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from lib_lightning.features import Sample, TokenRenderer
+
 
 class Embedding(nn.Module):
     """Token embedding plus learned position embedding."""
@@ -173,3 +175,23 @@ class ModularAddition(L.LightningModule):
         warmup = self.hparams.warmup_steps
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Sums(TokenRenderer):
+    """Shows the tokens of a sample as a sum, and names the model's outputs by its numbers.
+
+    Args:
+        modulus: The modulus ``p``.
+
+    Example:
+        >>> Sums(59)(Sample(None, {"tokens": torch.tensor([17, 50, 59])}))["tokens"]
+        ['17', ' + 50', ' =']
+    """
+
+    def __init__(self, modulus: int = 59) -> None:
+        super().__init__([*map(str, range(modulus)), "="])
+
+    def __call__(self, sample: Sample, /) -> dict[str, Any]:
+        """Render a sample."""
+        a, b, equals = super().__call__(sample)["tokens"]
+        return {"kind": "tokens", "tokens": [a, f" + {b}", f" {equals}"]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import struct
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer, see
 
 from lib_lightning import InteractionGraph
 from lib_lightning.errors import LIBError
+from lib_lightning.io.rendering_file import read_lines
 from lib_lightning.training.cli import main
 from recipes.checkpoint import load_pretrained
 from recipes.cifar10_mlp import TEST_FILES, TRAIN_FILES, Cifar10
@@ -53,6 +55,15 @@ SMALL = {
         ["lib"], ["quarter", "middle", "three_quarters", "end"],
     ),
 }  # fmt: skip
+# A sample as each recipe shows it.
+RENDERED = {
+    "modular_addition": r'"tokens": \["\d+", " \+ \d+", " ="\], "label": "\d+"',
+    "modular_addition_paper": r'"tokens": \["\d+", " \+ \d+", " ="\]',
+    "digits_mlp": r'"size": \[8, 8\], "label": "\d"',
+    "cifar10_mlp": r'"size": \[32, 32\], "label": "(airplane|automobile|bird|cat|deer|dog|frog|horse|ship|truck)"',
+    "language_model": r'"tokens": \["."',
+    "pretrained_lm": r'"tokens": \["',
+}
 
 
 def test_every_recipe_is_tried() -> None:
@@ -75,6 +86,8 @@ def test_recipe(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         final = InteractionGraph.load(folder / callback / "final.safetensors")
         assert final.node_layers == node_layers
         assert final.info["settings"]["basis"] == callback
+        (line, *_) = read_lines(folder / callback / "samples.jsonl")
+        assert re.search(RENDERED[name], line)
         snapshots = {path.stem for path in (folder / callback / "snapshots").iterdir()}
         assert snapshots == {path.stem for path in (folder / callback / "figures").iterdir()}
         assert "step-00000000" in snapshots or callback == "pca"

@@ -129,10 +129,10 @@ class TokenRenderer:
             )
         ids = ids.reshape(-1)
         start, end = self._valid(ids, sample)
-        return {
-            "kind": "tokens",
-            "tokens": ["" if i < start else self.text(t) for i, t in enumerate(ids[:end].tolist())],
-        }
+        tokens = [""] * start + [self.text(token) for token in ids[start:end].tolist()]
+        if self.tokenizer is None:
+            tokens = tokens[:1] + [f" {number}" for number in tokens[1:]]
+        return {"kind": "tokens", "tokens": tokens}
 
     def _valid(self, ids: Tensor, sample: Sample) -> tuple[int, int]:
         """The first valid position, and the one after the last."""

@@ -26,6 +26,7 @@ from lib_lightning.graph import InteractionGraph
 from lib_lightning.io import basis_format as keys
 from lib_lightning.io.rendering_file import Key, append_lines, key_of, read_lines, rendering_line
 from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.preserve import preserve_rng
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,8 @@ class RunRenderings:
         if self._is_checked or (self._config.renderer is None and self._config.output_names is None):
             return
         self._is_checked = True
-        with instrumented.session():
+        # A renderer of the user's may draw random numbers.
+        with instrumented.session(), preserve_rng():
             if self._config.output_names is not None:
                 find_output_names(self._config.output_names, self._renderer, instrumented, batch)
             if self._renderer is not None:
@@ -116,7 +118,7 @@ class RunRenderings:
             process_group: The processes.
         """
         try:
-            with process_group.sync_errors():
+            with process_group.sync_errors(), preserve_rng():
                 self._update(instrumented, batches, graphs, process_group)
         except Exception as error:  # the snapshot is there all the same
             if not self._has_failed:

@@ -62,6 +62,7 @@ function tokensView(example, {tokens}, {shape, scale}) {
       : [Math.max(0, Math.min(from, position - 8)), Math.min(tokens.length, Math.max(from + known.length, position + 9))];
   const shown = [];
   for (let p = first; p < end; p++) {
+    if (tokens[p] === "") continue; // padding in front
     const value = hasPlace ? known[p - from] : undefined;
     const has = value !== undefined && value !== null;
     const at = hasPlace && p === position;
