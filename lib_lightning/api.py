@@ -542,7 +542,20 @@ def _as_graph(
     )
     errors = {pair: standard_error(x) for pair, x in replicates.edges.items() if len(x) > 1}
     examples = dict(zip(names, built.examples, strict=True))
-    return InteractionGraph(bases, edges, info, errors, replicates=replicates, examples=examples)
+    attributions = {pair: A.cpu() for pair, A in zip(pairs, built.attributions, strict=True)}
+    attribution_errors = {
+        pair: standard_error(x.cpu()) for pair, x in zip(pairs, built.attribution_replicates, strict=True) if len(x) > 1
+    }
+    return InteractionGraph(
+        bases,
+        edges,
+        info,
+        errors,
+        replicates=replicates,
+        attributions=attributions,
+        attribution_errors=attribution_errors,
+        examples=examples,
+    )
 
 
 def _skip_entry(skip: SkipPositions | None) -> dict[str, Any]:

@@ -523,8 +523,9 @@ class InteractionGraph:
 
         Returns:
             A graph with nodes ``(node layer, feature index)`` and edges with attribute ``weight``, without those of
-            weight zero. Attributes of nodes are ``id`` (such as ``"resid_post/17"``, the name in events and figures),
-            ``label``, ``importance``, ``layer`` (the index of the node layer), and ``module`` if modules are known.
+            weight zero; and ``attribution``, signed, if known. Attributes of nodes are ``id`` (such as
+            ``"resid_post/17"``, the name in events and figures), ``label``, ``importance``, ``layer`` (the index of the
+            node layer), and ``module`` if modules are known.
         """
         import networkx as nx
 
@@ -538,8 +539,10 @@ class InteractionGraph:
                     (name, j), id=ids[j], label=labels[j], importance=importance, layer=position, **known
                 )  # fmt: skip
         for (before, after), E in self.edges.items():
+            A = self.attributions.get((before, after))
             for i, j in E.nonzero().tolist():
-                graph.add_edge((before, j), (after, i), weight=float(E[i, j]))
+                known = {} if A is None else {"attribution": float(A[i, j])}
+                graph.add_edge((before, j), (after, i), weight=float(E[i, j]), **known)
         return graph
 
     def sample_graph(
@@ -684,7 +687,13 @@ class InteractionGraph:
         return known
 
     @renamed_arguments(film="layout")
-    def plot(self, max_edges: int = 300, max_features: int = 40, layout: AnimatedLayout | None = None) -> Figure:
+    def plot(
+        self,
+        max_edges: int = 300,
+        max_features: int = 40,
+        layout: AnimatedLayout | None = None,
+        signs: bool = False,
+    ) -> Figure:
         """Draw the graph: one column per node layer, dots sized by importance, lines by edge strength.
 
         Modules, if known, are drawn as bands in the colours of their numbers; labels are written beside their features,
@@ -695,10 +704,20 @@ class InteractionGraph:
             max_edges: Maximum number of edges to draw, divided equally among the sections.
             max_features: Maximum number of features to draw per node layer.
             layout: Layout of the previous graphs; features of the same lineages keep their positions.
+            signs: Whether to draw edges by the sign of their attribution: solid where a feature drives the other,
+                dashed and in another colour where it holds against it.
 
         Returns:
             A matplotlib figure that is not registered with pyplot.
+
+        Raises:
+            LIBError: If ``signs`` is set and the graph has no attributions.
         """
+        if signs and self.attributions.keys() != self.edges.keys():
+            raise LIBError(
+                "This graph has no attributions, so the signs of its edges are unknown: it comes from a file of an "
+                "earlier version. Compute it again."
+            )
         from lib_lightning.plots.graph import Annotations, draw_graph
 
         bases = list(self.bases.values())
@@ -715,6 +734,7 @@ class InteractionGraph:
             max_features,
             Annotations(modules, labels, lineages),
             layout if None not in lineages else None,
+            [self.attributions[section] for section in self.edges] if signs else None,
         )
 
     def _scored_labels(self, layer: str) -> list[str]:

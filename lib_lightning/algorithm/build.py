@@ -92,6 +92,8 @@ class BuildResult:
         importance_replicates: Jackknife replicates of the importances of each node layer, shape ``(G, r)``; G is 0 if
             there are too few samples for groups.
         edge_replicates: Jackknife replicates of the edges between these features, ``(G, r_out, r_in)``.
+        attributions: The signed interactions of each section, ``(r_out, r_in)``.
+        attribution_replicates: Jackknife replicates of them, ``(G, r_out, r_in)``.
         examples: Examples of the features of each node layer.
         is_constant: Whether activations are the same for all samples at all node layers, so that there is nothing to
             compute; ``notes`` say so.
@@ -104,6 +106,8 @@ class BuildResult:
     notes: list[str] = field(default_factory=list)
     importance_replicates: list[Tensor] = field(default_factory=list)
     edge_replicates: list[Tensor] = field(default_factory=list)
+    attributions: list[Tensor] = field(default_factory=list)
+    attribution_replicates: list[Tensor] = field(default_factory=list)
     examples: list[FeatureExamples] = field(default_factory=list)
     is_constant: bool = False
 
@@ -234,6 +238,8 @@ def build_graph(
         ],
         importance_replicates=importances,
         edge_replicates=[e.replicates for e in edges],
+        attributions=[e.A for e in edges],
+        attribution_replicates=[e.attribution_replicates for e in edges],
         examples=examples,
         is_constant=is_constant(moments),
     )
@@ -389,15 +395,17 @@ def _edges(
     variances = [FeatureVariances(basis, groups) for basis in bases]
     examples = example_collectors(bases, positions, cache.num_samples, run.process_group)
     readers = [FeatureReader(layer.basis, layer.features) for layer in layers]
+    fhat_next = torch.empty(0)
     for batch, i, section in cache.sections("edges"):
-        fhat = readers[i].next(section.a, section.mask_in)
-        edges[i].update(section, fhat)
+        # The sections of a batch come in forward order: features after one are features before the next.
+        fhat = fhat_next if i else readers[0].next(section.a, section.mask_in)
+        fhat_next = readers[i + 1].next(section.a_out, section.mask_out)
+        edges[i].update(section, fhat, fhat_next)
         variances[i].update(fhat, section.mask_in, section.group_slices)
         examples[i].update(fhat, section.mask_in, positions[batch][i])
         if i + 1 == run.last:
-            fhat = readers[run.last].next(section.a_out, section.mask_out)
-            variances[run.last].update(fhat, section.mask_out, section.group_slices)
-            examples[run.last].update(fhat, section.mask_out, positions[batch][run.last])
+            variances[run.last].update(fhat_next, section.mask_out, section.group_slices)
+            examples[run.last].update(fhat_next, section.mask_out, positions[batch][run.last])
         phase_done(_edges_phase(*run.names[i : i + 2]))
     all_reduce([*edges, *variances], run.process_group)
     merge_examples(examples, run.process_group)

@@ -250,9 +250,9 @@ def file_bytes(cost: ModelCost, ranks: Sequence[int], itemsize: int) -> int:
     widths = [d for _, d in shapes]
     # As if all positions were those of a sequence, whose examples have a context.
     examples = sum(r * bytes_per_feature(S) for (S, _), r in zip(shapes, ranks, strict=True))
-    # Mean, both maps, importances with their errors and modules; edges with their errors.
+    # Mean, both maps, importances with their errors and modules; edges and attributions with their errors.
     bases = sum(d + 2 * d * r + 4 * r for d, r in zip(widths, ranks, strict=True))
-    edges = sum(2 * r * r_next for r, r_next in itertools.pairwise(ranks))
+    edges = sum(4 * r * r_next for r, r_next in itertools.pairwise(ranks))
     return itemsize * (bases + edges) + examples + _HEADER
 
 

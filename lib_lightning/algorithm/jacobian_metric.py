@@ -74,8 +74,8 @@ class JacobianMetric(GradientMetric):
             for group, samples in section.group_slices:
                 self._closed.add(section.closed_form, group, samples)
         elif self.n_probes is None:
-            for _, g in section.output_gradients(self.C_next.to(section.a)):
-                self.add(section.group_slices, g)
+            for gradients in section.output_gradients(self.C_next.to(section.a)):
+                self.add(section.group_slices, gradients.g)
         else:
             self._sample(section)
 

@@ -7,6 +7,7 @@ section is the same matrix everywhere. Sums over samples then need no backward p
 
     sum_{x,i} g g^T                               = sum_x J^T C' C'^T J = W_1^T [(A^T A) * sum_x s s^T] W_1,
     sum_x (d fhat'_i / d fhat_j  fhat_j)^2        = sum_x (A_i diag(s) B_j)^2 fhat_j^2,
+    sum_x (d fhat'_i / d fhat_j  fhat_j) fhat'_i  = sum_x (A_i diag(s) B_j) fhat_j fhat'_i,
 
 with ``*`` the elementwise product: ``(A diag(s))^T (A diag(s)) = (A^T A) * (s s^T)``. A residual connection adds
 ``C' C'^T``, and ``C' A * sum_x s`` twice, to the first sum, and ``C'_i C^+_j`` inside the square of the second.
@@ -142,7 +143,7 @@ class ClosedMetric:
 
 
 class ClosedEdges:
-    """Sums of squared interactions over samples of a section in closed form.
+    """Sums of interactions, squared and signed, over samples of a section in closed form.
 
     Args:
         factors: The factors that are the same at all positions.
@@ -161,31 +162,37 @@ class ClosedEdges:
         # The Jacobian between features, if it is the same everywhere.
         self.J = self.A @ self.B if factors.affine else None
 
-    def sum(self, form: ClosedForm, fhat: Tensor, samples: slice) -> Tensor:
+    def sums(self, form: ClosedForm, fhat: Tensor, fhat_next: Tensor, samples: slice) -> tuple[Tensor, Tensor]:
         """Sum over some samples of one batch.
 
         Args:
             form: The section at that batch.
             fhat: Features of all samples of the batch, zero at masked positions, shape ``(n, S, r_in)``.
+            fhat_next: Features of the next node layer, likewise, shape ``(n, S, r_out)``.
             samples: The samples.
 
         Returns:
-            Shape ``(r_out, r_in)``, float64.
+            Sums of ``y_ij^2`` and of ``y_ij fhat'_i``, each of shape ``(r_out, r_in)``, float64.
         """
         mask = form.mask[samples].flatten()
         values = fhat[samples].flatten(0, 1)[mask]
         size = _size(values)
+        next_values = fhat_next[samples].flatten(0, 1)[mask.to(fhat_next.device)]
         # Factors of size 1, so that their squares stay in the range of the type.
-        squares = (values / size).square()
+        values = values / size
         if self.J is not None:
-            return (self.J * to_float64(size)).square() * to_float64(squares).sum(0)
+            J = self.J * to_float64(size)
+            values = to_float64(values)
+            return J.square() * values.square().sum(0), J * (to_float64(next_values).T @ values)
         assert form.derivatives is not None
         s = form.derivatives[samples].flatten(0, 1)[mask].to(product_dtype(form.derivatives.dtype))
         sizes = [_size(self.A), _size(self.B)]
         A, B = ((factor / k).to(s).contiguous() for factor, k in zip((self.A, self.B), sizes, strict=True))
         identity = None if self.identity is None else (self.identity / (sizes[0] * sizes[1])).to(s)
-        squares = squares.to(s)
+        values, next_size = values.to(s), _size(next_values)
+        next_values = (next_values / next_size).to(s)
         total = self.A.new_zeros(len(A), B.shape[1])
+        signed = torch.zeros_like(total)
         rows, r_in = max(1, min(len(s), ROWS)), B.shape[1]
         # Of the three factors A_i, s and B_j the two with the smaller product are multiplied first.
         factors_first = len(s) > r_in > 0
@@ -193,9 +200,15 @@ class ClosedEdges:
         for i in parts_of(range(0, len(A), features)):
             A_i = A[i : i + features]
             A_i_B = (A_i.T[:, :, None] * B[:, None]).flatten(1) if factors_first else None
-            for s_x, squares_x in zip(s.split(rows), squares.split(rows), strict=True):
+            next_i = next_values[:, i : i + features]
+            for s_x, values_x, next_x in zip(s.split(rows), values.split(rows), next_i.split(rows), strict=True):
                 J = (s_x[:, None] * A_i) @ B if A_i_B is None else (s_x @ A_i_B).unflatten(1, (-1, r_in))
                 if identity is not None:
                     J += identity[i : i + features]
-                total[i : i + features] += to_float64(J.square_().mul_(squares_x[:, None]).sum(0))
-        return total * (sizes[0] * sizes[1] * to_float64(size)).square()
+                J.mul_(values_x[:, None])
+                # An entry has taken h multiplications; this is one more. Moments sum_x fhat'_i s_h fhat_j, multiplied
+                # with A_ih B_hj in the end, would take another h.
+                signed[i : i + features] += to_float64((next_x.T[:, None] @ J.transpose(0, 1))[:, 0])
+                total[i : i + features] += to_float64(J.square_().sum(0))
+        scale = sizes[0] * sizes[1] * to_float64(size)
+        return total * scale.square(), signed * (scale * to_float64(next_size))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,9 +28,19 @@ from lib_lightning.model.vjp import _grad, apply_mask, num_valid, vjp
 # large ones lose: up to 3 times in attention. Measured on a CPU, break-even is near this many numbers per call.
 STACK_ELEMENTS = 2**18
 
-# Gradients of next-layer features: feature indices ``i``, shape ``(k,)``, and ``d fhat_{t,i} / d a``, shape
-# ``(k, n, S_in, d_in)``.
-Gradients = tuple[Tensor, Tensor]
+
+class Gradients(NamedTuple):
+    """Gradients of some features of the next node layer, each at one output position.
+
+    Attributes:
+        t: Output positions, shape ``(k,)``.
+        i: Indices of the features, shape ``(k,)``.
+        g: ``d fhat_{t,i} / d a``, shape ``(k, n, S_in, d_in)``.
+    """
+
+    t: Tensor
+    i: Tensor
+    g: Tensor
 
 
 @dataclass(frozen=True)
@@ -139,6 +150,10 @@ class Section:
         """Number of samples times valid input positions among some samples of the batch."""
         return num_valid(self.a[samples], None if self.mask_in is None else self.mask_in[samples])
 
+    def num_valid_out(self, samples: slice) -> int:
+        """Number of samples times valid output positions among some samples of the batch."""
+        return num_valid(self.a_out[samples], None if self.mask_out is None else self.mask_out[samples])
+
     def vjp(self, cotangents: Tensor) -> Tensor:
         """Multiply from the output side: ``J^T u`` for a batch of vectors ``u``.
 
@@ -201,15 +216,15 @@ class Section:
         tolerance = max(1e-4, half_of_the_digits(self.a.dtype))
         return agree(forward, reverse, tolerance)
 
-    def cotangent_batches(self, C: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def cotangent_batches(self, C: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Iterate over the cotangents of all next-layer features, ``d fhat_{t,i} / d a^{l+1} = e_t C_i``.
 
         Args:
             C: The next node layer's map to features, shape ``(d_out, r_out)``.
 
         Yields:
-            Feature indices ``i``, shape ``(k,)``, and the cotangents that select ``fhat_{t,i}`` of every sample, shape
-            ``(k, n, S_out, d_out)``. Every output position ``t`` and feature ``i`` comes once.
+            Output positions ``t`` and feature indices ``i``, shape ``(k,)``, and the cotangents that select
+            ``fhat_{t,i}`` of every sample, shape ``(k, n, S_out, d_out)``. Every ``t`` and ``i`` comes once.
         """
         C_T, r_out = C.T.contiguous(), max(1, C.shape[1])
         k = torch.arange(self.S_out * C.shape[1], device=C.device)
@@ -218,7 +233,7 @@ class Section:
         for t, i in parts_of(parts, fewest=self._fewest_parts):
             cotangents = C.new_zeros(len(t), self.S_out, self.d_out)
             cotangents[k[: len(t)], t] = C_T[i]
-            yield i, cotangents[:, None].expand(-1, self.n, -1, -1).contiguous()
+            yield t, i, cotangents[:, None].expand(-1, self.n, -1, -1).contiguous()
 
     def output_gradients(self, C: Tensor) -> Iterable[Gradients]:
         """Gradients of all next-layer features with respect to ``a``: the whole Jacobian, in batches.
@@ -228,10 +243,9 @@ class Section:
                 `cached_products`.
 
         Returns:
-            Feature indices ``i``, shape ``(k,)``, and ``d fhat_{t,i} / d a``, shape ``(k, n, S_in, d_in)``. Every
-            output position ``t`` and feature ``i`` comes once.
+            The gradients. Every output position ``t`` and feature ``i`` comes once.
         """
-        products = ((i, self.vjp(cotangents)) for i, cotangents in self.cotangent_batches(C))
+        products = (Gradients(t, i, self.vjp(cotangents)) for t, i, cotangents in self.cotangent_batches(C))
         if self.cached_products is None:
             return products
         count = -(-self.S_out * C.shape[1] // self.vectors_per_call)

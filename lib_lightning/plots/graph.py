@@ -59,6 +59,7 @@ def draw_graph(
     max_features: int = THEME["column"]["max_features"],
     annotations: Annotations | None = None,
     layout: AnimatedLayout | None = None,
+    attributions: Sequence[Tensor] | None = None,
 ) -> Figure:
     """Draw an interaction graph.
 
@@ -75,6 +76,8 @@ def draw_graph(
         annotations: Modules, labels and lineages. A module is a band at the same height in all columns.
         layout: Layout of the previous graphs, updated with this one: features that it knows keep their positions. Its
             own limit replaces ``max_features``, and modules are not drawn as bands.
+        attributions: One signed matrix for each of ``edges``, to draw lines by sign: solid where a feature drives the
+            other, dashed and in another colour where it holds against it. None to draw them without signs.
 
     Returns:
         A matplotlib figure that is not registered with pyplot, so it is freed when it is no longer referenced.
@@ -110,6 +113,7 @@ def draw_graph(
         None if modules is None else sorted({m for c in columns if c.modules is not None for m in c.modules.tolist()}),
         any(mask.any() for mask in hollow),
         _meaning_of_numbers(numbered),
+        attributions is not None,
     )
 
     figure, axes = _page(len(bases), len(rows) - 2, modules is not None, _label_overhang(shown_labels))
@@ -117,7 +121,8 @@ def draw_graph(
     _draw_bands(axes, bands)
     for x, E in enumerate(edges):
         inside = inside_modules(E, modules[x], modules[x + 1]) if modules is not None else None
-        _draw_section(axes, x, E, (columns[x], columns[x + 1]), max_edges // len(edges), inside)
+        A = None if attributions is None else as_array(attributions[x])
+        _draw_section(axes, x, E, (columns[x], columns[x + 1]), max_edges // len(edges), inside, A)
     column_width = 72 * axes.bbox.width / DPI / np.ptp(axes.get_xlim())
     headings, size = fit_names(tuple(basis.name for basis in bases), column_width - 6, _NAME_SIZE, 7.0, lines=3)
     for x, (basis, column) in enumerate(zip(bases, columns, strict=True)):
@@ -169,6 +174,7 @@ def _draw_section(
     columns: tuple[Column, Column],
     limit: int,
     inside: np.ndarray | None,
+    attributions: np.ndarray | None = None,
 ) -> None:
     strength = as_array(E)
     before, after = columns
@@ -186,19 +192,19 @@ def _draw_section(
         # Among many edges, lines are thinner, to keep them distinguishable.
         max_width = MAX_WIDTH * min(1.0, math.sqrt(THEME["edge"]["crowd"] / len(order)))
         widths, rgba[:, 3] = edge_style(share, max_width)
-        if inside is None:
+        if attributions is not None:
+            # Dashes as well as colours, so that signs are visible in black and white.
+            against = attributions[grid][i, j] < 0
+            rgba[against, :3] = to_rgb(VERMILION)
+            _draw_lines(axes, lines, widths, rgba, against)
+        elif inside is None:
             axes.add_collection(LineCollection(lines, linewidths=widths, colors=rgba))
         else:
             within = inside[grid][i, j]
             if before.modules is not None:
                 ends_in = zip(before.modules[j].tolist(), within, strict=True)
                 rgba[:, :3] = [to_rgb(module_color(m) if is_in else BETWEEN_MODULES) for m, is_in in ends_in]
-            # Dashed lines are drawn first, so that they do not cover edges inside modules.
-            for part, dashes in ((~within, DASHES), (within, "solid")):
-                segments = [line for line, drawn in zip(lines, part, strict=True) if drawn]
-                axes.add_collection(
-                    LineCollection(segments, linewidths=widths[part], colors=rgba[part], linestyles=dashes)
-                )
+            _draw_lines(axes, lines, widths, rgba, ~within)
     covered = visible[i, j].sum() / total if total > 0 else 0.0
     counts = f"{len(order):,} of {np.count_nonzero(strength):,} edges\n{percent(covered)} of strength"
     if inside is not None:
@@ -207,6 +213,15 @@ def _draw_section(
         x + 0.5, -0.06, counts, ha="center", va="top", fontsize=11, color=BLUE if inside is None else MUTED,
         linespacing=1.3,
     )  # fmt: skip
+
+
+def _draw_lines(
+    axes: Axes, lines: Sequence[list[tuple[float, float]]], widths: np.ndarray, rgba: np.ndarray, dashed: np.ndarray
+) -> None:
+    # Dashed lines are drawn first, so that they do not cover solid ones.
+    for part, dashes in ((dashed, DASHES), (~dashed, "solid")):
+        segments = [line for line, drawn in zip(lines, part, strict=True) if drawn]
+        axes.add_collection(LineCollection(segments, linewidths=widths[part], colors=rgba[part], linestyles=dashes))
 
 
 def _draw_column(

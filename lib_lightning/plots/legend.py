@@ -75,13 +75,16 @@ class Row:
     length: float = 2.0
 
 
-def legend_rows(modules: Sequence[int] | None = None, hollow: bool = False, numbers: str = "") -> list[Row]:
+def legend_rows(
+    modules: Sequence[int] | None = None, hollow: bool = False, numbers: str = "", signs: bool = False
+) -> list[Row]:
     """Build the legend of a graph figure.
 
     Args:
         modules: The modules shown, -1 for features in no module; None if modules are not known.
         hollow: Whether there are hollow dots.
         numbers: What the numbers beside dots are; "" if there are none.
+        signs: Whether lines are drawn by sign.
 
     Returns:
         Rows of the legend, from bottom to top.
@@ -92,6 +95,7 @@ def legend_rows(modules: Sequence[int] | None = None, hollow: bool = False, numb
     """
     # With modules, colours have a meaning of their own, so sizes and widths are explained in grey.
     dot, line = (VERMILION, BLUE) if modules is None else (MUTED, MUTED)
+    line = MUTED if signs else line
     lines = []
     for share in (1, 0.1, 0.01):
         width, opacity = edge_style(share)
@@ -104,11 +108,14 @@ def legend_rows(modules: Sequence[int] | None = None, hollow: bool = False, numb
     marks = []
     if hollow:
         marks.append((_dot(dot, hollow=True), "direction not determined by the samples"))
-    if modules is not None:
+    if modules is not None and not signs:
         marks.append((Line2D([], [], color=BETWEEN_MODULES, lw=1.5, ls=DASHES), "between modules"))
     if marks or numbers:
         meaning = f"numbers: {numbers}" if numbers else ""
         rows.append(Row(meaning, [mark for mark, _ in marks], [label for _, label in marks]))
+    if signs:
+        drives, against = Line2D([], [], color=BLUE, lw=2), Line2D([], [], color=VERMILION, lw=2, ls=DASHES)
+        rows.append(Row("sign of the attribution", [drives, against], ["drives", "holds against"]))
     if modules is not None:
         rows.append(_modules(modules))
     return rows

@@ -34,11 +34,12 @@ def test_edges_are_the_sum_over_samples(n: int, residual: bool, block: int, monk
     factors, C_pinv, C_next = parts(residual)
     derivatives, fhat = torch.rand(n, 1, H).double(), torch.randn(n, 1, R_IN).double()
     form = ClosedForm(factors, derivatives, torch.ones(n, 1, dtype=torch.bool))
-    found = ClosedEdges(factors, C_pinv, C_next).sum(form, fhat, slice(None))
-    expected = sum(
-        (C_next.T @ jacobian(factors, s[0]) @ C_pinv.T * f).square() for s, f in zip(derivatives, fhat, strict=True)
-    )
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    fhat_next = torch.randn(n, 1, R_OUT).double()
+    squares, signed = ClosedEdges(factors, C_pinv, C_next).sums(form, fhat, fhat_next, slice(None))
+    y = [C_next.T @ jacobian(factors, s[0]) @ C_pinv.T * f for s, f in zip(derivatives, fhat, strict=True)]
+    torch.testing.assert_close(squares, sum(y_x.square() for y_x in y), rtol=1e-12, atol=1e-12)
+    expected = sum(y_x * f[0, :, None] for y_x, f in zip(y, fhat_next, strict=True))
+    torch.testing.assert_close(signed, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("r_in", "r_out"), [(0, R_OUT), (R_IN, 0), (0, 0)])
@@ -48,7 +49,9 @@ def test_no_features_have_no_edges(n: int, residual: bool, r_in: int, r_out: int
     factors, C_pinv, C_next = parts(residual, r_in, r_out)
     form = ClosedForm(factors, torch.rand(n, 1, H).double(), torch.ones(n, 1, dtype=torch.bool))
     fhat = torch.randn(n, 1, r_in).double()
-    assert ClosedEdges(factors, C_pinv, C_next).sum(form, fhat, slice(None)).shape == (r_out, r_in)
+    fhat_next = torch.randn(n, 1, r_out).double()
+    squares, signed = ClosedEdges(factors, C_pinv, C_next).sums(form, fhat, fhat_next, slice(None))
+    assert squares.shape == signed.shape == (r_out, r_in)
 
 
 @pytest.mark.parametrize("derivatives", ["of a ReLU", "of a leaky ReLU", "smooth", "zero", "one"])
