@@ -65,11 +65,12 @@ def assert_equal(one: BuildResult, other: BuildResult, rtol: float = 1e-8) -> No
     def numbers(result: BuildResult) -> list[Tensor]:
         importances = [b.importance for b in result.bases]
         importances += [b.output_importance for b in result.bases if b.output_importance is not None]
-        return [*importances, *result.edges, *result.importance_replicates, *result.edge_replicates]
+        found = [*importances, *result.edges, *result.attributions]
+        return found + [*result.importance_replicates, *result.edge_replicates, *result.attribution_replicates]
 
     # A replicate may be only rounding error (the variance of one sample): relative to the numbers that it replicates.
-    scales = [*numbers(other)[: -len(other.importance_replicates) - len(other.edge_replicates)]]
-    scales += [*(b.importance for b in other.bases), *other.edges]
+    replicated = [*(b.importance for b in other.bases), *other.edges, *other.attributions]
+    scales = [*numbers(other)[: -len(replicated)], *replicated]
     for a, b, scale in zip(numbers(one), numbers(other), scales, strict=True):
         assert a.shape == b.shape
         assert a.numel() == 0 or (a - b).abs().max() <= rtol * max(b.abs().max(), scale.abs().max())

@@ -17,7 +17,7 @@ Chain = Sequence[Callable[[Tensor], Tensor]]
 
 @dataclass
 class Reference:
-    """Maps to features, maps back, importances and edges, one entry for each node layer or section."""
+    """Maps to features, maps back, importances, edges and attributions, one entry for each node layer or section."""
 
     activations: list[Tensor]
     mean: list[Tensor]
@@ -25,6 +25,7 @@ class Reference:
     C_pinv: list[Tensor]
     Lambda: list[Tensor]
     E: list[Tensor]
+    A: list[Tensor]
 
 
 def activations(a: Tensor, chain: Chain) -> list[Tensor]:
@@ -79,7 +80,7 @@ def transcribe(
         output: Measure all node layers but the last by what the last predicts; see `fisher_information`.
 
     Returns:
-        Activations, bases and edges.
+        Activations, bases, edges and attributions.
     """
     a = activations(a0, chain)
     L = len(chain)
@@ -109,8 +110,14 @@ def transcribe(
             Lambda[l], V = nonzero_eigh(D.sqrt().diag() @ U.T @ M @ U @ D.sqrt().diag(), rtol)
             C[l] = U @ D.rsqrt().diag() @ V @ Lambda[l].sqrt().diag()
             C_pinv[l] = Lambda[l].rsqrt().diag() @ V.T @ D.sqrt().diag() @ U.T
-    E = [edges(chain[l], a[l], mean[l], C[l], C_pinv[l], C[l + 1], valid[l], valid[l + 1], steps) for l in range(L)]
-    return Reference(a, mean, C, C_pinv, Lambda, E)
+    E, A = [], []
+    for l in range(L):
+        y = interactions(chain[l], a[l], mean[l], C[l], C_pinv[l], C[l + 1], valid[l], valid[l + 1], steps)
+        fhat_next = [(a_x[v] - mean[l + 1]) @ C[l + 1] for a_x, v in zip(a[l + 1], valid[l + 1], strict=True)]
+        E.append(sum(y_x.square().sum(0) for y_x in y) / valid[l].sum())
+        signed = [torch.einsum("tij,ti->ij", y_x, f) for y_x, f in zip(y, fhat_next, strict=True)]
+        A.append(sum(signed) / valid[l + 1].sum())
+    return Reference(a, mean, C, C_pinv, Lambda, E, A)
 
 
 def fisher_metric(logits: Tensor) -> Tensor:
@@ -194,6 +201,31 @@ def jacobian_metric(
     return M
 
 
+def interactions(
+    F: Callable[[Tensor], Tensor],
+    a: Tensor,
+    mu: Tensor,
+    C: Tensor,
+    C_pinv: Tensor,
+    C_next: Tensor,
+    valid: Tensor,
+    valid_next: Tensor,
+    steps: int = 0,
+) -> list[Tensor]:
+    """``y_ij(x, t) = sum_s [d fhat'_{t,i} / d fhat_{s,j}] fhat_{s,j}`` of each sample, ``(S', r', r)``.
+
+    Samples ``a`` have the shape ``(n, S, d)``; only valid positions count.
+    """
+    y = []
+    for x, a_x in enumerate(a):
+        J = averaged_jacobian(F, a_x, mu, steps, valid[x])
+        J = J[valid_next[x]][:, :, valid[x]]
+        J_hat = torch.einsum("pi,tpsd,jd->tisj", C_next, J, C_pinv)
+        fhat = (a_x[valid[x]] - mu) @ C
+        y.append(torch.einsum("tisj,sj->tij", J_hat, fhat))
+    return y
+
+
 def edges(
     F: Callable[[Tensor], Tensor],
     a: Tensor,
@@ -206,14 +238,8 @@ def edges(
     steps: int = 0,
 ) -> Tensor:
     """The edges ``E`` of a section between two bases, from samples ``a`` of shape ``(n, S, d)``."""
-    E = torch.zeros(C_next.shape[1], C.shape[1]).double()
-    for x, a_x in enumerate(a):
-        J = averaged_jacobian(F, a_x, mu, steps, valid[x])
-        J = J[valid_next[x]][:, :, valid[x]]
-        J_hat = torch.einsum("pi,tpsd,jd->tisj", C_next, J, C_pinv)
-        fhat = (a_x[valid[x]] - mu) @ C
-        E += torch.einsum("tisj,sj->tij", J_hat, fhat).square().sum(0) / valid.sum()
-    return E
+    y = interactions(F, a, mu, C, C_pinv, C_next, valid, valid_next, steps)
+    return sum(y_x.square().sum(0) for y_x in y) / valid.sum()
 
 
 def keep_features(a: Tensor, mean: Tensor, C: Tensor, C_pinv: Tensor, kept: Sequence[int], valid: Tensor) -> Tensor:

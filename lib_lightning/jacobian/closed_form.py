@@ -190,7 +190,7 @@ class ClosedEdges:
         A, B = ((factor / k).to(s).contiguous() for factor, k in zip((self.A, self.B), sizes, strict=True))
         identity = None if self.identity is None else (self.identity / (sizes[0] * sizes[1])).to(s)
         values, next_size = values.to(s), _size(next_values)
-        next_values = (next_values / next_size).to(s)
+        next_T = (next_values / next_size).to(s).T.contiguous()
         total = self.A.new_zeros(len(A), B.shape[1])
         signed = torch.zeros_like(total)
         rows, r_in = max(1, min(len(s), ROWS)), B.shape[1]
@@ -200,15 +200,15 @@ class ClosedEdges:
         for i in parts_of(range(0, len(A), features)):
             A_i = A[i : i + features]
             A_i_B = (A_i.T[:, :, None] * B[:, None]).flatten(1) if factors_first else None
-            next_i = next_values[:, i : i + features]
-            for s_x, values_x, next_x in zip(s.split(rows), values.split(rows), next_i.split(rows), strict=True):
+            next_i = next_T[i : i + features, None]
+            for s_x, values_x, next_x in zip(s.split(rows), values.split(rows), next_i.split(rows, 2), strict=True):
                 J = (s_x[:, None] * A_i) @ B if A_i_B is None else (s_x @ A_i_B).unflatten(1, (-1, r_in))
                 if identity is not None:
                     J += identity[i : i + features]
                 J.mul_(values_x[:, None])
                 # An entry has taken h multiplications; this is one more. Moments sum_x fhat'_i s_h fhat_j, multiplied
                 # with A_ih B_hj in the end, would take another h.
-                signed[i : i + features] += to_float64((next_x.T[:, None] @ J.transpose(0, 1))[:, 0])
+                signed[i : i + features] += to_float64((next_x @ J.transpose(0, 1))[:, 0])
                 total[i : i + features] += to_float64(J.square_().sum(0))
         scale = sizes[0] * sizes[1] * to_float64(size)
         return total * scale.square(), signed * (scale * to_float64(next_size))

@@ -62,6 +62,10 @@ def assert_same(graph: InteractionGraph, reference: Reference) -> None:
         assert E.dtype == torch.float64
         assert (E >= 0).all()
         assert close(E, expected)
+    # Of one feature of each pair the sign is free, and with it that of neither product.
+    for A, expected in zip(graph.attributions.values(), reference.A, strict=True):
+        assert A.dtype == torch.float64
+        assert close(A, expected)
 
 
 @pytest.mark.parametrize("basis", ["lib", "pca", "neuron"])
@@ -104,6 +108,8 @@ def test_result_does_not_depend_on_batches_and_vectors_per_call(
         assert close(basis.importance, expected.importance)
     for E, expected_E in zip(found.edges, whole.edges.values(), strict=True):
         assert close(E, expected_E)
+    for A, expected_A in zip(found.attributions, whole.attributions.values(), strict=True):
+        assert close(A, expected_A)
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,10 @@ def test_forward_and_reverse_mode_give_the_same_edges(case: Case) -> None:
     ):
         forward, reverse = Edges(before, after), Edges(before, after)
         for edges, update in ((forward, forward.update_forward), (reverse, reverse.update_reverse)):
-            edges.rows += section.n * section.S_in
-            update(section, before.encode(section.a))
+            edges.count(section)
+            update(section, before.encode(section.a), after.encode(section.a_out))
         torch.testing.assert_close(forward.E, reverse.E, rtol=1e-9, atol=1e-12 * float(reverse.E.amax()))
+        torch.testing.assert_close(forward.A, reverse.A, rtol=1e-9, atol=1e-12 * float(reverse.A.abs().amax()))
 
 
 def test_derivatives_must_be_finite() -> None:
@@ -46,14 +47,16 @@ def test_derivatives_must_be_finite() -> None:
 
 
 @pytest.mark.parametrize("mode", ["forward", "reverse"])
-def test_edges_from_a_sample_of_features_are_unbiased(mode: str) -> None:
+def test_edges_and_attributions_from_a_sample_of_features_are_unbiased(mode: str) -> None:
     section, before, after = _attention_section()
     fhat = before.encode(section.a)
-    exact = _edges(before, after, section, fhat, None, 0, mode).E
-    several = torch.stack([_edges(before, after, section, fhat, 3, seed, mode).E for seed in range(300)])
-    error = several.std(0) / len(several) ** 0.5
-    assert ((several.mean(0) - exact).abs() <= 4.5 * error + 1e-12 * exact.max()).all()
-    assert (several.std(0) > 0).any(), "nothing was chosen at random"
+    exact = _edges(before, after, section, fhat, None, 0, mode)
+    sampled = [_edges(before, after, section, fhat, 3, seed, mode) for seed in range(300)]
+    for name in ("E", "A"):
+        expected, several = getattr(exact, name), torch.stack([getattr(edges, name) for edges in sampled])
+        error = several.std(0) / len(several) ** 0.5
+        assert ((several.mean(0) - expected).abs() <= 4.5 * error + 1e-12 * expected.abs().max()).all()
+        assert (several.std(0) > 0).any(), "nothing was chosen at random"
 
 
 def test_sampled_edges_are_exact_if_all_features_are_pushed(case: Case) -> None:
@@ -62,22 +65,25 @@ def test_sampled_edges_are_exact_if_all_features_are_pushed(case: Case) -> None:
     sampled = compute_interaction_graph(case.model, [case.data], case.node_layers, n_pushed=10**6, **options)
     for section, E in exact.edges.items():
         torch.testing.assert_close(sampled.edges[section], E, rtol=1e-9, atol=1e-12 * float(E.amax()))
+        A = exact.attributions[section]
+        torch.testing.assert_close(sampled.attributions[section], A, rtol=1e-9, atol=1e-12 * float(A.abs().amax()))
 
 
 def test_standard_errors_include_the_choice_of_features() -> None:
     """In 100 repetitions with other samples and other choices, about as many intervals hold the truth as should."""
     section, before, after = _attention_section(n=4000)
     fhat = before.encode(section.a)
-    truth = _edges(before, after, section, fhat, None, 0, "forward").E
-    inside, weights = torch.zeros_like(truth), truth / truth.sum()
+    truth = _edges(before, after, section, fhat, None, 0, "forward")
+    inside = torch.zeros(2, *truth.E.shape)
     for repetition in range(100):
         samples = torch.randperm(section.n, generator=torch.Generator().manual_seed(repetition))[:128]
         part = _section_of(section.a[samples])
         part.group_slices = list(group_slices(0, 128, 128, GROUPS))
         edges = _edges(before, after, part, before.encode(part.a), 4, repetition, "forward", GROUPS)
-        inside += (edges.E - truth).abs() <= standard_error(edges.replicates)
-    coverage = float((inside / 100 * weights).sum())
-    assert 0.6 <= coverage <= 0.75
+        inside[0] += (edges.E - truth.E).abs() <= standard_error(edges.replicates)
+        inside[1] += (edges.A - truth.A).abs() <= standard_error(edges.attribution_replicates)
+    for counts, weights in zip(inside, (truth.E, truth.A.abs()), strict=True):
+        assert 0.6 <= float((counts / 100 * weights / weights.sum()).sum()) <= 0.75
 
 
 def test_an_eighth_of_the_products_is_enough_in_a_trained_transformer(trained_gpt2: tuple[nn.Module, Tensor]) -> None:
@@ -121,13 +127,12 @@ def _edges(
     groups: int = 1,
 ) -> Edges:  # fmt: skip
     edges = Edges(before, after, groups, n_pushed=n_pushed, generator=torch.Generator().manual_seed(seed))
-    for group, samples in section.group_slices:
-        edges.rows[group] += section.num_valid(samples)
+    edges.count(section)
     sampled, exact = {
         "forward": (edges.update_sampled, edges.update_forward),
         "reverse": (edges.update_sampled_reverse, edges.update_reverse),
     }[mode]
-    (exact if n_pushed is None else sampled)(section, fhat)
+    (exact if n_pushed is None else sampled)(section, fhat, after.encode(section.a_out))
     return edges
 
 

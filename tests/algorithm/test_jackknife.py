@@ -27,7 +27,7 @@ from tests.algorithm.two_threads import in_two
 from tests.cases import Case, N
 from tests.computing import activations_of
 from tests.conftest import CASES
-from tests.reference import edges, fisher_metric, jacobian_metric
+from tests.reference import fisher_metric, interactions, jacobian_metric
 
 RTOL = 1e-11
 SIZES = (7, 2, 11)
@@ -71,8 +71,11 @@ def test_groups_do_not_change_the_result(case: Case) -> None:
         assert a.degenerate is None
     for E, expected in zip(many.edges, one.edges, strict=True):
         assert close(E, expected, 1e-12)
-    assert all(len(x) == 0 for x in (*one.importance_replicates, *one.edge_replicates))
-    assert all(len(x) == 8 for x in (*many.importance_replicates, *many.edge_replicates))
+    for A, expected in zip(many.attributions, one.attributions, strict=True):
+        assert close(A, expected, 1e-12)
+    for built, n in ((one, 0), (many, 8)):
+        replicates = *built.importance_replicates, *built.edge_replicates, *built.attribution_replicates
+        assert all(len(x) == n for x in replicates)
 
 
 OPTIONS: list[dict[str, object]] = [
@@ -128,11 +131,17 @@ def assert_replicates(case: Case, built: BuildResult, groups: list[int], steps: 
                 expected = expected * (C_pinv @ M @ C_pinv.T).diagonal()
             assert close(built.importance_replicates[l][g], expected, 1e-8)
             if l < last:
-                E = edges(
+                y = interactions(
                     case.sections[l], a[l][rest], basis.mean, C, C_pinv, built.bases[l + 1].to_features,
                     *counts[l : l + 2], steps,
                 )  # fmt: skip
+                E = sum(y_x.square().sum(0) for y_x in y) / counts[l].sum()
                 assert close(built.edge_replicates[l][g], E, 1e-8)
+                fhat_next = built.bases[l + 1].encode(a[l + 1][rest])
+                values = [f[v] for f, v in zip(fhat_next, counts[l + 1], strict=True)]
+                A = sum(torch.einsum("tij,ti->ij", *pair) for pair in zip(y, values, strict=True)) / counts[l + 1].sum()
+                # Terms of both signs cancel, rounding errors do not.
+                assert (built.attribution_replicates[l][g] - A).abs().max() <= 1e-8 * max(A.abs().max(), E.max())
 
 
 @pytest.mark.parametrize("stack_elements", [1, 10**6])
@@ -240,25 +249,28 @@ def test_errors_of_importances_are_their_spread_over_new_samples(options: dict[s
 
 
 @pytest.mark.parametrize("basis", ["lib", "pca", "neuron"])
-def test_errors_of_edges_are_their_spread_over_new_samples_for_fixed_features(basis: str) -> None:
+def test_errors_of_edges_and_attributions_are_their_spread_over_new_samples_for_fixed_features(basis: str) -> None:
     graphs = drawn(basis=basis)
     first, instrumented = graphs[0], InstrumentedModel(network(), as_node_layers(LAYERS))
     bases = list(first.bases.values())
-    found: list[list[Tensor]] = [[] for _ in first.edges]
+    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in first.edges]
     for seed in range(DRAWS):
         x = gaussian(1500, 6, seed) * SCALE
         for l, section in enumerate(sections(instrumented, x, [b.mean for b in bases], 0, 2**18)):
             total = Edges(bases[l], bases[l + 1])
-            total.update(section, bases[l].encode(section.a))
-            found[l].append(total.E)
-    for (pair, E), numbers in zip(first.edges.items(), found, strict=True):
-        strong = 1e-3 * E.max() < E
-        # Each error is known to a quarter, their mean better.
-        assert coverage(first.edge_errors[pair][None], torch.stack(numbers), strong) == pytest.approx(1, abs=0.25)
-        if basis == "neuron":  # neurons are the same features for all draws
-            errors = torch.stack([graph.edge_errors[pair] for graph in graphs])
-            edges_found = torch.stack([graph.edges[pair] for graph in graphs])
-            assert coverage(errors, edges_found, strong) == pytest.approx(1, abs=0.25)
+            total.update(section, bases[l].encode(section.a), bases[l + 1].encode(section.a_out))
+            found[l].append((total.E, total.A))
+    for pair, numbers in zip(first.edges, found, strict=True):
+        strong = 1e-3 * first.edges[pair].max() < first.edges[pair]
+        both = (("edges", "edge_errors"), ("attributions", "attribution_errors"))
+        for (name, of_errors), values in zip(both, zip(*numbers, strict=True), strict=True):
+            # Each error is known to a quarter, their mean better.
+            error = getattr(first, of_errors)[pair]
+            assert coverage(error[None], torch.stack(values), strong) == pytest.approx(1, abs=0.25)
+            if basis == "neuron":  # neurons are the same features for all draws
+                errors = torch.stack([getattr(graph, of_errors)[pair] for graph in graphs])
+                in_draws = torch.stack([getattr(graph, name)[pair] for graph in graphs])
+                assert coverage(errors, in_draws, strong) == pytest.approx(1, abs=0.25)
 
 
 @pytest.mark.parametrize("name", ["mlp_tanh", "positions", "padded"])
@@ -281,7 +293,9 @@ def test_groups_of_two_processes_are_combined(name: str, own: int) -> None:
     for a, b in zip(built[0].bases, built[1].bases, strict=True):
         assert torch.equal(a.importance_error, b.importance_error)
         assert torch.equal(a.degenerate, b.degenerate)
-    assert all(torch.equal(a, b) for a, b in zip(built[0].edge_replicates, built[1].edge_replicates, strict=True))
+    for name in ("edges", "attributions", "edge_replicates", "attribution_replicates"):
+        for a, b in zip(getattr(built[0], name), getattr(built[1], name), strict=True):
+            assert torch.equal(a, b)
     numbers = [[index * groups // n for index in range(n)] for n in (own, N - own)]
     assert_replicates(case, built[0], [*numbers[0], *numbers[1]])
 

@@ -112,9 +112,9 @@ def edges_of(
         before = replace(before, importance=torch.ones_like(before.importance))
     edges = Edges(before, after, n_pushed=n_pushed, generator=torch.Generator().manual_seed(seed))
     for section in parts:
-        edges.rows[0] += section.n * section.S_in
-        fhat = before.encode(section.a)
-        (edges.update_forward if n_pushed is None else edges.update_sampled)(section, fhat)
+        edges.count(section)
+        features = before.encode(section.a), after.encode(section.a_out)
+        (edges.update_forward if n_pushed is None else edges.update_sampled)(section, *features)
     return edges
 
 

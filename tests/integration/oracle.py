@@ -98,8 +98,12 @@ def assert_exact(
             identity = torch.einsum("ntisj,ntisk->jk", Jhat, Jhat) / count
             close(identity, torch.eye(len(identity)).double())
         moved = torch.einsum("ntisd,jd,nsj->ntij", G, bases[l].from_features, features[l])
-        E = graph.edges[graph.node_layers[l], graph.node_layers[l + 1]]
-        close(E, moved.square().sum((0, 1)) / count)
+        section = graph.node_layers[l], graph.node_layers[l + 1]
+        close(graph.edges[section], moved.square().sum((0, 1)) / count)
+        A = torch.einsum("ntij,nti->ij", moved, features[l + 1]) / masks[l + 1].sum()
+        # Where positive and negative terms cancel, what is left has the error of the terms.
+        terms = torch.einsum("ntij,nti->ij", moved.abs(), features[l + 1].abs()) / masks[l + 1].sum()
+        assert_close(graph.attributions[section], A, tolerance, terms)
 
 
 def assert_same_graph(actual: InteractionGraph, expected: InteractionGraph, tolerance: float = 1e-8) -> None:
@@ -112,12 +116,18 @@ def assert_same_graph(actual: InteractionGraph, expected: InteractionGraph, tole
     for E, expected_E in zip(actual.edges.values(), expected.edges.values(), strict=True):
         assert expected_E.max() > 0
         assert_close(E, expected_E, tolerance)
+    for A, expected_A, E in zip(
+        actual.attributions.values(), expected.attributions.values(), expected.edges.values(), strict=True
+    ):
+        assert_close(A, expected_A, tolerance, E)
 
 
-def assert_close(actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
-    """Compare tensors with a tolerance relative to the largest entry."""
+def assert_close(
+    actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE, scale: Tensor | None = None
+) -> None:
+    """Compare tensors with a tolerance relative to the largest entry, or to that of another tensor."""
     assert actual.shape == expected.shape
-    error = (actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12)
+    error = (actual - expected).abs().max() / (expected if scale is None else scale).abs().max().clamp(min=1e-12)
     assert error < tolerance, f"off by {error:.1e} of the largest entry"
 
 

@@ -109,7 +109,7 @@ def test_general_sections(n_probes: int | None) -> None:
     metric.update(section)
     assert metric.M.device == metric.gram.squared_lengths(numbers(R, D)).device == DEVICE
     edges = Edges(basis(D, R), basis(D, R), groups=2)
-    edges.update(section, numbers(N, S, R))
-    edges.update_forward(section, numbers(N, S, R))
-    edges.update_reverse(section, numbers(N, S, R))
-    assert edges.E.device == DEVICE
+    edges.update(section, numbers(N, S, R), numbers(N, S, R))
+    edges.update_forward(section, numbers(N, S, R), numbers(N, S, R))
+    edges.update_reverse(section, numbers(N, S, R), numbers(N, S, R))
+    assert edges.E.device == edges.A.device == DEVICE

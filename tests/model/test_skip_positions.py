@@ -94,6 +94,8 @@ def test_graph_against_literal_sums_over_the_others(skip: int | list[int] | slic
         torch.testing.assert_close(basis.importance, expected.Lambda[l], rtol=1e-7, atol=1e-10)
     for E, reference in zip(graph.edges.values(), expected.E, strict=True):
         torch.testing.assert_close(E, reference, rtol=1e-6, atol=1e-9)
+    for A, reference in zip(graph.attributions.values(), expected.A, strict=True):
+        torch.testing.assert_close(A, reference, rtol=1e-6, atol=1e-9)
 
 
 def test_identities_hold_without_the_left_out_positions() -> None:
