@@ -66,7 +66,7 @@ def assert_equal(one: BuildResult, other: BuildResult, rtol: float = 1e-8) -> No
         importances = [b.importance for b in result.bases]
         importances += [b.output_importance for b in result.bases if b.output_importance is not None]
         found = [*importances, *result.edges, *result.attributions]
-        return found + [*result.importance_replicates, *result.edge_replicates, *result.attribution_replicates]
+        return [*found, *result.importance_replicates, *result.edge_replicates, *result.attribution_replicates]
 
     # A replicate may be only rounding error (the variance of one sample): relative to the numbers that it replicates.
     replicated = [*(b.importance for b in other.bases), *other.edges, *other.attributions]

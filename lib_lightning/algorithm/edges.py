@@ -32,9 +32,9 @@ class Edges(Reducible):
     """Streaming edges ``E`` and attributions ``A`` of one section, from the same products.
 
     ``E_ij = 1/(n S) sum_x sum_t y_ij^2`` and ``A_ij = 1/(n S') sum_x sum_t y_ij fhat'_{t,i}`` with
-    ``y_ij(x, t) = sum_s [d fhat'_{t,i} / d fhat_{s,j}] fhat_{s,j}``. Edges are an average over the positions ``S`` of the
-    node layer before, as importances of its features are; attributions over the positions ``S'`` of the one after, as
-    they are shares of the variance of its features.
+    ``y_ij(x, t) = sum_s [d fhat'_{t,i} / d fhat_{s,j}] fhat_{s,j}``. Edges are an average over the positions ``S`` of
+    the node layer before, as importances of its features are; attributions over the positions ``S'`` of the one after,
+    as they are shares of the variance of its features.
 
     Args:
         before: Basis of the node layer with features ``j``.

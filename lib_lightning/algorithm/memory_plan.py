@@ -136,8 +136,9 @@ def plan_memory(
             + _WITHOUT_OUTPUT
             * (widest == OUTPUT and len(captured) > 2)
         )
-    # A metric for each node layer and the edges of each section, once for each group.
-    sums = 8 * (sum(d * d + d * d_next for d, d_next in itertools.pairwise(ranks)) + workload.fisher * widths[-1] ** 2)
+    # A metric for each node layer, and edges and attributions of each section, once for each group.
+    sums = 8 * sum(d * d + 2 * d * d_next for d, d_next in itertools.pairwise(ranks))
+    sums += 8 * workload.fisher * widths[-1] ** 2
     groups = next((g for g in (GROUPS, GROUPS // 2, 2) if matrices + g * sums <= memory_limit // 2), 1)
     itemsize = captured[0].a.element_size()
     outputs = max(layer.a.numel() for layer in captured)

@@ -10,7 +10,13 @@ section is the same matrix everywhere. Sums over samples then need no backward p
     sum_x (d fhat'_i / d fhat_j  fhat_j) fhat'_i  = sum_x (A_i diag(s) B_j) fhat_j fhat'_i,
 
 with ``*`` the elementwise product: ``(A diag(s))^T (A diag(s)) = (A^T A) * (s s^T)``. A residual connection adds
-``C' C'^T``, and ``C' A * sum_x s`` twice, to the first sum, and ``C'_i C^+_j`` inside the square of the second.
+``C' C'^T``, and ``C' A * sum_x s`` twice, to the first sum, and ``C'_i C^+_j`` to the interactions in the others.
+
+The third sum is linear in the Jacobian, so that moments could be summed before it is formed:
+``sum_h A_ih B_hj sum_x fhat'_i s_h fhat_j + C'_i C^+_j sum_x fhat'_i fhat_j``. That takes ``h`` multiplications for
+each ``x, i, j``, as many as all interactions ``y_ij(x)``, which the second sum forms in any case, and from which the
+third takes one. In an affine section both are sums of the moments alone, ``J_ij^2 sum_x fhat_j^2`` and
+``J_ij sum_x fhat_j fhat'_i``.
 """
 
 from __future__ import annotations
@@ -205,9 +211,7 @@ class ClosedEdges:
                 J = (s_x[:, None] * A_i) @ B if A_i_B is None else (s_x @ A_i_B).unflatten(1, (-1, r_in))
                 if identity is not None:
                     J += identity[i : i + features]
-                J.mul_(values_x[:, None])
-                # An entry has taken h multiplications; this is one more. Moments sum_x fhat'_i s_h fhat_j, multiplied
-                # with A_ih B_hj in the end, would take another h.
+                J.mul_(values_x[:, None])  # the interactions y_ij(x)
                 signed[i : i + features] += to_float64((next_x @ J.transpose(0, 1))[:, 0])
                 total[i : i + features] += to_float64(J.square_().sum(0))
         scale = sizes[0] * sizes[1] * to_float64(size)

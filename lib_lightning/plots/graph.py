@@ -20,7 +20,19 @@ from lib_lightning.plots.animated_layout import AnimatedLayout
 from lib_lightning.plots.layout import Band, Column, columns_by_importance, columns_by_module, inside_modules
 from lib_lightning.plots.legend import DASHES, MAX_WIDTH, ROW, dot_area, draw_legend, edge_style, legend_rows
 from lib_lightning.plots.lineage_series import as_array, degenerate_mask
-from lib_lightning.plots.palette import BETWEEN_MODULES, BLUE, MODULES, MUTED, TEXT, THEME, VERMILION, module_color
+from lib_lightning.plots.palette import (
+    AGAINST,
+    BETWEEN_MODULES,
+    BLUE,
+    DRIVES,
+    MODULES,
+    MUTED,
+    TEXT,
+    THEME,
+    VERMILION,
+    module_color,
+    paler,
+)
 from lib_lightning.plots.text_metrics import DPI, fit_names, non_overlapping, percent, shorten, text_width
 
 # Inches. With modules, there is one more line of counts below the graph.
@@ -76,8 +88,9 @@ def draw_graph(
         annotations: Modules, labels and lineages. A module is a band at the same height in all columns.
         layout: Layout of the previous graphs, updated with this one: features that it knows keep their positions. Its
             own limit replaces ``max_features``, and modules are not drawn as bands.
-        attributions: One signed matrix for each of ``edges``, to draw lines by sign: solid where a feature drives the
-            other, dashed and in another colour where it holds against it. None to draw them without signs.
+        attributions: One signed matrix for each of ``edges``, to draw lines by sign: in one colour where a feature
+            drives the other, in another and dashed where it holds against it, and paler between modules. None to draw
+            them without signs.
 
     Returns:
         A matplotlib figure that is not registered with pyplot, so it is freed when it is no longer referenced.
@@ -126,7 +139,8 @@ def draw_graph(
     column_width = 72 * axes.bbox.width / DPI / np.ptp(axes.get_xlim())
     headings, size = fit_names(tuple(basis.name for basis in bases), column_width - 6, _NAME_SIZE, 7.0, lines=3)
     for x, (basis, column) in enumerate(zip(bases, columns, strict=True)):
-        _draw_column(axes, x, basis, column, hollow[x], (headings[x], size), is_animated=layout is not None)
+        color = VERMILION if attributions is None else MUTED  # where lines have the colours of signs
+        _draw_column(axes, x, basis, column, hollow[x], (headings[x], size), color, is_animated=layout is not None)
         next_column = columns[x + 1] if x + 1 < len(columns) else None
         _draw_labels(axes, x, column, shown_labels[x], next_column)
     draw_legend(figure, rows)
@@ -192,41 +206,50 @@ def _draw_section(
         # Among many edges, lines are thinner, to keep them distinguishable.
         max_width = MAX_WIDTH * min(1.0, math.sqrt(THEME["edge"]["crowd"] / len(order)))
         widths, rgba[:, 3] = edge_style(share, max_width)
+        within = None if inside is None else inside[grid][i, j]
+        dashed = np.zeros(len(i), dtype=bool)
         if attributions is not None:
             # Dashes as well as colours, so that signs are visible in black and white.
-            against = attributions[grid][i, j] < 0
-            rgba[against, :3] = to_rgb(VERMILION)
-            _draw_lines(axes, lines, widths, rgba, against)
-        elif inside is None:
-            axes.add_collection(LineCollection(lines, linewidths=widths, colors=rgba))
-        else:
-            within = inside[grid][i, j]
+            dashed = attributions[grid][i, j] < 0
+            rgba[:, :3] = _sign_colors(dashed, within)
+            # Dashes of very thin lines are not visible as such.
+            widths = np.maximum(widths, THEME["signs"]["points_min"])
+            rgba[:, 3] = np.maximum(rgba[:, 3], THEME["signs"]["opacity_min"])
+        elif within is not None:
+            dashed = ~within
             if before.modules is not None:
                 ends_in = zip(before.modules[j].tolist(), within, strict=True)
                 rgba[:, :3] = [to_rgb(module_color(m) if is_in else BETWEEN_MODULES) for m, is_in in ends_in]
-            _draw_lines(axes, lines, widths, rgba, ~within)
+        # Lines between modules are drawn first, so that they do not cover edges inside modules.
+        for part in (np.ones(len(i), dtype=bool),) if within is None else (~within, within):
+            for ends_of, dashes in ((dashed, DASHES), (~dashed, "solid")):
+                drawn = part & ends_of
+                segments = [line for line, is_drawn in zip(lines, drawn, strict=True) if is_drawn]
+                if segments:
+                    axes.add_collection(
+                        LineCollection(segments, linewidths=widths[drawn], colors=rgba[drawn], linestyles=dashes)
+                    )
     covered = visible[i, j].sum() / total if total > 0 else 0.0
     counts = f"{len(order):,} of {np.count_nonzero(strength):,} edges\n{percent(covered)} of strength"
     if inside is not None:
         counts += f"\n{percent(strength[inside].sum() / total if total > 0 else 0.0)} inside modules"
     axes.text(
-        x + 0.5, -0.06, counts, ha="center", va="top", fontsize=11, color=BLUE if inside is None else MUTED,
-        linespacing=1.3,
+        x + 0.5, -0.06, counts, ha="center", va="top", fontsize=11, linespacing=1.3,
+        color=BLUE if inside is None and attributions is None else MUTED,
     )  # fmt: skip
 
 
-def _draw_lines(
-    axes: Axes, lines: Sequence[list[tuple[float, float]]], widths: np.ndarray, rgba: np.ndarray, dashed: np.ndarray
-) -> None:
-    # Dashed lines are drawn first, so that they do not cover solid ones.
-    for part, dashes in ((dashed, DASHES), (~dashed, "solid")):
-        segments = [line for line, drawn in zip(lines, part, strict=True) if drawn]
-        axes.add_collection(LineCollection(segments, linewidths=widths[part], colors=rgba[part], linestyles=dashes))
+def _sign_colors(against: np.ndarray, within: np.ndarray | None) -> list[tuple[float, float, float]]:
+    colors = [AGAINST if is_against else DRIVES for is_against in against]
+    if within is not None:
+        colors = [color if is_in else paler(color) for color, is_in in zip(colors, within, strict=True)]
+    return [to_rgb(color) for color in colors]
 
 
 def _draw_column(
-    axes: Axes, x: int, basis: Basis, column: Column, hollow: np.ndarray, heading: tuple[str, float], is_animated: bool
-) -> None:
+    axes: Axes, x: int, basis: Basis, column: Column, hollow: np.ndarray, heading: tuple[str, float], color: str,
+    is_animated: bool,
+) -> None:  # fmt: skip
     importance = as_array(basis.importance)
     shown, heights = column.shown, column.heights
     share = importance[shown] / max(importance.max(initial=0.0), np.finfo(float).tiny)
@@ -236,15 +259,15 @@ def _draw_column(
     area = np.minimum(dot_area(share), ((2.5 if is_animated else 1.1) * spacing) ** 2)
     if column.modules is not None:  # Gaps between bands can leave very little space.
         area = np.maximum(area, 7.0)
-    color = np.array([VERMILION] * len(shown), dtype=object)
+    colors = np.array([color] * len(shown), dtype=object)
     if column.modules is not None:
-        color[:] = [module_color(module) for module in column.modules.tolist()]
+        colors[:] = [module_color(module) for module in column.modules.tolist()]
     # Small dots are drawn over large ones.
     order = np.argsort(-area, kind="stable") if is_animated else np.arange(len(shown))
     axes.scatter(
         np.full(len(shown), x), heights[order], s=area[order], zorder=3, clip_on=False,
-        facecolor=list(np.where(hollow, "white", color)[order]),
-        edgecolor=list(np.where(hollow, color, "white")[order]),
+        facecolor=list(np.where(hollow, "white", colors)[order]),
+        edgecolor=list(np.where(hollow, colors, "white")[order]),
         linewidths=[1.1 if is_hollow else 0.7 for is_hollow in hollow[order]],
     )  # fmt: skip
     count = f"{len(shown)} of {len(importance)}" if len(shown) < len(importance) else f"{len(importance)}"
@@ -256,7 +279,7 @@ def _draw_column(
         x, 1.135, text, parse_math=False, ha="center", va=align, fontsize=size, fontweight="bold", color=TEXT,
         clip_on=False, linespacing=1.0,
     )  # fmt: skip
-    count_color = VERMILION if column.modules is None else MUTED
+    count_color = color if column.modules is None else MUTED
     axes.text(x, 1.055, f"{count} {features}", ha="center", fontsize=11, color=count_color, clip_on=False)
 
 

@@ -10,7 +10,18 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lib_lightning.plots.palette import BETWEEN_MODULES, BLUE, MODULES, MUTED, THEME, VERMILION, module_color
+from lib_lightning.plots.palette import (
+    AGAINST,
+    BETWEEN_MODULES,
+    BLUE,
+    DRIVES,
+    MODULES,
+    MUTED,
+    THEME,
+    VERMILION,
+    module_color,
+    paler,
+)
 
 # Inches from one row to the next.
 ROW = 0.324
@@ -93,9 +104,8 @@ def legend_rows(
         >>> [row.meaning.split(":")[0] for row in legend_rows(hollow=True)]
         ['lines', 'dots', '']
     """
-    # With modules, colours have a meaning of their own, so sizes and widths are explained in grey.
-    dot, line = (VERMILION, BLUE) if modules is None else (MUTED, MUTED)
-    line = MUTED if signs else line
+    # With modules or signs, colours have a meaning of their own, so sizes and widths are explained in grey.
+    dot, line = (VERMILION, BLUE) if modules is None and not signs else (MUTED, MUTED)
     lines = []
     for share in (1, 0.1, 0.01):
         width, opacity = edge_style(share)
@@ -114,8 +124,7 @@ def legend_rows(
         meaning = f"numbers: {numbers}" if numbers else ""
         rows.append(Row(meaning, [mark for mark, _ in marks], [label for _, label in marks]))
     if signs:
-        drives, against = Line2D([], [], color=BLUE, lw=2), Line2D([], [], color=VERMILION, lw=2, ls=DASHES)
-        rows.append(Row("sign of the attribution", [drives, against], ["drives", "holds against"]))
+        rows.append(_signs(modules is not None))
     if modules is not None:
         rows.append(_modules(modules))
     return rows
@@ -145,6 +154,14 @@ def draw_legend(figure: Figure, rows: Sequence[Row]) -> None:
             frameon=False, fontsize=_FONT_SIZE, labelcolor=MUTED, handlelength=row.length, handletextpad=0.5,
             columnspacing=1.2 if row.length > 1 else 0.8,
         )  # fmt: skip
+
+
+def _signs(modules: bool) -> Row:
+    colors = [(DRIVES, "-", "drives"), (AGAINST, DASHES, "holds against")]
+    if modules:
+        colors.append((paler(DRIVES), "-", "between modules"))
+    handles = [Line2D([], [], color=color, lw=2, ls=dashes) for color, dashes, _ in colors]
+    return Row("colours of lines", handles, [label for *_, label in colors])
 
 
 def _modules(modules: Sequence[int]) -> Row:

@@ -24,6 +24,8 @@ MODULES: tuple[str, ...] = tuple(_COLORS[name] for name in THEME["modules"])
 OTHER_MODULES, NO_MODULE = THEME["other_modules"], THEME["no_module"]
 # Lines between modules.
 BETWEEN_MODULES = THEME["between_modules"]
+# Lines where a feature drives another, and where it holds against it.
+DRIVES, AGAINST = _COLORS[THEME["signs"]["drives"]], _COLORS[THEME["signs"]["against"]]
 BASIS_NAMES: dict[str, str] = THEME["basis_names"]
 BASES = dict(zip(BASIS_NAMES, _SERIES, strict=False))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -45,6 +47,24 @@ def module_color(number: int) -> str:
     if number < 0:
         return str(NO_MODULE)
     return MODULES[number] if number < len(MODULES) else str(OTHER_MODULES)
+
+
+def paler(color: str) -> str:
+    """The colour of a line between modules, where colours stand for signs.
+
+    Args:
+        color: `DRIVES` or `AGAINST`.
+
+    Returns:
+        The colour mixed with white.
+
+    Example:
+        >>> paler("#000000")
+        '#999999'
+    """
+    share = THEME["signs"]["between_modules"]
+    parts = (int(color[k : k + 2], 16) for k in (1, 3, 5))
+    return "#" + "".join(f"{round(255 * share + part * (1 - share)):02X}" for part in parts)
 
 
 def label_group(label: str) -> str:

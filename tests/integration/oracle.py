@@ -122,9 +122,7 @@ def assert_same_graph(actual: InteractionGraph, expected: InteractionGraph, tole
         assert_close(A, expected_A, tolerance, E)
 
 
-def assert_close(
-    actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE, scale: Tensor | None = None
-) -> None:
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE, scale: Tensor | None = None) -> None:
     """Compare tensors with a tolerance relative to the largest entry, or to that of another tensor."""
     assert actual.shape == expected.shape
     error = (actual - expected).abs().max() / (expected if scale is None else scale).abs().max().clamp(min=1e-12)

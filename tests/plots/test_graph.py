@@ -13,11 +13,13 @@ import pytest
 import torch
 from matplotlib import pyplot
 from matplotlib.collections import LineCollection
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lib_lightning.plots.graph import draw_graph
+from lib_lightning.plots.graph import Annotations, draw_graph
 from lib_lightning.plots.image import render_png
+from lib_lightning.plots.palette import AGAINST, DRIVES, paler
 from tests.plots.pages import layer
 
 
@@ -48,6 +50,26 @@ def test_the_strongest_edges_are_drawn_last() -> None:
     assert widths[1] > widths[0]
     assert opacity[1] > opacity[0]
     assert "2 of 3 edges\n97% of strength" in texts(figure)
+
+
+@pytest.mark.parametrize("modules", [None, [torch.tensor([0, 1]), torch.tensor([0, 1])]])
+def test_signs_are_colours_and_dashes_and_lines_between_modules_are_paler(modules: list[torch.Tensor] | None) -> None:
+    layers = [layer(name, torch.tensor([1.0, 0.1])) for name in "ab"]
+    E, A = torch.tensor([[1.0, 0.25], [0.5, 0.04]]), torch.tensor([[1.0, -0.25], [0.5, -0.04]])
+    figure = draw_graph(layers, [E], annotations=Annotations(modules), attributions=[A])
+    drawn = {}
+    for lines in (c for c in figure.axes[0].collections if isinstance(c, LineCollection)):
+        for segment, color in zip(lines.get_segments(), lines.get_colors(), strict=True):
+            drawn[tuple(map(float, segment[:, 1]))] = (to_hex(color).upper(), lines.get_linestyles()[0][1] is not None)
+    high, low = sorted({y for ends in drawn for y in ends}, reverse=True)
+    between = (lambda color: color) if modules is None else paler
+    assert drawn == {
+        (high, high): (DRIVES, False), (high, low): (between(DRIVES), False),
+        (low, high): (between(AGAINST), True), (low, low): (AGAINST, True),
+    }  # fmt: skip
+    legend = {text.get_text() for box in figure.legends for text in box.get_texts()}
+    assert {"drives", "holds against"} <= legend
+    assert ("between modules" in legend) == (modules is not None)
 
 
 def test_dots_grow_with_importance(wide: Figure) -> None:
