@@ -53,7 +53,14 @@ from lib_lightning.training.reporter import EventHook, SnapshotReporter
 from lib_lightning.training.run_state import RunState
 from lib_lightning.training.samples import SampleConfig, SampleStore
 from lib_lightning.training.schedule import FEWEST, Schedule
-from lib_lightning.training.snapshot import Previous, Snapshot, SnapshotComputer, SnapshotConfig, SnapshotData
+from lib_lightning.training.snapshot import (
+    Previous,
+    Snapshot,
+    SnapshotComputer,
+    SnapshotConfig,
+    SnapshotData,
+    labelled_samples,
+)
 from lib_lightning.training.snapshot_bar import SnapshotBar
 from lib_lightning.training.trainer import (
     call_again_last,
@@ -106,7 +113,8 @@ class LIBCallback(Callback):
         num_samples: Number of validation samples to compute on, over all processes, the same throughout the run: the
             first ones of the validation data. They are read before the first step, which changes nothing in training;
             where that is impossible, snapshots before the first validation use those of the sanity check, and the log
-            says so. None (null) for 2048 at most; see effort.
+            says so. None (null) for 2048 at most; see effort. A labeller that scores its labels looks at four times as
+            many.
         every_n_validations: A snapshot at the first validation and at every n-th one after it. Without any schedule,
             there are up to 20 snapshots from step 0 to the end, log-spaced, and at least 5; in a training of unknown
             length one before training and one at every validation.
@@ -245,8 +253,9 @@ class LIBCallback(Callback):
             ),
             tuple(baselines), metrics, labeller, ablation, memory_limit, follow, effort == "auto",
         )  # fmt: skip
+        kept = _MAX_SAMPLES if num_samples is None else num_samples * labelled_samples(labeller)
         self.sample_config = SampleConfig(
-            _MAX_SAMPLES if num_samples is None else num_samples, dataloader, val_dataloader, ablation is not None,
+            kept, dataloader, val_dataloader, ablation is not None,
             None if ablation is None else ablation.val_dataloader,
         )  # fmt: skip
         self._rendering_config = RenderingConfig(renderer, output_names)
@@ -604,10 +613,10 @@ class LIBCallback(Callback):
         if not self.samples.buffer.is_frozen:  # the whole validation is still to come
             size = instrumented.num_samples(data.batches[0]) if data.batches else 0
             expected = min(self.sample_config.num_samples, validation_samples(trainer, size) or math.inf)
-        elif self._all_samples and expected < self.sample_config.num_samples:
+        elif self._all_samples and expected < int(self._effort_options["num_samples"] or 0):
             rank_zero_info(
-                f"{self.name}: num_samples={self.sample_config.num_samples:,} is more than there are: snapshots use "
-                f"all {expected:,.0f}."
+                f"{self.name}: num_samples={self._effort_options['num_samples']:,} is more than there are: snapshots "
+                f"use all {expected:,.0f}."
             )
         planner = RunPlanner(trainer, self.schedule, self.max_overhead, len(self.computer.prefixes))
         plan, warnings = None, list[str]()
@@ -636,6 +645,8 @@ class LIBCallback(Callback):
         """
         given = {name: value for name, value in self._effort_options.items() if value is not None}
         config = self.config
+        if self._all_samples:  # a labeller may look at more
+            available = min(available, int(given["num_samples"]))
         return PlanSettings(config.config, available, given, config.memory_limit, config.may_choose)
 
     def file_bytes(self, result: PlanResult) -> int:

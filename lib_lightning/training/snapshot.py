@@ -220,7 +220,7 @@ class SnapshotComputer:
 
     @property
     def _has_scores(self) -> bool:
-        return hasattr(self.config.labeller, "label")
+        return labelled_samples(self.config.labeller) > 1
 
     def scalar_keys(self, node_layers: Sequence[str]) -> list[str]:
         """Names of all scalars of a snapshot with these node layers."""
@@ -377,7 +377,8 @@ class SnapshotComputer:
         with self._optional("The labeller failed, and features have no labels", process_group), preserve_rng([]):
             batches = data.batches
             if self._has_scores:
-                batches = data.first(_LABELLED_SAMPLES * graph.info[NUM_SAMPLES], instrumented, process_group)
+                num_samples = labelled_samples(self.config.labeller) * graph.info[NUM_SAMPLES]
+                batches = data.first(num_samples, instrumented, process_group)
             if not batches:
                 return
             found = find_labels(graph, instrumented.model, batches, self.config.labeller, **vars(instrumented.spec))
@@ -407,6 +408,11 @@ class SnapshotComputer:
                 own, other = scalars[f"{self.name}/{key}"], scalars[total]
                 ratios[f"{ratio_prefix}/{key}"] = own / other if other else math.nan
         return ratios
+
+
+def labelled_samples(labeller: Labeller | None) -> int:
+    """How many times the samples that a graph is computed on a labeller looks at: more if it scores its labels."""
+    return _LABELLED_SAMPLES if hasattr(labeller, "label") else 1
 
 
 def with_basis(config: LIBConfig, kind: BasisKind) -> LIBConfig:

@@ -93,3 +93,18 @@ def test_labels_leave_the_training_as_it_is(tmp_path: Path) -> None:
         trainer_of(tmp_path, callback, max_epochs=1).fit(model)
         weights.append([p.detach().clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_more_samples_are_labelled_than_graphs_are_computed_on(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    class Look(ExampleLabels):
+        def label(self, samples: Any) -> Any:
+            seen.append(len(samples.features))
+            return super().label(samples)
+
+    callback = LIBCallback(["net.0:input", "output"], num_samples=7, at_steps=[0], labeller=Look())
+    trainer_of(tmp_path, callback, max_epochs=1).fit(Classes())
+    assert callback.graph is not None
+    assert callback.graph.info["n_samples"] == 7
+    assert set(seen) == {28}
