@@ -7,11 +7,14 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lib_lightning.errors import LIBError, quoted
+from lib_lightning.io.basis_file import write_bytes
 from lib_lightning.viewer.json_text import array, dump, object_
 from lib_lightning.viewer.run_view import RunView
 
@@ -74,6 +77,18 @@ class FeaturePage:
     note: str
     history: dict[str, list[Any]]
     _page: str = field(repr=False, compare=False)
+
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Write the page as one HTML file, which a browser opens without server or network.
+
+        Args:
+            path: The file.
+
+        Returns:
+            Its path.
+        """
+        write_bytes(path, self._page.encode())
+        return Path(path)
 
     def __repr__(self) -> str:
         return "\n".join(line for line in self._lines() if line)

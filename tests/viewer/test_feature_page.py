@@ -88,6 +88,15 @@ def test_the_notebook_shows_the_page_and_loads_nothing(watched: Watched, folder:
     assert {address.split(":")[0] for address in watched.requests} <= {"file", "about", "data"}
 
 
+def test_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ExampleRun(LAYERS, snapshots=4).write(tmp_path / "lightning_logs" / "version_0" / "lib")
+    text = (Path(__file__).parents[2] / "docs" / "feature_page.md").read_text("utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(block, {})
+    assert (tmp_path / "feature.html").read_text("utf-8").startswith("<!DOCTYPE html>")
+
+
 def test_a_page_without_examples_is_one_too(tmp_path: Path) -> None:
     SavedRun(LAYERS, snapshots=2).write(tmp_path / "lib")
     page = Run(tmp_path).feature("hidden/0")
