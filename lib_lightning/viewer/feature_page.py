@@ -228,15 +228,22 @@ def _effect(effect: dict[str, Any] | None) -> str:
 
 def _telling_columns(largest: Sequence[dict[str, Any]], smallest: Sequence[dict[str, Any]]) -> list[int]:
     """Columns of table rows, those first that differ most between both ends, relative to their spread."""
-    ends = [
-        [one["rendering"]["values"] for one in end if (one["rendering"] or {}).get("kind") == "row"]
+    rows = [
+        [
+            [x if isinstance(x, (int, float)) else math.nan for x in one["rendering"]["values"]]
+            for one in end
+            if (one["rendering"] or {}).get("kind") == "row"
+        ]
         for end in (largest, smallest)
     ]
+    if not all(rows):
+        return []
     try:
-        high, low = (np.array(end, dtype=float) for end in ends)
+        high, low = (np.array(end, dtype=float) for end in rows)
         spread = np.concatenate([high, low]).std(axis=0)
-        difference = np.abs(high.mean(axis=0) - low.mean(axis=0)) / np.where(spread > 0, spread, np.inf)
-    except (TypeError, ValueError):  # no rows, or of texts
+        # Columns of texts are not compared.
+        difference = np.nan_to_num(np.abs(high.mean(axis=0) - low.mean(axis=0)) / np.where(spread > 0, spread, np.inf))
+    except ValueError:  # rows of different lengths
         return []
     return [int(c) for c in np.argsort(-difference, kind="stable")[:_COLUMNS]]
 

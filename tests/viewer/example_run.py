@@ -141,7 +141,10 @@ class ExampleRun(SavedRun):
         looks: dict[str, dict[str, Any]] = {
             "tokens": {"tokens": [" " + word if p else word.title() for p, word in enumerate(words)]},
             "image": {"png": _png(rng), "size": [8, 8]},
-            "row": {"columns": [f"column {c}" for c in range(11)], "values": rng.normal(size=11).round(3).tolist()},
+            "row": {
+                "columns": [f"column {c}" for c in range(11)],
+                "values": ["a", *rng.normal(size=10).round(3).tolist()],
+            },
             "series": {"values": rng.normal(size=(2, 24)).cumsum(axis=1).round(3).tolist()},
             "text": {"text": " ".join(words)},
         }
