@@ -18,8 +18,8 @@ from lib_lightning.io.basis_file import write_bytes
 from lib_lightning.viewer.json_text import array, dump, object_
 from lib_lightning.viewer.run_view import RunView
 
-# Examples of each end, interactions of each side and outputs in a terminal; tokens on either side of a position.
-_SHOWN, _AROUND = 3, 5
+# Examples of each end, interactions of each side and outputs in a terminal; letters on either side of a token.
+_SHOWN, _AROUND = 3, 36
 # Columns of a table row.
 _COLUMNS = 5
 _WIDTH = 110
@@ -257,8 +257,8 @@ def _looks(example: dict[str, Any], columns: Sequence[int]) -> str:
     kind = rendering.get("kind")
     if kind == "tokens":
         tokens = [str(token).replace("\n", "\u21b5") for token in rendering["tokens"]]
-        shown = [f"[{token}]" if p == at else token for p, token in enumerate(tokens)]
-        text = "".join(shown if at is None else shown[max(0, at - _AROUND) : at + _AROUND + 1])
+        before, after = ("", "".join(tokens)) if at is None else ("".join(tokens[:at]), "".join(tokens[at + 1 :]))
+        text = before[-_AROUND:] + ("" if at is None else f"[{tokens[at]}]") + after[:_AROUND]
     elif kind == "row":
         names, values = rendering["columns"], rendering["values"]
         text = ", ".join(f"{names[c]}: {values[c]}" for c in columns or range(min(_COLUMNS, len(names))))

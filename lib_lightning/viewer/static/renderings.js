@@ -4,8 +4,8 @@ import {h, s} from "./dom.js";
 import {integer, signed} from "./text.js";
 import {valueColor} from "./palette.js";
 
-// Longer sequences of tokens are cut to the values around the position.
-const MAX_TOKENS = 28;
+// Longer texts are cut to what is around the position.
+const MAX_LETTERS = 110;
 const MAX_TEXT = 280;
 const MAX_COLUMNS = 5;
 const IMAGE_PX = 76;
@@ -56,10 +56,7 @@ function tokensView(example, {tokens}, {shape, scale}) {
   const from = context ? start + position - example.position : position;
   // A layer that has one value for each sample, such as a pooled one, has no token of its own.
   const hasPlace = token !== null && position < tokens.length && (shape?.length > 0 || position > 0);
-  const [first, end] =
-    tokens.length <= MAX_TOKENS
-      ? [0, tokens.length]
-      : [Math.max(0, Math.min(from, position - 8)), Math.min(tokens.length, Math.max(from + known.length, position + 9))];
+  const [first, end] = hasPlace ? windowAround(tokens, from, from + known.length, position) : [0, Math.min(tokens.length, MAX_LETTERS)];
   const shown = [];
   for (let p = first; p < end; p++) {
     if (tokens[p] === "") continue; // padding in front
@@ -85,6 +82,20 @@ function tokensView(example, {tokens}, {shape, scale}) {
     shown,
     end < tokens.length ? h("span", {class: "lib-cut"}, " …") : null,
   );
+}
+
+/** First token and end of a part of a text: the values known, and as much around them as fits into two lines. */
+function windowAround(tokens, from, to, position) {
+  let [first, end] = [Math.max(0, Math.min(from, position)), Math.min(tokens.length, Math.max(to, position + 1))];
+  const letters = (p) => Math.max(1, String(tokens[p] ?? "").length);
+  let count = 0;
+  for (let p = first; p < end; p++) count += letters(p);
+  // A token on each side in turn.
+  while (count < MAX_LETTERS && (first > 0 || end < tokens.length)) {
+    if (first > 0) count += letters(--first);
+    if (end < tokens.length) count += letters(end++);
+  }
+  return [first, end];
 }
 
 /** A token with its line breaks and tabs as signs. */
