@@ -35,7 +35,13 @@ _DETAIL = {
     "nats_error": basis_format.BASIS["output_importance_error"],
     "label_score": basis_format.LABEL_SCORES,
 }
-_SECTION = (basis_format.EDGES, basis_format.EDGE_ERRORS)
+# Matrices of each section, by key in the JSON.
+_SECTION = {
+    "weight": basis_format.EDGES,
+    "error": basis_format.EDGE_ERRORS,
+    "attribution": basis_format.ATTRIBUTIONS,
+    "attribution_error": basis_format.ATTRIBUTION_ERRORS,
+}
 _INTEGERS = {"ids", "parents", "modules", "degenerate"}
 
 
@@ -147,11 +153,11 @@ def read_detail(file: FileStamp, step: int, edges: int) -> str:
     Raises:
         UNREADABLE: If the file is missing, incomplete, or not an interaction graph.
     """
-    tensors, header = _read(file, [*_OUTLINE.values(), *_DETAIL.values(), *_SECTION])
+    tensors, header = _read(file, [*_OUTLINE.values(), *_DETAIL.values(), *_SECTION.values()])
     layers = _layers(tensors, header, _OUTLINE | _DETAIL)
     label_entries = [{"labels": dump(names or None)} for names in _labels(header, layers)]
     sections = [
-        (tensors[basis_format.EDGES.format(i)], tensors.get(basis_format.EDGE_ERRORS.format(i)))
+        {key: tensors[place.format(i)] for key, place in _SECTION.items() if place.format(i) in tensors}
         for i in range(len(layers) - 1)
     ]
     entries = {
@@ -159,7 +165,7 @@ def read_detail(file: FileStamp, step: int, edges: int) -> str:
         "layers": array(
             _features(layer, _OUTLINE | _DETAIL, labels) for layer, labels in zip(layers, label_entries, strict=True)
         ),
-        "sections": array(_section(E, errors, edges) for E, errors in sections),
+        "sections": array(_section(matrices, edges) for matrices in sections),
     }
     return object_(entries)
 
@@ -204,7 +210,10 @@ def _features(layer: dict[str, np.ndarray], keys: Iterable[str], extra: Mapping[
     return object_({**encoded, **(extra or {})})
 
 
-def _section(E: np.ndarray, errors: np.ndarray | None, limit: int) -> str:
+def _section(matrices: Mapping[str, np.ndarray], limit: int) -> str:
+    E = matrices["weight"]
+    if any(values.shape != E.shape for values in matrices.values()):
+        raise ValueError("matrices of a section have different shapes.")
     weights = np.where(np.isfinite(E), E, 0.0).ravel()
     count = int(np.count_nonzero(weights))
     kept = min(count, limit)
@@ -212,12 +221,9 @@ def _section(E: np.ndarray, errors: np.ndarray | None, limit: int) -> str:
     positions = np.argpartition(-weights, kept - 1)[:kept] if kept else np.zeros(0, dtype=np.int64)
     positions = positions[np.lexsort((positions, -weights[positions]))]
     target, source = np.divmod(positions, E.shape[1])
-    edges = {
-        "source": integers(source),
-        "target": integers(target),
-        "weight": numbers(weights[positions]),
-        "error": numbers(None if errors is None else errors.ravel()[positions]),
-    }
+    edges = {"source": integers(source), "target": integers(target), "weight": numbers(weights[positions])}
+    for key in ("error", "attribution", "attribution_error"):
+        edges[key] = numbers(matrices[key].ravel()[positions] if key in matrices else None)
     return object_(
         {
             "count": dump(count),

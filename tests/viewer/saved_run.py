@@ -102,6 +102,8 @@ class SavedRun:
             {name: torch.tensor([i % 3 - 1 for i in own]) for name, own in zip(self.layers, rows, strict=True)},
             {name: [self._label(i, k) for i in own] for name, own in zip(self.layers, ids, strict=False)},
         )
+        graph.attributions = {pair: (0.5 - E / E.max()) * E for pair, E in edges.items()}
+        graph.attribution_errors = {pair: E / 20 for pair, E in edges.items()}
         for name, layer, own in zip(self.layers, self.lineages, ids, strict=False):
             new = torch.tensor([k == 0 or layer[i].birth == k for i in own])
             similarity = torch.tensor([0.9 + 0.01 * (i % 9) for i in own], dtype=torch.float64)

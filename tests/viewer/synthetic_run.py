@@ -162,6 +162,9 @@ class SyntheticRun:
             weight, source, target = self.section(k, l)
             kept = min(edges, self.edges_)
             held = {"source": source[:kept], "target": target[:kept], "weight": weight[:kept], "error": None}
+            signs = [-1 if (i + j) % 3 == 0 else 1 for i, j in zip(source[:kept], target[:kept], strict=True)]
+            held["attribution"] = [sign * w / 2 for sign, w in zip(signs, weight, strict=False)]
+            held["attribution_error"] = [w / 10 for w in weight[:kept]]
             sections.append({"count": len(weight), "strength": sum(weight), "strongest": weight[0], "edges": held})
         layers = [self._layer(k, l) for l in range(len(self.layers))]
         return json.dumps({"step": step, "layers": layers, "sections": sections})

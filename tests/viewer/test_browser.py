@@ -154,6 +154,27 @@ def test_the_tooltip_shows_the_properties_of_a_feature(view: Watched) -> None:
     assert view.role("tooltip").is_hidden()
 
 
+def test_signs_are_drawn_and_explained_on_request(view: Watched) -> None:
+    assert "holds against" not in view.role("colors").first.inner_text()
+    assert "lines: between modules" in view.role("colors").first.inner_text()
+    view.role("signs").focus()
+    view.page.keyboard.press("Space")
+    assert view.state()
+    key = view.role("colors").first.inner_text()
+    for text in ("drives the next one the way it goes", "holds against it", "faint: between modules"):
+        assert text in key
+    assert "grey lines" not in key
+    section, layers = snapshot(640)["sections"][0], snapshot(640)["layers"]
+    k = section["edges"]["target"].index(layers[1]["ids"].index(5))
+    value, partner = section["edges"]["attribution"][k], layers[0]["ids"][section["edges"]["source"][k]]
+    said = re.search(
+        rf"embed/{partner}\n.*?([+\u2212][^\n]*) ± [^\n]* (drives|holds against)", hover(view, "resid_mid", 5), re.S
+    )
+    assert said is not None
+    assert said[2] == ("drives" if value >= 0 else "holds against")
+    assert float(said[1].replace("\u2212", "-")) == pytest.approx(value, rel=0.1)
+
+
 def test_a_click_follows_a_lineage_over_training(view: Watched) -> None:
     gone = next(one for one in FILM.lineages[2] if one.birth > 0 and one.death == len(STEPS))
     where = view.position(RUN, "resid_post", gone.id)

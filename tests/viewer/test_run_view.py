@@ -121,6 +121,8 @@ def test_the_json_of_a_snapshot_matches_its_graph(logs: Path) -> None:
             order = E.flatten().argsort(descending=True, stable=True)[: section["count"]]
             assert edges["weight"] == rounded(E.flatten()[order])
             assert edges["error"] == rounded(graph.edge_errors[pair].flatten()[order])
+            assert edges["attribution"] == rounded(graph.attributions[pair].flatten()[order])
+            assert edges["attribution_error"] == rounded(graph.attribution_errors[pair].flatten()[order])
             assert edges["target"] == (order // E.shape[1]).tolist()
             assert edges["source"] == (order % E.shape[1]).tolist()
     # Similarities of new features are not known, and one edge is not there.
@@ -147,10 +149,10 @@ def test_edges_that_are_equal_zero_or_nan(tmp_path: Path) -> None:
     graph.edges["input", "hidden"].zero_()
     graph.edges[pair].fill_(0.5)
     graph.edges[pair][0, 1] = math.nan
-    graph.edge_errors = {}
+    graph.edge_errors = graph.attributions = graph.attribution_errors = {}
     graph.save(tmp_path / "lib" / "snapshots" / "step-00000000.safetensors")
     nothing, equal = json.loads(view_of(tmp_path / "lib").snapshot(0, edges=3))["sections"]
-    empty = {"source": [], "target": [], "weight": [], "error": None}
+    empty = {"source": [], "target": [], "weight": [], "error": None, "attribution": None, "attribution_error": None}
     assert nothing == {"count": 0, "strength": 0, "strongest": 0, "edges": empty}
     n = graph.edges[pair].numel()
     assert (equal["count"], equal["strength"], equal["strongest"]) == (n - 1, 0.5 * (n - 1), 0.5)

@@ -27,7 +27,18 @@ from lib_lightning import InteractionGraph
 from lib_lightning.algorithm.basis import Basis
 from lib_lightning.graph import Lineages
 from lib_lightning.plots.image import render_png
-from lib_lightning.plots.palette import BETWEEN_MODULES, BLUE, MODULES, VERMILION, label_group, module_color
+from lib_lightning.plots.palette import (
+    AGAINST,
+    BETWEEN_MODULES,
+    BLUE,
+    DRIVES,
+    MODULES,
+    MUTED,
+    VERMILION,
+    label_group,
+    module_color,
+    paler,
+)
 from lib_lightning.viewer import Run
 from lib_lightning.viewer.plugin import LIBPlugin
 from tests.viewer.node import evaluate, write_modules
@@ -37,7 +48,7 @@ STEP = 3000
 SCENE = """((run, snapshot) => {
   const history = new History(run);
   const k = history.steps.indexOf(snapshot.step);
-  const view = {width: 900, height: 480, threshold: 0, color: "module"};
+  const view = {width: 900, height: 480, threshold: 0, color: "module", signs: data.signs};
   const scene = buildScene(history, k, snapshot, heightsByLineage(history, 40)[k], view);
   const id = (dot) => `${history.layers[dot.l].name}/${dot.id}`;
   return {
@@ -89,12 +100,13 @@ def graphs(draw: st.DrawFn) -> InteractionGraph:
         modules=modules if with_modules else {},
         labels=labels if with_labels else {},
         lineages=lineages if with_lineages else {},
+        attributions={pair: E * torch.from_numpy(rng.choice([-1.0, 1.0], E.shape)) for pair, E in edges.items()},
     )
 
 
-def in_figure(graph: InteractionGraph) -> dict[str, Any]:
+def in_figure(graph: InteractionGraph, signs: bool) -> dict[str, Any]:
     """What the figure shows, in the form of `SCENE`; dots without a number beside them have None for an id."""
-    figure = graph.plot(max_edges=10**6)
+    figure = graph.plot(max_edges=10**6, signs=signs)
     axes = figure.axes[0]
     columns = [c for c in axes.collections if isinstance(c, PathCollection)]
     numbers = {text.xy: text.get_text() for text in axes.texts if text.get_text().isdigit() and hasattr(text, "xy")}
@@ -154,8 +166,8 @@ def legend_of(modules: dict[str, Any] | None) -> list[str] | None:
 
 
 @settings(max_examples=15, deadline=None)
-@given(graph=graphs())
-def test_all_pictures_of_a_graph_are_the_same(viewer: Path, graph: InteractionGraph) -> None:
+@given(graph=graphs(), signs=st.booleans())
+def test_all_pictures_of_a_graph_are_the_same(viewer: Path, graph: InteractionGraph, signs: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         logs = Path(folder).resolve() / "version_0"
         graph.save(logs / "lib" / "snapshots" / f"step-{STEP:08d}.safetensors")
@@ -165,14 +177,14 @@ def test_all_pictures_of_a_graph_are_the_same(viewer: Path, graph: InteractionGr
         frame = re.search(r'srcdoc="([^"]*)"', run._repr_html_())
         assert frame is not None
         shown = [in_tab(logs), in_film(film), in_film(html.unescape(frame[1]))]
-    picture, *others = [evaluate(viewer, IMPORTS, SCENE, data) for data in (shown[0], shown[2])]
+    picture, *others = [evaluate(viewer, IMPORTS, SCENE, {**data, "signs": signs}) for data in (shown[0], shown[2])]
     # The film has the same data as the tab, and so has the notebook, but for the names of runs and numbers of edges.
     assert shown[1]["snapshot"] == shown[0]["snapshot"]
     assert others == [picture]
     # A graph in a notebook is its figure.
     png = render_png(read.plot()).data
     assert base64.b64encode(png).decode() in read._repr_html_()
-    figure = in_figure(read)
+    figure = in_figure(read, signs)
     assert Counter((color, hollow) for _, color, hollow in figure["dots"]) == Counter(
         (color, hollow) for _, color, hollow in picture["dots"]
     )
@@ -190,7 +202,7 @@ def test_all_pictures_of_a_graph_are_the_same(viewer: Path, graph: InteractionGr
         feature = read.feature((layer, index))
         assert feature == read.feature(feature.id) == read.feature((layer, read.index(feature.id)))
         assert (node["id"], node["label"], node["importance"]) == (feature.id, feature.label, feature.importance)
-        color = VERMILION if feature.module is None else module_color(feature.module)
+        color = (MUTED if signs else VERMILION) if feature.module is None else module_color(feature.module)
         degenerate = read.bases[layer].degenerate
         assert degenerate is not None
         assert dots[feature.id] == (color, bool(degenerate[index]))
@@ -199,6 +211,10 @@ def test_all_pictures_of_a_graph_are_the_same(viewer: Path, graph: InteractionGr
         assert read.edges[before.layer, after.layer][after.index, before.index] > 0
         inside = before.module == after.module != -1
         expected = BLUE if before.module is None else module_color(before.module) if inside else BETWEEN_MODULES
+        if signs:
+            A = read.attributions[before.layer, after.layer][after.index, before.index]
+            expected = DRIVES if A >= 0 else AGAINST
+            expected = expected if inside or before.module is None else paler(expected)
         assert color == expected
     assert len(edges) == sum(int((E > 0).sum()) for E in read.edges.values())
 

@@ -81,6 +81,12 @@ export class Controls {
       (value) => actions.set({color: value}),
       "what the colours of dots mean; the colours are explained below the graph",
     );
+    this.signs = h("input", {
+      type: "checkbox",
+      "data-role": "signs",
+      title: "colour lines by what a feature does to the next one: drive it the way it goes, or hold against it",
+      onchange: () => actions.set({signs: this.signs.checked}),
+    });
     this.heights = choice(
       "heights",
       [
@@ -115,6 +121,7 @@ export class Controls {
       labelled("features per layer", this.features),
       labelled("colour", this.color),
       labelled("positions", this.heights),
+      labelled("signs", this.signs),
       labelled("feature", this.search.element),
     );
   }

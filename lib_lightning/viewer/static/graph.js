@@ -1,6 +1,7 @@
 // Draws a scene on a canvas. Edges of the same style are drawn as one path: thousands of single strokes are slow.
 
-import {BETWEEN, MUTED, TEXT, edgeStyle} from "./palette.js";
+import {AGAINST, MUTED, TEXT, edgeStyle} from "./palette.js";
+import {THEME} from "./theme.js";
 import {shorten} from "./text.js";
 
 // Number of different widths and opacities of edges.
@@ -57,16 +58,24 @@ function drawEdges(context, edges, total, widening) {
   const styles = new Map();
   for (const edge of edges) {
     const level = Math.min(LEVELS, Math.round(Math.sqrt(edge.share) * LEVELS));
-    const key = `${edge.color === BETWEEN ? 0 : 1} ${String(level).padStart(2, "0")} ${edge.color}`;
+    const sign = edge.sign ? (edge.sign === AGAINST ? "-" : "+") : " ";
+    const key = `${edge.isBetween ? 0 : 1} ${String(level).padStart(2, "0")} ${sign} ${edge.color}`;
     const list = styles.get(key);
     if (list) list.push(edge);
     else styles.set(key, [edge]);
   }
-  // Grey edges are drawn first, so that they do not hide edges inside modules; and weak before strong ones.
+  // Edges between modules are drawn first, so that they do not hide those inside; and weak before strong ones.
   for (const key of [...styles.keys()].sort()) {
     const level = Number(key.slice(2, 4)) / LEVELS;
-    const {width, opacity} = edgeStyle(level * level, total);
-    context.strokeStyle = key.slice(5);
+    let {width, opacity} = edgeStyle(level * level, total);
+    const sign = key[5];
+    if (sign !== " ") {
+      // Dashes of very thin lines are not visible as such.
+      width = Math.max(width, THEME.signs.points_min);
+      opacity = Math.max(opacity, THEME.signs.opacity_min);
+    }
+    context.setLineDash(sign === "-" ? [2 + 2.5 * width, 1.5 + 1.5 * width] : []);
+    context.strokeStyle = key.slice(7);
     context.globalAlpha = Math.min(1, widening > 1 ? 0.3 + 0.7 * opacity : opacity);
     context.lineWidth = width * widening;
     context.beginPath();
@@ -78,6 +87,7 @@ function drawEdges(context, edges, total, widening) {
     context.stroke();
   }
   context.globalAlpha = 1;
+  context.setLineDash([]);
 }
 
 function drawDot(context, dot) {

@@ -10,6 +10,16 @@ export const OTHER_MODULES = THEME.other_modules,
   NO_MODULE = THEME.no_module;
 // Edges between modules.
 export const BETWEEN = THEME.between_modules;
+// Edges where a feature drives another, and where it holds against it.
+export const DRIVES = THEME.colors[THEME.signs.drives],
+  AGAINST = THEME.colors[THEME.signs.against];
+
+/** The colour of a line between modules, where colours stand for signs. */
+export function paler(color) {
+  const share = THEME.signs.between_modules;
+  const parts = [1, 3, 5].map((k) => Math.round(255 * share + parseInt(color.slice(k, k + 2), 16) * (1 - share)));
+  return `#${parts.map((part) => part.toString(16).padStart(2, "0")).join("")}`.toUpperCase();
+}
 
 /** Set the colours of the theme for the style sheet, which has its own for dark pages. */
 export function themeColors(root) {

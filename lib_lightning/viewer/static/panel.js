@@ -1,7 +1,9 @@
 // The graph of one run: canvases, the text around them, and mouse events.
 
 import {
+  AGAINST,
   AGES,
+  DRIVES,
   FROM_THE_START,
   NO_MODULE,
   OTHER_MODULES,
@@ -9,6 +11,7 @@ import {
   dotRadius,
   edgeStyle,
   moduleColor,
+  paler,
 } from "./palette.js";
 import {THEME} from "./theme.js";
 import {h, resizeCanvas} from "./dom.js";
@@ -150,7 +153,20 @@ export class RunPanel {
     this.note.textContent = scene.isTruncated
       ? `Only the ${integer(scene.loadedPerSection)} strongest edges of each section are loaded; weaker ones are not drawn.`
       : "";
-    this.colors.replaceChildren(...this.#colorKey(view.color));
+    this.colors.replaceChildren(...this.#colorKey(view.color), ...(view.signs ? this.#signKey(view.color) : []));
+  }
+
+  #signKey(by) {
+    const {history, scene} = this;
+    if (!scene.hasSigns) return [h("span", {}, "This snapshot is of an earlier version and does not have the signs of edges.")];
+    const line = (background, text) =>
+      h("span", {class: "lib-key"}, h("span", {class: "lib-line-swatch lib-sign-swatch", style: {background}}), text);
+    return [
+      h("span", {}, "lines: a feature"),
+      line(DRIVES, "drives the next one the way it goes"),
+      line(`repeating-linear-gradient(90deg, ${AGAINST} 0 6px, transparent 6px 9px)`, "holds against it"),
+      ...(by === "module" && history.hasModules ? [line(paler(DRIVES), "faint: between modules")] : []),
+    ];
   }
 
   #colorKey(by) {
@@ -176,14 +192,14 @@ export class RunPanel {
         ...(shown.has(null) ? [entry([NO_MODULE, "none"])] : []),
       ];
     }
-    if (!history.hasModules) return [entry([VERMILION, "features (modules were not computed)"])];
+    if (!history.hasModules) return [entry([scene.hasSigns ? MUTED : VERMILION, "features (modules were not computed)"])];
     const {colored, others, none} = modulesShown(scene);
     return [
       h("span", {}, "modules:"),
       ...colored.map((module) => entry([moduleColor(module), String(module)])),
       ...(others ? [entry([OTHER_MODULES, `${integer(others)} more`])] : []),
       ...(none ? [entry([NO_MODULE, "none"])] : []),
-      h("span", {}, "grey lines: between modules"),
+      ...(scene.hasSigns ? [] : [h("span", {}, "grey lines: between modules")]),
     ];
   }
 

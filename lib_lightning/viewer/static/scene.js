@@ -1,9 +1,11 @@
 // The content of one picture: dots with positions and colours, and the edges above the threshold.
 
 import {
+  AGAINST,
   AGES,
   BETWEEN,
   BLUE,
+  DRIVES,
   FROM_THE_START,
   MODULE_COLORS,
   MUTED,
@@ -11,6 +13,7 @@ import {
   OTHER_MODULES,
   VERMILION,
   dotRadius,
+  paler,
 } from "./palette.js";
 import {labelGroup} from "./history.js";
 
@@ -22,8 +25,9 @@ const MIN_TEXT_SPACING = 9;
 /**
  * Build a picture of snapshot k.
  *
- * `frame` contains the heights of features (see layout.js). `view` is `{width, height, threshold, color}`: the threshold
- * is relative to each section's strongest edge, the colour is "module", "label" or "age".
+ * `frame` contains the heights of features (see layout.js). `view` is `{width, height, threshold, color, signs}`: the
+ * threshold is relative to each section's strongest edge, the colour of dots is "module", "label" or "age", and `signs`
+ * is whether edges have the colours of their signs.
  */
 export function buildScene(history, k, snapshot, frame, view) {
   const count = history.layers.length;
@@ -45,7 +49,8 @@ export function buildScene(history, k, snapshot, frame, view) {
   const sections = snapshot.sections.map((section, l) =>
     buildSection(section, columns[l], columns[l + 1], view, history.hasModules),
   );
-  return {k, snapshot, history, columns, sections, pitch, ...totals(columns, sections)};
+  const hasSigns = Boolean(view.signs) && snapshot.sections.every((section) => section.edges.attribution);
+  return {k, snapshot, history, columns, sections, pitch, hasSigns, ...totals(columns, sections)};
 }
 
 function buildColumn(history, k, snapshot, frame, l, view, plot, {x, labelWidth}) {
@@ -67,7 +72,7 @@ function buildColumn(history, k, snapshot, frame, l, view, plot, {x, labelWidth}
       y: plot.top + frame.heights[n] * (plot.bottom - plot.top),
       radius: Math.min(dotRadius(layer.importance[feature] / largest), most),
       module: history.modules[k][l][feature],
-      ...groupAndColor(history, k, l, {feature, id, label}, view.color),
+      ...groupAndColor(history, k, l, {feature, id, label}, view),
       hollow: Boolean(layer.degenerate?.[feature]),
       isNew: age === 0 && k > 0,
       label,
@@ -85,7 +90,7 @@ export function labelOf(history, snapshot, l, feature, id) {
 }
 
 /** What a dot's colour stands for, null for nothing, and the colour. Edges inside a group have its colour. */
-function groupAndColor(history, k, l, {feature, id, label}, by) {
+function groupAndColor(history, k, l, {feature, id, label}, {color: by, signs}) {
   if (by === "age") {
     const first = history.first[l].get(id) ?? 0;
     if (first === 0) return {group: "from the start", color: FROM_THE_START};
@@ -97,13 +102,14 @@ function groupAndColor(history, k, l, {feature, id, label}, by) {
     const group = labelGroup(label);
     return {group, color: history.labelGroups.get(group) ?? OTHER_MODULES};
   }
-  if (!history.hasModules) return {group: null, color: VERMILION};
+  if (!history.hasModules) return {group: null, color: signs ? MUTED : VERMILION};
   const module = history.modules[k][l][feature];
   return {group: module < 0 ? null : module, color: history.moduleColor(k, l, feature)};
 }
 
 function buildSection(section, before, after, view, hasModules) {
-  const {source, target, weight} = section.edges;
+  const {source, target, weight, attribution} = section.edges;
+  const byModule = view.color === "module" && hasModules;
   const minWeight = view.threshold * (section.strongest ?? 0);
   const edges = [];
   let strength = 0;
@@ -112,8 +118,11 @@ function buildSection(section, before, after, view, hasModules) {
     const [from, to] = [before.dotOf.get(source[e]), after.dotOf.get(target[e])];
     if (!from || !to) continue;
     // Without modules, all dots have one colour and all lines another, as in the figures.
-    const color = view.color === "module" && !hasModules ? BLUE : edgeColor(from, to);
-    edges.push({from, to, weight: weight[e], share: weight[e] / section.strongest, color});
+    let color = view.color === "module" && !hasModules ? BLUE : edgeColor(from, to);
+    const isBetween = color === BETWEEN;
+    const sign = view.signs && attribution ? (attribution[e] < 0 ? AGAINST : DRIVES) : null;
+    if (sign) color = byModule && isBetween ? paler(sign) : sign;
+    edges.push({from, to, weight: weight[e], share: weight[e] / section.strongest, color, isBetween, sign});
     strength += weight[e];
   }
   // Only the strongest edges of a section may have been loaded.

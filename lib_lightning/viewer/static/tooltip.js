@@ -1,7 +1,7 @@
 // Tooltip text of a feature: its properties in a snapshot.
 
 import {h} from "./dom.js";
-import {integer, number, ordinal, percent, withError} from "./text.js";
+import {change as signedChange, integer, number, ordinal, percent, withError} from "./text.js";
 import {labelOf} from "./scene.js";
 
 const MAX_NEIGHBOURS = 4;
@@ -47,6 +47,15 @@ export function featureDetails(scene, l, i, color, followed) {
   ].filter(Boolean);
 }
 
+/** Strength of an edge; with signs, its attribution, of which the strength has no sign. */
+function strengthText(scene, section, e) {
+  const {weight, attribution, attribution_error: error} = section.edges;
+  if (!scene.hasSigns) return `${number(weight[e])} (${percent(weight[e] / section.strongest)})`;
+  const certain = !(Math.abs(attribution[e]) <= 2 * (error?.[e] ?? 0));
+  const sign = attribution[e] < 0 ? "holds against" : "drives";
+  return `${signedChange(attribution[e], error?.[e] ?? null)} ${sign}${certain ? "" : " (?)"}`;
+}
+
 function neighbours(scene, l, i, side) {
   const {history, k, snapshot} = scene;
   const other = side === "before" ? l - 1 : l + 1;
@@ -56,17 +65,17 @@ function neighbours(scene, l, i, side) {
   const strongest = [];
   // Edges are sorted by strength.
   for (let e = 0; e < section.edges.weight.length && strongest.length < MAX_NEIGHBOURS; e++) {
-    if (section.edges[end][e] === i) strongest.push([section.edges[otherEnd][e], section.edges.weight[e]]);
+    if (section.edges[end][e] === i) strongest.push([section.edges[otherEnd][e], strengthText(scene, section, e)]);
   }
   return h(
     "div",
     {class: "lib-tip-neighbours"},
-    h("div", {class: "lib-tip-side"}, `strongest edges ${side === "before" ? "from" : "to"} ${history.layers[other].name}`),
+    h("div", {class: "lib-tip-side"}, `strongest edges ${side === "before" ? "from" : "to"} ${history.layers[other].name}${scene.hasSigns ? ", attributions" : ""}`),
     strongest.length
       ? h(
           "ol",
           {},
-          strongest.map(([j, weight]) => {
+          strongest.map(([j, strength]) => {
             const id = history.lineage(k, other, j);
             return h(
               "li",
@@ -74,7 +83,7 @@ function neighbours(scene, l, i, side) {
               h("b", {}, `${history.layers[other].name}/${id}`),
               " ",
               labelOf(history, snapshot, other, j, id),
-              h("span", {class: "lib-tip-number"}, `${number(weight)} (${percent(weight / section.strongest)})`),
+              h("span", {class: "lib-tip-number"}, strength),
             );
           }),
         )

@@ -34,6 +34,7 @@ class View {
       limit: THEME.column.max_features,
       color: "module",
       heights: "lineage",
+      signs: false,
       speed: 4,
       metric: null,
       scalar: null,
