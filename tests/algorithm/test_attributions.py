@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,11 @@ def test_attributions_are_kept_in_files_and_in_networkx(tmp_path: Path) -> None:
     assert all("attribution" not in known for *_, known in loaded.to_networkx().edges(data=True))
     with pytest.raises(LIBError, match=r"no attributions.*earlier version.*Compute it again"):
         loaded.plot(signs=True)
+
+
+def test_the_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "interactions.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "docs/interactions.md", "exec"), {"__name__": "page"})
+    assert (tmp_path / "signs.png").exists()

@@ -150,6 +150,7 @@ class SyntheticRun:
             "parents": [one.parent if one.birth == k and k > 0 else -1 for one in alive],
             "modules": [numbers[one.group] if one.id % 9 else -1 for one in alive] if self.modules else None,
             "labels": [self.label(l, one) for one in alive],
+            "label_score": None,
             "degenerate": [one.id % 7 == 3 for one in alive],
             "nats": [float(f"{0.01 * value:.5g}") for value in importance],
             "nats_error": [float(f"{0.001 * value:.5g}") for value in importance],

@@ -47,13 +47,13 @@ export function featureDetails(scene, l, i, color, followed) {
   ].filter(Boolean);
 }
 
-/** Strength of an edge; with signs, its attribution, of which the strength has no sign. */
+/** Strength of an edge; with signs, its attribution, and whether that is two standard errors from zero. */
 function strengthText(scene, section, e) {
   const {weight, attribution, attribution_error: error} = section.edges;
   if (!scene.hasSigns) return `${number(weight[e])} (${percent(weight[e] / section.strongest)})`;
   const certain = !(Math.abs(attribution[e]) <= 2 * (error?.[e] ?? 0));
   const sign = attribution[e] < 0 ? "holds against" : "drives";
-  return `${signedChange(attribution[e], error?.[e] ?? null)} ${sign}${certain ? "" : " (?)"}`;
+  return `${signedChange(attribution[e], error?.[e] ?? null)} ${certain ? sign : "sign unsure"}`;
 }
 
 function neighbours(scene, l, i, side) {
