@@ -738,11 +738,11 @@ class InteractionGraph:
         )
 
     def _scored_labels(self, layer: str) -> list[str]:
-        """Labels of a node layer, each followed by its score."""
+        """Labels of a node layer, behind their scores, as there may be no space for the end of a long label."""
         names = self.labels.get(layer) or [""] * self.bases[layer].n_features
         scores = self.label_scores[layer].tolist() if layer in self.label_scores else [math.nan] * len(names)
         return [
-            f"{name} ({score:.2f})" if name and math.isfinite(score) else name
+            f"{score:.2f} {name}" if name and math.isfinite(score) else name
             for name, score in zip(names, scores, strict=True)
         ]
 

@@ -63,7 +63,7 @@ def test_names_and_scores_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     texts: list[str] = []
     monkeypatch.setattr("lib_lightning.plots.graph.shorten", lambda text, *_: texts.append(text) or text)
     render_png(saved.plot())
-    assert f"{feature.label} ({feature.label_score:.2f})" in texts
+    assert f"{feature.label_score:.2f} {feature.label}" in texts
     # Labels do not change what a run is: with or without them, it goes on.
     first = tmp_path / "a" / "last.ckpt"
     for folder, labeller, epochs in (("b", None, 3), ("c", ExampleLabels(), 4)):
