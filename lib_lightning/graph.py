@@ -21,7 +21,7 @@ from lib_lightning.algorithm.basis import Basis
 from lib_lightning.algorithm.examples import FeatureExamples
 from lib_lightning.algorithm.jackknife import standard_error
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
-from lib_lightning.errors import LIBError, SettingTypeError, check_number, quoted
+from lib_lightning.errors import LIBError, SettingError, SettingTypeError, check_number, did_you_mean, quoted
 from lib_lightning.io import basis_format as keys
 from lib_lightning.io.basis_file import BasisFileError, read_file, write_file
 from lib_lightning.model.node_layer import NodeLayer, with_known_axis
@@ -576,7 +576,7 @@ class InteractionGraph:
             The graph. `SampleGraph.pruned` leaves out what matters little.
 
         Raises:
-            LIBError: If the batch has several samples, or none.
+            SettingError: If the batch has several samples, or none, or an argument is outside its range.
             NodeLayerError: If the graph belongs to a model of a different shape.
             NotFiniteError: If activations are NaN or infinite.
 
@@ -592,6 +592,10 @@ class InteractionGraph:
         from lib_lightning.sample_graph.sample_graph import FeatureNames, assemble
         from lib_lightning.sample_graph.trace import TraceSettings, trace_sample
 
+        known = ("input_fn", "mask", "dtype", "integration_steps", "memory_limit")
+        own = ("index", "outputs", "position", "max_features")
+        for name in set(options) - set(known):
+            raise SettingError(f"sample_graph has no argument '{name}'.{did_you_mean(name, [*known, *own])}")
         check_number("max_features", max_features, lambda x: x >= 1, "is a number of features, at least 1", True)
         memory_limit = options.pop("memory_limit", MEMORY_LIMIT)
         check_number("memory_limit", memory_limit, lambda x: x > 0, "is a number of GiB above 0")
@@ -603,7 +607,7 @@ class InteractionGraph:
         names = FeatureNames(
             {layer: self.feature_ids(layer) for layer in self.bases},
             self.labels,
-            self.info.get(keys.OUTPUT_NAMES) or [],
+            self._output_name,
         )
         trace = trace_sample(instrumented, sample, index, list(self.bases.values()), settings)
         return assemble(trace, names, {"model": type(instrumented.model).__name__, keys.STEP: self.info.get(keys.STEP)})
@@ -627,7 +631,8 @@ class InteractionGraph:
             path: The file, such as ``"graphs/cat.json"``.
             sample: A batch with one sample, or what `sample_graph` has returned.
             model: The model; not needed for a `SampleGraph`.
-            tokens: A text for each position, or the tokenizer of the model; by default the numbers of the tokens.
+            tokens: A text for each position, or the model's tokenizer, or a `lib_lightning.features.TokenRenderer`; by
+                default the numbers of the tokens.
             node_threshold: As for `SampleGraph.pruned`; 1 for all nodes.
             edge_threshold: As for `SampleGraph.pruned`.
             options: As for `sample_graph`.
@@ -651,7 +656,7 @@ class InteractionGraph:
             >>> len(read["nodes"]) == len(written.nodes), len(read["links"]) == len(written.weights)
             (True, True)
         """
-        from lib_lightning.sample_graph.circuit_tracer import write_graph
+        from lib_lightning.sample_graph.circuit_tracer import text_of_tokens, write_graph
         from lib_lightning.sample_graph.sample_graph import SampleGraph
 
         if isinstance(sample, SampleGraph):
@@ -661,15 +666,22 @@ class InteractionGraph:
         else:
             everything = self.sample_graph(sample, model, **options)
         pruned = everything.pruned(node_threshold, edge_threshold)
-        write_graph(Path(path), pruned, everything, tokens, partial(self._of_circuit_tracer, tokens))
+        write_graph(Path(path), pruned, everything, tokens, partial(self._of_circuit_tracer, text_of_tokens(tokens)))
         return pruned
 
-    def _of_circuit_tracer(self, tokens: Any, layer: str, index: int) -> dict[str, Any]:
+    def _output_name(self, output: int) -> str:
+        """Name of an output; "" for none."""
+        names = self.info.get(keys.OUTPUT_NAMES) or []
+        if isinstance(names, list):
+            return str(names[output]) if output < len(names) else ""
+        return str(names.get(str(output), ""))
+
+    def _of_circuit_tracer(self, text_of: Callable[[int], str] | None, layer: str, index: int) -> dict[str, Any]:
         """What is known of a feature beyond one sample, as in circuit-tracer's files of features."""
-        names, known = self.info.get(keys.OUTPUT_NAMES) or [], dict[str, Any]()
+        known: dict[str, Any] = {}
 
         def name(c: int) -> str:
-            return names[c] if c < len(names) else tokens.decode([c]) if hasattr(tokens, "decode") else str(c)
+            return self._output_name(c) or (text_of(c) if text_of else str(c))
 
         if layer in self.output_effects:
             found = self.output_effects[layer].outputs[index].tolist()

@@ -142,19 +142,41 @@ def _position_names(graph: SampleGraph, tokens: Any) -> list[str]:
         if len(shape) > 1:
             return [str(tuple(place)) for place in torch.cartesian_prod(*map(torch.arange, shape)).tolist()]
         return ["sample"] if graph.num_places == 1 else [str(place) for place in range(graph.num_places)]
-    if hasattr(tokens, "decode") and not isinstance(tokens, (bytes, str)):
+    if text_of := text_of_tokens(tokens):
         if not numbers:
             raise LIBError("A tokenizer was given, but the model's input has no numbers of tokens.")
-        return [tokens.decode([number]) for number in numbers]
-    if isinstance(tokens, str) or not all(isinstance(token, str) for token in tokens):
+        return [text_of(number) for number in numbers]
+    is_list = isinstance(tokens, (list, tuple)) and all(isinstance(token, str) for token in tokens)
+    if not is_list:
         raise SettingTypeError(f"tokens is a list of texts or a tokenizer; got {type(tokens).__name__}.")
     if len(tokens) != graph.num_places:
         raise SettingError(f"There are {counted(len(tokens), 'text')} for {counted(graph.num_places, 'position')}.")
     return list(tokens)
 
 
+def text_of_tokens(tokens: Any) -> Callable[[int], str] | None:
+    """The function from the number of a token to its text.
+
+    Args:
+        tokens: A tokenizer, or a `lib_lightning.features.TokenRenderer`.
+
+    Returns:
+        The function; None for anything else.
+
+    Example:
+        >>> text_of_tokens(["a", "b"]) is None
+        True
+    """
+    if callable(own := getattr(tokens, "text", None)):
+        return lambda number: str(own(number))
+    if callable(decode := getattr(tokens, "decode", None)) and not isinstance(tokens, bytes):
+        return lambda number: str(decode([number]))
+    return None
+
+
 def _texts(graph: SampleGraph, tokens: Any) -> Callable[[SampleNode, Sequence[str]], str]:
     """What is written beside a node."""
+    text_of = text_of_tokens(tokens)
 
     def text(node: SampleNode, names: Sequence[str]) -> str:
         if node.kind == "feature":
@@ -163,8 +185,8 @@ def _texts(graph: SampleGraph, tokens: Any) -> Callable[[SampleNode, Sequence[st
             return f"Left out of {node.layer} at “{names[node.place]}”"
         if node.kind == "input":
             return f"“{names[node.place]}”"
-        is_token = hasattr(tokens, "decode") and node.id == f"output/{node.index}"
-        name = tokens.decode([node.index]) if is_token else node.id
+        is_token = text_of is not None and graph.info["tokens"] and node.id == f"output/{node.index}"
+        name = text_of(node.index) if text_of and is_token else node.id
         share = node.probability if node.probability is not None else graph.info["weights"][node.index]
         value = "" if node.probability is not None else f" = {node.value:+.3g}"
         # The viewer reads the name between the first quotation marks, and the number after "(p=".

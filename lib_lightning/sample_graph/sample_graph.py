@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -185,12 +185,12 @@ class FeatureNames:
     Attributes:
         ids: Ids of the features of each node layer.
         labels: Labels of the features of node layers that have any.
-        outputs: Names of the outputs; empty if they have none.
+        output: Name of an output; "" for none.
     """
 
     ids: Mapping[str, Sequence[str]]
     labels: Mapping[str, Sequence[str]]
-    outputs: Sequence[str]
+    output: Callable[[int], str]
 
 
 def assemble(trace: SampleTrace, names: FeatureNames, info: Mapping[str, Any]) -> SampleGraph:
@@ -292,7 +292,7 @@ def _outputs(trace: SampleTrace, places: Tensor, names: FeatureNames) -> list[Sa
     at = [t.tolist() for t in (found.positions, found.indices, found.values)]
     return [
         SampleNode(
-            "output", OUTPUT, t, c, int(places[t]), names.outputs[c] if c < len(names.outputs) else f"{OUTPUT}/{c}",
+            "output", OUTPUT, t, c, int(places[t]), names.output(c) or f"{OUTPUT}/{c}",
             "", value, p, 0.0,
         )
         for t, c, value, p in zip(*at, probabilities, strict=True)

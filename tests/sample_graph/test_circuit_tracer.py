@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from lib_lightning.algorithm.examples import FeatureExamples
-from lib_lightning.errors import LIBError, SettingError
+from lib_lightning.errors import LIBError, SettingError, SettingTypeError
+from lib_lightning.features import TokenRenderer
 from lib_lightning.graph import OutputEffects
 from lib_lightning.sample_graph.prune import prune
 from tests.sample_graph.test_sample_graph import cnn, computed, gpt2, llama, mlp, one_of
@@ -120,6 +121,11 @@ def test_texts_and_what_is_known_of_features(tmp_path: Path) -> None:
     assert (known["top_logits"], known["bottom_logits"]) == (["b", "c"], ["d"])
     assert (known["act_min"], known["act_max"], sum(known["histogram"])) == (-16.0, 16.0, 10)
     assert set(known["quantile_values"]) == {-0.5}
+    # Names that a run has given, of all outputs or of some, come first; any renderer of tokens will do.
+    named.info = {**graph.info, "output_names": {"1": "one"}}
+    named.to_circuit_tracer(tmp_path / "y.json", sample, model, TokenRenderer(list("ABCDEFGHIJK")), outputs=[0, 1])
+    found = [n["clerp"].split('"')[1] for n in read(tmp_path / "y.json")["nodes"] if n["feature_type"] == "logit"]
+    assert found == ["A", "one"]
     features = {node["feature"] for node in document["nodes"] if node["feature_type"] == "cross layer transcoder"}
     assert {int(path.stem) for path in (tmp_path / "x").iterdir()} == features
 
@@ -131,6 +137,10 @@ def test_errors(tmp_path: Path) -> None:
         graph.to_circuit_tracer(tmp_path / "one", sample, model)
     with pytest.raises(SettingError, match="There are 2 texts for 4 positions"):
         graph.to_circuit_tracer(tmp_path / "one.json", sample, model, ["a", "b"])
+    with pytest.raises(SettingTypeError, match="tokens is a list of texts or a tokenizer; got int"):
+        graph.to_circuit_tracer(tmp_path / "one.json", sample, model, 5)
+    with pytest.raises(SettingError, match=r"no argument 'max_feature'. Did you mean 'max_features'"):
+        graph.to_circuit_tracer(tmp_path / "one.json", sample, model, max_feature=5)
     with pytest.raises(SettingError, match="node_threshold is a share from 0 to 1; got 80"):
         graph.to_circuit_tracer(tmp_path / "one.json", sample, model, node_threshold=80)
     model, batch, other = computed(mlp)
