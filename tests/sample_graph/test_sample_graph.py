@@ -167,16 +167,21 @@ def test_contributions_are_those_of_dense_jacobians(make: Callable[[], Any]) -> 
         assert actual.abs().max() > 1e-6 * scale or after.name == "output"
 
 
-def test_squares_of_sums_over_positions_make_edges() -> None:
-    for make, S in ((mlp, 1), (cnn, 9)):
+def test_averages_over_samples_are_edges_and_attributions() -> None:
+    for make, S, S_next in ((mlp, 1, 1), (cnn, 9, 4)):
         model, batch, graph = computed(make)
         layers = graph.node_layers[1], graph.node_layers[2]
         sizes = tuple(graph.bases[layer].n_features for layer in layers)
-        E = 0
+        E, A = torch.zeros_like(graph.edges[layers]), torch.zeros_like(graph.edges[layers])
         for index in range(len(batch)):
             found = graph.sample_graph(batch, model, index=index, max_features=10**6)
-            E = E + weights(found, "feature", layers, sizes).sum(2).square().sum(0) / (len(batch) * S)
+            y = weights(found, "feature", layers, sizes).sum(2)  # (S', r', r), summed over positions of the source
+            after = [n for n in found.nodes if (n.kind, n.layer) == ("feature", layers[1])]
+            fhat = torch.tensor([n.value for n in after], dtype=torch.float64).reshape(-1, sizes[1])
+            E += y.square().sum(0) / (len(batch) * S)
+            A += (y * fhat[..., None]).sum(0) / (len(batch) * S_next)
         assert_close(E, graph.edges[layers], 1e-8)
+        assert_close(A, graph.attributions[layers], 1e-8)
 
 
 def test_fewer_features_and_less_memory_change_no_weight() -> None:
