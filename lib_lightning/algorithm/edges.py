@@ -189,11 +189,15 @@ class Edges(Reducible):
     def _add_gradients(self, section: Section, gradients: Gradients, fhat: Tensor, fhat_next: Tensor) -> None:
         interactions = to_float64((gradients.g @ self.before.from_features.to(fhat).T).mul_(fhat).sum(dim=2))
         t, i = (index.to(interactions.device) for index in (gradients.t, gradients.i))
-        values = fhat_next[:, t, i].T[:, None]  # (k, 1, n)
+        terms = interactions * fhat_next[:, t, i].T.contiguous()[..., None]
+        self._add_rows(self._signed, section, i, terms)
+        # In the same memory: pages that are new to the process take as long as the product.
+        self._add_rows(self._total, section, i, torch.mul(interactions, interactions, out=terms))
+
+    def _add_rows(self, total: Tensor, section: Section, i: Tensor, terms: Tensor) -> None:
+        """Add terms ``(k, n, r)`` to the rows ``i``, shape ``(k,)``, of a sum."""
         for group, samples in section.group_slices:
-            y = interactions[:, samples]
-            self._signed[group].index_add_(0, i, (values[..., samples] @ y)[:, 0])
-            self._total[group].index_add_(0, i, y.square().sum(dim=1))
+            total[group].index_add_(0, i, terms[:, samples].sum(dim=1))
 
     def _add_closed(self, section: Section, fhat: Tensor, fhat_next: Tensor) -> None:
         form = section.closed_form
