@@ -25,7 +25,7 @@ export function exampleView(example, rendering, {shape, scale, compact = false})
   const about = h(
     "span",
     {class: "lib-example-about"},
-    [draw ? rendering.label : `sample ${integer(example.sample)}`, compact || small ? "" : where].filter(Boolean).join(" · "),
+    [draw ? classText(rendering.label) : `sample ${integer(example.sample)}`, compact || small ? "" : where].filter(Boolean).join(" · "),
   );
   const title = [`sample ${integer(example.sample)}`, rendering?.label, where].filter(Boolean).join(", ");
   const picture = draw ? draw(example, rendering, {shape, scale, title, compact}) : null;
@@ -34,6 +34,11 @@ export function exampleView(example, rendering, {shape, scale, compact = false})
     {class: `lib-example ${small ? "lib-small-example" : "lib-wide-example"}`, "data-sample": example.sample, title},
     small ? [picture, value, about] : [value, h("div", {class: "lib-example-look"}, picture, about)],
   );
+}
+
+/** The class of a sample; a number alone would not say that it is one. */
+function classText(label) {
+  return /^\d+$/.test(label ?? "") ? `class ${label}` : label;
 }
 
 function swatch(value, scale) {
