@@ -16,7 +16,7 @@ from lib_lightning.viewer import Run
 from tests.viewer.browser import READY, Watched
 from tests.viewer.example_run import ExampleRun
 from tests.viewer.saved_run import SavedRun
-from tests.viewer.test_feature import page_of
+from tests.viewer.test_feature import EarlierRun, page_of
 from tests.viewer.test_tensorboard import Tab, tensorboard
 
 LAYERS = ("embed", "hidden", "output")
@@ -134,7 +134,7 @@ def test_the_page_is_reached_and_left_with_the_keyboard(opened: Open, tmp_path: 
 
 
 def test_the_page_says_what_is_missing(opened: Open, tmp_path: Path) -> None:
-    view = opened(film(tmp_path, SavedRun(LAYERS, snapshots=3)))
+    view = opened(film(tmp_path, EarlierRun(LAYERS, snapshots=3)))
     for layer in LAYERS:
         text = panel(view, f"{layer}/0").inner_text()
         assert "This snapshot has no examples of this feature" in text
