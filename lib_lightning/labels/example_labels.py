@@ -117,7 +117,7 @@ class ExampleLabels:
         order = torch.randperm(n, generator=torch.Generator().manual_seed(_SEED), device="cpu")
         halves = order[: n // 2].sort().values, order[n // 2 :].sort().values
         if n < 4 or not r:
-            return Labels([""] * r, torch.full((r,), math.nan))
+            return Labels([""] * r, torch.full((r,), math.nan, dtype=torch.float32))
         kinds = properties(samples, self._texts(samples))
         step = max(1, _AT_ONCE // samples.features[:, :, 0].numel() // 2)
         parts = [_ends(samples, slice(start, min(start + step, r)), kinds, halves) for start in range(0, r, step)]
@@ -169,7 +169,7 @@ def _ends(samples: FeatureSamples, columns: slice, kinds: Sequence[Kind], halves
     w = weights(active[naming], valid[naming])
     k = values.shape[2]
     best, kind = torch.zeros(k, dtype=torch.float32), torch.full((k,), -1)
-    index, difference = torch.full((k, MAX_VALUES), -1), torch.full((k,), math.nan)
+    index, difference = torch.full((k, MAX_VALUES), -1), torch.full((k,), math.nan, dtype=torch.float32)
     for number, one in enumerate(kinds):
         choice = one.choose(naming, w)
         better = choice.bound > best
@@ -192,7 +192,7 @@ def _activity(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     rows = values[valid]
     k = rows.shape[1]
     if not len(rows):
-        return torch.zeros(k), torch.ones(k, dtype=torch.bool)
+        return torch.zeros(k, dtype=torch.float32), torch.ones(k, dtype=torch.bool)
     some = rows[torch.linspace(0, len(rows) - 1, min(len(rows), _QUANTILE_POSITIONS)).long()].T
     count = max(1, round(_MOST_ACTIVE * some.shape[1]))
     top = some.topk(count, dim=1).values
@@ -204,7 +204,7 @@ def _activity(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _labels(ends: _Ends, given: Tensor, kinds: Sequence[Kind]) -> Labels:
-    names, scores = [], torch.full((len(given),), math.nan)
+    names, scores = [], torch.full((len(given),), math.nan, dtype=torch.float32)
     order = ends.difference.nan_to_num(-1.0).argsort(dim=1, descending=True).tolist()
     for j in given.any(1).nonzero().flatten().tolist():
         shown = [end for end in order[j] if given[j, end]]

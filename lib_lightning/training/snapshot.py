@@ -383,7 +383,7 @@ class SnapshotComputer:
                 return
             found = find_labels(graph, instrumented.model, batches, self.config.labeller, **vars(instrumented.spec))
             graph.labels = {layer: labels.names for layer, labels in found.items()}
-            graph.label_scores = {layer: labels.scores for layer, labels in found.items() if labels.scores is not None}
+            graph.label_scores = {layer: x.scores.float() for layer, x in found.items() if x.scores is not None}
         phase_done("labels")
 
     def _named_features(self, graph: InteractionGraph, process_group: ProcessGroup) -> dict[str, float]:

@@ -242,3 +242,15 @@ def test_settings_are_checked() -> None:
     assert ExampleLabels()(torch.zeros(3, 1, 2), torch.zeros(3, 4)) == ["", ""], "three samples say nothing"
     with pytest.raises(LIBError, match="columns of the table are 4"):
         ExampleLabels(columns=["a"])(torch.randn(20, 1, 2), torch.randn(20, 4))
+
+
+def test_scores_are_float32_whatever_the_default_type_is() -> None:
+    x = torch.randn(400, 3, generator=torch.Generator().manual_seed(0))
+    model = torch.nn.Linear(3, 2)
+    graph = compute_interaction_graph(model, [x], ["input", "output"])
+    torch.set_default_dtype(torch.bfloat16)  # as in a trainer with precision="bf16-true"
+    try:
+        found = find_labels(graph, model, [x], ExampleLabels())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {labels.scores.dtype for labels in found.values() if labels.scores is not None} == {torch.float32}
