@@ -39,7 +39,7 @@ from lib_lightning.algorithm.cost import (
     samples_of,
     trial_size,
 )
-from lib_lightning.algorithm.effort import Effort, EffortPlan, agree, choose_effort, measure_cost
+from lib_lightning.algorithm.effort import Effort, EffortPlan, affordable_effects, agree, choose_effort, measure_cost
 from lib_lightning.algorithm.jackknife import standard_error
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT, MemoryPlan, Workload, plan_memory, split_batches
 from lib_lightning.algorithm.output_gradients import is_output, needs_output
@@ -310,7 +310,7 @@ def _estimate(
     for _ in range(halvings):
         memory = memory.halved(size)
     cost = measure_cost(instrumented, batch)
-    plan = EffortPlan(n, config.n_probes, config.n_pushed, cost.of_graph(config, n), math.inf)
+    plan = EffortPlan.of(cost, config, n, math.inf)
     if effort == "auto":
         plan = choose_effort(cost, config, n, _OPERATIONS, True)
     config = plan.applied_to(config)
@@ -386,6 +386,8 @@ def graph_of(
                     plan = _plan(instrumented, batches, config, memory_limit, output is not None)
                     if effort == "auto":
                         config, notes = _affordable(instrumented, batches, config, process_group)
+                    elif output is not None and config.effect_samples is None:
+                        config = _with_effects(instrumented, batches, config, process_group)
                 chunks = split_batches(instrumented, batches, plan.samples)
                 phase_done("checks and chunks")
                 display = ProgressDisplay(tqdm) if progress else current_display()
@@ -423,13 +425,32 @@ def _affordable(
     instrumented: InstrumentedModel, batches: Sequence[Any], config: LIBConfig, process_group: ProcessGroup
 ) -> tuple[LIBConfig, list[str]]:
     """The configuration with probes and features pushed forward where exact sums take too long, and a note of that."""
-    counts = process_group.gather(torch.tensor([sum(map(instrumented.num_samples, batches))], device="cpu"))
-    n = sum(int(count) for count in counts)
+    n = _total(instrumented, batches, process_group)
     own = choose_effort(measure_cost(instrumented, batches[0]), config, n, _OPERATIONS, True) if batches else None
     chosen = agree(own, process_group)
-    if chosen is None or chosen.applied_to(config) == config:
+    if chosen is None:
         return config, []
-    return chosen.applied_to(config), [_SAMPLED.format(chosen)]
+    is_same = (chosen.n_probes, chosen.n_pushed) == (config.n_probes, config.n_pushed)
+    return chosen.applied_to(config), [] if is_same else [_SAMPLED.format(chosen)]
+
+
+def _with_effects(
+    instrumented: InstrumentedModel, batches: Sequence[Any], config: LIBConfig, process_group: ProcessGroup
+) -> LIBConfig:
+    """The configuration in which samples and features that have effects on the output are chosen."""
+    n, own = _total(instrumented, batches, process_group), None
+    if batches:
+        shapes = [a.shape[1:] for a in instrumented.activations(instrumented.select(batches[0], slice(0, 1)))]
+        own = affordable_effects(instrumented.model, shapes, config, n)
+        own = own or EffortPlan.of(measure_cost(instrumented, batches[0]), config, n, math.inf)
+    chosen = agree(own, process_group)
+    return config if chosen is None else chosen.applied_to(config)
+
+
+def _total(instrumented: InstrumentedModel, batches: Sequence[Any], process_group: ProcessGroup) -> int:
+    """Number of samples of all processes."""
+    counts = process_group.gather(torch.tensor([sum(map(instrumented.num_samples, batches))], device="cpu"))
+    return sum(int(count) for count in counts)
 
 
 def _output(
@@ -529,6 +550,7 @@ def _as_graph(
         keys.NUM_SAMPLES: built.n_samples,
         keys.METRIC_ERRORS: built.metric_errors,
         keys.OUTPUT_DISTRIBUTION: None if output is None else output.plain,
+        keys.EFFECT_SAMPLES: built.effect_samples,
         keys.NOTES: [*instrumented.notes, *instrumented.axis_notes, *built.notes],
         keys.VERSIONS: {"lib_lightning": __version__, "torch": str(torch.__version__)},
     }
@@ -555,6 +577,7 @@ def _as_graph(
         attributions=attributions,
         attribution_errors=attribution_errors,
         examples=examples,
+        output_effects=built.output_effects,
     )
 
 

@@ -21,6 +21,7 @@ from lib_lightning.algorithm.basis import Basis
 from lib_lightning.algorithm.examples import FeatureExamples
 from lib_lightning.algorithm.jackknife import standard_error
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
+from lib_lightning.algorithm.output_effects import OutputEffects
 from lib_lightning.errors import LIBError, SettingError, SettingTypeError, check_number, did_you_mean, quoted
 from lib_lightning.io import basis_format as keys
 from lib_lightning.io.basis_file import BasisFileError, read_file, write_file
@@ -66,22 +67,6 @@ class Lineages:
     ids: Tensor
     similarity: Tensor
     parents: Tensor
-
-
-@dataclass(frozen=True)
-class OutputEffects:
-    """Which outputs of the model, such as classes or tokens, each feature of a node layer raises and lowers most.
-
-    Attributes:
-        outputs: Index of the output, shape ``(r, 2 k)``, int32: first the ``k`` that are raised most, then the ``k``
-            that are lowered most; -1 for none.
-        changes: Mean change of this output, shape ``(r, 2 k)``, float32; NaN for none.
-        errors: Its standard error, shape ``(r, 2 k)``, float32; NaN where it is not known.
-    """
-
-    outputs: Tensor
-    changes: Tensor
-    errors: Tensor
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@
    predictions. PCA whitens the activations; a rotation to the eigenvectors of the metric, and a scaling by its
    eigenvalues, make Jacobians orthonormal.
 3. *Edges.* Squared interactions between the features of neighbouring layers.
-4. *Importance for the output:* what setting a feature to its mean does to the predictions.
+4. *Importance for the output:* what setting a feature to its mean does to the predictions; and *effects on the
+   output:* which classes or tokens it raises and lowers most.
 5. *Standard errors* of importances and edges, from sums over groups of samples with one left out at a time. An
    importance is a variance times a squared length in the metric, and both have replicates, given the next layer's
    features. The rotation of the feature's own direction is a second-order effect. For an edge it is not: the standard
@@ -41,6 +42,12 @@ from lib_lightning.algorithm.jacobian_metric import JacobianMetric
 from lib_lightning.algorithm.linalg import Cutoff
 from lib_lightning.algorithm.memory_plan import MemoryPlan
 from lib_lightning.algorithm.metric import Metric
+from lib_lightning.algorithm.output_effects import (
+    OUTPUT_EFFECTS,
+    OutputEffects,
+    measure_output_effects,
+    most_important,
+)
 from lib_lightning.algorithm.output_gradients import (
     EXACT_OUTPUTS,
     OUTPUT_IMPORTANCE,
@@ -48,6 +55,7 @@ from lib_lightning.algorithm.output_gradients import (
     SAMPLED,
     OutputGradients,
     importance_vectors,
+    is_output,
     measured_by_output,
     output_importances,
     output_metrics,
@@ -57,7 +65,7 @@ from lib_lightning.algorithm.section_cache import SectionCache
 from lib_lightning.algorithm.shortcuts import FAST, PLAIN, Shortcuts
 from lib_lightning.algorithm.wide_layers import eigenproblem
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup, all_reduce
-from lib_lightning.errors import ActivationError, NotFiniteError
+from lib_lightning.errors import ActivationError, NotFiniteError, counted
 from lib_lightning.model.capture import CapturedLayer
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.output_distribution import OutputDistribution
@@ -74,6 +82,10 @@ _NO_FORWARD_MODE = (
 _SAMPLED_OUTPUT = (
     "The output has so many numbers that its metric is estimated from {} random vectors per sample; n_probes sets "
     "another number. The file says how large the error is."
+)
+_FEW_EFFECTS = (
+    "Which outputs a feature raises and lowers is measured for the most important features, {} of {}, on {}: a tenth "
+    "of the operations of the graph is not enough for more."
 )
 
 
@@ -97,6 +109,9 @@ class BuildResult:
         examples: Examples of the features of each node layer.
         is_constant: Whether activations are the same for all samples at all node layers, so that there is nothing to
             compute; ``notes`` say so.
+        output_effects: By node layer, the outputs that its features raise and lower most; empty if they were not
+            measured.
+        effect_samples: Number of samples that they were measured on.
     """
 
     bases: list[Basis]
@@ -110,6 +125,8 @@ class BuildResult:
     attribution_replicates: list[Tensor] = field(default_factory=list)
     examples: list[FeatureExamples] = field(default_factory=list)
     is_constant: bool = False
+    output_effects: dict[str, OutputEffects] = field(default_factory=dict)
+    effect_samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -222,6 +239,7 @@ def build_graph(
     edges, variances, examples = _edges(run, layers, positions, cache)
     # 4. Importance for the output.
     bases = _output_importances(run, [layer.basis for layer in layers], gradients, int(moments[0].count))
+    output_effects, effect_samples = _output_effects(run, instrumented, batches, bases)
     # 5. Standard errors.
     importances = [_importance_replicates(layer, v) for layer, v in zip(layers, variances, strict=True)]
     bases = [_with_errors(basis, x) for basis, x in zip(bases, importances, strict=True)]
@@ -235,6 +253,7 @@ def build_graph(
             *describe_empty_layers(bases, moments, any(layer.skip_positions for layer in instrumented.layers)),
             *describe_dominance(bases, instrumented.layers, position_variances),
             *_notes(run, edges, cache, by_output),
+            *_effect_notes(run, bases, output_effects, effect_samples),
         ],
         importance_replicates=importances,
         edge_replicates=[e.replicates for e in edges],
@@ -242,6 +261,8 @@ def build_graph(
         attribution_replicates=[e.attribution_replicates for e in edges],
         examples=examples,
         is_constant=is_constant(moments),
+        output_effects=output_effects,
+        effect_samples=effect_samples,
     )
 
 
@@ -264,6 +285,7 @@ def phases(config: LIBConfig, instrumented: InstrumentedModel, n_batches: int) -
         counts[f"basis of {name}"] = n_batches + 1 if kind == "lib" and i not in measured else 1
     counts |= {_edges_phase(before, after): n_batches for before, after in itertools.pairwise(names)}
     counts |= {} if config.output_distribution == "none" else {OUTPUT_IMPORTANCE: n_batches}
+    counts |= {OUTPUT_EFFECTS: 1} if config.effect_samples else {}
     return counts | {"standard errors": 1}
 
 
@@ -428,6 +450,24 @@ def _output_importances(run: _Run, bases: Sequence[Basis], gradients: OutputGrad
     ]
 
 
+def _output_effects(
+    run: _Run, instrumented: InstrumentedModel, batches: Sequence[Any], bases: Sequence[Basis]
+) -> tuple[dict[str, OutputEffects], int]:
+    """Step 4: which outputs features raise and lower most, by node layer; and the number of samples that show it."""
+    config = run.config
+    count = config.effect_features or 0
+    # Of features of the output itself, that is known.
+    numbers = [0 if i == run.last and is_output(run.last_taps) else count for i in range(len(bases))]
+    if run.output is None or not config.effect_samples or not any(numbers):
+        return {}, 0
+    features = [most_important(basis, number) for basis, number in zip(bases, numbers, strict=True)]
+    found, n = measure_output_effects(
+        instrumented, batches, bases, features, run.output, config.effect_samples, run.plan.stack_elements,
+        run.process_group,
+    )  # fmt: skip
+    return {name: one for name, one, own in zip(run.names, found, features, strict=True) if len(own)}, n
+
+
 def _importance_replicates(layer: _Layer, variances: FeatureVariances) -> Tensor:
     """Step 5: replicates of ``Lambda = (variance of a feature) (squared length of its C^+ in the metric)``."""
     replicates = variances.replicates()
@@ -458,6 +498,16 @@ def _common_plan(plan: MemoryPlan, process_group: ProcessGroup, keep_graphs: boo
 
 def _edges_phase(before: str, after: str) -> str:
     return f"edges from {before} to {after}"
+
+
+def _effect_notes(run: _Run, bases: Sequence[Basis], effects: Mapping[str, OutputEffects], n_samples: int) -> list[str]:
+    """That not all features have effects on the output."""
+    count = run.config.effect_features or 0
+    total = sum(basis.n_features for basis in bases if basis.name in effects)
+    measured = sum(min(count, basis.n_features) for basis in bases if basis.name in effects)
+    if measured == total:
+        return []
+    return [_FEW_EFFECTS.format(f"{measured:,}", f"{total:,}", counted(n_samples, "sample"))]
 
 
 def _not_finite(run: _Run, i: int) -> NotFiniteError:

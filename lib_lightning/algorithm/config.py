@@ -20,6 +20,9 @@ MetricKind = Literal["next", "output"]
 class LIBConfig:
     """What to compute; the fields are arguments of `lib_lightning.compute_interaction_graph`, and explained there.
 
+    Except for two: ``effect_samples`` and ``effect_features`` are the number of samples, and the largest number of
+    features of each node layer, with which effects on the output are measured. None is to be chosen, or none at all.
+
     Raises:
         SettingError: If a value is outside its range.
     """
@@ -33,6 +36,8 @@ class LIBConfig:
     n_pushed: int | None = None
     metric: MetricKind = "next"
     output_distribution: OutputSetting = "auto"
+    effect_samples: int | None = None
+    effect_features: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("basis", self.basis, get_args(BasisKind))

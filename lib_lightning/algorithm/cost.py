@@ -21,6 +21,7 @@ from lib_lightning.algorithm.config import LIBConfig
 from lib_lightning.algorithm.effort import EffortPlan, ModelCost
 from lib_lightning.algorithm.examples import bytes_per_feature
 from lib_lightning.algorithm.memory_plan import MemoryPlan
+from lib_lightning.algorithm.output_effects import TOP
 from lib_lightning.algorithm.progress import on_phase
 from lib_lightning.errors import counted
 from lib_lightning.model.loops import LoopTrial, loops_shortened
@@ -252,8 +253,10 @@ def file_bytes(cost: ModelCost, ranks: Sequence[int], itemsize: int) -> int:
     examples = sum(r * bytes_per_feature(S) for (S, _), r in zip(shapes, ranks, strict=True))
     # Mean, both maps, importances with their errors and modules; edges and attributions with their errors.
     bases = sum(d + 2 * d * r + 4 * r for d, r in zip(widths, ranks, strict=True))
+    # Index, change and error of the outputs that are raised and lowered most.
+    effects = 3 * 4 * 2 * TOP * sum(ranks)
     edges = sum(4 * r * r_next for r, r_next in itertools.pairwise(ranks))
-    return itemsize * (bases + edges) + examples + _HEADER
+    return itemsize * (bases + edges) + effects + examples + _HEADER
 
 
 class PeakMemory:

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lib_lightning.algorithm.config import LIBConfig
@@ -82,6 +82,12 @@ _COUNTED, _VECTORS = 2, 4
 _CHUNK = 2**22
 # Kernels for each group of samples in each call of a product: sums are kept by group.
 _CALLS_PER_GROUP = 5
+# Effects on the output have this share of the operations of the rest of the graph, and these in any case.
+_EFFECT_SHARE, _EFFECT_OPERATIONS = 0.1, 1.5e9
+# Samples with which they are measured, at least and at most; and output positions, at least.
+_EFFECT_SAMPLES, _EFFECT_ROWS = (8, 64), 32
+# Samples that are taken of a batch, about; sums over samples that are kept, at most; kernels beside those of the model.
+_EFFECT_BATCH, _EFFECT_NUMBERS, _CALLS_FOR_EFFECTS, _CALLS_PER_PASS = 32, 2**23, 200, 60
 # Numbers that are kept at most of products with all output features, from the metric for the edges.
 _KEPT = 2.5e8
 
@@ -146,6 +152,7 @@ class GraphCost:
         edges: Products for the edges of each section.
         output_metric: Gradients of the output for metrics.
         output_importance: Gradients of the output for the importances of all features.
+        output_effects: Forward passes for the effects of features on the output.
         errors: Standard errors.
     """
 
@@ -156,13 +163,14 @@ class GraphCost:
     edges: Sequence[float]
     output_metric: float = 0.0
     output_importance: float = 0.0
+    output_effects: float = 0.0
     errors: float = 0.0
 
     @property
     def total(self) -> float:
         """All of them, in operations of training steps."""
         sums = sum(self.metrics) + sum(self.bases) + sum(self.edges)
-        of_output = self.output_metric + self.output_importance
+        of_output = self.output_metric + self.output_importance + self.output_effects
         return _SLOWER * (self.checks + self.moments + sums + of_output + self.errors)
 
 
@@ -177,12 +185,14 @@ class ModelCost:
             gradient.
         stack_elements: About how many numbers a batch of vectors has; fewer where a tensor between node layers is
             larger than they are.
+        inference: One forward pass without gradients; None if that takes as much.
     """
 
     forward: Operations
     sections: Sequence[SectionCost]
     readout: SectionCost | None = None
     stack_elements: int = STACK_ELEMENTS
+    inference: Operations | None = None
 
     def of_graph(self, config: LIBConfig, num_samples: int) -> float:
         """Operations of a graph; see `steps`."""
@@ -235,8 +245,90 @@ class ModelCost:
             ],
             output_metric,
             importance,
+            self._of_effects(config.effect_samples or 0, config.effect_features or 0, calls),
             _CALLS_FOR_ERRORS * PER_CALL,
         )
+
+    def with_effects(self, config: LIBConfig, num_samples: int) -> LIBConfig:
+        """Choose how many samples and features have effects on the output: a share of the operations of the graph.
+
+        Args:
+            config: What to compute; numbers that are given are kept.
+            num_samples: Number of samples.
+
+        Returns:
+            The configuration with both numbers: all features with as many samples as fit, up to enough for small
+            errors; or few samples with as many features as fit, at least one of each node layer.
+        """
+        if config.effect_samples is not None:
+            return config
+        layers = self._layers_with_effects()
+        if config.output_distribution == "none" or not layers:
+            return replace(config, effect_samples=0, effect_features=0)
+        S_out, d_out = (self.readout or self.sections[-1]).shape_out
+        allowed = max(_EFFECT_OPERATIONS, _EFFECT_SHARE * self.of_graph(config, num_samples) / _SLOWER)
+        fewest = min(num_samples, max(_EFFECT_SAMPLES[0], -(-_EFFECT_ROWS // S_out)))
+        most = min(num_samples, _EFFECT_SAMPLES[1])
+        every = max(rank for _, rank in layers)
+        if self._of_effects(fewest, every, math.inf) <= allowed:
+            n = _largest(lambda n: self._of_effects(n, every, math.inf) <= allowed, fewest, most)
+            return replace(config, effect_samples=n, effect_features=every)
+        most_features = max(1, min(every, _EFFECT_NUMBERS // (d_out * len(layers))))
+        m = _largest(lambda m: self._of_effects(fewest, m, math.inf) <= allowed, 1, most_features)
+        return replace(config, effect_samples=fewest, effect_features=m)
+
+    def features_to_ablate(self, operations: float, available: int) -> tuple[int, int]:
+        """Choose what can be ablated with a number of operations: one feature after another, on some samples.
+
+        Args:
+            operations: Operations that it may take, such as those of a graph.
+            available: Number of samples to ablate on.
+
+        Returns:
+            Number of samples, and largest number of features of each node layer: all features with as many samples as
+            fit, or a few samples with as many features as fit.
+        """
+        allowed = max(_EFFECT_OPERATIONS, operations / _SLOWER)
+        every = max(r for _, r in [*self._layers_with_effects(), (0, self.ranks()[-1])])
+        fewest = min(available, _EFFECT_SAMPLES[1])
+
+        def fits(n: int, m: int) -> bool:
+            return self._of_effects(n, m, math.inf) / 2 <= allowed
+
+        if fits(fewest, every):
+            return _largest(lambda n: fits(n, every), fewest, available), every
+        return fewest, _largest(lambda m: fits(fewest, m), 1, every)
+
+    def effect_rows(self, config: LIBConfig) -> int:
+        """Number of samples that the forward passes for effects on the output have, all together."""
+        count = config.effect_features or 0
+        return 2 * (config.effect_samples or 0) * sum(min(rank, count) for _, rank in self._layers_with_effects())
+
+    def _layers_with_effects(self) -> list[tuple[int, int]]:
+        """Numbers in a sample, and largest number of features, of each node layer but the output."""
+        ranks = self.ranks()
+        shapes = [section.shape_in for section in self.sections]
+        if self.readout is not None:
+            shapes.append(self.readout.shape_in)
+        return [(S * d, r) for (S, d), r in zip(shapes, ranks, strict=False)]
+
+    def _of_effects(self, n: int, count: int, calls: float) -> float:
+        """Operations of the effects on the output of up to ``count`` features of each node layer, on ``n`` samples."""
+        if not n or not count:
+            return 0.0
+        S_out, d_out = (self.readout or self.sections[-1]).shape_out
+        layers = self._layers_with_effects()
+        size = max(S_out * d_out, *(numbers for numbers, _ in layers))
+        at_once = max(2 * min(n, _EFFECT_BATCH), self.stack_elements // size)
+        forward = self.inference or self.forward
+        total = forward.of(n) + _CALLS_FOR_EFFECTS * PER_CALL
+        for numbers, rank in layers:
+            rows = 2.0 * n * min(rank, count)
+            passes = math.ceil(rows / at_once)
+            rows *= min(1.0, calls / passes)
+            per_row = forward.per_sample + PER_NUMBER * (4 * numbers + 3 * S_out * d_out)
+            total += rows * per_row + min(calls, passes) * (forward.calls + _CALLS_PER_PASS) * PER_CALL
+        return total
 
     def _of_output(self, n_probes: int | None, exact_outputs: int, n: int, calls: float, first: int = 0) -> float:
         """Operations of gradients of the output with respect to the node layers from ``first`` on."""
@@ -311,6 +403,14 @@ class ModelCost:
         return max(_MIN_SAMPLES, math.ceil(max(needed)))
 
 
+def _largest(fits: Callable[[int], bool], low: int, high: int) -> int:
+    """The largest number up to ``high`` that fits, and at least ``low``, if all numbers below one that fits do."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
 def _of_closed_form(section: SectionCost, r: int, r_out: int, n: int, calls: float) -> tuple[float, float]:
     """Operations of metric and edges in closed form, between ``r`` and ``r_out`` features."""
     (S, d), (_, d_out), hidden = section.shape_in, section.shape_out, section.hidden or 0
@@ -337,6 +437,8 @@ class EffortPlan:
         n_pushed: As for `lib_lightning.compute_interaction_graph`; None is exact.
         operations: Predicted operations of one graph.
         allowed: Operations that it may take; fewer than ``operations`` if even the smallest effort takes more.
+        effect_samples: Number of samples with which effects on the output are measured; None if not chosen.
+        effect_features: Largest number of features of each node layer that have them; None if not chosen.
     """
 
     num_samples: int
@@ -344,21 +446,36 @@ class EffortPlan:
     n_pushed: int | None
     operations: float
     allowed: float
+    effect_samples: int | None = None
+    effect_features: int | None = None
+
+    @classmethod
+    def of(cls, cost: ModelCost, config: LIBConfig, num_samples: int, allowed: float) -> EffortPlan:
+        """The plan of a configuration, whose ``n_probes`` and ``n_pushed`` are taken literally, None as exact."""
+        config = cost.with_effects(config, num_samples)
+        operations = cost.of_graph(config, num_samples)
+        return cls(
+            num_samples, config.n_probes, config.n_pushed, operations, allowed, config.effect_samples,
+            config.effect_features,
+        )  # fmt: skip
 
     def applied_to(self, config: LIBConfig) -> LIBConfig:
         """The configuration with the chosen numbers."""
-        return replace(config, n_probes=self.n_probes, n_pushed=self.n_pushed)
+        names = ("n_probes", "n_pushed", "effect_samples", "effect_features")
+        return replace(config, **{name: getattr(self, name) for name in names})
 
     @property
     def numbers(self) -> list[float]:
-        """All of it as numbers, 0 for None, for other processes."""
-        return [self.num_samples, self.n_probes or 0, self.n_pushed or 0, self.operations, self.allowed]
+        """All of it as numbers, for other processes: 0 for None, and -1 for effects that were not chosen."""
+        effects = [-1 if x is None else x for x in (self.effect_samples, self.effect_features)]
+        return [self.num_samples, self.n_probes or 0, self.n_pushed or 0, self.operations, self.allowed, *effects]
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[float]) -> EffortPlan:
         """From `numbers`."""
-        n, probes, pushed, operations, allowed = numbers
-        return cls(int(n), int(probes) or None, int(pushed) or None, operations, allowed)
+        n, probes, pushed, operations, allowed, *effects = numbers
+        of_effects = [None if x < 0 else int(x) for x in effects]
+        return cls(int(n), int(probes) or None, int(pushed) or None, operations, allowed, *of_effects)
 
     @property
     def text(self) -> str:
@@ -397,6 +514,8 @@ def _measure(instrumented: InstrumentedModel, batch: Any) -> ModelCost:
     except LIBError:  # the output is no activations
         captured.clear()
         forward = counted_operations(lambda: captured.extend(instrumented.capture(batch)), n)
+    with torch.no_grad():
+        inference = counted_operations(lambda: instrumented.run(batch), n)
     outputs = max(layer.a.numel() for layer in captured[: len(instrumented.layers)])
     _, _, largest = saved_by_autograd(instrumented, batch)
     closed_forms = FAST.closed_forms.fit(instrumented, [batch])
@@ -417,7 +536,8 @@ def _measure(instrumented: InstrumentedModel, batch: Any) -> ModelCost:
             )
         )
     readout = costs[-1] if len(costs) > len(between) else None
-    return ModelCost(forward, costs[: len(between)], readout, STACK_ELEMENTS * outputs // max(outputs, largest))
+    stack_elements = STACK_ELEMENTS * outputs // max(outputs, largest)
+    return ModelCost(forward, costs[: len(between)], readout, stack_elements, inference)
 
 
 def _hidden(form: ClosedForm | None) -> int | None:
@@ -532,8 +652,7 @@ def choose_effort(
     def plan(n: int, level: int | None) -> EffortPlan:
         probes = config.n_probes or (None if level is None else _PROBES << level)
         pushed = config.n_pushed or (None if level is None or _PUSHED << level >= widest else _PUSHED << level)
-        operations = cost.of_graph(replace(config, n_probes=probes, n_pushed=pushed), n)
-        return EffortPlan(n, probes, pushed, operations, allowed)
+        return EffortPlan.of(cost, replace(config, n_probes=probes, n_pushed=pushed), n, allowed)
 
     exact = plan(num_samples, None)
     if exact.operations <= allowed:
@@ -547,6 +666,29 @@ def choose_effort(
         n = max(cost.min_samples, n // 2)
         best = plan(n, 0)
     return best if best.operations < exact.operations else exact
+
+
+def affordable_effects(
+    model: nn.Module, shapes: Sequence[Sequence[int]], config: LIBConfig, num_samples: int
+) -> EffortPlan | None:
+    """A plan in which all features have effects on the output, if the model is so small that these cost little.
+
+    That is seen from the number of its weights, in less time than it takes to count operations.
+
+    Args:
+        model: The model.
+        shapes: Positions and width of each node layer.
+        config: What to compute.
+        num_samples: Number of samples.
+
+    Returns:
+        The plan; None for a model that may be too large.
+    """
+    n = min(num_samples, _EFFECT_SAMPLES[1])
+    operations = 2.0 * sum(p.numel() for p in model.parameters()) * max(S for S, _ in shapes)
+    if 2 * n * sum(d for _, d in shapes) * operations > _EFFECT_OPERATIONS / 4:
+        return None
+    return EffortPlan(num_samples, config.n_probes, config.n_pushed, 0.0, 0.0, n, max(d for _, d in shapes))
 
 
 def agree(plan: EffortPlan | None, process_group: ProcessGroup) -> EffortPlan | None:

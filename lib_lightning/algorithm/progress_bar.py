@@ -10,6 +10,7 @@ from typing import Any
 
 from lib_lightning.algorithm.config import LIBConfig
 from lib_lightning.algorithm.effort import ModelCost
+from lib_lightning.algorithm.output_effects import OUTPUT_EFFECTS
 from lib_lightning.algorithm.output_gradients import OUTPUT_IMPORTANCE, OUTPUT_METRIC
 from lib_lightning.algorithm.progress import on_phase
 from lib_lightning.model.safe_points import on_vectors
@@ -74,8 +75,17 @@ def steps_of(phases: Mapping[str, int], cost: ModelCost | None, config: LIBConfi
         ):
             pushed = min(r, config.n_pushed or r, section.shape_out[0] * r_out)
             found.append(Step(name, length / n, float(pushed)))
-    lengths = {OUTPUT_IMPORTANCE: of_graph.output_importance / n, "standard errors": of_graph.errors}
-    return found + [Step(name, lengths.get(name, 0.0)) for name, count in last for _ in range(count)]
+    lengths = {
+        OUTPUT_IMPORTANCE: of_graph.output_importance / n,
+        OUTPUT_EFFECTS: of_graph.output_effects,
+        "standard errors": of_graph.errors,
+    }
+    rows = float(cost.effect_rows(config))
+    return found + [
+        Step(name, lengths.get(name, 0.0), rows * (name == OUTPUT_EFFECTS))
+        for name, count in last
+        for _ in range(count)
+    ]
 
 
 class ProgressDisplay:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +18,16 @@ from lib_lightning.ablation.scored_model import Score, sample_scores
 from lib_lightning.algorithm.basis import Basis
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.errors import LIBError, NotFiniteError, check_number, counted, is_out_of_memory
-from lib_lightning.graph import InteractionGraph
+from lib_lightning.graph import FeatureEffects, InteractionGraph
 from lib_lightning.interventions.names import FeatureName, Place, find_features
 from lib_lightning.interventions.significance import benjamini_hochberg, samples_needed, sign_flip_p_values
+from lib_lightning.io.basis_format import CAUSAL, OUTPUT_DISTRIBUTION
 from lib_lightning.model.batch import is_empty, tensors_in
 from lib_lightning.model.capture import CapturedLayer
 from lib_lightning.model.instrumented import InstrumentedModel, model_session
+from lib_lightning.model.known_labels import labels_of_batch
 from lib_lightning.model.model_spec import ModelSpec
+from lib_lightning.model.output_distribution import OutputDistribution
 from lib_lightning.model.precision import product_dtype
 from lib_lightning.model.vjp import apply_mask
 
@@ -59,7 +63,7 @@ def feature_effects(
     model: nn.Module,
     batches: Iterable[Any],
     graph: InteractionGraph,
-    score: Score,
+    score: Score | None = None,
     features: Iterable[FeatureName] | None = None,
     level: float = 0.05,
     process_group: ProcessGroup = SINGLE_PROCESS,
@@ -77,7 +81,9 @@ def feature_effects(
             independent of each other.
         graph: An interaction graph in any basis.
         score: A function from the model's output and a batch to one score for each sample, shape ``(n,)``, higher is
-            better; for example `lib_lightning.ablation.accuracy`.
+            better; for example `lib_lightning.ablation.accuracy`. None for the mean log-likelihood of the batch's
+            labels, in the distribution that the output stands for: labels are found in the loss that the step of a
+            LightningModule, or the model, computes, or in the batch.
         features: Which features to test, by names as for `edit_features`; by default all, those of the last node layer
             among them. The fewer there are, the smaller are the effects that can be told from chance.
         level: False discovery rate: the expected share of features without an effect among those that are significant.
@@ -88,8 +94,8 @@ def feature_effects(
         The effects by feature id, in the order of the graph.
 
     Raises:
-        LIBError: If a feature is not found, if there are no samples, or if the score function does not return one
-            number for each sample.
+        LIBError: If a feature is not found, if there are no samples, if the score function does not return one number
+            for each sample, or if there is no score and no labels are found.
         NodeLayerError: If the graph belongs to a model of a different shape.
         NotFiniteError: If a score is NaN or infinite.
 
@@ -111,16 +117,84 @@ def feature_effects(
     n = 0
     with process_group.sync_errors(), model_session(instrumented), torch.no_grad():
         nonempty = instrumented.parts(batch for batch in batches if not is_empty(batch))
-        may_repeat = bool(nonempty) and _scores_of_repeated_samples_agree(instrumented, nonempty[0], score)
+        may_repeat: bool | None = None
         for seed, batch in enumerate(nonempty):
             instrumented.manual_seed(seed)
-            d = _AblatedFeatures(instrumented, batch, graph, score, may_repeat).differences(places)
+            own = score or likelihood_of_labels(instrumented, batch, known_output(graph))
+            if may_repeat is None:
+                may_repeat = _scores_of_repeated_samples_agree(instrumented, batch, own)
+            d = _AblatedFeatures(instrumented, batch, graph, own, may_repeat).differences(places)
             sums += torch.stack([x.sum(1) for x in (d.all, d.all.square(), d.real, d.real.square())])
             n += d.all.shape[1]
     sums, count = process_group.sum([sums, torch.tensor(n, device="cpu")])
     if not count:
         raise LIBError("There are no samples to score: all batches are empty.")
     return _effects(graph, places, sums, int(count), level)
+
+
+def likelihood_of_labels(instrumented: InstrumentedModel, batch: Any, output: OutputDistribution | None) -> Score:
+    """The score that is the mean log-likelihood of the labels of one batch.
+
+    Args:
+        instrumented: The model. Call this within `model_session`.
+        batch: The batch.
+        output: What the output stands for; None if it is not known.
+
+    Returns:
+        A function of the output for the samples of the batch, once or several times after each other.
+
+    Raises:
+        LIBError: If no labels are found.
+    """
+    labels = None if output is None else labels_of_batch(instrumented, batch, output)
+    if labels is None:
+        raise LIBError(
+            "The labels of the batch are not known: neither does a step, or the model, pass its whole output to a loss "
+            "function of torch.nn.functional, nor has the batch a tensor with their shape. Pass score=, a function of "
+            "output and batch that returns one number for each sample."
+        )
+    return lambda output, batch: labels.log_likelihood(output)
+
+
+def known_output(graph: InteractionGraph) -> OutputDistribution | None:
+    """What the output of the model of a graph stands for; None if that is not known."""
+    plain = graph.info.get(OUTPUT_DISTRIBUTION)
+    return OutputDistribution(plain["kind"], plain["reason"]) if plain else None
+
+
+def keep_effects(graph: InteractionGraph, effects: Mapping[str, Effect], **about: Any) -> None:
+    """Keep effects of features on a score in a graph, and so in its file, where the tab and the film show them.
+
+    Args:
+        graph: The graph; ``graph.effects`` and ``graph.info["causal"]`` are replaced.
+        effects: What `feature_effects` has returned. Features that are missing were not tried.
+        about: What to note of it, plain values: ``score`` for its name, ``level``, ``samples``.
+
+    Example:
+        >>> from lib_lightning import compute_interaction_graph
+        >>> model, x = nn.Linear(4, 2, bias=False), torch.randn(50, 4)
+        >>> graph = compute_interaction_graph(model, [x], ["input", "output"])
+        >>> effects = feature_effects(model, [(x, model(x).argmax(1))], graph)
+        >>> keep_effects(graph, effects, score="log_likelihood", level=0.05, samples=50)
+        >>> graph.effects["input"].significant.dtype, graph.info["causal"]["features"]
+        (torch.bool, 4)
+    """
+    found = {}
+    for layer in graph.bases:
+        of_layer = [effects.get(name) for name in graph.feature_ids(layer)]
+        if any(of_layer):
+            changes, errors = (
+                torch.tensor(
+                    [math.nan if effect is None else getattr(effect, name) for effect in of_layer],
+                    dtype=torch.float64,
+                    device="cpu",
+                )
+                for name in ("change", "error")
+            )
+            significant = [effect is not None and effect.significant for effect in of_layer]
+            found[layer] = FeatureEffects(changes, errors, torch.tensor(significant, device="cpu"))
+    graph.effects = found
+    graph.info[CAUSAL] = {**about, "features": len(effects)}
 
 
 def _effects(graph: InteractionGraph, places: Sequence[Place], sums: Tensor, n: int, level: float) -> dict[str, Effect]:

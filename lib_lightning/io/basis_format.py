@@ -78,6 +78,8 @@ PLACES = "places"
 OUTPUT_NAMES = "output_names"
 # How the effects of features on a score were found: name of the score, level, number of samples.
 CAUSAL = "causal"
+# Number of samples with which effects on the output were measured.
+EFFECT_SAMPLES = "effect_samples"
 # What the model's output stands for, and why it is taken for that.
 OUTPUT_DISTRIBUTION = "output_distribution"
 

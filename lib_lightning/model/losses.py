@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,10 +23,16 @@ class Loss:
     Attributes:
         function: Its name in `torch.nn.functional`.
         shape: Shape of its input: of the predictions.
+        predictions: The predictions; None if they are not kept.
+        targets: What they are compared with; None if that is no tensor.
+        ignored: The class index that does not count.
     """
 
     function: str
     shape: tuple[int, ...]
+    predictions: Tensor | None = field(default=None, repr=False, compare=False)
+    targets: Tensor | None = field(default=None, repr=False, compare=False)
+    ignored: int = field(default=-100, repr=False, compare=False)
 
 
 class _Observed(TorchFunctionMode):
@@ -42,9 +49,33 @@ class _Observed(TorchFunctionMode):
         name = getattr(function, "__name__", "")
         if name in self.functions:
             predictions = args[0] if args else kwargs.get("input")
+            targets = args[1] if len(args) > 1 else kwargs.get("target")
             if isinstance(predictions, Tensor):
-                self.losses.append(Loss(name, tuple(predictions.shape)))
+                targets = targets.detach() if isinstance(targets, Tensor) else None
+                ignored = kwargs.get("ignore_index", -100)
+                self.losses.append(Loss(name, tuple(predictions.shape), predictions.detach(), targets, ignored))
         return function(*args, **kwargs)
+
+
+@contextmanager
+def losses_observed(functions: set[str]) -> Iterator[list[Loss]]:
+    """A block in which calls of loss functions are noted.
+
+    Args:
+        functions: Names of functions in `torch.nn.functional`.
+
+    Yields:
+        A list that the calls are added to.
+
+    Example:
+        >>> with losses_observed({"mse_loss"}) as losses:
+        ...     _ = nn.MSELoss()(torch.ones(2, 1), torch.zeros(2, 1))
+        >>> losses
+        [Loss(function='mse_loss', shape=(2, 1))]
+    """
+    observed = _Observed(functions)
+    with observed:
+        yield observed.losses
 
 
 def losses_in_step(model: nn.Module, batch: Any, functions: set[str]) -> list[Loss]:

@@ -23,7 +23,8 @@ OutputSetting = Literal["auto", "categorical", "bernoulli", "gaussian", "none"]
 # More logits than these are no node layer, but measure the one before them.
 MANY_LOGITS = 512
 _GUESS = "by its size, which is a guess"
-_KIND_OF_LOSS: dict[str, OutputKind] = {
+# What a loss function of `torch.nn.functional` takes the output for.
+KIND_OF_LOSS: dict[str, OutputKind] = {
     **dict.fromkeys(("cross_entropy", "nll_loss", "linear_cross_entropy"), "categorical"),
     **dict.fromkeys(("binary_cross_entropy_with_logits", "multilabel_soft_margin_loss"), "bernoulli"),
     **dict.fromkeys(("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "gaussian_nll_loss"), "gaussian"),
@@ -101,6 +102,27 @@ class OutputDistribution:
             return torch.diag((rows.sigmoid() * (-rows).sigmoid()).sum(0))
         p = rows.softmax(-1)
         return torch.diag(p.sum(0)) - p.T @ p
+
+    def log_likelihood(self, z: Tensor, labels: Tensor) -> Tensor:
+        """Log-likelihood of labels, or half of negative squared distances from numbers.
+
+        Args:
+            z: Outputs, shape ``(..., d)``.
+            labels: Class indices, shape ``(...)``; otherwise answers or numbers, shape ``(..., d)``.
+
+        Returns:
+            Nats, shape ``(...)``.
+
+        Example:
+            >>> OutputDistribution("categorical").log_likelihood(torch.zeros(1, 2), torch.tensor([1]))
+            tensor([-0.6931])
+        """
+        if self.kind == "categorical":
+            return z.gather(-1, labels[..., None])[..., 0] - z.logsumexp(-1)
+        if self.kind == "gaussian":
+            return -(z - labels).square().sum(-1) / 2
+        log = torch.nn.functional.logsigmoid
+        return (labels * log(z) + (1 - labels) * log(-z)).sum(-1)
 
     def divergence(self, a: Tensor, b: Tensor) -> Tensor:
         """Kullback-Leibler divergence from the prediction of one output to that of another.
@@ -183,12 +205,12 @@ def _found(
 ) -> OutputDistribution:
     if setting in get_args(OutputKind):
         return OutputDistribution(cast("OutputKind", setting), "as output_distribution says")
-    for loss in losses_in_step(instrumented.model, batch, set(_KIND_OF_LOSS)):
+    for loss in losses_in_step(instrumented.model, batch, set(KIND_OF_LOSS)):
         # A loss may leave out positions, as that of the next token does, or the axis of a single number.
         same_features = loss.shape[-1:] == output.shape[-1:] or loss.shape[1:2] == output.shape[1:2]
         if same_features or loss.shape == output.shape[:-1]:
-            return OutputDistribution(_KIND_OF_LOSS[loss.function], f"as the loss is {loss.function}")
-    others = _not_inputs(instrumented, batch)
+            return OutputDistribution(KIND_OF_LOSS[loss.function], f"as the loss is {loss.function}")
+    others = tensors_beside_inputs(instrumented, batch)
     return _from_config(instrumented, value) or _from_labels(others, output) or _guess(output, batch)
 
 
@@ -224,7 +246,7 @@ def _from_config(instrumented: InstrumentedModel, value: Any) -> OutputDistribut
     return OutputDistribution("categorical", "as the output is named logits")
 
 
-def _not_inputs(instrumented: InstrumentedModel, batch: Any) -> list[Tensor]:
+def tensors_beside_inputs(instrumented: InstrumentedModel, batch: Any) -> list[Tensor]:
     """Tensors of a batch that the model does not take."""
     call = instrumented.find_call(batch)
     if call.step is not None:  # which of them it takes is known to the step alone

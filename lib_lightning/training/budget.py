@@ -249,10 +249,12 @@ class SnapshotKind:
     Attributes:
         ablation: Whether edges required are counted.
         figures: Whether figures over the whole run are drawn.
+        causal: Whether the features that matter are counted.
     """
 
     ablation: bool = False
     figures: bool = False
+    causal: bool = False
 
 
 class SnapshotTrigger:
@@ -265,11 +267,19 @@ class SnapshotTrigger:
         skipped: What was skipped before, in a resumed run; updated in place.
         name: Name of the callback, for messages.
         draws_over_time: Whether the last snapshot draws figures over the whole run, which take as long as the rest.
+        counts_at_end: Whether the last one alone counts features that matter, which takes as long as a graph.
     """
 
-    def __init__(self, meter: TimeMeter, skipped: SkippedSnapshots, name: str, draws_over_time: bool) -> None:
+    def __init__(
+        self,
+        meter: TimeMeter,
+        skipped: SkippedSnapshots,
+        name: str,
+        draws_over_time: bool,
+        counts_at_end: bool = False,
+    ) -> None:
         self.meter, self.skipped = meter, skipped
-        self._name, self._draws_over_time = name, draws_over_time
+        self._name, self._draws_over_time, self._counts_at_end = name, draws_over_time, counts_at_end
 
     def can_take(
         self,
@@ -296,6 +306,7 @@ class SnapshotTrigger:
         if pace is not None and has_fewest and self.meter.spent.attempts < 1 + int((FEWEST - 1) * pace.snapshots):
             return True
         last_factor = 2.0 if self._draws_over_time and _FIRST in self.meter.spent.last_cost else 1.0
+        last_factor += self._counts_at_end
         affordable = torch.tensor(self.meter.can_afford(self._cost_key(kind), last_factor, pace), device="cpu")
         (affordable,) = process_group.broadcast([affordable])
         if not affordable:
@@ -328,10 +339,10 @@ class SnapshotTrigger:
                 self.meter.spent.forget_cost(_FIRST)
 
     def _cost_key(self, kind: SnapshotKind) -> str:
-        if not kind.ablation and not self.meter.spent.last_cost:
+        if not kind.ablation and not kind.causal and not self.meter.spent.last_cost:
             return _FIRST
         name = "ablation" if kind.ablation else "plain"
-        return f"{name}, with figures" if kind.figures else name
+        return name + ", causal" * kind.causal + ", with figures" * kind.figures
 
     def _explain_skipping(self, step: int, kind: SnapshotKind, has_fewest: bool) -> None:
         limit, cost = self.meter.limit, self.meter.expected_cost(self._cost_key(kind))

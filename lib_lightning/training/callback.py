@@ -7,11 +7,12 @@ import logging
 import math
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
+from torch import Tensor
 from torchmetrics import MetricCollection
 
 from lib_lightning.ablation import AblationPlan
@@ -23,17 +24,20 @@ from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.errors import ComputationStopped, SettingError, check_list
 from lib_lightning.features.renderers import Renderer
 from lib_lightning.graph import InteractionGraph
-from lib_lightning.io.basis_format import EPOCH, LOGGING_STEP, STEP, WEIGHTS, WEIGHTS_HASH
+from lib_lightning.interventions.plan import CausalPlan
+from lib_lightning.io.basis_format import CAUSAL, EPOCH, LOGGING_STEP, STEP, WEIGHTS, WEIGHTS_HASH
 from lib_lightning.io.run_layout import check_run_name, overlapping_names
 from lib_lightning.labels.example_labels import ExampleLabels
 from lib_lightning.labels.labeller import Labeller
 from lib_lightning.lineage.events import CHANGES
 from lib_lightning.lineage.reference import NUM_REFERENCE_VALUES
+from lib_lightning.model.batch import is_empty
 from lib_lightning.model.batch_layout import BatchLayout
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
 from lib_lightning.model.node_layer import NodeLayer, as_node_layers
 from lib_lightning.model.output_distribution import OutputSetting
+from lib_lightning.model.preserve import copied_bytes
 from lib_lightning.model.safe_points import signals_at_safe_points
 from lib_lightning.model.skip_positions import SkipPositions
 from lib_lightning.training.budget import Pace, SnapshotKind, SnapshotTrigger, TimeMeter, max_overhead_of, timed_hook
@@ -178,6 +182,12 @@ class LIBCallback(Callback):
             takes a fitting one. Where it raises an error, that sample is shown without a picture.
         output_names: Names of the outputs, such as classes: a list; a dict by number; a configuration with id2label; a
             tokenizer. None (null) takes those of the model's configuration, or the tokens of the renderer.
+        causal_every: Interval between snapshots that count the features that demonstrably matter: those that change a
+            score when they are set to their mean, on samples that are held out, as ``lib/causal_features/...``. The
+            first and the last one count them in any case. None (null) counts them once, in the last one, where labels
+            are known, with as many features and samples as take about as long as the rest of its graph; 0 is never.
+        causal_score: The score: a function from the model's output and a batch to one number for each sample, higher is
+            better. None (null) is the log-likelihood of the labels that the loss of the step is computed with.
 
     Raises:
         LIBError: If fewer than two node layers are given.
@@ -232,6 +242,8 @@ class LIBCallback(Callback):
         output_distribution: OutputSetting = "auto",
         renderer: Renderer | None = None,
         output_names: Any = None,
+        causal_every: int | bool | None = None,
+        causal_score: Callable[[Any, Any], Tensor] | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(dtype, (str, torch.dtype, type(None))) or dtype not in _DTYPES:
@@ -252,10 +264,11 @@ class LIBCallback(Callback):
                 output_distribution,
             ),
             tuple(baselines), metrics, labeller, ablation, memory_limit, follow, effort == "auto",
+            CausalPlan(0 if causal_every is False else causal_every, causal_score),
         )  # fmt: skip
         kept = _MAX_SAMPLES if num_samples is None else num_samples * labelled_samples(labeller)
         self.sample_config = SampleConfig(
-            kept, dataloader, val_dataloader, ablation is not None,
+            kept, dataloader, val_dataloader, ablation is not None or bool(causal_every),
             None if ablation is None else ablation.val_dataloader,
         )  # fmt: skip
         self._rendering_config = RenderingConfig(renderer, output_names)
@@ -281,7 +294,9 @@ class LIBCallback(Callback):
         self._begin()
 
     def _begin(self) -> None:
-        self.state = RunState(self.computer.prefixes, self.config.ablation, self.config.follow, self.schedule)
+        self.state = RunState(
+            self.computer.prefixes, self.config.ablation, self.config.follow, self.schedule, self.config.causal
+        )  # fmt: skip
         self.meter = TimeMeter(self.max_overhead, self.clock, self.state.time)
         self._is_second_call = self._has_ended = False
 
@@ -340,7 +355,8 @@ class LIBCallback(Callback):
             self._given_layers, state.node_layers, self.name, self.spec.called_as(state.call),
             state.set_node_layers, state.set_call,
         )  # fmt: skip
-        self.trigger = SnapshotTrigger(self.meter, state.skipped, self.name, self.config.follow)
+        counts_at_end = self.config.causal.is_wanted and trainer.state.fn == "fit"
+        self.trigger = SnapshotTrigger(self.meter, state.skipped, self.name, self.config.follow, counts_at_end)
         self.reporter = SnapshotReporter(
             self.name, self._hooks, state, list(self.computer.prefixes), trainer, self.config.follow,
             self._keep_snapshots,
@@ -355,7 +371,7 @@ class LIBCallback(Callback):
         self._tried: tuple[int | None, str | None] = (state.step, state.weights_hash)
         self._trained = TrainedWeights()
         self._bar = SnapshotBar(self.name)
-        self._has_checked_training_batch = False
+        self._has_checked_training_batch = self._has_checked_score = False
 
     @timed_hook
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -385,6 +401,11 @@ class LIBCallback(Callback):
                 layout = self.resolver.check(pl_module, batch, strict)
                 if not (strict and self._has_checked_training_batch):  # from then on, nothing stops the run
                     self._renderings.check(InstrumentedModel(pl_module, [], self.resolver.spec), batch)
+                score = self.config.causal.score
+                is_first = strict and not self._has_checked_score and not self._has_checked_training_batch
+                if is_first and score is not None and not is_empty(batch):
+                    self._has_checked_score = True
+                    self.resolver.check_score(pl_module, batch, score)
                 return layout
         except ComputationStopped:
             raise sigterm_exception(trainer) from None
@@ -477,6 +498,7 @@ class LIBCallback(Callback):
         elif call_again_last(trainer, self):
             self._is_second_call = True
             return
+        self._count_causal(trainer, pl_module)
         self.reporter.finish(trainer)
         self.meter.end()
         self.trigger.log_summary(self.state.n_snapshots)
@@ -493,12 +515,38 @@ class LIBCallback(Callback):
         if self._has_ended and weights_hash(pl_module) != self._tried[1]:
             with on_training_device(trainer, pl_module):
                 self._take_last(trainer, pl_module)
+                self._count_causal(trainer, pl_module)
                 self.reporter.finish(trainer)
         self._has_ended = False
 
     def _take_last(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._snapshot(trainer, pl_module, is_last=True):
             self.reporter.log_scalars(trainer, self._scalars(trainer))
+
+    def _count_causal(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count the features that matter in the last snapshot, whenever that was taken."""
+        state, graph = self.state, self.graph
+        if not self.config.causal.is_wanted or graph is None or state.step != trainer.global_step:
+            return
+        if CAUSAL in graph.info:
+            return
+        try:
+            with self._process_group.sync_errors(), signals_at_safe_points(partial(has_received_sigterm, trainer)):
+                instrumented = self.resolver.instrument(pl_module, self._process_group)
+                data = self.samples.for_snapshot(trainer)
+                copied = instrumented.shared_copy(copied_bytes(self.config.memory_limit))
+                with trainer_precision(trainer, self.spec.dtype), copied:
+                    found = self.computer.count_causal(graph, instrumented, data, state.plan, self._process_group)
+                if found:
+                    self.reporter.write_again(trainer, graph, trainer.global_step)
+        except ComputationStopped:
+            return
+        except Exception as error:
+            self.reporter.log_failure(trainer.global_step, error)
+            return
+        state.set_causal(found)
+        if found:
+            self.reporter.log_scalars(trainer, found)
 
     def _snapshot_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.samples.is_ready and self.state.cursor.due_at_step(trainer.global_step):
@@ -598,6 +646,7 @@ class LIBCallback(Callback):
                 kind.ablation,
                 self._process_group,
                 plan,
+                kind.causal,
             )
             self._renderings.update(instrumented, snapshot.batches, snapshot.graphs, self._process_group)
         self.reporter.log_notes(snapshot.graphs)

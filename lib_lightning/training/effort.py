@@ -284,7 +284,7 @@ def _percent(share: float) -> str:
 def _effort(cost: ModelCost, settings: PlanSettings, allowed: float) -> EffortPlan:
     config, n = settings.config, settings.available
     if settings.given.get("effort") == "exact":
-        return EffortPlan(n, config.n_probes, config.n_pushed, cost.of_graph(config, n), allowed)
+        return EffortPlan.of(cost, config, n, allowed)
     return choose_effort(cost, config, n, allowed, all_samples="num_samples" in settings.given)
 
 

@@ -8,15 +8,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from lib_lightning.ablation.scored_model import Score, sample_scores
 from lib_lightning.api import notes_on, proposed_cuts
 from lib_lightning.distributed.process_group import ProcessGroup
 from lib_lightning.distributed.torch_group import broadcast_text
-from lib_lightning.errors import LIBError, is_out_of_memory
+from lib_lightning.errors import LIBError, brief, is_out_of_memory
 from lib_lightning.model.batch import is_empty
 from lib_lightning.model.batch_layout import BatchLayout
 from lib_lightning.model.exchange import first_samples
 from lib_lightning.model.forward_errors import wrap_forward_errors
-from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.instrumented import InstrumentedModel, model_session
 from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.module_paths import check_taps
 from lib_lightning.model.node_layer import NodeLayer, as_node_layers
@@ -135,6 +138,32 @@ class NodeLayerResolver:
             self._set(layers)
             rank_zero_info(f"{self._name}: no node_layers given, using the proposed {self.names}, of {sizes(cuts)}")
         return self._layout
+
+    def check_score(self, pl_module: pl.LightningModule, batch: Any, score: Score) -> None:
+        """Try a score function on a first batch, after `check`.
+
+        Args:
+            pl_module: The model.
+            batch: A batch.
+            score: The function.
+
+        Raises:
+            LIBError: If it fails, or does not return one number for each sample.
+        """
+        instrumented = InstrumentedModel(pl_module, [], replace(self._spec, dtype=None))
+        with (
+            trainer_precision(pl_module.trainer, self._spec.dtype),
+            wrap_forward_errors(pl_module, instrumented.spec),
+            model_session(instrumented),
+            torch.no_grad(),
+        ):
+            output, n = instrumented.run(batch), instrumented.num_samples(batch)
+            try:
+                sample_scores(score, output, batch, n)
+            except LIBError:
+                raise
+            except Exception as error:
+                raise LIBError(f"{self._name}: causal_score failed on the first batch: {brief(error)}") from error
 
     def _is_needed(self, batch: Any) -> bool:
         """Whether something is not known yet; which entries have the samples is certain from several samples only."""

@@ -22,6 +22,7 @@ from lib_lightning.algorithm.effort import OperationCount
 from lib_lightning.algorithm.progress import on_phase
 from lib_lightning.api import check_node_layers, propose_node_layers
 from lib_lightning.errors import LIBError
+from lib_lightning.interventions.plan import NEVER
 from lib_lightning.io.basis_format import EPOCH, STEP
 from lib_lightning.model.forward_errors import wrap_forward_errors
 from lib_lightning.model.instrumented import InstrumentedModel
@@ -135,7 +136,7 @@ def profile_snapshot(
         >>> round(profile.total.share, 6)
         1.0
     """
-    config = replace(config or SnapshotConfig(LIBConfig()), ablation=None)
+    config = replace(config or SnapshotConfig(LIBConfig()), ablation=None, causal=NEVER)
     samples = SampleBuffer(2**62)
     for batch in batches:
         samples.add(batch)

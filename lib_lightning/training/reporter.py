@@ -188,6 +188,11 @@ class SnapshotReporter:
             stale = folder.layout.stale_file(folder.layout.notes_file)
             rank_zero_info(f"{self._name}: {counted(moved, 'note')} on features of another run moved to {stale}.")
 
+    def write_again(self, trainer: pl.Trainer, graph: InteractionGraph, step: int) -> None:
+        """Write the file of a snapshot again, after something has been added to its graph."""
+        if trainer.is_global_zero and self.layout is not None:
+            graph.save(self.layout.basis_file(step))
+
     def show(self, trainer: pl.Trainer, figures: Mapping[str, PNG], step: int) -> None:
         """Show figures in the loggers, at the number of optimizer steps that is in their titles and file names."""
         for tag, png in figures.items():

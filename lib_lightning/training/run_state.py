@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from lib_lightning.ablation import AblationPlan
 from lib_lightning.algorithm.config import BasisKind
 from lib_lightning.graph import InteractionGraph
+from lib_lightning.interventions.plan import NEVER, CausalPlan
 from lib_lightning.io.basis_format import METRICS, WEIGHTS_HASH
 from lib_lightning.io.checkpoint_format import current_state
 from lib_lightning.lineage.events import Event
@@ -27,7 +28,7 @@ from lib_lightning.training.budget import SkippedSnapshots, SnapshotKind, TimeSp
 from lib_lightning.training.effort import RunPlan
 from lib_lightning.training.samples import SavedSamples
 from lib_lightning.training.schedule import Schedule
-from lib_lightning.training.snapshot import NAMED, Snapshot
+from lib_lightning.training.snapshot import CAUSAL_FEATURES, NAMED, Snapshot
 
 # Figures over the whole run are drawn at this number of snapshots, and again whenever it has doubled.
 _FIRST_DRAWN = 4
@@ -132,6 +133,7 @@ class Before:
         n_snapshots: Their number.
         n_events: Number of events so far.
         ablation_step: Step of the latest of them that counted edges required.
+        causal_step: Step of the latest of them that counted features that matter.
     """
 
     step: int | None
@@ -140,6 +142,7 @@ class Before:
     n_snapshots: int
     n_events: int
     ablation_step: int | None
+    causal_step: int | None = None
 
 
 # In names of scalars, as in `lib_lightning.training.snapshot`.
@@ -156,6 +159,7 @@ class RunState:
         plan: When edges required are counted; None for never.
         follow: Whether features are tracked.
         schedule: When snapshots are due.
+        causal: When the features that matter are counted.
 
     Attributes:
         node_layers: Names of the node layers; empty as long as they are not known.
@@ -167,6 +171,7 @@ class RunState:
         step: Number of optimizer steps before the latest snapshot; None before the first.
         weights_hash: Hash of the weights of the latest snapshot.
         ablation_step: The same for the latest snapshot that counted edges required.
+        causal_step: The same for the latest snapshot that counted features that matter.
         tracker: Tracks features over snapshots.
         history: What figures over time show.
         events: All events so far.
@@ -181,9 +186,15 @@ class RunState:
     """
 
     def __init__(
-        self, prefixes: Mapping[str, BasisKind], plan: AblationPlan | None, follow: bool, schedule: Schedule
+        self,
+        prefixes: Mapping[str, BasisKind],
+        plan: AblationPlan | None,
+        follow: bool,
+        schedule: Schedule,
+        causal: CausalPlan = NEVER,
     ) -> None:
         self._prefixes, self._plan, self._follow, self._schedule = dict(prefixes), plan, follow, schedule
+        self._causal = causal
         self.node_layers: list[str] = []
         self.call: dict[str, Any] = {}
         self.graphs: dict[str, InteractionGraph] = {}
@@ -191,6 +202,7 @@ class RunState:
         self.n_snapshots = self.n_drawn = 0
         self.step: int | None = None
         self.ablation_step: int | None = None
+        self.causal_step: int | None = None
         self.weights_hash: str | None = None
         self._before_latest: Before | None = None
         self.tracker = SnapshotTracker(list(prefixes))
@@ -230,17 +242,22 @@ class RunState:
             is_last: Whether it is the last one of the run, which includes everything.
 
         Returns:
-            Whether edges required are counted, and figures over the whole run are drawn.
+            Whether edges required are counted, figures over the whole run are drawn, and features that matter are
+            counted.
         """
         ablates = self._plan is not None and (is_last or self.n_snapshots % self._plan.every_n_snapshots == 0)
-        return SnapshotKind(ablates, is_last or self.n_snapshots + 1 >= max(_FIRST_DRAWN, 2 * self.n_drawn))
+        draws = is_last or self.n_snapshots + 1 >= max(_FIRST_DRAWN, 2 * self.n_drawn)
+        return SnapshotKind(ablates, draws, self._causal.is_due(self.n_snapshots))
 
     def before(self, step: int) -> Before:
         """What a snapshot at a step takes over. It replaces the latest one if that is of the same step."""
         if self.step == step and self._before_latest is not None:
             return self._before_latest
         latest = None if self.step == step else self.step
-        return Before(latest, self.scalars, self.tracker, self.n_snapshots, len(self.events), self.ablation_step)
+        return Before(
+            latest, self.scalars, self.tracker, self.n_snapshots, len(self.events), self.ablation_step,
+            self.causal_step,
+        )  # fmt: skip
 
     def commit(self, snapshot: Snapshot, layouts: Mapping[str, AnimatedLayout]) -> None:
         """Make a snapshot part of the run.
@@ -255,6 +272,7 @@ class RunState:
         self.layouts = dict(layouts)
         self.n_snapshots = before.n_snapshots + 1
         self.ablation_step = snapshot.step if snapshot.is_ablation else before.ablation_step
+        self.causal_step = snapshot.step if snapshot.is_causal else before.causal_step
         if self._follow:
             self.tracker = snapshot.tracker
             self.events = self.events[: before.n_events] + snapshot.events
@@ -267,6 +285,11 @@ class RunState:
                 for prefix, graph in snapshot.graphs.items()
             }
             self.history.add(snapshot.step, next(iter(snapshot.graphs.values())), measured)
+
+    def set_causal(self, scalars: Mapping[str, float]) -> None:
+        """The features that matter have been counted in the latest snapshot, after it was taken."""
+        self.causal_step = self.step
+        self.scalars = {**self.scalars, **scalars}
 
     def mark_drawn(self) -> None:
         """Figures over the whole run have been drawn."""
@@ -284,6 +307,7 @@ class RunState:
             "step": self.step,
             "weights_hash": self.weights_hash,
             "ablation_step": self.ablation_step,
+            "causal_step": self.causal_step,
             "tracker": self.tracker.state_dict(),
             "history": {
                 "steps": list(history.steps),
@@ -330,13 +354,14 @@ class RunState:
         expected = scalar_keys(self.node_layers) if self.node_layers else []
         scalars = dict(state["scalars"])
         if scalars:  # earlier versions have not measured everything
-            scalars = {key: math.nan for key in expected if "/nats/" in key or _NAMED in key} | scalars
+            later = ("/nats/", _NAMED, f"/{CAUSAL_FEATURES}/")
+            scalars = {key: math.nan for key in expected if any(part in key for part in later)} | scalars
             # With or without a labeller, the run is the same.
             scalars = {key: value for key, value in scalars.items() if key in expected or _NAMED not in key}
         if scalars and set(scalars) != set(expected):
             return
         self.scalars, self.step, self.ablation_step = scalars, state["step"], state["ablation_step"]
-        self.weights_hash = state.get("weights_hash")
+        self.weights_hash, self.causal_step = state.get("weights_hash"), state.get("causal_step")
         self.n_snapshots, self.n_drawn = state["n_snapshots"], state["n_drawn"]
         self.tracker.load_state_dict(state["tracker"])
         history = state["history"]

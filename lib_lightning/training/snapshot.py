@@ -16,12 +16,16 @@ from torchmetrics import MetricCollection
 
 from lib_lightning.ablation import AblationPlan, edges_required
 from lib_lightning.algorithm.config import BasisKind, LIBConfig
+from lib_lightning.algorithm.effort import measure_cost
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
+from lib_lightning.algorithm.output_effects import most_important
 from lib_lightning.algorithm.progress import phase_done
 from lib_lightning.api import graph_of
-from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup, first_given
 from lib_lightning.errors import SettingError, SettingTypeError, brief, check_number, log_traceback, quoted, shortened
 from lib_lightning.graph import InteractionGraph
+from lib_lightning.interventions.effects import Effect, feature_effects, keep_effects, known_output
+from lib_lightning.interventions.plan import LEVEL, NEVER, CausalPlan
 from lib_lightning.io.basis_format import EFFORT, NUM_SAMPLES, REFERENCE_SAMPLES, SAMPLES, STEP
 from lib_lightning.labels.labeller import Labeller, find_labels
 from lib_lightning.lineage.events import Event
@@ -31,14 +35,16 @@ from lib_lightning.metrics.inputs import check_metrics
 from lib_lightning.metrics.modules import Modularity
 from lib_lightning.metrics.summary import GraphMetrics, default_metrics, layer_keys, scalar_keys
 from lib_lightning.model.batch import agreed_hash, hash_batches, hash_tensors, tensors_in
-from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.instrumented import InstrumentedModel, model_session
+from lib_lightning.model.known_labels import labels_of_batch
 from lib_lightning.model.preserve import copied_bytes, preserve_rng
 from lib_lightning.training.effort import RunPlan
 
 log = logging.getLogger(__name__)
 
-# Scalars of the importances for the output, and of the numbers of features whose name predicts where they are active.
-NATS, NAMED = "nats", "named_features"
+# Scalars of importances for the output, of the numbers of features whose name predicts where they are active, and of
+# those that matter.
+NATS, NAMED, CAUSAL_FEATURES = "nats", "named_features", "causal_features"
 # A labeller that scores its labels gets so many times the samples that a graph was computed on, if there are as many:
 # it needs half of them to choose a name, and a forward pass for each is little beside the passes of a graph.
 _LABELLED_SAMPLES = 4
@@ -56,6 +62,7 @@ class SnapshotConfig:
         ablation: When and how edges required are counted; None for never.
         memory_limit: As for `lib_lightning.compute_interaction_graph`, in GiB.
         follow: Whether features are tracked from snapshot to snapshot.
+        causal: When and how the features that matter are counted.
         may_choose: As for `lib_lightning.api.graph_of`.
 
     Raises:
@@ -71,6 +78,7 @@ class SnapshotConfig:
     memory_limit: float = MEMORY_LIMIT
     follow: bool = True
     may_choose: bool = False
+    causal: CausalPlan = NEVER
 
     def __post_init__(self) -> None:
         check_number("memory_limit", self.memory_limit, lambda x: x > 0, "is a number of GiB above 0")
@@ -118,7 +126,7 @@ class SnapshotData:
 
     Attributes:
         batches: Batches for bases and edges.
-        held_out: Batches that ablations are scored on.
+        held_out: Batches that ablations are scored on; those of bases and edges if there are no others.
         reference: Batches on which features are recognised; the same in all snapshots.
         seed: Seed of the choice of positions in these.
         digest: Hash of ``batches``, if it is known.
@@ -130,27 +138,31 @@ class SnapshotData:
     seed: int = 0
     digest: bytes = b""
 
-    def first(self, num_samples: int, instrumented: InstrumentedModel, process_group: ProcessGroup) -> Sequence[Any]:
-        """The first samples for bases and edges.
 
-        Args:
-            num_samples: Number of samples over all processes; each takes the same share of its own.
-            instrumented: The model, which knows what the samples of a batch are.
-            process_group: The processes.
+def first_samples(
+    batches: Sequence[Any], num_samples: int, instrumented: InstrumentedModel, process_group: ProcessGroup
+) -> Sequence[Any]:
+    """The first samples of some batches.
 
-        Returns:
-            Batches of them, with at least one sample on each process that has any.
-        """
-        own = sum(map(instrumented.num_samples, self.batches))
-        total = sum(int(n) for n in process_group.gather(torch.tensor([own], device="cpu")))
-        if total <= num_samples:
-            return self.batches
-        remaining, batches = -(-num_samples * own // total), []
-        for batch in self.batches:
-            if remaining > 0:
-                batches.append(instrumented.select(batch, slice(0, remaining)))
-                remaining -= instrumented.num_samples(batch)
+    Args:
+        batches: The batches of this process.
+        num_samples: Number of samples over all processes; each takes the same share of its own.
+        instrumented: The model, which knows what the samples of a batch are.
+        process_group: The processes.
+
+    Returns:
+        Batches of them, with at least one sample on each process that has any.
+    """
+    own = sum(map(instrumented.num_samples, batches))
+    total = sum(int(n) for n in process_group.gather(torch.tensor([own], device="cpu")))
+    if total <= num_samples:
         return batches
+    remaining, found = -(-num_samples * own // total), []
+    for batch in batches:
+        if remaining > 0:
+            found.append(instrumented.select(batch, slice(0, remaining)))
+            remaining -= instrumented.num_samples(batch)
+    return found
 
 
 @dataclass(frozen=True)
@@ -180,6 +192,7 @@ class Snapshot:
         events: What has happened to features since the snapshot before.
         tracker: The tracker, updated with this snapshot.
         batches: The batches of this process that it was computed on.
+        is_causal: Whether the features that matter were counted, or that has failed.
     """
 
     step: int
@@ -189,6 +202,7 @@ class Snapshot:
     events: list[Event]
     tracker: SnapshotTracker
     batches: Sequence[Any] = ()
+    is_causal: bool = False
 
 
 class SnapshotComputer:
@@ -235,6 +249,10 @@ class SnapshotComputer:
         if self.config.ablation is not None:
             keys += scalar_keys(node_layers, metrics, causal=True)
         totals = [key for key in keys if key.endswith("/total")]
+        if self.config.causal.is_wanted:
+            causal = [f"{self.name}/{CAUSAL_FEATURES}/{key}" for key in (*layer_keys(node_layers), "total")]
+        else:
+            causal = []
         turnover = [key for prefix in self.prefixes for key in SnapshotTracker.keys(prefix, node_layers)]
         has_nats = self.config.config.output_distribution != "none"
         nats = [f"{NATS}/{key}" for key in layer_keys(node_layers)] if has_nats else []
@@ -242,6 +260,7 @@ class SnapshotComputer:
         return [
             *(f"{prefix}/{key}" for prefix in self.prefixes for key in (*keys, *nats, *named)),
             *(f"{ratio}/{key}" for ratio in self._ratio_prefixes.values() for key in totals),
+            *causal,
             *(turnover if self.config.follow else []),
             f"{self.name}/samples",
             f"{self.name}/seconds",
@@ -256,6 +275,7 @@ class SnapshotComputer:
         ablate: bool = False,
         process_group: ProcessGroup = SINGLE_PROCESS,
         plan: RunPlan | None = None,
+        causal: bool = False,
     ) -> Snapshot:
         """Compute one snapshot.
 
@@ -267,6 +287,7 @@ class SnapshotComputer:
             ablate: Whether to count edges required.
             process_group: The processes of the run.
             plan: Number of samples, probes and features pushed forward; None for those of the configuration.
+            causal: Whether to count the features that matter.
 
         Returns:
             The snapshot.
@@ -280,7 +301,7 @@ class SnapshotComputer:
         config, batches = self.config.config, data.batches
         if plan is not None:
             config = plan.effort.applied_to(config)
-            batches = data.first(plan.effort.num_samples, instrumented, process_group)
+            batches = first_samples(batches, plan.effort.num_samples, instrumented, process_group)
             metadata = {**metadata, EFFORT: plan.of_snapshot()}
         # Numbers of samples have a meaning among these samples only.
         digest = data.digest or hash_tensors(("", t) for batch in batches for t in tensors_in(batch))
@@ -298,6 +319,8 @@ class SnapshotComputer:
                     graph.info[REFERENCE_SAMPLES] = reference_hash
                 measured, has_own_curves = self._complete(graph, instrumented, data, ablate, process_group)
                 scalars |= {f"{prefix}/{key}": value for key, value in measured.items()}
+                if causal and prefix == self.name:
+                    scalars |= self.count_causal(graph, instrumented, data, plan, process_group)
                 has_curves &= has_own_curves
                 graphs[prefix] = graph
         tracker, events = SnapshotTracker(list(self.prefixes)) if previous.tracker is None else previous.tracker, []
@@ -312,7 +335,7 @@ class SnapshotComputer:
         scalars |= self._ratios(scalars)
         scalars[f"{self.name}/samples"] = float(graphs[self.name].info[NUM_SAMPLES])
         scalars[f"{self.name}/seconds"] = time.perf_counter() - started
-        return Snapshot(metadata[STEP], graphs, scalars, has_curves, events, tracker, batches)
+        return Snapshot(metadata[STEP], graphs, scalars, has_curves, events, tracker, batches, causal)
 
     @torch.no_grad()  # for metrics and a labeller of the user's, as in a validation
     def _complete(
@@ -368,6 +391,81 @@ class SnapshotComputer:
         phase_done("edges required")
         return None if required is None else {section: result.as_curve() for section, result in required.items()}
 
+    def count_causal(
+        self,
+        graph: InteractionGraph,
+        instrumented: InstrumentedModel,
+        data: SnapshotData,
+        plan: RunPlan | None,
+        process_group: ProcessGroup,
+    ) -> dict[str, float]:
+        """Count the features that demonstrably matter, and keep their effects in the graph.
+
+        Args:
+            graph: The graph of the basis itself, which is changed.
+            instrumented: The model and its node layers.
+            data: The samples.
+            plan: What a snapshot of the run computes.
+            process_group: The processes of the run.
+
+        Returns:
+            Scalars by name; none if no labels are known, or it has failed, which is logged once.
+        """
+        causal = self.config.causal
+        effects: dict[str, Effect] = {}
+        with self._optional("Counting the features that matter failed", process_group):
+            batches, features = data.held_out, None
+            if causal.every is None:
+                affordable = self._affordable(graph, instrumented, data, plan, process_group)
+                if affordable is None:
+                    return {}
+                batches, features = affordable
+            own = torch.tensor([sum(map(instrumented.num_samples, batches))], device="cpu")
+            samples = sum(int(n) for n in process_group.gather(own))
+            effects = feature_effects(
+                instrumented.model, batches, graph, causal.score, features, LEVEL, process_group,
+                **vars(instrumented.spec),
+            )  # fmt: skip
+            keep_effects(graph, effects, score=causal.score_name, level=LEVEL, samples=samples)
+        phase_done("features that matter")
+        if not effects:
+            return {}
+        counts = {
+            key: float(graph.effects[layer].significant.sum())
+            for key, layer in zip(layer_keys(graph.node_layers), graph.node_layers, strict=True)
+            if layer in graph.effects
+        }
+        counts["total"] = sum(counts.values())
+        return {f"{self.name}/{CAUSAL_FEATURES}/{key}": count for key, count in counts.items()}
+
+    def _affordable(
+        self,
+        graph: InteractionGraph,
+        instrumented: InstrumentedModel,
+        data: SnapshotData,
+        plan: RunPlan | None,
+        process_group: ProcessGroup,
+    ) -> tuple[Sequence[Any], list[tuple[str, int]]] | None:
+        """Samples and features that take about as many operations as the graph; None if no labels are known."""
+        counts = process_group.gather(torch.tensor([sum(map(instrumented.num_samples, data.held_out))], device="cpu"))
+        own: list[float] = []
+        if data.held_out:
+            with model_session(instrumented):
+                batch, output = data.held_out[0], known_output(graph)
+                is_known = self.config.causal.score is not None or (
+                    output is not None and labels_of_batch(instrumented, batch, output) is not None
+                )
+                if is_known:
+                    cost = measure_cost(instrumented, batch)
+                    allowed = plan.effort.operations if plan else 0.0
+                    own = list(cost.features_to_ablate(allowed, sum(int(count) for count in counts)))
+        found = first_given(own, process_group)
+        if not found:
+            return None
+        n, m = map(int, found)
+        features = [(layer, int(j)) for layer, basis in graph.bases.items() for j in most_important(basis, m)]
+        return first_samples(data.held_out, n, instrumented, process_group), features
+
     def _label(
         self, graph: InteractionGraph, instrumented: InstrumentedModel, data: SnapshotData, process_group: ProcessGroup
     ) -> None:
@@ -378,7 +476,7 @@ class SnapshotComputer:
             batches = data.batches
             if self._has_scores:
                 num_samples = labelled_samples(self.config.labeller) * graph.info[NUM_SAMPLES]
-                batches = data.first(num_samples, instrumented, process_group)
+                batches = first_samples(data.batches, num_samples, instrumented, process_group)
             if not batches:
                 return
             found = find_labels(graph, instrumented.model, batches, self.config.labeller, **vars(instrumented.spec))

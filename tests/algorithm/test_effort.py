@@ -114,13 +114,15 @@ def test_the_most_accurate_plan_that_fits(
 ) -> None:
     config = LIBConfig(n_probes=n_probes, n_pushed=n_pushed)
     plan = choose_effort(cost, config, n, allowed, all_samples)
-    exact = cost.of_graph(config, n)
+    exact_plan = EffortPlan.of(cost, config, n, allowed)
+    exact = exact_plan.operations
     assert plan.operations == cost.of_graph(plan.applied_to(config), plan.num_samples)
     assert plan.n_probes == n_probes or n_probes is None, "numbers that are given are kept"
     assert plan.n_pushed == n_pushed or n_pushed is None
     assert plan.operations <= max(allowed, exact)
     if exact <= allowed:
-        assert plan == EffortPlan(n, n_probes, n_pushed, exact, allowed)
+        assert plan == exact_plan
+        assert (plan.num_samples, plan.n_probes, plan.n_pushed) == (n, n_probes, n_pushed)
     if all_samples:
         assert plan.num_samples == n
     assert min(n, cost.min_samples) <= plan.num_samples <= n
@@ -133,7 +135,8 @@ def test_a_graph_that_would_take_too_long_is_sampled_and_says_so(monkeypatch: py
     model, tokens = gpt2()
     monkeypatch.setattr("lib_lightning.api._OPERATIONS", 1e8)
     graph = compute_interaction_graph(model, [tokens], ["transformer.h.0", "transformer.h.1"])
-    (note,) = graph.info["notes"]
+    of_effects, note = graph.info["notes"]
+    assert "most important features, " in of_effects
     assert "4 probes per sample for the metric, edges from 8 features per sample" in note
     assert (graph.info["settings"]["n_probes"], graph.info["settings"]["n_pushed"]) == (4, 8)
     exact = compute_interaction_graph(model, [tokens], ["transformer.h.0", "transformer.h.1"], effort="exact")

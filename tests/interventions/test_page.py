@@ -17,10 +17,11 @@ PAGE = (Path(__file__).parents[2] / "docs" / "interventions.md").read_text()
 def test_examples_run() -> None:
     names: dict[str, Any] = {"__name__": "page"}
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         exec(compile(block, "docs/interventions.md", "exec"), names)
     assert names["model"][0].weight.grad is not None
+    assert not names["graph"].effects["1"].changes.isnan().any()
     assert list(names["distances"]) == ["1/0", "3/0"]
 
 
