@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import math
 from pathlib import Path
@@ -11,7 +13,10 @@ import pytest
 
 from lib_lightning import InteractionGraph
 from lib_lightning.io.notes import write_note
+from lib_lightning.io.places import Places
+from lib_lightning.io.rendering_file import append_lines, rendering_line
 from lib_lightning.viewer.cache import Cache
+from lib_lightning.viewer.embedded_features import embed_features
 from lib_lightning.viewer.run_view import NotFoundError, RunView
 from tests.viewer.example_run import OUTPUT_NAMES, ExampleRun
 from tests.viewer.saved_run import SavedRun
@@ -165,6 +170,33 @@ def test_notes_and_renderings_are_read_as_they_are_now(tmp_path: Path) -> None:
     (tmp_path / "other.jsonl").write_text(json.dumps({"sample": sample, "kind": "text", "text": "elsewhere"}))
     (tmp_path / "samples.jsonl").symlink_to(tmp_path / "other.jsonl")
     assert json.loads(view.feature(0, 1, 0))["renderings"] == {}
+
+
+def test_samples_and_places_are_those_of_the_snapshot(tmp_path: Path) -> None:
+    """The same number may be another sample in another snapshot."""
+    run = ExampleRun(LAYERS, rendering="image", snapshots=2)
+    run.write(tmp_path)
+    graph, places = run.graph(1), Places((4, 4), (-1, -1), (2, 2), (3, 3), (8, 8), is_region=True)
+    graph.info |= {"samples": "1f", "places": {"hidden": places.plain}}
+    graph.save(tmp_path / "snapshots" / "step-00000010.safetensors")
+    new = [rendering_line(i, "1f", {"kind": "text", "text": f"new {i}"}) for i in range(1000)]
+    append_lines(tmp_path / "samples.jsonl", new)
+    view = view_of(tmp_path)
+    which = graph.lineages["hidden"].ids.tolist()[0]
+    page = json.loads(view.feature(10, 1, which))
+    for one in page["examples"]:
+        assert page["renderings"][str(one["sample"])]["text"] == f"new {one['sample']}"
+        assert one["position_box"] == list(places.part(one["position"]) or ())
+    assert {one["position_box"] for one in json.loads(view.feature(10, 0, 0))["examples"]} == {None}
+    before = json.loads(view.feature(0, 1, run.graph(0).lineages["hidden"].ids.tolist()[0]))
+    assert {look["kind"] for look in before["renderings"].values()} == {"image"}
+    assert "position_box" not in before["examples"][0], "a file that does not know"
+    # In a film, renderings of both are told apart by the same hash.
+    film = embed_features(view, [0, 10], 1 << 22)
+    kept = json.loads(gzip.decompress(base64.b64decode(film.run)))["renderings"]
+    assert {of: {look["kind"] for look in looks.values()} for of, looks in kept.items()} == {
+        "": {"image"}, "1f": {"text"},
+    }  # fmt: skip
 
 
 def test_missing_features_and_damaged_files_are_not_found(tmp_path: Path) -> None:
