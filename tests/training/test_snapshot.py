@@ -182,6 +182,7 @@ def test_user_metrics_under_their_own_names(tmp_path: Path) -> None:
         "my_large",
         "my_parts",
         "nats",
+        "causal_features",
         "samples",
         "seconds",
         "step",
