@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+import weakref
+from collections.abc import MutableMapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,9 @@ class SnapshotBar:
 
     def __init__(self, name: str) -> None:
         self._name = name
+        # The task among the bars of a RichProgressBar. It is hidden between snapshots and not removed: Lightning finds
+        # its own tasks by their place in the list.
+        self._task_of: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
     def of(self, trainer: pl.Trainer) -> ProgressDisplay | None:
         """Where to show a snapshot; None for nowhere, as the trainer shows no bars or this is not its first process."""
@@ -38,7 +43,7 @@ class SnapshotBar:
         prefix = f"{self._name}: snapshot, "
         progress = getattr(bar, "progress", None)
         if progress is not None and progress.live.is_started:  # of a RichProgressBar
-            return ProgressDisplay(partial(_RichBar, progress), prefix)
+            return ProgressDisplay(partial(_RichBar, progress, self._task_of), prefix)
         return ProgressDisplay(partial(_tqdm, desc=f"{self._name}: snapshot: "), prefix)
 
 
@@ -52,6 +57,7 @@ class _RichBar:
 
     Args:
         progress: The trainer's bars, of class `rich.progress.Progress`.
+        task_of: The task of earlier snapshots, by bars; updated.
         total: Where the bar ends.
         options: Other options of tqdm, which have no meaning here.
 
@@ -59,8 +65,8 @@ class _RichBar:
         n: How far the bar is.
     """
 
-    def __init__(self, progress: Any, total: float, **options: Any) -> None:
-        self._progress, self._total = progress, total
+    def __init__(self, progress: Any, task_of: MutableMapping[Any, Any], total: float, **options: Any) -> None:
+        self._progress, self._task_of, self._total = progress, task_of, total
         self._started = time.monotonic()
         self._description = ""
         self._task: Any = None  # as long as the delay lasts
@@ -71,8 +77,7 @@ class _RichBar:
 
     def __exit__(self, *_: object) -> None:
         if self._task is not None:
-            self._progress.remove_task(self._task)
-            self._progress.refresh()
+            self._progress.update(self._task, visible=False, refresh=True)
 
     def set_description(self, description: str, refresh: bool = True) -> None:
         """Set the text beside the bar."""
@@ -85,9 +90,13 @@ class _RichBar:
             waiting = time.monotonic() - self._started
             if waiting < DELAY:
                 return
-            self._task = self._progress.add_task(self._description, total=_PERCENT)
+            self._task = self._task_of.get(self._progress)
+            if self._task is None:
+                self._task = self._task_of[self._progress] = self._progress.add_task(self._description, total=_PERCENT)
+            self._progress.reset(self._task, total=_PERCENT, visible=True)
             # For the rate, and so for the remaining time.
-            self._progress.tasks[-1].start_time -= waiting
+            (task,) = (one for one in self._progress.tasks if one.id == self._task)
+            task.start_time -= waiting
         self._progress.update(
             self._task, completed=round(_PERCENT * self.n / self._total), description=self._description
         )
