@@ -117,7 +117,7 @@ def legend_rows(
     ]
     marks = []
     if hollow:
-        marks.append((_dot(dot, hollow=True), "direction not determined by the samples"))
+        marks.append((_dot(dot, hollow=True), "direction not determined"))
     if modules is not None and not signs:
         marks.append((Line2D([], [], color=BETWEEN_MODULES, lw=1.5, ls=DASHES), "between modules"))
     if marks or numbers:

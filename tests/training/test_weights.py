@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.optim.swa_utils import SWALR
 
 from lib_lightning import InteractionGraph, LIBCallback, compute_interaction_graph
 from lib_lightning.training.frameworks import PACKAGES, member
@@ -105,7 +106,9 @@ def test_averages_of_a_resumed_run(package: str, kind: str, first: bool, saved_a
             default_root_dir=folder, max_epochs=4, accelerator="cpu", enable_progress_bar=False, logger=False,
             enable_model_summary=False, enable_checkpointing=False, callbacks=[*callbacks, spy],
         )  # fmt: skip
-        trainer.fit(model, ckpt_path=ckpt_path)
+        # SWA's schedule is a method, which the first versions of PyTorch with weights_only do not load.
+        with torch.serialization.safe_globals([getattr, SWALR]):
+            trainer.fit(model, ckpt_path=ckpt_path)
         return callback, model
 
     whole, _ = run(tmp_path / "whole", None)
