@@ -58,7 +58,7 @@ def properties(samples: FeatureSamples, texts: Texts) -> list[Kind]:
     if not x.is_floating_point() and x.ndim <= 2:
         found += _of_tokens(x.reshape(len(x), -1), samples, texts.token)
     elif x.ndim == 2 and x.shape[1] <= _MAX_COLUMNS:
-        found.append(_numbers(x[:, None], _column_names(x.shape[1], texts), True))
+        found.append(Numbers(x[:, None].float().nan_to_num(0.0), _columns(x.shape[1], texts), True))
     elif x.ndim == 3:
         found += _of_series(x, samples)
     elif x.ndim == 4:
@@ -70,18 +70,23 @@ def properties(samples: FeatureSamples, texts: Texts) -> list[Kind]:
 
 
 def _numbers(values: Tensor, names: Sequence[str], of_samples: bool = False) -> Numbers:
-    values = values.float().nan_to_num(0.0)
-    return Numbers(values, [(f"large {name}", f"small {name}") for name in names], of_samples)
+    return Numbers(values.float().nan_to_num(0.0), _both(names), of_samples)
 
 
-def _column_names(count: int, texts: Texts) -> list[str]:
+def _both(names: Sequence[str]) -> list[tuple[str, str]]:
+    return [(f"large {name}", f"small {name}") for name in names]
+
+
+def _columns(count: int, texts: Texts) -> list[tuple[str, str]]:
+    """What large and small values of each column are called."""
     if texts.columns is not None:
         if len(texts.columns) != count:
             raise LIBError(f"The columns of the table are {count}, and {len(texts.columns)} names are given for them.")
-        return list(texts.columns)
+        return _both(texts.columns)
     if texts.image is not None and math.prod(texts.image) == count:
-        return [f"pixel ({i // texts.image[1]}, {i % texts.image[1]})" for i in range(count)]
-    return [f"column {i}" for i in range(count)]
+        pixels = [f"pixel ({i // texts.image[1]}, {i % texts.image[1]})" for i in range(count)]
+        return [(f"bright {pixel}", f"dark {pixel}") for pixel in pixels]
+    return _both([f"column {i}" for i in range(count)])
 
 
 def _place_name(places: Sequence[int]) -> str:
