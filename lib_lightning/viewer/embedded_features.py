@@ -108,6 +108,7 @@ def _of_run(
             "history": object_(histories),
             "renderings": object_({of: object_(found) for of, found in renderings.items()}),
             "notes": dump(run.notes()),
+            "final_since": dump({name: step for name, step in run.final_forms().items() if name in histories}),
         }
     )
 

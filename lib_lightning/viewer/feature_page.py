@@ -53,6 +53,8 @@ class FeaturePage:
         lowered: Those that it lowers most.
         effect: The latest measured change of a score with the feature held at its mean: ``change``, ``error``,
             ``significant``, ``step`` and ``score``.
+        final_since: Step since which the feature of the last snapshot is recognisable; None if it is not, or the run has
+            not ended. Features may change their form and keep their id.
         note: Your note; "" for none.
         history: Numbers over the run: ``steps``, ``importance``, ``nats``, ``effect`` and their errors.
     """
@@ -74,6 +76,7 @@ class FeaturePage:
     raised: list[dict[str, Any]]
     lowered: list[dict[str, Any]]
     effect: dict[str, Any] | None
+    final_since: int | None
     note: str
     history: dict[str, list[Any]]
     _page: str = field(repr=False, compare=False)
@@ -102,6 +105,7 @@ class FeaturePage:
             if self.output_importance is None
             else f"effect on predictions {_with_error(self.output_importance, self.output_importance_error)} nats",
             f"present since step {known[0]:,}" if known else "",
+            "" if self.final_since is None else f"in its final form since step {self.final_since:,}",
         ]
         columns = _telling_columns(self._of("largest"), self._of("smallest"))
         return [
@@ -196,6 +200,7 @@ def feature_of(run: RunView, feature_id: str, step: int | None) -> FeaturePage:
         raised=page["raised"] or [],
         lowered=page["lowered"] or [],
         effect=page["effect"],
+        final_since=page["final_since"],
         note=page["note"],
         history=page["history"],
         _page=feature_page(f"{name} of {run.name}", content),
@@ -221,9 +226,8 @@ def _effect(effect: dict[str, Any] | None) -> str:
         return ""
     verdict = "more than chance" if effect["significant"] else "could be chance"
     change = _with_error(effect["change"], effect["error"])
-    return (
-        f"  held at its mean, {effect['score'] or 'the score'} changes by {change} (step {effect['step']:,}, {verdict})"
-    )
+    score = (effect["score"] or "the score").replace("_", " ")
+    return f"  held at its mean, {score} changes by {change} (step {effect['step']:,}, {verdict})"
 
 
 def _telling_columns(largest: Sequence[dict[str, Any]], smallest: Sequence[dict[str, Any]]) -> list[int]:

@@ -123,6 +123,25 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
     return events
 
 
+def read_final_forms(folder: Path) -> dict[str, int]:
+    """Read since when the features of the last snapshot have been recognisable.
+
+    Args:
+        folder: Folder of the run.
+
+    Returns:
+        The step, by id of the feature; nothing for those that are not, or in a run that has not ended.
+    """
+    path, found = RunLayout(folder).history_file, dict[str, int]()
+    if any(file.path == path for file in regular_files(folder)):
+        with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError, TypeError, KeyError):
+            for layer, of_layer in json.loads(path.read_text("utf-8", errors="replace")).items():
+                for one in of_layer["features"]:
+                    if isinstance(one["since"], int) and isinstance(one["lineage"], int):
+                        found[f"{layer}/{one['lineage']}"] = one["since"]
+    return found
+
+
 def is_log_file(file: FileStamp) -> bool:
     """Whether a file contains scalars written by a logger.
 

@@ -33,6 +33,7 @@ from lib_lightning.viewer.run_discovery import (
     is_log_file,
     log_directory,
     read_events,
+    read_final_forms,
     regular_files,
     snapshot_files,
 )
@@ -169,6 +170,7 @@ class RunView:
                 **page.entries,
                 "renderings": object_(self.renderings(page.samples, page.of)),
                 "effect": dump(latest_effect(history, step)),
+                "final_since": dump(self.final_forms().get(page.id)),
                 "note": dump(self.notes().get(page.id, "")),
                 "history": dump(history),
             }
@@ -196,6 +198,10 @@ class RunView:
                 for which in features.most_important(layer, limit)
             )
             return [page for page in pages if page is not None]
+
+    def final_forms(self) -> dict[str, int]:
+        """Since which step features of the last snapshot have been recognisable, by id."""
+        return read_final_forms(self.folder)
 
     def feature_history(self, feature_id: str) -> dict[str, list[Any]]:
         """Numbers of a feature, by its id, in all snapshots; see `lib_lightning.viewer.feature.feature_history`."""

@@ -15,6 +15,7 @@ from lib_lightning import InteractionGraph
 from lib_lightning.io.notes import write_note
 from lib_lightning.io.places import Places
 from lib_lightning.io.rendering_file import append_lines, rendering_line
+from lib_lightning.io.run_layout import RunLayout
 from lib_lightning.viewer.cache import Cache
 from lib_lightning.viewer.embedded_features import embed_features
 from lib_lightning.viewer.run_view import NotFoundError, RunView
@@ -128,6 +129,15 @@ def test_the_history_follows_the_lineage_and_the_effect_is_the_latest(tmp_path: 
     assert (page["effect"] is None) == (not measured)
     if measured:
         assert page["effect"]["step"] == 10 * measured[-1]
+
+
+@pytest.mark.parametrize("text", ['{"hidden": {"features": [{"lineage": 0, "since": 10}]}}', '{"hidden": [', "[]", "3"])
+def test_since_when_a_feature_has_its_final_form(text: str, tmp_path: Path) -> None:
+    ExampleRun(LAYERS, snapshots=2).write(tmp_path)
+    assert page_of(tmp_path, 10, 1, 0)["final_since"] is None
+    RunLayout(tmp_path).history_file.write_text(text)
+    assert page_of(tmp_path, 10, 1, 0)["final_since"] == (10 if text.endswith("}") else None)
+    assert page_of(tmp_path, 10, 0, 0)["final_since"] is None
 
 
 def test_what_a_file_does_not_have_is_null(tmp_path: Path) -> None:

@@ -47,7 +47,9 @@ export function embeddedSource(page) {
         if (!found) continue;
         const history = ofRun.history[feature];
         const note = notes.of(name)[feature] ?? ofRun.notes[feature] ?? "";
-        return {...found, renderings: {...ofRun.renderings[""], ...ofRun.renderings[found.samples]}, history, effect: latestEffect(history, at), note, editable: true};
+        const final = ofRun.final_since?.[feature] ?? null;
+        const renderings = {...ofRun.renderings[""], ...ofRun.renderings[found.samples]};
+        return {...found, renderings, history, effect: latestEffect(history, at), final_since: final, note, editable: true};
       }
       throw new Error(
         near.length

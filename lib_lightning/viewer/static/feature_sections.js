@@ -33,6 +33,7 @@ export function numbersPart(page, {birth}) {
     page.nats === null ? null : ["effect on predictions", `${withError(page.nats, page.nats_error)} nats`],
     effect ? ["without it", effectText(effect)] : null,
     ["over training", birth],
+    (page.final_since ?? null) === null ? null : ["in its final form", `in all snapshots since step ${integer(page.final_since)}`],
     page.degenerate ? ["direction", "not determined by the samples: equally important features can be mixed freely"] : null,
   ];
   return h(
@@ -46,7 +47,7 @@ export function numbersPart(page, {birth}) {
 /** "accuracy changes by −0.031 ± 0.006 …". */
 function effectText({change, error, significant, step, score}) {
   const verdict = significant ? "more than chance" : "could be chance";
-  const text = `${score ?? "the score"} changes by ${signedChange(change, error)} when it is held at its mean`;
+  const text = `${(score ?? "the score").replaceAll("_", " ")} changes by ${signedChange(change, error)} when it is held at its mean`;
   return [h("b", {}, text), ` (${verdict}; measured at step ${integer(step)})`];
 }
 
