@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lib_lightning.algorithm.cost import size
 from lib_lightning.errors import LIBError, brief, counted, log_traceback
 from lib_lightning.graph import InteractionGraph
-from lib_lightning.io.basis_format import NOTES, STEP, WEIGHTS
+from lib_lightning.io.basis_format import CAUSAL, NOTES, STEP, WEIGHTS
 from lib_lightning.io.run_layout import RunLayout
 from lib_lightning.lineage.events import Event
 from lib_lightning.plots.animated_layout import AnimatedLayout
@@ -331,11 +331,26 @@ class SnapshotReporter:
                 # Two points are no development.
                 if state.n_snapshots >= _MIN_OVER_TIME and (steps := _by_step(since)):
                     lines.append(f"  half formed   {steps} (since then: half of the final features, by importance)")
+                if matter := _that_matter(state.graphs[self._name]):
+                    lines.append(f"  matter        {matter}")
         except Exception as error:  # training is over, and its result must not be lost
             log.warning("The last snapshot of '%s' could not be written. %s", self._name, brief(error))
             log_traceback(error)
         contents = [line for folder in self.directory.folders.values() for line in folder.contents()]
         rank_zero_info("\n".join([*lines, *contents, *where_to_look(trainer.loggers)]))
+
+
+def _that_matter(graph: InteractionGraph) -> str:
+    """How many features change a score when they are turned off; "" where that has not been tried."""
+    counts = {
+        layer: (int(effects.significant.sum()), int(effects.changes.isfinite().sum()))
+        for layer, effects in graph.effects.items()
+    }
+    if not any(tried for _, tried in counts.values()):
+        return ""
+    score = str(graph.info[CAUSAL]["score"]).replace("_", " ")
+    found = ", ".join(f"{n} of {tried} in {layer}" for layer, (n, tried) in counts.items())
+    return f"{found} (features whose absence alone changes the {score} beyond chance)"
 
 
 def _by_step(since: Mapping[str, int | None]) -> str:

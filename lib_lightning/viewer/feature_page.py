@@ -53,8 +53,8 @@ class FeaturePage:
         lowered: Those that it lowers most.
         effect: The latest measured change of a score with the feature held at its mean: ``change``, ``error``,
             ``significant``, ``step`` and ``score``.
-        final_since: Step since which the feature of the last snapshot is recognisable; None if it is not, or the run has
-            not ended. Features may change their form and keep their id.
+        final_since: Step since which the feature of the last snapshot is recognisable; None if it is not, or if the run
+            has not ended. Features may change their form and keep their id.
         note: Your note; "" for none.
         history: Numbers over the run: ``steps``, ``importance``, ``nats``, ``effect`` and their errors.
     """

@@ -84,9 +84,14 @@ def test_once_in_the_last_snapshot_where_labels_are_known(tmp_path: Path, stops_
     assert counts["total"] == sum(value for key, value in counts.items() if key != "total")
 
 
-def test_with_every_nth_snapshot_and_the_last_one(tmp_path: Path) -> None:
+def test_with_every_nth_snapshot_and_the_last_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     callback = callback_with(at_steps=[0, 1, 2, 3], causal_every=2, causal_score=margin)
-    trainer_of(tmp_path, callback, max_steps=4).fit(Sorted())
+    with caplog.at_level(logging.INFO):
+        trainer_of(tmp_path, callback, max_steps=4).fit(Sorted())
+    matter = [f"{int(n)} of" for layer, n in counts_of(callback).items() if layer != "total"]
+    (line,) = (line for line in caplog.text.splitlines() if line.startswith("  matter "))
+    assert line.endswith("(features whose absence alone changes the margin beyond chance)")
+    assert [part.split()[0] + " of" for part in line.removeprefix("  matter ").strip().split(", ")] == matter
     graphs = files(tmp_path)
     assert [step for step, graph in graphs.items() if graph.effects] == [0, 2, 4]
     for graph in graphs.values():
