@@ -252,7 +252,7 @@ def estimate_cost(
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> estimate = estimate_cost(model, torch.randn(64, 4), ["input", "1", "output"], num_samples=10_000)
-        >>> estimate.plan.num_samples, estimate.seconds < 60, estimate.file_bytes < 10_000
+        >>> estimate.plan.num_samples, estimate.seconds < 60, estimate.file_bytes < 100_000
         (10000, True, True)
     """
     check_choice("effort", effort, get_args(Effort))

@@ -417,7 +417,7 @@ def _edges(
     variances = [FeatureVariances(basis, groups) for basis in bases]
     examples = example_collectors(bases, positions, cache.num_samples, run.process_group)
     readers = [FeatureReader(layer.basis, layer.features) for layer in layers]
-    fhat_next = torch.empty(0)
+    fhat_next = torch.empty(0, device="cpu")
     for batch, i, section in cache.sections("edges"):
         # The sections of a batch come in forward order: features after one are features before the next.
         fhat = fhat_next if i else readers[0].next(section.a, section.mask_in)

@@ -272,7 +272,9 @@ class ModelCost:
         every = max(rank for _, rank in layers)
         if self._of_effects(fewest, every, math.inf) <= allowed:
             n = _largest(lambda n: self._of_effects(n, every, math.inf) <= allowed, fewest, most)
-            return replace(config, effect_samples=n, effect_features=every)
+            # Other bases of the same samples, such as that of single neurons, have more features than the LIB.
+            widest = max(section.shape_in[1] for section in self.sections)
+            return replace(config, effect_samples=n, effect_features=max(every, widest))
         most_features = max(1, min(every, _EFFECT_NUMBERS // (d_out * len(layers))))
         m = _largest(lambda m: self._of_effects(fewest, m, math.inf) <= allowed, 1, most_features)
         return replace(config, effect_samples=fewest, effect_features=m)
@@ -645,7 +647,7 @@ def choose_effort(
         >>> str(choose_effort(cost, LIBConfig(), 2048, 1e13, all_samples=False))
         '2,048 samples, the exact metric, exact edges (1.1e+12 operations)'
         >>> str(choose_effort(cost, LIBConfig(), 2048, 3e10, all_samples=False))
-        '2,048 samples, 8 probes per sample for the metric, edges from 16 features per sample (2.5e+10 operations)'
+        '2,048 samples, 8 probes per sample for the metric, edges from 16 features per sample (2.8e+10 operations)'
     """
     widest = max(section.shape_in[1] for section in cost.sections)
 

@@ -190,7 +190,7 @@ def _measured(section: InstrumentedModel, few: Any, grid: Sequence[int], shape: 
         # Where neighbouring values are the same, the maximum is taken to be the first of them.
         if not t.is_floating_point() or t.ndim <= len(shape):
             return t
-        noise = torch.randn(t.shape, generator=generator).to(t)
+        noise = torch.randn(t.shape, generator=generator, device="cpu").to(t)
         return t + noise * (t.std() + 1e-3)
 
     captured = section.capture(map_tensors(few, noisy))
@@ -198,7 +198,7 @@ def _measured(section: InstrumentedModel, few: Any, grid: Sequence[int], shape: 
     axes = _axes_of(leaf, shape)
     if axes is None:
         return None
-    signs = torch.randn(a.shape[0], a.shape[2], generator=generator).to(a)
+    signs = torch.randn(a.shape[0], a.shape[2], generator=generator, device="cpu").to(a)
 
     def region(indices: Sequence[int]) -> list[tuple[int, int]]:
         """First and last pixel along each axis that the position with these indices depends on."""

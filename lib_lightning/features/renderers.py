@@ -63,7 +63,7 @@ def _pair(name: str, value: object) -> tuple[float, ...] | None:
     if value is None:
         return None
     try:
-        numbers = torch.as_tensor(value, dtype=torch.float64).flatten().tolist()
+        numbers = torch.as_tensor(value, dtype=torch.float64, device="cpu").flatten().tolist()
     except (TypeError, ValueError, RuntimeError):
         numbers = []
     if not numbers or not all(map(math.isfinite, numbers)):
@@ -362,7 +362,7 @@ class ImageRenderer:
     def _scaled(self, x: Tensor) -> Tensor:
         """Values from 0 to 1."""
         if self.mean is not None:
-            mean, std = (torch.tensor(v)[:, None, None] for v in (self.mean, self.std))
+            mean, std = (torch.tensor(v, device="cpu")[:, None, None] for v in (self.mean, self.std))
             if max(len(mean), len(std)) not in (1, len(x)):
                 raise SettingError(
                     f"ImageRenderer has mean and std of {counted(max(len(mean), len(std)), 'channel')}, and an image "

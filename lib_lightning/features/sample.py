@@ -224,7 +224,7 @@ def find_labels(batch: Any, arguments: Any, n: int) -> Path | None:
             if is_named and all(isinstance(item, (str, int)) for item in part):
                 return path
             continue
-        t = part if isinstance(part, Tensor) else torch.as_tensor(part)
+        t = part if isinstance(part, Tensor) else torch.as_tensor(part, device="cpu")
         if not any(_same(t, x) for x in inputs) and _are_classes(t, n):
             return path
     return None
@@ -249,5 +249,5 @@ def _class_of(labels: Any) -> int | str:
     """The class of the only sample of a batch, by its entry with labels."""
     if isinstance(labels[0], str):
         return labels[0]
-    row = torch.as_tensor(labels[0])
+    row = torch.as_tensor(labels[0], device="cpu")
     return int(row) if row.numel() == 1 else int(row.argmax())

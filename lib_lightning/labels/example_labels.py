@@ -58,7 +58,7 @@ class ExampleLabels:
         >>> tokens = torch.randint(0, 5, (400, 6), generator=torch.Generator().manual_seed(0))
         >>> feature = (tokens == 3).float()[..., None] - 0.2
         >>> ExampleLabels(tokenizer=["a", "b", "c", "d", "e"])(feature, tokens)
-        ['high: “d”']
+        ['high: “d”; low: “a” “e” “c”']
     """
 
     tokenizer: Any = None
@@ -117,7 +117,7 @@ class ExampleLabels:
         order = torch.randperm(n, generator=torch.Generator().manual_seed(_SEED), device="cpu")
         halves = order[: n // 2].sort().values, order[n // 2 :].sort().values
         if n < 4 or not r:
-            return Labels([""] * r, torch.full((r,), math.nan, dtype=torch.float32))
+            return Labels([""] * r, torch.full((r,), math.nan, dtype=torch.float32, device="cpu"))
         kinds = properties(samples, self._texts(samples))
         step = max(1, _AT_ONCE // samples.features[:, :, 0].numel() // 2)
         parts = [_ends(samples, slice(start, min(start + step, r)), kinds, halves) for start in range(0, r, step)]
@@ -168,14 +168,15 @@ def _ends(samples: FeatureSamples, columns: slice, kinds: Sequence[Kind], halves
     active = torch.where(strict, values > threshold, values >= threshold)
     w = weights(active[naming], valid[naming])
     k = values.shape[2]
-    best, kind = torch.zeros(k, dtype=torch.float32), torch.full((k,), -1)
-    index, difference = torch.full((k, MAX_VALUES), -1), torch.full((k,), math.nan, dtype=torch.float32)
+    best, kind = torch.zeros(k, dtype=torch.float32, device="cpu"), torch.full((k,), -1, device="cpu")
+    index = torch.full((k, MAX_VALUES), -1, device="cpu")
+    difference = torch.full((k,), math.nan, dtype=torch.float32, device="cpu")
     for number, one in enumerate(kinds):
         choice = one.choose(naming, w)
         better = choice.bound > best
         best, difference = torch.where(better, choice.bound, best), torch.where(better, choice.difference, difference)
         kind, index = torch.where(better, number, kind), torch.where(better[:, None], choice.numbers, index)
-    area, p_value = (torch.full((k,), math.nan, dtype=torch.float64) for _ in range(2))
+    area, p_value = (torch.full((k,), math.nan, dtype=torch.float64, device="cpu") for _ in range(2))
     active, valid = active[scoring], valid[scoring]
     for number, one in enumerate(kinds):
         those = (kind == number).nonzero().flatten()
@@ -192,8 +193,9 @@ def _activity(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     rows = values[valid]
     k = rows.shape[1]
     if not len(rows):
-        return torch.zeros(k, dtype=torch.float32), torch.ones(k, dtype=torch.bool)
-    some = rows[torch.linspace(0, len(rows) - 1, min(len(rows), _QUANTILE_POSITIONS)).long()].T
+        return torch.zeros(k, dtype=torch.float32, device="cpu"), torch.ones(k, dtype=torch.bool, device="cpu")
+    at = torch.linspace(0, len(rows) - 1, min(len(rows), _QUANTILE_POSITIONS), device="cpu").long()
+    some = rows[at.to(rows.device)].T
     count = max(1, round(_MOST_ACTIVE * some.shape[1]))
     top = some.topk(count, dim=1).values
     fewest = top[:, max(0, round(_FEWEST_ACTIVE * some.shape[1]) - 1)]
@@ -204,7 +206,7 @@ def _activity(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _labels(ends: _Ends, given: Tensor, kinds: Sequence[Kind]) -> Labels:
-    names, scores = [], torch.full((len(given),), math.nan, dtype=torch.float32)
+    names, scores = [], torch.full((len(given),), math.nan, dtype=torch.float32, device="cpu")
     order = ends.difference.nan_to_num(-1.0).argsort(dim=1, descending=True).tolist()
     for j in given.any(1).nonzero().flatten().tolist():
         shown = [end for end in order[j] if given[j, end]]

@@ -56,7 +56,7 @@ class TargetReader:
             numbers = [self._numbers.setdefault(str(one), len(self._numbers)) for one in classes]
             self.class_names = {number: name for name, number in self._numbers.items()}
             return torch.tensor(numbers, device="cpu")
-        found: Tensor = torch.as_tensor(classes).detach().cpu()
+        found: Tensor = torch.as_tensor(classes, device="cpu").detach().cpu()
         return (found.flatten() if found.numel() == len(found) else found.argmax(1)).long()
 
     @property

@@ -60,7 +60,7 @@ def paler(color: str) -> str:
 
     Example:
         >>> paler("#000000")
-        '#999999'
+        '#737373'
     """
     share = THEME["signs"]["between_modules"]
     parts = (int(color[k : k + 2], 16) for k in (1, 3, 5))

@@ -213,8 +213,8 @@ def assemble(trace: SampleTrace, names: FeatureNames, info: Mapping[str, Any]) -
     def add(new: list[SampleNode], left_out: Tensor | None = None) -> Tensor:
         start = len(nodes)
         nodes.extend(new)
-        linearisation.append(torch.zeros(len(new), dtype=torch.float64) if left_out is None else left_out)
-        return torch.arange(start, len(nodes))
+        linearisation.append(torch.zeros(len(new), dtype=torch.float64, device="cpu") if left_out is None else left_out)
+        return torch.arange(start, len(nodes), device="cpu")
 
     first, sources = trace.layers[0], trace.contributions[0].sources
     inputs = torch.full_like(first.positions, -1)
@@ -231,7 +231,7 @@ def assemble(trace: SampleTrace, names: FeatureNames, info: Mapping[str, Any]) -
         # What the linear approximation leaves out goes to the error nearest to the target.
         away = (place[None] - places[l + 1][found.targets.positions][:, None]).abs() + num_places * ~layer.valid
         of_errors = found.errors.clone()
-        of_errors[torch.arange(len(of_errors)), away.argmin(1)] += found.linearisation
+        of_errors[torch.arange(len(of_errors), device="cpu"), away.argmin(1)] += found.linearisation
         for start, weights in ((before, found.features), (errors[layer.valid], of_errors[:, layer.valid])):
             i, j = weights.nonzero().T
             edges.append((start[j], after[i], weights[i, j]))

@@ -161,7 +161,7 @@ def _check(basis: Basis, layer: CapturedLayer) -> None:
 def _position(output: CapturedLayer, wanted: int | None) -> int:
     """The output position to trace."""
     S = output.a.shape[1]
-    valid = torch.ones(S, dtype=torch.bool) if output.mask is None else output.mask[0].cpu()
+    valid = torch.ones(S, dtype=torch.bool, device="cpu") if output.mask is None else output.mask[0].cpu()
     if wanted is None:
         found = valid.nonzero()
         if not len(found):
@@ -212,7 +212,7 @@ def _chosen(score: Tensor, settings: TraceSettings, d: int) -> Tensor:
         wanted = [int(c) for c in settings.outputs]
         if not wanted or any(not 0 <= c < d for c in wanted) or len(set(wanted)) < len(wanted):
             raise SettingError(f"outputs are different indices from 0 to {d - 1:,}; got {list(settings.outputs)}.")
-        return torch.tensor(wanted)
+        return torch.tensor(wanted, device="cpu")
     top, chosen = score.topk(min(MOST_OUTPUTS, d))
     if settings.kind == "categorical":
         enough = int((top.cumsum(0) < PROBABILITY).sum()) + 1
@@ -230,18 +230,18 @@ def _sections(
     """The sections from the first node layer to the output."""
     if not integration_steps:
         return sections_between(captured, STACK_ELEMENTS)
-    means = [*(basis.mean for basis in bases), torch.zeros(1)][: len(cut.layers)]
+    means = [*(basis.mean for basis in bases), torch.zeros(1, device="cpu")][: len(cut.layers)]
     return sections(cut, sample, means, integration_steps, STACK_ELEMENTS)
 
 
 def _layer(name: str, captured: CapturedLayer) -> TracedLayer:
     layer, S = captured.layer, captured.a.shape[1]
-    size, positions = S, torch.arange(S)
+    size, positions = S, torch.arange(S, device="cpu")
     if layer.positions is not None:
         size = dataclasses.replace(layer, positions=None).read(captured.outputs).shape[1]
         wanted = (layer.positions,) if isinstance(layer.positions, int) else layer.positions
-        positions = torch.tensor([p % size for p in wanted])
-    valid = torch.ones(S, dtype=torch.bool) if captured.mask is None else captured.mask[0].cpu()
+        positions = torch.tensor([p % size for p in wanted], device="cpu")
+    valid = torch.ones(S, dtype=torch.bool, device="cpu") if captured.mask is None else captured.mask[0].cpu()
     shape = list(captured.outputs[0].shape)
     if len(shape) > 1:
         del shape[layer.feature_axis(len(shape)) % len(shape)]

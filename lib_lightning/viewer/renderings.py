@@ -34,5 +34,6 @@ def read_renderings(path: Path) -> dict[str, dict[int, str]]:
         with contextlib.suppress(ValueError, RecursionError):
             rendering = json.loads(line, parse_constant=lambda _: None)
             if isinstance(rendering, dict) and isinstance(sample := rendering.pop(SAMPLE, None), int):
-                found.setdefault(str(rendering.pop(SAMPLES, "")), {})[sample] = dump(rendering)
+                of_samples = str(rendering.pop(SAMPLES, ""))
+                found.setdefault(of_samples, {})[sample] = dump(rendering)
     return found

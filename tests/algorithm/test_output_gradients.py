@@ -303,8 +303,10 @@ def test_refused_width_of_logits_says_what_to_do() -> None:
 
 def test_example_on_the_page() -> None:
     page = (Path(__file__).parents[2] / "docs" / "output.md").read_text()
-    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    exec(compile(block, "docs/output.md", "exec"), {"__name__": "page"})
+    blocks, names = re.findall(r"```python\n(.*?)```", page, re.DOTALL), {"__name__": "page"}
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "docs/output.md", "exec"), names)
 
 
 def test_classes_of_a_segmentation_are_on_the_axis_of_channels() -> None:

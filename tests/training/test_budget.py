@@ -68,7 +68,7 @@ def timed(model: Timed, cost: float, **options: Any) -> LIBCallback:
     if not {"every_n_steps", "at_steps", "every_n_validations", "planned"} & options.keys():
         options["every_n_validations"] = 1
     options.pop("planned", None)
-    callback = LIBCallback(**{"node_layers": NODE_LAYERS, "follow": False, **options})
+    callback = LIBCallback(**{"node_layers": NODE_LAYERS, "follow": False, "causal_every": 0, **options})
     compute = callback.computer.compute
 
     def slow_compute(*args: Any, **kwargs: Any) -> Snapshot:

@@ -122,7 +122,7 @@ def test_help_explains_every_option_of_the_callback() -> None:
 def test_options_are_overridden_and_interpolated() -> None:
     overrides = ["--data.modulus", "31", "--trainer.callbacks.num_samples", "77", "--model.d_mlp", "9"]
     printed = command("fit", "--config", "recipes/modular_addition.yaml", *overrides, "--print_config")
-    assert printed.count("modulus: 31") == 3, "of the data, the model and the labeller"
+    assert printed.count("modulus: 31") == 4, "of the data, the model, the labeller and the renderer"
     assert "num_samples: 77" in printed
     assert "d_mlp: 9" in printed
 

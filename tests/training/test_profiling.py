@@ -65,9 +65,10 @@ def test_operations_of_a_linear_model_are_those_counted_by_hand(dtype: torch.dty
     config = SnapshotConfig(settings, follow=False)
     profile = profile_snapshot(model, [torch.randn(n, d_in, dtype=dtype)], ["input", "output"], config)
     rows = {row.step: row for row in profile.rows}
-    # Its closed form is C'^T W C^+T, in float64: one multiplication and one addition for each number of each product.
+    # Its closed form is C'^T W C^+T, in float64: one multiplication and one addition for each number of each product;
+    # attributions take the products of the features of each sample, too.
     edges = rows["edges from input to output"]
-    assert edges.gflop == pytest.approx(2e-9 * (d_out * d_out * d_in + d_out * d_in * d_in))
+    assert edges.gflop == pytest.approx(2e-9 * (d_out * d_out * d_in + d_out * d_in * d_in + n * d_out * d_in))
     assert edges.of_peak == pytest.approx(edges.gflop / profile.rates[torch.float64] / edges.seconds)
     assert rows["basis of input"].gflop == rows["figures"].gflop == 0
     assert "tracking" not in rows
