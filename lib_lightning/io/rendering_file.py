@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -74,14 +75,23 @@ def append_lines(path: Path, lines: Iterable[str], anew: bool = False) -> None:
         path: The file; it is made if there is none, and its folder as well.
         lines: The lines.
         anew: Whether they replace those that are in it.
+
+    Raises:
+        OSError: If they cannot be written; a full disk leaves none of them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb" if anew else "ab+") as file:
-        if not anew and file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":  # a process was killed while writing
-                file.write(b"\n")
-        file.write("".join(f"{line}\n" for line in lines).encode())
+    size = path.stat().st_size if path.exists() and not anew else 0
+    try:
+        with path.open("wb" if anew else "ab+") as file:
+            if size:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a process was killed while writing
+                    file.write(b"\n")
+            file.write("".join(f"{line}\n" for line in lines).encode())
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.truncate(path, size) if size else path.unlink()
+        raise
 
 
 def read_renderings(path: Path, samples: str, wanted: Iterable[int] | None = None) -> dict[int, dict[str, Any]]:

@@ -103,7 +103,9 @@ def test_files_without_errors_load(graph: InteractionGraph, tmp_path: Path) -> N
     bare = {
         name: t
         for name, t in tensors.items()
-        if not name.endswith(("_error", "degenerate")) and "errors" not in name and not name.startswith(("examples", "output_effects"))
+        if not name.endswith(("_error", "degenerate"))
+        and "errors" not in name
+        and not name.startswith(("examples", "output_effects"))
     }
     assert len(bare) < len(tensors)
     header = {key: header[key] for key in ("layers", "kinds", "info")}
