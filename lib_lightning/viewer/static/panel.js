@@ -271,6 +271,7 @@ export function markLegend() {
     item(dot(5, "lib-hollow"), "direction not determined by the samples"),
     item(dot(5, "lib-new"), "new at this step"),
     item(h("span", {}, "numbers: ids of features, as in events and in "), h("code", {}, 'graph.feature("layer/number")')),
+    item(h("span", {}, "a click on a feature opens its page")),
   );
 }
 
