@@ -191,7 +191,7 @@ class SyntheticRun:
                 "nats_error": of_layer["nats_error"][i],
                 "degenerate": of_layer["degenerate"][i],
                 "samples": "",
-                **dict.fromkeys(("histogram", "shape", "examples", "raised", "lowered", "effect")),
+                **dict.fromkeys(("histogram", "shape", "examples", "raised", "lowered", "effect", "final_since")),
                 "inputs": self._interactions(shown, layer - 1, i, "target") if layer else None,
                 "outputs": self._interactions(shown, layer, i, "source") if layer < len(self.layers) - 1 else None,
                 "renderings": {},
@@ -228,6 +228,9 @@ class SyntheticRun:
         return []
 
     def notes(self) -> dict[str, str]:
+        return {}
+
+    def final_forms(self) -> dict[str, int]:
         return {}
 
     def section(self, k: int, l: int) -> tuple[list[float], list[int], list[int]]:

@@ -192,6 +192,9 @@ class LongRun:
     def notes(self) -> dict[str, str]:
         return {}
 
+    def final_forms(self) -> dict[str, int]:
+        return {}
+
     def snapshot(self, step: int, edges: int = 400) -> str:
         kind = step // 10 % self._kinds
         held = [{end: column[:edges] for end, column in section.items()} for section in self._edges[kind]]
