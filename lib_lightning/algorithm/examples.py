@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lib_lightning.algorithm.basis import Basis
-from lib_lightning.distributed.process_group import ProcessGroup
+from lib_lightning.distributed.process_group import ProcessGroup, first_number
 from lib_lightning.model.capture import CapturedLayer
 
 # Bins of a histogram, half of them on either side of zero, and how many of these make a standard deviation if no value
@@ -476,8 +476,7 @@ def example_collectors(
     own = [of_layer for i in range(len(bases)) for of_layer in _described([of_batch[i] for of_batch in positions])]
     gathered = process_group.gather(torch.tensor([num_samples, *own], device="cpu"))
     counts = [int(t[0]) for t in gathered]
-    # Where every process has all samples, nothing is gathered.
-    first = sum(counts[: process_group.rank]) if len(counts) > 1 else 0
+    first = first_number(counts, process_group)
     samples, every = range(first, first + num_samples), max(1, sum(counts) // _SPREAD_SAMPLES)
     described = torch.stack(gathered)[:, 1:].view(len(gathered), len(bases), _MAX_AXES + 2)
     found = []

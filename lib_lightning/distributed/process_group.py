@@ -75,6 +75,23 @@ class Reducible:
     sums: ClassVar[tuple[str, ...]] = ()
 
 
+def first_number(counts: Sequence[int], process_group: ProcessGroup) -> int:
+    """The number that the first sample of this process has among those of all, counted in the order of the processes.
+
+    Args:
+        counts: Numbers of samples as gathered; a single one where every process has all of them.
+        process_group: The processes.
+
+    Returns:
+        The number, from 0.
+
+    Example:
+        >>> first_number([5], SINGLE_PROCESS)
+        0
+    """
+    return sum(counts[: process_group.rank]) if len(counts) > 1 else 0
+
+
 def first_given(numbers: Sequence[float], process_group: ProcessGroup) -> list[float]:
     """The numbers of the first process that has any, on all processes.
 

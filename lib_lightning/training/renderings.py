@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lib_lightning.algorithm.progress import phase_done
-from lib_lightning.distributed.process_group import ProcessGroup
+from lib_lightning.distributed.process_group import ProcessGroup, first_number
 from lib_lightning.errors import LIBError, brief, log_traceback
 from lib_lightning.features.output_names import OutputNames, check_output_names, find_output_names
 from lib_lightning.features.places import find_places
@@ -137,7 +137,7 @@ class RunRenderings:
         batches = instrumented.parts(batch for batch in batches if instrumented.num_samples(batch))
         own = sum(map(instrumented.num_samples, batches))
         counts = [int(n) for n in process_group.gather(torch.tensor([own], device="cpu"))]
-        first = sum(counts[: process_group.rank]) if len(counts) > 1 else 0
+        first = first_number(counts, process_group)
         missing = {prefix: self._missing(prefix, graph) for prefix, graph in graphs.items()}
         wanted = sorted(set(itertools.chain.from_iterable(missing.values())))
         # What is in the files is known to the first process alone.

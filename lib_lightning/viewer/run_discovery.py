@@ -101,6 +101,18 @@ def log_directory(folder: Path) -> Path:
     return folder.parent.parent if nested else folder.parent
 
 
+def regular_file(path: Path) -> FileStamp | None:
+    """A file, if it is a regular one; None if it is missing, or a symbolic link.
+
+    Args:
+        path: Its path.
+
+    Returns:
+        The file.
+    """
+    return next((file for file in regular_files(path.parent) if file.path == path), None)
+
+
 def read_events(folder: Path) -> list[dict[str, Any]]:
     """Read the events of a run: features and metrics that changed.
 
@@ -113,7 +125,7 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
     """
     path = RunLayout(folder).events_file
     events = []
-    if any(file.path == path for file in regular_files(folder)):
+    if regular_file(path):
         with contextlib.suppress(OSError):
             for line in path.read_text("utf-8", errors="replace").splitlines():
                 with contextlib.suppress(ValueError, RecursionError):
@@ -133,7 +145,7 @@ def read_final_forms(folder: Path) -> dict[str, int]:
         The step, by id of the feature; nothing for those that are not, or in a run that has not ended.
     """
     path, found = RunLayout(folder).history_file, dict[str, int]()
-    if any(file.path == path for file in regular_files(folder)):
+    if regular_file(path):
         with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError, TypeError, KeyError):
             for layer, of_layer in json.loads(path.read_text("utf-8", errors="replace")).items():
                 for one in of_layer["features"]:

@@ -34,6 +34,7 @@ from lib_lightning.viewer.run_discovery import (
     log_directory,
     read_events,
     read_final_forms,
+    regular_file,
     regular_files,
     snapshot_files,
 )
@@ -215,8 +216,7 @@ class RunView:
             samples: Their numbers.
             of: Hash of the samples that have these numbers.
         """
-        path = RunLayout(self.folder).renderings_file
-        file = next((file for file in regular_files(self.folder) if file.path == path), None)
+        file = regular_file(RunLayout(self.folder).renderings_file)
         if file is None:
             return {}
         found = self._cache.get(file, lambda: read_renderings(file.path), size=lambda all_: 200 + file.size)
@@ -227,7 +227,7 @@ class RunView:
         """The user's notes on features, by id; empty if they cannot be read."""
         path = RunLayout(self.folder).notes_file
         with contextlib.suppress(*UNREADABLE):
-            if any(file.path == path for file in regular_files(self.folder)):
+            if regular_file(path):
                 return read_notes(path)
         return {}
 
