@@ -263,6 +263,25 @@ def check_number(
         raise error(f"{name} {expected}; got {shortened(str(value) if is_number else repr(value), 80)}.")
 
 
+def check_bool(name: str, value: object) -> None:
+    """Check a setting that is True or False.
+
+    Args:
+        name: Its name.
+        value: Its value.
+
+    Raises:
+        SettingTypeError: If it is neither.
+
+    Example:
+        >>> check_bool("follow", "no")
+        Traceback (most recent call last):
+        lib_lightning.errors.SettingTypeError: follow must be True or False; got 'no'.
+    """
+    if not isinstance(value, bool):
+        raise SettingTypeError(f"{name} must be True or False; got {shortened(repr(value), 80)}.")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that memory ran out, on an accelerator or on the CPU.
 

@@ -34,7 +34,8 @@ class ModelSpec:
 
     Raises:
         SettingError: If ``skip_positions`` is neither a number, nor indices, nor a slice.
-        SettingTypeError: If ``dtype`` is not a floating-point type.
+        SettingTypeError: If ``dtype`` is not a floating-point type, ``input_fn`` no function, or ``mask`` neither the
+            name or index of an entry nor a function.
 
     Example:
         >>> spec = ModelSpec(mask="attention_mask")
@@ -57,6 +58,12 @@ class ModelSpec:
             raise SettingTypeError(
                 "input_fn is a function from a batch to the model's input, such as lambda batch: batch['x']; got "
                 f"{shortened(repr(self.input_fn), 80)}."
+            )
+        is_entry = isinstance(self.mask, (str, int)) and not isinstance(self.mask, bool)
+        if not (self.mask is None or is_entry or callable(self.mask)):
+            raise SettingTypeError(
+                "mask is the name or index of the batch's entry that holds the mask, such as 'attention_mask', or a "
+                f"function from a batch to a tensor (n, S); got {shortened(repr(self.mask), 80)}."
             )
 
     @property

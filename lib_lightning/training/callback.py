@@ -21,7 +21,7 @@ from lib_lightning.algorithm.effort import Effort
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
 from lib_lightning.algorithm.progress_bar import displayed_in
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from lib_lightning.errors import ComputationStopped, SettingError, check_list
+from lib_lightning.errors import ComputationStopped, SettingError, check_bool, check_list, check_number
 from lib_lightning.features.renderers import Renderer
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.interventions.plan import CausalPlan
@@ -55,7 +55,7 @@ from lib_lightning.training.node_layers import NodeLayerResolver
 from lib_lightning.training.renderings import RenderingConfig, RunRenderings
 from lib_lightning.training.reporter import EventHook, SnapshotReporter
 from lib_lightning.training.run_state import RunState
-from lib_lightning.training.samples import SampleConfig, SampleStore
+from lib_lightning.training.samples import AT_LEAST_TWO, SampleConfig, SampleStore
 from lib_lightning.training.schedule import FEWEST, Schedule
 from lib_lightning.training.snapshot import (
     Previous,
@@ -248,6 +248,10 @@ class LIBCallback(Callback):
         super().__init__()
         if not isinstance(dtype, (str, torch.dtype, type(None))) or dtype not in _DTYPES:
             raise SettingError(f"dtype is 'float32', 'float64' or None for the model's own; got {dtype!r}.")
+        check_bool("follow", follow)
+        check_bool("adaptive", adaptive)
+        if num_samples is not None:  # before it is multiplied
+            check_number("num_samples", num_samples, lambda n: n >= 2, AT_LEAST_TWO, integer=True)
         if adaptive and not follow:
             raise SettingError("adaptive=True reacts to events, and without follow=True there are none.")
         check_run_name(name)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from lib_lightning.distributed.process_group import ProcessGroup
-from lib_lightning.errors import LIBError, brief, check_number, counted
+from lib_lightning.errors import LIBError, SettingTypeError, brief, check_number, counted, shortened
 from lib_lightning.io.basis_file import write_bytes
 from lib_lightning.io.run_layout import RunLayout
 from lib_lightning.model.batch import hash_tensors, map_tensors, tensors_in
@@ -188,6 +189,10 @@ class SampleBuffer:
         return buffer
 
 
+# What a number of samples must be, for messages.
+AT_LEAST_TWO = "must be at least 2: a basis needs samples to vary"
+
+
 @dataclass(frozen=True)
 class SampleConfig:
     """Which samples snapshots are computed on.
@@ -210,9 +215,17 @@ class SampleConfig:
     held_out_dataloader: int | None = None
 
     def __post_init__(self) -> None:
-        expected = "must be at least 2: a basis needs samples to vary"
-        check_number("num_samples", self.num_samples, lambda n: n >= 2, expected, integer=True)
+        check_number("num_samples", self.num_samples, lambda n: n >= 2, AT_LEAST_TWO, integer=True)
         check_number("val_dataloader", self.val_dataloader, lambda k: k >= 0, "counts from 0", integer=True)
+        # An object without __iter__ may still be iterated over, by __getitem__.
+        is_loader = hasattr(self.dataloader, "__iter__") or hasattr(self.dataloader, "__getitem__")
+        if self.dataloader is not None and (
+            not is_loader or isinstance(self.dataloader, (str, bytes, Mapping, Tensor))
+        ):
+            raise SettingTypeError(
+                "dataloader must be an iterable of batches, such as a DataLoader or a list of tensors; got "
+                f"{shortened(repr(self.dataloader), 80)}."
+            )
 
     @property
     def plain(self) -> dict[str, Any]:
