@@ -40,6 +40,8 @@ class Match:
             ``(r,)``, int64.
         overlap: Mean squared cosine of the principal angles between the spans of the two sets; 1 if they are equal.
             Missing dimensions of the smaller span count as right angles.
+        reversed: Whether the correlation of a later feature with the one that it continues, or has split from, is
+            negative, shape ``(q,)``, bool.
     """
 
     before: Tensor
@@ -48,6 +50,7 @@ class Match:
     parents: Tensor
     merged_into: Tensor
     overlap: float
+    reversed: Tensor
 
     @property
     def ended(self) -> Tensor:
@@ -83,7 +86,8 @@ def match_features(before: Tensor, after: Tensor, in_order: bool = False) -> Mat
     if len(before) != len(after):
         raise SettingError(f"Features must be matched on the same samples; got {len(before)} and {len(after)} of them.")
     A, B = standardised(before), standardised(after)
-    shared = (A.T @ B).square()
+    correlation = A.T @ B
+    shared = correlation.square()
     r, q = shared.shape
     if in_order:
         if r != q:
@@ -100,7 +104,10 @@ def match_features(before: Tensor, after: Tensor, in_order: bool = False) -> Mat
     parents = torch.where(origin < 0, _most_similar(shared.T), -1)
     continued = torch.zeros(r, dtype=torch.bool, device="cpu").index_fill(0, found[0], True)
     merged_into = torch.where(continued, -1, _most_similar(shared))
-    return Match(origin, similarity, rotated, parents, merged_into, span_overlap(A, B))
+    # The last row stands for no feature, whose index is -1.
+    signed = torch.cat([correlation, correlation.new_zeros(1, q)])
+    reversed_ = signed.gather(0, torch.where(origin < 0, parents, origin).remainder(r + 1)[None])[0] < 0
+    return Match(origin, similarity, rotated, parents, merged_into, span_overlap(A, B), reversed_)
 
 
 def standardised(values: Tensor) -> Tensor:

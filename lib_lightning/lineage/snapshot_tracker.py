@@ -41,21 +41,31 @@ class SnapshotTracker:
         self.detector = EmergenceDetector()
         self._main = prefixes[0]
         self._computed_on: list[Any] = []
+        # Events of the features of the snapshot that is being added.
+        self._turnover: dict[str, list[Event]] = {}
+
+    def track(self, prefix: str, graph: InteractionGraph) -> None:
+        """Add the graph of one basis: set its lineages, and give its features the signs that they had before.
+
+        Args:
+            prefix: Prefix of the basis.
+            graph: The graph, with reference features and ``info["step"]``, before its features are labelled.
+        """
+        self._turnover[prefix] = self.trackers[prefix].update(graph)
 
     def follow(
         self, graphs: Mapping[str, InteractionGraph], scalars: Mapping[str, float], relative_interval: float = 1.0
     ) -> list[Event]:
-        """Add a snapshot, and set the lineages of its graphs and the numbers of their modules.
+        """Complete a snapshot whose graphs have been tracked: set the numbers of their modules, and find what changed.
 
         Args:
-            graphs: The graph of each basis, with reference features and ``info["step"]``.
+            graphs: The graph of each basis.
             scalars: The scalars of the snapshot, by name. Changes are detected in the totals of the main basis.
             relative_interval: Interval from the previous snapshot, divided by the regular one.
 
         Returns:
             Events of important features in the main basis, and of metrics.
         """
-        turnover = {prefix: self.trackers[prefix].update(graph) for prefix, graph in graphs.items()}
         for prefix, graph in graphs.items():
             _renumber_modules(graph, self.modules[prefix])
         graph = graphs[self._main]
@@ -78,7 +88,7 @@ class SnapshotTracker:
         }
         reported = [
             replace(event, label=labels.get(event.layer or "", {}).get(event.lineage, ""))
-            for event in turnover[self._main]
+            for event in self._turnover[self._main]
             if max(event.before or 0, event.after or 0) >= MIN_REPORTED_SHARE
         ]
         return reported + self.detector.update(graph.info[STEP], importances, totals, graph.labels, relative_interval)
@@ -102,6 +112,7 @@ class SnapshotTracker:
         """Copy the tracker with its state."""
         other = copy.copy(self)
         other.trackers = {prefix: tracker.copy() for prefix, tracker in self.trackers.items()}
+        other._turnover = {}
         other.modules, other.detector = copy.deepcopy((self.modules, self.detector))
         return other
 

@@ -15,6 +15,7 @@ from lib_lightning.graph import InteractionGraph, Lineages
 from lib_lightning.io.basis_format import REFERENCE_SAMPLES, STEP
 from lib_lightning.lineage.events import Event
 from lib_lightning.lineage.matching import Match, match_features
+from lib_lightning.lineage.signs import reverse_features
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,9 @@ class FeatureTracker:
     def update(self, graph: InteractionGraph, step: int | None = None) -> list[Event]:
         """Determine the lineages of a snapshot, and store them as ``graph.lineages``.
 
+        Features keep their sign: one whose correlation with the feature that it continues, or has split from, is
+        negative is reversed in the graph, with its examples and its effects on outputs. Label features afterwards.
+
         Args:
             graph: The snapshot, with ``graph.reference_features`` on the same samples as all others. If
                 ``info["reference_samples"]``, the hash of these samples, changes, all lineages start anew.
@@ -112,13 +116,16 @@ class FeatureTracker:
         lineages: dict[str, Lineages] = {}
         turnover: dict[str, Turnover] = {}
         present: dict[str, _Previous] = {}
-        for name, basis in graph.bases.items():
+        for name, basis in list(graph.bases.items()):
             values = graph.reference_features[name]
             share = basis.importance / basis.importance.sum().clamp_min(torch.finfo(torch.float64).tiny)
             before = self._previous.get(name)
             if same_samples and before is not None and _comparable(before, values, basis.kind):
                 match = match_features(before.values, values, basis.kind in FIXED_ORDER)
                 lineages[name], next_id = _continued(match, before)
+                if basis.kind not in FIXED_ORDER:
+                    reverse_features(graph, name, match.reversed)
+                    values = graph.reference_features[name]
                 turnover[name] = Turnover(int((match.before < 0).sum()), len(match.ended), match.overlap)
                 events += _events(name, step, match, before, lineages[name], share)
             else:

@@ -307,6 +307,7 @@ class SnapshotComputer:
         digest = data.digest or hash_tensors(("", t) for batch in batches for t in tensors_in(batch))
         count = sum(map(instrumented.num_samples, batches))
         metadata = {**metadata, SAMPLES: agreed_hash(digest + count.to_bytes(8, "big"), process_group)}
+        tracker = SnapshotTracker(list(self.prefixes)) if previous.tracker is None else previous.tracker.copy()
         # One copy of the model for all that runs it.
         with process_group.sync_errors(), instrumented.shared_copy(copied_bytes(self.config.memory_limit)):
             for prefix, kind in self.prefixes.items():
@@ -317,15 +318,16 @@ class SnapshotComputer:
                 graph.info |= metadata
                 if reference_hash is not None:
                     graph.info[REFERENCE_SAMPLES] = reference_hash
+                    # Before labels, which depend on the signs of features.
+                    self._track(prefix, graph, instrumented, data, tracker, process_group)
                 measured, has_own_curves = self._complete(graph, instrumented, data, ablate, process_group)
                 scalars |= {f"{prefix}/{key}": value for key, value in measured.items()}
                 if causal and prefix == self.name:
                     scalars |= self.count_causal(graph, instrumented, data, plan, process_group)
                 has_curves &= has_own_curves
                 graphs[prefix] = graph
-        tracker, events = SnapshotTracker(list(self.prefixes)) if previous.tracker is None else previous.tracker, []
+        events = []
         if self.config.follow:
-            tracker = tracker.copy()
             events = tracker.follow(graphs, scalars, previous.relative_interval)
             scalars |= tracker.scalars()
             phase_done("tracking")
@@ -337,6 +339,25 @@ class SnapshotComputer:
         scalars[f"{self.name}/seconds"] = time.perf_counter() - started
         return Snapshot(metadata[STEP], graphs, scalars, has_curves, events, tracker, batches, causal)
 
+    @torch.no_grad()
+    def _track(
+        self,
+        prefix: str,
+        graph: InteractionGraph,
+        instrumented: InstrumentedModel,
+        data: SnapshotData,
+        tracker: SnapshotTracker,
+        process_group: ProcessGroup,
+    ) -> None:
+        """Give a graph its reference features and lineages, and its features the signs that they had before."""
+        graph.reference_features = reference_features(
+            graph, instrumented.model, data.reference, data.seed, process_group=process_group,
+            **vars(instrumented.spec),
+        )  # fmt: skip
+        phase_done("reference samples")
+        tracker.track(prefix, graph)
+        phase_done("tracking")
+
     @torch.no_grad()  # for metrics and a labeller of the user's, as in a validation
     def _complete(
         self,
@@ -346,19 +367,13 @@ class SnapshotComputer:
         ablate: bool,
         process_group: ProcessGroup,
     ) -> tuple[dict[str, float], bool]:
-        """Give a graph its modules, labels and reference features; returns its scalars, and whether it was ablated."""
+        """Give a graph its modules and labels; returns its scalars, and whether it was ablated."""
         curves = self._ablate(graph, instrumented, data, process_group) if ablate else None
         partitions = graph.partitions()
         measured = graph.measure(self._metrics, curves, partitions)
         graph.find_modules(partitions, **self.config.module_options)
         phase_done("metrics and modules")
         self._label(graph, instrumented, data, process_group)
-        if self.config.follow:
-            graph.reference_features = reference_features(
-                graph, instrumented.model, data.reference, data.seed, process_group=process_group,
-                **vars(instrumented.spec),
-            )  # fmt: skip
-            phase_done("reference samples")
         named = self._named_features(graph, process_group)
         return measured | nats_of(graph) | named, curves is not None
 

@@ -78,7 +78,8 @@ def test_the_state_of_the_tracker_is_restored() -> None:
     tracker.load_state_dict(state["watcher"]["follower"])
     graphs = {name: Run(DATA / "run" / name).graph(24) for name in ("lib", "pca")}
     expected = {name: {k: x.ids.tolist() for k, x in graph.lineages.items()} for name, graph in graphs.items()}
-    tracker.follow(graphs, {})
+    for name, graph in graphs.items():
+        tracker.track(name, graph)
     assert {name: {k: x.ids.tolist() for k, x in graph.lineages.items()} for name, graph in graphs.items()} == expected
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from lib_lightning import Basis, InteractionGraph
 from lib_lightning.errors import LIBError
@@ -23,10 +24,11 @@ class Followed:
     def __init__(self, seed: int) -> None:
         self.true, self.tracker, self.now = Trajectory(seed), FeatureTracker(), 0
         self.ids: dict[int, int] = {}
+        self.values: dict[int, Tensor] = {}
         assert self.see() == []
 
     def see(self) -> list[Event]:
-        """Take a snapshot, and check that known features have kept their ids."""
+        """Take a snapshot, and check that known features have kept their ids, and lineages their signs."""
         graph, lineages = self.true.graph(self.now)
         self.now += 10
         events = self.tracker.update(graph)
@@ -34,6 +36,11 @@ class Followed:
         assert {i: found[i] for i in self.ids if i in found} == {i: self.ids[i] for i in self.ids if i in found}
         assert len(set(found.values())) == len(found)
         self.ids |= found
+        values = dict(
+            zip(graph.lineages["layer"].ids.tolist(), graph.reference_features["layer"].T.double(), strict=True)
+        )
+        assert all(values[i] @ self.values[i] > 0 for i in values if i in self.values)
+        self.values = values
         return events
 
     def quiet(self, snapshots: int) -> None:
