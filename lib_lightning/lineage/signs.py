@@ -1,7 +1,7 @@
 """The signs of features: free in each snapshot, and the same along a lineage.
 
-A feature ``f`` and ``-f`` are the same direction, and which of the two an eigensolver returns may change with the last bit
-of the weights. Importances, edges, attributions and effects on a score are the same of both.
+``f`` and ``-f`` are the same direction, and which of the two an eigensolver returns may change with the last bit of the
+weights. Importances, edges, attributions and effects on a score are the same for both.
 """
 
 from __future__ import annotations
