@@ -52,13 +52,13 @@ from lib_lightning.training.effort import (
 )
 from lib_lightning.training.frameworks import Callback, callback_of_both_packages, rank_zero_info
 from lib_lightning.training.node_layers import NodeLayerResolver
+from lib_lightning.training.recorder import SnapshotRecorder
 from lib_lightning.training.renderings import RenderingConfig, RunRenderings
-from lib_lightning.training.reporter import EventHook, SnapshotReporter
+from lib_lightning.training.reporter import EventHook, RunDestination, SnapshotReporter
 from lib_lightning.training.run_state import RunState
 from lib_lightning.training.samples import AT_LEAST_TWO, SampleConfig, SampleStore
 from lib_lightning.training.schedule import FEWEST, Schedule
 from lib_lightning.training.snapshot import (
-    Previous,
     Snapshot,
     SnapshotComputer,
     SnapshotConfig,
@@ -204,6 +204,7 @@ class LIBCallback(Callback):
     trigger: SnapshotTrigger
     samples: SampleStore
     reporter: SnapshotReporter
+    recorder: SnapshotRecorder
 
     def __init__(
         self,
@@ -357,20 +358,21 @@ class LIBCallback(Callback):
         self._process_group = process_group_of(trainer)
         self.resolver = NodeLayerResolver(
             self._given_layers, state.node_layers, self.name, self.spec.called_as(state.call),
-            state.set_node_layers, state.set_call,
+            state.set_node_layers, state.set_call, partial(trainer_precision, trainer, self.spec.dtype),
         )  # fmt: skip
         counts_at_end = self.config.causal.is_wanted and trainer.state.fn == "fit"
         self.trigger = SnapshotTrigger(self.meter, state.skipped, self.name, self.config.follow, counts_at_end)
         self.reporter = SnapshotReporter(
-            self.name, self._hooks, state, list(self.computer.prefixes), trainer, self.config.follow,
-            self._keep_snapshots,
+            self.name, self._hooks, state, list(self.computer.prefixes), RunDestination.of_trainer(trainer),
+            self.config.follow, self._keep_snapshots,
         )  # fmt: skip
         layout = self.reporter.layout
         if layout is not None and trainer.state.fn == "fit":
             state.enter_folder(str(layout.path.resolve()))
         folders = self.reporter.directory.folders if trainer.is_global_zero else {}
         files = {prefix: folder.layout.renderings_file for prefix, folder in folders.items()}
-        self._renderings = RunRenderings(self._rendering_config, self.name, files, is_new=state.n_snapshots == 0)
+        renderings = RunRenderings(self._rendering_config, self.name, files, is_new=state.n_snapshots == 0)
+        self.recorder = SnapshotRecorder(self.computer, state, self.reporter, renderings, self._process_group)
         self.samples = SampleStore(self.sample_config, state.samples, trainer, self._process_group, layout)
         self._tried: tuple[int | None, str | None] = (state.step, state.weights_hash)
         self._trained = TrainedWeights()
@@ -404,7 +406,7 @@ class LIBCallback(Callback):
             with signals_at_safe_points(partial(has_received_sigterm, trainer)):
                 layout = self.resolver.check(pl_module, batch, strict)
                 if not (strict and self._has_checked_training_batch):  # from then on, nothing stops the run
-                    self._renderings.check(InstrumentedModel(pl_module, [], self.resolver.spec), batch)
+                    self.recorder.renderings.check(InstrumentedModel(pl_module, [], self.resolver.spec), batch)
                 score = self.config.causal.score
                 is_first = strict and not self._has_checked_score and not self._has_checked_training_batch
                 if is_first and score is not None and not is_empty(batch):
@@ -503,7 +505,7 @@ class LIBCallback(Callback):
             self._is_second_call = True
             return
         self._count_causal(trainer, pl_module)
-        self.reporter.finish(trainer)
+        self.reporter.finish(trainer.global_step)
         self.meter.end()
         self.trigger.log_summary(self.state.n_snapshots)
         self._has_ended = True
@@ -520,12 +522,12 @@ class LIBCallback(Callback):
             with on_training_device(trainer, pl_module):
                 self._take_last(trainer, pl_module)
                 self._count_causal(trainer, pl_module)
-                self.reporter.finish(trainer)
+                self.reporter.finish(trainer.global_step)
         self._has_ended = False
 
     def _take_last(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._snapshot(trainer, pl_module, is_last=True):
-            self.reporter.log_scalars(trainer, self._scalars(trainer))
+            self.reporter.log_scalars(self._scalars(trainer), logging_step(trainer))
 
     def _count_causal(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count the features that matter in the last snapshot, whenever that was taken."""
@@ -540,23 +542,20 @@ class LIBCallback(Callback):
                 data = self.samples.for_snapshot(trainer)
                 copied = instrumented.shared_copy(copied_bytes(self.config.memory_limit))
                 with trainer_precision(trainer, self.spec.dtype), copied:
-                    found = self.computer.count_causal(graph, instrumented, data, state.plan, self._process_group)
-                if found:
-                    self.reporter.write_again(trainer, graph, trainer.global_step)
+                    found = self.recorder.count_causal(graph, instrumented, data)
         except ComputationStopped:
             return
         except Exception as error:
             self.reporter.log_failure(trainer.global_step, error)
             return
-        state.set_causal(found)
         if found:
-            self.reporter.log_scalars(trainer, found)
+            self.reporter.log_scalars(found, logging_step(trainer))
 
     def _snapshot_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.samples.is_ready and self.state.cursor.due_at_step(trainer.global_step):
             with self.meter.timed():
                 if self._snapshot(trainer, pl_module):
-                    self.reporter.log_scalars(trainer, self._scalars(trainer))
+                    self.reporter.log_scalars(self._scalars(trainer), logging_step(trainer))
 
     def _snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule, is_last: bool = False) -> bool:
         """Take a snapshot, unless one was tried at this step or it would cost too much; return whether it succeeded.
@@ -610,53 +609,33 @@ class LIBCallback(Callback):
             with self._process_group.sync_errors(), signals_at_safe_points(partial(has_received_sigterm, trainer)):
                 with displayed_in(self._bar.of(trainer)):
                     snapshot = self._compute(trainer, pl_module, kind, metadata)
-                figures, layouts = self.reporter.write(trainer, snapshot)
+                figures, layouts = self.reporter.write(snapshot)
         except ComputationStopped:  # Lightning ends the training after this hook
             log.warning("%s: the snapshot after %d steps was dropped: SIGTERM.", self.name, trainer.global_step)
             return False
         except Exception as error:
             self.reporter.log_failure(trainer.global_step, error)
             return False
-        self.state.commit(snapshot, layouts)
-        self.reporter.show(trainer, figures, snapshot.step)
+        self.recorder.commit(snapshot, figures, layouts, kind.figures or trainer.state.fn != "fit")
         if self.adaptive:
             # All processes have to take their snapshots at the same steps.
             has_changed = torch.tensor(any(event.kind in CHANGES for event in snapshot.events), device="cpu")
             if self._process_group.broadcast([has_changed])[0]:
                 self.state.cursor.densify(snapshot.step)
-        self.reporter.notify(trainer, snapshot.events)
-        if kind.figures or trainer.state.fn != "fit":
-            self.reporter.draw_run(trainer)
-            self.state.mark_drawn()
         return True
 
     def _compute(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, kind: SnapshotKind, metadata: dict[str, Any]
     ) -> Snapshot:
         instrumented = self.resolver.instrument(pl_module, self._process_group)
-        before = self.state.before(metadata[STEP])
-        interval = self.state.cursor.relative_interval(before.step, metadata[STEP], self.trigger.skipped.since_last)
+        before = self.state.before(metadata[STEP]).step
+        interval = self.state.cursor.relative_interval(before, metadata[STEP], self.trigger.skipped.since_last)
         data = self.samples.for_snapshot(trainer)
         with trainer_precision(trainer, self.spec.dtype):
             # A resumed run may ask for another number of samples or probes than the interrupted one.
             if self.state.planned_for != self._effort_options:
                 self.state.set_plan(self._plan(trainer, instrumented, data), self._effort_options)
-            plan = self.state.plan
-            snapshot = self.computer.compute(
-                instrumented,
-                data,
-                metadata,
-                Previous(before.scalars, before.tracker, interval),
-                kind.ablation,
-                self._process_group,
-                plan,
-                kind.causal,
-            )
-            self._renderings.update(instrumented, snapshot.batches, snapshot.graphs, self._process_group)
-        self.reporter.log_notes(snapshot.graphs)
-        self.reporter.log_limits(snapshot.graphs[self.name])
-        self.reporter.log_weights(metadata)
-        return snapshot
+            return self.recorder.compute(instrumented, data, metadata, kind, interval)
 
     def _plan(self, trainer: pl.Trainer, instrumented: InstrumentedModel, data: SnapshotData) -> RunPlan | None:
         """Choose once what every snapshot computes, and when; called by all processes at the same time."""
@@ -724,7 +703,7 @@ class LIBCallback(Callback):
     def _scalars(self, trainer: pl.Trainer) -> dict[str, float]:
         """The latest scalars; called by all processes at the same time."""
         keys = self.computer.scalar_keys(self.resolver.names) if self.resolver.names else []
-        scalars = self.reporter.scalars(trainer, keys, self.config.ablation is not None)
+        scalars = self.reporter.scalars(trainer.global_step, keys, self.config.ablation is not None)
         if trainer.state.fn == "fit":
             (ratio,) = self._process_group.broadcast(
                 [torch.tensor(self.meter.ratio, dtype=torch.float64, device="cpu")]

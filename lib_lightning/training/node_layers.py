@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 
 from lib_lightning.ablation.scored_model import Score, sample_scores
 from lib_lightning.api import notes_on, proposed_cuts
@@ -27,10 +29,6 @@ from lib_lightning.model.propose import sizes
 from lib_lightning.model.steps import can_be_called
 from lib_lightning.model.validate import NOT_LOOKED, is_model_error
 from lib_lightning.training.frameworks import rank_zero_info
-from lib_lightning.training.trainer import trainer_precision
-
-if TYPE_CHECKING:
-    import lightning.pytorch as pl
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +46,7 @@ class NodeLayerResolver:
         spec: How to call the model on a batch.
         on_change: Called with the names of the node layers whenever they become known or change.
         on_call: Called with how the model is called, in plain values, when that becomes known.
+        precision: Returns a block in which the model is run.
 
     Attributes:
         layers: The node layers; None as long as they are not known.
@@ -61,9 +60,10 @@ class NodeLayerResolver:
         spec: ModelSpec,
         on_change: Callable[[list[str]], None],
         on_call: Callable[[dict[str, Any]], None],
+        precision: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._is_given, self._name, self._spec, self._on_change = given is not None, name, spec, on_change
-        self._on_call = on_call
+        self._on_call, self._precision = on_call, precision
         self._is_checked = False
         self._notes: list[str] = []
         # First samples of the batches that the check could not look at, because they are all the same.
@@ -83,15 +83,15 @@ class NodeLayerResolver:
         self.layers = layers
         self._on_change(self.names)
 
-    def check_names(self, pl_module: pl.LightningModule) -> None:
+    def check_names(self, model: nn.Module) -> None:
         """Refuse names that the model does not have."""
-        check_taps(pl_module, self.layers or [], can_be_called(pl_module, self._spec.input_fn))
+        check_taps(model, self.layers or [], can_be_called(model, self._spec.input_fn))
 
-    def check(self, pl_module: pl.LightningModule, batch: Any, strict: bool = True) -> BatchLayout:
+    def check(self, model: nn.Module, batch: Any, strict: bool = True) -> BatchLayout:
         """Find how the model is called on a first batch, and check the node layers, or propose some.
 
         Args:
-            pl_module: The model.
+            model: The model.
             batch: A batch.
             strict: Whether it is one of the batches that snapshots are computed on; others may be of another form.
 
@@ -108,19 +108,19 @@ class NodeLayerResolver:
             if strict:
                 raise
             return self._layout
-        instrumented = InstrumentedModel(pl_module, [], replace(self._spec, dtype=None))
+        instrumented = InstrumentedModel(model, [], replace(self._spec, dtype=None))
         batches = [*self._batches, batch]
         try:
             with (
-                trainer_precision(pl_module.trainer, self._spec.dtype),
-                wrap_forward_errors(pl_module, instrumented.spec),
+                self._precision(),
+                wrap_forward_errors(model, instrumented.spec),
             ):
                 instrumented.layout(batch)
                 spec = replace(instrumented.spec, dtype=self._spec.dtype)
-                cuts = [] if self.layers else proposed_cuts(pl_module, batches, replace(spec, dtype=None))
+                cuts = [] if self.layers else proposed_cuts(model, batches, replace(spec, dtype=None))
                 layers = self.layers or as_node_layers([cut.tap for cut in cuts])
                 if not self._is_checked:
-                    self._notes = notes_on(pl_module, batches, layers, spec)
+                    self._notes = notes_on(model, batches, layers, spec)
         except LIBError as error:
             if is_out_of_memory(error.__cause__ or error):
                 log.warning("'%s' has too little memory to check its node layers: %s", self._name, error)
@@ -139,21 +139,21 @@ class NodeLayerResolver:
             rank_zero_info(f"{self._name}: no node_layers given, using the proposed {self.names}, of {sizes(cuts)}")
         return self._layout
 
-    def check_score(self, pl_module: pl.LightningModule, batch: Any, score: Score) -> None:
+    def check_score(self, model: nn.Module, batch: Any, score: Score) -> None:
         """Try a score function on a first batch, after `check`.
 
         Args:
-            pl_module: The model.
+            model: The model.
             batch: A batch.
             score: The function.
 
         Raises:
             LIBError: If it fails, or does not return one number for each sample.
         """
-        instrumented = InstrumentedModel(pl_module, [], replace(self._spec, dtype=None))
+        instrumented = InstrumentedModel(model, [], replace(self._spec, dtype=None))
         with (
-            trainer_precision(pl_module.trainer, self._spec.dtype),
-            wrap_forward_errors(pl_module, instrumented.spec),
+            self._precision(),
+            wrap_forward_errors(model, instrumented.spec),
             model_session(instrumented),
             torch.no_grad(),
         ):
@@ -187,11 +187,11 @@ class NodeLayerResolver:
             self._spec = spec
             self._on_call(spec.call.plain)
 
-    def instrument(self, pl_module: pl.LightningModule, process_group: ProcessGroup) -> InstrumentedModel:
+    def instrument(self, model: nn.Module, process_group: ProcessGroup) -> InstrumentedModel:
         """The model, ready to be cut at the node layers that all processes agree on.
 
         Args:
-            pl_module: The model.
+            model: The model.
             process_group: The processes of the run.
 
         Returns:
@@ -211,6 +211,6 @@ class NodeLayerResolver:
         if process_group.size > 1:
             agreed = broadcast_text(process_group, json.dumps(self._spec.call.plain) if self._spec.call else "")
             self._spec = self._spec.called_as(json.loads(agreed) if agreed else None)
-        instrumented = InstrumentedModel(pl_module, self.layers or [], self._spec)
+        instrumented = InstrumentedModel(model, self.layers or [], self._spec)
         instrumented.notes = list(self._notes)
         return instrumented

@@ -9,6 +9,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +25,13 @@ from lib_lightning.training.frameworks import rank_zero_info
 from lib_lightning.training.loggers import log_image, log_scalars, log_text, where_to_look
 from lib_lightning.training.run_state import RunState
 from lib_lightning.training.snapshot import Snapshot
-from lib_lightning.training.trainer import logging_step, run_folder
+from lib_lightning.training.trainer import run_folder
 from lib_lightning.training.weights import TRAINED, VALIDATED
 from lib_lightning.training.writer import KeepSnapshots, RunDirectory, SnapshotDirectory
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
+    from lightning.pytorch.loggers import Logger
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,28 @@ EventHook = Callable[[Event], Any]
 
 # Figures over time show lines from snapshot to snapshot: with fewer than three there is not much to see.
 _MIN_OVER_TIME = 3
+
+
+@dataclass(frozen=True)
+class RunDestination:
+    """Where a run is reported.
+
+    Attributes:
+        folder: The log directory; None for a run that writes nothing.
+        loggers: Loggers of Lightning.
+        is_global_zero: Whether this is the process that writes and logs.
+        is_validation: Whether the run is a standalone validation, which has a folder of its own within the run's.
+    """
+
+    folder: Path | None
+    loggers: Sequence[Logger] = ()
+    is_global_zero: bool = True
+    is_validation: bool = False
+
+    @classmethod
+    def of_trainer(cls, trainer: pl.Trainer) -> RunDestination:
+        """Where a trainer logs; all processes call this at the same time."""
+        return cls(run_folder(trainer), trainer.loggers, trainer.is_global_zero, trainer.state.fn != "fit")
 
 
 class SnapshotReporter:
@@ -47,7 +71,7 @@ class SnapshotReporter:
         hooks: The user's functions, called with every event on every process.
         state: The state of the run, which is only read.
         prefixes: Names of the folders, that of the basis itself first.
-        trainer: The trainer; all processes create their reporter at the same time.
+        destination: Where to report.
         follow: Whether features are tracked.
         keep: Which snapshots stay on disk.
 
@@ -61,20 +85,21 @@ class SnapshotReporter:
         hooks: Sequence[EventHook],
         state: RunState,
         prefixes: Sequence[str],
-        trainer: pl.Trainer,
+        destination: RunDestination,
         follow: bool,
         keep: KeepSnapshots = "all",
     ) -> None:
         self._name, self._hooks, self._state, self._follow = name, list(hooks), state, follow
         # A standalone validation leaves the files of the training run alone.
-        part = "" if trainer.state.fn == "fit" else RunLayout.VALIDATION
-        self.directory = RunDirectory(run_folder(trainer), prefixes, part)
+        part = RunLayout.VALIDATION if destination.is_validation else ""
+        self.directory = RunDirectory(destination.folder, prefixes, part)
+        self._loggers, self._is_global_zero = list(destination.loggers), destination.is_global_zero
         self._keep = keep
         self._failures: set[str] = set()
-        if trainer.is_global_zero:
+        if destination.is_global_zero:
             for folder in self.directory.folders.values():
                 folder.clean()
-                if trainer.state.fn == "fit" and (problem := folder.problem()):
+                if not destination.is_validation and (problem := folder.problem()):
                     log.warning(
                         "%s: snapshots cannot be written to %s (%s), and fail until they can.",
                         name, folder.layout.path, problem,
@@ -89,22 +114,19 @@ class SnapshotReporter:
         """Paths in the folder of the basis itself; None for a run that writes nothing."""
         return None if self.directory.main is None else self.directory.main.layout
 
-    def scalars(self, trainer: pl.Trainer, keys: Sequence[str], has_ablations: bool) -> dict[str, float]:
+    def scalars(self, step: int, keys: Sequence[str], has_ablations: bool) -> dict[str, float]:
         """The latest scalars, NaN before the first snapshot, at which step they were computed, and how long ago.
 
         Args:
-            trainer: The trainer.
+            step: Number of optimizer steps so far.
             keys: Names of all scalars of a snapshot.
             has_ablations: Whether edges required are counted.
 
         Returns:
             Everything that is logged, by name.
         """
-        steps = {"age": self._state.step, **({"ablation_age": self._state.ablation_step} if has_ablations else {})}
-        ages = {
-            f"{self._name}/{key}": math.nan if step is None else float(trainer.global_step - step)
-            for key, step in steps.items()
-        }
+        computed = {"age": self._state.step, **({"ablation_age": self._state.ablation_step} if has_ablations else {})}
+        ages = {f"{self._name}/{key}": math.nan if at is None else float(step - at) for key, at in computed.items()}
         computed_at = {f"{self._name}/step": math.nan if self._state.step is None else float(self._state.step)}
         return dict.fromkeys(keys, math.nan) | self._state.scalars | computed_at | ages
 
@@ -125,12 +147,12 @@ class SnapshotReporter:
         self._logged_step = step
         return {key: value for key, value in scalars.items() if key not in unchanged}
 
-    def log_scalars(self, trainer: pl.Trainer, scalars: dict[str, float]) -> None:
+    def log_scalars(self, scalars: dict[str, float], logging_step: int) -> None:
         """Give scalars to the loggers directly: ``LightningModule.log`` would not reach them between validations.
 
         They are logged where it would log them, beside the scalars of the user: after 3,000 steps, at 2,999.
         """
-        log_scalars(trainer.loggers, scalars, logging_step(trainer))
+        log_scalars(self._loggers, scalars, logging_step)
 
     def check_space(self, snapshots: int, file_bytes: int) -> None:
         """Warn if the files of a run will be larger than the room that there is for them.
@@ -152,17 +174,16 @@ class SnapshotReporter:
                     self._name, size(needed), size(free), self.layout.path, max(1, int(0.8 * kept * free / needed)),
                 )  # fmt: skip
 
-    def write(self, trainer: pl.Trainer, snapshot: Snapshot) -> tuple[dict[str, PNG], dict[str, AnimatedLayout]]:
-        """Write a snapshot.
+    def write(self, snapshot: Snapshot) -> tuple[dict[str, PNG], dict[str, AnimatedLayout]]:
+        """Write a snapshot, on the first process.
 
         Args:
-            trainer: The trainer; only its first process writes.
             snapshot: The snapshot.
 
         Returns:
             Its figures by tag, and the layouts that include it.
         """
-        if not trainer.is_global_zero:
+        if not self._is_global_zero:
             return {}, self._state.layouts
         layouts = copy.deepcopy(self._state.layouts)  # the state's own stay as they are if writing fails
         figures = self.directory.write(snapshot.graphs, snapshot.step, layouts)
@@ -188,15 +209,15 @@ class SnapshotReporter:
             stale = folder.layout.stale_file(folder.layout.notes_file)
             rank_zero_info(f"{self._name}: {counted(moved, 'note')} on features of another run moved to {stale}.")
 
-    def write_again(self, trainer: pl.Trainer, graph: InteractionGraph, step: int) -> None:
+    def write_again(self, graph: InteractionGraph, step: int) -> None:
         """Write the file of a snapshot again, after something has been added to its graph."""
-        if trainer.is_global_zero and self.layout is not None:
+        if self._is_global_zero and self.layout is not None:
             graph.save(self.layout.basis_file(step))
 
-    def show(self, trainer: pl.Trainer, figures: Mapping[str, PNG], step: int) -> None:
+    def show(self, figures: Mapping[str, PNG], step: int) -> None:
         """Show figures in the loggers, at the number of optimizer steps that is in their titles and file names."""
         for tag, png in figures.items():
-            log_image(trainer.loggers, tag, png, step)
+            log_image(self._loggers, tag, png, step)
 
     def log_notes(self, graphs: Mapping[str, InteractionGraph]) -> None:
         """Log notes about slower fallbacks, each of them once."""
@@ -241,16 +262,15 @@ class SnapshotReporter:
             self._logged_notes.add(note)
             log.warning("%s: %s", self._name, note)
 
-    def notify(self, trainer: pl.Trainer, events: Sequence[Event]) -> None:
+    def notify(self, events: Sequence[Event]) -> None:
         """Report the events of a snapshot. Errors in the user's hooks are logged, and training continues.
 
         Args:
-            trainer: The trainer.
             events: The events.
         """
-        if trainer.is_global_zero:
-            with self._logged_errors(trainer):
-                self._write_events(trainer, events)
+        if self._is_global_zero:
+            with self._logged_errors():
+                self._write_events(events)
         for k, hook in enumerate(self._hooks):
             for event in events:
                 try:
@@ -264,31 +284,31 @@ class SnapshotReporter:
                         log_traceback(error)
                     self._failed_hooks.add(k)
 
-    def draw_run(self, trainer: pl.Trainer) -> None:
+    def draw_run(self) -> None:
         """Draw and show the figures over the whole run. Errors are logged, and training continues."""
-        if trainer.is_global_zero:
-            with self._logged_errors(trainer):
-                self._draw(trainer)
+        if self._is_global_zero:
+            with self._logged_errors():
+                self._draw()
 
     @contextmanager
-    def _logged_errors(self, trainer: pl.Trainer) -> Iterator[None]:
+    def _logged_errors(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
             log.warning(
                 "Events or figures over time of '%s' could not be written at step %d; training continues. %s",
-                self._name, trainer.global_step, brief(error),
+                self._name, self._state.step or 0, brief(error),
             )  # fmt: skip
             log_traceback(error)
 
-    def _write_events(self, trainer: pl.Trainer, events: Sequence[Event]) -> None:
+    def _write_events(self, events: Sequence[Event]) -> None:
         for event in events:
             # Births and deaths are frequent early in training and would drown these.
             if event.kind == "emerged" or event.metric is not None:
                 rank_zero_info(f"{self._name}: {event.text}{self._note_on_ids(event)}")
         if events:
             text = "\n".join(f"- {event.text}" for event in events)
-            log_text(trainer.loggers, f"{self._name}/events", text, events[0].step)
+            log_text(self._loggers, f"{self._name}/events", text, events[0].step)
         if self.directory.main is not None:
             # All of them each time: a resumed run may have another folder, or have gone back before some of them.
             self.directory.main.write_events([event.to_json() for event in self._state.events])
@@ -300,7 +320,7 @@ class SnapshotReporter:
         self._has_explained_ids = True
         return f" ({event.subject} is its id in all snapshots; graph.index('{event.subject}') is its column in one)"
 
-    def _draw(self, trainer: pl.Trainer) -> None:
+    def _draw(self) -> None:
         state, directory = self._state, self.directory.main
         if directory is None or state.step is None:
             return
@@ -311,19 +331,23 @@ class SnapshotReporter:
         if self._follow and len(state.history.steps) >= _MIN_OVER_TIME:
             over_time = state.history.figures()
             figures |= {name: directory.write_figure(name, figure) for name, figure in over_time.items()}
-        self.show(trainer, {f"{self._name}/{name}": png for name, png in figures.items()}, state.step)
+        self.show({f"{self._name}/{name}": png for name, png in figures.items()}, state.step)
 
-    def finish(self, trainer: pl.Trainer) -> None:
-        """Write what is only known at the end of training, and log where everything is."""
+    def finish(self, last_step: int) -> None:
+        """Write what is only known at the end of training, and log where everything is.
+
+        Args:
+            last_step: Number of optimizer steps of the training.
+        """
         state, directory = self._state, self.directory.main
-        if directory is None or not trainer.is_global_zero:
+        if directory is None or not self._is_global_zero:
             return
         if state.n_drawn < state.n_snapshots:
-            self.draw_run(trainer)
+            self.draw_run()
         lines = [f"\n{self._name}: {counted(state.n_snapshots, 'snapshot')} of {' -> '.join(state.node_layers)}"]
         try:
             # A run that is resumed at its end has no new snapshot.
-            if state.graphs and state.step is not None and state.step == trainer.global_step:
+            if state.graphs and state.step is not None and state.step == last_step:
                 for folder in self.directory.folders.values():
                     folder.write_final(state.step)
                 earlier = [path for path in state.folders if path != str(directory.layout.path.resolve())]
@@ -337,7 +361,7 @@ class SnapshotReporter:
             log.warning("The last snapshot of '%s' could not be written. %s", self._name, brief(error))
             log_traceback(error)
         contents = [line for folder in self.directory.folders.values() for line in folder.contents()]
-        rank_zero_info("\n".join([*lines, *contents, *where_to_look(trainer.loggers)]))
+        rank_zero_info("\n".join([*lines, *contents, *where_to_look(self._loggers)]))
 
 
 def _that_matter(graph: InteractionGraph) -> str:
