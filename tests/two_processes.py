@@ -17,6 +17,7 @@ from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lib_lightning import LIBCallback
@@ -67,6 +68,41 @@ class Model(pl.LightningModule):
 
     def val_dataloader(self) -> Any:
         return self.val if self.val is not None else []
+
+
+def labels_of(x: Tensor) -> Tensor:
+    """One of three classes for each sample."""
+    return x[:, :3].argmax(1)
+
+
+class LabelledStream(IterableDataset[tuple[Tensor, Tensor]]):
+    """A different number of samples with labels on each process."""
+
+    def __init__(self, *counts: int) -> None:
+        self.stream = Stream(*counts)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for x in self.stream:
+            yield x, labels_of(x[None])[0]
+
+
+class Labelled(Model):
+    """Learns the classes of its samples."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), labels_of(batch[0]))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self(x), y)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=2.0)
+
+
+def label_logit(output: Tensor, batch: Any) -> Tensor:
+    """A score that is not the default one."""
+    return output.gather(1, batch[1][:, None])[:, 0]
 
 
 class Timed(Model):
@@ -147,6 +183,12 @@ RUNS: dict[str, tuple[Any, Any]] = {
     "memory": (lambda: FailsOnOne(plain(71), MemoryError), {}),
     "probes": (lambda: Model(plain(71)), {"n_probes": 4}),
     "budget": (lambda: Timed(plain(71)), {"every_n_steps": 1, "max_overhead": 1.5, "follow": False, "causal_every": 0}),
+    # By default once, at the end, by as many samples and features as are affordable; or all at a pace of the user's.
+    "causal": (lambda: Labelled(DataLoader(LabelledStream(40, 31), batch_size=8)), {"every_n_steps": 3}),
+    "causal_empty": (
+        lambda: Labelled(DataLoader(LabelledStream(0, 71), batch_size=8)),
+        {"every_n_steps": 3, "causal_every": 2, "causal_score": label_logit},
+    ),
     "fully_sharded": (lambda: Sharded(plain(71)), {"dtype": None}),
     "tensor_parallel": (lambda: Sharded(plain(71)), {"dtype": None, "node_layers": ["input", "output"]}),
 }
@@ -206,6 +248,7 @@ def main(folder: Path) -> None:
             "metrics": {k: float(v) for k, v in trainer.callback_metrics.items()},
             "edges": [] if callback.graph is None else list(callback.graph.edges.values()),
             "count": callback.samples.buffer.count,
+            "causal": callback.state.scalars.get("lib/causal_features/total"),
             "n_skipped": callback.trigger.skipped.total,
         }
         torch.save(here, folder / name / f"process-{trainer.global_rank}.pt")

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from lib_lightning import InteractionGraph, compute_interaction_graph
+from lib_lightning.interventions import feature_effects
 from lib_lightning.training.weights import FINAL, TRAINED
 from tests.rendered import check_rows
-from tests.two_processes import OTHERS, RUNS, samples
+from tests.two_processes import OTHERS, RUNS, Labelled, label_logit, labels_of, samples
 
 ROOT = Path(__file__).parents[2]
 # Number of samples, their width, and those that each process computes on.
@@ -33,6 +34,8 @@ SAMPLES: dict[str, tuple[int, int, list[int]]] = {
     "memory": (71, 5, [36, 35]),
     "probes": (71, 5, [36, 35]),
     "budget": (71, 5, [36, 35]),
+    "causal": (71, 5, [40, 31]),
+    "causal_empty": (71, 5, [0, 71]),
     "fully_sharded": (71, 5, [36, 35]),
     "tensor_parallel": (71, 5, [71, 71]),
     **dict.fromkeys(OTHERS, (71, 5, [36, 35])),
@@ -99,7 +102,15 @@ def test_two_processes_give_the_result_of_one(name: str, runs: tuple[Path, str])
 def test_both_processes_have_the_same_results(name: str, runs: tuple[Path, str]) -> None:
     first, second = results(runs[0], name)
     # By default one at each of the 6 steps and before; with a whole copy of the data on each process, there are 12.
-    expected = {"fails": 3, "wide": 4, "empty_first": 4, "budget": 3, "tensor_parallel": 13}.get(name, 7)
+    expected = {
+        "fails": 3,
+        "wide": 4,
+        "causal": 3,
+        "causal_empty": 3,
+        "empty_first": 4,
+        "budget": 3,
+        "tensor_parallel": 13,
+    }.get(name, 7)
     assert first["snapshots"] == second["snapshots"] == expected
     assert all(torch.equal(a, b) for a, b in zip(first["edges"], second["edges"], strict=True))
     # What has changed since the snapshot before is unknown where there was none, and NaN is not equal to itself.
@@ -116,8 +127,9 @@ def test_files_are_written_once(name: str, runs: tuple[Path, str]) -> None:
         == len(list(folder.glob("figures/*")))
         == results(runs[0], name)[0]["snapshots"]
     )
+    held_out = ["held-out-"] if RUNS[name][1].get("causal_every") else []
     assert sorted(p.name for p in folder.glob("samples/*")) == [
-        f"{kind}{k}-of-2.pt" for kind in ("", "reference-") for k in (1, 2)
+        f"{kind}{k}-of-2.pt" for kind in ("", *held_out, "reference-") for k in (1, 2)
     ]
     assert not list(folder.rglob("*.tmp"))
 
@@ -151,6 +163,28 @@ def test_probes_of_two_processes_estimate_the_same_metric(runs: tuple[Path, str]
     graphs = [InteractionGraph.load(runs[0] / name / "lib" / "final.safetensors") for name in ("repeated", "probes")]
     exact, sampled = (graph.bases["net.0:input"].importance for graph in graphs)
     assert 0 < (exact.sum() - sampled.sum()).abs() / exact.sum() < 0.2
+
+
+@pytest.mark.parametrize(("name", "score"), [("causal", None), ("causal_empty", label_logit)])
+def test_features_matter_to_two_processes_as_to_one(name: str, score: Any, runs: tuple[Path, str]) -> None:
+    first, second = results(runs[0], name)
+    graph = InteractionGraph.load(runs[0] / name / "lib" / "final.safetensors")
+    model, x = Labelled(None), samples(71)
+    model.net.load_state_dict(first["weights"])
+    assert (graph.info["causal"]["samples"], graph.info["causal"]["features"]) == (71, 11)
+    expected = feature_effects(model, [(x, labels_of(x))], graph, score, dtype=torch.float64)
+    found = {
+        feature: (float(effects.changes[j]), float(effects.errors[j]), bool(effects.significant[j]))
+        for layer, effects in graph.effects.items()
+        for j, feature in enumerate(graph.feature_ids(layer))
+    }
+    assert found.keys() == expected.keys()
+    for feature, (change, error, significant) in found.items():
+        assert (change, error) == pytest.approx((expected[feature].change, expected[feature].error), abs=1e-10)
+        assert significant == expected[feature].significant
+    count = sum(effect.significant for effect in expected.values())
+    assert 0 < count < len(expected)
+    assert first["causal"] == second["causal"] == count
 
 
 def test_two_processes_obey_sigterm_in_the_middle_of_a_snapshot(tmp_path: Path) -> None:
