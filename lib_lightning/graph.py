@@ -21,7 +21,7 @@ from lib_lightning.algorithm.basis import Basis
 from lib_lightning.algorithm.examples import FeatureExamples
 from lib_lightning.algorithm.jackknife import standard_error
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
-from lib_lightning.algorithm.output_effects import OutputEffects
+from lib_lightning.algorithm.output_changes import OutputEffects
 from lib_lightning.errors import LIBError, SettingError, SettingTypeError, check_number, did_you_mean, quoted
 from lib_lightning.io import basis_format as keys
 from lib_lightning.io.basis_file import BasisFileError, read_file, write_file

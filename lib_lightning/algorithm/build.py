@@ -42,12 +42,8 @@ from lib_lightning.algorithm.jacobian_metric import JacobianMetric
 from lib_lightning.algorithm.linalg import Cutoff
 from lib_lightning.algorithm.memory_plan import MemoryPlan
 from lib_lightning.algorithm.metric import Metric
-from lib_lightning.algorithm.output_effects import (
-    OUTPUT_EFFECTS,
-    OutputEffects,
-    measure_output_effects,
-    most_important,
-)
+from lib_lightning.algorithm.output_changes import OUTPUT_EFFECTS, OutputEffects, most_important
+from lib_lightning.algorithm.output_effects import find_output_effects
 from lib_lightning.algorithm.output_gradients import (
     EXACT_OUTPUTS,
     OUTPUT_IMPORTANCE,
@@ -84,8 +80,12 @@ _SAMPLED_OUTPUT = (
     "another number. The file says how large the error is."
 )
 _FEW_EFFECTS = (
-    "Which outputs a feature raises and lowers is measured for the most important features, {} of {}, on {}: a tenth "
-    "of the operations of the graph is not enough for more."
+    "Which outputs a feature raises and lowers is measured for the most important features, {} of {}, on {}, as more "
+    "would take too long; lib_lightning.interventions.output_effects measures others."
+)
+_NO_EFFECTS = (
+    "Which outputs a feature raises and lowers is not measured: moving each feature would take too long, and the "
+    "output is no linear map of few numbers. lib_lightning.interventions.output_effects measures it for some features."
 )
 
 
@@ -461,11 +461,9 @@ def _output_effects(
     if run.output is None or not config.effect_samples or not any(numbers):
         return {}, 0
     features = [most_important(basis, number) for basis, number in zip(bases, numbers, strict=True)]
-    found, n = measure_output_effects(
-        instrumented, batches, bases, features, run.output, config.effect_samples, run.plan.stack_elements,
-        run.process_group,
-    )  # fmt: skip
-    return {name: one for name, one, own in zip(run.names, found, features, strict=True) if len(own)}, n
+    return find_output_effects(
+        instrumented, batches, bases, features, run.output, config, run.plan.stack_elements, run.process_group
+    )
 
 
 def _importance_replicates(layer: _Layer, variances: FeatureVariances) -> Tensor:
@@ -503,6 +501,8 @@ def _edges_phase(before: str, after: str) -> str:
 def _effect_notes(run: _Run, bases: Sequence[Basis], effects: Mapping[str, OutputEffects], n_samples: int) -> list[str]:
     """That not all features have effects on the output."""
     count = run.config.effect_features or 0
+    if not effects and run.output is not None and run.config.effect_directions is not None:
+        return [_NO_EFFECTS]
     total = sum(basis.n_features for basis in bases if basis.name in effects)
     measured = sum(min(count, basis.n_features) for basis in bases if basis.name in effects)
     if measured == total:

@@ -20,8 +20,10 @@ MetricKind = Literal["next", "output"]
 class LIBConfig:
     """What to compute; the fields are arguments of `lib_lightning.compute_interaction_graph`, and explained there.
 
-    Except for two: ``effect_samples`` and ``effect_features`` are the number of samples, and the largest number of
+    Except for three: ``effect_samples`` and ``effect_features`` are the number of samples, and the largest number of
     features of each node layer, with which effects on the output are measured. None is to be chosen, or none at all.
+    ``effect_directions`` is the number of directions in which the output moves, at most, where effects are derivatives
+    along these (`lib_lightning.algorithm.output_derivatives`); None if they are measured by moving each feature.
 
     Raises:
         SettingError: If a value is outside its range.
@@ -38,6 +40,7 @@ class LIBConfig:
     output_distribution: OutputSetting = "auto"
     effect_samples: int | None = None
     effect_features: int | None = None
+    effect_directions: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("basis", self.basis, get_args(BasisKind))

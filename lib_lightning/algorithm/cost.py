@@ -21,7 +21,7 @@ from lib_lightning.algorithm.config import LIBConfig
 from lib_lightning.algorithm.effort import EffortPlan, ModelCost
 from lib_lightning.algorithm.examples import bytes_per_feature
 from lib_lightning.algorithm.memory_plan import MemoryPlan
-from lib_lightning.algorithm.output_effects import TOP
+from lib_lightning.algorithm.output_changes import TOP
 from lib_lightning.algorithm.progress import on_phase
 from lib_lightning.errors import counted
 from lib_lightning.model.loops import LoopTrial, loops_shortened

@@ -82,12 +82,17 @@ _COUNTED, _VECTORS = 2, 4
 _CHUNK = 2**22
 # Kernels for each group of samples in each call of a product: sums are kept by group.
 _CALLS_PER_GROUP = 5
-# Effects on the output have this share of the operations of the rest of the graph, and these in any case.
+# Moving each feature has this share of the operations of the rest of the graph, and these in any case.
 _EFFECT_SHARE, _EFFECT_OPERATIONS = 0.1, 1.5e9
-# Samples with which they are measured, at least and at most; and output positions, at least.
-_EFFECT_SAMPLES, _EFFECT_ROWS = (8, 64), 32
+# Samples with which effects on the output are measured, at least: by moving features, by derivatives; and at most. And
+# output positions, at least.
+_EFFECT_SAMPLES, _EFFECT_ROWS = (8, 4, 64), 32
+# Operations that effects by derivatives may take, as a multiple of the rest of a graph; numbers that are kept of them.
+MOST_EFFECTS, _EFFECT_DERIVATIVES = 3.0, 2**25
 # Samples that are taken of a batch, about; sums over samples that are kept, at most; kernels beside those of the model.
 _EFFECT_BATCH, _EFFECT_NUMBERS, _CALLS_FOR_EFFECTS, _CALLS_PER_PASS = 32, 2**23, 200, 60
+# Samples with which single features are ablated, at least: fewer could not tell the effect of one of many from chance.
+_ABLATED_SAMPLES = 32
 # Numbers that are kept at most of products with all output features, from the metric for the edges.
 _KEPT = 2.5e8
 
@@ -152,7 +157,7 @@ class GraphCost:
         edges: Products for the edges of each section.
         output_metric: Gradients of the output for metrics.
         output_importance: Gradients of the output for the importances of all features.
-        output_effects: Forward passes for the effects of features on the output.
+        output_effects: Passes for the effects of features on the output.
         errors: Standard errors.
     """
 
@@ -245,20 +250,24 @@ class ModelCost:
             ],
             output_metric,
             importance,
-            self._of_effects(config.effect_samples or 0, config.effect_features or 0, calls),
+            self._of_config_effects(config, calls),
             _CALLS_FOR_ERRORS * PER_CALL,
         )
 
-    def with_effects(self, config: LIBConfig, num_samples: int) -> LIBConfig:
-        """Choose how many samples and features have effects on the output: a share of the operations of the graph.
+    def with_effects(self, config: LIBConfig, num_samples: int, share: float = MOST_EFFECTS) -> LIBConfig:
+        """Choose how effects on the output are measured: with a share of the operations of the graph.
 
         Args:
             config: What to compute; numbers that are given are kept.
             num_samples: Number of samples.
+            share: What derivatives may take at most, as a multiple of the operations of the rest of the graph; with
+                more than the fewest samples, they take no more than the rest.
 
         Returns:
-            The configuration with both numbers: all features with as many samples as fit, up to enough for small
-            errors; or few samples with as many features as fit, at least one of each node layer.
+            The configuration with the numbers: by moving each feature where a tenth of the operations is enough for
+            all; else by derivatives along the directions in which the output moves, if the share is enough for these;
+            else by moving the most important features, at least one of each node layer. With as many samples as fit, up
+            to enough for small errors.
         """
         if config.effect_samples is not None:
             return config
@@ -266,18 +275,45 @@ class ModelCost:
         if config.output_distribution == "none" or not layers:
             return replace(config, effect_samples=0, effect_features=0)
         S_out, d_out = (self.readout or self.sections[-1]).shape_out
-        allowed = max(_EFFECT_OPERATIONS, _EFFECT_SHARE * self.of_graph(config, num_samples) / _SLOWER)
-        fewest = min(num_samples, max(_EFFECT_SAMPLES[0], -(-_EFFECT_ROWS // S_out)))
-        most = min(num_samples, _EFFECT_SAMPLES[1])
+        of_rest = self.of_graph(config, num_samples) / _SLOWER
+        allowed = max(_EFFECT_OPERATIONS, _EFFECT_SHARE * of_rest)
+        rows = -(-_EFFECT_ROWS // S_out)
+        fewest, fewest_derivatives = (min(num_samples, max(few, rows)) for few in _EFFECT_SAMPLES[:2])
+        most = min(num_samples, _EFFECT_SAMPLES[-1])
         every = max(rank for _, rank in layers)
+        # Other bases of the same samples, such as that of single neurons, have more features than the LIB.
+        widest = max(every, *(section.shape_in[1] for section in self.sections))
         if self._of_effects(fewest, every, math.inf) <= allowed:
             n = _largest(lambda n: self._of_effects(n, every, math.inf) <= allowed, fewest, most)
-            # Other bases of the same samples, such as that of single neurons, have more features than the LIB.
-            widest = max(section.shape_in[1] for section in self.sections)
-            return replace(config, effect_samples=n, effect_features=max(every, widest))
+            return replace(config, effect_samples=n, effect_features=widest)
+        by_derivatives = self._with_derivatives(config, (fewest_derivatives, most), widest, share, of_rest)
+        if by_derivatives is not None:
+            return by_derivatives
         most_features = max(1, min(every, _EFFECT_NUMBERS // (d_out * len(layers))))
         m = _largest(lambda m: self._of_effects(fewest, m, math.inf) <= allowed, 1, most_features)
         return replace(config, effect_samples=fewest, effect_features=m)
+
+    def _with_derivatives(
+        self, config: LIBConfig, samples: tuple[int, int], widest: int, share: float, of_rest: float
+    ) -> LIBConfig | None:
+        """The configuration with effects by derivatives of as many samples as fit; None if not even the fewest fit."""
+        fewest, most = samples
+        _, d_out = (self.readout or self.sections[-1]).shape_out
+        # A linear map reads the output from numbers that are as wide as the node layer before it.
+        directions = min(d_out, (self.readout or self.sections[-1]).shape_in[1])
+        # Of each sample, derivatives along all directions and features are kept.
+        kept = _EFFECT_DERIVATIVES // ((directions + 1) * len(self._layers_with_effects()))
+        features = min(widest, kept // fewest)
+
+        def chosen(n: int) -> LIBConfig:
+            return replace(config, effect_samples=n, effect_features=features, effect_directions=directions)
+
+        def fits(n: int, share: float) -> bool:
+            return n * features <= kept and self._of_config_effects(chosen(n), math.inf) <= share * of_rest
+
+        if not features or not fits(fewest, share):
+            return None
+        return chosen(_largest(lambda n: fits(n, min(1.0, share)), fewest, most))
 
     def features_to_ablate(self, operations: float, available: int) -> tuple[int, int]:
         """Choose what can be ablated with a number of operations: one feature after another, on some samples.
@@ -292,7 +328,7 @@ class ModelCost:
         """
         allowed = max(_EFFECT_OPERATIONS, operations / _SLOWER)
         every = max(r for _, r in [*self._layers_with_effects(), (0, self.ranks()[-1])])
-        fewest = min(available, _EFFECT_SAMPLES[1])
+        fewest = min(available, _ABLATED_SAMPLES)
 
         def fits(n: int, m: int) -> bool:
             return self._of_effects(n, m, math.inf) / 2 <= allowed
@@ -302,8 +338,10 @@ class ModelCost:
         return fewest, _largest(lambda m: fits(fewest, m), 1, every)
 
     def effect_rows(self, config: LIBConfig) -> int:
-        """Number of samples that the forward passes for effects on the output have, all together."""
+        """Number of samples that the passes for effects on the output have, all together."""
         count = config.effect_features or 0
+        if config.effect_directions is not None:
+            return (config.effect_directions + 1) * (config.effect_samples or 0)
         return 2 * (config.effect_samples or 0) * sum(min(rank, count) for _, rank in self._layers_with_effects())
 
     def _layers_with_effects(self) -> list[tuple[int, int]]:
@@ -313,6 +351,20 @@ class ModelCost:
         if self.readout is not None:
             shapes.append(self.readout.shape_in)
         return [(S * d, r) for (S, d), r in zip(shapes, ranks, strict=False)]
+
+    def _of_config_effects(self, config: LIBConfig, calls: float) -> float:
+        """Operations of the effects on the output, measured as a configuration says."""
+        n, count = config.effect_samples or 0, config.effect_features or 0
+        if config.effect_directions is None or not n:
+            return self._of_effects(n, count, calls)
+        _, d_out = (self.readout or self.sections[-1]).shape_out
+        vectors = config.effect_directions + 1
+        to_features = sum(
+            2.0 * min(rank, count) * (n * vectors * section.shape_in[1] + config.effect_directions * d_out)
+            for (_, rank), section in zip(self._layers_with_effects(), [*self.sections, self.readout], strict=False)
+            if section is not None
+        )
+        return self._of_gradients(vectors, n, calls, has_sums=False) + to_features + _CALLS_FOR_EFFECTS * PER_CALL
 
     def _of_effects(self, n: int, count: int, calls: float) -> float:
         """Operations of the effects on the output of up to ``count`` features of each node layer, on ``n`` samples."""
@@ -334,9 +386,22 @@ class ModelCost:
 
     def _of_output(self, n_probes: int | None, exact_outputs: int, n: int, calls: float, first: int = 0) -> float:
         """Operations of gradients of the output with respect to the node layers from ``first`` on."""
+        S_out, d_out = (self.readout or self.sections[-1]).shape_out
+        vectors = num_vectors(S_out * d_out, n_probes, exact_outputs, SAMPLED) or S_out * d_out
+        return self._of_gradients(vectors, n, calls, first)
+
+    def _of_gradients(self, vectors: int, n: int, calls: float, first: int = 0, has_sums: bool = True) -> float:
+        """Operations of gradients along vectors at the output.
+
+        Args:
+            vectors: Number of vectors for each sample.
+            n: Number of samples.
+            calls: Number of calls after which the loop is left.
+            first: Index of the first node layer with respect to which there are gradients.
+            has_sums: Whether their products are summed, by group of samples.
+        """
         sections = [*self.sections, self.readout] if self.readout else list(self.sections)
         S_out, d_out = sections[-1].shape_out
-        vectors = num_vectors(S_out * d_out, n_probes, exact_outputs, SAMPLED) or S_out * d_out
         size = max(S * d for S, d in [*(section.shape_in for section in sections), (S_out, d_out)])
         chunk = min(n, max(1, _CHUNK // size))
         stack = min(vectors, max(1, self.stack_elements // (chunk * size)))
@@ -345,10 +410,10 @@ class ModelCost:
         products = 0.0
         for section in sections[first:]:
             S, d = section.shape_in
-            groups = count / stack * GROUPS * _CALLS_PER_GROUP * PER_CALL
-            products += (
-                section.reverse.of(chunk, count, stack) + groups + 4.0 * count * chunk * S * d * min(d, DENSE_WIDTH)
-            )
+            products += section.reverse.of(chunk, count, stack)
+            if has_sums:
+                groups = count / stack * GROUPS * _CALLS_PER_GROUP * PER_CALL
+                products += groups + 4.0 * count * chunk * S * d * min(d, DENSE_WIDTH)
         return self.forward.of(n) + products * n / chunk
 
     def _chunks(self, num_samples: int, largest_chunk: float) -> int:
@@ -441,6 +506,7 @@ class EffortPlan:
         allowed: Operations that it may take; fewer than ``operations`` if even the smallest effort takes more.
         effect_samples: Number of samples with which effects on the output are measured; None if not chosen.
         effect_features: Largest number of features of each node layer that have them; None if not chosen.
+        effect_directions: Number of directions of the output, at most, if they are derivatives; None if they are not.
     """
 
     num_samples: int
@@ -450,26 +516,30 @@ class EffortPlan:
     allowed: float
     effect_samples: int | None = None
     effect_features: int | None = None
+    effect_directions: int | None = None
 
     @classmethod
-    def of(cls, cost: ModelCost, config: LIBConfig, num_samples: int, allowed: float) -> EffortPlan:
+    def of(
+        cls, cost: ModelCost, config: LIBConfig, num_samples: int, allowed: float, effect_share: float = MOST_EFFECTS
+    ) -> EffortPlan:
         """The plan of a configuration, whose ``n_probes`` and ``n_pushed`` are taken literally, None as exact."""
-        config = cost.with_effects(config, num_samples)
+        config = cost.with_effects(config, num_samples, effect_share)
         operations = cost.of_graph(config, num_samples)
         return cls(
             num_samples, config.n_probes, config.n_pushed, operations, allowed, config.effect_samples,
-            config.effect_features,
+            config.effect_features, config.effect_directions,
         )  # fmt: skip
 
     def applied_to(self, config: LIBConfig) -> LIBConfig:
         """The configuration with the chosen numbers."""
-        names = ("n_probes", "n_pushed", "effect_samples", "effect_features")
+        names = ("n_probes", "n_pushed", "effect_samples", "effect_features", "effect_directions")
         return replace(config, **{name: getattr(self, name) for name in names})
 
     @property
     def numbers(self) -> list[float]:
         """All of it as numbers, for other processes: 0 for None, and -1 for effects that were not chosen."""
-        effects = [-1 if x is None else x for x in (self.effect_samples, self.effect_features)]
+        chosen = (self.effect_samples, self.effect_features, self.effect_directions)
+        effects = [-1 if x is None else x for x in chosen]
         return [self.num_samples, self.n_probes or 0, self.n_pushed or 0, self.operations, self.allowed, *effects]
 
     @classmethod
@@ -624,7 +694,12 @@ class OperationCount:
 
 
 def choose_effort(
-    cost: ModelCost, config: LIBConfig, num_samples: int, allowed: float, all_samples: bool
+    cost: ModelCost,
+    config: LIBConfig,
+    num_samples: int,
+    allowed: float,
+    all_samples: bool,
+    effect_share: float = MOST_EFFECTS,
 ) -> EffortPlan:
     """Choose the most accurate computation that takes no more than a number of operations.
 
@@ -637,6 +712,7 @@ def choose_effort(
         num_samples: Number of samples that there are.
         allowed: Operations that one graph may take.
         all_samples: Whether all of them are used in any case.
+        effect_share: As for `ModelCost.with_effects`.
 
     Returns:
         The plan.
@@ -654,7 +730,7 @@ def choose_effort(
     def plan(n: int, level: int | None) -> EffortPlan:
         probes = config.n_probes or (None if level is None else _PROBES << level)
         pushed = config.n_pushed or (None if level is None or _PUSHED << level >= widest else _PUSHED << level)
-        return EffortPlan.of(cost, replace(config, n_probes=probes, n_pushed=pushed), n, allowed)
+        return EffortPlan.of(cost, replace(config, n_probes=probes, n_pushed=pushed), n, allowed, effect_share)
 
     exact = plan(num_samples, None)
     if exact.operations <= allowed:
@@ -686,7 +762,7 @@ def affordable_effects(
     Returns:
         The plan; None for a model that may be too large.
     """
-    n = min(num_samples, _EFFECT_SAMPLES[1])
+    n = min(num_samples, _EFFECT_SAMPLES[-1])
     operations = 2.0 * sum(p.numel() for p in model.parameters()) * max(S for S, _ in shapes)
     if 2 * n * sum(d for _, d in shapes) * operations > _EFFECT_OPERATIONS / 4:
         return None

@@ -1,338 +1,54 @@
-"""Which outputs each feature raises and lowers: the model runs with the feature one standard deviation up and down.
-
-``D_jo = 1/n sum_x mean_t [ z_to(f_j + sigma_j) - z_to(f_j - sigma_j) ] / 2``, with the feature moved at all positions
-of a sample at once, and ``z_to`` output ``o`` at output position ``t``: its log-probability for classes and tokens, its
-logit for yes-or-no answers, the number itself otherwise. Up and down because terms of second order then cancel, and
-because the sign of a feature is free: with the other sign all ``D`` have the other sign. Of a linear model ``D`` is
-``sigma_j`` times the sum of the derivatives over positions; of others it includes what saturates.
-
-Both are forward passes, for which samples and features are chosen that fit into a share of the operations of the graph
-(`lib_lightning.algorithm.effort`): samples evenly spread over the batches, and features by importance.
-"""
+"""Effects of features on the output of a model, in the way that a configuration says."""
 
 from __future__ import annotations
 
-import contextlib
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lib_lightning.algorithm.basis import Basis
-from lib_lightning.algorithm.progress import phase_done
-from lib_lightning.distributed.process_group import ProcessGroup, Reducible, all_reduce
-from lib_lightning.model.agreement import agree, half_of_the_digits
-from lib_lightning.model.batch import first_tensor
+from lib_lightning.algorithm.config import LIBConfig
+from lib_lightning.algorithm.output_changes import OutputEffects
+from lib_lightning.algorithm.output_derivatives import differentiate_output
+from lib_lightning.algorithm.output_steps import step_along_features
+from lib_lightning.distributed.process_group import ProcessGroup
 from lib_lightning.model.instrumented import InstrumentedModel
-from lib_lightning.model.loops import parts_of
 from lib_lightning.model.output_distribution import OutputDistribution
-from lib_lightning.model.precision import for_sums, full_precision, product_dtype, to_float64
-from lib_lightning.model.safe_points import vectors_multiplied
-from lib_lightning.model.vjp import apply_mask
-
-# Name of the phase, for progress.
-OUTPUT_EFFECTS = "effects on the output"
-# Outputs that are kept of each feature, of those raised most and of those lowered most.
-TOP = 5
-# Changes up to so many units of rounding of a typical output are none; of outputs that are not larger than this.
-_ROUNDING = 8
-_HUGE = 1e4
 
 
-@dataclass(frozen=True)
-class OutputEffects:
-    """Which outputs of the model, such as classes or tokens, each feature of a node layer raises and lowers most.
-
-    A feature is raised and lowered by one standard deviation, at all its positions, and half of the difference is its
-    effect: on log-probabilities of classes and tokens, on logits of yes-or-no answers, or on numbers.
-
-    Attributes:
-        outputs: Index of the output, shape ``(r, 2 k)``, int32: first the ``k`` that are raised most, then the ``k``
-            that are lowered most; -1 for none.
-        changes: Mean change of this output over samples and output positions, shape ``(r, 2 k)``, float32; NaN for
-            none.
-        errors: Its standard error over samples, shape ``(r, 2 k)``, float32; NaN where it is not known.
-
-    Note:
-        Where the model's output has thousands of entries, only the most important features have effects.
-    """
-
-    outputs: Tensor
-    changes: Tensor
-    errors: Tensor
-
-
-class EffectSums(Reducible):
-    """Streaming mean and variance over samples of what some features of a node layer do to each output.
-
-    Args:
-        features: Indices of the features.
-        num_outputs: Number of outputs.
-        device: Where to sum.
-
-    Attributes:
-        features: Indices of the features.
-    """
-
-    sums = ("_total", "_squares", "_scale")
-
-    def __init__(self, features: Tensor, num_outputs: int, device: torch.device) -> None:
-        self.features = features
-        shape = (len(features), num_outputs)
-        self._total, self._squares = (torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(2))
-        # Number of samples, sum of the mean sizes of their outputs.
-        self._scale = torch.zeros(2, dtype=torch.float64, device=device)
-
-    def count(self, present: Tensor, z: Tensor, weights: Tensor) -> None:
-        """Count the samples of a batch.
-
-        Args:
-            present: 1 for samples with any output position, else 0, shape ``(n,)``.
-            z: Their outputs, shape ``(n, T, D)``.
-            weights: Shares of the output positions, shape ``(n, T)``.
-        """
-        # Some models set the logits of classes that do not exist to the lowest number that there is.
-        sizes = torch.where(z.abs() < _HUGE, z.abs(), 0.0).to(weights).mean(-1)
-        self._scale += torch.stack([to_float64(present.sum()), to_float64((sizes * weights).sum())])
-
-    def add(self, start: int, changes: Tensor) -> None:
-        """Add the changes that some features make on a batch.
-
-        Args:
-            start: Which of the features is the first.
-            changes: Shape ``(k, n, D)``; zero for samples without output positions.
-        """
-        changes = to_float64(changes)
-        self._total[start : start + changes.shape[0]] += changes.sum(1)
-        self._squares[start : start + changes.shape[0]] += changes.square().sum(1)
-
-    @property
-    def num_samples(self) -> int:
-        """Number of samples."""
-        return int(self._scale[0])
-
-    def result(self, num_features: int, eps: float) -> OutputEffects:
-        """The outputs that are raised and lowered most.
-
-        Args:
-            num_features: Number of all features of the node layer.
-            eps: Relative rounding error of outputs.
-
-        Returns:
-            The effects, on the CPU.
-        """
-        total, squares = self._total.cpu(), self._squares.cpu()
-        n, scale = self._scale.tolist()
-        mean = (total / n).nan_to_num(0.0)
-        variance = (squares - n * mean.square()).clamp(min=0) / (n - 1 if n > 1 else math.nan)
-        error = (variance / n).sqrt()
-        found = OutputEffects(
-            torch.full((num_features, 2 * TOP), -1, dtype=torch.int32, device="cpu"),
-            *(torch.full((num_features, 2 * TOP), math.nan, dtype=torch.float32, device="cpu") for _ in range(2)),
-        )
-        threshold = _ROUNDING * eps * scale / n
-        for sign, start in ((1, 0), (-1, TOP)):
-            largest, outputs = (sign * mean).topk(min(TOP, mean.shape[1]))
-            is_change = largest > threshold
-            place = self.features.cpu()[:, None], torch.arange(start, start + outputs.shape[1], device="cpu")
-            found.outputs[place] = torch.where(is_change, outputs, -1).int()
-            for kept, values in ((found.changes, mean), (found.errors, error)):
-                kept[place] = torch.where(is_change, values.gather(1, outputs), math.nan).float()
-        return found
-
-
-def measure_output_effects(
+def find_output_effects(
     instrumented: InstrumentedModel,
     batches: Sequence[Any],
     bases: Sequence[Basis],
     features: Sequence[Tensor],
     output: OutputDistribution,
-    num_samples: int,
+    config: LIBConfig,
     stack_elements: int,
     process_group: ProcessGroup,
-) -> tuple[list[OutputEffects], int]:
-    """Measure what features do to the outputs, the same on every process.
+) -> tuple[dict[str, OutputEffects], int]:
+    """Find which outputs features raise and lower most, the same on every process.
 
     Args:
         instrumented: The model and its node layers, after a first `capture`. Call this within `model_session`.
         batches: The batches of this process, none of them empty.
         bases: Basis of each node layer.
-        features: Indices of the features of each node layer to measure, which may be none.
+        features: Indices of the features of each node layer, which may be none.
         output: What the output stands for, and its width.
-        num_samples: Number of samples, over all processes.
-        stack_elements: About how many numbers the largest tensor of a forward pass may have.
+        config: How many samples to use, over all processes, and whether to differentiate or to move each feature.
+        stack_elements: About how many numbers the largest tensor of several vectors may have.
         process_group: The processes.
 
     Returns:
-        The effects of each node layer, and the number of samples.
+        The effects by node layer, and the number of samples; none where derivatives are asked for and the output moves
+        in more directions than the configuration allows.
     """
-    sums = [
-        EffectSums(own, output.width, for_sums(basis.mean).device) for own, basis in zip(features, bases, strict=True)
-    ]
-    chosen = _chosen(list(map(instrumented.num_samples, batches)), num_samples, process_group)
-    eps = 0.0
-    restore = full_precision()
-    try:
-        with torch.no_grad():
-            may_repeat = bool(chosen) and _is_same_when_repeated(instrumented, batches[chosen[0][0]])
-            for index, count in chosen:
-                instrumented.manual_seed(index)
-                batch = _spread(instrumented, batches[index], count) if may_repeat else batches[index]
-                moved = _MovedFeatures(instrumented, batch, output, may_repeat)
-                eps = moved.eps
-                # In a trial there may be fewer samples than were planned.
-                planned = num_samples / (moved.n * len(chosen))
-                moved.add_to(sums, bases, stack_elements, planned)
-    finally:
-        restore()
-    all_reduce(sums, process_group)
-    eps = max(float(t) for t in process_group.gather(torch.tensor([eps], dtype=torch.float64, device="cpu")))
-    phase_done(OUTPUT_EFFECTS)
-    return [one.result(basis.n_features, eps) for one, basis in zip(sums, bases, strict=True)], sums[0].num_samples
-
-
-def most_important(basis: Basis, count: int) -> Tensor:
-    """Indices of the most important features, in ascending order, int64, on the CPU."""
-    return basis.importance.cpu().argsort(descending=True, stable=True)[:count].sort().values
-
-
-def _chosen(sizes: Sequence[int], num_samples: int, process_group: ProcessGroup) -> list[tuple[int, int]]:
-    """Batches of this process, evenly spread over those of all processes, and the number of samples to take of each."""
-    gathered = process_group.gather(torch.tensor(sizes, dtype=torch.int64, device="cpu"))
-    every = [(rank, i, size) for rank, own in enumerate(gathered) for i, size in enumerate(own.tolist())]
-    if not every:
-        return []
-    total = sum(size for _, _, size in every)
-    count = min(len(every), math.ceil(num_samples * len(every) / total)) - 1
-    found: list[tuple[int, int, int]] = []
-    while count < len(every) and sum(size for _, _, size in found) < num_samples:
-        count += 1
-        found = [every[(2 * k + 1) * len(every) // (2 * count)] for k in range(count)]
-    taken: dict[tuple[int, int], int] = {}
-    for rank, i, size in sorted(found, key=lambda batch: batch[2]):
-        share = math.ceil((num_samples - sum(taken.values())) / (count - len(taken)))
-        taken[rank, i] = min(size, share)
-    # Where every process has all samples, nothing is gathered.
-    own = 0 if len(gathered) == 1 else process_group.rank
-    return sorted((i, n) for (rank, i), n in taken.items() if rank == own and n)
-
-
-def _spread(instrumented: InstrumentedModel, batch: Any, count: int) -> Any:
-    """Some samples of a batch, at even distances."""
-    n = instrumented.num_samples(batch)
-    return batch if n == count else instrumented.select(batch, torch.arange(count, device="cpu") * n // count)
-
-
-def _is_same_when_repeated(instrumented: InstrumentedModel, batch: Any) -> bool:
-    """Whether outputs of a few samples stay the same when the batch has some of them more often.
-
-    They do not where the model draws random numbers, or mixes the samples of a batch.
-    """
-    n = min(2, instrumented.num_samples(batch))
-    with contextlib.suppress(Exception):
-        instrumented.manual_seed(0)
-        outputs = []
-        once = torch.arange(n, device="cpu")
-        more = once.repeat(3)[:-1]
-        for index in (once, more):
-            few = instrumented.select(batch, index)
-            if instrumented.num_samples(few) != len(index):
-                return False
-            output = first_tensor(instrumented.run(few))
-            assert output is not None
-            outputs.append(output)
-        return agree(outputs[1], outputs[0][more.to(outputs[0].device)], half_of_the_digits(outputs[0].dtype))
-    return False
-
-
-class _MovedFeatures:
-    """A model at one batch, with single features one standard deviation up and down.
-
-    Args:
-        instrumented: The model.
-        batch: One batch.
-        output: What the output stands for.
-        may_repeat: Whether a batch may contain samples several times, so that several features are moved at once.
-
-    Attributes:
-        n: Number of samples.
-        eps: Relative rounding error of the outputs.
-    """
-
-    def __init__(
-        self, instrumented: InstrumentedModel, batch: Any, output: OutputDistribution, may_repeat: bool
-    ) -> None:
-        self._instrumented, self._batch, self._may_repeat = instrumented, batch, may_repeat
-        self._captured = instrumented.capture_to_output(batch)
-        self._z, mask = self._captured[-1].a, self._captured[-1].mask
-        self._is_categorical = output.kind == "categorical"
-        self.n, positions = self._z.shape[:2]
-        self.eps = torch.finfo(self._z.dtype).eps
-        valid = torch.ones(self.n, positions, device=self._z.device) if mask is None else mask
-        valid = valid.to(product_dtype(self._z.dtype))
-        count = valid.sum(1, keepdim=True)
-        # Shares of the output positions of each sample.
-        self._weights, self._present = valid / count.clamp(min=1), (count[:, 0] > 0).to(valid)
-
-    def add_to(self, sums: Sequence[EffectSums], bases: Sequence[Basis], stack_elements: int, planned: float) -> None:
-        """Add what features of all node layers do.
-
-        Args:
-            sums: The sums of each node layer.
-            bases: Basis of each node layer.
-            stack_elements: About how many numbers the largest tensor may have.
-            planned: Number of samples that there are in truth, as a multiple of those of the batch; for trials.
-        """
-        size = max(layer.a[0].numel() for layer in self._captured)
-        at_once = max(1, stack_elements // (2 * self.n * size)) if self._may_repeat else 1
-        for one in sums:
-            one.count(self._present, self._z, self._weights)
-        parts = [
-            (i, start, min(start + at_once, len(one.features)))
-            for i, one in enumerate(sums)
-            for start in range(0, len(one.features), at_once)
-        ]
-        steps = [
-            _steps(basis, one.features, self._captured[i].a)
-            for i, (one, basis) in enumerate(zip(sums, bases, strict=True))
-        ]
-        for i, start, stop in parts_of(parts, math.ceil(len(parts) * planned)):
-            sums[i].add(start, self._changes(i, steps[i][start:stop]))
-
-    def _changes(self, i: int, steps: Tensor) -> Tensor:
-        """Half of the difference of the outputs after steps up and down at a node layer, shape ``(k, n, D)``."""
-        k = len(steps)
-        if self._may_repeat:
-            index = torch.arange(self.n, device="cpu").repeat(2 * k)
-            batch = self._instrumented.select(self._batch, index)
-            up, down = self._outputs(i, torch.cat([steps, -steps]), batch).chunk(2)
-        else:
-            up, down = (self._outputs(i, step, self._batch) for step in (steps, -steps))
-        vectors_multiplied(2 * k * self.n)
-        return (up - down) / 2 * self._present[:, None]
-
-    def _outputs(self, i: int, steps: Tensor, batch: Any) -> Tensor:
-        """Means over positions of the outputs after each of some steps at a node layer, shape ``(k, n, D)``."""
-        layer, last = self._captured[i], self._captured[-1]
-        a = layer.a.to(steps)
-        moved = a + apply_mask(steps[:, None, None].expand(-1, *a.shape), layer.mask)
-        t = first_tensor(self._instrumented.output(batch, {i: moved.to(layer.a.dtype).flatten(0, 1)}))
-        assert t is not None
-        z = last.layer.read([t])
-        z = z.to(product_dtype(z.dtype)).unflatten(0, (len(steps), self.n))
-        weights = self._weights.to(z)
-        mean = torch.einsum("kntd,nt->knd", z, weights)
-        if self._is_categorical:
-            mean = mean - (z.logsumexp(-1) * weights).sum(-1, keepdim=True)
-        return mean
-
-
-def _steps(basis: Basis, features: Tensor, a: Tensor) -> Tensor:
-    """Steps in the activations that move features by one standard deviation, shape ``(m, d)``."""
-    features = features.to(basis.mean.device)
-    deviations = basis.importance[features].clamp(min=0).sqrt()
-    C_pinv = basis.from_features[features]
-    return (C_pinv * deviations.to(C_pinv)[:, None]).to(a.device, product_dtype(a.dtype))
+    arguments = (instrumented, batches, bases, features, output, config.effect_samples or 0)
+    if config.effect_directions is None:
+        found, n = step_along_features(*arguments, stack_elements, process_group)
+    else:
+        derivatives = differentiate_output(*arguments, config.effect_directions, stack_elements, process_group)
+        if derivatives is None:
+            return {}, 0
+        found, n = derivatives
+    return {basis.name: one for basis, one, own in zip(bases, found, features, strict=True) if len(own)}, n

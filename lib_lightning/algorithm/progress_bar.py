@@ -10,7 +10,7 @@ from typing import Any
 
 from lib_lightning.algorithm.config import LIBConfig
 from lib_lightning.algorithm.effort import ModelCost
-from lib_lightning.algorithm.output_effects import OUTPUT_EFFECTS
+from lib_lightning.algorithm.output_changes import OUTPUT_EFFECTS
 from lib_lightning.algorithm.output_gradients import OUTPUT_IMPORTANCE, OUTPUT_METRIC
 from lib_lightning.algorithm.progress import on_phase
 from lib_lightning.model.safe_points import on_vectors

@@ -39,6 +39,8 @@ _ESTIMATE_SHARE, _ESTIMATE_OPERATIONS, _MAX_ESTIMATE_SHARE = 0.1, 4e10, 0.03
 _TIMED_PASSES = 2
 # The type of numbers in files that is expected of models without a setting.
 _FLOAT = torch.float32
+# Share of the operations of each snapshot for effects on the output by derivatives; the last one may take more.
+_EFFECT_SHARE = 0.25
 # A snapshot that takes longer than this many seconds is announced with the setting that would shorten it.
 _LONG = 60
 
@@ -284,8 +286,8 @@ def _percent(share: float) -> str:
 def _effort(cost: ModelCost, settings: PlanSettings, allowed: float) -> EffortPlan:
     config, n = settings.config, settings.available
     if settings.given.get("effort") == "exact":
-        return EffortPlan.of(cost, config, n, allowed)
-    return choose_effort(cost, config, n, allowed, all_samples="num_samples" in settings.given)
+        return EffortPlan.of(cost, config, n, allowed, _EFFECT_SHARE)
+    return choose_effort(cost, config, n, allowed, "num_samples" in settings.given, _EFFECT_SHARE)
 
 
 def _warning(plan: RunPlan, given: Mapping[str, Any], seconds_if_free: float) -> str:

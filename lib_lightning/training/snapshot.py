@@ -18,7 +18,7 @@ from lib_lightning.ablation import AblationPlan, edges_required
 from lib_lightning.algorithm.config import BasisKind, LIBConfig
 from lib_lightning.algorithm.effort import measure_cost
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
-from lib_lightning.algorithm.output_effects import most_important
+from lib_lightning.algorithm.output_changes import most_important
 from lib_lightning.algorithm.progress import phase_done
 from lib_lightning.api import graph_of
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup, first_given
