@@ -42,6 +42,7 @@ from lib_lightning.algorithm.cost import (
 from lib_lightning.algorithm.effort import Effort, EffortPlan, affordable_effects, agree, choose_effort, measure_cost
 from lib_lightning.algorithm.jackknife import standard_error
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT, MemoryPlan, Workload, plan_memory, split_batches
+from lib_lightning.algorithm.output_effects import effects_by
 from lib_lightning.algorithm.output_gradients import is_output, needs_output
 from lib_lightning.algorithm.progress import phase_done
 from lib_lightning.algorithm.progress_bar import ProgressDisplay, current_display, steps_of
@@ -551,6 +552,7 @@ def _as_graph(
         keys.METRIC_ERRORS: built.metric_errors,
         keys.OUTPUT_DISTRIBUTION: None if output is None else output.plain,
         keys.EFFECT_SAMPLES: built.effect_samples,
+        keys.EFFECTS_BY: effects_by(config) if built.output_effects else None,
         keys.NOTES: [*instrumented.notes, *instrumented.axis_notes, *built.notes],
         keys.VERSIONS: {"lib_lightning": __version__, "torch": str(torch.__version__)},
     }

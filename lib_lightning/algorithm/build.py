@@ -79,12 +79,14 @@ _SAMPLED_OUTPUT = (
     "The output has so many numbers that its metric is estimated from {} random vectors per sample; n_probes sets "
     "another number. The file says how large the error is."
 )
+# How notes on effects on the output begin.
+OUTPUT_EFFECTS_NOTE = "Which outputs a feature raises and lowers is "
 _FEW_EFFECTS = (
-    "Which outputs a feature raises and lowers is measured for the most important features, {} of {}, on {}, as more "
+    f"{OUTPUT_EFFECTS_NOTE}measured for the most important features, {{}} of {{}}, on {{}}, as more "
     "would take too long; lib_lightning.interventions.output_effects measures others."
 )
 _NO_EFFECTS = (
-    "Which outputs a feature raises and lowers is not measured: moving each feature would take too long, and the "
+    f"{OUTPUT_EFFECTS_NOTE}not measured: moving each feature would take too long, and the "
     "output is no linear map of few numbers. lib_lightning.interventions.output_effects measures it for some features."
 )
 

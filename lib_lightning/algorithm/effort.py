@@ -65,7 +65,7 @@ _PROBES, _PUSHED = 4, 8
 _MIN_ROWS, _ROWS_PER_DIRECTION = 128, 8
 _MIN_SAMPLES = 24
 # The same number of operations takes a graph longer than training steps: 0.9 to 1.9 times on eight models.
-_SLOWER = 1.4
+SLOWER = 1.4
 # What a number in a result, and the call of a kernel, cost in floating-point operations of matrix products.
 PER_NUMBER, PER_CALL = 5, 3e5
 _EIGENPROBLEM = 30
@@ -87,8 +87,9 @@ _EFFECT_SHARE, _EFFECT_OPERATIONS = 0.1, 1.5e9
 # Samples with which effects on the output are measured, at least: by moving features, by derivatives; and at most. And
 # output positions, at least.
 _EFFECT_SAMPLES, _EFFECT_ROWS = (8, 4, 64), 32
-# Operations that effects by derivatives may take, as a multiple of the rest of a graph; numbers that are kept of them.
-MOST_EFFECTS, _EFFECT_DERIVATIVES = 3.0, 2**25
+# Operations that derivatives may take as a multiple of the rest of the graph, where that is one of many in a run, and
+# elsewhere, where more than the fewest samples take no more than the rest; and numbers that are kept of them.
+_SHARE_IN_RUN, _MOST_DERIVATIVES, _EFFECT_DERIVATIVES = 0.25, 3.0, 2**25
 # Samples that are taken of a batch, about; sums over samples that are kept, at most; kernels beside those of the model.
 _EFFECT_BATCH, _EFFECT_NUMBERS, _CALLS_FOR_EFFECTS, _CALLS_PER_PASS = 32, 2**23, 200, 60
 # Samples with which single features are ablated, at least: fewer could not tell the effect of one of many from chance.
@@ -176,7 +177,7 @@ class GraphCost:
         """All of them, in operations of training steps."""
         sums = sum(self.metrics) + sum(self.bases) + sum(self.edges)
         of_output = self.output_metric + self.output_importance + self.output_effects
-        return _SLOWER * (self.checks + self.moments + sums + of_output + self.errors)
+        return SLOWER * (self.checks + self.moments + sums + of_output + self.errors)
 
 
 @dataclass(frozen=True)
@@ -250,24 +251,23 @@ class ModelCost:
             ],
             output_metric,
             importance,
-            self._of_config_effects(config, calls),
+            self.of_effects(config, calls),
             _CALLS_FOR_ERRORS * PER_CALL,
         )
 
-    def with_effects(self, config: LIBConfig, num_samples: int, share: float = MOST_EFFECTS) -> LIBConfig:
-        """Choose how effects on the output are measured: with a share of the operations of the graph.
+    def with_effects(self, config: LIBConfig, num_samples: int, in_run: bool = False) -> LIBConfig:
+        """Choose how effects on the output are measured, with how many samples and features.
 
         Args:
             config: What to compute; numbers that are given are kept.
             num_samples: Number of samples.
-            share: What derivatives may take at most, as a multiple of the operations of the rest of the graph; with
-                more than the fewest samples, they take no more than the rest.
+            in_run: Whether the graph is one of many in a training, of which the last one may take longer.
 
         Returns:
             The configuration with the numbers: by moving each feature where a tenth of the operations is enough for
-            all; else by derivatives along the directions in which the output moves, if the share is enough for these;
-            else by moving the most important features, at least one of each node layer. With as many samples as fit, up
-            to enough for small errors.
+            all; else by derivatives along the directions in which the output moves, if they fit; else none in a run,
+            and otherwise by moving the most important features, at least one of each node layer. With as many samples
+            as fit, up to enough for small errors.
         """
         if config.effect_samples is not None:
             return config
@@ -275,7 +275,7 @@ class ModelCost:
         if config.output_distribution == "none" or not layers:
             return replace(config, effect_samples=0, effect_features=0)
         S_out, d_out = (self.readout or self.sections[-1]).shape_out
-        of_rest = self.of_graph(config, num_samples) / _SLOWER
+        of_rest = self.of_graph(config, num_samples) / SLOWER
         allowed = max(_EFFECT_OPERATIONS, _EFFECT_SHARE * of_rest)
         rows = -(-_EFFECT_ROWS // S_out)
         fewest, fewest_derivatives = (min(num_samples, max(few, rows)) for few in _EFFECT_SAMPLES[:2])
@@ -283,14 +283,17 @@ class ModelCost:
         every = max(rank for _, rank in layers)
         # Other bases of the same samples, such as that of single neurons, have more features than the LIB.
         widest = max(every, *(section.shape_in[1] for section in self.sections))
-        if self._of_effects(fewest, every, math.inf) <= allowed:
-            n = _largest(lambda n: self._of_effects(n, every, math.inf) <= allowed, fewest, most)
+        if self._of_steps(fewest, every, math.inf) <= allowed:
+            n = _largest(lambda n: self._of_steps(n, every, math.inf) <= allowed, fewest, most)
             return replace(config, effect_samples=n, effect_features=widest)
+        share = _SHARE_IN_RUN if in_run else _MOST_DERIVATIVES
         by_derivatives = self._with_derivatives(config, (fewest_derivatives, most), widest, share, of_rest)
         if by_derivatives is not None:
             return by_derivatives
+        if in_run:
+            return replace(config, effect_samples=0, effect_features=0)
         most_features = max(1, min(every, _EFFECT_NUMBERS // (d_out * len(layers))))
-        m = _largest(lambda m: self._of_effects(fewest, m, math.inf) <= allowed, 1, most_features)
+        m = _largest(lambda m: self._of_steps(fewest, m, math.inf) <= allowed, 1, most_features)
         return replace(config, effect_samples=fewest, effect_features=m)
 
     def _with_derivatives(
@@ -309,7 +312,7 @@ class ModelCost:
             return replace(config, effect_samples=n, effect_features=features, effect_directions=directions)
 
         def fits(n: int, share: float) -> bool:
-            return n * features <= kept and self._of_config_effects(chosen(n), math.inf) <= share * of_rest
+            return n * features <= kept and self.of_effects(chosen(n)) <= share * of_rest
 
         if not features or not fits(fewest, share):
             return None
@@ -326,12 +329,12 @@ class ModelCost:
             Number of samples, and largest number of features of each node layer: all features with as many samples as
             fit, or a few samples with as many features as fit.
         """
-        allowed = max(_EFFECT_OPERATIONS, operations / _SLOWER)
+        allowed = max(_EFFECT_OPERATIONS, operations / SLOWER)
         every = max(r for _, r in [*self._layers_with_effects(), (0, self.ranks()[-1])])
         fewest = min(available, _ABLATED_SAMPLES)
 
         def fits(n: int, m: int) -> bool:
-            return self._of_effects(n, m, math.inf) / 2 <= allowed
+            return self._of_steps(n, m, math.inf) / 2 <= allowed
 
         if fits(fewest, every):
             return _largest(lambda n: fits(n, every), fewest, available), every
@@ -352,11 +355,19 @@ class ModelCost:
             shapes.append(self.readout.shape_in)
         return [(S * d, r) for (S, d), r in zip(shapes, ranks, strict=False)]
 
-    def _of_config_effects(self, config: LIBConfig, calls: float) -> float:
-        """Operations of the effects on the output, measured as a configuration says."""
+    def of_effects(self, config: LIBConfig, calls: float = math.inf) -> float:
+        """Operations of the effects on the output.
+
+        Args:
+            config: How they are measured.
+            calls: Number of calls after which each loop is left.
+
+        Returns:
+            The number of operations, in products.
+        """
         n, count = config.effect_samples or 0, config.effect_features or 0
         if config.effect_directions is None or not n:
-            return self._of_effects(n, count, calls)
+            return self._of_steps(n, count, calls)
         _, d_out = (self.readout or self.sections[-1]).shape_out
         vectors = config.effect_directions + 1
         to_features = sum(
@@ -366,7 +377,7 @@ class ModelCost:
         )
         return self._of_gradients(vectors, n, calls, has_sums=False) + to_features + _CALLS_FOR_EFFECTS * PER_CALL
 
-    def _of_effects(self, n: int, count: int, calls: float) -> float:
+    def _of_steps(self, n: int, count: int, calls: float) -> float:
         """Operations of the effects on the output of up to ``count`` features of each node layer, on ``n`` samples."""
         if not n or not count:
             return 0.0
@@ -520,10 +531,10 @@ class EffortPlan:
 
     @classmethod
     def of(
-        cls, cost: ModelCost, config: LIBConfig, num_samples: int, allowed: float, effect_share: float = MOST_EFFECTS
+        cls, cost: ModelCost, config: LIBConfig, num_samples: int, allowed: float, in_run: bool = False
     ) -> EffortPlan:
         """The plan of a configuration, whose ``n_probes`` and ``n_pushed`` are taken literally, None as exact."""
-        config = cost.with_effects(config, num_samples, effect_share)
+        config = cost.with_effects(config, num_samples, in_run)
         operations = cost.of_graph(config, num_samples)
         return cls(
             num_samples, config.n_probes, config.n_pushed, operations, allowed, config.effect_samples,
@@ -699,7 +710,7 @@ def choose_effort(
     num_samples: int,
     allowed: float,
     all_samples: bool,
-    effect_share: float = MOST_EFFECTS,
+    in_run: bool = False,
 ) -> EffortPlan:
     """Choose the most accurate computation that takes no more than a number of operations.
 
@@ -712,7 +723,7 @@ def choose_effort(
         num_samples: Number of samples that there are.
         allowed: Operations that one graph may take.
         all_samples: Whether all of them are used in any case.
-        effect_share: As for `ModelCost.with_effects`.
+        in_run: As for `ModelCost.with_effects`.
 
     Returns:
         The plan.
@@ -730,7 +741,7 @@ def choose_effort(
     def plan(n: int, level: int | None) -> EffortPlan:
         probes = config.n_probes or (None if level is None else _PROBES << level)
         pushed = config.n_pushed or (None if level is None or _PUSHED << level >= widest else _PUSHED << level)
-        return EffortPlan.of(cost, replace(config, n_probes=probes, n_pushed=pushed), n, allowed, effect_share)
+        return EffortPlan.of(cost, replace(config, n_probes=probes, n_pushed=pushed), n, allowed, in_run)
 
     exact = plan(num_samples, None)
     if exact.operations <= allowed:

@@ -136,9 +136,21 @@ class OutputPositions:
         return torch.stack([to_float64(self.present.sum()), to_float64((sizes * self.weights).sum())])
 
 
-def most_important(basis: Basis, count: int) -> Tensor:
-    """Indices of the most important features, in ascending order, int64, on the CPU."""
-    return basis.importance.cpu().argsort(descending=True, stable=True)[:count].sort().values
+def most_important(basis: Basis, count: int, by_output: bool = False) -> Tensor:
+    """Indices of the most important features.
+
+    Args:
+        basis: The basis.
+        count: How many, at most.
+        by_output: Whether to go by the importance for the output, if that is known.
+
+    Returns:
+        The indices in ascending order, int64, on the CPU.
+    """
+    importance = basis.importance
+    if by_output and basis.output_importance is not None:
+        importance = basis.output_importance
+    return importance.cpu().argsort(descending=True, stable=True)[:count].sort().values
 
 
 def chosen_samples(sizes: Sequence[int], num_samples: int, process_group: ProcessGroup) -> list[tuple[int, int]]:

@@ -34,6 +34,7 @@ from lib_lightning.algorithm.progress import phase_done
 from lib_lightning.distributed.process_group import ProcessGroup
 from lib_lightning.jacobian.integrated_gradients import sections_between
 from lib_lightning.model.agreement import half_of_the_digits
+from lib_lightning.model.batch import first_tensor
 from lib_lightning.model.capture import CapturedLayer
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.loops import parts_of
@@ -79,16 +80,18 @@ def differentiate_output(
     chosen = chosen_samples(list(map(instrumented.num_samples, batches)), num_samples, process_group)
     restore = full_precision()
     try:
-        directions = _directions(instrumented, batches, [i for i, _ in chosen], output, max_directions, process_group)
+        indexed = [(i, batches[i]) for i, _ in chosen]
+        like = torch.zeros(0, output.width, dtype=product_dtype(bases[0].mean.dtype), device="cpu")
+        directions = _directions(instrumented, indexed, like, max_directions, process_group)
         if directions is None:
             return None
         found = _Derivatives(instrumented, directions, output.kind == "categorical", stack_elements)
         for index, count in chosen:
             instrumented.manual_seed(index)
             # In a trial there may be fewer samples than were planned.
-            own = some_samples(instrumented, batches[index], count)
-            planned = num_samples / (instrumented.num_samples(own) * len(chosen))
-            found.add(own, bases, features, planned)
+            batch = some_samples(instrumented, batches[index], count)
+            planned = num_samples / (instrumented.num_samples(batch) * len(chosen))
+            found.add(batch, bases, features, planned)
         is_complete = all(bool(t) for t in process_group.gather(torch.tensor(found.is_complete, device="cpu")[None]))
         if not is_complete:
             return None
@@ -101,31 +104,51 @@ def differentiate_output(
 
 def _directions(
     instrumented: InstrumentedModel,
-    batches: Sequence[Any],
-    indices: Sequence[int],
-    output: OutputDistribution,
+    batches: Sequence[tuple[int, Any]],
+    like: Tensor,
     most: int,
     process_group: ProcessGroup,
 ) -> Tensor | None:
-    """Orthonormal directions that span all changes of the output, ``(D, q)``; None if there are more than ``most``."""
-    if output.width <= most:
-        return torch.eye(output.width)
-    count = math.ceil((_ROWS_PER_DIRECTION * most + _MORE_ROWS) / max(1, len(indices)))
-    rows, eps = [torch.zeros(0, output.width)], 0.0
+    """Orthonormal directions that span all changes of the output, ``(D, q)``; None if there are more than ``most``.
+
+    Args:
+        instrumented: The model.
+        batches: Some batches, and their numbers.
+        like: An empty tensor ``(0, D)`` of their type.
+        most: Number of directions, at most.
+        process_group: The processes, which have seen other samples.
+    """
+    if like.shape[1] <= most:
+        return torch.eye(like.shape[1], dtype=like.dtype, device="cpu")
+    count = math.ceil((_ROWS_PER_DIRECTION * most + _MORE_ROWS) / max(1, len(batches)))
+    rows, eps = [like], torch.finfo(like.dtype).eps
     with torch.no_grad():
-        for index in indices:
+        for index, batch in batches:
             instrumented.manual_seed(index)
-            last = instrumented.capture_to_output(batches[index])[-1]
-            own = last.a[last.mask] if last.mask is not None else last.a.flatten(0, 1)
-            eps = torch.finfo(own.dtype).eps
-            own = own[torch.arange(min(count, len(own)), device=own.device) * len(own) // max(1, min(count, len(own)))]
-            # Differences, because some models set logits of classes that do not exist to the lowest number there is.
-            rows.append((own[1:] - own[:1]).float().cpu())
-    # Each process has seen other samples.
+            z = _differences(instrumented, batch, count)
+            eps = max(eps, torch.finfo(z.dtype).eps)
+            rows.append(z.to(like))
     spanned = [_span(Z, max(_SMALL, _ROUNDING * eps)) for Z in process_group.gather(torch.cat(rows))]
-    U = spanned[0] if len(spanned) == 1 else _span(torch.cat(spanned, 1).T, 0.5 * _SMALL)
+    U = spanned[0] if len(spanned) == 1 else _span(torch.cat(spanned, 1).T, _SMALL)
     (U,) = process_group.broadcast([U])
     return U if 0 < U.shape[1] <= most else None
+
+
+def _differences(instrumented: InstrumentedModel, batch: Any, count: int) -> Tensor:
+    """Differences between a number of outputs of a batch, ``(count, D)``, of which those of few samples are varied."""
+    captured = instrumented.capture_to_output(batch)
+    before, last = captured[-2], captured[-1]
+    generator = torch.Generator().manual_seed(0)
+    outputs = [last.a]
+    while sum(z.shape[0] * z.shape[1] for z in outputs) < count + 1:
+        noise = torch.randn(before.a.shape, generator=generator, device="cpu").to(before.a) * before.a.std()
+        t = first_tensor(instrumented.output(batch, {len(captured) - 2: before.a + apply_mask(noise, before.mask)}))
+        assert t is not None
+        outputs.append(last.layer.read([t]))
+    z = torch.cat([z.flatten(0, 1) if last.mask is None else z[last.mask] for z in outputs])
+    z = z[torch.arange(count + 1, device=z.device) * len(z) // (count + 1)]
+    # Differences, because some models set logits of classes that do not exist to the lowest number that there is.
+    return z[1:] - z[:1]
 
 
 def _span(rows: Tensor, tolerance: float) -> Tensor:
@@ -135,7 +158,7 @@ def _span(rows: Tensor, tolerance: float) -> Tensor:
     lengths = squares.clamp(min=0).sqrt()
     is_large = lengths > tolerance * lengths.max() if len(lengths) else lengths > 0
     found: Tensor = (Z.T @ V[:, is_large]) / lengths[is_large]
-    return found.to(rows.dtype)
+    return found.to(rows)
 
 
 class _Derivatives:
@@ -182,7 +205,7 @@ class _Derivatives:
         size = max(1, self._stack_elements // max(layer.a.numel() for layer in captured))
         U = self._U.to(captured[-1].a.device, product_dtype(captured[-1].a.dtype))
         count = U.shape[1] + self._is_categorical
-        found = [torch.zeros(count, positions.n, len(step)) for step in steps]
+        found = [self._U.new_zeros(count, positions.n, len(step)) for step in steps]
         starts = range(0, count, size)
         for start in parts_of(starts, round(len(starts) * planned)):
             some = slice(start, start + size)
@@ -190,7 +213,7 @@ class _Derivatives:
             if self._is_categorical and start + size >= count:
                 vectors = torch.cat([vectors, _normalizing(captured[-1], positions)])
             for index, g in _backward(sections, captured, vectors, len(steps)):
-                found[index][some] = (g.sum(2).to(steps[index]) @ steps[index].T).float().cpu()
+                found[index][some] = (g.sum(2).to(steps[index]) @ steps[index].T).to(self._U)
         if U.shape[1] < len(U) and not self._found:
             self._check(captured, sections, positions, U)
         self._found.append(found)
@@ -219,7 +242,7 @@ class _Derivatives:
         """
         count = self._U.shape[1] + self._is_categorical
         own = [
-            torch.cat([one[i] for one in self._found], 1) if self._found else torch.zeros(count, 0, len(indices))
+            torch.cat([one[i] for one in self._found], 1) if self._found else self._U.new_zeros(count, 0, len(indices))
             for i, indices in enumerate(features)
         ]
         *sums, scale = process_group.sum([*(to_float64(G).sum(1) for G in own), self._scale])

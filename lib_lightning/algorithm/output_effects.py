@@ -17,6 +17,11 @@ from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.output_distribution import OutputDistribution
 
 
+def effects_by(config: LIBConfig) -> str:
+    """How effects on the output are measured: by ``"steps"`` of one standard deviation, or by ``"derivatives"``."""
+    return "steps" if config.effect_directions is None else "derivatives"
+
+
 def find_output_effects(
     instrumented: InstrumentedModel,
     batches: Sequence[Any],

@@ -3,6 +3,7 @@
 from lib_lightning.interventions.edit import MEAN, edit_features, scale
 from lib_lightning.interventions.effects import Effect, feature_effects, keep_effects
 from lib_lightning.interventions.names import find_feature
+from lib_lightning.interventions.output_effects import output_effects
 from lib_lightning.interventions.plan import CausalPlan
 from lib_lightning.interventions.significance import benjamini_hochberg, sign_flip_p_values
 
@@ -15,6 +16,7 @@ __all__ = [
     "feature_effects",
     "find_feature",
     "keep_effects",
+    "output_effects",
     "scale",
     "sign_flip_p_values",
 ]

@@ -80,6 +80,8 @@ OUTPUT_NAMES = "output_names"
 CAUSAL = "causal"
 # Number of samples with which effects on the output were measured.
 EFFECT_SAMPLES = "effect_samples"
+# How effects on the output were measured: "steps" of one standard deviation, or "derivatives".
+EFFECTS_BY = "effects_by"
 # What the model's output stands for, and why it is taken for that.
 OUTPUT_DISTRIBUTION = "output_distribution"
 

@@ -504,7 +504,7 @@ class LIBCallback(Callback):
         elif call_again_last(trainer, self):
             self._is_second_call = True
             return
-        self._count_causal(trainer, pl_module)
+        self._complete_last(trainer, pl_module)
         self.reporter.finish(trainer.global_step)
         self.meter.end()
         self.trigger.log_summary(self.state.n_snapshots)
@@ -521,7 +521,7 @@ class LIBCallback(Callback):
         if self._has_ended and weights_hash(pl_module) != self._tried[1]:
             with on_training_device(trainer, pl_module):
                 self._take_last(trainer, pl_module)
-                self._count_causal(trainer, pl_module)
+                self._complete_last(trainer, pl_module)
                 self.reporter.finish(trainer.global_step)
         self._has_ended = False
 
@@ -529,12 +529,10 @@ class LIBCallback(Callback):
         if self._snapshot(trainer, pl_module, is_last=True):
             self.reporter.log_scalars(self._scalars(trainer), logging_step(trainer))
 
-    def _count_causal(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Count the features that matter in the last snapshot, whenever that was taken."""
-        state, graph = self.state, self.graph
-        if not self.config.causal.is_wanted or graph is None or state.step != trainer.global_step:
-            return
-        if CAUSAL in graph.info:
+    def _complete_last(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give the last snapshot, whenever that was taken, what takes too long for each of many."""
+        graph = self.graph
+        if graph is None or self.state.step != trainer.global_step:
             return
         try:
             with self._process_group.sync_errors(), signals_at_safe_points(partial(has_received_sigterm, trainer)):
@@ -542,7 +540,7 @@ class LIBCallback(Callback):
                 data = self.samples.for_snapshot(trainer)
                 copied = instrumented.shared_copy(copied_bytes(self.config.memory_limit))
                 with trainer_precision(trainer, self.spec.dtype), copied:
-                    found = self.recorder.count_causal(graph, instrumented, data)
+                    found = self.recorder.complete(graph, instrumented, data, self.config.causal.is_wanted)
         except ComputationStopped:
             return
         except Exception as error:
@@ -679,7 +677,8 @@ class LIBCallback(Callback):
         config = self.config
         if self._all_samples:  # a labeller may look at more
             available = min(available, int(given["num_samples"]))
-        return PlanSettings(config.config, available, given, config.memory_limit, config.may_choose)
+        counts_at_end = config.causal.every is None
+        return PlanSettings(config.config, available, given, config.memory_limit, config.may_choose, counts_at_end)
 
     def file_bytes(self, result: PlanResult) -> int:
         """About the size of the file of a snapshot.

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lib_lightning.algorithm.config import LIBConfig
 from lib_lightning.algorithm.cost import CostEstimate, duration, file_bytes
-from lib_lightning.algorithm.effort import EffortPlan, ModelCost, choose_effort, measure_cost
+from lib_lightning.algorithm.effort import SLOWER, EffortPlan, ModelCost, choose_effort, measure_cost
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
 from lib_lightning.api import estimate_cost, with_chosen_metric
 from lib_lightning.distributed.process_group import ProcessGroup, first_given
@@ -39,8 +39,8 @@ _ESTIMATE_SHARE, _ESTIMATE_OPERATIONS, _MAX_ESTIMATE_SHARE = 0.1, 4e10, 0.03
 _TIMED_PASSES = 2
 # The type of numbers in files that is expected of models without a setting.
 _FLOAT = torch.float32
-# Share of the operations of each snapshot for effects on the output by derivatives; the last one may take more.
-_EFFECT_SHARE = 0.25
+# Share of the operations of the training that ablations of single features may take after the last snapshot.
+_ABLATION_SHARE = 0.02
 # A snapshot that takes longer than this many seconds is announced with the setting that would shorten it.
 _LONG = 60
 
@@ -55,6 +55,7 @@ class PlanSettings:
         given: The settings that are given, by name: ``num_samples``, ``n_probes``, ``n_pushed``, ``effort``.
         memory_limit: Memory that a snapshot may use, in GiB.
         may_choose: As for `lib_lightning.api.graph_of`.
+        counts_at_end: Whether features that matter are counted after the last snapshot.
     """
 
     config: LIBConfig
@@ -62,6 +63,7 @@ class PlanSettings:
     given: Mapping[str, Any]
     memory_limit: float = MEMORY_LIMIT
     may_choose: bool = False
+    counts_at_end: bool = False
 
     def without_given(self) -> PlanSettings:
         """The same with nothing given."""
@@ -78,17 +80,22 @@ class RunPlan:
         seconds: Predicted seconds of one snapshot on this machine. Nothing depends on them.
         share: Predicted operations of all snapshots, relative to those of the training; None without one. Where its
             length is unknown, of one snapshot relative to the training between two validations.
+        ablations: Operations that ablations of single features may take after the last snapshot; 0 for none.
+        seconds_at_end: Predicted seconds of these, and of effects on the output that only the last snapshot has.
     """
 
     effort: EffortPlan
     snapshots: int | None
     seconds: float
     share: float | None
+    ablations: float = 0.0
+    seconds_at_end: float = 0.0
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> RunPlan:
         """From what `plain` returns."""
-        own = {name: values[name] for name in ("snapshots", "seconds", "share")}
+        names = [field.name for field in fields(cls) if field.name != "effort"]
+        own = {name: values[name] for name in names if name in values}
         return cls(EffortPlan(**{name: value for name, value in values.items() if name not in own}), **own)
 
     def of_snapshot(self) -> dict[str, Any]:
@@ -97,7 +104,8 @@ class RunPlan:
 
     def plain(self) -> dict[str, Any]:
         """As plain values, for files and checkpoints."""
-        return {**asdict(self.effort), "snapshots": self.snapshots, "seconds": self.seconds, "share": self.share}
+        values = asdict(self)
+        return {**values.pop("effort"), **values}
 
 
 @dataclass(frozen=True)
@@ -166,7 +174,7 @@ class RunPlanner:
         elif rate is None:  # the estimate has failed
             with model_session(instrumented):
                 rate = self._forward_rate(instrumented, batch, cost)
-        plan = self._with_seconds(plan, rate)
+        plan = self._with_end(self._with_seconds(plan, rate), cost, training, rate, settings)
         free = plan
         if settings.given:
             free = self._with_seconds(self._choose(cost, training, settings.without_given()), rate)
@@ -179,6 +187,18 @@ class RunPlanner:
 
     def _with_seconds(self, plan: RunPlan, rate: float) -> RunPlan:
         return replace(plan, seconds=self._graphs * plan.effort.operations / rate + _SECONDS_BESIDE_GRAPHS)
+
+    def _with_end(
+        self, plan: RunPlan, cost: ModelCost, training: float, rate: float, settings: PlanSettings
+    ) -> RunPlan:
+        """The plan with what follows the last snapshot."""
+        if self._trainer.state.fn != "fit":
+            return plan
+        missing = 0.0
+        if lacks_output_effects(plan.effort):
+            missing = cost.of_effects(complete_effects(cost, plan.effort, settings.config)) * SLOWER
+        ablations = max(plan.effort.operations, _ABLATION_SHARE * training) if settings.counts_at_end else 0.0
+        return replace(plan, ablations=ablations, seconds_at_end=(ablations + missing) / rate)
 
     def _forward_rate(self, instrumented: InstrumentedModel, batch: Any, cost: ModelCost) -> float:
         """Operations per second of this machine in a forward pass on a batch."""
@@ -248,15 +268,18 @@ class RunPlanner:
             # Of a training without an end, those are skipped that would take more than their share.
             within = f", within {_percent(self._share)} of the training time" if self._has_limit else ""
             return f"snapshots {when}{within}, each with {plan.effort.text}, about {each} each"
+        total = plan.seconds * plan.snapshots + plan.seconds_at_end
+        at_end = f", {duration(plan.seconds_at_end)} at the end for effects of features" if plan.seconds_at_end else ""
         if plan.snapshots == 1:
-            text = f"1 snapshot {when}, with {plan.effort.text}, about {each}"
+            text = f"1 snapshot {when}, with {plan.effort.text}, about {each}{at_end}"
         else:
             text = (
-                f"{plan.snapshots:,} snapshots {when}, each with {plan.effort.text}, about {each} each "
-                f"and {duration(plan.seconds * plan.snapshots)} in total"
+                f"{plan.snapshots:,} snapshots {when}, each with {plan.effort.text}, about {each} each{at_end}"
+                f"{',' if at_end else ''} and {duration(total)} in total"
             )
         if plan.share is not None and plan.share <= self._share * 1.005:
-            return f"{text}: {plan.share:.1%} of the training"
+            share = plan.share * total / max(plan.seconds * plan.snapshots, 1e-9)
+            return f"{text}: {share:.1%} of the training"
         if self._has_limit and self._number_due() is None:
             text += f". That is more than {_percent(self._share)} of so short a training, but fewer would be no film"
         return text
@@ -286,8 +309,8 @@ def _percent(share: float) -> str:
 def _effort(cost: ModelCost, settings: PlanSettings, allowed: float) -> EffortPlan:
     config, n = settings.config, settings.available
     if settings.given.get("effort") == "exact":
-        return EffortPlan.of(cost, config, n, allowed, _EFFECT_SHARE)
-    return choose_effort(cost, config, n, allowed, "num_samples" in settings.given, _EFFECT_SHARE)
+        return EffortPlan.of(cost, config, n, allowed, in_run=True)
+    return choose_effort(cost, config, n, allowed, "num_samples" in settings.given, in_run=True)
 
 
 def _warning(plan: RunPlan, given: Mapping[str, Any], seconds_if_free: float) -> str:
@@ -315,6 +338,26 @@ def _few_samples(instrumented: InstrumentedModel, cost: ModelCost, plan: RunPlan
     return ""
 
 
+def lacks_output_effects(effort: EffortPlan) -> bool:
+    """Whether snapshots leave out effects on the output, which take too long for each of many."""
+    return effort.effect_samples == 0
+
+
+def complete_effects(cost: ModelCost, effort: EffortPlan, config: LIBConfig) -> LIBConfig:
+    """How effects on the output are measured after the last snapshot, where others leave them out.
+
+    Args:
+        cost: Cost of the model.
+        effort: What each graph computes.
+        config: What the user has asked for.
+
+    Returns:
+        The configuration.
+    """
+    chosen = replace(effort.applied_to(config), effect_samples=None, effect_features=None, effect_directions=None)
+    return cost.with_effects(chosen, effort.num_samples)
+
+
 def training_steps(trainer: pl.Trainer) -> float:
     """Number of optimizer steps until the end of a training; infinite if that is unknown, or there is no training."""
     steps = trainer.estimated_stepping_batches if trainer.state.fn == "fit" else math.inf
@@ -333,12 +376,15 @@ def expected_snapshots(schedule: Schedule, trainer: pl.Trainer) -> float:
 
 def agree(plan: RunPlan | None, process_group: ProcessGroup) -> RunPlan | None:
     """The plan of the first process that has one, on all processes; None if no process has one."""
-    own = [] if plan is None else [*plan.effort.numbers, plan.snapshots or 0, plan.seconds, plan.share or 0]
+    own: list[float] = []
+    if plan is not None:
+        of_run = [plan.snapshots or 0, plan.seconds, plan.share or 0, plan.ablations, plan.seconds_at_end]
+        own = [*plan.effort.numbers, *of_run]
     found = first_given(own, process_group)
     if not found:
         return None
-    *effort, snapshots, seconds, share = found
-    return RunPlan(EffortPlan.from_numbers(effort), int(snapshots) or None, seconds, share or None)
+    *effort, snapshots, seconds, share, ablations, at_end = found
+    return RunPlan(EffortPlan.from_numbers(effort), int(snapshots) or None, seconds, share or None, ablations, at_end)
 
 
 def _validations(trainer: pl.Trainer) -> float:

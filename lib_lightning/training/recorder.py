@@ -8,7 +8,7 @@ from typing import Any
 
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.graph import InteractionGraph
-from lib_lightning.io.basis_format import STEP
+from lib_lightning.io.basis_format import CAUSAL, STEP
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.plots.animated_layout import AnimatedLayout
 from lib_lightning.plots.image import PNG
@@ -86,21 +86,26 @@ class SnapshotRecorder:
             self.reporter.draw_run()
             self.state.mark_drawn()
 
-    def count_causal(
-        self, graph: InteractionGraph, instrumented: InstrumentedModel, data: SnapshotData
+    def complete(
+        self, graph: InteractionGraph, instrumented: InstrumentedModel, data: SnapshotData, counts: bool
     ) -> dict[str, float]:
-        """Count the features that matter in the latest snapshot, whose file is written again.
+        """Give the last snapshot what takes too long for each of many; its file is then written again.
 
         Args:
             graph: Its graph in the basis itself; changed.
             instrumented: The model and its node layers.
             data: The samples.
+            counts: Whether to count the features that matter, unless that has been done.
 
         Returns:
-            Scalars by name; none if no labels are known, or it has failed.
+            Scalars by name; none if no labels are known, or nothing was counted.
         """
-        found = self.computer.count_causal(graph, instrumented, data, self.state.plan, self.process_group)
-        if found:
+        arguments = (graph, instrumented, data, self.state.plan, self.process_group)
+        has_changed, counts = self.computer.complete(*arguments), counts and CAUSAL not in graph.info
+        found = self.computer.count_causal(*arguments) if counts else {}
+        if has_changed or found:
+            self.renderings.name_outputs(graph)
             self.reporter.write_again(graph, graph.info[STEP])
-        self.state.set_causal(found)
+        if counts:
+            self.state.set_causal(found)
         return found

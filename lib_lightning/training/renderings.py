@@ -147,12 +147,16 @@ class RunRenderings:
             for graph in graphs.values():
                 if graph.examples:
                     graph.info[keys.PLACES] = self._places or {}
-                if self._names is not None and (names := self._names.plain(graph)):
-                    graph.info[keys.OUTPUT_NAMES] = names
+                self.name_outputs(graph)
         renderings = _gather(found, process_group)
         if process_group.rank == 0:
             for prefix, graph in graphs.items():
                 self._write(prefix, graph.info.get(keys.SAMPLES, ""), missing[prefix], renderings)
+
+    def name_outputs(self, graph: InteractionGraph) -> None:
+        """Name the outputs that a graph mentions, as far as names are known."""
+        if self._names is not None and (names := self._names.plain(graph)):
+            graph.info[keys.OUTPUT_NAMES] = names
 
     def _missing(self, prefix: str, graph: InteractionGraph) -> list[int]:
         """Samples of a graph that have not been rendered; none on processes that write nothing."""

@@ -373,7 +373,12 @@ def _that_matter(graph: InteractionGraph) -> str:
     if not any(tried for _, tried in counts.values()):
         return ""
     score = str(graph.info[CAUSAL]["score"]).replace("_", " ")
-    found = ", ".join(f"{n} of {tried} in {layer}" for layer, (n, tried) in counts.items())
+    found = ", ".join(
+        f"{n} of {tried} in {layer}"
+        if tried == graph.bases[layer].n_features
+        else f"{n} of the {tried} tried in {layer}"
+        for layer, (n, tried) in counts.items()
+    )
     return f"{found} (features whose absence alone changes the {score} beyond chance)"
 
 

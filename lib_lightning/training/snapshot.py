@@ -16,17 +16,28 @@ from torchmetrics import MetricCollection
 
 from lib_lightning.ablation import AblationPlan, edges_required
 from lib_lightning.algorithm.config import BasisKind, LIBConfig
-from lib_lightning.algorithm.effort import measure_cost
+from lib_lightning.algorithm.effort import EffortPlan, measure_cost
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
 from lib_lightning.algorithm.output_changes import most_important
+from lib_lightning.algorithm.output_effects import effects_by
+from lib_lightning.algorithm.output_gradients import is_output
 from lib_lightning.algorithm.progress import phase_done
 from lib_lightning.api import graph_of
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup, first_given
 from lib_lightning.errors import SettingError, SettingTypeError, brief, check_number, log_traceback, quoted, shortened
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.interventions.effects import Effect, feature_effects, keep_effects, known_output
+from lib_lightning.interventions.output_effects import effects_in_graph
 from lib_lightning.interventions.plan import LEVEL, NEVER, CausalPlan
-from lib_lightning.io.basis_format import EFFORT, NUM_SAMPLES, REFERENCE_SAMPLES, SAMPLES, STEP
+from lib_lightning.io.basis_format import (
+    EFFECT_SAMPLES,
+    EFFECTS_BY,
+    EFFORT,
+    NUM_SAMPLES,
+    REFERENCE_SAMPLES,
+    SAMPLES,
+    STEP,
+)
 from lib_lightning.labels.labeller import Labeller, find_labels
 from lib_lightning.lineage.events import Event
 from lib_lightning.lineage.reference import reference_features
@@ -34,11 +45,11 @@ from lib_lightning.lineage.snapshot_tracker import TURNOVER, SnapshotTracker
 from lib_lightning.metrics.inputs import check_metrics
 from lib_lightning.metrics.modules import Modularity
 from lib_lightning.metrics.summary import GraphMetrics, default_metrics, layer_keys, scalar_keys
-from lib_lightning.model.batch import agreed_hash, hash_batches, hash_tensors, tensors_in
+from lib_lightning.model.batch import agreed_hash, hash_batches, hash_tensors, is_empty, tensors_in
 from lib_lightning.model.instrumented import InstrumentedModel, model_session
 from lib_lightning.model.known_labels import labels_of_batch
 from lib_lightning.model.preserve import copied_bytes, preserve_rng
-from lib_lightning.training.effort import RunPlan
+from lib_lightning.training.effort import RunPlan, complete_effects, lacks_output_effects
 
 log = logging.getLogger(__name__)
 
@@ -406,6 +417,53 @@ class SnapshotComputer:
         phase_done("edges required")
         return None if required is None else {section: result.as_curve() for section, result in required.items()}
 
+    def complete(
+        self,
+        graph: InteractionGraph,
+        instrumented: InstrumentedModel,
+        data: SnapshotData,
+        plan: RunPlan | None,
+        process_group: ProcessGroup,
+    ) -> bool:
+        """Give the last graph the effects on the output that take too long for each of many.
+
+        Args:
+            graph: The graph of the basis itself, which is changed.
+            instrumented: The model and its node layers.
+            data: The samples.
+            plan: What a snapshot of the run computes.
+            process_group: The processes of the run.
+
+        Returns:
+            Whether the graph has changed.
+        """
+        output = known_output(graph)
+        if plan is None or output is None or graph.output_effects or not lacks_output_effects(plan.effort):
+            return False
+        with self._optional("Measuring effects on the output failed", process_group):
+            batches = first_samples(data.batches, plan.effort.num_samples, instrumented, process_group)
+            with model_session(instrumented):
+                own = instrumented.parts(batch for batch in batches if not is_empty(batch))
+                numbers: list[float] = []
+                if own:
+                    cost = measure_cost(instrumented, own[0])
+                    chosen = complete_effects(cost, plan.effort, self.config.config)
+                    effort = EffortPlan.of(cost, chosen, plan.effort.num_samples, math.inf)
+                    numbers = [instrumented.capture_to_output(own[0])[-1].a.shape[-1], *effort.numbers]
+                width, *chosen_numbers = first_given(numbers, process_group)
+                config = EffortPlan.from_numbers(chosen_numbers).applied_to(self.config.config)
+                features = {
+                    layer.name: most_important(graph.bases[layer.name], config.effect_features or 0)
+                    for layer in instrumented.layers
+                    if not is_output(layer.taps)
+                }
+                output = replace(output, width=int(width))
+                graph.output_effects, graph.info[EFFECT_SAMPLES] = effects_in_graph(
+                    instrumented, own, graph, features, output, config, process_group
+                )
+                graph.info[EFFECTS_BY] = effects_by(config) if graph.output_effects else None
+        return bool(graph.output_effects)
+
     def count_causal(
         self,
         graph: InteractionGraph,
@@ -461,7 +519,7 @@ class SnapshotComputer:
         plan: RunPlan | None,
         process_group: ProcessGroup,
     ) -> tuple[Sequence[Any], list[tuple[str, int]]] | None:
-        """Samples and features that take about as many operations as the graph; None if no labels are known."""
+        """Samples and features for which the planned operations are enough; None if no labels are known."""
         counts = process_group.gather(torch.tensor([sum(map(instrumented.num_samples, data.held_out))], device="cpu"))
         own: list[float] = []
         if data.held_out:
@@ -472,13 +530,15 @@ class SnapshotComputer:
                 )
                 if is_known:
                     cost = measure_cost(instrumented, batch)
-                    allowed = plan.effort.operations if plan else 0.0
+                    allowed = plan.ablations or plan.effort.operations if plan else 0.0
                     own = list(cost.features_to_ablate(allowed, sum(int(count) for count in counts)))
         found = first_given(own, process_group)
         if not found:
             return None
         n, m = map(int, found)
-        features = [(layer, int(j)) for layer, basis in graph.bases.items() for j in most_important(basis, m)]
+        features = [
+            (layer, int(j)) for layer, basis in graph.bases.items() for j in most_important(basis, m, by_output=True)
+        ]
         return first_samples(data.held_out, n, instrumented, process_group), features
 
     def _label(

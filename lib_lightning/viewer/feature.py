@@ -135,6 +135,7 @@ class SnapshotFeatures:
             "outputs": self._interactions(layer, i, "outputs"),
             "raised": raised,
             "lowered": lowered,
+            "effects_by": dump(self._header[keys.INFO].get(keys.EFFECTS_BY)),
         }
         return SnapshotFeature(f"{self.layers[layer]}/{which}", samples, of, entries)
 

@@ -257,7 +257,7 @@ def test_an_output_that_is_no_linear_map_of_few_numbers(monkeypatch: pytest.Monk
             return 3 * (z / 3).tanh()
 
     layers = nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 600)
-    x = torch.randn(100, 8)
+    x = torch.randn(12, 8)  # fewer than directions
     for kind, is_found in ((nn.Sequential, True), (Capped, False)):
         graph = compute_interaction_graph(
             kind(*layers), [x], ["input", "1"], n_probes=4, output_distribution="categorical", effort="exact"

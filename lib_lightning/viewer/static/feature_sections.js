@@ -240,7 +240,7 @@ function interaction(item, strongest, go) {
 /** The outputs that the feature raises and lowers most. */
 export function outputsPart(page) {
   if (!page.raised && !page.lowered) {
-    return section("outputs", "Effects on the outputs", sentence("This snapshot does not have the effects of this feature on the outputs."));
+    return section("outputs", "Effects on the outputs", sentence("Not measured in this snapshot. Where that takes long, the last snapshot of a training has it."));
   }
   const most = Math.max(...[...page.raised, ...page.lowered].map(({change}) => Math.abs(change))) || 1;
   const side = (items, title, color) =>
@@ -271,6 +271,7 @@ export function outputsPart(page) {
   return section(
     "outputs",
     "Outputs that it raises and lowers most",
+    sentence(`Mean change where the feature is one standard deviation higher${page.effects_by === "derivatives" ? ", to first order" : ""}.`),
     h("div", {class: "lib-sides"}, side(page.raised, "raised", VERMILION), side(page.lowered, "lowered", BLUE)),
   );
 }
