@@ -135,11 +135,15 @@ def _directions(
 
 
 def _differences(instrumented: InstrumentedModel, batch: Any, count: int) -> Tensor:
-    """Differences between a number of outputs of a batch, ``(count, D)``, of which those of few samples are varied."""
+    """Differences between a number of outputs, ``(count, D)``, with noise in the node layer before the output.
+
+    Without, there would be too few where there are few samples, and none in directions that do not vary by themselves,
+    such as the mean of what a layer norm returns.
+    """
     captured = instrumented.capture_to_output(batch)
     before, last = captured[-2], captured[-1]
     generator = torch.Generator().manual_seed(0)
-    outputs = [last.a]
+    outputs: list[Tensor] = []
     while sum(z.shape[0] * z.shape[1] for z in outputs) < count + 1:
         noise = torch.randn(before.a.shape, generator=generator, device="cpu").to(before.a) * before.a.std()
         t = first_tensor(instrumented.output(batch, {len(captured) - 2: before.a + apply_mask(noise, before.mask)}))
