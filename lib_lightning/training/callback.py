@@ -25,7 +25,7 @@ from lib_lightning.errors import ComputationStopped, SettingError, check_bool, c
 from lib_lightning.features.renderers import Renderer
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.interventions.plan import CausalPlan
-from lib_lightning.io.basis_format import CAUSAL, EPOCH, LOGGING_STEP, STEP, WEIGHTS, WEIGHTS_HASH
+from lib_lightning.io.basis_format import EPOCH, LOGGING_STEP, STEP, WEIGHTS, WEIGHTS_HASH
 from lib_lightning.io.run_layout import check_run_name, overlapping_names
 from lib_lightning.labels.example_labels import ExampleLabels
 from lib_lightning.labels.labeller import Labeller
@@ -531,8 +531,9 @@ class LIBCallback(Callback):
 
     def _complete_last(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the last snapshot, whenever that was taken, what takes too long for each of many."""
-        graph = self.graph
-        if graph is None or self.state.step != trainer.global_step:
+        graph, counts = self.graph, self.config.causal.is_wanted
+        is_there = graph is not None and self.state.step == trainer.global_step
+        if graph is None or not is_there or self.recorder.is_complete(graph, counts):
             return
         try:
             with self._process_group.sync_errors(), signals_at_safe_points(partial(has_received_sigterm, trainer)):
@@ -540,7 +541,7 @@ class LIBCallback(Callback):
                 data = self.samples.for_snapshot(trainer)
                 copied = instrumented.shared_copy(copied_bytes(self.config.memory_limit))
                 with trainer_precision(trainer, self.spec.dtype), copied:
-                    found = self.recorder.complete(graph, instrumented, data, self.config.causal.is_wanted)
+                    found = self.recorder.complete(graph, instrumented, data, counts)
         except ComputationStopped:
             return
         except Exception as error:

@@ -86,6 +86,10 @@ class SnapshotRecorder:
             self.reporter.draw_run()
             self.state.mark_drawn()
 
+    def is_complete(self, graph: InteractionGraph, counts: bool) -> bool:
+        """Whether the last snapshot has all that it can have; see `complete`."""
+        return not ((counts and CAUSAL not in graph.info) or self.computer.lacks_effects(graph, self.state.plan))
+
     def complete(
         self, graph: InteractionGraph, instrumented: InstrumentedModel, data: SnapshotData, counts: bool
     ) -> dict[str, float]:

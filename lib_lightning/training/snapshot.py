@@ -417,6 +417,11 @@ class SnapshotComputer:
         phase_done("edges required")
         return None if required is None else {section: result.as_curve() for section, result in required.items()}
 
+    def lacks_effects(self, graph: InteractionGraph, plan: RunPlan | None) -> bool:
+        """Whether a graph has no effects on the output because they take too long for each of many."""
+        is_planned = plan is not None and lacks_output_effects(plan.effort)
+        return is_planned and known_output(graph) is not None and not graph.output_effects
+
     def complete(
         self,
         graph: InteractionGraph,
@@ -438,7 +443,7 @@ class SnapshotComputer:
             Whether the graph has changed.
         """
         output = known_output(graph)
-        if plan is None or output is None or graph.output_effects or not lacks_output_effects(plan.effort):
+        if plan is None or output is None or not self.lacks_effects(graph, plan):
             return False
         with self._optional("Measuring effects on the output failed", process_group):
             batches = first_samples(data.batches, plan.effort.num_samples, instrumented, process_group)
