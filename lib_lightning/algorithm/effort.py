@@ -340,12 +340,19 @@ class ModelCost:
             return _largest(lambda n: fits(n, every), fewest, available), every
         return fewest, _largest(lambda m: fits(fewest, m), 1, every)
 
-    def effect_rows(self, config: LIBConfig) -> int:
-        """Number of samples that the passes for effects on the output have, all together."""
-        count = config.effect_features or 0
+    def effect_vectors(self, config: LIBConfig, num_samples: int, n_batches: int) -> int:
+        """Number of vectors that are counted while effects on the output are measured, for progress.
+
+        Args:
+            config: How they are measured.
+            num_samples: Number of samples of the graph.
+            n_batches: Number of its batches.
+        """
+        n, count = config.effect_samples or 0, config.effect_features or 0
         if config.effect_directions is not None:
-            return (config.effect_directions + 1) * (config.effect_samples or 0)
-        return 2 * (config.effect_samples or 0) * sum(min(rank, count) for _, rank in self._layers_with_effects())
+            batches = min(n_batches, -(-n * n_batches // max(1, num_samples)))
+            return (config.effect_directions + 1) * batches * (len(self.sections) + (self.readout is not None))
+        return 2 * n * sum(min(rank, count) for _, rank in self._layers_with_effects())
 
     def _layers_with_effects(self) -> list[tuple[int, int]]:
         """Numbers in a sample, and largest number of features, of each node layer but the output."""

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from lib_lightning.algorithm.basis import Basis
 from lib_lightning.algorithm.output_changes import (
-    OUTPUT_EFFECTS,
     OutputEffects,
     OutputPositions,
     chosen_samples,
@@ -30,7 +29,6 @@ from lib_lightning.algorithm.output_changes import (
     some_samples,
     steps_of,
 )
-from lib_lightning.algorithm.progress import phase_done
 from lib_lightning.distributed.process_group import ProcessGroup
 from lib_lightning.jacobian.integrated_gradients import sections_between
 from lib_lightning.model.agreement import half_of_the_digits
@@ -98,7 +96,6 @@ def differentiate_output(
         result = found.result([basis.n_features for basis in bases], features, process_group)
     finally:
         restore()
-    phase_done(OUTPUT_EFFECTS)
     return result
 
 
@@ -125,7 +122,8 @@ def _directions(
     with torch.no_grad():
         for index, batch in batches:
             instrumented.manual_seed(index)
-            z = _differences(instrumented, batch, count)
+            # Other noise for each batch, of which some may be equal.
+            z = _differences(instrumented, batch, count, seed=index * process_group.size + process_group.rank)
             eps = max(eps, torch.finfo(z.dtype).eps)
             rows.append(z.to(like))
     spanned = [_span(Z, max(_SMALL, _ROUNDING * eps)) for Z in process_group.gather(torch.cat(rows))]
@@ -134,7 +132,7 @@ def _directions(
     return U if 0 < U.shape[1] <= most else None
 
 
-def _differences(instrumented: InstrumentedModel, batch: Any, count: int) -> Tensor:
+def _differences(instrumented: InstrumentedModel, batch: Any, count: int, seed: int) -> Tensor:
     """Differences between a number of outputs, ``(count, D)``, with noise in the node layer before the output.
 
     Without, there would be too few where there are few samples, and none in directions that do not vary by themselves,
@@ -142,7 +140,7 @@ def _differences(instrumented: InstrumentedModel, batch: Any, count: int) -> Ten
     """
     captured = instrumented.capture_to_output(batch)
     before, last = captured[-2], captured[-1]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     outputs: list[Tensor] = []
     while sum(z.shape[0] * z.shape[1] for z in outputs) < count + 1:
         noise = torch.randn(before.a.shape, generator=generator, device="cpu").to(before.a) * before.a.std()

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from lib_lightning.algorithm.basis import Basis
 from lib_lightning.algorithm.config import LIBConfig
-from lib_lightning.algorithm.output_changes import OutputEffects
+from lib_lightning.algorithm.output_changes import OUTPUT_EFFECTS, OutputEffects
 from lib_lightning.algorithm.output_derivatives import differentiate_output
 from lib_lightning.algorithm.output_steps import step_along_features
+from lib_lightning.algorithm.progress import phase_done
 from lib_lightning.distributed.process_group import ProcessGroup
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.output_distribution import OutputDistribution
@@ -53,7 +54,8 @@ def find_output_effects(
         found, n = step_along_features(*arguments, stack_elements, process_group)
     else:
         derivatives = differentiate_output(*arguments, config.effect_directions, stack_elements, process_group)
-        if derivatives is None:
-            return {}, 0
-        found, n = derivatives
+        found, n = ([], 0) if derivatives is None else derivatives
+    phase_done(OUTPUT_EFFECTS)
+    if not found:
+        return {}, 0
     return {basis.name: one for basis, one, own in zip(bases, found, features, strict=True) if len(own)}, n

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from lib_lightning.algorithm.basis import Basis
 from lib_lightning.algorithm.output_changes import (
-    OUTPUT_EFFECTS,
     OutputEffects,
     OutputPositions,
     chosen_samples,
@@ -30,7 +29,6 @@ from lib_lightning.algorithm.output_changes import (
     some_samples,
     steps_of,
 )
-from lib_lightning.algorithm.progress import phase_done
 from lib_lightning.distributed.process_group import ProcessGroup, Reducible, all_reduce
 from lib_lightning.model.agreement import agree, half_of_the_digits
 from lib_lightning.model.batch import first_tensor
@@ -147,7 +145,6 @@ def step_along_features(
         restore()
     all_reduce(sums, process_group)
     eps = max(float(t) for t in process_group.gather(torch.tensor([eps], dtype=torch.float64, device="cpu")))
-    phase_done(OUTPUT_EFFECTS)
     return [one.result(basis.n_features, eps) for one, basis in zip(sums, bases, strict=True)], sums[0].num_samples
 
 

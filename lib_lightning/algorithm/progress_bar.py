@@ -80,9 +80,9 @@ def steps_of(phases: Mapping[str, int], cost: ModelCost | None, config: LIBConfi
         OUTPUT_EFFECTS: of_graph.output_effects,
         "standard errors": of_graph.errors,
     }
-    rows = float(cost.effect_rows(config))
+    vectors = float(cost.effect_vectors(config, num_samples, n))
     return found + [
-        Step(name, lengths.get(name, 0.0), rows * (name == OUTPUT_EFFECTS))
+        Step(name, lengths.get(name, 0.0), vectors * (name == OUTPUT_EFFECTS))
         for name, count in last
         for _ in range(count)
     ]

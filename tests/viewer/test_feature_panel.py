@@ -138,7 +138,7 @@ def test_the_page_says_what_is_missing(opened: Open, tmp_path: Path) -> None:
     for layer in LAYERS:
         text = panel(view, f"{layer}/0").inner_text()
         assert "This snapshot has no examples of this feature" in text
-        assert "does not have the effects of this feature on the outputs" in text
+        assert "Not measured in this snapshot" in text
         assert "no score has been measured" in text
         assert "does not have the signs" in text
         assert "null" not in text
