@@ -45,7 +45,7 @@ from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT, MemoryPlan, Worklo
 from lib_lightning.algorithm.output_effects import effects_by
 from lib_lightning.algorithm.output_gradients import is_output, needs_output
 from lib_lightning.algorithm.progress import phase_done
-from lib_lightning.algorithm.progress_bar import ProgressDisplay, current_display, steps_of
+from lib_lightning.algorithm.progress_bar import ProgressDisplay, current_display, displayed_in, steps_of
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.errors import ActivationError, LIBError, SettingTypeError, brief, check_number, is_out_of_memory
 from lib_lightning.graph import InteractionGraph, Replicates
@@ -82,7 +82,7 @@ _SAMPLED = "Exact sums would take too long here; computed are {}. effort='exact'
 
 
 @renamed_arguments(together="process_group")
-def compute_interaction_graph(
+def compute_interaction_graph(  # noqa: PLR0913 (a public entry)
     model: nn.Module,
     batches: Iterable[Any],
     node_layers: Sequence[str | NodeLayer] | None = None,
@@ -193,24 +193,20 @@ def compute_interaction_graph(
     if node_layers is None:
         node_layers = proposed_node_layers(model, batches, spec)
     instrumented = InstrumentedModel(model, as_node_layers(node_layers), spec)
-    with signals_at_safe_points(), wrap_forward_errors(instrumented.model, instrumented.spec):
-        graph = graph_of(
-            instrumented,
-            batches,
-            config,
-            memory_limit,
-            process_group,
-            check_first=True,
-            progress=progress,
-            effort=effort,
-        )
+    display = ProgressDisplay(tqdm) if progress else current_display()
+    with (
+        signals_at_safe_points(),
+        wrap_forward_errors(instrumented.model, instrumented.spec),
+        displayed_in(display),
+    ):
+        graph = graph_of(instrumented, batches, config, memory_limit, process_group, check_first=True, effort=effort)
     log.info("%s was called as %s.", type(model).__name__, instrumented.spec.call)
     for note in graph.info[keys.NOTES]:
         log.warning(note)
     return graph
 
 
-def estimate_cost(
+def estimate_cost(  # noqa: PLR0913 (a public entry)
     model: nn.Module,
     batch: Any,
     node_layers: Sequence[str | NodeLayer] | None = None,
@@ -348,7 +344,6 @@ def graph_of(
     memory_limit: float = MEMORY_LIMIT,
     process_group: ProcessGroup = SINGLE_PROCESS,
     check_first: bool = False,
-    progress: bool = False,
     effort: Effort = "exact",
     may_choose: bool = False,
 ) -> InteractionGraph:
@@ -361,7 +356,6 @@ def graph_of(
         memory_limit: As for `compute_interaction_graph`.
         process_group: As for `compute_interaction_graph`.
         check_first: Whether to validate the node layers first, and to refuse activations that do not vary at all.
-        progress: Whether to show a progress bar.
         effort: As for `compute_interaction_graph`.
         may_choose: Whether the metric of the last node layer may be chosen, as with effort="auto".
 
@@ -391,8 +385,7 @@ def graph_of(
                         config = _with_effects(instrumented, batches, config, process_group)
                 chunks = split_batches(instrumented, batches, plan.samples)
                 phase_done("checks and chunks")
-                display = ProgressDisplay(tqdm) if progress else current_display()
-                with _progress(display, instrumented, chunks, config):
+                with _progress(current_display(), instrumented, chunks, config):
                     built = build_graph(instrumented, chunks, config, plan, process_group, output=output)
                 if check_first and built.is_constant:
                     raise ActivationError(built.notes[0])

@@ -29,7 +29,7 @@ def check_rows(folder: Path, layer: str = "net.0:input") -> set[str]:
     for file in layout.basis_files().values():
         graph = InteractionGraph.load(file)
         hashes.add(graph.info["samples"])
-        rows = read_renderings(layout.renderings_file, graph.info["samples"])
+        rows = read_renderings(layout.renderings_file)[graph.info["samples"]]
         assert set(mentioned_samples(graph)) <= set(rows)
         examples, basis = graph.examples[layer], graph.bases[layer]
         for samples, values, column in zip(examples.samples, examples.values, basis.to_features.T, strict=True):

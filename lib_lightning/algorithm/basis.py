@@ -12,8 +12,6 @@ from lib_lightning.algorithm.linalg import Cutoff, eigh_psd
 from lib_lightning.distributed.process_group import ProcessGroup
 from lib_lightning.model.precision import supports_float64
 
-# Kinds of bases whose features are identified by their index, such as a neuron or a class.
-FIXED_ORDER = ("neuron", "centered")
 # Numbers to centre at a time.
 _NUMBERS = 2**19
 

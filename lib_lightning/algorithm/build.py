@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib_lightning.algorithm.basis import FIXED_ORDER, Basis, centered_basis, neuron_basis, pca_basis
+from lib_lightning.algorithm.basis import Basis, centered_basis, neuron_basis, pca_basis
+from lib_lightning.algorithm.basis_kinds import FIXED_ORDER
 from lib_lightning.algorithm.config import LIBConfig, final_kind
 from lib_lightning.algorithm.covariance import RunningCovariance, all_reduce_covariances
 from lib_lightning.algorithm.degenerate import describe_empty_layers, is_constant

@@ -142,7 +142,7 @@ class SampleReader:
             here = sorted(i for i in wanted if first <= i < first + n)
             arguments = self.arguments(batch) if k == 0 or (here and self.compute is not None) else None
             if k == 0:
-                labels = find_labels(batch, arguments, n)
+                labels = locate_labels(batch, arguments, n)
             for i in here:
                 yield i, self._one(batch, i - first, n, labels, arguments)
             first += n
@@ -196,7 +196,7 @@ def _inputs(
     return found
 
 
-def find_labels(batch: Any, arguments: Any, n: int) -> Path | None:
+def locate_labels(batch: Any, arguments: Any, n: int) -> Path | None:
     """Find the entry of a batch that holds the classes of its samples.
 
     It is no input of the model, and has an integer, a zero or one, or a row with a single one for each sample. Entries
@@ -212,7 +212,7 @@ def find_labels(batch: Any, arguments: Any, n: int) -> Path | None:
 
     Example:
         >>> batch = {"x": torch.randn(4, 2), "index": torch.arange(4), "y": torch.tensor([0, 2, 1, 0])}
-        >>> find_labels(batch, (batch["x"],), 4)
+        >>> locate_labels(batch, (batch["x"],), 4)
         ('y',)
     """
     inputs = tensors_in(arguments)

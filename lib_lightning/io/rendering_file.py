@@ -94,33 +94,32 @@ def append_lines(path: Path, lines: Iterable[str], anew: bool = False) -> None:
         raise
 
 
-def read_renderings(path: Path, samples: str, wanted: Iterable[int] | None = None) -> dict[int, dict[str, Any]]:
-    """Read the renderings of some samples.
+def read_renderings(path: Path) -> dict[str, dict[int, dict[str, Any]]]:
+    """Read all renderings.
 
     Args:
         path: The file.
-        samples: Hash of the samples: ``info["samples"]`` of the graph whose examples they are.
-        wanted: Numbers of samples; None for all.
 
     Returns:
-        Renderings by number of the sample; the last one of each.
+        Renderings by the hash of the samples, ``info["samples"]`` of the graph whose examples they are ("" if a line
+        has none), and by the number of the sample; the last one if there are several. Incomplete lines, as of a file
+        that is being written, are left out.
+
+    Raises:
+        OSError: If the file cannot be read.
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = Path(folder) / "samples.jsonl"
-        ...     append_lines(path, [rendering_line(i, "1f", {"kind": "text", "text": "abc"[i]}) for i in range(3)])
-        ...     read_renderings(path, "1f", [2])
-        {2: {'kind': 'text', 'text': 'c'}}
+        ...     append_lines(path, [rendering_line(3, "1f", {"kind": "text", "text": "a"}), '{"sample": 4, "ki'])
+        ...     read_renderings(path)
+        {'1f': {3: {'kind': 'text', 'text': 'a'}}}
     """
-    chosen = None if wanted is None else set(wanted)
-    found = {}
-    for line in read_lines(path):
-        sample, of = key_of(line) or (-1, "")
-        if of == samples and (chosen is None or sample in chosen):
-            try:
-                rendering = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            found[sample] = {key: value for key, value in rendering.items() if key not in (SAMPLE, SAMPLES)}
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for line in path.read_text("utf-8", errors="replace").split("\n"):
+        with contextlib.suppress(ValueError, RecursionError):
+            rendering = json.loads(line, parse_constant=lambda _: None)
+            if isinstance(rendering, dict) and isinstance(sample := rendering.pop(SAMPLE, None), int):
+                found.setdefault(str(rendering.pop(SAMPLES, "")), {})[sample] = rendering
     return found

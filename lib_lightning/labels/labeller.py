@@ -162,7 +162,8 @@ def label_features(
         >>> graph.labels
         {'input': ['first', 'second']}
     """
-    found = find_labels(graph, model, batches, labeller, input_fn, mask, dtype, skip_positions)
+    spec = ModelSpec(input_fn, mask, dtype, skip_positions)
+    found = find_labels(graph, model, batches, labeller, **vars(spec))
     return {name: labels.names for name, labels in found.items()}
 
 
@@ -171,22 +172,16 @@ def find_labels(
     model: nn.Module,
     batches: Iterable[Any],
     labeller: Labeller,
-    input_fn: InputFn | None = None,
-    mask: str | int | MaskFn | None = None,
-    dtype: torch.dtype | None = None,
-    skip_positions: SkipPositions | None = None,
+    **spec: Any,
 ) -> dict[str, Labels]:
     """Label the features of every node layer as `label_features` does, with scores if the labeller has any.
 
     Args:
-        graph: As for `label_features`, and so are the others.
-        model: The model.
-        batches: The batches.
+        graph: The interaction graph of the model.
+        model: The model that the graph was computed on; it is not changed.
+        batches: Iterable of batches; the labeller is called with all of their samples at once.
         labeller: The labeller.
-        input_fn: As for `compute_interaction_graph`.
-        mask: As for `compute_interaction_graph`.
-        dtype: As for `compute_interaction_graph`.
-        skip_positions: As for `compute_interaction_graph`.
+        spec: ``input_fn``, ``mask``, ``dtype`` and ``skip_positions``, as for `compute_interaction_graph`.
 
     Returns:
         Labels of each node layer, for `InteractionGraph.labels` and `InteractionGraph.label_scores`.
@@ -203,7 +198,7 @@ def find_labels(
         dict_keys(['input'])
     """
     layers = graph.node_layer_specs()
-    instrumented = InstrumentedModel(model, layers, ModelSpec(input_fn, mask, dtype, skip_positions))
+    instrumented = InstrumentedModel(model, layers, ModelSpec(**spec))
     labelled = layers[:-1] if graph.bases[layers[-1].name].kind == "neuron" else layers
     parts = instrumented.parts(batch for batch in batches if not is_empty(batch))
     if not parts:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib_lightning.features.sample import find_labels
+from lib_lightning.features.sample import locate_labels
 from lib_lightning.model.batch import tensors_in
 from lib_lightning.model.batch_layout import Path, parts_of
 from lib_lightning.model.calls import entry
@@ -44,7 +44,7 @@ class TargetReader:
             n: Number of its samples.
         """
         if self._places is None:
-            self._places = find_labels(batch, arguments, n), _find_targets(batch, arguments, n)
+            self._places = locate_labels(batch, arguments, n), _find_targets(batch, arguments, n)
         classes, targets = self._places
         if classes is not None:
             self._classes.append(self._as_numbers(entry(batch, classes)))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib_lightning.algorithm.basis import FIXED_ORDER
+from lib_lightning.algorithm.basis_kinds import FIXED_ORDER
 from lib_lightning.errors import SettingError
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_file import BasisFileError, read_parts

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lib_lightning.algorithm.basis import FIXED_ORDER
+from lib_lightning.algorithm.basis_kinds import FIXED_ORDER
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_format import MODULES_TRACKED, NUM_SAMPLES, REFERENCE_SAMPLES, SETTINGS, STEP
 from lib_lightning.lineage.emergence import EmergenceDetector

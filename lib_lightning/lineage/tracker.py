@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib_lightning.algorithm.basis import FIXED_ORDER
+from lib_lightning.algorithm.basis_kinds import FIXED_ORDER
 from lib_lightning.errors import LIBError
 from lib_lightning.graph import InteractionGraph, Lineages
 from lib_lightning.io.basis_format import REFERENCE_SAMPLES, STEP

@@ -144,6 +144,21 @@ def like(t: Tensor, values: Tensor) -> Tensor:
     return torch.empty_like(t, requires_grad=False).copy_(values)
 
 
+@dataclass(frozen=True)
+class BatchContext:
+    """What is known of the batch of a forward pass.
+
+    Attributes:
+        caller_tensors: Copies of the caller's input tensors and the originals, by ``id`` of the copy.
+        locate: From a tap to the tap of the module that it stands for; see `lib_lightning.model.calls.ModelCall`.
+        graphs: Sizes of the graphs, if the batch is one of graphs.
+    """
+
+    caller_tensors: dict[int, tuple[Tensor, Tensor]]
+    locate: Callable[[Tap], Tap] = lambda tap: tap
+    graphs: GraphSizes | None = None
+
+
 class ActivationRecorder:
     """The hooks of one forward pass, and the tensors they recorded.
 
@@ -152,10 +167,8 @@ class ActivationRecorder:
         layers: Node layers in forward order.
         replace: For each node layer, activations ``(n, S, d)`` to continue with, or None for the computed ones.
         widths: Number of features of each tap, by node layer and tap; filled during the forward pass.
-        caller_tensors: Copies of the caller's input tensors and the originals, by ``id`` of the copy.
+        batch: What is known of the batch.
         stop_after: Index of the node layer after which to end the forward pass; None to run all of it.
-        locate: From a tap to the tap of the module that it stands for; see `lib_lightning.model.calls.ModelCall`.
-        graphs: Sizes of the graphs, if the batch is one of graphs.
         axes: Follows the operations, to find the axes of features; None where these are known.
 
     Attributes:
@@ -169,18 +182,15 @@ class ActivationRecorder:
         layers: Sequence[NodeLayer],
         replace: Sequence[Tensor | None],
         widths: dict[tuple[int, int], int],
-        caller_tensors: dict[int, tuple[Tensor, Tensor]],
+        batch: BatchContext,
         stop_after: int | None = None,
-        locate: Callable[[Tap], Tap] = lambda tap: tap,
-        graphs: GraphSizes | None = None,
         axes: FeatureAxes | None = None,
     ) -> None:
-        self._graphs, self._axes = graphs, axes
+        self._batch, self._axes = batch, axes
         # What is known of the tensor of each tap before it was cut.
         self.records: dict[tuple[int, int], TensorRecord] = {}
-        self._locate = locate
         self._model, self._layers, self._replace = model, list(layers), replace
-        self._widths, self._caller_tensors, self._stop_after = widths, caller_tensors, stop_after
+        self._widths, self._stop_after = widths, stop_after
         self._parameter_ids = {id(t) for t in (*model.parameters(), *model.buffers())}
         # Output and leaf of each tap, by node layer and tap, in the order of the calls.
         self._recorded: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -239,7 +249,7 @@ class ActivationRecorder:
         return layer.read([self._recorded[index, k][0] for k in range(len(layer.taps))])
 
     def _attach(self, name: str, key: tuple[int, int]) -> RemovableHandle:
-        tap = self._locate(split_tap(name))
+        tap = self._batch.locate(split_tap(name))
         module = find_module(self._model, tap.path)
         calls = itertools.count()
 
@@ -264,8 +274,8 @@ class ActivationRecorder:
     def _record(self, tap: str, key: tuple[int, int], value: Any) -> Any:
         """Record the tensor of one tap, and return the value that the model continues with."""
         t = tensor_at(tap, value)
-        if self._graphs is not None:
-            self._layers[key[0]] = self._graphs.fit(self._layers[key[0]], len(t), tap)
+        if self._batch.graphs is not None:
+            self._layers[key[0]] = self._batch.graphs.fit(self._layers[key[0]], len(t), tap)
         if self._axes is not None:
             self.records[key] = self._axes.record(t)
         output = self._unmodified_copy(t)
@@ -327,7 +337,7 @@ class ActivationRecorder:
 
     def _unmodified_copy(self, t: Tensor) -> Tensor:
         """A copy that nothing writes to. For an unmodified input of the model, that is the caller's tensor."""
-        copy, original = self._caller_tensors.pop(id(t), (None, t))
+        copy, original = self._batch.caller_tensors.pop(id(t), (None, t))
         # Copying a large input into new memory would take as long as the rest of a small model; devices copy fast.
         # After another tap it is no longer the input, though it may have the same values.
         return original if copy is t and not t.requires_grad and torch.equal(original, t) else t.clone()

@@ -18,7 +18,7 @@ from lib_lightning.model.autograd_graph import saved_as_copies, versions_of
 from lib_lightning.model.batch import map_tensors, tensors_in
 from lib_lightning.model.batch_layout import BatchLayout, find_layout, graph_sizes
 from lib_lightning.model.calls import ModelCall, without_subclass
-from lib_lightning.model.capture import ActivationRecorder, CapturedLayer, StopForward
+from lib_lightning.model.capture import ActivationRecorder, BatchContext, CapturedLayer, StopForward
 from lib_lightning.model.conversion import convert_attributes, target_dtype
 from lib_lightning.model.feature_axis import FeatureAxes, TensorRecord
 from lib_lightning.model.model_spec import ModelSpec
@@ -467,12 +467,9 @@ class InstrumentedModel:
         stop_after: int | None = None,
         axes: FeatureAxes | None = None,
     ) -> ActivationRecorder:
-        locate = self.find_call(batch).locate
+        context = BatchContext(self._caller_tensors, self.find_call(batch).locate, graph_sizes(batch))
         self._caller_tensors.clear()
-        return ActivationRecorder(
-            self.model, self.layers, replace, self._widths, self._caller_tensors, stop_after, locate,
-            graph_sizes(batch), axes,
-        )  # fmt: skip
+        return ActivationRecorder(self.model, self.layers, replace, self._widths, context, stop_after, axes)
 
 
 class _Function(nn.Module):

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from lib_lightning.algorithm.basis import FIXED_ORDER, Basis
+from lib_lightning.algorithm.basis import Basis
+from lib_lightning.algorithm.basis_kinds import FIXED_ORDER
 from lib_lightning.plots.layout import Column, columns_by_importance, columns_by_module, even_heights
 from lib_lightning.plots.lineage_series import as_array
 from lib_lightning.plots.palette import THEME

@@ -206,7 +206,7 @@ class LIBCallback(Callback):
     reporter: SnapshotReporter
     recorder: SnapshotRecorder
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (a public entry)
         self,
         node_layers: Sequence[str | NodeLayer] | None = None,
         num_samples: int | None = None,

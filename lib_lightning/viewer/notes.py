@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
+from lib_lightning.algorithm.basis_kinds import FIXED_ORDER
 from lib_lightning.errors import LIBError, quoted
 from lib_lightning.io import basis_format
 from lib_lightning.io.basis_file import read_parts
@@ -12,10 +13,6 @@ from lib_lightning.io.notes import read_notes, write_note
 from lib_lightning.io.run_layout import RunLayout
 from lib_lightning.viewer.run_discovery import FileStamp, snapshot_files
 from lib_lightning.viewer.snapshot import UNREADABLE
-
-# Kinds of basis whose features are the same at every index: `lib_lightning.algorithm.basis.FIXED_ORDER`, which needs
-# torch.
-FIXED_ORDER = ("neuron", "centered")
 
 
 def annotate(folder: Path, feature_id: str, text: str) -> None:

@@ -135,22 +135,21 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
     return events
 
 
-def read_final_forms(folder: Path) -> dict[str, int]:
+def read_final_forms(path: Path) -> dict[str, int]:
     """Read since when the features of the last snapshot have been recognisable.
 
     Args:
-        folder: Folder of the run.
+        path: The file that the run has written at its end, ``retraced.json``.
 
     Returns:
-        The step, by id of the feature; nothing for those that are not, or in a run that has not ended.
+        The step, by id of the feature; nothing for those that are not.
     """
-    path, found = RunLayout(folder).history_file, dict[str, int]()
-    if regular_file(path):
-        with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError, TypeError, KeyError):
-            for layer, of_layer in json.loads(path.read_text("utf-8", errors="replace")).items():
-                for one in of_layer["features"]:
-                    if isinstance(one["since"], int) and isinstance(one["lineage"], int):
-                        found[f"{layer}/{one['lineage']}"] = one["since"]
+    found = dict[str, int]()
+    with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError, TypeError, KeyError):
+        for layer, of_layer in json.loads(path.read_text("utf-8", errors="replace")).items():
+            for one in of_layer["features"]:
+                if isinstance(one["since"], int) and isinstance(one["lineage"], int):
+                    found[f"{layer}/{one['lineage']}"] = one["since"]
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 
 from lib_lightning.errors import LIBError
 from lib_lightning.io.notes import read_notes
+from lib_lightning.io.rendering_file import read_renderings
 from lib_lightning.io.run_layout import RunLayout
 from lib_lightning.plots.module_numbers import ModuleNumbers
 from lib_lightning.plots.palette import label_colors
@@ -27,7 +28,6 @@ from lib_lightning.viewer.feature import (
     read_curves,
 )
 from lib_lightning.viewer.json_text import array, dump, numbers, object_
-from lib_lightning.viewer.renderings import read_renderings
 from lib_lightning.viewer.run_discovery import (
     FileStamp,
     is_log_file,
@@ -202,7 +202,7 @@ class RunView:
 
     def final_forms(self) -> dict[str, int]:
         """Since which step features of the last snapshot have been recognisable, by id."""
-        return read_final_forms(self.folder)
+        return self._parsed(RunLayout(self.folder).history_file, read_final_forms)
 
     def feature_history(self, feature_id: str) -> dict[str, list[Any]]:
         """Numbers of a feature, by its id, in all snapshots; see `lib_lightning.viewer.feature.feature_history`."""
@@ -216,19 +216,22 @@ class RunView:
             samples: Their numbers.
             of: Hash of the samples that have these numbers.
         """
-        file = regular_file(RunLayout(self.folder).renderings_file)
-        if file is None:
-            return {}
-        found = self._cache.get(file, lambda: read_renderings(file.path), size=lambda all_: 200 + file.size)
+        found = self._parsed(RunLayout(self.folder).renderings_file, read_renderings)
         known = {**found.get("", {}), **found.get(of, {})}
-        return {str(sample): known[sample] for sample in samples if sample in known}
+        return {str(sample): dump(known[sample]) for sample in samples if sample in known}
 
     def notes(self) -> dict[str, str]:
         """The user's notes on features, by id; empty if they cannot be read."""
-        path = RunLayout(self.folder).notes_file
+        return self._parsed(RunLayout(self.folder).notes_file, read_notes)
+
+    def _parsed(self, path: Path, read: Callable[[Path], dict[Any, Any]]) -> dict[Any, Any]:
+        """What a function reads in a file, which is read again if it changes; empty if it cannot be read."""
+        file = regular_file(path)
+        if file is None:
+            return {}
         with contextlib.suppress(*UNREADABLE):
-            if regular_file(path):
-                return read_notes(path)
+            # Objects take several times as much memory as their text.
+            return self._cache.get((file, read), lambda: read(path), size=lambda _: 200 + 4 * file.size)
         return {}
 
     def _file(self, step: int) -> FileStamp:

@@ -14,7 +14,7 @@ from lib_lightning.errors import LIBError, SettingError, SettingTypeError
 from lib_lightning.features import Sample, TableRenderer, TextRenderer, TokenRenderer, render_samples
 from lib_lightning.features.output_names import OutputNames, check_output_names, find_output_names
 from lib_lightning.features.render import mentioned_samples
-from lib_lightning.features.sample import SampleReader, find_labels
+from lib_lightning.features.sample import SampleReader, locate_labels
 from lib_lightning.model.instrumented import InstrumentedModel
 
 X = torch.arange(12.0).view(6, 2)
@@ -95,18 +95,18 @@ def test_a_step_that_computes_inputs() -> None:
     ],
 )
 def test_labels_are_found(others: tuple[Any, ...], path: Any) -> None:
-    assert find_labels((X, *others), ((X,), {}), 6) == path
+    assert locate_labels((X, *others), ((X,), {}), 6) == path
     named = {"x": X, **{f"{'target' if k + 1 == len(others) else 'other'}": t for k, t in enumerate(others)}}
-    found = find_labels(named, ((X,), {}), 6)
+    found = locate_labels(named, ((X,), {}), 6)
     texts = bool(others) and isinstance(others[-1], list)
     assert found == (("target",) if path is not None or texts else None)
 
 
 def test_labels_are_no_inputs_and_have_names() -> None:
-    assert find_labels({"tokens": Y, "y": Y}, ((Y,), {}), 6) is None
+    assert locate_labels({"tokens": Y, "y": Y}, ((Y,), {}), 6) is None
     batch = {"x": X, "labels": ["cat", "dog", "cow"] * 2}
     instrumented = InstrumentedModel(nn.Linear(2, 3), [])
-    assert find_labels(batch, ((X,), {}), 6) == ("labels",)
+    assert locate_labels(batch, ((X,), {}), 6) == ("labels",)
     reader = SampleReader.of_model(instrumented, (X, Y)).with_names(OutputNames(("zero", "one")).of)
     assert [s.label for _, s in reader.read([(X, Y)], range(3))] == ["zero", "2", "one"]
 

@@ -163,7 +163,7 @@ def test_images_have_boxes_and_names(tmp_path: Path) -> None:
     trainer_of(tmp_path, callback, max_epochs=1).fit(Pixels())
     graph = InteractionGraph.load(tmp_path / "lib" / "final.safetensors")
     assert graph.info["output_names"] == ["cat", "dog", "cow"]
-    renderings = read_renderings(tmp_path / "lib" / "samples.jsonl", graph.info["samples"])
+    renderings = read_renderings(tmp_path / "lib" / "samples.jsonl")[graph.info["samples"]]
     assert {r["label"] for r in renderings.values()} == {"cat", "dog", "cow"}
     assert {tuple(r["size"]) for r in renderings.values()} == {(12, 12)}
     # The second convolution reads 3 x 3 positions of the first one, each of 3 x 3 pixels, 2 apart.

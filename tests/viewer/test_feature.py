@@ -6,6 +6,8 @@ import base64
 import gzip
 import json
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from lib_lightning.io.notes import write_note
 from lib_lightning.io.places import Places
 from lib_lightning.io.rendering_file import append_lines, rendering_line
 from lib_lightning.io.run_layout import RunLayout
+from lib_lightning.viewer import run_view
 from lib_lightning.viewer.cache import Cache
 from lib_lightning.viewer.embedded_features import embed_features
 from lib_lightning.viewer.run_view import NotFoundError, RunView
@@ -138,6 +141,29 @@ def test_since_when_a_feature_has_its_final_form(text: str, tmp_path: Path) -> N
     RunLayout(tmp_path).history_file.write_text(text)
     assert page_of(tmp_path, 10, 1, 0)["final_since"] == (10 if text.endswith("}") else None)
     assert page_of(tmp_path, 10, 0, 0)["final_since"] is None
+
+
+def test_files_of_the_run_are_parsed_once_for_all_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def counted(of: Callable[[Path], Any], path: Path) -> Any:
+        read.append(path.name)
+        return of(path)
+
+    for name in ("read_final_forms", "read_renderings", "read_notes"):
+        monkeypatch.setattr(run_view, name, partial(counted, getattr(run_view, name)))
+    ExampleRun(LAYERS, snapshots=2).write(tmp_path)
+    layout, view = RunLayout(tmp_path), RunView(tmp_path, "lib", Cache(1 << 24))
+    layout.history_file.write_text('{"hidden": {"features": [{"lineage": 0, "since": 0}]}}')
+    layout.notes_file.write_text('{"hidden/0": "one"}')
+    layout.renderings_file.write_text('{"sample": 0, "samples": "", "kind": "text", "text": "a"}\n')
+    for _ in range(3):
+        assert json.loads(view.feature(10, 1, 0))["final_since"] == 0
+    assert sorted(read) == ["notes.json", "retraced.json", "samples.jsonl"]
+    layout.history_file.write_text('{"hidden": {"features": [{"lineage": 0, "since": 10}]}}')
+    assert json.loads(view.feature(10, 1, 0))["final_since"] == 10
+    assert json.loads(view.feature(10, 1, 0))["note"] == "one"
+    assert read[3:] == ["retraced.json"]
 
 
 def test_what_a_file_does_not_have_is_null(tmp_path: Path) -> None:

@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from lib_lightning import InteractionGraph
-from lib_lightning.algorithm.basis import FIXED_ORDER
 from lib_lightning.errors import LIBError
 from lib_lightning.training.cli import main
-from lib_lightning.viewer import Run, notes
+from lib_lightning.viewer import Run
 from tests.viewer.browser import READY, Watched
 from tests.viewer.saved_run import SavedRun, write_run
 
@@ -185,6 +184,5 @@ def test_notes_need_features_that_are_tracked(tmp_path: Path) -> None:
     Run(tmp_path).annotate("hidden/0", "there is no other snapshot")
     graph.save(tmp_path / "snapshots" / "step-00000001.safetensors")
     Run(tmp_path).annotate("output/1", "classes keep their places")
-    assert notes.FIXED_ORDER == FIXED_ORDER
     with pytest.raises(LIBError, match=r"not tracked \(follow=False\), so 'hidden/1' is another feature in each"):
         Run(tmp_path).annotate("hidden/1", "x")
