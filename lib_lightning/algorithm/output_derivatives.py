@@ -51,8 +51,7 @@ _NUMBERS = 2**23
 def differentiate_output(
     instrumented: InstrumentedModel,
     batches: Sequence[Any],
-    bases: Sequence[Basis],
-    features: Sequence[Tensor],
+    wanted: Sequence[tuple[Basis, Tensor]],
     output: OutputDistribution,
     num_samples: int,
     max_directions: int,
@@ -64,8 +63,7 @@ def differentiate_output(
     Args:
         instrumented: The model and its node layers, after a first `capture`. Call this within `model_session`.
         batches: The batches of this process, none of them empty.
-        bases: Basis of each node layer.
-        features: Indices of the features of each node layer to measure, which may be none.
+        wanted: Basis of each node layer, and indices of its features to measure, which may be none.
         output: What the output stands for, and its width.
         num_samples: Number of samples, over all processes.
         max_directions: Number of directions in which the output may move, at most.
@@ -75,6 +73,7 @@ def differentiate_output(
     Returns:
         The effects of each node layer, and the number of samples; None if the output moves in more directions.
     """
+    bases, features = zip(*wanted, strict=True)
     chosen = chosen_samples(list(map(instrumented.num_samples, batches)), num_samples, process_group)
     restore = full_precision()
     try:

@@ -49,7 +49,8 @@ def find_output_effects(
         The effects by node layer, and the number of samples; none where derivatives are asked for and the output moves
         in more directions than the configuration allows.
     """
-    arguments = (instrumented, batches, bases, features, output, config.effect_samples or 0)
+    wanted = list(zip(bases, features, strict=True))
+    arguments = (instrumented, batches, wanted, output, config.effect_samples or 0)
     if config.effect_directions is None:
         found, n = step_along_features(*arguments, stack_elements, process_group)
     else:

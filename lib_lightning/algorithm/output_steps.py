@@ -102,8 +102,7 @@ class EffectSums(Reducible):
 def step_along_features(
     instrumented: InstrumentedModel,
     batches: Sequence[Any],
-    bases: Sequence[Basis],
-    features: Sequence[Tensor],
+    wanted: Sequence[tuple[Basis, Tensor]],
     output: OutputDistribution,
     num_samples: int,
     stack_elements: int,
@@ -114,8 +113,7 @@ def step_along_features(
     Args:
         instrumented: The model and its node layers, after a first `capture`. Call this within `model_session`.
         batches: The batches of this process, none of them empty.
-        bases: Basis of each node layer.
-        features: Indices of the features of each node layer to measure, which may be none.
+        wanted: Basis of each node layer, and indices of its features to measure, which may be none.
         output: What the output stands for, and its width.
         num_samples: Number of samples, over all processes.
         stack_elements: About how many numbers the largest tensor of a forward pass may have.
@@ -124,6 +122,7 @@ def step_along_features(
     Returns:
         The effects of each node layer, and the number of samples.
     """
+    bases, features = zip(*wanted, strict=True)
     sums = [
         EffectSums(own, output.width, for_sums(basis.mean).device) for own, basis in zip(features, bases, strict=True)
     ]

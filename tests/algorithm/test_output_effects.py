@@ -122,13 +122,11 @@ def derivatives(case: Case, graph: InteractionGraph, kind: Any) -> dict[str, Out
     instrumented = InstrumentedModel(case.model, graph.node_layer_specs(), spec)
     bases = [basis for layer, basis in graph.bases.items() if layer in graph.output_effects]
     bases += list(graph.bases.values())[len(bases) :]
-    features = [torch.arange(basis.n_features if basis.name in graph.output_effects else 0) for basis in bases]
+    wanted = [(basis, torch.arange(basis.n_features if basis.name in graph.output_effects else 0)) for basis in bases]
     with model_session(instrumented):
         width = instrumented.capture_to_output(case.data)[-1].a.shape[-1]
         output = OutputDistribution(kind, width=width)
-        found = differentiate_output(
-            instrumented, [case.data], bases, features, output, 10_000, width, 2**12, SINGLE_PROCESS
-        )
+        found = differentiate_output(instrumented, [case.data], wanted, output, 10_000, width, 2**12, SINGLE_PROCESS)
     assert found is not None
     return {basis.name: one for basis, one in zip(bases, found[0], strict=True) if basis.name in graph.output_effects}
 
