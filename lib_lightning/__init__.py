@@ -11,6 +11,7 @@ from lib_lightning._deprecated import MovedModules
 if TYPE_CHECKING:
     from lib_lightning.algorithm.basis import Basis
     from lib_lightning.api import compute_interaction_graph, estimate_cost, list_node_layers
+    from lib_lightning.comparison.comparison import compare
     from lib_lightning.graph import InteractionGraph
     from lib_lightning.model.node_layer import NodeLayer
     from lib_lightning.training.callback import LIBCallback
@@ -23,6 +24,7 @@ __all__ = [
     "LIBCallback",
     "NodeLayer",
     "__version__",
+    "compare",
     "compute_interaction_graph",
     "estimate_cost",
     "list_node_layers",
@@ -35,6 +37,7 @@ _WHERE = {
     "InteractionGraph": "graph",
     "LIBCallback": "training.callback",
     "NodeLayer": "model.node_layer",
+    "compare": "comparison.comparison",
     "compute_interaction_graph": "api",
     "estimate_cost": "api",
     "list_node_layers": "api",

@@ -148,7 +148,7 @@ def span_overlap(A: Tensor, B: Tensor) -> float:
         >>> round(span_overlap(torch.stack([x, y], 1), torch.stack([x, z], 1)), 6)
         0.5
     """
-    U, V = _orthonormal(A), _orthonormal(B)
+    U, V = orthonormal(A), orthonormal(B)
     larger = max(U.shape[1], V.shape[1])
     return round(float((U.T @ V).square().sum()) / larger, 12) if larger else 1.0
 
@@ -174,7 +174,7 @@ def _rotated(A: Tensor, B: Tensor, shared: Tensor, pairs: Tensor) -> Tensor:
     before, after = torch.cat([i, kept[0]]), torch.cat([j, kept[1]])
     if not len(i) or not len(j) or len(A) < _SAMPLES_PER_DIMENSION * max(len(before), len(after)):
         return pairs[:, :0]
-    cosines = torch.linalg.svdvals(_orthonormal(A[:, before]).T @ _orthonormal(B[:, after]))
+    cosines = torch.linalg.svdvals(orthonormal(A[:, before]).T @ orthonormal(B[:, after]))
     count = int((cosines.square() >= SAME).sum()) - kept.shape[1]
     if count <= 0:
         return pairs[:, :0]
@@ -196,7 +196,7 @@ def _most_similar(shared: Tensor) -> Tensor:
     return torch.where(largest >= RELATED, index, -1)
 
 
-def _orthonormal(A: Tensor) -> Tensor:
+def orthonormal(A: Tensor) -> Tensor:
     """Orthonormal basis of the span, without directions that half precision, the precision of values, rounds away."""
     # Relative to squares: far above the rounding of the products in float64.
     rounding = torch.finfo(torch.float16).eps ** 2
