@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lib_lightning.comparison.layers import LOST, NEW, FeatureMatch, LayerComparison, Names, compare_layers
+from lib_lightning.comparison.page import comparison_page
 from lib_lightning.comparison.paired_values import NUM_VALUES, computed_values, stored_values
 from lib_lightning.comparison.sections import EdgeChange, SectionComparison, compare_section
 from lib_lightning.comparison.table import table_of
@@ -116,6 +117,18 @@ class Comparison:
         from lib_lightning.comparison.picture import draw_comparison
 
         return draw_comparison(self.graphs, self.names, self.layers, self.sections)
+
+    def view(self, path: str | PathLike[str] = "comparison.html") -> Path:
+        """Write both graphs side by side, with the table, as one HTML file that needs no server and loads nothing.
+
+        Args:
+            path: The file; missing folders are created.
+
+        Returns:
+            Its path.
+        """
+        write_bytes(Path(path), comparison_page([self]).encode())
+        return Path(path)
 
     def to_dict(self) -> dict[str, Any]:
         """All results as plain values, as `save` writes them: NaN is None."""

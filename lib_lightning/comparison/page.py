@@ -1,0 +1,171 @@
+"""Comparisons as one HTML file, which a browser opens without server or network."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from lib_lightning.comparison.scene import Picture, pictures_of
+from lib_lightning.plots.palette import MODULES, MUTED, NO_MODULE, TEXT, VERMILION
+
+if TYPE_CHECKING:
+    from lib_lightning.comparison.comparison import Comparison
+
+# Forbids the browser to load anything.
+_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
+_COLUMN, _HEIGHT, _TOP, _EDGE = 120, 420, 64, 44
+_STYLE = f"""
+body {{ margin: 0; padding: 14px 20px 24px; color: {TEXT}; background: #fff;
+  font: 13px/1.4 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }}
+h1 {{ font-size: 18px; margin: 0 0 10px; }}
+h2 {{ font-size: 14px; margin: 18px 0 4px; }}
+.graphs {{ display: flex; flex-wrap: wrap; gap: 8px 24px; }}
+figure {{ margin: 0; flex: 1 1 420px; min-width: 0; }}
+figcaption {{ font-weight: 600; overflow-wrap: anywhere; }}
+svg {{ width: 100%; height: auto; display: block; }}
+svg text {{ text-anchor: middle; fill: {TEXT}; }}
+svg .count {{ fill: {MUTED}; font-size: 11px; }}
+circle {{ cursor: pointer; }}
+circle:focus {{ outline: none; }}
+circle:focus-visible, .chosen circle.on {{ stroke: {TEXT}; stroke-width: 2.5; }}
+.chosen circle:not(.on) {{ opacity: 0.25; }}
+.chosen line:not(.on) {{ opacity: 0.04; }}
+pre {{ overflow-x: auto; padding: 10px; background: #f5f6f7; }}
+.legend {{ color: {MUTED}; margin: 6px 0; }}
+.legend svg {{ display: inline; width: 14px; height: 10px; margin: 0 2px 0 12px; }}
+.said {{ min-height: 3em; margin: 6px 0; }}
+@media (prefers-color-scheme: dark) {{
+  body {{ background: #1a1a1a; color: #e4e4e4; }}
+  pre {{ background: #2a2a2a; }}
+  .graphs, .legend svg {{ filter: invert(0.9) hue-rotate(180deg); }}
+  figcaption {{ color: {TEXT}; }}
+}}
+"""
+# A chosen feature: it, its counterpart in the other graph, and their edges; the texts of both below the graphs.
+_SCRIPT = """
+for (const part of document.querySelectorAll("section")) {
+  const graphs = part.querySelector(".graphs");
+  const said = part.querySelector(".said");
+  const choose = (dot) => {
+    for (const element of graphs.querySelectorAll(".on")) element.classList.remove("on");
+    graphs.classList.toggle("chosen", Boolean(dot));
+    said.textContent = "";
+    if (!dot) return;
+    const filled = dot.hasAttribute("data-pair");
+    const same = filled ? graphs.querySelectorAll(`[data-pair="${dot.dataset.pair}"]`) : [dot];
+    for (const one of same) {
+      one.classList.add("on");
+      const line = document.createElement("div");
+      line.textContent = one.closest("figure").querySelector("figcaption").textContent + ": " + one.textContent;
+      said.append(line);
+      const svg = one.closest("svg");
+      for (const edge of svg.querySelectorAll("line")) {
+        if (edge.dataset.ends.split(" ").includes(one.id)) edge.classList.add("on");
+      }
+    }
+  };
+  graphs.addEventListener("click", (event) => choose(event.target.closest("circle:not(.on)")));
+  graphs.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" || event.key === " ") {
+      event.preventDefault();
+      choose(event.target.closest("circle:not(.on)"));
+    }
+    if (event.key === "Escape") choose(null);
+  });
+}
+"""
+
+
+def comparison_page(comparisons: Sequence[Comparison]) -> str:
+    """Write comparisons as one page: both graphs side by side, and the table.
+
+    Shared features are at the same height and in the same colour; a click on one shows it and its edges in both graphs.
+
+    Args:
+        comparisons: The comparisons, one below the other.
+
+    Returns:
+        Text of the file.
+    """
+    title = ", ".join(f"{one.names[0]} and {one.names[1]}" for one in comparisons)
+    return "\n".join(
+        [
+            "<!DOCTYPE html>",
+            '<html lang="en">',
+            "<head>",
+            '<meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{html.escape(title)}</title>",
+            f"<style>{_STYLE}</style>",
+            "</head>",
+            "<body>",
+            "<h1>Features of two networks</h1>",
+            *(line for number, one in enumerate(comparisons) for line in _section(number, one)),
+            f'<script type="module">{_SCRIPT}</script>',
+            "</body>",
+            "</html>",
+            "",
+        ]
+    )
+
+
+def _section(number: int, comparison: Comparison) -> Iterator[str]:
+    names = [html.escape(name) for name in comparison.names]
+    pictures = pictures_of(comparison.graphs, comparison.layers, comparison.sections)
+    yield "<section>"
+    yield f"<h2>{names[0]} and {names[1]}</h2>"
+    yield f'<p class="legend">{_legend()}</p>'
+    yield '<div class="graphs">'
+    for k, (name, picture) in enumerate(zip(names, pictures, strict=True)):
+        yield f"<figure><figcaption>{name}</figcaption>{_svg(picture, f'c{number}-{k}')}</figure>"
+    yield "</div>"
+    yield '<div class="said" aria-live="polite"></div>'
+    yield f"<pre>{html.escape(comparison.table())}</pre>"
+    yield "</section>"
+
+
+def _legend() -> str:
+    def dot(fill: str, stroke: str) -> str:
+        return f'<svg viewBox="0 0 14 10"><circle cx="7" cy="5" r="4" fill="{fill}" stroke="{stroke}"/></svg>'
+
+    line = f'<svg viewBox="0 0 14 10"><line x1="0" y1="5" x2="14" y2="5" stroke="{VERMILION}" stroke-width="2"/></svg>'
+    return (
+        f"{dot(MODULES[0], 'white')} shared: same height and colour {dot('white', NO_MODULE)} rotated, split or merged "
+        f"{dot('white', TEXT)} only here {line} edge that differs. A click on a feature shows it in both graphs."
+    )
+
+
+def _svg(picture: Picture, prefix: str) -> str:
+    width, height = _COLUMN * len(picture.layers), _TOP + _HEIGHT + 12
+    numbers = {id(dot): f"{prefix}-{n}" for n, dot in enumerate(picture.dots)}
+
+    def at(x: int, y: float) -> tuple[float, float]:
+        return _COLUMN * (x + 0.5), _TOP + _HEIGHT * y
+
+    parts = [f'<svg viewBox="0 0 {width} {height}" role="group">']
+    for line in picture.lines:
+        (x, y), (x2, y2) = at(line.start.x, line.start.y), at(line.end.x, line.end.y)
+        ends = f"{numbers[id(line.start)]} {numbers[id(line.end)]}"
+        parts.append(
+            f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{line.color}" '
+            f'stroke-width="{line.width:.2f}" opacity="{line.opacity:.2f}" data-ends="{ends}">'
+            f"<title>{html.escape(line.text)}</title></line>"
+        )
+    for dot in picture.dots:
+        x, y = at(dot.x, dot.y)
+        fill, stroke = (dot.color, "white") if dot.is_filled else ("white", dot.color)
+        pair = f' data-pair="{dot.x}-{dot.row}"' if dot.is_filled else ""
+        parts.append(
+            f'<circle id="{numbers[id(dot)]}" cx="{x:.1f}" cy="{y:.1f}" r="{dot.radius:.1f}" fill="{fill}" '
+            f'stroke="{stroke}" tabindex="0"{pair}><title>{html.escape(dot.text)}</title></circle>'
+        )
+    for x, (name, count) in enumerate(picture.layers):
+        left = _COLUMN * (x + 0.5)
+        size = min(13.0, 1.6 * _COLUMN / max(1, len(name)))
+        parts.append(
+            f'<text x="{left}" y="{_EDGE - 16}" font-size="{size:.1f}" font-weight="600">{html.escape(name)}</text>'
+        )
+        parts.append(f'<text class="count" x="{left}" y="{_EDGE}">{html.escape(count)}</text>')
+    return "".join([*parts, "</svg>"])
