@@ -11,7 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lib_lightning import InteractionGraph, compute_interaction_graph
+from lib_lightning import InteractionGraph, compare, compute_interaction_graph
+from lib_lightning.features.values import feature_values
+from lib_lightning.labels.fourier import FourierLabels
+from lib_lightning.model.instrumented import InstrumentedModel
 from recipes.modular_addition import AllPairs, ModularAdditionTransformer
 from recipes.paper.networks import published_transformer as load_transformer
 
@@ -76,6 +79,28 @@ def test_modular_addition(modular_addition: tuple[str, InteractionGraph, dict[st
             ours, theirs = graph.bases[graph.node_layers[l]].importance, published[f"lib.importance.{l}"]
             leading = 10 if first else int((theirs > 1e-6 * theirs[0]).sum())
             assert (ours[:leading] / theirs[:leading] - 1).abs().max() < tolerance
+
+
+def test_networks_share_features_by_frequency(reference_dir: Path) -> None:
+    """Two networks of the paper's authors: the one frequency that both use is what they share."""
+    networks = [published_model(reference_dir, seed) for seed in (0, 1)]
+    tokens = networks[0][1].tokens[:3830]
+    graphs = [graph_of(reference_dir, seed, "lib") for seed in (0, 1)]
+    found = compare(*graphs, networks[0][0], networks[1][0], list(tokens.split(1000)), layers={"mlp:input": "mlp:input"})
+    frequencies = []
+    for (model, _), graph in zip(networks, graphs, strict=True):
+        (values,) = feature_values(InstrumentedModel(model, graph.node_layer_specs()), graph, [tokens])
+        labels = FourierLabels(113).of(values.features["mlp:input"], tokens)
+        frequencies.append({f"mlp:input/{k}": x.frequency for k, x in enumerate(labels) if x.explained >= 0.5})
+    important = [
+        {name for name, share in zip(side.ids, side.importance.tolist(), strict=True) if share > 0.005}
+        for side in (found.layers[0].a, found.layers[0].b)
+    ]
+    used = [{of[name] for name in of if name in names} for of, names in zip(frequencies, important, strict=True)]
+    assert used[0] & used[1] == {1}
+    pairs = [(frequencies[0][x.a], frequencies[1][x.b]) for x in found.matches if x.a in important[0]]
+    assert len(pairs) >= 2
+    assert set(pairs) == {(1, 1)}
 
 
 def test_cifar10_mlp(reference_dir: Path) -> None:

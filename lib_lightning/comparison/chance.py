@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from scipy.special import betainc
 from torch import Tensor
@@ -19,7 +20,7 @@ def permuted_p_values(
     statistic: Callable[[Tensor], Tensor],
     block: int | None,
     count: int,
-    generator: torch.Generator,
+    generator: np.random.Generator,
 ) -> Tensor:
     """P-values of permutation tests, of the hypotheses that features have nothing to do with those of another network.
 
@@ -44,7 +45,7 @@ def permuted_p_values(
     Example:
         >>> x = torch.linspace(-1, 1, 1000).unsqueeze(1)
         >>> x /= x.norm()
-        >>> permuted_p_values(x, x, torch.ones(1), strongest, 1, 199, torch.Generator().manual_seed(0))
+        >>> permuted_p_values(x, x, torch.ones(1), strongest, 1, 199, np.random.default_rng(0))
         tensor([0.0050], dtype=torch.float64)
     """
     N, m = features.shape
@@ -86,7 +87,7 @@ def total(products: Tensor) -> Tensor:
     return products.square().sum(0)
 
 
-def permuted_rows(N: int, block: int | None, count: int, generator: torch.Generator) -> Tensor:
+def permuted_rows(N: int, block: int | None, count: int, generator: np.random.Generator) -> Tensor:
     """Row numbers after permutations of whole samples.
 
     Args:
@@ -99,13 +100,14 @@ def permuted_rows(N: int, block: int | None, count: int, generator: torch.Genera
         Shape ``(count, N)``, int64.
 
     Example:
-        >>> permuted_rows(6, 3, 1, torch.Generator().manual_seed(0)).tolist()
+        >>> permuted_rows(6, 3, 1, np.random.default_rng(0)).tolist()
         [[3, 4, 5, 0, 1, 2]]
     """
     if block is None:
-        shifts = torch.randint(N, (count, 1), generator=generator, device="cpu")
+        shifts = torch.from_numpy(generator.integers(N, size=(count, 1)))
         return (torch.arange(N, device="cpu") + shifts) % N
-    samples = torch.rand(count, N // block, generator=generator, device="cpu").argsort(1)
+    # Ten times as fast as sorting random numbers.
+    samples = torch.from_numpy(generator.permuted(np.tile(np.arange(N // block), (count, 1)), axis=1))
     return (samples.unsqueeze(-1) * block + torch.arange(block, device="cpu")).flatten(1)
 
 

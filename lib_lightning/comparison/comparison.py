@@ -208,7 +208,7 @@ def compare(
         num_values: Number of values of each feature. It should be several times the number of features of the largest
             node layer.
         seed: Seed of permutations, and of the choice of positions.
-        spec: ``input_fn``, ``mask`` and ``dtype``, as for `lib_lightning.compute_interaction_graph`.
+        spec: ``input_fn``, ``mask``, ``dtype`` and ``skip_positions``, as for `lib_lightning.compute_interaction_graph`.
 
     Returns:
         The comparison. Printed, it is a table.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,8 @@ CONSTANT = "constant"
 MATCHED = (SHARED, SPLIT, MERGED)
 # Permutations for every test, and how many times as many as are needed to find a match at all.
 _PERMUTATIONS, _MARGIN = 199, 2
+# Share of the importance of a node layer up to which a feature is rounding.
+_ROUNDING = 1e-12
 # Permutations for the overlap of subspaces.
 _PERMUTATIONS_OF_SPANS = 99
 
@@ -186,18 +189,25 @@ def compare_layers(
     candidates = [_candidates(value, *of_layer) for value, of_layer in zip(values, names, strict=True)]
     tests = sum(len(side.kinds) for pair in candidates for side in pair)
     hopeful = sum(len(b.of_kinds(SHARED, SPLIT)) + len(a.of_kinds(MERGED)) for a, b in candidates)
-    # With fewer, not even the smallest p-value that all candidates could have would be significant.
-    count = max(_PERMUTATIONS, round(_MARGIN * tests / (level * max(1, hopeful))))
-    generator = torch.Generator().manual_seed(seed)
+    count = _count(hopeful, tests, level)
+    generator = np.random.default_rng(seed)
     for value, (a, b) in zip(values, candidates, strict=True):
         for side, other in ((b, a), (a, b)):
             _test_features(side, other, value.block, count, generator)
     largest = _largest_significant([p for a, b in candidates for p in (a.p_values[a.own], b.p_values)], level)
     for value, (a, b) in zip(values, candidates, strict=True):
         _keep_significant(a, b, largest)
+    rotated = sum(len(b.of_kinds(ROTATED)) for _, b in candidates)
+    count = _count(rotated, sum(len(b.kinds) for _, b in candidates), level)
+    for value, (a, b) in zip(values, candidates, strict=True):
         _test_subspace(b, a, value.block, count, generator)
     largest = _largest_significant([b.rotated_p_values for _, b in candidates], level)
     return [_result(value, *of_layer, largest, generator) for value, of_layer in zip(values, candidates, strict=True)]
+
+
+def _count(candidates: int, tests: int, level: float) -> int:
+    """Number of permutations. With fewer, not even the smallest p-values of all candidates would be significant."""
+    return max(_PERMUTATIONS, round(_MARGIN * tests / (level * max(1, candidates))))
 
 
 def _largest_significant(p_values: Sequence[Tensor], level: float) -> float:
@@ -209,8 +219,8 @@ def _largest_significant(p_values: Sequence[Tensor], level: float) -> float:
 
 def _candidates(values: PairedValues, a: Names, b: Names) -> tuple[_Side, _Side]:
     """Match features, as if no similarity were chance."""
-    match = match_features(values.a, values.b)
-    A, B = standardised(values.a), standardised(values.b)
+    A, B = (standardised(x) * _varies(names) for x, names in ((values.a, a), (values.b, b)))
+    match = match_features(A, B)
     U, V = orthonormal(A), orthonormal(B)
     before, q = match.before, len(match.before)
     paired = (before >= 0).nonzero().flatten()
@@ -237,7 +247,12 @@ def _candidates(values: PairedValues, a: Names, b: Names) -> tuple[_Side, _Side]
     return sides[0], sides[1]
 
 
-def _test_features(side: _Side, other: _Side, block: int | None, count: int, generator: torch.Generator) -> None:
+def _varies(names: Names) -> Tensor:
+    """Whether each feature varies beyond rounding, as dead neurons do not."""
+    return names.importance > _ROUNDING * names.importance.sum()
+
+
+def _test_features(side: _Side, other: _Side, block: int | None, count: int, generator: np.random.Generator) -> None:
     """Set the p-values of the candidates that are tested from this side; a pair is tested from the second network's."""
     tested = side.of_kinds(SHARED, SPLIT) if side.is_second else side.of_kinds(MERGED)
     observed = side.similarity[tested]
@@ -269,7 +284,7 @@ def _keep_significant(a: _Side, b: _Side, largest: float) -> None:
         a.kinds[i], b.kinds[j] = (ROTATED, ROTATED) if spanned else (LOST, NEW)
 
 
-def _test_subspace(side: _Side, other: _Side, block: int | None, count: int, generator: torch.Generator) -> None:
+def _test_subspace(side: _Side, other: _Side, block: int | None, count: int, generator: np.random.Generator) -> None:
     """Set the p-values of the subspace that candidates for rotated features belong to."""
     rotated = side.of_kinds(ROTATED)
     observed = side.explained[rotated]
@@ -280,7 +295,7 @@ def _test_subspace(side: _Side, other: _Side, block: int | None, count: int, gen
 
 
 def _result(
-    values: PairedValues, a: _Side, b: _Side, largest: float, generator: torch.Generator
+    values: PairedValues, a: _Side, b: _Side, largest: float, generator: np.random.Generator
 ) -> LayerComparison:
     overlap = span_overlap(a.values, b.values)
     dimension = max(a.span.shape[1], b.span.shape[1])

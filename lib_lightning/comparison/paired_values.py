@@ -59,7 +59,7 @@ def computed_values(
         layers: Node layers of the second network, by those of the first.
         count: Number of values of each feature, if there are as many.
         seed: Seed for the choice of samples and positions.
-        spec: ``input_fn``, ``mask`` and ``dtype``, as for `lib_lightning.compute_interaction_graph`.
+        spec: ``input_fn``, ``mask``, ``dtype`` and ``skip_positions``, as for `lib_lightning.compute_interaction_graph`.
 
     Returns:
         The values, by node layer of the first network.

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 # Samples with which node layers are looked for.
 _NUM_SAMPLES = 8
-COMMANDS = ("fit", "validate", "test", "predict", "nodes", "estimate", "profile", "inspect", "plot", "view")
+COMMANDS = ("fit", "validate", "test", "predict", "nodes", "estimate", "profile", "inspect", "plot", "view", "compare")
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
 
@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(
-        required=True, metavar="{fit,validate,test,predict,nodes,estimate,profile,inspect,plot,view}"
+        required=True, metavar="{fit,validate,test,predict,nodes,estimate,profile,inspect,plot,view,compare}"
     )
     for command in TRAINER_COMMANDS:
         commands.add_parser(command, help=f"{command} with a Lightning trainer (see lib-lightning {command} --help)")
@@ -164,6 +164,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     view.add_argument("--every", type=int, default=1, metavar="N", help="use every Nth snapshot (default: all)")
     view.set_defaults(run=_view)
+    compare = commands.add_parser(
+        "compare",
+        help="find which features of one network are in others",
+        description="Match the features of the first network with those of each of the others, by their values on the "
+        "same samples. Print a table; write a page with both graphs, figures and results as JSON.",
+        epilog="Runs with the same validation samples need no model: their files have the values. Otherwise models and "
+        "samples are those of config.yaml and the checkpoints in their log directories, as lib-lightning fit writes them.",
+    )
+    compare.add_argument(
+        "networks", nargs="+", type=Path, metavar="NETWORK", help="log directory of a run, or a basis file; at least two"
+    )
+    compare.add_argument("--step", type=int, help="snapshot of the runs (default: the last one of each)")
+    compare.add_argument(
+        "--layers",
+        nargs="+",
+        metavar="A=B",
+        help="node layers of the first network, and those of the others to compare them with (default: the same names)",
+    )
+    compare.add_argument(
+        "--level", type=float, help="false discovery rate of matches (default: 0.05)"
+    )
+    compare.add_argument(
+        "-o", "--output", type=Path, default=Path("comparison"), help="folder to write to (default: %(default)s)"
+    )
+    compare.set_defaults(run=_compare)
     return parser
 
 
@@ -404,6 +429,35 @@ def _plot(args: argparse.Namespace) -> None:
 def _view(args: argparse.Namespace) -> None:
     path = write_film([Run(path) for path in args.runs], args.output, args.edges, args.every)
     print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from lib_lightning.comparison.page import comparison_page
+    from lib_lightning.plots.image import render_png
+    from lib_lightning.training.compare_runs import compare_networks, read_networks
+
+    if len(args.networks) < 2:
+        raise LIBError("compare needs at least two networks.")
+    layers = [pair.partition("=") for pair in args.layers or ()]
+    if wrong := [a + equals + b for a, equals, b in layers if not (a and b)]:
+        raise LIBError(f"--layers takes pairs such as fc1=fc2; got '{wrong[0]}'.")
+    networks = read_networks(args.networks, args.step)
+    found = compare_networks(networks, _model_and_batches, {a: b for a, _, b in layers} or None, args.level)
+    print("\n\n".join(comparison.table() for comparison in found))
+    page = args.output / "comparison.html"
+    write_bytes(page, comparison_page(found).encode())
+    for number, comparison in enumerate(found):
+        name = "comparison" if len(found) == 1 else f"comparison-{number + 1}"
+        comparison.save(args.output / f"{name}.json")
+        write_bytes(args.output / f"{name}.png", render_png(comparison.plot()).data)
+    print(f"\n{page}")
+
+
+def _model_and_batches(words: Sequence[str]) -> tuple[nn.Module, list[Any], dict[str, Any]]:
+    """Model and samples of the first callback, and how the model is called."""
+    collected = _model_and_samples(words)
+    callback, batches = collected.samples[0]
+    return collected.model, batches, vars(callback.spec)
 
 
 # Commands that take the options of fit.
