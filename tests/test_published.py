@@ -86,7 +86,9 @@ def test_networks_share_features_by_frequency(reference_dir: Path) -> None:
     networks = [published_model(reference_dir, seed) for seed in (0, 1)]
     tokens = networks[0][1].tokens[:3830]
     graphs = [graph_of(reference_dir, seed, "lib") for seed in (0, 1)]
-    found = compare(*graphs, networks[0][0], networks[1][0], list(tokens.split(1000)), layers={"mlp:input": "mlp:input"})
+    found = compare(
+        *graphs, networks[0][0], networks[1][0], list(tokens.split(1000)), layers={"mlp:input": "mlp:input"}
+    )
     frequencies = []
     for (model, _), graph in zip(networks, graphs, strict=True):
         (values,) = feature_values(InstrumentedModel(model, graph.node_layer_specs()), graph, [tokens])

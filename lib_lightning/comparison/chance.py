@@ -30,8 +30,8 @@ def permuted_p_values(
         others: Of the other network, in columns with mean 0 and length 1, shape ``(N, r)``.
         features: The features, in columns with mean 0 and length 1, shape ``(N, m)``.
         observed: The statistic of each feature, shape ``(m,)``.
-        statistic: From products with all columns of the other network, shape ``(r, ...)``, to the statistic: `strongest`
-            or `total`.
+        statistic: From products with all columns of the other network, shape ``(r, ...)``, to the statistic:
+            `strongest` or `total`.
         block: Number of rows of each sample; None if unknown, where rows are shifted cyclically instead.
         count: Number of permutations.
         generator: Random numbers.
@@ -40,7 +40,8 @@ def permuted_p_values(
         The p-values, shape ``(m,)``, float64: at least ``1 / (count + 1)``.
 
     Note:
-        Source: Phipson and Smyth, "Permutation P-values should never be zero", Stat. Appl. Genet. Mol. Biol. 9(1), 2010.
+        Source: Phipson and Smyth, "Permutation P-values should never be zero", Stat. Appl. Genet. Mol. Biol. 9(1),
+        2010.
 
     Example:
         >>> x = torch.linspace(-1, 1, 1000).unsqueeze(1)

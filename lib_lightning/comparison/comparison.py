@@ -196,8 +196,8 @@ def compare(
     Args:
         graph_a: The graph of the first network.
         graph_b: The graph of the second one.
-        model_a: The first model; it is not changed. None, together with ``model_b`` and ``batches``, for the values that
-            the graphs of two runs store, if these are on the same samples.
+        model_a: The first model; it is not changed. None, together with ``model_b`` and ``batches``, for the values
+            that the graphs of two runs store, if these are on the same samples.
         model_b: The second model; it is not changed.
         batches: Samples that both models can be called with, best about a thousand; other ones than the graphs were
             computed on are fine.
@@ -208,7 +208,8 @@ def compare(
         num_values: Number of values of each feature. It should be several times the number of features of the largest
             node layer.
         seed: Seed of permutations, and of the choice of positions.
-        spec: ``input_fn``, ``mask``, ``dtype`` and ``skip_positions``, as for `lib_lightning.compute_interaction_graph`.
+        spec: ``input_fn``, ``mask``, ``dtype`` and ``skip_positions``, as for
+            `lib_lightning.compute_interaction_graph`.
 
     Returns:
         The comparison. Printed, it is a table.
@@ -235,7 +236,7 @@ def compare(
             raise SettingTypeError(
                 f"compare takes two graphs first, then two models, then samples; got {type(graph).__name__} as a graph."
             )
-    pairs = _pairs(graph_a, graph_b, layers)
+    pairs = paired_layers(graph_a, graph_b, layers)
     given = [x is not None for x in (model_a, model_b, batches)]
     if model_a is not None and model_b is not None and batches is not None:
         values = computed_values(graphs, (model_a, model_b), batches, pairs, int(num_values), seed, **spec)
@@ -260,8 +261,20 @@ def _names(graph: InteractionGraph, layer: str) -> Names:
     return Names(layer, graph.feature_ids(layer), graph.bases[layer].importance)
 
 
-def _pairs(a: InteractionGraph, b: InteractionGraph, layers: Mapping[str, str] | None) -> dict[str, str]:
-    """Node layers of the second graph by those of the first, in forward order of the first."""
+def paired_layers(a: InteractionGraph, b: InteractionGraph, layers: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Decide which node layers are compared.
+
+    Args:
+        a: The first graph.
+        b: The second one.
+        layers: As for `compare`.
+
+    Returns:
+        Node layers of the second graph by those of the first, in forward order of the first.
+
+    Raises:
+        SettingError: If there are none, or no such ones.
+    """
     if layers is None:
         found = {name: name for name in a.node_layers if name in b.bases}
         if not found:

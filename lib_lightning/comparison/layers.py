@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,9 +123,7 @@ class LayerComparison:
 
 
 def _rows(side: SideOfLayer) -> list[tuple[int, str, float, float]]:
-    return list(
-        zip(side.partners.tolist(), side.kinds, side.similarity.tolist(), side.p_values.tolist(), strict=True)
-    )
+    return list(zip(side.partners.tolist(), side.kinds, side.similarity.tolist(), side.p_values.tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -186,28 +184,24 @@ def compare_layers(
     Returns:
         The comparison of each node layer.
     """
-    candidates = [_candidates(value, *of_layer) for value, of_layer in zip(values, names, strict=True)]
-    tests = sum(len(side.kinds) for pair in candidates for side in pair)
-    hopeful = sum(len(b.of_kinds(SHARED, SPLIT)) + len(a.of_kinds(MERGED)) for a, b in candidates)
-    count = _count(hopeful, tests, level)
+    found = [_candidates(value, *of_layer) for value, of_layer in zip(values, names, strict=True)]
+    blocks = [value.block for value in values]
     generator = np.random.default_rng(seed)
-    for value, (a, b) in zip(values, candidates, strict=True):
-        for side, other in ((b, a), (a, b)):
-            _test_features(side, other, value.block, count, generator)
-    largest = _largest_significant([p for a, b in candidates for p in (a.p_values[a.own], b.p_values)], level)
-    for value, (a, b) in zip(values, candidates, strict=True):
+    tests = [test for sides, block in zip(found, blocks, strict=True) for test in _tests_of_features(*sides, block)]
+    _set_p_values(tests, sum(len(side.kinds) for sides in found for side in sides), level, generator)
+    for a, b in found:
+        shared = b.of_kinds(SHARED)
+        a.p_values[b.partners[shared]] = b.p_values[shared]
+    largest = _largest_significant([p for a, b in found for p in (a.p_values[a.own], b.p_values)], level)
+    for a, b in found:
         _keep_significant(a, b, largest)
-    rotated = sum(len(b.of_kinds(ROTATED)) for _, b in candidates)
-    count = _count(rotated, sum(len(b.kinds) for _, b in candidates), level)
-    for value, (a, b) in zip(values, candidates, strict=True):
-        _test_subspace(b, a, value.block, count, generator)
-    largest = _largest_significant([b.rotated_p_values for _, b in candidates], level)
-    return [_result(value, *of_layer, largest, generator) for value, of_layer in zip(values, candidates, strict=True)]
-
-
-def _count(candidates: int, tests: int, level: float) -> int:
-    """Number of permutations. With fewer, not even the smallest p-values of all candidates would be significant."""
-    return max(_PERMUTATIONS, round(_MARGIN * tests / (level * max(1, candidates))))
+    tests = [_test_of_subspace(*sides, block) for sides, block in zip(found, blocks, strict=True)]
+    _set_p_values(tests, sum(len(b.kinds) for _, b in found), level, generator)
+    for a, b in found:
+        rotated = b.of_kinds(ROTATED)
+        a.rotated_p_values[b.partners[rotated]] = b.rotated_p_values[rotated]
+    largest = _largest_significant([b.rotated_p_values for _, b in found], level)
+    return [_result(value, *sides, largest, generator) for value, sides in zip(values, found, strict=True)]
 
 
 def _largest_significant(p_values: Sequence[Tensor], level: float) -> float:
@@ -243,7 +237,9 @@ def _candidates(values: PairedValues, a: Names, b: Names) -> tuple[_Side, _Side]
         similarity = products.gather(1, most_similar.unsqueeze(1)).squeeze(1).clamp(max=1)
         explained = (other_span.T @ own).square().sum(0).clamp(max=1)
         p_values = torch.ones_like(similarity)
-        sides.append(_Side(names, names is b, own, span, explained, kinds, found, similarity, p_values, p_values.clone()))
+        sides.append(
+            _Side(names, names is b, own, span, explained, kinds, found, similarity, p_values, p_values.clone())
+        )
     return sides[0], sides[1]
 
 
@@ -252,15 +248,63 @@ def _varies(names: Names) -> Tensor:
     return names.importance > _ROUNDING * names.importance.sum()
 
 
-def _test_features(side: _Side, other: _Side, block: int | None, count: int, generator: np.random.Generator) -> None:
-    """Set the p-values of the candidates that are tested from this side; a pair is tested from the second network's."""
-    tested = side.of_kinds(SHARED, SPLIT) if side.is_second else side.of_kinds(MERGED)
-    observed = side.similarity[tested]
-    by_samples = permuted_p_values(other.values, side.values[:, tested], observed, strongest, block, count, generator)
-    side.p_values[tested] = torch.maximum(by_samples, _by_rotation(side, other, tested))
-    if side.is_second:
-        shared = side.of_kinds(SHARED)
-        other.p_values[side.partners[shared]] = side.p_values[shared]
+@dataclass(frozen=True)
+class _Test:
+    """A permutation test of some features of one network."""
+
+    p_values: Tensor
+    indices: Tensor
+    lowest: Tensor
+    others: Tensor
+    features: Tensor
+    observed: Tensor
+    statistic: Callable[[Tensor], Tensor]
+    block: int | None
+
+    def run(self, which: Tensor, count: int, generator: np.random.Generator) -> Tensor:
+        """Permute samples, set the p-values of some of the features, and return those without the lower bound."""
+        by_samples = permuted_p_values(
+            self.others, self.features[:, which], self.observed[which], self.statistic, self.block, count, generator
+        )
+        self.p_values[self.indices[which]] = torch.maximum(by_samples, self.lowest[which])
+        return by_samples
+
+
+def _set_p_values(tests: Sequence[_Test], hypotheses: int, level: float, generator: np.random.Generator) -> None:
+    """Run permutation tests: some permutations for all features, and as many more as needed for what these leave.
+
+    A p-value of few permutations cannot be small enough to be significant among many hypotheses. Features that no
+    permutation reaches are tested once more, with so many that they are significant if they remain so.
+    """
+    left = []
+    for test in tests:
+        test.p_values[test.indices] = test.lowest
+        hopeful = (test.lowest <= level).nonzero().flatten()
+        by_samples = test.run(hopeful, _PERMUTATIONS, generator)
+        left.append(hopeful[by_samples * (1 + _PERMUTATIONS) < 1.5])
+    count = round(_MARGIN * hypotheses / (level * max(1, sum(map(len, left)))))
+    if count > _PERMUTATIONS:
+        for test, which in zip(tests, left, strict=True):
+            test.run(which, count, generator)
+
+
+def _tests_of_features(a: _Side, b: _Side, block: int | None) -> list[_Test]:
+    """Tests of single features. A pair is tested from the second network's side."""
+    tests = []
+    for side, other, kinds in ((b, a, (SHARED, SPLIT)), (a, b, (MERGED,))):
+        tested = side.of_kinds(*kinds)
+        lowest = _by_rotation(side, other, tested)
+        features, observed = side.values[:, tested], side.similarity[tested]
+        tests.append(_Test(side.p_values, tested, lowest, other.values, features, observed, strongest, block))
+    return tests
+
+
+def _test_of_subspace(a: _Side, b: _Side, block: int | None) -> _Test:
+    """Test of the subspace that candidates for rotated features belong to."""
+    rotated = b.of_kinds(ROTATED)
+    lowest = torch.zeros(len(rotated), dtype=torch.float64, device="cpu")
+    features, observed = b.values[:, rotated], b.explained[rotated]
+    return _Test(b.rotated_p_values, rotated, lowest, a.span, features, observed, total, block)
 
 
 def _by_rotation(side: _Side, other: _Side, tested: Tensor) -> Tensor:
@@ -282,16 +326,6 @@ def _keep_significant(a: _Side, b: _Side, largest: float) -> None:
         i = int(b.partners[j])
         spanned = min(float(a.explained[i]), float(b.explained[j])) >= SAME
         a.kinds[i], b.kinds[j] = (ROTATED, ROTATED) if spanned else (LOST, NEW)
-
-
-def _test_subspace(side: _Side, other: _Side, block: int | None, count: int, generator: np.random.Generator) -> None:
-    """Set the p-values of the subspace that candidates for rotated features belong to."""
-    rotated = side.of_kinds(ROTATED)
-    observed = side.explained[rotated]
-    side.rotated_p_values[rotated] = permuted_p_values(
-        other.span, side.values[:, rotated], observed, total, block, count, generator
-    )
-    other.rotated_p_values[side.partners[rotated]] = side.rotated_p_values[rotated]
 
 
 def _result(

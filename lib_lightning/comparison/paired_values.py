@@ -59,7 +59,8 @@ def computed_values(
         layers: Node layers of the second network, by those of the first.
         count: Number of values of each feature, if there are as many.
         seed: Seed for the choice of samples and positions.
-        spec: ``input_fn``, ``mask``, ``dtype`` and ``skip_positions``, as for `lib_lightning.compute_interaction_graph`.
+        spec: ``input_fn``, ``mask``, ``dtype`` and ``skip_positions``, as for
+            `lib_lightning.compute_interaction_graph`.
 
     Returns:
         The values, by node layer of the first network.
@@ -93,7 +94,7 @@ def computed_values(
         for a, b in layers.items():
             values = [(in_a.features[a][chosen], in_a.masks[a]), (in_b.features[b][chosen], in_b.masks[b])]
             masked = [(x, _valid(x) if mask is None else mask[chosen]) for x, mask in values]
-            rows[a].append(_at_same_positions(*masked, -(-count // num_samples), generator))
+            rows[a].append(_at_same_positions(masked[0], masked[1], -(-count // num_samples), generator))
     return {name: _in_blocks(parts) for name, parts in rows.items()}
 
 

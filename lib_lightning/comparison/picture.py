@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
@@ -48,7 +49,7 @@ def draw_comparison(
         _draw(axes, picture, 72 * width / len(layers))
         title = shorten_front(names[k], 72 * width, 13, "bold")
         figure.text(left, 0.93, title, fontsize=13, fontweight="bold", color=TEXT, parse_math=False)
-    dot = {"linestyle": "", "marker": "o", "markersize": 7}
+    dot: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 7}
     rows = {
         "shared: same height and colour": Line2D([], [], color=MODULES[0], **dot),
         "rotated, split or merged": Line2D([], [], markerfacecolor="white", markeredgecolor=NO_MODULE, **dot),
@@ -82,6 +83,6 @@ def _draw(axes: Axes, picture: Picture, column_width: float) -> None:
     )
     headings, size = fit_names(tuple(name for name, _ in picture.layers), column_width - 6, 11.0, 7.0, lines=2)
     for x, (heading, (_, count)) in enumerate(zip(headings, picture.layers, strict=True)):
-        style = {"ha": "center", "va": "bottom", "parse_math": False, "clip_on": False}
+        style: dict[str, Any] = {"ha": "center", "va": "bottom", "parse_math": False, "clip_on": False}
         axes.text(x, -0.09, heading, fontsize=size, fontweight="bold", color=TEXT, linespacing=1.0, **style)
         axes.text(x, -0.045, count, fontsize=8.5, color=MUTED, **style)

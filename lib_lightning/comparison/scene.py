@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-
 from lib_lightning.comparison.layers import CONSTANT, LOST, NEW, SHARED, LayerComparison, SideOfLayer
 from lib_lightning.comparison.sections import SectionComparison
 from lib_lightning.graph import InteractionGraph
@@ -107,15 +106,17 @@ def pictures_of(
         sides = [layer.b if k else layer.a for layer in layers]
         columns = [_column(x, side, [row[k] for row in rows[x]]) for x, side in enumerate(sides)]
         heads = [(side.layer, f"{len(dots)} of {_varying(side)}") for side, dots in zip(sides, columns, strict=True)]
-        changed = {
-            ends: change.kind for x in sections for change in x.changed if (ends := change.b if k else change.a)
-        }
+        changed = {ends: change.kind for x in sections for change in x.changed if (ends := change.b if k else change.a)}
         # Lines are as wide in both pictures where edges are as strong.
         drawn = [
             line
             for x in sections
             for line in _lines(
-                graph.edges[x.b if k else x.a], _strongest(graphs, x), columns, _place(sides, x.b if k else x.a), changed
+                graph.edges[x.b if k else x.a],
+                _strongest(graphs, x),
+                columns,
+                _place(sides, x.b if k else x.a),
+                changed,
             )
         ]
         dots = [dot for column in columns for dot in column.values()]

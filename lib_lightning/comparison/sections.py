@@ -54,8 +54,8 @@ class SectionComparison:
             in both networks suffice for a high one. NaN with fewer than three shared features at either end.
         beyond_features: The same without what is due to single features: ranks less their means over rows and columns.
             Positive if the same pairs of features interact more strongly than the strengths of both features explain.
-        p_value: How probable it is that ``beyond_features`` is as large if the edges have nothing to do with each other,
-            by permutations of the shared features of one network.
+        p_value: How probable it is that ``beyond_features`` is as large if the edges have nothing to do with each
+            other, by permutations of the shared features of one network.
         changed: Edges that differ, strongest first.
     """
 
@@ -145,21 +145,19 @@ def _of_shared(
         yield EdgeChange("stronger" if strengths[1] > strengths[0] else "weaker", ends[0], ends[1], *strengths)
 
 
-def _of_others(
-    layers: tuple[LayerComparison, LayerComparison], edges: tuple[Tensor, Tensor]
-) -> Iterator[EdgeChange]:
+def _of_others(layers: tuple[LayerComparison, LayerComparison], edges: tuple[Tensor, Tensor]) -> Iterator[EdgeChange]:
     """Edges of features that are lost or new."""
     for kind, E, sides in ((LOST, edges[0], [x.a for x in layers]), (NEW, edges[1], [x.b for x in layers])):
         is_other = [torch.tensor([k == kind for k in side.kinds], dtype=torch.bool, device="cpu") for side in sides]
         found = (is_other[1].unsqueeze(1) | is_other[0]) & (_COUNTS * _largest(E) < E)
         for i, j in found.nonzero().tolist():
             ends, strength = (sides[0].ids[j], sides[1].ids[i]), float(E[i, j])
-            yield EdgeChange(kind, ends, None, strength, 0.0) if kind == LOST else EdgeChange(
-                kind, None, ends, 0.0, strength
+            yield (
+                EdgeChange(kind, ends, None, strength, 0.0)
+                if kind == LOST
+                else EdgeChange(kind, None, ends, 0.0, strength)
             )
 
 
 def _largest(E: Tensor) -> float:
     return float(E.max()) if E.numel() else 0.0
-
-

@@ -170,10 +170,14 @@ def _parser() -> argparse.ArgumentParser:
         description="Match the features of the first network with those of each of the others, by their values on the "
         "same samples. Print a table; write a page with both graphs, figures and results as JSON.",
         epilog="Runs with the same validation samples need no model: their files have the values. Otherwise models and "
-        "samples are those of config.yaml and the checkpoints in their log directories, as lib-lightning fit writes them.",
+        "samples are those of config.yaml and the checkpoints in the log directories, which lib-lightning fit writes.",
     )
     compare.add_argument(
-        "networks", nargs="+", type=Path, metavar="NETWORK", help="log directory of a run, or a basis file; at least two"
+        "networks",
+        nargs="+",
+        type=Path,
+        metavar="NETWORK",
+        help="log directory of a run, or a basis file; at least two",
     )
     compare.add_argument("--step", type=int, help="snapshot of the runs (default: the last one of each)")
     compare.add_argument(
@@ -182,9 +186,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="A=B",
         help="node layers of the first network, and those of the others to compare them with (default: the same names)",
     )
-    compare.add_argument(
-        "--level", type=float, help="false discovery rate of matches (default: 0.05)"
-    )
+    compare.add_argument("--level", type=float, help="false discovery rate of matches (default: 0.05)")
     compare.add_argument(
         "-o", "--output", type=Path, default=Path("comparison"), help="folder to write to (default: %(default)s)"
     )

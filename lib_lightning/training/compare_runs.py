@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 from lib_lightning.comparison import Comparison, compare
+from lib_lightning.comparison.comparison import paired_layers
 from lib_lightning.errors import LIBError, MissingFileError
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_format import REFERENCE_SAMPLES, STEP, WEIGHTS_HASH
+from lib_lightning.io.run_layout import RunLayout
 from lib_lightning.training.weights import weights_hash
 from lib_lightning.viewer.run import Run
 
@@ -63,15 +65,19 @@ def read_networks(paths: Sequence[Path], step: int | None = None) -> list[Networ
             run = Run(path)
             found.append(Network(run.name, run.graph(step), run.folder.parent))
         elif path.exists():
-            folder = path.resolve().parent
-            folder = folder.parent if folder.name == "snapshots" else folder
-            found.append(Network(path.stem, InteractionGraph.load(path), folder.parent))
+            found.append(Network(path.stem, InteractionGraph.load(path), _log_dir(path.resolve().parent)))
         else:
             raise MissingFileError(f"'{path}' is neither the folder of a run nor a basis file.")
     names = [network.name for network in found]
     if len(set(names)) == len(names):
         return found
     return [Network(str(path), network.graph, network.log_dir) for path, network in zip(paths, found, strict=True)]
+
+
+def _log_dir(folder: Path) -> Path | None:
+    """Log directory of a basis file in this folder; None if it is outside of a run."""
+    run = folder.parent if folder.name == RunLayout.SNAPSHOTS else folder
+    return run.parent if RunLayout(run).snapshots.is_dir() else None
 
 
 def compare_networks(
@@ -82,9 +88,10 @@ def compare_networks(
 ) -> list[Comparison]:
     """Compare the first network with each of the others.
 
-    Where all graphs have the values of their features on the same samples, as snapshots of runs with the same validation
-    data have, nothing else is needed. Otherwise models and samples are those of the configuration that LightningCLI
-    wrote into the log directories, with the weights of a checkpoint in it: the one with the hash that is in the graph.
+    Where all graphs have the values of their features on the same samples, as snapshots of runs with the same
+    validation data have, nothing else is needed. Otherwise models and samples are those of the configuration that
+    LightningCLI wrote into the log directories, with the weights of a checkpoint in it: the one with the hash that is
+    in the graph.
 
     Args:
         networks: The networks.
@@ -99,11 +106,11 @@ def compare_networks(
         LIBError: If neither is possible, with what is missing.
     """
     first, *others = networks
+    for other in others:
+        paired_layers(first.graph, other.graph, layers)
     settings: dict[str, Any] = {"layers": layers} | ({} if level is None else {"level": level})
     if _have_same_samples(networks):
-        return [
-            compare(first.graph, other.graph, names=(first.name, other.name), **settings) for other in others
-        ]
+        return [compare(first.graph, other.graph, names=(first.name, other.name), **settings) for other in others]
     model, batches, spec = _with_weights(first, model_and_samples)
     return [
         compare(
@@ -126,9 +133,7 @@ def _have_same_samples(networks: Sequence[Network]) -> bool:
     return len(hashes) == 1 and None not in hashes and all(graph.reference_features for graph in graphs)
 
 
-def _with_weights(
-    network: Network, model_and_samples: ModelAndSamples
-) -> tuple[nn.Module, list[Any], dict[str, Any]]:
+def _with_weights(network: Network, model_and_samples: ModelAndSamples) -> tuple[nn.Module, list[Any], dict[str, Any]]:
     """Model and samples of a run, with the weights that its graph was computed with."""
     config = network.log_dir / _CONFIG if network.log_dir is not None else None
     wanted = network.graph.info.get(WEIGHTS_HASH)
@@ -138,7 +143,7 @@ def _with_weights(
     )
     instead = "In Python: lib_lightning.compare(graph_a, graph_b, model_a, model_b, batches)."
     if config is None or not config.exists():
-        raise LIBError(f"{what} there is no {config or _CONFIG}, which lib-lightning fit writes. {instead}")
+        raise LIBError(f"{what} there is no {config or _CONFIG}: lib-lightning fit writes. {instead}")
     if wanted is None:
         raise LIBError(f"{what} the graph does not say which weights it was computed with. {instead}")
     model, batches, spec = model_and_samples(["--config", str(config)])

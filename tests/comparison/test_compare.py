@@ -54,7 +54,8 @@ def test_permuted_and_rescaled_hidden_units_are_all_matched(basis: str) -> None:
             b[second].weight.copy_(b[second].weight[:, order] / scale)
     torch.testing.assert_close(a(samples()[0]), b(samples()[0]))
     found = compared(a, b, basis=basis, rtol=0)
-    assert not found.lost and not found.new
+    assert not found.lost
+    assert not found.new
     assert len(found.matches) == sum(len(layer.a.ids) - layer.a.kinds.count("constant") for layer in found.layers)
     assert all(match.kind == "shared" and match.similarity > 0.999 for match in found.matches)
     assert all(p <= found.level for p in found.p_values.values())
@@ -149,7 +150,8 @@ def test_p_values_of_networks_that_have_nothing_in_common_are_uniform(basis: str
     assert all(kind == "lost" for layer in found.layers for kind in layer.a.kinds)
     assert all(layer.overlap < 0.1 and layer.overlap_p_value > 0.01 for layer in found.layers)
     same = compare(graphs[0], graphs[0], models[0], models[0], batches)
-    assert not same.lost and not same.new
+    assert not same.lost
+    assert not same.new
 
 
 def test_positions_of_a_sample_are_permuted_together() -> None:
@@ -187,14 +189,17 @@ def test_other_widths_and_node_layers(tmp_path: Path) -> None:
 def test_results_as_text_json_picture_and_page(tmp_path: Path) -> None:
     found = compared(*planted(3), basis="neuron")
     text = str(found)
-    assert "only in B" in text and "1/5" in text
+    assert "only in B" in text
+    assert "1/5" in text
     assert max(map(len, text.splitlines())) <= 140
     found.save(tmp_path / "c.json")
     read = json.loads((tmp_path / "c.json").read_text())
     assert read == json.loads(json.dumps(found.to_dict()))
     assert [x["id"] for layer in read["layers"] for x in layer["b"]["features"] if x["kind"] == "new"] == found.new
     page = found.view(tmp_path / "c.html").read_text()
-    assert "http:" not in page and "https:" not in page and "1/5: new" in page
+    assert "http:" not in page
+    assert "https:" not in page
+    assert "1/5: new" in page
     # Shared features have the same height in both graphs.
     assert found.plot().axes[0].get_ylim() == found.plot().axes[1].get_ylim()
     from lib_lightning.comparison.scene import pictures_of
@@ -215,7 +220,7 @@ def test_graphs_alone_suffice_if_their_values_are_on_the_same_samples() -> None:
     assert [len(layer.matches) for layer in found.layers] == [len(layer.a.ids) for layer in found.layers]
     assert found.layers[0].num_values == 1000
     graphs[1].info["reference_samples"] = "other ones"
-    with pytest.raises(LIBError, match="different samples.*compare\\(graph_a, graph_b, model_a, model_b, batches\\)"):
+    with pytest.raises(LIBError, match=r"different samples.*compare\(graph_a, graph_b, model_a, model_b, batches\)"):
         compare(*graphs)
 
 
