@@ -101,7 +101,7 @@ def permuted_rows(N: int, block: int | None, count: int, generator: np.random.Ge
         Shape ``(count, N)``, int64.
 
     Example:
-        >>> permuted_rows(6, 3, 1, np.random.default_rng(0)).tolist()
+        >>> permuted_rows(6, 3, 1, np.random.default_rng(3)).tolist()
         [[3, 4, 5, 0, 1, 2]]
     """
     if block is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lib_lightning.comparison.layers import LOST, NEW, FeatureMatch, LayerComparison, Names, compare_layers
-from lib_lightning.comparison.page import comparison_page
+from lib_lightning.comparison.page import PageSection, comparison_page
 from lib_lightning.comparison.paired_values import NUM_VALUES, computed_values, stored_values
+from lib_lightning.comparison.scene import pictures_of
 from lib_lightning.comparison.sections import EdgeChange, SectionComparison, compare_section
 from lib_lightning.comparison.table import table_of
 from lib_lightning.errors import SettingError, SettingTypeError, check_number, did_you_mean, quoted
@@ -127,8 +128,7 @@ class Comparison:
         Returns:
             Its path.
         """
-        write_bytes(Path(path), comparison_page([self]).encode())
-        return Path(path)
+        return write_page([self], path)
 
     def to_dict(self) -> dict[str, Any]:
         """All results as plain values, as `save` writes them: NaN is None."""
@@ -171,6 +171,23 @@ class Comparison:
             path: The file; missing folders are created.
         """
         write_bytes(Path(path), (json.dumps(self.to_dict(), indent=1) + "\n").encode())
+
+
+def write_page(comparisons: Sequence[Comparison], path: str | PathLike[str]) -> Path:
+    """Write comparisons as one HTML file that needs no server and loads nothing.
+
+    Args:
+        comparisons: The comparisons, one below the other.
+        path: The file; missing folders are created.
+
+    Returns:
+        Its path.
+    """
+    sections = [
+        PageSection(one.names, pictures_of(one.graphs, one.layers, one.sections), one.table()) for one in comparisons
+    ]
+    write_bytes(path, comparison_page(sections).encode())
+    return Path(path)
 
 
 def compare(

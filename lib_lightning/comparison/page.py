@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-from lib_lightning.comparison.scene import Picture, pictures_of
+from lib_lightning.comparison.scene import Picture
 from lib_lightning.plots.palette import MODULES, MUTED, NO_MODULE, TEXT, VERMILION
-
-if TYPE_CHECKING:
-    from lib_lightning.comparison.comparison import Comparison
 
 # Forbids the browser to load anything.
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
@@ -77,18 +74,33 @@ for (const part of document.querySelectorAll("section")) {
 """
 
 
-def comparison_page(comparisons: Sequence[Comparison]) -> str:
+@dataclass(frozen=True)
+class PageSection:
+    """One comparison on the page.
+
+    Attributes:
+        names: What the networks are called.
+        pictures: Their graphs.
+        table: The results as text.
+    """
+
+    names: tuple[str, str]
+    pictures: tuple[Picture, Picture]
+    table: str
+
+
+def comparison_page(sections: Sequence[PageSection]) -> str:
     """Write comparisons as one page: both graphs side by side, and the table.
 
     Shared features are at the same height and in the same colour; a click on one shows it and its edges in both graphs.
 
     Args:
-        comparisons: The comparisons, one below the other.
+        sections: The comparisons, one below the other.
 
     Returns:
         Text of the file.
     """
-    title = ", ".join(f"{one.names[0]} and {one.names[1]}" for one in comparisons)
+    title = ", ".join(f"{one.names[0]} and {one.names[1]}" for one in sections)
     return "\n".join(
         [
             "<!DOCTYPE html>",
@@ -102,7 +114,7 @@ def comparison_page(comparisons: Sequence[Comparison]) -> str:
             "</head>",
             "<body>",
             "<h1>Features of two networks</h1>",
-            *(line for number, one in enumerate(comparisons) for line in _section(number, one)),
+            *(line for number, one in enumerate(sections) for line in _section(number, one)),
             f'<script type="module">{_SCRIPT}</script>',
             "</body>",
             "</html>",
@@ -111,18 +123,17 @@ def comparison_page(comparisons: Sequence[Comparison]) -> str:
     )
 
 
-def _section(number: int, comparison: Comparison) -> Iterator[str]:
-    names = [html.escape(name) for name in comparison.names]
-    pictures = pictures_of(comparison.graphs, comparison.layers, comparison.sections)
+def _section(number: int, section: PageSection) -> Iterator[str]:
+    names = [html.escape(name) for name in section.names]
     yield "<section>"
     yield f"<h2>{names[0]} and {names[1]}</h2>"
     yield f'<p class="legend">{_legend()}</p>'
     yield '<div class="graphs">'
-    for k, (name, picture) in enumerate(zip(names, pictures, strict=True)):
+    for k, (name, picture) in enumerate(zip(names, section.pictures, strict=True)):
         yield f"<figure><figcaption>{name}</figcaption>{_svg(picture, f'c{number}-{k}')}</figure>"
     yield "</div>"
     yield '<div class="said" aria-live="polite"></div>'
-    yield f"<pre>{html.escape(comparison.table())}</pre>"
+    yield f"<pre>{html.escape(section.table)}</pre>"
     yield "</section>"
 
 

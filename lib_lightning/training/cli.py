@@ -434,7 +434,7 @@ def _view(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from lib_lightning.comparison.page import comparison_page
+    from lib_lightning.comparison.comparison import write_page
     from lib_lightning.plots.image import render_png
     from lib_lightning.training.compare_runs import compare_networks, read_networks
 
@@ -446,8 +446,7 @@ def _compare(args: argparse.Namespace) -> None:
     networks = read_networks(args.networks, args.step)
     found = compare_networks(networks, _model_and_batches, {a: b for a, _, b in layers} or None, args.level)
     print("\n\n".join(comparison.table() for comparison in found))
-    page = args.output / "comparison.html"
-    write_bytes(page, comparison_page(found).encode())
+    page = write_page(found, args.output / "comparison.html")
     for number, comparison in enumerate(found):
         name = "comparison" if len(found) == 1 else f"comparison-{number + 1}"
         comparison.save(args.output / f"{name}.json")
