@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -220,9 +221,10 @@ class SnapshotReporter:
             log_image(self._loggers, tag, png, step)
 
     def log_notes(self, graphs: Mapping[str, InteractionGraph]) -> None:
-        """Log notes about slower fallbacks, each of them once."""
-        for note in {note for graph in graphs.values() for note in graph.info[NOTES]} - self._logged_notes:
-            self._log_note(note)
+        """Log the notes of graphs, each of them once, whichever numbers it has in other snapshots."""
+        for graph in graphs.values():
+            for note in graph.info[NOTES]:
+                self._log_note(note)
 
     def log_weights(self, metadata: Mapping[str, Any]) -> None:
         """Log once that snapshots are of other weights than those trained."""
@@ -258,8 +260,8 @@ class SnapshotReporter:
             )
 
     def _log_note(self, note: str) -> None:
-        if note not in self._logged_notes:
-            self._logged_notes.add(note)
+        if (wording := _without_numbers(note)) not in self._logged_notes:
+            self._logged_notes.add(wording)
             log.warning("%s: %s", self._name, note)
 
     def notify(self, events: Sequence[Event]) -> None:
@@ -391,3 +393,13 @@ def _by_step(since: Mapping[str, int | None]) -> str:
     if len(layers) == 1 and None not in since.values():
         return f"at step {next(iter(layers)):,} in all node layers"
     return ", ".join(f"at step {step:,} in {' and '.join(names)}" for step, names in sorted(layers.items()))
+
+
+def _without_numbers(note: str) -> str:
+    """A note without its numbers, except for those in names.
+
+    Example:
+        >>> _without_numbers("'block.1' has 1,024 features, 98% of them 'x'.")
+        "'block.1' has # features, # of them 'x'."
+    """
+    return re.sub(r"'[^']*'|\d[\d,.]*%?", lambda found: found[0] if found[0].startswith("'") else "#", note)

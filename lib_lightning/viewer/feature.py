@@ -353,19 +353,19 @@ def _numbers_of(arrays: Mapping[str, np.ndarray], which: int) -> dict[str, float
 
 
 def latest_effect(history: Mapping[str, Sequence[Any]], step: int) -> dict[str, Any] | None:
-    """The newest effect of a feature on a score at or before a step.
+    """The newest effect of a feature on a score at or before a step; before the first one, that one.
 
     Args:
         history: Of `feature_history`.
         step: The step.
 
     Returns:
-        ``change``, ``error``, ``significant``, ``step`` and ``score``; None if the feature has not been tried yet.
+        ``change``, ``error``, ``significant``, ``step`` and ``score``; None if the feature has not been tried.
     """
-    known = [k for k, at in enumerate(history["steps"]) if at <= step and history["effect"][k] is not None]
+    known = [k for k in range(len(history["steps"])) if history["effect"][k] is not None]
     if not known:
         return None
-    k = known[-1]
+    k = max((k for k in known if history["steps"][k] <= step), default=known[0])
     return {
         "change": history["effect"][k],
         "error": history["effect_error"][k],

@@ -51,8 +51,8 @@ class FeaturePage:
         outputs: The same with the node layer after.
         raised: Outputs of the model that it raises most: ``output``, ``name``, ``change`` and ``error``.
         lowered: Those that it lowers most.
-        effect: The latest measured change of a score with the feature held at its mean: ``change``, ``error``,
-            ``significant``, ``step`` and ``score``.
+        effect: The latest measured change of a score with the feature held at its mean, or else the first later one:
+            ``change``, ``error``, ``significant``, ``step`` and ``score``.
         final_since: Step since which the feature of the last snapshot is recognisable; None if it is not, or if the run
             has not ended. Features may change their form and keep their id.
         note: Your note; "" for none.

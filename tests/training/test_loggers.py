@@ -16,10 +16,13 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from lib_lightning import LIBCallback
+from lib_lightning import InteractionGraph, LIBCallback
 from lib_lightning.plots.image import PNG
 from lib_lightning.training import loggers
 from lib_lightning.training.loggers import log_image
+from lib_lightning.training.reporter import RunDestination, SnapshotReporter
+from lib_lightning.training.run_state import RunState
+from lib_lightning.training.schedule import Schedule
 from tests.tiny_training import NODE_LAYERS, Classifier, trainer_of
 
 # Optimizer steps 6 and 12 end in validations, 12 is also the end; 2 and 9 lie between.
@@ -272,3 +275,13 @@ def blank() -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (3, 2)).save(file, "PNG")
     return file.getvalue()
+
+
+def test_a_note_is_logged_once_whichever_numbers_it_has(caplog: pytest.LogCaptureFixture) -> None:
+    state = RunState({"lib": "lib"}, None, False, Schedule())
+    reporter = SnapshotReporter("lib", [], state, ["lib"], RunDestination(None), follow=False)
+    notes = ["9 of 1,024 features of 'block.1' are missing.", "8 of 1,020 features of 'block.1' are missing.",
+             "8 of 1,020 features of 'block.2' are missing."]  # fmt: skip
+    for note in notes:
+        reporter.log_notes({"lib": InteractionGraph({}, {}, {"notes": [note, "always the same"]})})
+    assert caplog.messages == [f"lib: {notes[0]}", "lib: always the same", f"lib: {notes[2]}"]

@@ -21,6 +21,7 @@ from lib_lightning.io.run_layout import RunLayout
 from lib_lightning.viewer import run_view
 from lib_lightning.viewer.cache import Cache
 from lib_lightning.viewer.embedded_features import embed_features
+from lib_lightning.viewer.feature import latest_effect
 from lib_lightning.viewer.run_view import NotFoundError, RunView
 from tests.viewer.example_run import OUTPUT_NAMES, ExampleRun
 from tests.viewer.saved_run import SavedRun
@@ -88,7 +89,7 @@ def test_the_page_of_every_feature_matches_the_graph(tmp_path: Path, rendering: 
                     assert [one["name"] for one in side] == [OUTPUT_NAMES[n] for n in numbers.tolist()]
                     assert [one["change"] for one in side] == [close(x) for x in changes.tolist()]
                 if math.isnan(effects.changes[i]):
-                    assert page["effect"] is None or page["effect"]["step"] < 10 * k
+                    assert page["effect"] is None or page["effect"]["step"] != 10 * k
                 else:
                     assert page["effect"]["change"] == close(effects.changes[i])
                     assert (page["effect"]["step"], page["effect"]["score"]) == (10 * k, "accuracy")
@@ -132,6 +133,15 @@ def test_the_history_follows_the_lineage_and_the_effect_is_the_latest(tmp_path: 
     assert (page["effect"] is None) == (not measured)
     if measured:
         assert page["effect"]["step"] == 10 * measured[-1]
+
+
+def test_the_effect_is_the_newest_one_or_else_the_first_later_one() -> None:
+    none: list[Any] = [None]
+    history = {name: [*none, 0.5, *none, 0.25, *none] for name in ("effect", "effect_error", "effect_significant")}
+    history |= {"steps": [0, 10, 20, 30, 40], "score": ["accuracy"] * 5}
+    found = [latest_effect(history, step) for step in (0, 10, 20, 30, 40)]
+    assert [one["step"] for one in found if one] == [10, 10, 10, 30, 30]
+    assert latest_effect({**history, "effect": none * 5}, 20) is None
 
 
 @pytest.mark.parametrize("text", ['{"hidden": {"features": [{"lineage": 0, "since": 10}]}}', '{"hidden": [', "[]", "3"])

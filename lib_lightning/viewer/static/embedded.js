@@ -73,11 +73,11 @@ export function embeddedSource(page) {
   };
 }
 
-/** The newest effect at or before a step, like that of the tab. */
+/** The newest effect at or before a step, before the first one that one, like in the tab. */
 function latestEffect(history, step) {
-  let k = history.steps.length - 1;
-  while (k >= 0 && (history.steps[k] > step || history.effect[k] === null)) k -= 1;
-  if (k < 0) return null;
+  const known = history.steps.map((_, k) => k).filter((k) => history.effect[k] !== null);
+  if (!known.length) return null;
+  const k = known.filter((k) => history.steps[k] <= step).pop() ?? known[0];
   return {
     change: history.effect[k],
     error: history.effect_error[k],

@@ -31,7 +31,7 @@ export function numbersPart(page, {birth}) {
   const rows = [
     ["importance", withError(page.importance, page.importance_error)],
     page.nats === null ? null : ["effect on predictions", `${withError(page.nats, page.nats_error)} nats`],
-    effect ? ["without it", effectText(effect)] : null,
+    effect ? ["without it", effectText(effect, page.step)] : null,
     ["over training", birth],
     (page.final_since ?? null) === null ? null : ["in its final form", `in all snapshots since step ${integer(page.final_since)}`],
     page.degenerate ? ["direction", "not determined by the samples: equally important features can be mixed freely"] : null,
@@ -45,10 +45,11 @@ export function numbersPart(page, {birth}) {
 }
 
 /** "accuracy changes by −0.031 ± 0.006 …". */
-function effectText({change, error, significant, step, score}) {
+function effectText({change, error, significant, step, score}, shown) {
   const verdict = significant ? "more than chance" : "could be chance";
   const text = `${(score ?? "the score").replaceAll("_", " ")} changes by ${signedChange(change, error)} when it is held at its mean`;
-  return [h("b", {}, text), ` (${verdict}; measured at step ${integer(step)})`];
+  const when = step > shown ? "measured later, at step" : "measured at step";
+  return [h("b", {}, text), ` (${verdict}; ${when} ${integer(step)})`];
 }
 
 /** Examples at this step, `missing` is the sentence if there are none. */
