@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lib_lightning.graph import InteractionGraph
     from lib_lightning.model.node_layer import NodeLayer
     from lib_lightning.training.callback import LIBCallback
+    from lib_lightning.training.trace import trace
 
 __version__ = "0.2.0.dev0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "compute_interaction_graph",
     "estimate_cost",
     "list_node_layers",
+    "trace",
 ]
 
 # Imported when first used, because torch and Lightning take seconds: computing a graph needs no Lightning, and the tab
@@ -41,6 +43,7 @@ _WHERE = {
     "compute_interaction_graph": "api",
     "estimate_cost": "api",
     "list_node_layers": "api",
+    "trace": "training.trace",
 }
 
 

@@ -71,7 +71,7 @@ log = logging.getLogger(__name__)
 # How often the memory plan is halved before an out-of-memory error is raised.
 _MAX_HALVINGS = 6
 # Operations that effort="auto" lets a graph take: a minute or so on a few cores.
-_OPERATIONS = 1.5e12
+GRAPH_OPERATIONS = 1.5e12
 # Seconds below which an estimate is made twice, as only the second one is as fast as all that follow.
 _SHORT_TRIAL = 0.5
 # Samples that show what the output stands for.
@@ -309,7 +309,7 @@ def _estimate(
     cost = measure_cost(instrumented, batch)
     plan = EffortPlan.of(cost, config, n, math.inf)
     if effort == "auto":
-        plan = choose_effort(cost, config, n, _OPERATIONS, True)
+        plan = choose_effort(cost, config, n, GRAPH_OPERATIONS, True)
     config = plan.applied_to(config)
     preparing = time.perf_counter() - started
 
@@ -420,7 +420,7 @@ def _affordable(
 ) -> tuple[LIBConfig, list[str]]:
     """The configuration with probes and features pushed forward where exact sums take too long, and a note of that."""
     n = _total(instrumented, batches, process_group)
-    own = choose_effort(measure_cost(instrumented, batches[0]), config, n, _OPERATIONS, True) if batches else None
+    own = choose_effort(measure_cost(instrumented, batches[0]), config, n, GRAPH_OPERATIONS, True) if batches else None
     chosen = agree(own, process_group)
     if chosen is None:
         return config, []

@@ -89,6 +89,11 @@ class RunLayout:
         return self.path / "samples.jsonl"
 
     @property
+    def trace_file(self) -> Path:
+        """How far the run is, if it was made from the checkpoints of a training."""
+        return self.path / "trace.pt"
+
+    @property
     def history_file(self) -> Path:
         """The step since which each final feature has been recognisable, as JSON."""
         return self.path / "retraced.json"

@@ -8,11 +8,12 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lib_lightning.ablation import AblationPlan
@@ -354,30 +355,51 @@ class LIBCallback(Callback):
 
     def _start(self, trainer: pl.Trainer) -> None:
         """Create the objects of the run. Some of them communicate, so all processes call this at the same time."""
-        state = self.state
-        self._process_group = process_group_of(trainer)
-        self.resolver = NodeLayerResolver(
-            self._given_layers, state.node_layers, self.name, self.spec.called_as(state.call),
-            state.set_node_layers, state.set_call, partial(trainer_precision, trainer, self.spec.dtype),
+        self.start(
+            RunDestination.of_trainer(trainer), process_group_of(trainer),
+            partial(trainer_precision, trainer, self.spec.dtype),
         )  # fmt: skip
+        state = self.state
         counts_at_end = self.config.causal.is_wanted and trainer.state.fn == "fit"
         self.trigger = SnapshotTrigger(self.meter, state.skipped, self.name, self.config.follow, counts_at_end)
-        self.reporter = SnapshotReporter(
-            self.name, self._hooks, state, list(self.computer.prefixes), RunDestination.of_trainer(trainer),
-            self.config.follow, self._keep_snapshots,
+        self.samples = SampleStore(
+            self.sample_config, state.samples, trainer, self._process_group, self.reporter.layout
         )  # fmt: skip
-        layout = self.reporter.layout
-        if layout is not None and trainer.state.fn == "fit":
-            state.enter_folder(str(layout.path.resolve()))
-        folders = self.reporter.directory.folders if trainer.is_global_zero else {}
-        files = {prefix: folder.layout.renderings_file for prefix, folder in folders.items()}
-        renderings = RunRenderings(self._rendering_config, self.name, files, is_new=state.n_snapshots == 0)
-        self.recorder = SnapshotRecorder(self.computer, state, self.reporter, renderings, self._process_group)
-        self.samples = SampleStore(self.sample_config, state.samples, trainer, self._process_group, layout)
         self._tried: tuple[int | None, str | None] = (state.step, state.weights_hash)
         self._trained = TrainedWeights()
         self._bar = SnapshotBar(self.name)
-        self._has_checked_training_batch = self._has_checked_score = False
+        self._has_checked_training_batch = False
+
+    def start(
+        self,
+        destination: RunDestination,
+        process_group: ProcessGroup = SINGLE_PROCESS,
+        precision: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """Create those objects of a run that need no trainer.
+
+        Args:
+            destination: Where the run is reported.
+            process_group: The processes of the run.
+            precision: Returns a block in which the model is run.
+        """
+        state, self._process_group = self.state, process_group
+        self.resolver = NodeLayerResolver(
+            self._given_layers, state.node_layers, self.name, self.spec.called_as(state.call),
+            state.set_node_layers, state.set_call, precision,
+        )  # fmt: skip
+        self.reporter = SnapshotReporter(
+            self.name, self._hooks, state, list(self.computer.prefixes), destination, self.config.follow,
+            self._keep_snapshots,
+        )  # fmt: skip
+        layout = self.reporter.layout
+        if layout is not None and not destination.is_validation:
+            state.enter_folder(str(layout.path.resolve()))
+        folders = self.reporter.directory.folders if destination.is_global_zero else {}
+        files = {prefix: folder.layout.renderings_file for prefix, folder in folders.items()}
+        renderings = RunRenderings(self._rendering_config, self.name, files, is_new=state.n_snapshots == 0)
+        self.recorder = SnapshotRecorder(self.computer, state, self.reporter, renderings, process_group)
+        self._has_checked_score = False
 
     @timed_hook
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -404,17 +426,34 @@ class LIBCallback(Callback):
         """Check the node layers on a batch; end the training there if SIGTERM has come, as the trainer would later."""
         try:
             with signals_at_safe_points(partial(has_received_sigterm, trainer)):
-                layout = self.resolver.check(pl_module, batch, strict)
-                if not (strict and self._has_checked_training_batch):  # from then on, nothing stops the run
-                    self.recorder.renderings.check(InstrumentedModel(pl_module, [], self.resolver.spec), batch)
-                score = self.config.causal.score
-                is_first = strict and not self._has_checked_score and not self._has_checked_training_batch
-                if is_first and score is not None and not is_empty(batch):
-                    self._has_checked_score = True
-                    self.resolver.check_score(pl_module, batch, score)
-                return layout
+                return self.check(pl_module, batch, strict, self._has_checked_training_batch)
         except ComputationStopped:
             raise sigterm_exception(trainer) from None
+
+    def check(self, model: nn.Module, batch: Any, strict: bool = True, is_late: bool = False) -> BatchLayout:
+        """Check settings on a first batch.
+
+        Args:
+            model: The model.
+            batch: The batch.
+            strict: Whether it is one of the batches that snapshots are computed on; others may be of another form.
+            is_late: Whether training has begun, from when on nothing stops the run.
+
+        Returns:
+            Which parts of the batch have one entry for each sample.
+
+        Raises:
+            LIBError: If the model cannot be called, or a setting does not fit the samples.
+        """
+        layout = self.resolver.check(model, batch, strict)
+        if not (strict and is_late):
+            self.recorder.renderings.check(InstrumentedModel(model, [], self.resolver.spec), batch)
+        score = self.config.causal.score
+        is_first = strict and not self._has_checked_score and not is_late
+        if is_first and score is not None and not is_empty(batch):
+            self._has_checked_score = True
+            self.resolver.check_score(model, batch, score)
+        return layout
 
     # Validation: collect samples, compute snapshots, log scalars.
 

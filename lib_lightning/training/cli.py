@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +29,7 @@ from lib_lightning.model.forward_errors import wrap_forward_errors
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.node_layer import as_node_layers
 from lib_lightning.training.samples import SampleBuffer
+from lib_lightning.training.trace_options import add_trace_options, parse_trace_options
 from lib_lightning.viewer.run import Run, write_film
 
 if TYPE_CHECKING:
@@ -38,7 +39,9 @@ if TYPE_CHECKING:
 
 # Samples with which node layers are looked for.
 _NUM_SAMPLES = 8
-COMMANDS = ("fit", "validate", "test", "predict", "nodes", "estimate", "profile", "inspect", "plot", "view", "compare")
+COMMANDS = (
+    "fit", "validate", "test", "predict", "nodes", "estimate", "profile", "trace", "inspect", "plot", "view", "compare",
+)  # fmt: skip
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
 
@@ -106,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(
-        required=True, metavar="{fit,validate,test,predict,nodes,estimate,profile,inspect,plot,view,compare}"
+        required=True, metavar="{fit,validate,test,predict,nodes,estimate,profile,trace,inspect,plot,view,compare}"
     )
     for command in TRAINER_COMMANDS:
         commands.add_parser(command, help=f"{command} with a Lightning trainer (see lib-lightning {command} --help)")
@@ -134,6 +137,16 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure the seconds and floating-point operations of every step of a snapshot, and their ratio to "
         "the rate of large matrix products on this machine. Nothing is trained, and no files are written.",
         epilog="Model, data and callbacks are specified as for fit, by --config and its other options.",
+    )
+    add_trace_options(
+        commands.add_parser(
+            "trace",
+            help="compute the snapshots of a training from its checkpoints",
+            usage="lib-lightning trace --config FILE --checkpoints PATH [PATH ...] [any option of fit]",
+            description="Compute the snapshots that LIBCallback would have taken, from the checkpoints of a training "
+            "that had none. Started again with the same output, an interrupted trace goes on.",
+            epilog="Model, data and callbacks are specified as for fit, by --config and its other options.",
+        )
     )
     inspect = commands.add_parser("inspect", help="print settings, metrics and features of basis files")
     inspect.add_argument("files", nargs="+", type=Path, help="basis files (.safetensors)")
@@ -268,6 +281,23 @@ class _AllCollected(BaseException):
     """Ends fit when all samples are collected. Not an Exception, so that no handler in fit takes it for an error."""
 
 
+def _builder(words: Sequence[str]) -> Callable[[], Any]:
+    """A function that builds model, data and a trainer of one process from options of fit."""
+    from lib_lightning.training.trainer_cli import trainer_cli_for
+
+    _import_from_working_directory()
+    cli_class: Any = trainer_cli_for(words)
+    import lib_lightning.training.callback  # noqa: F401  (so that YAML may name it LIBCallback)
+
+    class Build(cli_class):  # type: ignore[misc]
+        def add_arguments_to_parser(self, parser: Any) -> None:
+            # Configuration files written by fit contain these options.
+            parser.add_method_arguments(self.trainer_class, "fit", skip=self.subcommands()["fit"])
+
+    single = [f"--trainer.{option}" for option in ("devices=1", "strategy=auto", "logger=false")]
+    return partial(Build, args=[*words, *single], run=False, save_config_callback=None)
+
+
 @dataclass(frozen=True)
 class _Collected:
     """What a command needs of a run.
@@ -294,17 +324,10 @@ def _model_and_samples(words: Sequence[str], num_samples: int | None = None) -> 
         Model, trainer and samples.
     """
     from lib_lightning.training.effort import training_steps
-    from lib_lightning.training.trainer_cli import trainer_cli_for
 
-    _import_from_working_directory()
-    cli_class: Any = trainer_cli_for(words)
+    build = _builder(words)
     from lib_lightning.training.callback import LIBCallback
     from lib_lightning.training.frameworks import Callback, callback_of_both_packages
-
-    class Build(cli_class):  # type: ignore[misc]
-        def add_arguments_to_parser(self, parser: Any) -> None:
-            # Configuration files written by fit contain these options.
-            parser.add_method_arguments(self.trainer_class, "fit", skip=self.subcommands()["fit"])
 
     @callback_of_both_packages
     class Collect(Callback):
@@ -327,8 +350,7 @@ def _model_and_samples(words: Sequence[str], num_samples: int | None = None) -> 
             self.on_sanity_check_end(trainer)
 
     with _quiet():
-        single = [f"--trainer.{option}" for option in ("devices=1", "strategy=auto", "logger=false")]
-        cli = Build(args=[*words, *single], run=False, save_config_callback=None)
+        cli = build()
         trainer: Any = cli.trainer
         callbacks = [callback for callback in trainer.callbacks if isinstance(callback, LIBCallback)]
         buffers = [
@@ -461,5 +483,17 @@ def _model_and_batches(words: Sequence[str]) -> tuple[nn.Module, list[Any], dict
     return collected.model, batches, vars(callback.spec)
 
 
+def _trace(words: Sequence[str]) -> None:
+    options, rest = parse_trace_options(words)
+    build = _builder(rest)
+    from lib_lightning.training.trainer_trace import trace_in_trainer
+
+    def built() -> Any:
+        with _quiet():
+            return build()
+
+    trace_in_trainer(built, options.source(), options.logs, options.watch)
+
+
 # Commands that take the options of fit.
-_WITH_FIT_OPTIONS = {"nodes": _nodes, "estimate": _estimate, "profile": _profile}
+_WITH_FIT_OPTIONS = {"nodes": _nodes, "estimate": _estimate, "profile": _profile, "trace": _trace}

@@ -14,7 +14,7 @@ from lib_lightning.algorithm.config import LIBConfig
 from lib_lightning.algorithm.cost import CostEstimate, duration, file_bytes
 from lib_lightning.algorithm.effort import SLOWER, EffortPlan, ModelCost, choose_effort, measure_cost
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
-from lib_lightning.api import estimate_cost, with_chosen_metric
+from lib_lightning.api import GRAPH_OPERATIONS, estimate_cost, with_chosen_metric
 from lib_lightning.distributed.process_group import ProcessGroup, first_given
 from lib_lightning.errors import counted, log_traceback
 from lib_lightning.model.instrumented import InstrumentedModel, model_session
@@ -283,6 +283,24 @@ class RunPlanner:
         if self._has_limit and self._number_due() is None:
             text += f". That is more than {_percent(self._share)} of so short a training, but fewer would be no film"
         return text
+
+
+def plan_without_training(instrumented: InstrumentedModel, batch: Any, settings: PlanSettings) -> RunPlan:
+    """What every snapshot computes where there is no training to compare with: as much as a single graph.
+
+    Args:
+        instrumented: The model and its node layers.
+        batch: A batch, of which a few samples are run.
+        settings: What the user has asked for.
+
+    Returns:
+        The plan.
+    """
+    with model_session(instrumented):
+        if settings.may_choose:
+            settings = replace(settings, config=with_chosen_metric(settings.config, instrumented, batch))
+        effort = _effort(measure_cost(instrumented, batch), settings, GRAPH_OPERATIONS)
+    return RunPlan(effort, None, math.nan, None)
 
 
 def _estimate(

@@ -78,6 +78,15 @@ def log_text(loggers: Iterable[Logger], tag: str, text: str, step: int) -> None:
                 logger.experiment.add_text(tag, text, step)
 
 
+def flush(loggers: Iterable[Logger]) -> None:
+    """Have TensorBoard loggers write to their files, which they do every two minutes else."""
+    logger: Any
+    for logger in loggers:
+        if is_instance(logger, "loggers.TensorBoardLogger"):
+            with _reporting(logger, "to its file", 0):
+                logger.experiment.flush()
+
+
 @contextmanager
 def _reporting(logger: Logger, what: str, step: int) -> Iterator[None]:
     try:

@@ -63,7 +63,7 @@ class NodeLayerResolver:
         precision: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._is_given, self._name, self._spec, self._on_change = given is not None, name, spec, on_change
-        self._on_call, self._precision = on_call, precision
+        self._on_call, self.precision = on_call, precision
         self._is_checked = False
         self._notes: list[str] = []
         # First samples of the batches that the check could not look at, because they are all the same.
@@ -112,7 +112,7 @@ class NodeLayerResolver:
         batches = [*self._batches, batch]
         try:
             with (
-                self._precision(),
+                self.precision(),
                 wrap_forward_errors(model, instrumented.spec),
             ):
                 instrumented.layout(batch)
@@ -152,7 +152,7 @@ class NodeLayerResolver:
         """
         instrumented = InstrumentedModel(model, [], replace(self._spec, dtype=None))
         with (
-            self._precision(),
+            self.precision(),
             wrap_forward_errors(model, instrumented.spec),
             model_session(instrumented),
             torch.no_grad(),

@@ -23,7 +23,7 @@ from lib_lightning.lineage.events import Event
 from lib_lightning.plots.animated_layout import AnimatedLayout
 from lib_lightning.plots.image import PNG
 from lib_lightning.training.frameworks import rank_zero_info
-from lib_lightning.training.loggers import log_image, log_scalars, log_text, where_to_look
+from lib_lightning.training.loggers import flush, log_image, log_scalars, log_text, where_to_look
 from lib_lightning.training.run_state import RunState
 from lib_lightning.training.snapshot import Snapshot
 from lib_lightning.training.trainer import run_folder
@@ -219,6 +219,10 @@ class SnapshotReporter:
         """Show figures in the loggers, at the number of optimizer steps that is in their titles and file names."""
         for tag, png in figures.items():
             log_image(self._loggers, tag, png, step)
+
+    def flush(self) -> None:
+        """Have everything that has been logged written to files now."""
+        flush(self._loggers)
 
     def log_notes(self, graphs: Mapping[str, InteractionGraph]) -> None:
         """Log the notes of graphs, each of them once, whichever numbers it has in other snapshots."""

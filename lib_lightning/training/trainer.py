@@ -62,13 +62,13 @@ def check_strategy(trainer: pl.Trainer, dtype: torch.dtype | None) -> None:
         raise LIBError(
             "LIBCallback does not work with DeepSpeedStrategy: its engine gathers weights for one backward pass "
             "through the whole model, and a basis needs many through parts of it. Use DDPStrategy or "
-            "ModelParallelStrategy."
+            "ModelParallelStrategy, or follow its checkpoints by 'lib-lightning trace --watch'."
         )
     if is_instance(strategy, "strategies.FSDPStrategy"):
         raise LIBError(
             "LIBCallback does not work with FSDPStrategy: it frees a module's weights after one backward pass, and a "
             "basis needs many over the same forward pass. Use ModelParallelStrategy with fully_shard, its successor, "
-            "or DDPStrategy."
+            "or DDPStrategy, or follow its checkpoints by 'lib-lightning trace --watch'."
         )
     if is_sharded(trainer) and dtype is not None:
         raise LIBError(

@@ -133,7 +133,7 @@ def test_the_most_accurate_plan_that_fits(
 
 def test_a_graph_that_would_take_too_long_is_sampled_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = gpt2()
-    monkeypatch.setattr("lib_lightning.api._OPERATIONS", 1e8)
+    monkeypatch.setattr("lib_lightning.api.GRAPH_OPERATIONS", 1e8)
     graph = compute_interaction_graph(model, [tokens], ["transformer.h.0", "transformer.h.1"])
     (note,) = graph.info["notes"]
     assert "4 probes per sample for the metric, edges from 8 features per sample" in note
