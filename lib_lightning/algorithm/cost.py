@@ -187,7 +187,7 @@ class Trial:
 
 def _now(device: torch.device) -> float:
     if device.type != "cpu":
-        with suppress(AttributeError, RuntimeError):  # a device that torch.accelerator does not know
+        with suppress(AttributeError, RuntimeError, ValueError):  # a device that torch.accelerator does not know
             torch.accelerator.synchronize(device)
     return time.perf_counter()
 

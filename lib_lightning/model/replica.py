@@ -8,6 +8,7 @@ along with a model that refers to them. The rules are those of the pickle protoc
 - Tensors are copied without their graph. Those that have memory in common, have it in common afterwards as well.
 - A lock becomes a new lock. What writes to files or runs in a thread becomes an object that accepts every call and does
   nothing. A generator in mid-run becomes one that says so when it is used, since using the original would advance it.
+  So does an iterator of itertools where Python cannot copy these.
 - Trainers and loggers of Lightning become read-only views; see `lib_lightning.model.trainer_view`.
 - Data sets, data loaders and optimizers are not copied. Nor is an object whose ``__deepcopy__`` returns it, in which
   hooks can note what happens to a copy.
@@ -25,6 +26,7 @@ import queue
 import socket
 import threading
 import types
+import warnings
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
@@ -135,6 +137,8 @@ class Copier:
             return Inert()
         if isinstance(value, _GENERATORS):
             return Unusable(kind.__name__)
+        if kind.__module__ == "itertools":
+            return self._iterator(value, kind)
         if is_lightning(value, "Trainer", "Logger"):
             return view_of(value, self.known)
         if isinstance(value, NOT_STATE) or is_lightning(value, "Fabric", "LightningDataModule", "Callback"):
@@ -158,6 +162,15 @@ class Copier:
         for name, value in attributes_to_copy(module).items():
             vars(new)[name] = type(value)() if type(value) in (dict, OrderedDict) and not value else self(value)
         return new
+
+    def _iterator(self, value: Any, kind: type) -> Any:
+        """Copy an iterator of itertools, which Python 3.12 and 3.13 advise against and 3.14 cannot do."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            try:
+                return self._reduced(value, kind)
+            except TypeError:
+                return Unusable(kind.__name__)
 
     def _reduced(self, value: Any, kind: type) -> Any:
         """Copy an object as pickle would."""

@@ -7,8 +7,10 @@ import functools
 import io
 import itertools
 import random
+import sys
 import tempfile
 import threading
+import warnings
 import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
@@ -399,7 +401,15 @@ def random_numbers_of_the_process(m: Any) -> tuple[Use, Read]:
 
 def iterators(m: Any) -> tuple[Use, Read]:
     m.endless, m.cycle = Endless(), itertools.cycle([1, 2, 3])
-    return lambda m, x: next(m.endless) + next(m.cycle), lambda m: (m.endless.position, next(copy.deepcopy(m.cycle)))
+
+    def read(m: Any) -> Any:
+        if sys.version_info >= (3, 14):  # where iterators of itertools cannot be copied any more
+            return m.endless.position
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return m.endless.position, next(copy.deepcopy(m.cycle))
+
+    return lambda m, x: next(m.endless) + next(m.cycle), read
 
 
 def lock(m: Any) -> tuple[Use, Read]:
