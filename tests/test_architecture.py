@@ -46,9 +46,9 @@ LAYERS: list[dict[str, str]] = [
     },
     {"interventions": "features of a live model set to other values, and what each one alone does to a score"},
     {"labels": "names for features, from their values and the model's inputs, and how well these predict them"},
-    {"comparison": "which features and edges of one network are in another, against chance"},
     {"api": "the functions that users call without a trainer"},
     {"viewer": "runs on disk, TensorBoard's tab, and the same as one HTML file; importable without torch"},
+    {"comparison": "which features and edges of one network are in another, against chance"},
     {"training": "everything that imports Lightning: callback, snapshots, schedule and budget, profile, command line"},
     {"__main__": "`python -m lib_lightning`"},
 ]

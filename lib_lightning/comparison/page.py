@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from lib_lightning.comparison.scene import Picture
 from lib_lightning.plots.palette import MODULES, MUTED, NO_MODULE, TEXT, VERMILION
+from lib_lightning.viewer.bundle import comparison_script
 
 # Forbids the browser to load anything.
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
@@ -38,39 +39,6 @@ pre {{ overflow-x: auto; padding: 10px; background: #f5f6f7; }}
   .graphs, .legend svg {{ filter: invert(0.9) hue-rotate(180deg); }}
   figcaption {{ color: {TEXT}; }}
 }}
-"""
-# A chosen feature: it, its counterpart in the other graph, and their edges; the texts of both below the graphs.
-_SCRIPT = """
-for (const part of document.querySelectorAll("section")) {
-  const graphs = part.querySelector(".graphs");
-  const said = part.querySelector(".said");
-  const choose = (dot) => {
-    for (const element of graphs.querySelectorAll(".on")) element.classList.remove("on");
-    graphs.classList.toggle("chosen", Boolean(dot));
-    said.textContent = "";
-    if (!dot) return;
-    const filled = dot.hasAttribute("data-pair");
-    const same = filled ? graphs.querySelectorAll(`[data-pair="${dot.dataset.pair}"]`) : [dot];
-    for (const one of same) {
-      one.classList.add("on");
-      const line = document.createElement("div");
-      line.textContent = one.closest("figure").querySelector("figcaption").textContent + ": " + one.textContent;
-      said.append(line);
-      const svg = one.closest("svg");
-      for (const edge of svg.querySelectorAll("line")) {
-        if (edge.dataset.ends.split(" ").includes(one.id)) edge.classList.add("on");
-      }
-    }
-  };
-  graphs.addEventListener("click", (event) => choose(event.target.closest("circle:not(.on)")));
-  graphs.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" || event.key === " ") {
-      event.preventDefault();
-      choose(event.target.closest("circle:not(.on)"));
-    }
-    if (event.key === "Escape") choose(null);
-  });
-}
 """
 
 
@@ -115,7 +83,7 @@ def comparison_page(sections: Sequence[PageSection]) -> str:
             "<body>",
             "<h1>Features of two networks</h1>",
             *(line for number, one in enumerate(sections) for line in _section(number, one)),
-            f'<script type="module">{_SCRIPT}</script>',
+            f'<script type="module">{comparison_script()}</script>',
             "</body>",
             "</html>",
             "",

@@ -108,6 +108,11 @@ class RunLayout:
         """The run as one HTML page."""
         return self.path / "film.html"
 
+    @property
+    def comparison_page(self) -> Path:
+        """Comparison of the run with others, as one HTML page."""
+        return self.path / "comparison" / "comparison.html"
+
     def run_figure(self, name: str) -> Path:
         """Figure of the whole run, such as ``timeline``."""
         return self.path / f"{name}.png"

@@ -201,7 +201,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--level", type=float, help="false discovery rate of matches (default: 0.05)")
     compare.add_argument(
-        "-o", "--output", type=Path, default=Path("comparison"), help="folder to write to (default: %(default)s)"
+        "-o",
+        "--output",
+        type=Path,
+        help="folder to write to (default: comparison, in the folder of the first run)",
     )
     compare.set_defaults(run=_compare)
     return parser
@@ -468,11 +471,12 @@ def _compare(args: argparse.Namespace) -> None:
     networks = read_networks(args.networks, args.step)
     found = compare_networks(networks, _model_and_batches, {a: b for a, _, b in layers} or None, args.level)
     print("\n\n".join(comparison.table() for comparison in found))
-    page = write_page(found, args.output / "comparison.html")
+    folder = args.output or Path(networks[0].folder or "", "comparison")
+    page = write_page(found, folder / "comparison.html")
     for number, comparison in enumerate(found):
         name = "comparison" if len(found) == 1 else f"comparison-{number + 1}"
-        comparison.save(args.output / f"{name}.json")
-        write_bytes(args.output / f"{name}.png", render_png(comparison.plot()).data)
+        comparison.save(folder / f"{name}.json")
+        write_bytes(folder / f"{name}.png", render_png(comparison.plot()).data)
     print(f"\n{page}")
 
 

@@ -33,13 +33,17 @@ class Network:
     Attributes:
         name: What it is called.
         graph: Its graph.
-        log_dir: Log directory of its run, in which configuration and checkpoints are looked for; None for a basis file
-            outside of a run.
+        folder: Folder of its run; None for a basis file outside of a run.
     """
 
     name: str
     graph: InteractionGraph
-    log_dir: Path | None
+    folder: Path | None
+
+    @property
+    def log_dir(self) -> Path | None:
+        """Log directory of its run, with configuration and checkpoints."""
+        return None if self.folder is None else self.folder.parent
 
 
 # From options of fit to a model, batches, and how the model is called with them.
@@ -63,21 +67,21 @@ def read_networks(paths: Sequence[Path], step: int | None = None) -> list[Networ
     for path in paths:
         if path.is_dir():
             run = Run(path)
-            found.append(Network(run.name, run.graph(step), run.folder.parent))
+            found.append(Network(run.name, run.graph(step), run.folder))
         elif path.exists():
-            found.append(Network(path.stem, InteractionGraph.load(path), _log_dir(path.resolve().parent)))
+            found.append(Network(path.stem, InteractionGraph.load(path), _run_folder(path.resolve().parent)))
         else:
             raise MissingFileError(f"'{path}' is neither the folder of a run nor a basis file.")
     names = [network.name for network in found]
     if len(set(names)) == len(names):
         return found
-    return [Network(str(path), network.graph, network.log_dir) for path, network in zip(paths, found, strict=True)]
+    return [Network(str(path), network.graph, network.folder) for path, network in zip(paths, found, strict=True)]
 
 
-def _log_dir(folder: Path) -> Path | None:
-    """Log directory of a basis file in this folder; None if it is outside of a run."""
+def _run_folder(folder: Path) -> Path | None:
+    """Folder of the run of a basis file in this folder; None if it is outside of a run."""
     run = folder.parent if folder.name == RunLayout.SNAPSHOTS else folder
-    return run.parent if RunLayout(run).snapshots.is_dir() else None
+    return run if RunLayout(run).snapshots.is_dir() else None
 
 
 def compare_networks(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from collections.abc import Mapping
 from graphlib import TopologicalSorter
@@ -28,6 +30,27 @@ def static_files() -> dict[str, str]:
         "theme.js": f"export const THEME = {theme};\n",
         **{file.name: file.read_text("utf-8") for file in folder.iterdir() if file.name.endswith((".js", ".css"))},
     }
+
+
+def comparison_script() -> str:
+    """The script of the page of a comparison."""
+    return static_files()["comparison.js"]
+
+
+def script_hash(script: str) -> str:
+    """Hash by which a content security policy allows a script.
+
+    Args:
+        script: Text of the script element.
+
+    Returns:
+        SHA-256, in base64.
+
+    Example:
+        >>> script_hash("")
+        '47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU='
+    """
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def bundle(modules: Mapping[str, str], entry_points: Mapping[str, str]) -> str:

@@ -19,7 +19,7 @@ from tensorboard.plugins.base_plugin import FrontendMetadata, TBContext, TBPlugi
 from werkzeug.wrappers import Request, Response
 
 from lib_lightning.errors import LIBError
-from lib_lightning.viewer.bundle import static_files
+from lib_lightning.viewer.bundle import comparison_script, script_hash, static_files
 from lib_lightning.viewer.cache import Cache
 from lib_lightning.viewer.json_text import dump
 from lib_lightning.viewer.note_request import RefusedError, is_local, read_note_request
@@ -70,6 +70,7 @@ class LIBPlugin(TBPlugin):  # type: ignore[misc]  # TensorBoard has no types
         return {
             **static,
             **{route: _app(handler, "application/json") for route, handler in data.items()},
+            "/comparison": _app(self._show_comparison, "text/html"),
             "/note": _app(self._write_note, "application/json", methods=("POST",)),
         }
 
@@ -126,6 +127,9 @@ class LIBPlugin(TBPlugin):  # type: ignore[misc]  # TensorBoard has no types
         # Where notes can be written, the page lets them be edited.
         return f'{{"editable":{dump(is_local(request))},{described[1:]}'
 
+    def _show_comparison(self, request: Request) -> str:
+        return self._requested_run(request).comparison()
+
     def _write_note(self, request: Request) -> str:
         note = read_note_request(request)
         runs = self._runs()
@@ -168,7 +172,9 @@ def _app(
             except Exception as error:
                 log.exception("LIB plugin: request %s failed.", request.path)
                 content, code = _error(f"The request failed: {type(error).__name__}: {error}"), 500
-        response: Response = Respond(request, content, content_type, code=code)
+        # Of a page, this very script may run and no other, whatever the file contains.
+        scripts = [script_hash(comparison_script())] if content_type == "text/html" else None
+        response: Response = Respond(request, content, content_type, code=code, csp_scripts_sha256s=scripts)
         response.headers["Cache-Control"] = "no-store"
         return response
 

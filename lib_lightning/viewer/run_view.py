@@ -75,6 +75,19 @@ class RunView:
         """Name, version and number of snapshots. The version changes whenever the content does."""
         return self._entry(snapshot_files(self.folder))
 
+    def comparison(self) -> str:
+        """The page of the comparison with other runs, as HTML.
+
+        Raises:
+            NotFoundError: If there is none.
+        """
+        file = regular_file(RunLayout(self.folder).comparison_page)
+        if file is None:
+            raise NotFoundError(
+                f"Run '{self.name}' has not been compared with others: lib-lightning compare does that."
+            )
+        return file.path.read_text("utf-8", errors="replace")
+
     def run(self, every: int = 1) -> str:
         """Describe the whole run.
 
@@ -270,7 +283,8 @@ class RunView:
             others += [file for file in regular_files(self._reader.folder) if is_log_file(file)]
         stamps = repr([*((step, file[1:]) for step, file in files.items()), *(file[1:] for file in others)])
         version = f"{len(files)}-{hashlib.sha256(stamps.encode()).hexdigest()[:16]}"
-        return {"name": self.name, "version": version, "snapshots": len(files)}
+        compared = regular_file(RunLayout(self.folder).comparison_page) is not None
+        return {"name": self.name, "version": version, "snapshots": len(files), "comparison": compared}
 
     def _outlines(self, files: dict[int, FileStamp], every: int) -> dict[int, Outline]:
         """Outlines of the readable snapshots that have the same node layers as the newest."""

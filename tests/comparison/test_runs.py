@@ -13,6 +13,8 @@ from torch import nn
 
 from lib_lightning import compute_interaction_graph
 from lib_lightning.training.cli import main
+from lib_lightning.viewer.cache import Cache
+from lib_lightning.viewer.run_view import RunView
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,6 +71,9 @@ def test_runs_are_compared_by_their_files_or_by_their_checkpoints(
         run(a, other)
     shutil.move(hidden, checkpoint)
     by_models = run(a, other, "--layers", "pixels=pixels", "hidden=hidden")
+    main(["compare", str(a), str(b)])
+    assert (a / "lib" / "comparison" / "comparison.html").exists()
+    assert RunView(a / "lib", "lib", Cache(1 << 20)).entry()["comparison"]
     assert "Matches by 200 values" in by_models or "Matches by 359 values" in by_models
     assert "output" not in by_models
 

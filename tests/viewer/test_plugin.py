@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from werkzeug.test import Client
 
 from lib_lightning.viewer import plugin as module
-from lib_lightning.viewer.bundle import static_files
+from lib_lightning.viewer.bundle import comparison_script, script_hash, static_files
 from lib_lightning.viewer.plugin import LIBPlugin
 from lib_lightning.viewer.run_view import RunView
 from tests.viewer.saved_run import SavedRun, write_run
@@ -92,6 +92,26 @@ def test_routes_below_a_path_prefix(tmp_path: Path) -> None:
     write_run(tmp_path)
     response = client_of(tmp_path, prefix="/some/where").get(f"/some/where{DATA}/runs")
     assert len(response.get_json()) == 2
+
+
+def test_the_page_of_a_comparison_may_run_its_own_script_only(tmp_path: Path) -> None:
+    write_run(tmp_path / "version_0")
+    client = client_of(tmp_path)
+    assert "lib-lightning compare" in get_json(client, "comparison", 404, run="version_0/lib")["error"]
+    assert [entry["comparison"] for entry in get_json(client, "runs")] == [False, False]
+    page = tmp_path / "version_0" / "lib" / "comparison" / "comparison.html"
+    page.parent.mkdir()
+    page.write_text("<p>compared</p><script>alert(1)</script>")
+    response = client.get(f"{DATA}/comparison", query_string={"run": "version_0/lib"})
+    assert response.text == page.read_text()
+    policy = response.headers["Content-Security-Policy"]
+    assert f"'sha256-{script_hash(comparison_script())}'" in policy
+    assert "unsafe-inline" not in policy.partition("script-src")[2].partition(";")[0]
+    assert [entry["comparison"] for entry in get_json(client, "runs")] == [True, False]
+    page.unlink()
+    page.symlink_to(tmp_path / "elsewhere.html")
+    (tmp_path / "elsewhere.html").write_text("not here")
+    get_json(client, "comparison", 404, run="version_0/lib")
 
 
 def test_missing_runs_and_snapshots_are_not_found(tmp_path: Path) -> None:

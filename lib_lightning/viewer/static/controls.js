@@ -152,7 +152,7 @@ export class Controls {
 
   /** Show a checkbox for each run. Existing ones are kept, so that they keep the focus. */
   showRuns({available, chosen, colors}) {
-    const names = available.map((run) => run.name).join("\n");
+    const names = available.map((run) => `${run.name} ${run.page ?? ""}`).join("\n");
     if (names !== this.runNames) {
       this.runNames = names;
       this.runs.replaceChildren(
@@ -168,6 +168,7 @@ export class Controls {
             }),
             h("span", {class: "lib-line-swatch", style: {background: colors.get(run.name)}}),
             run.name,
+            run.page && h("a", {href: run.page, target: "_blank", "data-role": "comparison"}, "comparison"),
           ),
         ),
       );

@@ -19,7 +19,10 @@ async function request(route, query, options) {
 
 const httpSource = {
   live: true,
-  runs: () => request("runs"),
+  async runs() {
+    const runs = await request("runs");
+    return runs.map((run) => ({...run, page: run.comparison ? address("comparison", {run: run.name}).href : null}));
+  },
   run: (name) => request("run", {run: name}),
   snapshot: (name, step) => request("snapshot", {run: name, step}),
   feature: (name, step, layer, feature) => request("feature", {run: name, step, layer, feature}),
