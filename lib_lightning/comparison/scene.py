@@ -104,7 +104,9 @@ def pictures_of(
     pictures = []
     for k, graph in enumerate(graphs):
         sides = [layer.b if k else layer.a for layer in layers]
-        columns = [_column(x, side, [row[k] for row in rows[x]]) for x, side in enumerate(sides)]
+        columns = [
+            _column(x, side, [row[k] for row in rows[x]], graph.labels.get(side.layer)) for x, side in enumerate(sides)
+        ]
         heads = [(side.layer, f"{len(dots)} of {_varying(side)}") for side, dots in zip(sides, columns, strict=True)]
         changed = {ends: change.kind for x in sections for change in x.changed if (ends := change.b if k else change.a)}
         # Lines are as wide in both pictures where edges are as strong.
@@ -138,7 +140,7 @@ def _rows(layer: LayerComparison, limit: int) -> list[tuple[int | None, int | No
     return [(i, j) for i, j, _ in sorted(by_weight, key=lambda row: (None in row, -row[2]))]
 
 
-def _column(x: int, side: SideOfLayer, indices: Sequence[int | None]) -> dict[int, Dot]:
+def _column(x: int, side: SideOfLayer, indices: Sequence[int | None], labels: Sequence[str] | None) -> dict[int, Dot]:
     count, largest = len(indices), max(side.importance.tolist(), default=0.0) or 1.0
     span = min(1.0, max(count - 1, 0) / THEME["column"]["min_intervals"])
     crowded = min(1.0, (24 / max(count, 1)) ** 0.5)
@@ -150,7 +152,8 @@ def _column(x: int, side: SideOfLayer, indices: Sequence[int | None]) -> dict[in
         y = 0.5 + span * (row / (count - 1) - 0.5) if count > 1 else 0.5
         share = float(side.importance[index]) / largest
         radius = crowded * (_SMALLEST + (_LARGEST - _SMALLEST) * share**0.5)
-        text = f"{side.ids[index]}: {kind}, similarity {float(side.similarity[index]):.2f}"
+        label = f" ({labels[index]})" if labels and labels[index] else ""
+        text = f"{side.ids[index]}{label}: {kind}, similarity {float(side.similarity[index]):.2f}"
         text += f", p {float(side.p_values[index]):.2g}" if float(side.p_values[index]) < 1 else ""
         text += f"; {float(side.explained[index]):.0%} explained, {float(side.importance[index]):.1%} of the importance"
         ring = TEXT if kind in (LOST, NEW) else NO_MODULE
