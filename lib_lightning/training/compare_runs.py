@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from lib_lightning.comparison import Comparison, compare
@@ -19,6 +17,8 @@ from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_format import REFERENCE_SAMPLES, STEP, WEIGHTS_HASH
 from lib_lightning.io.run_layout import RunLayout
 from lib_lightning.training.weights import weights_hash
+from lib_lightning.training.weights_files import read_checkpoint
+from lib_lightning.training.weights_names import load_weights
 from lib_lightning.viewer.run import Run
 
 # What LightningCLI calls the configuration that it writes beside a run.
@@ -156,9 +156,8 @@ def _with_weights(network: Network, model_and_samples: ModelAndSamples) -> tuple
     checkpoints = sorted(config.parent.rglob("*.ckpt"), key=lambda path: _distance(path, network.graph.info.get(STEP)))
     for path in checkpoints:
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-            model.load_state_dict(state)
-        except (OSError, RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError):
+            load_weights(model, read_checkpoint(path).weights)
+        except (LIBError, OSError):
             continue  # not a checkpoint of this model, or one that contains code
         if weights_hash(model) == wanted:
             return model, batches, spec
