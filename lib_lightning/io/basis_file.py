@@ -130,6 +130,11 @@ def read_parts(
 def _opened(path: str | PathLike[str], framework: str) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Open a basis file and check its header."""
     path = Path(path)
+    if path.is_dir():
+        raise BasisFileError(
+            f"'{path}' is a folder. A run has its basis files in lib/snapshots of its log directory, and the last one "
+            "is lib/final.safetensors there."
+        )
     if not path.is_file():
         raise MissingFileError(f"The basis file '{path}' does not exist.")
     try:

@@ -11,11 +11,12 @@ import re
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from lib_lightning.errors import LIBError, did_you_mean, shows_tracebacks
+from lib_lightning.errors import LIBError, MissingFileError, did_you_mean, shows_tracebacks
 from lib_lightning.training.frameworks import PACKAGES, member, package_of
 
 if TYPE_CHECKING:
@@ -72,6 +73,16 @@ class ShortErrors(LightningCLI):
         except Exception as error:
             known = {name for one in self._parsers(parser) for name in _options_of(one)}
             _stop(error, known)
+        if (checkpoint := self._checkpoint()) and not Path(checkpoint).exists():
+            _stop(MissingFileError(f"There is no checkpoint '{checkpoint}'."))
+
+    def _checkpoint(self) -> str | None:
+        """Path of the checkpoint to read; None for none, and for one that the trainer looks for."""
+        with suppress(AttributeError, KeyError, TypeError):
+            path = self.config[self.config["subcommand"]]["ckpt_path"]
+            if isinstance(path, (str, Path)) and not re.match(r"best$|last$|hpc$|registry|\w+://", str(path)):
+                return str(path)
+        return None
 
     def _parsers(self, parser: LightningArgumentParser) -> list[LightningArgumentParser]:
         return [parser, *getattr(self, "_subcommand_parsers", {}).values()]

@@ -163,6 +163,8 @@ def test_foreign_and_newer_files_are_refused(tmp_path: Path) -> None:
     write_file(path, {}, {"layers": ["a"], "kinds": ["lib"], "info": {}})
     with pytest.raises(BasisFileError, match=r"a part of it is missing: 'basis\.0\.mean'"):
         InteractionGraph.load(path)
+    with pytest.raises(BasisFileError, match=r"is a folder\. A run has its basis files in lib/snapshots"):
+        InteractionGraph.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         InteractionGraph.load(tmp_path / "nothing.safetensors")
 

@@ -154,6 +154,7 @@ def test_mistakes_get_one_sentence_before_training(tmp_path: Path) -> None:
         (["--model.lr=much"], "Expected a <class 'float'>. Got value: much"),
         (["--trainer.max_epoks=1"], "unrecognized arguments: --trainer.max_epoks=1"),
         (["--config=nowhere.yaml"], "File does not exist"),
+        (["--ckpt_path=missing.ckpt"], "There is no checkpoint 'missing.ckpt'."),
     ],
 )
 def test_wrong_options_get_a_short_answer(
