@@ -124,14 +124,14 @@ def counted(number: int, noun: str) -> str:
 
 
 def did_you_mean(wrong: object, known: Iterable[str]) -> str:
-    """A question with the most similar one of the known names, ahead of which there is a space; "" if none is similar.
+    """Ask whether the most similar known name is meant, to be appended to a message; "" if none is similar.
 
     Args:
         wrong: The name that was given.
         known: The names that exist.
 
     Returns:
-        The question.
+        The question, with a space before it.
 
     Example:
         >>> did_you_mean("max_epohcs", ["max_epochs", "max_steps"]), did_you_mean("x", ["max_epochs"])
@@ -142,7 +142,7 @@ def did_you_mean(wrong: object, known: Iterable[str]) -> str:
 
 
 def brief(error: BaseException, limit: int = 200) -> str:
-    r"""Kind and message of an error of anyone's, in one line.
+    r"""Type and message of any error, in one line.
 
     Args:
         error: The error.
@@ -160,7 +160,7 @@ def brief(error: BaseException, limit: int = 200) -> str:
 
 
 def shortened(text: str, limit: int) -> str:
-    """A text in one line of at most a number of characters."""
+    """A text in one line, cut to a largest number of characters."""
     line = " ".join(text.split())
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
 

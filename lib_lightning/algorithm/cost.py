@@ -34,8 +34,8 @@ _TRIAL_OPERATIONS = 2e10
 _TRIAL_SAMPLES, _ROWS_PER_DIRECTION = 8, 1.25
 # Calls of each loop over products that a trial does, about.
 _TRIAL_CALLS = 6
-# Seconds between two looks at the memory.
-_LOOK_EVERY = 0.002
+# Seconds between two readings of the memory.
+_READ_EVERY = 0.002
 # Bytes of a file beside its tensors: names, settings, notes.
 _HEADER = 2048
 
@@ -49,7 +49,8 @@ class CostEstimate:
         seconds: Predicted time, in seconds, with the present number of threads.
         peak_bytes: Predicted largest memory of the process in bytes, with what it holds now; on an accelerator, of the
             accelerator.
-        file_bytes: Predicted size of its basis file in bytes; features that are followed, and labels, come on top.
+        file_bytes: Predicted size of its basis file in bytes; labels and the values by which features are tracked come
+            on top.
         threads: Number of threads of torch.
         device: Where it is computed.
         num_features: Predicted number of features of each node layer.
@@ -260,14 +261,14 @@ def file_bytes(cost: ModelCost, ranks: Sequence[int], itemsize: int) -> int:
 
 
 class PeakMemory:
-    """The largest memory of this process during a block, looked up every few milliseconds.
+    """Peak memory of this process during a block, read every few milliseconds.
 
     Args:
-        device: The accelerator whose memory is meant, or the CPU for main memory.
+        device: The accelerator whose memory is measured, or the CPU for main memory.
 
     Attributes:
         before: Bytes before the block.
-        peak: Largest number of bytes in it; 0 where the system does not tell.
+        peak: Largest number of bytes in it; 0 where it is unknown.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -276,7 +277,7 @@ class PeakMemory:
         self._over = threading.Event()
 
     def __enter__(self) -> PeakMemory:
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
         return self
 
@@ -284,15 +285,15 @@ class PeakMemory:
         self._over.set()
         self._thread.join()
 
-    def _look(self) -> None:
+    def _read(self) -> None:
         while True:
             self.peak = max(self.peak, held_bytes(self._device))
-            if self._over.wait(_LOOK_EVERY):
+            if self._over.wait(_READ_EVERY):
                 return
 
 
 def held_bytes(device: torch.device) -> int:
-    """Memory that this process holds now, on an accelerator or in main memory; 0 where the system does not tell."""
+    """Memory that this process holds now, on an accelerator or in main memory; 0 where it is unknown."""
     if device.type != "cpu":
         try:
             return int(torch.accelerator.memory_allocated(device))
@@ -305,7 +306,7 @@ def held_bytes(device: torch.device) -> int:
 
 
 def samples_of(batches: Sequence[Any], num_samples: int, select: Callable[[Any, slice], Any], count: Any) -> list[Any]:
-    """Batches with a number of samples, taken from some batches over and over.
+    """Batches with a number of samples, repeating some batches as often as needed.
 
     Args:
         batches: Batches that are not empty.

@@ -45,7 +45,7 @@ from lib_lightning.model.vjp import apply_mask
 # The mean of a feature. Its value is C^T (a - mean): activations are centred, so that this is 0 in every basis.
 MEAN: Final = 0.0
 
-# What becomes of a feature: a number, or a function from its values ``(n, S)`` to new ones.
+# The new value of a feature: a number, or a function from its values ``(n, S)`` to new ones.
 Edit = float | Callable[[Tensor], Tensor]
 
 
@@ -89,7 +89,7 @@ def edit_features(
     Args:
         model: The model that the graph was computed on, or one of the same shape, which runs itself and not as a copy.
         graph: An interaction graph in any basis.
-        edits: What becomes of which features. A feature is called by its id, such as ``"resid_post/17"`` (in a run the
+        edits: New values of features. A feature is called by its id, such as ``"resid_post/17"`` (in a run the
             number is the lineage), by node layer and index, ``("resid_post", 2)``, or by a label that no other feature
             has. Its value is ``(a - mean) @ to_feature``, with the mean over the samples of the graph. It becomes
 
@@ -168,7 +168,7 @@ def edited(a: Tensor, basis: Basis, edits: Mapping[int, Edit], mask: Tensor | No
     Args:
         a: Activations, shape ``(n, S, d)``.
         basis: Basis of the node layer.
-        edits: What becomes of features, by index.
+        edits: New values of features, by index.
         mask: True at the positions to edit, shape ``(n, S)``; None for all.
 
     Returns:
@@ -222,7 +222,7 @@ class LayerEditor:
     Args:
         layer: The node layer.
         basis: Its basis.
-        edits: What becomes of its features, by index.
+        edits: New values of its features, by index.
         name: Its name in the graph.
 
     Attributes:

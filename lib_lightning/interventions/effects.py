@@ -168,7 +168,7 @@ def keep_effects(graph: InteractionGraph, effects: Mapping[str, Effect], **about
     Args:
         graph: The graph; ``graph.effects`` and ``graph.info["causal"]`` are replaced.
         effects: What `feature_effects` has returned. Features that are missing were not tried.
-        about: What to note of it, plain values: ``score`` for its name, ``level``, ``samples``.
+        about: What to note about them, plain values: ``score`` for its name, ``level``, ``samples``.
 
     Example:
         >>> from lib_lightning import compute_interaction_graph

@@ -22,8 +22,8 @@ from lib_lightning.training.schedule import FEWEST
 DEFAULT_MAX_OVERHEAD = 0.03
 # Seconds of overhead that are allowed in any run, however short.
 GRACE = 1.0
-# The first snapshot is slower than later ones, since everything is warmed up in it. What it costs is the estimate for
-# the last one, which draws more, until figures over the whole run have been drawn once.
+# The first snapshot is slower than later ones, which reuse what it has loaded and allocated. What it costs is the
+# estimate for the last one, which draws more, until figures over the whole run have been drawn once.
 _FIRST = "first"
 
 _Hook = TypeVar("_Hook", bound=Callable[..., Any])
@@ -75,7 +75,7 @@ class TimeSpent:
 
 @dataclass(frozen=True)
 class Pace:
-    """How far a run is whose snapshots have been planned until the end of the training.
+    """Progress of a run whose snapshots have been planned until the end of the training.
 
     Attributes:
         training: Share of the training that is over, above 0 after the first step.
@@ -97,7 +97,7 @@ class Pace:
             training: Seconds of training so far.
 
         Returns:
-            Both.
+            The two numbers of seconds.
         """
         total = training / self.training if self.training > 0 else math.inf
         return min(1.0, self.snapshots + 2 / self.planned) * total, total
@@ -181,7 +181,7 @@ class TimeMeter:
             self.spent.add(elapsed, self._is_timed)
 
     def expected_cost(self, kind: str) -> float:
-        """Seconds that the next snapshot of a kind is expected to cost; of an unknown kind, the dearest one so far."""
+        """Expected seconds of the next snapshot of a kind; of an unknown kind, the most that any has cost so far."""
         costs = self.spent.last_cost
         return costs.get(kind, max(costs.values(), default=0.0))
 
@@ -190,7 +190,7 @@ class TimeMeter:
 
         Args:
             kind: Kind of the snapshot. Snapshots that cost more now and then, and at the end, are a kind of their own.
-            last_factor: Cost of the last snapshot relative to the dearest one so far.
+            last_factor: Cost of the last snapshot relative to the most expensive one so far.
             pace: How far the run is, if its snapshots have been planned; None if no more than the limit may be spent at
                 any time.
 

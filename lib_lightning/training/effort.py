@@ -47,7 +47,7 @@ _LONG = 60
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """What the user has asked for, as far as it decides how much a snapshot computes.
+    """The user's settings that decide how much a snapshot computes.
 
     Attributes:
         config: What to compute; numbers of probes and of pushed features that are given are kept.
@@ -99,7 +99,7 @@ class RunPlan:
         return cls(EffortPlan(**{name: value for name, value in values.items() if name not in own}), **own)
 
     def of_snapshot(self) -> dict[str, Any]:
-        """What it says of one snapshot, as plain values, for the file of each, which is the same on any machine."""
+        """The part about a single snapshot as plain values, for its file, which is the same on any machine."""
         return asdict(self.effort)
 
     def plain(self) -> dict[str, Any]:
@@ -114,7 +114,7 @@ class PlanResult:
 
     Attributes:
         plan: The plan.
-        warnings: What to say of it: that a snapshot takes long, or that there are few samples.
+        warnings: Sentences to log: that a snapshot takes long, or that there are few samples.
         file_bytes: About the size of a basis file, without what is kept to follow features.
         num_features: About the number of features of each node layer.
         estimate: What one graph costs; None if that has not been estimated.
@@ -281,7 +281,9 @@ class RunPlanner:
             share = plan.share * total / max(plan.seconds * plan.snapshots, 1e-9)
             return f"{text}: {share:.1%} of the training"
         if self._has_limit and self._number_due() is None:
-            text += f". That is more than {_percent(self._share)} of so short a training, but fewer would be no film"
+            text += (
+                f". That is more than {_percent(self._share)} of so short a training, but a film needs a few snapshots"
+            )
         return text
 
 
