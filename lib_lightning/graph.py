@@ -709,7 +709,10 @@ class InteractionGraph:
 
         Raises:
             LIBError: If ``signs`` is set and the graph has no attributions.
+            SettingError: If a number is too small.
         """
+        check_number("max_edges", max_edges, lambda x: x >= 0, "must be at least 0", integer=True)
+        check_number("max_features", max_features, lambda x: x >= 1, "must be at least 1", integer=True)
         if signs and self.attributions.keys() != self.edges.keys():
             raise LIBError(
                 "This graph has no attributions, so the signs of its edges are unknown: it comes from a file of an "

@@ -1,4 +1,4 @@
-"""Figures as small PNG images."""
+"""Figures as small PNG images, and as files of other kinds."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
 from PIL import Image
+
+from lib_lightning.errors import SettingError
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,33 @@ def render_png(figure: Figure) -> PNG:
     palette = image.quantize(colors=256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     palette.save(file, "PNG", compress_level=4)  # half the time of the default level for 10% more bytes
     return PNG(file.getvalue(), *image.size)
+
+
+def render(figure: Figure, kind: str) -> bytes:
+    """Render a figure as a file of a kind that matplotlib knows.
+
+    Args:
+        figure: Any matplotlib figure.
+        kind: Such as ``"png"``, ``"svg"`` or ``"pdf"``.
+
+    Returns:
+        The content of the file.
+
+    Raises:
+        SettingError: If matplotlib does not know it.
+
+    Example:
+        >>> render(Figure(figsize=(2, 1)), "pdf")[:4]
+        b'%PDF'
+    """
+    if kind.lower() == "png":
+        return render_png(figure).data
+    known = FigureCanvasAgg(figure).get_supported_filetypes()
+    if kind.lower() not in known:
+        raise SettingError(f"An image is a file with an ending such as .png, .svg or .pdf; got '.{kind}'.")
+    file = io.BytesIO()
+    figure.savefig(file, format=kind.lower())
+    return file.getvalue()
 
 
 @lru_cache(maxsize=8)

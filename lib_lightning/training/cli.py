@@ -156,7 +156,9 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(run=_inspect)
     plot = commands.add_parser("plot", help="draw the interaction graph, or the importances, of a basis file")
     plot.add_argument("file", type=Path, help="basis file (.safetensors)")
-    plot.add_argument("-o", "--output", type=Path, help="image to write (default: next to the basis file)")
+    plot.add_argument(
+        "-o", "--output", type=Path, help="image to write: .png, .svg or .pdf (default: next to the basis file)"
+    )
     plot.add_argument(
         "--kind", choices=("graph", "spectrum"), default="graph", help="what to draw (default: %(default)s)"
     )
@@ -441,7 +443,7 @@ def _features(graph: InteractionGraph, limit: int) -> list[str]:
 
 
 def _plot(args: argparse.Namespace) -> None:
-    from lib_lightning.plots.image import render_png
+    from lib_lightning.plots.image import render
 
     graph = InteractionGraph.load(args.file)
     if args.kind == "spectrum":
@@ -449,7 +451,7 @@ def _plot(args: argparse.Namespace) -> None:
     else:
         output, figure = args.file.with_suffix(".png"), graph.plot(args.max_edges, args.max_features)
     output = args.output or output
-    write_bytes(output, render_png(figure).data)
+    write_bytes(output, render(figure, output.suffix.removeprefix(".")))
     print(output)
 
 

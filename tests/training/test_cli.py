@@ -88,6 +88,15 @@ def test_plot_writes_an_image(basis_file: Path, capsys: pytest.CaptureFixture[st
     assert image.read_bytes().startswith(b"\x89PNG")
     main(["plot", str(basis_file), "-o", str(basis_file.parent / "other.png"), "--max-edges", "4"])
     assert (basis_file.parent / "other.png").exists()
+    main(["plot", str(basis_file), "-o", str(basis_file.parent / "other.svg")])
+    assert b"<svg" in (basis_file.parent / "other.svg").read_bytes()
+    for wrong, message in (
+        (["-o", "graph.xyz"], r"such as \.png, \.svg or \.pdf"),
+        (["--max-edges", "-3"], "at least 0"),
+    ):
+        with pytest.raises(SystemExit, match=rf"^lib-lightning: .*{message}.*; got"):
+            main(["plot", str(basis_file), *wrong])
+    assert not Path("graph.xyz").exists()
 
 
 def test_plot_draws_the_spectrum_beside_the_graph(basis_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,6 +114,8 @@ def test_wrong_files_get_one_sentence(subcommand: str, tmp_path: Path) -> None:
         main([subcommand, str(tmp_path / "text")])
     with pytest.raises(SystemExit, match=r"^lib-lightning: The basis file .* does not exist"):
         main([subcommand, str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit, match=r"^lib-lightning: '.*' is a folder\. A run has its basis files in"):
+        main([subcommand, str(tmp_path)])
 
 
 def test_help_explains_every_option_of_the_callback() -> None:
