@@ -7,7 +7,6 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from lib_lightning.metrics.modules import Partitions
     from lib_lightning.metrics.summary import EdgeCurve, GraphMetrics
     from lib_lightning.plots.animated_layout import AnimatedLayout
+    from lib_lightning.sample_graph.known_features import Renderings
     from lib_lightning.sample_graph.sample_graph import SampleGraph
 
 
@@ -605,6 +605,7 @@ class InteractionGraph:
         tokens: Any = None,
         node_threshold: float = 0.8,
         edge_threshold: float = 0.98,
+        renderings: Renderings | str | PathLike[str] | None = None,
         **options: Any,
     ) -> SampleGraph:
         """Write the graph of one sample for the viewer of circuit-tracer.
@@ -620,6 +621,8 @@ class InteractionGraph:
                 default the numbers of the tokens.
             node_threshold: As for `SampleGraph.pruned`; 1 for all nodes.
             edge_threshold: As for `SampleGraph.pruned`.
+            renderings: How the samples look on which features are largest and smallest, to show these: the folder of
+                the run, or what `lib_lightning.features.render_samples` has returned. None shows none.
             options: As for `sample_graph`.
 
         Returns:
@@ -627,7 +630,7 @@ class InteractionGraph:
 
         Raises:
             SettingError: If the path does not end in ``.json``, or the texts are not as many as positions.
-            LIBError: As for `sample_graph`.
+            LIBError: As for `sample_graph`; or if the folder does not know how the graph's samples look.
 
         Example:
             >>> import json, tempfile
@@ -642,8 +645,10 @@ class InteractionGraph:
             (True, True)
         """
         from lib_lightning.sample_graph.circuit_tracer import text_of_tokens, write_graph
+        from lib_lightning.sample_graph.known_features import KnownFeatures, find_renderings
         from lib_lightning.sample_graph.sample_graph import SampleGraph
 
+        looks = find_renderings(renderings, str(self.info.get(keys.SAMPLES, "")))
         if isinstance(sample, SampleGraph):
             everything = sample
         elif model is None:
@@ -651,7 +656,15 @@ class InteractionGraph:
         else:
             everything = self.sample_graph(sample, model, **options)
         pruned = everything.pruned(node_threshold, edge_threshold)
-        write_graph(Path(path), pruned, everything, tokens, partial(self._of_circuit_tracer, text_of_tokens(tokens)))
+        text_of = text_of_tokens(tokens) or str
+        known = KnownFeatures(
+            self.examples,
+            self.output_effects,
+            lambda output: self._output_name(output) or text_of(output),
+            self.info.get(keys.PLACES) or {},
+            looks,
+        )
+        write_graph(Path(path), pruned, everything, tokens, known.of)
         return pruned
 
     def _output_name(self, output: int) -> str:
@@ -660,28 +673,6 @@ class InteractionGraph:
         if isinstance(names, list):
             return str(names[output]) if output < len(names) else ""
         return str(names.get(str(output), ""))
-
-    def _of_circuit_tracer(self, text_of: Callable[[int], str] | None, layer: str, index: int) -> dict[str, Any]:
-        """What is known of a feature beyond one sample, as in circuit-tracer's files of features."""
-        known: dict[str, Any] = {}
-
-        def name(c: int) -> str:
-            return self._output_name(c) or (text_of(c) if text_of else str(c))
-
-        if layer in self.output_effects:
-            found = self.output_effects[layer].outputs[index].tolist()
-            k = len(found) // 2
-            known["top_logits"] = [name(c) for c in found[:k] if c >= 0]
-            known["bottom_logits"] = [name(c) for c in found[k:] if c >= 0]
-        if layer in self.examples:
-            counts, width = self.examples[layer].histogram[index], float(self.examples[layer].bin_width[index])
-            share = counts.double().cumsum(0) / counts.sum().clamp(min=1)
-            bins = torch.searchsorted(share, torch.arange(1, 100, device="cpu").double() / 100)
-            known["histogram"] = counts.tolist()
-            known["act_min"], known["act_max"] = -width * len(counts) / 2, width * len(counts) / 2
-            known["quantile_values"] = ((bins + 1 - len(counts) / 2) * width).tolist()
-            known["activation_frequency"] = 1.0
-        return known
 
     @renamed_arguments(film="layout")
     def plot(

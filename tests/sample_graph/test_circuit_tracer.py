@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch
 
 from lib_lightning.algorithm.examples import FeatureExamples
 from lib_lightning.errors import LIBError, SettingError, SettingTypeError
-from lib_lightning.features import TokenRenderer
+from lib_lightning.features import TokenRenderer, render_samples
 from lib_lightning.graph import OutputEffects
+from lib_lightning.io.rendering_file import append_lines, rendering_line
 from lib_lightning.sample_graph.prune import prune
 from tests.sample_graph.test_sample_graph import cnn, computed, gpt2, llama, mlp, one_of
 
@@ -130,6 +132,66 @@ def test_texts_and_what_is_known_of_features(tmp_path: Path) -> None:
     assert {int(path.stem) for path in (tmp_path / "x").iterdir()} == features
 
 
+# What circuit-tracer's model of an example demands.
+EXAMPLE = {"tokens": list, "tokens_acts_list": list, "train_token_ind": int, "is_repeated_datapoint": bool}
+
+
+def test_examples_are_those_of_the_graph(tmp_path: Path) -> None:
+    model, batch, graph = computed(gpt2)
+    ids = batch["input_ids"]
+    renderings = render_samples(graph, [batch], TokenRenderer(list("abcdefghijk")), model)
+    written = graph.to_circuit_tracer(tmp_path / "x.json", one_of(batch, 2), model, renderings=renderings)
+    features = [n for n in written.nodes if n.kind == "feature"]
+    numbers = [
+        n["feature"] for n in read(tmp_path / "x.json")["nodes"] if n["feature_type"] == "cross layer transcoder"
+    ]
+    for node, number in zip(features, numbers, strict=True):
+        examples = graph.examples[node.layer]
+        lists = read(tmp_path / "x" / f"{number}.json")["examples_quantiles"]
+        assert [one["quantile_name"].split()[0].lower() for one in lists] == ["largest", "smallest", "spread"]
+        found = [example for one in lists for example in one["examples"]]
+        known = (examples.samples[node.index] >= 0).nonzero().flatten().tolist()
+        assert len(found) == len(known)
+        for example, k in zip(found, known, strict=True):
+            assert {name: type(value) for name, value in example.items()} == EXAMPLE
+            sample, place = int(examples.samples[node.index, k]), int(examples.positions[node.index, k])
+            context = dict(enumerate(examples.context[node.index, k].tolist(), place - examples.before))
+            around = {p: x for p, x in context.items() if x == x}
+            assert example["tokens"] == ["abcdefghijk"[ids[sample, p]] for p in around]
+            assert example["tokens_acts_list"] == pytest.approx(list(around.values()), abs=1e-2, rel=1e-2)
+            at = example["train_token_ind"]
+            assert list(around)[at] == place
+            assert example["tokens_acts_list"][at] == float(examples.values[node.index, k])
+    # The same from the folder of a run.
+    graph = copy.copy(graph)
+    graph.info = {**graph.info, "samples": "5ee4"}
+    append_lines(
+        tmp_path / "lib" / "samples.jsonl", [rendering_line(i, "5ee4", look) for i, look in renderings.items()]
+    )
+    graph.to_circuit_tracer(tmp_path / "y.json", written, renderings=tmp_path / "lib")
+    for path in (tmp_path / "y").iterdir():
+        assert read(path)["examples_quantiles"] == read(tmp_path / "x" / path.name)["examples_quantiles"] != []
+    graph.info["samples"] = "other"
+    with pytest.raises(LIBError, match="none of the samples of this graph"):
+        graph.to_circuit_tracer(tmp_path / "z.json", written, renderings=tmp_path / "lib")
+    with pytest.raises(LIBError, match=r"no file '.*samples\.jsonl'"):
+        graph.to_circuit_tracer(tmp_path / "z.json", written, renderings=tmp_path)
+
+
+@pytest.mark.parametrize("make", [mlp, cnn], ids=lambda make: make.__name__)
+def test_examples_that_are_no_texts_are_shown_in_words(make: Any, tmp_path: Path) -> None:
+    model, batch, graph = computed(make)
+    written = graph.to_circuit_tracer(
+        tmp_path / "x.json", batch, model, index=2, renderings=render_samples(graph, [batch], model=model)
+    )
+    assert written.nodes
+    for path in (tmp_path / "x").iterdir():
+        for one in read(path)["examples_quantiles"]:
+            for example in one["examples"]:
+                assert len(example["tokens"]) == len(example["tokens_acts_list"]) == 1
+                assert "0: " in example["tokens"][0] or example["tokens"][0].startswith("sample ")
+
+
 def test_errors(tmp_path: Path) -> None:
     model, batch, graph = computed(gpt2)
     sample = one_of(batch, 0)
@@ -156,12 +218,16 @@ def test_errors(tmp_path: Path) -> None:
 def test_circuit_tracer_reads_the_same_graph(make: Any, tmp_path: Path) -> None:
     models = pytest.importorskip("circuit_tracer.frontend.graph_models")
     model, batch, graph = computed(make)
-    written = graph.to_circuit_tracer(tmp_path / "one.json", batch, model, index=2)
+    looks = render_samples(graph, [batch], model=model)
+    written = graph.to_circuit_tracer(tmp_path / "one.json", batch, model, index=2, renderings=looks)
     found = models.Model.model_validate_json((tmp_path / "one.json").read_text())
     assert len(found.nodes) == len({node.node_id for node in found.nodes}) == len(written.nodes)
     assert len(found.links) == len([models.Link(**link) for link in found.links]) == len(written.weights)
     features = pytest.importorskip("circuit_tracer.frontend.feature_models")
-    assert features.Model.model_fields.keys() >= read(next((tmp_path / "one").iterdir())).keys()
+    for path in (tmp_path / "one").iterdir():
+        assert features.Model.model_fields.keys() >= read(path).keys()
+        for one in read(path)["examples_quantiles"]:
+            assert features.ExamplesQuantile.model_validate(one).examples
 
 
 @pytest.mark.parametrize("make", [mlp, cnn, gpt2, llama], ids=lambda make: make.__name__)
