@@ -104,7 +104,7 @@ class FeaturePage:
             ""
             if self.output_importance is None
             else f"effect on predictions {_with_error(self.output_importance, self.output_importance_error)} nats",
-            f"present since step {known[0]:,}" if known else "",
+            f"present since step {known[0]:,}" if known and len(self.history["steps"]) > 1 else "",
             "" if self.final_since is None else f"in its final form since step {self.final_since:,}",
         ]
         columns = _telling_columns(self._of("largest"), self._of("smallest"))

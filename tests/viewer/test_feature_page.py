@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lib_lightning.errors import LIBError
+from lib_lightning.graph import InteractionGraph
 from lib_lightning.viewer import Run
 from lib_lightning.viewer.cache import Cache
 from lib_lightning.viewer.embedded_features import embed_features
@@ -86,6 +87,25 @@ def test_the_notebook_shows_the_page_and_loads_nothing(watched: Watched, folder:
     assert f'run.feature("{page.inputs[0]["id"]}", step=70)' in frame.locator(".lib-feature-notice").inner_text()
     assert watched.errors == []
     assert {address.split(":")[0] for address in watched.requests} <= {"file", "about", "data"}
+
+
+def test_a_single_snapshot_says_nothing_about_time(watched: Watched, tmp_path: Path) -> None:
+    # As of a pretrained model, whose outputs are tokens.
+    ExampleRun(LAYERS, snapshots=2).write(tmp_path / "lib")
+    (file, later) = sorted((tmp_path / "lib" / "snapshots").iterdir())
+    later.unlink()
+    graph = InteractionGraph.load(file)
+    graph.info["output_names"] = [" cat", ",", "cat", "\u21b5"]
+    graph.save(file)
+    page = Run(tmp_path).feature("hidden/0")
+    assert "since step" not in repr(page)
+    watched.page.goto(page.save(tmp_path / "page.html").as_uri())
+    watched.page.wait_for_selector(".lib-view[data-ready='true']")
+    text = watched.page.locator(".lib-feature").inner_text().lower()
+    assert [part for part in ("over training", "present from", "examples at step", "null") if part in text] == []
+    names = watched.page.locator(".lib-output").all_inner_texts()
+    assert sorted({*names}) == ["cat", "\u201c cat\u201d", "\u201c,\u201d", "\u201c\u21b5\u201d"]
+    assert watched.errors == []
 
 
 def test_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,14 +139,15 @@ export class FeaturePanel {
     try {
       this.label.replaceChildren(...labelOf(page));
       this.numbers.replaceChildren(numbersPart(page, {birth}));
-      this.parts.replaceChildren(
+      const parts = [
         examplesPart(page, "This snapshot has no examples of this feature: it was written without them, or by an older version."),
         this.comparison,
         histogramPart(page, width),
         interactionsPart(page, this.actions.go),
         outputsPart(page),
         curvesPart(page, width),
-      );
+      ];
+      this.parts.replaceChildren(...parts.filter(Boolean));
     } catch (error) {
       this.notify(`This feature cannot be shown. ${error.message ?? error}`);
       return false;

@@ -25,6 +25,11 @@ function sentence(text) {
   return h("p", {class: "lib-none"}, text);
 }
 
+/** Whether there are several snapshots: a single one, such as of a pretrained model, says nothing about time. */
+function isOfTraining(page) {
+  return page.history.steps.length > 1;
+}
+
 /** Importance, effects on the predictions and on a score, as a list of names and values. */
 export function numbersPart(page, {birth}) {
   const {effect} = page;
@@ -32,7 +37,7 @@ export function numbersPart(page, {birth}) {
     ["importance", withError(page.importance, page.importance_error)],
     page.nats === null ? null : ["effect on predictions", `${withError(page.nats, page.nats_error)} nats`],
     effect ? ["without it", effectText(effect, page.step)] : null,
-    ["over training", birth],
+    isOfTraining(page) ? ["over training", birth] : null,
     (page.final_since ?? null) === null ? null : ["in its final form", `in all snapshots since step ${integer(page.final_since)}`],
     page.degenerate ? ["direction", "not determined by the samples: equally important features can be mixed freely"] : null,
   ];
@@ -59,7 +64,7 @@ export function examplesPart(page, missing) {
   const options = optionsOf(page);
   return section(
     "examples",
-    `Examples at step ${integer(page.step)}`,
+    isOfTraining(page) ? `Examples at step ${integer(page.step)}` : "Examples",
     scaleKey(options.scale),
     options.columns ? sentence("The columns are those in which both ends differ most; point at a row to see all of them.") : null,
     hasLooks ? null : sentence("How these samples look was not kept (samples.jsonl of the run): they are named by their numbers."),
@@ -277,13 +282,14 @@ export function outputsPart(page) {
   );
 }
 
-/** A name, with quotes if its spaces would be lost. */
+/** A name, with quotes if it has spaces at its ends, or no letter or digit: those of tokens. */
 function visible(name) {
-  return /^\s|\s$/.test(name) || name === "" ? JSON.stringify(name) : name;
+  return /^\s|\s$/.test(name) || !/[\p{L}\p{N}]/u.test(name) ? `“${name}”` : name;
 }
 
 /** Importance, effect on the predictions and effect on a score over training, with errors. */
 export function curvesPart(page, width) {
+  if (!isOfTraining(page)) return null;
   const {history} = page;
   const time = timeScale(history.steps[0], history.steps[history.steps.length - 1], width, isLogSpaced(history.steps));
   const score = history.score?.filter(Boolean).pop() ?? "the score";
