@@ -136,6 +136,7 @@ class SnapshotFeatures:
             "raised": raised,
             "lowered": lowered,
             "effects_by": dump(self._header[keys.INFO].get(keys.EFFECTS_BY)),
+            "effects_on": dump(_effects_on(self._header[keys.INFO])),
         }
         return SnapshotFeature(f"{self.layers[layer]}/{which}", samples, of, entries)
 
@@ -232,6 +233,13 @@ class SnapshotFeatures:
             for side in sides
         )
         return raised, lowered
+
+
+def _effects_on(info: Mapping[str, Any]) -> str:
+    """What changes of outputs are changes of."""
+    found = info.get(keys.OUTPUT_DISTRIBUTION)
+    kind = found.get("kind") if isinstance(found, dict) else None
+    return {"categorical": "the log-probability", "bernoulli": "the logit"}.get(str(kind), "the output")
 
 
 def _keys(places: Mapping[str, str], of: Sequence[int] | None) -> Iterator[str]:

@@ -95,7 +95,7 @@ def test_a_single_snapshot_says_nothing_about_time(watched: Watched, tmp_path: P
     (file, later) = sorted((tmp_path / "lib" / "snapshots").iterdir())
     later.unlink()
     graph = InteractionGraph.load(file)
-    graph.info["output_names"] = [" cat", ",", "cat", "\u21b5"]
+    graph.info |= {"output_names": [" cat", ",", "cat", "\u21b5"], "output_distribution": {"kind": "categorical"}}
     graph.save(file)
     page = Run(tmp_path).feature("hidden/0")
     assert "since step" not in repr(page)
@@ -103,6 +103,7 @@ def test_a_single_snapshot_says_nothing_about_time(watched: Watched, tmp_path: P
     watched.page.wait_for_selector(".lib-view[data-ready='true']")
     text = watched.page.locator(".lib-feature").inner_text().lower()
     assert [part for part in ("over training", "present from", "examples at step", "null") if part in text] == []
+    assert "mean change of the log-probability where the feature is one standard deviation higher" in text
     names = watched.page.locator(".lib-output").all_inner_texts()
     assert sorted({*names}) == ["cat", "\u201c cat\u201d", "\u201c,\u201d", "\u201c\u21b5\u201d"]
     assert watched.errors == []

@@ -277,7 +277,7 @@ export function outputsPart(page) {
   return section(
     "outputs",
     "Outputs that it raises and lowers most",
-    sentence(`Mean change where the feature is one standard deviation higher${page.effects_by === "derivatives" ? ", to first order" : ""}.`),
+    sentence(`Mean change of ${page.effects_on} where the feature is one standard deviation higher${page.effects_by === "derivatives" ? ", to first order" : ""}.`),
     h("div", {class: "lib-sides"}, side(page.raised, "raised", VERMILION), side(page.lowered, "lowered", BLUE)),
   );
 }

@@ -19,13 +19,15 @@ export const SMALL = new Set(["image", "series"]);
  */
 export function exampleView(example, rendering, {shape, scale, compact = false}) {
   const draw = {tokens: tokensView, image: imageView, series: seriesView, text: textView}[rendering?.kind];
-  const small = SMALL.has(rendering?.kind); // with a mark in the picture
+  const small = SMALL.has(rendering?.kind);
+  // With a mark in the picture, or at the token.
+  const isMarked = small || (rendering?.kind === "tokens" && example.token !== null);
   const where = placeText(example, rendering, shape);
   const value = h("span", {class: "lib-example-value"}, swatch(example.value, scale), signed(example.value));
   const about = h(
     "span",
     {class: "lib-example-about"},
-    [draw ? classText(rendering.label) : `sample ${integer(example.sample)}`, compact || small ? "" : where].filter(Boolean).join(" · "),
+    [draw ? classText(rendering.label) : `sample ${integer(example.sample)}`, compact || isMarked ? "" : where].filter(Boolean).join(" · "),
   );
   const title = [`sample ${integer(example.sample)}`, rendering?.label, where].filter(Boolean).join(", ");
   const picture = draw ? draw(example, rendering, {shape, scale, title, compact}) : null;
