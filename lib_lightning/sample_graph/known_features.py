@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lib_lightning.algorithm.examples import FeatureExamples
-from lib_lightning.algorithm.output_effects import OutputEffects
+from lib_lightning.algorithm.output_changes import OutputEffects
 from lib_lightning.errors import LIBError
 from lib_lightning.io.places import Places, position_in_input
 from lib_lightning.io.rendering_file import read_renderings
