@@ -44,7 +44,7 @@ def find_renderings(source: Renderings | str | PathLike[str] | None, samples: st
         raise LIBError(
             f"There is no file '{path}' that says how samples look. The folder of a run, such as logs/lib, has one."
         )
-    found = read_renderings(path, samples)
+    found = read_renderings(path).get(samples)
     if not found:
         raise LIBError(f"'{path}' has none of the samples of this graph: it is the file of another run.")
     return found
