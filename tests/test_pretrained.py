@@ -20,7 +20,7 @@ from lib_lightning.training.cli import main
 from recipes.checkpoint import SMOLLM2, load_pretrained, load_tokenizer
 from recipes.language_model import Text
 from recipes.pretrained_lm import QUARTERS, PretrainedLM, find_blocks, quarters_of
-from recipes.smollm2 import RESULTS, RUNS, measure, report, share_of_token, snapshot
+from recipes.smollm2 import RESULTS, RUNS, graphs_in, measure, report, share_of_token, snapshot
 from recipes.token_labels import TokenLabels, readable
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -254,7 +254,9 @@ def test_labels_of_other_positions_than_those_of_tokens_are_empty() -> None:
 
 @pytest.mark.recipe
 def test_features_are_labelled_with_tokens(tmp_path: Path) -> None:
-    graph = validate(checkpoint(tmp_path / "checkpoint"), tmp_path, *SMALL)
+    graph = validate(checkpoint(tmp_path / "checkpoint"), tmp_path, *SMALL,
+                     "--trainer.callbacks.labeller=recipes.token_labels.TokenLabels",
+                     f"--trainer.callbacks.labeller.tokenizer={tmp_path / 'checkpoint'}")  # fmt: skip
     assert all(label and len(label.split()) <= 3 for labels in graph.labels.values() for label in labels)
 
 
@@ -290,7 +292,7 @@ def test_small_snapshots_are_measured(tmp_path: Path, monkeypatch: pytest.Monkey
     for run, options in RUNS.items():
         sizes = [option.rpartition(".")[2] for option in SMALL[1:-1] if not options or "n_pushed" not in option]
         snapshot(tmp_path / run, [*sizes, *options], [f"--model.pretrained={name}", SMALL[0], SMALL[-1]])
-    found = measure(tmp_path, name, context=8)
+    found = measure(tmp_path, graphs_in(tmp_path), name, context=8)
     assert set(found) == set(json.loads(RESULTS.read_text()))
     assert {
         run["snapshot (s)"] > 0 and run["peak memory of the process (GiB)"] > 0 for run in found["measured"].values()
