@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,15 @@ def case(request: pytest.FixtureRequest) -> Case:
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _gradients_stay_on() -> Iterator[None]:
+    """A generator that is left, or left in another order, within `torch.no_grad` would switch them off for the user."""
+    yield
+    is_on = torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    assert is_on
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from lib_lightning.features.values import feature_values
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_format import REFERENCE_SAMPLES
 from lib_lightning.model.batch import is_empty
-from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.instrumented import InstrumentedModel, model_session
 from lib_lightning.model.model_spec import ModelSpec
 
 # Number of values of each feature: the standard deviation of chance correlations is then 1/64.
@@ -86,15 +86,16 @@ def computed_values(
     kept[torch.randperm(num_samples, generator=generator, device="cpu")[:count]] = True
     rows: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
     start = 0
-    streams = [feature_values(model, graph, batches) for model, graph in zip(both, graphs, strict=True)]
-    for in_a, in_b in zip(*streams, strict=True):
-        size = len(next(iter(in_a.features.values())))
-        chosen = kept[start : start + size]
-        start += size
-        for a, b in layers.items():
-            values = [(in_a.features[a][chosen], in_a.masks[a]), (in_b.features[b][chosen], in_b.masks[b])]
-            masked = [(x, _valid(x) if mask is None else mask[chosen]) for x, mask in values]
-            rows[a].append(_at_same_positions(masked[0], masked[1], -(-count // num_samples), generator))
+    with model_session(both[0]), model_session(both[1]):  # which end in the reverse order, unlike two generators
+        streams = [feature_values(model, graph, batches) for model, graph in zip(both, graphs, strict=True)]
+        for in_a, in_b in zip(*streams, strict=True):
+            size = len(next(iter(in_a.features.values())))
+            chosen = kept[start : start + size]
+            start += size
+            for a, b in layers.items():
+                values = [(in_a.features[a][chosen], in_a.masks[a]), (in_b.features[b][chosen], in_b.masks[b])]
+                masked = [(x, _valid(x) if mask is None else mask[chosen]) for x, mask in values]
+                rows[a].append(_at_same_positions(masked[0], masked[1], -(-count // num_samples), generator))
     return {name: _in_blocks(parts) for name, parts in rows.items()}
 
 

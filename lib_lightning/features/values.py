@@ -55,15 +55,23 @@ def feature_values(
         >>> [batch.features["output"].shape for batch in feature_values(instrumented, graph, [x])]
         [torch.Size([20, 1, 2])]
     """
-    with model_session(instrumented), torch.no_grad():
+    with model_session(instrumented):
         for seed, batch in enumerate(instrumented.parts(batch for batch in batches if not is_empty(batch))):
-            instrumented.manual_seed(seed)
-            inputs = first_tensor(instrumented.inputs(batch))
-            if inputs is None:
-                raise LIBError(f"The model's input for a batch of type {type(batch).__name__} contains no tensor.")
-            captured = dict(zip(graph.bases, instrumented.capture(batch), strict=True))
-            yield FeatureBatch(
-                inputs.cpu(),
-                {name: graph.bases[name].encode(layer.a).cpu() for name, layer in captured.items()},
-                {name: None if layer.mask is None else layer.mask.cpu() for name, layer in captured.items()},
-            )
+            # Not around the loop: the code that takes the values would run without gradients, and two of these
+            # generators that end in another order than they began would leave gradients switched off.
+            with torch.no_grad():
+                instrumented.manual_seed(seed)
+                values = _values_on(instrumented, graph, batch)
+            yield values
+
+
+def _values_on(instrumented: InstrumentedModel, graph: InteractionGraph, batch: Any) -> FeatureBatch:
+    inputs = first_tensor(instrumented.inputs(batch))
+    if inputs is None:
+        raise LIBError(f"The model's input for a batch of type {type(batch).__name__} contains no tensor.")
+    captured = dict(zip(graph.bases, instrumented.capture(batch), strict=True))
+    return FeatureBatch(
+        inputs.cpu(),
+        {name: graph.bases[name].encode(layer.a).cpu() for name, layer in captured.items()},
+        {name: None if layer.mask is None else layer.mask.cpu() for name, layer in captured.items()},
+    )
