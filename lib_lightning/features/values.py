@@ -45,7 +45,7 @@ def feature_values(
         The values on each batch.
 
     Raises:
-        LIBError: If the model's input contains no tensor.
+        LIBError: If the model's input contains no tensor, or the graph is that of a model of another size.
 
     Example:
         >>> from lib_lightning import compute_interaction_graph
@@ -70,6 +70,12 @@ def _values_on(instrumented: InstrumentedModel, graph: InteractionGraph, batch: 
     if inputs is None:
         raise LIBError(f"The model's input for a batch of type {type(batch).__name__} contains no tensor.")
     captured = dict(zip(graph.bases, instrumented.capture(batch), strict=True))
+    for name, layer in captured.items():
+        if layer.a.shape[-1] != len(graph.bases[name].mean):
+            raise LIBError(
+                f"This is not the graph of this model: at '{name}' it has {len(graph.bases[name].mean):,} activations, "
+                f"and the model {layer.a.shape[-1]:,}."
+            )
     return FeatureBatch(
         inputs.cpu(),
         {name: graph.bases[name].encode(layer.a).cpu() for name, layer in captured.items()},

@@ -168,6 +168,20 @@ def test_positions_of_a_sample_are_permuted_together() -> None:
     assert sum(p <= 0.05 for p in p_values[1]) >= 15  # row by row, any correlation of 12 numbers is one of 1,200
 
 
+def test_models_and_random_states_are_left_as_they_were() -> None:
+    models = [nn.Sequential(mlp(seed), nn.Dropout(0.5), nn.BatchNorm1d(5).double()).train() for seed in (0, 1)]
+    graphs = [compute_interaction_graph(model, samples(), ["input", "output"]) for model in models]
+    states = [{name: t.clone() for name, t in model.state_dict().items()} for model in models]
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    compare(*graphs, *models, samples())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.is_grad_enabled()
+    for model, state in zip(models, states, strict=True):
+        assert model.training
+        torch.testing.assert_close(model.state_dict(), state)
+
+
 def test_other_widths_and_node_layers(tmp_path: Path) -> None:
     """A wider network that repeats each unit has no other features; a node layer is found again in another place."""
     a = mlp(2)
@@ -252,6 +266,7 @@ GRAPH = graph(MODEL)
         (lambda: compare(GRAPH, GRAPH, MODEL, MODEL), SettingTypeError, "both models and the samples"),
         (lambda: compare(GRAPH, GRAPH, MODEL, MODEL, samples()[0]), SettingTypeError, "write \\[batch\\]"),
         (lambda: compare(GRAPH, MODEL), SettingTypeError, "two graphs first.*got Sequential"),  # type: ignore[arg-type]
+        (lambda: compare(GRAPH, GRAPH, MODEL, mlp(0, 30), samples()), LIBError, "at '1' it has 24 .* the model 30"),
         (lambda: compare(GRAPH, GRAPH, MODEL, MODEL, []), LIBError, "no samples"),
         (lambda: compare(GRAPH, GRAPH, MODEL, MODEL, [samples()[0][:1]]), LIBError, "only one sample"),
         (lambda: compare(GRAPH, GRAPH, MODEL, MODEL, samples(), level=2), SettingError, "level"),
