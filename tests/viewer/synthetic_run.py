@@ -191,7 +191,19 @@ class SyntheticRun:
                 "nats_error": of_layer["nats_error"][i],
                 "degenerate": of_layer["degenerate"][i],
                 "samples": "",
-                **dict.fromkeys(("histogram", "shape", "examples", "raised", "lowered", "effect", "final_since")),
+                **dict.fromkeys(
+                    (
+                        "histogram",
+                        "shape",
+                        "examples",
+                        "raised",
+                        "lowered",
+                        "effect",
+                        "final_since",
+                        "effects_by",
+                        "effects_on",
+                    )
+                ),
                 "inputs": self._interactions(shown, layer - 1, i, "target") if layer else None,
                 "outputs": self._interactions(shown, layer, i, "source") if layer < len(self.layers) - 1 else None,
                 "renderings": {},
