@@ -21,7 +21,7 @@ class CausalPlan:
     Args:
         every: Interval between snapshots with this count, which the first and the last one have in any case; 0 for
             never; None for the last one alone, with as many features and samples as take about as many operations as
-            the rest of a snapshot, or 2% of the training if that is more.
+            the rest of a snapshot, or as all snapshots leave of their share of the training.
         score: A function from the model's output and a batch to one score for each sample, higher is better; None for
             the log-likelihood of the batch's labels, if they are known.
 

@@ -39,8 +39,6 @@ _ESTIMATE_SHARE, _ESTIMATE_OPERATIONS, _MAX_ESTIMATE_SHARE = 0.1, 4e10, 0.03
 _TIMED_PASSES = 2
 # The type of numbers in files that is expected of models without a setting.
 _FLOAT = torch.float32
-# Share of the operations of the training that ablations of single features may take after the last snapshot.
-_ABLATION_SHARE = 0.02
 # A snapshot that takes longer than this many seconds is announced with the setting that would shorten it.
 _LONG = 60
 
@@ -197,7 +195,9 @@ class RunPlanner:
         missing = 0.0
         if lacks_output_effects(plan.effort):
             missing = cost.of_effects(complete_effects(cost, plan.effort, settings.config)) * SLOWER
-        ablations = max(plan.effort.operations, _ABLATION_SHARE * training) if settings.counts_at_end else 0.0
+        # What the snapshots leave of their share of the training.
+        left = self._share * training - (plan.snapshots or math.inf) * self._of_snapshot(plan.effort) - missing
+        ablations = max(plan.effort.operations, left) if settings.counts_at_end else 0.0
         return replace(plan, ablations=ablations, seconds_at_end=(ablations + missing) / rate)
 
     def _forward_rate(self, instrumented: InstrumentedModel, batch: Any, cost: ModelCost) -> float:

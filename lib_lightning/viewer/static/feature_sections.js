@@ -246,7 +246,7 @@ function interaction(item, strongest, go) {
 /** The outputs that the feature raises and lowers most. */
 export function outputsPart(page) {
   if (!page.raised && !page.lowered) {
-    return section("outputs", "Effects on the outputs", sentence("Not measured in this snapshot. Where that takes long, the last snapshot of a training has it."));
+    return section("outputs", "Effects on the outputs", sentence("Not measured in this snapshot. Where that takes long, the last snapshot of a training has it, and lib_lightning.interventions.output_effects measures it."));
   }
   const most = Math.max(...[...page.raised, ...page.lowered].map(({change}) => Math.abs(change))) || 1;
   const side = (items, title, color) =>
