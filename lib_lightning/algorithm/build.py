@@ -44,7 +44,7 @@ from lib_lightning.algorithm.linalg import Cutoff
 from lib_lightning.algorithm.memory_plan import MemoryPlan
 from lib_lightning.algorithm.metric import Metric
 from lib_lightning.algorithm.output_changes import OUTPUT_EFFECTS, OutputEffects, most_important
-from lib_lightning.algorithm.output_effects import find_output_effects
+from lib_lightning.algorithm.output_effects import effect_notes, find_output_effects
 from lib_lightning.algorithm.output_gradients import (
     EXACT_OUTPUTS,
     OUTPUT_IMPORTANCE,
@@ -62,7 +62,7 @@ from lib_lightning.algorithm.section_cache import SectionCache
 from lib_lightning.algorithm.shortcuts import FAST, PLAIN, Shortcuts
 from lib_lightning.algorithm.wide_layers import eigenproblem
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup, all_reduce
-from lib_lightning.errors import ActivationError, NotFiniteError, counted
+from lib_lightning.errors import ActivationError, NotFiniteError
 from lib_lightning.model.capture import CapturedLayer
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.output_distribution import OutputDistribution
@@ -79,16 +79,6 @@ _NO_FORWARD_MODE = (
 _SAMPLED_OUTPUT = (
     "The output has so many numbers that its metric is estimated from {} random vectors per sample; n_probes sets "
     "another number. The file says how large the error is."
-)
-# How notes on effects on the output begin.
-OUTPUT_EFFECTS_NOTE = "Which outputs a feature raises and lowers is "
-_FEW_EFFECTS = (
-    f"{OUTPUT_EFFECTS_NOTE}measured for the most important features, {{}} of {{}}, on {{}}, as more "
-    "would take too long; lib_lightning.interventions.output_effects measures others."
-)
-_NO_EFFECTS = (
-    f"{OUTPUT_EFFECTS_NOTE}not measured: moving each feature would take too long, and the "
-    "output is no linear map of few numbers. lib_lightning.interventions.output_effects measures it for some features."
 )
 
 
@@ -256,7 +246,7 @@ def build_graph(
             *describe_empty_layers(bases, moments, any(layer.skip_positions for layer in instrumented.layers)),
             *describe_dominance(bases, instrumented.layers, position_variances),
             *_notes(run, edges, cache, by_output),
-            *_effect_notes(run, bases, output_effects, effect_samples),
+            *([] if run.output is None else effect_notes(config, bases, output_effects, effect_samples)),
         ],
         importance_replicates=importances,
         edge_replicates=[e.replicates for e in edges],
@@ -499,18 +489,6 @@ def _common_plan(plan: MemoryPlan, process_group: ProcessGroup, keep_graphs: boo
 
 def _edges_phase(before: str, after: str) -> str:
     return f"edges from {before} to {after}"
-
-
-def _effect_notes(run: _Run, bases: Sequence[Basis], effects: Mapping[str, OutputEffects], n_samples: int) -> list[str]:
-    """That not all features have effects on the output."""
-    count = run.config.effect_features or 0
-    if not effects and run.output is not None and run.config.effect_directions is not None:
-        return [_NO_EFFECTS]
-    total = sum(basis.n_features for basis in bases if basis.name in effects)
-    measured = sum(min(count, basis.n_features) for basis in bases if basis.name in effects)
-    if measured == total:
-        return []
-    return [_FEW_EFFECTS.format(f"{measured:,}", f"{total:,}", counted(n_samples, "sample"))]
 
 
 def _not_finite(run: _Run, i: int) -> NotFiniteError:

@@ -340,6 +340,10 @@ class ModelCost:
             return _largest(lambda n: fits(n, every), fewest, available), every
         return fewest, _largest(lambda m: fits(fewest, m), 1, every)
 
+    def of_ablations(self, num_samples: int) -> float:
+        """Operations, in those of training steps, of ablating each feature alone on a number of samples."""
+        return SLOWER * self._of_steps(num_samples, max(self.ranks()), math.inf) / 2
+
     def effect_vectors(self, config: LIBConfig, num_samples: int, n_batches: int) -> int:
         """Number of vectors that are counted while effects on the output are measured, for progress.
 

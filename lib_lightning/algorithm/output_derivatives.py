@@ -42,8 +42,9 @@ from lib_lightning.model.vjp import apply_mask
 
 # Outputs from which directions are found, for each direction that is expected, and more.
 _ROWS_PER_DIRECTION, _MORE_ROWS = 1.25, 16
-# Singular values that are none, relative to the largest, at least, and in units of rounding.
-_SMALL, _ROUNDING = 1e-5, 30
+# Singular values that are none, relative to the largest, at least, and in units of rounding; and the largest rounding
+# error of outputs, relative to them.
+_SMALL, _ROUNDING, _FINEST = 1e-5, 30, 1e-6
 # Derivatives of all outputs that are in memory at once.
 _NUMBERS = 2**23
 
@@ -77,19 +78,19 @@ def differentiate_output(
     chosen = chosen_samples(list(map(instrumented.num_samples, batches)), num_samples, process_group)
     restore = full_precision()
     try:
-        indexed = [(i, batches[i]) for i, _ in chosen]
+        few = [(i, some_samples(instrumented, batches[i], n)) for i, n in chosen]
         like = torch.zeros(0, output.width, dtype=product_dtype(bases[0].mean.dtype), device="cpu")
-        directions = _directions(instrumented, indexed, like, max_directions, process_group)
+        directions = _directions(instrumented, few, like, max_directions, process_group)
         if directions is None:
             return None
         found = _Derivatives(instrumented, directions, output.kind == "categorical", stack_elements)
-        for index, count in chosen:
+        for index, batch in few:
             instrumented.manual_seed(index)
             # In a trial there may be fewer samples than were planned.
-            batch = some_samples(instrumented, batches[index], count)
             planned = num_samples / (instrumented.num_samples(batch) * len(chosen))
             found.add(batch, bases, features, planned)
-        is_complete = all(bool(t) for t in process_group.gather(torch.tensor(found.is_complete, device="cpu")[None]))
+        every = process_group.gather(torch.tensor([found.is_complete], device="cpu"))
+        (is_complete,) = process_group.broadcast([torch.cat(every).all()])
         if not is_complete:
             return None
         result = found.result([basis.n_features for basis in bases], features, process_group)
@@ -116,7 +117,8 @@ def _directions(
     """
     if like.shape[1] <= most:
         return torch.eye(like.shape[1], dtype=like.dtype, device="cpu")
-    count = math.ceil((_ROWS_PER_DIRECTION * most + _MORE_ROWS) / max(1, len(batches)))
+    counts = process_group.gather(torch.tensor([len(batches)], device="cpu"))
+    count = math.ceil((_ROWS_PER_DIRECTION * most + _MORE_ROWS) / max(1, sum(int(n) for n in counts)))
     rows, eps = [like], torch.finfo(like.dtype).eps
     with torch.no_grad():
         for index, batch in batches:
@@ -125,8 +127,9 @@ def _directions(
             z = _differences(instrumented, batch, count, seed=index * process_group.size + process_group.rank)
             eps = max(eps, torch.finfo(z.dtype).eps)
             rows.append(z.to(like))
-    spanned = [_span(Z, max(_SMALL, _ROUNDING * eps)) for Z in process_group.gather(torch.cat(rows))]
-    U = spanned[0] if len(spanned) == 1 else _span(torch.cat(spanned, 1).T, _SMALL)
+    Z = torch.cat(process_group.gather(torch.cat(rows)))
+    # Half precision cannot tell a direction from a rounding error.
+    U = like.T if process_group.rank or eps > _FINEST else _span(Z, max(_SMALL, _ROUNDING * eps))
     (U,) = process_group.broadcast([U])
     return U if 0 < U.shape[1] <= most else None
 
@@ -140,13 +143,16 @@ def _differences(instrumented: InstrumentedModel, batch: Any, count: int, seed: 
     captured = instrumented.capture_to_output(batch)
     before, last = captured[-2], captured[-1]
     generator = torch.Generator().manual_seed(seed)
+    if last.mask is not None and not last.mask.any():
+        return last.a.new_zeros(0, last.a.shape[-1])
     outputs: list[Tensor] = []
-    while sum(z.shape[0] * z.shape[1] for z in outputs) < count + 1:
+    while sum(map(len, outputs)) < count + 1:
         noise = torch.randn(before.a.shape, generator=generator, device="cpu").to(before.a) * before.a.std()
         t = first_tensor(instrumented.output(batch, {len(captured) - 2: before.a + apply_mask(noise, before.mask)}))
         assert t is not None
-        outputs.append(last.layer.read([t]))
-    z = torch.cat([z.flatten(0, 1) if last.mask is None else z[last.mask] for z in outputs])
+        z = last.layer.read([t])
+        outputs.append(z.flatten(0, 1) if last.mask is None else z[last.mask])
+    z = torch.cat(outputs)
     z = z[torch.arange(count + 1, device=z.device) * len(z) // (count + 1)]
     # Differences, because some models set logits of classes that do not exist to the lowest number that there is.
     return z[1:] - z[:1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -14,13 +14,48 @@ from lib_lightning.algorithm.output_derivatives import differentiate_output
 from lib_lightning.algorithm.output_steps import step_along_features
 from lib_lightning.algorithm.progress import phase_done
 from lib_lightning.distributed.process_group import ProcessGroup
+from lib_lightning.errors import counted
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.output_distribution import OutputDistribution
+
+_FEW_EFFECTS = (
+    "Which outputs a feature raises and lowers is measured for the most important features, {} of {}, on {}, as more "
+    "would take too long; lib_lightning.interventions.output_effects measures others."
+)
+_NO_EFFECTS = (
+    "Which outputs a feature raises and lowers is not measured: moving each feature would take too long, and the "
+    "output is no linear map of few numbers, or is in half precision. lib_lightning.interventions.output_effects "
+    "measures some."
+)
 
 
 def effects_by(config: LIBConfig) -> str:
     """How effects on the output are measured: by ``"steps"`` of one standard deviation, or by ``"derivatives"``."""
     return "steps" if config.effect_directions is None else "derivatives"
+
+
+def effect_notes(
+    config: LIBConfig, bases: Sequence[Basis], effects: Mapping[str, OutputEffects], num_samples: int
+) -> list[str]:
+    """What to say where not all features have effects on the output.
+
+    Args:
+        config: How they were measured.
+        bases: Basis of each node layer.
+        effects: The effects by node layer.
+        num_samples: Number of samples.
+
+    Returns:
+        A note, or nothing.
+    """
+    if not effects and config.effect_directions is not None:
+        return [_NO_EFFECTS]
+    count = config.effect_features or 0
+    total = sum(basis.n_features for basis in bases if basis.name in effects)
+    measured = sum(min(count, basis.n_features) for basis in bases if basis.name in effects)
+    if measured == total:
+        return []
+    return [_FEW_EFFECTS.format(f"{measured:,}", f"{total:,}", counted(num_samples, "sample"))]
 
 
 def find_output_effects(

@@ -197,7 +197,8 @@ class RunPlanner:
             missing = cost.of_effects(complete_effects(cost, plan.effort, settings.config)) * SLOWER
         # What the snapshots leave of their share of the training.
         left = self._share * training - (plan.snapshots or math.inf) * self._of_snapshot(plan.effort) - missing
-        ablations = max(plan.effort.operations, left) if settings.counts_at_end else 0.0
+        most = cost.of_ablations(settings.available)
+        ablations = min(most, max(plan.effort.operations, left)) if settings.counts_at_end else 0.0
         return replace(plan, ablations=ablations, seconds_at_end=(ablations + missing) / rate)
 
     def _forward_rate(self, instrumented: InstrumentedModel, batch: Any, cost: ModelCost) -> float:

@@ -109,6 +109,7 @@ class SnapshotRecorder:
         found = self.computer.count_causal(*arguments) if counts else {}
         if has_changed or found:
             self.renderings.name_outputs(graph)
+            self.reporter.log_notes({self.computer.name: graph})
             self.reporter.write_again(graph, graph.info[STEP])
         if counts:
             self.state.set_causal(found)

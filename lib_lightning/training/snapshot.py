@@ -19,7 +19,7 @@ from lib_lightning.algorithm.config import BasisKind, LIBConfig
 from lib_lightning.algorithm.effort import EffortPlan, measure_cost
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
 from lib_lightning.algorithm.output_changes import most_important
-from lib_lightning.algorithm.output_effects import effects_by
+from lib_lightning.algorithm.output_effects import effect_notes, effects_by
 from lib_lightning.algorithm.output_gradients import is_output
 from lib_lightning.algorithm.progress import phase_done
 from lib_lightning.api import graph_of
@@ -33,6 +33,7 @@ from lib_lightning.io.basis_format import (
     EFFECT_SAMPLES,
     EFFECTS_BY,
     EFFORT,
+    NOTES,
     NUM_SAMPLES,
     REFERENCE_SAMPLES,
     SAMPLES,
@@ -445,6 +446,7 @@ class SnapshotComputer:
         output = known_output(graph)
         if plan is None or output is None or not self.lacks_effects(graph, plan):
             return False
+        has_changed = False
         with self._optional("Measuring effects on the output failed", process_group):
             batches = first_samples(data.batches, plan.effort.num_samples, instrumented, process_group)
             with model_session(instrumented):
@@ -467,7 +469,11 @@ class SnapshotComputer:
                     instrumented, own, graph, features, output, config, process_group
                 )
                 graph.info[EFFECTS_BY] = effects_by(config) if graph.output_effects else None
-        return bool(graph.output_effects)
+                bases = list(graph.bases.values())
+                notes = effect_notes(config, bases, graph.output_effects, graph.info[EFFECT_SAMPLES])
+                graph.info[NOTES] = [*graph.info[NOTES], *notes]
+                has_changed = True
+        return has_changed
 
     def count_causal(
         self,

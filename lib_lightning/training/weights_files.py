@@ -238,7 +238,7 @@ def _read_distributed(folder: Path, with_weights: bool) -> _Parts:
     reader = FileSystemReader(folder)
     stored = reader.read_metadata().state_dict_metadata
     weights = {
-        name: torch.empty(one.size, dtype=one.properties.dtype)
+        name: torch.empty(one.size, dtype=one.properties.dtype, device="cpu")
         for name, one in stored.items()
         if isinstance(one, TensorStorageMetadata) and not _is_of_optimizer(name)
     }

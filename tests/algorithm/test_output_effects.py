@@ -245,6 +245,34 @@ def test_language_models_have_effects_of_all_features_from_few_backward_passes(
         assert_top(graph, layer, *expected)
 
 
+def test_few_valid_positions_and_batches_without_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lib_lightning.algorithm.effort._EFFECT_OPERATIONS", 0)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(400, 16), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 400)).double()
+    batches = []
+    for number in (1, 2, 0):
+        tokens, mask = torch.randint(400, (4, 6)), torch.zeros(4, 6)
+        mask[:, :number] = 1
+        batches.append({"input": tokens, "attention_mask": mask})
+    options: dict[str, Any] = {"mask": "attention_mask", "n_probes": 2, "n_pushed": 2}
+    for some in (batches, batches[:1]):
+        graph = compute_interaction_graph(
+            model, some, ["0", "2"], **options, input_fn=lambda batch: batch["input"], output_distribution="categorical"
+        )
+        assert not [note for note in graph.info[NOTES] if "raises" in note]
+        assert list(graph.output_effects) == ["0", "2"]
+
+
+def test_half_precision_has_none_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lib_lightning.algorithm.effort._EFFECT_OPERATIONS", 0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 600)).bfloat16()
+    graph = compute_interaction_graph(
+        model, [torch.randn(40, 8).bfloat16()], ["input", "1"], n_probes=4, output_distribution="categorical"
+    )
+    assert not graph.output_effects
+    assert any("in half precision" in note for note in graph.info[NOTES])
+
+
 def test_an_output_that_is_no_linear_map_of_few_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is said of it, rather than something wrong, and why."""
     monkeypatch.setattr("lib_lightning.algorithm.effort._EFFECT_OPERATIONS", 0)

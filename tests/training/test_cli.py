@@ -297,7 +297,7 @@ class TinyGPT2(BoringModel):
 
 ESTIMATE = re.compile(
     r"^(?P<name>\w+): (?P<snapshots>\d+) snapshots .*, each with (?P<samples>[\d,]+) samples, .*metric, .*edges.*, "
-    r"about .* each and .* in total.*\.\n"
+    r"about .* each.* and .* in total.*\.\n"
     r"  \d+ threads?: .*B of memory at its peak; (?P<size>[\d.]+) (?P<unit>[kM])B for each of (?P<files>[\d,]+) files, "
     r".* in all\.$",
     re.MULTILINE,
