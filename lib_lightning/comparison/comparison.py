@@ -19,7 +19,7 @@ from lib_lightning.comparison.paired_values import NUM_VALUES, computed_values, 
 from lib_lightning.comparison.scene import pictures_of
 from lib_lightning.comparison.sections import EdgeChange, SectionComparison, compare_section
 from lib_lightning.comparison.table import table_of
-from lib_lightning.errors import SettingError, SettingTypeError, check_number, did_you_mean, quoted
+from lib_lightning.errors import SettingError, SettingTypeError, check_list, check_number, did_you_mean, quoted
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_file import write_bytes
 
@@ -253,6 +253,8 @@ def compare(
             raise SettingTypeError(
                 f"compare takes two graphs first, then two models, then samples; got {type(graph).__name__} as a graph."
             )
+    if len(check_list("names", names, "two names", lambda name: isinstance(name, str))) != 2:
+        raise SettingError(f"names are those of two networks; got {names!r}.")
     pairs = paired_layers(graph_a, graph_b, layers)
     given = [x is not None for x in (model_a, model_b, batches)]
     if model_a is not None and model_b is not None and batches is not None:

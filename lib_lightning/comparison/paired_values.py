@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lib_lightning.errors import LIBError, SettingTypeError
+from lib_lightning.errors import LIBError, NotFiniteError, SettingTypeError
 from lib_lightning.features.values import feature_values
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_format import REFERENCE_SAMPLES
@@ -68,6 +68,7 @@ def computed_values(
     Raises:
         LIBError: If there are no samples.
         NodeLayerError: If a model does not have its node layers.
+        NotFiniteError: If a feature has a value that is NaN or infinite.
     """
     if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
         raise SettingTypeError(
@@ -175,4 +176,6 @@ def _in_blocks(parts: list[tuple[Tensor, Tensor]]) -> PairedValues:
     a, b = (torch.cat(of_network).flatten(0, 1) for of_network in zip(*same, strict=True))
     if len(a) < 2 * block:
         raise LIBError("There is only one sample to compare features on; at least two are needed, better a thousand.")
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise NotFiniteError("Features have NaN or infinite values on these samples: there is nothing to compare.")
     return PairedValues(a.double(), b.double(), block)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import logging
 import math
@@ -18,7 +19,16 @@ from torch import nn
 
 from lib_lightning.algorithm.cost import duration
 from lib_lightning.distributed.process_group import SINGLE_PROCESS
-from lib_lightning.errors import LIBError, SettingError, brief, check_number, log_traceback, quoted, shortened
+from lib_lightning.errors import (
+    LIBError,
+    SettingError,
+    brief,
+    check_number,
+    did_you_mean,
+    log_traceback,
+    quoted,
+    shortened,
+)
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_file import write_bytes
 from lib_lightning.io.basis_format import EPOCH, LOGGING_STEP, STEP, WEIGHTS, WEIGHTS_HASH
@@ -136,6 +146,9 @@ def _callback(node_layers: Sequence[str | NodeLayer] | None, settings: Mapping[s
         raise SettingError(f"{quoted(wrong)} of trace: the checkpoints decide when there is a snapshot.")
     if wrong := [name for name in settings if name in ("dataloader", "val_dataloader")]:
         raise SettingError(f"{quoted(wrong)} of trace: batches are what it computes on.")
+    known = inspect.signature(LIBCallback).parameters
+    if wrong := [name for name in settings if name not in known]:
+        raise SettingError(f"trace has no setting {quoted(wrong)}.{did_you_mean(wrong[0], known)}")
     return LIBCallback(node_layers, **settings)
 
 
@@ -314,6 +327,7 @@ class Tracer:
             "bases": repr(callback.computer.prefixes),
             "node_layers": repr([] if callback.node_layers is None else [x.name for x in callback.node_layers]),
             "positions": repr((given.skip_positions, given.dtype)),
+            "samples": repr(callback.sample_config.plain),
         }
 
     def _restore(self) -> bool:
@@ -328,6 +342,8 @@ class Tracer:
                 )
             return False
         saved = torch.load(file, map_location="cpu", weights_only=True)
+        if saved["state"]["step"] is None:  # it ended before its first snapshot, perhaps because of its settings
+            return False
         if other := [name for name, value in self._asked.items() if saved["asked"].get(name) != value]:
             raise LIBError(
                 f"{self.folder} has a trace with other {' and '.join(other)}. Choose another folder, or remove it."
@@ -355,9 +371,39 @@ class Tracer:
         if state.plan is None:
             state.set_plan(samples.choose_plan(), {})
         if self.is_resumed and state.step is not None:
+            self._require_same_training(state.step)
             rank_zero_info(f"{self.callback.name}: the trace in {self.folder} goes on after step {state.step:,}")
         else:
             self._save()  # from here on, the folder is that of a trace
+
+    def _require_same_training(self, latest: int) -> None:
+        """Stop if a checkpoint has other weights than the snapshot that is there of its step.
+
+        Args:
+            latest: Step of the latest snapshot.
+
+        Raises:
+            LIBError: If so.
+        """
+        for step in sorted((step for step in self.layout.basis_files() if step <= latest), reverse=True):
+            for checkpoint in self._source.find(is_watched=True):
+                try:
+                    if self._source.step(checkpoint) != step:
+                        continue
+                    found = self._load(step, checkpoint)[WEIGHTS_HASH]
+                except LIBError:  # which is said when its turn comes
+                    continue
+                known = InteractionGraph.load(self.layout.basis_file(step)).info.get(WEIGHTS_HASH)
+                if found != known:
+                    raise LIBError(
+                        f"{self.folder} has the trace of another training: its snapshot at step {step:,} is of other "
+                        f"weights than {shortened(str(checkpoint), 120)}. Choose another folder."
+                    )
+                return
+        log.warning(
+            "%s: none of the checkpoints is of a step that %s has a snapshot of, so it is not sure that they are of "
+            "the same training.", self.callback.name, self.folder,
+        )  # fmt: skip
 
     def take_due(self, is_watched: bool) -> bool:
         """Take a snapshot of each checkpoint that is there, complete, and later than those before.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from lib_lightning import InteractionGraph, compare, compute_interaction_graph
 from lib_lightning.comparison import Comparison
 from lib_lightning.comparison.layers import Names, compare_layers
 from lib_lightning.comparison.paired_values import PairedValues
-from lib_lightning.errors import LIBError, SettingError, SettingTypeError
+from lib_lightning.errors import LIBError, NotFiniteError, SettingError, SettingTypeError
 from lib_lightning.lineage import reference_features
 
 LAYERS = ["input", "1", "3", "output"]
@@ -272,6 +273,8 @@ GRAPH = graph(MODEL)
         (lambda: compare(GRAPH, GRAPH, MODEL, MODEL, samples(), level=2), SettingError, "level"),
         (lambda: compare(GRAPH, GRAPH, layers={"inptu": "input"}), SettingError, "Did you mean 'input'"),
         (lambda: compare(GRAPH, GRAPH), LIBError, "no values of the features"),
+        (lambda: compare(GRAPH, GRAPH, MODEL, MODEL, [samples()[0] * math.nan]), NotFiniteError, "NaN"),
+        (lambda: compare(GRAPH, GRAPH, MODEL, MODEL, samples(), names=("a",)), SettingError, "two networks"),  # type: ignore[arg-type]
     ],
 )
 def test_errors_say_what_to_do(call: Callable[[], object], error: type[Exception], message: str) -> None:
