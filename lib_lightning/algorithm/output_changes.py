@@ -35,7 +35,8 @@ class OutputEffects:
     """Which outputs of the model, such as classes or tokens, each feature of a node layer raises and lowers most.
 
     A feature is raised and lowered by one standard deviation, at all its positions, and half of the difference is its
-    effect: on log-probabilities of classes and tokens, on logits of yes-or-no answers, or on numbers.
+    effect: on log-probabilities of classes and tokens, on logits of yes-or-no answers, or on numbers. Or it is the
+    derivative times the standard deviation, where moving each feature takes too long.
 
     Attributes:
         outputs: Index of the output, shape ``(r, 2 k)``, int32: first the ``k`` that are raised most, then the ``k``
@@ -45,7 +46,7 @@ class OutputEffects:
         errors: Its standard error over samples, shape ``(r, 2 k)``, float32; NaN where it is not known.
 
     Note:
-        Where the model's output has thousands of entries, only the most important features have effects.
+        Where even derivatives take too long, only the most important features have effects, or none.
     """
 
     outputs: Tensor

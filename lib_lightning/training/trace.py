@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -385,21 +385,22 @@ class Tracer:
         Raises:
             LIBError: If so.
         """
-        for step in sorted((step for step in self.layout.basis_files() if step <= latest), reverse=True):
-            for checkpoint in self._source.find(is_watched=True):
-                try:
-                    if self._source.step(checkpoint) != step:
-                        continue
-                    found = self._load(step, checkpoint)[WEIGHTS_HASH]
-                except LIBError:  # which is said when its turn comes
-                    continue
-                known = InteractionGraph.load(self.layout.basis_file(step)).info.get(WEIGHTS_HASH)
-                if found != known:
-                    raise LIBError(
-                        f"{self.folder} has the trace of another training: its snapshot at step {step:,} is of other "
-                        f"weights than {shortened(str(checkpoint), 120)}. Choose another folder."
-                    )
-                return
+        done = {step for step in self.layout.basis_files() if step <= latest}
+        by_step: dict[int, Any] = {}  # each is opened once, for its step
+        for checkpoint in self._source.find(is_watched=True):
+            with suppress(LIBError):  # which is said when its turn comes
+                by_step.setdefault(self._source.step(checkpoint), checkpoint)
+        for step in sorted(done & by_step.keys(), reverse=True):
+            try:
+                found = self._load(step, by_step[step])[WEIGHTS_HASH]
+            except LIBError:
+                continue
+            if found != InteractionGraph.load(self.layout.basis_file(step)).info.get(WEIGHTS_HASH):
+                raise LIBError(
+                    f"{self.folder} has the trace of another training: its snapshot at step {step:,} is of other "
+                    f"weights than {shortened(str(by_step[step]), 120)}. Choose another folder."
+                )
+            return
         log.warning(
             "%s: none of the checkpoints is of a step that %s has a snapshot of, so it is not sure that they are of "
             "the same training.", self.callback.name, self.folder,
