@@ -65,6 +65,7 @@ from lib_lightning.model.replica import num_bytes
 from lib_lightning.model.safe_points import signals_at_safe_points
 from lib_lightning.model.skip_positions import SkipPositions
 from lib_lightning.model.validate import NOT_LOOKED, validate_node_layers
+from lib_lightning.model.weights_hash import weights_hash
 
 log = logging.getLogger(__name__)
 
@@ -200,6 +201,7 @@ def compute_interaction_graph(  # noqa: PLR0913 (a public entry)
         displayed_in(display),
     ):
         graph = graph_of(instrumented, batches, config, memory_limit, process_group, check_first=True, effort=effort)
+    graph.info[keys.WEIGHTS_HASH] = weights_hash(instrumented.model)
     log.info("%s was called as %s.", type(model).__name__, instrumented.spec.call)
     for note in graph.info[keys.NOTES]:
         log.warning(note)

@@ -19,6 +19,7 @@ from lib_lightning.comparison.paired_values import NUM_VALUES, computed_values, 
 from lib_lightning.comparison.scene import pictures_of
 from lib_lightning.comparison.sections import EdgeChange, SectionComparison, compare_section
 from lib_lightning.comparison.table import table_of
+from lib_lightning.comparison.weights import check_weights
 from lib_lightning.errors import SettingError, SettingTypeError, check_list, check_number, did_you_mean, quoted
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_file import write_bytes
@@ -213,8 +214,8 @@ def compare(
     Args:
         graph_a: The graph of the first network.
         graph_b: The graph of the second one.
-        model_a: The first model; it is not changed. None, together with ``model_b`` and ``batches``, for the values
-            that the graphs of two runs store, if these are on the same samples.
+        model_a: The first model, with the weights of its graph; it is not changed. None, together with ``model_b`` and
+            ``batches``, for the values that the graphs of two runs store, if these are on the same samples.
         model_b: The second model; it is not changed.
         batches: Samples that both models can be called with, best about a thousand; other ones than the graphs were
             computed on are fine.
@@ -234,7 +235,8 @@ def compare(
     Raises:
         SettingError: If node layers cannot be paired, or a number is outside its range.
         SettingTypeError: If only one of models and samples is given.
-        LIBError: If there are no samples, or graphs without models have no values on the same samples.
+        LIBError: If there are no samples, models are swapped, or graphs without models have no values on the same
+            samples.
         NodeLayerError: If a model does not have the node layers of its graph.
 
     Example:
@@ -258,6 +260,7 @@ def compare(
     pairs = paired_layers(graph_a, graph_b, layers)
     given = [x is not None for x in (model_a, model_b, batches)]
     if model_a is not None and model_b is not None and batches is not None:
+        check_weights(graphs, (model_a, model_b))
         values = computed_values(graphs, (model_a, model_b), batches, pairs, int(num_values), seed, **spec)
     elif any(given):
         raise SettingTypeError("compare needs both models and the samples, or none of them.")

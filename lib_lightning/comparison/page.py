@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from lib_lightning.comparison.scene import Picture
 from lib_lightning.plots.palette import MODULES, MUTED, NO_MODULE, TEXT, VERMILION
 from lib_lightning.viewer.bundle import comparison_script
+from lib_lightning.viewer.html_page import html_page
 
-# Forbids the browser to load anything.
-_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
 _COLUMN, _HEIGHT, _TOP, _EDGE = 120, 420, 64, 44
 _STYLE = f"""
 body {{ margin: 0; padding: 14px 20px 24px; color: {TEXT}; background: #fff;
@@ -69,26 +68,8 @@ def comparison_page(sections: Sequence[PageSection]) -> str:
         Text of the file.
     """
     title = ", ".join(f"{one.names[0]} and {one.names[1]}" for one in sections)
-    return "\n".join(
-        [
-            "<!DOCTYPE html>",
-            '<html lang="en">',
-            "<head>",
-            '<meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{html.escape(title)}</title>",
-            f"<style>{_STYLE}</style>",
-            "</head>",
-            "<body>",
-            "<h1>Features of two networks</h1>",
-            *(line for number, one in enumerate(sections) for line in _section(number, one)),
-            f'<script type="module">{comparison_script()}</script>',
-            "</body>",
-            "</html>",
-            "",
-        ]
-    )
+    parts = (line for number, one in enumerate(sections) for line in _section(number, one))
+    return html_page(title, _STYLE, ["<h1>Features of two networks</h1>", *parts], comparison_script())
 
 
 def _section(number: int, section: PageSection) -> Iterator[str]:

@@ -41,6 +41,7 @@ from lib_lightning.model.output_distribution import OutputSetting
 from lib_lightning.model.preserve import copied_bytes
 from lib_lightning.model.safe_points import signals_at_safe_points
 from lib_lightning.model.skip_positions import SkipPositions
+from lib_lightning.model.weights_hash import weights_hash
 from lib_lightning.training.budget import Pace, SnapshotKind, SnapshotTrigger, TimeMeter, max_overhead_of, timed_hook
 from lib_lightning.training.effort import (
     PlanResult,
@@ -81,7 +82,7 @@ from lib_lightning.training.trainer import (
     synchronize,
     trainer_precision,
 )
-from lib_lightning.training.weights import TrainedWeights, weights_hash
+from lib_lightning.training.weights import TrainedWeights
 from lib_lightning.training.writer import KeepSnapshots, check_keep
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from lib_lightning.errors import LIBError, MissingFileError
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_format import REFERENCE_SAMPLES, STEP, WEIGHTS_HASH
 from lib_lightning.io.run_layout import RunLayout
-from lib_lightning.training.weights import weights_hash
+from lib_lightning.model.weights_hash import weights_hash
 from lib_lightning.training.weights_files import read_checkpoint
 from lib_lightning.training.weights_names import load_weights
 from lib_lightning.viewer.run import Run

@@ -37,6 +37,7 @@ from lib_lightning.model.batch import is_empty, map_tensors
 from lib_lightning.model.module_paths import unwrapped
 from lib_lightning.model.node_layer import NodeLayer
 from lib_lightning.model.preserve import copied_bytes
+from lib_lightning.model.weights_hash import weights_hash
 from lib_lightning.training.callback import LIBCallback
 from lib_lightning.training.checkpoint_files import (
     Checkpoints,
@@ -51,7 +52,7 @@ from lib_lightning.training.frameworks import PACKAGES, imported_packages, membe
 from lib_lightning.training.reporter import RunDestination
 from lib_lightning.training.samples import NUM_REFERENCE_SAMPLES, SampleBuffer
 from lib_lightning.training.snapshot import SnapshotData
-from lib_lightning.training.weights import TRAINED, weights_hash
+from lib_lightning.training.weights import TRAINED
 from lib_lightning.training.weights_files import (
     CheckpointContents,
     UnreadableError,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import html
-import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from lib_lightning.viewer.bundle import bundle, static_files
 from lib_lightning.viewer.embedded_features import EmbeddedFeatures, budget, compressed, embed_features
+from lib_lightning.viewer.html_page import html_page
 from lib_lightning.viewer.json_text import dump, object_
 from lib_lightning.viewer.run_view import RunView
 
@@ -20,9 +20,6 @@ _START_FEATURE = """
 const script = document.getElementById("lib-feature-data");
 modules["feature_page.js"].mountFeature(document.getElementById("lib-view"), script);
 """
-# Forbids the browser to load anything.
-_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
-
 
 # A page of more bytes takes browsers seconds to open.
 MAX_BYTES = 20_000_000
@@ -101,25 +98,8 @@ def feature_page(title: str, content: str) -> str:
 def _page(title: str, body: Sequence[str], entry_points: Mapping[str, str], start: str) -> str:
     static = static_files()
     script = bundle(static, entry_points) + start
-    return "\n".join(
-        [
-            "<!DOCTYPE html>",
-            '<html lang="en">',
-            "<head>",
-            '<meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{html.escape(title)}</title>",
-            f"<style>body {{ margin: 0; }}\n{_inline(static['view.css'], 'style')}</style>",
-            "</head>",
-            "<body>",
-            *body,
-            f'<script type="module">\n{_inline(script, "script")}</script>',
-            "</body>",
-            "</html>",
-            "",
-        ]
-    )
+    style = f"body {{ margin: 0; }}\n{static['view.css']}"
+    return html_page(title, style, body, f"\n{script}")
 
 
 def _that_fit(runs: Sequence[RunView], edges: int, every: int, max_bytes: int) -> tuple[int, int]:
@@ -154,8 +134,3 @@ def _feature_scripts(embedded: Mapping[str, EmbeddedFeatures]) -> Iterator[str]:
         yield f'<script type="text/plain" class="lib-features-of-run" data-run="{run}">{features.run}</script>'
         for step, pages in features.snapshots.items():
             yield f'<script type="text/plain" class="lib-features" data-run="{run}" data-step="{step}">{pages}</script>'
-
-
-def _inline(code: str, tag: str) -> str:
-    """Escape code so that it cannot close its own tag."""
-    return re.sub(rf"</(?={tag})", r"<\\/", code, flags=re.IGNORECASE)

@@ -257,6 +257,32 @@ def test_graphs_alone_suffice_if_their_values_are_on_the_same_samples() -> None:
         compare(*graphs)
 
 
+def test_swapped_models_are_refused_and_changed_ones_are_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    models, batches = (mlp(0), mlp(1)), samples(200)
+    graphs = [compute_interaction_graph(model, batches, ["input", "1"]) for model in models]
+    with pytest.raises(LIBError, match=r"swapped: the first model has the weights of the second graph\. Give them in"):
+        compare(*graphs, models[1], models[0], batches)
+    trained = copy.deepcopy(models[0])
+    with torch.no_grad():
+        trained[0].bias += 0.1
+    with pytest.raises(LIBError, match="swapped: the second model has the weights of the first graph"):
+        compare(*graphs, trained, models[0], batches)
+    compare(*graphs, *models, batches)
+    compare(*graphs, *(nn.DataParallel(model) for model in models), batches)
+    assert not caplog.records
+    # Another precision, more training, or the bases of two moments on the same model: it may be meant.
+    for changed in (copy.deepcopy(models[0]).float(), trained, models[1]):
+        caplog.clear()
+        compare(*graphs, changed, models[1], batches, dtype=torch.float64)
+        (said,) = caplog.records
+        assert "The first model has other weights than its graph" in said.getMessage()
+    caplog.clear()
+    for graph in graphs:  # of an earlier version
+        del graph.info["weights_hash"]
+    compare(*graphs, models[1], models[0], batches)
+    assert not caplog.records
+
+
 MODEL = mlp(0)
 GRAPH = graph(MODEL)
 

@@ -32,11 +32,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lib_lightning import LIBCallback, trace
 from lib_lightning.errors import LIBError, SettingError
+from lib_lightning.model.weights_hash import weights_hash
 from lib_lightning.training.checkpoint_files import step_in_name
 from lib_lightning.training.cli import main
 from lib_lightning.training.trace import CheckpointSource
 from lib_lightning.training.trace_options import parse_trace_options
-from lib_lightning.training.weights import weights_hash
 from lib_lightning.training.weights_files import UnreadableError, read_checkpoint
 from lib_lightning.training.weights_names import WrongWeightsError, load_weights
 from lib_lightning.viewer.run import Run

@@ -16,8 +16,9 @@ from torch import nn
 from torch.optim.swa_utils import SWALR
 
 from lib_lightning import InteractionGraph, LIBCallback, compute_interaction_graph
+from lib_lightning.model.weights_hash import weights_hash
 from lib_lightning.training.frameworks import PACKAGES, member
-from lib_lightning.training.weights import FINAL, TRAINED, weights_hash
+from lib_lightning.training.weights import FINAL, TRAINED
 from tests.training.test_frameworks import NODE_LAYERS, model_of
 
 each_package = pytest.mark.parametrize("package", PACKAGES)
@@ -277,53 +278,3 @@ def test_whoever_changes_weights_and_when(
     assert callback.state.history.steps == [4, 8]
     events = [(e.kind, e.step, e.layer, e.lineage, e.metric) for e in callback.state.events]
     assert len(events) == len(set(events))
-
-
-# the hash
-
-
-@given(
-    shapes=st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=4),
-    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.complex64]),
-    small=st.booleans(),
-    data=st.data(),
-)
-@settings(max_examples=60, deadline=None)
-def test_any_change_of_any_entry_is_seen(shapes: list[list[int]], dtype: torch.dtype, small: bool, data: Any) -> None:
-    module = nn.ParameterList([nn.Parameter(torch.randn(shape).to(dtype), requires_grad=False) for shape in shapes])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lib_lightning.training.weights._SMALL", 1 << 20 if small else 0)
-        patch.setattr("lib_lightning.training.weights._WIDTH", 3)
-        before = weights_hash(module)
-        assert weights_hash(copy.deepcopy(module)) == before
-        filled = [p for p in module if p.numel()]
-        if filled:
-            parameter = data.draw(st.sampled_from(range(len(filled))))
-            entries = filled[parameter].data.view(-1)
-            i, j = (data.draw(st.integers(0, len(entries) - 1)) for _ in range(2))
-            swapped = entries.clone()
-            swapped[[i, j]] = entries[[j, i]]
-            is_same = torch.equal(swapped, entries)
-            filled[parameter].data.copy_(swapped.view(filled[parameter].shape))
-            assert (weights_hash(module) == before) == is_same
-            entries[i] += 1
-            assert weights_hash(module) != before
-
-
-def test_hash_does_not_depend_on_the_layout() -> None:
-    a, b = nn.Linear(6, 6), nn.Linear(6, 6)
-    with torch.no_grad():
-        b.weight.data = a.weight.t().contiguous().t()
-        b.bias.data = torch.cat([torch.zeros(1), a.bias])[1:]  # not aligned to eight bytes
-    assert weights_hash(a) == weights_hash(b)
-    assert weights_hash(a) != weights_hash(nn.Linear(6, 6))
-    assert len({weights_hash(nn.BatchNorm1d(3)), weights_hash(nn.Identity())}) == 2
-
-
-def test_tensors_of_one_element_have_any_stride() -> None:
-    layer = nn.Linear(1, 1)
-    before = weights_hash(layer)
-    layer.weight.data = torch.stack([layer.weight.data.flatten(), torch.zeros(1)])[:1].as_strided((1, 1), (7, 5))
-    assert weights_hash(layer) == before
-    graph = compute_interaction_graph(layer, [torch.randn(9, 2)[:, ::2]], ["input", "output"])
-    assert graph.bases["input"].n_features == 1
