@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from lib_lightning import __version__
 from lib_lightning._deprecated import renamed_arguments
+from lib_lightning.algorithm.basis_kinds import WITH_METRIC
 from lib_lightning.algorithm.build import BuildResult, build_graph, phases
 from lib_lightning.algorithm.config import (
     BasisKind,
@@ -104,6 +105,7 @@ def compute_interaction_graph(  # noqa: PLR0913 (a public entry)
     skip_positions: SkipPositions | None = None,
     metric: MetricKind = "next",
     output_distribution: OutputSetting = "auto",
+    basis_seed: int = 0,
 ) -> InteractionGraph:
     """Compute the Local Interaction Basis of a model's activations and the interactions between its features.
 
@@ -116,7 +118,10 @@ def compute_interaction_graph(  # noqa: PLR0913 (a public entry)
         node_layers: Where to cut the model, in forward order: ``"module.path"`` for a module's output,
             ``"module.path:input"`` for its input, ``"input"`` and ``"output"`` for those of the model, or a
             `NodeLayer`. None uses the ones that `list_node_layers` proposes, and logs a warning that names them.
-        basis: ``"lib"``, or the baselines ``"pca"`` and ``"neuron"``.
+        basis: ``"lib"``, or the baselines ``"pca"`` and ``"neuron"``. Or another rotation of the same whitened
+            activations: ``"random"``; ``"ica"``, as independent as possible; ``"dictionary"``, with as few large values
+            as possible; ``"varimax"``, the LIB rotated only between features of nearly equal importance, so that they
+            act on few neurons.
         final_basis: Basis of the last node layer, which has no next layer: ``"neuron"``, ``"pca"``, or ``"centered"``
             for logits less their mean over the classes. ``"auto"`` is ``"neuron"`` for ``"output"`` and ``"pca"`` for
             any other node layer.
@@ -157,6 +162,7 @@ def compute_interaction_graph(  # noqa: PLR0913 (a public entry)
             logits of yes-or-no answers, ``"gaussian"`` for numbers with a squared error. ``"auto"`` finds out by the
             loss, the model's configuration or the labels in the batch, and ``graph.info`` says how; ``"none"`` leaves
             out `Basis.output_importance`.
+        basis_seed: Seed of a random rotation, and of the one at which ICA and dictionary learning start.
 
     Returns:
         The interaction graph: a basis for each node layer, edges between neighbouring ones.
@@ -181,8 +187,9 @@ def compute_interaction_graph(  # noqa: PLR0913 (a public entry)
     """
     check_choice("effort", effort, get_args(Effort))
     config = LIBConfig(
-        basis, final_basis, rtol, n_probes, integration_steps, final_metric, n_pushed, metric, output_distribution
-    )
+        basis, final_basis, rtol, n_probes, integration_steps, final_metric, n_pushed, metric, output_distribution,
+        basis_seed=basis_seed,
+    )  # fmt: skip
     check_number("memory_limit", memory_limit, lambda x: x > 0, "is a number of GiB above 0")
     if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
         raise SettingTypeError(
@@ -519,7 +526,7 @@ def _plan(
     samples = samples or sum(map(instrumented.num_samples, batches))
     last = instrumented.layers[-1].taps
     workload = Workload(
-        samples, config.integration_steps, config.basis == "lib", final_kind(config, last) == "lib", has_output
+        samples, config.integration_steps, config.basis in WITH_METRIC, final_kind(config, last) == "lib", has_output
     )
     weights = num_bytes(instrumented.model)
     copied = weights if weights <= copied_bytes(memory_limit) else 0

@@ -23,7 +23,8 @@ class Basis:
 
     Attributes:
         name: Node layer.
-        kind: ``"lib"``, ``"pca"`` or ``"neuron"``; for a last node layer also ``"centered"``.
+        kind: ``"lib"``, ``"pca"``, ``"neuron"``, ``"random"``, ``"ica"``, ``"dictionary"`` or ``"varimax"``; for a last
+            node layer also ``"centered"``.
         mean: ``mu``, shape ``(d,)``, float64.
         to_features: ``C``, shape ``(d, r)``, float64.
         from_features: ``C^+``, shape ``(r, d)``, float64.

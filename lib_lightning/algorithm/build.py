@@ -5,7 +5,8 @@
    PCA, or has a metric that measures a step by its effect on what the model predicts. Every earlier one has the
    Jacobian metric, which measures a step by its effect on the *next* layer's features, or all of them have that of the
    predictions. PCA whitens the activations; a rotation to the eigenvectors of the metric, and a scaling by its
-   eigenvalues, make Jacobians orthonormal.
+   eigenvalues, make Jacobians orthonormal. Other bases of the same subspace, such as random ones, have another rotation
+   of the whitened activations; the metrics, and with them the subspaces, remain those of the LIB.
 3. *Edges.* Squared interactions between the features of neighbouring layers.
 4. *Importance for the output:* what setting a feature to its mean does to the predictions; and *effects on the
    output:* which classes or tokens it raises and lowers most.
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 
 from lib_lightning.algorithm.basis import Basis, centered_basis, neuron_basis, pca_basis
-from lib_lightning.algorithm.basis_kinds import FIXED_ORDER
+from lib_lightning.algorithm.basis_kinds import BY_IMPORTANCE, ROTATED, WITH_METRIC
 from lib_lightning.algorithm.config import LIBConfig, final_kind
 from lib_lightning.algorithm.covariance import RunningCovariance, all_reduce_covariances
 from lib_lightning.algorithm.degenerate import describe_empty_layers, is_constant
@@ -58,6 +59,7 @@ from lib_lightning.algorithm.output_gradients import (
     output_metrics,
 )
 from lib_lightning.algorithm.progress import phase_done
+from lib_lightning.algorithm.rotations import rotated, rotation_of
 from lib_lightning.algorithm.section_cache import SectionCache
 from lib_lightning.algorithm.shortcuts import FAST, PLAIN, Shortcuts
 from lib_lightning.algorithm.wide_layers import eigenproblem
@@ -127,12 +129,14 @@ class _Layer:
     """A node layer with its basis.
 
     Attributes:
+        lib: The basis before it was rotated, which measures the layer before; mostly the basis itself.
         basis: The basis.
         features: Features of all batches at valid positions, if they were computed with the basis.
         lengths: Replicates of the squared lengths of its directions ``C^+`` in the metric, shape ``(G, r)``; None for
             a basis without a metric.
     """
 
+    lib: Basis
     basis: Basis
     features: Tensor | None
     lengths: Tensor | None
@@ -220,13 +224,17 @@ def build_graph(
     by_output = _output_metrics(run, gradients, widths)
     layers: list[_Layer] = []
     metric_errors: dict[str, float | None] = {}
+    rotation_notes: list[str] = []
     for i in reversed(range(len(run.names))):
-        metric = by_output.get(i) or _metric(run, i, layers[0].basis if layers else None, widths[i], cache)
-        basis, features = _basis(run, i, moments, metric, cache)
-        lengths = None
+        metric = by_output.get(i) or _metric(run, i, layers[0] if layers else None, widths[i], cache)
+        lib, features = _basis(run, i, moments, metric, cache)
+        basis, lengths = lib, None
         if metric is not None:
+            if config.basis in ROTATED:
+                basis, features, notes = _rotated(run, i, lib, features, metric, int(moments[i].count), cache)
+                rotation_notes += notes
             lengths, metric_errors[basis.name] = metric.replicates(basis.from_features), metric.relative_error
-        layers.insert(0, _Layer(basis, features, lengths))
+        layers.insert(0, _Layer(lib, basis, features, lengths))
         phase_done(f"basis of {basis.name}")
     # 3. Edges.
     edges, variances, examples = _edges(run, layers, positions, cache)
@@ -246,6 +254,7 @@ def build_graph(
             *describe_empty_layers(bases, moments, any(layer.skip_positions for layer in instrumented.layers)),
             *describe_dominance(bases, instrumented.layers, position_variances),
             *_notes(run, edges, cache, by_output),
+            *rotation_notes,
             *([] if run.output is None else effect_notes(config, bases, output_effects, effect_samples)),
         ],
         importance_replicates=importances,
@@ -276,6 +285,8 @@ def phases(config: LIBConfig, instrumented: InstrumentedModel, n_batches: int) -
     counts |= {OUTPUT_METRIC: n_batches} if measured else {}
     for i, (name, kind) in reversed(list(enumerate(zip(names, kinds, strict=True)))):
         counts[f"basis of {name}"] = n_batches + 1 if kind == "lib" and i not in measured else 1
+        if kind == "lib" and config.basis in ROTATED and config.basis != "random":
+            counts[f"basis of {name}"] += n_batches
     counts |= {_edges_phase(before, after): n_batches for before, after in itertools.pairwise(names)}
     counts |= {} if config.output_distribution == "none" else {OUTPUT_IMPORTANCE: n_batches}
     counts |= {OUTPUT_EFFECTS: 1} if config.effect_samples else {}
@@ -314,17 +325,17 @@ def _moments(
     return moments, position_variances, positions, cache.path_from([layer_moments.mean for layer_moments in moments])
 
 
-def _metric(run: _Run, i: int, next_basis: Basis | None, d: int, cache: SectionCache) -> Metric | None:
+def _metric(run: _Run, i: int, next_layer: _Layer | None, d: int, cache: SectionCache) -> Metric | None:
     """Step 2: the metric ``M`` that measures steps in the activations of node layer ``i``, if its basis needs one."""
     if run.kinds[i] != "lib":
         return None
     groups = run.plan.groups
     metric: FisherMetric | JacobianMetric
-    if next_basis is None:
+    if next_layer is None:
         metric = FisherMetric(d, groups, run.output or LOGITS)
     else:
-        C_next = next_basis.to_features
-        metric = JacobianMetric(d, C_next, run.config.n_probes, run.generator, groups, run.shortcuts.gram)
+        C_next, reuse = next_layer.lib.to_features, next_layer.lib is next_layer.basis
+        metric = JacobianMetric(d, C_next, run.config.n_probes, run.generator, groups, reuse, run.shortcuts.gram)
     metric.add_batches(cache, i, f"basis of {run.names[i]}")
     metric.reduce(run.process_group)
     if not metric.is_finite():
@@ -393,6 +404,21 @@ def _basis(
         basis, features = problem.solve(name, cutoff)
     # Equal sums give equal bases only up to rounding, and truncation turns rounding into another number of features.
     return basis.broadcast(run.process_group), features
+
+
+def _rotated(
+    run: _Run, i: int, lib: Basis, features: Tensor | None, metric: Metric, num_rows: int, cache: SectionCache
+) -> tuple[Basis, Tensor | None, list[str]]:
+    """Step 2: the basis with the same whitened activations as the LIB of node layer ``i``, rotated; and notes."""
+    kind, seed = run.config.basis, run.config.basis_seed * len(run.names) + i
+    rotation = rotation_of(kind, lib, metric, num_rows, run.plan.groups, seed)
+    if rotation.needs_rows:
+        for rows, group in cache.rows(f"basis of {lib.name}", i):
+            rotation.update(rows, group)
+    rotation.reduce(run.process_group)
+    R, notes = rotation.solve()
+    basis, features = rotated(lib, kind, R, features)
+    return basis.broadcast(run.process_group), features, notes
 
 
 def _edges(
@@ -470,15 +496,16 @@ def _with_errors(basis: Basis, replicates: Tensor) -> Basis:
     """Step 5: the basis with standard errors."""
     if len(replicates) < 2:
         return basis
-    # The directions of neurons and classes do not depend on the samples.
-    degenerate = None if basis.kind in FIXED_ORDER else near_degenerate(basis.importance, replicates)
+    # Of other bases, the importances do not determine the directions.
+    degenerate = near_degenerate(basis.importance, replicates) if basis.kind in BY_IMPORTANCE else None
     return replace(basis, importance_error=standard_error(replicates), degenerate=degenerate)
 
 
 def _kinds(config: LIBConfig, instrumented: InstrumentedModel) -> list[str]:
-    """Kind of basis of each node layer."""
+    """Kind of basis of each node layer, before rotation."""
     *others, last = instrumented.layers
-    return [config.basis for _ in others] + [final_kind(config, last.taps)]
+    kind = "lib" if config.basis in WITH_METRIC else config.basis
+    return [kind for _ in others] + [final_kind(config, last.taps)]
 
 
 def _common_plan(plan: MemoryPlan, process_group: ProcessGroup, keep_graphs: bool) -> MemoryPlan:

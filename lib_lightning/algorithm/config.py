@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lib_lightning.algorithm.basis_kinds import WITH_METRIC
 from lib_lightning.errors import SettingError, check_number, did_you_mean
 from lib_lightning.model.node_layer import OUTPUT
 from lib_lightning.model.output_distribution import OutputSetting
 
-BasisKind = Literal["lib", "pca", "neuron"]
+BasisKind = Literal["lib", "pca", "neuron", "random", "ica", "dictionary", "varimax"]
 FinalBasisKind = Literal["auto", "neuron", "pca", "centered"]
 FinalMetric = Literal["fisher"]
 MetricKind = Literal["next", "output"]
@@ -41,13 +42,14 @@ class LIBConfig:
     effect_samples: int | None = None
     effect_features: int | None = None
     effect_directions: int | None = None
+    basis_seed: int = 0
 
     def __post_init__(self) -> None:
         check_choice("basis", self.basis, get_args(BasisKind))
         check_choice("final_basis", self.final_basis, get_args(FinalBasisKind))
         check_choice("metric", self.metric, get_args(MetricKind))
         check_choice("output_distribution", self.output_distribution, get_args(OutputSetting))
-        if self.metric == "output" and self.basis != "lib":
+        if self.metric == "output" and self.basis not in WITH_METRIC:
             raise SettingError(f"metric='output' is the metric of basis='lib'; got basis={self.basis!r}.")
         if self.output_distribution == "none" and (self.metric == "output" or self.final_metric):
             asked = "metric='output'" if self.metric == "output" else f"final_metric={self.final_metric!r}"
@@ -63,6 +65,13 @@ class LIBConfig:
         for name, exact in (("n_probes", "the exact metric"), ("n_pushed", "exact edges")):
             if (count := getattr(self, name)) is not None:
                 check_number(name, count, lambda k: k >= 1, f"must be at least 1, or None for {exact}", integer=True)
+        check_number(
+            "basis_seed",
+            self.basis_seed,
+            lambda k: 0 <= k < 2**32,
+            "must be at least 0 and less than 2**32",
+            integer=True,
+        )
         check_number(
             "integration_steps", self.integration_steps, lambda k: k >= 0, "must not be negative", integer=True
         )

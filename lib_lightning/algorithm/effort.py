@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lib_lightning.algorithm.basis_kinds import WITH_METRIC
 from lib_lightning.algorithm.config import LIBConfig
 from lib_lightning.algorithm.jackknife import GROUPS
 from lib_lightning.algorithm.low_rank_gram import DENSE_WIDTH
@@ -221,7 +222,7 @@ class ModelCost:
         shapes = [section.shape_in for section in self.sections] + [self.sections[-1].shape_out]
         bases = []
         for i, (S, d) in enumerate(shapes):
-            has_metric = config.basis == "lib" and (i < len(self.sections) or config.final_metric is not None)
+            has_metric = config.basis in WITH_METRIC and (i < len(self.sections) or config.final_metric is not None)
             rank = min(d, DENSE_WIDTH) if has_metric else d
             own = _CALLS_FOR_BASIS if has_metric else _CALLS_FOR_PLAIN_BASIS
             bases.append(num_samples * S * d * rank * 4 + _EIGENPROBLEM * rank**3 + own * PER_CALL)
@@ -471,14 +472,14 @@ class ModelCost:
 
         n_outputs = S_out * r_out
         metric = 0.0
-        if config.basis == "lib" and config.metric == "next":
+        if config.basis in WITH_METRIC and config.metric == "next":
             metric = products(config.n_probes or n_outputs, section.reverse, 4.0 * S * d * min(d, DENSE_WIDTH))
         reading = 2.0 * S * d * r
         edges = products(n_outputs, section.reverse, reading)
         if section.forward is not None:
             pushed = min(r, config.n_pushed or r)
             edges = min(edges, products(pushed, section.forward, 2.0 * S_out * d_out * r_out))
-        if metric and config.n_probes is None:
+        if metric and config.n_probes is None and config.basis == "lib":
             kept = products(n_outputs, Operations(3.0 * PER_NUMBER * S * d, 0.0), reading)
             share = min(1.0, _KEPT // (chunk * S * d * n_outputs) * chunk / n)  # of all samples of a chunk, or of none
             edges = share * kept + (1 - share) * edges

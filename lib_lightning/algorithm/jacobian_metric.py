@@ -30,6 +30,7 @@ class JacobianMetric(GradientMetric):
             closed form are summed exactly in any case.
         generator: Source of the random signs, on the CPU.
         groups: Number of jackknife groups.
+        reuse: Whether the edges of the section are of the same next-layer features, so that their gradients are kept.
         gram: Makes the sums ``sum g g^T``: `LowRankGram`, or its plain twin `lib_lightning.algorithm.gram.DenseGram`.
 
     Note:
@@ -45,17 +46,18 @@ class JacobianMetric(GradientMetric):
         n_probes: int | None,
         generator: torch.Generator,
         groups: int = 1,
+        reuse: bool = True,
         gram: Callable[[int, int], Gram] = LowRankGram,
     ) -> None:
         super().__init__(d, n_probes, groups, gram)
-        self.C_next = C_next
+        self.C_next, self._reuse = C_next, reuse
         self._signs = [OrthogonalSigns(generator) for _ in self.halves]
         self._closed: ClosedMetric | None = None
 
     def add_batches(self, cache: SectionCache, index: int, phase: str) -> None:
         """See `Metric`."""
         # The edges of the section need the same gradients again, unless random combinations of them are summed.
-        n_reused = self.C_next.shape[1] if self.n_probes is None else 0
+        n_reused = self.C_next.shape[1] if self._reuse and self.n_probes is None else 0
         for _, _, section in cache.sections(phase, index, n_reused):
             self.update(section)
 

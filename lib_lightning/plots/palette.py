@@ -28,7 +28,9 @@ BETWEEN_MODULES = THEME["between_modules"]
 DRIVES, AGAINST = _COLORS[THEME["signs"]["drives"]], _COLORS[THEME["signs"]["against"]]
 BASIS_NAMES: dict[str, str] = THEME["basis_names"]
 BASES = dict(zip(BASIS_NAMES, _SERIES, strict=False))
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+# Styles that no other line than those of LIB, PCA and neurons has.
+_ALWAYS_KNOWN = 3
 
 
 def module_color(number: int) -> str:
@@ -125,7 +127,7 @@ def basis_styles(names: list[str]) -> dict[str, tuple[str, str]]:
     """Choose a colour and a marker for each line of a figure.
 
     Args:
-        names: Names of the lines. The kinds of basis ("lib", "pca", "neuron") always have the same style.
+        names: Names of the lines. The kinds of basis ("lib", "pca", "random", ...) always have the same style.
 
     Returns:
         Colour and marker by name.
@@ -134,7 +136,9 @@ def basis_styles(names: list[str]) -> dict[str, tuple[str, str]]:
         >>> basis_styles(["pca", "mine"])
         {'pca': ('#D55E00', 's'), 'mine': ('#CC79A7', 'D')}
     """
-    others = [name for name in names if name not in BASES]
-    colors = BASES | {name: _SERIES[len(BASES) :][k % (len(_SERIES) - len(BASES))] for k, name in enumerate(others)}
-    positions = {name: k for k, name in enumerate([*BASES, *others])}
-    return {name: (colors[name], _MARKERS[positions[name] % len(_MARKERS)]) for name in names}
+    known = {name: k for k, name in enumerate(BASES)}
+    taken = {known[name] for name in names if name in known}
+    free = [k for k in range(_ALWAYS_KNOWN, len(_SERIES)) if k not in taken] or [*range(_ALWAYS_KNOWN, len(_SERIES))]
+    others = [name for name in names if name not in known]
+    positions = known | {name: free[k % len(free)] for k, name in enumerate(others)}
+    return {name: (_SERIES[positions[name]], _MARKERS[positions[name]]) for name in names}

@@ -35,7 +35,7 @@ def draw_spectrum(bases: Mapping[str, Sequence[Basis]], title: str = "Importance
     if the bases have this information.
 
     Args:
-        bases: For each basis, by name ("lib", "pca", "neuron" or any other), its node layers.
+        bases: For each basis, by name ("lib", "pca", "random" or any other), its node layers.
         title: Title of the figure.
 
     Returns:

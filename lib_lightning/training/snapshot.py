@@ -15,6 +15,7 @@ import torch
 from torchmetrics import MetricCollection
 
 from lib_lightning.ablation import AblationPlan, edges_required
+from lib_lightning.algorithm.basis_kinds import WITH_METRIC
 from lib_lightning.algorithm.config import BasisKind, LIBConfig
 from lib_lightning.algorithm.effort import EffortPlan, measure_cost
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
@@ -606,7 +607,7 @@ def with_basis(config: LIBConfig, kind: BasisKind) -> LIBConfig:
         >>> with_basis(LIBConfig(metric="output"), "pca").metric
         'next'
     """
-    return replace(config, basis=kind, metric=config.metric if kind == "lib" else "next")
+    return replace(config, basis=kind, metric=config.metric if kind in WITH_METRIC else "next")
 
 
 def nats_of(graph: InteractionGraph) -> dict[str, float]:

@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lib_lightning.algorithm.basis_kinds import ALL, REINIT
 from lib_lightning.errors import LIBError, MissingFileError, quoted
 from lib_lightning.io.basis_format import MODULES_TRACKED
 from lib_lightning.io.notes import read_notes
@@ -26,7 +27,7 @@ _CACHE_BYTES = 256 << 20
 _NOTEBOOK_SNAPSHOTS, _NOTEBOOK_EDGES = 60, 200
 # Of the pages of features in it, since a notebook keeps what it shows.
 _NOTEBOOK_FEATURE_BYTES = 1_000_000
-_KINDS = ("lib", "pca", "neuron")
+_BESIDE = (*ALL, REINIT)
 
 
 class Run:
@@ -275,8 +276,8 @@ def _is_secondary(folder: Path, others: set[Path]) -> bool:
     if folder.name == RunLayout.VALIDATION and folder.parent in others:
         return True
     siblings = {other.name for other in others if other.parent == folder.parent}
-    baselines = {f"{other}_{kind}" for other in siblings for kind in _KINDS}
-    return folder.name in baselines or ("lib" in siblings and folder.name in ("pca", "neuron"))
+    baselines = {f"{other}_{kind}" for other in siblings for kind in _BESIDE}
+    return folder.name in baselines or ("lib" in siblings and folder.name in _BESIDE[1:])
 
 
 def _summary(steps: list[int]) -> str:

@@ -50,19 +50,19 @@ def modules(watched: Watched) -> Watched:
 def test_both_sides_compute_the_same_from_it(modules: Watched) -> None:
     shares = [1.0, 0.3, 0.01, 0.0]
     found = modules.page.evaluate(
-        """async ([shares, steps]) => {
+        """async ([shares, steps, bases]) => {
           const {TEXT, MUTED, MODULE_COLORS, OTHER_MODULES, NO_MODULE, runColors, dotRadius, edgeStyle} =
             await import("./palette.js");
           const {isLogSpaced} = await import("./chart.js");
           return {
             colors: [TEXT, MUTED, ...MODULE_COLORS, OTHER_MODULES, NO_MODULE],
-            bases: Object.fromEntries(runColors(["a/lib", "a/pca", "a/neuron"])),
+            bases: Object.fromEntries(runColors(bases.map((kind) => `a/${kind}`))),
             radii: shares.map((share) => dotRadius(share) / dotRadius(1)),
             edges: shares.map((share) => edgeStyle(share, 1)).map(({width, opacity}) => [width / 4.5, opacity]),
             log: steps.map(isLogSpaced),
           };
         }""",
-        [shares, STEPS],
+        [shares, STEPS, list(palette.BASES)],
     )
     expected = [palette.TEXT, palette.MUTED, *palette.MODULES, palette.OTHER_MODULES, palette.NO_MODULE]
     assert found["colors"] == expected
