@@ -127,7 +127,8 @@ class LIBCallback(Callback):
         every_n_steps: Instead, a snapshot before training and after every n optimizer steps.
         at_steps: Instead, a snapshot after each of these numbers of optimizer steps; 0 is before training.
         log_spaced: Instead, a snapshot before training and this many per tenfold increase of the step.
-        basis: lib, or the baselines pca and neuron.
+        basis: lib, or the baselines pca and neuron, or another rotation of the same whitened activations: random, ica,
+            dictionary or varimax; see `lib_lightning.compute_interaction_graph`.
         final_basis: Basis of the last node layer: neuron, pca, centered for logits less their mean over the classes,
             or auto for neurons at the model's output and PCA anywhere else.
         rtol: Directions whose metric or importance (PCA: variance) is below this fraction of the largest are dropped; 0
@@ -149,8 +150,8 @@ class LIBCallback(Callback):
             trainer need different names.
         final_metric: fisher measures the last node layer by what the model's output predicts, so that importance there
             means effect on the prediction.
-        baselines: Other bases, such as pca and neuron, to compute on the same samples. Their scalars are logged as
-            ``pca/...``, and the ratios of all totals as ``lib_over_pca/...``.
+        baselines: Other bases, such as pca, neuron and random, to compute on the same samples. Their scalars are logged
+            as ``pca/...``, and the ratios of all totals as ``lib_over_pca/...``.
         metrics: Metrics to log, each under its own name for every part of the graph and in total; None (null) for
             `lib_lightning.metrics.default_metrics`.
         labeller: Names features: `lib_lightning.labels.ExampleLabels` by what the places have in common where they are
@@ -190,6 +191,8 @@ class LIBCallback(Callback):
             are known, with as many features and samples as take about as long as the rest of its graph; 0 is never.
         causal_score: The score: a function from the model's output and a batch to one number for each sample, higher is
             better. None (null) is the log-likelihood of the labels that the loss of the step is computed with.
+        basis_seed: Seed of the random rotation of basis random, the same in all snapshots, and of the one at which ica
+            and dictionary start. Training's random numbers are left alone.
 
     Raises:
         LIBError: If fewer than two node layers are given.
@@ -247,6 +250,7 @@ class LIBCallback(Callback):
         output_names: Any = None,
         causal_every: int | bool | None = None,
         causal_score: Callable[[Any, Any], Tensor] | None = None,
+        basis_seed: int = 0,
     ) -> None:
         super().__init__()
         if not isinstance(dtype, (str, torch.dtype, type(None))) or dtype not in _DTYPES:
@@ -268,7 +272,7 @@ class LIBCallback(Callback):
         self.config = SnapshotConfig(
             LIBConfig(
                 basis, final_basis, rtol, n_probes, integration_steps, final_metric, n_pushed, metric,
-                output_distribution,
+                output_distribution, basis_seed=basis_seed,
             ),
             tuple(baselines), metrics, labeller, ablation, memory_limit, follow, effort == "auto",
             CausalPlan(0 if causal_every is False else causal_every, causal_score),
