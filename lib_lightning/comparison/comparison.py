@@ -11,6 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import nn
 
 from lib_lightning.comparison.layers import LOST, NEW, FeatureMatch, LayerComparison, Names, compare_layers
@@ -23,6 +24,8 @@ from lib_lightning.comparison.weights import check_weights
 from lib_lightning.errors import SettingError, SettingTypeError, check_list, check_number, did_you_mean, quoted
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_file import write_bytes
+from lib_lightning.io.basis_format import STEP, WEIGHTS_HASH
+from lib_lightning.io.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -163,7 +166,14 @@ class Comparison:
             {key: None if isinstance(x, float) and math.isnan(x) else x for key, x in asdict(section).items()}
             for section in self.sections
         ]
-        return {"format": _FORMAT, "names": self.names, "level": self.level, "layers": layers, "sections": sections}
+        return {
+            "format": _FORMAT,
+            "names": self.names,
+            "fingerprints": [_fingerprint(graph) for graph in self.graphs],
+            "level": self.level,
+            "layers": layers,
+            "sections": sections,
+        }
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write all results as JSON. An existing file is replaced atomically.
@@ -172,6 +182,15 @@ class Comparison:
             path: The file; missing folders are created.
         """
         write_bytes(Path(path), (json.dumps(self.to_dict(), indent=1) + "\n").encode())
+
+
+def _fingerprint(graph: InteractionGraph) -> str:
+    """By which the viewer recognises the snapshot of this graph."""
+    layers = [
+        (name, np.array([int(i.rpartition("/")[2]) for i in graph.feature_ids(name)]), basis.importance.numpy())
+        for name, basis in graph.bases.items()
+    ]
+    return fingerprint(graph.info.get(STEP), graph.info.get(WEIGHTS_HASH), layers)
 
 
 def write_page(comparisons: Sequence[Comparison], path: str | PathLike[str]) -> Path:

@@ -19,6 +19,7 @@ from lib_lightning.io.run_layout import RunLayout
 from lib_lightning.plots.module_numbers import ModuleNumbers
 from lib_lightning.plots.palette import label_colors
 from lib_lightning.viewer.cache import Cache
+from lib_lightning.viewer.comparisons import comparison_files, read_comparison
 from lib_lightning.viewer.feature import (
     Curves,
     SnapshotFeature,
@@ -95,7 +96,7 @@ class RunView:
             every: Include every n-th snapshot, and the last one.
 
         Returns:
-            JSON with the run's layers, snapshots, labels, events and scalars.
+            JSON with the run's layers, snapshots, labels, events, comparisons and scalars.
 
         Raises:
             NotFoundError: If no snapshot can be read.
@@ -120,9 +121,23 @@ class RunView:
                 "label_colors": dump(list(label_colors([outline.groups for outline in outlines]).items())),
                 "module_numbers": dump([module_numbers.get(step) for step in by_step]),
                 "events": dump(events),
+                **self._comparisons(),
                 "scalars": self._scalars(by_step),
             }
         )
+
+    def _comparisons(self) -> dict[str, str]:
+        """Comparisons with other runs, the newest first, and the names of this run's snapshots in such."""
+        read = [
+            self._cache.get((file, "comparison"), lambda file=file: dump(read_comparison(file)), size=len)  # type: ignore[misc]
+            for file in comparison_files(self.folder)
+        ]
+        # Of all snapshots, as a film of some of them may lack the one that was compared.
+        outlines = self._outlines(snapshot_files(self.folder), 1)
+        return {
+            "comparisons": array(text for text in read if text != "null"),
+            "fingerprints": dump({outline.fingerprint: step for step, outline in outlines.items()}),
+        }
 
     def steps(self, every: int = 1) -> list[int]:
         """Steps of the snapshots that `run` includes."""
@@ -278,7 +293,7 @@ class RunView:
 
     def _entry(self, files: dict[int, FileStamp]) -> dict[str, Any]:
         # Scalars and events are also written between snapshots and after the last one.
-        others = regular_files(self.folder)
+        others = [*regular_files(self.folder), *comparison_files(self.folder)]
         if self._reader is not None:
             others += [file for file in regular_files(self._reader.folder) if is_log_file(file)]
         stamps = repr([*((step, file[1:]) for step, file in files.items()), *(file[1:] for file in others)])

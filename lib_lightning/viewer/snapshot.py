@@ -13,6 +13,7 @@ import numpy as np
 from lib_lightning.errors import LIBError
 from lib_lightning.io import basis_format
 from lib_lightning.io.basis_file import read_parts
+from lib_lightning.io.fingerprint import fingerprint
 from lib_lightning.plots.module_numbers import Members
 from lib_lightning.plots.palette import label_group
 from lib_lightning.viewer.json_text import array, dump, integers, number, numbers, object_
@@ -58,6 +59,7 @@ class Outline:
             version that numbered modules anew in each snapshot; else empty.
         logging_step: Where Lightning logged the scalars of the snapshot; None in files of version 0.1.
         measured: Names of the metrics that the snapshot has measured.
+        fingerprint: By which comparisons name the snapshot.
         json: Step, epoch, number of samples, metrics, importances and lineages.
     """
 
@@ -68,6 +70,7 @@ class Outline:
     members: dict[str, Members]
     logging_step: int | None
     measured: frozenset[str]
+    fingerprint: str
     json: str
 
     def size(self) -> int:
@@ -117,8 +120,15 @@ def read_outline(file: FileStamp, step: int) -> Outline:
         {} if is_renumbered else _members([name for name, _ in node_layers], layers),
         logging_step if isinstance(logging_step, int) else None,
         frozenset(sys.intern(key) for key, metric in metrics.items() if metric["value"] is not None),
+        _fingerprint(info, [name for name, _ in node_layers], layers),
         object_(entries),
     )
+
+
+def _fingerprint(info: Mapping[str, Any], names: list[str], layers: list[dict[str, np.ndarray]]) -> str:
+    ids = [layer.get("ids", np.arange(len(layer["importance"]))) for layer in layers]
+    features = zip(names, ids, (layer["importance"] for layer in layers), strict=True)
+    return fingerprint(info.get(basis_format.STEP), info.get(basis_format.WEIGHTS_HASH), features)
 
 
 def _groups(labels: list[list[str]], layers: list[dict[str, np.ndarray]]) -> dict[str, float]:

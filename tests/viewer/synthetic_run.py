@@ -40,6 +40,8 @@ class SyntheticRun:
     numbers_vary: bool = False
     seed: int = 0
     written: int | None = None
+    # As in the file of a comparison with another run.
+    comparisons: list[dict[str, Any]] = field(default_factory=list)
     lineages: list[list[Lineage]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -117,6 +119,8 @@ class SyntheticRun:
                     for k in range(len(self.steps()))
                 ],
                 "events": self._events(),
+                "comparisons": self.comparisons,
+                "fingerprints": {f"{self.name} {step}": step for step in self.steps()},
                 "scalars": self._scalars(),
             }
         )

@@ -97,6 +97,8 @@ export class Controls {
       (value) => actions.set({heights: value}),
       "vertical positions of features: the same in all snapshots, or grouped by the modules of this snapshot",
     );
+    // Offered where the runs shown have been compared.
+    this.choices = [this.color, this.heights].map((select) => [...select.options].map(({value, text}) => [value, text]));
     this.search = new FeatureSearch(actions.find);
     this.runs = h("fieldset", {class: "lib-runs", "aria-label": "runs"});
     this.actions = actions;
@@ -148,6 +150,15 @@ export class Controls {
   showThreshold(threshold) {
     this.thresholdText.textContent = `${number(100 * threshold)}% of the strongest`;
     this.threshold.setAttribute("aria-valuetext", this.thresholdText.textContent);
+  }
+
+  /** Offer colours and positions of shared features, or not, and show which are chosen. */
+  showShared(offered, {color, heights}) {
+    const more = [["shared", "shared"], ["shared", "shared features level"]];
+    [color, heights].forEach((chosen, n) => {
+      const select = [this.color, this.heights][n];
+      setOptions(select, [...(offered ? [more[n]] : []), ...this.choices[n]], chosen);
+    });
   }
 
   /** Show a checkbox for each run. Existing ones are kept, so that they keep the focus. */

@@ -9,10 +9,10 @@ const {min_intervals: MIN_INTERVALS, module_gap: MODULE_GAP} = THEME.column;
 /**
  * Heights by lineage: `frames[k][l] = {shown: feature indices, heights, slots}`. The slot of a lineage depends only on
  * earlier snapshots, so that positions do not change while a run is being written, except when the number of slots
- * grows with the largest snapshot.
+ * grows with the largest snapshot. `reserved` has the slots of features that another run shares (see shared.js).
  */
-export function heightsByLineage(history, limit) {
-  const columns = history.layers.map((_, l) => new Column(history, l, limit));
+export function heightsByLineage(history, limit, reserved = null) {
+  const columns = history.layers.map((_, l) => new Column(history, l, limit, reserved?.[l]));
   return history.snapshots.map((_, k) => {
     const shown = columns.map((column) => column.begin(k));
     const anchors = new Anchors(history, k, shown);
@@ -58,7 +58,7 @@ class Anchors {
 
 /** The slots of one node layer, and the lineages that occupy them. */
 class Column {
-  constructor(history, l, limit) {
+  constructor(history, l, limit, reserved) {
     this.history = history;
     this.l = l;
     this.limit = limit;
@@ -66,7 +66,9 @@ class Column {
     this.fixed = history.layers[l].kind === "neuron" || !history.isTracked(0, l);
     // Neurons are ordered by their index among all neurons, shown or not.
     const neurons = history.layers[l].kind === "neuron";
-    this.slots = Math.max(1, neurons ? Math.max(...sizes) : Math.min(limit, Math.max(...sizes)));
+    const most = Math.max(1, neurons ? Math.max(...sizes) : Math.min(limit, Math.max(...sizes)));
+    this.reserved = reserved ?? {slotOf: () => null, first: 0, slots: most};
+    this.slots = this.reserved.slots;
     this.occupants = new Array(this.slots).fill(null);
     this.lastSlot = new Map();
   }
@@ -94,7 +96,8 @@ class Column {
     this.ids.forEach((id, rank) => {
       if (placed.has(id)) return;
       const index = Math.min(this.shown[rank], this.slots - 1);
-      const slot = this.#nearestFree(this.fixed ? index : this.#target(id, rank, anchors));
+      const own = this.reserved.slotOf(this.k, id);
+      const slot = own ?? this.#nearestFree(this.fixed ? index : this.#target(id, rank, anchors));
       this.occupants[slot] = id;
       this.lastSlot.set(id, slot);
       anchors.add(this.l, this.shown[rank], this.#height(slot));
@@ -114,14 +117,17 @@ class Column {
 
   #nearestFree(target) {
     for (let distance = 0; distance < this.slots; distance++) {
-      for (const slot of [target + distance, target - distance]) if (this.occupants[slot] === null) return slot;
+      for (const slot of [target + distance, target - distance]) {
+        if (slot >= this.reserved.first && this.occupants[slot] === null) return slot;
+      }
     }
     throw new Error("no free slot in a column: more features than slots");
   }
 
   #widestGap() {
-    let [start, best, middle] = [0, 0, 0];
-    for (let slot = 0; slot <= this.slots; slot++) {
+    const {first} = this.reserved;
+    let [start, best, middle] = [first, 0, first];
+    for (let slot = first; slot <= this.slots; slot++) {
       if (slot < this.slots && this.occupants[slot] === null) continue;
       if (slot - start > best) [best, middle] = [slot - start, (start + slot - 1) >> 1];
       start = slot + 1;

@@ -33,6 +33,18 @@ export function moduleColor(number) {
   return number < 0 ? NO_MODULE : (MODULE_COLORS[number] ?? OTHER_MODULES);
 }
 
+/** What the dots of features stand for that are not shared with the runs beside; shared ones have colours of modules. */
+export const SHARED_KINDS = {
+  partly: {color: OTHER_MODULES, hollow: true, name: "split, merged or rotated in the other run"},
+  alone: {color: TEXT, hollow: true, name: "only in this run"},
+  unknown: {color: NO_MODULE, hollow: false, name: "not in the snapshots that were compared"},
+};
+
+/** The colour of a shared feature, by its number among those of its node layer: the same in all runs. */
+export function sharedColor(row) {
+  return MODULE_COLORS[row % MODULE_COLORS.length];
+}
+
 /** The colour of a kind of event. */
 export function eventColor(kind) {
   const name = THEME.events[kind];

@@ -7,11 +7,13 @@ import {
   FROM_THE_START,
   NO_MODULE,
   OTHER_MODULES,
+  SHARED_KINDS,
   VERMILION,
   dotRadius,
   edgeStyle,
   moduleColor,
   paler,
+  sharedColor,
 } from "./palette.js";
 import {THEME} from "./theme.js";
 import {h, resizeCanvas} from "./dom.js";
@@ -24,12 +26,17 @@ import {featureDetails} from "./tooltip.js";
 
 const FADE_MS = 110;
 
-/** The graph of one run. `onfollow({run, l, id})` is called for a click on a dot, `onfollow(null)` for other clicks. */
+/**
+ * The graph of one run. `actions.follow({run, l, id})` is called for a click on a dot, `actions.follow(null)` for other
+ * clicks, and `actions.hover()` when there is another dot under the mouse.
+ */
 export class RunPanel {
-  constructor(name, color, tip, onfollow) {
+  constructor(name, color, tip, actions) {
     this.name = name;
     this.tip = tip;
-    this.onfollow = onfollow;
+    this.actions = actions;
+    this.shared = null;
+    this.paired = [];
     this.scene = null;
     this.hovered = null;
     this.followed = null;
@@ -79,17 +86,34 @@ export class RunPanel {
     this.followed = lineage?.run === this.name ? lineage : null;
   }
 
+  /** Set what is known of features that the runs beside have as well (see shared.js), null for nothing. */
+  setShared(shared) {
+    this.shared = shared;
+    this.sharedFrames = new Map();
+  }
+
+  /** Emphasize lineages `{l, id}`: the counterparts of one in a graph beside. */
+  setPaired(lineages) {
+    this.paired = lineages;
+  }
+
   #frame(k, view) {
-    if (view.heights === "module") return heightsByModule(this.history, k, view.limit);
-    if (!this.frames.has(view.limit)) this.frames.set(view.limit, heightsByLineage(this.history, view.limit));
-    return this.frames.get(view.limit)[k];
+    const {history} = this;
+    if (view.heights === "module") return heightsByModule(history, k, view.limit);
+    const reserved = view.heights === "shared" ? this.shared?.reserved(this.name, view.limit) : null;
+    const frames = reserved ? this.sharedFrames : this.frames;
+    if (!frames.has(view.limit)) frames.set(view.limit, heightsByLineage(history, view.limit, reserved));
+    return frames.get(view.limit)[k];
   }
 
   /** Draw snapshot k; with `fade`, over the previous one. */
   draw(k, snapshot, view, fade) {
     const [width, height] = [Math.max(320, this.stage.clientWidth), view.graphHeight];
     this.stage.style.height = `${height}px`;
-    this.scene = buildScene(this.history, k, snapshot, this.#frame(k, view), {...view, width, height});
+    const shared = (l, id, at) => this.shared?.of(this.name, l, id, at) ?? {row: null, others: []};
+    const color = view.color === "shared" && !this.shared ? "module" : view.color;
+    const scene = {...view, color, shared, width, height};
+    this.scene = buildScene(this.history, k, snapshot, this.#frame(k, view), scene);
     const front = this.canvases.reverse()[0];
     drawScene(resizeCanvas(front, width, height), this.scene, width, height);
     this.base.append(front);
@@ -104,7 +128,15 @@ export class RunPanel {
 
   #showTooltip(dot) {
     const followed = this.followed?.l === dot.l && this.followed.id === dot.id;
-    this.tip.show(this, featureDetails(this.scene, dot.l, dot.feature, dot.color, followed));
+    const others = this.shared ? this.#others(dot) : null;
+    this.tip.show(this, featureDetails(this.scene, dot.l, dot.feature, {color: dot.color, followed, others}));
+  }
+
+  /** What comparisons say about a dot, with the names of the other runs' node layers. */
+  #others(dot) {
+    return this.shared
+      .of(this.name, dot.l, dot.id, this.scene.k)
+      .others.map((other) => ({...other, layer: this.shared.layerName(other.run, other.l)}));
   }
 
   /** Show a text instead of a graph. */
@@ -192,6 +224,19 @@ export class RunPanel {
         ...(shown.has(null) ? [entry([NO_MODULE, "none"])] : []),
       ];
     }
+    if (by === "shared" && this.shared) {
+      const shown = new Set(scene.columns.flatMap((column) => column.dots.map((dot) => dot.group)));
+      const kinds = Object.entries(SHARED_KINDS).filter(([kind]) => shown.has(kind));
+      const mark = ({color, hollow}) => {
+        const style = hollow ? {border: `2px solid ${color}`} : {background: color};
+        return h("span", {class: "lib-swatch", style});
+      };
+      return [
+        h("span", {class: "lib-key"}, [0, 1, 2].map((row) => mark({color: sharedColor(row)})), "in both: same height and colour"),
+        ...kinds.map(([, kind]) => h("span", {class: "lib-key"}, mark(kind), kind.name)),
+        h("span", {}, this.shared.comparedText(this.name)),
+      ];
+    }
     if (!history.hasModules) return [entry([scene.hasSigns ? MUTED : VERMILION, "features (modules were not computed)"])];
     const {colored, others, none} = modulesShown(scene);
     return [
@@ -207,9 +252,10 @@ export class RunPanel {
   focus() {
     if (!this.scene) return;
     const followed = this.followed && dotOfLineage(this.scene, this.followed.l, this.followed.id);
-    const focused = [this.hovered, followed].filter(Boolean);
+    const paired = this.paired.map(({l, id}) => dotOfLineage(this.scene, l, id));
+    const focused = [...new Set([this.hovered, followed, ...paired])].filter(Boolean);
     this.stage.classList.toggle("lib-hovering", Boolean(this.hovered));
-    this.stage.classList.toggle("lib-following", Boolean(followed) && !this.hovered);
+    this.stage.classList.toggle("lib-following", Boolean(followed || paired.some(Boolean)) && !this.hovered);
     const [width, height] = this.size;
     drawFocus(resizeCanvas(this.overlay, width, height), this.scene, focused, width, height);
     if (!this.hovered) this.tip.hide(this);
@@ -222,7 +268,7 @@ export class RunPanel {
     this.stage.style.cursor = dot ? "pointer" : "";
     if (dot !== this.hovered) {
       this.hovered = dot;
-      this.focus();
+      this.actions.hover();
       if (dot) this.#showTooltip(dot);
     }
     if (dot) this.tip.place(bounds.left + dot.x, bounds.top + dot.y, dot.radius);
@@ -230,14 +276,14 @@ export class RunPanel {
 
   #leave() {
     this.hovered = null;
-    this.focus();
+    this.actions.hover();
   }
 
   #click(event) {
     if (!this.scene) return;
     const bounds = this.stage.getBoundingClientRect();
     const dot = dotAt(this.scene, event.clientX - bounds.left, event.clientY - bounds.top);
-    this.onfollow(dot ? {run: this.name, l: dot.l, id: dot.id} : null);
+    this.actions.follow(dot ? {run: this.name, l: dot.l, id: dot.id} : null);
     if (this.hovered) this.#showTooltip(this.hovered);
   }
 
@@ -268,7 +314,7 @@ export function markLegend() {
       h("span", {}, "lines: strength relative to the section's largest"),
       [1, 0.1, 0.01].map((share) => [line(edgeStyle(share, 1)), String(share)]),
     ),
-    item(dot(5, "lib-hollow"), "direction not determined by the samples"),
+    h("span", {class: "lib-key lib-undetermined"}, dot(5, "lib-hollow"), "direction not determined by the samples"),
     item(dot(5, "lib-new"), "new at this step"),
     item(h("span", {}, "numbers: ids of features, as in events and in "), h("code", {}, 'graph.feature("layer/number")')),
     item(h("span", {}, "a click on a feature opens its page")),

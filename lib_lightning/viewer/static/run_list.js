@@ -2,6 +2,7 @@
 
 import {runColors} from "./palette.js";
 import {History} from "./history.js";
+import {SharedFeatures} from "./shared.js";
 
 /** The runs of a data source. `makePanel(name, color)` creates the panel of a run when it is first chosen. */
 export class RunList {
@@ -41,7 +42,7 @@ export class RunList {
     const names = this.available.map((run) => run.name);
     this.chosen = (this.chosen ?? []).filter((name) => names.includes(name));
     for (const name of this.errors.keys()) if (!names.includes(name)) this.errors.delete(name);
-    // If no run is chosen, choose the first readable one.
+    // If no run is chosen, choose the first readable one; in a file, those as well that it was compared with.
     const noneChosen = this.chosen.length === 0;
     const fetched = [];
     for (const run of this.available) {
@@ -52,6 +53,7 @@ export class RunList {
       fetched.push(found);
       if (this.chosen.length === 0) this.chosen = [run.name];
     }
+    if (noneChosen && !this.source.live && fetched.length) fetched.push(...(await this.#comparedWith(fetched[0])));
     const gone = [...this.panels.keys()].filter((name) => !this.chosen.includes(name));
     for (const name of gone) this.panels.delete(name);
     // Update all panels at once, so that they are consistent.
@@ -62,6 +64,18 @@ export class RunList {
       this.panels.set(name, panel);
     }
     return gone.length + updated.length > 0;
+  }
+
+  /** Choose and fetch the runs that one was compared with. */
+  async #comparedWith(first) {
+    const compared = [];
+    for (const run of this.available.filter(({name}) => name !== first.name)) {
+      const found = await this.#fetch(run);
+      if (!found) this.errors.delete(run.name);
+      else if (new SharedFeatures([first, found]).exist) compared.push(found);
+    }
+    this.chosen = [...this.chosen, ...compared.map(({name}) => name)];
+    return compared;
   }
 
   /** Fetch the history of a run; on failure, record the error and return null. */

@@ -11,9 +11,11 @@ import {
   MUTED,
   NO_MODULE,
   OTHER_MODULES,
+  SHARED_KINDS,
   VERMILION,
   dotRadius,
   paler,
+  sharedColor,
 } from "./palette.js";
 import {labelGroup} from "./history.js";
 
@@ -26,8 +28,9 @@ const MIN_TEXT_SPACING = 9;
  * Build a picture of snapshot k.
  *
  * `frame` contains the heights of features (see layout.js). `view` is `{width, height, threshold, color, signs}`: the
- * threshold is relative to each section's strongest edge, the colour of dots is "module", "label" or "age", and `signs`
- * is whether edges have the colours of their signs.
+ * threshold is relative to each section's strongest edge, the colour of dots is "module", "label", "age" or "shared",
+ * `signs` is whether edges have the colours of their signs, and `shared(l, id, k)` is what comparisons with the runs
+ * beside say about a feature (see shared.js).
  */
 export function buildScene(history, k, snapshot, frame, view) {
   const count = history.layers.length;
@@ -72,8 +75,8 @@ function buildColumn(history, k, snapshot, frame, l, view, plot, {x, labelWidth}
       y: plot.top + frame.heights[n] * (plot.bottom - plot.top),
       radius: Math.min(dotRadius(layer.importance[feature] / largest), most),
       module: history.modules[k][l][feature],
-      ...groupAndColor(history, k, l, {feature, id, label}, view),
       hollow: Boolean(layer.degenerate?.[feature]),
+      ...groupAndColor(history, k, l, {feature, id, label}, view),
       isNew: age === 0 && k > 0,
       label,
       rank: n,
@@ -90,7 +93,14 @@ export function labelOf(history, snapshot, l, feature, id) {
 }
 
 /** What a dot's colour stands for, null for nothing, and the colour. Edges inside a group have its colour. */
-function groupAndColor(history, k, l, {feature, id, label}, {color: by, signs}) {
+function groupAndColor(history, k, l, {feature, id, label}, {color: by, signs, shared}) {
+  if (by === "shared") {
+    const {row, others} = shared(l, id, k);
+    if (row !== null) return {group: "shared", color: sharedColor(row), hollow: false};
+    const alone = others.every(({kind}) => kind === "lost" || kind === "new" || kind === "constant");
+    const kind = others.length === 0 ? "unknown" : alone ? "alone" : "partly";
+    return {group: kind, ...SHARED_KINDS[kind]};
+  }
   if (by === "age") {
     const first = history.first[l].get(id) ?? 0;
     if (first === 0) return {group: "from the start", color: FROM_THE_START};
@@ -118,7 +128,7 @@ function buildSection(section, before, after, view, hasModules) {
     const [from, to] = [before.dotOf.get(source[e]), after.dotOf.get(target[e])];
     if (!from || !to) continue;
     // Without modules, all dots have one colour and all lines another, as in the figures.
-    let color = view.color === "module" && !hasModules ? BLUE : edgeColor(from, to);
+    let color = view.color === "module" && !hasModules ? BLUE : edgeColor(from, to, view.color);
     const isBetween = color === BETWEEN;
     const sign = view.signs && attribution ? (attribution[e] < 0 ? AGAINST : DRIVES) : null;
     if (sign) color = byModule && isBetween ? paler(sign) : sign;
@@ -138,7 +148,8 @@ function buildSection(section, before, after, view, hasModules) {
   };
 }
 
-function edgeColor(from, to) {
+function edgeColor(from, to, by) {
+  if (by === "shared") return from.group === "shared" && to.group === "shared" ? paler(BLUE) : BETWEEN;
   if (from.group === null || from.group !== to.group) return BETWEEN;
   return from.color === FROM_THE_START ? MUTED : from.color;
 }

@@ -6,8 +6,11 @@ import {labelOf} from "./scene.js";
 
 const MAX_NEIGHBOURS = 4;
 
-/** Properties of feature i of node layer l, as elements for a tooltip. */
-export function featureDetails(scene, l, i, color, followed) {
+/**
+ * Properties of feature i of node layer l, as elements for a tooltip. `others` is what comparisons with the runs beside
+ * say about it (see shared.js), null if there are none.
+ */
+export function featureDetails(scene, l, i, {color, followed, others}) {
   const {history, k, snapshot} = scene;
   const layer = snapshot.layers[l];
   const id = history.lineage(k, l, i);
@@ -26,6 +29,7 @@ export function featureDetails(scene, l, i, color, followed) {
       ? null
       : ["similarity", `${number(similarity)} to the previous snapshot`],
     layer.degenerate?.[i] ? ["direction", "not determined by the samples"] : null,
+    ...comparisonRows(others),
   ];
   return [
     h(
@@ -45,6 +49,28 @@ export function featureDetails(scene, l, i, color, followed) {
     neighbours(scene, l, i, "after"),
     h("div", {class: "lib-tip-hint"}, followed ? "click to stop following this feature and close its page" : "click for examples, interactions and effects, and to follow it over training"),
   ].filter(Boolean);
+}
+
+/** What is known of counterparts in other runs. */
+function comparisonRows(others) {
+  if (others === null) return [];
+  if (!others.length) return [["other run", "not in the snapshot that was compared"]];
+  return others.map(({run, layer, kind, similarity, p, matches}) => {
+    const evidence = [
+      similarity === null ? "" : `similarity ${number(similarity)}`,
+      p === null || p >= 1 ? "" : `p ${number(p)}`,
+    ].filter(Boolean);
+    const names = matches.map((match) => `${layer}/${match.id}`).slice(0, MAX_NEIGHBOURS).join(", ");
+    const found =
+      {
+        shared: `the same feature as ${names}`,
+        split: `one of those that ${names} is split into`,
+        merged: `one of those that ${names} is merged from`,
+        rotated: "in a subspace that both have, not as one feature",
+        constant: "does not vary",
+      }[kind] ?? `not there${similarity === null ? "" : ", at most"}`;
+    return [run, [found, ...evidence].join(", ").replace("at most, ", "at most ")];
+  });
 }
 
 /** Strength of an edge; with signs, its attribution, and whether that is two standard errors from zero. */

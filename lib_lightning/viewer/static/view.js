@@ -11,6 +11,7 @@ import {Timeline} from "./timeline.js";
 import {RunPanel, Tooltip, markLegend} from "./panel.js";
 import {RunList} from "./run_list.js";
 import {FeaturePanel} from "./feature_panel.js";
+import {SharedFeatures} from "./shared.js";
 import {Player} from "./player.js";
 import {emptyState, stepText} from "./strings.js";
 import {findFeature, featureSuggestions, resolveFollowed} from "./find.js";
@@ -62,8 +63,10 @@ class View {
       follow: (lineage) => this.follow(lineage),
     });
     this.tip = new Tooltip();
-    const clicked = (lineage) => this.clicked(lineage);
-    this.runList = new RunList(source, (name, color) => new RunPanel(name, color, this.tip, clicked));
+    const ofPanel = {follow: (lineage) => this.clicked(lineage), hover: () => this.pair()};
+    this.runList = new RunList(source, (name, color) => new RunPanel(name, color, this.tip, ofPanel));
+    // What the user has chosen: other options may change with the runs shown.
+    this.asked = new Set();
     this.message = h("div", {class: "lib-message", role: "alert", hidden: true});
     this.empty = h("div", {class: "lib-empty", hidden: true});
     this.grid = h("div", {class: "lib-panels"});
@@ -161,6 +164,7 @@ class View {
     this.grid.dataset.runs = this.runList.shown.length;
     this.root.dataset.runs = this.runList.shown.map((panel) => panel.name).join(" ");
     this.controls.showSuggestions(featureSuggestions(this.runList.shown));
+    this.#findShared();
     this.content.hidden = this.steps.length === 0;
     this.pictures = null;
     if (this.steps.length) {
@@ -170,6 +174,31 @@ class View {
     }
     this.failed = false;
     this.root.dataset.ready = "true";
+  }
+
+  /** Find out which features the runs shown share; if any are known, draw them so, unless the user has chosen. */
+  #findShared() {
+    const shared = new SharedFeatures(this.runList.shown);
+    this.shared = shared.exist ? shared : null;
+    for (const panel of this.runList.shown) panel.setShared(this.shared);
+    for (const [option, usual] of [["color", "module"], ["heights", "lineage"]]) {
+      if (this.shared && !this.asked.has(option)) this.state[option] = "shared";
+      else if (!this.shared && this.state[option] === "shared") this.state[option] = usual;
+    }
+    this.controls.showShared(Boolean(this.shared), this.state);
+  }
+
+  /** Emphasize the counterparts of the feature under the mouse in the graphs beside; without one, of the followed one. */
+  pair() {
+    const panels = this.runList.shown;
+    const owner = panels.find((panel) => panel.hovered);
+    const of = owner ? {run: owner.name, l: owner.hovered.l, id: owner.hovered.id} : this.state.follow;
+    for (const panel of panels) {
+      const k = panel.history.at(this.state.step);
+      const isBeside = of && this.shared && panel.name !== of.run && k >= 0;
+      panel.setPaired(isBeside ? this.shared.counterparts(of, panel.name, k) : []);
+      panel.focus();
+    }
   }
 
   showEmpty(empty) {
@@ -257,6 +286,7 @@ class View {
       if (snapshot) panel.draw(k, snapshot, state, fade);
       else panel.clear(`${panel.name} has no snapshot at or before step ${integer(state.step)}.`);
     }
+    this.pair();
     this.controls.showThreshold(state.threshold);
     this.timeline.moveTo(state.step);
     this.describeFollowed();
@@ -264,6 +294,7 @@ class View {
     const sum = (value) => pictures.reduce((total, {panel}) => total + (panel.scene ? value(panel.scene) : 0), 0);
     Object.assign(this.root.dataset, {
       step: state.step,
+      color: state.color,
       edgesDrawn: sum((scene) => scene.edgesDrawn),
       featuresDrawn: sum((scene) => scene.featuresDrawn),
       ready: "true",
@@ -288,6 +319,7 @@ class View {
 
   set(change) {
     Object.assign(this.state, change);
+    for (const option of Object.keys(change)) this.asked.add(option);
     if ("metric" in change || "scalar" in change || "xscale" in change) this.drawTimeline();
     else if (!("speed" in change)) this.redraw();
   }
@@ -314,10 +346,8 @@ class View {
     this.showFeature();
     if (!lineage && hadFocus) this.opener?.focus();
     if (this.featurePanel.isOpen !== wasOpen) this.redraw(); // the graph has another width
-    for (const panel of this.runList.shown) {
-      panel.setFollowed(this.state.follow);
-      panel.focus();
-    }
+    for (const panel of this.runList.shown) panel.setFollowed(this.state.follow);
+    this.pair();
     this.drawTimeline();
     this.describeFollowed();
   }
