@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +46,11 @@ def fit(folder: Path, seed: int, split_seed: int = 0) -> Path:
     return folder / "lightning_logs" / "version_0"
 
 
+def read_json(logs: Path) -> list[dict[str, Any]]:
+    layers: list[dict[str, Any]] = json.loads((logs / "lib" / "comparison" / "comparison.json").read_text())["layers"]
+    return layers
+
+
 def test_runs_are_compared_by_their_files_or_by_their_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -66,6 +72,15 @@ def test_runs_are_compared_by_their_files_or_by_their_checkpoints(
     assert {x["kind"] for layer in read[1]["layers"] for x in layer["a"]["features"]} == {"shared"}  # it is the same
     assert (tmp_path / "out" / "comparison-1.png").stat().st_size > 10_000
     assert "other-data" not in (tmp_path / "out" / "comparison.html").read_text()
+    # The tab and films of both know it by their snapshots, wherever these are now.
+    run(a, b)
+    shutil.copytree(b, tmp_path / "moved")
+    shown = [json.loads(RunView(logs / "lib", "lib", Cache(1 << 20)).run()) for logs in (a, tmp_path / "moved")]
+    (known,), steps = shown[0]["comparisons"], [run["fingerprints"] for run in shown]
+    assert [of_run[one] for of_run, one in zip(steps, known["fingerprints"], strict=True)] == [15, 15]
+    shared = [match for layer in known["layers"] for match in layer["matches"] if match[2] == "shared"]
+    assert len(shared) == sum(m["kind"] == "shared" for x in read_json(a) for m in x["matches"]) > 0
+    assert shown[1]["comparisons"] == []
 
     with pytest.raises(SystemExit, match=r"none of the 0 checkpoints below .* has the weights of step 15.*In Python"):
         run(a, other)

@@ -107,7 +107,7 @@ def test_tooltip_and_click_say_and_show_the_counterpart(view: Watched) -> None:
     assert first is not None
     assert second is not None
     view.page.mouse.move(first["x"], first["y"])
-    assert f"{SECOND.name}\nthe same feature as embed.b/{b}, similarity 0.25" in view.role("tooltip").inner_text()
+    assert f"in {SECOND.name}: the same feature as embed.b/{b}, similarity 0.25" in view.role("tooltip").inner_text()
     ring = """run => {
       const {width, height} = document.querySelector(`[data-run="${run}"] .lib-overlay`);
       const canvas = document.querySelector(`[data-run="${run}"] .lib-overlay`);
@@ -127,7 +127,7 @@ def test_tooltip_and_click_say_and_show_the_counterpart(view: Watched) -> None:
     where = view.position(FIRST.name, "embed", lost)
     assert where is not None
     view.page.mouse.move(where["x"], where["y"])
-    assert f"{SECOND.name}\nnot there, at most similarity 0.25" in view.role("tooltip").inner_text()
+    assert f"in {SECOND.name}: not there, at most similarity 0.25" in view.role("tooltip").inner_text()
     assert view.errors == []
 
 

@@ -234,6 +234,7 @@ export class RunPanel {
       return [
         h("span", {class: "lib-key"}, [0, 1, 2].map((row) => mark({color: sharedColor(row)})), "in both: same height and colour"),
         ...kinds.map(([, kind]) => h("span", {class: "lib-key"}, mark(kind), kind.name)),
+        ...(scene.hasSigns || !shown.has("shared") ? [] : [h("span", {}, "blue lines: between features in both")]),
         h("span", {}, this.shared.comparedText(this.name)),
       ];
     }

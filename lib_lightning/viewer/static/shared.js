@@ -110,7 +110,8 @@ export class SharedFeatures {
   /** Which snapshots of a run were compared, for a legend. */
   comparedText(run) {
     const steps = [...(this.steps.get(run) ?? [])].map(integer);
-    return steps.length ? `compared at step ${steps.join(" and ")}; lineages carry it to the others` : "not compared";
+    if (!steps.length) return "not compared with the runs beside";
+    return `compared at step ${steps.join(" and ")}; at other steps, features are those of the same lineage`;
   }
 
   /** Without lineages, a number means the same feature in the compared snapshot alone, except for single neurons. */

@@ -29,7 +29,6 @@ export function featureDetails(scene, l, i, {color, followed, others}) {
       ? null
       : ["similarity", `${number(similarity)} to the previous snapshot`],
     layer.degenerate?.[i] ? ["direction", "not determined by the samples"] : null,
-    ...comparisonRows(others),
   ];
   return [
     h(
@@ -40,6 +39,7 @@ export function featureDetails(scene, l, i, {color, followed, others}) {
     ),
     label ? h("div", {class: "lib-tip-label"}, label) : null,
     label && Number.isFinite(score) ? h("div", {}, `predicts its activity: AUROC ${number(score)}`) : null,
+    ...inOtherRuns(others),
     h(
       "dl",
       {},
@@ -52,9 +52,9 @@ export function featureDetails(scene, l, i, {color, followed, others}) {
 }
 
 /** What is known of counterparts in other runs. */
-function comparisonRows(others) {
+function inOtherRuns(others) {
   if (others === null) return [];
-  if (!others.length) return [["other run", "not in the snapshot that was compared"]];
+  if (!others.length) return [h("div", {class: "lib-tip-shared"}, "not in the snapshot that was compared")];
   return others.map(({run, layer, kind, similarity, p, matches}) => {
     const evidence = [
       similarity === null ? "" : `similarity ${number(similarity)}`,
@@ -69,7 +69,8 @@ function comparisonRows(others) {
         rotated: "in a subspace that both have, not as one feature",
         constant: "does not vary",
       }[kind] ?? `not there${similarity === null ? "" : ", at most"}`;
-    return [run, [found, ...evidence].join(", ").replace("at most, ", "at most ")];
+    const text = [found, ...evidence].join(", ").replace("at most, ", "at most ");
+    return h("div", {class: "lib-tip-shared"}, h("span", {}, `in ${run}: `), text);
   });
 }
 
