@@ -80,8 +80,8 @@ def test_synthetic_runs_have_the_same_json_keys_as_saved_runs(logs: Path) -> Non
     write_run(logs)
     real, made_up = view_of(logs / "lib"), SyntheticRun("made/up", [0, 10, 20], [("a", "lib"), ("b", "lib")])
     forms = [keys_of(json.loads(view.run())) for view in (real, made_up)]
-    for form in forms:  # labels, metrics and scalars have other names
-        for key in ("labels", "label_colors", "scalars"):
+    for form in forms:  # labels, metrics, scalars and snapshots have other names
+        for key in ("labels", "label_colors", "scalars", "fingerprints"):
             del form[key]
         form["snapshots"][0]["metrics"] = None
     assert forms[0] == forms[1]
