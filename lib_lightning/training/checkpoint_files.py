@@ -19,8 +19,14 @@ StepOf = Callable[[Any], int]
 
 # How a name gives its step, most certain first: step=1000, global_step1000, checkpoint-500, iter_20, ckpt-7.
 _STEP_NAMES = (r"step[-_=]?(\d+)", r"checkpoint[-_=]?(\d+)", r"iter(?:ation)?[-_=]?(\d+)", r"ckpt[-_=]?(\d+)")
+# Folders that the Trainer of Hugging Face writes beside the final weights.
+_OF_TRAINER = re.compile(r"checkpoint-\d+")
 _EPOCH = re.compile(r"epoch", re.IGNORECASE)
 _NUMBER = re.compile(r"\d+")
+
+
+class UnknownStepError(LIBError):
+    """A checkpoint whose number of steps nobody says."""
 
 
 def find_checkpoints(given: Checkpoints, has_loader: bool = False) -> list[Any]:
@@ -28,6 +34,7 @@ def find_checkpoints(given: Checkpoints, has_loader: bool = False) -> list[Any]:
 
     Args:
         given: A checkpoint, a folder of checkpoints, a pattern such as ``checkpoints/*.ckpt``, or several of these.
+            Of a folder with weights and with folders ``checkpoint-N``, as Hugging Face's Trainer leaves it, the latter.
         has_loader: Whether the caller loads them, so that they may be anything.
 
     Returns:
@@ -62,9 +69,13 @@ def _expanded(given: str | PathLike[str]) -> list[Path]:
     text = str(given)
     path = Path(text)
     if path.exists():
-        if path.is_file() or is_checkpoint(path):
+        if path.is_file():
             return [path]
-        return sorted((one for one in path.iterdir() if is_checkpoint(one)), key=_natural)
+        inside = sorted(filter(is_checkpoint, path.iterdir()), key=_natural)
+        if not is_checkpoint(path):
+            return inside
+        # The weights beside the folders are those of the end, or of the best one: nothing says of which step.
+        return [one for one in inside if one.is_dir() and _OF_TRAINER.fullmatch(one.name)] or [path]
     if glob.has_magic(text):
         found = map(Path, glob.glob(text, recursive=True))  # noqa: PTH207 (of an absolute pattern, too)
         return sorted(filter(is_checkpoint, found), key=_natural)
@@ -136,12 +147,12 @@ def checked_step(step: object, checkpoint: object) -> int:
         The step.
 
     Raises:
-        LIBError: If it is unknown.
+        UnknownStepError: If it is unknown.
         SettingError: If it is no number of steps.
     """
     shown = shortened(str(checkpoint), 100)
     if step is None:
-        raise LIBError(
+        raise UnknownStepError(
             f"The step of {shown} is unknown: neither the checkpoint nor its name says it, as 'step=1000' or "
             "'checkpoint-1000' would. Give trace() step_of=, a function from a path to its step (on the command line "
             "--step 'epoch_(\\d+)')."

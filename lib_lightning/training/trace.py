@@ -42,6 +42,7 @@ from lib_lightning.training.callback import LIBCallback
 from lib_lightning.training.checkpoint_files import (
     Checkpoints,
     StepOf,
+    UnknownStepError,
     checked_step,
     find_checkpoints,
     size_and_time,
@@ -425,6 +426,7 @@ class Tracer:
         """Checkpoints to take a snapshot of now, in order of their steps, one for each step."""
         by_step: dict[int, Any] = {}
         pending: list[int] = []
+        without_step: list[tuple[Any, UnknownStepError]] = []
         for checkpoint in found:
             if str(checkpoint) in self._left_out:
                 continue
@@ -437,10 +439,17 @@ class Tracer:
                 elif (named := step_in_name(checkpoint)) is not None:
                     pending.append(named)
                 continue
+            except UnknownStepError as error:
+                without_step.append((checkpoint, error))
+                continue
             if not is_complete:
                 pending.append(step)
             elif self._is_new(step, checkpoint):
                 by_step.setdefault(step, checkpoint)
+        for checkpoint, unknown in without_step:  # a tokenizer's file, a data set, the weights of the end once more
+            if not by_step and self.callback.state.step is None:
+                raise unknown
+            self._leave_out(checkpoint, unknown)
         # Later ones wait for those before them.
         first_pending = min(pending, default=math.inf)
         return sorted((step, one) for step, one in by_step.items() if step < first_pending)

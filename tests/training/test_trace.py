@@ -251,6 +251,32 @@ def test_the_step_is_in_the_file_or_its_name_or_said(tmp_path: Path) -> None:
     assert torch.equal(loaded.read("step1000").weights["0.weight"], _mlp(1000)[0].weight)
 
 
+def test_the_folder_of_a_trainer_has_its_final_weights_beside_its_checkpoints(tmp_path: Path) -> None:
+    for folder, step in ((tmp_path, 30), (tmp_path / "checkpoint-10", 10), (tmp_path / "checkpoint-30", 30)):
+        folder.mkdir(exist_ok=True)
+        save_file(_mlp(step).state_dict(), folder / "model.safetensors")
+    torch.save(SimpleNamespace(lr=0.1), tmp_path / "training_args.bin")
+    source = CheckpointSource(tmp_path)
+    assert [source.step(one) for one in source.find()] == [10, 30]
+    assert CheckpointSource(tmp_path / "checkpoint-30").find() == [tmp_path / "checkpoint-30"]
+    for step in (10, 30):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    assert CheckpointSource(tmp_path).find() == [tmp_path]
+
+
+def test_files_without_a_step_are_left_out_if_others_have_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = _files(tmp_path / "a", (10, 20))
+    torch.save({"text": torch.zeros(3)}, folder / "text.pt")
+    run = _trace(folder, tmp_path / "logs")
+    assert run.steps == [10, 20]
+    (said,) = [record.message for record in caplog.records if "left out" in record.message]
+    assert re.search(r"the checkpoint .*text\.pt is left out\. The step of .* is unknown", said)
+    for file in folder.glob("*step*"):
+        file.unlink()
+    with pytest.raises(LIBError, match=r"The step of .*text\.pt is unknown: .* step_of="):
+        _trace(folder, tmp_path / "other")
+
+
 def _lightning(weights: Mapping[str, Tensor], path: Path) -> Path:
     loops = {"fit_loop": {"epoch_loop.state_dict": {"_batches_that_stepped": 39}}}
     torch.save({"state_dict": weights, "global_step": 40, "epoch": 2, "loops": loops}, path / "last.ckpt")
