@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lib_lightning.comparison.comparison import compare
     from lib_lightning.graph import InteractionGraph
     from lib_lightning.model.node_layer import NodeLayer
+    from lib_lightning.model.reinitialize import reinitialized
     from lib_lightning.training.callback import LIBCallback
     from lib_lightning.training.trace import trace
 
@@ -29,6 +30,7 @@ __all__ = [
     "compute_interaction_graph",
     "estimate_cost",
     "list_node_layers",
+    "reinitialized",
     "trace",
 ]
 
@@ -43,6 +45,7 @@ _WHERE = {
     "compute_interaction_graph": "api",
     "estimate_cost": "api",
     "list_node_layers": "api",
+    "reinitialized": "model.reinitialize",
     "trace": "training.trace",
 }
 

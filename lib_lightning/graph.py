@@ -777,7 +777,8 @@ class InteractionGraph:
 
     def _kind(self) -> str:
         # The last node layer may be in another basis than the others, such as single neurons (final_basis="auto").
-        return next(iter(self.bases.values())).kind
+        control = self.info.get(keys.CONTROL)
+        return next(iter(self.bases.values())).kind if control is None else str(control["kind"])
 
 
 _Place = TypeVar("_Place")

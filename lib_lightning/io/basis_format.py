@@ -82,6 +82,8 @@ CAUSAL = "causal"
 EFFECT_SAMPLES = "effect_samples"
 # How effects on the output were measured: "steps" of one standard deviation, or "derivatives".
 EFFECTS_BY = "effects_by"
+# Of a control: its kind, the seed of its weights, and the parameters that have trained values, permuted.
+CONTROL = "control"
 # What the model's output stands for, and why it is taken for that.
 OUTPUT_DISTRIBUTION = "output_distribution"
 

@@ -192,7 +192,10 @@ class LIBCallback(Callback):
         causal_score: The score: a function from the model's output and a batch to one number for each sample, higher is
             better. None (null) is the log-likelihood of the labels that the loss of the step is computed with.
         basis_seed: Seed of the random rotation of basis random, the same in all snapshots, and of the one at which ica
-            and dictionary start. Training's random numbers are left alone.
+            and dictionary start; and of the weights of the control. Training's random numbers are left alone.
+        control: reinit computes once, with the first snapshot, the graph of a copy of the model with re-initialised
+            weights, on the same samples: logged as the constant ``reinit/...``, and the ratios of all totals as
+            ``lib_over_reinit/...``. None (null) for no control.
 
     Raises:
         LIBError: If fewer than two node layers are given.
@@ -251,6 +254,7 @@ class LIBCallback(Callback):
         causal_every: int | bool | None = None,
         causal_score: Callable[[Any, Any], Tensor] | None = None,
         basis_seed: int = 0,
+        control: Literal["reinit"] | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(dtype, (str, torch.dtype, type(None))) or dtype not in _DTYPES:
@@ -275,7 +279,7 @@ class LIBCallback(Callback):
                 output_distribution, basis_seed=basis_seed,
             ),
             tuple(baselines), metrics, labeller, ablation, memory_limit, follow, effort == "auto",
-            CausalPlan(0 if causal_every is False else causal_every, causal_score),
+            CausalPlan(0 if causal_every is False else causal_every, causal_score), control,
         )  # fmt: skip
         kept = _MAX_SAMPLES if num_samples is None else num_samples * labelled_samples(labeller)
         self.sample_config = SampleConfig(
@@ -306,7 +310,7 @@ class LIBCallback(Callback):
 
     def _begin(self) -> None:
         self.state = RunState(
-            self.computer.prefixes, self.config.ablation, self.config.follow, self.schedule, self.config.causal
+            self.computer.folders, self.config.ablation, self.config.follow, self.schedule, self.config.causal
         )  # fmt: skip
         self.meter = TimeMeter(self.max_overhead, self.clock, self.state.time)
         self._is_second_call = self._has_ended = False
@@ -325,7 +329,7 @@ class LIBCallback(Callback):
 
     @property
     def graphs(self) -> dict[str, InteractionGraph]:
-        """The graphs of the latest snapshot, by prefix: that of the basis itself first, then those of baselines."""
+        """The graphs of the latest snapshot, by prefix: the basis itself, then baselines; and the control."""
         return self.state.graphs
 
     @property
@@ -394,7 +398,7 @@ class LIBCallback(Callback):
             state.set_node_layers, state.set_call, precision,
         )  # fmt: skip
         self.reporter = SnapshotReporter(
-            self.name, self._hooks, state, list(self.computer.prefixes), destination, self.config.follow,
+            self.name, self._hooks, state, list(self.computer.folders), destination, self.config.follow,
             self._keep_snapshots,
         )  # fmt: skip
         layout = self.reporter.layout
@@ -772,7 +776,7 @@ class LIBCallback(Callback):
 def _check_names(trainer: pl.Trainer) -> None:
     """Refuse callbacks that would write to the same folder, or log under the same prefix."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    prefixes = [prefix for one in callbacks if isinstance(one, LIBCallback) for prefix in one.computer.prefixes]
+    prefixes = [prefix for one in callbacks if isinstance(one, LIBCallback) for prefix in one.computer.folders]
     if found := overlapping_names(prefixes):
         which = (
             f"would both write to '{found[0]}'"

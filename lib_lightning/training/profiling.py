@@ -171,14 +171,14 @@ def _snapshots(
 ) -> Callable[[Callable[[str], None]], None]:
     """Make a function that computes and writes the next snapshot, as in training, with a listener for its phases."""
     computer = SnapshotComputer(config, "lib")
-    state = RunState(computer.prefixes, None, config.follow, Schedule())
+    state = RunState(computer.folders, None, config.follow, Schedule())
 
     def take(listener: Callable[[str], None]) -> None:
         layouts = copy.deepcopy(state.layouts)
         with tempfile.TemporaryDirectory() as root, on_phase(listener):
             metadata = {STEP: state.n_snapshots, EPOCH: 0}
             snapshot = computer.compute(instrumented, samples, metadata, Previous(state.scalars, state.tracker))
-            RunDirectory(Path(root), computer.prefixes).write(snapshot.graphs, snapshot.step, layouts)
+            RunDirectory(Path(root), computer.folders).write(snapshot.graphs, snapshot.step, layouts)
         state.commit(snapshot, layouts)
 
     return take

@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 from lib_lightning.ablation import AblationPlan
-from lib_lightning.algorithm.config import BasisKind
+from lib_lightning.algorithm.basis_kinds import REINIT
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.interventions.plan import NEVER, CausalPlan
 from lib_lightning.io.basis_format import METRICS, WEIGHTS_HASH
@@ -62,7 +62,7 @@ class PlotHistory:
     layers: dict[str, list[LayerSnapshot]] = field(default_factory=dict)
     totals: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
-    def add(self, step: int, graph: InteractionGraph, scalars: Mapping[BasisKind, Mapping[str, float]]) -> None:
+    def add(self, step: int, graph: InteractionGraph, scalars: Mapping[str, Mapping[str, float]]) -> None:
         """Add a snapshot, and drop earlier ones of the same or a later step.
 
         Args:
@@ -82,12 +82,11 @@ class PlotHistory:
                 metric, _, part = key.rpartition("/")
                 if part == "total":
                     self.totals.setdefault(metric, {}).setdefault(kind, [])
-        measured: Mapping[str, Mapping[str, float]] = {str(kind): of_kind for kind, of_kind in scalars.items()}
         for metric, series in self.totals.items():
             for name, values in series.items():
                 # Some metrics, such as those of ablations, are measured now and then.
                 missing = [math.nan] * (kept - len(values))
-                series[name] = [*values[:kept], *missing, measured.get(name, {}).get(f"{metric}/total", math.nan)]
+                series[name] = [*values[:kept], *missing, scalars.get(name, {}).get(f"{metric}/total", math.nan)]
 
     def renumber_modules(self) -> ModuleNumbers:
         """Give modules the same numbers in all snapshots, for a history of version 0.1, which numbered them anew.
@@ -187,7 +186,7 @@ class RunState:
 
     def __init__(
         self,
-        prefixes: Mapping[str, BasisKind],
+        prefixes: Mapping[str, str],
         plan: AblationPlan | None,
         follow: bool,
         schedule: Schedule,
@@ -267,7 +266,9 @@ class RunState:
             layouts: Where its features have been drawn.
         """
         before = self._before_latest = self.before(snapshot.step)
-        self.graphs, self.scalars, self.step = snapshot.graphs, snapshot.scalars, snapshot.step
+        # A control is computed once.
+        control = {prefix: graph for prefix, graph in self.graphs.items() if self._prefixes[prefix] == REINIT}
+        self.graphs, self.scalars, self.step = {**snapshot.graphs, **control}, snapshot.scalars, snapshot.step
         self.weights_hash = next(iter(snapshot.graphs.values())).info.get(WEIGHTS_HASH)
         self.layouts = dict(layouts)
         self.n_snapshots = before.n_snapshots + 1
@@ -283,7 +284,11 @@ class RunState:
                     for key, metric in graph.info[METRICS].items()
                 }
                 for prefix, graph in snapshot.graphs.items()
+                if self._prefixes[prefix] != REINIT
             }
+            for prefix in (prefix for prefix, kind in self._prefixes.items() if kind == REINIT):
+                of_control = [key for key in snapshot.scalars if key.startswith(f"{prefix}/")]
+                measured[REINIT] = {key.removeprefix(f"{prefix}/"): snapshot.scalars[key] for key in of_control}
             self.history.add(snapshot.step, next(iter(snapshot.graphs.values())), measured)
 
     def set_causal(self, scalars: Mapping[str, float]) -> None:

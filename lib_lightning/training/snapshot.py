@@ -9,14 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torchmetrics import MetricCollection
 
 from lib_lightning.ablation import AblationPlan, edges_required
-from lib_lightning.algorithm.basis_kinds import WITH_METRIC
-from lib_lightning.algorithm.config import BasisKind, LIBConfig
+from lib_lightning.algorithm.basis_kinds import REINIT, WITH_METRIC
+from lib_lightning.algorithm.config import BasisKind, LIBConfig, check_choice
 from lib_lightning.algorithm.effort import EffortPlan, measure_cost
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
 from lib_lightning.algorithm.output_changes import most_important
@@ -31,6 +31,7 @@ from lib_lightning.interventions.effects import Effect, feature_effects, keep_ef
 from lib_lightning.interventions.output_effects import effects_in_graph
 from lib_lightning.interventions.plan import LEVEL, NEVER, CausalPlan
 from lib_lightning.io.basis_format import (
+    CONTROL,
     EFFECT_SAMPLES,
     EFFECTS_BY,
     EFFORT,
@@ -51,6 +52,8 @@ from lib_lightning.model.batch import agreed_hash, hash_batches, hash_tensors, i
 from lib_lightning.model.instrumented import InstrumentedModel, model_session
 from lib_lightning.model.known_labels import labels_of_batch
 from lib_lightning.model.preserve import copied_bytes, preserve_rng
+from lib_lightning.model.reinitialize import reinitialize
+from lib_lightning.model.replica import discard
 from lib_lightning.training.effort import RunPlan, complete_effects, lacks_output_effects
 
 log = logging.getLogger(__name__)
@@ -61,6 +64,13 @@ NATS, NAMED, CAUSAL_FEATURES = "nats", "named_features", "causal_features"
 # A labeller that scores its labels gets so many times the samples that a graph was computed on, if there are as many:
 # it needs half of them to choose a name, and a forward pass for each is little beside the passes of a graph.
 _LABELLED_SAMPLES = 4
+_CONTROL_FAILED = "The graph of re-initialised weights failed"
+_OF_CONTROL = "With re-initialised weights: {}"
+# Number of parameters to name.
+_NAMED = 3
+_PERMUTED = (
+    "Parameters without an initialisation of their own have trained values, permuted, in the control: {} ({} in all)."
+)
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,7 @@ class SnapshotConfig:
         follow: Whether features are tracked from snapshot to snapshot.
         causal: When and how the features that matter are counted.
         may_choose: As for `lib_lightning.api.graph_of`.
+        control: ``"reinit"`` for the graph of re-initialised weights as well; None for none.
 
     Raises:
         SettingError: If a baseline is unknown or is the basis itself, or the memory limit is not positive.
@@ -92,8 +103,11 @@ class SnapshotConfig:
     follow: bool = True
     may_choose: bool = False
     causal: CausalPlan = NEVER
+    control: Literal["reinit"] | None = None
 
     def __post_init__(self) -> None:
+        if self.control is not None:
+            check_choice("control", self.control, (REINIT,))
         check_number("memory_limit", self.memory_limit, lambda x: x > 0, "is a number of GiB above 0")
         if self.metrics is not None and not isinstance(self.metrics, MetricCollection):
             raise SettingTypeError(
@@ -228,6 +242,7 @@ class SnapshotComputer:
 
     Attributes:
         prefixes: The kind of basis for each prefix, the basis itself first.
+        control: Prefix of the control; None without one.
     """
 
     def __init__(self, config: SnapshotConfig, name: str) -> None:
@@ -235,8 +250,15 @@ class SnapshotComputer:
         self._failed: set[str] = set()
         own = "" if name == "lib" else f"{name}_"
         self.prefixes = {name: config.config.basis, **{f"{own}{kind}": kind for kind in config.baselines}}
+        self.control = None if config.control is None else f"{own}{config.control}"
         self._keys: dict[tuple[str, ...], list[str]] = {}
-        self._ratio_prefixes = {f"{own}{kind}": f"{name}_over_{kind}" for kind in config.baselines}
+        others: list[str] = [*config.baselines, *([] if config.control is None else [config.control])]
+        self._ratio_prefixes = {f"{own}{kind}": f"{name}_over_{kind}" for kind in others}
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """What the graphs with each prefix are: those of `prefixes`, and the control."""
+        return {**self.prefixes, **({} if self.control is None else {self.control: REINIT})}
 
     @cached_property
     def _metrics(self) -> GraphMetrics:
@@ -259,6 +281,8 @@ class SnapshotComputer:
     def _list_scalars(self, node_layers: Sequence[str]) -> list[str]:
         metrics = self.config.collection
         keys = scalar_keys(node_layers, metrics)
+        # Without weights that have learned anything, no edges are required.
+        of_control = [] if self.control is None else keys
         if self.config.ablation is not None:
             keys += scalar_keys(node_layers, metrics, causal=True)
         totals = [key for key in keys if key.endswith("/total")]
@@ -272,7 +296,13 @@ class SnapshotComputer:
         named = [f"{NAMED}/{key}" for key in (*layer_keys(node_layers), "total")] if self._has_scores else []
         return [
             *(f"{prefix}/{key}" for prefix in self.prefixes for key in (*keys, *nats, *named)),
-            *(f"{ratio}/{key}" for ratio in self._ratio_prefixes.values() for key in totals),
+            *(f"{self.control}/{key}" for key in (*of_control, *(nats if of_control else []))),
+            *(
+                f"{ratio}/{key}"
+                for prefix, ratio in self._ratio_prefixes.items()
+                for key in totals
+                if prefix != self.control or key in of_control
+            ),
             *causal,
             *(turnover if self.config.follow else []),
             f"{self.name}/samples",
@@ -320,7 +350,7 @@ class SnapshotComputer:
         digest = data.digest or hash_tensors(("", t) for batch in batches for t in tensors_in(batch))
         count = sum(map(instrumented.num_samples, batches))
         metadata = {**metadata, SAMPLES: agreed_hash(digest + count.to_bytes(8, "big"), process_group)}
-        tracker = SnapshotTracker(list(self.prefixes)) if previous.tracker is None else previous.tracker.copy()
+        tracker = SnapshotTracker(list(self.folders)) if previous.tracker is None else previous.tracker.copy()
         # One copy of the model for all that runs it.
         with process_group.sync_errors(), instrumented.shared_copy(copied_bytes(self.config.memory_limit)):
             for prefix, kind in self.prefixes.items():
@@ -344,6 +374,11 @@ class SnapshotComputer:
             events = tracker.follow(graphs, scalars, previous.relative_interval)
             scalars |= tracker.scalars()
             phase_done("tracking")
+        control = self._control(instrumented, batches, config, metadata, previous, process_group)
+        if control is not None:
+            graph, measured = control
+            graphs[str(self.control)] = graph
+            scalars |= {f"{self.control}/{key}": value for key, value in measured.items()}
         scalars = (
             dict.fromkeys(self.scalar_keys(graphs[self.name].node_layers), math.nan) | {**previous.scalars} | scalars
         )
@@ -351,6 +386,39 @@ class SnapshotComputer:
         scalars[f"{self.name}/samples"] = float(graphs[self.name].info[NUM_SAMPLES])
         scalars[f"{self.name}/seconds"] = time.perf_counter() - started
         return Snapshot(metadata[STEP], graphs, scalars, has_curves, events, tracker, batches, causal)
+
+    def _control(
+        self,
+        instrumented: InstrumentedModel,
+        batches: Sequence[Any],
+        config: LIBConfig,
+        metadata: Mapping[str, Any],
+        previous: Previous,
+        process_group: ProcessGroup,
+    ) -> tuple[InteractionGraph, dict[str, float]] | None:
+        """The graph of the model with re-initialised weights, and its scalars, once in a run: it does not train."""
+        is_known = any(key.startswith(f"{self.control}/") and math.isfinite(x) for key, x in previous.scalars.items())
+        if self.control is None or is_known or _CONTROL_FAILED in self._failed:
+            return None
+        found = None
+        with self._optional(_CONTROL_FAILED, process_group):
+            model, permuted = reinitialize(instrumented.model, config.basis_seed)
+            other = InstrumentedModel(model, instrumented.layers, instrumented.spec)
+            graph = graph_of(
+                other, batches, config, self.config.memory_limit, process_group, may_choose=self.config.may_choose
+            )
+            discard(model)
+            graph.info |= {**metadata, CONTROL: {"kind": REINIT, "seed": config.basis_seed, "permuted": permuted}}
+            graph.info[NOTES] = [_OF_CONTROL.format(note) for note in graph.info[NOTES]]
+            if permuted:
+                graph.info[NOTES].append(_PERMUTED.format(quoted(permuted[:_NAMED]), len(permuted)))
+            with torch.no_grad():
+                partitions = graph.partitions()
+                measured = graph.measure(self._metrics, None, partitions)
+                graph.find_modules(partitions, **self.config.module_options)
+            found = graph, measured | nats_of(graph)
+        phase_done("control")
+        return found
 
     @torch.no_grad()
     def _track(

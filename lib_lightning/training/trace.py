@@ -326,7 +326,7 @@ class Tracer:
         given = callback.spec
         return {
             "settings": repr(asdict(callback.config.config)),
-            "bases": repr(callback.computer.prefixes),
+            "bases": repr(callback.computer.folders),
             "node_layers": repr([] if callback.node_layers is None else [x.name for x in callback.node_layers]),
             "positions": repr((given.skip_positions, given.dtype)),
             "samples": repr(callback.sample_config.plain),
@@ -549,6 +549,7 @@ class Tracer:
             state.graphs = {
                 prefix: InteractionGraph.load(folder.layout.basis_file(state.step))
                 for prefix, folder in folders.items()
+                if folder.layout.basis_file(state.step).exists()  # a control has that of one step alone
             }
         self._complete(state.graphs[callback.name], state.step)
         callback.reporter.finish(state.step)

@@ -10,7 +10,10 @@ from lib_lightning.algorithm.config import LIBConfig
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"basis": "umap"}, "basis must be one of 'lib', 'pca', 'neuron', 'random', 'ica', 'dictionary', 'varimax'; got 'umap'"),
+        (
+            {"basis": "umap"},
+            "basis must be one of 'lib', 'pca', 'neuron', 'random', 'ica', 'dictionary', 'varimax'; got 'umap'",
+        ),
         ({"final_basis": "lib"}, "final_basis must be one of"),
         ({"final_metric": "euclid"}, "final_metric must be one of 'fisher'; got 'euclid'"),
         (
