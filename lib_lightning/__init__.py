@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lib_lightning.algorithm.basis import Basis
     from lib_lightning.api import compute_interaction_graph, estimate_cost, list_node_layers
     from lib_lightning.comparison.comparison import compare
+    from lib_lightning.controls import measure_controls
     from lib_lightning.graph import InteractionGraph
     from lib_lightning.model.node_layer import NodeLayer
     from lib_lightning.model.reinitialize import reinitialized
@@ -30,6 +31,7 @@ __all__ = [
     "compute_interaction_graph",
     "estimate_cost",
     "list_node_layers",
+    "measure_controls",
     "reinitialized",
     "trace",
 ]
@@ -45,6 +47,7 @@ _WHERE = {
     "compute_interaction_graph": "api",
     "estimate_cost": "api",
     "list_node_layers": "api",
+    "measure_controls": "controls",
     "reinitialized": "model.reinitialize",
     "trace": "training.trace",
 }

@@ -47,6 +47,7 @@ LAYERS: list[dict[str, str]] = [
     {"interventions": "features of a live model set to other values, and what each one alone does to a score"},
     {"labels": "names for features, from their values and the model's inputs, and how well these predict them"},
     {"api": "the functions that users call without a trainer"},
+    {"controls": "metrics of a graph beside those of several random rotations and initialisations"},
     {"viewer": "runs on disk, TensorBoard's tab, and the same as one HTML file; importable without torch"},
     {"comparison": "which features and edges of one network are in another, against chance"},
     {"training": "everything that imports Lightning: callback, snapshots, schedule and budget, profile, command line"},
