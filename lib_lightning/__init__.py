@@ -10,6 +10,7 @@ from lib_lightning._deprecated import MovedModules
 
 if TYPE_CHECKING:
     from lib_lightning.algorithm.basis import Basis
+    from lib_lightning.alignment.alignment import align_events
     from lib_lightning.api import compute_interaction_graph, estimate_cost, list_node_layers
     from lib_lightning.comparison.comparison import compare
     from lib_lightning.controls import measure_controls
@@ -27,6 +28,7 @@ __all__ = [
     "LIBCallback",
     "NodeLayer",
     "__version__",
+    "align_events",
     "compare",
     "compute_interaction_graph",
     "estimate_cost",
@@ -43,6 +45,7 @@ _WHERE = {
     "InteractionGraph": "graph",
     "LIBCallback": "training.callback",
     "NodeLayer": "model.node_layer",
+    "align_events": "alignment.alignment",
     "compare": "comparison.comparison",
     "compute_interaction_graph": "api",
     "estimate_cost": "api",

@@ -42,7 +42,14 @@ SHARE = "share of the importance in Fourier-labelled features"
 Series = dict[str, list[float]]
 
 
-def train(folder: Path, seed: int, modulus: int = 59, steps: int = STEPS, per_decade: int = 20) -> None:
+def train(
+    folder: Path,
+    seed: int,
+    modulus: int = 59,
+    steps: int = STEPS,
+    per_decade: int = 20,
+    callbacks: Sequence[L.Callback] = (),
+) -> None:
     """Train one network with the callback.
 
     Args:
@@ -51,6 +58,7 @@ def train(folder: Path, seed: int, modulus: int = 59, steps: int = STEPS, per_de
         modulus: The modulus ``p``.
         steps: Number of steps.
         per_decade: Snapshots per tenfold increase of the step.
+        callbacks: Further callbacks, such as one that logs something else.
     """
     L.seed_everything(seed)
     data = AllPairs(modulus=modulus, steps_per_epoch=steps, split_seed=seed)
@@ -63,8 +71,8 @@ def train(folder: Path, seed: int, modulus: int = 59, steps: int = STEPS, per_de
     callback = LIBCallback(layers, log_spaced=per_decade, labeller=FourierLabels(modulus), effort="exact")
     logger = CSVLogger(folder, name="", version="")
     trainer = L.Trainer(
-        max_epochs=1, val_check_interval=min(10, steps), callbacks=[callback], logger=logger, accelerator="cpu",
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        max_epochs=1, val_check_interval=min(10, steps), callbacks=[callback, *callbacks], logger=logger,
+        accelerator="cpu", enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(ModularAddition(modulus), datamodule=data)
 

@@ -49,6 +49,7 @@ LAYERS: list[dict[str, str]] = [
     {"api": "the functions that users call without a trainer"},
     {"controls": "metrics of a graph beside those of several random rotations and initialisations"},
     {"viewer": "runs on disk, TensorBoard's tab, and the same as one HTML file; importable without torch"},
+    {"alignment": "how long before or after the steepest change of a scalar events come, over runs"},
     {"comparison": "which features and edges of one network are in another, against chance"},
     {"training": "everything that imports Lightning: callback, snapshots, schedule and budget, profile, command line"},
     {"__main__": "`python -m lib_lightning`"},

@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 # Samples with which node layers are looked for.
 _NUM_SAMPLES = 8
 COMMANDS = (
-    "fit", "validate", "test", "predict", "nodes", "estimate", "profile", "trace", "inspect", "plot", "view", "compare",
+    "fit", "validate", "test", "predict", "nodes", "estimate", "profile", "trace", "inspect", "plot", "view", "align",
+    "compare",
 )  # fmt: skip
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
@@ -109,7 +110,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(
-        required=True, metavar="{fit,validate,test,predict,nodes,estimate,profile,trace,inspect,plot,view,compare}"
+        required=True,
+        metavar="{fit,validate,test,predict,nodes,estimate,profile,trace,inspect,plot,view,align,compare}",
     )
     for command in TRAINER_COMMANDS:
         commands.add_parser(command, help=f"{command} with a Lightning trainer (see lib-lightning {command} --help)")
@@ -179,6 +181,36 @@ def _parser() -> argparse.ArgumentParser:
     )
     view.add_argument("--every", type=int, default=1, metavar="N", help="use every Nth snapshot (default: all)")
     view.set_defaults(run=_view)
+    align = commands.add_parser(
+        "align",
+        help="how long before or after the steepest change of a scalar the events of features come",
+        description="Find where a scalar of each run changes most steeply, and print for each kind of event how many "
+        "steps before or after it comes, with the spread over runs.",
+    )
+    align.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="log directory of a run, or its folder")
+    align.add_argument(
+        "--scalar", required=True, metavar="NAME", help="a scalar of the runs, such as val/loss, or a metric of graphs"
+    )
+    align.add_argument(
+        "--kind", nargs="+", metavar="KIND", help="kinds of events, such as born or 'metric fell' (default: all)"
+    )
+    align.add_argument(
+        "--direction", choices=("either", "rise", "fall"), default="either",
+        help="which change of the scalar (default: the steeper one)",
+    )  # fmt: skip
+    align.add_argument(
+        "--axis", choices=("auto", "linear", "log"), default="auto",
+        help="axis of steps on which it is steepest (default: logarithmic if snapshots are log-spaced)",
+    )  # fmt: skip
+    align.add_argument(
+        "--weight", choices=("importance", "equal"), default="importance",
+        help="what an event counts: the importance of its feature, or all the same (default: %(default)s)",
+    )  # fmt: skip
+    align.add_argument(
+        "--between", nargs=2, type=float, metavar=("FIRST", "LAST"), help="steps between which to look for the change"
+    )
+    align.add_argument("-o", "--output", type=Path, help="file to write everything to, as JSON")
+    align.set_defaults(run=_align)
     compare = commands.add_parser(
         "compare",
         help="find which features of one network are in others",
@@ -458,6 +490,19 @@ def _plot(args: argparse.Namespace) -> None:
 def _view(args: argparse.Namespace) -> None:
     path = write_film([Run(path) for path in args.runs], args.output, args.edges, args.every)
     print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
+
+
+def _align(args: argparse.Namespace) -> None:
+    from lib_lightning.alignment import align_events
+
+    settings: dict[str, Any] = {name: getattr(args, name) for name in ("direction", "axis", "weight")}
+    if args.between is not None:
+        settings["between"] = tuple(args.between)
+    found = align_events(args.runs, args.scalar, args.kind, **settings)
+    print(found.table())
+    if args.output is not None:
+        found.save(args.output)
+        print(f"\n{args.output}")
 
 
 def _compare(args: argparse.Namespace) -> None:

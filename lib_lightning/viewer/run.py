@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import html
+import json
+import math
 import os
 from collections.abc import Sequence
 from os import PathLike
@@ -108,6 +110,31 @@ class Run:
             Events with ``step``, ``kind``, ``text``, ``layer`` and ``lineage``; empty if features were not tracked.
         """
         return read_events(self.folder)
+
+    def scalars(self) -> dict[str, tuple[list[int], list[float]]]:
+        r"""Read what was measured over training, as the tab shows it.
+
+        Returns:
+            By name, steps in increasing order and the values at them, NaN where one is unknown. Those that a logger, or
+            another tool, has written into the log directory have the names that it gave them; at most 1,000 points of
+            each. The metrics of the snapshots are called ``lib/...``.
+
+        Raises:
+            NotFoundError: If no snapshot can be read.
+
+        Example:
+            >>> import tempfile
+            >>> import torch
+            >>> from lib_lightning import compute_interaction_graph
+            >>> graph = compute_interaction_graph(torch.nn.Linear(3, 2), [torch.randn(9, 3)], ["input", "output"])
+            >>> graph.info["metrics"] = {"features/total": {"value": 2.0}}
+            >>> with tempfile.TemporaryDirectory() as logs:
+            ...     graph.save(f"{logs}/lib/snapshots/step-00000010.safetensors")
+            ...     _ = Path(logs, "probe.csv").write_text("step,accuracy\n0,0.5\n10,0.75\n")
+            ...     Run(logs).scalars()
+            {'probe/accuracy': ([0, 10], [0.5, 0.75]), 'lib/features/total': ([10], [2])}
+        """
+        return read_scalars(json.loads(_views([self])[0].run()), self.folder.name)
 
     def feature(self, feature_id: str, step: int | None = None) -> FeaturePage:
         """What is known about a feature: examples, interactions, effects. A notebook shows it as the tab does.
@@ -238,6 +265,42 @@ def write_film(
     path = RunLayout(runs[0].folder).view_file if output is None else Path(output)
     write_bytes(path, film_page(views, ", ".join(view.name for view in views), edges, every).encode())
     return path
+
+
+def described_runs(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """What the viewer gets of runs.
+
+    Args:
+        runs: The runs.
+
+    Returns:
+        Results of `RunView.run`, by names that differ.
+
+    Raises:
+        NotFoundError: If a run has no readable snapshot.
+    """
+    return {view.name: json.loads(view.run()) for view in _views(runs)}
+
+
+def read_scalars(described: dict[str, Any], prefix: str) -> dict[str, tuple[list[int], list[float]]]:
+    """The scalars in what the viewer gets of a run.
+
+    Args:
+        described: Result of `RunView.run`.
+        prefix: First part of the names of metrics.
+
+    Returns:
+        As `Run.scalars`.
+    """
+    series = {name: (line["steps"], line["values"]) for name, line in described["scalars"].items()}
+    snapshots = described["snapshots"]
+    for name in dict.fromkeys(key for snapshot in snapshots for key in snapshot["metrics"]):
+        found = [(snapshot["step"], snapshot["metrics"].get(name, {}).get("value")) for snapshot in snapshots]
+        series[f"{prefix}/{name}"] = ([step for step, _ in found], [value for _, value in found])
+    return {
+        name: (steps, [math.nan if value is None else value for value in values])
+        for name, (steps, values) in series.items()
+    }
 
 
 def _views(runs: Sequence[Run]) -> list[RunView]:

@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 
 from lib_lightning.io.run_layout import RunLayout
 
+# Hugging Face's Trainer writes it, with all that it has logged.
+TRAINER_STATE = "trainer_state.json"
+
 
 class FileStamp(NamedTuple):
     """A file and the properties that change with its content: a cache key for anything read from it.
@@ -160,9 +163,9 @@ def is_log_file(file: FileStamp) -> bool:
         file: Any file.
 
     Returns:
-        True for TensorBoard's event files and for ``metrics.csv``.
+        True for TensorBoard's event files, CSV files, and the state of Hugging Face's Trainer.
     """
-    return "tfevents" in file.path.name or file.path.name == "metrics.csv"
+    return "tfevents" in file.path.name or file.path.suffix == ".csv" or file.path.name == TRAINER_STATE
 
 
 def _natural_key(name: str) -> list[tuple[int, str]]:

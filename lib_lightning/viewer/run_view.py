@@ -20,6 +20,7 @@ from lib_lightning.plots.module_numbers import ModuleNumbers
 from lib_lightning.plots.palette import label_colors
 from lib_lightning.viewer.cache import Cache
 from lib_lightning.viewer.comparisons import comparison_files, read_comparison
+from lib_lightning.viewer.event_times import lifetimes, placed_events
 from lib_lightning.viewer.feature import (
     Curves,
     SnapshotFeature,
@@ -45,7 +46,6 @@ from lib_lightning.viewer.step_axis import StepAxis
 
 # Default for the maximum number of edges per section.
 MAX_EDGES = 2000
-_EVENT_KEYS = ("step", "kind", "text", "layer", "lineage")
 
 
 class NotFoundError(LIBError, LookupError):
@@ -102,14 +102,14 @@ class RunView:
             NotFoundError: If no snapshot can be read.
         """
         files = snapshot_files(self.folder)
-        by_step = self._outlines(files, every)
+        by_step, all_by_step = self._outlines(files, every), self._outlines(files, 1)
         outlines = list(by_step.values())
         if not outlines:
             raise NotFoundError(f"Run '{self.name}' has no readable snapshots.")
         layers = outlines[-1].layers
-        # Over all snapshots, so that a film of some of them has the same.
+        # These are over all snapshots, so that a film of some of them has the same.
         module_numbers = self.module_numbers() if any(outline.members for outline in outlines) else {}
-        events = [{key: event.get(key) for key in _EVENT_KEYS} for event in read_events(self.folder)]
+        events, measured = read_events(self.folder), {step: one.measured for step, one in all_by_step.items()}
         return object_(
             {
                 "name": dump(self.name),
@@ -120,9 +120,10 @@ class RunView:
                 "labels": dump([_newest_labels(outlines, i) for i in range(len(layers))]),
                 "label_colors": dump(list(label_colors([outline.groups for outline in outlines]).items())),
                 "module_numbers": dump([module_numbers.get(step) for step in by_step]),
-                "events": dump(events),
+                "events": dump(placed_events(events, measured)),
+                "lifetimes": dump(lifetimes(events, measured)),
                 **self._comparisons(),
-                "scalars": self._scalars(by_step),
+                "scalars": self._scalars(all_by_step),
             }
         )
 
@@ -325,22 +326,28 @@ class RunView:
         if self._reader is None:
             return "{}"
         with self._lock:
-            points = {tag: series.points() for tag, series in self._reader.read().items()}
+            read = dict(self._reader.read())
+            points = {tag: series.points() for tag, series in read.items()}
         # The metrics of graphs are part of the snapshots. Ratios between bases come after the user's scalars.
         prefixes = {path.parent.name for path in self._reader.folder.glob(f"*/{RunLayout.SNAPSHOTS}")}
         ratios = tuple(f"{prefix}_over_" for prefix in prefixes)
         axis = StepAxis({step: outline.logging_step for step, outline in outlines.items()})
+
+        def is_measured(step: int, metric: str) -> bool:
+            return outlines[step].measured.metrics.get(metric) is not None
+
         scalars = {}
         for tag, (logged_at, values) in sorted(points.items(), key=lambda p: (p[0].startswith(ratios), p[0])):
             group, _, metric = tag.partition("/")
             if group in prefixes:
                 continue
-            found = list(zip(axis.steps(logged_at), values, strict=True))
+            steps = logged_at if read[tag].in_optimizer_steps else axis.steps(logged_at)
+            found = list(zip(steps, values, strict=True))
             if group.startswith(ratios) and axis.is_known:
                 # Between measurements, the latest value is logged again.
-                found = [(step, x) for step, x in found if step in outlines and metric in outlines[step].measured]
-            steps, kept = [step for step, _ in found], np.array([x for _, x in found], dtype=float)
-            scalars[tag] = object_({"steps": dump(steps), "values": numbers(kept)})
+                found = [(step, x) for step, x in found if step in outlines and is_measured(step, metric)]
+            kept = np.array([x for _, x in found], dtype=float)
+            scalars[tag] = object_({"steps": dump([step for step, _ in found]), "values": numbers(kept)})
         return object_(scalars)
 
 

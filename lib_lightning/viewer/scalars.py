@@ -1,18 +1,19 @@
-"""Logged scalars of a run, such as the loss: from TensorBoard's event files, or else from metrics.csv."""
+"""Logged scalars of a run, such as the loss: from event files, CSV files, and the state of Hugging Face's Trainer."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import json
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib_lightning.viewer.run_discovery import FileStamp, regular_files
+from lib_lightning.viewer.run_discovery import TRAINER_STATE, FileStamp, regular_files
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -22,8 +23,12 @@ MAX_POINTS = 1000
 _MAX_STORED_POINTS = 16 * MAX_POINTS
 # Larger records contain images, not scalars.
 _MAX_RECORD_BYTES = 1 << 20
+# Larger tables are not logs.
+_MAX_TABLE_BYTES = 256 << 20
 # Logged by Lightning in addition to the user's scalars.
 _IGNORED = {"epoch", "step", "hp_metric"}
+# Lightning's CSVLogger writes it.
+METRICS = "metrics.csv"
 
 
 class ScalarSeries:
@@ -36,9 +41,16 @@ class ScalarSeries:
         >>> steps, values = series.points()
         >>> len(steps), steps[:2], steps[-1], values[-1]
         (1000, [0, 104], 99999, 49999.5)
+
+    Args:
+        in_optimizer_steps: Whether its steps are numbers of optimizer steps, and not what Lightning counts.
+
+    Attributes:
+        in_optimizer_steps: The same.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, in_optimizer_steps: bool = False) -> None:
+        self.in_optimizer_steps = in_optimizer_steps
         self._points: dict[int, float] = {}
         self._last: tuple[int, float] | None = None
         self._stride, self._seen = 1, 0
@@ -62,7 +74,7 @@ class ScalarSeries:
 
 @dataclass
 class _Progress:
-    """What has been read of a log directory so far.
+    """What has been read of the event files of a log directory so far.
 
     Attributes:
         series: Scalars by name.
@@ -84,6 +96,15 @@ class ScalarReader:
     TensorBoard's own reader verifies checksums of all bytes in Python, including figures, which takes about a hundred
     times as long. This reader skips large records by their length.
 
+    Besides event files, also those in subfolders, it reads in the log directory itself
+
+    - ``metrics.csv`` of Lightning;
+    - other CSV files with a column ``step``, the number of optimizer steps, as another tool may write them: the column
+      ``mean`` of ``probe.csv`` is called ``probe/mean``;
+    - ``trainer_state.json`` of Hugging Face's Trainer, with the names that it uses in event files.
+
+    A scalar that is in several of them is read from the event files, or else the first of these.
+
     Args:
         folder: The log directory, without symbolic links in its path.
 
@@ -94,6 +115,7 @@ class ScalarReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._progress = _Progress()
+        self._tables: dict[FileStamp, dict[str, ScalarSeries]] = {}
 
     def read(self) -> dict[str, ScalarSeries]:
         """Read new points.
@@ -101,10 +123,16 @@ class ScalarReader:
         Returns:
             All scalars read so far, by name. Scalars in a subfolder are prefixed with its name.
         """
-        files = {file: prefix for file, prefix in self._files() if "tfevents" in file.path.name}
-        table = next((file for file in regular_files(self.folder) if file.path.name == "metrics.csv"), None)
-        if not files and table is not None:
-            files = {table: ""}
+        self._read_event_files({file: prefix for file, prefix in self._files() if "tfevents" in file.path.name})
+        tables = [file for file in regular_files(self.folder) if file.size <= _MAX_TABLE_BYTES]
+        read = sorted((_order(file), file) for file in tables if _order(file) is not None)
+        self._tables = {file: self._tables[file] if file in self._tables else _read_table(file) for _, file in read}
+        found: dict[str, ScalarSeries] = {}
+        for series in (self._progress.series, *self._tables.values()):
+            found |= {tag: one for tag, one in series.items() if tag not in found and tag not in _IGNORED}
+        return found
+
+    def _read_event_files(self, files: Mapping[FileStamp, str]) -> None:
         current = {file.path: file for file in files}
         previous = self._progress.files
         if any(path not in current or not _grown(old, current[path]) for path, (old, _) in previous.items()):
@@ -114,13 +142,7 @@ class ScalarReader:
             if old == file:
                 continue
             with contextlib.suppress(OSError):
-                if file is table:
-                    self._progress = _read_table(file)
-                    position = file.size
-                else:
-                    position = _read_events(self._progress, file, position, prefix)
-                self._progress.files[file.path] = file, position
-        return {tag: series for tag, series in self._progress.series.items() if tag not in _IGNORED}
+                self._progress.files[file.path] = file, _read_events(self._progress, file, position, prefix)
 
     def _files(self) -> Iterator[tuple[FileStamp, str]]:
         for file in regular_files(self.folder):
@@ -130,6 +152,12 @@ class ScalarReader:
             for folder in sorted(self.folder.iterdir()):
                 for file in regular_files(folder):
                     yield file, f"{folder.name}/"
+
+
+def _order(file: FileStamp) -> int | None:
+    """Which tables come first, where several have a scalar; None for other files."""
+    name = file.path.name
+    return 0 if name == METRICS else 1 if name == TRAINER_STATE else 2 if name.endswith(".csv") else None
 
 
 def _event_decoder() -> tuple[Any, Callable[[Any], np.ndarray]] | None:
@@ -177,14 +205,47 @@ def _scalar(
     return None
 
 
-def _read_table(file: FileStamp) -> _Progress:
-    progress = _Progress()
-    with file.path.open(newline="", encoding="utf-8", errors="replace") as lines:
-        for row in csv.DictReader(lines):
+def _read_table(file: FileStamp) -> dict[str, ScalarSeries]:
+    """The scalars in a table; nothing if it cannot be read."""
+    found: dict[str, ScalarSeries] = {}
+    with contextlib.suppress(OSError, csv.Error, ValueError, RecursionError):
+        if file.path.name == TRAINER_STATE:
+            _read_trainer_state(file, found)
+        else:
+            _read_csv(file, found)
+    return found
+
+
+def _read_csv(file: FileStamp, found: dict[str, ScalarSeries]) -> None:
+    is_lightnings = file.path.name == METRICS
+    prefix = "" if is_lightnings else f"{file.path.stem}/"
+    with file.path.open(newline="", encoding="utf-8-sig", errors="replace") as lines:
+        rows = csv.DictReader(lines)
+        if "step" not in (rows.fieldnames or ()):
+            return
+        for row in rows:
             for tag, value in row.items():
-                with contextlib.suppress(ValueError, TypeError, KeyError):  # empty cells, an incomplete line
-                    progress.add(tag, int(float(row["step"])), float(value))
-    return progress
+                if tag in _IGNORED:
+                    continue
+                # Empty cells, text, an incomplete line.
+                with contextlib.suppress(ValueError, TypeError, OverflowError):
+                    step, number = int(float(row["step"])), float(value)
+                    found.setdefault(f"{prefix}{tag}", ScalarSeries(not is_lightnings)).add(step, number)
+
+
+def _read_trainer_state(file: FileStamp, found: dict[str, ScalarSeries]) -> None:
+    state = json.loads(file.path.read_text("utf-8", errors="replace"))
+    history = state.get("log_history") if isinstance(state, dict) else None
+    for entry in history if isinstance(history, list) else ():
+        # The last entry sums up the training.
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int) or "train_runtime" in entry:
+            continue
+        for key, value in entry.items():
+            if key not in _IGNORED and isinstance(value, (int, float)) and not isinstance(value, bool):
+                # As the Trainer's own callback for TensorBoard names them.
+                group = next((one for one in ("eval", "test") if key.startswith(f"{one}_")), None)
+                tag = f"{group}/{key.removeprefix(f'{group}_')}" if group else f"train/{key}"
+                found.setdefault(tag, ScalarSeries(True)).add(entry["step"], float(value))
 
 
 def _grown(old: FileStamp, new: FileStamp) -> bool:

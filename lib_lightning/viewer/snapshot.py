@@ -16,6 +16,7 @@ from lib_lightning.io.basis_file import read_parts
 from lib_lightning.io.fingerprint import fingerprint
 from lib_lightning.plots.module_numbers import Members
 from lib_lightning.plots.palette import label_group
+from lib_lightning.viewer.event_times import Measured, Shares
 from lib_lightning.viewer.json_text import array, dump, integers, number, numbers, object_
 from lib_lightning.viewer.run_discovery import FileStamp
 
@@ -58,7 +59,7 @@ class Outline:
         members: Modules of the node layers whose features have lineages and modules, if the file was written by a
             version that numbered modules anew in each snapshot; else empty.
         logging_step: Where Lightning logged the scalars of the snapshot; None in files of version 0.1.
-        measured: Names of the metrics that the snapshot has measured.
+        measured: Its metrics, and the features of each node layer with lineages.
         fingerprint: By which comparisons name the snapshot.
         json: Step, epoch, number of samples, metrics, importances and lineages.
     """
@@ -69,13 +70,14 @@ class Outline:
     groups: dict[str, float]
     members: dict[str, Members]
     logging_step: int | None
-    measured: frozenset[str]
+    measured: Measured
     fingerprint: str
     json: str
 
     def size(self) -> int:
         """Approximate size in bytes."""
-        arrays = sum(array.nbytes for members in self.members.values() for array in members)
+        of_features = [*self.members.values(), *self.measured.shares.values()]
+        arrays = sum(array.nbytes for arrays in of_features for array in arrays)
         return len(self.json) + arrays + sum(500 + 150 * len(labels) for labels in self.labels) + 100 * len(self.groups)
 
 
@@ -119,7 +121,10 @@ def read_outline(file: FileStamp, step: int) -> Outline:
         _groups(labels, layers),
         {} if is_renumbered else _members([name for name, _ in node_layers], layers),
         logging_step if isinstance(logging_step, int) else None,
-        frozenset(sys.intern(key) for key, metric in metrics.items() if metric["value"] is not None),
+        Measured(
+            _shares([name for name, _ in node_layers], layers),
+            {sys.intern(key): metric["value"] for key, metric in metrics.items()},
+        ),
         _fingerprint(info, [name for name, _ in node_layers], layers),
         object_(entries),
     )
@@ -139,6 +144,18 @@ def _groups(labels: list[list[str]], layers: list[dict[str, np.ndarray]]) -> dic
             group = sys.intern(label_group(label))
             groups[group] = groups.get(group, 0.0) + share
     return groups
+
+
+def _shares(names: list[str], layers: list[dict[str, np.ndarray]]) -> dict[str, Shares]:
+    return {
+        sys.intern(name): Shares(
+            layer["ids"],
+            (layer["importance"] / (layer["importance"].sum() or 1.0)).astype(np.float32),
+            layer.get("parents", np.full(layer["ids"].shape, -1)),
+        )
+        for name, layer in zip(names, layers, strict=True)
+        if "ids" in layer
+    }
 
 
 def _members(names: list[str], layers: list[dict[str, np.ndarray]]) -> dict[str, Members]:

@@ -121,6 +121,7 @@ class SyntheticRun:
                 "events": self._events(),
                 "comparisons": self.comparisons,
                 "fingerprints": {f"{self.name} {step}": step for step in self.steps()},
+                "lifetimes": [],
                 "scalars": self._scalars(),
             }
         )
@@ -273,7 +274,8 @@ class SyntheticRun:
                     kind, text = "emerged", f"feature {name}/{one.id} emerged at step {step:,}"
                     if one.parent >= 0:
                         kind, text = "split", f"feature {name}/{one.id} split from {name}/{one.parent} at step {step:,}"
-                    events.append({"step": step, "kind": kind, "text": text, "layer": name, "lineage": one.id})
+                    place = {"step": step, "layer": name, "lineage": one.id}
+                    events.append({"kind": kind, "text": text, "at": step, "share": one.size, **place})
         return sorted(events, key=lambda event: event["step"])
 
     def _scalars(self) -> dict[str, Any]:

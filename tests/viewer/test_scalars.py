@@ -92,7 +92,7 @@ def test_invalid_event_files_are_skipped(tmp_path: Path) -> None:
     assert read(tmp_path) == {"loss": ([0], [1.0])}
 
 
-def test_metrics_csv_is_read_if_there_are_no_event_files(tmp_path: Path) -> None:
+def test_metrics_csv_is_read_beside_event_files(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, name="", version="version_0")
     for step in range(30):
         logger.log_metrics({"loss": 1 / (1 + step), "epoch": 0.0}, step)
@@ -108,10 +108,65 @@ def test_metrics_csv_is_read_if_there_are_no_event_files(tmp_path: Path) -> None
     table = tmp_path / "version_0" / "metrics.csv"
     table.write_text(table.read_text() + "0,0.25,3")  # an incomplete line, and a missing column
     assert read(tmp_path / "version_0")["loss"][0] == list(range(30))
-    # Event files have priority: they are more complete and can be read incrementally.
+    # Of a scalar in both, event files are more complete.
     with SummaryWriter(str(tmp_path / "version_0")) as writer:
         writer.add_scalar("other", 1.0, 0)
-    assert set(read(tmp_path / "version_0")) == {"other"}
+        writer.add_scalar("val_acc", 0.5, 7)
+    series = read(tmp_path / "version_0")
+    assert set(series) == {"other", "val_acc", "loss", "lib/features/total"}
+    assert series["val_acc"] == ([7], [0.5])
+    assert series["loss"][0] == list(range(30))
+
+
+def test_tables_of_other_tools_count_optimizer_steps(tmp_path: Path) -> None:
+    """Lightning logs at the index of a step: what is at 9 there is at step 10."""
+    saved = SavedRun(snapshots=2)
+    for k, logged_at in ((0, 0), (1, 9)):
+        graph = saved.graph(k)
+        graph.info["logging_step"] = logged_at
+        graph.save(tmp_path / "lib" / "snapshots" / f"step-{10 * k:08d}.safetensors")
+    with SummaryWriter(str(tmp_path)) as writer:
+        writer.add_scalar("loss", 1.0, 9)
+    (tmp_path / "llc.csv").write_text(
+        "\ufeffstep,epoch,mean,note\n0,0,1.5,first\n10,1,nan,\n20,1,2.5,last\n30,1", "utf-8"
+    )
+    (tmp_path / "unrelated.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "binary.csv").write_bytes(bytes(range(256)))
+    (tmp_path / "empty.csv").write_bytes(b"")
+    (tmp_path / "lib" / "inside.csv").write_text("step,x\n0,1\n")
+    scalars = json.loads(RunView(tmp_path / "lib", "lib", Cache(1 << 20)).run())["scalars"]
+    assert scalars == {
+        "loss": {"steps": [10], "values": [1.0]},
+        "llc/mean": {"steps": [0, 10, 20], "values": [1.5, None, 2.5]},
+    }
+
+
+def test_what_hugging_faces_trainer_logged_is_called_as_in_its_event_files(tmp_path: Path) -> None:
+    SavedRun(snapshots=2).write(tmp_path / "lib")
+    history: list[object] = [
+        {"loss": 2.0, "learning_rate": 0.1, "grad_norm": float("nan"), "epoch": 0.5, "step": 5},
+        {"eval_loss": 3.0, "eval_accuracy": 0.5, "epoch": 0.5, "step": 5},
+        {"test_loss": 4.0, "best": True, "text": "x", "step": 10},
+        {"train_runtime": 12.0, "train_loss": 1.0, "step": 10},
+        {"loss": 1.0},
+        "damaged",
+    ]
+    file = tmp_path / "trainer_state.json"
+    file.write_text(json.dumps({"log_history": history}))
+    view = RunView(tmp_path / "lib", "lib", Cache(1 << 20))
+    expected = {"train/loss": 2.0, "train/learning_rate": 0.1, "train/grad_norm": None}
+    expected |= {"eval/loss": 3.0, "eval/accuracy": 0.5}
+    scalars = json.loads(view.run())["scalars"]
+    assert scalars.pop("test/loss") == {"steps": [10], "values": [4.0]}
+    assert scalars == {name: {"steps": [5], "values": [value]} for name, value in expected.items()}
+    # Its content is part of the version of the run.
+    version = view.entry()["version"]
+    file.write_text(json.dumps({"log_history": history[:1]}))
+    assert view.entry()["version"] != version
+    assert set(json.loads(view.run())["scalars"]) == {"train/loss", "train/learning_rate", "train/grad_norm"}
+    for damaged in ("[", "[1]", '{"log_history": 3}', "[" * 100_000):
+        file.write_text(damaged)
+        assert json.loads(view.run())["scalars"] == {}
 
 
 def test_long_series_are_thinned_evenly_and_keep_their_ends() -> None:
@@ -158,6 +213,11 @@ def test_symbolic_links_to_event_files_are_not_read(tmp_path: Path) -> None:
     SavedRun(snapshots=2).write(logs / "lib")
     (logs / "events.out.tfevents.1").symlink_to(next((tmp_path / "outside").iterdir()))
     (logs / "folder").symlink_to(tmp_path / "outside")
+    (tmp_path / "outside" / "secret.csv").write_text("step,value\n1,2\n")
+    (tmp_path / "outside" / "state.json").write_text('{"log_history": [{"step": 1, "loss": 2}]}')
+    (logs / "secret.csv").symlink_to(tmp_path / "outside" / "secret.csv")
+    (logs / "metrics.csv").symlink_to(tmp_path / "outside" / "secret.csv")
+    (logs / "trainer_state.json").symlink_to(tmp_path / "outside" / "state.json")
     assert read(logs) == {}
 
 

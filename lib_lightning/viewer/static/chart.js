@@ -7,12 +7,16 @@ import {THEME} from "./theme.js";
 
 export const CHART = {left: 58, right: 14, top: 8, bottom: 18};
 
-/** The axis of steps: `x(step)` in pixels, and `back(x)`. A logarithmic axis uses log(step + 1) and so includes 0. */
-export function timeScale(first, last, width, log) {
+/**
+ * The axis of steps: `x(step)` in pixels, and `back(x)`. A logarithmic axis uses log(step + 1) and so includes 0.
+ * `right` is the space at its right, which a second axis of values needs.
+ */
+export function timeScale(first, last, width, log, right = CHART.right) {
   const to = log ? (step) => Math.log10(Math.max(step, 0) + 1) : (step) => step;
   const [a, b] = [to(first), Math.max(to(last), to(first) + 1e-9)];
-  const span = Math.max(1, width - CHART.left - CHART.right);
+  const span = Math.max(1, width - CHART.left - right);
   return {
+    right,
     first,
     last,
     log,
@@ -60,7 +64,8 @@ function niceTicks(low, high, count) {
   return ticks;
 }
 
-function valueScale(series, height, log) {
+/** The values of `series` on an axis of `height` pixels. */
+export function valueScale(series, height, log) {
   const values = [];
   for (const line of series) {
     line.values.forEach((value, i) => {
@@ -104,17 +109,18 @@ export function wantsLog(series) {
 }
 
 /**
- * A chart of `series`, each `{name, color, steps, values, errors?, dots?}`; `null` values are gaps.
- * `marks` are `{step, value, kind: "birth" | "death", text}`.
+ * A chart of `series`, each `{name, color, steps, values, errors?, dots?, dash?}`; `null` values are gaps.
+ * `marks` are `{step, value, kind: "birth" | "death", text}`. `overlays` are other series with scales of their own, each
+ * `{lines, log, color}`; a single one has its axis at the right.
  */
-export function lineChart({series, time, height, log, marks = [], label}) {
+export function lineChart({series, time, height, log, marks = [], overlays = [], label}) {
   const scale = valueScale(series, height, log);
   const bottom = height - CHART.bottom;
   const svg = s("svg", {width: time.width, height, role: "img", "aria-label": label, class: "lib-chart"});
   for (const tick of valueTicks(scale)) {
     const y = scale.y(tick);
     svg.append(
-      s("line", {x1: CHART.left, x2: time.width - CHART.right, y1: y, y2: y, class: "lib-grid"}),
+      s("line", {x1: CHART.left, x2: time.width - time.right, y1: y, y2: y, class: "lib-grid"}),
       s(
         "text",
         {x: CHART.left - 6, y, class: "lib-tick", "text-anchor": "end", "dominant-baseline": "central"},
@@ -122,7 +128,7 @@ export function lineChart({series, time, height, log, marks = [], label}) {
       ),
     );
   }
-  svg.append(s("line", {x1: CHART.left, x2: time.width - CHART.right, y1: bottom, y2: bottom, class: "lib-axis"}));
+  svg.append(s("line", {x1: CHART.left, x2: time.width - time.right, y1: bottom, y2: bottom, class: "lib-axis"}));
   for (const tick of timeTicks(time)) {
     const x = time.x(tick);
     svg.append(
@@ -131,6 +137,11 @@ export function lineChart({series, time, height, log, marks = [], label}) {
     );
   }
   for (const line of series) svg.append(...drawLine(line, time, scale));
+  for (const {lines, log: isLog, color} of overlays) {
+    const own = valueScale(lines, height, isLog);
+    for (const line of lines) svg.append(...drawLine(line, time, own));
+    if (overlays.length === 1) svg.append(...rightAxis(own, time, color));
+  }
   for (const mark of marks) {
     const [x, y] = [time.x(mark.step), scale.y(mark.value)];
     const shape =
@@ -141,6 +152,18 @@ export function lineChart({series, time, height, log, marks = [], label}) {
     svg.append(shape);
   }
   return svg;
+}
+
+function rightAxis(scale, time, color) {
+  const x = time.width - time.right;
+  return valueTicks(scale).flatMap((tick) => [
+    s("line", {x1: x, x2: x + 4, y1: scale.y(tick), y2: scale.y(tick), stroke: color}),
+    s(
+      "text",
+      {x: x + 7, y: scale.y(tick), class: "lib-tick lib-tick-right", style: {fill: color}, "dominant-baseline": "central"},
+      number(tick),
+    ),
+  ]);
 }
 
 function drawLine(line, time, scale) {
@@ -166,7 +189,16 @@ function drawLine(line, time, scale) {
     }
     const d = `M${points.map((p) => at(p.x, p.y)).join("L")}`;
     if (points.length > 1)
-      elements.push(s("path", {d, fill: "none", stroke: line.color, "stroke-width": 1.6, "stroke-linejoin": "round"}));
+      elements.push(
+        s("path", {
+          d,
+          fill: "none",
+          stroke: line.color,
+          "stroke-width": 1.6,
+          "stroke-linejoin": "round",
+          "stroke-dasharray": line.dash,
+        }),
+      );
     if (points.length === 1 || (line.dots && points.length < 60)) {
       for (const p of points) elements.push(s("circle", {cx: p.x, cy: p.y, r: 2, fill: line.color}));
     }
@@ -176,13 +208,23 @@ function drawLine(line, time, scale) {
 
 /** Color, name and current value of each line. */
 export function chartKey(entries) {
-  return entries.map(({name, color, value}) =>
+  return entries.map(({name, color, value, dash}) =>
     h(
       "span",
       {class: "lib-key"},
-      h("span", {class: "lib-line-swatch", style: {background: color}}),
+      lineSwatch(color, dash),
       name ? `${name} ` : "",
       h("b", {}, value),
     ),
+  );
+}
+
+/** A piece of a line as it is drawn, for a key. */
+export function lineSwatch(color, dash) {
+  if (!dash) return h("span", {class: "lib-line-swatch", style: {background: color}});
+  return s(
+    "svg",
+    {width: 26, height: 6, class: "lib-dash-swatch lib-chart", "aria-hidden": "true"},
+    s("line", {x1: 0, x2: 26, y1: 3, y2: 3, stroke: color, "stroke-width": 2.4, "stroke-dasharray": dash}),
   );
 }

@@ -4,6 +4,7 @@ import {h, s} from "./dom.js";
 import {CHART} from "./chart.js";
 import {integer} from "./text.js";
 import {eventColor} from "./palette.js";
+import {AlignmentPanel} from "./alignment_panel.js";
 
 const HEIGHT = 30;
 // Maximum number of events in the list, and in a tooltip.
@@ -19,7 +20,8 @@ export class EventTrack {
     const head = h("div", {class: "lib-track-head"}, h("strong", {}, "events"));
     this.element = h("div", {class: "lib-track lib-event-track"}, head, this.marks);
     this.list = h("ol", {class: "lib-event-list", "data-role": "events", "aria-label": "newest events"});
-    this.aside = h("aside", {class: "lib-events"}, h("h3", {}, "Newest events"), this.list);
+    this.aligned = new AlignmentPanel(actions);
+    this.aside = h("aside", {class: "lib-events"}, this.aligned.element, h("h3", {}, "Newest events"), this.list);
     this.marks.addEventListener("mousemove", (event) => this.#hover(event));
     this.marks.addEventListener("mouseleave", () => {
       this.tip.hidden = true;
@@ -41,7 +43,7 @@ export class EventTrack {
     this.marks.setAttribute("width", time.width);
     const y = HEIGHT / 2;
     this.marks.replaceChildren(
-      s("line", {x1: CHART.left, x2: time.width - CHART.right, y1: y, y2: y, class: "lib-axis"}),
+      s("line", {x1: CHART.left, x2: time.width - time.right, y1: y, y2: y, class: "lib-axis"}),
       ...this.all.map((event) =>
         s("circle", {
           cx: time.x(event.step).toFixed(1),

@@ -51,8 +51,9 @@ export function eventColor(kind) {
   return THEME.colors[name] ?? THEME[name] ?? OTHER_MODULES;
 }
 
-const RUN_COLORS = THEME.series.map((name) => THEME.colors[name]);
-const BASIS_COLORS = Object.fromEntries(Object.keys(THEME.basis_names).map((kind, i) => [kind, RUN_COLORS[i]]));
+// Colours of runs, and of other lines beside those of a single run.
+export const SERIES = THEME.series.map((name) => THEME.colors[name]);
+const BASIS_COLORS = Object.fromEntries(Object.keys(THEME.basis_names).map((kind, i) => [kind, SERIES[i]]));
 
 // Age of a lineage in snapshots; new ones stand out.
 export const AGES = [
@@ -69,7 +70,7 @@ export const FROM_THE_START = "#9A9A9A";
  */
 export function runColors(names, assigned = new Map()) {
   const colors = new Map(assigned);
-  const current = new Map(RUN_COLORS.map((color) => [color, 0]));
+  const current = new Map(SERIES.map((color) => [color, 0]));
   const ever = new Map(current);
   const count = (counts, color) => counts.set(color, counts.get(color) + 1);
   for (const color of assigned.values()) count(ever, color);
@@ -77,7 +78,7 @@ export function runColors(names, assigned = new Map()) {
   for (const name of names) {
     if (colors.has(name)) continue;
     const preferred = BASIS_COLORS[name.split("/").pop()];
-    const [rarest] = [...RUN_COLORS].sort((a, b) => current.get(a) - current.get(b) || ever.get(a) - ever.get(b));
+    const [rarest] = [...SERIES].sort((a, b) => current.get(a) - current.get(b) || ever.get(a) - ever.get(b));
     const color = preferred && ever.get(preferred) === 0 ? preferred : rarest;
     colors.set(name, color);
     count(current, color);

@@ -1,12 +1,15 @@
 // Charts over training below the graph: metrics, scalars, the followed lineage and events, on the same time axis.
 
 import {h, setOptions} from "./dom.js";
-import {CHART, chartKey, lineChart, isLogSpaced, timeScale, wantsLog} from "./chart.js";
-import {integer, number, ordinal, withError} from "./text.js";
-import {MUTED, VERMILION} from "./palette.js";
+import {CHART, isLogSpaced, timeScale} from "./chart.js";
+import {integer, ordinal, withError} from "./text.js";
+import {VERMILION} from "./palette.js";
+import {Track} from "./track.js";
+import {ScalarTracks} from "./scalar_tracks.js";
 import {EventTrack} from "./events.js";
 
-const HEIGHT = 118;
+// Space at the right for a second axis of values.
+const RIGHT_AXIS = 58;
 const FIRST_METRICS = ["effective_edges/total", "features/total"];
 
 /** The charts. `actions.go(step)` moves to a step, `actions.follow(lineage)` follows a lineage. */
@@ -18,11 +21,6 @@ export class Timeline {
       "data-role": "metric",
       "aria-label": "metric",
       onchange: () => actions.set({metric: this.metric.value}),
-    });
-    this.scalar = h("select", {
-      "data-role": "scalar",
-      "aria-label": "scalar",
-      onchange: () => actions.set({scalar: this.scalar.value}),
     });
     this.xscale = h("select", {
       "data-role": "xscale",
@@ -40,7 +38,6 @@ export class Timeline {
     );
     this.tracks = {
       metric: new Track("metric", this.metric),
-      scalar: new Track("scalar", this.scalar),
       lineage: new Track("lineage", h("strong", {class: "lib-followed-name"})),
     };
     this.unfollow = h(
@@ -49,13 +46,22 @@ export class Timeline {
       "stop following",
     );
     this.tracks.lineage.head.append(this.unfollow);
+    const goAt = (plot) =>
+      plot.addEventListener("click", (event) => {
+        actions.go(this.time.back(event.clientX - plot.getBoundingClientRect().left), true);
+      });
+    this.scalars = new ScalarTracks(state, actions, goAt);
+    this.tracks.metric.head.after(this.scalars.overlaid);
     this.events = new EventTrack(actions);
     this.cursor = h("div", {class: "lib-cursor", "aria-hidden": "true"});
     this.column = h(
       "div",
       {class: "lib-tracks"},
+      this.events.aligned.marks,
       this.cursor,
-      Object.values(this.tracks).map((track) => track.element),
+      this.tracks.metric.element,
+      this.scalars.element,
+      this.tracks.lineage.element,
       this.events.element,
     );
     this.element = h(
@@ -66,14 +72,11 @@ export class Timeline {
         {class: "lib-timeline-head"},
         h("h2", {}, "Over training"),
         h("label", {class: "lib-control"}, h("span", {class: "lib-name"}, "time axis"), this.xscale),
+        this.scalars.adder,
       ),
       h("div", {class: "lib-timeline-body"}, this.column, this.events.aside),
     );
-    for (const {plot} of Object.values(this.tracks)) {
-      plot.addEventListener("click", (event) => {
-        actions.go(this.time.back(event.clientX - plot.getBoundingClientRect().left), true);
-      });
-    }
+    for (const {plot} of Object.values(this.tracks)) goAt(plot);
   }
 
   /** Redraw everything, after changes of the data, the choices or the width. */
@@ -88,16 +91,19 @@ export class Timeline {
       this.state.xscale === "log" ||
       (this.state.xscale === "auto" && isLogSpaced(steps));
     // On a logarithmic axis, steps before the first snapshot would take most of the width.
+    this.scalars.update(runs);
     this.time = timeScale(
       (log ? Math.min(...steps) : all[0]) ?? 0,
       all[all.length - 1] ?? 1,
       Math.max(320, this.column.clientWidth),
       log,
+      this.scalars.overlays.length === 1 ? RIGHT_AXIS : CHART.right,
     );
     this.#drawMetric();
-    this.#drawScalar();
+    this.scalars.draw(this.time);
     this.#drawLineage();
     this.events.draw(runs, this.time);
+    this.events.aligned.draw(runs, this.time, this.state.aligned, this.scalars.chosen);
     this.moveTo(this.state.step);
   }
 
@@ -127,27 +133,9 @@ export class Timeline {
         };
       })
       .filter((line) => line.values.some((value) => value !== null));
-    this.tracks.metric.draw(lines, this.time, `${this.metric.value} over steps`);
-  }
-
-  #drawScalar() {
-    const names = [...new Set(this.runs.flatMap((run) => Object.keys(run.history.run.scalars ?? {})))].sort();
-    const first = [/val.*loss|loss.*val/, /train.*loss|loss.*train/, /loss/, /./]
-      .map((kind) => names.find((name) => kind.test(name)))
-      .find(Boolean);
-    setOptions(
-      this.scalar,
-      names.map((name) => [name, name]),
-      this.state.scalar ?? first,
-    );
-    const lines = this.runs
-      .filter((run) => run.history.run.scalars?.[this.scalar.value])
-      .map(({name, color, history}) => ({name, color, ...history.run.scalars[this.scalar.value]}));
-    // Baselines share the log directory of their run: draw identical scalars once.
-    const distinct = lines.filter(
-      (line, i) => lines.findIndex((other) => String(other.values) === String(line.values)) === i,
-    );
-    this.tracks.scalar.draw(distinct, this.time, `${this.scalar.value} over steps`);
+    const {overlays} = this.scalars;
+    const over = overlays.length ? `, with ${overlays.map(({name}) => name).join(" and ")}` : "";
+    this.tracks.metric.draw(lines, this.time, `${this.metric.value} over steps${over}`, {overlays});
   }
 
   #drawLineage() {
@@ -214,47 +202,10 @@ export class Timeline {
   /** Move the cursor, and show the values at a step. */
   moveTo(step) {
     if (!this.time) return;
-    const x = Math.min(this.time.width - CHART.right, Math.max(CHART.left, this.time.x(step ?? 0)));
+    const x = Math.min(this.time.width - this.time.right, Math.max(CHART.left, this.time.x(step ?? 0)));
     this.cursor.style.transform = `translateX(${x}px)`;
     this.tracks.metric.showValues(step, true);
-    this.tracks.scalar.showValues(step);
+    this.scalars.showValues(step);
     this.events.moveTo(step);
-  }
-}
-
-/** A chart with a title and the current values above it. */
-class Track {
-  constructor(role, title) {
-    this.key = h("span", {class: "lib-track-key"});
-    this.head = h("div", {class: "lib-track-head"}, title, this.key);
-    this.plot = h("div", {class: "lib-plot"});
-    this.element = h("div", {class: "lib-track", "data-track": role}, this.head, this.plot);
-    this.lines = [];
-  }
-
-  draw(lines, time, label, {log = wantsLog(lines), marks = []} = {}) {
-    this.lines = lines;
-    this.element.hidden = lines.length === 0;
-    this.plot.replaceChildren(lineChart({series: lines, time, height: HEIGHT, log, marks, label}));
-  }
-
-  setText(content) {
-    this.key.replaceChildren(content);
-  }
-
-  /** Show the last value of each line at or before a step; with `dated`, and when it was measured if that was earlier. */
-  showValues(step, dated = false) {
-    this.key.replaceChildren(
-      ...chartKey(
-        this.lines.map((line) => {
-          let i = line.steps.length - 1;
-          while (i >= 0 && (line.steps[i] > step || line.values[i] === null)) i -= 1;
-          const known = i < 0 ? "–" : line.errors ? withError(line.values[i], line.errors[i]) : number(line.values[i]);
-          const isEarlier = dated && i >= 0 && line.steps[i + 1] <= step;
-          const value = isEarlier ? `${known} at step ${integer(line.steps[i])}` : known;
-          return {name: this.lines.length > 1 ? line.name : "", color: line.color ?? MUTED, value};
-        }),
-      ),
-    );
   }
 }

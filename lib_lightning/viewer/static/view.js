@@ -38,7 +38,8 @@ class View {
       signs: false,
       speed: 4,
       metric: null,
-      scalar: null,
+      scalars: null,
+      aligned: null,
       xscale: "auto",
       follow: null,
       graphHeight: 480,
@@ -320,7 +321,7 @@ class View {
   set(change) {
     Object.assign(this.state, change);
     for (const option of Object.keys(change)) this.asked.add(option);
-    if ("metric" in change || "scalar" in change || "xscale" in change) this.drawTimeline();
+    if (["metric", "scalars", "aligned", "xscale"].some((name) => name in change)) this.drawTimeline();
     else if (!("speed" in change)) this.redraw();
   }
 
