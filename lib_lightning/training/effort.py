@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -202,15 +203,7 @@ class RunPlanner:
         return replace(plan, ablations=ablations, seconds_at_end=(ablations + missing) / rate)
 
     def _forward_rate(self, instrumented: InstrumentedModel, batch: Any, cost: ModelCost) -> float:
-        """Operations per second of this machine in a forward pass on a batch."""
-        seconds = []
-        for _ in range(_TIMED_PASSES):  # the first one warms up
-            synchronize(self._trainer)
-            started = time.perf_counter()
-            instrumented.activations(batch)
-            synchronize(self._trainer)
-            seconds.append(time.perf_counter() - started)
-        return cost.forward.of(instrumented.num_samples(batch)) / max(min(seconds), 1e-9)
+        return _forward_rate(instrumented, batch, cost, partial(synchronize, self._trainer))
 
     def _can_estimate(self, plan: RunPlan) -> bool:
         """Whether an estimate takes little time beside the snapshots, and no other process waits for it."""
@@ -288,13 +281,16 @@ class RunPlanner:
         return text
 
 
-def plan_without_training(instrumented: InstrumentedModel, batch: Any, settings: PlanSettings) -> RunPlan:
+def plan_without_training(
+    instrumented: InstrumentedModel, batch: Any, settings: PlanSettings, graphs: int = 1
+) -> RunPlan:
     """What every snapshot computes where there is no training to compare with: as much as a single graph.
 
     Args:
         instrumented: The model and its node layers.
         batch: A batch, of which a few samples are run.
         settings: What the user has asked for.
+        graphs: Number of graphs of each snapshot.
 
     Returns:
         The plan.
@@ -302,8 +298,30 @@ def plan_without_training(instrumented: InstrumentedModel, batch: Any, settings:
     with model_session(instrumented):
         if settings.may_choose:
             settings = replace(settings, config=with_chosen_metric(settings.config, instrumented, batch))
-        effort = _effort(measure_cost(instrumented, batch), settings, GRAPH_OPERATIONS)
-    return RunPlan(effort, None, math.nan, None)
+        cost = measure_cost(instrumented, batch)
+        rate = _forward_rate(instrumented, batch, cost, lambda: _finish_kernels(instrumented))
+    effort = _effort(cost, settings, GRAPH_OPERATIONS)
+    return RunPlan(effort, None, graphs * effort.operations / rate + _SECONDS_BESIDE_GRAPHS, None)
+
+
+def _finish_kernels(instrumented: InstrumentedModel) -> None:
+    device = next((p.device for p in instrumented.model.parameters()), torch.device("cpu"))
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _forward_rate(
+    instrumented: InstrumentedModel, batch: Any, cost: ModelCost, finish_kernels: Callable[[], None]
+) -> float:
+    """Operations per second of this machine in a forward pass on a batch."""
+    seconds = []
+    for _ in range(_TIMED_PASSES):  # the first one warms up
+        finish_kernels()
+        started = time.perf_counter()
+        instrumented.activations(batch)
+        finish_kernels()
+        seconds.append(time.perf_counter() - started)
+    return cost.forward.of(instrumented.num_samples(batch)) / max(min(seconds), 1e-9)
 
 
 def _estimate(

@@ -660,8 +660,10 @@ def _samples(tracer: Tracer, batches: Iterable[Any]) -> TracedSamples:
 
     def choose_plan() -> Any:
         instrumented = callback.resolver.instrument(model, SINGLE_PROCESS)
-        plan = plan_without_training(instrumented, own.batches[0], callback.plan_settings(own.count))
-        rank_zero_info(f"{callback.name}: each snapshot uses {plan.effort.text}")
+        graphs = len(callback.computer.prefixes)
+        plan = plan_without_training(instrumented, own.batches[0], callback.plan_settings(own.count), graphs)
+        takes = duration(plan.seconds)
+        rank_zero_info(f"{callback.name}: each snapshot uses {plan.effort.text}, and will take about {takes}")
         return plan
 
     return TracedSamples(data, choose_plan)
