@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lib_lightning.alignment.alignment import align_events
     from lib_lightning.api import compute_interaction_graph, estimate_cost, list_node_layers
     from lib_lightning.comparison.comparison import compare
+    from lib_lightning.comparison.universal import universal_features
     from lib_lightning.controls import measure_controls
     from lib_lightning.graph import InteractionGraph
     from lib_lightning.model.node_layer import NodeLayer
@@ -36,6 +37,7 @@ __all__ = [
     "measure_controls",
     "reinitialized",
     "trace",
+    "universal_features",
 ]
 
 # Imported when first used, because torch and Lightning take seconds: computing a graph needs no Lightning, and the tab
@@ -53,6 +55,7 @@ _WHERE = {
     "measure_controls": "controls",
     "reinitialized": "model.reinitialize",
     "trace": "training.trace",
+    "universal_features": "comparison.universal",
 }
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lib_lightning import InteractionGraph, compare, compute_interaction_graph
+from lib_lightning import InteractionGraph, compare, compute_interaction_graph, universal_features
 from lib_lightning.features.values import feature_values
 from lib_lightning.labels.fourier import FourierLabels
 from lib_lightning.model.instrumented import InstrumentedModel
@@ -103,6 +103,16 @@ def test_networks_share_features_by_frequency(reference_dir: Path) -> None:
     pairs = [(frequencies[0][x.a], frequencies[1][x.b]) for x in found.matches if x.a in important[0]]
     assert len(pairs) >= 2
     assert set(pairs) == {(1, 1)}
+    universal = universal_features(
+        graphs, [model for model, _ in networks], list(tokens.split(1000)), names=["a", "b"], layers=["mlp:input"]
+    )
+    both = [
+        (frequencies[0][x.members["a"]], frequencies[1][x.members["b"]])
+        for x in universal.universal
+        if x.members["a"] in important[0]
+    ]
+    assert set(both) == {(1, 1)}
+    assert len(both) == sum(x.kind == "shared" and x.a in important[0] for x in found.matches)
 
 
 def test_cifar10_mlp(reference_dir: Path) -> None:

@@ -3,6 +3,12 @@
 from lib_lightning.comparison.comparison import Comparison, compare
 from lib_lightning.comparison.layers import FeatureMatch, LayerComparison, SideOfLayer
 from lib_lightning.comparison.sections import EdgeChange, SectionComparison
+from lib_lightning.comparison.universal import (
+    UniversalFeature,
+    UniversalFeatures,
+    UniversalLayer,
+    universal_features,
+)
 
 __all__ = [
     "Comparison",
@@ -11,5 +17,9 @@ __all__ = [
     "LayerComparison",
     "SectionComparison",
     "SideOfLayer",
+    "UniversalFeature",
+    "UniversalFeatures",
+    "UniversalLayer",
     "compare",
+    "universal_features",
 ]

@@ -9,7 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib_lightning.comparison.chance import permuted_p_values, permuted_rows, rotated_p_values, strongest, total
+from lib_lightning.comparison.chance import (
+    effective_dimension,
+    permuted_p_values,
+    permuted_rows,
+    rotated_p_values,
+    strongest,
+    total,
+)
 from lib_lightning.comparison.paired_values import PairedValues
 from lib_lightning.interventions.significance import benjamini_hochberg
 from lib_lightning.lineage.matching import SAME, match_features, orthonormal, span_overlap, standardised
@@ -146,7 +153,6 @@ class _Side:
     """The features of one network while they are compared, with standardised values and a basis of their span."""
 
     names: Names
-    is_second: bool
     values: Tensor
     span: Tensor
     explained: Tensor
@@ -184,17 +190,9 @@ def compare_layers(
     Returns:
         The comparison of each node layer.
     """
-    found = [_candidates(value, *of_layer) for value, of_layer in zip(values, names, strict=True)]
-    blocks = [value.block for value in values]
     generator = np.random.default_rng(seed)
-    tests = [test for sides, block in zip(found, blocks, strict=True) for test in _tests_of_features(*sides, block)]
-    _set_p_values(tests, sum(len(side.kinds) for sides in found for side in sides), level, generator)
-    for a, b in found:
-        shared = b.of_kinds(SHARED)
-        a.p_values[b.partners[shared]] = b.p_values[shared]
-    largest = _largest_significant([p for a, b in found for p in (a.p_values[a.own], b.p_values)], level)
-    for a, b in found:
-        _keep_significant(a, b, largest)
+    found = _significant(values, names, level, generator)
+    blocks = [value.block for value in values]
     tests = [_test_of_subspace(*sides, block) for sides, block in zip(found, blocks, strict=True)]
     _set_p_values(tests, sum(len(b.kinds) for _, b in found), level, generator)
     for a, b in found:
@@ -204,18 +202,101 @@ def compare_layers(
     return [_result(value, *sides, largest, generator) for value, sides in zip(values, found, strict=True)]
 
 
+@dataclass(frozen=True)
+class SharedPair:
+    """A pair of features of two networks that are the same feature, one to one.
+
+    Attributes:
+        a: Index of the feature of the first network.
+        b: Index of the feature of the second one.
+        similarity: Absolute correlation of their values.
+        p_value: How probable it is that chance makes features as similar.
+    """
+
+    a: int
+    b: int
+    similarity: float
+    p_value: float
+
+
+def shared_pairs(
+    values: Sequence[PairedValues], names: Sequence[tuple[Names, Names]], level: float, seed: int = 0
+) -> list[list[SharedPair]]:
+    """Find the shared features of many pairs of networks and node layers at once, by the rules of `compare_layers`.
+
+    Args:
+        values: The values of the features, for each pair of a node layer. The values of a network that is in several
+            pairs should be one tensor, and its `Names` one object: they are then prepared once.
+        names: Ids and importances of the features of both networks.
+        level: The false discovery rate, over all features of all of them.
+        seed: Seed of permutations.
+
+    Returns:
+        For each, its pairs of shared features.
+    """
+    found = _significant(values, names, level, np.random.default_rng(seed))
+    return [
+        [
+            SharedPair(int(b.partners[j]), j, float(b.similarity[j]), float(b.p_values[j]))
+            for j in b.of_kinds(SHARED).tolist()
+        ]
+        for _, b in found
+    ]
+
+
+def _significant(
+    values: Sequence[PairedValues],
+    names: Sequence[tuple[Names, Names]],
+    level: float,
+    generator: np.random.Generator,
+) -> list[tuple[_Side, _Side]]:
+    """Match features, and leave out what may be chance."""
+    prepared: dict[tuple[int, int], _Prepared] = {}
+
+    def prepare(x: Tensor, own: Names) -> _Prepared:
+        key = id(x), id(own)
+        if key not in prepared:
+            prepared[key] = _prepare(x, own)
+        return prepared[key]
+
+    found = [_candidates(prepare(value.a, a), prepare(value.b, b)) for value, (a, b) in zip(values, names, strict=True)]
+    blocks = [value.block for value in values]
+    tests = [test for sides, block in zip(found, blocks, strict=True) for test in _tests_of_features(*sides, block)]
+    _set_p_values(tests, sum(len(side.kinds) for sides in found for side in sides), level, generator)
+    for a, b in found:
+        shared = b.of_kinds(SHARED)
+        a.p_values[b.partners[shared]] = b.p_values[shared]
+    largest = _largest_significant([p for a, b in found for p in (a.p_values[a.own], b.p_values)], level)
+    for a, b in found:
+        _keep_significant(a, b, largest)
+    return found
+
+
 def _largest_significant(p_values: Sequence[Tensor], level: float) -> float:
     """The largest p-value that is significant at a false discovery rate, -1 if none is."""
-    all_values = torch.cat([*p_values])
+    all_values = torch.cat([torch.ones(0, dtype=torch.float64), *p_values])
     rejected = all_values[benjamini_hochberg(all_values, level)]
     return float(rejected.max()) if len(rejected) else -1.0
 
 
-def _candidates(values: PairedValues, a: Names, b: Names) -> tuple[_Side, _Side]:
+@dataclass(frozen=True)
+class _Prepared:
+    """The features of one network, with standardised values and an orthonormal basis of their span."""
+
+    names: Names
+    values: Tensor
+    span: Tensor
+
+
+def _prepare(values: Tensor, names: Names) -> _Prepared:
+    standard = standardised(values) * _varies(names)
+    return _Prepared(names, standard, orthonormal(standard))
+
+
+def _candidates(first: _Prepared, second: _Prepared) -> tuple[_Side, _Side]:
     """Match features, as if no similarity were chance."""
-    A, B = (standardised(x) * _varies(names) for x, names in ((values.a, a), (values.b, b)))
+    (a, A, U), (b, B, V) = ((one.names, one.values, one.span) for one in (first, second))
     match = match_features(A, B)
-    U, V = orthonormal(A), orthonormal(B)
     before, q = match.before, len(match.before)
     paired = (before >= 0).nonzero().flatten()
     partners = match.merged_into.clone()
@@ -237,9 +318,7 @@ def _candidates(values: PairedValues, a: Names, b: Names) -> tuple[_Side, _Side]
         similarity = products.gather(1, most_similar.unsqueeze(1)).squeeze(1).clamp(max=1)
         explained = (other_span.T @ own).square().sum(0).clamp(max=1)
         p_values = torch.ones_like(similarity)
-        sides.append(
-            _Side(names, names is b, own, span, explained, kinds, found, similarity, p_values, p_values.clone())
-        )
+        sides.append(_Side(names, own, span, explained, kinds, found, similarity, p_values, p_values.clone()))
     return sides[0], sides[1]
 
 
@@ -282,8 +361,14 @@ def _set_p_values(tests: Sequence[_Test], hypotheses: int, level: float, generat
         hopeful = (test.lowest <= level).nonzero().flatten()
         by_samples = test.run(hopeful, _PERMUTATIONS, generator)
         left.append(hopeful[by_samples * (1 + _PERMUTATIONS) < 1.5])
+    # What would not be significant even if permutations never reached it need not be permuted further.
+    best = [test.p_values[test.indices] for test in tests]
+    for p_values, test, which in zip(best, tests, left, strict=True):
+        p_values[which] = test.lowest[which]
+    largest = _largest_significant(best, level)
+    left = [which[test.lowest[which] <= largest] for test, which in zip(tests, left, strict=True)]
     count = round(_MARGIN * hypotheses / (level * max(1, sum(map(len, left)))))
-    if count > _PERMUTATIONS:
+    if count > _PERMUTATIONS and any(map(len, left)):
         for test, which in zip(tests, left, strict=True):
             test.run(which, count, generator)
 
@@ -313,7 +398,7 @@ def _by_rotation(side: _Side, other: _Side, tested: Tensor) -> Tensor:
     if side.span.shape[1] > other.span.shape[1]:
         larger, explained = side, other.explained[side.partners[tested]]
     squared = side.similarity[tested].square()
-    return rotated_p_values(squared, explained, larger.values.shape[1], larger.span.shape[1])
+    return rotated_p_values(squared, explained, larger.values.shape[1], effective_dimension(larger.values))
 
 
 def _keep_significant(a: _Side, b: _Side, largest: float) -> None:

@@ -1,8 +1,9 @@
-"""Values of the features of two networks on the same samples, at the same positions."""
+"""Values of the features of two or more networks on the same samples, at the same positions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,31 @@ class PairedValues:
     block: int | None
 
 
+@dataclass(frozen=True)
+class SameSamples:
+    """Values of the features of one node layer of each of several networks, row by row on the same sample and position.
+
+    Attributes:
+        values: Of each network, shape ``(N, r)``.
+        block: As of `PairedValues`.
+    """
+
+    values: tuple[Tensor, ...]
+    block: int | None
+
+    def pair(self, i: int, j: int) -> PairedValues:
+        """The values of two of the networks.
+
+        Args:
+            i: Index of the first one.
+            j: Index of the second one.
+
+        Returns:
+            Their values, which are not copied.
+        """
+        return PairedValues(self.values[i], self.values[j], self.block)
+
+
 def computed_values(
     graphs: tuple[InteractionGraph, InteractionGraph],
     models: tuple[nn.Module, nn.Module],
@@ -49,14 +75,60 @@ def computed_values(
 ) -> dict[str, PairedValues]:
     """Run both models on the same samples, and evaluate their features at the same positions.
 
-    Each sample contributes equally many positions, chosen at random, the same ones for both networks. A pair of node
-    layers with different numbers of positions, such as before and after pooling, is compared by the mean over them.
-
     Args:
         graphs: The graphs of both networks.
         models: Their models; they are not changed.
         batches: The samples.
         layers: Node layers of the second network, by those of the first.
+        count: As for `values_of_all`, which see for ``seed``, ``spec`` and errors, too.
+        seed: Seed for the choice of samples and positions.
+        spec: Further settings.
+
+    Returns:
+        The values, by node layer of the first network.
+    """
+    found = values_of_all(graphs, models, batches, {pair[0]: pair for pair in layers.items()}, count, seed, **spec)
+    return {name: same.pair(0, 1) for name, same in found.items()}
+
+
+def stored_values(
+    graphs: tuple[InteractionGraph, InteractionGraph], layers: Mapping[str, str]
+) -> dict[str, PairedValues]:
+    """Take the values of features on the reference samples of two runs, which are in their basis files.
+
+    Args:
+        graphs: The graphs of both networks.
+        layers: Node layers of the second network, by those of the first.
+
+    Returns:
+        The values, by node layer of the first network.
+
+    Raises:
+        LIBError: As of `stored_values_of_all`.
+    """
+    found = stored_values_of_all(graphs, {pair[0]: pair for pair in layers.items()})
+    return {name: same.pair(0, 1) for name, same in found.items()}
+
+
+def values_of_all(
+    graphs: Sequence[InteractionGraph],
+    models: Sequence[nn.Module],
+    batches: Iterable[Any],
+    layers: Mapping[str, Sequence[str]],
+    count: int = NUM_VALUES,
+    seed: int = 0,
+    **spec: Any,
+) -> dict[str, SameSamples]:
+    """Run models on the same samples, and evaluate their features at the same positions.
+
+    Each sample contributes equally many positions, chosen at random, the same ones for all networks. Node layers with
+    different numbers of positions, such as before and after pooling, are compared by the mean over them.
+
+    Args:
+        graphs: The graphs of the networks.
+        models: Their models; they are not changed.
+        batches: The samples.
+        layers: For each node layer of the first network, those of all networks.
         count: Number of values of each feature, if there are as many.
         seed: Seed for the choice of samples and positions.
         spec: ``input_fn``, ``mask``, ``dtype`` and ``skip_positions``, as for
@@ -75,71 +147,73 @@ def computed_values(
             f"batches must be an iterable of batches; got {type(batches).__name__}. For a single batch, write [batch]."
         )
     batches = [batch for batch in batches if not is_empty(batch)]
-    both = [
+    instrumented = [
         InstrumentedModel(model, graph.node_layer_specs(), ModelSpec(**spec))
         for model, graph in zip(models, graphs, strict=True)
     ]
-    num_samples = sum(both[0].num_samples(batch) for batch in batches)
+    num_samples = sum(instrumented[0].num_samples(batch) for batch in batches)
     if not num_samples:
         raise LIBError("There are no samples to compare features on: all batches are empty.")
     generator = torch.Generator().manual_seed(seed)
     kept = torch.zeros(num_samples, dtype=torch.bool, device="cpu")
     kept[torch.randperm(num_samples, generator=generator, device="cpu")[:count]] = True
-    rows: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
+    rows: dict[str, list[list[Tensor]]] = {name: [] for name in layers}
     start = 0
-    with model_session(both[0]), model_session(both[1]):  # which end in the reverse order, unlike two generators
-        streams = [feature_values(model, graph, batches) for model, graph in zip(both, graphs, strict=True)]
-        for in_a, in_b in zip(*streams, strict=True):
-            size = len(next(iter(in_a.features.values())))
+    with contextlib.ExitStack() as stack:  # sessions end in the reverse order, unlike those of generators
+        for model in instrumented:
+            stack.enter_context(model_session(model))
+        streams = [feature_values(model, graph, batches) for model, graph in zip(instrumented, graphs, strict=True)]
+        for parts in zip(*streams, strict=True):
+            size = len(next(iter(parts[0].features.values())))
             chosen = kept[start : start + size]
             start += size
-            for a, b in layers.items():
-                values = [(in_a.features[a][chosen], in_a.masks[a]), (in_b.features[b][chosen], in_b.masks[b])]
+            for name, of_all in layers.items():
+                values = [
+                    (part.features[layer][chosen], part.masks[layer]) for part, layer in zip(parts, of_all, strict=True)
+                ]
                 masked = [(x, _valid(x) if mask is None else mask[chosen]) for x, mask in values]
-                rows[a].append(_at_same_positions(masked[0], masked[1], -(-count // num_samples), generator))
-    return {name: _in_blocks(parts) for name, parts in rows.items()}
+                rows[name].append(_at_same_positions(masked, -(-count // num_samples), generator))
+    return {name: _in_blocks(of_layer) for name, of_layer in rows.items()}
 
 
-def stored_values(
-    graphs: tuple[InteractionGraph, InteractionGraph], layers: Mapping[str, str]
-) -> dict[str, PairedValues]:
-    """Take the values of features on the reference samples of two runs, which are in their basis files.
+def stored_values_of_all(
+    graphs: Sequence[InteractionGraph], layers: Mapping[str, Sequence[str]], needed: str = _NEEDED
+) -> dict[str, SameSamples]:
+    """Take the values of features on the reference samples of runs, which are in their basis files.
 
     Args:
-        graphs: The graphs of both networks.
-        layers: Node layers of the second network, by those of the first.
+        graphs: The graphs of the networks.
+        layers: For each node layer of the first network, those of all networks.
+        needed: What to do about graphs without such values, for errors.
 
     Returns:
         The values, by node layer of the first network.
 
     Raises:
-        LIBError: If a graph has no such values, or if the two graphs have them on other samples or positions.
+        LIBError: If a graph has no such values, or if graphs have them on other samples or positions.
     """
-    hashes = [graph.info.get(REFERENCE_SAMPLES) for graph in graphs]
-    found: dict[str, PairedValues] = {}
-    for a, b in layers.items():
-        values = graphs[0].reference_features.get(a), graphs[1].reference_features.get(b)
-        missing = [layer for layer, x in zip((a, b), values, strict=True) if x is None]
-        if missing or values[0] is None or values[1] is None:
+    which = "The two graphs store" if len(graphs) == 2 else "The graphs store"
+    hashes = {graph.info.get(REFERENCE_SAMPLES) for graph in graphs}
+    found: dict[str, SameSamples] = {}
+    for name, of_all in layers.items():
+        pairs = list(zip(graphs, of_all, strict=True))
+        missing = [layer for graph, layer in pairs if layer not in graph.reference_features]
+        if missing:
             raise LIBError(
                 f"A graph has no values of the features of '{missing[0]}': only runs that track features store them. "
-                + _NEEDED
+                + needed
             )
-        shapes = [
-            graph.examples[layer].shape if layer in graph.examples else None
-            for graph, layer in zip(graphs, (a, b), strict=True)
-        ]
-        if hashes[0] is None or hashes[0] != hashes[1]:
+        values = [graph.reference_features[layer] for graph, layer in pairs]
+        shapes = {graph.examples[layer].shape if layer in graph.examples else None for graph, layer in pairs}
+        if len(hashes) > 1 or None in hashes:
             raise LIBError(
-                "The two graphs store values of their features on different samples, so they cannot be compared. "
-                + _NEEDED
+                f"{which} values of their features on different samples, so they cannot be compared. " + needed
             )
-        if len(values[0]) != len(values[1]) or shapes[0] != shapes[1] or (a != b and shapes[0] is None):
-            raise LIBError(
-                f"The two graphs store values of '{a}' and '{b}' at different positions, so they cannot be compared. "
-                + _NEEDED
-            )
-        found[a] = PairedValues(values[0].double(), values[1].double(), 1 if shapes[0] == () else None)
+        is_one_layer = len(set(of_all)) == 1
+        if len(set(map(len, values))) > 1 or len(shapes) > 1 or (not is_one_layer and None in shapes):
+            named = " and ".join(f"'{layer}'" for layer in (of_all if len(of_all) == 2 else dict.fromkeys(of_all)))
+            raise LIBError(f"{which} values of {named} at different positions, so they cannot be compared. " + needed)
+        found[name] = SameSamples(tuple(x.double() for x in values), 1 if shapes == {()} else None)
     return found
 
 
@@ -148,17 +222,20 @@ def _valid(values: Tensor) -> Tensor:
 
 
 def _at_same_positions(
-    a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], count: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Values at positions chosen for each sample: two tensors ``(n, k, r)``, without samples that have no position."""
-    if a[1].shape[1] != b[1].shape[1]:
-        present = a[1].any(1) & b[1].any(1)
-        x, y = (
+    networks: Sequence[tuple[Tensor, Tensor]], count: int, generator: torch.Generator
+) -> list[Tensor]:
+    """Values at positions chosen for each sample, ``(n, k, r)`` of each network, without samples without a position.
+
+    Networks are given by values ``(n, S, r)`` and masks ``(n, S)``.
+    """
+    if len({mask.shape[1] for _, mask in networks}) > 1:
+        present = torch.stack([mask.any(1) for _, mask in networks]).all(0)
+        means = (
             (values * valid.unsqueeze(-1)).sum(1, keepdim=True) / valid.sum(1).clamp(min=1).view(-1, 1, 1)
-            for values, valid in (a, b)
+            for values, valid in networks
         )
-        return x[present].float(), y[present].float()
-    valid = a[1] & b[1]
+        return [x[present].float() for x in means]
+    valid = torch.stack([mask for _, mask in networks]).all(0)
     present = valid.any(1)
     valid = valid[present]
     keys = torch.rand(valid.shape, generator=generator, device="cpu") + ~valid
@@ -166,16 +243,16 @@ def _at_same_positions(
     places = torch.arange(min(count, valid.shape[1]), device="cpu") % valid.sum(1, keepdim=True)
     positions = keys.argsort(1).gather(1, places)
     index = torch.arange(len(positions), device="cpu").unsqueeze(1)
-    return a[0][present][index, positions].float(), b[0][present][index, positions].float()
+    return [values[present][index, positions].float() for values, _ in networks]
 
 
-def _in_blocks(parts: list[tuple[Tensor, Tensor]]) -> PairedValues:
-    block = max(a.shape[1] for a, _ in parts)
+def _in_blocks(parts: Sequence[Sequence[Tensor]]) -> SameSamples:
+    block = max(part[0].shape[1] for part in parts)
     # Batches of shorter sequences have fewer positions, which are used several times.
-    same = [(x[:, torch.arange(block, device="cpu") % x.shape[1]] for x in part) for part in parts]
-    a, b = (torch.cat(of_network).flatten(0, 1) for of_network in zip(*same, strict=True))
-    if len(a) < 2 * block:
+    same = [[x[:, torch.arange(block, device="cpu") % x.shape[1]] for x in part] for part in parts]
+    values = [torch.cat(of_network).flatten(0, 1) for of_network in zip(*same, strict=True)]
+    if len(values[0]) < 2 * block:
         raise LIBError("There is only one sample to compare features on; at least two are needed, better a thousand.")
-    if not (a.isfinite().all() and b.isfinite().all()):
+    if not all(x.isfinite().all() for x in values):
         raise NotFiniteError("Features have NaN or infinite values on these samples: there is nothing to compare.")
-    return PairedValues(a.double(), b.double(), block)
+    return SameSamples(tuple(x.double() for x in values), block)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 _NUM_SAMPLES = 8
 COMMANDS = (
     "fit", "validate", "test", "predict", "nodes", "estimate", "profile", "trace", "inspect", "plot", "view", "align",
-    "compare",
+    "compare", "universal",
 )  # fmt: skip
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(
         required=True,
-        metavar="{fit,validate,test,predict,nodes,estimate,profile,trace,inspect,plot,view,align,compare}",
+        metavar="{fit,validate,test,predict,nodes,estimate,profile,trace,inspect,plot,view,align,compare,universal}",
     )
     for command in TRAINER_COMMANDS:
         commands.add_parser(command, help=f"{command} with a Lightning trainer (see lib-lightning {command} --help)")
@@ -241,6 +241,29 @@ def _parser() -> argparse.ArgumentParser:
         help="folder to write to (default: comparison, in the folder of the first run)",
     )
     compare.set_defaults(run=_compare)
+    universal = commands.add_parser(
+        "universal",
+        help="find which features all of many runs have",
+        description="Match the features of every run with those of each other one, by their values on the same "
+        "samples. Print which features how many of the runs have, and write a file that the tab and the film show.",
+        epilog="Values are those of compare: runs with the same validation samples need no model.",
+    )
+    universal.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="log directories of runs, or a folder that contains them; baselines beside a run are left out",
+    )
+    universal.add_argument("--step", type=int, help="snapshot of the runs (default: the last one of each)")
+    universal.add_argument("--level", type=float, help="false discovery rate of matches (default: 0.05)")
+    universal.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        help="JSON file to write (default: universal.json, in the folder that contains all runs)",
+    )
+    universal.set_defaults(run=_universal)
     return parser
 
 
@@ -525,6 +548,18 @@ def _compare(args: argparse.Namespace) -> None:
         comparison.save(folder / f"{name}.json")
         write_bytes(folder / f"{name}.png", render_png(comparison.plot()).data)
     print(f"\n{page}")
+
+
+def _universal(args: argparse.Namespace) -> None:
+    from lib_lightning.io.universal_file import NAME
+    from lib_lightning.training.compare_runs import networks_below, universal_in_networks, write_universal
+
+    networks, common = networks_below(args.runs, args.step)
+    found = universal_in_networks(networks, _model_and_batches, args.level)
+    print(found.table())
+    path = args.output or common / NAME
+    write_universal(found, networks, path)
+    print(f"\n{path}")
 
 
 def _model_and_batches(words: Sequence[str]) -> tuple[nn.Module, list[Any], dict[str, Any]]:

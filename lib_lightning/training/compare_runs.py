@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,16 +12,17 @@ from typing import Any
 
 from torch import nn
 
-from lib_lightning.comparison import Comparison, compare
+from lib_lightning.comparison import Comparison, UniversalFeatures, compare, universal_features
 from lib_lightning.comparison.comparison import paired_layers
 from lib_lightning.errors import LIBError, MissingFileError
 from lib_lightning.graph import InteractionGraph
+from lib_lightning.io.basis_file import write_bytes
 from lib_lightning.io.basis_format import REFERENCE_SAMPLES, STEP, WEIGHTS_HASH
 from lib_lightning.io.run_layout import RunLayout
 from lib_lightning.model.weights_hash import weights_hash
 from lib_lightning.training.weights_files import read_checkpoint
 from lib_lightning.training.weights_names import load_weights
-from lib_lightning.viewer.run import Run
+from lib_lightning.viewer.run import Run, runs_below
 
 # What LightningCLI calls the configuration that it writes beside a run.
 _CONFIG = "config.yaml"
@@ -131,13 +134,80 @@ def compare_networks(
     ]
 
 
+def networks_below(paths: Sequence[Path], step: int | None = None) -> tuple[list[Network], Path]:
+    """Read the graphs of all runs in folders.
+
+    Args:
+        paths: Folders that are runs or contain them.
+        step: Which snapshot of each run; None for the last.
+
+    Returns:
+        The networks, called by their folders relative to the one that contains all of them; and that folder.
+
+    Raises:
+        LIBError: If a folder contains no run, or there is only one run in all of them.
+    """
+    runs = list({run.folder: run for path in paths for run in runs_below(path)}.values())
+    if len(runs) < 2:
+        raise LIBError(f"universal needs at least two runs; there is only one: {runs[0].folder}.")
+    common = Path(os.path.commonpath([run.folder for run in runs]))
+    return [Network(run.folder.relative_to(common).as_posix(), run.graph(step), run.folder) for run in runs], common
+
+
+def universal_in_networks(
+    networks: Sequence[Network], model_and_samples: ModelAndSamples, level: float | None = None
+) -> UniversalFeatures:
+    """Find which features how many of the networks have.
+
+    Values of features, or models and samples, are found as `compare_networks` does.
+
+    Args:
+        networks: The networks.
+        model_and_samples: Builds a model and collects its samples from options of fit.
+        level: As for `lib_lightning.universal_features`; None for its default.
+
+    Returns:
+        The features.
+
+    Raises:
+        LIBError: If neither is possible, with what is missing.
+    """
+    graphs, names = [network.graph for network in networks], [network.name for network in networks]
+    settings: dict[str, Any] = {"names": names} | ({} if level is None else {"level": level})
+    if _have_same_samples(networks):
+        return universal_features(graphs, **settings)
+    instead = "universal_features(graphs, models, batches)"
+    model, batches, spec = _with_weights(networks[0], model_and_samples, instead)
+    others = [_with_weights(other, model_and_samples, instead)[0] for other in networks[1:]]
+    return universal_features(graphs, [model, *others], batches, **settings, **spec)
+
+
+def write_universal(found: UniversalFeatures, networks: Sequence[Network], path: Path) -> None:
+    """Write the features that many runs have, as the tab and the film read them.
+
+    Args:
+        found: The features.
+        networks: The networks.
+        path: The file; the tab and the film find ``universal.json`` in the folder that contains all runs.
+    """
+    content = found.to_dict() | {
+        "runs": [network.name for network in networks],
+        "steps": [network.graph.info.get(STEP) for network in networks],
+    }
+    write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
 def _have_same_samples(networks: Sequence[Network]) -> bool:
     graphs = [network.graph for network in networks]
     hashes = {graph.info.get(REFERENCE_SAMPLES) for graph in graphs}
     return len(hashes) == 1 and None not in hashes and all(graph.reference_features for graph in graphs)
 
 
-def _with_weights(network: Network, model_and_samples: ModelAndSamples) -> tuple[nn.Module, list[Any], dict[str, Any]]:
+def _with_weights(
+    network: Network,
+    model_and_samples: ModelAndSamples,
+    instead: str = "compare(graph_a, graph_b, model_a, model_b, batches)",
+) -> tuple[nn.Module, list[Any], dict[str, Any]]:
     """Model and samples of a run, with the weights that its graph was computed with."""
     config = network.log_dir / _CONFIG if network.log_dir is not None else None
     wanted = network.graph.info.get(WEIGHTS_HASH)
@@ -145,7 +215,7 @@ def _with_weights(network: Network, model_and_samples: ModelAndSamples) -> tuple
         "The graphs have no values of their features on the same samples, so models and samples are needed. "
         f"For {network.name},"
     )
-    instead = "In Python: lib_lightning.compare(graph_a, graph_b, model_a, model_b, batches)."
+    instead = f"In Python: lib_lightning.{instead}."
     if config is None or not config.exists():
         raise LIBError(f"{what} there is no {config or _CONFIG}: lib-lightning fit writes. {instead}")
     if wanted is None:

@@ -315,13 +315,48 @@ def _views(runs: Sequence[Run]) -> list[RunView]:
     return [RunView(folder, "/".join(folder.parts[-length:]), cache) for folder in folders]
 
 
+def runs_below(path: str | PathLike[str]) -> list[Run]:
+    """Find all runs in a folder, without those of baselines and standalone validations beside them.
+
+    Args:
+        path: The folder of a run, or one that contains any number of them, at any depth.
+
+    Returns:
+        The runs, by path.
+
+    Raises:
+        MissingFileError: If the folder does not exist.
+        LIBError: If there is no run in it.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from lib_lightning import compute_interaction_graph
+        >>> graph = compute_interaction_graph(torch.nn.Linear(3, 2), [torch.randn(9, 3)], ["input", "output"])
+        >>> with tempfile.TemporaryDirectory() as logs:
+        ...     for name in ("seed0/lib", "seed1/lib", "seed1/pca"):
+        ...         graph.save(f"{logs}/{name}/snapshots/step-00000010.safetensors")
+        ...     runs_below(logs)
+        [Run(seed0/lib: 1 snapshot, step 10), Run(seed1/lib: 1 snapshot, step 10)]
+    """
+    return [Run(folder) for folder in _primary(Path(path)).values()]
+
+
 def _folder(path: Path) -> Path:
+    primary = _primary(path)
+    if len(primary) > 1:
+        raise LIBError(f"There are {len(primary)} runs in '{path}': {quoted(primary)}. Give the folder of one of them.")
+    return next(iter(primary.values()))
+
+
+def _primary(path: Path) -> dict[str, Path]:
+    """Folders of runs, by name: this one, or those below it that are not of a baseline or a standalone validation."""
     if not path.is_dir():
         raise MissingFileError(f"Folder '{path}' does not exist.")
     real = Path(os.path.realpath(path))
     real = real.parent if real.name == RunLayout.SNAPSHOTS else real
     if snapshot_files(real):
-        return real
+        return {real.name: real}
     found = find_runs(real)
     primary = {name: folder for name, folder in found.items() if not _is_secondary(folder, set(found.values()))}
     if not primary:
@@ -329,9 +364,7 @@ def _folder(path: Path) -> Path:
             f"No run in '{path}': neither this folder nor any below it contains files snapshots/step-*.safetensors. "
             "LIBCallback writes them to the trainer's log directory, such as lightning_logs/version_0."
         )
-    if len(primary) > 1:
-        raise LIBError(f"There are {len(primary)} runs in '{path}': {quoted(primary)}. Give the folder of one of them.")
-    return next(iter(primary.values()))
+    return primary
 
 
 def _is_secondary(folder: Path, others: set[Path]) -> bool:
