@@ -112,30 +112,7 @@ def permuted_rows(N: int, block: int | None, count: int, generator: np.random.Ge
     return (samples.unsqueeze(-1) * block + torch.arange(block, device="cpu")).flatten(1)
 
 
-def effective_dimension(values: Tensor) -> float:
-    """The number of directions over which features are spread: a participation ratio.
-
-    Neurons are correlated, and share few directions with most of their variance. Random features of this kind are more
-    similar than those of an isotropic basis of the whole span.
-
-    Args:
-        values: The features, in columns with mean 0 and length 1, or 0, shape ``(N, r)``.
-
-    Returns:
-        ``(sum_i lambda_i)^2 / sum_i lambda_i^2`` of the eigenvalues of their correlation matrix: the number of features
-        that vary, if they are uncorrelated; 1 if all are the same one; 0 without any.
-
-    Example:
-        >>> basis = torch.eye(4, dtype=torch.float64)
-        >>> [effective_dimension(basis[:, columns]) for columns in ([0, 1, 2, 3], [0, 0, 0], [0, 0, 1, 1])]
-        [4.0, 1.0, 2.0]
-    """
-    products = values.T @ values
-    squares = float(products.square().sum())
-    return round(float(products.diagonal().sum()) ** 2 / squares, 9) if squares else 0.0
-
-
-def rotated_p_values(squared: Tensor, explained: Tensor, num_features: int, dimension: float) -> Tensor:
+def rotated_p_values(squared: Tensor, explained: Tensor, num_features: int, dimension: int) -> Tensor:
     """P-values of the hypotheses that two networks share a subspace, but not the features in it.
 
     Features of two networks are functions of the same inputs. Where they span the same subspace, random ones of it are
@@ -148,10 +125,10 @@ def rotated_p_values(squared: Tensor, explained: Tensor, num_features: int, dime
         squared: Squared correlations, shape ``(m,)``.
         explained: Share of the variance of each feature that the subspace explains, shape ``(m,)``.
         num_features: Number of features of the other network.
-        dimension: Dimension of the subspace; for correlated features, their `effective_dimension`.
+        dimension: Dimension of the subspace.
 
     Returns:
-        The p-values, shape ``(m,)``, float64; 0 for less than two dimensions, where the only feature is itself.
+        The p-values, shape ``(m,)``, float64; 0 for a subspace of one dimension, whose only feature is itself.
 
     Example:
         >>> rotated_p_values(torch.tensor([0.5, 0.9]).double(), torch.ones(2).double(), 2, 2)

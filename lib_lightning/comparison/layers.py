@@ -9,14 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib_lightning.comparison.chance import (
-    effective_dimension,
-    permuted_p_values,
-    permuted_rows,
-    rotated_p_values,
-    strongest,
-    total,
-)
+from lib_lightning.comparison.chance import permuted_p_values, permuted_rows, rotated_p_values, strongest, total
 from lib_lightning.comparison.paired_values import PairedValues
 from lib_lightning.interventions.significance import benjamini_hochberg
 from lib_lightning.lineage.matching import SAME, match_features, orthonormal, span_overlap, standardised
@@ -398,7 +391,7 @@ def _by_rotation(side: _Side, other: _Side, tested: Tensor) -> Tensor:
     if side.span.shape[1] > other.span.shape[1]:
         larger, explained = side, other.explained[side.partners[tested]]
     squared = side.similarity[tested].square()
-    return rotated_p_values(squared, explained, larger.values.shape[1], effective_dimension(larger.values))
+    return rotated_p_values(squared, explained, larger.values.shape[1], larger.span.shape[1])
 
 
 def _keep_significant(a: _Side, b: _Side, largest: float) -> None:

@@ -26,11 +26,12 @@ LAYERS = ["input", "1", "output"]
 
 def mlp(seed: int, width: int = 16) -> nn.Sequential:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 5)).double()
+    # As many inputs as neurons: neurons of fewer inputs share directions, and are similar by chance.
+    return nn.Sequential(nn.Linear(16, width), nn.ReLU(), nn.Linear(width, 5)).double()
 
 
 def samples(count: int = 400) -> list[Tensor]:
-    return [torch.randn(count, 8, generator=torch.Generator().manual_seed(7), dtype=torch.float64)]
+    return [torch.randn(count, 16, generator=torch.Generator().manual_seed(7), dtype=torch.float64)]
 
 
 def graph(model: nn.Module, **settings: object) -> InteractionGraph:
@@ -100,7 +101,7 @@ def test_planted_features_of_the_local_interaction_basis_have_the_share_of_netwo
         def __init__(self, size: int) -> None:
             super().__init__()
             g = torch.Generator().manual_seed(size)
-            self.mix = torch.linalg.qr(torch.randn(8, 8, generator=g, dtype=torch.float64)).Q
+            self.mix = torch.linalg.qr(torch.randn(16, 16, generator=g, dtype=torch.float64)).Q
             self.size, self.hidden, self.last = size, nn.Identity(), nn.Identity()
 
         def forward(self, x: Tensor) -> Tensor:
@@ -109,7 +110,7 @@ def test_planted_features_of_the_local_interaction_basis_have_the_share_of_netwo
             )
             strengths = torch.tensor([8.0, 4.0, 3.0, 1.5, 0.7], dtype=torch.float64)
             features = features * strengths * (torch.arange(5) < self.size)
-            hidden = self.hidden(nn.functional.pad(features, (0, 3)) @ self.mix)
+            hidden = self.hidden(nn.functional.pad(features, (0, 11)) @ self.mix)
             return self.last((hidden @ self.mix.T)[:, :5] * 1.0)
 
     sizes = [3, 4, 5, 5]
