@@ -9,6 +9,7 @@ from lib_lightning.viewer.bundle import bundle, static_files
 from lib_lightning.viewer.embedded_features import EmbeddedFeatures, budget, compressed, embed_features
 from lib_lightning.viewer.html_page import html_page
 from lib_lightning.viewer.json_text import dump, object_
+from lib_lightning.viewer.many_runs import shared_features, universal_files
 from lib_lightning.viewer.run_view import RunView
 
 # Default for the maximum number of edges per section and snapshot.
@@ -58,6 +59,7 @@ def film_page(
     content = object_(
         {
             "runs": dump([run.entry() for run in runs]),
+            "shared": shared_features(runs, universal_files([run.folder for run in runs])),
             "run": object_({run.name: run.run(every) for run in runs}),
         }
     )

@@ -22,9 +22,10 @@ from lib_lightning.errors import LIBError
 from lib_lightning.viewer.bundle import comparison_script, script_hash, static_files
 from lib_lightning.viewer.cache import Cache
 from lib_lightning.viewer.json_text import dump
+from lib_lightning.viewer.many_runs import METRIC, SCALAR, curve_names, curves, shared_features, stamp, universal_files
 from lib_lightning.viewer.note_request import RefusedError, is_local, read_note_request
 from lib_lightning.viewer.notes import annotate
-from lib_lightning.viewer.run_discovery import find_runs
+from lib_lightning.viewer.run_discovery import FileStamp, find_runs
 from lib_lightning.viewer.run_view import NotFoundError, RunView
 
 log = logging.getLogger("tensorboard")
@@ -66,6 +67,9 @@ class LIBPlugin(TBPlugin):  # type: ignore[misc]  # TensorBoard has no types
             "/run": self._describe_run,
             "/snapshot": self._describe_snapshot,
             "/feature": self._describe_feature,
+            "/curve_names": self._list_curves,
+            "/curves": self._describe_curves,
+            "/shared_features": self._describe_shared_features,
         }
         return {
             **static,
@@ -111,7 +115,8 @@ class LIBPlugin(TBPlugin):  # type: ignore[misc]  # TensorBoard has no types
         return runs[name]
 
     def _list_runs(self, request: Request) -> str:
-        return dump([run.entry() for run in self._runs().values()])
+        universal = stamp(self._universal_files())
+        return dump([{**run.entry(), "universal": universal} for run in self._runs().values()])
 
     def _describe_run(self, request: Request) -> str:
         return self._requested_run(request).run()
@@ -126,6 +131,22 @@ class LIBPlugin(TBPlugin):  # type: ignore[misc]  # TensorBoard has no types
         described = self._requested_run(request).feature(step, layer, which)
         # Where notes can be written, the page lets them be edited.
         return f'{{"editable":{dump(is_local(request))},{described[1:]}'
+
+    def _list_curves(self, request: Request) -> str:
+        return curve_names(self._runs().values())
+
+    def _describe_curves(self, request: Request) -> str:
+        kind = request.args.get("kind", METRIC)
+        if kind not in (METRIC, SCALAR):
+            raise NotFoundError(f"There are curves of kind '{METRIC}' and '{SCALAR}', none of kind '{kind}'.")
+        return curves(self._runs().values(), kind, request.args.get("name", ""))
+
+    def _universal_files(self) -> list[FileStamp]:
+        roots = [Path(os.path.realpath(root)) for _, root in self._roots]
+        return universal_files([run.folder for run in self._runs().values()], roots)
+
+    def _describe_shared_features(self, request: Request) -> str:
+        return shared_features(list(self._runs().values()), self._universal_files())
 
     def _show_comparison(self, request: Request) -> str:
         return self._requested_run(request).comparison()

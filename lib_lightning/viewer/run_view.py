@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from lib_lightning.viewer.run_discovery import (
 )
 from lib_lightning.viewer.scalars import ScalarReader
 from lib_lightning.viewer.snapshot import UNREADABLE, Outline, read_detail, read_outline
+from lib_lightning.viewer.snapshot_metrics import Curve, SnapshotMetrics, metric_curves, read_metrics
 from lib_lightning.viewer.step_axis import StepAxis
 
 # Default for the maximum number of edges per section.
@@ -63,13 +64,18 @@ class RunView:
         cache: Cache for what is read.
         root: Read no files outside this folder. By default, the logged scalars are read from the run's log directory
             wherever it is.
+
+    Attributes:
+        folder: Folder of the run.
+        logs: Log directory of the run, which baselines beside it share.
+        name: Name of the run.
     """
 
     def __init__(self, folder: Path, name: str, cache: Cache, root: Path | None = None) -> None:
         self.folder, self.name = folder, name
         self._cache = cache
-        logs = log_directory(folder)
-        self._reader = ScalarReader(logs) if root is None or logs.is_relative_to(root) else None
+        self.logs = log_directory(folder)
+        self._reader = ScalarReader(self.logs) if root is None or self.logs.is_relative_to(root) else None
         self._lock = threading.Lock()
 
     def entry(self) -> dict[str, Any]:
@@ -143,6 +149,18 @@ class RunView:
     def steps(self, every: int = 1) -> list[int]:
         """Steps of the snapshots that `run` includes."""
         return list(self._outlines(snapshot_files(self.folder), every))
+
+    def all_steps(self) -> list[int]:
+        """Steps of all snapshots, readable or not."""
+        return list(snapshot_files(self.folder))
+
+    def curves(self) -> tuple[dict[str, Curve], dict[str, Curve]]:
+        """Curves of the metrics of the snapshots, and of the logged scalars, by name. No tensor is read."""
+        found = self._metrics()
+        scalars = self._scalar_curves(
+            {step: one.logging_step for step, one in found.items()}, {step: one.metrics for step, one in found.items()}
+        )
+        return metric_curves(found), scalars
 
     def module_numbers(self) -> dict[int, dict[int, int] | None]:
         """Numbers that modules have over the run, for files of version 0.1, which numbered them anew in each snapshot.
@@ -322,20 +340,45 @@ class RunView:
 
         return self._cache.get(file, read, size=lambda outline: outline.size() if outline else 100)
 
+    def _metrics(self) -> dict[int, SnapshotMetrics]:
+        """The metrics of the readable snapshots, by step."""
+
+        def read(file: FileStamp) -> SnapshotMetrics | None:
+            with contextlib.suppress(*UNREADABLE):
+                return read_metrics(file)
+            return None
+
+        found = {
+            step: self._cache.get((file, "metrics"), partial(read, file), size=lambda one: one.size() if one else 100)
+            for step, file in snapshot_files(self.folder).items()
+        }
+        return {step: one for step, one in found.items() if one is not None}
+
     def _scalars(self, outlines: dict[int, Outline]) -> str:
+        curves = self._scalar_curves(
+            {step: outline.logging_step for step, outline in outlines.items()},
+            {step: outline.measured.metrics for step, outline in outlines.items()},
+        )
+        return object_(
+            {
+                tag: object_({"steps": dump(curve.steps), "values": numbers(curve.values)})
+                for tag, curve in curves.items()
+            }
+        )
+
+    def _scalar_curves(
+        self, logging_steps: Mapping[int, int | None], metrics: Mapping[int, Mapping[str, float | None]]
+    ) -> dict[str, Curve]:
+        """The logged scalars at numbers of optimizer steps, by what the snapshots say."""
         if self._reader is None:
-            return "{}"
+            return {}
         with self._lock:
             read = dict(self._reader.read())
             points = {tag: series.points() for tag, series in read.items()}
         # The metrics of graphs are part of the snapshots. Ratios between bases come after the user's scalars.
         prefixes = {path.parent.name for path in self._reader.folder.glob(f"*/{RunLayout.SNAPSHOTS}")}
         ratios = tuple(f"{prefix}_over_" for prefix in prefixes)
-        axis = StepAxis({step: outline.logging_step for step, outline in outlines.items()})
-
-        def is_measured(step: int, metric: str) -> bool:
-            return outlines[step].measured.metrics.get(metric) is not None
-
+        axis = StepAxis(logging_steps)
         scalars = {}
         for tag, (logged_at, values) in sorted(points.items(), key=lambda p: (p[0].startswith(ratios), p[0])):
             group, _, metric = tag.partition("/")
@@ -345,10 +388,9 @@ class RunView:
             found = list(zip(steps, values, strict=True))
             if group.startswith(ratios) and axis.is_known:
                 # Between measurements, the latest value is logged again.
-                found = [(step, x) for step, x in found if step in outlines and is_measured(step, metric)]
-            kept = np.array([x for _, x in found], dtype=float)
-            scalars[tag] = object_({"steps": dump([step for step, _ in found]), "values": numbers(kept)})
-        return object_(scalars)
+                found = [(step, x) for step, x in found if metrics.get(step, {}).get(metric) is not None]
+            scalars[tag] = Curve([step for step, _ in found], np.array([x for _, x in found], dtype=float))
+        return scalars
 
 
 def _newest_labels(outlines: list[Outline], layer: int) -> dict[int, str]:

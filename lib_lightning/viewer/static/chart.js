@@ -64,13 +64,13 @@ function niceTicks(low, high, count) {
   return ticks;
 }
 
-/** The values of `series` on an axis of `height` pixels. */
+/** The axis of values of `lineChart` with the same `series`, on `height` pixels. */
 export function valueScale(series, height, log) {
   const values = [];
   for (const line of series) {
     line.values.forEach((value, i) => {
       const error = line.errors?.[i] ?? 0;
-      for (const v of [value, value - error, value + error]) {
+      for (const v of [value, value - error, value + error, line.low?.[i] ?? value, line.high?.[i] ?? value]) {
         if (value !== null && Number.isFinite(v) && (!log || v > 0)) values.push(v);
       }
     });
@@ -109,7 +109,8 @@ export function wantsLog(series) {
 }
 
 /**
- * A chart of `series`, each `{name, color, steps, values, errors?, dots?, dash?}`; `null` values are gaps.
+ * A chart of `series`, each `{name, color, steps, values, errors?, dots?, dash?}`; `null` values are gaps. In place of `errors`, a
+ * band can be given by `low` and `high`; `width` and `opacity` are those of the line.
  * `marks` are `{step, value, kind: "birth" | "death", text}`. `overlays` are other series with scales of their own, each
  * `{lines, log, color}`; a single one has its axis at the right.
  */
@@ -176,30 +177,25 @@ function drawLine(line, time, scale) {
       part = [];
     } else {
       const error = line.errors?.[i] ?? 0;
-      part.push({x: time.x(step), y: scale.y(value), low: scale.y(value - error), high: scale.y(value + error)});
+      const [low, high] = [line.low?.[i] ?? value - error, line.high?.[i] ?? value + error];
+      part.push({x: time.x(step), y: scale.y(value), low: scale.y(low), high: scale.y(high)});
     }
   });
   if (part.length) parts.push(part);
   const at = (x, y) => `${x.toFixed(1)} ${y.toFixed(1)}`;
   const elements = [];
   for (const points of parts) {
-    if (line.errors) {
+    if (line.errors || line.low) {
       const outline = [...points.map((p) => at(p.x, p.high)), ...[...points].reverse().map((p) => at(p.x, p.low))];
       elements.push(s("path", {d: `M${outline.join("L")}Z`, fill: line.color, opacity: 0.16, stroke: "none"}));
     }
     const d = `M${points.map((p) => at(p.x, p.y)).join("L")}`;
-    if (points.length > 1)
-      elements.push(
-        s("path", {
-          d,
-          fill: "none",
-          stroke: line.color,
-          "stroke-width": 1.6,
-          "stroke-linejoin": "round",
-          "stroke-dasharray": line.dash,
-        }),
-      );
-    if (points.length === 1 || (line.dots && points.length < 60)) {
+    const {width = 1.6, opacity, dash} = line;
+    if (points.length > 1 && width > 0) {
+      const stroke = {stroke: line.color, "stroke-width": width, "stroke-linejoin": "round", "stroke-dasharray": dash};
+      elements.push(s("path", {d, fill: "none", opacity, ...stroke}));
+    }
+    if ((points.length === 1 && width > 0) || (line.dots && points.length < 60)) {
       for (const p of points) elements.push(s("circle", {cx: p.x, cy: p.y, r: 2, fill: line.color}));
     }
   }

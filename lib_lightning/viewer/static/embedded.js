@@ -30,6 +30,32 @@ export function embeddedSource(page) {
       if (!found) throw new Error(`This file does not contain run ${name}.`);
       return found;
     },
+    async curveNames() {
+      const found = Object.values((await all()).run);
+      const unique = (names) => [...new Set(names)].sort();
+      return {
+        metric: unique(found.flatMap((run) => run.snapshots.flatMap((snapshot) => Object.keys(snapshot.metrics ?? {})))),
+        scalar: unique(found.flatMap((run) => Object.keys(run.scalars ?? {}))),
+      };
+    },
+    /** The curve of each run that has it. Baselines share the logged scalars of the run that they are beside. */
+    async curves(kind, curve) {
+      const seen = new Set();
+      return Object.entries((await all()).run).flatMap(([name, run]) => {
+        if (kind === "metric") {
+          const values = run.snapshots.map((snapshot) => snapshot.metrics?.[curve]?.value ?? null);
+          return values.some((value) => value !== null) ? [{name, steps: run.snapshots.map(({step}) => step), values}] : [];
+        }
+        const found = run.scalars?.[curve];
+        const key = `${name.slice(0, name.lastIndexOf("/") + 1)} ${found?.values}`;
+        if (!found || seen.has(key)) return [];
+        seen.add(key);
+        return [{name, ...found}];
+      });
+    },
+    async sharedFeatures() {
+      return (await all()).shared ?? [];
+    },
     async snapshot(name, step) {
       const element = [...page.querySelectorAll("script.lib-snapshot")].find(
         (script) => script.dataset.run === name && Number(script.dataset.step) === step,

@@ -29,3 +29,8 @@ export function resolveFollowed(follow, runList) {
   const l = history?.layers.findIndex((layer) => layer.name === follow.layer) ?? -1;
   return l >= 0 && history.first[l].has(follow.id) ? {...follow, l} : null;
 }
+
+/** The followed lineage of a run: the one itself, or its counterpart among `others`. */
+export function followedIn(follow, run) {
+  return follow?.run === run ? follow : (follow?.others?.find((other) => other.run === run) ?? null);
+}

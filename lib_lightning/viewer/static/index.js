@@ -26,6 +26,9 @@ const httpSource = {
   run: (name) => request("run", {run: name}),
   snapshot: (name, step) => request("snapshot", {run: name, step}),
   feature: (name, step, layer, feature) => request("feature", {run: name, step, layer, feature}),
+  curveNames: () => request("curve_names"),
+  curves: (kind, name) => request("curves", {kind, name}),
+  sharedFeatures: () => request("shared_features"),
   async saveNote(run, feature, text) {
     const {note} = await request("note", {}, {
       method: "POST",

@@ -12,9 +12,10 @@ import {RunPanel, Tooltip, markLegend} from "./panel.js";
 import {RunList} from "./run_list.js";
 import {FeaturePanel} from "./feature_panel.js";
 import {SharedFeatures} from "./shared.js";
+import {ManyRuns} from "./many_runs.js";
 import {Player} from "./player.js";
 import {emptyState, stepText} from "./strings.js";
-import {findFeature, featureSuggestions, resolveFollowed} from "./find.js";
+import {findFeature, featureSuggestions, followedIn, resolveFollowed} from "./find.js";
 
 const POLL_MS = 5000;
 const PREFETCHED = 4;
@@ -66,6 +67,10 @@ class View {
     this.tip = new Tooltip();
     const ofPanel = {follow: (lineage) => this.clicked(lineage), hover: () => this.pair()};
     this.runList = new RunList(source, (name, color) => new RunPanel(name, color, this.tip, ofPanel));
+    this.manyRuns = new ManyRuns(source, {
+      run: (name) => this.choose(name, true),
+      follow: (members) => this.followMembers(members),
+    });
     // What the user has chosen: other options may change with the runs shown.
     this.asked = new Set();
     this.message = h("div", {class: "lib-message", role: "alert", hidden: true});
@@ -87,6 +92,7 @@ class View {
       this.message,
       this.empty,
       this.content,
+      this.manyRuns.element,
       this.tip.element,
       this.timeline.events.tip,
     );
@@ -139,6 +145,7 @@ class View {
       if (changed) await this.dataChanged();
       else if (this.failed) await this.show(this.state.step);
       else if (!this.steps.length) this.root.dataset.ready = "true";
+      await this.manyRuns.refresh(this.runList.available);
     } catch (error) {
       this.report(error, this.source.live);
     }
@@ -283,7 +290,7 @@ class View {
     const {state} = this;
     state.graphHeight = Math.round(Math.min(640, Math.max(400, 0.5 * window.innerHeight)));
     for (const {panel, k, snapshot} of pictures) {
-      panel.setFollowed(state.follow);
+      panel.setFollowed(followedIn(state.follow, panel.name));
       if (snapshot) panel.draw(k, snapshot, state, fade);
       else panel.clear(`${panel.name} has no snapshot at or before step ${integer(state.step)}.`);
     }
@@ -347,10 +354,27 @@ class View {
     this.showFeature();
     if (!lineage && hadFocus) this.opener?.focus();
     if (this.featurePanel.isOpen !== wasOpen) this.redraw(); // the graph has another width
-    for (const panel of this.runList.shown) panel.setFollowed(this.state.follow);
+    for (const panel of this.runList.shown) panel.setFollowed(followedIn(this.state.follow, panel.name));
     this.pair();
     this.drawTimeline();
     this.describeFollowed();
+  }
+
+  /** Follow a feature that several runs have, by run; if no such run is shown, show the first one. */
+  async followMembers(members) {
+    if (!this.runList.shown.some((panel) => members[panel.name])) {
+      const first = this.runList.available.find((run) => members[run.name]);
+      if (!first) return;
+      await this.choose(first.name, true);
+    }
+    const panels = this.runList.shown.filter((panel) => members[panel.name]);
+    const found = panels.map((panel) => findFeature([panel], members[panel.name])).filter(Boolean);
+    if (!found.length) {
+      this.report(new Error("The runs shown no longer have this feature."));
+      return;
+    }
+    this.follow({...found[0], others: found.slice(1)});
+    this.content.scrollIntoView({block: "start"});
   }
 
   /** Open, update or close the page of the followed feature. */
@@ -405,6 +429,7 @@ class View {
     const width = this.root.clientWidth;
     if (width === this.width) return;
     this.width = width;
+    this.manyRuns.draw();
     if (!this.steps.length) return;
     this.redraw();
     this.drawTimeline();
