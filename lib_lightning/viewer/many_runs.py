@@ -104,7 +104,7 @@ def shared_features(runs: Sequence[RunView], files: Iterable[FileStamp]) -> str:
         known = [by_folder.get(path) for path in paths]
         if sum(run is not None for run in known) < 2:
             continue
-        newest = [None if run is None else max(run.all_steps(), default=None) for run in known]
+        newest = [None if run is None else max(run.snapshot_steps(), default=None) for run in known]
         with contextlib.suppress(ValueError):  # a NaN
             found.append(
                 dump(

@@ -150,7 +150,7 @@ class RunView:
         """Steps of the snapshots that `run` includes."""
         return list(self._outlines(snapshot_files(self.folder), every))
 
-    def all_steps(self) -> list[int]:
+    def snapshot_steps(self) -> list[int]:
         """Steps of all snapshots, readable or not."""
         return list(snapshot_files(self.folder))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,11 @@ class SyntheticRun:
                 group = label_group(self.label(layer, one))
                 groups[group] = groups.get(group, 0.0) + self.importance(one, k) / total
         return groups
+
+    @property
+    def folder(self) -> Path:
+        """There is none on disk."""
+        return Path("/missing") / self.name
 
     def entry(self) -> dict[str, Any]:
         return {"name": self.name, "version": str(len(self.steps())), "snapshots": len(self.steps())}

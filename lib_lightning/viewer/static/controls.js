@@ -3,6 +3,7 @@
 import {h, setOptions} from "./dom.js";
 import {number} from "./text.js";
 import {FeatureSearch} from "./feature_search.js";
+import {runPicker} from "./run_picker.js";
 
 const SPEEDS = [1, 2, 4, 8, 16, 30];
 const LIMITS = [10, 20, 40, 80, 160];
@@ -166,25 +167,24 @@ export class Controls {
     const names = available.map((run) => `${run.name} ${run.page ?? ""}`).join("\n");
     if (names !== this.runNames) {
       this.runNames = names;
-      this.runs.replaceChildren(
-        ...available.map((run) =>
-          h(
-            "label",
-            {class: "lib-run"},
-            h("input", {
-              type: "checkbox",
-              "data-role": "run",
-              value: run.name,
-              onchange: (event) => this.actions.run(run.name, event.target.checked),
-            }),
-            h("span", {class: "lib-line-swatch", style: {background: colors.get(run.name)}}),
-            run.name,
-            run.page && h("a", {href: run.page, target: "_blank", "data-role": "comparison"}, "comparison"),
-          ),
+      const labels = available.map((run) =>
+        h(
+          "label",
+          {class: "lib-run"},
+          h("input", {
+            type: "checkbox",
+            "data-role": "run",
+            value: run.name,
+            onchange: (event) => this.actions.run(run.name, event.target.checked),
+          }),
+          h("span", {class: "lib-line-swatch", style: {background: colors.get(run.name)}}),
+          run.name,
+          run.page && h("a", {href: run.page, target: "_blank", "data-role": "comparison"}, "comparison"),
         ),
       );
+      this.runs.replaceChildren(...runPicker(labels));
     }
-    for (const box of this.runs.querySelectorAll("input")) box.checked = chosen.includes(box.value);
+    for (const box of this.runs.querySelectorAll("input[type='checkbox']")) box.checked = chosen.includes(box.value);
   }
 
   /** Set the features that the search field finds. */

@@ -48,10 +48,11 @@ export class UniversalTable {
         "p",
         {class: "lib-many-hint"},
         `${n} runs, each compared with each other ${at}, with a false discovery rate of ${percent(file.level ?? 0)}. ` +
-          "Bars: number of features of a run by how many runs have them. A click on a layer lists its features only.",
+          "Bars: by the number of runs that have them, how many of a run's features, and what share of the importance. " +
+          "A click on a layer lists its features only.",
         outdated ? " Some runs have other snapshots by now than those compared here." : "",
       ),
-      h("div", {class: "lib-many-scroll"}, this.#bars(file, n)),
+      h("div", {class: "lib-many-scroll lib-shared-layers"}, this.#bars(file, n)),
       h(
         "div",
         {class: "lib-many-scroll"},
@@ -111,18 +112,35 @@ export class UniversalTable {
     );
   }
 
-  /** For each node layer, a bar for each number of runs: as high as there are features that so many runs have. */
+  /** For each node layer, bars by the number of runs: how many features so many runs have, and how important these are. */
   #bars(file, n) {
     const most = Math.max(1e-9, ...file.layers.flatMap((layer) => layer.counts));
     const numbers = Array.from({length: n}, (_, k) => n - k);
+    const bars = (values, largest, say) =>
+      h(
+        "td",
+        {class: "lib-shared-bars"},
+        h(
+          "div",
+          {},
+          numbers.map((k) =>
+            h("span", {
+              title: `in ${k === 1 ? "one run only" : `${k} runs`}: ${say(values[k - 1])}`,
+              class: "lib-bar-fill",
+              style: {
+                height: `${Math.max(1, Math.round((30 * values[k - 1]) / largest))}px`,
+                background: k === n ? THEME.colors.blue : k === 1 ? THEME.no_module : THEME.colors.sky,
+              },
+            }),
+          ),
+        ),
+      );
+    const axis = h("div", {class: "lib-shared-axis"}, h("span", {}, `in all ${n}`), h("span", {}, "in one"));
+    const head = (text, more) => h("th", {scope: "col"}, text, more ? axis.cloneNode(true) : "");
     return h(
       "table",
-      {class: "lib-many-table lib-shared-bars"},
-      h(
-        "thead",
-        {},
-        h("tr", {}, h("th", {scope: "col"}, "node layer"), h("th", {scope: "col", colspan: n}, `in ${n} runs … in one run only`), h("th", {scope: "col"}, `in all ${n}`), h("th", {scope: "col"}, "importance of these"), h("th", {scope: "col"}, "in one only"), h("th", {scope: "col"}, "importance of these")),
-      ),
+      {class: "lib-many-table"},
+      h("thead", {}, h("tr", {}, head("node layer"), head("features of a run", true), head(`in all ${n}`), head("their importance", true), head(`in all ${n}`))),
       h(
         "tbody",
         {},
@@ -148,17 +166,10 @@ export class UniversalTable {
                 ? h("div", {class: "lib-note", title: "These features are those of the data, or of weights that the runs share: that all have them says nothing about training."}, "the same in all by construction")
                 : "",
             ),
-            numbers.map((k) =>
-              h(
-                "td",
-                {class: "lib-shared-bar", title: `${number(layer.counts[k - 1])} features per run are in ${k === 1 ? "one run only" : `${k} runs`}, with ${percent(layer.importance[k - 1])} of the importance`},
-                h("span", {style: {height: `${Math.round((28 * layer.counts[k - 1]) / most)}px`, background: k === n ? THEME.colors.blue : k === 1 ? THEME.no_module : THEME.colors.sky}}),
-              ),
-            ),
-            h("td", {}, number(layer.counts[n - 1])),
+            bars(layer.counts, most, (value) => `${number(value)} features of a run`),
+            h("td", {}, `${number(layer.counts[n - 1])} of ${number(layer.counts.reduce((sum, value) => sum + value, 0))}`),
+            bars(layer.importance, 1, (value) => `${percent(value)} of the importance`),
             h("td", {}, percent(layer.importance[n - 1])),
-            h("td", {}, number(layer.counts[0])),
-            h("td", {}, percent(layer.importance[0])),
           ),
         ),
       ),
