@@ -59,8 +59,8 @@ def film_page(
     content = object_(
         {
             "runs": dump([run.entry() for run in runs]),
-            "shared": shared_features(runs, universal_files([run.folder for run in runs])),
             "run": object_({run.name: run.run(every) for run in runs}),
+            **({"shared": _shared(runs)} if len(runs) > 1 else {}),
         }
     )
     snapshots = [
@@ -78,6 +78,10 @@ def film_page(
         *_feature_scripts(embedded),
     ]
     return _page(title, body, {"view.js": "mount", "embedded.js": "embeddedSource"}, _START)
+
+
+def _shared(runs: Sequence[RunView]) -> str:
+    return shared_features(runs, universal_files([run.folder for run in runs]))
 
 
 def feature_page(title: str, content: str) -> str:

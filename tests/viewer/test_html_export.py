@@ -66,6 +66,7 @@ def test_the_page_contains_the_runs_and_snapshots(tmp_path: Path) -> None:
     assert decompressed(runs[1]) == {
         "runs": [view.entry() for view in views],
         "run": {view.name: json.loads(view.run()) for view in views},
+        "shared": [],
     }
     assert len(snapshots) == 2 * len(saved.steps)
     expected = [(view, step) for view in views for step in saved.steps]
