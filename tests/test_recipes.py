@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
@@ -19,6 +20,7 @@ from lib_lightning import InteractionGraph
 from lib_lightning.errors import LIBError
 from lib_lightning.io.rendering_file import read_lines
 from lib_lightning.training.cli import main
+from recipes import many_seeds
 from recipes.checkpoint import load_pretrained
 from recipes.cifar10_mlp import TEST_FILES, TRAIN_FILES, Cifar10
 from recipes.digits_mlp import Digits
@@ -423,3 +425,39 @@ def test_language_model_says_what_is_missing(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(LIBError, match="pip install transformers"):
         LanguageModel("roneneldan/TinyStories-1M").configure_model()
+
+
+@pytest.mark.recipe
+def test_many_seeds_are_trained_and_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(many_seeds, "RESULTS", tmp_path / "results.json")
+    monkeypatch.setattr(many_seeds, "WIDTHS", {"narrow": 8})
+    monkeypatch.setattr(many_seeds, "SEEDS", range(2))
+    monkeypatch.setattr(many_seeds.train, "__defaults__", (1, 1))
+    many_seeds.main(["--folder", str(tmp_path / "logs")])
+    table = capsys.readouterr().out.splitlines()[-10:]
+    assert table[0] == "| | features | in all 2 | in at least 1 | in one only |"
+    assert [row.split(" | ")[0] for row in table[2:]] == [
+        f"| {layer}, {when}" for when in ("trained", "untrained") for layer in PERCEPTRON
+    ]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["runs"] == ["narrow/seed0/lib", "narrow/seed1/lib"]
+    for layer in (*results["trained"], *results["untrained"]):
+        assert layer["half"] == pytest.approx([layer["features"], 1])
+        assert sum(layer[key][0] for key in ("all", "one")) == pytest.approx(layer["features"])
+    assert (tmp_path / "logs" / "narrow" / "universal.json").exists()  # the folder of all runs
+    # What is there already is not trained again.
+    monkeypatch.setattr(many_seeds, "lib_lightning", lambda words: pytest.fail("again") if "fit" in words else None)
+    many_seeds.main(["--folder", str(tmp_path / "logs")])
+
+
+def test_table_of_many_seeds() -> None:
+    page = (RECIPES.parent / "docs" / "many_runs.md").read_text()
+    results = json.loads(many_seeds.RESULTS.read_text())
+    assert f"<!-- seeds -->\n{many_seeds.table(results)}\n<!-- end of seeds -->" in page
+    assert len(results["runs"]) == 12
+    # What the page says of it.
+    assert all(layer["all"][1] >= 0.5 for layer in results["trained"])
+    assert not any(layer["half"][0] for layer in results["untrained"])
+    assert results["universal"][0]["label"] == "high: class 4; low: class 3"
