@@ -69,12 +69,12 @@ def test_curves_are_those_of_the_files(saved: Path, monkeypatch: pytest.MonkeyPa
     assert losses[0]["values"][:2] == [2.0, 1.98]
     assert json.loads(curves(runs, "metric", "missing")) == []
     # Nothing is read twice, and never a tensor.
-    monkeypatch.setattr("lib_lightning.viewer.measured.read_parts", None)
+    monkeypatch.setattr("lib_lightning.viewer.snapshot_metrics.read_parts", None)
     assert json.loads(curves(runs, "metric", "edges/total"))
     monkeypatch.undo()
     wanted: list[str] = []
     monkeypatch.setattr(
-        "lib_lightning.viewer.measured.read_parts",
+        "lib_lightning.viewer.snapshot_metrics.read_parts",
         lambda path, want: read_parts(path, lambda name: wanted.append(name) or want(name)),
     )
     monkeypatch.setattr(
