@@ -29,6 +29,7 @@ class FakePlugin:
         self.names = ["run/lib"]
         self.unreadable: set[str] = set()
         self.layers = ["in", "out"]
+        self.asked = 0
 
     def saved(self, name: str) -> SyntheticRun:
         return SyntheticRun(name, STEPS, [(layer, "lib") for layer in self.layers], written=self.count)
@@ -46,6 +47,15 @@ class FakePlugin:
             route.fulfill(status=500, json={"error": self.broken})
         elif name == "runs":
             route.fulfill(json=[self.entry(name) for name in self.names] if self.count else [])
+        elif name == "curve_names":
+            self.asked += 1
+            route.fulfill(json={"metric": ["features/total"], "scalar": []})
+        elif name == "curves":
+            route.fulfill(
+                json=[{"name": run, "steps": STEPS, "values": [1, 2, 3, 4 + k]} for k, run in enumerate(self.names)]
+            )
+        elif name == "shared_features":
+            route.fulfill(json=[])
         elif query["run"] in self.unreadable:
             route.fulfill(status=500, json={"error": f"The run '{query['run']}' cannot be read."})
         elif name == "run":
@@ -199,3 +209,21 @@ def test_a_version_that_failed_to_draw_is_drawn_again(watched: Watched, served: 
     page.clock.fast_forward(5100)
     page.wait_for_selector(f"{READY}[data-step='40']")
     assert page.locator(".lib-message").is_hidden()
+
+
+def test_curves_of_all_runs_are_fetched_again_when_a_run_has_changed(watched: Watched, served: FakePlugin) -> None:
+    page = watched.page
+    served.count, served.names = 2, ["run0/lib", "run1/lib"]
+    watched.open("http://tensorboard.test/page.html")
+    page.wait_for_selector(".lib-many[data-groups='lib=2']")
+    assert served.asked == 1
+    page.clock.fast_forward(5100)
+    page.wait_for_timeout(100)
+    assert served.asked == 1
+    served.count, served.names = 3, ["run0/lib", "run1/lib", "run2/lib"]
+    page.clock.fast_forward(5100)
+    page.wait_for_selector(".lib-many[data-groups='lib=3']")
+    assert served.asked == 2
+    row = watched.role("many-runs").locator("tbody tr").inner_text().split("\t")
+    assert [text.strip() for text in row] == ["lib", "3", "5", "1", "4", "6", "80"]
+    assert watched.errors == []

@@ -36,7 +36,7 @@ export class ManyRuns {
     this.rows = h("tbody", {});
     this.head = h("tr", {});
     this.hint = h("p", {class: "lib-many-hint"});
-    this.error = h("p", {class: "lib-message", role: "alert", hidden: true});
+    this.error = h("p", {class: "lib-many-error", role: "alert", hidden: true});
     this.shared = new UniversalTable(actions.follow);
     const labelled = (text, control) => h("label", {class: "lib-control"}, h("span", {class: "lib-name"}, text), control);
     this.element = h(
