@@ -274,4 +274,4 @@ def test_examples_of_the_page_run(
     feature = found.find("a", "1/3")
     assert feature is not None
     assert feature.members == {"a": "1/3", "b": "1/3", "c": "1/3"}
-    assert (tmp_path / "universal.json").exists()
+    assert (tmp_path / "found.json").exists()
