@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lib_lightning.errors import LIBError, MissingFileError, SettingError, SettingTypeError, shortened
-from lib_lightning.training.weights_files import ENDINGS, is_checkpoint
+from lib_lightning.training.weights_files import ENDINGS, is_checkpoint, steps_of_deepspeed
 
 # What the caller may give: a path, a pattern, several, or anything that the caller's own function loads, by step.
 Checkpoints = str | PathLike[str] | Sequence[Any] | Mapping[int, Any]
@@ -71,6 +71,8 @@ def _expanded(given: str | PathLike[str]) -> list[Path]:
     if path.exists():
         if path.is_file():
             return [path]
+        if steps := steps_of_deepspeed(path):
+            return sorted(steps, key=_natural)
         inside = sorted(filter(is_checkpoint, path.iterdir()), key=_natural)
         if not is_checkpoint(path):
             return inside

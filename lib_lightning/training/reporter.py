@@ -51,12 +51,15 @@ class RunDestination:
         loggers: Loggers of Lightning.
         is_global_zero: Whether this is the process that writes and logs.
         is_validation: Whether the run is a standalone validation, which has a folder of its own within the run's.
+        logged: What has been logged already, before an interruption, and is not logged again: for each its name, its
+            step, and whether it is NaN, as scalars are that are known later.
     """
 
     folder: Path | None
     loggers: Sequence[Logger] = ()
     is_global_zero: bool = True
     is_validation: bool = False
+    logged: Collection[tuple[str, int, bool]] = ()
 
     @classmethod
     def of_trainer(cls, trainer: pl.Trainer) -> RunDestination:
@@ -95,7 +98,7 @@ class SnapshotReporter:
         part = RunLayout.VALIDATION if destination.is_validation else ""
         self.directory = RunDirectory(destination.folder, prefixes, part)
         self._loggers, self._is_global_zero = list(destination.loggers), destination.is_global_zero
-        self._keep = keep
+        self._keep, self._logged = keep, frozenset(destination.logged)
         self._failures: set[str] = set()
         if destination.is_global_zero:
             for folder in self.directory.folders.values():
@@ -153,7 +156,13 @@ class SnapshotReporter:
 
         They are logged where it would log them, beside the scalars of the user: after 3,000 steps, at 2,999.
         """
-        log_scalars(self._loggers, scalars, logging_step)
+        left = {
+            name: value
+            for name, value in scalars.items()
+            if (name, logging_step, math.isnan(value)) not in self._logged
+        }
+        if left:
+            log_scalars(self._loggers, left, logging_step)
 
     def check_space(self, snapshots: int, file_bytes: int) -> None:
         """Warn if the files of a run will be larger than the room that there is for them.
@@ -218,7 +227,8 @@ class SnapshotReporter:
     def show(self, figures: Mapping[str, PNG], step: int) -> None:
         """Show figures in the loggers, at the number of optimizer steps that is in their titles and file names."""
         for tag, png in figures.items():
-            log_image(self._loggers, tag, png, step)
+            if (tag, step, False) not in self._logged:
+                log_image(self._loggers, tag, png, step)
 
     def flush(self) -> None:
         """Have everything that has been logged written to files now."""

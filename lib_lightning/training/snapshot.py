@@ -581,8 +581,10 @@ class SnapshotComputer:
             )  # fmt: skip
             keep_effects(graph, effects, score=causal.score_name, level=LEVEL, samples=samples)
         phase_done("features that matter")
-        if not effects:
-            return {}
+        return self.causal_counts(graph) if effects else {}
+
+    def causal_counts(self, graph: InteractionGraph) -> dict[str, float]:
+        """The scalars of a graph whose features that matter have been counted, by name."""
         counts = {
             key: float(graph.effects[layer].significant.sum())
             for key, layer in zip(layer_keys(graph.node_layers), graph.node_layers, strict=True)

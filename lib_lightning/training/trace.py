@@ -31,12 +31,12 @@ from lib_lightning.errors import (
 )
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_file import write_bytes
-from lib_lightning.io.basis_format import EPOCH, LOGGING_STEP, STEP, WEIGHTS, WEIGHTS_HASH
+from lib_lightning.io.basis_format import CAUSAL, EPOCH, LOGGING_STEP, STEP, WEIGHTS, WEIGHTS_HASH
 from lib_lightning.io.run_layout import RunLayout
 from lib_lightning.model.batch import is_empty, map_tensors
 from lib_lightning.model.module_paths import unwrapped
 from lib_lightning.model.node_layer import NodeLayer
-from lib_lightning.model.preserve import copied_bytes
+from lib_lightning.model.preserve import copied_bytes, preserve_rng
 from lib_lightning.model.weights_hash import weights_hash
 from lib_lightning.training.callback import LIBCallback
 from lib_lightning.training.checkpoint_files import (
@@ -63,6 +63,7 @@ from lib_lightning.training.weights_files import (
 )
 from lib_lightning.training.weights_names import load_weights
 from lib_lightning.viewer.run import Run
+from lib_lightning.viewer.scalars import logged_points
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +138,8 @@ def trace(
     source.require_some(watch)
     inner = unwrapped(model)
     tracer = Tracer(callback, inner, source, Path(folder))
-    with own_weights_kept(inner):
+    # A data loader draws a random number for its seed, and so may load=.
+    with preserve_rng(), own_weights_kept(inner):
         tracer.prepare(_samples(tracer, batches))
         run_tracers([tracer], watch)
     return Run(tracer.folder)
@@ -269,6 +271,10 @@ class _Waiting:
     since: float
 
 
+class _NotYetReadableError(Exception):
+    """A checkpoint that may become complete."""
+
+
 @dataclass
 class TracedSamples:
     """What snapshots are computed on, and how much of it.
@@ -316,8 +322,12 @@ class Tracer:
         self._waiting: dict[str, _Waiting] = {}
         self._error: Exception | None = None
         self._finished_at: int | None = None
+        has_begun = self.layout.trace_file.exists()
         self.is_resumed = self._restore()
-        destination = RunDestination(logs, [_tensorboard(logs, callback.state.step)])
+        # Of a snapshot that was interrupted, what has been logged is not logged again. Loggers could drop all after a
+        # step (purge_step), but that would hide what others have logged into this folder, such as the training.
+        logged = logged_points(logs.resolve()) if has_begun else set()
+        destination = RunDestination(logs, [_tensorboard(logs)], logged=logged)
         self.callback.start(destination, SINGLE_PROCESS, precision)
 
     def _settings(self) -> dict[str, str]:
@@ -419,7 +429,10 @@ class Tracer:
         """
         due = self._due(self._source.find(is_watched), is_watched)
         for k, (step, checkpoint) in enumerate(due):
-            self._take(step, checkpoint, None if is_watched else len(due) - k - 1)
+            try:
+                self._take(step, checkpoint, None if is_watched else len(due) - k - 1)
+            except _NotYetReadableError:
+                return k > 0  # later ones wait for it
         return bool(due)
 
     def _due(self, found: Iterable[Any], is_watched: bool) -> list[tuple[int, Any]]:
@@ -490,12 +503,14 @@ class Tracer:
         started, callback = time.perf_counter(), self.callback
         reporter, state, recorder = callback.reporter, callback.state, callback.recorder
         try:
-            metadata = self._load(step, checkpoint)
+            metadata = self._load_if_complete(step, checkpoint, is_watched=remaining is None)
             kind = state.next_kind(remaining == 0 and not self._is_due(step))
             with callback.resolver.precision():
                 instrumented = callback.resolver.instrument(self.model, SINGLE_PROCESS)
                 snapshot = recorder.compute(instrumented, self._data, metadata, kind)
             figures, layouts = reporter.write(snapshot)
+        except _NotYetReadableError:
+            raise
         except Exception as error:
             if state.n_snapshots == 0 and isinstance(error, LIBError) and not isinstance(error, UnreadableError):
                 raise  # wrong from the beginning
@@ -510,6 +525,16 @@ class Tracer:
         seconds = time.perf_counter() - started
         more = f"; {remaining:,} more, about {duration(remaining * seconds)}" if remaining else ""
         rank_zero_info(f"{callback.name}: step {step:,} of {shortened(str(checkpoint), 80)}{more}")
+
+    def _load_if_complete(self, step: int, checkpoint: Any, is_watched: bool) -> dict[str, Any]:
+        """Load a checkpoint whose files have not changed lately, which may lack a part all the same."""
+        try:
+            return self._load(step, checkpoint)
+        except Exception as error:
+            is_damaged = isinstance(error, UnreadableError) or not isinstance(error, LIBError)
+            if is_watched and is_damaged and not self._is_given_up(checkpoint):
+                raise _NotYetReadableError from error
+            raise
 
     def _is_due(self, step: int) -> bool:
         """Whether the schedule of a training has a snapshot at a step, which then is not the one of its end."""
@@ -562,6 +587,12 @@ class Tracer:
         """Give the last snapshot what takes too long for each of many."""
         recorder, counts = self.callback.recorder, self.callback.config.causal.is_wanted
         if recorder.is_complete(graph, counts):
+            if (
+                CAUSAL in graph.info and self.callback.state.causal_step != step
+            ):  # interrupted after the file was written
+                found = self.callback.computer.causal_counts(graph)
+                self.callback.state.set_causal(found)
+                self.callback.reporter.log_scalars(found, graph.info[LOGGING_STEP])
             return
         try:
             if weights_hash(self.model) != graph.info.get(WEIGHTS_HASH):
@@ -614,11 +645,10 @@ def _message(error: Exception) -> str:
     return shortened(str(error), 400) if isinstance(error, LIBError) else brief(error, 400)
 
 
-def _tensorboard(logs: Path, latest: int | None) -> Any:
-    """A logger that writes into a folder. What an interrupted trace has logged after its latest snapshot is dropped."""
+def _tensorboard(logs: Path) -> Any:
+    """A logger that writes into a folder."""
     package = (imported_packages() or PACKAGES)[0]
-    purge = {} if latest is None else {"purge_step": latest + 1}
-    return member(package, "loggers.TensorBoardLogger")(str(logs), name="", version="", **purge)
+    return member(package, "loggers.TensorBoardLogger")(str(logs), name="", version="")
 
 
 def _samples(tracer: Tracer, batches: Iterable[Any]) -> TracedSamples:

@@ -23,7 +23,11 @@ _WHOLE = ("model.safetensors", "pytorch_model.bin")
 _INDEX = ".index.json"
 # Files by which folders of torch.distributed.checkpoint and of DeepSpeed are recognised.
 _DISTRIBUTED = ".metadata"
+# The folder in a checkpoint that accelerate and the Trainer of transformers save sharded weights to.
+_ACCELERATE = "pytorch_model_fsdp_0"
 _DEEPSPEED, _DEEPSPEED_SHARDS = "*_model_states.pt", "zero_pp_rank_*_model_states.pt"
+# The tag under which Lightning has DeepSpeed save, into a folder for each checkpoint.
+_OF_LIGHTNING = "checkpoint"
 # Where the weights are among other entries, and what the number of steps is called.
 _WEIGHTS = ("state_dict", "model_state_dict", "model", "module", "model_state", "weights", "params", "net")
 _STEPS = ("global_step", "global_steps", "step", "iteration", "iter_num")
@@ -146,6 +150,9 @@ def _parts_of(loaded: Mapping[str, Any]) -> _Parts:
     }
     known = next((name for name in _WEIGHTS if name in inner), next(iter(inner)) if len(inner) == 1 else None)
     if known is None:
+        outer = [value for value in loaded.values() if isinstance(value, Mapping)]
+        if len(outer) == 1 and not inner and any(name in outer[0] for name in _WEIGHTS):
+            return _parts_of(outer[0])  # the state of an application, which torch's converter keeps together
         if any(isinstance(value, Tensor) for value in loaded.values()):  # beside entries that are none
             return _Parts({name: value for name, value in loaded.items() if isinstance(value, Tensor)}, dict(loaded))
         raise UnreadableError(
@@ -185,7 +192,7 @@ def _kind_of(folder: Path) -> str | None:
     for name in _WHOLE:
         if (folder / name).exists() or (folder / f"{name}{_INDEX}").exists():
             return name
-    if (folder / _DISTRIBUTED).exists():
+    if any((place / _DISTRIBUTED).exists() for place in (folder, folder / _ACCELERATE)):
         return _DISTRIBUTED
     return _DEEPSPEED if _deepspeed_folder(folder) is not None else None
 
@@ -197,11 +204,12 @@ def _read_folder(folder: Path, with_weights: bool) -> _Parts:
             f"{folder} has no weights of a known form: {' or '.join(_WHOLE)} (also in parts with an index), a "
             "checkpoint of torch.distributed.checkpoint, or one of DeepSpeed."
         )
-    if kind == _DISTRIBUTED:
-        return _read_distributed(folder, with_weights)
     if kind == _DEEPSPEED:
         return _read_deepspeed(folder, with_weights)
-    parts = _read_whole(folder, kind) if with_weights else _Parts({})
+    if kind == _DISTRIBUTED:
+        parts = _read_distributed(folder, with_weights)
+    else:
+        parts = _read_whole(folder, kind) if with_weights else _Parts({})
     state = folder / "trainer_state.json"  # of the Trainer of transformers
     if state.exists():
         parts.entries["global_step"] = json.loads(state.read_text()).get("global_step")
@@ -235,7 +243,7 @@ def _read_distributed(folder: Path, with_weights: bool) -> _Parts:
         entries = dict(_load(folder / "meta.pt"))
     if not with_weights:
         return _Parts({}, entries)
-    reader = FileSystemReader(folder)
+    reader = FileSystemReader(folder if (folder / _DISTRIBUTED).exists() else folder / _ACCELERATE)
     stored = reader.read_metadata().state_dict_metadata
     weights = {
         name: torch.empty(one.size, dtype=one.properties.dtype, device="cpu")
@@ -258,10 +266,11 @@ def _is_of_optimizer(name: str) -> bool:
 
 
 def _without_common(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names without that of the state dict which all of them are in."""
-    for name in _WEIGHTS:
-        if weights and all(key.startswith(f"{name}.") for key in weights):
-            return {key.removeprefix(f"{name}."): value for key, value in weights.items()}
+    """Names without that of the state dict which all of them are in, as in ``model.``, or that of an application."""
+    application = next(iter(weights), "").partition(".")[0]
+    for prefix in [part for name in _WEIGHTS for part in (f"{name}.", f"{application}.{name}.")]:
+        if weights and all(key.startswith(prefix) for key in weights):
+            return {key.removeprefix(prefix): value for key, value in weights.items()}
     return weights
 
 
@@ -279,8 +288,25 @@ def _deepspeed_folder(folder: Path) -> Path | None:
     """The folder with the files of DeepSpeed: this one, or one within it, such as the one that ``latest`` names."""
     latest = folder / "latest"
     named = [folder / latest.read_text().strip()] if latest.is_file() else []
-    places = [folder, *named, folder / "checkpoint", *sorted(folder.glob("global_step*"))]
+    places = [folder, *named, folder / _OF_LIGHTNING, *sorted(folder.glob("global_step*"))]
     return next((place for place in places if place.is_dir() and any(place.glob(_DEEPSPEED))), None)
+
+
+def steps_of_deepspeed(folder: Path) -> list[Path]:
+    """The checkpoints in a folder that DeepSpeed has saved to: one folder for each, ``global_step...`` or another tag.
+
+    Args:
+        folder: Any folder.
+
+    Returns:
+        Their folders; none for anything else, such as a single checkpoint of Lightning.
+
+    Example:
+        >>> steps_of_deepspeed(Path("missing"))
+        []
+    """
+    inside = sorted(path for path in folder.iterdir() if path.is_dir()) if (folder / "latest").is_file() else []
+    return [path for path in inside if path.name != _OF_LIGHTNING and any(path.glob(_DEEPSPEED))]
 
 
 def _read_deepspeed(folder: Path, with_weights: bool) -> _Parts:

@@ -252,7 +252,7 @@ def _grown(old: FileStamp, new: FileStamp) -> bool:
     return old.inode == new.inode and old.size <= new.size
 
 
-def _records(file: FileStamp, position: int) -> Iterator[tuple[int, bytes]]:
+def _records(file: FileStamp, position: int, max_bytes: int = _MAX_RECORD_BYTES) -> Iterator[tuple[int, bytes]]:
     """Complete records of an event file from a position on, each with the position of its end.
 
     A record consists of its length, a checksum of the length, its content, and a checksum of the content.
@@ -267,4 +267,32 @@ def _records(file: FileStamp, position: int) -> Iterator[tuple[int, bytes]]:
             if position + 12 + length + 4 > file.size:  # incomplete
                 return
             position += 12 + length + 4
-            yield position, stream.read(length) if length <= _MAX_RECORD_BYTES else b""
+            yield position, stream.read(length) if length <= max_bytes else b""
+
+
+def logged_points(folder: Path) -> set[tuple[str, int, bool]]:
+    """What event files have: scalars, images and texts.
+
+    What a writer has declared to be replaced, when it went on before some of it (``purge_step``), is not among them.
+
+    Args:
+        folder: The log directory, without symbolic links in its path.
+
+    Returns:
+        For each its name, its step, and whether it is a scalar that is NaN; none if this version of TensorBoard cannot
+        be asked.
+    """
+    points: set[tuple[str, int, bool]] = set()
+    if (decoder := _event_decoder()) is None:
+        return points
+    for file in regular_files(folder):  # their names begin with the time at which they were begun
+        if "tfevents" not in file.path.name:
+            continue
+        for _, record in _records(file, 0, max_bytes=file.size):
+            with contextlib.suppress(Exception):  # skip records that are not events
+                event = decoder[0].FromString(record)
+                if event.HasField("session_log") and event.session_log.status == event.session_log.START:
+                    points = {point for point in points if point[1] < event.step}
+                else:
+                    points |= {(x.tag, event.step, bool(np.isnan(x.simple_value))) for x in event.summary.value}
+    return points

@@ -9,8 +9,11 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +24,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from lightning.pytorch.loggers import TensorBoardLogger
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -40,7 +45,6 @@ from lib_lightning.training.trace_options import parse_trace_options
 from lib_lightning.training.weights_files import UnreadableError, read_checkpoint
 from lib_lightning.training.weights_names import WrongWeightsError, load_weights
 from lib_lightning.viewer.run import Run
-from tests.resumable_run import die_at_file
 from tests.tiny_training import trainer_of
 
 ROOT = Path(__file__).parents[2]
@@ -185,32 +189,85 @@ def _trace(checkpoints: Any, folder: Path, **options: Any) -> Run:
     return trace(_mlp(), checkpoints, BATCHES, LAYERS, folder, **options)
 
 
-def test_killed_at_any_moment_it_goes_on_and_ends_the_same(tmp_path: Path) -> None:
-    checkpoints = _files(tmp_path / "checkpoints")
-    _trace(checkpoints, tmp_path / "whole")
-    for number in (2, 4, 9, 13):  # files until the kill, of those that are still to be written
-        child = os.fork()
-        if not child:
-            die_at_file(number)
-            _trace(checkpoints, tmp_path / "killed")
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        if number < 13:
-            assert os.WIFSIGNALED(status), number
-            assert os.WTERMSIG(status) == signal.SIGKILL
-    model = _mlp(7)
-    own = {name: t.clone() for name, t in model.state_dict().items()}
-    run = trace(model, checkpoints, BATCHES, LAYERS, tmp_path / "killed")
-    assert run.steps == [9, 10, 100]
-    assert all(torch.equal(own[name], t) for name, t in model.state_dict().items())
-    assert _hashes(tmp_path / "killed") == _hashes(tmp_path / "whole")
+LABELLED = [(BATCHES[0], (BATCHES[0][:, 0] > 0).long())]  # so that features that matter are counted at the end
+
+
+def _count_file_events(at: Callable[[int], object]) -> None:
+    """Call a function with the number of files opened to write, renamed and removed so far, before each of them."""
+    count = 0
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal count
+        writes = event == "open" and isinstance(args[1], str) and not args[1].startswith("r")
+        if writes or event in ("os.rename", "os.remove", "os.mkdir"):
+            count += 1
+            at(count)
+
+    sys.addaudithook(hook)
+
+
+def _in_child(act: Callable[[], object]) -> int:
+    """Do something in a process of its own; its status."""
+    child = os.fork()
+    if not child:
+        try:
+            act()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """A folder with checkpoints and the whole trace along them, and how often it opens, renames and removes files."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    checkpoints = _files(folder / "checkpoints")
+
+    read, write = os.pipe()
+
+    def counted() -> None:
+        latest = [0]
+        _count_file_events(lambda count: latest.__setitem__(0, count))
+        trace(_mlp(), checkpoints, LABELLED, LAYERS, folder / "whole")
+        os.write(write, str(latest[0]).encode())
+
+    assert _in_child(counted) == 0
+    return folder, int(os.read(read, 20))
+
+
+# Without smaller examples of a failure: each takes seconds.
+@settings(max_examples=2, deadline=None, phases=[Phase.generate])
+@given(data=st.data())
+def test_killed_at_any_moment_it_goes_on_and_ends_the_same(
+    uninterrupted: tuple[Path, int], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder, events = uninterrupted
+    whole, killed = folder / "whole", tmp_path_factory.mktemp("killed") / "logs"
+    for number in data.draw(st.lists(st.integers(1, events), min_size=1, max_size=2), label="killed before event"):
+
+        def interrupted(last: int = number) -> None:
+            _count_file_events(lambda count: os.kill(os.getpid(), signal.SIGKILL) if count == last else None)
+            trace(_mlp(), folder / "checkpoints", LABELLED, LAYERS, killed)
+
+        status = _in_child(interrupted)
+        assert status == 0 or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL)
+    assert _in_child(lambda: trace(_mlp(), folder / "checkpoints", LABELLED, LAYERS, killed)) == 0
+    assert _hashes(killed) == _hashes(whole)
+    names = [
+        {path.relative_to(logs) for path in logs.rglob("*") if path.is_file() and "tfevents" not in path.name}
+        for logs in (whole, killed)
+    ]
+    assert names[0] == names[1]
     for name in ("events.jsonl", "retraced.json", "samples.jsonl"):
-        assert (tmp_path / "killed/lib" / name).read_bytes() == (tmp_path / "whole/lib" / name).read_bytes()
-    whole, killed = _scalars(tmp_path / "whole"), _scalars(tmp_path / "killed")
-    # Scalars are logged at the step before, where steps that follow each other have the picture of the one before: of a
-    # kill between scalars and state, these are not dropped but written again, so that a point may be there twice.
-    assert sorted(set(killed["lib/features/total"])) == whole["lib/features/total"]
-    assert killed["lib/graph"] == whole["lib/graph"]
+        assert (killed / "lib" / name).read_bytes() == (whole / "lib" / name).read_bytes()
+    # Each scalar and image once, whatever was written before the kill.
+    expected, found = _scalars(whole), _scalars(killed)
+    assert not math.isnan(expected["lib/causal_features/total"][-1][1])
+    for took in (expected, found):
+        took["lib/seconds"] = [(step, 0.0) for step, _ in took["lib/seconds"]]
+    assert {tag: str(points) for tag, points in found.items()} == {tag: str(x) for tag, x in expected.items()}
 
 
 def test_a_folder_that_is_being_written_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,6 +290,54 @@ def test_a_folder_that_is_being_written_is_followed(tmp_path: Path, monkeypatch:
     for step in run.steps:
         assert run.graph(step).info["weights_hash"] == weights_hash(_mlp(step))
     assert run.folder.joinpath("final.safetensors").exists()
+
+
+_WRITER = """
+import sys, time
+from pathlib import Path
+source, target = map(Path, sys.argv[1:])
+for path in sorted((path for path in source.rglob("*") if path.is_file()), key=lambda path: path.stat().st_mtime_ns):
+    place = target / path.relative_to(source)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    data = path.read_bytes()
+    with place.open("wb", buffering=0) as file:
+        for k in range(3):
+            file.write(data[k * len(data) // 3 : (k + 1) * len(data) // 3])
+            time.sleep(0.03)
+"""
+
+
+def test_another_process_is_followed_while_it_writes_in_pieces(
+    trained: Path, traced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training in plain torch, which saves files, and one that saves folders file by file, the index first."""
+    monkeypatch.setattr("lib_lightning.training.trace.POLL", 0.02)
+    source = tmp_path / "source"
+    source.mkdir()
+    for step in (4, 10, 12):
+        torch.manual_seed(step)
+        weights = Net().state_dict()
+        if step < 10:
+            torch.save({"model": weights, "step": step}, source / f"step_{step}.pt")
+            os.utime(source / f"step_{step}.pt", ns=(step * 1000, step * 1000))  # in this order they are written
+            continue
+        (source / f"checkpoint-{step}").mkdir()
+        _in_parts(weights, source / f"checkpoint-{step}")
+        (source / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        folder = source / f"checkpoint-{step}"
+        files = [folder / name for name in ("trainer_state.json", "model.safetensors.index.json")]
+        for k, file in enumerate([*files, *sorted(folder.glob("*.safetensors"))]):
+            os.utime(file, ns=(step * 1000 + k, step * 1000 + k))
+    (tmp_path / "checkpoints").mkdir()
+    writer = subprocess.Popen([sys.executable, "-c", _WRITER, str(source), str(tmp_path / "checkpoints")])
+    words = ["trace", "--config", str(trained / "run.yaml"), "--checkpoints"]
+    main([*words, str(tmp_path / "checkpoints"), "--watch", "3"])
+    assert writer.wait() == 0
+    main([*words, str(source)])
+    followed, after = tmp_path / "checkpoints-trace", tmp_path / "source-trace"
+    assert Run(followed).steps == [4, 10, 12]
+    assert _hashes(followed) == _hashes(after)
+    assert (followed / "lib" / "events.jsonl").read_bytes() == (after / "lib" / "events.jsonl").read_bytes()
 
 
 def test_the_step_is_in_the_file_or_its_name_or_said(tmp_path: Path) -> None:
@@ -335,7 +440,8 @@ FORMATS = [
 def test_every_form_of_a_checkpoint_is_read(write: Callable[..., Path], tmp_path: Path) -> None:
     weights = Net().state_dict()
     path = write(weights, tmp_path)
-    assert CheckpointSource(path).find() == [path]
+    # DeepSpeed saves all checkpoints to one folder.
+    assert CheckpointSource(path).find() == [path / "global_step40" if write is _deepspeed else path]
     contents = read_checkpoint(path)
     found = {name.removeprefix("app.model."): t for name, t in contents.weights.items()}
     assert found.keys() == weights.keys()

@@ -164,3 +164,34 @@ def test_what_a_comparison_does_not_know_is_no_error(opened: Callable[[str], Wat
     view = opened(film_page([SECOND, run], "Film"))
     assert view.role("color").input_value() == "shared"
     assert view.errors == []
+
+
+def test_features_of_three_runs_are_level_by_way_of_the_first(opened: Callable[[str], Watched]) -> None:
+    """As `lib-lightning compare A B C` compares them; a feature of C has one counterpart in A, and so one in B."""
+    with_third = json.loads(json.dumps(COMPARISON))
+    with_third["fingerprints"][1] = f"{THIRD.name} 640"
+    for l, layer in enumerate(with_third["layers"]):
+        ids = [one.id for one in THIRD.alive(len(STEPS) - 1, l)]
+        layer["b"] = NAMES[l]
+        layer["matches"] = [[row[0], ids[n], *row[2:]] for n, row in enumerate(layer["matches"][:3])]
+        kinds = {i: "shared" if n < 3 else "new" for n, i in enumerate(ids)}
+        layer["features"][1] = [[i, kind, 0.5, 0.01, 0.1] for i, kind in kinds.items()]
+    run = SyntheticRun(FIRST.name, STEPS, FIRST.layers, features=14, comparisons=[COMPARISON, with_third])
+    view = opened(film_page([run, SECOND, THIRD], "Film"))
+    assert view.state()["runs"] == f"{FIRST.name} {SECOND.name} {THIRD.name}"
+    triples = [(l, a, b, row[1]) for l, a, b in PAIRS for row in with_third["layers"][l]["matches"] if row[0] == a]
+    assert len(triples) == 9
+    for l, a, b, c in triples:
+        looks = []
+        for name, where in (
+            *zip((FIRST.name, SECOND.name), places(view, l, a, b), strict=True),
+            (THIRD.name, view.position(THIRD.name, NAMES[l], c)),
+        ):
+            if where is not None:
+                box = view.page.locator(f'[data-run="{name}"] .lib-stage').bounding_box()
+                assert box is not None
+                scrolled = view.page.evaluate("window.scrollY")
+                looks.append((where["y"] - box["y"] - scrolled, color_at(view, name, where)))
+        assert len(looks) >= 2
+        assert len(set(looks)) == 1
+    assert view.errors == []
