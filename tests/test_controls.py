@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ import torch
 from torch import nn
 
 from lib_lightning import compute_interaction_graph, measure_controls, reinitialized
+from lib_lightning.algorithm.basis_kinds import ROTATED
 from lib_lightning.controls import Draws
 from lib_lightning.errors import SettingError
 from recipes import controls as recipe
 
+PAGE = (Path(__file__).parents[1] / "docs" / "controls.md").read_text()
 LAYERS = ["0:input", "2:input", "output"]
 
 
@@ -70,10 +73,28 @@ def test_spread_of_draws_and_networks() -> None:
 
 
 def test_recipe_in_its_quick_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe, "KINDS", ("random", "reinit"))
+    monkeypatch.setattr(recipe, "DRAWS", {"random": 5, "reinit": 5})
     monkeypatch.setattr(recipe, "RESULTS", tmp_path / "results.json")
     (one,) = recipe.measure(tmp_path, quick=True)
     (lib,), random, reinit = (one["values"][kind]["effective_edges"] for kind in ("lib", "random", "reinit"))
     assert lib < min(random)
     assert lib < min(reinit)
-    assert json.loads((tmp_path / "digits-0.json").read_text()) == one
+    assert len(random) == len(reinit) == 2
+    assert json.loads((tmp_path / "digits-0-random.json").read_text())["random"] == one["values"]["random"]
+
+
+def test_page(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    exec(compile(block, "docs/controls.md", "exec"), {"__name__": "page"})
+    assert capsys.readouterr().out.startswith("lib ")
+    rows = re.findall(r'^\| `"(\w+)"` \|', PAGE, re.MULTILINE)
+    assert rows == list(ROTATED)
+    results = json.loads(recipe.RESULTS.read_text())
+    assert f"<!-- controls -->\n{recipe.tables(results)}\n<!-- end of controls -->" in PAGE
+
+
+def test_known_networks_are_sparser_than_their_controls() -> None:
+    for one in json.loads(recipe.RESULTS.read_text()):
+        (lib,) = one["values"]["lib"]["effective_edges"]
+        for kind in ("random", "reinit", "ica", "dictionary", "pca", "neuron"):
+            assert lib < min(one["values"][kind]["effective_edges"])

@@ -28,15 +28,16 @@ from lib_lightning.algorithm.basis import Basis
 from lib_lightning.algorithm.jackknife import FeatureVariances, standard_error
 from lib_lightning.algorithm.metric import Metric
 from lib_lightning.distributed.process_group import ProcessGroup, all_reduce
+from lib_lightning.model.precision import for_sums
 
 # At most so many activations for each feature are used for a rotation that depends on all of them at once, and at least
 # so many in all.
 _ROWS_PER_FEATURE, _FEWEST_ROWS = 32, 4096
-_ITERATIONS = 1000
+_ITERATIONS = 200
 # Largest change of a direction at which FastICA ends, as 1 - |cosine|.
 _ICA_TOLERANCE = 1e-8
-# Relative decrease of the objective at which an alternating minimisation ends.
-_TOLERANCE = 1e-8
+# Relative changes of the objective at which varimax and the alternating minimisation of a dictionary end.
+_TOLERANCE, _DICTIONARY_TOLERANCE = 1e-8, 1e-6
 # As in scikit-learn's dictionary learning (alpha=1): coefficients within one standard deviation are set to zero.
 _THRESHOLD = 1.0
 
@@ -191,9 +192,9 @@ class _OfWhitened:
 
     def update(self, rows: Tensor, group: int) -> None:
         """See `Rotation`."""
-        chosen = rows[-self._seen % self._every :: self._every]
+        chosen = for_sums(rows[-self._seen % self._every :: self._every])
         self._seen += len(rows)
-        self._rows.append(self.lib.encode(chosen.to(self.lib.mean), torch.float64) / self.lib.importance.sqrt())
+        self._rows.append(self.lib.encode(chosen, torch.float64) / self.lib.importance.sqrt())
 
     def reduce(self, process_group: ProcessGroup) -> None:
         """See `Rotation`."""
@@ -269,7 +270,7 @@ class OrthogonalDictionary(_OfWhitened):
             y = z @ R
             X = torch.nn.functional.softshrink(y, _THRESHOLD)
             objective = float((y - X).square().sum() / 2 + _THRESHOLD * X.abs().sum())
-            if before is not None and before - objective < _TOLERANCE * before:
+            if before is not None and before - objective < _DICTIONARY_TOLERANCE * before:
                 return R, True
             before = objective
             R = _nearest_rotation(z.T @ X)
@@ -300,7 +301,7 @@ class VarimaxRotation:
 
     def update(self, rows: Tensor, group: int) -> None:
         """See `Rotation`."""
-        fhat = self.lib.encode(rows.to(self.lib.mean), torch.float64)
+        fhat = self.lib.encode(for_sums(rows), torch.float64)
         self._variances.update(fhat[None], None, [(group, slice(None))])
 
     def reduce(self, process_group: ProcessGroup) -> None:
