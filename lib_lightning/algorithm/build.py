@@ -64,7 +64,7 @@ from lib_lightning.algorithm.section_cache import SectionCache
 from lib_lightning.algorithm.shortcuts import FAST, PLAIN, Shortcuts
 from lib_lightning.algorithm.wide_layers import eigenproblem
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup, all_reduce
-from lib_lightning.errors import ActivationError, NotFiniteError
+from lib_lightning.errors import ActivationError, NotFiniteError, quoted
 from lib_lightning.model.capture import CapturedLayer
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.output_distribution import OutputDistribution
@@ -224,7 +224,7 @@ def build_graph(
     by_output = _output_metrics(run, gradients, widths)
     layers: list[_Layer] = []
     metric_errors: dict[str, float | None] = {}
-    rotation_notes: list[str] = []
+    rotation_notes: dict[str, list[str]] = {}
     for i in reversed(range(len(run.names))):
         metric = by_output.get(i) or _metric(run, i, layers[0] if layers else None, widths[i], cache)
         lib, features = _basis(run, i, moments, metric, cache)
@@ -232,7 +232,8 @@ def build_graph(
         if metric is not None:
             if config.basis in ROTATED:
                 basis, features, notes = _rotated(run, i, lib, features, metric, int(moments[i].count), cache)
-                rotation_notes += notes
+                for note in notes:
+                    rotation_notes.setdefault(note, []).insert(0, basis.name)
             lengths, metric_errors[basis.name] = metric.replicates(basis.from_features), metric.relative_error
         layers.insert(0, _Layer(lib, basis, features, lengths))
         phase_done(f"basis of {basis.name}")
@@ -254,7 +255,7 @@ def build_graph(
             *describe_empty_layers(bases, moments, any(layer.skip_positions for layer in instrumented.layers)),
             *describe_dominance(bases, instrumented.layers, position_variances),
             *_notes(run, edges, cache, by_output),
-            *rotation_notes,
+            *(note.format(quoted(names)) for note, names in rotation_notes.items()),
             *([] if run.output is None else effect_notes(config, bases, output_effects, effect_samples)),
         ],
         importance_replicates=importances,

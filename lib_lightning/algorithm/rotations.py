@@ -36,14 +36,14 @@ _ROWS_PER_FEATURE, _FEWEST_ROWS = 32, 4096
 _ITERATIONS = 200
 # Largest change of a direction at which FastICA ends, as 1 - |cosine|.
 _ICA_TOLERANCE = 1e-8
-# Relative changes of the objective at which varimax and the alternating minimisation of a dictionary end.
-_TOLERANCE, _DICTIONARY_TOLERANCE = 1e-8, 1e-6
+# Relative change of the objective at which varimax and the alternating minimisation of a dictionary end.
+_TOLERANCE = 1e-6
 # As in scikit-learn's dictionary learning (alpha=1): coefficients within one standard deviation are set to zero.
 _THRESHOLD = 1.0
 
-_NOT_CONVERGED = "The {} of '{}' has not converged in {} iterations."
-_FEWER_ROWS = "The {} of '{}' is computed from {:,} of {:,} activations, evenly spaced."
-_NO_ERRORS = "Standard errors of '{}' are unknown, with so few samples, so its varimax basis is the LIB."
+_NOT_CONVERGED = "The {} of {{}} has not converged in {} iterations."
+_FEWER_ROWS = "The {} of {{}} is computed from {:,} activations, evenly spaced, of more."
+_NO_ERRORS = "Standard errors of {} are unknown, with so few samples, so that varimax leaves the LIB as it is there."
 
 
 class Rotation(Protocol):
@@ -67,7 +67,8 @@ class Rotation(Protocol):
         """Find the rotation.
 
         Returns:
-            ``R`` of shape ``(r, r)``, float64, orthogonal, its columns the new directions; and notes, in sentences.
+            ``R`` of shape ``(r, r)``, float64, orthogonal, its columns the new directions; and notes, in sentences with
+            ``{}`` in place of the name of the node layer.
         """
         ...
 
@@ -205,12 +206,12 @@ class _OfWhitened:
         z = torch.cat(self._rows)
         notes = []
         if len(z) < self.num_rows:
-            notes.append(_FEWER_ROWS.format(self.name, self.lib.name, len(z), self.num_rows))
+            notes.append(_FEWER_ROWS.format(self.name, len(z)))
         if min(z.shape) == 0:
             return self.start, notes
         R, has_converged = self._iterate(z)
         if not has_converged:
-            notes.append(_NOT_CONVERGED.format(self.name, self.lib.name, _ITERATIONS))
+            notes.append(_NOT_CONVERGED.format(self.name, _ITERATIONS))
         return R, notes
 
     def _iterate(self, z: Tensor) -> tuple[Tensor, bool]:
@@ -270,7 +271,7 @@ class OrthogonalDictionary(_OfWhitened):
             y = z @ R
             X = torch.nn.functional.softshrink(y, _THRESHOLD)
             objective = float((y - X).square().sum() / 2 + _THRESHOLD * X.abs().sum())
-            if before is not None and before - objective < _DICTIONARY_TOLERANCE * before:
+            if before is not None and before - objective < _TOLERANCE * before:
                 return R, True
             before = objective
             R = _nearest_rotation(z.T @ X)
@@ -313,14 +314,14 @@ class VarimaxRotation:
         R = torch.eye(self.lib.n_features, dtype=self.lib.mean.dtype, device=self.lib.mean.device)
         replicates = self._variances.replicates()
         if len(replicates) < 2:
-            return R, [_NO_ERRORS.format(self.lib.name)]
+            return R, [_NO_ERRORS]
         replicates = replicates * self.metric.replicates(self.lib.from_features)
         loadings = self.lib.importance.sqrt()[:, None] * self.lib.from_features
         has_converged = True
         for group in near_degenerate_groups(self.lib.importance, replicates):
             R[group, group], converged = varimax(loadings[group].T)
             has_converged &= converged
-        return R, [] if has_converged else [_NOT_CONVERGED.format("varimax rotation", self.lib.name, _ITERATIONS)]
+        return R, [] if has_converged else [_NOT_CONVERGED.format("varimax rotation", _ITERATIONS)]
 
 
 def near_degenerate_groups(importance: Tensor, replicates: Tensor) -> Sequence[slice]:

@@ -238,7 +238,7 @@ def test_varimax_is_the_lib_where_errors_are_unknown() -> None:
     x = torch.stack([x[0], -x[0]])[:, None].expand(-1, 3, -1) * torch.randn(1, 3, 4).double()
     lib, found = (compute_interaction_graph(model, [x[:1]], ["input", "output"], kind) for kind in ("lib", "varimax"))
     assert close(found.bases["input"].to_features.abs(), lib.bases["input"].to_features.abs())
-    assert any("varimax basis is the LIB" in note for note in found.info["notes"])
+    assert any("varimax leaves the LIB as it is" in note for note in found.info["notes"])
 
 
 def test_varimax_of_two_factors_is_the_best_angle() -> None:
@@ -300,7 +300,7 @@ def test_many_activations_are_thinned_out_with_a_note(monkeypatch: pytest.Monkey
     monkeypatch.setattr("lib_lightning.algorithm.rotations._ROWS_PER_FEATURE", 1)
     model, x = mixed(torch.rand(997, 4).double())
     found = built(model, list(x.split(37)), ["input", "1", "output"], basis="ica")
-    assert any("The ICA of 'input' is computed from 100 of 997 activations" in note for note in found.notes)
+    assert any("The ICA of 'input', '1' is computed from 100 activations" in note for note in found.notes)
 
 
 def test_an_iteration_that_does_not_converge_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,7 +308,7 @@ def test_an_iteration_that_does_not_converge_says_so(monkeypatch: pytest.MonkeyP
     model, x = mixed(torch.rand(300, 4).double())
     for kind, name in (("ica", "ICA"), ("dictionary", "sparse dictionary")):
         notes = built(model, [x], ["input", "1", "output"], basis=kind).notes
-        assert f"The {name} of 'input' has not converged in 1 iterations." in notes
+        assert f"The {name} of 'input', '1' has not converged in 1 iterations." in notes
 
 
 def test_a_layer_without_features() -> None:
