@@ -3,7 +3,8 @@
     python -m recipes.many_seeds --folder runs/many_seeds   # train the networks that are missing, and compare them
     python -m recipes.many_seeds                            # the tables of docs/many_runs.md, from committed results
 
-About six minutes of one CPU core. Networks are those of ``digits_mlp.yaml`` with other widths and seeds, on the same images.
+About six minutes of one CPU core. Networks are those of ``digits_mlp.yaml`` with other widths and seeds, on the same
+images.
 Afterwards, ``tensorboard --logdir runs/many_seeds`` shows all of them.
 """
 
