@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from tests.cases import Case, all_cases
 
 # Tiny tensors: threads would only wait for each other, and for the other test processes.
 torch.set_num_threads(1)
+
+# A program of its own, which imports what is installed in `tox -e deepspeed` only.
+collect_ignore = [] if find_spec("deepspeed") else ["deepspeed_training.py"]
 
 CASES = {case.name: case for case in all_cases()}
 

@@ -28,7 +28,7 @@ PACKAGE = Path(lib_lightning.__file__).parent
 # Errors of Python that say something to Python or to a programmer, never to a user.
 INTERNAL = {"AttributeError", "AssertionError", "NotImplementedError"}
 # Caught by a function of the package, which says more: which file it read, or how it called a model.
-CAUGHT = {"graph.py", "viewer/snapshot.py", "model/calls.py", "model/steps.py"}
+CAUGHT = {"graph.py", "viewer/comparisons.py", "viewer/snapshot.py", "model/calls.py", "model/steps.py"}
 # Characters of the fixed parts of a message: four lines of a hundred, with room for names.
 LONGEST = 360
 

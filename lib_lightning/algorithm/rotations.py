@@ -364,8 +364,8 @@ def varimax(loadings: Tensor) -> tuple[Tensor, bool]:
         Sherin (1966), Psychometrika 31.
 
     Example:
-        >>> L = torch.tensor([[0.8, 0.6], [0.6, -0.8], [0.4, 0.3]])
-        >>> 2 * (L @ varimax(L)[0]).abs().round(decimals=3)
+        >>> L = torch.tensor([[0.8, 0.6], [0.6, -0.8], [0.4, 0.3]], dtype=torch.float64)
+        >>> 2 * (L @ varimax(L)[0]).abs().round(decimals=2).float()
         tensor([[2., 0.],
                 [0., 2.],
                 [1., 0.]])

@@ -267,7 +267,7 @@ def _significant(
 
 def _largest_significant(p_values: Sequence[Tensor], level: float) -> float:
     """The largest p-value that is significant at a false discovery rate, -1 if none is."""
-    all_values = torch.cat([torch.ones(0, dtype=torch.float64), *p_values])
+    all_values = torch.cat([torch.ones(0, dtype=torch.float64, device="cpu"), *p_values])
     rejected = all_values[benjamini_hochberg(all_values, level)]
     return float(rejected.max()) if len(rejected) else -1.0
 

@@ -285,6 +285,55 @@ def as_bytes(t: Tensor) -> Tensor:
     return (flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)).view(torch.uint8)
 
 
+def strided_parts(t: Tensor) -> tuple[Tensor, ...]:
+    """Ordinary tensors that a tensor consists of.
+
+    Args:
+        t: A tensor of any layout or subclass.
+
+    Returns:
+        Indices and values of a sparse tensor, integers of a quantized one, what a subclass such as a nested tensor is
+        made of; the tensor itself if it is an ordinary one.
+
+    Example:
+        >>> import torch
+        >>> [part.tolist() for part in strided_parts(torch.eye(2).to_sparse())]
+        [[[0, 1], [0, 1]], [1.0, 1.0]]
+    """
+    if t.layout == torch.sparse_coo:
+        t = t.coalesce()
+        return t.indices(), t.values()
+    if t.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return t.crow_indices(), t.col_indices(), t.values()
+    if t.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return t.ccol_indices(), t.row_indices(), t.values()
+    if hasattr(type(t), "__tensor_flatten__"):
+        names, _ = t.__tensor_flatten__()
+        return tuple(part for name in names for part in strided_parts(getattr(t, name)))
+    if t.is_nested:
+        return tuple(t.unbind())
+    if t.is_quantized:
+        return (t.int_repr(),)
+    return (t if t.layout == torch.strided else t.to_dense(),)
+
+
+def type_and_shape(t: Tensor) -> str:
+    """The dtype and the shape of a tensor in one word, for hashes.
+
+    Args:
+        t: Any tensor.
+
+    Returns:
+        Both; of a nested tensor, which has no shape that two equal ones share, the dtype.
+
+    Example:
+        >>> import torch
+        >>> type_and_shape(torch.zeros(2, 1))
+        'torch.float32 (2, 1)'
+    """
+    return str(t.dtype) if t.is_nested else f"{t.dtype} {tuple(t.shape)}"
+
+
 def hash_tensors(tensors: Iterable[tuple[str, Tensor]], prefix: bytes = b"") -> bytes:
     """SHA-256 of tensors: of their labels, dtypes, shapes and values.
 
@@ -302,8 +351,11 @@ def hash_tensors(tensors: Iterable[tuple[str, Tensor]], prefix: bytes = b"") -> 
     """
     digest = hashlib.sha256(prefix)
     for label, t in tensors:
-        digest.update(f"{label}{t.dtype} {tuple(t.shape)}".encode())
-        digest.update(as_bytes(t.detach().cpu()).numpy().tobytes())
+        digest.update(f"{label}{type_and_shape(t)}".encode())
+        for part in strided_parts(t.detach()):
+            if t.is_nested or part.shape != t.shape:
+                digest.update(type_and_shape(part).encode())
+            digest.update(as_bytes(part.cpu()).numpy().tobytes())
     return digest.digest()
 
 

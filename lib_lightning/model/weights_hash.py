@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from lib_lightning.model.batch import as_bytes, hash_tensors
+from lib_lightning.model.batch import as_bytes, hash_tensors, type_and_shape
 
 # Sums over rows and columns of this width: two passes over the memory, without a copy.
 _WIDTH = 4096
@@ -41,7 +41,7 @@ def weights_hash(module: nn.Module) -> str:
     sums: list[Tensor] = []
     small: dict[torch.device, list[Tensor]] = {}
     for name, t in _tensors(module):
-        digest.update(f"{name}{t.dtype} {tuple(t.shape)}".encode())
+        digest.update(f"{name}{type_and_shape(t)}".encode())
         try:
             data = _bytes(t)
             if len(data) < _SMALL:

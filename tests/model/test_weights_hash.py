@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lib_lightning import compute_interaction_graph
+from lib_lightning.model.batch import hash_tensors
 from lib_lightning.model.weights_hash import weights_hash
 
 
@@ -60,3 +61,32 @@ def test_tensors_of_one_element_have_any_stride() -> None:
     assert weights_hash(layer) == before
     graph = compute_interaction_graph(layer, [torch.randn(9, 2)[:, ::2]], ["input", "output"])
     assert graph.bases["input"].n_features == 1
+
+
+SPARSE = [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc]
+
+
+def unusual(layout: Any, x: torch.Tensor) -> torch.Tensor:
+    if layout in SPARSE:
+        return x.to_sparse(layout=layout, **({"blocksize": (2, 2)} if layout in SPARSE[-2:] else {}))
+    if layout == "quantized":
+        return torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)
+    if layout == "mkldnn":
+        return x.to_mkldnn()
+    return torch.nested.nested_tensor([x, x[:2]], layout=layout)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("layout", [*SPARSE, torch.strided, torch.jagged, "quantized", "mkldnn"], ids=str)
+def test_tensors_of_any_layout_have_a_hash(layout: Any) -> None:
+    x = torch.eye(4).repeat(1, 2)
+    tensors = [unusual(layout, value) for value in (x, x.clone(), 2 * x)]
+    hashes = [hash_tensors([("", t)]) for t in tensors]
+    assert hashes[0] == hashes[1] != hashes[2]
+    modules = [nn.Module() for _ in tensors]
+    for module, t in zip(modules, tensors, strict=True):
+        module.register_buffer("buffer", t)
+    of_modules = [weights_hash(module) for module in modules]
+    assert of_modules[0] == of_modules[1]
+    # Only floating-point buffers count: integers are numbers of steps and the like.
+    assert (of_modules[0] == of_modules[2]) == (not tensors[0].is_floating_point())

@@ -160,7 +160,7 @@ def test_mistakes_get_one_sentence_before_training(tmp_path: Path) -> None:
         ),
         (["--trainer.callbacks.skip_positions=all"], "skip_positions is a number of first positions to leave out"),
         (["--trainer.callbacks.node_layers=[a]"], "At least two node layers are needed; got"),
-        (["--trainer.callbacks.basis=lob"], "Expected a typing.Literal['lib', 'pca', 'neuron']. Got value: lob"),
+        (["--trainer.callbacks.basis=lob"], "'neuron', 'random', 'ica', 'dictionary', 'varimax']. Got value: lob"),
         (["--trainer.callbacks.bases=lib"], "Option 'bases' is not accepted"),
         (["--model.lr=much"], "Expected a <class 'float'>. Got value: much"),
         (["--trainer.max_epoks=1"], "unrecognized arguments: --trainer.max_epoks=1"),

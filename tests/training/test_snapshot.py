@@ -211,7 +211,7 @@ def test_unsuitable_metrics_are_refused_at_once() -> None:
     with pytest.raises(ValueError, match="baselines are bases other than 'lib'"):
         callback_with(baselines=["lib"])
     with pytest.raises(ValueError, match="basis must be one of"):
-        callback_with(baselines=["ica"])
+        callback_with(baselines=["nmf"])
 
 
 def test_files_hold_errors_labels_modules_and_metrics(tmp_path: Path) -> None:
