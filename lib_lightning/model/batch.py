@@ -307,8 +307,8 @@ def strided_parts(t: Tensor) -> tuple[Tensor, ...]:
         return t.crow_indices(), t.col_indices(), t.values()
     if t.layout in (torch.sparse_csc, torch.sparse_bsc):
         return t.ccol_indices(), t.row_indices(), t.values()
-    if hasattr(type(t), "__tensor_flatten__"):
-        names, _ = t.__tensor_flatten__()
+    if flatten := getattr(t, "__tensor_flatten__", None):
+        names, _ = flatten()
         return tuple(part for name in names for part in strided_parts(getattr(t, name)))
     if t.is_nested:
         return tuple(t.unbind())
