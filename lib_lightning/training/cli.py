@@ -28,6 +28,7 @@ from lib_lightning.model.batch import map_tensors
 from lib_lightning.model.forward_errors import wrap_forward_errors
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.node_layer import as_node_layers
+from lib_lightning.training.recipes import copy_recipe, list_recipes
 from lib_lightning.training.samples import SampleBuffer
 from lib_lightning.training.trace_options import add_trace_options, parse_trace_options
 from lib_lightning.viewer.run import Run, write_film
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 _NUM_SAMPLES = 8
 COMMANDS = (
     "fit", "validate", "test", "predict", "nodes", "estimate", "profile", "trace", "inspect", "plot", "view", "align",
-    "compare", "universal",
+    "compare", "universal", "recipe",
 )  # fmt: skip
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
@@ -111,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(
         required=True,
-        metavar="{fit,validate,test,predict,nodes,estimate,profile,trace,inspect,plot,view,align,compare,universal}",
+        metavar="{fit,validate,test,predict,nodes,estimate,profile,trace,inspect,plot,view,align,compare,universal,recipe}",
     )
     for command in TRAINER_COMMANDS:
         commands.add_parser(command, help=f"{command} with a Lightning trainer (see lib-lightning {command} --help)")
@@ -264,6 +265,18 @@ def _parser() -> argparse.ArgumentParser:
         help="JSON file to write (default: universal.json, in the folder that contains all runs)",
     )
     universal.set_defaults(run=_universal)
+    recipe = commands.add_parser("recipe", help="list the trainings that come with the package, or copy one")
+    actions = recipe.add_subparsers(required=True, metavar="{list,copy}")
+    actions.add_parser("list", help="list all recipes").set_defaults(run=_list_recipes)
+    copy = actions.add_parser(
+        "copy",
+        help="copy a recipe to run or change it",
+        description="Copy a recipe and the modules that it needs into recipes/ in a folder, and print how to run it.",
+    )
+    copy.add_argument("name", metavar="NAME", help="name of the recipe, as listed by lib-lightning recipe list")
+    copy.add_argument("folder", nargs="?", type=Path, default=Path(), help="folder (default: the working directory)")
+    copy.add_argument("--replace", action="store_true", help="replace files that have another content")
+    copy.set_defaults(run=_copy_recipe)
     return parser
 
 
@@ -560,6 +573,20 @@ def _universal(args: argparse.Namespace) -> None:
     path = args.output or common / NAME
     write_universal(found, networks, path)
     print(f"\n{path}")
+
+
+def _list_recipes(args: argparse.Namespace) -> None:
+    recipes = list_recipes()
+    width = max(len(recipe.name) for recipe in recipes)
+    for recipe in recipes:
+        print(f"{recipe.name:<{width}}  {recipe.summary}")
+    print("\nCopy one with: lib-lightning recipe copy NAME")
+
+
+def _copy_recipe(args: argparse.Namespace) -> None:
+    recipe = copy_recipe(args.name, args.folder, args.replace)
+    print(args.folder / "recipes" / recipe.file.name)
+    print(f"Run it with: {'' if args.folder == Path() else f'cd {args.folder} && '}{recipe.command}")
 
 
 def _model_and_batches(words: Sequence[str]) -> tuple[nn.Module, list[Any], dict[str, Any]]:
