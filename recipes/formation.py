@@ -286,7 +286,7 @@ def report(found: Mapping[str, Any]) -> str:
 
 
 def story(found: Mapping[str, Any]) -> str:
-    """What the results show, as the README says it.
+    """What the results show, as docs/trace.md says it.
 
     Args:
         found: As `measure` returns it.
@@ -412,7 +412,7 @@ def main(args: Sequence[str] | None = None) -> None:
     found = measure(training, run)
     targets = [(parsed.folder / "formation.json", parsed.folder / "formation.png")]
     if parsed.commit:
-        targets.append((RESULTS, ROOT / "docs" / "formation.png"))
+        targets.append((RESULTS, ROOT / "docs" / "images" / "formation.png"))
     for results, figure in targets:
         results.write_text(json.dumps(found, ensure_ascii=False) + "\n")
         write_png(draw(found), figure)

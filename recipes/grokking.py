@@ -2,7 +2,7 @@
 
     python -m recipes.grokking --folder runs/grokking     # train the networks that are missing, and measure
     python -m recipes.grokking --figure grokking.png      # draw it
-    python -m recipes.grokking                            # the table of the README, from the committed results
+    python -m recipes.grokking                            # the tables of docs/grokking.md, from the committed results
 
 Two minutes of one CPU core per seed. Each run is that of ``modular_addition.yaml`` with another seed of split and
 weights, twice as many snapshots, and a validation every ten steps.

@@ -3,7 +3,7 @@
     python -m recipes.smollm2 --folder runs/smollm2       # take the snapshots that are missing, and measure
     python -m recipes.smollm2 --folder runs/smollm2 --exact      # with exact edges, too: 7 minutes on two cores
     python -m recipes.smollm2 --figure smollm2.png        # draw it, from the snapshots in that folder
-    python -m recipes.smollm2                             # the tables of the README, from the committed results
+    python -m recipes.smollm2                             # the tables of docs/pretrained.md, from the committed results
 
 Each snapshot in a process of its own: with the settings of the recipe, with the first position, and with exact edges.
 """
@@ -243,7 +243,7 @@ def _layer(graph: InteractionGraph, name: str, features: torch.Tensor, tokens: t
 
 
 def report(found: dict[str, Any]) -> str:
-    """The tables of the README."""
+    """The tables of docs/pretrained.md."""
     layers = found["layers"]
     lines = [f"| | {' | '.join(layers)} |", "|---" * (1 + len(layers)) + "|"]
     rows = {

@@ -45,9 +45,9 @@ ROOT = Path(__file__).parents[1]
 def test_the_pages_say_what_the_committed_results_say() -> None:
     found = json.loads(RESULTS.read_text())
     assert found["step"] == [0, *scipy_lm.saved_steps(STEPS)]
-    readme = (ROOT / "README.md").read_text()
-    assert story(found) in " ".join(readme.split())
-    assert report(found) in (ROOT / "docs" / "trace.md").read_text()
+    page = (ROOT / "docs" / "trace.md").read_text()
+    assert story(found) in " ".join(page.split())
+    assert report(found) in page
     # What the sentences say without a number.
     kinds = found["step"].index(first_step(found, "block2", KIND))
     costs = [one[group][1] for layers in found["layers"].values() for one in layers[:kinds] for group in GROUPS]
@@ -65,10 +65,10 @@ def test_the_pages_say_what_the_committed_results_say() -> None:
 def test_the_figure_is_drawn_from_the_committed_results() -> None:
     figure = draw(json.loads(RESULTS.read_text()))
     assert len(figure.axes) == 2 + len(LAYERS)
-    with Image.open(ROOT / "docs" / "formation.png") as image:
+    with Image.open(ROOT / "docs" / "images" / "formation.png") as image:
         assert image.width == 1000
         assert len(image.getcolors()) <= 96
-    assert (ROOT / "docs" / "formation.png").stat().st_size < 150_000
+    assert (ROOT / "docs" / "images" / "formation.png").stat().st_size < 150_000
 
 
 def test_the_training_knows_nothing_of_this_library() -> None:

@@ -229,7 +229,7 @@ def test_snapshot_of_smollm2(tmp_path: Path) -> None:
     assert min(basis.n_features for basis in graph.bases.values()) > 450  # of 8 * 63 - 1 that the samples span
 
 
-# Labels, and what the README shows
+# Labels, and what docs/pretrained.md shows
 
 
 @given(st.integers(1, 4), st.integers(1, 6), st.integers(0, 5), st.integers(0, 2**31))
@@ -260,9 +260,9 @@ def test_features_are_labelled_with_tokens(tmp_path: Path) -> None:
     assert all(label and len(label.split()) <= 3 for labels in graph.labels.values() for label in labels)
 
 
-def test_the_readme_shows_what_the_committed_results_say() -> None:
+def test_the_page_shows_what_the_committed_results_say() -> None:
     found = json.loads(RESULTS.read_text())
-    assert report(found) in (RECIPES.parent / "README.md").read_text()
+    assert report(found) in (RECIPES.parent / "docs" / "pretrained.md").read_text()
     assert set(found["layers"]) == set(QUARTERS)
     assert set(found["measured"]) <= set(RUNS)
     # What the recipe promises, on two cores.
