@@ -24,8 +24,8 @@ def min_edges_from_curve(counts: Tensor, scores: Tensor, unablated: float | Tens
         float64 scalar, NaN if the largest count has not. A score of NaN is insufficient.
 
     Note:
-        Source: arXiv 2405.10928, the number of edges required to keep a loss or accuracy. Curves need not be monotone: a
-        count with an insufficient larger one does not qualify.
+        Source: arXiv 2405.10928, the number of edges required to keep a loss or accuracy. Curves need not be monotone:
+        a count with an insufficient larger one does not qualify.
 
     Example:
         >>> counts, scores = torch.tensor([1, 10, 100, 1000]), torch.tensor([0.9, 0.5, 0.8995, 0.91])
