@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lib_lightning.model.node_layer import NodeLayer
     from lib_lightning.model.reinitialize import reinitialized
     from lib_lightning.training.callback import LIBCallback
+    from lib_lightning.training.sae_trainer import SAETrainer
     from lib_lightning.training.trace import trace
 
 __version__ = "0.2.0.dev0"
@@ -28,6 +29,7 @@ __all__ = [
     "InteractionGraph",
     "LIBCallback",
     "NodeLayer",
+    "SAETrainer",
     "__version__",
     "align_events",
     "compare",
@@ -47,6 +49,7 @@ _WHERE = {
     "InteractionGraph": "graph",
     "LIBCallback": "training.callback",
     "NodeLayer": "model.node_layer",
+    "SAETrainer": "training.sae_trainer",
     "align_events": "alignment.alignment",
     "compare": "comparison.comparison",
     "compute_interaction_graph": "api",

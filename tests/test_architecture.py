@@ -32,6 +32,7 @@ LAYERS: list[dict[str, str]] = [
         "model": "running an unmodified `nn.Module`: node layers, capture, saved and restored state, discovery and "
         "validation of node layers, vector-Jacobian products; the internals of torch that are used",
     },
+    {"dictionaries": "sparse autoencoders, and how they are trained"},
     {"jacobian": "products with the Jacobian of a section, integrated gradients, closed forms"},
     {"algorithm": "the paper: `build.py` reads top to bottom as its steps"},
     {"io": "basis files and the files of a run, with the names that version 0.1 wrote"},
@@ -183,4 +184,6 @@ def test_state_of_a_run_is_built_fresh_and_in_one_place() -> None:
     files = sorted(PACKAGE.rglob("*.py"))
     assert not [cls for path in files for cls in definitions(path, "reset")], "a new run gets new objects"
     of_training = [cls for path in (PACKAGE / "training").glob("*.py") for cls in definitions(path, "state_dict")]
-    assert sorted(of_training) == ["LIBCallback", "RunState"], "and what a checkpoint holds is collected once"
+    assert sorted(of_training) == ["LIBCallback", "RunState", "SAETrainer"], (
+        "and what a checkpoint holds is collected once"
+    )
