@@ -12,8 +12,8 @@
 Source: Gao et al. (2024), "Scaling and evaluating sparse autoencoders", arXiv 2406.04093, sections 2 and A; ``s``, the
 division by the variation, and the learning rate ``2e-4 sqrt(2^14 / r)`` as in EleutherAI's sparsify.
 
-sparsify and SAELens are the maintained libraries for this, and have such a loss. Neither is a dependency: it would be for
-`topk_loss` alone, at the price of accelerate, datasets and schedulefree, or of transformer-lens, datasets and plotly.
+sparsify and SAELens are the maintained libraries for this, and have such a loss. Neither is a dependency: it would be
+for `topk_loss` alone, at the price of accelerate, datasets and schedulefree, or transformer-lens, datasets and plotly.
 """
 
 from __future__ import annotations

@@ -53,10 +53,10 @@ class Compiled(Classifier):
 
 
 class Failing(Classifier):
-    """Works in training and validation and fails, after much disturbance, in evaluation mode elsewhere."""
+    """Works in training and validation and, after some steps, fails in evaluation mode elsewhere, with a mess."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training and not torch.is_inference_mode_enabled():
+        if not self.training and self.trainer.training and self.trainer.global_step > 2:
             torch.rand(3)
             self.train()
             self.net(x)
@@ -79,7 +79,7 @@ def test_training_is_bit_identical(
     model: type[Classifier], options: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     callback = SAETrainer(LAYERS, n_latents=12, k=2, every_n_batches=1)
-    without = run(model(), tmp_path, max_epochs=7, **options)
+    without = run(Classifier() if model is Failing else model(), tmp_path, max_epochs=7, **options)
     found = run(model(), tmp_path, callback, max_epochs=7, **options)
     assert found == without
     said = [record.getMessage() for record in caplog.records if record.name == "lib_lightning.training.sae_trainer"]
@@ -88,6 +88,7 @@ def test_training_is_bit_identical(
             "sae: a batch was left out, and training continues. RuntimeError: the model fails",
             "sae: 3 batches in a row have failed: no more of them are tried. RuntimeError: the model fails",
         ]
+        assert [t.n_seen for t in callback._trainings.values()] == [24, 24]
         assert callback.saes == {}
     else:
         assert said == []
@@ -145,7 +146,7 @@ def language_model(kind: str) -> tuple[Recorded, str, str, Callable[[Tensor, Any
         net, place = transformers.GPT2LMHeadModel(config), "transformer.h.1"
     else:
         config = transformers.LlamaConfig(
-            vocab_size=31, hidden_size=12, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=31, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
             intermediate_size=20, max_position_embeddings=16,
         )  # fmt: skip
         net, place = transformers.LlamaForCausalLM(config), "model.layers.1"
@@ -239,7 +240,7 @@ def test_a_planted_dictionary_is_found_in_a_training(tmp_path: Path) -> None:
     curve = [float(x) for line in lines if (x := line["sae/unexplained_variance/net.0.input"])]
     assert curve[-1] < 0.5 * curve[0]
     assert unexplained < 0.12
-    assert curve[-1] == pytest.approx(unexplained, rel=0.5)
+    assert 0.5 * unexplained < curve[-1] < 2 * unexplained
     last = {name: float(value) for name, value in lines[-1].items() if name.startswith("sae/")}
     assert last["sae/l0/net.0.input"] == pytest.approx(3, abs=0.1)
     assert 0 <= last["sae/dead_latents/net.0.input"] < 0.3
@@ -266,7 +267,7 @@ def test_what_is_logged(tmp_path: Path) -> None:
     assert seen == [24.0 * epoch for epoch in range(1, 13)] + [24.0 * 12]
     # Before there is an autoencoder, nothing is known of it.
     first = [math.isnan(float(line["sae/unexplained_variance/net.0.input"])) for line in lines]
-    assert first == [True] * 11 + [False, False]
+    assert first == [True] * 10 + [False] * 3
 
 
 class Timed(Classifier):
@@ -290,28 +291,37 @@ class Timed(Classifier):
 
 
 @pytest.mark.parametrize(("limit", "most"), [(0.1, 0.1), (0.5, 0.5), (math.inf, 10.0)])
-def test_the_overhead_stays_within_its_limit(limit: float, most: float, tmp_path: Path) -> None:
+def test_the_overhead_stays_within_its_limit(
+    limit: float, most: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lib_lightning.training.budget.GRACE", 1.0)
     model, callback = Timed(), SAETrainer(LAYERS[0], max_overhead=limit)
     model.watch(callback)
-    trainer_of(tmp_path, callback, max_epochs=60).fit(model)
+    trainer_of(tmp_path, callback, max_epochs=30).fit(model)
     spent = callback.meter.spent
-    assert spent.training == 360
+    assert spent.training == 180
     # What is left of the time would not be enough for another batch. (The first one is not asked for.)
-    assert most - 10 / 360 - 0.01 < spent.overhead / spent.training <= most
+    assert most - 10 / 180 - 0.01 < spent.overhead / spent.training <= most
     assert callback._scalars["sae/overhead"] == spent.overhead / spent.training
 
 
-def test_the_summary_says_what_it_has_cost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_summary_says_what_it_has_cost(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     caplog.set_level("INFO")
-    model, callback = Timed(), SAETrainer(LAYERS, max_overhead=0.5)
+    monkeypatch.setattr("lib_lightning.training.budget.GRACE", 1.0)
+    model, callback = Timed(), SAETrainer(LAYERS, max_overhead=5.0)
     model.watch(callback)
-    trainer = trainer_of(tmp_path, callback, max_epochs=60, logger=CSVLogger(tmp_path))
+    trainer = trainer_of(tmp_path, callback, max_epochs=20, logger=CSVLogger(tmp_path))
     trainer.fit(model)
     (said,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("sae: ")]
     first, *paths = said.split("\n")
-    assert first.startswith("sae: ")
-    assert "beside 360 s of training (50.00%)" in first
-    assert [Path(path.strip()).exists() for path in paths] == ([True, True] if callback.saes else [])
+    n_seen, n_steps = (getattr(callback._trainings[LAYERS[0]], name) for name in ("n_seen", "n_steps"))
+    assert first == (
+        f"sae: 2 sparse autoencoders with {n_steps} steps on {n_seen} activations took "
+        f"{callback.meter.spent.overhead:g} s, beside 120 s of training"
+    )
+    assert [Path(path.strip()).exists() for path in paths] == [True, True]
 
 
 @pytest.mark.parametrize("at", [3, 8])
@@ -321,10 +331,9 @@ def test_a_resumed_run_ends_with_the_same_autoencoders(at: int, tmp_path: Path) 
         callback = SAETrainer(LAYERS, n_latents=12, k=2, every_n_batches=1)
         saved = ModelCheckpoint(folder, "last", save_last=False)
         trainer = trainer_of(folder, callback, saved, max_epochs=epochs, enable_checkpointing=True)
-        model = Classifier()
-        # The same noise in each epoch, however often the training was interrupted.
-        model.on_train_epoch_start = lambda: pl.seed_everything(trainer.current_epoch, verbose=False)  # type: ignore[method-assign]
-        trainer.fit(model, ckpt_path=ckpt_path)
+        net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Tanh(), nn.Linear(8, 2))
+        batches = [torch.randn(8, 5) for _ in range(6)]
+        trainer.fit(Recorded(net, batches, lambda net, x: net(x)), ckpt_path=ckpt_path)
         return callback
 
     whole = fitted(tmp_path / "whole", 12)
@@ -372,7 +381,7 @@ def test_the_newest_weights_and_untrained_ones_before(tmp_path: Path) -> None:
         ({"lr": -1.0}, "lr must be above 0; got -1.0"),
         ({"every_n_batches": 1.5}, "every_n_batches must be at least 1; got 1.5"),
         ({"max_overhead": 0}, "max_overhead is a share of the training time above 0"),
-        ({"name": "a/b"}, "name"),
+        ({"name": ""}, "name"),
         ({"name": "lib"}, "SAETrainer and LIBCallback would both write to 'lib'"),
         ({"mask": "attention"}, "attention"),
     ],
@@ -439,7 +448,7 @@ def test_two_processes_train_on_the_activations_of_both(tmp_path: Path) -> None:
         assert first["rounds"][0] == 1
         assert first["overhead"] == second["overhead"] <= 0.5
         assert first["seen"] == second["seen"] == 8 * len(first["rounds"]), "of four samples on each process"
-        assert first["steps"] == second["steps"] > 10
+        assert first["steps"] == second["steps"] > 4
         assert len(list((tmp_path / name).rglob("*.safetensors"))) == 2
 
 
