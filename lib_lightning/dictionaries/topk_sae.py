@@ -143,7 +143,8 @@ class TopKSAE(nn.Module):
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})[_HEADER])
-                return cls(*(file.get_tensor(name) for name in _TENSORS), k=header["k"])
+                W_enc, b_enc, W_dec, b_dec = (file.get_tensor(name) for name in _TENSORS)
+                return cls(W_enc, b_enc, W_dec, b_dec, header["k"])
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
             raise LIBError(f"'{path}' is not a sparse autoencoder that SAETrainer has written.") from error
 

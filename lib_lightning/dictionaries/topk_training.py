@@ -218,7 +218,7 @@ class TopKTraining:
         loss, f = topk_loss(x, self._parameters, self.k, self.dead)
         self._adam.zero_grad()
         with torch.enable_grad():
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         W_dec = self._parameters["W_dec"]
         with torch.no_grad():
             assert W_dec.grad is not None
