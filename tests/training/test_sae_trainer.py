@@ -6,7 +6,6 @@ import copy
 import csv
 import importlib
 import math
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -33,7 +32,6 @@ from tests.training.test_distributed import torchrun
 from tests.training.test_frameworks import each_package, fit
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-ROOT = Path(__file__).parents[2]
 LAYERS = ["net.0:input", "net.4:input"]
 
 
@@ -456,16 +454,3 @@ def test_imported_without_the_rest() -> None:
     code = "import lib_lightning.dictionaries.topk_sae, sys; print('lightning' in sys.modules, 'scipy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False False\n"
-
-
-def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    page = (ROOT / "docs" / "sae_trainer.md").read_text()
-    (block,) = re.findall(r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
-    names: dict[str, Any] = {"__name__": "page"}
-    exec(compile(block, "docs/sae_trainer.md", "exec"), names)
-    assert names["f"].shape == (5, 128)
-    assert int((names["f"] > 0).sum(1).max()) <= 8
-    assert names["saes"]._trainings["net.2:input"].n_steps > 100
-    for test in re.findall(r"`(test_\w+)`", page):
-        assert any(f"def {test}(" in path.read_text() for path in (ROOT / "tests").rglob("test_*sae*.py")), test
