@@ -45,11 +45,11 @@ def main(folder: Path) -> None:
         for with_callback in (True, False):
             pl.seed_everything(0, verbose=False)
             model = Model(plain(8)) if name == "ddp" else Sharded(plain(8))
-            callback = Timed(["net.0:input", "net.2:input"], n_latents=12, k=2, max_overhead=0.5)
+            callback = Timed(["net.0:input", "net.2:input"], n_latents=12, k=2, max_overhead=1.0)
             callback.clock = lambda callback=callback: callback.seconds  # type: ignore[misc]
             callbacks = [callback] if with_callback else []
             trainer = trainer_of(
-                folder / name / str(with_callback), *callbacks, devices=2, strategy=strategy(), max_epochs=60
+                folder / name / str(with_callback), *callbacks, devices=2, strategy=strategy(), max_epochs=30
             )
             trainer.fit(model)
             found.append((callback, whole(model)))

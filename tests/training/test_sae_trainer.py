@@ -441,10 +441,10 @@ def test_two_processes_train_on_the_activations_of_both(tmp_path: Path) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first["weights"], second["weights"], strict=True))
         assert first["same_training"]
         assert second["same_training"]
-        # Process 0 decides for both: two seconds for each four of training, after the first.
+        # Process 0 decides for both: two seconds for each two of training, after the first.
         assert first["rounds"] == second["rounds"]
         assert first["rounds"][0] == 1
-        assert first["overhead"] == second["overhead"] <= 0.5
+        assert first["overhead"] == second["overhead"] <= 1.0
         assert first["seen"] == second["seen"] == 8 * len(first["rounds"]), "of four samples on each process"
         assert first["steps"] == second["steps"] > 4
         assert len(list((tmp_path / name).rglob("*.safetensors"))) == 2
