@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, get_args
 
 import torch
@@ -40,6 +41,8 @@ from lib_lightning.algorithm.cost import (
     samples_of,
     trial_size,
 )
+from lib_lightning.algorithm.dictionary_basis import ERROR, DictionaryBasis
+from lib_lightning.algorithm.dictionary_layers import check_dictionaries, plan_for_dictionaries, try_dictionaries
 from lib_lightning.algorithm.effort import Effort, EffortPlan, affordable_effects, agree, choose_effort, measure_cost
 from lib_lightning.algorithm.jackknife import standard_error
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT, MemoryPlan, Workload, plan_memory, split_batches
@@ -47,9 +50,19 @@ from lib_lightning.algorithm.output_effects import effects_by
 from lib_lightning.algorithm.output_gradients import is_output, needs_output
 from lib_lightning.algorithm.progress import phase_done
 from lib_lightning.algorithm.progress_bar import ProgressDisplay, current_display, displayed_in, steps_of
+from lib_lightning.dictionaries.adapted import AdaptedDictionary
+from lib_lightning.dictionaries.dictionary import Dictionary
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from lib_lightning.errors import ActivationError, LIBError, SettingTypeError, brief, check_number, is_out_of_memory
-from lib_lightning.graph import InteractionGraph, Replicates
+from lib_lightning.errors import (
+    ActivationError,
+    LIBError,
+    SettingError,
+    SettingTypeError,
+    brief,
+    check_number,
+    is_out_of_memory,
+)
+from lib_lightning.graph import InteractionGraph, Lineages, Replicates
 from lib_lightning.io import basis_format as keys
 from lib_lightning.model.batch import check_has_tensors, is_empty, num_elements
 from lib_lightning.model.discover import CutPoint
@@ -88,7 +101,7 @@ def compute_interaction_graph(  # noqa: PLR0913 (a public entry)
     model: nn.Module,
     batches: Iterable[Any],
     node_layers: Sequence[str | NodeLayer] | None = None,
-    basis: BasisKind = "lib",
+    basis: BasisKind | Mapping[str, Dictionary] = "lib",
     final_basis: FinalBasisKind = "auto",
     rtol: float = 1e-6,
     n_probes: int | None = None,
@@ -106,6 +119,7 @@ def compute_interaction_graph(  # noqa: PLR0913 (a public entry)
     metric: MetricKind = "next",
     output_distribution: OutputSetting = "auto",
     basis_seed: int = 0,
+    dictionaries: Mapping[str, Dictionary] | None = None,
 ) -> InteractionGraph:
     """Compute the Local Interaction Basis of a model's activations and the interactions between its features.
 
@@ -121,7 +135,7 @@ def compute_interaction_graph(  # noqa: PLR0913 (a public entry)
         basis: ``"lib"``, or the baselines ``"pca"`` and ``"neuron"``. Or another rotation of the same whitened
             activations: ``"random"``; ``"ica"``, as independent as possible; ``"dictionary"``, with as few large values
             as possible; ``"varimax"``, the LIB rotated only between features of nearly equal importance, so that they
-            act on few neurons.
+            act on few neurons. A mapping is taken for ``dictionaries``, with the LIB at the other node layers.
         final_basis: Basis of the last node layer, which has no next layer: ``"neuron"``, ``"pca"``, or ``"centered"``
             for logits less their mean over the classes. ``"auto"`` is ``"neuron"`` for ``"output"`` and ``"pca"`` for
             any other node layer.
@@ -163,6 +177,10 @@ def compute_interaction_graph(  # noqa: PLR0913 (a public entry)
             loss, the model's configuration or the labels in the batch, and ``graph.info`` says how; ``"none"`` leaves
             out `Basis.output_importance`.
         basis_seed: Seed of a random rotation, and of the one at which ICA and dictionary learning start.
+        dictionaries: Objects with ``encode(a) -> (..., r)`` and ``decode(f) -> (..., d)``, such as sparse autoencoders,
+            by node layer: their latents that are active in the samples are the features there, and what a dictionary
+            leaves out, ``a - decode(encode(a))``, is one more; see `lib_lightning.dictionaries`. Derivatives are those
+            of encoder and decoder at the activations. The other node layers have the given ``basis``.
 
     Returns:
         The interaction graph: a basis for each node layer, edges between neighbouring ones.
@@ -186,6 +204,7 @@ def compute_interaction_graph(  # noqa: PLR0913 (a public entry)
         2
     """
     check_choice("effort", effort, get_args(Effort))
+    basis, dictionaries = basis_and_dictionaries(basis, dictionaries)
     config = LIBConfig(
         basis, final_basis, rtol, n_probes, integration_steps, final_metric, n_pushed, metric, output_distribution,
         basis_seed=basis_seed,
@@ -207,7 +226,10 @@ def compute_interaction_graph(  # noqa: PLR0913 (a public entry)
         wrap_forward_errors(instrumented.model, instrumented.spec),
         displayed_in(display),
     ):
-        graph = graph_of(instrumented, batches, config, memory_limit, process_group, check_first=True, effort=effort)
+        graph = graph_of(
+            instrumented, batches, config, memory_limit, process_group, check_first=True, effort=effort,
+            dictionaries=dictionaries,
+        )  # fmt: skip
     graph.info[keys.WEIGHTS_HASH] = weights_hash(instrumented.model)
     log.info("%s was called as %s.", type(model).__name__, instrumented.spec.call)
     for note in graph.info[keys.NOTES]:
@@ -245,7 +267,7 @@ def estimate_cost(  # noqa: PLR0913 (a public entry)
         dtype: As for `compute_interaction_graph`.
         skip_positions: As for `compute_interaction_graph`.
         settings: What else the graph is computed with: ``basis``, ``final_basis``, ``rtol``, ``n_probes``,
-            ``n_pushed``, ``integration_steps``, ``final_metric``.
+            ``n_pushed``, ``integration_steps``, ``final_metric``, ``dictionaries``.
 
     Returns:
         The plan, predicted seconds and bytes. Printed, it is a sentence.
@@ -262,7 +284,8 @@ def estimate_cost(  # noqa: PLR0913 (a public entry)
         (10000, True, True)
     """
     check_choice("effort", effort, get_args(Effort))
-    config = LIBConfig(**settings)
+    kind, dictionaries = basis_and_dictionaries(settings.pop("basis", "lib"), settings.pop("dictionaries", None))
+    config = LIBConfig(kind, **settings)
     check_number("memory_limit", memory_limit, lambda x: x > 0, "is a number of GiB above 0")
     if num_samples is not None:
         check_number("num_samples", num_samples, lambda x: x >= 1, "is a number of samples, at least 1")
@@ -280,7 +303,9 @@ def estimate_cost(  # noqa: PLR0913 (a public entry)
             explained = wrap_forward_errors(instrumented.model, instrumented.spec)
             try:
                 with explained, model_session(instrumented, copied_bytes(memory_limit)):
-                    return _estimate(instrumented, batch, config, memory_limit, num_samples, effort, halvings)
+                    return _estimate(
+                        instrumented, batch, config, memory_limit, num_samples, effort, halvings, dictionaries
+                    )
             except Exception as error:
                 if halvings == _MAX_HALVINGS or not is_out_of_memory(error):
                     raise
@@ -303,6 +328,7 @@ def _estimate(
     num_samples: int | None,
     effort: Effort,
     halvings: int,
+    dictionaries: Mapping[str, Dictionary],
 ) -> CostEstimate:
     """Predict what a graph costs: its preparations, which are done, and a trial, with a memory plan halved so often."""
     started = time.perf_counter()
@@ -313,6 +339,8 @@ def _estimate(
     if effort == "auto":
         config = _with_final_metric(config, instrumented.layers[-1], output)
     memory = _plan(instrumented, [batch], config, memory_limit, output is not None, n)
+    adapted = _adapted(instrumented, [batch], dictionaries, config)
+    memory = _plan_with(adapted, instrumented, [batch], memory)
     for _ in range(halvings):
         memory = memory.halved(size)
     cost = measure_cost(instrumented, batch)
@@ -325,9 +353,9 @@ def _estimate(
     chunk, chunks = trial_size(cost, config, n, min(size, memory.samples))
     batches = samples_of([batch], chunk, instrumented.select, instrumented.num_samples) * chunks
     a = instrumented.activations(instrumented.select(batch, slice(0, 1)))[0]
-    trial = Trial(phases(config, instrumented, Trial.MANY), a.device)
+    trial = Trial(phases(config, instrumented, Trial.MANY, adapted), a.device)
     with PeakMemory(a.device) as used, trial.measuring():
-        built = build_graph(instrumented, batches, config, memory, output=output)
+        built = build_graph(instrumented, batches, config, memory, output=output, dictionaries=adapted)
     ranks = likely_ranks(cost, [basis.n_features for basis in built.bases], chunks * chunk, n)
     itemsize = built.bases[0].to_features.element_size()
     # What all samples need beside those of the trial, by the plan.
@@ -346,7 +374,7 @@ def _estimate(
     )
 
 
-def graph_of(
+def graph_of(  # noqa: PLR0913 (a public entry without its defaults)
     instrumented: InstrumentedModel,
     batches: Sequence[Any],
     config: LIBConfig,
@@ -355,6 +383,7 @@ def graph_of(
     check_first: bool = False,
     effort: Effort = "exact",
     may_choose: bool = False,
+    dictionaries: Mapping[str, Dictionary] = MappingProxyType({}),
 ) -> InteractionGraph:
     """Compute the interaction graph of an instrumented model: `compute_interaction_graph` without its defaults.
 
@@ -367,14 +396,17 @@ def graph_of(
         check_first: Whether to validate the node layers first, and to refuse activations that do not vary at all.
         effort: As for `compute_interaction_graph`.
         may_choose: Whether the metric of the last node layer may be chosen, as with effort="auto".
+        dictionaries: As for `compute_interaction_graph`.
 
     Returns:
         The interaction graph, on the CPU.
     """
+    check_dictionaries(dictionaries, [layer.name for layer in instrumented.layers])
     batches = [batch for batch in batches if not is_empty(batch)]
     largest, plan = 1, None
     notes: list[str] = []
     output, output_notes = None, list[str]()
+    adapted: dict[int, AdaptedDictionary] = {}
     for attempt in itertools.count():
         try:
             with process_group.sync_errors(), model_session(instrumented, copied_bytes(memory_limit)):
@@ -388,14 +420,18 @@ def graph_of(
                     if may_choose or effort == "auto":
                         config = _with_final_metric(config, instrumented.layers[-1], output)
                     plan = _plan(instrumented, batches, config, memory_limit, output is not None)
+                    adapted = _adapted(instrumented, batches, dictionaries, config)
+                    plan = _plan_with(adapted, instrumented, batches, plan)
                     if effort == "auto":
                         config, notes = _affordable(instrumented, batches, config, process_group)
                     elif output is not None and config.effect_samples is None:
                         config = _with_effects(instrumented, batches, config, process_group)
                 chunks = split_batches(instrumented, batches, plan.samples)
                 phase_done("checks and chunks")
-                with _progress(current_display(), instrumented, chunks, config):
-                    built = build_graph(instrumented, chunks, config, plan, process_group, output=output)
+                with _progress(current_display(), instrumented, chunks, config, adapted):
+                    built = build_graph(
+                        instrumented, chunks, config, plan, process_group, output=output, dictionaries=adapted
+                    )
                 if check_first and built.is_constant:
                     raise ActivationError(built.notes[0])
                 built = replace(built, notes=[*built.notes, *notes, *output_notes])
@@ -409,7 +445,11 @@ def graph_of(
 
 @contextmanager
 def _progress(
-    display: ProgressDisplay | None, instrumented: InstrumentedModel, chunks: Sequence[Any], config: LIBConfig
+    display: ProgressDisplay | None,
+    instrumented: InstrumentedModel,
+    chunks: Sequence[Any],
+    config: LIBConfig,
+    dictionaries: Mapping[int, AdaptedDictionary],
 ) -> Iterator[None]:
     """Show the progress of a graph."""
     if display is None:
@@ -420,7 +460,8 @@ def _progress(
         with contextlib.suppress(Exception):
             display.cost = measure_cost(instrumented, chunks[0])
     num_samples = sum(map(instrumented.num_samples, chunks))
-    with display.following(steps_of(phases(config, instrumented, len(chunks)), display.cost, config, num_samples)):
+    counts = phases(config, instrumented, len(chunks), dictionaries)
+    with display.following(steps_of(counts, display.cost, config, num_samples)):
         yield
 
 
@@ -533,6 +574,60 @@ def _plan(
     return plan_memory(instrumented, largest, int(memory_limit * 2**30) - copied, workload)
 
 
+def basis_and_dictionaries(
+    basis: BasisKind | Mapping[str, Dictionary], dictionaries: Mapping[str, Dictionary] | None
+) -> tuple[BasisKind, dict[str, Dictionary]]:
+    """The kind of basis of node layers without a dictionary, and the dictionaries of the others.
+
+    Args:
+        basis: As for `compute_interaction_graph`.
+        dictionaries: As for `compute_interaction_graph`.
+
+    Returns:
+        Both.
+
+    Raises:
+        SettingError: If there are dictionaries in both.
+        SettingTypeError: If an object has no ``encode`` or ``decode``.
+
+    Example:
+        >>> basis_and_dictionaries("pca", None)
+        ('pca', {})
+    """
+    if isinstance(basis, str):
+        return basis, check_dictionaries(dictionaries, ())
+    if dictionaries:
+        raise SettingError("Give dictionaries either as basis or as dictionaries, and not both.")
+    return "lib", check_dictionaries(basis, ())
+
+
+def _adapted(
+    instrumented: InstrumentedModel, batches: Sequence[Any], dictionaries: Mapping[str, Dictionary], config: LIBConfig
+) -> dict[int, AdaptedDictionary]:
+    """The dictionaries by index of the node layer, tried with activations of the first batch."""
+    if dictionaries and config.integration_steps:
+        raise SettingError(
+            "With dictionaries, derivatives are those at the activations: along a path to these, other latents are "
+            "active. Remove integration_steps."
+        )
+    return try_dictionaries(instrumented, batches, dictionaries)
+
+
+def _plan_with(
+    dictionaries: Mapping[int, AdaptedDictionary],
+    instrumented: InstrumentedModel,
+    batches: Sequence[Any],
+    plan: MemoryPlan,
+) -> MemoryPlan:
+    """The memory plan with memory for latents."""
+    if not dictionaries or not batches:
+        return plan
+    largest = max(batches, key=lambda batch: num_elements(batch) / instrumented.num_samples(batch))
+    with torch.no_grad():
+        activations = instrumented.activations(instrumented.select(largest, slice(0, 1)))
+    return plan_for_dictionaries(plan, dictionaries, activations)
+
+
 def _as_graph(
     built: BuildResult, config: LIBConfig, instrumented: InstrumentedModel, output: OutputDistribution | None
 ) -> InteractionGraph:
@@ -558,6 +653,9 @@ def _as_graph(
         keys.NOTES: [*instrumented.notes, *instrumented.axis_notes, *built.notes],
         keys.VERSIONS: {"lib_lightning": __version__, "torch": str(torch.__version__)},
     }
+    latents = [basis for basis in built.bases if isinstance(basis, DictionaryBasis)]
+    if latents:
+        info[keys.DICTIONARIES] = {basis.name: dict(basis.reference) for basis in latents}
     names = [basis.name for basis in built.bases]
     bases = {basis.name: basis.to("cpu") for basis in built.bases}
     pairs = list(itertools.pairwise(names))
@@ -582,6 +680,9 @@ def _as_graph(
         attribution_errors=attribution_errors,
         examples=examples,
         output_effects=built.output_effects,
+        # The number of a feature is that of its latent.
+        lineages={basis.name: Lineages.new(basis.numbers.cpu()) for basis in latents},
+        labels={basis.name: [""] * basis.error + [ERROR] for basis in latents},
     )
 
 

@@ -17,10 +17,14 @@ from torch import Tensor, nn
 
 from lib_lightning._deprecated import renamed_arguments, renamed_fields
 from lib_lightning.algorithm.basis import Basis
+from lib_lightning.algorithm.basis_kinds import LATENTS
+from lib_lightning.algorithm.dictionary_basis import DictionaryBasis
 from lib_lightning.algorithm.examples import FeatureExamples
 from lib_lightning.algorithm.jackknife import standard_error
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
 from lib_lightning.algorithm.output_changes import OutputEffects
+from lib_lightning.dictionaries.adapted import AdaptedDictionary
+from lib_lightning.dictionaries.dictionary import Dictionary
 from lib_lightning.errors import LIBError, SettingError, SettingTypeError, check_number, did_you_mean, quoted
 from lib_lightning.io import basis_format as keys
 from lib_lightning.io.basis_file import BasisFileError, read_file, write_file
@@ -58,7 +62,9 @@ class Lineages:
 
     Attributes:
         ids: The lineage of each feature, shape ``(r,)``, int64: unique numbers from 0 in the order of birth. It is the
-            number in a feature's id, such as ``"resid_post/17"``; its position in ``ids`` is the feature's index.
+            number in a feature's id, such as ``"resid_post/17"``; its position in ``ids`` is the feature's index. Of
+            latents of a dictionary, it is the number of the latent, in every snapshot; the error of the dictionary has
+            the number of latents.
         similarity: Absolute correlation of each feature with the previous one of its lineage, shape ``(r,)``, float64;
             NaN for new lineages.
         parents: The lineage that a new one has split from, shape ``(r,)``, int64; -1 for none.
@@ -67,6 +73,18 @@ class Lineages:
     ids: Tensor
     similarity: Tensor
     parents: Tensor
+
+    @classmethod
+    def new(cls, ids: Tensor) -> Lineages:
+        """Lineages without a past.
+
+        Args:
+            ids: The lineage of each feature, shape ``(r,)``, int64.
+
+        Returns:
+            Lineages that continue nothing.
+        """
+        return cls(ids, torch.full((len(ids),), math.nan, dtype=torch.float64, device="cpu"), torch.full_like(ids, -1))
 
 
 @dataclass(frozen=True)
@@ -268,8 +286,9 @@ class InteractionGraph:
             None if nats is None else float(nats[index]),
             self.labels[layer][index] if self.labels.get(layer) else "",
             None if modules is None else int(modules[index]),
-            basis.to_features[:, index],
-            basis.from_features[index],
+            # Empty where the dictionary of a file is not there.
+            basis.to_features[:, index] if basis.to_features.shape[1] else basis.mean[:0],
+            basis.from_features[index] if len(basis.from_features) else basis.mean[:0],
             _or_none(score),
             self.notes.get(feature_id, ""),
         )
@@ -329,15 +348,25 @@ class InteractionGraph:
         at_index = f" The feature with index {int(number)} is '{ids[int(number)]}'." if int(number) < len(ids) else ""
         raise LIBError(f"There is no feature '{wanted}' in this graph, whose '{layer}' has {quoted(ids)}.{at_index}")
 
-    def save(self, path: str | PathLike[str]) -> None:
+    def save(self, path: str | PathLike[str], dictionary_weights: bool = False) -> None:
         """Write a basis file: safetensors with a JSON header. An existing file is replaced atomically.
 
         Args:
             path: The file; missing folders are created.
+            dictionary_weights: Whether to write the weights of dictionaries as well. Without them, the file has their
+                class and hash, and numbers of latents, and `load` takes the dictionaries.
         """
         tensors: dict[str, Tensor] = {}
         for i, (layer, basis) in enumerate(self.bases.items()):
-            for name, key in keys.BASIS.items():
+            of_basis = keys.BASIS
+            if isinstance(basis, DictionaryBasis):
+                tensors[keys.LATENT_NUMBERS.format(i)] = basis.latents
+                if dictionary_weights:
+                    prefix = keys.DICTIONARY_WEIGHTS.format(i)
+                    tensors |= {f"{prefix}{name}": t for name, t in basis.known.state_dict().items()}
+                else:  # their directions are these weights
+                    of_basis = {x: key for x, key in keys.BASIS.items() if x not in ("to_features", "from_features")}
+            for name, key in of_basis.items():
                 if (value := getattr(basis, name)) is not None:
                     tensors[key.format(i)] = value
             for name, key in keys.OF_LAYERS.items():
@@ -364,11 +393,13 @@ class InteractionGraph:
         write_file(path, tensors, header)
 
     @classmethod
-    def load(cls, path: str | PathLike[str]) -> InteractionGraph:
+    def load(cls, path: str | PathLike[str], dictionaries: Mapping[str, Dictionary] | None = None) -> InteractionGraph:
         """Read a basis file.
 
         Args:
             path: A file that `save` wrote, in this or an earlier version.
+            dictionaries: The dictionaries of a graph whose features are latents, by node layer. Without them the graph
+                can be measured, drawn and looked at, but not encode activations.
 
         Returns:
             The graph, equal to the saved one, without `replicates`.
@@ -376,6 +407,7 @@ class InteractionGraph:
         Raises:
             BasisFileError: If the file is truncated, altered, not a basis file, or of a newer format.
             FileNotFoundError: If the file does not exist.
+            SettingError: If a dictionary has other weights than the one that the graph was computed with.
         """
         tensors, header = read_file(path)
         try:
@@ -385,12 +417,7 @@ class InteractionGraph:
             layers, kinds = header[keys.LAYERS], header[keys.KINDS]
             sections = list(itertools.pairwise(layers))
             bases = {
-                layer: Basis(
-                    layer,
-                    kind,
-                    *(tensors[key.format(i)] for key in keys.BASIS_REQUIRED.values()),
-                    *(tensors.get(key.format(i)) for key in keys.BASIS_OPTIONAL.values()),
-                )
+                layer: _read_basis(tensors, i, layer, kind, info)
                 for i, (layer, kind) in enumerate(zip(layers, kinds, strict=True))
             }
             missing = [section for i, section in enumerate(sections) if keys.EDGES.format(i) not in tensors]
@@ -402,7 +429,7 @@ class InteractionGraph:
             }
             others: dict[str, Any] = {name: _present(tensors, key, layers) for name, key in keys.OF_LAYERS.items()}
             others |= {name: _present(tensors, key, sections) for name, key in keys.OF_SECTIONS.items()}
-            return cls(
+            graph = cls(
                 bases,
                 info=info,
                 labels=labels,
@@ -414,6 +441,33 @@ class InteractionGraph:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise BasisFileError(f"'{path}' is a basis file, but a part of it is missing: {error}.") from error
+        if dictionaries:
+            graph.attach_dictionaries(dictionaries)
+        return graph
+
+    def attach_dictionaries(self, dictionaries: Mapping[str, Dictionary]) -> None:
+        """Give a graph from a file the dictionaries whose latents are its features.
+
+        Args:
+            dictionaries: The dictionaries, by node layer.
+
+        Raises:
+            LIBError: If there is no such node layer.
+            SettingError: If a node layer has no dictionary, or one with other weights.
+        """
+        for layer, dictionary in dictionaries.items():
+            basis = self._basis(layer)
+            if not isinstance(basis, DictionaryBasis):
+                raise SettingError(
+                    f"Features of '{layer}' are not latents of a dictionary, but of a {basis.kind} basis."
+                )
+            adapted = AdaptedDictionary.without_data(dictionary, basis.mean, layer)
+            if adapted.hash != basis.reference["hash"]:
+                raise SettingError(
+                    f"The graph was computed with another dictionary of '{layer}', or with other weights of it: hash "
+                    f"{basis.reference['hash']}, not {adapted.hash}."
+                )
+            self.bases[layer] = basis.with_dictionary(adapted)
 
     def find_modules(self, partitions: Partitions | None = None, **options: Any) -> dict[str, Tensor]:
         """Find the modules of the whole graph, and store them as `modules`.
@@ -779,6 +833,26 @@ class InteractionGraph:
         # The last node layer may be in another basis than the others, such as single neurons (final_basis="auto").
         control = self.info.get(keys.CONTROL)
         return next(iter(self.bases.values())).kind if control is None else str(control["kind"])
+
+
+def _read_basis(tensors: Mapping[str, Tensor], i: int, layer: str, kind: str, info: Mapping[str, Any]) -> Basis:
+    """The basis of node layer ``i`` from the tensors of a file."""
+    optional = {name: tensors.get(key.format(i)) for name, key in keys.BASIS_OPTIONAL.items()}
+    required = {name: key.format(i) for name, key in keys.BASIS_REQUIRED.items()}
+    if kind != LATENTS:
+        return Basis(layer, kind, **{name: tensors[key] for name, key in required.items()}, **optional)
+    mean, importance = tensors[required["mean"]], tensors[required["importance"]]
+    return DictionaryBasis(
+        layer,
+        kind,
+        mean,
+        tensors.get(required["to_features"], mean.new_zeros(len(mean), 0)),
+        tensors.get(required["from_features"], mean.new_zeros(0, len(mean))),
+        importance,
+        **optional,
+        latents=tensors[keys.LATENT_NUMBERS.format(i)],
+        reference=info[keys.DICTIONARIES][layer],
+    )
 
 
 _Place = TypeVar("_Place")

@@ -14,7 +14,7 @@ from lib_lightning import NodeLayer
 from lib_lightning.algorithm.build import BuildResult, build_graph
 from lib_lightning.algorithm.config import LIBConfig
 from lib_lightning.algorithm.memory_plan import MemoryPlan
-from lib_lightning.algorithm.shortcuts import FAST, Shortcuts
+from lib_lightning.algorithm.shortcuts import FAST, PLAIN, Shortcuts
 from lib_lightning.jacobian.closed_form_detect import NoClosedForms
 from lib_lightning.model.instrumented import InstrumentedModel, model_session
 from lib_lightning.model.model_spec import ModelSpec
@@ -43,7 +43,7 @@ def built(
     instrumented = InstrumentedModel(model, as_node_layers(layers), spec or ModelSpec())
     config = LIBConfig(**{"rtol": 1e-11, **options})
     with model_session(instrumented):
-        return build_graph(instrumented, batches, config, plan, shortcuts=shortcuts, plain=plain, output=output)
+        return build_graph(instrumented, batches, config, plan, shortcuts=PLAIN if plain else shortcuts, output=output)
 
 
 def built_of(case: Case, sizes: tuple[int, ...] = (7, 2, 11), **options: Any) -> BuildResult:

@@ -32,7 +32,10 @@ LAYERS: list[dict[str, str]] = [
         "model": "running an unmodified `nn.Module`: node layers, capture, saved and restored state, discovery and "
         "validation of node layers, vector-Jacobian products; the internals of torch that are used",
     },
-    {"dictionaries": "sparse autoencoders, and how they are trained"},
+    {
+        "dictionaries": "sparse autoencoders, transcoders and other objects with an encoder and a decoder, behind one "
+        "interface; how sparse autoencoders are trained"
+    },
     {"jacobian": "products with the Jacobian of a section, integrated gradients, closed forms"},
     {"algorithm": "the paper: `build.py` reads top to bottom as its steps"},
     {"io": "basis files and the files of a run, with the names that version 0.1 wrote"},

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lib_lightning.algorithm.basis import Basis
+from lib_lightning.algorithm.basis_kinds import LATENTS
 from lib_lightning.errors import NodeLayerError
 from lib_lightning.model.agreement import agree
 from lib_lightning.model.instrumented import InstrumentedModel
@@ -26,6 +27,8 @@ _FAR = (100.0, -100.0)
 
 def keep_features(basis: Basis, a: Tensor, m: int) -> Tensor:
     """Keep only the ``m`` most important features of activations: ``mu + (a - mu) C_m C_m^+``.
+
+    Of a dictionary all other latents are 0, and so is the error, if it is not among the ``m``.
 
     Args:
         basis: Basis of the node layer.
@@ -45,6 +48,9 @@ def keep_features(basis: Basis, a: Tensor, m: int) -> Tensor:
         tensor([0., 6.])
     """
     kept = basis.importance.argsort(descending=True, stable=True)[:m]
+    if basis.kind == LATENTS:
+        is_kept = torch.zeros_like(basis.importance).index_fill(0, kept, 1.0)
+        return basis.from_coordinates(basis.coordinates(a) * basis.per_coordinate(is_kept).to(a), a)
     fhat = (a - basis.mean.to(a)) @ basis.to_features[:, kept].to(a)
     return basis.mean.to(a) + fhat @ basis.from_features[kept].to(a)
 
@@ -123,7 +129,8 @@ class AblatedSection:
         self.a_out, self.mask_out = captured[index + 1].a, captured[index + 1].mask
         check_width(before, self.a)
         check_width(after, self.a_out)
-        self.fhat = apply_mask(before.encode(self.a), self.mask_in)
+        # Of bases, these are the features. The error of a dictionary has one for each of its entries.
+        self.fhat = apply_mask(before.coordinates(self.a), self.mask_in)
         self._mask = torch.zeros(after.n_features, before.n_features, dtype=torch.bool, device="cpu")
         # Without any edges, every output feature is computed from the mean.
         self._at_mean = self._section(torch.zeros_like(self.fhat))
@@ -138,7 +145,8 @@ class AblatedSection:
             mask: True where an edge is kept, shape ``(r_out, r_in)``.
 
         Returns:
-            ``fhat^{l+1}``, shape ``(n, S_out, r_out)``.
+            Coordinates of the next node layer (`Basis.coordinates`), shape ``(n, S_out, c_out)``: of bases, its
+            features ``fhat^{l+1}``.
         """
         if self.J is not None:
             kept = torch.where(mask.to(self.J.device), self.J, self.J.new_zeros(()))
@@ -147,24 +155,26 @@ class AblatedSection:
         # A mask without rows or columns, of a layer without features, has no patterns.
         patterns, group = mask[changed].unique(dim=0, return_inverse=True) if len(changed) else (mask[:0], changed)
         for g, pattern in enumerate(patterns):
-            rows = changed[group == g].to(self.fhat.device)
-            self._features[..., rows] = self._section(self.fhat * pattern.to(self.fhat))[..., rows]
+            columns = self.after.columns(changed[group == g].to(self.fhat.device))
+            kept = self.before.per_coordinate(pattern.to(self.fhat))
+            self._features[..., columns] = self._section(self.fhat * kept)[..., columns]
         self._mask = mask.clone()
         return self._features.clone()
 
     def output(self, mask: Tensor) -> Any:
         """Output of the model with only the edges in a mask ``(r_out, r_in)``."""
-        a = merge_masked(self.after.decode(self.features(mask)), self.a_out, self.mask_out)
+        new = self.after.from_coordinates(self.features(mask), self.a_out)
+        a = merge_masked(new, self.a_out, self.mask_out)
         return self.instrumented.output(self.batch, {self.index + 1: a})
 
     def _section(self, fhat: Tensor) -> Tensor:
-        a = merge_masked(self.before.decode(fhat), self.a, self.mask_in)
-        return self.after.encode(self.instrumented.next_activations(self.batch, self.index, a))
+        a = merge_masked(self.before.from_coordinates(fhat, self.a), self.a, self.mask_in)
+        return self.after.coordinates(self.instrumented.next_activations(self.batch, self.index, a))
 
     def _affine_map(self) -> Tensor | None:
         """``J`` with ``fhat^{l+1} = fhat^{l+1}(mu) + fhat^l J^T`` at each position; None if it is not affine."""
         n, S, r = self.fhat.shape
-        if self._at_mean.shape[1] != S or min(n, r) == 0:
+        if self._at_mean.shape[1] != S or min(n, r) == 0 or LATENTS in (self.before.kind, self.after.kind):
             return None
         # Two halves of the features, so that nonlinear terms cannot cancel, and large multiples of both signs: there, a
         # ReLU that is active on all samples because of a large bias is not, and a weak nonlinearity is visible.

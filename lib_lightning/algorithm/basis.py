@@ -24,7 +24,8 @@ class Basis:
     Attributes:
         name: Node layer.
         kind: ``"lib"``, ``"pca"``, ``"neuron"``, ``"random"``, ``"ica"``, ``"dictionary"`` or ``"varimax"``; for a last
-            node layer also ``"centered"``.
+            node layer also ``"centered"``; ``"latents"`` for those of a dictionary with an encoder and a decoder of its
+            own (`lib_lightning.algorithm.dictionary_basis.DictionaryBasis`).
         mean: ``mu``, shape ``(d,)``, float64.
         to_features: ``C``, shape ``(d, r)``, float64.
         from_features: ``C^+``, shape ``(r, d)``, float64.
@@ -62,10 +63,10 @@ class Basis:
 
     def to(self, device: torch.device | str) -> Basis:
         """The basis on a device; in float32 on a device without float64."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)[2:]}
+        tensors = {field.name: t for field in fields(self) if isinstance(t := getattr(self, field.name), Tensor)}
         if not supports_float64(torch.device(device)):
-            tensors = {n: t.float() if t is not None and t.dtype == torch.float64 else t for n, t in tensors.items()}
-        return replace(self, **{name: t.to(device) for name, t in tensors.items() if t is not None})
+            tensors = {name: t.float() if t.dtype == torch.float64 else t for name, t in tensors.items()}
+        return replace(self, **{name: t.to(device) for name, t in tensors.items()})
 
     def broadcast(self, process_group: ProcessGroup) -> Basis:
         """The basis of process 0."""
@@ -106,6 +107,88 @@ class Basis:
             Activations, shape ``(..., d)``, in the type and on the device of ``features``.
         """
         return self.mean.to(features) + features @ self.from_features.to(features)
+
+    def values(self, a: Tensor, indices: Tensor) -> Tensor:
+        """Values of some features.
+
+        Args:
+            a: Activations, shape ``(..., d)``.
+            indices: Indices of the features, shape ``(k,)``.
+
+        Returns:
+            Their values, shape ``(..., k)``, in the type and on the device of ``a``; differentiable.
+        """
+        mean, C = (t.to(a) for t in (self.mean, self.to_features[:, indices]))
+        return (a - mean) @ C
+
+    def change(self, a: Tensor, indices: Tensor, old: Tensor, new: Tensor) -> Tensor:
+        """How activations change when some features take other values and everything else stays as it is.
+
+        Args:
+            a: Activations, shape ``(..., d)``.
+            indices: Indices of the features, shape ``(k,)``.
+            old: Their values, shape ``(..., k)``.
+            new: Their new values, shape ``(..., k)``.
+
+        Returns:
+            The change ``(new - old) C^+``, shape ``(..., d)``; differentiable.
+        """
+        return (new - old) @ self.from_features[indices].to(a)
+
+    def without(self, a: Tensor, indices: Tensor) -> Tensor:
+        """How activations change when each of some features alone is set to 0.
+
+        Args:
+            a: Activations, shape ``(n, S, d)``.
+            indices: Indices of the features, shape ``(k,)``.
+
+        Returns:
+            The changes ``-f_j C^+_j``, shape ``(k, n, S, d)``.
+        """
+        return -self.values(a, indices).movedim(-1, 0)[..., None] * self.from_features[indices].to(a)[:, None, None]
+
+    def parts(self, a: Tensor) -> Tensor:
+        """What `effects` takes of activations ``(..., d)``, shape ``(..., c)``: the features."""
+        return self.encode(a)
+
+    def effects(self, g: Tensor, parts: Tensor) -> Tensor:
+        """What each feature contributes to something with a gradient: ``(g . C^+_j) fhat_j``.
+
+        Args:
+            g: The gradient with respect to activations, shape ``(k, ..., d)``.
+            parts: `parts` of the activations, shape ``(..., c)``.
+
+        Returns:
+            Shape ``(k, ..., r)``.
+        """
+        return (g @ self.from_features.to(g).T).mul_(parts)
+
+    # Coordinates determine activations: they are the features, where these do. A feature that stands for a vector has
+    # several.
+
+    def coordinates(self, a: Tensor) -> Tensor:
+        """Coordinates of activations ``(..., d)``, shape ``(..., c)``: the features."""
+        return self.encode(a)
+
+    def from_coordinates(self, x: Tensor, a: Tensor) -> Tensor:
+        """Activations from coordinates ``x``, shape ``(..., c)``.
+
+        Args:
+            x: Coordinates, some of which were changed.
+            a: The activations that these were computed from, shape ``(..., d)``.
+
+        Returns:
+            Activations, shape ``(..., d)``. Directions outside the basis are at the mean.
+        """
+        return self.decode(x)
+
+    def columns(self, features: Tensor) -> Tensor:
+        """Indices of the coordinates of some features, shape ``(k,)``, int64."""
+        return features
+
+    def per_coordinate(self, of_features: Tensor) -> Tensor:
+        """For each coordinate what there is for its feature: from shape ``(..., r)`` to ``(..., c)``."""
+        return of_features
 
 
 def lib_basis(name: str, mean: Tensor, covariance: Tensor, B: Tensor, cutoff: Cutoff) -> Basis:

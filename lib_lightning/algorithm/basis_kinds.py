@@ -14,3 +14,5 @@ BY_IMPORTANCE = ("lib", "pca")
 ALL = ("lib", "pca", "neuron", *ROTATED)
 # The graph of the same architecture with re-initialised weights.
 REINIT = "reinit"
+# Latents of a dictionary with an encoder and a decoder of its own.
+LATENTS = "latents"

@@ -6,7 +6,8 @@
    Jacobian metric, which measures a step by its effect on the *next* layer's features, or all of them have that of the
    predictions. PCA whitens the activations; a rotation to the eigenvectors of the metric, and a scaling by its
    eigenvalues, make Jacobians orthonormal. Other bases of the same subspace, such as random ones, have another rotation
-   of the whitened activations; the metrics, and with them the subspaces, remain those of the LIB.
+   of the whitened activations; the metrics, and with them the subspaces, remain those of the LIB. Where the user gives
+   a dictionary, its latents are the features, and no metric is needed.
 3. *Edges.* Squared interactions between the features of neighbouring layers.
 4. *Importance for the output:* what setting a feature to its mean does to the predictions; and *effects on the
    output:* which classes or tokens it raises and lowers most.
@@ -21,18 +22,23 @@ What makes this fast is behind interfaces with a plain twin each; see `lib_light
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lib_lightning.algorithm.basis import Basis, centered_basis, neuron_basis, pca_basis
-from lib_lightning.algorithm.basis_kinds import BY_IMPORTANCE, ROTATED, WITH_METRIC
+from lib_lightning.algorithm.basis_kinds import BY_IMPORTANCE, LATENTS, ROTATED, WITH_METRIC
 from lib_lightning.algorithm.config import LIBConfig, final_kind
 from lib_lightning.algorithm.covariance import RunningCovariance, all_reduce_covariances
 from lib_lightning.algorithm.degenerate import describe_empty_layers, is_constant
+from lib_lightning.algorithm.dictionary_basis import DictionaryBasis
+from lib_lightning.algorithm.dictionary_edges import DictionaryEdges
+from lib_lightning.algorithm.dictionary_metric import DictionaryMetric
 from lib_lightning.algorithm.dominance import PositionVariance, describe_dominance, reduce_position_variances
 from lib_lightning.algorithm.edges import Edges
 from lib_lightning.algorithm.examples import FeatureExamples, Positions, example_collectors, merge_examples
@@ -41,6 +47,7 @@ from lib_lightning.algorithm.fisher_metric import LOGITS, FisherMetric
 from lib_lightning.algorithm.gradient_metric import GradientMetric
 from lib_lightning.algorithm.jackknife import FeatureVariances, near_degenerate, standard_error
 from lib_lightning.algorithm.jacobian_metric import JacobianMetric
+from lib_lightning.algorithm.latent_choice import choose_latents
 from lib_lightning.algorithm.linalg import Cutoff
 from lib_lightning.algorithm.memory_plan import MemoryPlan
 from lib_lightning.algorithm.metric import Metric
@@ -61,10 +68,12 @@ from lib_lightning.algorithm.output_gradients import (
 from lib_lightning.algorithm.progress import phase_done
 from lib_lightning.algorithm.rotations import rotated, rotation_of
 from lib_lightning.algorithm.section_cache import SectionCache
-from lib_lightning.algorithm.shortcuts import FAST, PLAIN, Shortcuts
+from lib_lightning.algorithm.shortcuts import FAST, Shortcuts
 from lib_lightning.algorithm.wide_layers import eigenproblem
+from lib_lightning.dictionaries.adapted import AdaptedDictionary
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup, all_reduce
 from lib_lightning.errors import ActivationError, NotFiniteError, quoted
+from lib_lightning.jacobian.closed_form_detect import NoClosedForms
 from lib_lightning.model.capture import CapturedLayer
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.output_distribution import OutputDistribution
@@ -156,6 +165,7 @@ class _Run:
         plan: How much is computed at once.
         generator: Random signs for probes, and the choice of the features that are pushed forward.
         output: What the model's output stands for; None if it is not known.
+        dictionaries: The dictionaries of node layers that have one, by index.
     """
 
     names: list[str]
@@ -167,6 +177,7 @@ class _Run:
     plan: MemoryPlan
     generator: torch.Generator
     output: OutputDistribution | None
+    dictionaries: Mapping[int, AdaptedDictionary]
 
     @property
     def last(self) -> int:
@@ -181,8 +192,8 @@ def build_graph(
     plan: MemoryPlan = MemoryPlan(),  # noqa: B008
     process_group: ProcessGroup = SINGLE_PROCESS,
     shortcuts: Shortcuts = FAST,
-    plain: bool = False,
     output: OutputDistribution | None = None,
+    dictionaries: Mapping[int, AdaptedDictionary] = MappingProxyType({}),
 ) -> BuildResult:
     """Compute the bases and edges of a model.
 
@@ -194,9 +205,9 @@ def build_graph(
         config: What to compute.
         plan: How much is computed at once.
         process_group: The processes whose samples are combined. Each has batches of its own; some may have none.
-        shortcuts: How to compute it.
-        plain: Whether to use no shortcut at all. For tests.
+        shortcuts: How to compute it; `lib_lightning.algorithm.shortcuts.PLAIN` without any shortcut.
         output: What the model's output stands for, the same on every process; None for no importances for the output.
+        dictionaries: Dictionaries of some node layers, by index.
 
     Returns:
         Bases and edges, the same on every process.
@@ -204,17 +215,19 @@ def build_graph(
     Raises:
         ActivationError: If there are no samples, or activations or derivatives are not finite.
     """
-    shortcuts = PLAIN if plain else shortcuts
+    if dictionaries:  # their latents are pushed through the autograd graph
+        shortcuts = replace(shortcuts, closed_forms=NoClosedForms)
     run = _Run(
         [layer.name for layer in instrumented.layers],
         instrumented.layers[-1].taps,
-        _kinds(config, instrumented),
+        _kinds(config, instrumented, dictionaries),
         config,
         shortcuts,
         process_group,
         _common_plan(plan, process_group, shortcuts.keep_graphs),
         torch.Generator().manual_seed(process_group.rank),
         output,
+        dictionaries,
     )
     # 1. Moments.
     moments, position_variances, positions, cache = _moments(run, instrumented, batches)
@@ -225,9 +238,14 @@ def build_graph(
     layers: list[_Layer] = []
     metric_errors: dict[str, float | None] = {}
     rotation_notes: dict[str, list[str]] = {}
+    latent_notes: list[str] = []
     for i in reversed(range(len(run.names))):
         metric = by_output.get(i) or _metric(run, i, layers[0] if layers else None, widths[i], cache)
-        lib, features = _basis(run, i, moments, metric, cache)
+        if i in dictionaries:
+            lib, notes = _latents(run, i, cache)
+            features, latent_notes = None, [*notes, *latent_notes]
+        else:
+            lib, features = _basis(run, i, moments, metric, cache)
         basis, lengths = lib, None
         if metric is not None:
             if config.basis in ROTATED:
@@ -239,6 +257,7 @@ def build_graph(
         phase_done(f"basis of {basis.name}")
     # 3. Edges.
     edges, variances, examples = _edges(run, layers, positions, cache)
+    layers = [_with_mean_squares(layer, v) for layer, v in zip(layers, variances, strict=True)]
     # 4. Importance for the output.
     bases = _output_importances(run, [layer.basis for layer in layers], gradients, int(moments[0].count))
     output_effects, effect_samples = _output_effects(run, instrumented, batches, bases)
@@ -256,6 +275,7 @@ def build_graph(
             *describe_dominance(bases, instrumented.layers, position_variances),
             *_notes(run, edges, cache, by_output),
             *(note.format(quoted(names)) for note, names in rotation_notes.items()),
+            *latent_notes,
             *([] if run.output is None else effect_notes(config, bases, output_effects, effect_samples)),
         ],
         importance_replicates=importances,
@@ -269,23 +289,31 @@ def build_graph(
     )
 
 
-def phases(config: LIBConfig, instrumented: InstrumentedModel, n_batches: int) -> dict[str, int]:
+def phases(
+    config: LIBConfig,
+    instrumented: InstrumentedModel,
+    n_batches: int,
+    dictionaries: Mapping[int, AdaptedDictionary] = MappingProxyType({}),
+) -> dict[str, int]:
     """The phases of `build_graph`, in order, and how often each of them is reported.
 
     Args:
         config: What to compute.
         instrumented: The model and its node layers.
         n_batches: Number of batches.
+        dictionaries: As for `build_graph`.
 
     Returns:
         Number of reports of each phase: one for each batch, and one for what is computed from all of them.
     """
-    names, kinds = [layer.name for layer in instrumented.layers], _kinds(config, instrumented)
+    names, kinds = [layer.name for layer in instrumented.layers], _kinds(config, instrumented, dictionaries)
     counts = {"moments": n_batches + 1}
     measured = measured_by_output(config, len(names), instrumented.layers[-1].taps)
+    measured = [i for i in measured if i not in dictionaries]
     counts |= {OUTPUT_METRIC: n_batches} if measured else {}
     for i, (name, kind) in reversed(list(enumerate(zip(names, kinds, strict=True)))):
-        counts[f"basis of {name}"] = n_batches + 1 if kind == "lib" and i not in measured else 1
+        has_rows = kind == LATENTS or (kind == "lib" and i not in measured)
+        counts[f"basis of {name}"] = n_batches + 1 if has_rows else 1
         if kind == "lib" and config.basis in ROTATED and config.basis != "random":
             counts[f"basis of {name}"] += n_batches
     counts |= {_edges_phase(before, after): n_batches for before, after in itertools.pairwise(names)}
@@ -331,9 +359,12 @@ def _metric(run: _Run, i: int, next_layer: _Layer | None, d: int, cache: Section
     if run.kinds[i] != "lib":
         return None
     groups = run.plan.groups
-    metric: FisherMetric | JacobianMetric
+    metric: FisherMetric | JacobianMetric | DictionaryMetric
     if next_layer is None:
         metric = FisherMetric(d, groups, run.output or LOGITS)
+    elif isinstance(next_layer.lib, DictionaryBasis):
+        arguments = (next_layer.lib, run.config.n_probes, run.generator, groups, run.shortcuts.gram)
+        metric = DictionaryMetric(d, *arguments)
     else:
         C_next, reuse = next_layer.lib.to_features, next_layer.lib is next_layer.basis
         metric = JacobianMetric(d, C_next, run.config.n_probes, run.generator, groups, reuse, run.shortcuts.gram)
@@ -359,6 +390,7 @@ def _output_metrics(
 ) -> Mapping[int, GradientMetric]:
     """Step 2: the metrics ``M_out`` of node layers that are measured by the model's output; exact for the output."""
     measured = measured_by_output(run.config, len(run.names), run.last_taps)
+    measured = [i for i in measured if i not in run.dictionaries]
     if not measured or gradients is None:
         return {}
     n_probes = _agreed(gradients.num_vectors(run.config.n_probes, EXACT_OUTPUTS, SAMPLED), run.process_group)
@@ -407,6 +439,22 @@ def _basis(
     return basis.broadcast(run.process_group), features
 
 
+def _latents(run: _Run, i: int, cache: SectionCache) -> tuple[Basis, list[str]]:
+    """Step 2: the latents of the dictionary of node layer ``i`` that are active, and notes."""
+    # Two matrices, of edges and attributions, in float64.
+    most = max(1, math.isqrt(run.plan.edge_bytes // 16) - 1)
+    rows = cache.rows(f"basis of {run.names[i]}", i)
+    return choose_latents(run.dictionaries[i], rows, most, run.process_group)
+
+
+def _with_mean_squares(layer: _Layer, variances: FeatureVariances) -> _Layer:
+    """Step 3: a layer of latents with the importances of all of them, and of the error."""
+    if not isinstance(layer.basis, DictionaryBasis):
+        return layer
+    basis = replace(layer.basis, importance=variances.mean_square().to(layer.basis.importance))
+    return replace(layer, lib=basis, basis=basis)
+
+
 def _rotated(
     run: _Run, i: int, lib: Basis, features: Tensor | None, metric: Metric, num_rows: int, cache: SectionCache
 ) -> tuple[Basis, Tensor | None, list[str]]:
@@ -430,10 +478,7 @@ def _edges(
     Also what else needs all values of all features: their variances, for standard errors, and their examples.
     """
     bases, groups = [layer.basis for layer in layers], run.plan.groups
-    edges = [
-        Edges(before, after, groups, run.shortcuts.forward_mode, run.config.n_pushed, run.generator)
-        for before, after in itertools.pairwise(bases)
-    ]
+    edges = [_section_edges(run, before, after) for before, after in itertools.pairwise(bases)]
     variances = [FeatureVariances(basis, groups) for basis in bases]
     examples = example_collectors(bases, positions, cache.num_samples, run.process_group)
     readers = [FeatureReader(layer.basis, layer.features) for layer in layers]
@@ -457,6 +502,15 @@ def _edges(
     return edges, variances, [one.result() for one in examples]
 
 
+def _section_edges(run: _Run, before: Basis, after: Basis) -> Edges:
+    arguments = (run.shortcuts.forward_mode, run.config.n_pushed, run.generator)
+    if not (isinstance(before, DictionaryBasis) or isinstance(after, DictionaryBasis)):
+        return Edges(before, after, run.plan.groups, *arguments)
+    # Sums for each group have standard errors; there may be too many features for that.
+    fits = 16 * before.n_features * after.n_features * run.plan.groups <= run.plan.edge_bytes
+    return DictionaryEdges(before, after, run.plan.groups if fits else 1, *arguments)
+
+
 def _output_importances(run: _Run, bases: Sequence[Basis], gradients: OutputGradients | None, rows: int) -> list[Basis]:
     """Step 4: the bases with the importances ``o`` of their features for the output."""
     if gradients is None:
@@ -465,7 +519,10 @@ def _output_importances(run: _Run, bases: Sequence[Basis], gradients: OutputGrad
     found = output_importances(gradients, bases, n_vectors, run.plan.groups)
     all_reduce(found, run.process_group)
     return [
-        replace(basis, output_importance=one.value, output_importance_error=one.error)
+        # The directions of decoders that are not affine are different at each sample.
+        basis
+        if isinstance(basis, DictionaryBasis) and not basis.known.is_affine
+        else replace(basis, output_importance=one.value, output_importance_error=one.error)
         for basis, one in zip(bases, found, strict=True)
     ]
 
@@ -488,6 +545,8 @@ def _output_effects(
 
 def _importance_replicates(layer: _Layer, variances: FeatureVariances) -> Tensor:
     """Step 5: replicates of ``Lambda = (variance of a feature) (squared length of its C^+ in the metric)``."""
+    if isinstance(layer.basis, DictionaryBasis):
+        return variances.mean_square_replicates()
     replicates = variances.replicates()
     # In a LIB the squared length is 1 for all samples, but not for each replicate.
     return replicates if layer.lengths is None else replicates * layer.lengths
@@ -502,11 +561,14 @@ def _with_errors(basis: Basis, replicates: Tensor) -> Basis:
     return replace(basis, importance_error=standard_error(replicates), degenerate=degenerate)
 
 
-def _kinds(config: LIBConfig, instrumented: InstrumentedModel) -> list[str]:
+def _kinds(
+    config: LIBConfig, instrumented: InstrumentedModel, dictionaries: Mapping[int, AdaptedDictionary]
+) -> list[str]:
     """Kind of basis of each node layer, before rotation."""
     *others, last = instrumented.layers
     kind = "lib" if config.basis in WITH_METRIC else config.basis
-    return [kind for _ in others] + [final_kind(config, last.taps)]
+    kinds = [kind for _ in others] + [final_kind(config, last.taps)]
+    return [LATENTS if i in dictionaries else kind for i, kind in enumerate(kinds)]
 
 
 def _common_plan(plan: MemoryPlan, process_group: ProcessGroup, keep_graphs: bool) -> MemoryPlan:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lib_lightning.algorithm.basis import Basis
+from lib_lightning.algorithm.basis_kinds import LATENTS
 from lib_lightning.distributed.process_group import ProcessGroup
 from lib_lightning.model.capture import CapturedLayer
 from lib_lightning.model.node_layer import NodeLayer
@@ -200,6 +201,8 @@ def describe_dominance(
 
 def _has_dominant(basis: Basis) -> bool:
     importance = basis.importance
+    if basis.kind == LATENTS:  # of which one is what the dictionary leaves out
+        return False
     is_wide = len(basis.mean) >= _MIN_WIDTH and len(importance) > 1
     return is_wide and bool(importance.max() > _SHARE * importance.sum())
 

@@ -15,17 +15,17 @@ from lib_lightning.model.loops import parts_of
 from lib_lightning.model.precision import to_float64
 
 # A Jacobian-vector product is a backward pass through a backward pass: measured at 1 to 2 times a vector-Jacobian one.
-_FORWARD_COST = 2
+FORWARD_COST = 2
 
 
 # Features are chosen by this power of their importance. Edges from a feature are about proportional to its importance,
 # so the power 1 has the smallest error of the whole matrix, and 1/2 that of single small edges. In SmolLM2, with 16 of
 # 500 features and 8 samples, errors of the matrix are 8%, 14% and 37% for the powers 1, 3/4 and 1/2.
-_POWER = 0.75
+POWER = 0.75
 
 
 def _size(basis: Basis) -> Tensor:
-    return basis.importance.clamp(min=0) ** _POWER
+    return basis.importance.clamp(min=0) ** POWER
 
 
 class Edges(Reducible):
@@ -107,13 +107,13 @@ class Edges(Reducible):
             if self.n_pushed is not None:
                 n_forward = min(n_forward, self.n_pushed)
             if self._forward is None:
-                cheaper = _FORWARD_COST * n_forward < n_reverse
+                cheaper = FORWARD_COST * n_forward < n_reverse
                 self._forward = section.has_jvp() if cheaper else False
                 self.fell_back = cheaper and self._forward is False
             if self._forward:
                 all_pushed = n_forward == self.before.n_features
                 (self.update_forward if all_pushed else self.update_sampled)(section, fhat, fhat_next)
-            elif self.fell_back and self.n_pushed is not None and _FORWARD_COST * self.n_pushed < n_reverse:
+            elif self.fell_back and self.n_pushed is not None and FORWARD_COST * self.n_pushed < n_reverse:
                 self.update_sampled_reverse(section, fhat, fhat_next)
             else:
                 self.update_reverse(section, fhat, fhat_next)
@@ -155,7 +155,7 @@ class Edges(Reducible):
         """Add one batch with as many vector-Jacobian products, each for another output position and feature."""
         C_pinv, C_T = self.before.from_features.to(fhat), self.after.to_features.to(fhat).T
         size = _size(self.after).repeat(section.S_out)
-        probabilities, chosen = self._choose(size, _FORWARD_COST * (self.n_pushed or 1), section)
+        probabilities, chosen = self._choose(size, FORWARD_COST * (self.n_pushed or 1), section)
         samples = torch.arange(section.n, device=fhat.device)
         for ti in parts_of(chosen.T.split(section.vectors_per_call)):  # (k, n)
             t, i = ti // self.after.n_features, ti % self.after.n_features

@@ -42,7 +42,7 @@ class FeatureReader:
         """
         a, mask = for_sums(a), None if mask is None else for_sums(mask)
         if self._cached_features is None:
-            return apply_mask(self.basis.encode(a, torch.float64), mask)
+            return apply_mask(self.basis.encode(a, torch.float64).detach(), mask)  # of the weights of a dictionary
         stop = self._start + num_valid(a, mask)
         rows, self._start = self._cached_features[self._start : stop], stop
         if mask is None:

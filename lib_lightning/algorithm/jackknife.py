@@ -145,3 +145,11 @@ class FeatureVariances(Reducible):
     def replicates(self) -> Tensor:
         """Jackknife replicates of the variances, shape ``(G, r)``; G is 0 if there is only one group."""
         return leave_one_out(self._second, self.rows) - leave_one_out(self._first, self.rows).square()
+
+    def mean_square(self) -> Tensor:
+        """Mean squares over all groups, shape ``(r,)``, float64."""
+        return self._second.sum(0) / self.rows.sum()
+
+    def mean_square_replicates(self) -> Tensor:
+        """Jackknife replicates of the mean squares, shape ``(G, r)``; G is 0 if there is only one group."""
+        return leave_one_out(self._second, self.rows)

@@ -49,6 +49,7 @@ class MemoryPlan:
         keep_graphs: Whether the autograd graphs of all samples are kept.
         product_bytes: Bytes of gradients to keep from the metric for the edges, if graphs are kept.
         peak_bytes: About how much memory that takes, in bytes, without such gradients; 0 if unknown.
+        edge_bytes: Largest size of the matrices of one section between latents of dictionaries, in bytes.
     """
 
     samples: int = 2**31
@@ -57,6 +58,7 @@ class MemoryPlan:
     keep_graphs: bool = False
     product_bytes: int = 0
     peak_bytes: int = 0
+    edge_bytes: int = 2**29
 
     def halved(self, largest_batch: int) -> MemoryPlan:
         """A plan of half the size, without kept graphs.
@@ -68,7 +70,10 @@ class MemoryPlan:
             The plan.
         """
         return MemoryPlan(
-            max(1, min(self.samples, largest_batch) // 2), max(1, self.stack_elements // 2), max(1, self.groups // 2)
+            max(1, min(self.samples, largest_batch) // 2),
+            max(1, self.stack_elements // 2),
+            max(1, self.groups // 2),
+            edge_bytes=max(2**20, self.edge_bytes // 2),
         )
 
 
@@ -157,7 +162,7 @@ def plan_memory(
     peak_bytes += at_once * _GRAPHS * max(1, workload.points) * max(1, two - one)
     if keep_graphs:
         peak_bytes += workload.samples * per_sample
-    return MemoryPlan(max(1, samples), max(1, stack), groups, keep_graphs, max(0, left), peak_bytes)
+    return MemoryPlan(max(1, samples), max(1, stack), groups, keep_graphs, max(0, left), peak_bytes, memory_limit // 4)
 
 
 def saved_by_autograd(instrumented: InstrumentedModel, batch: Any) -> tuple[list[CapturedLayer], int, int]:

@@ -273,16 +273,15 @@ class OutputImportance(Reducible):
         """Count the samples and positions of one batch."""
         count_rows(self.rows, batch.a[index], batch.masks[index], batch.group_slices)
 
-    def add(self, batch: OutputBatch, g: Tensor, fhat: Tensor) -> None:
+    def add(self, batch: OutputBatch, g: Tensor, parts: Tensor) -> None:
         """Add gradients of one batch.
 
         Args:
             batch: The batch.
             g: Gradients with respect to the node layer, shape ``(k, n, S, d)``.
-            fhat: Its features, zero at masked positions, shape ``(n, S, r)``.
+            parts: `Basis.parts` of its activations, zero at masked positions, shape ``(n, S, c)``.
         """
-        effects = (g @ self.basis.from_features.to(g).T).mul_(fhat.to(g))
-        squares = to_float64(effects).square().sum((0, 2))
+        squares = to_float64(self.basis.effects(g, parts.to(g))).square().sum((0, 2))
         for group, samples in batch.group_slices:
             self._total[group] += squares[samples].sum(0)
 
@@ -314,12 +313,12 @@ def output_importances(
     """
     importances = [OutputImportance(basis, n_vectors, groups) for basis in bases]
     for batch, found in gradients.batches(OUTPUT_IMPORTANCE, None if n_vectors is None else [n_vectors]):
-        features = []
+        parts = []
         for i, importance in enumerate(importances):
             importance.count(batch, i)
-            features.append(apply_mask(importance.basis.encode(batch.a[i]), batch.masks[i]))
+            parts.append(apply_mask(importance.basis.parts(batch.a[i]).detach(), batch.masks[i]))
         for one in found:
-            importances[one.index].add(batch, one.g, features[one.index])
+            importances[one.index].add(batch, one.g, parts[one.index])
     return importances
 
 

@@ -22,7 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lib_lightning.algorithm.active_latents import ActiveLatents
 from lib_lightning.algorithm.basis import Basis
+from lib_lightning.algorithm.dictionary_basis import DictionaryBasis
 from lib_lightning.jacobian.section import Section
 from lib_lightning.model.precision import to_float64
 from lib_lightning.model.vjp import apply_mask
@@ -88,12 +90,16 @@ class SampleSection:
         self.valid = torch.ones(section.S_in, dtype=torch.bool, device=a.device)
         if section.mask_in is not None:
             self.valid = section.mask_in[0].to(a.device)
-        mask = self.valid[None]
-        self._mean, self._C, self._C_pinv = (
+        self._read(a, self.valid[None])
+
+    def _read(self, a: Tensor, mask: Tensor) -> None:
+        """Compute features and what is left out, from activations ``(1, S, d)`` and a mask ``(1, S)``."""
+        basis = self.basis
+        mean, self._C, self._C_pinv = (
             to_float64(t).to(a.device) for t in (basis.mean, basis.to_features, basis.from_features)
         )
         self.fhat = apply_mask(basis.encode(a, torch.float64), mask)[0]
-        self.remainder = apply_mask(a - self._mean - self.fhat @ self._C_pinv, mask)[0]
+        self.remainder = apply_mask(a - mean - self.fhat @ self._C_pinv, mask)[0]
 
     def contributions(self, targets: Targets, some: slice) -> tuple[Tensor, Tensor]:
         """Contributions to some of the targets.
@@ -110,12 +116,55 @@ class SampleSection:
         t = targets.positions[some].to(cotangents.device)
         cotangents[torch.arange(len(u), device=t.device), 0, t] = u.to(cotangents)
         g = to_float64(self.section.vjp(cotangents))[:, 0]
-        return (g @ self._C_pinv.T) * self.fhat, (g * self.remainder).sum(2)
+        return self._of_features(g), (g * self.remainder).sum(2)
 
     def features(self, flat: Tensor, influence: Tensor) -> Targets:
         """The features with some numbers ``s r + j``, as targets of the section before."""
         s, j = flat // self.basis.n_features, flat % self.basis.n_features
-        return Targets(s, j, self._C.T[j], self.fhat[s, j], influence)
+        return Targets(s, j, self._directions(s, j), self.fhat[s, j], influence)
+
+    def _of_features(self, g: Tensor) -> Tensor:
+        """Contributions ``(k, S, r)`` of features to targets with gradients ``(k, S, d)``."""
+        return (g @ self._C_pinv.T) * self.fhat
+
+    def _directions(self, s: Tensor, j: Tensor) -> Tensor:
+        """Gradients ``(m, d)`` of features at positions."""
+        return self._C.T[j]
+
+
+class DictionarySampleSection(SampleSection):
+    """One section at one sample, and the active latents before it. What the basis leaves out is the error."""
+
+    def _read(self, a: Tensor, mask: Tensor) -> None:
+        assert isinstance(self.basis, DictionaryBasis)
+        self._active = ActiveLatents.of(self.basis, a, mask)
+        # The error is not one of the features here: it is what they leave out.
+        self.fhat = torch.cat([self._active.f, torch.zeros_like(self._active.f[..., :1])], -1)[0]
+        self.remainder = self._active.e[0]
+
+    def _of_features(self, g: Tensor) -> Tensor:
+        active = self._active
+        terms = torch.einsum("ksd,spd->ksp", g, active.directions[0]) * active.values[0]
+        return terms.new_zeros(len(g), *self.fhat.shape).scatter_add_(-1, active.index.expand(terms.shape), terms)
+
+    def _directions(self, s: Tensor, j: Tensor) -> Tensor:
+        active = self._active
+        at = (active.index[0, s] == j[:, None]) & (active.values[0, s] != 0)
+        return torch.einsum("mp,mpd->md", at.to(active.a), active.gradients[0, s])
+
+
+def sample_section(section: Section, basis: Basis) -> SampleSection:
+    """A section at one sample, with the features of any basis before it.
+
+    Args:
+        section: The section, with a single sample.
+        basis: Basis of the node layer before it.
+
+    Returns:
+        Them.
+    """
+    kind = DictionarySampleSection if isinstance(basis, DictionaryBasis) else SampleSection
+    return kind(section, basis)
 
 
 def trace_back(

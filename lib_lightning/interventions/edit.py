@@ -82,7 +82,9 @@ def edit_features(
     In it, whatever runs the model (``model(x)``, ``model.generate(...)``, the ``training_step`` of a LightningModule,
     in training or evaluation mode, with or without gradients) computes the features as always, and continues with
     ``a + (f_new - f_old) C^+`` at each of the edited node layers: along the directions of the edited features alone,
-    so that all others, and what the basis leaves out, stay as they are. Gradients flow through the edit. Features of
+    so that all others, and what the basis leaves out, stay as they are. Of latents of a dictionary it is
+    ``a + decode(f_new) - decode(f_old)``, and 0 is the value of an inactive one; the error of the dictionary has its
+    length as value. Gradients flow through the edit. Features of
     later node layers are those that result from edits of earlier ones. Blocks can be nested: the inner one edits what
     the outer one has left. At the end, also after an exception, the hooks are removed, and the model is as before.
 
@@ -185,16 +187,13 @@ def edited(a: Tensor, basis: Basis, edits: Mapping[int, Edit], mask: Tensor | No
     """
     index = torch.tensor(list(edits), device="cpu")
     dtype = product_dtype(a.dtype)
-    mean, C, C_pinv = (
-        t.to(a.device, dtype) for t in (basis.mean, basis.to_features[:, index], basis.from_features[index])
-    )
     restore = full_precision()
     try:
         with torch.autocast(a.device.type, enabled=False):
             wide = a.to(dtype)
-            f = (wide - mean) @ C
+            f = basis.values(wide, index)
             new = [_new_values(edit, f[..., k], basis.name) for k, edit in enumerate(edits.values())]
-            change = (torch.stack(new, -1) - f) @ C_pinv
+            change = basis.change(wide, index, f, torch.stack(new, -1))
             return (wide + apply_mask(change, mask)).to(a.dtype)
     finally:
         restore()

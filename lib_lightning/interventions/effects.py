@@ -305,15 +305,11 @@ def at_means(layer: CapturedLayer, basis: Basis, indices: Sequence[int]) -> Tens
 
     Returns:
         Activations ``a - f_j C^+_j``, shape ``(k * n, S, d)``: all samples with the first one, then with the second.
+        Of a dictionary they are ``a - decode(f) + decode(f without latent j)``.
     """
-    a = layer.a
-    dtype = product_dtype(a.dtype)
-    mean, C, C_pinv = (
-        t.to(a.device, dtype) for t in (basis.mean, basis.to_features[:, indices], basis.from_features[indices])
-    )
-    wide = a.to(dtype)
-    f = apply_mask((wide - mean) @ C, layer.mask)  # (n, S, k)
-    return (wide - f.movedim(-1, 0)[..., None] * C_pinv[:, None, None]).to(a.dtype).flatten(0, 1)
+    wide = layer.a.to(product_dtype(layer.a.dtype))
+    changes = apply_mask(basis.without(wide, torch.tensor(indices, device="cpu")).movedim(0, 2), layer.mask)
+    return (wide + changes.movedim(2, 0)).to(layer.a.dtype).flatten(0, 1)
 
 
 def _finite(scores: Tensor) -> Tensor:

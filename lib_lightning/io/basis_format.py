@@ -13,6 +13,9 @@ _OPTIONAL = ("importance_error", "degenerate", "output_importance", "output_impo
 BASIS_REQUIRED = {name: f"basis.{{}}.{name}" for name in ("mean", "to_features", "from_features", "importance")}
 BASIS_OPTIONAL = {name: f"basis.{{}}.{name}" for name in _OPTIONAL}
 BASIS = BASIS_REQUIRED | BASIS_OPTIONAL
+# Of node layers whose features are latents of a dictionary: their numbers, and its weights, which are mostly left out.
+LATENT_NUMBERS = "basis.{}.latents"
+DICTIONARY_WEIGHTS = "dictionary.{}."
 MODULES = "modules.{}"
 REFERENCE_FEATURES = "reference_features.{}"
 LABEL_SCORES = "label_scores.{}"
@@ -70,6 +73,8 @@ REFERENCE_SAMPLES = "reference_samples"
 # Whether modules have the numbers that they have in the other snapshots of the run.
 MODULES_TRACKED = "modules_tracked"
 EFFORT = "effort"
+# By node layer, the dictionary whose latents are its features: class, hash of the weights, number of latents.
+DICTIONARIES = "dictionaries"
 # Hash of the samples that it was computed on: examples have their numbers.
 SAMPLES = "samples"
 # By node layer, where in the input its positions are shown: `lib_lightning.io.places.Places`.

@@ -60,6 +60,36 @@ class Match:
         return ends.nonzero().flatten()
 
 
+def match_by_number(before: Tensor, after: Tensor, numbers_before: Tensor, numbers_after: Tensor) -> Match:
+    """Match features that have numbers, such as latents of a dictionary: those with the same number continue.
+
+    Args:
+        before: Values of the earlier features, shape ``(N, r)``, any floating-point type.
+        after: Values of the later features on the same samples in the same order, shape ``(N, q)``.
+        numbers_before: Number of each earlier feature, shape ``(r,)``, int64, each at most once.
+        numbers_after: Number of each later feature, shape ``(q,)``, int64.
+
+    Returns:
+        The match, without splits and merges. Its overlap is the mean squared correlation of features with the same
+        number; those whose number is in one of the two snapshots count as 0.
+
+    Example:
+        >>> values = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
+        >>> match_by_number(values, values[:, 1:], torch.tensor([2, 5, 8]), torch.tensor([5, 8])).before
+        tensor([1, 2])
+    """
+    same = numbers_after[:, None] == numbers_before
+    origin = torch.where(same.any(1), same.to(torch.uint8).argmax(1), -1)
+    known = origin >= 0
+    A, B = standardised(before)[:, origin[known]], standardised(after)[:, known]
+    similarity = A.new_full((len(origin),), torch.nan)
+    similarity[known] = (A * B).sum(0).abs()
+    none = torch.full_like(origin, -1)
+    overlap = float(similarity[known].square().sum()) / max(1, len(numbers_before), len(numbers_after))
+    is_new = torch.zeros_like(known)
+    return Match(origin, similarity, is_new, none, torch.full_like(numbers_before, -1), overlap, is_new.clone())
+
+
 def match_features(before: Tensor, after: Tensor, in_order: bool = False) -> Match:
     """Match features by the correlation of their values on the same samples.
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lib_lightning.algorithm.basis_kinds import FIXED_ORDER
+from lib_lightning.algorithm.basis_kinds import FIXED_ORDER, LATENTS
 from lib_lightning.errors import LIBError
 from lib_lightning.graph import InteractionGraph, Lineages
 from lib_lightning.io.basis_format import REFERENCE_SAMPLES, STEP
 from lib_lightning.lineage.events import Event
-from lib_lightning.lineage.matching import Match, match_features
+from lib_lightning.lineage.matching import Match, match_by_number, match_features
 from lib_lightning.lineage.signs import reverse_features
 
 
@@ -120,7 +120,15 @@ class FeatureTracker:
             values = graph.reference_features[name]
             share = basis.importance / basis.importance.sum().clamp_min(torch.finfo(torch.float64).tiny)
             before = self._previous.get(name)
-            if same_samples and before is not None and _comparable(before, values, basis.kind):
+            if basis.kind == LATENTS:
+                ids = graph.lineages[name].ids  # numbers of latents, that of the error last
+                lineages[name], next_id = Lineages.new(ids), int(ids[-1]) + 1
+                if same_samples and before is not None:
+                    match = match_by_number(before.values, values, before.ids, ids)
+                    lineages[name] = replace(lineages[name], similarity=match.similarity)
+                    turnover[name] = Turnover(int((match.before < 0).sum()), len(match.ended), match.overlap)
+                    events += _events(name, step, match, before, lineages[name], share)
+            elif same_samples and before is not None and _comparable(before, values, basis.kind):
                 match = match_features(before.values, values, basis.kind in FIXED_ORDER)
                 lineages[name], next_id = _continued(match, before)
                 if basis.kind not in FIXED_ORDER:

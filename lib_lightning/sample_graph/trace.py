@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lib_lightning.algorithm.basis import Basis
 from lib_lightning.algorithm.output_gradients import is_output
-from lib_lightning.algorithm.sample_attributions import Contributions, SampleSection, Targets, trace_back
+from lib_lightning.algorithm.sample_attributions import Contributions, Targets, sample_section, trace_back
 from lib_lightning.errors import ActivationError, LIBError, NodeLayerError, NotFiniteError, SettingError, counted
 from lib_lightning.jacobian.integrated_gradients import sections, sections_between
 from lib_lightning.jacobian.section import STACK_ELEMENTS, Section
@@ -121,7 +121,7 @@ def trace_sample(
         )
         outputs, probabilities = _output_targets(a[position], baseline[position], position, settings)
         found = _sections(cut, sample, captured, bases, settings.integration_steps)
-        traced = [SampleSection(section, basis) for section, basis in zip(found, bases[:count], strict=True)]
+        traced = [sample_section(section, basis) for section, basis in zip(found, bases[:count], strict=True)]
         memory = int(settings.memory_limit * 2**30)
         contributions = trace_back(traced, outputs, settings.max_features, memory)
         names = [basis.name for basis in bases[:count]]

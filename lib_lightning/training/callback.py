@@ -21,6 +21,7 @@ from lib_lightning.algorithm.config import BasisKind, FinalBasisKind, FinalMetri
 from lib_lightning.algorithm.effort import Effort
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
 from lib_lightning.algorithm.progress_bar import displayed_in
+from lib_lightning.api import basis_and_dictionaries
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.errors import ComputationStopped, SettingError, check_bool, check_list, check_number
 from lib_lightning.features.renderers import Renderer
@@ -196,6 +197,9 @@ class LIBCallback(Callback):
         control: reinit computes once, with the first snapshot, the graph of a copy of the model with re-initialised
             weights, on the same samples: logged as the constant ``reinit/...``, and the ratios of all totals as
             ``lib_over_reinit/...``. None (null) for no control.
+        dictionaries: Objects with ``encode`` and ``decode``, such as sparse autoencoders, by node layer, whose latents
+            are the features there; see `lib_lightning.compute_interaction_graph`. Each snapshot takes the weights that
+            they have by then, so that they may be trained beside the model.
 
     Raises:
         LIBError: If fewer than two node layers are given.
@@ -255,6 +259,7 @@ class LIBCallback(Callback):
         causal_score: Callable[[Any, Any], Tensor] | None = None,
         basis_seed: int = 0,
         control: Literal["reinit"] | None = None,
+        dictionaries: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(dtype, (str, torch.dtype, type(None))) or dtype not in _DTYPES:
@@ -267,6 +272,7 @@ class LIBCallback(Callback):
             raise SettingError("adaptive=True reacts to events, and without follow=True there are none.")
         check_run_name(name)
         check_choice("effort", effort, get_args(Effort))
+        basis, dictionaries = basis_and_dictionaries(basis, dictionaries)
         self._keep_snapshots = check_keep(keep_snapshots)
         self.name, self.adaptive = name, adaptive
         baselines = check_list("baselines", baselines, "bases, such as ['pca']", lambda kind: isinstance(kind, str))
@@ -279,7 +285,7 @@ class LIBCallback(Callback):
                 output_distribution, basis_seed=basis_seed,
             ),
             tuple(baselines), metrics, labeller, ablation, memory_limit, follow, effort == "auto",
-            CausalPlan(0 if causal_every is False else causal_every, causal_score), control,
+            CausalPlan(0 if causal_every is False else causal_every, causal_score), control, dictionaries,
         )  # fmt: skip
         kept = _MAX_SAMPLES if num_samples is None else num_samples * labelled_samples(labeller)
         self.sample_config = SampleConfig(

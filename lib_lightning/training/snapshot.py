@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,7 @@ from lib_lightning.algorithm.output_effects import effect_notes, effects_by
 from lib_lightning.algorithm.output_gradients import is_output
 from lib_lightning.algorithm.progress import phase_done
 from lib_lightning.api import graph_of
+from lib_lightning.dictionaries.dictionary import Dictionary
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup, first_given
 from lib_lightning.errors import SettingError, SettingTypeError, brief, check_number, log_traceback, quoted, shortened
 from lib_lightning.graph import InteractionGraph
@@ -88,6 +90,8 @@ class SnapshotConfig:
         causal: When and how the features that matter are counted.
         may_choose: As for `lib_lightning.api.graph_of`.
         control: ``"reinit"`` for the graph of re-initialised weights as well; None for none.
+        dictionaries: Dictionaries of node layers, with the weights that they have at each snapshot. Those of baselines
+            are none.
 
     Raises:
         SettingError: If a baseline is unknown or is the basis itself, or the memory limit is not positive.
@@ -104,6 +108,7 @@ class SnapshotConfig:
     may_choose: bool = False
     causal: CausalPlan = NEVER
     control: Literal["reinit"] | None = None
+    dictionaries: Mapping[str, Dictionary] = MappingProxyType({})
 
     def __post_init__(self) -> None:
         if self.control is not None:
@@ -357,6 +362,7 @@ class SnapshotComputer:
                 graph = graph_of(
                     instrumented, batches, with_basis(config, kind), self.config.memory_limit,
                     process_group, may_choose=self.config.may_choose,
+                    dictionaries=self.config.dictionaries if prefix == self.name else {},
                 )  # fmt: skip
                 graph.info |= metadata
                 if reference_hash is not None:
@@ -405,8 +411,9 @@ class SnapshotComputer:
             model, permuted = reinitialize(instrumented.model, config.basis_seed)
             other = InstrumentedModel(model, instrumented.layers, instrumented.spec)
             graph = graph_of(
-                other, batches, config, self.config.memory_limit, process_group, may_choose=self.config.may_choose
-            )
+                other, batches, config, self.config.memory_limit, process_group, may_choose=self.config.may_choose,
+                dictionaries=self.config.dictionaries,
+            )  # fmt: skip
             discard(model)
             graph.info |= {**metadata, CONTROL: {"kind": REINIT, "seed": config.basis_seed, "permuted": permuted}}
             graph.info[NOTES] = [_OF_CONTROL.format(note) for note in graph.info[NOTES]]
