@@ -837,7 +837,7 @@ class InteractionGraph:
 
 def _read_basis(tensors: Mapping[str, Tensor], i: int, layer: str, kind: str, info: Mapping[str, Any]) -> Basis:
     """The basis of node layer ``i`` from the tensors of a file."""
-    optional = {name: tensors.get(key.format(i)) for name, key in keys.BASIS_OPTIONAL.items()}
+    optional: dict[str, Any] = {name: tensors.get(key.format(i)) for name, key in keys.BASIS_OPTIONAL.items()}
     required = {name: key.format(i) for name, key in keys.BASIS_REQUIRED.items()}
     if kind != LATENTS:
         return Basis(layer, kind, **{name: tensors[key] for name, key in required.items()}, **optional)

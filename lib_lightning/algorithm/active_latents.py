@@ -97,7 +97,7 @@ class ActiveLatents:
             kept = torch.zeros(known.n_latents, dtype=torch.bool, device=rows.device)
             kept[self.basis.latents.to(rows.device)] = True
             every = every.detach() * kept
-        return known.decoder_gradients(rows, every, latents).unflatten(0, self.a.shape[:2])
+        return known.decoder_gradients(rows, every, latents).reshape(*self.index.shape, self.a.shape[2])
 
     @cached_property
     def _encoder_weights(self) -> Tensor | None:
@@ -110,7 +110,7 @@ class ActiveLatents:
         """``d f_i / d a`` of the active latents, shape ``(n, S, K, d)``; zero for those that are not."""
         if self._encoder_weights is not None:
             return self._encoder_weights[self.index] * (self.values != 0)[..., None]
-        return self.basis.known.encoder_gradients(*self._flat).unflatten(0, self.a.shape[:2])
+        return self.basis.known.encoder_gradients(*self._flat).reshape(*self.a.shape[:2], self.K, self.a.shape[2])
 
     def tangents(self, j: Tensor) -> Tensor:
         """What features contribute to activations: ``f_j d decode / d f_j``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +67,8 @@ class Basis:
         tensors = {field.name: t for field in fields(self) if isinstance(t := getattr(self, field.name), Tensor)}
         if not supports_float64(torch.device(device)):
             tensors = {name: t.float() if t.dtype == torch.float64 else t for name, t in tensors.items()}
-        return replace(self, **{name: t.to(device) for name, t in tensors.items()})
+        changes: dict[str, Any] = {name: t.to(device) for name, t in tensors.items()}
+        return replace(self, **changes)
 
     def broadcast(self, process_group: ProcessGroup) -> Basis:
         """The basis of process 0."""

@@ -49,7 +49,11 @@ def choose_latents(
                 where[is_larger] = a[index[is_larger]]
                 count += len(a)
     if squares is None or largest is None or where is None:  # only other processes have samples
-        squares, largest, where = torch.zeros(r, dtype=torch.float64), torch.zeros(r), torch.zeros(r, d)
+        cpu = torch.device("cpu")
+        squares, largest, where = (
+            torch.zeros(r, dtype=torch.float64, device=cpu),
+            *(torch.zeros(x, device=cpu) for x in ((r,), (r, d))),
+        )
     total, rows_of_all = process_group.sum([squares, torch.tensor(count, device="cpu")])
     mean_squares = total / int(rows_of_all)
     kept, notes = (mean_squares > 0).nonzero().flatten(), []
@@ -68,7 +72,7 @@ def _gradients(
     """Gradients of some latents where they are largest, ``(k, d)``, float64."""
     index = kept.to(where.device)
     every = torch.stack([t.cpu() for t in process_group.gather(largest[index])])
-    is_own = (every.argmax(0) == process_group.rank) if len(every) > 1 else torch.ones(len(kept), dtype=torch.bool)
+    is_own = (every.argmax(0) == process_group.rank) if len(every) > 1 else torch.ones_like(every[0], dtype=torch.bool)
     own = is_own.to(where.device)[:, None]
     found = dictionary.encoder_gradients(where[index], index[:, None], own)[:, 0]
     (total,) = process_group.sum([to_float64(found)])

@@ -121,6 +121,12 @@ class AdaptedDictionary:
         kind = type(self.dictionary)
         return {"class": f"{kind.__module__}.{kind.__qualname__}", "hash": self.hash, "n_latents": self.n_latents}
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights, by name."""
+        if isinstance(self.dictionary, nn.Module):
+            return {name: t for name, t in self.dictionary.state_dict().items() if isinstance(t, Tensor)}
+        return tensors_of(self.dictionary)
+
     def encode(self, a: Tensor) -> Tensor:
         """Latents of activations.
 
@@ -283,7 +289,8 @@ class AdaptedDictionary:
 
     def _parts(self, t: Tensor) -> Sequence[Tensor]:
         """Rows ``(m, ...)`` of a tensor, some at a time."""
-        return t.reshape(-1, t.shape[-1]).split(max(1, _NUMBERS // max(1, self.n_latents)))
+        parts: Sequence[Tensor] = t.reshape(-1, t.shape[-1]).split(max(1, _NUMBERS // max(1, self.n_latents)))
+        return parts
 
     def _to_object(self, rows: Tensor) -> Tensor:
         return rows if self._like is None else rows.to(self._like.device, self._like.dtype)

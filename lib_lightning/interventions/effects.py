@@ -308,8 +308,8 @@ def at_means(layer: CapturedLayer, basis: Basis, indices: Sequence[int]) -> Tens
         Of a dictionary they are ``a - decode(f) + decode(f without latent j)``.
     """
     wide = layer.a.to(product_dtype(layer.a.dtype))
-    changes = apply_mask(basis.without(wide, torch.tensor(indices, device="cpu")).movedim(0, 2), layer.mask)
-    return (wide + changes.movedim(2, 0)).to(layer.a.dtype).flatten(0, 1)
+    changes = apply_mask(basis.without(wide, torch.tensor(indices, device="cpu")), layer.mask)
+    return (wide + changes).to(layer.a.dtype).flatten(0, 1)
 
 
 def _finite(scores: Tensor) -> Tensor:

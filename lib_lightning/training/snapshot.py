@@ -7,9 +7,8 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -108,7 +107,7 @@ class SnapshotConfig:
     may_choose: bool = False
     causal: CausalPlan = NEVER
     control: Literal["reinit"] | None = None
-    dictionaries: Mapping[str, Dictionary] = MappingProxyType({})
+    dictionaries: Mapping[str, Dictionary] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.control is not None:
