@@ -1,0 +1,265 @@
+"""What works on features works on latents: editing, ablations, effects, single samples, files, metrics and figures."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lib_lightning import InteractionGraph, compute_interaction_graph, estimate_cost
+from lib_lightning.ablation import edge_ablation_curve, edges_required, node_ablation_curve
+from lib_lightning.errors import LIBError, NodeLayerError, SettingError, SettingTypeError
+from lib_lightning.interventions import edit_features, feature_effects, scale
+from lib_lightning.lineage import FeatureTracker
+from lib_lightning.lineage.reference import reference_features
+from lib_lightning.viewer.run import Run
+from tests.dictionaries.stand_ins import Normalizing, OfHeads, PassingState, Saturating, SparseDictionary, gpt2, tokens
+
+KINDS = [SparseDictionary, Normalizing, PassingState, OfHeads, Saturating]
+
+
+def small(kind: type[SparseDictionary] = SparseDictionary) -> tuple[nn.Module, Tensor, dict[str, SparseDictionary]]:
+    """A network of two sections, samples, and dictionaries of two node layers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 16), nn.GELU(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3)).double().eval()
+    dictionaries = {layer: kind(16, 24, k=5, seed=i).double() for i, layer in enumerate(("1", "3"))}
+    return model, torch.randn(60, 5, generator=torch.Generator().manual_seed(1)).double(), dictionaries
+
+
+def graph_of(kind: type[SparseDictionary] = SparseDictionary, **options: Any) -> tuple[Any, ...]:
+    model, x, dictionaries = small(kind)
+    return compute_interaction_graph(model, [x], ["1", "3", "output"], dictionaries, **options), model, x, dictionaries
+
+
+def score(output: Tensor, batch: Any) -> Tensor:
+    return output.softmax(-1).amax(-1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_latents_and_error_reproduce_the_model(kind: type[SparseDictionary]) -> None:
+    graph, model, x, _ = graph_of(kind)
+    with torch.no_grad():
+        y, a = model(x), model[:2](x)
+    basis = graph.bases["1"]
+    with torch.no_grad():
+        assert (basis.from_coordinates(basis.coordinates(a), a) - a).abs().max() < 1e-12
+        replaced = model[2:](basis.from_coordinates(basis.coordinates(a), a))
+        assert (replaced - y).abs().max() < 1e-6 * y.abs().max()
+    # All edges of a section, those of both errors among them, are the section.
+    section = "1", "3"
+    every = graph.edges[section].numel()
+    plain = score(y, None).mean()
+    assert abs(edge_ablation_curve(model, [x], graph, score, section, [every])[every] - plain) < 1e-6
+    r = basis.n_features
+    assert abs(node_ablation_curve(model, [x], graph, score, "1", [r])[r] - plain) < 1e-6
+    # With edits that change nothing, neither.
+    with edit_features(model, graph, {"1/24": scale(1.0), ("1", 0): scale(1.0)}), torch.no_grad():
+        assert (model(x) - y).abs().max() < 1e-10
+    assert graph.labels["1"][-1] == "error"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_edits_change_what_is_decoded(kind: type[SparseDictionary]) -> None:
+    graph, model, x, _ = graph_of(kind)
+    basis = graph.bases["1"]
+    latent = int(basis.latents[basis.importance[:-1].argmax()])
+    with torch.no_grad():
+        a = model[:2](x)
+        f, e = basis.latents_and_error(a)
+        j = graph.index(f"1/{latent}")
+        fewer = f.clone()
+        fewer[:, j] = 0
+        wanted = model[2:](basis.decoded(fewer, a) + e)
+        without_error = model[2:](basis.decoded(f, a))
+        twice = model[2:](basis.decoded(f, a) + 2 * e)
+        with edit_features(model, graph, {f"1/{latent}": 0}):
+            assert torch.allclose(model(x), wanted, rtol=1e-10)
+        with edit_features(model, graph, {"1/24": 0}):
+            assert torch.allclose(model(x), without_error, rtol=1e-10)
+        with edit_features(model, graph, {"1/24": scale(2.0)}):
+            assert torch.allclose(model(x), twice, rtol=1e-10)
+        effects = feature_effects(model, [x], graph, score, [f"1/{latent}", "1/24"])
+        changes = [float((score(y, None) - score(model(x), None)).mean()) for y in (wanted, without_error)]
+    assert effects[f"1/{latent}"].change == pytest.approx(changes[0])
+    assert effects["1/24"].change == pytest.approx(changes[1])
+    # Only the two most important features are kept: perhaps the error is one of them.
+    kept = basis.importance.argsort(descending=True)[:2]
+    is_kept = torch.zeros(basis.n_features, dtype=torch.float64).index_fill(0, kept, 1.0)
+    with torch.no_grad():
+        restored = basis.decoded(f * is_kept[:-1], a) + e * is_kept[-1]
+        found = node_ablation_curve(model, [x], graph, score, "1", [2])[2]
+        assert found == pytest.approx(float(score(model[2:](restored), None).mean()), rel=1e-9)
+
+
+def test_edges_that_are_kept_compute_each_latent() -> None:
+    graph, model, x, _ = graph_of()
+    before, after = graph.bases["1"], graph.bases["3"]
+    E, k = graph.edges["1", "3"], 40
+    mask = torch.zeros(E.numel(), dtype=torch.bool)
+    mask[E.flatten().argsort(descending=True, stable=True)[:k]] = True
+    mask = mask.reshape(E.shape)
+    with torch.no_grad():
+        a = model[:2](x)
+        f, e = before.latents_and_error(a)
+        f_next, e_next = torch.zeros(len(x), after.error).double(), torch.zeros(len(x), 16).double()
+        for i, row in enumerate(mask):
+            one = before.decoded(f * row[:-1], a) + e * row[-1]
+            f_one, e_one = after.latents_and_error(model[2:4](one))
+            if i == after.error:
+                e_next = e_one
+            else:
+                f_next[:, i] = f_one[:, i]
+        wanted = score(model[4:](after.decoded(f_next, model[2:4](a)) + e_next), None).mean()
+        assert edge_ablation_curve(model, [x], graph, score, ("1", "3"), [k])[k] == pytest.approx(
+            float(wanted), rel=1e-9
+        )
+    required = edges_required(model, [x], graph, score, tolerance=0.01, search="bisection")
+    assert {len(result.mask) for result in required.values()} == {after.n_features, 3}
+
+
+@pytest.mark.parametrize("kind", [SparseDictionary, Normalizing, Saturating])
+def test_one_sample(kind: type[SparseDictionary]) -> None:
+    graph, model, x, _ = graph_of(kind, output_distribution="gaussian")
+    sample = graph.sample_graph(x, model, index=3, outputs=[0])
+    basis = graph.bases["3"]
+    with torch.no_grad():
+        a = model[:4](x[3:4])
+        f, e = basis.latents_and_error(a)
+        of_latents = -basis.without(a, torch.arange(basis.error))[:, 0]
+        W = model[4].weight[0].detach()
+    # The last section is linear: contributions to the output are exact, those of latents and that of the error.
+    is_last = sample.targets == len(sample.nodes) - 1
+    found = dict(zip(sample.sources[is_last].tolist(), sample.weights[is_last].tolist(), strict=True))
+    of_kind: dict[str, list[float]] = {"feature": [], "error": []}
+    for j, weight in found.items():
+        of_kind[sample.nodes[j].kind].append(weight)
+    if kind is not Saturating:
+        assert of_kind["feature"] == pytest.approx((of_latents @ W)[f[0] != 0].tolist())
+        # What is not the difference to the mean output is in the edge of the error as well.
+        assert of_kind["error"] == pytest.approx([float((e @ W)[0] + sample.linearisation[-1])])
+    assert (sample.left_out().abs() < 1e-9).all()
+
+
+def test_files_have_a_reference_and_no_weights(tmp_path: Path) -> None:
+    graph, model, x, dictionaries = graph_of()
+    path, whole = tmp_path / "graph.safetensors", tmp_path / "whole.safetensors"
+    graph.save(path)
+    graph.save(whole, dictionary_weights=True)
+    names = {}
+    for file in (path, whole):
+        with file.open("rb") as stream:
+            (size,) = struct.unpack("<Q", stream.read(8))
+            names[file] = set(json.loads(stream.read(size)))
+    assert not any("to_features" in name or "W_dec" in name for name in names[path] if ".2." not in name)
+    assert "dictionary.0.W_dec" in names[whole]
+    loaded = InteractionGraph.load(path)
+    reference = loaded.info["dictionaries"]["1"]
+    assert reference["n_latents"] == 24
+    assert reference["class"].endswith("stand_ins.SparseDictionary")
+    for section, E in graph.edges.items():
+        assert torch.equal(loaded.edges[section], E)
+    assert loaded.feature_ids("1") == graph.feature_ids("1")
+    assert loaded.measure() == graph.measure()
+    assert loaded.feature("1/24").label == "error"
+    with pytest.raises(LIBError, match="Pass it"):
+        loaded.bases["1"].encode(x)
+    with pytest.raises(LIBError, match="is not in the file"):
+        node_ablation_curve(model, [x], loaded, score, "1", [2])
+    given = InteractionGraph.load(path, dictionaries)
+    with torch.no_grad():
+        a = model[:2](x)
+        assert torch.equal(given.bases["1"].encode(a), graph.bases["1"].encode(a))
+    for name in ("to_features", "from_features"):
+        assert torch.allclose(getattr(given.bases["1"], name), getattr(graph.bases["1"], name))
+    assert node_ablation_curve(model, [x], given, score, "1", [2]) == node_ablation_curve(
+        model, [x], graph, score, "1", [2]
+    )
+    with torch.no_grad():
+        dictionaries["1"].W_dec[0, 0] += 1
+    with pytest.raises(SettingError, match="other weights"):
+        InteractionGraph.load(path, dictionaries)
+    with pytest.raises(SettingError, match="not latents"):
+        given.attach_dictionaries({"output": dictionaries["1"]})
+
+
+def test_metrics_figures_and_views(tmp_path: Path) -> None:
+    graph, model, x, _ = graph_of(n_pushed=3)
+    assert graph.measure()["features/total"] > 10
+    graph.find_modules()
+    assert graph.plot().axes
+    assert graph.plot(signs=True).axes
+    assert graph.plot_spectrum([compute_interaction_graph(model, [x], ["1", "3", "output"])]).axes
+    nodes = graph.to_networkx().nodes
+    assert nodes["1", graph.bases["1"].error]["label"] == "error"
+    feature = graph.feature(("1", 0))
+    assert feature.id == f"1/{int(graph.bases['1'].latents[0])}"
+    assert graph.examples["1"].values.shape[0] == graph.bases["1"].n_features
+    assert graph.output_effects["1"].outputs.shape[0] == graph.bases["1"].n_features
+    graph.info["step"] = 3
+    graph.save(tmp_path / "version_0" / "lib" / "snapshots" / "step-00000003.safetensors")
+    run = Run(tmp_path)
+    page = run.feature(feature.id, 3)
+    assert feature.id in str(page._repr_html_())
+    assert run.graph(3).node_layers == ["1", "3", "output"]
+    assert "latents" in run.view(tmp_path / "film.html").read_text()
+
+
+def test_latents_keep_their_numbers_over_time() -> None:
+    graph, model, x, dictionaries = graph_of()
+    tracker = FeatureTracker()
+    for step in range(2):
+        now = compute_interaction_graph(model, [x[: 60 - 50 * step]], ["1", "3", "output"], dictionaries)
+        now.info["reference_samples"] = "the same"
+        now.reference_features = reference_features(now, model, [x])
+        events = tracker.update(now, step)
+        basis = now.bases["1"]
+        assert now.lineages["1"].ids.tolist() == [*basis.latents.tolist(), 24]
+    assert basis.n_features < graph.bases["1"].n_features
+    ended = {event.lineage for event in events if event.kind == "died" and event.layer == "1"}
+    assert ended == set(graph.bases["1"].latents.tolist()) - set(basis.latents.tolist())
+    similarity = now.lineages["1"].similarity[:-1]  # the error has what is no feature any more
+    assert torch.allclose(similarity, torch.ones_like(similarity), atol=1e-3)
+    assert 0 < tracker.turnover["1"].overlap < 1
+
+
+def test_a_language_model_in_half_and_single_precision() -> None:
+    network, layers = gpt2()
+    dictionaries = {layer: SparseDictionary(16, 30, k=4, seed=i) for i, layer in enumerate(layers[:2])}
+    exact = compute_interaction_graph(
+        network, [tokens()], layers, {name: x.double() for name, x in dictionaries.items()}, effort="exact"
+    )
+    single = compute_interaction_graph(network.float(), [tokens()], layers, dictionaries, effort="exact")
+    for section, E in exact.edges.items():
+        if E.shape == single.edges[section].shape:
+            assert (single.edges[section] - E).norm() < 1e-3 * E.norm()
+    half = {name: x.bfloat16() for name, x in dictionaries.items()}
+    found = compute_interaction_graph(network, [tokens()], layers, half, effort="exact")
+    assert all(torch.isfinite(E).all() for E in found.edges.values())
+
+
+def test_cost_is_estimated() -> None:
+    model, x, dictionaries = small()
+    estimate = estimate_cost(model, x, ["1", "3", "output"], num_samples=1000, dictionaries=dictionaries)
+    assert estimate.seconds < 60
+
+
+def test_errors() -> None:
+    model, x, dictionaries = small()
+    layers = ["1", "3", "output"]
+    with pytest.raises(NodeLayerError, match="'2'"):
+        compute_interaction_graph(model, [x], layers, {"2": dictionaries["1"]})
+    with pytest.raises(SettingTypeError, match="encode"):
+        compute_interaction_graph(model, [x], layers, {"1": nn.Linear(3, 4)})
+    with pytest.raises(SettingTypeError, match="by node layer"):
+        compute_interaction_graph(model, [x], layers, dictionaries=dictionaries["1"])
+    with pytest.raises(SettingError, match="not both"):
+        compute_interaction_graph(model, [x], layers, dictionaries, dictionaries=dictionaries)
+    with pytest.raises(SettingError, match="integration_steps"):
+        compute_interaction_graph(model, [x], layers, dictionaries, integration_steps=2)
+    with pytest.raises(SettingError, match="does not take activations"):
+        compute_interaction_graph(model, [x], layers, {"1": SparseDictionary(7, 9).double()})

@@ -1,0 +1,65 @@
+"""Dictionaries in training: every snapshot takes the weights that they have by then."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lib_lightning import LIBCallback
+from lib_lightning.dictionaries import AdaptedDictionary
+from lib_lightning.viewer.run import Run
+from tests.dictionaries.stand_ins import SparseDictionary
+from tests.tiny_training import Classifier
+
+
+class WithDictionary(Classifier):
+    """A classifier beside which a dictionary of its hidden layer is trained."""
+
+    def __init__(self, dictionary: SparseDictionary) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 2))
+        self.dictionary = dictionary
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        a = self.net[:2](batch[0])
+        x = a.detach()
+        reconstruction = (self.dictionary.decode(self.dictionary.encode(x)) - x).square().mean()
+        return F.cross_entropy(self.net[2](a), batch[1]) + reconstruction
+
+
+def test_every_snapshot_has_the_newest_weights(tmp_path: Path) -> None:
+    pl.seed_everything(0)
+    dictionary = SparseDictionary(16, 40, k=4)
+    before = AdaptedDictionary.without_data(dictionary, torch.zeros(16), "net.1").hash
+    callback = LIBCallback(
+        node_layers=["net.1", "output"], every_n_steps=6, dictionaries={"net.1": dictionary}, baselines=["pca"]
+    )
+    trainer = pl.Trainer(
+        max_epochs=2, callbacks=[callback], logger=pl.loggers.CSVLogger(tmp_path), accelerator="cpu",
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.fit(WithDictionary(dictionary))
+    run = Run(tmp_path)
+    graphs = [run.graph(step) for step in run.steps]
+    assert [graph.bases["net.1"].kind for graph in graphs] == ["latents"] * 3
+    hashes = [graph.info["dictionaries"]["net.1"]["hash"] for graph in graphs]
+    assert hashes[0] == before
+    assert len(set(hashes)) == 3
+    assert hashes[-1] == AdaptedDictionary.without_data(dictionary, torch.zeros(16), "net.1").hash
+    for graph in graphs:
+        assert graph.lineages["net.1"].ids[:-1].tolist() == graph.bases["net.1"].latents.tolist()
+        assert graph.lineages["net.1"].ids[-1] == 40
+    assert callback.graphs["pca"].bases["net.1"].kind == "pca"
+    latent = graphs[-1].feature_ids("net.1")[0]
+    assert latent in str(run.feature(latent)._repr_html_())
+    assert "lib/features/total" in trainer.callback_metrics
+    # The graph in memory can be used; that of a file is given the dictionary.
+    assert callback.graph is not None
+    x = torch.randn(4, 16)
+    graphs[-1].attach_dictionaries({"net.1": dictionary})
+    assert torch.equal(callback.graph.bases["net.1"].encode(x), graphs[-1].bases["net.1"].encode(x))
