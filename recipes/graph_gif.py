@@ -19,11 +19,13 @@ from lib_lightning.plots.image import render_png
 from lib_lightning.viewer import Run
 
 # Colours of a frame: dots and lines have few, and the file is half as large as with 256.
-_COLOURS = 64
+_COLOURS = 96
 
 
-def frames(run: Run, steps: Sequence[int], features: int, edges: int, width: int) -> list[Image.Image]:
-    """Draw snapshots, with features at the places that they have had before.
+def frames(
+    run: Run, steps: Sequence[int], features: int, edges: int, width: int, keep_positions: bool = False
+) -> list[Image.Image]:
+    """Draw snapshots.
 
     Args:
         run: The run.
@@ -31,9 +33,11 @@ def frames(run: Run, steps: Sequence[int], features: int, edges: int, width: int
         features: Features to draw in each node layer.
         edges: Edges to draw.
         width: Width of a frame in pixels.
+        keep_positions: Whether features stay where they were; otherwise each snapshot is laid out by its modules.
     """
     nearest = sorted({min(run.steps, key=lambda known: abs(known - step)) for step in steps})
-    layout, drawn = AnimatedLayout(limit=features), []
+    layout = AnimatedLayout(limit=features) if keep_positions else None
+    drawn = []
     for step in nearest:
         figure = run.graph(step).plot(edges, features, layout=layout)
         image = Image.open(io.BytesIO(render_png(figure).data)).convert("RGB")
@@ -62,9 +66,11 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--seconds", type=float, default=1.5, help="seconds that a snapshot is shown, the last one twice"
     )
+    parser.add_argument("--keep-positions", action="store_true", help="leave features where they were")
     options = parser.parse_args(args)
     run = Run(options.run)
-    first, *others = frames(run, options.steps or run.steps, options.features, options.edges, options.width)
+    shape = options.features, options.edges, options.width, options.keep_positions
+    first, *others = frames(run, options.steps or run.steps, *shape)
     pictures = [image.quantize(_COLOURS, dither=Image.Dither.NONE) for image in (first, *others)]
     milliseconds = round(1000 * options.seconds)
     durations = [milliseconds] * len(others) + [2 * milliseconds]

@@ -44,8 +44,8 @@ class Digits(L.LightningModule):
 
 digits = load_digits()
 data = TensorDataset(torch.tensor(digits.images, dtype=torch.float32).flatten(1) / 16, torch.tensor(digits.target))
-train = DataLoader(torch.utils.data.Subset(data, range(1400)), batch_size=64, shuffle=True)
-val = DataLoader(torch.utils.data.Subset(data, range(1400, 1797)), batch_size=397)
+for_training, held_out = torch.utils.data.random_split(data, [1400, 397], torch.Generator().manual_seed(0))
+train, val = DataLoader(for_training, batch_size=64, shuffle=True), DataLoader(held_out, batch_size=397)
 
 # %%
 # One more line
@@ -104,9 +104,9 @@ print(run)
 print("effective edges:", [round(value, 1) for value in run.scalars()["lib/effective_edges/total"][1]])
 
 # %%
-# What happened? Births and deaths of features, and changes of trend:
+# What happened to features of the second layer? (Changes of trend, *emerged* and *faded*, need more snapshots than these.)
 
-for event in [event for event in run.events() if event["kind"] in ("emerged", "faded", "rose", "fell")][:6]:
+for event in [event for event in run.events() if event["layer"] == "fc2:input"][:6]:
     print(event["text"])
 
 # %%

@@ -17,7 +17,7 @@ from torch import nn
 digits = load_digits()
 images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
 classes = torch.tensor(digits.target)
-train, test = slice(0, 1400), slice(1400, None)
+train, test = torch.randperm(1797, generator=torch.Generator().manual_seed(0)).split([1400, 397])
 
 torch.manual_seed(0)
 model = nn.Sequential(
@@ -66,14 +66,12 @@ for index in range(5):
 import matplotlib.pyplot as plt
 
 name = "8/0"
-examples = graph.examples["8"]
-largest, smallest = examples.samples[0, :5].tolist(), []
 values = graph.bases["8"].encode(model[:9](images[train]).detach())[:, 0]
 order = values.argsort()
 figure, axes = plt.subplots(2, 6, figsize=(7, 2.6))
 for row, chosen, title in zip(axes, (order.flip(0)[:6], order[:6]), ("largest", "smallest"), strict=True):
     for axis, sample in zip(row, chosen.tolist(), strict=True):
-        axis.imshow(images[sample, 0], cmap="gray_r")
+        axis.imshow(images[train][sample, 0], cmap="gray_r")
         axis.set(xticks=[], yticks=[], title=f"{values[sample]:+.0f}")
     row[0].set_ylabel(title)
 figure.tight_layout()

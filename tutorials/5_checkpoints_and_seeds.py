@@ -22,6 +22,7 @@ from torch import nn
 digits = load_digits()
 images = torch.tensor(digits.images, dtype=torch.float32).flatten(1) / 16
 classes = torch.tensor(digits.target)
+held_out, seen = torch.randperm(1797, generator=torch.Generator().manual_seed(0)).split([397, 1400])
 folder = Path(tempfile.mkdtemp())
 
 
@@ -39,7 +40,9 @@ def train(seed: int) -> nn.Module:
     for step in range(401):
         if step in (0, 10, 20, 40, 80, 150, 250, 400):
             torch.save(model.state_dict(), folder / f"seed{seed}" / f"step{step}.pt")
-        batch = torch.randint(1400, (200,))
+        if step == 400:
+            break
+        batch = seen[torch.randint(1400, (200,))]
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(images[batch]), classes[batch]).backward()
         optimizer.step()
@@ -56,7 +59,7 @@ models = [train(seed) for seed in (0, 1)]
 
 from lib_lightning import trace
 
-batches = [(images[1400:], classes[1400:])]
+batches = [(images[held_out], classes[held_out])]
 node_layers = ["input", "1", "3", "output"]
 runs = [
     trace(build(), folder / f"seed{seed}", batches, node_layers, folder / "logs" / f"seed{seed}") for seed in (0, 1)
@@ -80,11 +83,10 @@ figure.tight_layout()
 # %%
 # Since when is a final feature recognisable?
 
-from lib_lightning.lineage import retrace
-
-history = retrace(runs[0].graph(), sorted((folder / "logs" / "seed0").rglob("step-*.safetensors")))
-for name, one in history.items():
-    print(f"{name:>7}: the three most important features since steps {one.since()[:3].tolist()}")
+last = runs[0].graph()
+for layer in node_layers[:-1]:
+    pages = [runs[0].feature(name) for name in last.feature_ids(layer)[:3]]
+    print(f"{layer:>5}:", ", ".join(f"{page.id} since step {page.final_since}" for page in pages))
 
 # %%
 # The same features in another seed?

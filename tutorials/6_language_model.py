@@ -30,12 +30,13 @@ def small_gpt2(tokens: torch.Tensor) -> torch.nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=256, n_positions=64, n_embd=48, n_layer=4, n_head=4))
+    sizes = {"vocab_size": 256, "n_positions": 64, "n_embd": 48, "n_layer": 4, "n_head": 4}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(150):
         batch = tokens[torch.randint(len(tokens), (16,))]
         optimizer.zero_grad()
-        model(batch, labels=batch).loss.backward()
+        torch.nn.functional.cross_entropy(model(batch).logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()).backward()
         optimizer.step()
     return model
 
@@ -90,10 +91,13 @@ for name, basis in graph.bases.items():
     print(f"{name}: {basis.n_features} features, effectively {effective:.0f}; the largest has {share[0]:.0%}")
 
 # %%
-# Notes say what was estimated, and what is unusual:
+# How far off the estimates may be: the metric of each node layer, and its strongest edges.
 
-for note in graph.info["notes"]:
-    print("-", note)
+for name, error in graph.info["metric_errors"].items():
+    print(f"metric of {name}: {error:.0%}" if error is not None else f"metric of {name}: unknown")
+for (before, after), edges in graph.edges.items():
+    i, j = divmod(int(edges.argmax()), edges.shape[1])
+    print(f"edge {before}/{j} to {after}/{i}: {edges[i, j]:.3g} ± {graph.edge_errors[before, after][i, j]:.1g}")
 
 # %%
 # Names
