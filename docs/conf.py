@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
+
+from sphinx.application import Sphinx
 
 import lib_lightning
 
@@ -13,6 +16,8 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).with_name("_extensions"))]
 
 # Tutorials run in processes without a display, and draw into the page.
 os.environ.setdefault("MPLBACKEND", "agg")
+# Lightning and torch, speaking to each other.
+warnings.filterwarnings("ignore", ".*LeafSpec.*")
 
 project = "lib-lightning"
 author = "The lib-lightning authors"
@@ -81,7 +86,19 @@ sphinx_gallery_conf = {
     "download_all_examples": False,
     "remove_config_comments": True,
     "show_signature": False,
-    "min_reported_time": 0,
+    "min_reported_time": 1e6,
     "plot_gallery": True,
     "write_computation_times": False,
 }
+
+
+def _is_hook(app: object, what: str, name: str, obj: object, skip: bool, options: object) -> bool | None:
+    """Whether a member is one of Lightning's hooks, which its trainer calls and no user does."""
+    from lightning.pytorch import Callback
+
+    return True if name in vars(Callback) and getattr(obj, "__module__", "").startswith("lib_lightning.") else None
+
+
+def setup(app: Sphinx) -> None:
+    """Leave hooks out of the reference."""
+    app.connect("autodoc-skip-member", _is_hook)

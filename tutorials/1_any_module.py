@@ -12,6 +12,7 @@ is the model and some data.
 # Any ``nn.Module`` will do. This one learns to read the handwritten digits that come with scikit-learn: 1,797 images of
 # 8 x 8 pixels.
 
+# sphinx_gallery_thumbnail_path = 'images/graph-grokked.png'
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
@@ -19,16 +20,21 @@ from torch import nn
 digits = load_digits()
 images = torch.tensor(digits.images, dtype=torch.float32).flatten(1) / 16
 classes = torch.tensor(digits.target)
-train, test = torch.randperm(1797, generator=torch.Generator().manual_seed(0)).split([1400, 397])
+order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))
+train, test = order[:1400], order[1400:]
 
 torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10))
+model = nn.Sequential(
+    nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10)
+)
 optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
 for _ in range(300):
     optimizer.zero_grad()
     nn.functional.cross_entropy(model(images[train]), classes[train]).backward()
     optimizer.step()
-print(f"test accuracy {(model(images[test]).argmax(1) == classes[test]).float().mean():.2f}")
+print(
+    f"test accuracy {(model(images[test]).argmax(1) == classes[test]).float().mean():.2f}"
+)
 
 # %%
 # Its graph
@@ -39,7 +45,9 @@ print(f"test accuracy {(model(images[test]).argmax(1) == classes[test]).float().
 
 from lib_lightning import compute_interaction_graph
 
-graph = compute_interaction_graph(model, [(images[train], classes[train])], ["input", "1", "3", "output"])
+graph = compute_interaction_graph(
+    model, [(images[train], classes[train])], ["input", "1", "3", "output"]
+)
 graph
 
 # %%
@@ -51,7 +59,9 @@ graph
 
 for name, basis in graph.bases.items():
     share = basis.importance / basis.importance.sum()
-    print(f"{name:>7}: {basis.n_features:2} features, the first three have {share[:3].sum():.0%} of the importance")
+    print(
+        f"{name:>7}: {basis.n_features:2} features, the first three have {share[:3].sum():.0%} of the importance"
+    )
 
 # %%
 # What is a feature?
@@ -63,7 +73,9 @@ features = graph.bases["1"].encode(hidden)
 back = graph.bases["1"].decode(features)
 logits = model[2:](hidden)
 print(f"{hidden.shape[1]} activations, {features.shape[1]} features")
-print(f"of the logits, the features explain {1 - (model[2:](back) - logits).var() / logits.var():.4%}")
+print(
+    f"of the logits, the features explain {1 - (model[2:](back) - logits).var() / logits.var():.4%}"
+)
 
 # %%
 # Where is the most important feature large, and where is it small?
@@ -79,11 +91,18 @@ print("smallest at images of", classes[test][values.argsort()[:8]].tolist())
 # it holds against it.
 
 edges = graph.edges["1", "3"]
-print("edges", tuple(edges.shape), "from 1 to 3; half of their strength is in the strongest", end=" ")
+print(
+    "edges",
+    tuple(edges.shape),
+    "from 1 to 3; half of their strength is in the strongest",
+    end=" ",
+)
 strengths = edges.flatten().sort(descending=True).values
 print(int((strengths.cumsum(0) < strengths.sum() / 2).sum()) + 1)
 strongest = divmod(int(edges.argmax()), edges.shape[1])
-print(f"the strongest leads from 1/{strongest[1]} to 3/{strongest[0]}:", f"{edges.max():.3g}")
+print(
+    f"the strongest leads from 1/{strongest[1]} to 3/{strongest[0]}:", f"{edges.max():.3g}"
+)
 
 # %%
 # Is that few?
@@ -91,7 +110,9 @@ print(f"the strongest leads from 1/{strongest[1]} to 3/{strongest[0]}:", f"{edge
 # The same network, seen as principal components and as single neurons, is the yardstick.
 
 for kind in ("lib", "pca", "neuron"):
-    other = compute_interaction_graph(model, [images[train]], ["input", "1", "3", "output"], basis=kind)
+    other = compute_interaction_graph(
+        model, [images[train]], ["input", "1", "3", "output"], basis=kind
+    )
     metrics = other.measure()
     print(f"{kind:>6}: {metrics['effective_edges/total']:7.1f} effective edges")
 

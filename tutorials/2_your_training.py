@@ -23,7 +23,11 @@ class Digits(L.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fc1, self.fc2, self.fc3 = nn.Linear(64, 32), nn.Linear(32, 32), nn.Linear(32, 10)
+        self.fc1, self.fc2, self.fc3 = (
+            nn.Linear(64, 32),
+            nn.Linear(32, 32),
+            nn.Linear(32, 10),
+        )
 
     def forward(self, x):
         return self.fc3(self.fc2(self.fc1(x).relu()).relu())
@@ -43,9 +47,15 @@ class Digits(L.LightningModule):
 
 
 digits = load_digits()
-data = TensorDataset(torch.tensor(digits.images, dtype=torch.float32).flatten(1) / 16, torch.tensor(digits.target))
-for_training, held_out = torch.utils.data.random_split(data, [1400, 397], torch.Generator().manual_seed(0))
-train, val = DataLoader(for_training, batch_size=64, shuffle=True), DataLoader(held_out, batch_size=397)
+images = torch.tensor(digits.images, dtype=torch.float32).flatten(1) / 16
+data = TensorDataset(images, torch.tensor(digits.target))
+for_training, held_out = torch.utils.data.random_split(
+    data, [1400, 397], torch.Generator().manual_seed(0)
+)
+train, val = (
+    DataLoader(for_training, batch_size=64, shuffle=True),
+    DataLoader(held_out, batch_size=397),
+)
 
 # %%
 # One more line
@@ -78,7 +88,9 @@ trainer = L.Trainer(
     log_every_n_steps=10,
 )
 trainer.fit(Digits(), train, val)
-print(f"accuracy {trainer.callback_metrics['val/accuracy']:.3f} after {trainer.global_step} steps")
+print(
+    f"accuracy {trainer.callback_metrics['val/accuracy']:.3f} after {trainer.global_step} steps"
+)
 
 # %%
 # What is in the log directory
@@ -89,7 +101,11 @@ from pathlib import Path
 
 folder = Path(trainer.log_dir, "lib")
 for path in sorted(folder.iterdir()):
-    size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
+    size = (
+        sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+        if path.is_dir()
+        else path.stat().st_size
+    )
     print(f"{path.name:22} {size / 1024:8.0f} kB")
 
 # %%
@@ -101,7 +117,10 @@ from lib_lightning.viewer import Run
 
 run = Run(folder)
 print(run)
-print("effective edges:", [round(value, 1) for value in run.scalars()["lib/effective_edges/total"][1]])
+print(
+    "effective edges:",
+    [round(value, 1) for value in run.scalars()["lib/effective_edges/total"][1]],
+)
 
 # %%
 # What happened to features of the second layer? (Changes of trend, *emerged* and *faded*, need more snapshots than these.)
@@ -122,13 +141,12 @@ figure = run.graph().plot(max_features=12)
 from lightning.pytorch.callbacks import EarlyStopping
 
 early_stopping = EarlyStopping("lib/effective_edges/total", patience=5, check_finite=False)
-print(
-    {
-        name: round(float(value), 2)
-        for name, value in trainer.callback_metrics.items()
-        if name.endswith("features/total")
-    }
-)
+for name in (
+    "lib/features/total",
+    "lib/effective_features/total",
+    "lib/effective_edges/total",
+):
+    print(f"{name:30} {trainer.callback_metrics[name]:.1f}")
 
 # %%
 # Next: :doc:`reading the tab </tutorials/3_reading_the_tab>`. All settings are in :doc:`/callback`, all keys in

@@ -12,6 +12,7 @@ run of a small network that learns an exclusive or.
 # Four switches, of which the first two matter: the class is 1 if one of them is on and the other off. Whoever solves it has
 # to build a feature that no single switch is.
 
+# sphinx_gallery_thumbnail_path = 'images/lib-tab.png'
 import tempfile
 
 import lightning as L
@@ -24,7 +25,8 @@ from lib_lightning.features import TableRenderer
 from lib_lightning.labels import ExampleLabels
 
 generator = torch.Generator().manual_seed(0)
-switches = torch.randint(2, (2000, 4), generator=generator).float() + 0.1 * torch.randn(2000, 4, generator=generator)
+switches = torch.randint(2, (2000, 4), generator=generator).float()
+switches += 0.1 * torch.randn(2000, 4, generator=generator)
 classes = (switches[:, 0].round() != switches[:, 1].round()).long()
 
 
@@ -33,7 +35,9 @@ class Switches(L.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
+        self.net = nn.Sequential(
+            nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)
+        )
 
     def forward(self, x):
         return self.net(x)
@@ -50,11 +54,12 @@ class Switches(L.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=1e-2)
 
 
+columns = ["first", "second", "third", "fourth"]
 callback = LIBCallback(
     node_layers=["input", "net.1", "net.3", "output"],
     at_steps=[0, 10, 20, 40, 60, 80, 100, 130, 160, 200, 300],
     effort="exact",
-    renderer=TableRenderer(["first", "second", "third", "fourth"]),
+    renderer=TableRenderer(columns),
     labeller=ExampleLabels(),
     output_names=["same", "different"],
 )
@@ -71,7 +76,11 @@ trainer = L.Trainer(
     log_every_n_steps=10,
 )
 data = TensorDataset(switches, classes)
-trainer.fit(Switches(), DataLoader(data, batch_size=100, shuffle=True), DataLoader(data, batch_size=1000))
+train, val = (
+    DataLoader(data, batch_size=100, shuffle=True),
+    DataLoader(data, batch_size=1000),
+)
+trainer.fit(Switches(), train, val)
 print(f"accuracy {trainer.callback_metrics['val/accuracy']:.3f}")
 
 # %%
@@ -108,21 +117,19 @@ basis = last.bases["net.3"]
 for index in range(min(3, basis.n_features)):
     feature = last.feature(("net.3", index))
     share = basis.importance[index] / basis.importance.sum()
-    print(f"{feature.id}: {share:.0%} of the importance, label: {feature.label or 'none that predicts'}")
+    print(
+        f"{feature.id}: {share:.0%} of the importance, label: {feature.label or 'none that predicts'}"
+    )
 
 # %%
 # *Is a switch used that should not be?* The strongest edges from the input say so: the third and fourth switch drive
 # nothing.
 
-incoming = last.edges["input", "net.1"].sum(0)
-directions = last.bases["input"].from_features.abs()
-used = (incoming[:, None] * directions / directions.sum(1, keepdim=True)).sum(0)
-print(
-    {
-        name: f"{share:.0%}"
-        for name, share in zip(["first", "second", "third", "fourth"], used / used.sum(), strict=True)
-    }
-)
+incoming = last.edges["input", "net.1"].sum(0)  # of each feature of the input
+directions = last.bases["input"].from_features.abs()  # what these are made of
+used = incoming @ (directions / directions.sum(1, keepdim=True))
+for name, share in zip(columns, (used / used.sum()).tolist(), strict=True):
+    print(f"{name}: {share:.0%}")
 
 # %%
 # *How certain is it?* Hollow dots have a direction that the samples do not determine, numbers in tooltips have standard

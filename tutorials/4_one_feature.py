@@ -17,7 +17,8 @@ from torch import nn
 digits = load_digits()
 images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
 classes = torch.tensor(digits.target)
-train, test = torch.randperm(1797, generator=torch.Generator().manual_seed(0)).split([1400, 397])
+order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))
+train, test = order[:1400], order[1400:]
 
 torch.manual_seed(0)
 model = nn.Sequential(
@@ -56,7 +57,9 @@ for layer, labels in find_labels(graph, model, samples, ExampleLabels()).items()
     graph.labels[layer], graph.label_scores[layer] = labels.names, labels.scores
 for index in range(5):
     feature = graph.feature(("8", index))
-    print(f"{feature.id}: {feature.label or 'no name that predicts'} ({feature.label_score:.2f})")
+    print(
+        f"{feature.id}: {feature.label or 'no name that predicts'} ({feature.label_score:.2f})"
+    )
 
 # %%
 # One feature, closely
@@ -69,7 +72,9 @@ name = "8/0"
 values = graph.bases["8"].encode(model[:9](images[train]).detach())[:, 0]
 order = values.argsort()
 figure, axes = plt.subplots(2, 6, figsize=(7, 2.6))
-for row, chosen, title in zip(axes, (order.flip(0)[:6], order[:6]), ("largest", "smallest"), strict=True):
+for row, chosen, title in zip(
+    axes, (order.flip(0)[:6], order[:6]), ("largest", "smallest"), strict=True
+):
     for axis, sample in zip(row, chosen.tolist(), strict=True):
         axis.imshow(images[train][sample, 0], cmap="gray_r")
         axis.set(xticks=[], yticks=[], title=f"{values[sample]:+.0f}")
@@ -80,7 +85,9 @@ figure.tight_layout()
 # What does it do to the answers? ``output_effects`` has the classes that it raises and lowers most.
 
 effects = graph.output_effects["8"]
-for output, change in zip(effects.outputs[0].tolist(), effects.changes[0].tolist(), strict=True):
+for output, change in zip(
+    effects.outputs[0].tolist(), effects.changes[0].tolist(), strict=True
+):
     if output >= 0:
         print(f"class {output}: {change:+.2f} nats")
 
@@ -96,10 +103,7 @@ with edit_features(model, graph, {name: MEAN}):
     without = accuracy_of(model)
     wrong = classes[test][model(images[test]).argmax(1) != classes[test]]
 print(f"test accuracy {before:.3f}, without {name} {without:.3f}")
-print(
-    "images of these classes are read wrongly then:",
-    dict(sorted(zip(*map(torch.Tensor.tolist, wrong.unique(return_counts=True)), strict=True))),
-)
+print("images read wrongly then, by class:", wrong.bincount(minlength=10).tolist())
 
 # %%
 # It can also be doubled, or become any function of its value:
@@ -120,14 +124,11 @@ from lib_lightning.interventions import feature_effects
 
 found = feature_effects(model, [(images[test], classes[test])], graph, log_likelihood)
 in_hidden = {key: effect for key, effect in found.items() if key.startswith("8/")}
-print(
-    sum(effect.significant for effect in in_hidden.values()),
-    "of",
-    len(in_hidden),
-    "features of the hidden layer matter",
-)
+matter = sum(effect.significant for effect in in_hidden.values())
+print(f"{matter} of {len(in_hidden)} features of the hidden layer matter")
 for key, effect in list(in_hidden.items())[:5]:
-    print(f"{key}: {effect.change:+.3f} ± {effect.error:.3f} nats{'' if effect.significant else ', may be chance'}")
+    chance = "" if effect.significant else ", may be chance"
+    print(f"{key}: {effect.change:+.3f} ± {effect.error:.3f} nats{chance}")
 
 # %%
 # Does the importance predict it?

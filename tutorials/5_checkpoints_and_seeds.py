@@ -22,13 +22,16 @@ from torch import nn
 digits = load_digits()
 images = torch.tensor(digits.images, dtype=torch.float32).flatten(1) / 16
 classes = torch.tensor(digits.target)
-held_out, seen = torch.randperm(1797, generator=torch.Generator().manual_seed(0)).split([397, 1400])
+order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))
+seen, held_out = order[:1400], order[1400:]
 folder = Path(tempfile.mkdtemp())
 
 
 def build() -> nn.Module:
     """A new network."""
-    return nn.Sequential(nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 10))
+    return nn.Sequential(
+        nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 10)
+    )
 
 
 def train(seed: int) -> nn.Module:
@@ -61,9 +64,10 @@ from lib_lightning import trace
 
 batches = [(images[held_out], classes[held_out])]
 node_layers = ["input", "1", "3", "output"]
-runs = [
-    trace(build(), folder / f"seed{seed}", batches, node_layers, folder / "logs" / f"seed{seed}") for seed in (0, 1)
-]
+runs = []
+for seed in (0, 1):
+    logs = folder / "logs" / f"seed{seed}"
+    runs.append(trace(build(), folder / f"seed{seed}", batches, node_layers, logs))
 print(runs[0], runs[0].steps)
 
 # %%
@@ -86,7 +90,10 @@ figure.tight_layout()
 last = runs[0].graph()
 for layer in node_layers[:-1]:
     pages = [runs[0].feature(name) for name in last.feature_ids(layer)[:3]]
-    print(f"{layer:>5}:", ", ".join(f"{page.id} since step {page.final_since}" for page in pages))
+    print(
+        f"{layer:>5}:",
+        ", ".join(f"{page.id} since step {page.final_since}" for page in pages),
+    )
 
 # %%
 # The same features in another seed?
@@ -96,14 +103,18 @@ for layer in node_layers[:-1]:
 
 from lib_lightning import compare
 
-found = compare(runs[0].graph(), runs[1].graph(), *models, batches, names=("seed 0", "seed 1"))
+found = compare(
+    runs[0].graph(), runs[1].graph(), *models, batches, names=("seed 0", "seed 1")
+)
 print(found)
 
 # %%
 # The strongest matches:
 
 for match in found.matches[:6]:
-    print(f"{match.a:>10} = {match.b:<10} {match.kind}, similarity {match.similarity:.2f}, p = {match.p_value:.1g}")
+    print(
+        f"{match.a:>10} = {match.b:<10} {match.kind}, similarity {match.similarity:.2f}, p = {match.p_value:.1g}"
+    )
 
 # %%
 # Side by side, shared features at the same height and in the same colour:
@@ -116,8 +127,9 @@ figure = found.plot()
 # Would two untrained networks have as much in common? Their first snapshots say so.
 
 untrained = compare(runs[0].graph(0), runs[1].graph(0), names=("seed 0", "seed 1"))
-print(len([m for m in untrained.matches if m.kind == "shared"]), "shared features before training,",
-      len([m for m in found.matches if m.kind == "shared"]), "after")  # fmt: skip
+for when, one in (("before", untrained), ("after", found)):
+    shared = [match for match in one.matches if match.kind == "shared"]
+    print(f"{when} training: {len(shared)} shared features")
 
 # %%
 # Next: :doc:`a pretrained language model </tutorials/6_language_model>`. More on checkpoints is in :doc:`/trace`, on

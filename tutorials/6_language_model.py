@@ -36,7 +36,9 @@ def small_gpt2(tokens: torch.Tensor) -> torch.nn.Module:
     for _ in range(150):
         batch = tokens[torch.randint(len(tokens), (16,))]
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(batch).logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()).backward()
+        torch.nn.functional.cross_entropy(
+            model(batch).logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
+        ).backward()
         optimizer.step()
     return model
 
@@ -51,9 +53,13 @@ else:
     model = None
 
 pieces = tokens[: len(tokens) // 64 * 64].view(-1, 64)
-held_out = pieces[torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0))[:32]]
+held_out = pieces[
+    torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0))[:32]
+]
 model = (model or small_gpt2(pieces)).eval()
-print(f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} weights, {len(pieces)} pieces of text")
+print(
+    f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} weights, {len(pieces)} pieces of text"
+)
 
 # %%
 # Where to cut it
@@ -88,16 +94,24 @@ graph = compute_interaction_graph(model, batches, node_layers, **settings)
 for name, basis in graph.bases.items():
     share = (basis.importance / basis.importance.sum()).double()
     effective = float(torch.exp(-(share * share.clamp(min=1e-300).log()).sum()))
-    print(f"{name}: {basis.n_features} features, effectively {effective:.0f}; the largest has {share[0]:.0%}")
+    print(
+        f"{name}: {basis.n_features} features, effectively {effective:.0f}; the largest has {share[0]:.0%}"
+    )
 
 # %%
 # How far off the estimates may be: the metric of each node layer, and its strongest edges.
 
 for name, error in graph.info["metric_errors"].items():
-    print(f"metric of {name}: {error:.0%}" if error is not None else f"metric of {name}: unknown")
+    print(
+        f"metric of {name}: {error:.0%}"
+        if error is not None
+        else f"metric of {name}: unknown"
+    )
 for (before, after), edges in graph.edges.items():
     i, j = divmod(int(edges.argmax()), edges.shape[1])
-    print(f"edge {before}/{j} to {after}/{i}: {edges[i, j]:.3g} ± {graph.edge_errors[before, after][i, j]:.1g}")
+    print(
+        f"edge {before}/{j} to {after}/{i}: {edges[i, j]:.3g} ± {graph.edge_errors[before, after][i, j]:.1g}"
+    )
 
 # %%
 # Names
@@ -107,10 +121,18 @@ for (before, after), edges in graph.edges.items():
 
 from lib_lightning.labels import ExampleLabels, find_labels
 
-named = find_labels(graph, model, [{"input_ids": held_out}], ExampleLabels(tokenizer=tokenizer), skip_positions=1)
+named = find_labels(
+    graph,
+    model,
+    [{"input_ids": held_out}],
+    ExampleLabels(tokenizer=tokenizer),
+    skip_positions=1,
+)
 for layer, labels in named.items():
     graph.labels[layer], graph.label_scores[layer] = labels.names, labels.scores
-    print(f"{layer}: {sum(map(bool, labels.names))} of {len(labels.names)} features have a name that predicts")
+    print(
+        f"{layer}: {sum(map(bool, labels.names))} of {len(labels.names)} features have a name that predicts"
+    )
     for name, score in zip(labels.names[:3], labels.scores[:3].tolist(), strict=True):
         print(f"    {name or '(none)'} ({score:.2f})")
 

@@ -42,7 +42,7 @@ from lib_lightning.model.steps import is_preparing
 from lib_lightning.model.torch_internals import disable_checkpointing
 from lib_lightning.model.vjp import apply_mask
 
-# The mean of a feature. Its value is C^T (a - mean): activations are centred, so that this is 0 in every basis.
+#: The mean of a feature. Its value is C^T (a - mean): activations are centred, so that this is 0 in every basis.
 MEAN: Final = 0.0
 
 # The new value of a feature: a number, or a function from its values ``(n, S)`` to new ones.

@@ -17,7 +17,7 @@ REFERENCE = (ROOT / "docs" / "reference" / "index.md").read_text("utf-8")
 
 
 def _documented() -> list[str]:
-    return re.findall(r"^   (lib_lightning\.[\w.]+)$", REFERENCE, re.MULTILINE)
+    return re.findall(r"^   ~(lib_lightning\.[\w.]+)$", REFERENCE, re.MULTILINE)
 
 
 def _public_modules() -> list[str]:
