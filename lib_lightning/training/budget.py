@@ -372,6 +372,8 @@ class SnapshotTrigger:
             text += f"; {skipped:,} {were} skipped to stay below max_overhead={self.meter.limit:g}"
         if spent.failures:
             text += f"; {spent.failures:,} failed"
+        if math.isinf(self.meter.limit) and spent.training > 0 and self.meter.ratio > DEFAULT_MAX_OVERHEAD:
+            text += f"; nothing limits this here, max_overhead={DEFAULT_MAX_OVERHEAD} would"
         rank_zero_info(f"{self._name}: {text}")
 
 

@@ -124,7 +124,7 @@ def _to_tensorboard(writer: object, tag: str, png: PNG, step: int) -> None:
 
 
 def where_to_look(loggers: Iterable[Logger]) -> list[str]:
-    """Describe where TensorBoard loggers have written, and the command that shows it.
+    """The command that shows what TensorBoard loggers have written.
 
     Args:
         loggers: The trainer's loggers.
@@ -137,7 +137,7 @@ def where_to_look(loggers: Iterable[Logger]) -> list[str]:
         if is_instance(logger, "loggers.TensorBoardLogger"):
             # By default, TensorBoard keeps ten images of a tag.
             command = f"{_tensorboard()} --logdir {logger.log_dir} --samples_per_plugin images=1000"
-            lines += [f"  event files   {logger.log_dir}", f"  watch         {command}   (tab LIB)"]
+            lines.append(f"  open   {command}   (tab LIB)")
     return lines
 
 

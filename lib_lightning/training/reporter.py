@@ -40,6 +40,8 @@ EventHook = Callable[[Event], Any]
 
 # Figures over time show lines from snapshot to snapshot: with fewer than three there is not much to see.
 _MIN_OVER_TIME = 3
+# An event is logged if its step is so many times that of the last one logged: few lines, over the whole run.
+_EVENTS_APART = 3
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ class SnapshotReporter:
                         "%s: snapshots cannot be written to %s (%s), and fail until they can.",
                         name, folder.layout.path, problem,
                     )  # fmt: skip
-        self._has_written = self._has_explained_ids = False
+        self._has_written = False
+        self._event_step = 0
         self._logged_step: int | None = None
         self._logged_notes: set[str] = set()
         self._failed_hooks: set[int] = set()
@@ -318,10 +321,7 @@ class SnapshotReporter:
             log_traceback(error)
 
     def _write_events(self, events: Sequence[Event]) -> None:
-        for event in events:
-            # Births and deaths are frequent early in training and would drown these.
-            if event.kind == "emerged" or event.metric is not None:
-                rank_zero_info(f"{self._name}: {event.text}{self._note_on_ids(event)}")
+        self._log_events(events)
         if events:
             text = "\n".join(f"- {event.text}" for event in events)
             log_text(self._loggers, f"{self._name}/events", text, events[0].step)
@@ -329,12 +329,18 @@ class SnapshotReporter:
             # All of them each time: a resumed run may have another folder, or have gone back before some of them.
             self.directory.main.write_events([event.to_json() for event in self._state.events])
 
-    def _note_on_ids(self, event: Event) -> str:
-        """What the id of a feature is, once in a run."""
-        if event.metric is not None or self._has_explained_ids:
-            return ""
-        self._has_explained_ids = True
-        return f" ({event.subject} is its id in all snapshots; graph.index('{event.subject}') is its column in one)"
+    def _log_events(self, events: Sequence[Event]) -> None:
+        """Log the most telling event of a step, at steps that are further and further apart: all are in a file."""
+        # Births and deaths are frequent early in training and would drown these.
+        emerged = [event for event in events if event.kind == "emerged"]
+        telling = emerged or [event for event in events if event.metric is not None]
+        if not telling or telling[0].step < _EVENTS_APART * self._event_step:
+            return
+        self._event_step = telling[0].step
+        first = max(telling, key=lambda event: event.after or 0.0) if emerged else telling[0]
+        others = len(emerged) - 1
+        more = f"; so did {counted(others, 'other feature')}" if others > 0 else ""
+        rank_zero_info(f"{self._name}: {first.text}{more}")
 
     def _draw(self) -> None:
         state, directory = self._state, self.directory.main
@@ -360,7 +366,7 @@ class SnapshotReporter:
             return
         if state.n_drawn < state.n_snapshots:
             self.draw_run()
-        lines = [f"\n{self._name}: {counted(state.n_snapshots, 'snapshot')} of {' -> '.join(state.node_layers)}"]
+        lines = [f"\n{self._name}: {counted(state.n_snapshots, 'snapshot')} of {' -> '.join(state.node_layers)}."]
         try:
             # A run that is resumed at its end has no new snapshot.
             if state.graphs and state.step is not None and state.step == last_step:
@@ -370,14 +376,15 @@ class SnapshotReporter:
                 since = directory.write_first_seen(state.graphs[self._name], state.step, earlier)
                 # Two points are no development.
                 if state.n_snapshots >= _MIN_OVER_TIME and (steps := _by_step(since)):
-                    lines.append(f"  half formed   {steps} (since then: half of the final features, by importance)")
+                    lines.append(f"Half of the final features, by importance, were there {steps}.")
                 if matter := _that_matter(state.graphs[self._name]):
-                    lines.append(f"  matter        {matter}")
+                    lines.append(matter)
         except Exception as error:  # training is over, and its result must not be lost
             log.warning("The last snapshot of '%s' could not be written. %s", self._name, brief(error))
             log_traceback(error)
-        contents = [line for folder in self.directory.folders.values() for line in folder.contents()]
-        rank_zero_info("\n".join([*lines, *contents, *where_to_look(self._loggers)]))
+        found = [folder.contents(len(state.events)) for folder in self.directory.folders.values()]
+        contents = [f"  files  {what}" for what in found if what]
+        rank_zero_info("\n".join([" ".join(lines), *contents, *where_to_look(self._loggers)]))
 
 
 def _that_matter(graph: InteractionGraph) -> str:
@@ -395,18 +402,18 @@ def _that_matter(graph: InteractionGraph) -> str:
         else f"{n} of the {tried} tried in {layer}"
         for layer, (n, tried) in counts.items()
     )
-    return f"{found} (features whose absence alone changes the {score} beyond chance)"
+    return f"Features whose absence alone changes the {score} beyond chance: {found}."
 
 
 def _by_step(since: Mapping[str, int | None]) -> str:
-    """Node layers by step, in words: ``at step 0 in a and b, at step 40 in c``."""
+    """Node layers by step, in words: ``from step 0 on in a and b, from step 40 on in c``."""
     layers = defaultdict(list)
     for layer, step in since.items():
         if step is not None:
             layers[step].append(layer)
     if len(layers) == 1 and None not in since.values():
-        return f"at step {next(iter(layers)):,} in all node layers"
-    return ", ".join(f"at step {step:,} in {' and '.join(names)}" for step, names in sorted(layers.items()))
+        return f"from step {next(iter(layers)):,} on in all node layers"
+    return ", ".join(f"from step {step:,} on in {' and '.join(names)}" for step, names in sorted(layers.items()))
 
 
 def _without_numbers(note: str) -> str:

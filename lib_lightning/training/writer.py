@@ -12,7 +12,7 @@ from typing import Literal
 from matplotlib.figure import Figure
 
 from lib_lightning.algorithm.progress import phase_done
-from lib_lightning.errors import brief, check_number
+from lib_lightning.errors import brief, check_number, counted
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.io.basis_file import TEMPORARY, write_bytes
 from lib_lightning.io.notes import change_notes, read_notes
@@ -241,20 +241,25 @@ class SnapshotDirectory:
             for unfinished in self.layout.path.rglob(f"*{TEMPORARY}"):
                 unfinished.unlink(missing_ok=True)
 
-    def contents(self) -> list[str]:
-        """The files in the folder, as lines of text."""
+    def contents(self, n_events: int) -> str:
+        """The folder and what is in it, in one line; "" for nothing.
+
+        Args:
+            n_events: Number of events in its file.
+        """
         layout = self.layout
         places = {
-            "basis files": layout.snapshots,
-            "last one": layout.final_file,
-            "figures": layout.figures,
-            "spectra": layout.spectra,
-            "timeline": layout.timeline,
-            "events": layout.events_file,
-            "notes": layout.notes_file,
-            "first seen": layout.history_file,
+            layout.final_file: "",
+            layout.snapshots: "/",
+            layout.figures: "/",
+            layout.spectra: "/",
+            layout.timeline: "",
+            layout.events_file: f" with {counted(n_events, 'event')}",
+            layout.notes_file: "",
+            layout.history_file: "",
         }
-        return [f"  {what:<13} {path}" for what, path in places.items() if path.exists()]
+        found = [f"{path.name}{ending}" for path, ending in places.items() if path.exists()]
+        return f"{layout.path}: {', '.join(found)}" if found else ""
 
 
 def _is_one_of(feature_id: str, num_lineages: Mapping[str, int]) -> bool:

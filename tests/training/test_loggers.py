@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from lib_lightning import InteractionGraph, LIBCallback
+from lib_lightning.lineage.events import Event
 from lib_lightning.plots.image import PNG
 from lib_lightning.training import loggers
 from lib_lightning.training.loggers import log_image
@@ -285,3 +286,44 @@ def test_a_note_is_logged_once_whichever_numbers_it_has(caplog: pytest.LogCaptur
     for note in notes:
         reporter.log_notes({"lib": InteractionGraph({}, {}, {"notes": [note, "always the same"]})})
     assert caplog.messages == [f"lib: {notes[0]}", "lib: always the same", f"lib: {notes[2]}"]
+
+
+def test_few_events_are_logged_and_the_most_telling_of_each_step(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = RunState({"lib": "lib"}, None, False, Schedule())
+    reporter = SnapshotReporter("lib", [], state, ["lib"], RunDestination(tmp_path), follow=False)
+    caplog.set_level(logging.INFO)
+
+    def emerged(step: int, lineage: int, after: float) -> Event:
+        return Event("emerged", step, "mlp", lineage, before=0.0, after=after)
+
+    reporter._write_events([emerged(10, 1, 0.1), emerged(10, 2, 0.3), Event("born", 10, "mlp", 3)])
+    reporter._write_events([emerged(20, 4, 0.9)])  # soon after
+    reporter._write_events([Event("fell", 30, metric="lib/edges/total", before=9.0, after=2.0)])
+    reporter._write_events([Event("born", 200, "mlp", 5)])
+    assert caplog.messages == [
+        "lib: feature mlp/2 emerged at step 10: its share of the layer's importance rose from nothing to 30%; so did 1 "
+        "other feature",
+        "lib: lib/edges/total fell at step 30 from 9 to 2",
+    ]
+
+
+def test_a_run_ends_with_a_sentence_its_files_and_a_command(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    callback = LIBCallback(NODE_LAYERS, at_steps=[1, 2], effort="exact")
+    trainer_of(tmp_path, callback, logger=logger, max_steps=4).fit(Classifier())
+    (summary,) = [message for message in caplog.messages if message.startswith("\nlib: ")]
+    sentence, files, command = summary.strip().splitlines()
+    assert re.fullmatch(
+        r"lib: \d snapshots of .+\. Half of the final features, by importance, were there (from step \d on in .+)+\. "
+        r"Features whose absence alone changes the .+ beyond chance: .+\.",
+        sentence,
+    )
+    assert files.startswith(f"  files  {tmp_path / 'lib'}: final.safetensors, snapshots/, figures/")
+    for name in files.split(": ")[1].split(", "):
+        assert (tmp_path / "lib" / name.split(" with ")[0]).exists(), name
+    assert re.fullmatch(
+        rf"  open   .*tensorboard --logdir {tmp_path}\S* --samples_per_plugin .*   \(tab LIB\)", command
+    )
