@@ -51,6 +51,7 @@ autosummary_generate = True
 autodoc_default_options = {"show-inheritance": True}
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
+autodoc_typehints_format = "fully-qualified"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 88
@@ -99,6 +100,14 @@ def _is_hook(app: object, what: str, name: str, obj: object, skip: bool, options
     return True if name in vars(Callback) and getattr(obj, "__module__", "").startswith("lib_lightning.") else None
 
 
+def _results_are_prose(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """What is returned is a sentence, although sphinx.ext.napoleon takes all before a colon for a type."""
+    for i, line in enumerate(lines[:-1]):
+        if line in ("Returns:", "Yields:"):
+            lines[i + 1] = lines[i + 1].replace("    ", "    : ", 1)
+
+
 def setup(app: Sphinx) -> None:
-    """Leave hooks out of the reference."""
+    """Leave hooks out of the reference, and prepare docstrings before napoleon reads them."""
     app.connect("autodoc-skip-member", _is_hook)
+    app.connect("autodoc-process-docstring", _results_are_prose, priority=400)

@@ -61,7 +61,7 @@ train, val = (
 # One more line
 # -------------
 # ``LIBCallback()`` alone would do: it proposes node layers and takes at most 3% of the training time. In a training of
-# seconds that is little, so this one asks for exact snapshots, three per tenfold increase of the step.
+# seconds that is little, so this one asks for exact snapshots, two per tenfold increase of the step.
 
 import tempfile
 
@@ -71,7 +71,7 @@ from lib_lightning.labels import ExampleLabels
 
 callback = LIBCallback(
     node_layers=["fc1:input", "fc2:input", "fc3:input", "output"],
-    log_spaced=3,
+    log_spaced=2,
     effort="exact",
     renderer=ImageRenderer(shape=(8, 8)),
     labeller=ExampleLabels(),

@@ -57,7 +57,7 @@ class Switches(L.LightningModule):
 columns = ["first", "second", "third", "fourth"]
 callback = LIBCallback(
     node_layers=["input", "net.1", "net.3", "output"],
-    at_steps=[0, 10, 20, 40, 60, 80, 100, 130, 160, 200, 300],
+    at_steps=[0, 20, 40, 60, 80, 120, 200, 300],
     effort="exact",
     renderer=TableRenderer(columns),
     labeller=ExampleLabels(),

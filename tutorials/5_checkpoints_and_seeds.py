@@ -41,7 +41,7 @@ def train(seed: int) -> nn.Module:
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     (folder / f"seed{seed}").mkdir()
     for step in range(401):
-        if step in (0, 10, 20, 40, 80, 150, 250, 400):
+        if step in (0, 10, 40, 100, 200, 400):
             torch.save(model.state_dict(), folder / f"seed{seed}" / f"step{step}.pt")
         if step == 400:
             break
