@@ -123,13 +123,18 @@ class DictionaryBasis(Basis):
         """The dictionary.
 
         Raises:
-            LIBError: If it is not there.
+            LIBError: If it is not there, or has other weights by now.
         """
         if self.dictionary is None:
             raise LIBError(
                 f"Features of '{self.name}' are latents of a dictionary ({self.reference.get('class', 'unknown')}, "
                 f"weights {self.reference.get('hash', 'unknown')}) that is not in the file. Pass it: "
                 f"InteractionGraph.load(path, dictionaries={{'{self.name}': dictionary}})."
+            )
+        if not self.dictionary.is_current:
+            raise LIBError(
+                f"The dictionary of '{self.name}' has other weights by now than this graph was computed with. Compute "
+                "a new graph, or keep a copy of the dictionary as it was."
             )
         return self.dictionary
 

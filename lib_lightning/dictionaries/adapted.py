@@ -84,12 +84,16 @@ class AdaptedDictionary:
         joins_heads = getattr(dictionary, "hook_z_reshaping_mode", False) is True
         own_shape = getattr(dictionary, "input_shape", None)
         self._shape = (1, self.d) if joins_heads else tuple(own_shape) if own_shape else (self.d,)
+        if not tensors_of(dictionary) and isinstance(dictionary, nn.Module):
+            with torch.no_grad():  # some make their weights when they see the width of the activations
+                dictionary.encode(a.detach()[:1].reshape(1, *self._shape))
         self._like = next((t for t in tensors_of(dictionary).values() if t.is_floating_point()), None)
         self._has_pairs, self._passes_state = False, False
         self.n_latents, self.is_stateful, self.is_affine = 0, False, False
         self._decoder: Tensor | None = None
         with self._unchanged(), torch.no_grad():
             self._try(a.detach()[:_TRIED])
+        self._versions = _versions(dictionary)
         # Some objects learn a shape when they encode for the first time.
         self.is_stateful = self.is_stateful or not self._decodes_alone()
 
@@ -114,6 +118,11 @@ class AdaptedDictionary:
         if isinstance(self.dictionary, nn.Module):
             return weights_hash(self.dictionary)
         return hash_tensors(sorted(tensors_of(self.dictionary).items(), key=lambda item: item[0])).hex()[:16]
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the object has the weights that it was tried with, as far as torch counts changes of them."""
+        return _versions(self.dictionary) == self._versions
 
     @property
     def reference(self) -> dict[str, Any]:
@@ -487,6 +496,11 @@ def tensors_of(dictionary: Any) -> dict[str, Tensor]:
         return {**dict(dictionary.named_parameters()), **dict(dictionary.named_buffers())}
     attributes: Mapping[str, Any] = getattr(dictionary, "__dict__", {})
     return {name: value for name, value in attributes.items() if isinstance(value, Tensor)}
+
+
+def _versions(dictionary: Any) -> list[tuple[int, int]]:
+    """Identity of each of the weights, and how often it was changed."""
+    return [(id(t), 0 if t.is_inference() else t._version) for t in tensors_of(dictionary).values()]
 
 
 def takes(function: Any, count: int) -> bool:

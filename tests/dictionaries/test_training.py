@@ -6,15 +6,29 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
-from lib_lightning import LIBCallback
+from lib_lightning import LIBCallback, SAETrainer, compute_interaction_graph
 from lib_lightning.dictionaries import AdaptedDictionary
+from lib_lightning.errors import LIBError
 from lib_lightning.viewer.run import Run
 from tests.dictionaries.stand_ins import SparseDictionary
-from tests.tiny_training import Classifier
+from tests.tiny_training import Classifier, Noisy
+
+
+class WithManySamples(Classifier):
+    """A classifier with enough activations in each batch to train a dictionary on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 2))
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(Noisy(6 * 256), batch_size=256)
 
 
 class WithDictionary(Classifier):
@@ -63,3 +77,30 @@ def test_every_snapshot_has_the_newest_weights(tmp_path: Path) -> None:
     x = torch.randn(4, 16)
     graphs[-1].attach_dictionaries({"net.1": dictionary})
     assert torch.equal(callback.graph.bases["net.1"].encode(x), graphs[-1].bases["net.1"].encode(x))
+
+
+def test_a_dictionary_that_the_library_trains_is_the_basis(tmp_path: Path) -> None:
+    pl.seed_everything(0)
+    saes = SAETrainer("net.1", n_latents=40, k=4, every_n_batches=1)
+    callback = LIBCallback(["net.1", "output"], every_n_steps=6, basis={"net.1": saes.dictionary("net.1")})
+    trainer = pl.Trainer(
+        max_epochs=2, callbacks=[saes, callback], logger=pl.loggers.CSVLogger(tmp_path), accelerator="cpu",
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.fit(WithManySamples())
+    graphs = [Run(tmp_path).graph(step) for step in Run(tmp_path).steps]
+    assert [graph.bases["net.1"].kind for graph in graphs] == ["latents"] * 3
+    assert graphs[0].info["dictionaries"]["net.1"]["n_latents"] == 40
+    assert len({graph.info["dictionaries"]["net.1"]["hash"] for graph in graphs}) > 1
+
+
+def test_a_graph_knows_that_its_dictionary_has_changed() -> None:
+    model, dictionary = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 2)), SparseDictionary(16, 40, k=4)
+    graph = compute_interaction_graph(model, [torch.randn(20, 5)], ["1", "output"], {"1": dictionary})
+    graph.bases["1"].encode(torch.randn(2, 16))
+    optimizer = torch.optim.SGD(dictionary.parameters(), lr=0.1)
+    dictionary.decode(dictionary.encode(torch.randn(3, 16))).sum().backward()
+    optimizer.step()
+    with pytest.raises(LIBError, match="other weights by now"):
+        graph.bases["1"].encode(torch.randn(2, 16))
+    assert graph.measure()["features/total"] > 1
