@@ -42,20 +42,22 @@ class ActiveLatents:
     values: Tensor
 
     @classmethod
-    def of(cls, basis: DictionaryBasis, a: Tensor, mask: Tensor | None) -> ActiveLatents:
+    def of(cls, basis: DictionaryBasis, a: Tensor, mask: Tensor | None, fhat: Tensor | None = None) -> ActiveLatents:
         """The active latents of activations.
 
         Args:
             basis: Basis of the node layer.
             a: Activations, shape ``(n, S, d)``.
             mask: True at valid positions, shape ``(n, S)``; None if all are valid.
+            fhat: Features, zero at masked positions, shape ``(n, S, r)``, if they are known.
 
         Returns:
             Them.
         """
         a = a.detach()
         with torch.no_grad():
-            f, e = (apply_mask(t, mask) for t in basis.latents_and_error(a))
+            f = apply_mask(basis.latents_of(a), mask) if fhat is None else fhat[..., :-1].to(a)
+            e = apply_mask(basis.error_of(f, a), mask)
         is_active = f != 0
         K = int(is_active.sum(-1).max()) if f.numel() else 0
         if f.shape[-1] == K:

@@ -22,6 +22,8 @@ from lib_lightning.errors import LIBError
 
 # Numbers of latents that are in memory at once.
 _NUMBERS = 2**22
+# Latents are decoded one by one if fewer than this share of them is active.
+_SPARSE = 1 / 8
 # Name of the last feature.
 ERROR = "error"
 
@@ -183,13 +185,46 @@ class DictionaryBasis(Basis):
         Returns:
             Shapes ``(..., r - 1)`` and ``(..., d)``, in the type of ``a``; differentiable.
         """
-        dictionary, rows = self.known, a.reshape(-1, a.shape[-1])
-        latents, found = self.latents.to(a.device), []
-        for part in rows.split(max(1, _NUMBERS // dictionary.n_latents)):
-            f = dictionary.encode(part)[:, latents]
-            found.append((f, part - self.decoded(f, part)))
-        f, e = (torch.cat(parts) for parts in zip(*found, strict=True)) if found else (rows[:, latents], rows)
-        return f.reshape(*a.shape[:-1], len(latents)), e.reshape(a.shape)
+        f = self.latents_of(a)
+        return f, self.error_of(f, a)
+
+    def latents_of(self, a: Tensor) -> Tensor:
+        """Values of the latents that are features, shape ``(..., r - 1)``, of activations ``(..., d)``."""
+        dictionary, latents = self.known, self.latents.to(a.device)
+        rows = a.reshape(-1, a.shape[-1])
+        parts = [dictionary.encode(part)[:, latents] for part in rows.split(max(1, _NUMBERS // dictionary.n_latents))]
+        return torch.cat([rows.new_zeros(0, len(latents)), *parts]).reshape(*a.shape[:-1], len(latents))
+
+    def error_of(self, f: Tensor, a: Tensor) -> Tensor:
+        """What latents leave out of activations.
+
+        Args:
+            f: Values of the latents that are features, shape ``(..., r - 1)``.
+            a: The activations, shape ``(..., d)``.
+
+        Returns:
+            ``a - decode(f)``, shape ``(..., d)``.
+        """
+        if self.known.is_affine and not torch.is_grad_enabled():
+            is_active = f != 0
+            K = int(is_active.sum(-1).max()) if f.numel() else 0
+            if _SPARSE * f.shape[-1] > K:
+                return a - self._decoded_sparse(f, a, is_active.to(torch.float32).topk(K, dim=-1).indices)
+        of = a.reshape(-1, a.shape[-1])
+        rows = f.reshape(len(of), f.shape[-1])
+        size = max(1, _NUMBERS // self.known.n_latents)
+        parts = [x - self.decoded(y, x) for x, y in zip(of.split(size), rows.split(size), strict=True)]
+        return torch.cat([of[:0], *parts]).reshape(a.shape)
+
+    def _decoded_sparse(self, f: Tensor, a: Tensor, index: Tensor) -> Tensor:
+        """What an affine decoder makes of few active latents, with indices ``(..., K)``."""
+        offset, scale = self.known.offset(a), self.known.scale(a)
+        latents, total = self.latents.to(index.device), torch.zeros_like(a)
+        for k in range(index.shape[-1]):
+            one = index[..., k]
+            values = f.gather(-1, one[..., None])
+            total += values * self.known.decoder_weights(latents[one]).to(a)
+        return offset + (total if scale is None else total * scale[..., None])
 
     def decoded(self, f: Tensor, a: Tensor) -> Tensor:
         """What the dictionary makes of latents, ``(..., r - 1)``, of activations ``(..., d)``; differentiable."""

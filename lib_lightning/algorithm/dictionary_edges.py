@@ -244,5 +244,5 @@ class _DictionarySide(_Side):
 
 def _side(basis: Basis, a: Tensor, mask: Tensor | None, fhat: Tensor) -> _Side:
     if isinstance(basis, DictionaryBasis):
-        return _DictionarySide(ActiveLatents.of(basis, a, mask))
+        return _DictionarySide(ActiveLatents.of(basis, a, mask, fhat))
     return _LinearSide(basis, fhat, a)

@@ -36,6 +36,8 @@ from lib_lightning.model.weights_hash import weights_hash
 _NUMBERS = 2**22
 # Rows with which an object is tried.
 _TRIED = 8
+# Rows of each batch at which gradients are compared with the weights.
+_VERIFIED = 32
 # About so many latents are active in the probe of a decoder.
 _PROBED = 64
 # Attributes in which objects say how many latents they have.
@@ -258,7 +260,7 @@ class AdaptedDictionary:
         """The matrix ``(r, d)`` whose rows are the gradients of active latents, if the encoder has one.
 
         Args:
-            a: Activations, shape ``(m, d)``, at which this is verified.
+            a: Activations, shape ``(m, d)``, at some of which this is verified.
             latents: Numbers of some latents of each row, shape ``(m, K)``.
             active: True where these are active, shape ``(m, K)``.
 
@@ -267,6 +269,8 @@ class AdaptedDictionary:
         """
         if not self._encoders:
             return None
+        step = -(-len(a) // _VERIFIED) or 1
+        a, latents, active = a[::step], latents[::step], active[::step]
         # The gradient of a random combination of active latents is that combination of rows: one backward pass.
         z = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(a) * active
         size, combined, gradients = max(1, _NUMBERS // self.n_latents), [], []

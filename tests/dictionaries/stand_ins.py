@@ -162,6 +162,7 @@ def gpt2() -> tuple[nn.Module, list[str]]:
         bos_token_id=0,
         eos_token_id=0,
         attn_implementation="eager",
+        initializer_range=0.4,
     )
     return GPT2LMHeadModel(config).double().eval(), ["transformer.h.0", "transformer.h.1", "transformer.h.2"]
 
