@@ -37,7 +37,7 @@ _NUMBERS = 2**22
 # Rows with which an object is tried.
 _TRIED = 8
 # Rows of each batch at which gradients are compared with the weights.
-_VERIFIED = 32
+_VERIFIED = 8
 # About so many latents are active in the probe of a decoder.
 _PROBED = 64
 # Attributes in which objects say how many latents they have.
