@@ -88,7 +88,7 @@ class AdaptedDictionary:
         self._shape = (1, self.d) if joins_heads else tuple(own_shape) if own_shape else (self.d,)
         if not tensors_of(dictionary) and isinstance(dictionary, nn.Module):
             with torch.no_grad():  # some make their weights when they see the width of the activations
-                dictionary.encode(a.detach()[:1].reshape(1, *self._shape))
+                self.dictionary.encode(a.detach()[:1].reshape(1, *self._shape))
         self._like = next((t for t in tensors_of(dictionary).values() if t.is_floating_point()), None)
         self._has_pairs, self._passes_state = False, False
         self.n_latents, self.is_stateful, self.is_affine = 0, False, False
