@@ -732,7 +732,7 @@ class InteractionGraph:
     def plot(
         self,
         max_edges: int = 300,
-        max_features: int = 40,
+        max_features: int = 12,
         layout: AnimatedLayout | None = None,
         signs: bool = False,
     ) -> Figure:
@@ -744,7 +744,7 @@ class InteractionGraph:
 
         Args:
             max_edges: Maximum number of edges to draw, divided equally among the sections.
-            max_features: Maximum number of features to draw per node layer.
+            max_features: Maximum number of features to draw per node layer; how many there are is in its heading.
             layout: Layout of the previous graphs; features of the same lineages keep their positions.
             signs: Whether to draw edges by the sign of their attribution: solid where a feature drives the other,
                 dashed and in another colour where it holds against it.

@@ -15,6 +15,7 @@ from lib_lightning.algorithm.basis import Basis, neuron_basis
 from lib_lightning.errors import LIBError
 from lib_lightning.graph import Lineages
 from lib_lightning.metrics import find_modules
+from lib_lightning.training.profiling import profile_snapshot
 
 
 @pytest.fixture
@@ -131,3 +132,21 @@ def test_errors_of_metrics_include_that_sampled_edges_look_sparser() -> None:
     assert all(value < exact for value, *_ in repetitions)
     assert all(exact - value < 2 * error for value, error, _ in repetitions)
     assert sum(exact - value < 2 * error for value, _, error in repetitions) < 10
+
+
+def test_a_notebook_shows_graphs_figures_and_profiles_without_pyplot() -> None:
+    model, batches = nn.Sequential(nn.Linear(4, 20), nn.Tanh(), nn.Linear(20, 3)), [torch.randn(60, 4)]
+    graph = compute_interaction_graph(model, batches, ["input", "1", "output"])
+    # The methods by which IPython asks an object how to show it.
+    figures: list[Any] = [graph.plot(), graph.plot_spectrum()]
+    assert all(figure._repr_png_().startswith(b"\x89PNG") for figure in figures)
+    assert "<img" in graph._repr_html_()
+    profile = profile_snapshot(model, batches, ["input", "1", "output"])
+    assert profile._repr_html_().startswith("<pre>one snapshot of input -&gt; 1 -&gt; output on 60 samples")
+    assert "edges from input to 1" in str(profile)
+
+
+def test_a_figure_shows_twelve_features_and_says_how_many_there_are() -> None:
+    graph = compute_interaction_graph(nn.Sequential(nn.Linear(30, 30)), [torch.randn(90, 30)], ["input", "output"])
+    words = [text.get_text() for text in graph.plot().axes[0].texts]
+    assert "12 of 30 features" in words

@@ -41,7 +41,7 @@ class AnimatedLayout:
         (array([0, 1]), array([0, 1]), True)
     """
 
-    def __init__(self, limit: int = THEME["column"]["max_features"]) -> None:
+    def __init__(self, limit: int = THEME["column"]["max_features_in_figures"]) -> None:
         self.limit = limit
         # For each node layer, the slot of each visible lineage, counted from the top.
         self._slots: dict[str, dict[int, int]] = {}

@@ -17,6 +17,7 @@ from torch import Tensor
 from lib_lightning.algorithm.basis import Basis
 from lib_lightning.errors import SettingError
 from lib_lightning.plots.animated_layout import AnimatedLayout
+from lib_lightning.plots.figure import NotebookFigure
 from lib_lightning.plots.layout import Band, Column, columns_by_importance, columns_by_module, inside_modules
 from lib_lightning.plots.legend import DASHES, MAX_WIDTH, ROW, dot_area, draw_legend, edge_style, legend_rows
 from lib_lightning.plots.lineage_series import as_array, degenerate_mask
@@ -68,7 +69,7 @@ def draw_graph(
     edges: Sequence[Tensor],
     title: str = "Interaction graph",
     max_edges: int = 300,
-    max_features: int = THEME["column"]["max_features"],
+    max_features: int = THEME["column"]["max_features_in_figures"],
     annotations: Annotations | None = None,
     layout: AnimatedLayout | None = None,
     attributions: Sequence[Tensor] | None = None,
@@ -102,8 +103,8 @@ def draw_graph(
         >>> import torch
         >>> from lib_lightning.algorithm.basis import neuron_basis
         >>> layer = neuron_basis("fc", torch.zeros(2), torch.eye(2))
-        >>> type(draw_graph([layer, layer], [torch.eye(2)])).__name__
-        'Figure'
+        >>> isinstance(draw_graph([layer, layer], [torch.eye(2)]), Figure)
+        True
     """
     annotations = annotations or Annotations()
     modules, labels = annotations.modules, annotations.labels
@@ -158,7 +159,7 @@ def _page(columns: int, extra_rows: int, module_counts: bool, overhang: float) -
     # TensorBoard shows images a few hundred pixels wide: a small page with a large font remains readable.
     width = _width(columns)
     bottom = extra_rows * ROW + _COUNT_LINE * module_counts
-    figure = Figure(figsize=(width + overhang, _HEIGHT + bottom), dpi=DPI, facecolor="white")
+    figure = NotebookFigure(figsize=(width + overhang, _HEIGHT + bottom), dpi=DPI, facecolor="white")
     height = figure.get_figheight()
     axes = figure.add_axes((0.0, (_GRAPH_BOTTOM + bottom) / height, 1.0, _GRAPH_HEIGHT / height))
     axes.set_axis_off()

@@ -13,6 +13,7 @@ from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 
 from lib_lightning.plots.fast_axes import FastAxes
+from lib_lightning.plots.figure import NotebookFigure
 from lib_lightning.plots.palette import MUTED, TEXT
 from lib_lightning.plots.text_metrics import DPI, fit_names, text_width
 
@@ -78,7 +79,7 @@ def panels(
     top = _TOP + n_legend_lines * _LEGEND_LINE + more_lines
     row_gap = (_SHARED_X_GAP if grid.share_x else _ROW_GAP) + more_lines
     height = top + n_rows * grid.height + (n_rows - 1) * row_gap + _BOTTOM
-    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+    figure = NotebookFigure(figsize=(width, height), dpi=DPI, facecolor="white")
     figure.text(0.03, 1 - 0.38 / height, title, fontsize=16, fontweight="bold", color=TEXT, parse_math=False)
     all_axes = []
     for k, panel_title in enumerate(titles):

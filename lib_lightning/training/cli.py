@@ -167,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     plot.add_argument("--max-edges", type=int, default=300, help="maximum number of edges (default: %(default)s)")
     plot.add_argument(
-        "--max-features", type=int, default=40, help="maximum number of features per node layer (default: %(default)s)"
+        "--max-features", type=int, default=12, help="maximum number of features per node layer (default: %(default)s)"
     )
     plot.set_defaults(run=_plot)
     view = commands.add_parser("view", help="write the animated graph of a run as one HTML file")
@@ -328,26 +328,13 @@ def _estimate(words: Sequence[str]) -> None:
 
 
 def _profile(words: Sequence[str]) -> None:
-    from lib_lightning.training.profiling import RATE_SIZE, profile_snapshot
+    from lib_lightning.training.profiling import profile_snapshot
 
     collected = _model_and_samples(words)
     model = collected.model
     for callback, batches in collected.samples:
         profile = profile_snapshot(model, batches, callback.node_layers, callback.config, **vars(callback.spec))
-        layers = " -> ".join(profile.node_layers)
-        print(f"{callback.name}: one snapshot of {layers} on {profile.samples:,} samples\n")
-        width = max(len(row.step) for row in profile.rows)
-        print(f"{'step':<{width}}  {'seconds':>9}  {'share':>6}  {'GFLOP':>10}  {'GFLOP/s':>9}  {'of peak':>7}")
-        for row in (*profile.rows, profile.total):
-            print(
-                f"{row.step:<{width}}  {row.seconds:>9.4f}  {row.share:>6.1%}  {row.gflop:>10,.3f}  {row.rate:>9,.1f}  "
-                f"{row.of_peak:>7.1%}"
-            )
-        peaks = ", ".join(f"{str(kind).removeprefix('torch.')} {rate:,.0f}" for kind, rate in profile.rates.items())
-        print(
-            f"\nPeak, by products of {RATE_SIZE:,} x {RATE_SIZE:,} matrices on {profile.device}, in GFLOP/s: {peaks}.\n"
-            "Operations are those of matrix products and convolutions; eigenproblems and others are not counted.\n"
-        )
+        print(f"{callback.name}: {profile}\n")
 
 
 class _AllCollected(BaseException):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import html
 import itertools
 import math
 import tempfile
@@ -92,6 +93,27 @@ class Profile:
         seconds = sum(row.seconds for row in self.rows)
         gflop, share = sum(row.gflop for row in self.rows), sum(row.share for row in self.rows)
         return Row("total", seconds, share, gflop, gflop / seconds, sum(row.of_peak * row.share for row in self.rows))
+
+    def __str__(self) -> str:
+        width = max(len(row.step) for row in self.rows)
+        lines = [
+            f"one snapshot of {' -> '.join(self.node_layers)} on {self.samples:,} samples\n",
+            f"{'step':<{width}}  {'seconds':>9}  {'share':>6}  {'GFLOP':>10}  {'GFLOP/s':>9}  {'of peak':>7}",
+        ]
+        lines += [
+            f"{row.step:<{width}}  {row.seconds:>9.4f}  {row.share:>6.1%}  {row.gflop:>10,.3f}  {row.rate:>9,.1f}  "
+            f"{row.of_peak:>7.1%}"
+            for row in (*self.rows, self.total)
+        ]
+        peaks = ", ".join(f"{str(kind).removeprefix('torch.')} {rate:,.0f}" for kind, rate in self.rates.items())
+        lines += [
+            f"\nPeak, by products of {RATE_SIZE:,} x {RATE_SIZE:,} matrices on {self.device}, in GFLOP/s: {peaks}.",
+            "Operations are those of matrix products and convolutions; eigenproblems and others are not counted.",
+        ]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
 
 
 @renamed_arguments(watched="config")

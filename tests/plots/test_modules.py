@@ -93,8 +93,9 @@ def test_modules_beyond_the_palette_share_a_neutral_colour() -> None:
     sizes = [3] * len(MODULES) + [1] * 5
     of = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     figure = draw_graph(
-        [layer("a", len(of)), layer("b", len(of))], [torch.eye(len(of))], annotations=Annotations([of, of])
-    )
+        [layer("a", len(of)), layer("b", len(of))], [torch.eye(len(of))], max_features=40,
+        annotations=Annotations([of, of]),
+    )  # fmt: skip
     assert faces(figure, 0)[:3] == [MODULES[0]] * 3
     assert faces(figure, 0)[-5:] == [OTHER_MODULES] * 5
     said = words(figure)
@@ -136,6 +137,7 @@ def test_long_labels_are_shortened_and_important_features_have_priority() -> Non
     figure = draw_graph(
         [layer(str(k), 16) for k in range(4)],
         [torch.rand(16, 16)] * 3,
+        max_features=40,
         annotations=Annotations(labels=[[long] * 16] * 4),
     )
     assert_readable(figure)
