@@ -12,9 +12,9 @@ from typing import Any, get_args
 from torch import nn
 from torchmetrics import MetricCollection
 
-from lib_lightning.algorithm.basis_kinds import REINIT
+from lib_lightning.algorithm.basis_kinds import LATENTS, REINIT
 from lib_lightning.algorithm.config import BasisKind, check_choice
-from lib_lightning.api import compute_interaction_graph
+from lib_lightning.api import basis_and_dictionaries, compute_interaction_graph
 from lib_lightning.errors import SettingError, check_list, check_number
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.metrics.summary import GraphMetrics
@@ -73,7 +73,8 @@ def measure_controls(
             re-initialised weights.
         draws: Number of draws of each.
         metrics: As for `InteractionGraph.measure`.
-        settings: Other arguments of `compute_interaction_graph`, such as ``effort``, or another ``basis`` than the LIB.
+        settings: Other arguments of `compute_interaction_graph`, such as ``effort``, or another ``basis`` than the LIB,
+            or ``dictionaries``, which controls do not have: the basis itself is ``"latents"`` then.
 
     Returns:
         Metrics by basis and control: the basis itself first.
@@ -91,7 +92,10 @@ def measure_controls(
         >>> found["lib"].mean["features/total"] == found["random"].mean["features/total"]
         True
     """
-    basis = settings.pop("basis", "lib")
+    kind_of_others, dictionaries = basis_and_dictionaries(
+        settings.pop("basis", "lib"), settings.pop("dictionaries", None)
+    )
+    basis: str = LATENTS if dictionaries else kind_of_others
     controls = check_list("controls", controls, "bases or 'reinit'", lambda kind: isinstance(kind, str))
     for kind in controls:
         check_choice("each of controls", kind, (*get_args(BasisKind), REINIT))
@@ -101,7 +105,10 @@ def measure_controls(
     batches, prepared = list(batches), GraphMetrics(metrics)
 
     def graph_of(network: nn.Module, kind: str, seed: int) -> InteractionGraph:
-        return compute_interaction_graph(network, batches, node_layers, kind, basis_seed=seed, **settings)  # type: ignore[arg-type]
+        given = dictionaries if kind == LATENTS else None
+        kind = kind_of_others if kind == LATENTS else kind
+        options = {"basis_seed": seed, "dictionaries": given, **settings}
+        return compute_interaction_graph(network, batches, node_layers, kind, **options)  # type: ignore[arg-type]
 
     own = graph_of(model, basis, 0)
     found = {basis: [own.measure(prepared)]}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lib_lightning import InteractionGraph, compute_interaction_graph, estimate_cost
+from lib_lightning import InteractionGraph, compare, compute_interaction_graph, estimate_cost, measure_controls
 from lib_lightning.ablation import edge_ablation_curve, edges_required, node_ablation_curve
+from lib_lightning.algorithm.build import BuildResult, build_graph
+from lib_lightning.algorithm.config import LIBConfig
+from lib_lightning.algorithm.dictionary_basis import DictionaryBasis
+from lib_lightning.algorithm.dictionary_layers import try_dictionaries
+from lib_lightning.algorithm.memory_plan import MemoryPlan
+from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.errors import LIBError, NodeLayerError, SettingError, SettingTypeError
 from lib_lightning.interventions import edit_features, feature_effects, scale
 from lib_lightning.lineage import FeatureTracker
 from lib_lightning.lineage.reference import reference_features
+from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.node_layer import as_node_layers
 from lib_lightning.viewer.run import Run
+from tests.algorithm.two_threads import in_two
 from tests.dictionaries.stand_ins import Normalizing, OfHeads, PassingState, Saturating, SparseDictionary, gpt2, tokens
 
 KINDS = [SparseDictionary, Normalizing, PassingState, OfHeads, Saturating]
@@ -263,3 +274,37 @@ def test_errors() -> None:
         compute_interaction_graph(model, [x], layers, dictionaries, integration_steps=2)
     with pytest.raises(SettingError, match="does not take activations"):
         compute_interaction_graph(model, [x], layers, {"1": SparseDictionary(7, 9).double()})
+
+
+def test_controls_and_comparisons() -> None:
+    graph, model, x, dictionaries = graph_of()
+    layers = ["1", "3", "output"]
+    for given in ({"basis": dictionaries}, {"dictionaries": dictionaries}):
+        found = measure_controls(model, [x], layers, ["lib", "reinit"], draws=1, **given)
+        assert list(found) == ["latents", "lib", "reinit"]
+        assert found["latents"].mean["features/1"] == graph.bases["1"].n_features
+        assert found["lib"].mean["features/1"] <= 16
+    same = compare(graph, graph, model, model, [x])
+    ids = graph.feature_ids("1")
+    assert {(match.a, match.b) for match in same.matches if match.a in ids} == {(name, name) for name in ids}
+
+
+def test_two_processes_have_the_latents_of_both() -> None:
+    model, x, dictionaries = small()
+    batches, layers = x.split(20), as_node_layers(["1", "3", "output"])
+
+    def work(process_group: ProcessGroup, own: Sequence[Tensor]) -> BuildResult:
+        instrumented = InstrumentedModel(copy.deepcopy(model), layers)
+        adapted = try_dictionaries(instrumented, own, copy.deepcopy(dictionaries))
+        return build_graph(instrumented, own, LIBConfig(), MemoryPlan(), process_group, dictionaries=adapted)
+
+    one = work(SINGLE_PROCESS, batches)
+    for built in in_two(lambda group: work(group, batches[:1] if group.rank == 0 else batches[1:])):
+        for basis, wanted in zip(built.bases[:2], one.bases[:2], strict=True):
+            assert isinstance(basis, DictionaryBasis)
+            assert isinstance(wanted, DictionaryBasis)
+            assert torch.equal(basis.latents, wanted.latents)
+            for name in ("importance", "to_features", "from_features"):
+                assert torch.allclose(getattr(basis, name), getattr(wanted, name), rtol=1e-10)
+        for E, wanted_E in zip(built.edges, one.edges, strict=True):
+            assert torch.allclose(E, wanted_E, rtol=1e-9)
