@@ -87,6 +87,7 @@ _NO_FORWARD_MODE = (
     "Between '{}' and '{}' an operation has no second derivative, so edges are computed in reverse mode, output by "
     "output: slower, with the same result."
 )
+_SAMPLED_ERRORS = "Edges to the error of the dictionary between '{}' and '{}' are estimated with random signs."
 _SAMPLED_OUTPUT = (
     "The output has so many numbers that its metric is estimated from {} random vectors per sample; n_probes sets "
     "another number. The file says how large the error is."
@@ -595,4 +596,6 @@ def _notes(
     notes = [_SEQUENTIAL.format(*run.names[i : i + 2]) for i in cache.sequential_sections]
     if run.config.n_probes is None and any(metric.n_probes is not None for metric in output_metrics.values()):
         notes.append(_SAMPLED_OUTPUT.format(SAMPLED))
-    return notes + [_NO_FORWARD_MODE.format(*run.names[i : i + 2]) for i, e in enumerate(edges) if e.fell_back]
+    notes += [_NO_FORWARD_MODE.format(*run.names[i : i + 2]) for i, e in enumerate(edges) if e.fell_back]
+    sampled = [i for i, e in enumerate(edges) if isinstance(e, DictionaryEdges) and e.samples_errors]
+    return notes + [_SAMPLED_ERRORS.format(*run.names[i : i + 2]) for i in sampled]

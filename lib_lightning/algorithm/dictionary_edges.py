@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,10 @@ from lib_lightning.algorithm.unequal_sampling import inclusion_probabilities, sy
 from lib_lightning.jacobian.section import Section
 from lib_lightning.model.loops import parts_of
 from lib_lightning.model.precision import to_float64
+from lib_lightning.model.vjp import apply_mask
+
+# In reverse mode, entries of an error at all positions up to which each is read; and random signs for more of them.
+_MOST_ENTRIES, _SIGNS = 256, 64
 
 
 class DictionaryEdges(Edges):
@@ -38,9 +43,15 @@ class DictionaryEdges(Edges):
         n_pushed: None for all active latents; a number for about that many of each sample, chosen at random.
         generator: Source of this choice, on the CPU.
 
+    Attributes:
+        samples_errors: Whether edges to the error were estimated with random signs: without forward mode, each of its
+            entries at each position needs a product of its own.
+
     Note:
         Source: arXiv 2405.10928, edges of the interaction graph (squared), with a nonlinear map to features.
     """
+
+    samples_errors = False
 
     def update(self, section: Section, fhat: Tensor, fhat_next: Tensor) -> None:
         """See `Edges`."""
@@ -87,13 +98,31 @@ class DictionaryEdges(Edges):
 
     def _pull(self, section: Section, before: _Side, after: _Side) -> None:
         """Add a batch with one vector-Jacobian product for each active output feature at a position of a sample."""
-        for i, cotangents, values in after.cotangents(section.vectors_per_call):
-            y = to_float64(before.contributions(section.vjp(cotangents)))
-            i, values = i.to(y.device), values.to(y)
+        for read in after.cotangents(section.vectors_per_call, self._generator):
+            y = to_float64(before.contributions(section.vjp(read.cotangents)))
+            i, values = read.i.to(y.device), read.values.to(y)
             for group, samples in self._groups(section):
                 rows, terms = i[:, samples].flatten(), y[:, samples]
-                self._total[group].index_add_(0, rows, terms.square().flatten(0, 1))
+                if read.weight:
+                    self._total[group].index_add_(0, rows, read.weight * terms.square().flatten(0, 1))
                 self._signed[group].index_add_(0, rows, (terms * values[:, samples, None]).flatten(0, 1))
+        self.samples_errors |= after.samples_errors
+
+
+class _Read(NamedTuple):
+    """Cotangents that read features behind a section.
+
+    Attributes:
+        i: Indices of the features, shape ``(q, n)``.
+        cotangents: Shape ``(q, n, S, d)``.
+        values: What signed terms are multiplied with, shape ``(q, n)``.
+        weight: What squares are multiplied with.
+    """
+
+    i: Tensor
+    cotangents: Tensor
+    values: Tensor
+    weight: float = 1.0
 
 
 class _Side:
@@ -104,12 +133,14 @@ class _Side:
         n_always: How many of these are never left out.
         n_pulled: Cotangents with which all of them are read.
         numbers_per_vector: Numbers that reading them behind one tangent takes.
+        samples_errors: Whether cotangents of the error are random.
     """
 
     n_pushed: int
     n_always: int
     n_pulled: int
     numbers_per_vector: int
+    samples_errors = False
 
     def pushed(self, count: int | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Features to push in each sample, ``(q, n)``, and the weights of their terms; some of them, or all."""
@@ -127,8 +158,8 @@ class _Side:
         """What tangents ``(q, n, S, d)`` do: indices ``(n, k)``, squares and products with values ``(q, n, k)``."""
         raise NotImplementedError
 
-    def cotangents(self, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Features ``(q, n)``, the cotangents ``(q, n, S, d)`` that read them, and their values ``(q, n)``."""
+    def cotangents(self, size: int, generator: torch.Generator) -> Iterator[_Read]:
+        """The cotangents that read all features, so many at a time."""
         raise NotImplementedError
 
 
@@ -164,7 +195,7 @@ class _LinearSide(_Side):
         index = torch.arange(y.shape[-1], device=y.device).expand(y.shape[1], -1)
         yield index, y.square().sum(2), (y * self.fhat64).sum(2)
 
-    def cotangents(self, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def cotangents(self, size: int, generator: torch.Generator) -> Iterator[_Read]:
         n, S, r = self.fhat.shape
         flat = torch.arange(S * r, device=self.fhat.device)
         for part in parts_of(list(flat.split(size))):
@@ -172,7 +203,7 @@ class _LinearSide(_Side):
             u = self.fhat.new_zeros(len(part), S, self.C.shape[0])
             u[torch.arange(len(part), device=t.device), t] = self.C.T[i]
             values = self.fhat64[:, t.to(self.fhat64.device), i.to(self.fhat64.device)].T
-            yield i[:, None].expand(-1, n), u[:, None].expand(-1, n, -1, -1).contiguous(), values
+            yield _Read(i[:, None].expand(-1, n), u[:, None].expand(-1, n, -1, -1).contiguous(), values)
 
 
 class _DictionarySide(_Side):
@@ -185,6 +216,7 @@ class _DictionarySide(_Side):
         self.n_pulled = active.pairs().shape[1] + S * d
         self.numbers_per_vector = n * S * max(active.K, d)
         self._error = active.basis.error
+        self.samples_errors = S * d > _MOST_ENTRIES
 
     def pushed(self, count: int | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         chosen = self.active.of_samples
@@ -219,27 +251,37 @@ class _DictionarySide(_Side):
         index = torch.full((len(self.active.a), 1), self._error, device=y.device)
         yield index, error.square().sum((2, 3))[..., None], signed
 
-    def cotangents(self, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def cotangents(self, size: int, generator: torch.Generator) -> Iterator[_Read]:
         active = self.active
         n, S, d = active.a.shape
         samples = torch.arange(n, device=active.a.device)
-        parts = list(active.pairs().T.split(size))  # (q, n)
-        for part in parts_of(parts):
+        for part in parts_of(list(active.pairs().T.split(size))):  # (q, n)
             t, p = part // max(1, active.K), part % max(1, active.K)
             u = active.a.new_zeros(len(part), n, S, d)
-            places = torch.arange(len(part), device=t.device)[:, None], samples, t
-            u[places] = active.gradients[samples, t, p]
-            yield active.index[samples, t, p], u, active.values[samples, t, p]
-        # Each entry of the error at each position: e_k less what of it the latents say.
+            u[torch.arange(len(part), device=t.device)[:, None], samples, t] = active.gradients[samples, t, p]
+            yield _Read(active.index[samples, t, p], u, active.values[samples, t, p])
+        if self.samples_errors:
+            # Products with the error itself are one cotangent; squares are those of random signs, in the mean.
+            yield self._of_error(active.e[None], torch.ones(1, n, device=active.a.device), 0.0)
+            for start in parts_of(range(0, _SIGNS, size)):
+                shape = (min(size, _SIGNS - start), n, S, d)
+                signs = 2 * torch.randint(2, shape, generator=generator, device="cpu") - 1
+                yield self._of_error(signs.to(active.a), torch.zeros(shape[:2], device=active.a.device), 1 / _SIGNS)
+            return
         for flat in parts_of(list(torch.arange(S * d, device=active.a.device).split(size))):
             t, k = flat // d, flat % d
-            u = active.a.new_zeros(len(flat), n, S, d)
-            entries = active.directions[:, t, :, k]  # (q, n, K): indices with a slice between them come first
-            of_latents = torch.einsum("qnp,nqpd->qnd", entries, active.gradients[:, t])
-            q = torch.arange(len(flat), device=t.device)
-            u[q[:, None], samples, t[:, None]] = -of_latents
-            u[q, :, t, k] += 1
-            yield torch.full((len(flat), n), self._error, device=t.device), u, active.e[:, t, k].T
+            z = active.a.new_zeros(len(flat), n, S, d)
+            z[torch.arange(len(flat), device=t.device), :, t, k] = 1
+            yield self._of_error(z, active.e[:, t, k].T)
+
+    def _of_error(self, z: Tensor, values: Tensor, weight: float = 1.0) -> _Read:
+        """What reads combinations ``z`` of the entries of the error, shape ``(q, n, S, d)``."""
+        active = self.active
+        # The transpose of ``w - sum_i y_i d decode / d f_i``.
+        of_latents = torch.einsum("qnsd,nspd->qnsp", z, active.directions)
+        u = z - torch.einsum("qnsp,nspd->qnsd", of_latents, active.gradients)
+        index = torch.full(z.shape[:2], self._error, device=z.device)
+        return _Read(index, apply_mask(u, active.mask), values, weight)
 
 
 def _side(basis: Basis, a: Tensor, mask: Tensor | None, fhat: Tensor) -> _Side:

@@ -171,6 +171,22 @@ def test_reverse_mode_gives_the_same(monkeypatch: pytest.MonkeyPatch, batches: i
     assert any("no second derivative" in note for note in graph.info["notes"])
 
 
+def test_many_entries_of_an_error_are_read_with_random_signs(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, layers, x, a, section = sections_of("gpt2")
+    before, after = (SparseDictionary(16, 40, k=4, seed=seed).double() for seed in (0, 1))
+    monkeypatch.setattr("lib_lightning.jacobian.section.Section.has_jvp", lambda self: False)
+    monkeypatch.setattr("lib_lightning.algorithm.dictionary_edges._MOST_ENTRIES", 1)
+    graph = graph_of(network, x, layers, dict(zip(layers, (before, after), strict=True)))
+    E, A = dense_edges(section, a, (before.encode, before.decode), (after.encode, after.decode))
+    i, j = graph.lineages[layers[1]].ids, graph.lineages[layers[0]].ids
+    E, A = E[i][:, j], A[i][:, j]
+    found = graph.edges[layers[0], layers[1]]
+    assert (found - E)[:-1].abs().max() <= 1e-8 * E.abs().max()
+    assert 0 < (found - E)[-1].norm() < 0.2 * E[-1].norm()
+    assert (graph.attributions[layers[0], layers[1]] - A).abs().max() <= 1e-8 * A.abs().max()
+    assert any("random signs" in note for note in graph.info["notes"])
+
+
 def test_masked_positions_have_no_latents() -> None:
     network, layers, x, a, _ = sections_of("gpt2")
     mask = torch.ones_like(x)
