@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
 
+from docutils import nodes
 from sphinx.application import Sphinx
 
 import lib_lightning
@@ -51,7 +53,6 @@ autosummary_generate = True
 autodoc_default_options = {"show-inheritance": True}
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
-autodoc_typehints_format = "fully-qualified"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 88
@@ -107,7 +108,14 @@ def _results_are_prose(app: object, what: str, name: str, obj: object, options: 
             lines[i + 1] = lines[i + 1].replace("    ", "    : ", 1)
 
 
+def _shorten_types(app: object, doctree: nodes.document) -> None:
+    """Behind a Literal, Sphinx leaves names of types as they are marked for being shortened."""
+    for text in list(doctree.findall(lambda node: isinstance(node, nodes.Text) and "~" in node)):
+        text.parent.replace(text, nodes.Text(re.sub(r"~(?:\w+\.)+(\w+)", r"\1", text)))
+
+
 def setup(app: Sphinx) -> None:
-    """Leave hooks out of the reference, and prepare docstrings before napoleon reads them."""
+    """Leave hooks out of the reference, prepare docstrings before napoleon reads them, and shorten names of types."""
+    app.connect("doctree-read", _shorten_types)
     app.connect("autodoc-skip-member", _is_hook)
     app.connect("autodoc-process-docstring", _results_are_prose, priority=400)
