@@ -56,6 +56,13 @@ def work(example_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     return tmp_path / "work"
 
 
+def test_the_examples_of_the_readme_leave_what_it_says(example_folder: Path) -> None:
+    assert len(blocks(ROOT / "README.md", "python")) == 2
+    assert (example_folder / "graph.safetensors").exists()
+    assert (example_folder / "graph.png").exists()
+    assert list((example_folder / "lightning_logs" / "version_0" / "lib" / "snapshots").iterdir())
+
+
 def test_there_are_pages() -> None:
     assert {"index.md", "reference/index.md", "how_to/extend.md", "concepts/method.md"} <= set(map(_name, PAGES))
 
