@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -15,6 +16,9 @@ import lib_lightning
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).with_name("_extensions"))]
+
+# Pages of names that no longer exist would be in no table of contents.
+shutil.rmtree(ROOT / "docs" / "reference" / "generated", ignore_errors=True)
 
 # Tutorials run in processes without a display, and draw into the page.
 os.environ.setdefault("MPLBACKEND", "agg")
