@@ -61,6 +61,8 @@ STARTS = {
     OTHER: ("before “", "after “", "samples with “"),
 }
 GROUPS = (POSITION, KIND, TOKEN, OTHER)
+# What the key of the figure adds.
+EXAMPLES = {POSITION: "", KIND: " (letters, spaces)", TOKEN: " (“the”)", OTHER: ""}
 N_GRAMS = ("token frequencies", "pairs of tokens", "triples of tokens")
 # Subtracted from each count of an n-gram, and given to shorter ones.
 _DISCOUNT = 0.75
@@ -345,6 +347,17 @@ def draw(found: Mapping[str, Any]) -> Figure:
     for head in zip(*found["attention"], strict=True):
         attention.plot(steps, head, "-o", color=TEXT, lw=1.2, ms=2.5)
     attention.set_ylim(0)
+    even = found["attention"][0][0]
+    attention.axhline(even, color=MUTED, lw=0.9, ls=(0, (4, 2)), zorder=1)
+    attention.annotate(
+        f"all tokens before alike: {even:.2f}", (0.01, even), xycoords=("axes fraction", "data"), xytext=(0, -12),
+        textcoords="offset points", fontsize=9, color=MUTED,
+    )  # fmt: skip
+    attention.annotate(
+        "from here on the loss is\nbelow that of pairs of tokens", (crossed(found), 0.96),
+        xycoords=("data", "axes fraction"), xytext=(-5, 0), textcoords="offset points", ha="right", va="top",
+        fontsize=9, color=MUTED,
+    )  # fmt: skip
     colors = dict(zip(GROUPS, (MODULES[6], MODULES[2], MODULES[0], MUTED), strict=True))
     highest = 1.5 * max(layer[group][1] for layers in found["layers"].values() for layer in layers for group in GROUPS)
     for k, (place, layers) in enumerate(zip(PLACES, found["layers"].values(), strict=True)):
@@ -362,14 +375,15 @@ def draw(found: Mapping[str, Any]) -> Figure:
     figure.text(0.012, 0.498, worth, fontsize=12, weight="bold", color=TEXT)
     for axes in figure.axes:
         set_step_axis(axes, steps)
-        axes.axvline(crossed(found), color=MUTED, lw=0.9, ls=(0, (1, 2)), zorder=1)
+        axes.axvline(crossed(found), color=MUTED, lw=1.1, ls=(0, (1, 2)), zorder=1)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=9, colors=MUTED)
     figure.text(0.53, 0.065, "training steps", ha="center", fontsize=10, color=MUTED)
+    figure.text(0.012, 0.021, "features of", fontsize=10, color=TEXT)
     handles = [Line2D([], [], color=colors[group], marker="o", ms=3, lw=1.8) for group in GROUPS]
     figure.legend(
-        handles, [f"features of {group}" for group in GROUPS[:3]] + [OTHER], loc="lower left",
-        bbox_to_anchor=(0.07, -0.008), ncols=len(GROUPS), frameon=False, fontsize=10, labelcolor=TEXT,
+        handles, [f"{group}{EXAMPLES[group]}" for group in GROUPS], loc="lower left",
+        bbox_to_anchor=(0.105, -0.008), ncols=len(GROUPS), frameon=False, fontsize=10, labelcolor=TEXT,
         handlelength=1.6, columnspacing=1.8,
     )  # fmt: skip
     return figure

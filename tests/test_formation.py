@@ -48,6 +48,9 @@ def test_the_pages_say_what_the_committed_results_say() -> None:
     page = (ROOT / "docs" / "trace.md").read_text()
     assert story(found) in " ".join(page.split())
     assert report(found) in page
+    readme = (ROOT / "README.md").read_text()
+    assert "(docs/images/formation.png)" in readme
+    assert f"each of its {len(found['step'])} checkpoints" in readme
     # What the sentences say without a number.
     kinds = found["step"].index(first_step(found, "block2", KIND))
     costs = [one[group][1] for layers in found["layers"].values() for one in layers[:kinds] for group in GROUPS]

@@ -17,8 +17,13 @@ from urllib.parse import urlparse
 from urllib.request import urlopen
 
 import pytest
+import torch
 from playwright.sync_api import Frame
+from torch import nn
 
+from lib_lightning import compute_interaction_graph
+from lib_lightning.lineage import reference_features
+from lib_lightning.training.cli import main
 from tests.viewer.browser import READY, Watched
 from tests.viewer.saved_run import SavedRun, write_run
 
@@ -179,4 +184,59 @@ def test_the_first_snapshot_activates_the_tab(watched: Watched, tmp_path: Path) 
             time.sleep(0.1)
         tab = Tab(watched, url)
         assert tab.state()["step"] == "0"
+        assert tab.errors == []
+
+
+def test_compared_runs_are_side_by_side_in_the_tab(watched: Watched, tmp_path: Path) -> None:
+    """Two networks that differ by the order and the scale of their hidden units, compared on the command line."""
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double() for _ in range(2)]
+    order, scale = torch.randperm(8), torch.rand(8).double() + 0.5
+    with torch.no_grad():
+        models[1][0].weight.copy_(models[0][0].weight[order] * scale.unsqueeze(1))
+        models[1][0].bias.copy_(models[0][0].bias[order] * scale)
+        models[1][2].weight.copy_(models[0][2].weight[:, order] / scale)
+        models[1][2].bias.copy_(models[0][2].bias)
+    batches = [torch.randn(400, 6).double()]
+    logs = tmp_path / "logs"
+    for name, model in zip("ab", models, strict=True):
+        graph = compute_interaction_graph(model, batches, ["input", "1", "output"])
+        graph.reference_features = reference_features(graph, model, batches)
+        graph.info |= {"reference_samples": "the same", "step": 10}
+        graph.save(logs / name / "lib" / "snapshots" / "step-00000010.safetensors")
+    main(["compare", str(logs / "a"), str(logs / "b")])
+    with tensorboard(logs, tmp_path / "site") as url:
+        tab = Tab(watched, url)
+        tab.frame.locator("[data-role='run'][value='b/lib']").check()
+        tab.frame.wait_for_selector(".lib-view[data-ready='true'][data-runs='a/lib b/lib']")
+        for role in ("color", "heights"):
+            assert tab.frame.locator(f"[data-role='{role}']").input_value() == "shared"
+        content = json.loads((logs / "a" / "lib" / "comparison" / "comparison.json").read_text())
+        pairs = [(match["a"], match["b"]) for layer in content["layers"] for match in layer["matches"]]
+        looks = []
+        for first, second in pairs:
+            for run, feature in (("a/lib", first), ("b/lib", second)):
+                layer, _, number = feature.rpartition("/")
+                looks.append(
+                    tab.frame.evaluate(
+                        """([run, layer, number]) => {
+                          const {x, y} = document.querySelector(".lib-view").libView.positionOf(run, layer, number);
+                          const panel = document.querySelector(`[data-run="${run}"] .lib-base`);
+                          const canvas = panel.lastElementChild, rim = panel.getBoundingClientRect();
+                          const place = [x - rim.left - window.scrollX, y - rim.top - window.scrollY, 1, 1];
+                          const color = canvas.getContext("2d").getImageData(...place).data;
+                          return [Math.round(place[1]), [...color].slice(0, 3).join()];
+                        }""",
+                        [run, layer, int(number)],
+                    )
+                )
+        assert len(pairs) >= 10
+        assert looks[::2] == looks[1::2]
+        assert len({str(look) for look in looks}) > 5
+        # The page that the command has written opens from the tab.
+        with watched.page.context.expect_page() as opened:
+            tab.frame.locator("[data-role='comparison']").click()
+        page = opened.value
+        page.wait_for_load_state()
+        assert page.locator("figure svg").count() == 2
         assert tab.errors == []

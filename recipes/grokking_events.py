@@ -1,0 +1,215 @@
+"""Which events of features come before a network generalises? Modular addition while it groks, for several seeds.
+
+    python -m recipes.grokking_events --folder runs/grokking_events   # train the networks that are missing, and measure
+    python -m recipes.grokking_events --figure align.png              # draw it
+    python -m recipes.grokking_events                                 # the tables of docs/align.md, from the results
+
+MINUTES of one CPU core per seed. Runs are those of `recipes.grokking`, and beside them another tool,
+`recipes.learning_coefficient`, writes its estimates to ``llc.csv``. Afterwards, ``tensorboard --logdir
+runs/grokking_events`` shows events, accuracies and these estimates on the same slider.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from lib_lightning import align_events
+from lib_lightning.alignment import KindOffsets, SteepestChange
+from lib_lightning.alignment.offsets import offsets_of, weighted_quantile
+from lib_lightning.plots.image import render_png
+from lib_lightning.plots.palette import MODULES, MUTED, TEXT
+from recipes.grokking import STEPS, train
+from recipes.learning_coefficient import LearningCoefficient
+from recipes.modular_addition import AllPairs
+
+RESULTS = Path(__file__).parent / "grokking_events.json"
+SEEDS = (0, 1, 2, 3, 4)
+MODULUS = 59
+# Scalars, which change of each, and what the page calls it.
+SCALARS = {
+    "accuracy/test": ("rise", "test accuracy rises"),
+    "loss/test": ("fall", "test loss falls"),
+    "llc/mean": ("fall", "the learning coefficient falls"),
+}
+# In the order of the table: those of features, and those of metrics of the whole graph.
+KINDS = ("born", "split", "emerged", "rose", "fell", "faded", "merged", "died", "metric rose", "metric fell")
+
+
+def run(folder: Path, seed: int, modulus: int = MODULUS, steps: int = STEPS, per_decade: int = 20) -> None:
+    """Train one network with both callbacks.
+
+    Args:
+        folder: Log directory.
+        seed: Seed of split and weights.
+        modulus: The modulus ``p``.
+        steps: Number of steps.
+        per_decade: Snapshots, and estimates of the other tool, per tenfold increase of the step.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    data = AllPairs(modulus=modulus, split_seed=seed)
+    tokens, answers = data.tokens[: data.n_train], data.answers[: data.n_train]
+    due = {0, *(round(10 ** (k / per_decade)) for k in range(math.ceil(per_decade * math.log10(steps)))), steps}
+    other = LearningCoefficient(folder / "llc.csv", sorted(due), tokens, answers, "transformer")
+    train(folder, seed, modulus, steps, per_decade, [other])
+
+
+def measure(folders: Sequence[Path], scalars: Mapping[str, tuple[str, str]] = SCALARS) -> dict[str, Any]:
+    """Align the events of all runs with each scalar.
+
+    Args:
+        folders: Log directories.
+        scalars: Names of scalars, with the direction of the change and words for it.
+
+    Returns:
+        For each scalar ``runs``, with the ``change`` of each, and by kind the number of its ``events`` and the step at
+        which half of their weight has come; and ``kinds``, the rows of the table.
+    """
+    found = {}
+    for scalar, (direction, _) in scalars.items():
+        aligned = align_events(folders, scalar, direction=direction)  # type: ignore[arg-type]
+        whole = aligned.to_dict()
+        found[scalar] = {
+            "log": aligned.log,
+            "runs": [
+                {
+                    "name": folder.name,
+                    "change": written["change"],
+                    "events": {
+                        kind: [len(events), weighted_quantile(events, 0.5)]
+                        for kind, events in sorted(one.events.items())
+                    },
+                }
+                for folder, one, written in zip(folders, aligned.runs, whole["runs"], strict=True)
+            ],
+            "kinds": whole["kinds"],
+        }
+    return found
+
+
+def offsets(aligned: Mapping[str, Any], kind: str) -> KindOffsets:
+    """The offsets of a kind of event, from the steps at which half of its events have come in each run.
+
+    Args:
+        aligned: Results for one scalar.
+        kind: The kind.
+
+    Returns:
+        As `lib_lightning.align_events`, with the number of all events.
+    """
+    runs = [run for run in aligned["runs"] if not run["change"]["reason"] and kind in run["events"]]
+    found = offsets_of(kind, [(_change(run), [(run["events"][kind][1], 1.0)]) for run in runs])
+    return KindOffsets(**{**vars(found), "num_events": sum(run["events"][kind][0] for run in runs)})
+
+
+def _change(run: Mapping[str, Any]) -> SteepestChange:
+    return SteepestChange(**{key: math.nan if value is None else value for key, value in run["change"].items()})
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """How long before or after each change the events come.
+
+    Args:
+        results: As `measure` returns them.
+
+    Returns:
+        Tables in Markdown.
+    """
+    return "\n\n".join(_table(scalar, aligned) for scalar, aligned in results.items())
+
+
+def _table(scalar: str, aligned: Mapping[str, Any]) -> str:
+    changes = [_change(run) for run in aligned["runs"]]
+    steps = ", ".join(f"{change.step:,.0f}" if change.exists else "-" for change in changes)
+    lines = [
+        f"When {SCALARS[scalar][1]} (`{scalar}`), most steeply at step {steps}:",
+        "",
+        "| event | events | median | quartiles | times its step | before, within, after | p |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for kind in KINDS:
+        one = offsets(aligned, kind)
+        if one.num_runs < 2:
+            continue
+        low, high = one.quartiles
+        p = "-" if math.isnan(one.p_value) else f"{one.p_value:.2g}"
+        lines.append(
+            f"| {kind} | {one.num_events:,} | {one.offset:+,.0f} | {low:+,.0f} to {high:+,.0f} | {one.times:.2f} | "
+            f"{one.before}, {one.within}, {one.after} | {p} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(results: Mapping[str, Any]) -> Figure:
+    """Draw for each scalar and kind of event when it comes in each run, on the run's own time.
+
+    Args:
+        results: As `measure` returns them.
+
+    Returns:
+        The figure, 1,000 pixels wide.
+    """
+    kinds = [k for k in KINDS if any(offsets(aligned, k).num_runs >= 2 for aligned in results.values())]
+    figure = Figure(figsize=(10, 1.6 + 0.3 * len(kinds)), dpi=100, facecolor="white")
+    height = 1.6 + 0.3 * len(kinds)
+    title = "When events of features come, as a multiple of the step of the steepest change"
+    figure.text(0.012, 1 - 0.32 / height, title, fontsize=14, weight="bold", color=TEXT)
+    every = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
+    figure.subplots_adjust(left=0.11, right=0.985, top=1 - 0.85 / height, bottom=0.7 / height, wspace=0.08)
+    for axes, (scalar, aligned) in zip(every, results.items(), strict=True):
+        axes.set_title(f"until {SCALARS[scalar][1]}", fontsize=10.5, weight="bold", color=TEXT, loc="left")
+        located = [run for run in aligned["runs"] if not run["change"]["reason"]]
+        for y, kind in enumerate(kinds):
+            axes.axhline(y, color=MUTED, lw=0.4, alpha=0.5, zorder=0)
+            times = [run["events"][kind][1] / run["change"]["step"] for run in located if kind in run["events"]]
+            color = MODULES[2] if kind.startswith("metric") else MODULES[0]
+            axes.plot(times, [y] * len(times), "o", color=color, ms=5, alpha=0.65, mew=0)
+            if len(times) >= 2:
+                axes.plot([offsets(aligned, kind).times], [y], "|", color=TEXT, ms=13, mew=2)
+        axes.axvline(1, color=TEXT, lw=1, ls=(0, (4, 2)), zorder=1)
+        if located:
+            ends = [[run["change"][key] / run["change"]["step"] for run in located] for key in ("first", "last")]
+            low, high = (weighted_quantile([(value, 1.0) for value in values], 0.5) for values in ends)
+            axes.axvspan(low, high, color=MUTED, alpha=0.15, lw=0, zorder=0)
+        axes.set_xscale("log")
+        axes.set_xlim(0.02, 12)
+        axes.set_xticks([0.1, 1, 10], ["a tenth", "same step", "ten times"])
+        axes.minorticks_off()
+        axes.set_yticks(range(len(kinds)), kinds)
+        axes.tick_params(labelsize=9.5, colors=TEXT, length=0)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    every[0].invert_yaxis()
+    key = "dots: one run each, when half of its events have come; bars: median; grey: steps that cannot be told apart"
+    figure.text(0.11, 0.16 / height, key, fontsize=9.5, color=MUTED)
+    return figure
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Train, measure, draw, and print."""
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.grokking_events", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--folder", type=Path, help="train the networks that are missing in this folder, and measure")
+    parser.add_argument("--figure", type=Path, help="file of the figure to write")
+    parsed = parser.parse_args(args)
+    if parsed.folder is not None:
+        folders = [parsed.folder / f"seed-{seed}" for seed in SEEDS]
+        for folder, seed in zip(folders, SEEDS, strict=True):
+            if not (folder / "lib" / "final.safetensors").exists():
+                run(folder, seed)
+        RESULTS.write_text(json.dumps(measure(folders), indent=1) + "\n")
+    results = json.loads(RESULTS.read_text())
+    if parsed.figure is not None:
+        parsed.figure.write_bytes(render_png(draw(results)).data)
+    sys.stdout.write(table(results) + "\n")
+
+
+if __name__ == "__main__":
+    main()
