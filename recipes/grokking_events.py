@@ -4,7 +4,7 @@
     python -m recipes.grokking_events --figure align.png              # draw it
     python -m recipes.grokking_events                                 # the tables of docs/align.md, from the results
 
-MINUTES of one CPU core per seed. Runs are those of `recipes.grokking`, and beside them another tool,
+Two and a half minutes of one CPU core per seed. Runs are those of `recipes.grokking`, and beside them another tool,
 `recipes.learning_coefficient`, writes its estimates to ``llc.csv``. Afterwards, ``tensorboard --logdir
 runs/grokking_events`` shows events, accuracies and these estimates on the same slider.
 """

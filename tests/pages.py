@@ -84,8 +84,8 @@ def check_command(program: str, *args: str) -> None:
         elif args[0] in ("nodes", "profile", "estimate"):
             with working_directory(ROOT):
                 main(list(args))
-        elif args[0] == "trace":
-            # The training is the reader's.
+        elif args[0] in ("trace", "align"):
+            # The trainings are the reader's.
             exits(main, [*args, "-h"])
         else:
             main(list(args))
