@@ -3,8 +3,8 @@
 The local learning coefficient (Lau, Furman, Wang, Murfet and Wei 2023, arXiv 2308.12108) says how many weights a
 network needs, in the sense of singular learning theory: how slowly the loss grows around the weights. It is estimated
 with stochastic gradient Langevin dynamics. The chain here is a short one: it has not converged, and its estimates say
-where the coefficient rises and falls, not how large it is. `LearningCoefficient` writes it and the norm of the weights to a CSV file in
-the log directory, at steps of its own. The tab of `recipes.grokking_events`'s runs shows both.
+where the coefficient rises and falls, not how large it is. `LearningCoefficient` writes it and the norm of the weights
+to a CSV file in the log directory, at steps of its own: the tab shows both for the runs of `recipes.grokking_events`.
 """
 
 from __future__ import annotations
