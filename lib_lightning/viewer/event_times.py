@@ -11,7 +11,7 @@ import numpy as np
 
 # Detected when a change has lasted, and with the step of the last snapshot before it.
 _CHANGES = ("emerged", "faded", "rose", "fell")
-_LIFETIMES = ("born", "split", "died")
+_BEGINNINGS, _ENDS = ("born", "split"), ("died", "merged")
 _KEYS = ("step", "kind", "text", "layer", "lineage")
 # Shares below are as good as none: as in the detection of changes.
 _FLOOR = 1e-6
@@ -92,7 +92,10 @@ def placed_events(events: Sequence[Mapping[str, Any]], snapshots: Mapping[int, M
 
 
 def lifetimes(events: Sequence[Mapping[str, Any]], snapshots: Mapping[int, Measured]) -> list[dict[str, Any]]:
-    """Births and deaths of features, from the snapshots that have them, for a run whose events have none.
+    """Births and deaths of features that are not among the events, from the snapshots that have the features.
+
+    The events of a run have those of features that are important at their birth or death. Most are not: they grow
+    later, or have faded before.
 
     Args:
         events: Events as in the file of the run.
@@ -101,10 +104,12 @@ def lifetimes(events: Sequence[Mapping[str, Any]], snapshots: Mapping[int, Measu
     Returns:
         Events with ``kind`` (``"born"``, ``"split"`` or ``"died"``), ``at``, ``layer``, ``lineage`` and ``share`` as
         `placed_events`: the first snapshot that has a feature, and the first after its last one, of features that ever
-        have a thousandth of their layer's importance.
+        have a thousandth of their layer's importance. One that merged into another has died.
     """
-    if any(event.get("kind") in _LIFETIMES for event in events):
-        return []
+    known = [
+        {(str(event.get("layer")), str(event.get("lineage"))) for event in events if event.get("kind") in kinds}
+        for kinds in (_BEGINNINGS, _ENDS)
+    ]
     steps, found = [*snapshots], []
     for name, layer in _layers(snapshots).items():
         peak = layer.share.max(0)
@@ -113,11 +118,11 @@ def lifetimes(events: Sequence[Mapping[str, Any]], snapshots: Mapping[int, Measu
         for lineage, i in layer.column.items():
             if peak[i] < _IMPORTANT:
                 continue
-            feature = {"layer": name, "lineage": lineage, "share": _rounded(peak[i])}
-            if first[i] > 0:
+            feature, key = {"layer": name, "lineage": lineage, "share": _rounded(peak[i])}, (name, str(lineage))
+            if first[i] > 0 and key not in known[0]:
                 kind = "split" if layer.parents[i] >= 0 else "born"
                 found.append({"kind": kind, "at": steps[first[i]], **feature})
-            if last[i] < len(steps) - 1:
+            if last[i] < len(steps) - 1 and key not in known[1]:
                 found.append({"kind": "died", "at": steps[last[i] + 1], **feature})
     return sorted(found, key=lambda event: event["at"])
 

@@ -27,6 +27,8 @@ from tests.viewer.saved_run import SavedRun
 def write(logs: Path, centre: int, events: list[dict[str, Any]]) -> Path:
     """A run with four snapshots, given events, and an accuracy that rises around a step."""
     saved = SavedRun(snapshots=4, features=4)
+    for one in (lineage for layer in saved.lineages for lineage in layer):
+        one.birth, one.death = 0, saved.snapshots  # all births and deaths are the events given
     saved.write(logs / "lib")
     (logs / "lib" / "events.jsonl").write_text("".join(json.dumps(event | {"text": ""}) + "\n" for event in events))
     rows = [f"{step},{1 / (1 + math.exp((centre - step) / 20))}" for step in range(0, 2000, 5)]

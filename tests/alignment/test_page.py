@@ -13,7 +13,7 @@ from PIL import Image
 
 from lib_lightning.alignment.alignment import EventAlignment
 from lib_lightning.training.cli import main
-from recipes.grokking_events import KINDS, RESULTS, SCALARS, SEEDS, draw, offsets, table
+from recipes.grokking_events import KINDS, RESULTS, SCALARS, SEEDS, draw, offsets, story, table
 from tests.alignment.test_alignment import born, write
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +45,7 @@ def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
 def test_tables_are_those_of_the_results() -> None:
     results = json.loads(RESULTS.read_text())
     assert f"<!-- events -->\n{table(results)}\n<!-- end of events -->" in PAGE
+    assert story(results) in PAGE
     assert list(results) == list(SCALARS)
     for aligned in results.values():
         assert [run["name"] for run in aligned["runs"]] == [f"seed-{seed}" for seed in SEEDS]

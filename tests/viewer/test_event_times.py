@@ -79,5 +79,8 @@ def test_births_and_deaths_of_features_that_matter() -> None:
         ("born", 20, 1, 0.01),
         ("died", 40, 2, 0.2),
     ]
-    assert lifetimes([{"step": 3, "kind": "born"}], snapshots(shares)) == []
+    # Those that are among the events are not counted twice; of all others, there are no events.
+    events = [event(kind, 20, 10, 0, 0, lineage=i) for kind, i in (("born", 1), ("merged", 2), ("died", 3))]
+    others = lifetimes([*events, {"step": 3, "kind": "born", "lineage": [7]}], snapshots(shares, parents={3: 0}))
+    assert [(one["kind"], one["lineage"]) for one in others] == [("split", 3)]
     assert lifetimes([], {}) == []
