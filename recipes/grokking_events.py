@@ -156,6 +156,9 @@ def story(results: Mapping[str, Any]) -> str:
     Returns:
         A list in Markdown.
     """
+    every = [run for aligned in results.values() for run in aligned["runs"]]
+    if any(run["change"]["reason"] or "emerged" not in run["events"] for run in every):
+        return "Not all runs have steepest changes and features that emerge."
     changes = {scalar: [run["change"]["step"] for run in aligned["runs"]] for scalar, aligned in results.items()}
     loss, llc = changes["loss/test"], changes["llc/mean"]
     aligned = results["loss/test"]

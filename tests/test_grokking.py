@@ -90,7 +90,7 @@ def test_the_learning_coefficient_of_a_regular_model_is_half_the_number_of_its_w
     inputs, targets = torch.ones(n, 1), torch.arange(4).repeat(n // 4)
     model = torch.nn.Linear(1, 4, bias=False)
     torch.nn.init.zeros_(model.weight)
-    found = learning_coefficient(model, inputs, targets, length=6000, step_size=1e-4)
+    found = learning_coefficient(model, inputs, targets, length=3000, step_size=1e-4)
     # The loss has the curvature 1/4 along the three others, beside which the pull back to the weights is not nothing.
     curvature = n / math.log(n) / 4
     assert found == pytest.approx(3 / 2 * curvature / (curvature + LOCALIZATION), rel=0.15)
