@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.pages import ROOT, blocks, check_command, commands, run_python_blocks
 
@@ -91,6 +93,12 @@ def test_commands_run(page: Path, work: Path) -> None:
 def test_blocks_are_of_languages_that_are_run(page: Path) -> None:
     fences = re.findall(r"^(?:```|:::)([^\s`]*).*?^(?:```|:::)$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
     assert set(fences) <= {"python", "bash", "{glossary}"} | _SHOWN
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "yaml") + blocks(p, "json")], ids=_name)
+def test_files_that_are_shown_can_be_read(page: Path) -> None:
+    assert all(isinstance(yaml.safe_load(block), dict) for block in blocks(page, "yaml"))
+    assert all(isinstance(json.loads(line), dict) for block in blocks(page, "json") for line in block.splitlines())
 
 
 def _anchors(page: Path) -> set[str]:
