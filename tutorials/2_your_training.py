@@ -123,9 +123,9 @@ print(
 )
 
 # %%
-# What happened to features of the second layer? (Changes of trend, *emerged* and *faded*, need more snapshots than these.)
+# What happened? (Changes of trend, *emerged* and *faded*, need more snapshots than these.)
 
-for event in [event for event in run.events() if event["layer"] == "fc2:input"][:6]:
+for event in run.events()[:6]:
     print(event["text"])
 
 # %%
