@@ -42,7 +42,12 @@ from lib_lightning.algorithm.cost import (
     trial_size,
 )
 from lib_lightning.algorithm.dictionary_basis import ERROR, DictionaryBasis
-from lib_lightning.algorithm.dictionary_layers import check_dictionaries, plan_for_dictionaries, try_dictionaries
+from lib_lightning.algorithm.dictionary_layers import (
+    affordable_latents,
+    check_dictionaries,
+    plan_for_dictionaries,
+    try_dictionaries,
+)
 from lib_lightning.algorithm.effort import Effort, EffortPlan, affordable_effects, agree, choose_effort, measure_cost
 from lib_lightning.algorithm.jackknife import standard_error
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT, MemoryPlan, Workload, plan_memory, split_batches
@@ -423,7 +428,7 @@ def graph_of(  # noqa: PLR0913 (a public entry without its defaults)
                     adapted = _adapted(instrumented, batches, dictionaries, config)
                     plan = _plan_with(adapted, instrumented, batches, plan)
                     if effort == "auto":
-                        config, notes = _affordable(instrumented, batches, config, process_group)
+                        config, notes = _affordable(instrumented, batches, config, process_group, adapted)
                     elif output is not None and config.effect_samples is None:
                         config = _with_effects(instrumented, batches, config, process_group)
                 chunks = split_batches(instrumented, batches, plan.samples)
@@ -466,11 +471,26 @@ def _progress(
 
 
 def _affordable(
-    instrumented: InstrumentedModel, batches: Sequence[Any], config: LIBConfig, process_group: ProcessGroup
+    instrumented: InstrumentedModel,
+    batches: Sequence[Any],
+    config: LIBConfig,
+    process_group: ProcessGroup,
+    dictionaries: Mapping[int, AdaptedDictionary],
 ) -> tuple[LIBConfig, list[str]]:
     """The configuration with probes and features pushed forward where exact sums take too long, and a note of that."""
     n = _total(instrumented, batches, process_group)
-    own = choose_effort(measure_cost(instrumented, batches[0]), config, n, GRAPH_OPERATIONS, True) if batches else None
+    own = None
+    if batches:
+        # Latents need no metric.
+        has_metric = len(dictionaries.keys() - {len(instrumented.layers) - 1}) < len(instrumented.layers) - 1
+        planned = config if has_metric else replace(config, basis="neuron", metric="next")
+        cost = measure_cost(instrumented, batches[0])
+        own = choose_effort(cost, planned, n, GRAPH_OPERATIONS, True)
+        if own.n_pushed is None and dictionaries:
+            with torch.no_grad():
+                activations = instrumented.activations(instrumented.select(batches[0], slice(0, 1)))
+            edges = cost.steps(own.applied_to(planned), n).edges
+            own = replace(own, n_pushed=affordable_latents(dictionaries, activations, edges, GRAPH_OPERATIONS))
     chosen = agree(own, process_group)
     if chosen is None:
         return config, []

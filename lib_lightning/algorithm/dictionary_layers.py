@@ -113,3 +113,31 @@ def plan_for_dictionaries(
         of_position = _OF_FEATURES * 8 * features + _OF_DERIVATIVES * a.element_size() * active * dictionary.d
         per_sample = max(per_sample, a.shape[1] * of_position)
     return replace(plan, samples=max(1, min(plan.samples, plan.edge_bytes // max(1, per_sample))))
+
+
+def affordable_latents(
+    dictionaries: Mapping[int, AdaptedDictionary],
+    activations: Sequence[Tensor],
+    edges: Sequence[float],
+    allowed: float,
+) -> int | None:
+    """How many active latents of each sample can be pushed forward.
+
+    Args:
+        dictionaries: The dictionaries, by index of the node layer.
+        activations: Activations of every node layer on one sample, shape ``(1, S, d)``.
+        edges: Operations of the edges of each section, if as many features are pushed as a node layer has dimensions.
+        allowed: Operations that edges may take.
+
+    Returns:
+        The number; None if all of them can be.
+    """
+    total = of_one = 0.0
+    for i, operations in enumerate(edges):
+        if i in dictionaries:
+            a = activations[i]
+            with torch.no_grad():
+                active = int((dictionaries[i].encode(a) != 0).any(1).sum())
+            of_one += operations / a.shape[-1]
+            total += operations / a.shape[-1] * active
+    return None if total <= allowed else max(1, int(allowed / of_one))

@@ -203,7 +203,7 @@ def estimate(model: nn.Module, batches: Any, seed: int = 0, **options: Any) -> B
     instrumented = InstrumentedModel(model, as_node_layers(LAYERS))
     with model_session(instrumented):
         return build_graph(
-            instrumented, batches, LIBConfig(basis="lib", n_pushed=4, **options), MemoryPlan(), plain=False,
+            instrumented, batches, LIBConfig(basis="lib", n_pushed=4, **options), MemoryPlan(),
             output=OutputDistribution("categorical"),
         )  # fmt: skip
 

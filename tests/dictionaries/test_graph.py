@@ -18,8 +18,9 @@ from lib_lightning.ablation import edge_ablation_curve, edges_required, node_abl
 from lib_lightning.algorithm.build import BuildResult, build_graph
 from lib_lightning.algorithm.config import LIBConfig
 from lib_lightning.algorithm.dictionary_basis import DictionaryBasis
-from lib_lightning.algorithm.dictionary_layers import try_dictionaries
+from lib_lightning.algorithm.dictionary_layers import affordable_latents, try_dictionaries
 from lib_lightning.algorithm.memory_plan import MemoryPlan
+from lib_lightning.dictionaries import AdaptedDictionary
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.errors import LIBError, NodeLayerError, SettingError, SettingTypeError
 from lib_lightning.interventions import edit_features, feature_effects, scale
@@ -308,3 +309,15 @@ def test_two_processes_have_the_latents_of_both() -> None:
                 assert torch.allclose(getattr(basis, name), getattr(wanted, name), rtol=1e-10)
         for E, wanted_E in zip(built.edges, one.edges, strict=True):
             assert torch.allclose(E, wanted_E, rtol=1e-9)
+
+
+def test_as_many_active_latents_are_pushed_as_can_be_afforded() -> None:
+    adapted = AdaptedDictionary(SparseDictionary(16, 24, k=5).double(), torch.randn(9, 16).double(), "1")
+    a = torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(0)).double()
+    active = int((adapted.encode(a) != 0).any(1).sum())
+    assert affordable_latents({0: adapted}, [a], [16.0, 7.0], active) is None
+    assert affordable_latents({0: adapted}, [a], [16.0, 7.0], active - 1) == active - 1
+    network, layers = gpt2()
+    dictionaries = {layer: SparseDictionary(16, 30, k=4, seed=i).double() for i, layer in enumerate(layers)}
+    graph = compute_interaction_graph(network, [tokens()], layers, dictionaries)
+    assert not any("metric" in note for note in graph.info["notes"])
