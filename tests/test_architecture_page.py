@@ -42,4 +42,4 @@ def test_paths_exist() -> None:
 
 def test_all_ways_are_there() -> None:
     assert len(NAMES) > 25
-    assert PAGE.count("\n## From ") == 6
+    assert PAGE.count("\n## From ") == 7

@@ -5,14 +5,25 @@ graph on one split of the data, and the score on another.
 """
 
 from lib_lightning._deprecated import renamed_names
-from lib_lightning.ablation.curves import EdgesRequiredResult, edge_ablation_curve, edges_required, node_ablation_curve
+from lib_lightning.ablation.attacks import EdgeAttack
+from lib_lightning.ablation.curves import (
+    AttackResult,
+    EdgesRequiredResult,
+    attack_edges,
+    edge_ablation_curve,
+    edges_required,
+    node_ablation_curve,
+)
 from lib_lightning.ablation.plan import AblationPlan
 from lib_lightning.ablation.scores import accuracy, log_likelihood
 
 __all__ = [
     "AblationPlan",
+    "AttackResult",
+    "EdgeAttack",
     "EdgesRequiredResult",
     "accuracy",
+    "attack_edges",
     "edge_ablation_curve",
     "edges_required",
     "log_likelihood",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lib_lightning._deprecated import renamed_arguments
+from lib_lightning.ablation.attacks import Attacked, AttackKind, EdgeAttack, worst
 from lib_lightning.ablation.interventions import top_k_mask
 from lib_lightning.ablation.scored_model import Score, ScoredModel, scored_model
 from lib_lightning.ablation.search import Counts, ScoreCache, bisect, scan, try_counts
@@ -28,7 +30,15 @@ class EdgesRequiredResult:
             None. Rows and columns are in the order of the graph's indices, as in its edges.
         score: Mean score with those edges.
         unablated: Mean score without ablation.
-        curve: Mean scores by number of edges kept, for all numbers that were tried.
+        curve: Mean scores by number of edges kept, for all numbers that were tried. Under attack, the worst that was
+            found; an attack ends when it has found a score that is not sufficient.
+        error: Standard error over samples of the difference between ``score`` and ``unablated``; NaN for one sample.
+        tolerance: Accepted loss of mean score.
+        bounds: The numbers that would be sufficient if each mean score were higher, or lower, by its standard error,
+            among those that were tried; None if there is none.
+        attack: The attack that the score withstands with those edges; None for an ablation alone.
+        worst: Under attack, the factors of all edges with the lowest score that was found for that number, shape
+            ``(r_out, r_in)``: 1 for those that are kept, and how far each other one was put back.
     """
 
     count: int | None
@@ -36,6 +46,16 @@ class EdgesRequiredResult:
     score: float
     unablated: float
     curve: dict[int, float] = field(default_factory=dict, repr=False)
+    error: float = math.nan
+    tolerance: float = math.nan
+    bounds: tuple[int | None, int | None] = (None, None)
+    attack: EdgeAttack | None = None
+    worst: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def tolerance_in_errors(self) -> float:
+        """The tolerance in units of the standard error; infinite if no sample's score has changed."""
+        return self.tolerance / self.error if self.error else math.inf
 
     def as_curve(self) -> EdgeCurve:
         """The curve as input for metrics: counts ``(k,)``, scores ``(k,)``, and the unablated score."""
@@ -142,8 +162,8 @@ def edge_ablation_curve(
     """
     _check_sections(graph, [section])
     with scored_model(model, batches, graph, score, **options) as scored:
-        E = graph.edges[section]
-        cache = ScoreCache(scored.with_edges(*section), E.numel(), scored.unablated - tolerance)
+        E, score_of = graph.edges[section], scored.with_edges(*section)
+        cache = ScoreCache(lambda k: score_of(top_k_mask(E, k)).mean, E.numel(), scored.unablated - tolerance)
         return try_counts(cache, counts, _paper_bracket(graph, section))
 
 
@@ -156,6 +176,7 @@ def edges_required(
     tolerance: float = 1e-3,
     sections: Sequence[tuple[str, str]] | None = None,
     search: Literal["scan", "bisection"] = "scan",
+    attack: AttackKind | EdgeAttack | None = None,
     **options: Any,
 ) -> dict[tuple[str, str], EdgesRequiredResult]:
     """Count the edges that a model needs in each section for its score.
@@ -174,6 +195,9 @@ def edges_required(
         tolerance: Accepted loss of mean score, in units of the score.
         sections: Names of pairs of consecutive node layers; all by default.
         search: ``"scan"`` or ``"bisection"``.
+        attack: What the score has to withstand: None for an ablation of the other edges; ``"random"`` for random
+            subsets of them, put back or scaled, the worst of several; ``"pgd"`` for the worst factors that projected
+            gradient descent finds for them; an `EdgeAttack` for other settings.
         options: As for `node_ablation_curve`.
 
     Returns:
@@ -200,17 +224,124 @@ def edges_required(
         raise SettingError(f"search must be 'scan' or 'bisection'; got {search!r}.")
     sections = list(graph.edges) if sections is None else list(sections)
     _check_sections(graph, sections)
+    against = EdgeAttack.of(attack)
     with scored_model(model, batches, graph, score, **options) as scored:
-        return {section: _required(scored, section, tolerance, search) for section in sections}
+        return {section: _required(scored, section, tolerance, search, against) for section in sections}
 
 
-def _required(scored: ScoredModel, section: tuple[str, str], tolerance: float, search: str) -> EdgesRequiredResult:
-    E = scored.graph.edges[section]
-    cache = ScoreCache(scored.with_edges(*section), E.numel(), scored.unablated - tolerance)
+def _required(
+    scored: ScoredModel, section: tuple[str, str], tolerance: float, search: str, attack: EdgeAttack | None
+) -> EdgesRequiredResult:
+    E, score_of = scored.graph.edges[section], scored.with_edges(*section)
+    threshold = scored.unablated - tolerance
+    found: dict[int, Attacked] = {}
+
+    def measure(k: int) -> float:
+        kept = top_k_mask(E, k)
+        found[k] = Attacked(score_of(kept), kept) if attack is None else worst(score_of, kept, attack, threshold)
+        return found[k].score.mean
+
+    cache = ScoreCache(measure, E.numel(), threshold)
     count = scan(cache) if search == "scan" else bisect(cache, _paper_bracket(scored.graph, section))
     kept = E.numel() if count is None else count
     score = cache(kept)
-    return EdgesRequiredResult(count, top_k_mask(E, kept), score, scored.unablated, dict(sorted(cache.scores.items())))
+    return EdgesRequiredResult(
+        count,
+        top_k_mask(E, kept),
+        score,
+        scored.unablated,
+        dict(sorted(cache.scores.items())),
+        error=found[kept].score.error,
+        tolerance=tolerance,
+        bounds=(_sufficient(found, threshold, 1.0), _sufficient(found, threshold, -1.0)),
+        attack=attack,
+        worst=None if attack is None else found[kept].mask,
+    )
+
+
+def _sufficient(found: Mapping[int, Attacked], threshold: float, errors: float) -> int | None:
+    """The smallest number from which on all tried ones are sufficient, with scores raised by some standard errors."""
+    answer = None
+    for count in sorted(found, reverse=True):
+        mean, error = found[count].score
+        if not mean + errors * (0.0 if math.isnan(error) else error) >= threshold:
+            break
+        answer = count
+    return answer
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """What an attack on the dropped edges of a section has found.
+
+    Attributes:
+        score: The lowest mean score that was found.
+        error: Standard error over samples of the difference between ``score`` and ``unablated``; NaN for one sample.
+        dropped: Mean score with all of these edges dropped, which is where an attack starts.
+        unablated: Mean score without ablation.
+        worst: Factors of all edges with the lowest score, shape ``(r_out, r_in)``: 1 for those that are kept.
+    """
+
+    score: float
+    error: float
+    dropped: float
+    unablated: float
+    worst: Tensor = field(repr=False)
+
+
+def attack_edges(
+    model: nn.Module,
+    batches: Iterable[Any],
+    graph: InteractionGraph,
+    score: Score,
+    section: tuple[str, str],
+    kept: Tensor,
+    attack: AttackKind | EdgeAttack = "pgd",
+    **options: Any,
+) -> AttackResult:
+    """Attack a set of kept edges: look for factors of all others with which the score is lowest.
+
+    Args:
+        model: As for `node_ablation_curve`.
+        batches: As for `node_ablation_curve`.
+        graph: As for `node_ablation_curve`.
+        score: As for `node_ablation_curve`.
+        section: Names of two consecutive node layers.
+        kept: True for the edges that stay, shape ``(r_out, r_in)``, such as ``mask`` of `EdgesRequiredResult`.
+        attack: As for `edges_required`.
+        options: As for `node_ablation_curve`.
+
+    Returns:
+        The result.
+
+    Raises:
+        NodeLayerError: If the graph has no such section, or belongs to a model of a different shape.
+        SettingError: If the edges have another shape, or the attack is unknown.
+        LIBError: If the score function does not return one number for each sample.
+
+    Example:
+        >>> import torch
+        >>> from lib_lightning import compute_interaction_graph
+        >>> from lib_lightning.ablation import log_likelihood
+        >>> model, x = nn.Linear(4, 2), torch.randn(50, 4)
+        >>> batch = (x, model(x).argmax(-1))
+        >>> graph = compute_interaction_graph(model, [batch], ["input", "output"])
+        >>> kept = graph.edges["input", "output"] > 0.1
+        >>> found = attack_edges(model, [batch], graph, log_likelihood, ("input", "output"), kept)
+        >>> found.score <= found.dropped
+        True
+    """
+    _check_sections(graph, [section])
+    E, against = graph.edges[section], EdgeAttack.of(attack)
+    if kept.shape != E.shape or kept.dtype != torch.bool or against is None:
+        raise SettingError(
+            f"kept is a boolean tensor of shape {tuple(E.shape)}, as the edges; got {str(kept.dtype).split('.')[-1]} "
+            f"of shape {tuple(kept.shape)}."
+        )
+    with scored_model(model, batches, graph, score, **options) as scored:
+        score_of, kept = scored.with_edges(*section), kept.cpu()
+        found = worst(score_of, kept, against)
+        return AttackResult(*found.score, score_of(kept).mean, scored.unablated, found.mask)
 
 
 def _paper_bracket(graph: InteractionGraph, section: tuple[str, str]) -> int:

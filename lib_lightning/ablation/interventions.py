@@ -7,20 +7,33 @@ all features without a kept edge to it are set to their means.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lib_lightning.ablation.shared_section import SharedParts, SharedSection
 from lib_lightning.algorithm.basis import Basis
 from lib_lightning.algorithm.basis_kinds import LATENTS
 from lib_lightning.errors import NodeLayerError
 from lib_lightning.model.agreement import agree
+from lib_lightning.model.batch import tensors_in
 from lib_lightning.model.instrumented import InstrumentedModel
-from lib_lightning.model.vjp import apply_mask
+from lib_lightning.model.precision import to_float64
+from lib_lightning.model.recorded import RecordedFunction, record
+from lib_lightning.model.safe_points import safe_point
+from lib_lightning.model.torch_internals import has_memory, storage_key
+from lib_lightning.model.vjp import apply_mask, vjp
 
 # Relative deviation of an affine section by rounding, as a power of eps: 4e-11 in float64, 2e-5 in float32.
 _AFFINE = 2 / 3
+# Samples on which the size of tensors is measured, and numbers of a tensor that stays in a processor's cache: the
+# section is recorded for parts of a batch that are as large.
+_FEW, _CACHED = 8, 2**20
+# Largest number of such parts.
+_MOST_PARTS = 16
 # A section is only affine if it is so at these multiples of the features as well.
 _FAR = (100.0, -100.0)
 
@@ -101,12 +114,69 @@ class AblatedLayer:
         return self.instrumented.output(self.batch, {self.index: a})
 
 
+class RestOfModel:
+    """The model after a node layer, at one batch.
+
+    If the operations after the node layer can be recorded, what is before it runs only once more.
+
+    Args:
+        instrumented: The model.
+        batch: One batch.
+        index: Index of the node layer.
+        max_bytes: Memory for all intermediate results in the recording.
+
+    Attributes:
+        nbytes: Memory of what is kept.
+    """
+
+    def __init__(self, instrumented: InstrumentedModel, batch: Any, index: int, max_bytes: int) -> None:
+        self.instrumented, self.batch, self.index, self.max_bytes = instrumented, batch, index, max_bytes
+        self.nbytes = 0
+        self._recorded: RecordedFunction | None = None
+        self._n_runs = 0
+
+    def output(self, a: Tensor) -> Any:
+        """Output of the model with other activations ``(n, S, d)`` of the node layer."""
+        self._n_runs += 1
+        if self._recorded is not None and self._recorded.is_intact:
+            safe_point()
+            with suppress(Exception):
+                output = self._recorded(a)
+                # The first time, the model runs as well.
+                if self._n_runs > 2 or self._agree(output, expected := self._run(a)):
+                    return output
+                self._recorded = None
+                return expected
+            self._recorded = None
+        if self._n_runs == 1 and is_recordable(self.instrumented, a):
+            with suppress(Exception):  # of the recording; one of the model's is raised again
+                output, self._recorded = record(self._run, a, self.max_bytes)
+                if self._recorded is not None:
+                    self._recorded.values.clear()
+                    kept = [constant.alias for constant in self._recorded.constants.values()]
+                    self.nbytes = _nbytes_without(self.instrumented, [*kept, *tensors_in(output)])
+                return output
+        return self._run(a)
+
+    def _run(self, a: Tensor) -> Any:
+        return self.instrumented.output(self.batch, {self.index: a})
+
+    @staticmethod
+    def _agree(found: Any, expected: Any) -> bool:
+        pairs = list(zip(tensors_in(found), tensors_in(expected), strict=True))
+        return all(
+            agree(a, b, torch.finfo(b.dtype).eps ** _AFFINE) if b.is_floating_point() else torch.equal(a, b)
+            for a, b in pairs
+        )
+
+
 class AblatedSection:
     """A model at one batch with only some edges of a section.
 
-    Output features with the same kept edges need one forward pass, and those whose kept edges did not change since the
-    previous call need none. In an affine section, which is detected numerically, one matrix product replaces all of
-    them.
+    Output features whose kept edges did not change since the previous call are not computed again. In an affine
+    section, which is detected numerically, one matrix product gives all others. In any other section whose operations
+    can be recorded, these are repeated for each distinct set of kept edges (`lib_lightning.ablation.shared_section`),
+    after a comparison with the model itself at two inputs. Where that is not possible, each set needs a forward pass.
 
     Args:
         instrumented: The model.
@@ -114,6 +184,8 @@ class AblatedSection:
         index: Index ``l`` of the section's first node layer.
         before: Basis of that node layer.
         after: Basis of the next node layer.
+        max_bytes: Memory for all intermediate results of a section or of the rest of the model, while their operations
+            are recorded.
 
     Raises:
         NodeLayerError: If a basis has a different width.
@@ -122,8 +194,18 @@ class AblatedSection:
         Source: arXiv 2405.10928, edge ablations.
     """
 
-    def __init__(self, instrumented: InstrumentedModel, batch: Any, index: int, before: Basis, after: Basis) -> None:
+    def __init__(
+        self,
+        instrumented: InstrumentedModel,
+        batch: Any,
+        index: int,
+        before: Basis,
+        after: Basis,
+        max_bytes: int = 2**31,
+    ) -> None:
         self.instrumented, self.batch, self.index, self.before, self.after = instrumented, batch, index, before, after
+        self._max_bytes = max_bytes
+        self.rest = RestOfModel(instrumented, batch, index + 1, max_bytes)
         captured = instrumented.capture(batch)
         self.a, self.mask_in = captured[index].a, captured[index].mask
         self.a_out, self.mask_out = captured[index + 1].a, captured[index + 1].mask
@@ -134,54 +216,194 @@ class AblatedSection:
         self._mask = torch.zeros(after.n_features, before.n_features, dtype=torch.bool, device="cpu")
         # Without any edges, every output feature is computed from the mean.
         self._at_mean = self._section(torch.zeros_like(self.fhat))
-        self._features = self._at_mean.clone()
-        self.J = self._affine_map()
-        self.nbytes = _nbytes(self.a, self.a_out, self.fhat, self._at_mean, self._features)
+        # The features of the last mask, shape ``(r_out, n, S_out)``: those of one output feature are contiguous.
+        self._features = self._at_mean.movedim(-1, 0).clone(memory_format=torch.contiguous_format)
+        # Two halves of the features, so that nonlinear terms cannot cancel.
+        even = torch.arange(before.n_features, device=self.fhat.device) % 2 == 0
+        self._halves = torch.stack([~even, even]).to(self.fhat)
+        is_linear = LATENTS not in (before.kind, after.kind)
+        changes = [
+            self._section(self.fhat * half) - self._at_mean
+            for half in self._halves
+            if is_linear and self.fhat.numel()  # a dictionary's latents are no linear coordinates
+        ]
+        self.J = self._affine_map(changes)
+        self.shared = None if self.J is not None or not changes else self._shared_section(changes)
+        self._own_bytes = _nbytes(self.a, self.a_out, self.fhat, self._at_mean, self._features)
+        if self.shared is not None:
+            self._own_bytes += _nbytes_without(instrumented, self.shared.kept)
 
     def features(self, mask: Tensor) -> Tensor:
         """Features of the next node layer, computed from the kept edges.
 
         Args:
-            mask: True where an edge is kept, shape ``(r_out, r_in)``.
+            mask: True where an edge is kept, or by how much the input feature is multiplied, shape ``(r_out, r_in)``.
 
         Returns:
             Coordinates of the next node layer (`Basis.coordinates`), shape ``(n, S_out, c_out)``: of bases, its
             features ``fhat^{l+1}``.
         """
         if self.J is not None:
-            kept = torch.where(mask.to(self.J.device), self.J, self.J.new_zeros(()))
-            return self._at_mean + self.fhat @ kept.T
+            mask = mask.to(self.J.device)
+            kept = torch.where(mask, self.J, self.J.new_zeros(())) if mask.dtype == torch.bool else self.J * mask
+            return self._at_mean + self.fhat @ kept.to(self.J).T
         changed = (mask != self._mask).any(1).nonzero().flatten()
-        # A mask without rows or columns, of a layer without features, has no patterns.
-        patterns, group = mask[changed].unique(dim=0, return_inverse=True) if len(changed) else (mask[:0], changed)
-        for g, pattern in enumerate(patterns):
-            columns = self.after.columns(changed[group == g].to(self.fhat.device))
-            kept = self.before.per_coordinate(pattern.to(self.fhat))
-            self._features[..., columns] = self._section(self.fhat * kept)[..., columns]
+        has_edges = mask[changed].any(1)
+        self._set(changed[~has_edges], self._at_mean)
+        changed = changed[has_edges]
+        if len(changed) and not self._set_shared(changed, mask[changed]):
+            patterns, group = mask[changed].unique(dim=0, return_inverse=True)
+            for g, pattern in enumerate(patterns):
+                kept = self.before.per_coordinate(pattern.to(self.fhat))
+                self._set(changed[group == g], self._section(self.fhat * kept))
         self._mask = mask.clone()
-        return self._features.clone()
+        return self._features.clone().movedim(0, -1)
+
+    def _set(self, rows: Tensor, features: Tensor) -> None:
+        """Take some of all output features from the coordinates ``(n, S_out, c_out)``."""
+        columns = self.after.columns(rows.to(self.fhat.device))
+        self._features[columns] = features.index_select(-1, columns).movedim(-1, 0)
+
+    def _set_shared(self, rows: Tensor, mask: Tensor) -> bool:
+        """Compute some output features without running the model; False if that is not possible."""
+        if self.shared is None or not self.shared.is_intact:
+            return False
+        self._features[rows.to(self.fhat.device)] = self.shared.features(mask, rows).movedim(-1, 0)
+        return True
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of what is kept."""
+        return self._own_bytes + self.rest.nbytes
 
     def output(self, mask: Tensor) -> Any:
-        """Output of the model with only the edges in a mask ``(r_out, r_in)``."""
-        new = self.after.from_coordinates(self.features(mask), self.a_out)
-        a = merge_masked(new, self.a_out, self.mask_out)
-        return self.instrumented.output(self.batch, {self.index + 1: a})
+        """Output of the model with only the edges in a mask, or with edges that are scaled, ``(r_out, r_in)``."""
+        return self.rest.output(self._next_activations(mask))
+
+    def gradient(self, mask: Tensor, loss: Callable[[Any], Tensor]) -> tuple[Any, Tensor]:
+        """Output of the model with edges that are scaled, and the derivatives of a loss with respect to the factors.
+
+        Args:
+            mask: The factors, shape ``(r_out, r_in)``.
+            loss: From the output to a scalar.
+
+        Returns:
+            The output, and the gradient ``(r_out, r_in)``, float64, on the CPU.
+        """
+        with torch.enable_grad():
+            features = self.features(mask).detach().requires_grad_()
+            a = self._from_features(features)
+        output, grad = self.instrumented.output_and_gradient(self.batch, self.index + 1, a.detach(), loss)
+        (cotangent,) = torch.autograd.grad(a, features, grad)
+        return output, to_float64(self._mask_gradient(mask, cotangent)).cpu()
+
+    def _mask_gradient(self, mask: Tensor, cotangent: Tensor) -> Tensor:
+        """Derivatives with respect to a mask, from those with respect to the output's coordinates ``(n, S, c_out)``."""
+        if self.J is not None:
+            return torch.einsum("nsi,nsj->ij", cotangent, self.fhat) * self.J
+        rows = torch.arange(len(mask), device=self.fhat.device)
+        if self.shared is not None and self.shared.is_intact:
+            try:
+                return self.shared.gradient(mask, rows, cotangent)
+            except RuntimeError:  # an operation without derivative: the model may have another one
+                self.shared = None
+        return torch.stack([self._row_gradient(mask[i], cotangent, row) for i, row in enumerate(rows.split(1))])
+
+    def _row_gradient(self, factors: Tensor, cotangent: Tensor, row: Tensor) -> Tensor:
+        """Derivatives with respect to one row of a mask, by a forward and a backward pass of the model."""
+        columns = self.after.columns(row)
+        with torch.enable_grad():
+            own = factors.to(self.fhat).requires_grad_()
+            a = self._activations(self.fhat * self.before.per_coordinate(own))
+            replace = [a.detach() if l == self.index else None for l in range(len(self.instrumented.layers))]
+            captured = self.instrumented.capture(self.batch, replace)
+            before, after = captured[self.index : self.index + 2]
+            end = after.a.detach().requires_grad_()
+            (direction,) = torch.autograd.grad(
+                self.after.coordinates(end)[..., columns], end, cotangent[..., columns]
+            )
+            grads = vjp(before, after, direction)
+        return torch.autograd.grad(a, own, before.layer.read(grads))[0]
+
+    def _next_activations(self, mask: Tensor) -> Tensor:
+        return self._from_features(self.features(mask))
+
+    def _from_features(self, features: Tensor) -> Tensor:
+        return merge_masked(self.after.from_coordinates(features, self.a_out), self.a_out, self.mask_out)
 
     def _section(self, fhat: Tensor) -> Tensor:
-        a = merge_masked(self.before.from_coordinates(fhat, self.a), self.a, self.mask_in)
-        return self.after.coordinates(self.instrumented.next_activations(self.batch, self.index, a))
+        return self.after.coordinates(self._next(self._activations(fhat)))
 
-    def _affine_map(self) -> Tensor | None:
-        """``J`` with ``fhat^{l+1} = fhat^{l+1}(mu) + fhat^l J^T`` at each position; None if it is not affine."""
+    def _activations(self, fhat: Tensor) -> Tensor:
+        return merge_masked(self.before.from_coordinates(fhat, self.a), self.a, self.mask_in)
+
+    def _next(self, a: Tensor) -> Tensor:
+        return self.instrumented.next_activations(self.batch, self.index, a)
+
+    def _shared_section(self, changes: Sequence[Tensor]) -> SharedParts | None:
+        """The section without the rest of the model; None if it does not give the features that the model gives.
+
+        Args:
+            changes: What each half of the features changes.
+        """
+        a = self._activations(torch.zeros_like(self.fhat))
+        n = len(a)
+        if is_recordable(self.instrumented, a):
+            with suppress(Exception):
+                few = min(n, _FEW)
+                recorded = self._record(a, 0, few)
+                fitting = n if recorded is None else max(1, _CACHED * few // recorded.largest)
+                size = -(-n // min(_MOST_PARTS, -(-n // fitting)))  # parts of equal size
+                # What depends on the other samples of a batch, such as random numbers, needs all of them.
+                for part in (size, n) if size < n else (n,):
+                    shared = self._shared_parts(a, part)
+                    if shared is not None and self._gives(shared, changes):
+                        return shared
+        return None
+
+    def _record(self, a: Tensor, start: int, size: int) -> RecordedFunction | None:
+        """The operations of the section on some samples, if they can be repeated, recorded at activations ``a``."""
+        batch, some = self.batch, slice(start, start + size)
+        if size < len(a):
+            batch = self.instrumented.select(batch, some)
+            if self.instrumented.num_samples(batch) != len(a[some]):
+                return None
+        return record(lambda x: self.instrumented.next_activations(batch, self.index, x), a[some], self._max_bytes)[1]
+
+    def _shared_parts(self, a: Tensor, size: int) -> SharedParts | None:
+        C = None if self.after.kind == "neuron" else self.after.to_features
+        parts = []
+        for start in range(0, len(a), size):
+            recorded, some = self._record(a, start, size), slice(start, start + size)
+            if recorded is None:
+                return None
+            maps = self.before.from_features, C
+            parts.append((len(a[some]), SharedSection(recorded, self.fhat[some], *maps, self._at_mean[some])))
+        return SharedParts(parts)
+
+    def _gives(self, shared: SharedParts, changes: Sequence[Tensor]) -> bool:
+        """Whether recorded operations give what the model gives, for each row alone and for several at once."""
+        rows = torch.arange(self.after.n_features, device=self.fhat.device)
+        for half, change in zip(self._halves, changes, strict=True):
+            if not self._is_same(shared.features(half.expand(len(rows), -1), rows) - self._at_mean, change):
+                return False
+        some = rows[:3]  # both halves in turn
+        found = shared.features(self._halves[some % 2], some)
+        expected = torch.stack([changes[i % 2][..., i] for i in range(len(some))], -1)
+        return self._is_same(found - self._at_mean[..., some], expected)
+
+    def _affine_map(self, changes: Sequence[Tensor]) -> Tensor | None:
+        """``J`` with ``fhat^{l+1} = fhat^{l+1}(mu) + fhat^l J^T`` at each position; None if it is not affine.
+
+        Args:
+            changes: What each half of the features changes.
+        """
         n, S, r = self.fhat.shape
-        if self._at_mean.shape[1] != S or min(n, r) == 0 or LATENTS in (self.before.kind, self.after.kind):
+        if self._at_mean.shape[1] != S or not changes:
             return None
-        # Two halves of the features, so that nonlinear terms cannot cancel, and large multiples of both signs: there, a
-        # ReLU that is active on all samples because of a large bias is not, and a weak nonlinearity is visible.
-        halves = [self.fhat.clone(), self.fhat.clone()]
-        for parity in (0, 1):
-            halves[parity][..., parity::2] = 0
-        changes = [self._section(half) - self._at_mean for half in halves]
+        # Large multiples of both signs: there, a ReLU that is active on all samples because of a large bias is not, and
+        # a weak nonlinearity is visible.
+        halves = [self.fhat * half for half in self._halves]
         for factor in _FAR:
             for half, change in zip(halves, changes, strict=True):
                 if not self._is_same((self._section(factor * half) - self._at_mean) / factor, change):
@@ -208,8 +430,24 @@ class AblatedSection:
         return agree(a, b, torch.finfo(b.dtype).eps ** _AFFINE)
 
 
+def is_recordable(instrumented: InstrumentedModel, a: Tensor) -> bool:
+    """Whether operations on some activations may be repeated without the model around them.
+
+    In lower precision, products in another order would be other numbers.
+    """
+    return a.dtype in (torch.float32, torch.float64) and instrumented.is_repeatable
+
+
 def _nbytes(*tensors: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _nbytes_without(instrumented: InstrumentedModel, tensors: Iterable[Tensor]) -> int:
+    """Memory of some tensors, without parameters and buffers of the model."""
+    own = {storage_key(t) for t in instrumented.fixed_tensors() if has_memory(t)}
+    strided = [t for t in tensors if t.layout == torch.strided]
+    sizes = {storage_key(t): t.untyped_storage().nbytes() for t in strided}
+    return sum(size for key, size in sizes.items() if key not in own)
 
 
 def merge_masked(new: Tensor, old: Tensor, mask: Tensor | None) -> Tensor:

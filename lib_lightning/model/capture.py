@@ -248,6 +248,10 @@ class ActivationRecorder:
         layer = self._layers[index]
         return layer.read([self._recorded[index, k][0] for k in range(len(layer.taps))])
 
+    def leaves(self, index: int) -> list[Tensor]:
+        """The tensors that the model continued with at one node layer, one for each tap."""
+        return [self._recorded[index, k][1] for k in range(len(self._layers[index].taps))]
+
     def _attach(self, name: str, key: tuple[int, int]) -> RemovableHandle:
         tap = self._batch.locate(split_tap(name))
         module = find_module(self._model, tap.path)

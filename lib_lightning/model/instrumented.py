@@ -262,6 +262,32 @@ class InstrumentedModel:
         with self._recorder(batch, [replace.get(i) for i in range(len(self.layers))]).hooked(replace):
             return self.run(batch)
 
+    def output_and_gradient(
+        self, batch: Any, index: int, a: Tensor, loss: Callable[[Any], Tensor]
+    ) -> tuple[Any, Tensor]:
+        """Run the model with replaced activations, and differentiate a loss of its output with respect to them.
+
+        Args:
+            batch: One batch, as the data loader gives it.
+            index: Index of the node layer.
+            a: Its activations, shape ``(n, S, d)``. Requires an earlier call of `capture`.
+            loss: From the model's output to a scalar.
+
+        Returns:
+            The output, on its graph, and the gradient ``(n, S, d)``; zeros if the loss does not depend on ``a``.
+        """
+        recorder = self._recorder(batch, [a if i == index else None for i in range(len(self.layers))])
+        with torch.enable_grad():
+            with recorder.hooked([index]):
+                output = self.run(batch)
+            value, leaves = loss(output), recorder.leaves(index)
+            found: Sequence[Tensor | None] = [None] * len(leaves)
+            if value.requires_grad:
+                found = torch.autograd.grad(value, leaves, allow_unused=True)
+        self._detached += recorder.detached
+        grads = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
+        return output, self.layers[index].read(grads)
+
     def next_activations(self, batch: Any, index: int, a: Tensor | None) -> Tensor:
         """Evaluate the section after a node layer at given activations. The model runs up to the next node layer.
 
@@ -311,6 +337,18 @@ class InstrumentedModel:
         finally:
             self._writes_weights = self._writes_weights or versions_of(weights) != versions
             self._caller_tensors.clear()
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether the operations of a forward pass may be repeated without the model around them.
+
+        Not if they write to parameters, or need the hooks of a sharded model, which bring its weights into memory.
+        """
+        return not self._writes_weights and all(map(has_address, self.model.parameters()))
+
+    def fixed_tensors(self) -> Iterator[Tensor]:
+        """Parameters and buffers of the model."""
+        return fixed_tensors(self.model)
 
     def _interruptible(self) -> AbstractContextManager[None]:
         """A block in which the model runs. A signal ends it at once if that is a copy."""

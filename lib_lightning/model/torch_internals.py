@@ -212,6 +212,58 @@ def writes_refused(tensors: Sequence[Tensor], refuse: Callable[[], None]) -> Ite
         refuse()
 
 
+def written_tensors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that an operation of torch writes to.
+
+    Args:
+        func: The operator.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+
+    Returns:
+        The tensors.
+
+    Example:
+        >>> x = torch.zeros(2)
+        >>> len(written_tensors(torch.ops.aten.add_.Tensor, (x, torch.ones(2)), {}))
+        1
+    """
+    schema = getattr(func, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    given = {argument.name: value for value, argument in zip(args, schema.arguments, strict=False)} | kwargs
+    values = [given.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    nested = [value if isinstance(value, (list, tuple)) else (value,) for value in values]
+    return [t for value in nested for t in value if isinstance(t, Tensor)]
+
+
+def operations_handled(
+    handle: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any],
+) -> AbstractContextManager[object] | None:
+    """A block in which a function is called in place of every operation of torch.
+
+    Args:
+        handle: Called with operator, positional and keyword arguments; returns the operator's result.
+
+    Returns:
+        The context manager; None without the module of dispatch modes.
+    """
+    modes = getattr(torch.utils, NAMES["dispatch modes"], None)
+    if modes is None:
+        return None
+
+    class Mode(modes.TorchDispatchMode):  # type: ignore[misc, name-defined]
+        supports_higher_order_operators = True
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            return handle(func, args, kwargs or {})
+
+    mode: AbstractContextManager[object] = Mode()
+    return mode
+
+
 def has_memory(t: Tensor) -> bool:
     """Whether the values of a tensor can be read: not if its memory has been freed, as of parameters that are sharded.
 

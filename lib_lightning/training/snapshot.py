@@ -487,7 +487,7 @@ class SnapshotComputer:
         assert plan is not None
         with self._optional("Counting the edges required failed", process_group):
             required = edges_required(
-                instrumented.model, data.held_out, graph, plan.score_fn, plan.tolerance,
+                instrumented.model, data.held_out, graph, plan.score_fn, plan.tolerance, attack=plan.attack,
                 memory_limit=self.config.memory_limit, process_group=process_group, **vars(instrumented.spec),
             )  # fmt: skip
         phase_done("edges required")

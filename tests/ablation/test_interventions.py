@@ -112,7 +112,7 @@ def test_shortcut_equals_forward_passes(case: Case, basis: str) -> None:
     with model_session(instrumented), torch.no_grad():
         for l, E in enumerate(graph.edges.values()):
             section, plain = (section_of(case, instrumented, graph, l) for _ in range(2))
-            plain.J = None
+            plain.J = plain.shared = None
             for k in (E.numel() // 3, E.numel() // 2, 1):
                 assert_close(section.features(top_k_mask(E, k)), plain.features(top_k_mask(E, k)))
 
@@ -163,7 +163,8 @@ def test_consecutive_masks_are_independent(name: str) -> None:
             section, masks = section_of(case, instrumented, graph, l), random_masks(E, 6)
             found = [section.features(mask) for mask in masks]
             for mask, features in zip(masks, found, strict=True):
-                assert torch.equal(features, section_of(case, instrumented, graph, l).features(mask))
+                # Rows that change together are computed in one product, whose sums depend on their number.
+                assert_close(features, section_of(case, instrumented, graph, l).features(mask))
 
 
 def test_masks_may_be_modified_afterwards() -> None:

@@ -18,6 +18,7 @@ _BUILT = (DOCS / "_build", DOCS / "reference" / "generated", DOCS / "tutorials")
 PAGES = sorted(p for p in DOCS.rglob("*.md") if not any(p.is_relative_to(folder) for folder in _BUILT))
 # Pages whose Python is run, and its results looked at, by tests of their own.
 TESTED = {
+    "ablations.md": "ablation/test_page.py",
     "align.md": "alignment/test_page.py",
     "circuit_tracer.md": "sample_graph/test_page.py",
     "compare.md": "comparison/test_page.py",

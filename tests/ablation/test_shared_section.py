@@ -1,0 +1,185 @@
+"""Sections without the rest of the model give the same features and derivatives as the model, or are not used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lib_lightning import compute_interaction_graph
+from lib_lightning.ablation.interventions import AblatedSection
+from lib_lightning.model.instrumented import InstrumentedModel, model_session
+from tests.ablation.test_interventions import graph_of, instrumented_of, section_of
+from tests.cases import Case
+
+# Sums in another order, of numbers of size 1.
+TOLERANCE = 1e-10
+
+
+def some_masks(E: Tensor) -> list[Tensor]:
+    """Edges that are kept or dropped at random, edges that are scaled, few edges, and equal rows."""
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.rand(E.shape, generator=generator) < 0.4
+    scaled = torch.rand(E.shape, generator=generator).double() * (torch.rand(E.shape, generator=generator) < 0.7)
+    few = torch.rand(E.shape, generator=generator) < 1 / E.shape[1]
+    return [kept, scaled, few, kept[:1].expand_as(kept)]
+
+
+def without_recording(section: AblatedSection) -> AblatedSection:
+    section.shared = None
+    return section
+
+
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.parametrize("basis", ["lib", "neuron"])
+def test_features_are_those_of_forward_passes(case: Case, basis: str) -> None:
+    graph = graph_of(case, basis)
+    instrumented = instrumented_of(case, graph)
+    with model_session(instrumented), torch.no_grad():
+        for l, E in enumerate(graph.edges.values()):
+            section, plain = section_of(case, instrumented, graph, l), section_of(case, instrumented, graph, l)
+            assert section.J is not None or section.shared is not None, f"{graph.node_layers[l]} is slow"
+            plain.J = plain.shared = None
+            for mask in some_masks(E):
+                expected = plain.features(mask)
+                assert_same(section.features(mask), expected)
+                if section.shared is not None:
+                    for rows_at_once in (1, 3):
+                        for part in section.shared.parts:
+                            part.rows_at_once = rows_at_once
+                        rows = torch.arange(len(mask)).flip(0)
+                        assert_same(section.shared.features(mask[rows], rows), expected[..., rows])
+
+
+class Cell(nn.Module):
+    """A model with one nonlinear section, of a certain kind."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.first, self.head = kind, nn.Linear(4, 6), nn.Linear(6, 3)
+        self.norm, self.experts = nn.BatchNorm1d(6), nn.ModuleList([nn.Linear(6, 6) for _ in range(2)])
+        self.recurrent = nn.LSTM(6, 6, batch_first=True)
+        self.register_buffer("seen", torch.zeros(6))
+        self.last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.middle(torch.tanh(self.first(x))))
+
+    def middle(self, h: Tensor) -> Tensor:
+        if self.kind == "batch norm":
+            return torch.relu(self.norm(h))
+        if self.kind == "recurrent":
+            return self.recurrent(h[:, None])[0][:, 0]
+        if self.kind == "noise before":
+            return (h + torch.rand_like(self.seen)).sin()
+        if self.kind == "noise":
+            return h.sin() * (1 + torch.rand_like(h))
+        if self.kind == "dropout in training mode":
+            return nn.functional.dropout(h.sin(), 0.5)
+        if self.kind == "numpy":
+            return torch.from_numpy(abs(h.numpy())) if not h.requires_grad else h.abs()
+        if self.kind == "list":
+            return torch.tensor([[abs(v) for v in row] for row in h.tolist()]).to(h) if not h.requires_grad else h.abs()
+        if self.kind == "branch":
+            return h.relu() if bool(h[:, 0].sum() > 0) else h.sin()
+        if self.kind == "experts":
+            chosen = h[:, 0] > 0.1
+            out = torch.empty_like(h)
+            out[chosen], out[~chosen] = (e(h[c]) for e, c in zip(self.experts, (chosen, ~chosen), strict=True))
+            return out
+        if self.kind == "buffer":
+            self.seen.copy_(h.detach().mean(0))
+            self.seen[1:] += h.detach()[0, 1:]
+            return h.sin() * self.seen
+        if self.kind == "stored":
+            before, self.last = self.last, h
+            return h.sin() + (0 if before is None or len(before) != len(h) else before.cos())
+        assert self.kind == "autograd function"
+        return Cube.apply(h)
+
+
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> Tensor:
+        return g * 3 * ctx.saved_tensors[0] ** 2
+
+
+def cell(kind: str) -> nn.Module:
+    torch.manual_seed(1)
+    model = Cell(kind).double().eval()
+    with torch.no_grad():
+        model.norm.running_mean.normal_()
+        model.norm.running_var.uniform_(0.5, 2)
+    return model
+
+
+# Whether each kind can be repeated without the model.
+KINDS = {
+    "batch norm": True, "recurrent": True, "noise before": True, "autograd function": True, "noise": False,
+    "dropout in training mode": False, "numpy": False, "list": False, "branch": False, "experts": False,
+    "buffer": True, "stored": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_section_gives_what_the_model_gives(kind: str) -> None:
+    # Some of the kinds have no derivatives, so that the bases are those of another model.
+    model, x = cell("batch norm"), torch.randn(30, 4, generator=torch.Generator().manual_seed(0)).double()
+    graph = compute_interaction_graph(model, [x], ["first", "head:input", "output"], basis="pca")
+    model.kind = kind
+    instrumented = InstrumentedModel(model, graph.node_layer_specs())
+    with model_session(instrumented), torch.no_grad():
+        bases = list(graph.bases.values())[:2]
+        section, plain = AblatedSection(instrumented, x, 0, *bases), AblatedSection(instrumented, x, 0, *bases)
+        plain.J = plain.shared = None
+        if KINDS[kind] is not None:
+            assert (section.shared is not None) == KINDS[kind]
+        for mask in some_masks(next(iter(graph.edges.values()))):
+            assert_same(section.features(mask), plain.features(mask))
+
+
+def test_weights_that_change_are_noticed() -> None:
+    model, x = cell("batch norm"), torch.randn(30, 4).double()
+    graph = compute_interaction_graph(model, [x], ["first", "head:input", "output"], basis="pca")
+    instrumented = InstrumentedModel(model, graph.node_layer_specs())
+    with model_session(instrumented), torch.no_grad():
+        bases = list(graph.bases.values())[:2]
+        section = AblatedSection(instrumented, x, 0, *bases)
+        mask = some_masks(next(iter(graph.edges.values())))[0]
+        before = section.features(mask).clone()
+        instrumented.model.norm.weight.mul_(2)
+        plain = without_recording(AblatedSection(instrumented, x, 0, *bases))
+        section.features(torch.zeros_like(mask))
+        assert_same(section.features(mask), plain.features(mask))
+        assert not torch.allclose(section.features(mask), before)
+
+
+def counting(model: nn.Module) -> Callable[[], int]:
+    calls = [0]
+    model.register_forward_pre_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+    return lambda: calls[0]
+
+
+def test_the_model_runs_a_few_times_for_any_number_of_masks() -> None:
+    model, x = cell("batch norm"), torch.randn(30, 4).double()
+    graph = compute_interaction_graph(model, [x], ["first", "head:input", "output"], basis="pca")
+    instrumented = InstrumentedModel(model, graph.node_layer_specs())
+    with model_session(instrumented), torch.no_grad():
+        calls = counting(instrumented.model)
+        section = AblatedSection(instrumented, x, 0, *list(graph.bases.values())[:2])
+        first = calls()
+        for mask in some_masks(next(iter(graph.edges.values()))):
+            section.features(mask)
+        assert calls() == first
+        without_recording(section).features(some_masks(next(iter(graph.edges.values())))[0])
+        assert calls() > first
