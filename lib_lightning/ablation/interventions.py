@@ -319,9 +319,7 @@ class AblatedSection:
             captured = self.instrumented.capture(self.batch, replace)
             before, after = captured[self.index : self.index + 2]
             end = after.a.detach().requires_grad_()
-            (direction,) = torch.autograd.grad(
-                self.after.coordinates(end)[..., columns], end, cotangent[..., columns]
-            )
+            (direction,) = torch.autograd.grad(self.after.coordinates(end)[..., columns], end, cotangent[..., columns])
             grads = vjp(before, after, direction)
         return torch.autograd.grad(a, own, before.layer.read(grads))[0]
 
