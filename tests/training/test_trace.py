@@ -44,7 +44,11 @@ from lib_lightning.training.trace import CheckpointSource
 from lib_lightning.training.trace_options import parse_trace_options
 from lib_lightning.training.weights_files import UnreadableError, read_checkpoint
 from lib_lightning.training.weights_names import WrongWeightsError, load_weights
-from lib_lightning.viewer.run import Run
+from lib_lightning.viewer.cache import Cache
+from lib_lightning.viewer.many_runs import curves
+from lib_lightning.viewer.run import Run, runs_below
+from lib_lightning.viewer.run_discovery import find_runs
+from lib_lightning.viewer.run_view import RunView
 from tests.tiny_training import trainer_of
 
 ROOT = Path(__file__).parents[2]
@@ -164,6 +168,17 @@ def test_scalars_are_at_the_steps_of_a_training(trained: Path, traced: Path) -> 
     for tag, points in found.items():
         if tag not in ("lib/seconds", "lib/age"):  # a training repeats the latest values between snapshots
             assert set(map(str, points)) <= set(map(str, live[tag])), tag
+
+
+def test_a_trace_and_a_live_run_below_one_folder_are_shown_together(trained: Path, traced: Path) -> None:
+    """The tab's curves of all runs are those of both, and here the same."""
+    folder = trained.resolve()
+    views = [RunView(path, name, Cache(1 << 20), folder) for name, path in find_runs(folder).items()]
+    assert [view.name for view in views] == ["checkpoints-trace/lib", "live/lib"]
+    ours, live = json.loads(curves(views, "metric", "features/total"))
+    assert (ours["steps"], ours["values"]) == (live["steps"], live["values"])
+    assert len(live["values"]) == len(Run(traced).steps)
+    assert [run.folder.parent for run in runs_below(folder)] == [traced.resolve(), folder / "live"]
 
 
 # In Python, with any module and any file.
