@@ -16,6 +16,10 @@ _TOO_MANY = (
     "{} of the {} latents of '{}' are active, too many for matrices of edges: features are the {} with the largest "
     "mean squares, {:.3g}% of the sum, and the others belong to the error. A larger memory_limit allows for more."
 )
+_NO_DERIVATIVE = (
+    "The encoder of the dictionary of '{}' has no derivative (torch.no_grad, detach, or a step function?), so that no "
+    "feature acts on its latents."
+)
 
 
 def choose_latents(
@@ -30,7 +34,7 @@ def choose_latents(
         process_group: The processes.
 
     Returns:
-        The basis, and a note if there are too many; its error has no importance yet.
+        The basis, and notes if there are too many, or nothing can act on them; its error has no importance yet.
     """
     r, d = dictionary.n_latents, dictionary.d
     squares = largest = where = None
@@ -56,7 +60,9 @@ def choose_latents(
         )
     total, rows_of_all = process_group.sum([squares, torch.tensor(count, device="cpu")])
     mean_squares = total / int(rows_of_all)
-    kept, notes = (mean_squares > 0).nonzero().flatten(), []
+    kept, notes = (mean_squares > 0).nonzero().flatten(), list[str]()
+    if not dictionary.is_differentiable:
+        notes.append(_NO_DERIVATIVE.format(dictionary.name))
     if len(kept) > most:
         share = 100 * float(mean_squares.topk(most).values.sum() / mean_squares.sum())
         notes.append(_TOO_MANY.format(f"{len(kept):,}", f"{r:,}", dictionary.name, f"{most:,}", share))

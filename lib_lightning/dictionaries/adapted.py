@@ -58,6 +58,7 @@ class AdaptedDictionary:
         d: Width of the node layer.
         n_latents: Number of latents ``r``, active or not.
         is_stateful: Whether ``decode`` depends on the activations that were encoded last.
+        is_differentiable: Whether the encoder has a derivative. Without one, nothing acts on its latents.
         is_affine: Whether ``decode(f)`` is ``decode(0) + s f W``, with a scale ``s`` that depends on the activations.
 
     Raises:
@@ -250,9 +251,8 @@ class AdaptedDictionary:
         for rows, of, is_active in zip(a.split(size), latents.split(size), active.split(size), strict=True):
             leaf, f = self._latents_of_leaf(rows)
             gradients = a.new_zeros(*of.shape, self.d)
-            for k in range(of.shape[1] if f.requires_grad else 0):
-                values = f.gather(1, of[:, k : k + 1])
-                (gradients[:, k],) = torch.autograd.grad(values.sum(), leaf, retain_graph=True)
+            for k in range(of.shape[1] if self.is_differentiable else 0):
+                gradients[:, k] = _gradient(f.gather(1, of[:, k : k + 1]), leaf)
             found.append(gradients * is_active[..., None])
         return torch.cat(found)
 
@@ -267,7 +267,7 @@ class AdaptedDictionary:
         Returns:
             The matrix, in the type of the dictionary's weights; None if it has none, or not at these activations.
         """
-        if not self._encoders:
+        if not self._encoders or not self.is_differentiable:
             return None
         step = -(-len(a) // _VERIFIED) or 1
         a, latents, active = a[::step], latents[::step], active[::step]
@@ -276,8 +276,6 @@ class AdaptedDictionary:
         size, combined, gradients = max(1, _NUMBERS // self.n_latents), [], []
         for rows, of, values in zip(a.split(size), latents.split(size), z.split(size), strict=True):
             leaf, f = self._latents_of_leaf(rows)
-            if not f.requires_grad:
-                return None
             cotangents = torch.zeros_like(f).scatter_add_(1, of, values)
             gradients.append(torch.autograd.grad(f, leaf, cotangents)[0])
             combined.append([(cotangents.to(weights) @ weights).to(a) for weights in self._encoders])
@@ -397,6 +395,10 @@ class AdaptedDictionary:
         self._tried = a
         self._offset = self._decode(f.new_zeros(1, self.n_latents), a[:1])[0]
         self.is_affine = self._find_affine(f, a)
+        with torch.enable_grad():
+            leaf = a.detach().requires_grad_()
+            latents = self._encode(leaf)[0]
+            self.is_differentiable = _gradient(latents, leaf) is not None
         self._encoders = [
             matrix.detach()
             for t in tensors_of(self.dictionary).values()
@@ -500,6 +502,13 @@ def tensors_of(dictionary: Any) -> dict[str, Tensor]:
         return {**dict(dictionary.named_parameters()), **dict(dictionary.named_buffers())}
     attributes: Mapping[str, Any] = getattr(dictionary, "__dict__", {})
     return {name: value for name, value in attributes.items() if isinstance(value, Tensor)}
+
+
+def _gradient(f: Tensor, leaf: Tensor) -> Tensor | None:
+    """Gradient of the sum of latents; None if they do not depend on a leaf by anything that has a derivative."""
+    if not f.requires_grad:
+        return None
+    return torch.autograd.grad(f.sum(), leaf, retain_graph=True, allow_unused=True)[0]
 
 
 def _versions(dictionary: Any) -> list[tuple[int, int]]:

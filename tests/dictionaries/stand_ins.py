@@ -133,6 +133,14 @@ class Saturating(SparseDictionary):
         return torch.tanh(super().decode(f))
 
 
+class WithoutGradient(SparseDictionary):
+    """Computes its latents without autograd."""
+
+    @torch.no_grad()
+    def encode(self, a: Tensor) -> Tensor:
+        return self.latents(a)
+
+
 class PlainObject:
     """No module, with tensors as attributes."""
 

@@ -30,7 +30,17 @@ from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.node_layer import as_node_layers
 from lib_lightning.viewer.run import Run
 from tests.algorithm.two_threads import in_two
-from tests.dictionaries.stand_ins import Normalizing, OfHeads, PassingState, Saturating, SparseDictionary, gpt2, tokens
+from tests.dictionaries.stand_ins import (
+    Normalizing,
+    OfHeads,
+    PassingState,
+    PlainObject,
+    Saturating,
+    SparseDictionary,
+    WithoutGradient,
+    gpt2,
+    tokens,
+)
 
 KINDS = [SparseDictionary, Normalizing, PassingState, OfHeads, Saturating]
 
@@ -321,3 +331,17 @@ def test_as_many_active_latents_are_pushed_as_can_be_afforded() -> None:
     dictionaries = {layer: SparseDictionary(16, 30, k=4, seed=i).double() for i, layer in enumerate(layers)}
     graph = compute_interaction_graph(network, [tokens()], layers, dictionaries)
     assert not any("metric" in note for note in graph.info["notes"])
+
+
+def test_objects_that_are_no_modules_and_encoders_without_a_derivative() -> None:
+    model, x, dictionaries = small()
+    plain = PlainObject(16, 24)
+    found = compute_interaction_graph(model, [x], ["1", "3"], {"1": plain, "3": plain}, effort="exact")
+    same = compute_interaction_graph(model, [x], ["1", "3"], {"1": plain.of, "3": plain.of}, effort="exact")
+    assert torch.allclose(found.edges["1", "3"], same.edges["1", "3"], rtol=1e-10)
+    assert len(found.info["dictionaries"]["1"]["hash"]) == 16
+    frozen = WithoutGradient(16, 24, k=5, seed=1).double()
+    graph = compute_interaction_graph(model, [x], ["1", "3"], {"1": dictionaries["1"], "3": frozen})
+    assert any("has no derivative" in note for note in graph.info["notes"])
+    assert not graph.edges["1", "3"][:-1].any()  # all that is pushed goes into the error
+    assert graph.edges["1", "3"][-1].any()
