@@ -252,7 +252,8 @@ class AdaptedDictionary:
             leaf, f = self._latents_of_leaf(rows)
             gradients = a.new_zeros(*of.shape, self.d)
             for k in range(of.shape[1] if self.is_differentiable else 0):
-                gradients[:, k] = _gradient(f.gather(1, of[:, k : k + 1]), leaf)
+                if (gradient := _gradient(f.gather(1, of[:, k : k + 1]), leaf)) is not None:
+                    gradients[:, k] = gradient
             found.append(gradients * is_active[..., None])
         return torch.cat(found)
 
