@@ -6,17 +6,21 @@
 Networks are trained at a constant learning rate until nothing improves any more, and then go on: the same data, the
 same learning rate, only the noise of the batches. Of each, 120 snapshots of this plateau are computed as `LIBCallback`
 computes them, and the events in them are counted. Beside these are artificial curves without a change, and curves with
-planted changes.
+planted changes. All of it is counted once more with increments that have been freed of their autocorrelation.
 
 Half an hour of one CPU core. Started again, networks that are there are not trained again.
 """
 
 from __future__ import annotations
 
+import argparse
 import gzip
+import importlib.util
 import json
 import math
-from collections.abc import Callable, Sequence
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,17 +34,24 @@ from torch.utils.data import DataLoader, Dataset
 from lib_lightning import NodeLayer, compute_interaction_graph
 from lib_lightning.algorithm.basis_kinds import FIXED_ORDER
 from lib_lightning.io.basis_format import STEP
-from lib_lightning.lineage import FeatureTracker, reference_features
+from lib_lightning.lineage import Event, FeatureTracker, reference_features
+from lib_lightning.lineage import emergence as emergence_module
+from lib_lightning.lineage.change_detection import ChangeDetector
+from lib_lightning.lineage.emergence import EmergenceDetector
 from lib_lightning.training.schedule import Schedule
 from recipes.mlp import identity
 from recipes.modular_addition import AllPairs, ModularAddition
 
+RESULTS = Path(__file__).parent / "false_alarms.json"
+# Expected number of false events per snapshot that `EmergenceDetector` promises by default.
+PROMISED = 0.05
 SEEDS = (0, 1, 2, 3, 4)
 SNAPSHOTS = 120
 # Samples that snapshots are computed on.
 SAMPLES = 512
-# Snapshots per tenfold increase of the step while a network forms, as in `recipes.grokking`.
-PER_DECADE = 20
+# Of this task there are snapshots of what forms, too: so many per tenfold increase of the step, as in the recipe on
+# grokking.
+FORMING, PER_DECADE = "modular addition", 20
 
 
 class Plain(L.LightningModule):
@@ -138,7 +149,7 @@ def digits_mlp(seed: int) -> Training:
     network = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10))
     layers = ["network.0:input", "network.2:input", "network.4:input", "output"]
     return Training(
-        Plain(network, F.cross_entropy), Batches(x, labels), (x[:SAMPLES], labels[:SAMPLES]), layers, 6000, 23
+        Plain(network, F.cross_entropy), Batches(x, labels), (x[:SAMPLES], labels[:SAMPLES]), layers, 4000, 12
     )
 
 
@@ -152,7 +163,7 @@ def digits_cnn(seed: int) -> Training:
     )  # fmt: skip
     layers = ["network.3:input", "network.7:input", "output"]
     return Training(
-        Plain(network, F.cross_entropy), Batches(x, labels), (x[:SAMPLES], labels[:SAMPLES]), layers, 6000, 23
+        Plain(network, F.cross_entropy), Batches(x, labels), (x[:SAMPLES], labels[:SAMPLES]), layers, 4000, 12
     )
 
 
@@ -164,10 +175,10 @@ def diabetes(seed: int) -> Training:
     x, y = (x - x.mean(0)) / x.std(0), ((y - y.mean()) / y.std()).unsqueeze(1)
     network = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1))
     layers = ["network.0:input", "network.2:input", "network.4:input", "output"]
-    return Training(Plain(network, F.mse_loss), Batches(x, y), (x, y), layers, 8000, 21)
+    return Training(Plain(network, F.mse_loss), Batches(x, y), (x, y), layers, 3500, 7)
 
 
-def modular_addition(seed: int, modulus: int = 59, converged: int = 5000) -> Training:
+def modular_addition(seed: int, modulus: int = 59, converged: int = 3500) -> Training:
     """Modular addition on full batches, as in ``modular_addition.yaml``, long after it has generalised."""
     data = AllPairs(modulus=modulus, split_seed=seed)
     batch = (data.tokens[:SAMPLES], data.answers[:SAMPLES])
@@ -177,7 +188,7 @@ def modular_addition(seed: int, modulus: int = 59, converged: int = 5000) -> Tra
         NodeLayer(["transformer.unembed:input"], name="resid_post"),
         "output",
     ]
-    return Training(ModularAddition(modulus), data, batch, layers, converged, 25)
+    return Training(ModularAddition(modulus), data, batch, layers, converged, 10)
 
 
 TASKS: dict[str, Callable[[int], Training]] = {
@@ -267,7 +278,8 @@ def train(task: str, seed: int, path: Path) -> None:
     L.seed_everything(seed)
     training = TASKS[task](seed)
     plateau = [training.converged + training.every * k for k in range(SNAPSHOTS)]
-    steps = [*forming_steps(training.converged - 1), *plateau]
+    forming = forming_steps(training.converged - 1) if task == FORMING else []
+    steps = [*forming, *plateau]
     callback = SnapshotCurves(training, steps)
     trainer = L.Trainer(
         max_steps=plateau[-1], max_epochs=-1, callbacks=[callback], logger=False, accelerator="cpu",
@@ -279,3 +291,335 @@ def train(task: str, seed: int, path: Path) -> None:
     with gzip.open(partial, "wt") as file:
         json.dump({"converged": training.converged, "curves": callback.curves}, file)
     partial.replace(path)
+
+
+class Whitened(ChangeDetector):
+    """The detector on increments that have been freed of their autocorrelation: a mend that was tried.
+
+    From each increment of a series, ``phi`` times the one before is subtracted. ``phi`` is the autocorrelation of all
+    increments of all series until then.
+    """
+
+    phi = 0.0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # For each series: the increment before and its interval, sums of increments and intervals, and deviations.
+        self._past = torch.zeros(0, 5, dtype=torch.float64)
+        self._products = self._squares = 0.0
+
+    def add(self, count: int, copy_of: int | None = None) -> None:
+        """Add series, as `ChangeDetector.add`."""
+        new = self._past[[copy_of] * count] if copy_of is not None else self._past.new_zeros(count, 5)
+        self._past = torch.cat([self._past, new])
+        super().add(count, copy_of)
+
+    def keep(self, which: Tensor) -> None:
+        """Remove series, as `ChangeDetector.keep`."""
+        self._past = self._past[which]
+        super().keep(which)
+
+    def _push(self, values: Tensor, rows: Tensor) -> None:
+        s = self._series
+        before, interval, total, time, deviation = self._past.unbind(1)
+        y, u = (values - s["value"]).where(rows, 0.0), s["gap"]
+        has = rows & (interval > 0)
+        # The interval becomes shorter by the same factor, so that a steady trend stays one.
+        predicted = self.phi * before * u / interval.clamp_min(1e-12)
+        expected = u * total / time.clamp_min(1e-12)
+        now = (y - expected).where(has, 0.0)
+        scale = (deviation.square() + now.square()).clamp_min(1e-300)
+        # Bounded by 1, so that no series and no increment counts more than others: with a correlation phi, the mean of
+        # 2 x y / (x^2 + y^2) is c = (1 - sqrt(1 - phi^2)) / phi, so that phi = 2 c / (1 + c^2).
+        known = has & (deviation != 0)
+        self._products += float((2 * now * deviation / scale)[known].sum())
+        self._squares += float(known.sum())
+        past = torch.stack([y, u, total + y, time + u, now], 1)
+        self._past = past.where(rows[:, None], self._past)
+        values, gap = values - predicted.where(has, 0.0), s["gap"]
+        s["gap"] = (u * (1 - self.phi)).where(has, u)
+        super()._push(values, rows)
+        s["gap"] = gap
+        c = self._products / (self._squares + 1)
+        self.phi = min(0.95, max(0.0, 2 * c / (1 + c**2)))
+
+
+def detector_of(kind: type[ChangeDetector]) -> EmergenceDetector:
+    """An `EmergenceDetector` whose changes are detected by a class."""
+    usual = emergence_module.ChangeDetector
+    emergence_module.ChangeDetector = kind  # type: ignore[misc]
+    try:
+        return EmergenceDetector()
+    finally:
+        emergence_module.ChangeDetector = usual  # type: ignore[misc]
+
+
+DETECTORS: dict[str, type[ChangeDetector]] = {"as it is": ChangeDetector, "whitened": Whitened}
+
+
+def events_of(curves: Sequence[Mapping[str, Any]], kind: type[ChangeDetector] = ChangeDetector) -> list[Event]:
+    """The events in the curves of a training.
+
+    Args:
+        curves: Snapshots, as `SnapshotCurves` keeps them.
+        kind: What detects changes.
+
+    Returns:
+        All events.
+    """
+    detector, events = detector_of(kind), []
+    for one in curves:
+        layers = {
+            name: (torch.tensor(ids), torch.tensor(importance, dtype=torch.float64))
+            for name, (ids, importance) in one["layers"].items()
+        }
+        events += detector.update(one["step"], layers, one["scalars"])
+    return events
+
+
+# Artificial curves: 20 features of a layer, and 10 metrics.
+FEATURES, METRICS, RUNS = 20, 10, 10
+
+
+def _normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def autoregressive(noise: Tensor, phi: float) -> Tensor:
+    """Series of variance 1 with an autocorrelation.
+
+    Args:
+        noise: Independent numbers of variance 1, shape ``(m, N)``.
+        phi: Autocorrelation from one number to the next.
+
+    Returns:
+        The series, shape ``(m, N)``.
+    """
+    series = [noise[:, 0]]
+    for now in noise.T[1:]:
+        series.append(phi * series[-1] + math.sqrt(1 - phi**2) * now)
+    return torch.stack(series, 1)
+
+
+def _heavy_tailed(m: int, n: int, seed: int) -> Tensor:
+    """Student's t with 3 degrees of freedom, of variance 1."""
+    return _normal(m, n, seed=seed) / _normal(3, m, n, seed=seed + 1).square().sum(0).sqrt()
+
+
+# Curves without a change: from a seed to levels in units of their noise, shape ``(m, N)``.
+NULLS: dict[str, Callable[[int, int, int], Tensor]] = {
+    "levels, AR(1), 0.5": lambda m, n, seed: autoregressive(_normal(m, n, seed=seed), 0.5),
+    "levels, AR(1), 0.9": lambda m, n, seed: autoregressive(_normal(m, n, seed=seed), 0.9),
+    "random walks": lambda m, n, seed: _normal(m, n, seed=seed).cumsum(1),
+    "walks, increments AR(1), 0.3": lambda m, n, seed: autoregressive(_normal(m, n, seed=seed), 0.3).cumsum(1),
+    "walks, increments AR(1), 0.7": lambda m, n, seed: autoregressive(_normal(m, n, seed=seed), 0.7).cumsum(1),
+    "walks, increments AR(1), 0.9": lambda m, n, seed: autoregressive(_normal(m, n, seed=seed), 0.9).cumsum(1),
+    "walks, increments Student's t(3)": lambda m, n, seed: _heavy_tailed(m, n, seed).cumsum(1),
+}
+
+
+def artificial(levels: Tensor, metrics: Tensor | None = None) -> list[dict[str, Any]]:
+    """Curves of a layer "mlp", as `SnapshotCurves` keeps them.
+
+    Args:
+        levels: log10 of importances, shape ``(r, N)``; NaN where a feature is not there.
+        metrics: log10 of metrics, shape ``(m, N)``.
+
+    Returns:
+        One dict for each snapshot.
+    """
+    curves = []
+    for t in range(levels.shape[1]):
+        there = levels[:, t].isfinite().nonzero().flatten()
+        scalars = {} if metrics is None else {f"m{i}": 10 ** float(x) for i, x in enumerate(metrics[:, t])}
+        layers = {"mlp": [there.tolist(), (10 ** levels[there, t]).tolist()]}
+        curves.append({"step": t, "layers": layers, "scalars": scalars})
+    return curves
+
+
+def null_curves(name: str, run: int, snapshots: int = SNAPSHOTS) -> list[dict[str, Any]]:
+    """Curves without a change: features with noise of 0.2, and metrics with noise of 0.1, both in log10.
+
+    Args:
+        name: One of `NULLS`.
+        run: Number of the run.
+        snapshots: Number of snapshots.
+
+    Returns:
+        The curves.
+    """
+    base = torch.linspace(0, -1.5, FEATURES, dtype=torch.float64)[:, None]
+    levels = base + 0.2 * NULLS[name](FEATURES, snapshots, 100 * run)
+    return artificial(levels, 0.1 * NULLS[name](METRICS, snapshots, 100 * run + 50))
+
+
+# Planted changes of a feature, from and to these levels, after 20 snapshots, within so many; noise is 0.02 in log10.
+PLANTED = {"emerged": (-3.5, -0.5), "faded": (-0.5, -3.5), "rose": (-1.2, 0.2), "fell": (0.2, -1.2)}
+START, LENGTHS, AFTER = 20, (1, 3, 6), 12
+
+
+def planted_curves(kind: str, length: int, run: int) -> list[dict[str, Any]]:
+    """Curves of 20 features, one of which changes; "born" is absent before.
+
+    Args:
+        kind: One of `PLANTED`, or "born".
+        length: Number of snapshots that the change takes.
+        run: Number of the run.
+
+    Returns:
+        The curves.
+    """
+    n = START + AFTER
+    levels = torch.linspace(0, -4, FEATURES, dtype=torch.float64)[:, None].expand(FEATURES, n).clone()
+    before, after = PLANTED["emerged" if kind == "born" else kind]
+    levels[7] = before + (after - before) * ((torch.arange(n) - START + 1).double() / length).clamp(0, 1)
+    levels += 0.02 * _normal(FEATURES, n, seed=run)
+    if kind == "born":
+        levels[7, :START] = math.nan
+    return artificial(levels)
+
+
+def power(kind: str, length: int, detector: type[ChangeDetector]) -> dict[str, float | None]:
+    """How many planted changes are found.
+
+    Args:
+        kind: As for `planted_curves`.
+        length: As for `planted_curves`.
+        detector: What detects changes.
+
+    Returns:
+        Number of runs, of those in which an event of the feature says that it rises, or falls, as it does; the median
+        of the snapshots from the first changed one to that event; and the number of events of other features.
+    """
+    rises, delays, others = kind in ("born", "emerged", "rose"), [], 0
+    for run in range(RUNS):
+        events = events_of(planted_curves(kind, length, run), detector)
+        found = [e.step - START for e in events if e.lineage == 7 and (e.kind in ("emerged", "rose")) == rises]
+        delays += found[:1]
+        others += sum(e.lineage != 7 for e in events)
+    delay = statistics.median(delays) if delays else None
+    return {"runs": RUNS, "found": len(delays), "delay": delay, "others": others}
+
+
+def measure_plateaus(folder: Path) -> dict[str, Any]:
+    """Events in the trainings of a folder.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        For each task how many trainings and snapshots there are, how the loss changes from the first half of the
+        plateau to the second, and by detector the events of each training; and those while modular addition forms.
+    """
+    found: dict[str, Any] = {"plateaus": {}, "forming": {}}
+    for task in TASKS:
+        for path in sorted(folder.glob(f"{_file(task, '*')}")):
+            with gzip.open(path, "rt") as file:
+                run = json.load(file)
+            plateau = [one for one in run["curves"] if one["step"] >= run["converged"]]
+            forming = [one for one in run["curves"] if one["step"] < run["converged"]]
+            losses = [one["loss"] for one in plateau]
+            half = len(losses) // 2
+            one = found["plateaus"].setdefault(
+                task, {"snapshots": len(plateau), "losses": [], **{name: [] for name in DETECTORS}}
+            )
+            one["losses"].append([float(f"{statistics.fmean(part):.3g}") for part in (losses[:half], losses[half:])])
+            for name, kind in DETECTORS.items():
+                one[name].append(len(events_of(plateau, kind)))
+                if forming:
+                    events = events_of(forming, kind)
+                    counted = found["forming"].setdefault(name, {"emerged": [], "all": []})
+                    counted["emerged"].append(sum(e.kind == "emerged" for e in events))
+                    counted["all"].append(len(events))
+    return found
+
+
+def measure_artificial() -> dict[str, Any]:
+    """Events on artificial curves without a change, and planted changes that are found."""
+    nulls = {
+        null: {
+            name: sum(len(events_of(null_curves(null, run), kind)) for run in range(RUNS))
+            for name, kind in DETECTORS.items()
+        }
+        for null in NULLS
+    }
+    planted = {
+        f"{kind}, {length}": {name: power(kind, length, detector) for name, detector in DETECTORS.items()}
+        for kind in ("born", *PLANTED)
+        for length in LENGTHS
+    }
+    return {"runs": RUNS, "snapshots": SNAPSHOTS, "nulls": nulls, "planted": planted}
+
+
+def report(found: Mapping[str, Any]) -> str:
+    """Tables of false alarms and of power.
+
+    Args:
+        found: As it is committed.
+
+    Returns:
+        Markdown.
+    """
+    lines = ["| curves without a change | runs | promised at most | events | whitened |", "|---|---|---|---|---|"]
+    for task, one in found["plateaus"].items():
+        runs = len(one["as it is"])
+        promised = PROMISED * runs * one["snapshots"]
+        lines.append(f"| plateau: {task} | {runs} | {promised:.0f} | {sum(one['as it is'])} | {sum(one['whitened'])} |")
+    promised = PROMISED * found["runs"] * found["snapshots"]
+    for null, one in found["nulls"].items():
+        lines.append(f"| {null} | {found['runs']} | {promised:.0f} | {one['as it is']} | {one['whitened']} |")
+    lines += [
+        "",
+        "| planted change | runs | found | snapshots later | found, whitened | later |",
+        "|---|---|---|---|---|---|",
+    ]
+    for planted, one in found["planted"].items():
+        kind, length = planted.split(", ")
+        a, b = one["as it is"], one["whitened"]
+        said = f"{kind} within {length} snapshot{'s' * (length != '1')}"
+        lines.append(
+            f"| {said} | {a['runs']} | {a['found']} | {_number(a['delay'])} | {b['found']} | {_number(b['delay'])} |"
+        )
+    forming = found["forming"]
+    if forming:
+        runs = len(forming["as it is"]["all"])
+        counts = [sum(forming[name][key]) for name in DETECTORS for key in ("emerged", "all")]
+        lines += ["", "| while modular addition forms | runs | emerged | all events |", "|---|---|---|---|"]
+        lines += [
+            f"| as it is | {runs} | {counts[0]} | {counts[1]} |",
+            f"| whitened | {runs} | {counts[2]} | {counts[3]} |",
+        ]
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:g}"
+
+
+def _file(task: str, seed: object) -> str:
+    return f"{task.replace(', ', '_').replace(' ', '_')}-{seed}.json.gz"
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Train what is missing, count, and print; or print what is committed."""
+    parser = argparse.ArgumentParser(prog="python -m recipes.false_alarms", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--folder", type=Path, help="train, and count; without it, print the committed results")
+    parser.add_argument("--commit", action="store_true", help="also write the committed results")
+    parsed = parser.parse_args(args)
+    if parsed.folder is None:
+        sys.stdout.write(report(json.loads(RESULTS.read_text())) + "\n")
+        return
+    if importlib.util.find_spec("sklearn") is None:
+        raise SystemExit("This recipe needs scikit-learn: pip install scikit-learn")
+    for seed in SEEDS:
+        for task in TASKS:
+            if not (path := parsed.folder / _file(task, seed)).exists():
+                train(task, seed, path)
+    found = measure_artificial() | measure_plateaus(parsed.folder)
+    for path in (parsed.folder / "false_alarms.json", *([RESULTS] if parsed.commit else [])):
+        path.write_text(json.dumps(found, indent=1) + "\n")
+    sys.stdout.write(report(found) + "\n")
+
+
+if __name__ == "__main__":
+    main()
