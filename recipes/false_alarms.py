@@ -49,9 +49,9 @@ SEEDS = (0, 1, 2, 3, 4)
 SNAPSHOTS = 120
 # Samples that snapshots are computed on.
 SAMPLES = 512
-# Of this task there are snapshots of what forms, too: so many per tenfold increase of the step, as in the recipe on
-# grokking.
-FORMING, PER_DECADE = "modular addition", 20
+# With the first seed there are snapshots of what forms, too: so many per tenfold increase of the step, as in the recipe
+# on grokking.
+PER_DECADE = 20
 
 
 class Plain(L.LightningModule):
@@ -178,7 +178,7 @@ def diabetes(seed: int) -> Training:
     return Training(Plain(network, F.mse_loss), Batches(x, y), (x, y), layers, 3500, 7)
 
 
-def modular_addition(seed: int, modulus: int = 59, converged: int = 3500) -> Training:
+def modular_addition(seed: int, modulus: int = 59, converged: int = 5000) -> Training:
     """Modular addition on full batches, as in ``modular_addition.yaml``, long after it has generalised."""
     data = AllPairs(modulus=modulus, split_seed=seed)
     batch = (data.tokens[:SAMPLES], data.answers[:SAMPLES])
@@ -188,7 +188,7 @@ def modular_addition(seed: int, modulus: int = 59, converged: int = 3500) -> Tra
         NodeLayer(["transformer.unembed:input"], name="resid_post"),
         "output",
     ]
-    return Training(ModularAddition(modulus), data, batch, layers, converged, 10)
+    return Training(ModularAddition(modulus), data, batch, layers, converged, 25)
 
 
 TASKS: dict[str, Callable[[int], Training]] = {
@@ -278,7 +278,7 @@ def train(task: str, seed: int, path: Path) -> None:
     L.seed_everything(seed)
     training = TASKS[task](seed)
     plateau = [training.converged + training.every * k for k in range(SNAPSHOTS)]
-    forming = forming_steps(training.converged - 1) if task == FORMING else []
+    forming = forming_steps(training.converged - 1) if seed == SEEDS[0] else []
     steps = [*forming, *plateau]
     callback = SnapshotCurves(training, steps)
     trainer = L.Trainer(
@@ -344,12 +344,22 @@ class Whitened(ChangeDetector):
         self.phi = min(0.95, max(0.0, 2 * c / (1 + c**2)))
 
 
-def detector_of(kind: type[ChangeDetector]) -> EmergenceDetector:
-    """An `EmergenceDetector` whose changes are detected by a class."""
+def detector_of(kind: type[ChangeDetector], runs: int = 1) -> EmergenceDetector:
+    """An `EmergenceDetector` whose changes are detected by a class.
+
+    Args:
+        kind: The class.
+        runs: Number of runs whose curves it sees at the same time, each with as many false alarms as by itself: there
+            are as many times more series, and false alarms that are allowed, so that the threshold of each series is
+            the same (but for the one of an absent feature, which is there once).
+
+    Returns:
+        The detector.
+    """
     usual = emergence_module.ChangeDetector
     emergence_module.ChangeDetector = kind  # type: ignore[misc]
     try:
-        return EmergenceDetector()
+        return EmergenceDetector(PROMISED * runs)
     finally:
         emergence_module.ChangeDetector = usual  # type: ignore[misc]
 
@@ -357,17 +367,20 @@ def detector_of(kind: type[ChangeDetector]) -> EmergenceDetector:
 DETECTORS: dict[str, type[ChangeDetector]] = {"as it is": ChangeDetector, "whitened": Whitened}
 
 
-def events_of(curves: Sequence[Mapping[str, Any]], kind: type[ChangeDetector] = ChangeDetector) -> list[Event]:
+def events_of(
+    curves: Sequence[Mapping[str, Any]], kind: type[ChangeDetector] = ChangeDetector, runs: int = 1
+) -> list[Event]:
     """The events in the curves of a training.
 
     Args:
         curves: Snapshots, as `SnapshotCurves` keeps them.
         kind: What detects changes.
+        runs: Number of runs that they are of.
 
     Returns:
         All events.
     """
-    detector, events = detector_of(kind), []
+    detector, events = detector_of(kind, runs), []
     for one in curves:
         layers = {
             name: (torch.tensor(ids), torch.tensor(importance, dtype=torch.float64))
@@ -378,7 +391,7 @@ def events_of(curves: Sequence[Mapping[str, Any]], kind: type[ChangeDetector] = 
 
 
 # Artificial curves: 20 features of a layer, and 10 metrics.
-FEATURES, METRICS, RUNS = 20, 10, 10
+FEATURES, METRICS, RUNS = 20, 10, 15
 
 
 def _normal(*shape: int, seed: int) -> Tensor:
@@ -419,38 +432,41 @@ NULLS: dict[str, Callable[[int, int, int], Tensor]] = {
 
 
 def artificial(levels: Tensor, metrics: Tensor | None = None) -> list[dict[str, Any]]:
-    """Curves of a layer "mlp", as `SnapshotCurves` keeps them.
+    """Curves of several runs, as `SnapshotCurves` keeps them: each has a layer, named by its number.
 
     Args:
-        levels: log10 of importances, shape ``(r, N)``; NaN where a feature is not there.
-        metrics: log10 of metrics, shape ``(m, N)``.
+        levels: log10 of importances, shape ``(runs, r, N)``; NaN where a feature is not there.
+        metrics: log10 of metrics, shape ``(runs, m, N)``.
 
     Returns:
         One dict for each snapshot.
     """
     curves = []
-    for t in range(levels.shape[1]):
-        there = levels[:, t].isfinite().nonzero().flatten()
-        scalars = {} if metrics is None else {f"m{i}": 10 ** float(x) for i, x in enumerate(metrics[:, t])}
-        layers = {"mlp": [there.tolist(), (10 ** levels[there, t]).tolist()]}
-        curves.append({"step": t, "layers": layers, "scalars": scalars})
+    for t in range(levels.shape[2]):
+        now = metrics[:, :, t].flatten().tolist() if metrics is not None else []
+        layers = {}
+        for run, of_run in enumerate(levels[:, :, t]):
+            there = of_run.isfinite().nonzero().flatten()
+            layers[str(run)] = [there.tolist(), (10 ** of_run[there]).tolist()]
+        curves.append({"step": t, "layers": layers, "scalars": {f"m{i}": 10**x for i, x in enumerate(now)}})
     return curves
 
 
-def null_curves(name: str, run: int, snapshots: int = SNAPSHOTS) -> list[dict[str, Any]]:
+def null_curves(name: str, runs: int, snapshots: int = SNAPSHOTS) -> list[dict[str, Any]]:
     """Curves without a change: features with noise of 0.2, and metrics with noise of 0.1, both in log10.
 
     Args:
         name: One of `NULLS`.
-        run: Number of the run.
+        runs: Number of runs.
         snapshots: Number of snapshots.
 
     Returns:
         The curves.
     """
     base = torch.linspace(0, -1.5, FEATURES, dtype=torch.float64)[:, None]
-    levels = base + 0.2 * NULLS[name](FEATURES, snapshots, 100 * run)
-    return artificial(levels, 0.1 * NULLS[name](METRICS, snapshots, 100 * run + 50))
+    levels = NULLS[name](runs * FEATURES, snapshots, 0).view(runs, FEATURES, snapshots)
+    metrics = NULLS[name](runs * METRICS, snapshots, 50).view(runs, METRICS, snapshots)
+    return artificial(base + 0.2 * levels, 0.1 * metrics)
 
 
 # Planted changes of a feature, from and to these levels, after 20 snapshots, within so many; noise is 0.02 in log10.
@@ -458,13 +474,13 @@ PLANTED = {"emerged": (-3.5, -0.5), "faded": (-0.5, -3.5), "rose": (-1.2, 0.2), 
 START, LENGTHS, AFTER = 20, (1, 3, 6), 12
 
 
-def planted_curves(kind: str, length: int, run: int) -> list[dict[str, Any]]:
+def planted_curves(kind: str, length: int, runs: int) -> list[dict[str, Any]]:
     """Curves of 20 features, one of which changes; "born" is absent before.
 
     Args:
         kind: One of `PLANTED`, or "born".
         length: Number of snapshots that the change takes.
-        run: Number of the run.
+        runs: Number of runs.
 
     Returns:
         The curves.
@@ -473,32 +489,33 @@ def planted_curves(kind: str, length: int, run: int) -> list[dict[str, Any]]:
     levels = torch.linspace(0, -4, FEATURES, dtype=torch.float64)[:, None].expand(FEATURES, n).clone()
     before, after = PLANTED["emerged" if kind == "born" else kind]
     levels[7] = before + (after - before) * ((torch.arange(n) - START + 1).double() / length).clamp(0, 1)
-    levels += 0.02 * _normal(FEATURES, n, seed=run)
     if kind == "born":
         levels[7, :START] = math.nan
-    return artificial(levels)
+    return artificial(levels + 0.02 * _normal(runs, FEATURES, n, seed=0))
 
 
-def power(kind: str, length: int, detector: type[ChangeDetector]) -> dict[str, float | None]:
+def power(kind: str, length: int, detector: type[ChangeDetector], runs: int = RUNS) -> dict[str, float | None]:
     """How many planted changes are found.
 
     Args:
         kind: As for `planted_curves`.
         length: As for `planted_curves`.
         detector: What detects changes.
+        runs: Number of runs.
 
     Returns:
         Number of runs, of those in which an event of the feature says that it rises, or falls, as it does; the median
         of the snapshots from the first changed one to that event; and the number of events of other features.
     """
-    rises, delays, others = kind in ("born", "emerged", "rose"), [], 0
-    for run in range(RUNS):
-        events = events_of(planted_curves(kind, length, run), detector)
-        found = [e.step - START for e in events if e.lineage == 7 and (e.kind in ("emerged", "rose")) == rises]
-        delays += found[:1]
-        others += sum(e.lineage != 7 for e in events)
-    delay = statistics.median(delays) if delays else None
-    return {"runs": RUNS, "found": len(delays), "delay": delay, "others": others}
+    rises = kind in ("born", "emerged", "rose")
+    events = events_of(planted_curves(kind, length, runs), detector, runs)
+    delays: dict[str | None, int] = {}
+    for event in events:
+        if event.lineage == 7 and (event.kind in ("emerged", "rose")) == rises:
+            delays.setdefault(event.layer, event.step - START)
+    delay = statistics.median(delays.values()) if delays else None
+    others = sum(event.lineage != 7 for event in events)
+    return {"runs": runs, "found": len(delays), "delay": delay, "others": others}
 
 
 def measure_plateaus(folder: Path) -> dict[str, Any]:
@@ -509,7 +526,7 @@ def measure_plateaus(folder: Path) -> dict[str, Any]:
 
     Returns:
         For each task how many trainings and snapshots there are, how the loss changes from the first half of the
-        plateau to the second, and by detector the events of each training; and those while modular addition forms.
+        plateau to the second, and by detector the events of each training; and those while the first one forms.
     """
     found: dict[str, Any] = {"plateaus": {}, "forming": {}}
     for task in TASKS:
@@ -526,21 +543,25 @@ def measure_plateaus(folder: Path) -> dict[str, Any]:
             one["losses"].append([float(f"{statistics.fmean(part):.3g}") for part in (losses[:half], losses[half:])])
             for name, kind in DETECTORS.items():
                 one[name].append(len(events_of(plateau, kind)))
-                if forming:
-                    events = events_of(forming, kind)
-                    counted = found["forming"].setdefault(name, {"emerged": [], "all": []})
-                    counted["emerged"].append(sum(e.kind == "emerged" for e in events))
-                    counted["all"].append(len(events))
+            if forming:
+                found["forming"][task] = _forming(forming)
     return found
+
+
+def _forming(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Events while a network forms: all of them, features that emerge, and those of these that both detectors find."""
+    events = {name: events_of(curves, kind) for name, kind in DETECTORS.items()}
+    emerged = {name: {e.subject for e in of_kind if e.kind == "emerged"} for name, of_kind in events.items()}
+    return {
+        **{name: {"all": len(of_kind), "emerged": len(emerged[name])} for name, of_kind in events.items()},
+        "emerged in both": len(set.intersection(*emerged.values())),
+    }
 
 
 def measure_artificial() -> dict[str, Any]:
     """Events on artificial curves without a change, and planted changes that are found."""
     nulls = {
-        null: {
-            name: sum(len(events_of(null_curves(null, run), kind)) for run in range(RUNS))
-            for name, kind in DETECTORS.items()
-        }
+        null: {name: len(events_of(null_curves(null, RUNS), kind, RUNS)) for name, kind in DETECTORS.items()}
         for null in NULLS
     }
     planted = {
@@ -580,15 +601,14 @@ def report(found: Mapping[str, Any]) -> str:
         lines.append(
             f"| {said} | {a['runs']} | {a['found']} | {_number(a['delay'])} | {b['found']} | {_number(b['delay'])} |"
         )
-    forming = found["forming"]
-    if forming:
-        runs = len(forming["as it is"]["all"])
-        counts = [sum(forming[name][key]) for name in DETECTORS for key in ("emerged", "all")]
-        lines += ["", "| while modular addition forms | runs | emerged | all events |", "|---|---|---|---|"]
-        lines += [
-            f"| as it is | {runs} | {counts[0]} | {counts[1]} |",
-            f"| whitened | {runs} | {counts[2]} | {counts[3]} |",
-        ]
+    lines += [
+        "", "| while a network forms | events | whitened | features that emerge | whitened | the same ones |",
+        "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for task, one in found["forming"].items():
+        a, b = one["as it is"], one["whitened"]
+        counts = (a["all"], b["all"], a["emerged"], b["emerged"], one["emerged in both"])
+        lines.append(f"| {task} | {' | '.join(map(str, counts))} |")
     return "\n".join(lines)
 
 
