@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+
+from recipes.attacked_edges import RESULTS, table
 
 PAGE = (Path(__file__).parents[2] / "docs" / "ablations.md").read_text()
 
@@ -18,3 +21,7 @@ def test_snippets_run() -> None:
     assert found.count <= worst.count
     assert found.count <= random.count
     assert result.score <= result.dropped
+
+
+def test_table_is_that_of_the_recipe() -> None:
+    assert table(json.loads(RESULTS.read_text())) in PAGE
