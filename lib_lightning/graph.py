@@ -19,6 +19,7 @@ from lib_lightning._deprecated import renamed_arguments, renamed_fields
 from lib_lightning.algorithm.basis import Basis
 from lib_lightning.algorithm.basis_kinds import LATENTS
 from lib_lightning.algorithm.dictionary_basis import DictionaryBasis
+from lib_lightning.algorithm.dictionary_layers import check_dictionaries
 from lib_lightning.algorithm.examples import FeatureExamples
 from lib_lightning.algorithm.jackknife import standard_error
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
@@ -454,8 +455,9 @@ class InteractionGraph:
         Raises:
             LIBError: If there is no such node layer.
             SettingError: If a node layer has no dictionary, or one with other weights.
+            SettingTypeError: If these are no dictionaries by node layer.
         """
-        for layer, dictionary in dictionaries.items():
+        for layer, dictionary in check_dictionaries(dictionaries, []).items():
             basis = self._basis(layer)
             if not isinstance(basis, DictionaryBasis):
                 raise SettingError(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lib_lightning.algorithm.basis import Basis
 from lib_lightning.algorithm.covariance import RunningCovariance
+from lib_lightning.algorithm.dictionary_basis import DictionaryBasis
 from lib_lightning.errors import quoted
 
 
@@ -32,6 +33,7 @@ def describe_empty_layers(
     zero = [name for name, _, m in layers if not m.varies and not m.mean.any()]
     unused = [name for name, basis, m in layers if m.varies and not basis.n_features]
     n, count = moments[0].n, moments[0].count
+    silent = [basis.name for basis in bases if isinstance(basis, DictionaryBasis) and not len(basis.latents)]
     sentences = []
     if constant and count == 1:
         sentences.append(
@@ -49,7 +51,12 @@ def describe_empty_layers(
             f"Activations at {quoted(constant)} are the same for all {n:,} samples{zeros}, so no feature there has any "
             f"importance. {cause}"
         )
-    if unused:
+    if silent:
+        sentences.append(
+            f"No latent of the dictionary of {quoted(silent)} is active in the samples: the activations there are all "
+            "error, and a LIB in front of it has no features. Is it the dictionary of this node layer, and trained?"
+        )
+    elif unused:
         bypassed = ", or does all of the effect go through positions that skip_positions leaves out" * skips_positions
         sentences.append(
             f"{quoted(unused)}: activations vary, but the next node layer does not depend on them at these weights, so "

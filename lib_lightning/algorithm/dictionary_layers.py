@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lib_lightning.algorithm.memory_plan import MemoryPlan
-from lib_lightning.dictionaries.adapted import AdaptedDictionary
+from lib_lightning.dictionaries.adapted import AdaptedDictionary, check_dictionary
 from lib_lightning.errors import NodeLayerError, SettingError, SettingTypeError, did_you_mean, quoted, shortened
 from lib_lightning.model.instrumented import InstrumentedModel
 
@@ -51,11 +51,7 @@ def check_dictionaries(dictionaries: Any, layers: Sequence[str]) -> dict[str, An
             raise NodeLayerError(
                 f"There is no node layer '{name}' for a dictionary among {quoted(layers)}.{did_you_mean(name, layers)}"
             )
-        if not callable(getattr(dictionary, "encode", None)) or not callable(getattr(dictionary, "decode", None)):
-            raise SettingTypeError(
-                f"The dictionary of '{name}' must have methods encode(a) -> (..., r) and decode(f) -> (..., d); got "
-                f"{shortened(repr(dictionary), 80)}."
-            )
+        check_dictionary(dictionary, name)
     return dict(dictionaries)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from lib_lightning.algorithm.dictionary_basis import DictionaryBasis
 from lib_lightning.dictionaries.adapted import AdaptedDictionary
 from lib_lightning.distributed.process_group import ProcessGroup
+from lib_lightning.errors import NotFiniteError, counted
 from lib_lightning.model.precision import to_float64
 
 _TOO_MANY = (
@@ -35,6 +36,9 @@ def choose_latents(
 
     Returns:
         The basis, and notes if there are too many, or nothing can act on them; its error has no importance yet.
+
+    Raises:
+        NotFiniteError: If a latent is NaN or infinite for a sample.
     """
     r, d = dictionary.n_latents, dictionary.d
     squares = largest = where = None
@@ -60,6 +64,12 @@ def choose_latents(
         )
     total, rows_of_all = process_group.sum([squares, torch.tensor(count, device="cpu")])
     mean_squares = total / int(rows_of_all)
+    if not (finite := torch.isfinite(mean_squares)).all():
+        count = counted(int((~finite).sum()), "latent")
+        raise NotFiniteError(
+            f"The dictionary of '{dictionary.name}' returns NaN or infinite values for {count}, the first of them "
+            f"{int((~finite).nonzero()[0])}. Check its weights, and the type in which they are."
+        )
     kept, notes = (mean_squares > 0).nonzero().flatten(), list[str]()
     if not dictionary.is_differentiable:
         notes.append(_NO_DERIVATIVE.format(dictionary.name))

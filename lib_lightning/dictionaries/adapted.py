@@ -76,11 +76,7 @@ class AdaptedDictionary:
     """
 
     def __init__(self, dictionary: Any, a: Tensor, name: str) -> None:
-        if not callable(getattr(dictionary, "encode", None)) or not callable(getattr(dictionary, "decode", None)):
-            raise SettingTypeError(
-                f"The dictionary of '{name}' must have methods encode(a) -> (..., r) and decode(f) -> (..., d); got "
-                f"{shortened(repr(dictionary), 80)}."
-            )
+        check_dictionary(dictionary, name)
         _refuse_other_places(dictionary, name)
         self.dictionary, self.name, self.d = dictionary, name, a.shape[-1]
         # An axis of one head is joined by objects that join heads, whatever the number of these.
@@ -536,6 +532,30 @@ def takes(function: Any, count: int) -> bool:
     except (TypeError, ValueError):
         return False
     return True
+
+
+def check_dictionary(dictionary: Any, name: str) -> None:
+    """Check that something has the methods of a dictionary.
+
+    Args:
+        dictionary: What the user gives.
+        name: Name of the node layer, for the error.
+
+    Raises:
+        SettingTypeError: If it has not, or is a class.
+
+    Example:
+        >>> dictionary = nn.Module()
+        >>> dictionary.encode, dictionary.decode = torch.relu, torch.neg
+        >>> check_dictionary(dictionary, "fc")
+    """
+    has_methods = all(callable(getattr(dictionary, method, None)) for method in ("encode", "decode"))
+    if isinstance(dictionary, type) or not has_methods:
+        kind = "be an object with" if isinstance(dictionary, type) else "have"
+        raise SettingTypeError(
+            f"The dictionary of '{name}' must {kind} methods encode(a) -> (..., r) and decode(f) -> (..., d); got "
+            f"{shortened(repr(dictionary), 80)}."
+        )
 
 
 def _refuse_other_places(dictionary: Any, name: str) -> None:

@@ -163,6 +163,8 @@ class Section:
         Returns:
             ``J^T u``, shape ``(k, n, S_in, d_in)``.
         """
+        if not len(cotangents):  # no latent of a dictionary is active
+            return self.a.new_zeros(0, *self.a.shape)
         cotangents = apply_mask(cotangents, self.mask_out)
         products = []
         for point in self.points:
@@ -184,6 +186,8 @@ class Section:
         Returns:
             ``J v``, shape ``(k, n, S_out, d_out)``.
         """
+        if not len(tangents):  # there are no features
+            return self.a_out.new_zeros(0, *self.a_out.shape)
         if self._transposed is None:
             self._transposed = [self._transpose(point) for point in self.points]
         k = tangents.shape[0]

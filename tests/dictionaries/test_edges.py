@@ -187,6 +187,35 @@ def test_many_entries_of_an_error_are_read_with_random_signs(monkeypatch: pytest
     assert any("random signs" in note for note in graph.info["notes"])
 
 
+@pytest.mark.parametrize("has_jvp", [True, False])
+def test_a_batch_in_which_no_latent_is_active(monkeypatch: pytest.MonkeyPatch, has_jvp: bool) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 6)).double()
+    x, layers = torch.randn(12, 5).double(), ["0", "1", "output"]
+    quiet, dictionary = (SparseDictionary(8, 20, threshold=threshold).double() for threshold in (1e3, -1e3))
+    largest = dictionary.encode(network[:2](x)).amax(1)
+    dictionary.threshold = float(largest.detach().median())
+    silent, active = x[largest <= dictionary.threshold], x[largest > dictionary.threshold]
+    if not has_jvp:
+        monkeypatch.setattr("lib_lightning.jacobian.section.Section.has_jvp", lambda self: False)
+
+    # Batch by batch, and all at once: the same.
+    both = compute_interaction_graph(network, [silent, active], layers, {"1": dictionary}, **OPTIONS)
+    joined = compute_interaction_graph(network, [torch.cat([silent, active])], layers, {"1": dictionary}, **OPTIONS)
+    assert torch.allclose(both.bases["0"].importance, joined.bases["0"].importance, rtol=1e-8)
+    assert torch.allclose(both.edges["0", "1"], joined.edges["0", "1"], rtol=1e-8, atol=1e-12)
+    assert both.edges["0", "1"][:-1].sum() > 0
+
+    # With no active latent at all, there is the error alone; what is in front of it can have a dictionary too.
+    for dictionaries in ({"1": quiet}, {"0": dictionary, "1": quiet}, {"0": quiet, "1": dictionary}):
+        graph = compute_interaction_graph(network, [x[:6], x[6:]], layers, dictionaries, **OPTIONS)
+        silent_layer = next(layer for layer, one in dictionaries.items() if one is quiet)
+        assert graph.labels[silent_layer] == ["error"]
+        error = graph.bases[silent_layer].encode(network[:2](x) if silent_layer == "1" else network[:1](x))
+        assert torch.allclose(error.square().mean(0), graph.bases[silent_layer].importance)
+        assert any(f"dictionary of '{silent_layer}'" in note for note in graph.info["notes"])
+
+
 def test_masked_positions_have_no_latents() -> None:
     network, layers, x, a, _ = sections_of("gpt2")
     mask = torch.ones_like(x)

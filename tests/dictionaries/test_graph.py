@@ -22,7 +22,7 @@ from lib_lightning.algorithm.dictionary_layers import affordable_latents, try_di
 from lib_lightning.algorithm.memory_plan import MemoryPlan
 from lib_lightning.dictionaries import AdaptedDictionary
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from lib_lightning.errors import LIBError, NodeLayerError, SettingError, SettingTypeError
+from lib_lightning.errors import LIBError, NodeLayerError, NotFiniteError, SettingError, SettingTypeError
 from lib_lightning.interventions import edit_features, feature_effects, scale
 from lib_lightning.lineage import FeatureTracker
 from lib_lightning.lineage.reference import reference_features
@@ -285,6 +285,15 @@ def test_errors() -> None:
         compute_interaction_graph(model, [x], layers, dictionaries, integration_steps=2)
     with pytest.raises(SettingError, match="does not take activations"):
         compute_interaction_graph(model, [x], layers, {"1": SparseDictionary(7, 9).double()})
+    with pytest.raises(SettingTypeError, match="object"):
+        compute_interaction_graph(model, [x], layers, {"1": SparseDictionary})
+    broken = SparseDictionary(16, 24, k=5).double()
+    with torch.no_grad():
+        broken.W_enc[:, 3] = torch.nan
+    with pytest.raises(NotFiniteError, match="dictionary of '1'"):
+        compute_interaction_graph(model, [x], layers, {"1": broken})
+    with pytest.raises(SettingTypeError, match="by node layer"):
+        compute_interaction_graph(model, [x], layers, dictionaries).attach_dictionaries(dictionaries["1"])
 
 
 def test_controls_and_comparisons() -> None:
