@@ -12,14 +12,15 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageColor
 
 from lib_lightning.plots.animated_layout import AnimatedLayout
 from lib_lightning.plots.image import render_png
+from lib_lightning.plots.palette import MODULES, MUTED, NO_MODULE, OTHER_MODULES, TEXT
 from lib_lightning.viewer import Run
 
-# Colours of a frame: dots and lines have few, and the file is half as large as with 256.
-_COLOURS = 96
+# Tints of each colour, from the full one to white, for transparent lines and smooth borders.
+_TINTS = 9
 
 
 def frames(
@@ -50,6 +51,20 @@ def frames(
     return canvases
 
 
+def palette() -> Image.Image:
+    """The colours of all frames: those of text and modules, and tints of them.
+
+    Colours that are chosen for each frame give most of them to grey text and lines, and one to several modules.
+    """
+    colors = [ImageColor.getrgb(color) for color in (TEXT, MUTED, NO_MODULE, OTHER_MODULES, *MODULES)]
+    shares = [tint / _TINTS for tint in range(_TINTS)]
+    tints = {tuple(round(255 * share + (1 - share) * c) for c in color) for color in colors for share in shares}
+    every = [(255, 255, 255), *sorted(tints)]
+    image = Image.new("P", (1, 1))
+    image.putpalette([c for color in every for c in color])
+    return image
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Write the picture.
 
@@ -71,7 +86,8 @@ def main(args: Sequence[str] | None = None) -> None:
     run = Run(options.run)
     shape = options.features, options.edges, options.width, options.keep_positions
     first, *others = frames(run, options.steps or run.steps, *shape)
-    pictures = [image.quantize(_COLOURS, dither=Image.Dither.NONE) for image in (first, *others)]
+    colors = palette()
+    pictures = [image.quantize(palette=colors, dither=Image.Dither.NONE) for image in (first, *others)]
     milliseconds = round(1000 * options.seconds)
     durations = [milliseconds] * len(others) + [2 * milliseconds]
     pictures[0].save(
