@@ -65,9 +65,9 @@ def choose_latents(
     total, rows_of_all = process_group.sum([squares, torch.tensor(count, device="cpu")])
     mean_squares = total / int(rows_of_all)
     if not (finite := torch.isfinite(mean_squares)).all():
-        count = counted(int((~finite).sum()), "latent")
+        broken = counted(int((~finite).sum()), "latent")
         raise NotFiniteError(
-            f"The dictionary of '{dictionary.name}' returns NaN or infinite values for {count}, the first of them "
+            f"The dictionary of '{dictionary.name}' returns NaN or infinite values for {broken}, the first of them "
             f"{int((~finite).nonzero()[0])}. Check its weights, and the type in which they are."
         )
     kept, notes = (mean_squares > 0).nonzero().flatten(), list[str]()
