@@ -621,15 +621,31 @@ def basis_and_dictionaries(
     return "lib", check_dictionaries(basis, ())
 
 
-def _adapted(
-    instrumented: InstrumentedModel, batches: Sequence[Any], dictionaries: Mapping[str, Dictionary], config: LIBConfig
-) -> dict[int, AdaptedDictionary]:
-    """The dictionaries by index of the node layer, tried with activations of the first batch."""
-    if dictionaries and config.integration_steps:
+def refuse_integration(dictionaries: Mapping[str, Dictionary], integration_steps: int) -> None:
+    """Refuse derivatives along a path together with dictionaries.
+
+    Args:
+        dictionaries: The dictionaries.
+        integration_steps: As for `compute_interaction_graph`.
+
+    Raises:
+        SettingError: If there are both.
+
+    Example:
+        >>> refuse_integration({}, 10)
+    """
+    if dictionaries and integration_steps:
         raise SettingError(
             "With dictionaries, derivatives are those at the activations: along a path to these, other latents are "
             "active. Remove integration_steps."
         )
+
+
+def _adapted(
+    instrumented: InstrumentedModel, batches: Sequence[Any], dictionaries: Mapping[str, Dictionary], config: LIBConfig
+) -> dict[int, AdaptedDictionary]:
+    """The dictionaries by index of the node layer, tried with activations of the first batch."""
+    refuse_integration(dictionaries, config.integration_steps)
     return try_dictionaries(instrumented, batches, dictionaries)
 
 

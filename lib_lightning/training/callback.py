@@ -21,7 +21,7 @@ from lib_lightning.algorithm.config import BasisKind, FinalBasisKind, FinalMetri
 from lib_lightning.algorithm.effort import Effort
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
 from lib_lightning.algorithm.progress_bar import displayed_in
-from lib_lightning.api import basis_and_dictionaries
+from lib_lightning.api import basis_and_dictionaries, refuse_integration
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.errors import ComputationStopped, SettingError, check_bool, check_list, check_number
 from lib_lightning.features.renderers import Renderer
@@ -273,6 +273,7 @@ class LIBCallback(Callback):
         check_run_name(name)
         check_choice("effort", effort, get_args(Effort))
         basis, dictionaries = basis_and_dictionaries(basis, dictionaries)
+        refuse_integration(dictionaries, integration_steps)
         self._keep_snapshots = check_keep(keep_snapshots)
         self.name, self.adaptive = name, adaptive
         baselines = check_list("baselines", baselines, "bases, such as ['pca']", lambda kind: isinstance(kind, str))
@@ -414,7 +415,7 @@ class LIBCallback(Callback):
         files = {prefix: folder.layout.renderings_file for prefix, folder in folders.items()}
         renderings = RunRenderings(self._rendering_config, self.name, files, is_new=state.n_snapshots == 0)
         self.recorder = SnapshotRecorder(self.computer, state, self.reporter, renderings, process_group)
-        self._has_checked_score = False
+        self._has_tried = False
 
     @timed_hook
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -464,10 +465,11 @@ class LIBCallback(Callback):
         if not (strict and is_late):
             self.recorder.renderings.check(InstrumentedModel(model, [], self.resolver.spec), batch)
         score = self.config.causal.score
-        is_first = strict and not self._has_checked_score and not is_late
-        if is_first and score is not None and not is_empty(batch):
-            self._has_checked_score = True
-            self.resolver.check_score(model, batch, score)
+        if strict and not self._has_tried and not is_late and not is_empty(batch):
+            self._has_tried = True
+            self.resolver.check_dictionaries(model, batch, self.config.dictionaries)
+            if score is not None:
+                self.resolver.check_score(model, batch, score)
         return layout
 
     # Validation: collect samples, compute snapshots, log scalars.

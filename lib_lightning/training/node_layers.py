@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from lib_lightning.ablation.scored_model import Score, sample_scores
+from lib_lightning.algorithm.dictionary_layers import check_dictionaries, try_dictionaries
 from lib_lightning.api import notes_on, proposed_cuts
+from lib_lightning.dictionaries.dictionary import Dictionary
 from lib_lightning.distributed.process_group import ProcessGroup
 from lib_lightning.distributed.torch_group import broadcast_text
 from lib_lightning.errors import LIBError, brief, is_out_of_memory
@@ -164,6 +166,25 @@ class NodeLayerResolver:
                 raise
             except Exception as error:
                 raise LIBError(f"{self._name}: causal_score failed on the first batch: {brief(error)}") from error
+
+    def check_dictionaries(self, model: nn.Module, batch: Any, dictionaries: Mapping[str, Dictionary]) -> None:
+        """Try dictionaries on a first batch, after `check`.
+
+        Args:
+            model: The model.
+            batch: A batch.
+            dictionaries: The dictionaries, by node layer.
+
+        Raises:
+            NodeLayerError: If there is no such node layer.
+            SettingError: If a dictionary does not fit its node layer.
+        """
+        dictionaries = check_dictionaries(dictionaries, self.names)
+        if not dictionaries or self.layers is None:
+            return
+        instrumented = InstrumentedModel(model, self.layers, self._spec)
+        with self.precision(), wrap_forward_errors(model, instrumented.spec), model_session(instrumented):
+            try_dictionaries(instrumented, [batch], dictionaries)
 
     def _is_needed(self, batch: Any) -> bool:
         """Whether something is not known yet; which entries have the samples is certain from several samples only."""

@@ -104,3 +104,26 @@ def test_a_graph_knows_that_its_dictionary_has_changed() -> None:
     with pytest.raises(LIBError, match="other weights by now"):
         graph.bases["1"].encode(torch.randn(2, 16))
     assert graph.measure()["features/total"] > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dictionaries": {"net.0": SparseDictionary(16, 40)}}, "no node layer 'net.0' for a dictionary"),
+        ({"dictionaries": {"net.1": SparseDictionary(12, 40)}}, "does not take activations"),
+        ({"dictionaries": {"net.1": SparseDictionary(16, 40)}, "integration_steps": 2}, "integration_steps"),
+    ],
+)
+def test_wrong_dictionaries_stop_the_training_before_its_first_step(options: dict[str, Any], message: str) -> None:
+    trainer = pl.Trainer(
+        max_epochs=1, logger=False, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False,
+    )  # fmt: skip
+
+    def fit() -> None:
+        trainer.callbacks.append(LIBCallback(node_layers=["net.1", "output"], **options))  # type: ignore[attr-defined]
+        trainer.fit(WithManySamples())
+
+    with pytest.raises(LIBError, match=message):
+        fit()
+    assert trainer.global_step == 0
