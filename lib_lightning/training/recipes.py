@@ -146,4 +146,4 @@ def _comment(file: Path) -> str:
 def _first_sentence(text: str) -> str:
     paragraph = " ".join(text.strip().split("\n\n")[0].split())
     # The end of a sentence is followed by a capital letter or nothing; "arXiv 2405.10928" and "e.g." are no ends.
-    return re.split(r"(?<=[.?])\s(?=[A-Z])|:$", paragraph)[0].rstrip(":")
+    return re.split(r"(?<=[.?])\s(?=[A-Z])|:$", paragraph)[0].rstrip(".:")

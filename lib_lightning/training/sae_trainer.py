@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lib_lightning.dictionaries.topk_sae import TopKSAE
-from lib_lightning.dictionaries.topk_training import Reconstruction, TopKSettings, TopKTraining
+from lib_lightning.dictionaries.topk_training import BATCH, Reconstruction, TopKSettings, TopKTraining
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.distributed.torch_group import TorchProcessGroup
 from lib_lightning.errors import (
@@ -136,7 +136,7 @@ class SAETrainer(Callback):
         self.node_layers = _node_layers(node_layers)
         for setting, value in (("n_latents", n_latents), ("k", k), ("every_n_batches", every_n_batches)):
             if value is not None:
-                check_number(setting, value, lambda n: n >= 1, "must be at least 1", integer=True)
+                check_number(setting, value, lambda n: n >= 1, "must be a whole number of at least 1", integer=True)
         if lr is not None:
             check_number("lr", lr, lambda x: 0 < x < math.inf, "must be above 0")
         check_number("seed", seed, lambda n: n >= 0, "must be at least 0", integer=True)
@@ -394,6 +394,11 @@ class SAETrainer(Callback):
         spent, ratio = self.meter.spent, self.meter.ratio
         share = f" ({ratio:.2%})" if ratio < 1 else ""
         steps, seen = (int(scalars[f"{self.name}/{name}"]) for name in ("steps", "activations"))
+        if not steps and seen:
+            return (
+                f"no autoencoder was trained: there were {counted(seen, 'activation')}, and a step takes {BATCH}. "
+                "Lower every_n_batches, or train for longer."
+            )
         return (
             f"{counted(len(self.saes), 'sparse autoencoder')} with {counted(steps, 'step')} on "
             f"{counted(seen, 'activation')} took {spent.overhead:.3g} s, beside {spent.training:.3g} s of "

@@ -6,6 +6,7 @@ import copy
 import csv
 import importlib
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -322,6 +323,16 @@ def test_the_summary_says_what_it_has_cost(
     assert [Path(path.strip()).exists() for path in paths] == [True, True]
 
 
+def test_too_few_activations_are_explained(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    trainer_of(tmp_path, SAETrainer("net.1"), max_steps=1).fit(Classifier())
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert any(
+        re.fullmatch(r"sae: no autoencoder was trained: there were \d+ activations, and a step takes 256\. .*", message)
+        for message in caplog.messages
+    ), caplog.messages
+
+
 @pytest.mark.parametrize("at", [3, 8])
 def test_a_resumed_run_ends_with_the_same_autoencoders(at: int, tmp_path: Path) -> None:
     def fitted(folder: Path, epochs: int, ckpt_path: str | None = None) -> SAETrainer:
@@ -373,11 +384,11 @@ def test_the_newest_weights_and_untrained_ones_before(tmp_path: Path) -> None:
         ({"node_layers": []}, "needs a node layer, such as 'fc2:input'"),
         ({"node_layers": ["net.0", "net.0"]}, "once, under its own name; got 'net.0', 'net.0'"),
         ({"node_layers": 3}, "node_layers is a name"),
-        ({"k": 0}, "k must be at least 1; got 0"),
+        ({"k": 0}, "k must be a whole number of at least 1; got 0"),
         ({"k": 9, "n_latents": 8}, "k=9 latents cannot be active among n_latents=8"),
         ({"k": 30}, "k=30 latents cannot be active among n_latents=20"),
         ({"lr": -1.0}, "lr must be above 0; got -1.0"),
-        ({"every_n_batches": 1.5}, "every_n_batches must be at least 1; got 1.5"),
+        ({"every_n_batches": 1.5}, "every_n_batches must be a whole number of at least 1; got 1.5"),
         ({"max_overhead": 0}, "max_overhead is a share of the training time above 0"),
         ({"name": ""}, "name"),
         ({"name": "lib"}, "SAETrainer and LIBCallback would both write to 'lib'"),
