@@ -93,6 +93,7 @@ def test_every_benchmark_can_be_collected(path: Path) -> None:
     assert tests
     for test in tests:
         marks = [mark for mark in getattr(test, "pytestmark", ()) if mark.name == "parametrize"]
-        parametrized = {name for mark in marks for name in mark.args[0].split(",")}
-        fixtures = {"benchmark", "published", "tmp_path", *parametrized}
+        names = [mark.args[0] for mark in marks]
+        parametrized = {one for name in names for one in (name.split(",") if isinstance(name, str) else name)}
+        fixtures = {"benchmark", "monkeypatch", "published", "tmp_path", *parametrized}
         assert set(inspect.signature(test).parameters) <= fixtures
