@@ -108,9 +108,9 @@ def train(model: LightningModule, data: LightningDataModule, **options: Any) -> 
 
 @pytest.mark.recipe
 def test_modular_addition_learns_what_it_is_taught() -> None:
-    # A small modulus and many pairs, so that a few hundred steps are enough to generalise.
+    # A small modulus and many pairs, so that 1,500 steps are enough to generalise: after 800, 90 to 100% by machine.
     seed_everything(0, verbose=False)
-    data = AllPairs(modulus=17, train_fraction=0.8, steps_per_epoch=800)
+    data = AllPairs(modulus=17, train_fraction=0.8, steps_per_epoch=1500)
     trainer = train(ModularAddition(modulus=17), data, max_epochs=1)
     assert trainer.callback_metrics["accuracy/train"] == 1
     assert trainer.callback_metrics["accuracy/test"] > 0.9
