@@ -15,6 +15,7 @@ from lib_lightning.comparison.layers import LayerComparison
 from lib_lightning.comparison.scene import Picture, pictures_of
 from lib_lightning.comparison.sections import SectionComparison
 from lib_lightning.graph import InteractionGraph
+from lib_lightning.plots.figure import NotebookFigure
 from lib_lightning.plots.palette import MODULES, MUTED, NO_MODULE, TEXT, VERMILION
 from lib_lightning.plots.text_metrics import DPI, fit_names, shorten_front
 
@@ -39,7 +40,7 @@ def draw_comparison(
         A matplotlib figure that is not registered with pyplot.
     """
     width = max(3.4, _COLUMN_WIDTH * len(layers))
-    figure = Figure(figsize=(2 * width + 3 * _MARGIN, _HEIGHT), dpi=DPI, facecolor="white")
+    figure = NotebookFigure(figsize=(2 * width + 3 * _MARGIN, _HEIGHT), dpi=DPI, facecolor="white")
     for k, picture in enumerate(pictures_of(graphs, layers, sections)):
         left = (_MARGIN + k * (width + _MARGIN)) / figure.get_figwidth()
         axes = figure.add_axes((left, 0.13, width / figure.get_figwidth(), 0.68))

@@ -213,6 +213,16 @@ class TimeMeter:
         self._settle()
         return self.spent.overhead / self.spent.training if self.spent.training > 0 else math.nan
 
+    @property
+    def text(self) -> str:
+        """What has been spent, in words: ``took 3 s, beside 120 s of training (2.50%)``."""
+        took = f"took {self.spent.overhead:.3g} s"
+        if not self.spent.training > 0:
+            return took
+        # In a training of seconds, this would be a share of hundreds of percent.
+        share = f" ({self.ratio:.2%})" if self.ratio < 1 else ""
+        return f"{took}, beside {self.spent.training:.3g} s of training{share}"
+
 
 @dataclass
 class SkippedSnapshots:
@@ -362,11 +372,7 @@ class SnapshotTrigger:
             snapshots: Number of its snapshots.
         """
         spent, skipped = self.meter.spent, self.skipped.total
-        text = f"{counted(snapshots, 'snapshot')} and all that belongs to them took {spent.overhead:.3g} s"
-        if spent.training > 0:
-            # In a training of seconds, this would be a share of hundreds of percent.
-            share = f" ({self.meter.ratio:.2%})" if self.meter.ratio < 1 else ""
-            text += f", beside {spent.training:.3g} s of training{share}"
+        text = f"{counted(snapshots, 'snapshot')} and all that belongs to them {self.meter.text}"
         if skipped:
             were = "was" if skipped == 1 else "were"
             text += f"; {skipped:,} {were} skipped to stay below max_overhead={self.meter.limit:g}"

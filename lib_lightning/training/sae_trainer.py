@@ -391,8 +391,6 @@ class SAETrainer(Callback):
         return written
 
     def _summary(self, scalars: Mapping[str, float]) -> str:
-        spent, ratio = self.meter.spent, self.meter.ratio
-        share = f" ({ratio:.2%})" if ratio < 1 else ""
         steps, seen = (int(scalars[f"{self.name}/{name}"]) for name in ("steps", "activations"))
         if not steps and seen:
             return (
@@ -401,8 +399,7 @@ class SAETrainer(Callback):
             )
         return (
             f"{counted(len(self.saes), 'sparse autoencoder')} with {counted(steps, 'step')} on "
-            f"{counted(seen, 'activation')} took {spent.overhead:.3g} s, beside {spent.training:.3g} s of "
-            f"training{share}"
+            f"{counted(seen, 'activation')} {self.meter.text}"
         )
 
     def state_dict(self) -> dict[str, Any]:
