@@ -3,7 +3,7 @@
 import {h, s, setOptions} from "./dom.js";
 import {CHART} from "./chart.js";
 import {integer} from "./text.js";
-import {eventColor} from "./palette.js";
+import {eventColor, ink} from "./palette.js";
 import {alignEvents, offsetText} from "./alignment.js";
 import {changeText, steepestChange} from "./steepest.js";
 import {scalarNames} from "./scalar_tracks.js";
@@ -55,7 +55,7 @@ export class AlignmentPanel {
         h(
           "li",
           {},
-          h("span", {class: "lib-line-swatch", style: {background: run.color}}),
+          h("span", {class: "lib-line-swatch", style: {background: ink(run.color)}}),
           h("span", {}, `${runs.length > 1 ? `${run.name}: ` : ""}${name} ${changeText(run.change, integer)}`),
         ),
       ),
@@ -68,7 +68,7 @@ export class AlignmentPanel {
         h(
           "li",
           {"data-kind": one.kind},
-          h("span", {class: "lib-swatch", style: {background: eventColor(one.kind.replace("metric ", ""))}}),
+          h("span", {class: "lib-swatch", style: {background: ink(eventColor(one.kind.replace("metric ", "")))}}),
           h("span", {}, h("b", {}, one.kind), ` ${offsetText(one)}`),
         ),
       ),
@@ -99,13 +99,13 @@ export class AlignmentPanel {
           const [x, from, to] = [change.step, change.first, change.last].map(inside);
           const width = Math.max(1, to - from);
           return [
-            s("rect", {x: from, y: 0, width, height: "100%", fill: color, opacity: 0.12, "data-run": name}),
+            s("rect", {x: from, y: 0, width, height: "100%", fill: ink(color), opacity: 0.12, "data-run": name}),
             s("line", {
               x1: x,
               x2: x,
               y1: 0,
               y2: "100%",
-              stroke: color,
+              stroke: ink(color),
               "stroke-width": 1.4,
               "stroke-dasharray": "5 3",
               "data-step": change.step,

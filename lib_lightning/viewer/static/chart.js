@@ -2,7 +2,7 @@
 
 import {h, s} from "./dom.js";
 import {integer, number} from "./text.js";
-import {MUTED} from "./palette.js";
+import {MUTED, ink} from "./palette.js";
 import {THEME} from "./theme.js";
 
 export const CHART = {left: 58, right: 14, top: 8, bottom: 18};
@@ -147,8 +147,8 @@ export function lineChart({series, time, height, log, marks = [], overlays = [],
     const [x, y] = [time.x(mark.step), scale.y(mark.value)];
     const shape =
       mark.kind === "birth"
-        ? s("circle", {cx: x, cy: y, r: 4.5, fill: "#fff", stroke: mark.color ?? MUTED, "stroke-width": 1.8})
-        : s("path", {d: `M${x - 4} ${y - 4}l8 8m0 -8l-8 8`, stroke: mark.color ?? MUTED, "stroke-width": 1.8});
+        ? s("circle", {cx: x, cy: y, r: 4.5, fill: "var(--paper)", stroke: ink(mark.color ?? MUTED), "stroke-width": 1.8})
+        : s("path", {d: `M${x - 4} ${y - 4}l8 8m0 -8l-8 8`, stroke: ink(mark.color ?? MUTED), "stroke-width": 1.8});
     shape.append(s("title", {}, mark.text));
     svg.append(shape);
   }
@@ -158,10 +158,10 @@ export function lineChart({series, time, height, log, marks = [], overlays = [],
 function rightAxis(scale, time, color) {
   const x = time.width - time.right;
   return valueTicks(scale).flatMap((tick) => [
-    s("line", {x1: x, x2: x + 4, y1: scale.y(tick), y2: scale.y(tick), stroke: color}),
+    s("line", {x1: x, x2: x + 4, y1: scale.y(tick), y2: scale.y(tick), stroke: ink(color), "stroke-width": 2}),
     s(
       "text",
-      {x: x + 7, y: scale.y(tick), class: "lib-tick lib-tick-right", style: {fill: color}, "dominant-baseline": "central"},
+      {x: x + 7, y: scale.y(tick), class: "lib-tick lib-tick-right", "dominant-baseline": "central"},
       number(tick),
     ),
   ]);
@@ -187,16 +187,16 @@ function drawLine(line, time, scale) {
   for (const points of parts) {
     if (line.errors || line.low) {
       const outline = [...points.map((p) => at(p.x, p.high)), ...[...points].reverse().map((p) => at(p.x, p.low))];
-      elements.push(s("path", {d: `M${outline.join("L")}Z`, fill: line.color, opacity: 0.16, stroke: "none"}));
+      elements.push(s("path", {d: `M${outline.join("L")}Z`, fill: ink(line.color), opacity: 0.16, stroke: "none"}));
     }
     const d = `M${points.map((p) => at(p.x, p.y)).join("L")}`;
     const {width = 1.6, opacity, dash} = line;
     if (points.length > 1 && width > 0) {
-      const stroke = {stroke: line.color, "stroke-width": width, "stroke-linejoin": "round", "stroke-dasharray": dash};
+      const stroke = {stroke: ink(line.color), "stroke-width": width, "stroke-linejoin": "round", "stroke-dasharray": dash};
       elements.push(s("path", {d, fill: "none", opacity, ...stroke}));
     }
     if ((points.length === 1 && width > 0) || (line.dots && points.length < 60)) {
-      for (const p of points) elements.push(s("circle", {cx: p.x, cy: p.y, r: 2, fill: line.color}));
+      for (const p of points) elements.push(s("circle", {cx: p.x, cy: p.y, r: 2, fill: ink(line.color)}));
     }
   }
   return elements;
@@ -217,10 +217,10 @@ export function chartKey(entries) {
 
 /** A piece of a line as it is drawn, for a key. */
 export function lineSwatch(color, dash) {
-  if (!dash) return h("span", {class: "lib-line-swatch", style: {background: color}});
+  if (!dash) return h("span", {class: "lib-line-swatch", style: {background: ink(color)}});
   return s(
     "svg",
     {width: 26, height: 6, class: "lib-dash-swatch lib-chart", "aria-hidden": "true"},
-    s("line", {x1: 0, x2: 26, y1: 3, y2: 3, stroke: color, "stroke-width": 2.4, "stroke-dasharray": dash}),
+    s("line", {x1: 0, x2: 26, y1: 3, y2: 3, stroke: ink(color), "stroke-width": 2.4, "stroke-dasharray": dash}),
   );
 }

@@ -2,6 +2,7 @@
 
 import {h, setOptions} from "./dom.js";
 import {number} from "./text.js";
+import {ink} from "./palette.js";
 import {FeatureSearch} from "./feature_search.js";
 import {runPicker} from "./run_picker.js";
 
@@ -106,7 +107,7 @@ export class Controls {
     this.header = h(
       "header",
       {class: "lib-header"},
-      h("div", {class: "lib-title"}, "Interaction graph over training"),
+      h("h1", {class: "lib-title"}, "Interaction graph over training"),
       this.runs,
     );
     this.film = h(
@@ -177,7 +178,7 @@ export class Controls {
             value: run.name,
             onchange: (event) => this.actions.run(run.name, event.target.checked),
           }),
-          h("span", {class: "lib-line-swatch", style: {background: colors.get(run.name)}}),
+          h("span", {class: "lib-line-swatch", style: {background: ink(colors.get(run.name))}}),
           run.name,
           run.page && h("a", {href: run.page, target: "_blank", "data-role": "comparison"}, "comparison"),
         ),

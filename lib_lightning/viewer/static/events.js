@@ -3,7 +3,7 @@
 import {h, s} from "./dom.js";
 import {CHART} from "./chart.js";
 import {integer} from "./text.js";
-import {eventColor} from "./palette.js";
+import {eventColor, ink} from "./palette.js";
 import {AlignmentPanel} from "./alignment_panel.js";
 
 const HEIGHT = 30;
@@ -49,7 +49,7 @@ export class EventTrack {
           cx: time.x(event.step).toFixed(1),
           cy: y,
           r: 4,
-          fill: eventColor(event.kind),
+          fill: ink(eventColor(event.kind)),
           "fill-opacity": 0.75,
         }),
       ),
@@ -79,7 +79,7 @@ export class EventTrack {
   }
 
   #swatch(event) {
-    return h("span", {class: "lib-swatch", style: {background: eventColor(event.kind)}});
+    return h("span", {class: "lib-swatch", style: {background: ink(eventColor(event.kind))}});
   }
 
   /** Move to the step of an event, and follow its feature. */

@@ -16,9 +16,11 @@ export async function mountFeature(element, script) {
   };
   const panel = new FeaturePanel({}, ids);
   panel.closing.hidden = true;
-  const root = h("div", {class: "lib-view lib-alone"}, panel.element);
-  themeColors(root);
-  watchDark((dark) => root.classList.toggle("lib-dark", dark));
+  const root = h("main", {class: "lib-view lib-alone"}, panel.element);
+  watchDark((dark) => {
+    root.classList.toggle("lib-dark", dark);
+    themeColors(root, dark);
+  });
   element.append(root);
   const birth = first === page.history.steps[0] ? "present from the start" : `since step ${integer(first)}`;
   panel.element.hidden = false;

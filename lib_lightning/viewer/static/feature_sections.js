@@ -2,7 +2,7 @@
 
 import {h, s} from "./dom.js";
 import {change as signedChange, counted, integer, number, percent, signed, withError} from "./text.js";
-import {BLUE, VERMILION, valueColor} from "./palette.js";
+import {BLUE, VERMILION, ink, valueColor} from "./palette.js";
 import {CHART, isLogSpaced, lineChart, timeScale} from "./chart.js";
 import {SMALL, exampleView, rowTable, tellingColumns} from "./renderings.js";
 
@@ -232,7 +232,7 @@ function interaction(item, strongest, go) {
     h(
       "span",
       {class: "lib-bar-line"},
-      h("span", {class: "lib-bar-fill", style: {width: `${(100 * item.edge) / strongest}%`, background: color}}),
+      h("span", {class: "lib-bar-fill", style: {width: `${(100 * item.edge) / strongest}%`, background: color && ink(color)}}),
     ),
     h(
       "span",
@@ -266,7 +266,7 @@ export function outputsPart(page) {
                 h(
                   "span",
                   {class: "lib-bar-line"},
-                  h("span", {class: "lib-bar-fill", style: {width: `${(100 * Math.abs(change)) / most}%`, background: color}}),
+                  h("span", {class: "lib-bar-fill", style: {width: `${(100 * Math.abs(change)) / most}%`, background: color && ink(color)}}),
                 ),
                 h("span", {class: "lib-bar-text"}, signedChange(change, error)),
               ),

@@ -1,6 +1,6 @@
 // Draws a scene on a canvas. Edges of the same style are drawn as one path: thousands of single strokes are slow.
 
-import {AGAINST, MUTED, TEXT, edgeStyle} from "./palette.js";
+import {AGAINST, edgeStyle} from "./palette.js";
 import {THEME} from "./theme.js";
 import {shorten} from "./text.js";
 
@@ -10,33 +10,37 @@ const COLUMN_LINE = {top: 42, bottom: 36};
 // Maximum number of labels in a column, and in a column with little space; the most important features have priority.
 const MAX_LABELS = 40,
   MAX_LABELS_DENSE = 16;
+// Width in pixels below which a label would be two letters and dots.
+const MIN_LABEL_WIDTH = 46;
+// Pixels between numbers that do not overlap.
+const NUMBER_HEIGHT = 9.5;
 const FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif";
 
-/** Draw the edges, dots and labels of a scene. */
-export function drawScene(context, scene, width, height) {
-  // White rather than transparent: the canvas fades in over that of the previous step.
-  context.fillStyle = "#ffffff";
+/** Draw the edges, dots and labels of a scene; `colors` are those of `canvasColors`. */
+export function drawScene(context, scene, {width, height}, colors) {
+  // Opaque rather than transparent: the canvas fades in over that of the previous step.
+  context.fillStyle = colors.paper;
   context.fillRect(0, 0, width, height);
-  for (const column of scene.columns) drawColumnLine(context, column.x, height);
-  for (const section of scene.sections) drawEdges(context, section.edges, section.edges.length, 1);
+  for (const column of scene.columns) drawColumnLine(context, column.x, height, colors);
+  for (const section of scene.sections) drawEdges(context, section.edges, {total: section.edges.length, widening: 1}, colors);
   for (const column of scene.columns) {
-    for (const dot of [...column.dots].reverse()) drawDot(context, dot);
-    drawColumnText(context, column);
+    for (const dot of [...column.dots].reverse()) drawDot(context, dot, colors);
+    drawColumnText(context, column, colors);
   }
 }
 
 /** Draw one or two dots with their edges and neighbours, for the overlay above a faded scene. */
-export function drawFocus(context, scene, focused, width, height) {
+export function drawFocus(context, scene, focused, {width, height}, colors) {
   context.clearRect(0, 0, width, height);
   const near = new Set(focused);
   for (const section of scene.sections) {
     const edges = section.edges.filter(({from, to}) => focused.includes(from) || focused.includes(to));
-    drawEdges(context, edges, Math.min(edges.length, 60), 1.25);
+    drawEdges(context, edges, {total: Math.min(edges.length, 60), widening: 1.25}, colors);
     for (const {from, to} of edges) near.add(from).add(to);
   }
-  for (const dot of near) drawDot(context, dot);
+  for (const dot of near) drawDot(context, dot, colors);
   for (const dot of focused) {
-    drawRing(context, dot, TEXT, 2, 4);
+    drawRing(context, dot, colors.text, 2, 4);
   }
   for (const column of scene.columns) {
     drawLabels(
@@ -44,17 +48,20 @@ export function drawFocus(context, scene, focused, width, height) {
       column,
       column.dots.filter((dot) => near.has(dot)),
       new Set(focused),
+      colors,
     );
   }
 }
 
 /** Draw a faint line through the dots of a layer. */
-function drawColumnLine(context, x, height) {
-  context.fillStyle = "#f1f2f3";
+function drawColumnLine(context, x, height, {muted}) {
+  context.globalAlpha = 0.12;
+  context.fillStyle = muted;
   context.fillRect(x - 1, COLUMN_LINE.top, 2, height - COLUMN_LINE.top - COLUMN_LINE.bottom);
+  context.globalAlpha = 1;
 }
 
-function drawEdges(context, edges, total, widening) {
+function drawEdges(context, edges, {total, widening}, colors) {
   const styles = new Map();
   for (const edge of edges) {
     const level = Math.min(LEVELS, Math.round(Math.sqrt(edge.share) * LEVELS));
@@ -75,7 +82,7 @@ function drawEdges(context, edges, total, widening) {
       opacity = Math.max(opacity, THEME.signs.opacity_min);
     }
     context.setLineDash(sign === "-" ? [2 + 2.5 * width, 1.5 + 1.5 * width] : []);
-    context.strokeStyle = key.slice(7);
+    context.strokeStyle = colors.of(key.slice(7));
     context.globalAlpha = Math.min(1, widening > 1 ? 0.3 + 0.7 * opacity : opacity);
     context.lineWidth = width * widening;
     context.beginPath();
@@ -90,15 +97,16 @@ function drawEdges(context, edges, total, widening) {
   context.setLineDash([]);
 }
 
-function drawDot(context, dot) {
+function drawDot(context, dot, colors) {
+  const color = colors.of(dot.color);
   context.beginPath();
   context.arc(dot.x, dot.y, dot.radius, 0, 2 * Math.PI);
-  context.fillStyle = dot.hollow ? "#ffffff" : dot.color;
+  context.fillStyle = dot.hollow ? colors.paper : color;
   context.fill();
-  context.strokeStyle = dot.hollow ? dot.color : "#ffffff";
+  context.strokeStyle = dot.hollow ? color : colors.paper;
   context.lineWidth = dot.hollow ? Math.min(1.8, 0.6 * dot.radius) : Math.min(1, 0.3 * dot.radius);
   context.stroke();
-  if (dot.isNew) drawRing(context, dot, TEXT, 1, 2);
+  if (dot.isNew) drawRing(context, dot, colors.text, 1, 2);
 }
 
 function drawRing(context, dot, color, lineWidth, gap) {
@@ -109,18 +117,24 @@ function drawRing(context, dot, color, lineWidth, gap) {
   context.stroke();
 }
 
-function drawColumnText(context, column) {
-  const named = column.dots.filter((dot) => dot.label).slice(0, column.hasTextSpace ? MAX_LABELS : MAX_LABELS_DENSE);
-  drawLabels(context, column, named, new Set());
-  if (!column.hasTextSpace) return;
-  context.font = `10px ${FONT}`;
+function drawColumnText(context, column, colors) {
+  const hasSpace = column.labelWidth >= MIN_LABEL_WIDTH;
+  const named = column.dots.filter((dot) => dot.label && hasSpace).slice(0, column.hasTextSpace ? MAX_LABELS : MAX_LABELS_DENSE);
+  drawLabels(context, column, named, new Set(), colors);
+  context.font = `11px ${FONT}`;
   context.textAlign = "right";
   context.textBaseline = "middle";
-  for (const dot of column.dots) drawText(context, String(dot.id), dot.x - dot.radius - 5, dot.y, MUTED);
+  const drawn = [];
+  // As many numbers as fit, by importance.
+  for (const dot of column.dots) {
+    if (drawn.some((other) => Math.abs(other.y - dot.y) < NUMBER_HEIGHT)) continue;
+    drawn.push(dot);
+    drawText(context, String(dot.id), dot.x - dot.radius - 5, dot.y, colors, colors.muted);
+  }
 }
 
 /** Draw labels to the right of dots, as many as fit, by importance; those in `emphasized` in bold and with their id. */
-function drawLabels(context, column, dots, emphasized) {
+function drawLabels(context, column, dots, emphasized, colors) {
   context.textAlign = "left";
   context.textBaseline = "middle";
   const drawn = [];
@@ -135,17 +149,17 @@ function drawLabels(context, column, dots, emphasized) {
     const label = shorten(context, text, Math.max(column.labelWidth, 30) * (emphasized.has(dot) ? 1.15 : 1));
     if (emphasized.has(dot)) {
       // Cover the same label in the faded scene below.
-      context.fillStyle = "#ffffff";
+      context.fillStyle = colors.paper;
       context.fillRect(x - 2, dot.y - 8, context.measureText(label).width + 8, 16);
     }
-    drawText(context, label, x, dot.y, TEXT);
+    drawText(context, label, x, dot.y, colors, colors.text);
   }
 }
 
-function drawText(context, text, x, y, color) {
+function drawText(context, text, x, y, {paper}, color) {
   context.lineJoin = "round";
   context.lineWidth = 4;
-  context.strokeStyle = "rgba(255, 255, 255, 0.9)";
+  context.strokeStyle = `${paper}E6`;
   context.strokeText(text, x, y);
   context.fillStyle = color;
   context.fillText(text, x, y);

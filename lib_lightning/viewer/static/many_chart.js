@@ -2,6 +2,7 @@
 
 import {h, s} from "./dom.js";
 import {CHART, isLogSpaced, lineChart, timeScale, valueScale, wantsLog} from "./chart.js";
+import {ink} from "./palette.js";
 import {integer, number} from "./text.js";
 import {statisticsAt, summary, valueAt} from "./run_groups.js";
 
@@ -25,7 +26,7 @@ export class ManyChart {
     const curves = groups.flatMap((group) => group.curves);
     const steps = curves.flatMap((curve) => curve.steps).sort((a, b) => a - b);
     const log = isLogSpaced(steps);
-    this.time = timeScale(steps[0] ?? 0, steps[steps.length - 1] ?? 1, Math.max(300, width), log);
+    this.time = timeScale(steps[0] ?? 0, steps[steps.length - 1] ?? 1, Math.max(260, width), log);
     const lines = groups.flatMap(({color, curves: own}) =>
       own.map((curve) => ({...curve, color, width: own.length > 1 ? 0.9 : 1.8, opacity: own.length > 1 ? 0.45 : 1})),
     );
@@ -94,8 +95,8 @@ export class ManyChart {
       .map((at, i) => (this.scale.log && curve.values[i] <= 0 ? null : `${this.time.x(at).toFixed(1)} ${this.scale.y(curve.values[i]).toFixed(1)}`))
       .filter(Boolean);
     this.overlay.replaceChildren(
-      s("path", {d: `M${points.join("L")}`, stroke: group.color, "stroke-width": 2.4}),
-      s("circle", {cx: this.time.x(step), cy: this.scale.y(curve.values[k]), r: 3.5, fill: group.color}),
+      s("path", {d: `M${points.join("L")}`, stroke: ink(group.color), "stroke-width": 2.4}),
+      s("circle", {cx: this.time.x(step), cy: this.scale.y(curve.values[k]), r: 3.5, fill: ink(group.color)}),
     );
     const found = statisticsAt(group.curves, step);
     this.tip.replaceChildren(

@@ -2,7 +2,7 @@
 
 import {h, setOptions} from "./dom.js";
 import {integer, number} from "./text.js";
-import {runColors} from "./palette.js";
+import {ink, runColors} from "./palette.js";
 import {defaultGrouping, finite, groupRuns, groupings, lastCommonStep, statisticsAt} from "./run_groups.js";
 import {ManyChart} from "./many_chart.js";
 import {UniversalTable} from "./universal.js";
@@ -154,7 +154,7 @@ export class ManyRuns {
         return h(
           "tr",
           {},
-          h("th", {scope: "row"}, h("span", {class: "lib-line-swatch", style: {background: color}}), ` ${name}`),
+          h("th", {scope: "row"}, h("span", {class: "lib-line-swatch", style: {background: ink(color)}}), ` ${name}`),
           h("td", {}, integer(curves.length)),
           cell(at.mean),
           cell(at.sd),

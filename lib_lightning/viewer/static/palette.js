@@ -16,16 +16,13 @@ export const DRIVES = THEME.colors[THEME.signs.drives],
 
 /** The colour of a line between modules, where colours stand for signs. */
 export function paler(color) {
-  const share = THEME.signs.between_modules;
-  const parts = [1, 3, 5].map((k) => Math.round(255 * share + parseInt(color.slice(k, k + 2), 16) * (1 - share)));
-  return `#${parts.map((part) => part.toString(16).padStart(2, "0")).join("")}`.toUpperCase();
+  return mixed(color, THEME.paper);
 }
 
-/** Set the colours of the theme for the style sheet, which has its own for dark pages. */
-export function themeColors(root) {
-  for (const [name, color] of Object.entries({text: TEXT, muted: MUTED, accent: BLUE, warning: VERMILION})) {
-    root.style.setProperty(`--theme-${name}`, color);
-  }
+function mixed(color, paper) {
+  const share = THEME.signs.between_modules;
+  const parts = rgb(paper).map((part, k) => Math.round(part * share + rgb(color)[k] * (1 - share)));
+  return `#${parts.map((part) => part.toString(16).padStart(2, "0")).join("")}`.toUpperCase();
 }
 
 /** The colour of a module, by its number: the same as in figures. */
@@ -63,6 +60,37 @@ export const AGES = [
   {until: Infinity, color: BLUE, name: "20 or more"},
 ];
 export const FROM_THE_START = "#9A9A9A";
+
+// What each colour is on a dark page. Everywhere else in the viewer, colours are called by what they are on a light one.
+const DARK = darkColors();
+
+function darkColors() {
+  const {colors, ...others} = THEME.dark;
+  const named = Object.keys(colors).map((name) => [THEME.colors[name], colors[name]]);
+  const plain = Object.keys(others).map((name) => [THEME[name], others[name]]);
+  const pale = [BLUE, VERMILION].map((color) => [paler(color), mixed(new Map(named).get(color), others.paper)]);
+  return new Map([...named, ...plain, ...pale]);
+}
+
+/** A colour for the style sheet or an SVG element: on a dark page, the one that it has there. */
+export function ink(color) {
+  return DARK.has(color) ? `var(--ink-${color.slice(1)}, ${color})` : color;
+}
+
+/** Set the variables of the style sheet: the colours of a light or of a dark page. */
+export function themeColors(root, dark) {
+  const {colors, ...plain} = dark ? THEME.dark : THEME;
+  const {paper, text, muted} = plain;
+  const variables = {paper, text, muted, accent: colors.blue, warning: colors.vermilion};
+  for (const [name, color] of Object.entries(variables)) root.style.setProperty(`--${name}`, color);
+  for (const [light, color] of DARK) root.style.setProperty(`--ink-${light.slice(1)}`, dark ? color : light);
+}
+
+/** The colours that a canvas needs, which cannot read variables: those of the page, and `of(color)` of anything else. */
+export function canvasColors(dark) {
+  const {paper, text, muted} = dark ? THEME.dark : THEME;
+  return {paper, text, muted, of: (color) => (dark ? (DARK.get(color) ?? color) : color)};
+}
 
 /**
  * A colour for each run: the colour of its basis if no other run has it, so that figures and viewer agree.

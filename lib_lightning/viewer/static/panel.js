@@ -8,9 +8,12 @@ import {
   NO_MODULE,
   OTHER_MODULES,
   SHARED_KINDS,
+  MUTED,
   VERMILION,
   dotRadius,
+  canvasColors,
   edgeStyle,
+  ink,
   moduleColor,
   paler,
   sharedColor,
@@ -20,11 +23,12 @@ import {h, resizeCanvas} from "./dom.js";
 import {counted, integer, percent} from "./text.js";
 import {heightsByLineage, heightsByModule} from "./layout.js";
 import {SnapshotCache} from "./cache.js";
-import {buildScene, dotAt, dotOfLineage, modulesShown} from "./scene.js";
+import {buildScene, dotAt, dotOfLineage, heightOfSlots, modulesShown} from "./scene.js";
 import {drawFocus, drawScene} from "./graph.js";
 import {featureDetails} from "./tooltip.js";
 
 const FADE_MS = 110;
+const NARROW_PITCH = 120;
 
 /**
  * The graph of one run. `actions.follow({run, l, id})` is called for a click on a dot, `actions.follow(null)` for other
@@ -55,7 +59,7 @@ export class RunPanel {
       h(
         "div",
         {class: "lib-panel-head"},
-        h("h2", {}, h("span", {class: "lib-line-swatch", style: {background: color}}), name),
+        h("h2", {}, h("span", {class: "lib-line-swatch", style: {background: ink(color)}}), name),
         this.at,
         this.counts,
       ),
@@ -106,16 +110,22 @@ export class RunPanel {
     return frames.get(view.limit)[k];
   }
 
+  /** Height in pixels that the longest column of snapshot k needs, so that there is space for the number of each dot. */
+  heightOfNumbers(k, view) {
+    return heightOfSlots(Math.max(...this.#frame(k, {...view, heights: "lineage"}).map((column) => column.slots)));
+  }
+
   /** Draw snapshot k; with `fade`, over the previous one. */
   draw(k, snapshot, view, fade) {
-    const [width, height] = [Math.max(320, this.stage.clientWidth), view.graphHeight];
+    const [width, height] = [Math.max(260, this.stage.clientWidth), view.graphHeight];
     this.stage.style.height = `${height}px`;
     const shared = (l, id, at) => this.shared?.of(this.name, l, id, at) ?? {row: null, others: []};
     const color = view.color === "shared" && !this.shared ? "module" : view.color;
     const scene = {...view, color, shared, width, height};
     this.scene = buildScene(this.history, k, snapshot, this.#frame(k, view), scene);
     const front = this.canvases.reverse()[0];
-    drawScene(resizeCanvas(front, width, height), this.scene, width, height);
+    this.drawColors = canvasColors(view.dark);
+    drawScene(resizeCanvas(front, width, height), this.scene, {width, height}, this.drawColors);
     this.base.append(front);
     for (const animation of front.getAnimations()) animation.cancel();
     if (fade) front.animate([{opacity: 0}, {opacity: 1}], {duration: FADE_MS, easing: "ease-out"});
@@ -159,6 +169,8 @@ export class RunPanel {
       `${integer(scene.edgesDrawn)} of ${counted(scene.edges, "edge")} drawn, ` +
       `${percent(scene.share)} of the strength; ${integer(scene.featuresDrawn)} of ${counted(scene.features, "feature")}`;
     this.stage.setAttribute("aria-label", `Interaction graph of ${this.name}: ${this.counts.textContent}`);
+    // Between columns that are close together, on a phone, there is space for a few letters.
+    const isNarrow = scene.pitch < NARROW_PITCH;
     const columnTexts = scene.columns.map((column, l) => {
       const {name, kind} = this.history.layers[l];
       const shown = column.dots.length;
@@ -170,15 +182,15 @@ export class RunPanel {
         "div",
         {class: "lib-head", title: name, style: {left: `${column.x}px`, width: `${width}px`}},
         h("b", {}, h("bdi", {}, name)),
-        h("span", {}, `${count} ${THEME.feature_names[kind] ?? "features"}`),
+        h("span", {}, isNarrow ? count : `${count} ${THEME.feature_names[kind] ?? "features"}`),
       );
     });
     const feet = scene.sections.map((section) =>
       h(
         "div",
         {class: "lib-foot", style: {left: `${section.x}px`, width: `${Math.max(60, scene.pitch - 6)}px`}},
-        h("span", {}, `${integer(section.edges.length)} of ${counted(section.count, "edge")}`),
-        h("span", {}, `${percent(section.strength / section.total)} of strength`),
+        h("span", {}, `${integer(section.edges.length)} of ${isNarrow ? integer(section.count) : counted(section.count, "edge")}`),
+        h("span", {}, `${percent(section.strength / section.total)}${isNarrow ? "" : " of strength"}`),
       ),
     );
     this.columnTexts.replaceChildren(...columnTexts, ...feet);
@@ -195,15 +207,15 @@ export class RunPanel {
       h("span", {class: "lib-key"}, h("span", {class: "lib-line-swatch lib-sign-swatch", style: {background}}), text);
     return [
       h("span", {}, "lines: a feature"),
-      line(DRIVES, "drives the next one the way it goes"),
-      line(`repeating-linear-gradient(90deg, ${AGAINST} 0 6px, transparent 6px 9px)`, "holds against it"),
-      ...(by === "module" && history.hasModules ? [line(paler(DRIVES), "faint: between modules")] : []),
+      line(ink(DRIVES), "drives the next one the way it goes"),
+      line(`repeating-linear-gradient(90deg, ${ink(AGAINST)} 0 6px, transparent 6px 9px)`, "holds against it"),
+      ...(by === "module" && history.hasModules ? [line(ink(paler(DRIVES)), "faint: between modules")] : []),
     ];
   }
 
   #colorKey(by) {
     const entry = ([color, text]) =>
-      h("span", {class: "lib-key"}, h("span", {class: "lib-swatch", style: {background: color}}), text);
+      h("span", {class: "lib-key"}, h("span", {class: "lib-swatch", style: {background: ink(color)}}), text);
     const {history, scene} = this;
     if (by === "age") {
       return [
@@ -228,7 +240,7 @@ export class RunPanel {
       const shown = new Set(scene.columns.flatMap((column) => column.dots.map((dot) => dot.group)));
       const kinds = Object.entries(SHARED_KINDS).filter(([kind]) => shown.has(kind));
       const mark = ({color, hollow}) => {
-        const style = hollow ? {border: `2px solid ${color}`} : {background: color};
+        const style = hollow ? {border: `2px solid ${ink(color)}`} : {background: ink(color)};
         return h("span", {class: "lib-swatch", style});
       };
       return [
@@ -258,7 +270,7 @@ export class RunPanel {
     this.stage.classList.toggle("lib-hovering", Boolean(this.hovered));
     this.stage.classList.toggle("lib-following", Boolean(followed || paired.some(Boolean)) && !this.hovered);
     const [width, height] = this.size;
-    drawFocus(resizeCanvas(this.overlay, width, height), this.scene, focused, width, height);
+    drawFocus(resizeCanvas(this.overlay, width, height), this.scene, focused, {width, height}, this.drawColors);
     if (!this.hovered) this.tip.hide(this);
   }
 

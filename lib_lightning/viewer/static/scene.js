@@ -23,6 +23,13 @@ import {labelGroup} from "./history.js";
 const MARGIN = {top: 50, bottom: 44, left: 84, right: 84, labels: 130};
 // Pixels between dots below which there is no space for text.
 const MIN_TEXT_SPACING = 9;
+// Pixels between dots with which numbers beside them can be read.
+const TEXT_SPACING = 12;
+
+/** Height of a picture in which a column with so many slots has space for a number beside each dot. */
+export function heightOfSlots(slots) {
+  return MARGIN.top + MARGIN.bottom + TEXT_SPACING * (slots - 1);
+}
 
 /**
  * Build a picture of snapshot k.

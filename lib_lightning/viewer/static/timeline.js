@@ -95,7 +95,7 @@ export class Timeline {
     this.time = timeScale(
       (log ? Math.min(...steps) : all[0]) ?? 0,
       all[all.length - 1] ?? 1,
-      Math.max(320, this.column.clientWidth),
+      Math.max(260, this.column.clientWidth),
       log,
       this.scalars.overlays.length === 1 ? RIGHT_AXIS : CHART.right,
     );

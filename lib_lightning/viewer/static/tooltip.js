@@ -2,6 +2,7 @@
 
 import {h} from "./dom.js";
 import {change as signedChange, integer, number, ordinal, percent, withError} from "./text.js";
+import {ink} from "./palette.js";
 import {labelOf} from "./scene.js";
 
 const MAX_NEIGHBOURS = 4;
@@ -34,7 +35,7 @@ export function featureDetails(scene, l, i, {color, followed, others}) {
     h(
       "div",
       {class: "lib-tip-title"},
-      h("span", {class: "lib-swatch", style: {background: color}}),
+      h("span", {class: "lib-swatch", style: {background: ink(color)}}),
       `${history.layers[l].name}/${id}`,
     ),
     label ? h("div", {class: "lib-tip-label"}, label) : null,

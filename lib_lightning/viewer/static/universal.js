@@ -1,6 +1,7 @@
 // The features that many runs have, as `lib-lightning universal` has found them.
 
 import {h} from "./dom.js";
+import {ink} from "./palette.js";
 import {integer, number, percent} from "./text.js";
 import {THEME} from "./theme.js";
 
@@ -129,7 +130,7 @@ export class UniversalTable {
               class: "lib-bar-fill",
               style: {
                 height: `${Math.max(1, Math.round((30 * values[k - 1]) / largest))}px`,
-                background: k === n ? THEME.colors.blue : k === 1 ? THEME.no_module : THEME.colors.sky,
+                background: ink(k === n ? THEME.colors.blue : k === 1 ? THEME.no_module : THEME.colors.sky),
               },
             }),
           ),

@@ -44,6 +44,7 @@ class View {
       xscale: "auto",
       follow: null,
       graphHeight: 480,
+      dark: false,
     };
     this.steps = [];
     this.pictures = null;
@@ -86,7 +87,7 @@ class View {
       this.timeline.element,
     );
     this.root = h(
-      "div",
+      "main",
       {class: "lib-view", tabindex: -1, "data-ready": "false"},
       this.controls.header,
       this.message,
@@ -96,8 +97,7 @@ class View {
       this.tip.element,
       this.timeline.events.tip,
     );
-    themeColors(this.root);
-    this.endWatch = watchDark((dark) => this.root.classList.toggle("lib-dark", dark));
+    this.endWatch = watchDark((dark) => this.setDark(dark));
     element.append(this.root);
     this.keys = (event) => this.player.onKey(event);
     document.addEventListener("keydown", this.keys);
@@ -288,7 +288,7 @@ class View {
     const started = performance.now();
     this.pictures = pictures;
     const {state} = this;
-    state.graphHeight = Math.round(Math.min(640, Math.max(400, 0.5 * window.innerHeight)));
+    state.graphHeight = this.graphHeight(pictures);
     for (const {panel, k, snapshot} of pictures) {
       panel.setFollowed(followedIn(state.follow, panel.name));
       if (snapshot) panel.draw(k, snapshot, state, fade);
@@ -308,6 +308,21 @@ class View {
       ready: "true",
     });
     this.handle.lastDrawMs = performance.now() - started;
+  }
+
+  setDark(dark) {
+    this.root.classList.toggle("lib-dark", dark);
+    themeColors(this.root, dark);
+    this.state.dark = dark;
+    this.redraw();
+  }
+
+  /** Height in which the numbers of all features can be read, if most of the window is enough for that. */
+  graphHeight(pictures) {
+    const least = Math.min(640, Math.max(400, 0.5 * window.innerHeight));
+    const most = Math.max(least, 0.7 * window.innerHeight);
+    const needed = Math.max(0, ...pictures.map(({panel, k, snapshot}) => (snapshot ? panel.heightOfNumbers(k, this.state) : 0)));
+    return Math.round(Math.min(most, Math.max(least, needed)));
   }
 
   redraw() {
