@@ -16,7 +16,7 @@ from lib_lightning.errors import LIBError, MissingFileError, quoted
 from lib_lightning.io.basis_format import MODULES_TRACKED
 from lib_lightning.io.notes import read_notes
 from lib_lightning.io.run_layout import RunLayout
-from lib_lightning.viewer.run_discovery import find_runs, read_events, snapshot_files
+from lib_lightning.viewer.run_discovery import find_runs, read_events, run_title, snapshot_files
 
 if TYPE_CHECKING:
     from lib_lightning.graph import InteractionGraph
@@ -230,7 +230,7 @@ class Run:
         if not steps:
             return html.escape(repr(self))
         every = -(-len(steps) // _NOTEBOOK_SNAPSHOTS)
-        page = film_page(_views([self]), self.name, _NOTEBOOK_EDGES, every, feature_bytes=_NOTEBOOK_FEATURE_BYTES)
+        page = film_page(_views([self]), run_title(self.name, self.folder), _NOTEBOOK_EDGES, every, feature_bytes=_NOTEBOOK_FEATURE_BYTES)
         thinned = f" One in {every} snapshots is shown; <code>view()</code> exports all of them." if every > 1 else ""
         return (
             f'<iframe srcdoc="{html.escape(page)}" sandbox="allow-scripts allow-downloads" '
@@ -263,7 +263,7 @@ def write_film(
         raise LIBError(f"edges and every must be at least 1; got {edges} and {every}.")
     views = _views(runs)
     path = RunLayout(runs[0].folder).view_file if output is None else Path(output)
-    write_bytes(path, film_page(views, ", ".join(view.name for view in views), edges, every).encode())
+    write_bytes(path, film_page(views, ", ".join(run_title(view.name, view.folder) for view in views), edges, every).encode())
     return path
 
 

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from lib_lightning.io.run_layout import RunLayout
 
+# Where the callback writes by default, below the log directory.
+DEFAULT_FOLDER = "lib"
 # Hugging Face's Trainer writes it, with all that it has logged.
 TRAINER_STATE = "trainer_state.json"
 
@@ -88,6 +90,28 @@ def find_runs(root: Path) -> dict[str, Path]:
         skipped = RunLayout.NO_RUNS if is_run else ()
         folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
     return dict(sorted(found.items(), key=lambda item: _natural_key(item[0])))
+
+
+def run_title(name: str, folder: Path) -> str:
+    """What a run is called where people read it: by its log directory, and by its own folder only if that says more.
+
+    Args:
+        name: Path of the run's folder relative to where it was searched for.
+        folder: The folder.
+
+    Returns:
+        The path without the folder that the callback makes by default; with the folder above it, if nothing else is left.
+
+    Example:
+        >>> run_title("version_0/lib", Path("/logs/version_0/lib")), run_title("lib", Path("/logs/version_0/lib"))
+        ('version_0', 'version_0')
+        >>> run_title("version_0/pca", Path("/logs/version_0/pca")), run_title("pca", Path("/logs/version_0/pca"))
+        ('version_0/pca', 'version_0/pca')
+    """
+    parts = name.split("/")
+    if len(parts) == 1 and folder.parent.name and folder.name == name:
+        parts = [folder.parent.name, name]
+    return "/".join(parts[:-1] if len(parts) > 1 and parts[-1] == DEFAULT_FOLDER else parts)
 
 
 def log_directory(folder: Path) -> Path:

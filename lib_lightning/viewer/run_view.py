@@ -38,6 +38,7 @@ from lib_lightning.viewer.run_discovery import (
     read_final_forms,
     regular_file,
     regular_files,
+    run_title,
     snapshot_files,
 )
 from lib_lightning.viewer.scalars import ScalarReader
@@ -124,6 +125,7 @@ class RunView:
                 "layers": dump([{"name": name, "kind": kind} for name, kind in layers]),
                 "snapshots": array(outline.json for outline in outlines),
                 "labels": dump([_newest_labels(outlines, i) for i in range(len(layers))]),
+                "output_names": dump(outlines[-1].output_names),
                 "label_colors": dump(list(label_colors([outline.groups for outline in outlines]).items())),
                 "module_numbers": dump([module_numbers.get(step) for step in by_step]),
                 "events": dump(placed_events(events, measured)),
@@ -318,7 +320,13 @@ class RunView:
         stamps = repr([*((step, file[1:]) for step, file in files.items()), *(file[1:] for file in others)])
         version = f"{len(files)}-{hashlib.sha256(stamps.encode()).hexdigest()[:16]}"
         compared = regular_file(RunLayout(self.folder).comparison_page) is not None
-        return {"name": self.name, "version": version, "snapshots": len(files), "comparison": compared}
+        return {
+            "name": self.name,
+            "title": run_title(self.name, self.folder),
+            "version": version,
+            "snapshots": len(files),
+            "comparison": compared,
+        }
 
     def _outlines(self, files: dict[int, FileStamp], every: int) -> dict[int, Outline]:
         """Outlines of the readable snapshots that have the same node layers as the newest."""

@@ -20,6 +20,8 @@ from lib_lightning.viewer.event_times import Measured, Shares
 from lib_lightning.viewer.json_text import array, dump, integers, number, numbers, object_
 from lib_lightning.viewer.run_discovery import FileStamp
 
+# Kinds of basis whose features are the single activations of a layer.
+OUTPUT_KINDS = ("neuron", "centered")
 # Errors from a file that is missing, incomplete, or not an interaction graph.
 UNREADABLE = (LIBError, OSError, AttributeError, IndexError, KeyError, TypeError, ValueError)
 # Tensors of each feature, by key in the JSON: those for the outline, and those for a single snapshot.
@@ -58,6 +60,7 @@ class Outline:
         groups: Importance of each group of labels, as a share of its node layer.
         members: Modules of the node layers whose features have lineages and modules, if the file was written by a
             version that numbered modules anew in each snapshot; else empty.
+        output_names: Names of the features of the last node layer, if these are the outputs of the model, such as classes.
         logging_step: Where Lightning logged the scalars of the snapshot; None in files of version 0.1.
         measured: Its metrics, and the features of each node layer with lineages.
         fingerprint: By which comparisons name the snapshot.
@@ -69,6 +72,7 @@ class Outline:
     labels: tuple[dict[int, str], ...]
     groups: dict[str, float]
     members: dict[str, Members]
+    output_names: dict[int, str]
     logging_step: int | None
     measured: Measured
     fingerprint: str
@@ -120,6 +124,7 @@ def read_outline(file: FileStamp, step: int) -> Outline:
         tuple(_by_lineage(names, layer) for names, layer in zip(labels, layers, strict=True)),
         _groups(labels, layers),
         {} if is_renumbered else _members([name for name, _ in node_layers], layers),
+        _output_names(info.get(basis_format.OUTPUT_NAMES), node_layers[-1][1], len(layers[-1]["importance"])),
         logging_step if isinstance(logging_step, int) else None,
         Measured(
             _shares([name for name, _ in node_layers], layers),
@@ -128,6 +133,17 @@ def read_outline(file: FileStamp, step: int) -> Outline:
         _fingerprint(info, [name for name, _ in node_layers], layers),
         object_(entries),
     )
+
+
+def _output_names(names: Any, kind: str, count: int) -> dict[int, str]:
+    """Names of outputs by their number, if the features of a layer are single outputs."""
+    if kind not in OUTPUT_KINDS:
+        return {}
+    if isinstance(names, list) and len(names) == count:
+        return {i: sys.intern(str(name)) for i, name in enumerate(names)}
+    # Of very many outputs, a file has the names of some.
+    named = names.items() if isinstance(names, dict) else ()
+    return {int(i): sys.intern(str(name)) for i, name in named if str(i).isdecimal() and int(i) < count}
 
 
 def _fingerprint(info: Mapping[str, Any], names: list[str], layers: list[dict[str, np.ndarray]]) -> str:

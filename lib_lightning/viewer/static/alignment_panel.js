@@ -56,7 +56,7 @@ export class AlignmentPanel {
           "li",
           {},
           h("span", {class: "lib-line-swatch", style: {background: ink(run.color)}}),
-          h("span", {}, `${runs.length > 1 ? `${run.name}: ` : ""}${name} ${changeText(run.change, integer)}`),
+          h("span", {}, `${runs.length > 1 ? `${run.title}: ` : ""}${name} ${changeText(run.change, integer)}`),
         ),
       ),
     );

@@ -102,6 +102,11 @@ export class Controls {
     // Offered where the runs shown have been compared.
     this.choices = [this.color, this.heights].map((select) => [...select.options].map(({value, text}) => [value, text]));
     this.search = new FeatureSearch(actions.find);
+    this.save = h(
+      "button",
+      {type: "button", class: "lib-small", "data-role": "save-picture", title: "download the graphs as they are shown, as a PNG file", onclick: () => actions.save()},
+      "save picture",
+    );
     this.runs = h("fieldset", {class: "lib-runs", "aria-label": "runs"});
     this.actions = actions;
     this.header = h(
@@ -109,6 +114,7 @@ export class Controls {
       {class: "lib-header"},
       h("h1", {class: "lib-title"}, "Interaction graph over training"),
       this.runs,
+      this.save,
     );
     this.film = h(
       "div",
@@ -165,7 +171,7 @@ export class Controls {
 
   /** Show a checkbox for each run. Existing ones are kept, so that they keep the focus. */
   showRuns({available, chosen, colors}) {
-    const names = available.map((run) => `${run.name} ${run.page ?? ""}`).join("\n");
+    const names = available.map((run) => `${run.name} ${run.title} ${run.page ?? ""}`).join("\n");
     if (names !== this.runNames) {
       this.runNames = names;
       const labels = available.map((run) =>
@@ -179,7 +185,7 @@ export class Controls {
             onchange: (event) => this.actions.run(run.name, event.target.checked),
           }),
           h("span", {class: "lib-line-swatch", style: {background: ink(colors.get(run.name))}}),
-          run.name,
+          run.title,
           run.page && h("a", {href: run.page, target: "_blank", "data-role": "comparison"}, "comparison"),
         ),
       );

@@ -1,10 +1,12 @@
 // Whether the page is dark: as TensorBoard is set in its tab, and as the browser prefers elsewhere.
 
+import {boardWindow} from "./place.js";
+
 const PREFERRED = "(prefers-color-scheme: dark)";
 
 /** Calls `changed(dark)` now and at every change; returns a function that ends this. */
 export function watchDark(changed) {
-  const board = boardBody();
+  const board = boardWindow()?.document.body;
   const preferred = matchMedia(PREFERRED);
   const update = () => changed(board ? board.classList.contains("dark-mode") : preferred.matches);
   const observer = new MutationObserver(update);
@@ -15,14 +17,4 @@ export function watchDark(changed) {
     observer.disconnect();
     preferred.removeEventListener("change", update);
   };
-}
-
-/** The body of TensorBoard's page, of which the tab is a frame; null elsewhere, such as in a notebook. */
-function boardBody() {
-  try {
-    const outer = window.parent === window ? null : window.parent.document;
-    return outer?.querySelector("tb-webapp") ? outer.body : null;
-  } catch {
-    return null; // a page of another origin
-  }
 }

@@ -4,6 +4,7 @@ import {h, s} from "./dom.js";
 import {CHART} from "./chart.js";
 import {integer} from "./text.js";
 import {eventColor, ink} from "./palette.js";
+import {oneTabStop} from "./one_tab_stop.js";
 import {AlignmentPanel} from "./alignment_panel.js";
 
 const HEIGHT = 30;
@@ -19,9 +20,14 @@ export class EventTrack {
     this.tip = h("div", {class: "lib-tip lib-event-tip", "data-role": "event-tip", hidden: true});
     const head = h("div", {class: "lib-track-head"}, h("strong", {}, "events"));
     this.element = h("div", {class: "lib-track lib-event-track"}, head, this.marks);
-    this.list = h("ol", {class: "lib-event-list", "data-role": "events", "aria-label": "newest events"});
+    this.list = h("ol", {class: "lib-event-list", "data-role": "events", "aria-label": "newest events: arrow keys move, Enter goes to the step of an event"});
+    this.updateStops = oneTabStop(this.list, "button");
     this.aligned = new AlignmentPanel(actions);
-    this.aside = h("aside", {class: "lib-events"}, this.aligned.element, h("h3", {}, "Newest events"), this.list);
+    this.title = h("h3", {}, "Newest events");
+    // Whether those of other features are listed as well, while one is followed.
+    this.listsAll = false;
+    this.others = h("button", {type: "button", class: "lib-small", "data-role": "all-events", hidden: true, onclick: () => this.#toggle()});
+    this.aside = h("aside", {class: "lib-events", "aria-label": "events"}, this.aligned.element, this.title, this.others, this.list);
     this.marks.addEventListener("mousemove", (event) => this.#hover(event));
     this.marks.addEventListener("mouseleave", () => {
       this.tip.hidden = true;
@@ -33,8 +39,10 @@ export class EventTrack {
     });
   }
 
-  draw(runs, time) {
+  /** Draw the events of runs; `followed` is the followed lineage, or null. */
+  draw(runs, time, followed) {
     this.runs = runs;
+    this.followed = followed;
     this.time = time;
     this.all = runs
       .flatMap(({name, history}) => (history.run.events ?? []).map((event) => ({...event, run: name})))
@@ -55,19 +63,42 @@ export class EventTrack {
       ),
     );
     // Rebuilt only if the events changed, so that a button keeps the focus when it is pressed.
-    const listed = runs.map(({name, history}) => `${name} ${history.run.version}`).join();
+    const own = followed && !this.listsAll ? [followed.run, followed.layer, followed.id] : [];
+    const listed = [...runs.map(({name, history}) => `${name} ${history.run.version}`), ...own].join("\n");
     if (listed !== this.listed) this.#drawList();
     this.listed = listed;
+    this.#drawChoice();
   }
 
   #drawList() {
-    const newest = this.all.slice(-MAX_LISTED).reverse();
-    const none = h("li", {class: "lib-none"}, "No events yet.");
+    const {followed} = this;
+    const isOwn = (event) => event.run === followed.run && event.layer === followed.layer && event.lineage === followed.id;
+    const chosen = followed && !this.listsAll ? this.all.filter(isOwn) : this.all;
+    const newest = chosen.slice(-MAX_LISTED).reverse();
+    const none = h("li", {class: "lib-none"}, chosen === this.all ? "No events yet." : "This feature has no events.");
+    const focused = this.list.contains(document.activeElement);
     this.list.replaceChildren(...(newest.length ? newest.map((event) => this.#item(event)) : [none]));
+    if (!newest.length) return;
+    this.updateStops();
+    if (focused) this.list.querySelector("button").focus();
+  }
+
+  /** While a feature is followed, its events are listed, and on request all. */
+  #drawChoice() {
+    const {followed} = this;
+    this.others.hidden = !followed;
+    const isOwn = followed && !this.listsAll;
+    this.title.textContent = isOwn ? `Events of ${followed.layer}/${followed.id}` : "Newest events";
+    if (followed) this.others.textContent = isOwn ? "show all events" : `only those of ${followed.layer}/${followed.id}`;
+  }
+
+  #toggle() {
+    this.listsAll = !this.listsAll;
+    this.draw(this.runs, this.time, this.followed);
   }
 
   #item(event) {
-    const run = this.runs.length > 1 ? ` · ${event.run}` : "";
+    const run = this.runs.length > 1 ? ` · ${this.runs.find(({name}) => name === event.run).title}` : "";
     const when = h(
       "span",
       {class: "lib-event-step"},

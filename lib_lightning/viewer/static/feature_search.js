@@ -1,8 +1,9 @@
 // A search field for features with a list of matches: arrow keys, Enter and Escape, or the mouse.
 
 import {h} from "./dom.js";
+import {counted} from "./text.js";
 
-const MAX_LISTED = 12;
+const MAX_LISTED = 60;
 
 /** The field. `choose(text)` is called with the name of a feature, or with what was typed. */
 export class FeatureSearch {
@@ -11,7 +12,7 @@ export class FeatureSearch {
     this.known = [];
     this.matches = [];
     this.active = -1;
-    this.list = h("ul", {class: "lib-matches", id: "lib-matches", role: "listbox", "aria-label": "features", hidden: true});
+    this.list = h("ul", {id: "lib-matches", role: "listbox", "aria-label": "features"});
     this.input = h("input", {
       type: "search",
       "data-role": "find",
@@ -29,18 +30,33 @@ export class FeatureSearch {
       onblur: () => this.#close(),
       onkeydown: (event) => this.#key(event),
     });
-    this.element = h("span", {class: "lib-search"}, this.input, this.list);
+    this.count = h("div", {class: "lib-matches-count", role: "status"});
+    this.popup = h("div", {class: "lib-matches", hidden: true}, this.list, this.count);
+    this.element = h("span", {class: "lib-search"}, this.input, this.popup);
   }
 
   /** Set what can be found, as pairs `[name, label]`. */
   setKnown(known) {
     this.known = known;
-    if (!this.list.hidden) this.#search();
+    if (this.isOpen) this.#search();
   }
 
+  get isOpen() {
+    return !this.popup.hidden;
+  }
+
+  /** List the features with all words in their names or labels: those first whose name begins with them. */
   #search() {
     const text = this.input.value.trim().toLowerCase();
-    this.matches = this.known.filter(([name, label]) => `${name} ${label}`.toLowerCase().includes(text)).slice(0, MAX_LISTED);
+    const words = text.split(/\s+/);
+    const found = this.known.filter(([name, label]) => {
+      const both = `${name} ${label}`.toLowerCase();
+      return words.every((word) => both.includes(word));
+    });
+    const begins = ([name]) => text !== "" && name.toLowerCase().startsWith(text);
+    this.matches = [...found.filter(begins), ...found.filter((one) => !begins(one))].slice(0, MAX_LISTED);
+    const more = found.length > this.matches.length ? `, ${this.matches.length} listed` : "";
+    this.count.textContent = found.length ? `${counted(found.length, "feature")}${more}` : "";
     this.active = -1;
     this.#draw();
   }
@@ -65,8 +81,8 @@ export class FeatureSearch {
         ),
       ),
     );
-    this.list.hidden = this.matches.length === 0;
-    this.input.setAttribute("aria-expanded", String(!this.list.hidden));
+    this.popup.hidden = this.matches.length === 0;
+    this.input.setAttribute("aria-expanded", String(this.isOpen));
     if (this.active >= 0) this.input.setAttribute("aria-activedescendant", `lib-match-${this.active}`);
     else this.input.removeAttribute("aria-activedescendant");
     this.list.children[this.active]?.scrollIntoView({block: "nearest"});
@@ -92,9 +108,12 @@ export class FeatureSearch {
       this.#draw();
     } else if (event.key === "Enter") {
       event.preventDefault();
-      const text = this.active >= 0 ? this.matches[this.active][0] : this.input.value.trim();
-      if (text) this.#take(text);
-    } else if (event.key === "Escape" && !this.list.hidden) {
+      const text = this.input.value.trim();
+      const isExact = this.known.some((entry) => entry.includes(text));
+      // Of part of a name, the first match.
+      const match = this.active >= 0 ? this.matches[this.active] : isExact ? null : this.matches[0];
+      if (text || this.active >= 0) this.#take(match?.[0] ?? text);
+    } else if (event.key === "Escape" && this.isOpen) {
       event.preventDefault();
       event.stopPropagation();
       this.#close();

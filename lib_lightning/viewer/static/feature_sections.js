@@ -1,7 +1,7 @@
 // The parts of a feature's page: numbers, examples, histogram, interactions, outputs and curves over training.
 
 import {h, s} from "./dom.js";
-import {change as signedChange, counted, integer, number, percent, signed, withError} from "./text.js";
+import {change as signedChange, counted, integer, number, percent, quoted, signed, withError} from "./text.js";
 import {BLUE, VERMILION, ink, valueColor} from "./palette.js";
 import {CHART, isLogSpaced, lineChart, timeScale} from "./chart.js";
 import {SMALL, exampleView, rowTable, tellingColumns} from "./renderings.js";
@@ -262,7 +262,7 @@ export function outputsPart(page) {
               h(
                 "li",
                 {},
-                h("span", {class: "lib-output"}, name === null ? `output ${integer(output)}` : visible(name)),
+                h("span", {class: "lib-output"}, name === null ? `output ${integer(output)}` : quoted(name)),
                 h(
                   "span",
                   {class: "lib-bar-line"},
@@ -280,11 +280,6 @@ export function outputsPart(page) {
     sentence(`Mean change of ${page.effects_on} where the feature is one standard deviation higher${page.effects_by === "derivatives" ? ", to first order" : ""}.`),
     h("div", {class: "lib-sides"}, side(page.raised, "raised", VERMILION), side(page.lowered, "lowered", BLUE)),
   );
-}
-
-/** A name, with quotes if it has spaces at its ends, or no letter or digit: those of tokens. */
-function visible(name) {
-  return /^\s|\s$/.test(name) || !/[\p{L}\p{N}]/u.test(name) ? `“${name}”` : name;
 }
 
 /** Importance, effect on the predictions and effect on a score over training, with errors. */

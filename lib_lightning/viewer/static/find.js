@@ -5,7 +5,7 @@ export function featureSuggestions(panels) {
   const labels = new Map();
   for (const {history} of panels) {
     history.layers.forEach((layer, l) => {
-      for (const id of history.first[l].keys()) labels.set(`${layer.name}/${id}`, history.run.labels?.[l]?.[id] ?? "");
+      for (const id of history.first[l].keys()) labels.set(`${layer.name}/${id}`, history.labelOf(l, id));
     });
   }
   return [...labels].sort((a, b) => Boolean(b[1]) - Boolean(a[1]));
@@ -16,7 +16,7 @@ export function findFeature(panels, text) {
   for (const {name, history} of panels) {
     for (const [l, layer] of history.layers.entries()) {
       const ids = [...history.first[l].keys()].reverse();
-      const id = ids.find((other) => `${layer.name}/${other}` === text || history.run.labels?.[l]?.[other] === text);
+      const id = ids.find((other) => `${layer.name}/${other}` === text || history.labelOf(l, other) === text);
       if (id !== undefined) return {run: name, l, id};
     }
   }

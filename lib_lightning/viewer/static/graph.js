@@ -14,7 +14,7 @@ const MAX_LABELS = 40,
 const MIN_LABEL_WIDTH = 46;
 // Pixels between numbers that do not overlap.
 const NUMBER_HEIGHT = 9.5;
-const FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif";
+export const FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif";
 
 /** Draw the edges, dots and labels of a scene; `colors` are those of `canvasColors`. */
 export function drawScene(context, scene, {width, height}, colors) {
@@ -30,8 +30,7 @@ export function drawScene(context, scene, {width, height}, colors) {
 }
 
 /** Draw one or two dots with their edges and neighbours, for the overlay above a faded scene. */
-export function drawFocus(context, scene, focused, {width, height}, colors) {
-  context.clearRect(0, 0, width, height);
+export function drawFocus(context, scene, focused, colors) {
   const near = new Set(focused);
   for (const section of scene.sections) {
     const edges = section.edges.filter(({from, to}) => focused.includes(from) || focused.includes(to));
@@ -129,7 +128,8 @@ function drawColumnText(context, column, colors) {
   for (const dot of column.dots) {
     if (drawn.some((other) => Math.abs(other.y - dot.y) < NUMBER_HEIGHT)) continue;
     drawn.push(dot);
-    drawText(context, String(dot.id), dot.x - dot.radius - 5, dot.y, colors, colors.muted);
+    const number = dot.folded.length ? `${dot.folded.length + 1} × ${dot.id}` : String(dot.id);
+    drawText(context, number, dot.x - dot.radius - 5, dot.y, colors, colors.muted);
   }
 }
 

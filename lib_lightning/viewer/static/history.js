@@ -1,6 +1,7 @@
 // The outline of a run: lineages with births and deaths, ranks, and modules over time.
 
 import {moduleColor} from "./palette.js";
+import {quoted} from "./text.js";
 
 /** The history of one run; `layers` and `snapshots` as in `run()` of a data source. */
 export class History {
@@ -20,6 +21,7 @@ export class History {
     );
     this.hasModules = this.snapshots.some((snapshot) => snapshot.layers.some((layer) => layer.modules));
     this.labelGroups = new Map(run.label_colors);
+    this.hasOutputNames = Object.entries(run.output_names ?? {}).some(([id, name]) => id !== name);
     this.indices = new Map();
   }
 
@@ -54,6 +56,18 @@ export class History {
     let indices = this.indices.get(key);
     if (!indices) this.indices.set(key, (indices = new Map(layer.ids.map((other, i) => [other, i]))));
     return indices.get(id) ?? -1;
+  }
+
+  /** Name of an output, such as a class or a token; "" for other features, and for outputs without a name. */
+  outputName(l, id) {
+    const name = l === this.layers.length - 1 ? (this.run.output_names?.[id] ?? "") : "";
+    // A class that is called by its number has that beside its dot already.
+    return name === String(id) ? "" : quoted(name);
+  }
+
+  /** The newest label of a lineage, or the name of an output; "" for none. */
+  labelOf(l, id) {
+    return this.run.labels?.[l]?.[id] || this.outputName(l, id);
   }
 
   /** Rank by importance, starting at 1. */

@@ -23,8 +23,9 @@ import {h, resizeCanvas} from "./dom.js";
 import {counted, integer, percent} from "./text.js";
 import {heightsByLineage, heightsByModule} from "./layout.js";
 import {SnapshotCache} from "./cache.js";
-import {buildScene, dotAt, dotOfLineage, heightOfSlots, modulesShown} from "./scene.js";
+import {buildScene, countShown, dotAt, dotOfLineage, heightOfSlots, modulesShown} from "./scene.js";
 import {drawFocus, drawScene} from "./graph.js";
+import {FeatureList} from "./feature_list.js";
 import {featureDetails} from "./tooltip.js";
 
 const FADE_MS = 110;
@@ -35,8 +36,9 @@ const NARROW_PITCH = 120;
  * clicks, and `actions.hover()` when there is another dot under the mouse.
  */
 export class RunPanel {
-  constructor(name, color, tip, actions) {
+  constructor({name, title, color}, tip, actions) {
     this.name = name;
+    this.title = title;
     this.tip = tip;
     this.actions = actions;
     this.shared = null;
@@ -59,7 +61,7 @@ export class RunPanel {
       h(
         "div",
         {class: "lib-panel-head"},
-        h("h2", {}, h("span", {class: "lib-line-swatch", style: {background: ink(color)}}), name),
+        h("h2", {}, h("span", {class: "lib-line-swatch", style: {background: ink(color)}}), title),
         this.at,
         this.counts,
       ),
@@ -67,6 +69,11 @@ export class RunPanel {
       this.colors,
       this.note,
     );
+    this.list = new FeatureList({
+      point: (dot) => this.#point(dot),
+      follow: (dot) => this.actions.follow({run: this.name, l: dot.l, id: dot.id}),
+    });
+    this.element.append(this.list.element);
     this.stage.addEventListener("mousemove", (event) => this.#hover(event));
     this.stage.addEventListener("mouseleave", () => this.#leave());
     this.stage.addEventListener("click", (event) => this.#click(event));
@@ -132,21 +139,22 @@ export class RunPanel {
     this.size = [width, height];
     this.#writeText(view);
     this.hovered = this.hovered && dotOfLineage(this.scene, this.hovered.l, this.hovered.id);
+    this.list.show(this.scene);
     this.focus();
     if (this.hovered) this.#showTooltip(this.hovered);
   }
 
   #showTooltip(dot) {
-    const followed = this.followed?.l === dot.l && this.followed.id === dot.id;
+    const followed = this.followed?.l === dot.l && [dot.id, ...dot.folded].includes(this.followed.id);
     const others = this.shared ? this.#others(dot) : null;
-    this.tip.show(this, featureDetails(this.scene, dot.l, dot.feature, {color: dot.color, followed, others}));
+    this.tip.show(this, featureDetails(this.scene, dot, {followed, others}));
   }
 
   /** What comparisons say about a dot, with the names of the other runs' node layers. */
   #others(dot) {
     return this.shared
       .of(this.name, dot.l, dot.id, this.scene.k)
-      .others.map((other) => ({...other, layer: this.shared.layerName(other.run, other.l)}));
+      .others.map((other) => ({...other, layer: this.shared.layerName(other.run, other.l), run: this.actions.titleOf(other.run)}));
   }
 
   /** Show a text instead of a graph. */
@@ -157,6 +165,7 @@ export class RunPanel {
     this.counts.textContent = "";
     this.at.hidden = true;
     this.colors.replaceChildren();
+    this.list.show(null);
     this.note.textContent = "";
   }
 
@@ -168,12 +177,12 @@ export class RunPanel {
     this.counts.textContent =
       `${integer(scene.edgesDrawn)} of ${counted(scene.edges, "edge")} drawn, ` +
       `${percent(scene.share)} of the strength; ${integer(scene.featuresDrawn)} of ${counted(scene.features, "feature")}`;
-    this.stage.setAttribute("aria-label", `Interaction graph of ${this.name}: ${this.counts.textContent}`);
+    this.stage.setAttribute("aria-label", `Interaction graph of ${this.title}: ${this.counts.textContent}`);
     // Between columns that are close together, on a phone, there is space for a few letters.
     const isNarrow = scene.pitch < NARROW_PITCH;
     const columnTexts = scene.columns.map((column, l) => {
       const {name, kind} = this.history.layers[l];
-      const shown = column.dots.length;
+      const shown = countShown(column);
       const count = shown < column.total ? `${integer(shown)} of ${integer(column.total)}` : integer(shown);
       // Names at the rim of the picture must not leave it.
       const toRim = Math.min(column.x, this.size[0] - column.x);
@@ -189,7 +198,7 @@ export class RunPanel {
       h(
         "div",
         {class: "lib-foot", style: {left: `${section.x}px`, width: `${Math.max(60, scene.pitch - 6)}px`}},
-        h("span", {}, `${integer(section.edges.length)} of ${isNarrow ? integer(section.count) : counted(section.count, "edge")}`),
+        h("span", {}, `${integer(section.drawn)} of ${isNarrow ? integer(section.count) : counted(section.count, "edge")}`),
         h("span", {}, `${percent(section.strength / section.total)}${isNarrow ? "" : " of strength"}`),
       ),
     );
@@ -267,10 +276,14 @@ export class RunPanel {
     const followed = this.followed && dotOfLineage(this.scene, this.followed.l, this.followed.id);
     const paired = this.paired.map(({l, id}) => dotOfLineage(this.scene, l, id));
     const focused = [...new Set([this.hovered, followed, ...paired])].filter(Boolean);
+    this.focused = focused;
     this.stage.classList.toggle("lib-hovering", Boolean(this.hovered));
     this.stage.classList.toggle("lib-following", Boolean(followed || paired.some(Boolean)) && !this.hovered);
     const [width, height] = this.size;
-    drawFocus(resizeCanvas(this.overlay, width, height), this.scene, focused, {width, height}, this.drawColors);
+    this.list.showFollowed(this.followed);
+    const context = resizeCanvas(this.overlay, width, height);
+    context.clearRect(0, 0, width, height);
+    drawFocus(context, this.scene, focused, this.drawColors);
     if (!this.hovered) this.tip.hide(this);
   }
 
@@ -285,6 +298,17 @@ export class RunPanel {
       if (dot) this.#showTooltip(dot);
     }
     if (dot) this.tip.place(bounds.left + dot.x, bounds.top + dot.y, dot.radius);
+  }
+
+  /** Emphasize a dot that is pointed at in the list. */
+  #point(dot) {
+    if (!this.scene || dot === this.hovered) return;
+    this.hovered = dot;
+    this.actions.hover();
+    if (!dot) return;
+    this.#showTooltip(dot);
+    const bounds = this.stage.getBoundingClientRect();
+    this.tip.place(bounds.left + dot.x, bounds.top + dot.y, dot.radius);
   }
 
   #leave() {

@@ -20,7 +20,10 @@ export class Player {
     clearTimeout(this.timer);
     this.timer = null;
     this.view.controls.showPlaying(on);
-    if (!on) return;
+    if (!on) {
+      this.view.writePlace();
+      return;
+    }
     const current = this.index();
     const start = current >= this.view.steps.length - 1 ? 0 : current + 1;
     this.timer = setTimeout(() => this.#forward(start), 0);

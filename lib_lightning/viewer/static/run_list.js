@@ -4,7 +4,7 @@ import {runColors} from "./palette.js";
 import {History} from "./history.js";
 import {SharedFeatures} from "./shared.js";
 
-/** The runs of a data source. `makePanel(name, color)` creates the panel of a run when it is first chosen. */
+/** The runs of a data source. `makePanel({name, title, color})` creates the panel of a run when it is first chosen. */
 export class RunList {
   constructor(source, makePanel) {
     this.source = source;
@@ -21,6 +21,11 @@ export class RunList {
     return this.available.map((run) => this.panels.get(run.name)).filter(Boolean);
   }
 
+  /** What a run is called: by its folder, where that is enough. Its name is its path. */
+  titleOf(name) {
+    return this.available.find((run) => run.name === name)?.title ?? name;
+  }
+
   /** Choose a run or remove it from the choice; the last one cannot be removed. */
   choose(name, on) {
     const others = (this.chosen ?? []).filter((other) => other !== name);
@@ -34,7 +39,7 @@ export class RunList {
   /** Update the list, and fetch chosen runs that have changed. Returns whether anything shown has changed. */
   async refresh() {
     const listed = await this.source.runs();
-    this.available = listed.filter((run) => run.snapshots > 0);
+    this.available = titled(listed.filter((run) => run.snapshots > 0));
     this.colors = runColors(
       listed.map((run) => run.name),
       this.colors,
@@ -59,7 +64,7 @@ export class RunList {
     // Update all panels at once, so that they are consistent.
     const updated = fetched.filter((run) => this.chosen.includes(run.name));
     for (const {name, history, version} of updated) {
-      const panel = this.panels.get(name) ?? this.makePanel(name, this.colors.get(name));
+      const panel = this.panels.get(name) ?? this.makePanel({name, title: this.titleOf(name), color: this.colors.get(name)});
       panel.setData(history, this.source, version);
       this.panels.set(name, panel);
     }
@@ -102,4 +107,10 @@ export class RunList {
     if (first === undefined) return null;
     return new Error(more.length ? `${first} ${more.length} more runs cannot be read.` : first);
   }
+}
+
+/** Runs with titles that differ: their names where two would have the same. */
+function titled(runs) {
+  const count = (title) => runs.filter((run) => run.title === title).length;
+  return runs.map((run) => ({...run, title: run.title && count(run.title) === 1 ? run.title : run.name}));
 }

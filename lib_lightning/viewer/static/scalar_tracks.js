@@ -19,7 +19,7 @@ export function scalarNames(runs) {
 function linesOf(runs, name) {
   const lines = runs
     .filter((run) => run.history.run.scalars?.[name])
-    .map((run) => ({name: run.name, color: run.color, ...run.history.run.scalars[name]}));
+    .map((run) => ({name: run.title, color: run.color, ...run.history.run.scalars[name]}));
   const same = (a, b) => String(a.values) === String(b.values) && String(a.steps) === String(b.steps);
   return lines.filter((line, i) => lines.findIndex((other) => same(other, line)) === i);
 }

@@ -18,6 +18,7 @@ import {
   sharedColor,
 } from "./palette.js";
 import {labelGroup} from "./history.js";
+import {number} from "./text.js";
 
 /** Margins in pixels: names of layers above, counts below, labels to the right of the last column. */
 const MARGIN = {top: 50, bottom: 44, left: 84, right: 84, labels: 130};
@@ -41,7 +42,7 @@ export function heightOfSlots(slots) {
  */
 export function buildScene(history, k, snapshot, frame, view) {
   const count = history.layers.length;
-  const right = Math.min(history.labelGroups.size ? MARGIN.labels : MARGIN.right, view.width / (count + 1));
+  const right = Math.min(history.labelGroups.size || history.hasOutputNames ? MARGIN.labels : MARGIN.right, view.width / (count + 1));
   const plot = {
     left: Math.min(MARGIN.left, view.width / (count + 1)),
     right: view.width - right,
@@ -56,6 +57,7 @@ export function buildScene(history, k, snapshot, frame, view) {
       labelWidth: l < count - 1 ? pitch - 40 : right - 24,
     }),
   );
+  foldIdentical(columns, snapshot.sections);
   const sections = snapshot.sections.map((section, l) =>
     buildSection(section, columns[l], columns[l + 1], view, history.hasModules),
   );
@@ -83,10 +85,13 @@ function buildColumn(history, k, snapshot, frame, l, view, plot, {x, labelWidth}
       radius: Math.min(dotRadius(layer.importance[feature] / largest), most),
       module: history.modules[k][l][feature],
       hollow: Boolean(layer.degenerate?.[feature]),
-      ...groupAndColor(history, k, l, {feature, id, label}, view),
+      ...groupAndColor(history, k, l, {feature, id, label: label === history.outputName(l, id) ? "" : label}, view),
       isNew: age === 0 && k > 0,
       label,
       rank: n,
+      importance: layer.importance[feature],
+      // Ids of others that this dot stands for.
+      folded: [],
     };
     dotOf.set(feature, dot);
     return dot;
@@ -94,9 +99,52 @@ function buildColumn(history, k, snapshot, frame, l, view, plot, {x, labelWidth}
   return {l, x, labelWidth, dots, dotOf, total: layer.importance.length, hasTextSpace: spacing >= MIN_TEXT_SPACING};
 }
 
-/** Label of a feature in this snapshot, or else the newest label of its lineage. */
+/**
+ * Label of a feature in this snapshot, or else the newest label of its lineage; for an output, its name, such as that of a
+ * class or a token.
+ */
 export function labelOf(history, snapshot, l, feature, id) {
-  return (snapshot.layers[l].labels ?? {})[feature] ?? history.run.labels?.[l]?.[id] ?? "";
+  return (snapshot.layers[l].labels ?? {})[feature] || history.labelOf(l, id);
+}
+
+/** Draw features as one dot that have the same importance and edges, or none at all: neurons that are never active. */
+function foldIdentical(columns, sections) {
+  for (const column of columns) {
+    const groups = groupBy(column.dots, (dot) => number(dot.importance));
+    const candidates = new Set([...groups.values()].filter((group) => group.length > 1).flat());
+    if (!candidates.size) continue;
+    const beside = [[sections[column.l - 1], "target", "source"], [sections[column.l], "source", "target"]].filter(([section]) => section);
+    const edges = edgesOf(beside, new Set([...candidates].map((dot) => dot.feature)));
+    // Where not all edges are loaded, features without one need not have the same.
+    const isWhole = beside.every(([{edges: {weight}, count}]) => weight.length >= count);
+    const known = (dot) => !(dot.importance > 0) || isWhole || edges.get(dot.feature).length > 0;
+    const same = groupBy([...candidates].filter(known), (dot) =>
+      dot.importance > 0 ? [dot.module, number(dot.importance), ...edges.get(dot.feature)].join(" ") : "never active",
+    );
+    for (const [first, ...others] of same.values()) {
+      first.folded = others.map((dot) => dot.id);
+      for (const dot of others) column.dotOf.set(dot.feature, first);
+      const gone = new Set(others);
+      column.dots = column.dots.filter((dot) => !gone.has(dot));
+    }
+  }
+}
+
+/** The loaded edges of features of one column, as texts, by feature. */
+function edgesOf(beside, features) {
+  const found = new Map([...features].map((feature) => [feature, []]));
+  beside.forEach(([section, end, otherEnd], side) => {
+    section.edges[end].forEach((feature, e) => {
+      found.get(feature)?.push(`${side}:${section.edges[otherEnd][e]}:${number(section.edges.weight[e])}`);
+    });
+  });
+  return new Map([...found].map(([feature, edges]) => [feature, edges.sort()]));
+}
+
+function groupBy(items, keyOf) {
+  const groups = new Map();
+  for (const item of items) groups.set(keyOf(item), [...(groups.get(keyOf(item)) ?? []), item]);
+  return groups;
 }
 
 /** What a dot's colour stands for, null for nothing, and the colour. Edges inside a group have its colour. */
@@ -130,10 +178,17 @@ function buildSection(section, before, after, view, hasModules) {
   const minWeight = view.threshold * (section.strongest ?? 0);
   const edges = [];
   let strength = 0;
+  let folded = 0;
   // Edges are sorted by strength: stop at the first one below the threshold.
   for (let e = 0; e < weight.length && weight[e] >= minWeight && weight[e] > 0; e++) {
     const [from, to] = [before.dotOf.get(source[e]), after.dotOf.get(target[e])];
     if (!from || !to) continue;
+    // Those of features that are drawn as one are drawn once.
+    if (from.feature !== source[e] || to.feature !== target[e]) {
+      strength += weight[e];
+      folded += 1;
+      continue;
+    }
     // Without modules, all dots have one colour and all lines another, as in the figures.
     let color = view.color === "module" && !hasModules ? BLUE : edgeColor(from, to, view.color);
     const isBetween = color === BETWEEN;
@@ -146,6 +201,7 @@ function buildSection(section, before, after, view, hasModules) {
   const isTruncated = weight.length > 0 && weight.length < section.count && weight[weight.length - 1] > minWeight;
   return {
     edges,
+    drawn: edges.length + folded,
     strength,
     x: (before.x + after.x) / 2,
     count: section.count,
@@ -161,12 +217,17 @@ function edgeColor(from, to, by) {
   return from.color === FROM_THE_START ? MUTED : from.color;
 }
 
+/** Number of features that the dots of a column stand for. */
+export function countShown({dots}) {
+  return dots.reduce((total, dot) => total + 1 + dot.folded.length, 0);
+}
+
 function totals(columns, sections) {
   const sum = (list, value) => list.reduce((total, item) => total + (value(item) ?? 0), 0);
   return {
-    featuresDrawn: sum(columns, (column) => column.dots.length),
+    featuresDrawn: sum(columns, countShown),
     features: sum(columns, (column) => column.total),
-    edgesDrawn: sum(sections, (section) => section.edges.length),
+    edgesDrawn: sum(sections, (section) => section.drawn),
     edges: sum(sections, (section) => section.count),
     share: sum(sections, (section) => section.strength) / sum(sections, (section) => section.total),
     isTruncated: sections.some((section) => section.isTruncated),
@@ -199,5 +260,5 @@ export function dotAt(scene, x, y) {
 
 /** The dot of a lineage, null if it is not drawn. */
 export function dotOfLineage(scene, l, id) {
-  return scene.columns[l]?.dots.find((dot) => dot.id === id) ?? null;
+  return scene.columns[l]?.dots.find((dot) => dot.id === id || dot.folded.includes(id)) ?? null;
 }

@@ -71,3 +71,8 @@ export function shorten(context, text, maxWidth) {
   while (end > 0 && context.measureText(`${text.slice(0, end)}…`).width > maxWidth) end -= 1;
   return end > 0 ? `${text.slice(0, end).trimEnd()}…` : "";
 }
+
+/** A name, with quotes if it has spaces at its ends, or no letter or digit: those of tokens. */
+export function quoted(name) {
+  return name && (/^\s|\s$/.test(name) || !/[\p{L}\p{N}]/u.test(name)) ? `“${name}”` : name;
+}

@@ -102,7 +102,7 @@ export class Timeline {
     this.#drawMetric();
     this.scalars.draw(this.time);
     this.#drawLineage();
-    this.events.draw(runs, this.time);
+    this.events.draw(runs, this.time, this.state.follow);
     this.events.aligned.draw(runs, this.time, this.state.aligned, this.scalars.chosen);
     this.moveTo(this.state.step);
   }
@@ -120,11 +120,11 @@ export class Timeline {
       this.state.metric ?? first,
     );
     const lines = this.runs
-      .map(({name, color, history}) => {
+      .map(({title, color, history}) => {
         const found = history.snapshots.map((snapshot) => snapshot.metrics?.[this.metric.value] ?? null);
         const errors = found.some((metric) => metric?.error) ? found.map((metric) => metric?.error ?? 0) : undefined;
         return {
-          name,
+          name: title,
           color,
           steps: history.steps,
           values: found.map((metric) => metric?.value ?? null),

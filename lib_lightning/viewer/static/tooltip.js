@@ -6,12 +6,13 @@ import {ink} from "./palette.js";
 import {labelOf} from "./scene.js";
 
 const MAX_NEIGHBOURS = 4;
+const MAX_FOLDED = 5;
 
 /**
- * Properties of feature i of node layer l, as elements for a tooltip. `others` is what comparisons with the runs beside
+ * Properties of the feature of a dot, as elements for a tooltip. `others` is what comparisons with the runs beside
  * say about it (see shared.js), null if there are none.
  */
-export function featureDetails(scene, l, i, {color, followed, others}) {
+export function featureDetails(scene, {l, feature: i, color, folded}, {followed, others}) {
   const {history, k, snapshot} = scene;
   const layer = snapshot.layers[l];
   const id = history.lineage(k, l, i);
@@ -30,6 +31,7 @@ export function featureDetails(scene, l, i, {color, followed, others}) {
       ? null
       : ["similarity", `${number(similarity)} to the previous snapshot`],
     layer.degenerate?.[i] ? ["direction", "not determined by the samples"] : null,
+    folded.length ? ["like it", likeText(layer.importance[i], folded, history.layers[l].name)] : null,
   ];
   return [
     h(
@@ -50,6 +52,13 @@ export function featureDetails(scene, l, i, {color, followed, others}) {
     neighbours(scene, l, i, "after"),
     h("div", {class: "lib-tip-hint"}, followed ? "click to stop following this feature and close its page" : "click for examples, interactions and effects, and to follow it over training"),
   ].filter(Boolean);
+}
+
+/** Which features a dot stands for as well. */
+function likeText(importance, folded, layer) {
+  const names = folded.slice(0, MAX_FOLDED).map((id) => `${layer}/${id}`).join(", ");
+  const all = folded.length > MAX_FOLDED ? `${names} and ${integer(folded.length - MAX_FOLDED)} more` : names;
+  return `${all}: ${importance > 0 ? "the same importance and edges" : "never active on these samples"}`;
 }
 
 /** What is known of counterparts in other runs. */

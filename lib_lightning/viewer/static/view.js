@@ -13,6 +13,8 @@ import {RunList} from "./run_list.js";
 import {FeaturePanel} from "./feature_panel.js";
 import {SharedFeatures} from "./shared.js";
 import {ManyRuns} from "./many_runs.js";
+import {Place} from "./place.js";
+import {pictureOf, savePng} from "./picture_file.js";
 import {Player} from "./player.js";
 import {emptyState, stepText} from "./strings.js";
 import {findFeature, featureSuggestions, followedIn, resolveFollowed} from "./find.js";
@@ -58,6 +60,7 @@ class View {
       set: (change) => this.set(change),
       run: (name, on) => this.choose(name, on),
       find: (text) => this.find(text),
+      save: () => this.savePicture(),
     });
     this.featurePanel = new FeaturePanel(source, {close: () => this.follow(null), go: (id) => this.goTo(id)});
     this.timeline = new Timeline(this.state, {
@@ -66,8 +69,12 @@ class View {
       follow: (lineage) => this.follow(lineage),
     });
     this.tip = new Tooltip();
-    const ofPanel = {follow: (lineage) => this.clicked(lineage), hover: () => this.pair()};
-    this.runList = new RunList(source, (name, color) => new RunPanel(name, color, this.tip, ofPanel));
+    const ofPanel = {
+      follow: (lineage) => this.clicked(lineage),
+      hover: () => this.pair(),
+      titleOf: (name) => this.runList.titleOf(name),
+    };
+    this.runList = new RunList(source, (run) => new RunPanel(run, this.tip, ofPanel));
     this.manyRuns = new ManyRuns(source, {
       run: (name) => this.choose(name, true),
       follow: (members) => this.followMembers(members),
@@ -99,6 +106,10 @@ class View {
     );
     this.endWatch = watchDark((dark) => this.setDark(dark));
     element.append(this.root);
+    this.place = new Place((place) => this.goToPlace(place));
+    this.linked = this.place.read();
+    this.state.step = this.linked.step;
+    this.runList.chosen = this.linked.runs;
     this.keys = (event) => this.player.onKey(event);
     document.addEventListener("keydown", this.keys);
     this.resized = new ResizeObserver(() => this.onResize());
@@ -130,6 +141,7 @@ class View {
     document.removeEventListener("keydown", this.keys);
     this.resized.disconnect();
     this.endWatch();
+    this.place.destroy();
     this.root.remove();
     delete this.element.libView;
   }
@@ -178,6 +190,9 @@ class View {
     if (this.steps.length) {
       this.drawTimeline();
       await this.show(step);
+      const {linked} = this;
+      this.linked = null;
+      if (linked?.feature) this.find(linked.feature, linked.of);
       return;
     }
     this.failed = false;
@@ -292,7 +307,7 @@ class View {
     for (const {panel, k, snapshot} of pictures) {
       panel.setFollowed(followedIn(state.follow, panel.name));
       if (snapshot) panel.draw(k, snapshot, state, fade);
-      else panel.clear(`${panel.name} has no snapshot at or before step ${integer(state.step)}.`);
+      else panel.clear(`${panel.title} has no snapshot at or before step ${integer(state.step)}.`);
     }
     this.pair();
     this.controls.showThreshold(state.threshold);
@@ -307,6 +322,7 @@ class View {
       featuresDrawn: sum((scene) => scene.featuresDrawn),
       ready: "true",
     });
+    this.writePlace();
     this.handle.lastDrawMs = performance.now() - started;
   }
 
@@ -323,6 +339,37 @@ class View {
     const most = Math.max(least, 0.7 * window.innerHeight);
     const needed = Math.max(0, ...pictures.map(({panel, k, snapshot}) => (snapshot ? panel.heightOfNumbers(k, this.state) : 0)));
     return Math.round(Math.min(most, Math.max(least, needed)));
+  }
+
+  /** Show what the address says, after it has been changed by hand or by a link. */
+  async goToPlace({step, feature, of, runs}) {
+    if (runs && String(runs) !== String(this.runList.chosen)) {
+      this.runList.chosen = runs;
+      await this.refresh();
+    }
+    if (!this.steps.length) return;
+    await this.show(step === null ? this.steps[this.steps.length - 1] : this.stepNear(step));
+    const {following} = this.root.dataset;
+    if (!feature && following) this.follow(null);
+    else if (feature && feature !== following) this.find(feature, of);
+  }
+
+  /** Write step, feature and runs into the address. Without a step, it leads to the last snapshot, also a later one. */
+  writePlace() {
+    if (this.player.playing || this.linked) return;
+    const {step, follow} = this.state;
+    const isLast = step === this.steps[this.steps.length - 1];
+    const runs = this.runList.available.length > 1 ? this.runList.shown.map(({name}) => name) : null;
+    const of = follow && this.runList.shown.length > 1 ? follow.run : null;
+    this.place.write({step: isLast ? null : step, feature: this.root.dataset.following || null, of, runs});
+  }
+
+  savePicture() {
+    const panels = this.runList.shown;
+    if (!panels.some((panel) => panel.scene)) return;
+    const {step, dark} = this.state;
+    const names = panels.map(({title}) => title).join("-");
+    savePng(pictureOf(panels, {dark, step: `step ${integer(step)}`}), `${names}-step-${step}`);
   }
 
   redraw() {
@@ -373,6 +420,7 @@ class View {
     this.pair();
     this.drawTimeline();
     this.describeFollowed();
+    this.writePlace();
   }
 
   /** Follow a feature that several runs have, by run; if no such run is shown, show the first one. */
@@ -407,7 +455,7 @@ class View {
 
   /** Go to another feature from the page of one. */
   goTo(id) {
-    this.find(id, this.state.follow?.run);
+    this.find(id, this.state.follow?.run ?? null);
     this.featurePanel.focus();
   }
 
@@ -424,14 +472,15 @@ class View {
 
   drawTimeline() {
     this.timeline.draw(
-      this.runList.shown.map(({name, history}) => ({name, history, color: this.runList.colors.get(name)})),
+      this.runList.shown.map(({name, title, history}) => ({name, title, history, color: this.runList.colors.get(name)})),
     );
     if (this.pictures) this.describeFollowed();
   }
 
-  find(text, run) {
+  /** Follow the feature with a name or label, in one run or in the first that has it. */
+  find(text, run = null) {
     const panels = this.runList.shown;
-    const found = findFeature(run === undefined ? panels : panels.filter((panel) => panel.name === run), text);
+    const found = findFeature(run === null ? panels : panels.filter((panel) => panel.name === run), text);
     if (found) {
       const byKeyboard = this.controls.search.element.contains(document.activeElement);
       this.follow(found);
