@@ -17,7 +17,7 @@ THEME: dict[str, Any] = json.loads((files("lib_lightning.plots") / "theme.json")
 _COLORS: dict[str, str] = THEME["colors"]
 _SERIES: list[str] = [_COLORS[name] for name in THEME["series"]]
 
-TEXT, MUTED = THEME["text"], THEME["muted"]
+PAPER, TEXT, MUTED = THEME["paper"], THEME["text"], THEME["muted"]
 BLUE, VERMILION = _COLORS["blue"], _COLORS["vermilion"]
 # Neighbouring colours also differ in lightness.
 MODULES: tuple[str, ...] = tuple(_COLORS[name] for name in THEME["modules"])
@@ -31,6 +31,37 @@ BASES = dict(zip(BASIS_NAMES, _SERIES, strict=False))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 # Styles that no other line than those of LIB, PCA and neurons has.
 _ALWAYS_KNOWN = 3
+
+
+def ink(color: str) -> str:
+    """A colour for a page that may be dark, as CSS.
+
+    Args:
+        color: A colour of the theme, as on light pages.
+
+    Returns:
+        The variable that `dark_variables` sets, with the colour for where it is not set.
+
+    Example:
+        >>> ink(TEXT)
+        'var(--ink-222222, #222222)'
+    """
+    return f"var(--ink-{color.removeprefix('#')}, {color})"
+
+
+def dark_variables() -> str:
+    """The colours of dark pages, as CSS variables by the colours of light ones.
+
+    Returns:
+        Declarations for a style sheet.
+
+    Example:
+        >>> "--ink-222222: #E6E6E6;" in dark_variables()
+        True
+    """
+    dark = {THEME[name]: color for name, color in THEME["dark"].items() if name != "colors"}
+    dark |= {_COLORS[name]: color for name, color in THEME["dark"]["colors"].items()}
+    return " ".join(f"--ink-{light.removeprefix('#')}: {color};" for light, color in dark.items())
 
 
 def module_color(number: int) -> str:

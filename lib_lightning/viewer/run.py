@@ -230,7 +230,13 @@ class Run:
         if not steps:
             return html.escape(repr(self))
         every = -(-len(steps) // _NOTEBOOK_SNAPSHOTS)
-        page = film_page(_views([self]), run_title(self.name, self.folder), _NOTEBOOK_EDGES, every, feature_bytes=_NOTEBOOK_FEATURE_BYTES)
+        page = film_page(
+            _views([self]),
+            run_title(self.name, self.folder),
+            _NOTEBOOK_EDGES,
+            every,
+            feature_bytes=_NOTEBOOK_FEATURE_BYTES,
+        )
         thinned = f" One in {every} snapshots is shown; <code>view()</code> exports all of them." if every > 1 else ""
         return (
             f'<iframe srcdoc="{html.escape(page)}" sandbox="allow-scripts allow-downloads" '
@@ -263,7 +269,9 @@ def write_film(
         raise LIBError(f"edges and every must be at least 1; got {edges} and {every}.")
     views = _views(runs)
     path = RunLayout(runs[0].folder).view_file if output is None else Path(output)
-    write_bytes(path, film_page(views, ", ".join(run_title(view.name, view.folder) for view in views), edges, every).encode())
+    write_bytes(
+        path, film_page(views, ", ".join(run_title(view.name, view.folder) for view in views), edges, every).encode()
+    )
     return path
 
 

@@ -100,7 +100,8 @@ def run_title(name: str, folder: Path) -> str:
         folder: The folder.
 
     Returns:
-        The path without the folder that the callback makes by default; with the folder above it, if nothing else is left.
+        The path without the folder that the callback makes by default; with the folder above it, if nothing else is
+        left.
 
     Example:
         >>> run_title("version_0/lib", Path("/logs/version_0/lib")), run_title("lib", Path("/logs/version_0/lib"))

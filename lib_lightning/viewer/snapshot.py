@@ -60,7 +60,7 @@ class Outline:
         groups: Importance of each group of labels, as a share of its node layer.
         members: Modules of the node layers whose features have lineages and modules, if the file was written by a
             version that numbered modules anew in each snapshot; else empty.
-        output_names: Names of the features of the last node layer, if these are the outputs of the model, such as classes.
+        output_names: Names of the features of the last node layer, if these are outputs of the model, such as classes.
         logging_step: Where Lightning logged the scalars of the snapshot; None in files of version 0.1.
         measured: Its metrics, and the features of each node layer with lineages.
         fingerprint: By which comparisons name the snapshot.

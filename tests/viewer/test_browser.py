@@ -320,7 +320,7 @@ def test_colour_by_label_and_by_age(view: Watched) -> None:
 
 
 def test_narrow_windows_have_no_horizontal_scrolling(view: Watched) -> None:
-    for width in (900, 1800):
+    for width in (320, 390, 768, 900, 1800):
         view.page.set_viewport_size({"width": width, "height": 900})
         view.page.wait_for_function("w => document.querySelector('.lib-view').clientWidth <= w", arg=width)
         assert view.page.evaluate("document.documentElement.scrollWidth") == width

@@ -33,6 +33,30 @@ def test_colours_of_the_theme_are_written_down_once() -> None:
         assert not colors & {color.lower() for color in re.findall("#[0-9A-Fa-f]{6}", code)}, name
 
 
+def contrast(one: str, other: str) -> float:
+    """Contrast of two colours, as in WCAG 2.1."""
+
+    def luminance(color: str) -> float:
+        parts = [part / 255 for part in bytes.fromhex(color.removeprefix("#"))]
+        linear = [x / 12.92 if x <= 0.03928 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_texts_on_light_and_dark_pages_have_contrast() -> None:
+    assert contrast("#000000", "#FFFFFF") == pytest.approx(21)
+    for page in (palette.THEME, palette.THEME["dark"]):
+        for text in (page["text"], page["muted"], page["colors"]["blue"]):
+            assert contrast(text, page["paper"]) >= 4.5, text
+    dark = palette.THEME["dark"]
+    assert dark["colors"].keys() == palette.THEME["colors"].keys()
+    for color in (*dark["colors"].values(), dark["other_modules"], dark["no_module"]):
+        assert contrast(color, dark["paper"]) >= 3, color
+    assert len({dark["colors"][name] for name in palette.THEME["modules"]}) == len(palette.THEME["modules"])
+
+
 @pytest.fixture
 def modules(watched: Watched) -> Watched:
     """A page from which the viewer's modules can be imported."""

@@ -22,7 +22,20 @@ for (const part of document.querySelectorAll("section")) {
     }
   };
   graphs.addEventListener("click", (event) => choose(event.target.closest("circle:not(.on)")));
+  // The dots of a graph are one stop of the Tab key: arrow keys move among them.
+  const moveFrom = (dot, distance) => {
+    const dots = [...dot.closest("svg").querySelectorAll("circle")];
+    dots[dots.indexOf(dot) + distance]?.focus();
+  };
+  graphs.addEventListener("focusin", ({target}) => {
+    for (const dot of target.closest("svg").querySelectorAll("circle")) dot.setAttribute("tabindex", dot === target ? 0 : -1);
+  });
   graphs.addEventListener("keydown", (event) => {
+    const distance = {ArrowDown: 1, ArrowRight: 1, ArrowUp: -1, ArrowLeft: -1}[event.key];
+    if (distance) {
+      event.preventDefault();
+      moveFrom(event.target, distance);
+    }
     if (event.key === "Enter" || event.key === " ") {
       event.preventDefault();
       choose(event.target.closest("circle:not(.on)"));

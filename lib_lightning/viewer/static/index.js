@@ -41,6 +41,9 @@ const httpSource = {
 
 /** Called by TensorBoard when the tab is opened. */
 export async function render() {
+  // The document of TensorBoard's frame has neither.
+  document.documentElement.lang = "en";
+  document.title = "LIB";
   const style = document.createElement("link");
   style.rel = "stylesheet";
   style.href = address("view.css").href;
