@@ -119,6 +119,7 @@ class SyntheticRun:
                 "layers": [{"name": name, "kind": kind} for name, kind in self.layers],
                 "snapshots": [self._outline(k) for k in range(len(self.steps()))],
                 "labels": labels,
+                "output_names": {},
                 "label_colors": list(label_colors([self._groups(k) for k in range(len(self.steps()))]).items()),
                 "module_numbers": [
                     {str(n): group for group, n in self.numbers_of_modules(k).items()} if self.numbers_vary else None

@@ -7,6 +7,7 @@ import math
 import shutil
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,30 @@ def test_edges_that_are_equal_zero_or_nan(tmp_path: Path) -> None:
     assert (equal["count"], equal["strength"], equal["strongest"]) == (n - 1, 0.5 * (n - 1), 0.5)
     assert equal["edges"]["weight"] == [0.5] * 3
     assert (0, 1) not in zip(equal["edges"]["target"], equal["edges"]["source"], strict=True)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["a", " b", "c", "d"], {"0": "a", "1": " b", "2": "c", "3": "d"}),
+        (["of", "another", "layer"], {}),
+        ({"3": "last", "4": "beyond", "x": "no number"}, {"3": "last"}),
+        (None, {}),
+    ],
+)
+def test_outputs_have_names_of_classes(logs: Path, names: Any, expected: dict[str, str]) -> None:
+    graph = SavedRun().graph(0)
+    graph.info["output_names"] = names
+    graph.save(logs / "lib" / "snapshots" / "step-00000000.safetensors")
+    assert run_json(view_of(logs / "lib"))["output_names"] == expected
+
+
+def test_features_of_the_last_layer_that_are_no_outputs_have_no_names(logs: Path) -> None:
+    graph = SavedRun(layers=("a", "b")).graph(0)
+    graph.bases["b"] = replace(graph.bases["b"], kind="pca")
+    graph.info["output_names"] = ["a", "b", "c", "d"]
+    graph.save(logs / "lib" / "snapshots" / "step-00000000.safetensors")
+    assert run_json(view_of(logs / "lib"))["output_names"] == {}
 
 
 def test_labels_are_the_newest_of_each_lineage(logs: Path) -> None:
