@@ -56,7 +56,7 @@ def dark_variables() -> str:
         Declarations for a style sheet.
 
     Example:
-        >>> "--ink-222222: #E6E6E6;" in dark_variables()
+        >>> "--ink-222222: #E5E5E5;" in dark_variables()
         True
     """
     dark = {THEME[name]: color for name, color in THEME["dark"].items() if name != "colors"}
