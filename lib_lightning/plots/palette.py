@@ -43,8 +43,8 @@ def ink(color: str) -> str:
         The variable that `dark_variables` sets, with the colour for where it is not set.
 
     Example:
-        >>> ink(TEXT)
-        'var(--ink-222222, #222222)'
+        >>> ink(TEXT) == f"var(--ink-{TEXT[1:]}, {TEXT})"
+        True
     """
     return f"var(--ink-{color.removeprefix('#')}, {color})"
 
