@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PolyCollection
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
@@ -29,6 +30,8 @@ from lib_lightning.plots.steps_axis import check_snapshots, set_step_axis
 from lib_lightning.plots.text_metrics import DPI, non_overlapping, shorten, text_width
 
 _OTHERS_COLOR = "#E4E4E4"
+# Share of its colour in a band that has no label yet.
+_PALE = 0.35
 # Inches on the right, for names.
 _MARGIN = 1.0
 _NAME_SIZE, _NAME_HEIGHT, _COUNT_SIZE = 8.0, 8.5, 9.5
@@ -76,6 +79,8 @@ def draw_timeline(
     tables = {name: lineage_table(snapshots) for name, snapshots in layers.items()}
     shown = {name: _shown(table, limit) for name, table in tables.items()}
     colors, color_legend = _colors(layers, tables, shown)
+    if any(_has_labels(snapshots) for snapshots in layers.values()):
+        color_legend.append((_patch(_tint(MODULES[0])), "pale: before its label"))
     marks: list[tuple[Mark, str]] = [
         (Line2D([], [], ls="", marker="^", ms=5, color=TEXT), "appears"),
         (Line2D([], [], ls="", marker="x", ms=5, color=TEXT), "last seen"),
@@ -88,12 +93,12 @@ def draw_timeline(
     height = min(1.6, max(0.9, 7.0 / max(len(layers), 1)))
     totals = {name: len(table.ids) for name, table in tables.items()}
     counts = [
-        f"{n} lineages" if n == len(shown[name]) else f"{len(shown[name])} of {n} lineages"
+        f"{n} features in all" if n == len(shown[name]) else f"{len(shown[name])} of {n} features in all"
         for name, n in totals.items()
     ]
     counts_width = max((text_width(text, _COUNT_SIZE) for text in counts), default=0.0) + 10
     figure, all_axes = panels(
-        list(layers), title, "training steps; width of a band: √ of its share of importance", "features",
+        list(layers), title, "training steps; each band is one feature, as wide as √ of its share", "features",
         len(entries), Grid(1, height, _MARGIN, share_x=True, title_margin=counts_width),
     )  # fmt: skip
     for axes, name, text in zip(all_axes, layers, counts, strict=True):
@@ -146,7 +151,10 @@ def _colors(
             else:
                 colors[name][t, present] = NO_MODULE
     drawn = {name: np.where(of_layer == "", NO_MODULE, of_layer) for name, of_layer in colors.items()}
-    if not color_of:
+    if color_of:
+        for of_layer in drawn.values():
+            _announce(of_layer)
+    else:
         has_modules = any(snapshot.modules is not None for layer in layers.values() for snapshot in layer)
         return drawn, _module_legend(colors, has_modules)
     shown_colors = {group: color for group, color in color_of.items() if group in drawn_groups}
@@ -154,6 +162,19 @@ def _colors(
     if others := len(shown_colors) - len(rows):
         rows.append((_patch(OTHER_MODULES), f"{others} more"))
     return drawn, [*rows, (_patch(NO_MODULE), "no label")]
+
+
+def _announce(colors: np.ndarray) -> None:
+    """Paint each band pale in the colour that it will have, as long as it has no label, to tell its past apart."""
+    for column in colors.T:
+        labelled = np.flatnonzero(column != NO_MODULE)
+        if len(labelled):
+            column[: labelled[0]] = _tint(column[labelled[0]])
+
+
+def _tint(color: str) -> str:
+    red, green, blue = to_rgb(color)
+    return to_hex((1 - _PALE * (1 - red), 1 - _PALE * (1 - green), 1 - _PALE * (1 - blue)))
 
 
 def _label_weights(layers: Mapping[str, Sequence[LayerSnapshot]]) -> list[dict[str, float]]:
@@ -281,6 +302,8 @@ def _draw_scale(axes: Axes) -> None:
     line = 10 * DPI / 72 * np.ptp(axes.get_ylim()) / axes.bbox.height
     for share in _SCALE_SHARES:
         high = low + np.sqrt(share)
+        if high > axes.get_ylim()[1]:  # it would grow into the panel above
+            break
         axes.plot([x, x], [low, high], transform=across, color=MUTED, lw=2.2, solid_capstyle="butt", clip_on=False)
         axes.text(
             x - 0.012, (low + high) / 2, f"{share:.0%}", transform=across, ha="right", va="center", fontsize=8,

@@ -69,6 +69,7 @@ from lib_lightning.training.snapshot import (
     labelled_samples,
 )
 from lib_lightning.training.snapshot_bar import SnapshotBar
+from lib_lightning.training.tensorboard_layout import add_layout
 from lib_lightning.training.trainer import (
     call_again_last,
     check_strategy,
@@ -361,6 +362,9 @@ class LIBCallback(Callback):
         _check_names(trainer)
         if stage in ("fit", "validate"):
             self._begin()
+        every = [one for one in trainer.callbacks if isinstance(one, LIBCallback)]  # type: ignore[attr-defined]
+        if stage == "fit" and every[0] is self:
+            add_layout(trainer, {one.name: list(one.computer.folders) for one in every})
 
     @timed_hook
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

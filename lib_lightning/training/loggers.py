@@ -78,6 +78,21 @@ def log_text(loggers: Iterable[Logger], tag: str, text: str, step: int) -> None:
                 logger.experiment.add_text(tag, text, step)
 
 
+def add_summaries(logger: Logger, summaries: Iterable[Summary]) -> None:
+    """Write summaries of TensorBoard's plugins, which have no method of their own, to a TensorBoard logger.
+
+    Args:
+        logger: The logger; tensorboardX, which Lightning uses where tensorboard is missing, has no such summaries.
+        summaries: The summaries.
+    """
+    with _reporting(logger, "the layout of its tabs", 0):
+        writer: Any = logger.experiment  # type: ignore[attr-defined]
+        file_writer = getattr(writer, _FILE_WRITER, None)
+        if isinstance(writer, SummaryWriter) and file_writer is not None:
+            for summary in summaries:
+                file_writer().add_summary(summary)
+
+
 def flush(loggers: Iterable[Logger]) -> None:
     """Have TensorBoard loggers write to their files, which they do every two minutes else."""
     logger: Any

@@ -7,7 +7,7 @@ import pytest
 import torch
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PathCollection, PolyCollection
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 
 from lib_lightning.plots.lineage_series import LayerSnapshot, lineage_table
 from lib_lightning.plots.palette import MODULES, NO_MODULE, OTHER_MODULES
@@ -85,10 +85,16 @@ def test_the_width_of_a_band_is_the_root_of_its_share(axes: Axes) -> None:
     expected = np.sqrt([[0.75, 0.5, 1, 4 / 9, 0.36, 1], [0, 0, 0, 4 / 9, 0.64, 0], [0.25, 0.5, 0, 1 / 9, 0, 0]])
     for band, widths in zip(by_lineage, expected, strict=True):
         assert [width_at(band, step) for step in STEPS] == pytest.approx(widths, abs=1e-12)
-    assert "training steps; width of a band: √ of its share of importance" in words(axes.figure)
+    assert "training steps; each band is one feature, as wide as √ of its share" in words(axes.figure)
     assert {"100%", "10%"} <= set(words(axes.figure))
     scale = [np.ptp(line.get_ydata()) for line in axes.lines]
     assert scale == pytest.approx([1.0, np.sqrt(0.1)])
+
+
+def test_the_scale_stays_within_its_panel() -> None:
+    (axes,) = draw_timeline([0, 10], {"fc": [layer_snapshot([0], [1.0])] * 2}).axes
+    assert [np.ptp(line.get_ydata()) for line in axes.lines] == [1.0]  # no room for another above it
+    assert max(line.get_ydata().max() for line in axes.lines) <= axes.get_ylim()[1]
 
 
 def test_bands_are_stacked_without_gaps_or_jumps(axes: Axes) -> None:
@@ -117,11 +123,11 @@ def test_births_deaths_and_splits_are_marked_at_their_snapshots(axes: Axes) -> N
 def test_lineages_beyond_the_limit_are_combined_and_counted() -> None:
     figure = draw_timeline(STEPS, {"fc": example_run()}, limit=1)
     (axes,) = figure.axes
-    assert "1 of 3 lineages" in texts_right(axes)
+    assert "1 of 3 features in all" in texts_right(axes)
     assert len(bands(axes)) == 1
     others = next(c for c in axes.collections if c.get_zorder() == 1).get_paths()[0].vertices
     assert width_at(others, 10) == pytest.approx(np.sqrt(5 / 9))
-    assert "3 lineages" in texts_right(draw_timeline(STEPS, {"fc": example_run()}).axes[0])
+    assert "3 features in all" in texts_right(draw_timeline(STEPS, {"fc": example_run()}).axes[0])
 
 
 def texts_right(axes: Axes) -> str:
@@ -144,10 +150,13 @@ def test_colours_correspond_to_the_common_part_of_labels() -> None:
     moments = [layer_snapshot([0, 1, 2], [1.0, 4.0, 1.5], labels=some) for some in names]
     figure = draw_timeline([0, 10], {"fc": moments, "output": [layer_snapshot([0], [1.0])] * 2})
     axes, output = figure.axes
-    assert faces(axes) == [MODULES[0], NO_MODULE, MODULES[1], MODULES[2]]  # 17, the third until and from 10 on, 4
+    pale = faces(axes)[1]
+    assert faces(axes) == [MODULES[0], pale, MODULES[1], MODULES[2]]  # 17, the third until and from 10 on, 4
+    # Before it has a label, a band is pale in the colour of its first one.
+    assert to_rgb(pale) == pytest.approx([1 - 0.35 * (1 - part) for part in to_rgb(MODULES[1])], abs=1 / 255)
     assert faces(output) == [NO_MODULE]
     legend = [t.get_text() for t in figure.legends[0].get_texts()]
-    assert legend == ["k=17", "first word", "k=4", "no label"]
+    assert legend == ["k=17", "first word", "k=4", "no label", "pale: before its label"]
     written = {t.get_text() for t in axes.texts}
     assert {"k=17 a+b", "first word", "k=4 b"} <= written
 
