@@ -4,8 +4,8 @@
     python -m recipes.compare_seeds                               # the table of docs/compare.md, from committed results
 
 Two minutes of one CPU core per seed. Each network is that of ``modular_addition.yaml``, modulo 59, with another seed of
-split and weights. It computes sums with waves of a few frequencies, which differ between seeds: features can be the same
-in two networks only where these share a frequency.
+split and weights. It computes sums with waves of a few frequencies, which differ between seeds: features can be the
+same in two networks only where these share a frequency.
 """
 
 from __future__ import annotations
