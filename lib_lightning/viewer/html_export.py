@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterator, Mapping, Sequence
 
+from lib_lightning.plots.palette import PAPER, TEXT, dark_variables, ink
 from lib_lightning.viewer.bundle import bundle, static_files
 from lib_lightning.viewer.embedded_features import EmbeddedFeatures, budget, compressed, embed_features
 from lib_lightning.viewer.html_page import html_page
@@ -104,7 +105,12 @@ def feature_page(title: str, content: str) -> str:
 def _page(title: str, body: Sequence[str], entry_points: Mapping[str, str], start: str) -> str:
     static = static_files()
     script = bundle(static, entry_points) + start
-    style = f"body {{ margin: 0; }}\n{static['view.css']}"
+    # What is around the viewer: a note, and the page where it is scrolled beyond its end.
+    around = (
+        f"body {{ margin: 0; background: {ink(PAPER)}; color: {ink(TEXT)}; }}\n#lib-thinned {{ margin: 0 20px 20px; }}"
+    )
+    dark = f"@media (prefers-color-scheme: dark) {{ :root {{ {dark_variables()} color-scheme: dark; }} }}"
+    style = f"{around}\n{dark}\n{static['view.css']}"
     return html_page(title, style, body, f"\n{script}")
 
 

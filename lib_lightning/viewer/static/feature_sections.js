@@ -2,7 +2,7 @@
 
 import {h, s} from "./dom.js";
 import {change as signedChange, counted, integer, number, percent, quoted, signed, withError} from "./text.js";
-import {BLUE, VERMILION, ink, valueColor} from "./palette.js";
+import {BLUE, VERMILION, barFill, ink, valueColor} from "./palette.js";
 import {CHART, isLogSpaced, lineChart, timeScale} from "./chart.js";
 import {SMALL, exampleView, rowTable, tellingColumns} from "./renderings.js";
 
@@ -160,7 +160,7 @@ export function histogramPart(page, width) {
       y: bottom - size,
       width: Math.max(0.5, pitch - 1),
       height: size,
-      fill: valueColor((a + b) / 2, high, 0.25),
+      ...barFill((a + b) / 2, high),
     });
     bar.append(s("title", {}, `${counted(count, "value")} from ${number(a)} to ${number(b)}`));
     svg.append(bar);

@@ -118,7 +118,9 @@ function drawRing(context, dot, color, lineWidth, gap) {
 
 function drawColumnText(context, column, colors) {
   const hasSpace = column.labelWidth >= MIN_LABEL_WIDTH;
-  const named = column.dots.filter((dot) => dot.label && hasSpace).slice(0, column.hasTextSpace ? MAX_LABELS : MAX_LABELS_DENSE);
+  // Names of outputs are short, and nothing else says what these are.
+  const most = column.hasTextSpace || column.hasNames ? MAX_LABELS : MAX_LABELS_DENSE;
+  const named = column.dots.filter((dot) => dot.label && hasSpace).slice(0, most);
   drawLabels(context, column, named, new Set(), colors);
   context.font = `11px ${FONT}`;
   context.textAlign = "right";

@@ -41,9 +41,10 @@ const httpSource = {
 
 /** Called by TensorBoard when the tab is opened. */
 export async function render() {
-  // The document of TensorBoard's frame has neither.
+  // The document of TensorBoard's frame has none of these.
   document.documentElement.lang = "en";
   document.title = "LIB";
+  document.body.style.margin = "0";
   const style = document.createElement("link");
   style.rel = "stylesheet";
   style.href = address("view.css").href;

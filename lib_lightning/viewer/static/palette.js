@@ -139,12 +139,21 @@ export function edgeStyle(share, total) {
   };
 }
 
-/** Background for a value of a feature: one colour for each sign, stronger for larger values; `least` is the weakest. */
-export function valueColor(value, scale, least = 0) {
+/** Background for a value of a feature: one colour for each sign, stronger for larger values. */
+export function valueColor(value, scale) {
   if (value === null || !Number.isFinite(value)) return "transparent";
-  const share = Math.min(1, Math.abs(value) / (scale || 1));
+  // On dark pages as well, since the text in front of a lighter colour could not be read.
   const [r, g, b] = rgb(value >= 0 ? VERMILION : BLUE);
-  return `rgb(${r} ${g} ${b} / ${(100 * (least + (0.62 - least) * share)).toFixed(0)}%)`;
+  return `rgb(${r} ${g} ${b} / ${(62 * shareOf(value, scale)).toFixed(0)}%)`;
+}
+
+function shareOf(value, scale) {
+  return Math.min(1, Math.abs(value) / (scale || 1));
+}
+
+/** Fill of a bar for a value: the same colours without text in front of them. */
+export function barFill(value, scale) {
+  return {fill: ink(value >= 0 ? VERMILION : BLUE), "fill-opacity": (0.25 + 0.37 * shareOf(value, scale)).toFixed(2)};
 }
 
 /** Red, green and blue of a colour such as "#336699", from 0 to 255. */

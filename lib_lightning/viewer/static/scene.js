@@ -96,7 +96,8 @@ function buildColumn(history, k, snapshot, frame, l, view, plot, {x, labelWidth}
     dotOf.set(feature, dot);
     return dot;
   });
-  return {l, x, labelWidth, dots, dotOf, total: layer.importance.length, hasTextSpace: spacing >= MIN_TEXT_SPACING};
+  const hasNames = history.hasOutputNames && l === history.layers.length - 1;
+  return {l, x, labelWidth, hasNames, dots, dotOf, total: layer.importance.length, hasTextSpace: spacing >= MIN_TEXT_SPACING};
 }
 
 /**

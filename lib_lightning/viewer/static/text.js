@@ -73,6 +73,7 @@ export function shorten(context, text, maxWidth) {
 }
 
 /** A name, with quotes if it has spaces at its ends, or no letter or digit: those of tokens. */
-export function quoted(name) {
+export function quoted(text) {
+  const name = text.replaceAll("\n", "↵").replaceAll("\t", "⇥");
   return name && (/^\s|\s$/.test(name) || !/[\p{L}\p{N}]/u.test(name)) ? `“${name}”` : name;
 }

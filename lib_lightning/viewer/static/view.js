@@ -226,6 +226,7 @@ class View {
 
   showEmpty(empty) {
     this.empty.hidden = !empty;
+    this.controls.save.hidden = empty;
     if (!empty) return;
     this.content.hidden = true;
     this.root.dataset.ready = "true";
