@@ -106,6 +106,7 @@ def test_a_film(watched: Watched, folder: Path, tmp_path: Path, scheme: Any, wid
     # With all that can be opened, at a step with later events.
     watched.set("step", 1)
     watched.page.locator("[data-role='feature-list'] summary").click()
+    watched.page.wait_for_selector("[data-role='feature-list'] button")
     watched.role("signs").check()
     watched.role("find").fill("hidden/1")
     watched.role("find").press("Enter")
