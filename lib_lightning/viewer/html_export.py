@@ -106,9 +106,7 @@ def _page(title: str, body: Sequence[str], entry_points: Mapping[str, str], star
     static = static_files()
     script = bundle(static, entry_points) + start
     # What is around the viewer: a note, and the page where it is scrolled beyond its end.
-    around = (
-        f"body {{ margin: 0; background: {ink(PAPER)}; color: {ink(TEXT)}; }}\n#lib-thinned {{ margin: 0 20px 20px; }}"
-    )
+    around = f"body {{ margin: 0; background: {ink(PAPER)}; color: {ink(TEXT)}; }}"
     dark = f"@media (prefers-color-scheme: dark) {{ :root {{ {dark_variables()} color-scheme: dark; }} }}"
     style = f"{around}\n{dark}\n{static['view.css']}"
     return html_page(title, style, body, f"\n{script}")
@@ -135,8 +133,8 @@ def _that_fit(runs: Sequence[RunView], edges: int, every: int, max_bytes: int) -
 def _note(edges: int, every: int, max_bytes: int) -> str:
     of_snapshots = f"every {every}th snapshot and " if every > 1 else ""
     return (
-        f'<p id="lib-thinned">To stay below {max_bytes / 1e6:.3g} MB, this page has {of_snapshots}the strongest '
-        f"{edges} edges of each section. The tab in TensorBoard shows all of them.</p>"
+        f'<p id="lib-thinned" style="margin: 0 20px 20px">To stay below {max_bytes / 1e6:.3g} MB, this page has '
+        f"{of_snapshots}the strongest {edges} edges of each section. The tab in TensorBoard shows all of them.</p>"
     )
 
 

@@ -43,6 +43,7 @@ def shown(step: int, layer: int) -> list[int]:
 def test_every_dot_is_reached_with_the_keyboard(view: Watched) -> None:
     view.page.locator("[data-role='feature-list'] summary").focus()
     view.page.keyboard.press("Enter")
+    view.page.wait_for_selector("[data-role='feature-list'] button")
     view.page.keyboard.press("Tab")
     columns = [shown(80, layer) for layer in range(3)]
     assert focused(view) == f"embed/{columns[0][0]}"
