@@ -29,9 +29,8 @@ from lib_lightning.model.vjp import apply_mask, vjp
 
 # Relative deviation of an affine section by rounding, as a power of eps: 4e-11 in float64, 2e-5 in float32.
 _AFFINE = 2 / 3
-# Samples on which the size of tensors is measured, and numbers of a tensor that stays in a processor's cache: the
-# section is recorded for parts of a batch that are as large.
-_FEW, _CACHED = 8, 2**20
+# Numbers of a tensor that stays in a processor's cache: the section is recorded for parts of a batch that are as large.
+_CACHED = 2**20
 # Largest number of such parts.
 _MOST_PARTS = 16
 # A section is only affine if it is so at these multiples of the features as well.
@@ -123,39 +122,42 @@ class RestOfModel:
         instrumented: The model.
         batch: One batch.
         index: Index of the node layer.
+        at: Activations ``(n, S, d)`` at which the operations are recorded.
+        known: Other activations, and the model's output with them, which the recorded operations have to give.
         max_bytes: Memory for all intermediate results in the recording.
 
     Attributes:
         nbytes: Memory of what is kept.
     """
 
-    def __init__(self, instrumented: InstrumentedModel, batch: Any, index: int, max_bytes: int) -> None:
-        self.instrumented, self.batch, self.index, self.max_bytes = instrumented, batch, index, max_bytes
+    def __init__(
+        self,
+        instrumented: InstrumentedModel,
+        batch: Any,
+        index: int,
+        at: Tensor,
+        known: tuple[Tensor, Any],
+        max_bytes: int,
+    ) -> None:
+        self.instrumented, self.batch, self.index = instrumented, batch, index
         self.nbytes = 0
         self._recorded: RecordedFunction | None = None
-        self._n_runs = 0
+        if is_recordable(instrumented, at):
+            with suppress(Exception):  # one of the model's is raised again when it runs
+                output, recorded = record(self._run, at, max_bytes)
+                if recorded is not None and self._agree(recorded(known[0]), known[1]):
+                    recorded.values.clear()
+                    kept = [constant.alias for constant in recorded.constants.values()]
+                    self.nbytes = _nbytes_without(instrumented, [*kept, *tensors_in(output)])
+                    self._recorded = recorded
 
     def output(self, a: Tensor) -> Any:
         """Output of the model with other activations ``(n, S, d)`` of the node layer."""
-        self._n_runs += 1
         if self._recorded is not None and self._recorded.is_intact:
             safe_point()
             with suppress(Exception):
-                output = self._recorded(a)
-                # The first time, the model runs as well.
-                if self._n_runs > 2 or self._agree(output, expected := self._run(a)):
-                    return output
-                self._recorded = None
-                return expected
-            self._recorded = None
-        if self._n_runs == 1 and is_recordable(self.instrumented, a):
-            with suppress(Exception):  # of the recording; one of the model's is raised again
-                output, self._recorded = record(self._run, a, self.max_bytes)
-                if self._recorded is not None:
-                    self._recorded.values.clear()
-                    kept = [constant.alias for constant in self._recorded.constants.values()]
-                    self.nbytes = _nbytes_without(self.instrumented, [*kept, *tensors_in(output)])
-                return output
+                return self._recorded(a)
+        self._recorded = None
         return self._run(a)
 
     def _run(self, a: Tensor) -> Any:
@@ -205,8 +207,7 @@ class AblatedSection:
     ) -> None:
         self.instrumented, self.batch, self.index, self.before, self.after = instrumented, batch, index, before, after
         self._max_bytes = max_bytes
-        self.rest = RestOfModel(instrumented, batch, index + 1, max_bytes)
-        captured = instrumented.capture(batch)
+        captured, output = instrumented.capture_with_output(batch)
         self.a, self.mask_in = captured[index].a, captured[index].mask
         self.a_out, self.mask_out = captured[index + 1].a, captured[index + 1].mask
         check_width(before, self.a)
@@ -215,20 +216,22 @@ class AblatedSection:
         self.fhat = apply_mask(before.coordinates(self.a), self.mask_in)
         self._mask = torch.zeros(after.n_features, before.n_features, dtype=torch.bool, device="cpu")
         # Without any edges, every output feature is computed from the mean.
-        self._at_mean = self._section(torch.zeros_like(self.fhat))
+        next_at_mean, recorded = self._recorded_at_mean()
+        self._at_mean = after.coordinates(next_at_mean)
         # The features of the last mask, shape ``(r_out, n, S_out)``: those of one output feature are contiguous.
         self._features = self._at_mean.movedim(-1, 0).clone(memory_format=torch.contiguous_format)
         # Two halves of the features, so that nonlinear terms cannot cancel.
         even = torch.arange(before.n_features, device=self.fhat.device) % 2 == 0
         self._halves = torch.stack([~even, even]).to(self.fhat)
-        is_linear = LATENTS not in (before.kind, after.kind)
-        changes = [
-            self._section(self.fhat * half) - self._at_mean
-            for half in self._halves
-            if is_linear and self.fhat.numel()  # a dictionary's latents are no linear coordinates
-        ]
-        self.J = self._affine_map(changes)
-        self.shared = None if self.J is not None or not changes else self._shared_section(changes)
+        self.J, self.shared = None, None
+        # A dictionary's latents are no linear coordinates.
+        if LATENTS not in (before.kind, after.kind) and self.fhat.numel():
+            changes = [self._section(self.fhat * half) - self._at_mean for half in self._halves]
+            self.shared = None if recorded is None else self._shared_section(recorded, changes)
+            self.J = self._affine_map(changes)
+            self.shared = None if self.J is not None else self.shared
+        at_mean = self._from_features(self._at_mean)
+        self.rest = RestOfModel(instrumented, batch, index + 1, at_mean, (self.a_out, output), max_bytes)
         self._own_bytes = _nbytes(self.a, self.a_out, self.fhat, self._at_mean, self._features)
         if self.shared is not None:
             self._own_bytes += _nbytes_without(instrumented, self.shared.kept)
@@ -338,57 +341,74 @@ class AblatedSection:
     def _next(self, a: Tensor) -> Tensor:
         return self.instrumented.next_activations(self.batch, self.index, a)
 
-    def _shared_section(self, changes: Sequence[Tensor]) -> SharedParts | None:
+    def _recorded_at_mean(self) -> tuple[Tensor, RecordedFunction | None]:
+        """The next activations at the mean, and the operations of the section if they can be repeated."""
+        a = self._activations(torch.zeros_like(self.fhat))
+        if a.numel() and is_recordable(self.instrumented, a):
+            with suppress(Exception):  # of the recording; one of the model's is raised again
+                return record(self._next, a, self._max_bytes)
+        return self._next(a), None
+
+    def _shared_section(self, whole: RecordedFunction, changes: Sequence[Tensor]) -> SharedParts | None:
         """The section without the rest of the model; None if it does not give the features that the model gives.
 
         Args:
+            whole: Its operations, recorded at the mean.
             changes: What each half of the features changes.
         """
-        a = self._activations(torch.zeros_like(self.fhat))
-        n = len(a)
-        if is_recordable(self.instrumented, a):
+        n = len(self.fhat)
+        fitting = max(1, _CACHED * n // whole.largest)
+        size = -(-n // min(_MOST_PARTS, -(-n // fitting)))  # parts of equal size
+        # What depends on the other samples of a batch, such as random numbers, needs all of them.
+        for part in (size, n) if size < n else (n,):
             with suppress(Exception):
-                few = min(n, _FEW)
-                recorded = self._record(a, 0, few)
-                fitting = n if recorded is None else max(1, _CACHED * few // recorded.largest)
-                size = -(-n // min(_MOST_PARTS, -(-n // fitting)))  # parts of equal size
-                # What depends on the other samples of a batch, such as random numbers, needs all of them.
-                for part in (size, n) if size < n else (n,):
-                    shared = self._shared_parts(a, part)
-                    if shared is not None and self._gives(shared, changes):
-                        return shared
+                recorded = [whole] if part == n else [self._recorded_part(k, part) for k in range(0, n, part)]
+                shared = self._shared_parts(recorded, part)
+                if self._gives(shared, changes):
+                    return shared
         return None
 
-    def _record(self, a: Tensor, start: int, size: int) -> RecordedFunction | None:
-        """The operations of the section on some samples, if they can be repeated, recorded at activations ``a``."""
-        batch, some = self.batch, slice(start, start + size)
-        if size < len(a):
-            batch = self.instrumented.select(batch, some)
-            if self.instrumented.num_samples(batch) != len(a[some]):
-                return None
-        return record(lambda x: self.instrumented.next_activations(batch, self.index, x), a[some], self._max_bytes)[1]
+    def _recorded_part(self, start: int, size: int) -> RecordedFunction:
+        """The operations of the section on some samples, recorded at the mean.
 
-    def _shared_parts(self, a: Tensor, size: int) -> SharedParts | None:
+        Raises:
+            NodeLayerError: If they cannot be repeated.
+        """
+        a = self._activations(torch.zeros_like(self.fhat))[start : start + size]
+        batch = self.instrumented.select(self.batch, slice(start, start + size))
+        recorded = None
+        if self.instrumented.num_samples(batch) == len(a):
+            recorded = record(lambda x: self.instrumented.next_activations(batch, self.index, x), a, self._max_bytes)[1]
+        if recorded is None:
+            raise NodeLayerError("The section cannot be recorded on a part of the batch.")
+        return recorded
+
+    def _shared_parts(self, recorded: Sequence[RecordedFunction], size: int) -> SharedParts:
         C = None if self.after.kind == "neuron" else self.after.to_features
-        parts = []
-        for start in range(0, len(a), size):
-            recorded, some = self._record(a, start, size), slice(start, start + size)
-            if recorded is None:
-                return None
-            maps = self.before.from_features, C
-            parts.append((len(a[some]), SharedSection(recorded, self.fhat[some], *maps, self._at_mean[some])))
-        return SharedParts(parts)
+        maps = self.before.from_features, C
+        return SharedParts(
+            [
+                (len(fhat), SharedSection(part, fhat, *maps, at_mean))
+                for part, fhat, at_mean in zip(recorded, self.fhat.split(size), self._at_mean.split(size), strict=True)
+            ]
+        )
 
     def _gives(self, shared: SharedParts, changes: Sequence[Tensor]) -> bool:
         """Whether recorded operations give what the model gives, for each row alone and for several at once."""
-        rows = torch.arange(self.after.n_features, device=self.fhat.device)
         for half, change in zip(self._halves, changes, strict=True):
-            if not self._is_same(shared.features(half.expand(len(rows), -1), rows) - self._at_mean, change):
+            if not self._is_same(self._with_factors(half, shared) - self._at_mean, change):
                 return False
-        some = rows[:3]  # both halves in turn
+        some = torch.arange(self.after.n_features, device=self.fhat.device)[:3]  # both halves in turn
         found = shared.features(self._halves[some % 2], some)
         expected = torch.stack([changes[i % 2][..., i] for i in range(len(some))], -1)
         return self._is_same(found - self._at_mean[..., some], expected)
+
+    def _with_factors(self, factors: Tensor, shared: SharedParts | None) -> Tensor:
+        """Output features with each input feature multiplied by a factor ``(r_in,)``."""
+        if shared is None:
+            return self._section(self.fhat * factors)
+        rows = torch.arange(self.after.n_features, device=self.fhat.device)
+        return shared.features(factors.expand(len(rows), -1), rows)
 
     def _affine_map(self, changes: Sequence[Tensor]) -> Tensor | None:
         """``J`` with ``fhat^{l+1} = fhat^{l+1}(mu) + fhat^l J^T`` at each position; None if it is not affine.
@@ -397,14 +417,14 @@ class AblatedSection:
             changes: What each half of the features changes.
         """
         n, S, r = self.fhat.shape
-        if self._at_mean.shape[1] != S or not changes:
+        if self._at_mean.shape[1] != S:
             return None
         # Large multiples of both signs: there, a ReLU that is active on all samples because of a large bias is not, and
         # a weak nonlinearity is visible.
-        halves = [self.fhat * half for half in self._halves]
         for factor in _FAR:
-            for half, change in zip(halves, changes, strict=True):
-                if not self._is_same((self._section(factor * half) - self._at_mean) / factor, change):
+            for half, change in zip(self._halves, changes, strict=True):
+                far = self._with_factors(factor * half, self.shared)
+                if not self._is_same((far - self._at_mean) / factor, change):
                     return None
         # Each sample gives one column: the effect of a step of one standard deviation at its first valid position.
         spread = self.before.importance.clamp(min=0).sqrt().to(self.fhat)
@@ -419,6 +439,7 @@ class AblatedSection:
             columns.append((self._section(step) - self._at_mean)[x, first[x]] / size[j, None])
         J = torch.cat(columns).T
         # Each column was measured on one sample, and must hold for all of them.
+        halves = [self.fhat * half for half in self._halves]
         same = all(self._is_same(half @ J.T, change) for half, change in zip(halves, changes, strict=True))
         return J if same else None
 

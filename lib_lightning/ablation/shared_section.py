@@ -161,18 +161,20 @@ class _ColumnTerm(NamedTuple):
 
     Attributes:
         shape: Shape of the tensor without its last axis.
-        Phi_T: The features, shape ``(r, rows)``: those of one feature are contiguous. With a constant, ones after them.
+        Phi_T: The features, shape ``(r, m)``: those of one feature are contiguous. With a constant, ones after them.
         B: Shape ``(r, d)``; with a constant, its values after them.
+        row_of: For each row of the tensor, its column in ``Phi_T``; None if these are the rows in order.
         has_constant: Whether it contains a part that does not depend on features, which all rows have.
     """
 
     shape: tuple[int, ...]
     Phi_T: Tensor
     B: Tensor
+    row_of: Tensor | None
     has_constant: bool = False
 
     def factors(self, pattern: _Pattern, selected: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
-        """``Phi`` of shape ``(rows, k)`` and ``m * B`` of shape ``(k, d)``.
+        """``Phi`` of shape ``(m, k)`` and ``m * B`` of shape ``(k, d)``.
 
         Args:
             pattern: The pattern ``m``.
@@ -182,6 +184,10 @@ class _ColumnTerm(NamedTuple):
             selected[id(self.Phi_T)] = pattern.rows(self.Phi_T, self.has_constant)
         Phi_T, B = selected[id(self.Phi_T)], pattern.rows(self.B, self.has_constant)
         return Phi_T.T, B if pattern.factors is None else B * pattern.factors[: len(B), None]
+
+    def all_rows(self, t: Tensor) -> Tensor:
+        """All rows of a tensor, from those ``(m, ...)`` that are computed."""
+        return t if self.row_of is None else t.index_select(0, self.row_of)
 
 
 class _Entry(NamedTuple):
@@ -202,7 +208,11 @@ class _Entry(NamedTuple):
         t = self.at_zero
         for term in self.terms:
             Phi, B = term.factors(pattern, selected)
-            t = Phi @ B if t is None else torch.addmm(t, Phi, B)
+            if t is None or term.row_of is not None:
+                rows = term.all_rows(Phi @ B)
+                t = rows if t is None else t + rows
+            else:
+                t = torch.addmm(t, Phi, B)
         assert t is not None
         return t.reshape(self.shape)
 
@@ -277,7 +287,7 @@ class SharedSection:
         terms += [term for _, own in self._affine_reads for term in own]
         kept = [self._constant, *(constant.alias for constant in self._recorded.constants.values())]
         kept += [entry.at_zero for entry in self._entries.values() if entry.at_zero is not None]
-        kept += [t for term in terms for t in (term.Phi_T, term.B)]
+        kept += [t for term in terms for t in (term.Phi_T, term.B, term.row_of) if t is not None]
         return kept + [read.W_T for read in self._reads if read.W_T is not None]
 
     def features(self, mask: Tensor, rows: Tensor) -> Tensor:
@@ -388,7 +398,8 @@ class SharedSection:
         for read, terms in self._affine_reads:
             for term in terms:
                 Phi, B = term.factors(pattern, selected)
-                total = total + read.changed((Phi @ read.columns(B, rows)).reshape(*term.shape, -1))
+                own = term.all_rows(Phi @ read.columns(B, rows))
+                total = total + read.changed(own.reshape(*term.shape, -1))
         return total
 
     def _read(self, values: dict[int, Tensor], rows: _Rows) -> Tensor | float:
@@ -429,22 +440,37 @@ class _Transposed:
     """Features as `_ColumnTerm` has them, each once however many terms have them."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[int, bool], Tensor] = {}
+        self._found: dict[tuple[Any, ...], tuple[Tensor, Tensor | None]] = {}
+        self._with_ones: dict[int, Tensor] = {}
 
     def columns(self, term: _Term, like: Tensor) -> _ColumnTerm:
         """A term, with ``B`` in the type of another tensor."""
-        Phi = term.Phi
-        key = id(Phi), False
+        Phi = term.Phi.reshape(-1, term.Phi.shape[-1])
+        key = (Phi.data_ptr(), Phi.shape, Phi.stride())
         if key not in self._found:
-            self._found[key] = Phi.reshape(-1, Phi.shape[-1]).T.contiguous()
-        return _ColumnTerm(tuple(Phi.shape[:-1]), self._found[key], term.B.to(like))
+            rows, row_of = _distinct(Phi)
+            self._found[key] = rows.T.contiguous(), row_of
+        Phi_T, row_of = self._found[key]
+        return _ColumnTerm(tuple(term.Phi.shape[:-1]), Phi_T, term.B.to(like), row_of)
 
     def with_constant(self, term: _ColumnTerm, constant: Tensor) -> _ColumnTerm:
         """A term to which a constant ``(d,)`` is added in all rows."""
-        key = id(term.Phi_T), True
-        if key not in self._found:
-            self._found[key] = torch.cat([term.Phi_T, torch.ones_like(term.Phi_T[:1])])
-        return _ColumnTerm(term.shape, self._found[key], torch.cat([term.B, constant[None]]), True)
+        key = id(term.Phi_T)
+        if key not in self._with_ones:
+            self._with_ones[key] = torch.cat([term.Phi_T, torch.ones_like(term.Phi_T[:1])])
+        return term._replace(Phi_T=self._with_ones[key], B=torch.cat([term.B, constant[None]]), has_constant=True)
+
+
+def _distinct(Phi: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The distinct rows of a matrix, and which of them each row is; the matrix and None if few rows are equal.
+
+    A token at a position has the same embedding wherever it occurs.
+    """
+    if 2 * len(Phi[:, :1].unique()) <= len(Phi):  # in less time than whole rows are compared
+        distinct, row_of = Phi.unique(dim=0, return_inverse=True)
+        if 2 * len(distinct) <= len(Phi):
+            return distinct, row_of
+    return Phi, None
 
 
 def _affine_tensors(recorded: RecordedFunction, fhat: Tensor, from_features: Tensor) -> dict[int, list[_Term]]:

@@ -193,14 +193,20 @@ class InstrumentedModel:
             NodeLayerError: If a node layer is not called, called repeatedly, or called out of order.
             ActivationError: If its activations are not floating-point numbers.
         """
+        return self.capture_with_output(batch, replace)[0]
+
+    def capture_with_output(
+        self, batch: Any, replace: Sequence[Tensor | None] | None = None
+    ) -> tuple[list[CapturedLayer], Any]:
+        """As `capture`, with the model's output as well."""
         wrote = self._writes_weights
         axes = None if self._knows_axes else FeatureAxes(fixed_tensors(self.model))
         recorder = self._recorder(batch, replace or [None] * len(self.layers), axes=axes)
         with recorder.hooked():
-            self.run(batch)
+            output = self.run(batch)
         self._detached += recorder.detached
         if self._writes_weights and not wrote:  # from now on graphs keep the weights as they were
-            return self.capture(batch, replace)
+            return self.capture_with_output(batch, replace)
         try:
             captured = recorder.finish()
         except NotCalledError as error:
@@ -209,7 +215,7 @@ class InstrumentedModel:
         if axes is not None:
             captured = self._with_axes(captured, axes, recorder.records)
         mask = self.spec.mask_of(batch)
-        return [_with_masks(layer, mask) for layer in captured]
+        return [_with_masks(layer, mask) for layer in captured], output
 
     def _with_axes(
         self,

@@ -148,6 +148,43 @@ def test_any_section_gives_what_the_model_gives(kind: str) -> None:
             assert_same(section.features(mask), plain.features(mask))
 
 
+class Tokens(nn.Module):
+    """Tokens with an embedding for each position, and a nonlinear function of all positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.hidden, self.head = nn.Embedding(5, 6), nn.Linear(6, 8), nn.Linear(8, 3)
+        self.positions = nn.Parameter(torch.randn(4, 6))
+        self.stream = nn.Identity()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.stream(self.embed(tokens) + self.positions)
+        return self.head((self.hidden(x).tanh() * self.hidden(x[:, -1:]).tanh()).sum(1))
+
+
+def test_equal_rows_are_computed_once() -> None:
+    torch.manual_seed(0)
+    model, tokens = Tokens().double(), torch.randint(5, (60, 4))
+    tokens[:, -1] = 0  # all rows of the last position are the same
+    graph = compute_interaction_graph(model, [tokens], ["stream", "head:input", "output"], basis="pca")
+    instrumented = InstrumentedModel(model, graph.node_layer_specs())
+    with model_session(instrumented), torch.no_grad():
+        bases = list(graph.bases.values())[:2]
+        section, plain = (AblatedSection(instrumented, tokens, 0, *bases) for _ in range(2))
+        plain.J = plain.shared = None
+        assert section.shared is not None
+        (part,) = section.shared.parts
+        columns = {term.Phi_T.shape[1] for entry in part._entries.values() for term in entry.terms}
+        assert max(columns) <= 5 * 4 < tokens.numel()
+        masks = some_masks(next(iter(graph.edges.values())))
+        for rows_at_once in (1, 8):
+            part.rows_at_once = rows_at_once
+            for mask in masks:
+                assert_same(section.features(mask), plain.features(mask))
+        cotangent = torch.randn_like(plain.features(masks[1]))
+        assert_same(section._mask_gradient(masks[1], cotangent), plain._mask_gradient(masks[1], cotangent))
+
+
 def test_weights_that_change_are_noticed() -> None:
     model, x = cell("batch norm"), torch.randn(30, 4).double()
     graph = compute_interaction_graph(model, [x], ["first", "head:input", "output"], basis="pca")
