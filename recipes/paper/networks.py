@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lib_lightning import NodeLayer
 from lib_lightning.ablation import accuracy, log_likelihood
@@ -138,10 +138,31 @@ def cifar10(seed: int, folder: Path, images: Path, epochs: int = 12) -> Network:
     data.setup("fit")
     L.seed_everything(seed, verbose=False)
     module = trained(MLP([3072, 100, 100, 10], lr=1e-3), data, folder / f"cifar-10_seed{seed}.pt", max_epochs=epochs)
-    layers = [NodeLayer([f"{2 * k}:input"], name=f"hidden{k}") for k in (1, 2)]
+    return _perceptron("CIFAR-10", seed, module.layers, data)
+
+
+def published_perceptron(reference: Path) -> Network:
+    """The perceptron 3072-100-100-10 with the authors' program's results, without its pixels, as for `cifar10`.
+
+    Args:
+        reference: Folder with its weights and its part of CIFAR-10.
+
+    Returns:
+        The network.
+    """
+    W = load_file(reference / "cifar10_mlp_weights.safetensors")
+    layers = MLP([3072, 100, 100, 10]).layers.double()
+    weights = {f"{2 * k}.weight": W[f"layers.{k}.W"].mT for k in range(3)}
+    layers.load_state_dict(weights | {f"{2 * k}.bias": W[f"layers.{k}.b"] for k in range(3)})
+    data = Cifar10(str(reference / "cifar10_part.npz"))
+    data.setup("fit")
+    return _perceptron("CIFAR-10", 0, layers, data)
+
+
+def _perceptron(task: str, seed: int, layers: nn.Module, data: Cifar10) -> Network:
+    hidden = [NodeLayer([f"{2 * k}:input"], name=f"hidden{k}") for k in (1, 2)]
     return Network(
-        "CIFAR-10", seed, module.layers.double(), [*layers, "output"],
-        fit=_whole(data.train), test=_whole(data.test),
+        task, seed, layers.double(), [*hidden, "output"], fit=_whole(data.train), test=_whole(data.test),
         # Half a standard error of the accuracy on 846 images. A tolerance of 0.001 would allow no further error.
         score=accuracy, tolerance=0.01,
     )  # fmt: skip
