@@ -43,7 +43,7 @@ from lib_lightning.algorithm.cost import (
 )
 from lib_lightning.algorithm.dictionary_basis import ERROR, DictionaryBasis
 from lib_lightning.algorithm.dictionary_layers import (
-    affordable_latents,
+    LatentCounts,
     check_dictionaries,
     plan_for_dictionaries,
     try_dictionaries,
@@ -344,11 +344,11 @@ def _estimate(
     if effort == "auto":
         config = _with_final_metric(config, instrumented.layers[-1], output)
     memory = _plan(instrumented, [batch], config, memory_limit, output is not None, n)
-    adapted = _adapted(instrumented, [batch], dictionaries, config)
-    memory = _plan_with(adapted, instrumented, [batch], memory)
+    adapted, latents = _adapted(instrumented, [batch], dictionaries, config)
+    memory = plan_for_dictionaries(memory, latents)
     for _ in range(halvings):
         memory = memory.halved(size)
-    cost = measure_cost(instrumented, batch)
+    cost = replace(measure_cost(instrumented, batch), latents=latents)
     plan = EffortPlan.of(cost, config, n, math.inf)
     if effort == "auto":
         plan = choose_effort(cost, config, n, GRAPH_OPERATIONS, True)
@@ -411,7 +411,7 @@ def graph_of(  # noqa: PLR0913 (a public entry without its defaults)
     largest, plan = 1, None
     notes: list[str] = []
     output, output_notes = None, list[str]()
-    adapted: dict[int, AdaptedDictionary] = {}
+    adapted, latents = dict[int, AdaptedDictionary](), dict[int, LatentCounts]()
     for attempt in itertools.count():
         try:
             with process_group.sync_errors(), model_session(instrumented, copied_bytes(memory_limit)):
@@ -425,10 +425,10 @@ def graph_of(  # noqa: PLR0913 (a public entry without its defaults)
                     if may_choose or effort == "auto":
                         config = _with_final_metric(config, instrumented.layers[-1], output)
                     plan = _plan(instrumented, batches, config, memory_limit, output is not None)
-                    adapted = _adapted(instrumented, batches, dictionaries, config)
-                    plan = _plan_with(adapted, instrumented, batches, plan)
+                    adapted, latents = _adapted(instrumented, batches, dictionaries, config)
+                    plan = plan_for_dictionaries(plan, latents)
                     if effort == "auto":
-                        config, notes = _affordable(instrumented, batches, config, process_group, adapted)
+                        config, notes = _affordable(instrumented, batches, config, process_group, latents)
                     elif output is not None and config.effect_samples is None:
                         config = _with_effects(instrumented, batches, config, process_group)
                 chunks = split_batches(instrumented, batches, plan.samples)
@@ -475,22 +475,14 @@ def _affordable(
     batches: Sequence[Any],
     config: LIBConfig,
     process_group: ProcessGroup,
-    dictionaries: Mapping[int, AdaptedDictionary],
+    latents: Mapping[int, LatentCounts],
 ) -> tuple[LIBConfig, list[str]]:
     """The configuration with probes and features pushed forward where exact sums take too long, and a note of that."""
     n = _total(instrumented, batches, process_group)
     own = None
     if batches:
-        # Latents need no metric.
-        has_metric = len(dictionaries.keys() - {len(instrumented.layers) - 1}) < len(instrumented.layers) - 1
-        planned = config if has_metric else replace(config, basis="neuron", metric="next")
-        cost = measure_cost(instrumented, batches[0])
-        own = choose_effort(cost, planned, n, GRAPH_OPERATIONS, True)
-        if own.n_pushed is None and dictionaries:
-            with torch.no_grad():
-                activations = instrumented.activations(instrumented.select(batches[0], slice(0, 1)))
-            edges = cost.steps(own.applied_to(planned), n).edges
-            own = replace(own, n_pushed=affordable_latents(dictionaries, activations, edges, GRAPH_OPERATIONS))
+        cost = replace(measure_cost(instrumented, batches[0]), latents=latents)
+        own = choose_effort(cost, config, n, GRAPH_OPERATIONS, True)
     chosen = agree(own, process_group)
     if chosen is None:
         return config, []
@@ -643,25 +635,10 @@ def refuse_integration(dictionaries: Mapping[str, Dictionary], integration_steps
 
 def _adapted(
     instrumented: InstrumentedModel, batches: Sequence[Any], dictionaries: Mapping[str, Dictionary], config: LIBConfig
-) -> dict[int, AdaptedDictionary]:
-    """The dictionaries by index of the node layer, tried with activations of the first batch."""
+) -> tuple[dict[int, AdaptedDictionary], dict[int, LatentCounts]]:
+    """The dictionaries by index of the node layer, tried with activations, and how many latents are active."""
     refuse_integration(dictionaries, config.integration_steps)
     return try_dictionaries(instrumented, batches, dictionaries)
-
-
-def _plan_with(
-    dictionaries: Mapping[int, AdaptedDictionary],
-    instrumented: InstrumentedModel,
-    batches: Sequence[Any],
-    plan: MemoryPlan,
-) -> MemoryPlan:
-    """The memory plan with memory for latents."""
-    if not dictionaries or not batches:
-        return plan
-    largest = max(batches, key=lambda batch: num_elements(batch) / instrumented.num_samples(batch))
-    with torch.no_grad():
-        activations = instrumented.activations(instrumented.select(largest, slice(0, 1)))
-    return plan_for_dictionaries(plan, dictionaries, activations)
 
 
 def _as_graph(

@@ -354,8 +354,10 @@ class InteractionGraph:
 
         Args:
             path: The file; missing folders are created.
-            dictionary_weights: Whether to write the weights of dictionaries as well. Without them, the file has their
-                class and hash, and numbers of latents, and `load` takes the dictionaries.
+            dictionary_weights: Whether to write the weights of dictionaries as well, which `load` puts in
+                ``bases[layer].weights``: an object of the same class can load them. Without them, the file has class
+                and hash of each dictionary, and numbers of its latents. `load` takes the dictionary in both cases, as
+                weights alone encode nothing.
         """
         tensors: dict[str, Tensor] = {}
         for i, (layer, basis) in enumerate(self.bases.items()):
@@ -364,7 +366,9 @@ class InteractionGraph:
                 tensors[keys.LATENT_NUMBERS.format(i)] = basis.latents
                 if dictionary_weights:
                     prefix = keys.DICTIONARY_WEIGHTS.format(i)
-                    tensors |= {f"{prefix}{name}": t for name, t in basis.known.state_dict().items()}
+                    is_stored = basis.dictionary is None and basis.weights is not None
+                    weights = basis.weights if is_stored else basis.known.state_dict()
+                    tensors |= {f"{prefix}{name}": t for name, t in (weights or {}).items()}
                 else:  # their directions are these weights
                     of_basis = {x: key for x, key in keys.BASIS.items() if x not in ("to_features", "from_features")}
             for name, key in of_basis.items():
@@ -844,6 +848,8 @@ def _read_basis(tensors: Mapping[str, Tensor], i: int, layer: str, kind: str, in
     if kind != LATENTS:
         return Basis(layer, kind, **{name: tensors[key] for name, key in required.items()}, **optional)
     mean, importance = tensors[required["mean"]], tensors[required["importance"]]
+    prefix = keys.DICTIONARY_WEIGHTS.format(i)
+    weights = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
     return DictionaryBasis(
         layer,
         kind,
@@ -854,6 +860,7 @@ def _read_basis(tensors: Mapping[str, Tensor], i: int, layer: str, kind: str, in
         **optional,
         latents=tensors[keys.LATENT_NUMBERS.format(i)],
         reference=info[keys.DICTIONARIES][layer],
+        weights=weights or None,
     )
 
 

@@ -45,6 +45,7 @@ class DictionaryBasis(Basis):
         latents: Numbers of the latents in the dictionary, ascending, shape ``(r - 1,)``, int64.
         dictionary: The dictionary; None for a graph from a file, to which it was not given.
         reference: Class, hash of the weights, and number of latents of the dictionary.
+        weights: The weights of the dictionary by name, of a graph from a file that has them; else None.
 
     Example:
         >>> from lib_lightning.algorithm.basis import neuron_basis
@@ -58,6 +59,7 @@ class DictionaryBasis(Basis):
     latents: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64, device="cpu"))
     dictionary: AdaptedDictionary | None = field(default=None, repr=False, compare=False)
     reference: Mapping[str, Any] = field(default_factory=dict)
+    weights: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def of(

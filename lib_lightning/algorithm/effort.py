@@ -12,8 +12,9 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lib_lightning.algorithm.basis_kinds import WITH_METRIC
 from lib_lightning.algorithm.config import LIBConfig
+from lib_lightning.algorithm.dictionary_layers import LatentCounts, try_dictionaries
 from lib_lightning.algorithm.jackknife import GROUPS
 from lib_lightning.algorithm.low_rank_gram import DENSE_WIDTH
 from lib_lightning.algorithm.memory_plan import saved_by_autograd
@@ -193,6 +195,7 @@ class ModelCost:
         stack_elements: About how many numbers a batch of vectors has; fewer where a tensor between node layers is
             larger than they are.
         inference: One forward pass without gradients; None if that takes as much.
+        latents: How many latents are active at node layers with a dictionary, by index.
     """
 
     forward: Operations
@@ -200,6 +203,7 @@ class ModelCost:
     readout: SectionCost | None = None
     stack_elements: int = STACK_ELEMENTS
     inference: Operations | None = None
+    latents: Mapping[int, LatentCounts] = field(default_factory=dict)
 
     def of_graph(self, config: LIBConfig, num_samples: int) -> float:
         """Operations of a graph; see `steps`."""
@@ -222,16 +226,23 @@ class ModelCost:
         shapes = [section.shape_in for section in self.sections] + [self.sections[-1].shape_out]
         bases = []
         for i, (S, d) in enumerate(shapes):
+            if i in self.latents:  # no eigenproblem: latents are computed
+                bases.append(2.0 * num_samples * S * d * self.latents[i].n_latents + _CALLS_FOR_PLAIN_BASIS * PER_CALL)
+                continue
             has_metric = config.basis in WITH_METRIC and (i < len(self.sections) or config.final_metric is not None)
             rank = min(d, DENSE_WIDTH) if has_metric else d
             own = _CALLS_FOR_BASIS if has_metric else _CALLS_FOR_PLAIN_BASIS
             bases.append(num_samples * S * d * rank * 4 + _EIGENPROBLEM * rank**3 + own * PER_CALL)
         points = max(1, config.integration_steps)
-        ranks = self.ranks()
+        # Of latents only the active ones are pushed and read, and there is no metric at a node layer that has some.
+        read = [self.latents[i].per_sample if i in self.latents else r for i, r in enumerate(self.ranks())]
         sections = [
-            self._of_section(section, *pair, config, num_samples, calls, largest_chunk)
-            for section, pair in zip(self.sections, itertools.pairwise(ranks), strict=True)
-        ]
+            self._of_section(
+                replace(section, hidden=None) if {i, i + 1} & self.latents.keys() else section, *pair,
+                replace(config, basis="neuron") if i in self.latents else config, num_samples, calls, largest_chunk,
+            )
+            for i, (section, pair) in enumerate(zip(self.sections, itertools.pairwise(read), strict=True))
+        ]  # fmt: skip
         by_output = config.metric == "output"
         output_metric, importance = 0.0, 0.0
         if by_output or (config.final_metric and self.readout):
@@ -445,11 +456,13 @@ class ModelCost:
         return math.ceil(num_samples / min(largest_chunk, max(1, _CHUNK // largest)))
 
     def ranks(self) -> list[int]:
-        """The largest number of features that each node layer can have."""
-        ranks = [self.sections[-1].shape_out[1]]
-        for section in reversed(self.sections):
+        """The largest number of features that each node layer can have; of latents, those that were active."""
+        last = len(self.sections)
+        ranks = [self.latents[last].anywhere if last in self.latents else self.sections[-1].shape_out[1]]
+        for i, section in reversed(list(enumerate(self.sections))):
             read = math.inf if section.hidden is None else section.hidden or ranks[0]
-            ranks.insert(0, int(min(section.shape_in[1], read)))
+            rank = self.latents[i].anywhere if i in self.latents else min(section.shape_in[1], read)
+            ranks.insert(0, int(rank))
         return ranks
 
     def _of_section(
@@ -489,7 +502,10 @@ class ModelCost:
     def min_samples(self) -> int:
         """The smallest number of samples that still fixes the leading directions of every basis."""
         shapes = [section.shape_in for section in self.sections]
-        needed = [max(_MIN_ROWS, _ROWS_PER_DIRECTION * min(d, DENSE_WIDTH)) / S for S, d in shapes]
+        needed = [
+            max(_MIN_ROWS, (i not in self.latents) * _ROWS_PER_DIRECTION * min(d, DENSE_WIDTH)) / S
+            for i, (S, d) in enumerate(shapes)
+        ]
         return max(_MIN_SAMPLES, math.ceil(max(needed)))
 
 
@@ -587,17 +603,21 @@ class EffortPlan:
         return f"{self.text} ({self.operations:.1e} operations)"
 
 
-def measure_cost(instrumented: InstrumentedModel, batch: Any) -> ModelCost:
-    """Count the operations of a model and its sections on a few samples.
+def measure_cost(
+    instrumented: InstrumentedModel, batch: Any, dictionaries: Mapping[str, Any] = MappingProxyType({})
+) -> ModelCost:
+    """Count the operations of a model and its sections, and active latents of dictionaries, on a few samples.
 
     Args:
         instrumented: The model and its node layers. Call this within `model_session`.
         batch: One batch, of which a few samples are run.
+        dictionaries: Dictionaries of node layers, by name.
 
     Returns:
         The costs.
     """
-    return instrumented.run_on_few(partial(_measure, instrumented), batch, _COUNTED)
+    cost: ModelCost = instrumented.run_on_few(partial(_measure, instrumented), batch, _COUNTED)
+    return replace(cost, latents=try_dictionaries(instrumented, [batch], dictionaries)[1])
 
 
 def _measure(instrumented: InstrumentedModel, batch: Any) -> ModelCost:
@@ -748,10 +768,12 @@ def choose_effort(
         >>> str(choose_effort(cost, LIBConfig(), 2048, 3e10, all_samples=False))
         '2,048 samples, 8 probes per sample for the metric, edges from 16 features per sample (2.8e+10 operations)'
     """
-    widest = max(section.shape_in[1] for section in cost.sections)
+    widths = {i: section.shape_in[1] for i, section in enumerate(cost.sections)}
+    widest = max({**widths, **{i: of.per_sample for i, of in cost.latents.items() if i in widths}}.values())
+    has_metric = not cost.latents.keys() >= widths.keys()
 
     def plan(n: int, level: int | None) -> EffortPlan:
-        probes = config.n_probes or (None if level is None else _PROBES << level)
+        probes = config.n_probes or (None if level is None or not has_metric else _PROBES << level)
         pushed = config.n_pushed or (None if level is None or _PUSHED << level >= widest else _PUSHED << level)
         return EffortPlan.of(cost, replace(config, n_probes=probes, n_pushed=pushed), n, allowed, in_run)
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lib_lightning.errors import LIBError, SettingError, SettingTypeError, brief, shortened
+from lib_lightning.errors import LIBError, NotFiniteError, SettingError, SettingTypeError, brief, shortened
 from lib_lightning.model.agreement import agree, half_of_the_digits, other_order
 from lib_lightning.model.batch import hash_tensors
 from lib_lightning.model.weights_hash import weights_hash
@@ -64,6 +64,7 @@ class AdaptedDictionary:
     Raises:
         SettingTypeError: If the object has no ``encode`` or ``decode``.
         SettingError: If it does not take these activations, or does not return activations of the same width.
+        NotFiniteError: If it returns NaN or infinite numbers for finite activations.
 
     Example:
         >>> dictionary = nn.Module()
@@ -76,7 +77,7 @@ class AdaptedDictionary:
     """
 
     def __init__(self, dictionary: Any, a: Tensor, name: str) -> None:
-        check_dictionary(dictionary, name)
+        check_dictionary(dictionary, f"The dictionary of '{name}'")
         _refuse_other_places(dictionary, name)
         self.dictionary, self.name, self.d = dictionary, name, a.shape[-1]
         # An axis of one head is joined by objects that join heads, whatever the number of these.
@@ -383,6 +384,12 @@ class AdaptedDictionary:
                 f"The dictionary of '{self.name}' reads {self.d} activations, and writes {decoded.shape[-1]}: one that "
                 "writes to another place needs lib_lightning.dictionaries.Transcoder."
             )
+        for part, t in (("encoder", f), ("decoder", decoded)):
+            if bool(torch.isfinite(a).all()) and not bool(torch.isfinite(t).all()):
+                raise NotFiniteError(
+                    f"The {part} of the dictionary of '{self.name}' returns numbers that are NaN or infinite, for "
+                    "activations that are finite. Look for them in its weights."
+                )
         generator = torch.Generator().manual_seed(0)
         few = torch.rand(self.n_latents, generator=generator, device="cpu") * self.n_latents < _PROBED
         sizes = 0.5 + torch.rand(self.n_latents, generator=generator, device="cpu")
@@ -534,12 +541,12 @@ def takes(function: Any, count: int) -> bool:
     return True
 
 
-def check_dictionary(dictionary: Any, name: str) -> None:
+def check_dictionary(dictionary: Any, what: str) -> None:
     """Check that something has the methods of a dictionary.
 
     Args:
         dictionary: What the user gives.
-        name: Name of the node layer, for the error.
+        what: What it is for, with which the error begins.
 
     Raises:
         SettingTypeError: If it has not, or is a class.
@@ -547,13 +554,13 @@ def check_dictionary(dictionary: Any, name: str) -> None:
     Example:
         >>> dictionary = nn.Module()
         >>> dictionary.encode, dictionary.decode = torch.relu, torch.neg
-        >>> check_dictionary(dictionary, "fc")
+        >>> check_dictionary(dictionary, "A transcoder")
     """
     has_methods = all(callable(getattr(dictionary, method, None)) for method in ("encode", "decode"))
     if isinstance(dictionary, type) or not has_methods:
         kind = "be an object with" if isinstance(dictionary, type) else "have"
         raise SettingTypeError(
-            f"The dictionary of '{name}' must {kind} methods encode(a) -> (..., r) and decode(f) -> (..., d); got "
+            f"{what} must {kind} methods encode(a) -> (..., r) and decode(f) -> (..., d); got "
             f"{shortened(repr(dictionary), 80)}."
         )
 

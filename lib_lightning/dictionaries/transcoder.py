@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lib_lightning.dictionaries.adapted import takes, tensors_of
-from lib_lightning.errors import SettingError, SettingTypeError
+from lib_lightning.dictionaries.adapted import check_dictionary, takes, tensors_of
+from lib_lightning.errors import SettingError
 
 
 class Transcoder(nn.Module):
@@ -50,8 +50,7 @@ class Transcoder(nn.Module):
         width: int | None = None,
     ) -> None:
         super().__init__()
-        if not callable(getattr(transcoder, "encode", None)) or not callable(getattr(transcoder, "decode", None)):
-            raise SettingTypeError("A transcoder must have methods encode(a) -> (..., r) and decode(f) -> (..., d).")
+        check_dictionary(transcoder, "A transcoder")
         for name, part in (("read", read), ("write", write)):
             if not isinstance(part, slice) or part.start is None or part.stop is None or part.step not in (None, 1):
                 raise SettingError(f"{name} must be a slice of the activations such as slice(0, 768); got {part!r}.")

@@ -474,6 +474,8 @@ class LIBCallback(Callback):
             self.resolver.check_dictionaries(model, batch, self.config.dictionaries)
             if score is not None:
                 self.resolver.check_score(model, batch, score)
+        elif not strict and not self._has_tried:
+            self.resolver.check_dictionaries(model, batch, self.config.dictionaries, strict=False)
         return layout
 
     # Validation: collect samples, compute snapshots, log scalars.
@@ -739,7 +741,9 @@ class LIBCallback(Callback):
         if self._all_samples:  # a labeller may look at more
             available = min(available, int(given["num_samples"]))
         counts_at_end = config.causal.every is None
-        return PlanSettings(config.config, available, given, config.memory_limit, config.may_choose, counts_at_end)
+        return PlanSettings(
+            config.config, available, given, config.memory_limit, config.may_choose, counts_at_end, config.dictionaries
+        )
 
     def file_bytes(self, result: PlanResult) -> int:
         """About the size of the file of a snapshot.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from lib_lightning.algorithm.cost import CostEstimate, duration, file_bytes
 from lib_lightning.algorithm.effort import SLOWER, EffortPlan, ModelCost, choose_effort, measure_cost
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
 from lib_lightning.api import GRAPH_OPERATIONS, estimate_cost, with_chosen_metric
+from lib_lightning.dictionaries.dictionary import Dictionary
 from lib_lightning.distributed.process_group import ProcessGroup, first_given
 from lib_lightning.errors import counted, log_traceback
 from lib_lightning.model.instrumented import InstrumentedModel, model_session
@@ -55,6 +56,7 @@ class PlanSettings:
         memory_limit: Memory that a snapshot may use, in GiB.
         may_choose: As for `lib_lightning.api.graph_of`.
         counts_at_end: Whether features that matter are counted after the last snapshot.
+        dictionaries: Dictionaries of node layers, by name.
     """
 
     config: LIBConfig
@@ -63,6 +65,7 @@ class PlanSettings:
     memory_limit: float = MEMORY_LIMIT
     may_choose: bool = False
     counts_at_end: bool = False
+    dictionaries: Mapping[str, Dictionary] = field(default_factory=dict)
 
     def without_given(self) -> PlanSettings:
         """The same with nothing given."""
@@ -161,7 +164,7 @@ class RunPlanner:
         with model_session(instrumented):
             if settings.may_choose:
                 settings = replace(settings, config=with_chosen_metric(settings.config, instrumented, batch))
-            cost = measure_cost(instrumented, batch)
+            cost = measure_cost(instrumented, batch, settings.dictionaries)
             training = self._training_operations(cost, instrumented.num_samples(batch))
             plan = self._choose(cost, training, settings)
             estimates = estimate or self._can_estimate(plan)
@@ -298,7 +301,7 @@ def plan_without_training(
     with model_session(instrumented):
         if settings.may_choose:
             settings = replace(settings, config=with_chosen_metric(settings.config, instrumented, batch))
-        cost = measure_cost(instrumented, batch)
+        cost = measure_cost(instrumented, batch, settings.dictionaries)
         rate = _forward_rate(instrumented, batch, cost, lambda: _finish_kernels(instrumented))
     effort = _effort(cost, settings, GRAPH_OPERATIONS)
     return RunPlan(effort, None, graphs * effort.operations / rate + _SECONDS_BESIDE_GRAPHS, None)
@@ -332,7 +335,7 @@ def _estimate(
     try:
         return estimate_cost(
             instrumented.model, batch, instrumented.layers, plan.effort.num_samples, "exact",
-            settings.memory_limit, **vars(instrumented.spec), **vars(config),
+            settings.memory_limit, dictionaries=settings.dictionaries, **vars(instrumented.spec), **vars(config),
         )  # fmt: skip
     except Exception as error:  # what is wrong is said by the snapshot, if it is wrong there too
         if must_succeed:
@@ -366,9 +369,9 @@ def _warning(plan: RunPlan, given: Mapping[str, Any], seconds_if_free: float) ->
 def _few_samples(instrumented: InstrumentedModel, cost: ModelCost, plan: RunPlan) -> str:
     """What to say of the first node layer with more directions than the samples can show; else an empty text."""
     shapes = [section.shape_in for section in cost.sections] + [cost.sections[-1].shape_out]
-    for layer, (S, d) in zip(instrumented.layers, shapes, strict=True):
+    for i, (layer, (S, d)) in enumerate(zip(instrumented.layers, shapes, strict=True)):
         n = plan.effort.num_samples
-        if n * S <= d:
+        if n * S <= d and i not in cost.latents:
             positions = "" if S == 1 else f" of {counted(S, 'position')}"
             return (
                 f"'{layer.name}' has {counted(d, 'direction')}, of which {counted(n, 'sample')}{positions} can show "

@@ -18,7 +18,7 @@ from lib_lightning.api import notes_on, proposed_cuts
 from lib_lightning.dictionaries.dictionary import Dictionary
 from lib_lightning.distributed.process_group import ProcessGroup
 from lib_lightning.distributed.torch_group import broadcast_text
-from lib_lightning.errors import LIBError, brief, is_out_of_memory
+from lib_lightning.errors import LIBError, SettingError, SettingTypeError, brief, is_out_of_memory
 from lib_lightning.model.batch import is_empty
 from lib_lightning.model.batch_layout import BatchLayout
 from lib_lightning.model.exchange import first_samples
@@ -167,13 +167,16 @@ class NodeLayerResolver:
             except Exception as error:
                 raise LIBError(f"{self._name}: causal_score failed on the first batch: {brief(error)}") from error
 
-    def check_dictionaries(self, model: nn.Module, batch: Any, dictionaries: Mapping[str, Dictionary]) -> None:
+    def check_dictionaries(
+        self, model: nn.Module, batch: Any, dictionaries: Mapping[str, Dictionary], strict: bool = True
+    ) -> None:
         """Try dictionaries on a first batch, after `check`.
 
         Args:
             model: The model.
             batch: A batch.
             dictionaries: The dictionaries, by node layer.
+            strict: As for `check`.
 
         Raises:
             NodeLayerError: If there is no such node layer.
@@ -183,8 +186,14 @@ class NodeLayerResolver:
         if not dictionaries or self.layers is None:
             return
         instrumented = InstrumentedModel(model, self.layers, self._spec)
-        with self.precision(), wrap_forward_errors(model, instrumented.spec), model_session(instrumented):
-            try_dictionaries(instrumented, [batch], dictionaries)
+        try:
+            with self.precision(), wrap_forward_errors(model, instrumented.spec), model_session(instrumented):
+                try_dictionaries(instrumented, [batch], dictionaries)
+        except (SettingError, SettingTypeError):
+            raise
+        except Exception:  # a training batch may be of another form; the first validation decides
+            if strict:
+                raise
 
     def _is_needed(self, batch: Any) -> bool:
         """Whether something is not known yet; which entries have the samples is certain from several samples only."""

@@ -528,7 +528,7 @@ class SnapshotComputer:
                 own = instrumented.parts(batch for batch in batches if not is_empty(batch))
                 numbers: list[float] = []
                 if own:
-                    cost = measure_cost(instrumented, own[0])
+                    cost = measure_cost(instrumented, own[0], self.config.dictionaries)
                     chosen = complete_effects(cost, plan.effort, self.config.config)
                     effort = EffortPlan.of(cost, chosen, plan.effort.num_samples, math.inf)
                     numbers = [instrumented.capture_to_output(own[0])[-1].a.shape[-1], *effort.numbers]
@@ -617,7 +617,7 @@ class SnapshotComputer:
                     output is not None and labels_of_batch(instrumented, batch, output) is not None
                 )
                 if is_known:
-                    cost = measure_cost(instrumented, batch)
+                    cost = measure_cost(instrumented, batch, self.config.dictionaries)
                     allowed = plan.ablations or plan.effort.operations if plan else 0.0
                     own = list(cost.features_to_ablate(allowed, sum(int(count) for count in counts)))
         found = first_given(own, process_group)

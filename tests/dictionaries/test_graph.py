@@ -6,6 +6,7 @@ import copy
 import json
 import struct
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,16 @@ from lib_lightning.ablation import edge_ablation_curve, edges_required, node_abl
 from lib_lightning.algorithm.build import BuildResult, build_graph
 from lib_lightning.algorithm.config import LIBConfig
 from lib_lightning.algorithm.dictionary_basis import DictionaryBasis
-from lib_lightning.algorithm.dictionary_layers import affordable_latents, try_dictionaries
+from lib_lightning.algorithm.dictionary_layers import try_dictionaries
+from lib_lightning.algorithm.effort import choose_effort, measure_cost
 from lib_lightning.algorithm.memory_plan import MemoryPlan
-from lib_lightning.dictionaries import AdaptedDictionary
+from lib_lightning.dictionaries import Transcoder
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from lib_lightning.errors import LIBError, NodeLayerError, NotFiniteError, SettingError, SettingTypeError
 from lib_lightning.interventions import edit_features, feature_effects, scale
 from lib_lightning.lineage import FeatureTracker
 from lib_lightning.lineage.reference import reference_features
-from lib_lightning.model.instrumented import InstrumentedModel
+from lib_lightning.model.instrumented import InstrumentedModel, model_session
 from lib_lightning.model.node_layer import as_node_layers
 from lib_lightning.viewer.run import Run
 from tests.algorithm.two_threads import in_two
@@ -201,7 +203,18 @@ def test_files_have_a_reference_and_no_weights(tmp_path: Path) -> None:
     assert node_ablation_curve(model, [x], given, score, "1", [2]) == node_ablation_curve(
         model, [x], graph, score, "1", [2]
     )
+    # A file with weights gives them to an object of the same class, also when it is saved again.
+    InteractionGraph.load(whole).save(tmp_path / "again.safetensors", dictionary_weights=True)
+    stored = InteractionGraph.load(tmp_path / "again.safetensors")
+    assert loaded.bases["1"].weights is None
+    fresh = {layer: SparseDictionary(16, 24, k=5, seed=9).double() for layer in dictionaries}
+    with pytest.raises(SettingError, match="other weights"):
+        stored.attach_dictionaries(fresh)
+    for layer, dictionary in fresh.items():
+        dictionary.load_state_dict(stored.bases[layer].weights)
+    stored.attach_dictionaries(fresh)
     with torch.no_grad():
+        assert torch.equal(stored.bases["1"].encode(a), graph.bases["1"].encode(a))
         dictionaries["1"].W_dec[0, 0] += 1
     with pytest.raises(SettingError, match="other weights"):
         InteractionGraph.load(path, dictionaries)
@@ -290,10 +303,116 @@ def test_errors() -> None:
     broken = SparseDictionary(16, 24, k=5).double()
     with torch.no_grad():
         broken.W_enc[:, 3] = torch.nan
-    with pytest.raises(NotFiniteError, match="dictionary of '1'"):
+    with pytest.raises(NotFiniteError, match="encoder of the dictionary of '1'"):
         compute_interaction_graph(model, [x], layers, {"1": broken})
+    broken = SparseDictionary(16, 24, k=5).double()
+    with torch.no_grad():
+        broken.W_dec[3, 0] = torch.inf
+    with pytest.raises(NotFiniteError, match="decoder of the dictionary of '1'"):
+        compute_interaction_graph(model, [x], layers, {"1": broken})
+    with pytest.raises(SettingTypeError, match="A transcoder must be an object with methods"):
+        Transcoder(SparseDictionary, slice(0, 8), slice(8, 16))
     with pytest.raises(SettingTypeError, match="by node layer"):
         compute_interaction_graph(model, [x], layers, dictionaries).attach_dictionaries(dictionaries["1"])
+
+
+class OfOneLayer:
+    """The dictionary of one layer of a crosscoder: each layer is reconstructed from latents that have read it."""
+
+    def __init__(self, crosscoder: Crosscoder, layer: int) -> None:
+        self.crosscoder, self.layer = crosscoder, layer
+        self.W_enc, self.W_dec = crosscoder.W_enc[layer], crosscoder.W_dec[layer]
+        self.b_enc, self.b_dec = crosscoder.b_enc, crosscoder.b_dec[layer]
+
+    def encode(self, a: Tensor) -> Tensor:
+        return torch.relu(a @ self.W_enc + self.b_enc)
+
+    def decode(self, f: Tensor) -> Tensor:
+        return f @ self.W_dec + self.b_dec
+
+
+class Crosscoder:
+    """Latents that several layers share, with an encoder and a decoder for each of them."""
+
+    def __init__(self, layers: int, d: int, r: int) -> None:
+        g = torch.Generator().manual_seed(0)
+        self.W_enc, self.W_dec = (torch.randn(layers, *s, generator=g).double() / 4 for s in ((d, r), (r, d)))
+        self.b_enc, self.b_dec = torch.zeros(r).double() - 0.1, torch.zeros(layers, d).double()
+
+
+class IndependentComponents:
+    """scikit-learn's FastICA as a dictionary."""
+
+    def __init__(self, a: Tensor, r: int) -> None:
+        decomposition = pytest.importorskip("sklearn.decomposition")
+        ica = decomposition.FastICA(r, random_state=0, tol=0.1, max_iter=1000).fit(a.numpy())
+        self.mean, self.W_enc, self.W_dec = (torch.as_tensor(x) for x in (ica.mean_, ica.components_.T, ica.mixing_.T))
+
+    def encode(self, a: Tensor) -> Tensor:
+        return (a - self.mean) @ self.W_enc
+
+    def decode(self, f: Tensor) -> Tensor:
+        return f @ self.W_dec + self.mean
+
+
+class Clusters:
+    """scikit-learn's k-means as a dictionary: one latent of each position is 1, and the residual is the error."""
+
+    def __init__(self, a: Tensor, r: int) -> None:
+        cluster = pytest.importorskip("sklearn.cluster")
+        self.centers = torch.as_tensor(cluster.KMeans(r, random_state=0, n_init=1).fit(a.numpy()).cluster_centers_)
+
+    def encode(self, a: Tensor) -> Tensor:
+        nearest = torch.cdist(a, self.centers.to(a)).argmin(-1)
+        return torch.nn.functional.one_hot(nearest, len(self.centers)).to(a)
+
+    def decode(self, f: Tensor) -> Tensor:
+        return f @ self.centers
+
+
+@pytest.mark.parametrize("kind", ["crosscoder", "ica", "k-means"])
+def test_crosscoders_ica_and_clusters(kind: str) -> None:
+    model, x, _ = small()
+    with torch.no_grad():
+        a = {"1": model[:2](x), "3": model[:4](x)}
+    crosscoder = Crosscoder(2, 16, 24)
+    dictionaries: dict[str, Any] = {
+        "crosscoder": lambda: {layer: OfOneLayer(crosscoder, i) for i, layer in enumerate(a)},
+        "ica": lambda: {layer: IndependentComponents(of, 5) for layer, of in a.items()},
+        "k-means": lambda: {layer: Clusters(of, 6) for layer, of in a.items()},
+    }[kind]()
+    graph = compute_interaction_graph(model, [x], ["1", "3", "output"], dictionaries, effort="exact")
+    basis, dictionary = graph.bases["1"], dictionaries["1"]
+    f, e = basis.latents_and_error(a["1"])
+    # Latents and error are the activations, and importances mean squares of both.
+    every = torch.zeros(len(x), dictionary.encode(a["1"]).shape[1]).double()
+    every[:, basis.latents] = f
+    assert torch.allclose(every, dictionary.encode(a["1"]))
+    assert torch.allclose(dictionary.decode(every) + e, a["1"])
+    squares = torch.cat([f.square(), e.square().sum(1, keepdim=True)], 1).mean(0)
+    assert torch.allclose(basis.importance, squares)
+    E = graph.edges["1", "3"]
+    assert E.shape == (graph.bases["3"].n_features, basis.n_features)
+    if kind == "k-means":  # the number of a cluster has no derivative: only the error acts, and is acted on
+        assert (E[:-1] == 0).all()
+        assert E[-1, -1] > 0
+        assert any("no derivative" in note for note in graph.info["notes"])
+    else:
+        wanted = dense_edges(model[2:4], a["1"], basis, graph.bases["3"])
+        assert torch.allclose(E[:-1, :-1], wanted, rtol=1e-8, atol=1e-12 * float(wanted.max()))
+
+
+def dense_edges(section: nn.Module, a: Tensor, before: DictionaryBasis, after: DictionaryBasis) -> Tensor:
+    """Edges between latents by Jacobians of the whole section, one sample after another."""
+    total = torch.zeros(after.error, before.error).double()
+    for row in a:
+        f, e = (part.detach() for part in before.latents_and_error(row))
+
+        def of(f: Tensor, row: Tensor = row, e: Tensor = e) -> Tensor:
+            return after.latents_of(section(before.decoded(f, row) + e))
+
+        total += (torch.autograd.functional.jacobian(of, f) * f).square()
+    return total / len(a)
 
 
 def test_controls_and_comparisons() -> None:
@@ -315,7 +434,7 @@ def test_two_processes_have_the_latents_of_both() -> None:
 
     def work(process_group: ProcessGroup, own: Sequence[Tensor]) -> BuildResult:
         instrumented = InstrumentedModel(copy.deepcopy(model), layers)
-        adapted = try_dictionaries(instrumented, own, copy.deepcopy(dictionaries))
+        adapted, _ = try_dictionaries(instrumented, own, copy.deepcopy(dictionaries))
         return build_graph(instrumented, own, LIBConfig(), MemoryPlan(), process_group, dictionaries=adapted)
 
     one = work(SINGLE_PROCESS, batches)
@@ -331,13 +450,29 @@ def test_two_processes_have_the_latents_of_both() -> None:
 
 
 def test_as_many_active_latents_are_pushed_as_can_be_afforded() -> None:
-    adapted = AdaptedDictionary(SparseDictionary(16, 24, k=5).double(), torch.randn(9, 16).double(), "1")
-    a = torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(0)).double()
-    active = int((adapted.encode(a) != 0).any(1).sum())
-    assert affordable_latents({0: adapted}, [a], [16.0, 7.0], active) is None
-    assert affordable_latents({0: adapted}, [a], [16.0, 7.0], active - 1) == active - 1
     network, layers = gpt2()
-    dictionaries = {layer: SparseDictionary(16, 30, k=4, seed=i).double() for i, layer in enumerate(layers)}
+    dictionaries = {layer: SparseDictionary(16, 300, k=4, seed=i).double() for i, layer in enumerate(layers)}
+    instrumented = InstrumentedModel(network, as_node_layers(layers))
+    with model_session(instrumented):
+        cost, without = (measure_cost(instrumented, tokens(), of) for of in (dictionaries, {}))
+        with torch.no_grad():
+            a = instrumented.capture(tokens())[0].a
+    active = dictionaries[layers[0]].encode(a) != 0
+    of = cost.latents[0]
+    assert (of.n_latents, of.positions, of.per_position) == (300, a.shape[1], 5)
+    assert of.per_sample == int(active.any(1).sum(1).max()) + 1
+    assert of.anywhere == int(active.any(1).any(0).sum()) + 1 > of.per_sample
+    assert cost.ranks()[0] == of.anywhere
+    # Edges cost as many products as latents are active, and there is no metric.
+    config = LIBConfig(output_distribution="none")
+    found, dense = cost.steps(config, 1000), without.steps(config, 1000)
+    assert found.metrics == [0.0] * (len(layers) - 1)
+    assert dense.metrics[0] > 0
+    wide = replace(cost, latents={i: replace(x, per_sample=10 * x.per_sample) for i, x in cost.latents.items()})
+    assert wide.steps(config, 1000).edges[0] > 5 * found.edges[0]
+    plan = choose_effort(wide, config, 1000, 0.5 * wide.of_graph(config, 1000), all_samples=True)
+    assert plan.n_probes is None
+    assert 8 <= (plan.n_pushed or 0) < wide.latents[0].per_sample
     graph = compute_interaction_graph(network, [tokens()], layers, dictionaries)
     assert not any("metric" in note for note in graph.info["notes"])
 

@@ -106,19 +106,32 @@ def test_a_graph_knows_that_its_dictionary_has_changed() -> None:
     assert graph.measure()["features/total"] > 1
 
 
+class OfThree(SparseDictionary):
+    """Decodes three activations only."""
+
+    def decode(self, f: Tensor) -> Tensor:
+        return super().decode(f)[..., :3]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"dictionaries": {"net.0": SparseDictionary(16, 40)}}, "no node layer 'net.0' for a dictionary"),
         ({"dictionaries": {"net.1": SparseDictionary(12, 40)}}, "does not take activations"),
+        ({"dictionaries": {"net.1": OfThree(16, 40)}}, "reads 16 activations, and writes 3"),
         ({"dictionaries": {"net.1": SparseDictionary(16, 40)}, "integration_steps": 2}, "integration_steps"),
     ],
 )
-def test_wrong_dictionaries_stop_the_training_before_its_first_step(options: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize("has_sanity_check", [True, False])
+def test_wrong_dictionaries_stop_the_training_before_its_first_step(
+    options: dict[str, Any], message: str, has_sanity_check: bool
+) -> None:
     trainer = pl.Trainer(
         max_epochs=1, logger=False, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False,
-        enable_checkpointing=False,
+        enable_checkpointing=False, num_sanity_val_steps=2 * has_sanity_check,
     )  # fmt: skip
+    if not has_sanity_check:  # nothing is read of the validation before the first step
+        options = {"every_n_validations": 1, **options}
 
     def fit() -> None:
         trainer.callbacks.append(LIBCallback(node_layers=["net.1", "output"], **options))  # type: ignore[attr-defined]
