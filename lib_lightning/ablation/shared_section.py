@@ -263,8 +263,8 @@ class SharedSection:
         self._operations = recorded.needed([read.source for read in self._reads], affine)
         used = {index for operation in self._operations for index in operation.inputs} & set(affine)
         self._entries = {index: entry(index) for index in sorted(used)}
-        at_zero = {read.source: recorded.values[read.source] for read in self._reads}
-        constant = at_mean - self._read(at_zero, torch.arange(at_mean.shape[-1], device=self._device))
+        rows = torch.arange(at_mean.shape[-1], device=self._device)
+        constant = at_mean - sum(read.of(recorded.values[read.source], rows) for read in self._reads)
         self._constant = constant.movedim(-1, 0).contiguous()  # the output features first
         self._frees = _last_uses(self._operations, {read.source for read in self._reads})
         made = [recorded.values[index] for operation in self._operations for index in operation.outputs]
@@ -394,16 +394,15 @@ class SharedSection:
             operation.repeat(values)
             for index in unused:
                 values.pop(index, None)
-        total = _columns(self._constant, rows) + self._read(values, rows)
+        total = _columns(self._constant, rows)
+        for read in self._reads:
+            total = total + read.of(values[read.source], rows)
         for read, terms in self._affine_reads:
             for term in terms:
                 Phi, B = term.factors(pattern, selected)
                 own = term.all_rows(Phi @ read.columns(B, rows))
                 total = total + read.changed(own.reshape(*term.shape, -1))
         return total
-
-    def _read(self, values: dict[int, Tensor], rows: _Rows) -> Tensor | float:
-        return sum((read.of(values[read.source], rows) for read in self._reads), 0.0)
 
 
 class SharedParts:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -76,13 +77,21 @@ class Operation:
         Args:
             values: Tensors by number; the outputs are added.
         """
-        args = tuple(
-            values[value.index] if isinstance(value, Slot)
-            else _mapped(value, Slot, lambda slot: values[slot.index]) if isinstance(value, (list, tuple)) else value
-            for value in self.args
-        )  # fmt: skip
-        kwargs = _mapped(self.kwargs, Slot, lambda slot: values[slot.index]) if self.kwargs else {}
-        values.update(zip(self.outputs, _leaves(self.function(*args, **kwargs), Tensor), strict=True))
+        args, kwargs = self.args, self.kwargs
+        if self._is_nested:
+            args, kwargs = _mapped((args, kwargs), Slot, lambda slot: values[slot.index])
+        else:
+            args = tuple([values[value.index] if isinstance(value, Slot) else value for value in args])
+        result = self.function(*args, **kwargs)
+        if isinstance(result, Tensor):
+            values[self.outputs[0]] = result
+        else:
+            values.update(zip(self.outputs, _leaves(result, Tensor), strict=True))
+
+    @cached_property
+    def _is_nested(self) -> bool:
+        """Whether tensors that depend on the argument are in lists or among the keyword arguments."""
+        return len(self.inputs) > sum(isinstance(value, Slot) for value in self.args)
 
 
 @dataclass(frozen=True)
