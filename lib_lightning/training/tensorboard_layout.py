@@ -21,7 +21,8 @@ FIRST = {
     "How much of each layer is used? Effective features": ["effective_features/(?!total)"],
     "Does it fall into parts? Modularity, from 0 to 1": ["modularity/total"],
     "Is something new? Features that were not in the snapshot before": ["born/(?!total)"],
-    "What does it cost? Time in the callback, as a share of the training's": ["overhead$"],
+    # Not the overhead: before the first steps, that is thousands of times the training.
+    "What does it cost? Seconds of the latest snapshot": ["seconds$"],
 }
 OTHERS = {
     "Features above 1e-6 of the layer's most important one": ["features/(?!total)"],
@@ -34,7 +35,7 @@ OTHERS = {
     "Modularity, by section": ["modularity/(?!total)"],
     "Features that are gone since the snapshot before": ["ended/(?!total)"],
     "Share of the subspace that is unchanged": ["overlap/(?!total)"],
-    "Seconds of the latest snapshot": ["seconds$"],
+    "Time in the callback, as a share of the training's": ["overhead$"],
 }
 # Metrics beside Lightning's own in the table of hyperparameters.
 METRICS = ("effective_edges/total", "modularity/total")
