@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lib_lightning.training.sae_trainer import SAETrainer
     from lib_lightning.training.trace import trace
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Basis",

@@ -413,7 +413,12 @@ def _by_step(since: Mapping[str, int | None]) -> str:
             layers[step].append(layer)
     if len(layers) == 1 and None not in since.values():
         return f"from step {next(iter(layers)):,} on in all node layers"
-    return ", ".join(f"from step {step:,} on in {' and '.join(names)}" for step, names in sorted(layers.items()))
+    return ", ".join(f"from step {step:,} on in {_listed(names)}" for step, names in sorted(layers.items()))
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names in a sentence: ``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _without_numbers(note: str) -> str:
