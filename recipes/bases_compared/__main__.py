@@ -1,0 +1,97 @@
+"""Which features does a language model need? Eight bases, a small model and SmolLM2-135M: docs/bases_compared.md.
+
+    python -m recipes.bases_compared --folder runs/bases             # measure what is missing, and write the results
+    python -m recipes.bases_compared --folder runs/bases --network small
+    python -m recipes.bases_compared                                 # the tables, from the committed results
+
+Networks, activations, bases and autoencoders are kept in the folder, and each number in a small file of its own in
+``results`` next to this file as soon as it is known, so that a run that was ended goes on. To measure something again,
+remove its file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lib_lightning.model.instrumented import model_session
+from recipes.bases_compared.fit import BASES, Fit
+from recipes.bases_compared.measure import COLUMNS, Measurements
+from recipes.bases_compared.subjects import Subject, small, smollm2
+from recipes.bases_compared.table import RESULTS, report
+
+SEEDS = 2
+
+
+def measure(
+    subject: Callable[[], Subject],
+    name: str,
+    seed: int,
+    folder: Path,
+    results: Path = RESULTS,
+    bases: Sequence[str] = tuple(BASES),
+    columns: Sequence[str] = COLUMNS,
+) -> None:
+    """Measure what is missing of a network.
+
+    Args:
+        subject: Makes the network.
+        name: Its name.
+        seed: Its seed.
+        folder: Folder for what is computed once.
+        results: Folder for the results.
+        bases: The bases, in this order for each column.
+        columns: The columns, in this order.
+    """
+    cells = [(column, kind) for column in columns for kind in bases]
+    paths = {cell: cell_path(results, name, seed, *cell) for cell in cells}
+    if all(path.exists() for path in paths.values()):
+        return
+    fit = Fit(subject(), folder)
+    measurements = Measurements(fit)
+    with model_session(fit.instrumented):
+        for (column, kind), path in paths.items():
+            if not path.exists():
+                write(path, {"network": name, "seed": seed, "basis": kind, column: measurements.column(column, kind)})
+
+
+def cell_path(results: Path, name: str, seed: int, column: str, kind: str) -> Path:
+    """The file of one number."""
+    return results / f"{name.replace(' ', '_').lower()}-{seed}-{kind}-{column}.json"
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
+    """Write a result."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(found) + "\n")
+    part.replace(path)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="recipes.bases_compared", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--folder", type=Path, help="measure what is missing; networks and bases are kept here")
+    parser.add_argument("--network", choices=("small", "smollm2"), help="measure only this one")
+    parser.add_argument("--bases", nargs="+", choices=tuple(BASES), default=list(BASES), help="measure only these")
+    parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=list(COLUMNS), help="measure only these")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(SEEDS)), help="of the small network")
+    options = parser.parse_args(args)
+    if options.folder is not None:
+        chosen = {"bases": options.bases, "columns": options.columns}
+        if options.network != "smollm2":
+            for seed in options.seeds:
+                measure(
+                    lambda seed=seed: small(seed, options.folder), "Language model", seed, options.folder, **chosen
+                )
+        if options.network != "small":
+            measure(smollm2, "SmolLM2-135M", 0, options.folder, **chosen)
+    sys.stdout.write(report() + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""The columns of the table: what is measured of one basis of one network."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lib_lightning.ablation import EdgeAttack, edges_required, log_likelihood
+from lib_lightning.algorithm.basis import Basis
+from lib_lightning.algorithm.dictionary_basis import DictionaryBasis
+from lib_lightning.interventions import feature_effects
+from lib_lightning.labels import ExampleLabels
+from lib_lightning.labels.labeller import FeatureSamples
+from lib_lightning.metrics.functional import effective_edges, standard_error
+from recipes.bases_compared.fit import Fit
+from recipes.bases_compared.required import NodeAblations, change, features_required
+from recipes.token_text import TokensOf
+
+# A short search, as in recipes/attacked_edges.py.
+ATTACK = EdgeAttack("pgd", n_steps=5, n_starts=1)
+# The section that is attacked.
+ATTACKED = ("middle", "three_quarters")
+COLUMNS = ("features", "edges", "names", "causal", "edges_required", "attacked")
+
+
+class Measurements:
+    """What is measured of the bases of one network.
+
+    Args:
+        fit: The bases.
+    """
+
+    def __init__(self, fit: Fit) -> None:
+        self.fit, self.subject = fit, fit.subject
+
+    def column(self, name: str, kind: str) -> Any:
+        """One of `COLUMNS`.
+
+        Args:
+            name: The column.
+            kind: The basis, one of `lib_lightning.bases_compared.fit.BASES`.
+
+        Returns:
+            Numbers, as they are written to a file; None if the column is not measured on this network.
+        """
+        columns: dict[str, Callable[[str], Any]] = {
+            "features": self._features,
+            "edges": self._edges,
+            "names": self._names,
+            "causal": self._causal,
+            "edges_required": partial(self._edges_required, None),
+            "attacked": partial(self._edges_required, ATTACK),
+        }
+        start = time.process_time()
+        found = columns[name](kind)
+        seconds = time.process_time() - start
+        sys.stderr.write(f"{self.fit.folder.name}: {name} of {kind}, {seconds:.0f} CPU s\n")
+        return None if found is None else {**found, "seconds": round(seconds, 1)}
+
+    @cached_property
+    def ablations(self) -> NodeAblations:
+        """The network with node ablations."""
+        return NodeAblations(self.fit.instrumented, self.subject.batches(self.subject.scored), log_likelihood)
+
+    def _features(self, kind: str) -> dict[str, Any]:
+        """Numbers of features, and of features required; changes of the loss with all of them."""
+        layers = {}
+        for i, basis in enumerate(self.fit.bases(kind)):
+            changes = partial(self.ablations.changes, i, basis)
+            is_latents = isinstance(basis, DictionaryBasis)
+            required = partial(
+                features_required, changes, basis.importance, self.subject.tolerance, self.subject.search
+            )
+            found = required(always=torch.tensor([basis.error])) if isinstance(basis, DictionaryBasis) else required()
+            layers[basis.name] = {"features": basis.n_features - is_latents, "width": len(basis.mean), **found}
+            if isinstance(basis, DictionaryBasis):
+                is_kept = torch.ones(basis.n_features, dtype=torch.bool)
+                is_kept[basis.error] = False
+                layers[basis.name] |= {
+                    "without error": change(changes(is_kept)),
+                    "explained": self._explained(i),
+                    "error's share": float(basis.importance[basis.error] / basis.importance.sum()),
+                }
+        return {"unablated": self.ablations.unablated, "samples": len(self.subject.scored), "layers": layers}
+
+    def _explained(self, i: int) -> float:
+        """Share of the variance of other activations that an autoencoder explains."""
+        rows = self._named_activations[i].flatten(0, 1)
+        with torch.no_grad():
+            left = (rows - self.fit.autoencoder(i)(rows)).square().sum()
+        return float(1 - left / (rows - rows.mean(0)).square().sum())
+
+    @cached_property
+    def _named_activations(self) -> list[Tensor]:
+        return self.fit.activations_on(self.subject.named)
+
+    def _edges(self, kind: str) -> dict[str, Any]:
+        """Effective edges of each section, with standard errors over samples."""
+        graph = self.fit.graph(kind)
+        sections = {}
+        for pair, E in graph.edges.items():
+            replicates = graph.info["edge replicates"][pair]
+            values = torch.stack([torch.as_tensor(effective_edges(one)) for one in replicates]) if len(replicates) else None
+            sections["-to-".join(pair)] = {
+                "edges": E.numel(),
+                "effective": float(effective_edges(E)),
+                "error": None if values is None else float(standard_error(values)),
+            }
+        return {"samples": self.subject.n_metric, "sections": sections}
+
+    def _names(self, kind: str) -> dict[str, Any]:
+        """How many features have a name that predicts where they are active."""
+        pieces = self.subject.named
+        labeller = ExampleLabels(renderer=TokensOf(self.subject.tokenizer))
+        skipped = pieces.shape[1] - self._named_activations[0].shape[1]
+        positions = torch.arange(skipped, pieces.shape[1]).expand(len(pieces), -1)
+        layers = {}
+        for basis, a in zip(self.fit.bases(kind), self._named_activations, strict=True):
+            importance, f = basis.importance, self._values(basis, a)
+            importance = importance[: f.shape[2]]
+            found = labeller.label(FeatureSamples(f, positions, pieces.shape[1], pieces))
+            is_named = torch.tensor([name != "" for name in found.names])
+            assert found.scores is not None
+            layers[basis.name] = {
+                "features": len(importance),
+                "named": int(is_named.sum()),
+                "importance": float(importance[is_named].sum() / importance.sum()),
+                "median score": float(found.scores[is_named].median()) if is_named.any() else None,
+            }
+        return {"samples": len(pieces), "layers": layers}
+
+    @staticmethod
+    def _values(basis: Basis, a: Tensor) -> Tensor:
+        """Values of the features, without those of the error of a dictionary."""
+        with torch.no_grad():
+            f = basis.encode(a).float()
+        return f[..., : basis.error] if isinstance(basis, DictionaryBasis) else f
+
+    def _causal(self, kind: str) -> dict[str, Any]:
+        """How many features change the loss, each set to its mean alone."""
+        graph = self.fit.graph(kind)
+        chosen: list[str] = []
+        for name, basis in graph.bases.items():
+            n = basis.error if isinstance(basis, DictionaryBasis) else basis.n_features
+            ids = graph.feature_ids(name)
+            ranked = basis.importance[:n].argsort(descending=True, stable=True).tolist()
+            count = n if self.subject.causal is None else min(n, self.subject.causal)
+            # The middles of equal parts of the ranks, so that each stands for as many features.
+            chosen += [ids[ranked[(2 * k + 1) * n // (2 * count)]] for k in range(count)]
+        batches = self.subject.batches(self.subject.scored)
+        effects = feature_effects(self.subject.model, batches, graph, log_likelihood, chosen)
+        layers = {
+            name: [effects[one] for one in chosen if one.rpartition("/")[0] == name] for name in graph.bases
+        }
+        return {
+            "samples": len(self.subject.scored),
+            "layers": {
+                name: {"tested": len(of_layer), "significant": sum(one.significant for one in of_layer)}
+                for name, of_layer in layers.items()
+            },
+        }
+
+    def _edges_required(self, attack: EdgeAttack | None, kind: str) -> dict[str, Any] | None:
+        """Edges required in each section, by ablation alone or under attack."""
+        if self.subject.attacked is None or (attack is not None and kind == "sae"):
+            return None  # each of the latents would need a forward and a backward pass of its own in each step
+        graph = self.fit.graph(kind)
+        batches = self.subject.batches(self.subject.scored[: self.subject.attacked])
+        sections = {}
+        for section in list(graph.edges) if attack is None else [ATTACKED]:
+            found = edges_required(
+                self.subject.model, batches, graph, log_likelihood, self.subject.tolerance, [section], "bisection",
+                attack,
+            )[section]  # fmt: skip
+            sections["-to-".join(section)] = {
+                "edges": graph.edges[section].numel(), "count": found.count,
+                "low": found.bounds[0], "high": found.bounds[1], "error": found.error,
+            }  # fmt: skip
+        return {"samples": self.subject.attacked, "sections": sections}

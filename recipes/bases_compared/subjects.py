@@ -1,0 +1,139 @@
+"""The networks whose bases are compared, with their text: a small language model, and SmolLM2-135M."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lib_lightning import NodeLayer
+from recipes.checkpoint import SMOLLM2
+from recipes.language_model import Text
+from recipes.paper.networks import followed, language_model
+from recipes.pretrained_lm import QUARTERS, PretrainedLM
+
+# Tokens for means, covariances and autoencoders.
+TOKENS = 16384
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network, its text, and how much is computed on it.
+
+    Attributes:
+        name: Name of the network.
+        seed: Its seed; 0 for a pretrained one.
+        model: From tokens ``(n, S)`` to logits.
+        node_layers: Where it is cut: after a quarter, a half, three quarters and all of its blocks.
+        fit: Pieces of the training text, shape ``(n, S)``, for means, covariances and autoencoders. The first
+            ``n_metric`` of them are for metrics and edges.
+        scored: Other text, for all scores.
+        named: Other text, for names.
+        tokenizer: Name of the tokenizer; None for bytes.
+        n_metric: Number of pieces for metrics and edges.
+        n_probes: Random vectors per piece for a metric.
+        n_pushed: Features pushed per piece for the edges of a section; None for all.
+        latents: Number of latents of an autoencoder, of active ones, and steps of its training.
+        tolerance: Loss of mean log likelihood that is accepted, in nats a token.
+        search: How the number of required features is found, as for `lib_lightning.ablation.edges_required`.
+        causal: Features of each node layer whose effects are measured, spread evenly over the ranks; None for all.
+        attacked: Number of scored pieces for edges required; None if these are not counted.
+        batch_size: Pieces in a batch.
+    """
+
+    name: str
+    seed: int
+    model: nn.Module
+    node_layers: Sequence[NodeLayer]
+    fit: Tensor
+    scored: Tensor
+    named: Tensor
+    tokenizer: str | None
+    n_metric: int
+    n_probes: int
+    n_pushed: int | None
+    latents: tuple[int, int, int]
+    tolerance: float
+    search: str
+    causal: int | None
+    attacked: int | None
+    batch_size: int
+
+    def batches(self, pieces: Tensor) -> list[Batch]:
+        """Pieces of text, with the token after each token, in batches."""
+        return [(part, followed(part)) for part in pieces.split(self.batch_size)]
+
+
+class Logits(nn.Module):
+    """A causal language model of Hugging Face as a function from tokens to logits.
+
+    Args:
+        pretrained: The recipe's module, with a loaded model.
+    """
+
+    def __init__(self, pretrained: PretrainedLM) -> None:
+        super().__init__()
+        self.lm, self.at = pretrained.lm, pretrained.at
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits ``(n, S, vocabulary)`` of the token after each of ``(n, S)``."""
+        logits: Tensor = self.lm(tokens, use_cache=False).logits
+        return logits
+
+
+def small(seed: int, folder: Path, quick: bool = False) -> Subject:
+    """The language model of ``recipes/paper``: four blocks of width 32 on the bytes of Python's documentation.
+
+    Args:
+        seed: Of weights and batches.
+        folder: Folder of its weights.
+        quick: Whether it is trained for a few steps, and measured on little text.
+
+    Returns:
+        The network.
+    """
+    network = language_model(seed, folder, max_steps=20 if quick else 1500)
+    text = Text(context=32, batch_size=32)
+    text.setup("fit")
+    taps = ("h.1.ln_1", "h.2.ln_1", "h.3.ln_1", "ln_f")
+    layers = [NodeLayer([f"transformer.{tap}:input"], name=at) for tap, at in zip(taps, QUARTERS, strict=True)]
+    train, test = shuffled(text.train), shuffled(text.test)
+    return Subject(
+        "Language model", seed, network.model.eval(), layers,
+        fit=train[: 64 if quick else TOKENS // 32], scored=test[: 8 if quick else 64],
+        named=test[64 : 64 + (32 if quick else 512)], tokenizer=None,
+        n_metric=8 if quick else 128, n_probes=2 if quick else 8, n_pushed=4 if quick else None,
+        latents=(64, 4, 20) if quick else (128, 8, 4000),
+        # In nats: the probability of the next byte decreases by 1%.
+        tolerance=0.01, search="scan", causal=3 if quick else None, attacked=4 if quick else 32,
+        batch_size=32,
+    )  # fmt: skip
+
+
+def smollm2() -> Subject:
+    """SmolLM2-135M-Instruct on Python's documentation, without the first position of each piece.
+
+    Returns:
+        The network.
+    """
+    pretrained, text = PretrainedLM(SMOLLM2), Text(tokenizer=SMOLLM2, context=64, batch_size=8)
+    pretrained.configure_model()
+    text.setup("fit")
+    train, test = shuffled(text.train), shuffled(text.test)
+    return Subject(
+        "SmolLM2-135M", 0, Logits(pretrained).eval(),
+        [NodeLayer([f"at.{at}"], name=at, skip_positions=1) for at in QUARTERS],
+        fit=train[: TOKENS // 64], scored=test[:16], named=test[16:144], tokenizer=SMOLLM2,
+        n_metric=32, n_probes=4, n_pushed=3, latents=(2304, 64, 1000),
+        # The probability of the next token decreases by a tenth.
+        tolerance=0.1, search="bisection", causal=6, attacked=None, batch_size=8,
+    )  # fmt: skip
+
+
+def shuffled(pieces: Tensor) -> Tensor:
+    """Pieces of text in an order that is the same in every run."""
+    return pieces[torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0))]
