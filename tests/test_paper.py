@@ -15,7 +15,7 @@ from recipes.modular_addition import ModularAdditionTransformer
 from recipes.paper.__main__ import Task, main, run, tasks
 from recipes.paper.measure import BASES, measure_all
 from recipes.paper.networks import cifar10, followed, language_model, modular_addition
-from recipes.paper.table import counted_as_published, mean_and_error, report
+from recipes.paper.table import counted_as_published, features_of_published, mean_and_error, report
 from recipes.paper.train import Shuffles, logits_of_pairs, train
 
 PAGE = (Path(__file__).parents[1] / "docs" / "claims.md").read_text()
@@ -71,7 +71,8 @@ def write(folder: Path, seed: int, lib: int, pca: int | None) -> None:
     """A file of results, as `measure_all` writes it."""
 
     def one(total: int | None) -> dict[str, Any]:
-        metrics = {metric: {"total": 2.0} for metric in ("features", "effective_edges", "modularity")}
+        named = ("features", "features_required", "effective_edges", "modularity")
+        metrics = {metric: {"total": 2.0} for metric in named}
         last = {} if total is None else {"b-to-output": total - 5}
         return {**metrics, "edges_required": {"a-to-b": 5, **last, "total": total}}
 
@@ -83,12 +84,12 @@ def test_ratios_are_those_of_the_same_network(tmp_path: Path) -> None:
     write(tmp_path, 0, 10, 20)
     write(tmp_path, 1, 30, 40)
     lines = report(tmp_path).splitlines()
-    assert "| T (2) | lib | 2 ± 0 | 20 ± 10 | 2 ± 0 | 2.00 ± 0.00 |" in lines
-    assert "| T (2) | lib / pca | 1.00 ± 0.00 | 0.62 ± 0.12 | 1.00 ± 0.00 | +0.00 ± 0.00 |" in lines
-    assert "| T (2) | lib / pca, before the output | 1.00 ± 0.00 | 1.00 ± 0.00 | - | - |" in lines
+    assert "| T (2) | lib | 2 ± 0 | 2 ± 0 | 20 ± 10 | 2 ± 0 | 2.00 ± 0.00 |" in lines
+    assert "| T (2) | lib / pca | 1.00 ± 0.00 | 1.00 ± 0.00 | 0.62 ± 0.12 | 1.00 ± 0.00 | +0.00 ± 0.00 |" in lines
+    assert "| T (2) | lib / pca, before the output | 1.00 ± 0.00 | 1.00 ± 0.00 | 1.00 ± 0.00 | - | - |" in lines
     assert not any("neuron" in line for line in lines)
     write(tmp_path, 1, 30, None)
-    assert "| T (2) | pca | 2 ± 0 | - | 2 ± 0 | 2.00 ± 0.00 |" in report(tmp_path).splitlines()
+    assert "| T (2) | pca | 2 ± 0 | 2 ± 0 | - | 2 ± 0 | 2.00 ± 0.00 |" in report(tmp_path).splitlines()
 
 
 def test_the_table_has_the_published_numbers() -> None:
@@ -100,14 +101,23 @@ def test_the_table_has_the_published_numbers() -> None:
     assert counted_as_published([one], theirs).splitlines()[-1] == f"{row} 8 | 9 |"
 
 
+def test_the_table_has_the_features_of_the_published_networks() -> None:
+    lib = {"features": {"a": 5.0, "b": 3.0, "total": 5.0}, "features_required": {"a": 4, "total": 4}}
+    one = {"seed": 0, "bases": {"lib": lib, "pca": {**lib, "features_required": {"a": None, "total": None}}}}
+    assert features_of_published([one]).splitlines()[-1] == "| 0 | a | 4 of 5 | - of 5 |"
+    bare = {"seed": 0, "bases": {"lib": {}, "pca": {}}}  # of an earlier version
+    assert len(features_of_published([bare]).splitlines()) == 2
+
+
 def test_what_is_measured_is_not_measured_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("LIB_REFERENCE_DIR", raising=False)
+    counted = {"features_required": {}}
     for task in tasks(tmp_path):
         for seed in range(task.seeds):
             path = tmp_path / f"{task.name.replace(' ', '_').lower()}_seed{seed}.json"
-            path.write_text(json.dumps({"task": task.name, "seed": seed, "bases": {basis: {} for basis in BASES}}))
+            path.write_text(json.dumps({"task": task.name, "seed": seed, "bases": dict.fromkeys(BASES, counted)}))
     main(["--folder", str(tmp_path / "none"), "--results", str(tmp_path)])
     assert capsys.readouterr().out.startswith("| network (seeds) | basis |")
     assert not (tmp_path / "none").exists()
@@ -143,13 +153,16 @@ def test_all_of_it(tmp_path: Path) -> None:
     assert lib["samples"] == 80
     assert lib["features"]["total"] == lib["features"]["hidden1"] + lib["features"]["hidden2"]
     assert list(lib["edges_required"]) == ["hidden1-to-hidden2", "hidden2-to-output", "total"]
+    assert list(lib["features_required"]) == ["hidden1", "hidden2", "total"]
     language = results["language_model_seed0"]
     assert list(language["bases"]["pca"]["edges_required"]) == ["resid0-to-resid2", "resid2-to-resid4", "total"]
     assert language["settings"] == {"sections": ["resid0-to-resid2", "resid2-to-resid4"]}
     # A number that is missing is measured, and nothing else.
     path = tmp_path / "results" / "cifar-10_seed1.json"
     whole = json.loads(path.read_text())
-    path.write_text(json.dumps({**whole, "bases": {"pca": whole["bases"]["pca"]}}))
+    earlier = {key: value for key, value in whole["bases"]["neuron"].items() if key != "features_required"}
+    path.write_text(json.dumps({**whole, "bases": {"pca": whole["bases"]["pca"], "neuron": earlier}}))
     again = json.loads(measure_all(small[2].make(1), tmp_path / "results").read_text())
     assert again["bases"]["pca"] == whole["bases"]["pca"]
+    assert again["bases"]["neuron"] == whole["bases"]["neuron"]  # seconds among it
     assert again["bases"]["lib"]["edges_required"] == whole["bases"]["lib"]["edges_required"]

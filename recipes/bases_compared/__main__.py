@@ -15,16 +15,19 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lib_lightning.model.instrumented import model_session
 from recipes.bases_compared.fit import BASES, Fit
 from recipes.bases_compared.measure import COLUMNS, Measurements
-from recipes.bases_compared.subjects import Subject, small, smollm2
+from recipes.bases_compared.subjects import LARGE, RANDOM, SMALL, Subject, small, smollm2
 from recipes.bases_compared.table import RESULTS, report
 
 SEEDS = 2
+# What is measured of networks with new weights.
+CONTROL = {"bases": ("lib", "pca", "neuron", "random"), "columns": ("features", "edges", "names")}
 
 
 def measure(
@@ -85,11 +88,12 @@ def main(args: Sequence[str] | None = None) -> None:
         chosen = {"bases": options.bases, "columns": options.columns}
         if options.network != "smollm2":
             for seed in options.seeds:
-                measure(
-                    lambda seed=seed: small(seed, options.folder), "Language model", seed, options.folder, **chosen
-                )
+                measure(lambda seed=seed: small(seed, options.folder), SMALL, seed, options.folder, **chosen)
+                control = {name: [x for x in chosen[name] if x in CONTROL[name]] for name in chosen}
+                fresh = partial(small, seed, options.folder, fresh=True)
+                measure(fresh, RANDOM, seed, options.folder, **control)
         if options.network != "small":
-            measure(smollm2, "SmolLM2-135M", 0, options.folder, **chosen)
+            measure(smollm2, LARGE, 0, options.folder, **chosen)
     sys.stdout.write(report() + "\n")
 
 

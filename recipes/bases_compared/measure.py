@@ -19,7 +19,7 @@ from lib_lightning.labels import ExampleLabels
 from lib_lightning.labels.labeller import FeatureSamples
 from lib_lightning.metrics.functional import effective_edges, standard_error
 from recipes.bases_compared.fit import Fit
-from recipes.bases_compared.required import NodeAblations, change, features_required
+from recipes.features_required import NodeAblations, change, features_required
 from recipes.token_text import TokensOf
 
 # A short search, as in recipes/attacked_edges.py.

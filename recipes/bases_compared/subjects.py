@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lib_lightning import NodeLayer
+from lib_lightning import NodeLayer, reinitialized
 from recipes.checkpoint import SMOLLM2
 from recipes.language_model import Text
 from recipes.paper.networks import followed, language_model
@@ -17,6 +17,8 @@ from recipes.pretrained_lm import QUARTERS, PretrainedLM
 
 # Tokens for means, covariances and autoencoders.
 TOKENS = 16384
+# Names of the networks.
+SMALL, RANDOM, LARGE = "Language model", "Language model with new weights", "SmolLM2-135M"
 Batch = tuple[Tensor, Tensor]
 
 
@@ -35,7 +37,7 @@ class Subject:
         named: Other text, for names.
         tokenizer: Name of the tokenizer; None for bytes.
         n_metric: Number of pieces for metrics and edges.
-        n_probes: Random vectors per piece for a metric.
+        n_probes: Random vectors per piece for a metric; None for the exact one.
         n_pushed: Features pushed per piece for the edges of a section; None for all.
         latents: Number of latents of an autoencoder, of active ones, and steps of its training.
         tolerance: Loss of mean log likelihood that is accepted, in nats a token.
@@ -54,7 +56,7 @@ class Subject:
     named: Tensor
     tokenizer: str | None
     n_metric: int
-    n_probes: int
+    n_probes: int | None
     n_pushed: int | None
     latents: tuple[int, int, int]
     tolerance: float
@@ -85,13 +87,14 @@ class Logits(nn.Module):
         return logits
 
 
-def small(seed: int, folder: Path, quick: bool = False) -> Subject:
+def small(seed: int, folder: Path, quick: bool = False, fresh: bool = False) -> Subject:
     """The language model of ``recipes/paper``: four blocks of width 32 on the bytes of Python's documentation.
 
     Args:
         seed: Of weights and batches.
         folder: Folder of its weights.
         quick: Whether it is trained for a few steps, and measured on little text.
+        fresh: Whether its weights are initialised again after the training, as a control.
 
     Returns:
         The network.
@@ -102,8 +105,9 @@ def small(seed: int, folder: Path, quick: bool = False) -> Subject:
     taps = ("h.1.ln_1", "h.2.ln_1", "h.3.ln_1", "ln_f")
     layers = [NodeLayer([f"transformer.{tap}:input"], name=at) for tap, at in zip(taps, QUARTERS, strict=True)]
     train, test = shuffled(text.train), shuffled(text.test)
+    model = reinitialized(network.model, seed) if fresh else network.model
     return Subject(
-        "Language model", seed, network.model.eval(), layers,
+        RANDOM if fresh else SMALL, seed, model.eval(), layers,
         fit=train[: 64 if quick else TOKENS // 32], scored=test[: 8 if quick else 64],
         named=test[64 : 64 + (32 if quick else 512)], tokenizer=None,
         n_metric=8 if quick else 128, n_probes=2 if quick else 8, n_pushed=4 if quick else None,
@@ -125,12 +129,12 @@ def smollm2() -> Subject:
     text.setup("fit")
     train, test = shuffled(text.train), shuffled(text.test)
     return Subject(
-        "SmolLM2-135M", 0, Logits(pretrained).eval(),
+        LARGE, 0, Logits(pretrained).eval(),
         [NodeLayer([f"at.{at}"], name=at, skip_positions=1) for at in QUARTERS],
-        fit=train[: TOKENS // 64], scored=test[:16], named=test[16:144], tokenizer=SMOLLM2,
-        n_metric=32, n_probes=4, n_pushed=3, latents=(2304, 64, 1000),
+        fit=train[: TOKENS // 64], scored=test[:12], named=test[16:80], tokenizer=SMOLLM2,
+        n_metric=24, n_probes=4, n_pushed=2, latents=(2304, 64, 600),
         # The probability of the next token decreases by a tenth.
-        tolerance=0.1, search="bisection", causal=6, attacked=None, batch_size=8,
+        tolerance=0.1, search="bisection", causal=3, attacked=None, batch_size=12,
     )  # fmt: skip
 
 

@@ -1,3 +1,206 @@
+"""The tables of docs/bases_compared.md, from the committed results alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from recipes.bases_compared.fit import BASES
+
 RESULTS = Path(__file__).parent / "results"
-def report(folder=RESULTS): return ""
+# Results of one network in one basis, by column.
+Cell = dict[str, Any]
+Results = dict[str, dict[str, list[Cell]]]
+_MISSING = "-"
+
+
+def read(folder: Path = RESULTS) -> Results:
+    """Read all results.
+
+    Args:
+        folder: Their folder.
+
+    Returns:
+        By network and basis, the columns of each seed.
+    """
+    found: dict[str, dict[str, dict[int, Cell]]] = {}
+    for path in sorted(folder.glob("*.json")):
+        one = json.loads(path.read_text())
+        cells = found.setdefault(one.pop("network"), {}).setdefault(one.pop("basis"), {})
+        cells.setdefault(one.pop("seed"), {}).update(one)
+    return {
+        network: {kind: [by_kind[kind][seed] for seed in sorted(by_kind[kind])] for kind in BASES if kind in by_kind}
+        for network, by_kind in sorted(found.items())
+    }
+
+
+def report(folder: Path = RESULTS) -> str:
+    """Write all tables in Markdown.
+
+    Args:
+        folder: Folder of the results.
+
+    Returns:
+        The tables.
+    """
+    parts = []
+    for network, by_kind in read(folder).items():
+        seeds = max(map(len, by_kind.values()))
+        parts.append(f"**{network}**" + (f", {seeds} seeds" if seeds > 1 else ""))
+        parts += [overview(by_kind), by_layer(by_kind)]
+        if "sae" in by_kind:
+            parts.append(autoencoders(by_kind["sae"]))
+    return "\n\n".join(parts)
+
+
+def overview(by_kind: Mapping[str, Sequence[Cell]]) -> str:
+    """One row for each basis, with sums over node layers or sections.
+
+    Args:
+        by_kind: Columns of each seed, by basis.
+
+    Returns:
+        The table.
+    """
+    columns: dict[str, Callable[[Sequence[Cell]], str]] = {
+        "features": lambda seeds: _mean(seeds, "features", "layers", "features"),
+        "features required": lambda seeds: _bounded(seeds, "features", "layers"),
+        "effective edges": _effective,
+        "edges required": lambda seeds: _bounded(seeds, "edges_required", "sections"),
+        "under attack": _attacked,
+        "causal": _causal,
+        "named": _named,
+        "importance of the named": _importance,
+    }
+    return _table("basis", columns, by_kind)
+
+
+def by_layer(by_kind: Mapping[str, Sequence[Cell]]) -> str:
+    """The features required in each node layer."""
+    layers = next(iter(by_kind.values()))[0]["features"]["layers"]
+    columns = {
+        name: (lambda seeds, name=name: _bounded(seeds, "features", "layers", (name,))) for name in layers
+    }
+    return _table("features required", columns, by_kind)
+
+
+def autoencoders(seeds: Sequence[Cell]) -> str:
+    """How good the autoencoders are, and what is lost without what they leave out."""
+    layers = [one["features"]["layers"] for one in seeds if "features" in one]
+    rows = {
+        "variance explained, of other text": lambda x: f"{_average(one['explained'] for one in x):.0%}",
+        "share of the error in the mean square": lambda x: f"{_average(1 - one['explained'] for one in x):.0%}",
+        "change of log likelihood without the error": lambda x: _change([one["without error"] for one in x]),
+        "with all latents and the error": lambda x: _change([one["all"] for one in x]),
+    }
+    del rows["share of the error in the mean square"]
+    names = list(layers[0]) if layers else []
+    lines = [f"| SAE | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+    for title, text in rows.items():
+        lines.append(f"| {title} | {' | '.join(text([of[name] for of in layers]) for name in names)} |")
+    return "\n".join(lines)
+
+
+def _table(
+    first: str, columns: Mapping[str, Callable[[Sequence[Cell]], str]], by_kind: Mapping[str, Sequence[Cell]]
+) -> str:
+    lines = [f"| {first} | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    for kind, seeds in by_kind.items():
+        lines.append(f"| {BASES[kind]} | {' | '.join(text(seeds) for text in columns.values())} |")
+    return "\n".join(lines)
+
+
+def _of(seeds: Sequence[Cell], column: str, parts: str) -> list[dict[str, Any]]:
+    """Layers or sections of the seeds that have a column."""
+    return [one[column][parts] for one in seeds if one.get(column)]
+
+
+def _average(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
+
+
+def _mean(seeds: Sequence[Cell], column: str, parts: str, key: str) -> str:
+    found = _of(seeds, column, parts)
+    return f"{_average(sum(x[key] for x in one.values()) for one in found):,.0f}" if found else _MISSING
+
+
+def _bounded(seeds: Sequence[Cell], column: str, parts: str, only: Sequence[str] | None = None) -> str:
+    """Mean over seeds, and the range of bounds of one standard error over all seeds."""
+    found = _of(seeds, column, parts)
+    found = [{name: x for name, x in one.items() if only is None or name in only} for one in found]
+    if not found or not all(found):
+        return _MISSING
+    if any(x["count"] is None for one in found for x in one.values()):
+        return "not with all"
+    count = _average(sum(x["count"] for x in one.values()) for one in found)
+    low = min(sum(x["low"] for x in one.values()) for one in found)
+    no_high = any(x["high"] is None for one in found for x in one.values())
+    high = _MISSING if no_high else f"{max(sum(x['high'] for x in one.values()) for one in found):,}"
+    return f"{count:,.0f} ({low:,} to {high})"
+
+
+def _effective(seeds: Sequence[Cell]) -> str:
+    found = _of(seeds, "edges", "sections")
+    if not found:
+        return _MISSING
+    totals = [sum(x["effective"] for x in one.values()) for one in found]
+    squares = [sum((x["error"] or 0.0) ** 2 for x in one.values()) for one in found]
+    return f"{_average(totals):,.0f} ± {math.sqrt(sum(squares)) / len(found):,.0f}"
+
+
+def _attacked(seeds: Sequence[Cell]) -> str:
+    """Of the section that is attacked: by ablation alone, and under attack."""
+    pairs = [
+        (one["edges_required"]["sections"][name], x)
+        for one in seeds
+        if one.get("attacked") and one.get("edges_required")
+        for name, x in one["attacked"]["sections"].items()
+    ]
+    if not pairs:
+        return _MISSING
+    if any(x["count"] is None for pair in pairs for x in pair):
+        return "not with all"
+    greedy, worst = (_average(pair[i]["count"] for pair in pairs) for i in range(2))
+    return f"{greedy:,.0f}, {worst:,.0f}"
+
+
+def _causal(seeds: Sequence[Cell]) -> str:
+    found = _of(seeds, "causal", "layers")
+    if not found:
+        return _MISSING
+    tested, significant = (sum(x[key] for one in found for x in one.values()) for key in ("tested", "significant"))
+    return f"{significant:,} of {tested:,}"
+
+
+def _named(seeds: Sequence[Cell]) -> str:
+    found = _of(seeds, "names", "layers")
+    if not found:
+        return _MISSING
+    features, named = (sum(x[key] for one in found for x in one.values()) for key in ("features", "named"))
+    return share(named, features)
+
+
+def share(count: int, total: int) -> str:
+    """A share and its binomial standard error.
+
+    Example:
+        >>> share(50, 100)
+        '50% ± 5%'
+    """
+    p = count / total
+    return f"{p:.0%} ± {math.sqrt(p * (1 - p) / total):.0%}"
+
+
+def _importance(seeds: Sequence[Cell]) -> str:
+    found = _of(seeds, "names", "layers")
+    return f"{_average(x['importance'] for one in found for x in one.values()):.0%}" if found else _MISSING
+
+
+def _change(values: Sequence[Mapping[str, float]]) -> str:
+    mean = _average(x["change"] for x in values)
+    error = math.sqrt(sum(x["error"] ** 2 for x in values)) / len(values)
+    return f"{mean:+.3f} ± {error:.3f}"

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,9 @@ from lib_lightning import InteractionGraph, NodeLayer, compute_interaction_graph
 from lib_lightning.ablation import edges_required
 from lib_lightning.ablation.scored_model import Score
 from lib_lightning.metrics.summary import graph_scalars, layer_keys, section_keys
+from lib_lightning.model.instrumented import InstrumentedModel, model_session
+from lib_lightning.model.model_spec import ModelSpec
+from recipes.features_required import NodeAblations, features_required
 
 # Options of `compute_interaction_graph` for each row. The basis of the output is its neurons by default.
 BASES: dict[str, dict[str, Any]] = {
@@ -69,13 +73,12 @@ def measure(network: Network, basis: str) -> dict[str, Any]:
 
     Returns:
         ``features`` of each node layer, ``edges``, ``effective_edges``, ``modularity`` and ``edges_required`` of each
-        section (None if not even all edges are sufficient), and in total: for ``features``, the sum over all node
-        layers except the last. ``seconds`` are CPU times of the graph and of the ablations.
+        section (None if not even all edges are sufficient), ``features_required`` of each node layer except the last
+        (None if not even all features are), and in total: for ``features``, the sum over all node layers except the
+        last. ``seconds`` are CPU times of the graph and of the ablations of edges.
     """
     start = time.process_time()
-    graph = compute_interaction_graph(
-        network.model, network.fit, network.node_layers, **{"effort": "exact", **network.options, **BASES[basis]}
-    )
+    graph = graph_of(network, basis)
     middle = time.process_time()
     required = edges_required(
         network.model, network.test, graph, network.score, network.tolerance, search=network.search, **network.ablation
@@ -87,10 +90,38 @@ def measure(network: Network, basis: str) -> dict[str, Any]:
         "edges_required": _with_total(
             {key: one.count for section, one in required.items() for key in section_keys(section)}
         ),
+        "features_required": required_features(network, graph),
         "unablated": _short(min(scores)),
         "samples": graph.info["n_samples"],
         "seconds": {key: round(value, 1) for key, value in seconds.items()},
     }
+
+
+def graph_of(network: Network, basis: str) -> InteractionGraph:
+    """The graph of a network in one of `BASES`."""
+    options = {"effort": "exact", **network.options, **BASES[basis]}
+    return compute_interaction_graph(network.model, network.fit, network.node_layers, **options)
+
+
+def required_features(network: Network, graph: InteractionGraph) -> dict[str, int | None]:
+    """Count the features that a network needs in each node layer for its score, all others at their means.
+
+    Args:
+        network: The network.
+        graph: Its graph.
+
+    Returns:
+        The number for each node layer except the last, which needs all of its logits, and in total.
+    """
+    spec = ModelSpec(dtype=network.ablation.get("dtype"))
+    instrumented = InstrumentedModel(network.model, graph.node_layer_specs(), spec)
+    counts: dict[str, int | None] = {}
+    with model_session(instrumented):
+        ablations = NodeAblations(instrumented, network.test, network.score)
+        for i, (name, basis) in enumerate(list(graph.bases.items())[:-1]):
+            changes = partial(ablations.changes, i, basis)
+            counts[name] = features_required(changes, basis.importance, network.tolerance, network.search)["count"]
+    return _with_total(counts)
 
 
 def numbers_of(graph: InteractionGraph) -> dict[str, dict[str, float]]:
@@ -128,9 +159,9 @@ def results_of(task: str, seed: int, folder: Path) -> tuple[Path, dict[str, Any]
 
 
 def remaining(task: str, seed: int, folder: Path, bases: Sequence[str] = tuple(BASES)) -> list[str]:
-    """The bases in which a network has not been measured yet."""
+    """The bases in which a network has not been measured yet, or not all of it."""
     _, results = results_of(task, seed, folder)
-    return [basis for basis in bases if basis not in results.get("bases", {})]
+    return [basis for basis in bases if "features_required" not in results.get("bases", {}).get(basis, {})]
 
 
 def measure_all(network: Network, folder: Path, bases: Sequence[str] = tuple(BASES)) -> Path:
@@ -147,7 +178,12 @@ def measure_all(network: Network, folder: Path, bases: Sequence[str] = tuple(BAS
     folder.mkdir(parents=True, exist_ok=True)
     path, results = results_of(network.task, network.seed, folder)
     for basis in remaining(network.task, network.seed, folder, bases):
-        found = {**results.get("bases", {}), basis: measure(network, basis)}
+        found = {**results.get("bases", {})}
+        if basis in found:  # by an earlier version, which did not count features
+            counts = required_features(network, graph_of(network, basis))
+            found[basis] = {**found[basis], "features_required": counts}
+        else:
+            found[basis] = measure(network, basis)
         results = {**described(network), "bases": {name: found[name] for name in BASES if name in found}}
         part = path.with_suffix(".part")
         part.write_text(json.dumps(results, indent=1) + "\n")

@@ -18,8 +18,9 @@ from recipes.paper.measure import BASES
 RESULTS = Path(__file__).parent / "results"
 PUBLISHED = "Published"
 # Metrics, and the decimals to show.
-METRICS = {"features": 0, "edges_required": 0, "effective_edges": 0, "modularity": 2}
+METRICS = {"features": 0, "features_required": 0, "edges_required": 0, "effective_edges": 0, "modularity": 2}
 COLUMNS = " | ".join(metric.replace("_", " ") for metric in METRICS)
+_OF_LAYERS = ("features", "features_required")
 # Numerator, denominator, and whether to exclude the section to the output: "fisher" changes the features of the output,
 # which the features before them match one to one.
 COMPARED = (
@@ -63,7 +64,7 @@ def report(folder: Path = RESULTS, reference: Path | None = None) -> str:
     parts = [numbers(results), ratios(results)] if results else []
     if published:
         theirs = reference and json.loads((reference / "modular_addition_published.json").read_text())
-        parts.append(counted_as_published(published, theirs or None))
+        parts += [counted_as_published(published, theirs or None), features_of_published(published)]
     return "\n\n".join(parts)
 
 
@@ -76,7 +77,7 @@ def numbers(results: Results) -> str:
     Returns:
         The table.
     """
-    lines = [f"| network (seeds) | basis | {COLUMNS} |", "|" + "---|" * 6]
+    lines = [f"| network (seeds) | basis | {COLUMNS} |", "|" + "---|" * (2 + len(METRICS))]
     for task, seeds in results.items():
         for basis in BASES:
             measured = [one for one in seeds if basis in one["bases"]]
@@ -98,7 +99,7 @@ def ratios(results: Results) -> str:
     Returns:
         The table.
     """
-    lines = [f"| network (seeds) | compared | {COLUMNS} |", "|" + "---|" * 6]
+    lines = [f"| network (seeds) | compared | {COLUMNS} |", "|" + "---|" * (2 + len(METRICS))]
     for task, seeds in results.items():
         for basis, other, inner in COMPARED:
             measured = [one for one in seeds if {basis, other} <= one["bases"].keys()]
@@ -138,6 +139,28 @@ def counted_as_published(results: Sequence[Mapping[str, Any]], theirs: Mapping[s
     return "\n".join(lines)
 
 
+def features_of_published(results: Sequence[Mapping[str, Any]]) -> str:
+    """Tabulate the features that the authors' networks have and require, by node layer.
+
+    Args:
+        results: Results of their networks.
+
+    Returns:
+        The table.
+    """
+    lines = ["| authors' network | node layer | lib: required of features | pca: required of features |", "|" + "---|" * 4]
+    for one in results:
+        bases = [one["bases"][basis] for basis in ("lib", "pca")]
+        for layer in list(bases[0].get("features_required", {}))[:-1]:
+            counts = [x["features_required"][layer] for x in bases]
+            cells = [
+                f"{'-' if count is None else count} of {x['features'][layer]:.0f}"
+                for count, x in zip(counts, bases, strict=True)
+            ]
+            lines.append(f"| {one['seed']} | {layer} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def total(one: Mapping[str, Any], basis: str, metric: str, inner: bool = False) -> float:
     """Read a metric of a whole graph.
 
@@ -151,7 +174,7 @@ def total(one: Mapping[str, Any], basis: str, metric: str, inner: bool = False) 
         The value; NaN if it is missing.
     """
     values = one["bases"].get(basis, {}).get(metric, {})
-    if inner and metric != "features":
+    if inner and metric not in _OF_LAYERS:
         parts = [value for key, value in values.items() if key != "total" and not key.endswith("-to-output")]
         if not parts or None in parts:
             return math.nan

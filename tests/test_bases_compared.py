@@ -1,0 +1,129 @@
+"""Bases of language models compared: the recipe in its quick mode, its parts against the library, and its page."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from lib_lightning import NodeLayer, compute_interaction_graph
+from lib_lightning.ablation import log_likelihood, node_ablation_curve
+from lib_lightning.algorithm.dictionary_basis import DictionaryBasis
+from lib_lightning.model.instrumented import model_session
+from recipes.bases_compared.__main__ import measure
+from recipes.bases_compared.fit import Fit
+from recipes.bases_compared.measure import COLUMNS
+from recipes.bases_compared.subjects import Subject, small
+from recipes.bases_compared.table import read, report
+from recipes.features_required import NodeAblations, features_required
+from recipes.language_model import GPTNeo
+from recipes.paper.networks import followed
+
+PAGE = (Path(__file__).parents[1] / "docs" / "bases_compared.md").read_text()
+
+
+@pytest.fixture
+def subject() -> Subject:
+    """An untrained network, all of whose pieces are used for everything."""
+    torch.manual_seed(0)
+    model = GPTNeo(vocabulary=11, n_positions=6, n_layers=4, d_model=8, n_heads=2, d_mlp=16)
+    for parameter in model.parameters():
+        parameter.data *= 8
+    taps = ("h.1.ln_1", "h.2.ln_1", "h.3.ln_1", "ln_f")
+    layers = [NodeLayer([f"transformer.{tap}:input"], name=name) for tap, name in zip(taps, "abcd", strict=True)]
+    tokens = torch.randint(0, 11, (40, 6))
+    return Subject(
+        "Tiny", 0, model.double().eval(), layers, fit=tokens, scored=tokens[:10], named=tokens, tokenizer=None,
+        n_metric=40, n_probes=None, n_pushed=None, latents=(16, 2, 8), tolerance=0.01, search="scan", causal=2,
+        attacked=5, batch_size=20,
+    )  # fmt: skip
+
+
+def test_bases_are_those_of_the_library_on_the_same_samples(subject: Subject, tmp_path: Path) -> None:
+    fit = Fit(subject, tmp_path)
+    with model_session(fit.instrumented):
+        for kind, final in (("lib", None), ("fisher", "fisher"), ("pca", None), ("neuron", None)):
+            exact = compute_interaction_graph(
+                subject.model, subject.batches(subject.fit), subject.node_layers,
+                "lib" if kind == "fisher" else kind, effort="exact", final_metric=final,
+                final_basis="neuron" if kind == "neuron" else "auto",
+            )  # fmt: skip
+            graph = fit.graph(kind)
+            for name, basis in exact.bases.items():
+                torch.testing.assert_close(graph.bases[name].importance, basis.importance, rtol=1e-6, atol=1e-8)
+            for pair, E in exact.edges.items():
+                torch.testing.assert_close(graph.edges[pair], E, rtol=1e-6, atol=1e-8)
+
+
+def test_rotations_have_the_subspace_of_the_lib(subject: Subject, tmp_path: Path) -> None:
+    fit = Fit(subject, tmp_path)
+    with model_session(fit.instrumented):
+        for kind in ("random", "ica"):
+            for lib, basis in zip(fit.bases("fisher"), fit.bases(kind), strict=True):
+                projections = [one.to_features @ one.from_features for one in (lib, basis)]
+                torch.testing.assert_close(*projections, rtol=1e-6, atol=1e-6)
+
+
+def test_ablations_are_those_of_the_library(subject: Subject, tmp_path: Path) -> None:
+    fit = Fit(subject, tmp_path)
+    batches = subject.batches(subject.scored)
+    with model_session(fit.instrumented):
+        graph = fit.graph("pca")
+        ablations = NodeAblations(fit.instrumented, batches, log_likelihood)
+        for index, (name, basis) in enumerate(graph.bases.items()):
+            found = features_required(lambda kept, i=index, b=basis: ablations.changes(i, b, kept), basis.importance, 0.1)
+            curve = node_ablation_curve(
+                subject.model, batches, graph, log_likelihood, name, [int(k) for k in found["curve"]]
+            )
+            for count, score in curve.items():
+                expected = score - ablations.unablated
+                assert found["curve"][str(count)]["change"] == pytest.approx(expected, rel=1e-3, abs=1e-9)
+
+
+def test_all_latents_and_the_error_are_the_activations(subject: Subject, tmp_path: Path) -> None:
+    fit = Fit(subject, tmp_path)
+    with model_session(fit.instrumented):
+        basis = fit.bases("sae")[1]
+        assert isinstance(basis, DictionaryBasis)
+        ablations = NodeAblations(fit.instrumented, subject.batches(subject.scored), log_likelihood)
+        is_kept = torch.ones(basis.n_features, dtype=torch.bool)
+        assert ablations.changes(1, basis, is_kept).abs().max() < 1e-6
+        is_kept[basis.error] = False
+        # Without it, activations are what the autoencoder reconstructs.
+        sae = fit.autoencoder(1).double()
+        a = fit.activations_on(subject.scored)[1]
+        output = fit.instrumented.output(subject.batches(subject.scored)[0], {1: sae(a)})
+        batch = (subject.scored, followed(subject.scored))
+        expected = log_likelihood(output, batch) - log_likelihood(subject.model(subject.scored), batch)
+        torch.testing.assert_close(ablations.changes(1, basis, is_kept), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_number_of_features_and_its_bounds() -> None:
+    noise = torch.tensor([-1.0, 1.0])
+    found = features_required(lambda kept: -(~kept).sum() + noise, torch.arange(10.0), 3.5)
+    # The standard error of the mean of two values that differ by 2 is 1.
+    assert (found["count"], found["low"], found["high"]) == (7, 6, 8)
+    always = features_required(lambda kept: -(~kept).sum() + noise, torch.arange(10.0), 3.5, always=torch.tensor([0]))
+    assert always["count"] == 6
+    assert features_required(lambda kept: noise - 9, torch.arange(3.0), 1.0)["count"] is None
+
+
+@pytest.mark.recipe
+def test_recipe_in_its_quick_mode(tmp_path: Path) -> None:
+    bases, results = ("fisher", "sae"), tmp_path / "results"
+    measure(lambda: small(0, tmp_path, quick=True), "Small", 0, tmp_path, results, bases)
+    assert len(list(results.iterdir())) == len(COLUMNS) * len(bases)
+    (lib,), (sae,) = (read(results)["Small"][kind] for kind in bases)
+    assert lib["features"]["layers"]["end"]["features"] <= 32
+    assert sae["features"]["layers"]["end"]["features"] <= 64
+    assert sae["attacked"] is None
+    assert lib["attacked"]["sections"].keys() == {"middle-to-three_quarters"}
+    assert re.search(r"^\| SAE \|", report(results), re.MULTILINE)
+    # What is there is not measured again.
+    measure(lambda: pytest.fail("nothing is missing"), "Small", 0, tmp_path, results, bases)
+
+
+def test_the_page_shows_what_the_committed_results_say() -> None:
+    assert f"<!-- tables -->\n{report()}\n<!-- end of tables -->" in PAGE
