@@ -66,9 +66,7 @@ class NodeAblations:
                     new = basis.mean.to(a) + (
                         (a - basis.mean.to(a)) @ basis.to_features[:, is_kept].to(a)
                     ) @ basis.from_features[is_kept].to(a)
-                rest = self._rest.setdefault(
-                    (index, number), RestOfModel(self._instrumented, batch, index, _MAX_BYTES)
-                )
+                rest = self._rest.setdefault((index, number), RestOfModel(self._instrumented, batch, index, _MAX_BYTES))
                 output = rest.output(merge_masked(new, a, mask))
                 scores.append(sample_scores(self._score, output, batch, len(a)))
         return torch.cat(scores) - self._own

@@ -73,7 +73,9 @@ def test_ablations_are_those_of_the_library(subject: Subject, tmp_path: Path) ->
         graph = fit.graph("pca")
         ablations = NodeAblations(fit.instrumented, batches, log_likelihood)
         for index, (name, basis) in enumerate(graph.bases.items()):
-            found = features_required(lambda kept, i=index, b=basis: ablations.changes(i, b, kept), basis.importance, 0.1)
+            found = features_required(
+                lambda kept, i=index, b=basis: ablations.changes(i, b, kept), basis.importance, 0.1
+            )
             curve = node_ablation_curve(
                 subject.model, batches, graph, log_likelihood, name, [int(k) for k in found["curve"]]
             )

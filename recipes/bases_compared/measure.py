@@ -106,7 +106,9 @@ class Measurements:
         sections = {}
         for pair, E in graph.edges.items():
             replicates = graph.info["edge replicates"][pair]
-            values = torch.stack([torch.as_tensor(effective_edges(one)) for one in replicates]) if len(replicates) else None
+            values = (
+                torch.stack([torch.as_tensor(effective_edges(one)) for one in replicates]) if len(replicates) else None
+            )
             sections["-to-".join(pair)] = {
                 "edges": E.numel(),
                 "effective": float(effective_edges(E)),
@@ -155,9 +157,7 @@ class Measurements:
             chosen += [ids[ranked[(2 * k + 1) * n // (2 * count)]] for k in range(count)]
         batches = self.subject.batches(self.subject.scored)
         effects = feature_effects(self.subject.model, batches, graph, log_likelihood, chosen)
-        layers = {
-            name: [effects[one] for one in chosen if one.rpartition("/")[0] == name] for name in graph.bases
-        }
+        layers = {name: [effects[one] for one in chosen if one.rpartition("/")[0] == name] for name in graph.bases}
         return {
             "samples": len(self.subject.scored),
             "layers": {

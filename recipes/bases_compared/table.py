@@ -73,7 +73,7 @@ def overview(by_kind: Mapping[str, Sequence[Cell]]) -> str:
         "under attack": _attacked,
         "causal": _causal,
         "named": _named,
-        "importance of the named": _importance,
+        "AUROC of the names": _auroc,
     }
     return _table("basis", columns, by_kind)
 
@@ -81,9 +81,7 @@ def overview(by_kind: Mapping[str, Sequence[Cell]]) -> str:
 def by_layer(by_kind: Mapping[str, Sequence[Cell]]) -> str:
     """The features required in each node layer."""
     layers = next(iter(by_kind.values()))[0]["features"]["layers"]
-    columns = {
-        name: (lambda seeds, name=name: _bounded(seeds, "features", "layers", (name,))) for name in layers
-    }
+    columns = {name: (lambda seeds, name=name: _bounded(seeds, "features", "layers", (name,))) for name in layers}
     return _table("features required", columns, by_kind)
 
 
@@ -92,11 +90,9 @@ def autoencoders(seeds: Sequence[Cell]) -> str:
     layers = [one["features"]["layers"] for one in seeds if "features" in one]
     rows = {
         "variance explained, of other text": lambda x: f"{_average(one['explained'] for one in x):.0%}",
-        "share of the error in the mean square": lambda x: f"{_average(1 - one['explained'] for one in x):.0%}",
         "change of log likelihood without the error": lambda x: _change([one["without error"] for one in x]),
         "with all latents and the error": lambda x: _change([one["all"] for one in x]),
     }
-    del rows["share of the error in the mean square"]
     names = list(layers[0]) if layers else []
     lines = [f"| SAE | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
     for title, text in rows.items():
@@ -195,9 +191,11 @@ def share(count: int, total: int) -> str:
     return f"{p:.0%} ± {math.sqrt(p * (1 - p) / total):.0%}"
 
 
-def _importance(seeds: Sequence[Cell]) -> str:
-    found = _of(seeds, "names", "layers")
-    return f"{_average(x['importance'] for one in found for x in one.values()):.0%}" if found else _MISSING
+def _auroc(seeds: Sequence[Cell]) -> str:
+    """Mean over node layers of the median."""
+    found = [x["median score"] for one in _of(seeds, "names", "layers") for x in one.values()]
+    known = [score for score in found if score is not None]
+    return f"{_average(known):.2f}" if known else _MISSING
 
 
 def _change(values: Sequence[Mapping[str, float]]) -> str:

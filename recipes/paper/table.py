@@ -148,7 +148,10 @@ def features_of_published(results: Sequence[Mapping[str, Any]]) -> str:
     Returns:
         The table.
     """
-    lines = ["| authors' network | node layer | lib: required of features | pca: required of features |", "|" + "---|" * 4]
+    lines = [
+        "| authors' network | node layer | lib: required of features | pca: required of features |",
+        "|" + "---|" * 4,
+    ]
     for one in results:
         bases = [one["bases"][basis] for basis in ("lib", "pca")]
         for layer in list(bases[0].get("features_required", {}))[:-1]:
