@@ -345,8 +345,11 @@ def attack_edges(
 
 
 def _paper_bracket(graph: InteractionGraph, section: tuple[str, str]) -> int:
-    """``(d_in + 1) (d_out + 1)``: the paper's edge matrices include the constant function on both sides."""
-    d_in, d_out = (graph.bases[name].mean.shape[0] for name in section)
+    """``(d_in + 1) (d_out + 1)``: the paper's edge matrices include the constant function on both sides.
+
+    There may be more latents of a dictionary than dimensions.
+    """
+    d_in, d_out = (max(graph.bases[name].mean.shape[0], graph.bases[name].n_features) for name in section)
     return (d_in + 1) * (d_out + 1)
 
 

@@ -19,6 +19,7 @@ from lib_lightning.ablation import (
     log_likelihood,
     node_ablation_curve,
 )
+from lib_lightning.dictionaries import TopKSAE
 from lib_lightning.errors import LIBError, NodeLayerError, NotFiniteError
 from lib_lightning.model.batch import first_tensor
 from tests import reference
@@ -387,3 +388,20 @@ def test_batches_may_come_from_a_generator() -> None:
     batch = labelled(model)
     graph = compute_interaction_graph(model, [batch], LAYERS)
     assert ask_all(model, [batch], graph)[0] == node_ablation_curve(model, iter([batch]), graph, accuracy, "1")
+
+
+def test_bisection_reaches_all_edges_between_more_latents_than_dimensions() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    x = torch.randn(60, 6).double()
+    batches = [(x, model(x).argmax(-1))]
+    directions = [nn.functional.normalize(torch.randn(24, 4), dim=1).double() for _ in range(2)]
+    saes = {
+        name: TopKSAE(W.T, torch.zeros(24).double(), W, torch.zeros(4).double(), k=6)
+        for name, W in zip(("1", "3"), directions, strict=True)
+    }
+    graph = compute_interaction_graph(model, batches, ["1", "3", "output"], dictionaries=saes)
+    # (4 + 1)^2 numbers would not be enough.
+    assert graph.edges["1", "3"].numel() > 25
+    found = edges_required(model, batches, graph, log_likelihood, 1e-6, [("1", "3")], "bisection")["1", "3"]
+    assert found.count is not None
+    assert found.count > 25
