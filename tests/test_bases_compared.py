@@ -11,6 +11,7 @@ import torch
 from lib_lightning import NodeLayer, compute_interaction_graph
 from lib_lightning.ablation import log_likelihood, node_ablation_curve
 from lib_lightning.algorithm.dictionary_basis import DictionaryBasis
+from lib_lightning.dictionaries.topk_training import TopKSettings
 from lib_lightning.model.instrumented import model_session
 from recipes.bases_compared.__main__ import measure
 from recipes.bases_compared.fit import Fit
@@ -36,8 +37,8 @@ def subject() -> Subject:
     tokens = torch.randint(0, 11, (40, 6))
     return Subject(
         "Tiny", 0, model.double().eval(), layers, fit=tokens, scored=tokens[:10], named=tokens, tokenizer=None,
-        n_metric=40, n_probes=None, n_pushed=None, latents=(16, 2, 8), tolerance=0.01, search="scan", causal=2,
-        attacked=5, batch_size=20,
+        n_metric=40, n_probes=None, n_pushed=None, settings=TopKSettings(16, 2), steps=8,
+        tolerance=0.01, search="scan", causal=2, attacked=5, batch_size=20,
     )  # fmt: skip
 
 

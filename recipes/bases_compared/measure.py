@@ -18,7 +18,7 @@ from lib_lightning.interventions import feature_effects
 from lib_lightning.labels import ExampleLabels
 from lib_lightning.labels.labeller import FeatureSamples
 from lib_lightning.metrics.functional import effective_edges, standard_error
-from recipes.bases_compared.fit import Fit
+from recipes.bases_compared.fit import Fit, usual
 from recipes.features_required import NodeAblations, change, features_required
 from recipes.token_text import TokensOf
 
@@ -90,8 +90,8 @@ class Measurements:
         return {"unablated": self.ablations.unablated, "samples": len(self.subject.scored), "layers": layers}
 
     def _explained(self, i: int) -> float:
-        """Share of the variance of other activations that an autoencoder explains."""
-        rows = self._named_activations[i].flatten(0, 1)
+        """Share of the variance of other activations that an autoencoder explains, without those of massive length."""
+        rows = usual(self._named_activations[i].flatten(0, 1))
         with torch.no_grad():
             left = (rows - self.fit.autoencoder(i)(rows)).square().sum()
         return float(1 - left / (rows - rows.mean(0)).square().sum())

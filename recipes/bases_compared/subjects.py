@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lib_lightning import NodeLayer, reinitialized
+from lib_lightning.dictionaries.topk_training import TopKSettings
 from recipes.checkpoint import SMOLLM2
 from recipes.language_model import Text
 from recipes.paper.networks import followed, language_model
@@ -39,7 +40,8 @@ class Subject:
         n_metric: Number of pieces for metrics and edges.
         n_probes: Random vectors per piece for a metric; None for the exact one.
         n_pushed: Features pushed per piece for the edges of a section; None for all.
-        latents: Number of latents of an autoencoder, of active ones, and steps of its training.
+        settings: Sizes, learning rate and seed of autoencoders.
+        steps: Steps of their training.
         tolerance: Loss of mean log likelihood that is accepted, in nats a token.
         search: How the number of required features is found, as for `lib_lightning.ablation.edges_required`.
         causal: Features of each node layer whose effects are measured, spread evenly over the ranks; None for all.
@@ -58,7 +60,8 @@ class Subject:
     n_metric: int
     n_probes: int | None
     n_pushed: int | None
-    latents: tuple[int, int, int]
+    settings: TopKSettings
+    steps: int
     tolerance: float
     search: str
     causal: int | None
@@ -111,7 +114,8 @@ def small(seed: int, folder: Path, quick: bool = False, fresh: bool = False) -> 
         fit=train[: 64 if quick else TOKENS // 32], scored=test[: 8 if quick else 64],
         named=test[64 : 64 + (32 if quick else 512)], tokenizer=None,
         n_metric=8 if quick else 128, n_probes=2 if quick else 8, n_pushed=4 if quick else None,
-        latents=(64, 4, 20) if quick else (128, 8, 4000),
+        settings=TopKSettings(64, 4, seed=seed) if quick else TopKSettings(128, 8, seed=seed),
+        steps=20 if quick else 4000,
         # In nats: the probability of the next byte decreases by 1%.
         tolerance=0.01, search="scan", causal=3 if quick else None, attacked=4 if quick else 32,
         batch_size=32,
@@ -132,7 +136,7 @@ def smollm2() -> Subject:
         LARGE, 0, Logits(pretrained).eval(),
         [NodeLayer([f"at.{at}"], name=at, skip_positions=1) for at in QUARTERS],
         fit=train[: TOKENS // 64], scored=test[:12], named=test[16:80], tokenizer=SMOLLM2,
-        n_metric=24, n_probes=4, n_pushed=2, latents=(2304, 64, 600),
+        n_metric=24, n_probes=4, n_pushed=2, settings=TopKSettings(2304, 64, lr=1e-3), steps=400,
         # The probability of the next token decreases by a tenth.
         tolerance=0.1, search="bisection", causal=3, attacked=None, batch_size=12,
     )  # fmt: skip
