@@ -65,9 +65,10 @@ def overview(by_kind: Mapping[str, Sequence[Cell]]) -> str:
     Returns:
         The table.
     """
+    layers = _layers(by_kind)
     columns: dict[str, Callable[[Sequence[Cell]], str]] = {
-        "features": lambda seeds: _mean(seeds, "features", "layers", "features"),
-        "features required": lambda seeds: _bounded(seeds, "features", "layers"),
+        "features": lambda seeds: _mean(seeds, layers),
+        "features required": lambda seeds: _bounded(seeds, "features", "layers", layers),
         "effective edges": _effective,
         "edges required": lambda seeds: _bounded(seeds, "edges_required", "sections"),
         "under attack": _attacked,
@@ -80,7 +81,7 @@ def overview(by_kind: Mapping[str, Sequence[Cell]]) -> str:
 
 def by_layer(by_kind: Mapping[str, Sequence[Cell]]) -> str:
     """The features required in each node layer."""
-    layers = next(iter(by_kind.values()))[0]["features"]["layers"]
+    layers = _layers(by_kind)
     columns = {name: (lambda seeds, name=name: _bounded(seeds, "features", "layers", (name,))) for name in layers}
     return _table("features required", columns, by_kind)
 
@@ -119,17 +120,26 @@ def _average(values: Iterable[float]) -> float:
     return sum(found) / len(found)
 
 
-def _mean(seeds: Sequence[Cell], column: str, parts: str, key: str) -> str:
-    found = _of(seeds, column, parts)
-    return f"{_average(sum(x[key] for x in one.values()) for one in found):,.0f}" if found else _MISSING
+def _layers(by_kind: Mapping[str, Sequence[Cell]]) -> list[str]:
+    """Names of the node layers: the most of any basis."""
+    found = [layers for seeds in by_kind.values() for layers in _of(seeds, "features", "layers")]
+    return list(max(found, key=len, default={}))
+
+
+def _mean(seeds: Sequence[Cell], layers: Sequence[str]) -> str:
+    """Mean number of features of all node layers; missing if that of one is."""
+    found = _of(seeds, "features", "layers")
+    if not found or any(name not in one for one in found for name in layers):
+        return _MISSING
+    return f"{_average(sum(one[name]['features'] for name in layers) for one in found):,.0f}"
 
 
 def _bounded(seeds: Sequence[Cell], column: str, parts: str, only: Sequence[str] | None = None) -> str:
     """Mean over seeds, and the range of bounds of one standard error over all seeds."""
     found = _of(seeds, column, parts)
-    found = [{name: x for name, x in one.items() if only is None or name in only} for one in found]
-    if not found or not all(found):
+    if not found or any(name not in one for one in found for name in only or ()):
         return _MISSING
+    found = [{name: x for name, x in one.items() if only is None or name in only} for one in found]
     if any(x["count"] is None for one in found for x in one.values()):
         return "not with all"
     count = _average(sum(x["count"] for x in one.values()) for one in found)
