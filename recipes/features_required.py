@@ -66,10 +66,18 @@ class NodeAblations:
                     new = basis.mean.to(a) + (
                         (a - basis.mean.to(a)) @ basis.to_features[:, is_kept].to(a)
                     ) @ basis.from_features[is_kept].to(a)
-                rest = self._rest.setdefault((index, number), RestOfModel(self._instrumented, batch, index, _MAX_BYTES))
-                output = rest.output(merge_masked(new, a, mask))
+                output = self._rest_of_model(index, number).output(merge_masked(new, a, mask))
                 scores.append(sample_scores(self._score, output, batch, len(a)))
         return torch.cat(scores) - self._own
+
+    def _rest_of_model(self, index: int, number: int) -> RestOfModel:
+        """The model after a node layer, at one batch."""
+        if (index, number) not in self._rest:
+            batch, (a, mask) = self._batches[number], self._captured[number][index]
+            mean = merge_masked(a.mean((0, 1)).expand_as(a), a, mask)
+            known = (a, self._instrumented.run(batch))
+            self._rest[index, number] = RestOfModel(self._instrumented, batch, index, mean, known, _MAX_BYTES)
+        return self._rest[index, number]
 
 
 def change(values: Tensor) -> dict[str, float]:

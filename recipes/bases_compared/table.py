@@ -94,7 +94,7 @@ def autoencoders(seeds: Sequence[Cell]) -> str:
         "change of log likelihood without the error": lambda x: _change([one["without error"] for one in x]),
         "with all latents and the error": lambda x: _change([one["all"] for one in x]),
     }
-    names = list(layers[0]) if layers else []
+    names = [name for name in (layers[0] if layers else ()) if all(name in of for of in layers)]
     lines = [f"| SAE | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
     for title, text in rows.items():
         lines.append(f"| {title} | {' | '.join(text([of[name] for of in layers]) for name in names)} |")
@@ -104,9 +104,12 @@ def autoencoders(seeds: Sequence[Cell]) -> str:
 def _table(
     first: str, columns: Mapping[str, Callable[[Sequence[Cell]], str]], by_kind: Mapping[str, Sequence[Cell]]
 ) -> str:
-    lines = [f"| {first} | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
-    for kind, seeds in by_kind.items():
-        lines.append(f"| {BASES[kind]} | {' | '.join(text(seeds) for text in columns.values())} |")
+    cells = {title: [text(seeds) for seeds in by_kind.values()] for title, text in columns.items()}
+    # What was measured in no basis has no column.
+    cells = {title: column for title, column in cells.items() if any(cell != _MISSING for cell in column)}
+    lines = [f"| {first} | {' | '.join(cells)} |", "|---" * (1 + len(cells)) + "|"]
+    for kind, *row in zip(by_kind, *cells.values(), strict=True):
+        lines.append(f"| {BASES[kind]} | {' | '.join(row)} |")
     return "\n".join(lines)
 
 
