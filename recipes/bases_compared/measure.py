@@ -44,7 +44,7 @@ class Measurements:
 
         Args:
             name: The column.
-            kind: The basis, one of `lib_lightning.bases_compared.fit.BASES`.
+            kind: The basis, one of `recipes.bases_compared.fit.BASES`.
 
         Returns:
             Numbers, as they are written to a file; None if the column is not measured on this network.
