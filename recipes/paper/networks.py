@@ -142,7 +142,7 @@ def cifar10(seed: int, folder: Path, images: Path, epochs: int = 12) -> Network:
 
 
 def published_perceptron(reference: Path) -> Network:
-    """The perceptron 3072-100-100-10 with the authors' program's results, without its pixels, as for `cifar10`.
+    """A perceptron 3072-100-100-10 for which the authors' program has results, without its pixels, as in `cifar10`.
 
     Args:
         reference: Folder with its weights and its part of CIFAR-10.
