@@ -465,9 +465,10 @@ def main(args: Sequence[str] | None = None) -> None:
         RESULTS.write_text(json.dumps(results, separators=(",", ":")) + "\n")
     if parsed.figure is not None:
         parsed.figure.write_bytes(render_png(draw(results)).data)
-    sys.stdout.write(
-        f"{report(results)}\n\n{story(results)}\n" if set(results) == set(TASKS) else report(results) + "\n"
-    )
+    text = report(results)
+    if set(results) == set(TASKS) and all(any(map(counts, runs.values())) for runs in results.values()):
+        text += f"\n\n{story(results)}"
+    sys.stdout.write(text + "\n")
 
 
 def _run(folder: Path, task: str, seed: int) -> dict[str, Series]:
