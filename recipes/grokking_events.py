@@ -4,7 +4,7 @@
     python -m recipes.grokking_events --figure align.png              # draw it
     python -m recipes.grokking_events                                 # the tables of docs/align.md, from the results
 
-Two and a half minutes of one CPU core per seed. Each run is that of ``modular_addition.yaml`` with another seed of
+Two and a half minutes of one CPU core per seed. Each run is modular addition modulo 59 with another seed of
 split and weights, twice as many snapshots, and a validation every ten steps. Beside them another tool,
 `recipes.learning_coefficient`, writes its estimates to ``llc.csv``. Afterwards, ``tensorboard --logdir
 runs/grokking_events`` shows events, accuracies and these estimates on the same slider.

@@ -1,6 +1,6 @@
 """Three tasks that networks memorise long before they generalise, and what is part of their solutions.
 
-*Addition* modulo 59 is the quick start's: a transformer with one layer. *Subtraction* modulo 31 and *parity* are
+*Addition* modulo 59 is learned by the quick start's transformer, of one layer. *Subtraction* modulo 31 and *parity* are
 learned by perceptrons. The bits of parity are -1 or 1, and the answer is whether the product of the first three is 1;
 the others are noise, by which training samples can be told apart and so be memorised.
 """
@@ -136,7 +136,7 @@ class GroupLabels:
 
 
 def addition(seed: int, modulus: int = 59, steps: int = 3000) -> Task:
-    """Modular addition, the quick start's task and transformer.
+    """Modular addition by the quick start's transformer.
 
     Args:
         seed: Seed of the split.
