@@ -197,9 +197,10 @@ def table(title: str, leads: Mapping[str, Lead], corrected: Mapping[str, float])
             continue
         low, high = lead.interval
         correlation = "-" if math.isnan(lead.rank_correlation) else f"{lead.rank_correlation:.2f}"
+        p = "-" if math.isnan(corrected[name]) else f"{corrected[name]:.2g}"
         lines.append(
             f"| {name} | {lead.times:.2f} | {low:.2f} to {high:.2f} | {lead.before} of {len(lead.ratios)} | "
-            f"{correlation} | {corrected[name]:.2g} | {verdict(lead, corrected[name])} |"
+            f"{correlation} | {p} | {verdict(lead, corrected[name])} |"
         )
     return "\n".join(lines)
 
