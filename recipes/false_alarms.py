@@ -39,6 +39,7 @@ from lib_lightning.lineage import emergence as emergence_module
 from lib_lightning.lineage.change_detection import ChangeDetector
 from lib_lightning.lineage.emergence import EmergenceDetector
 from lib_lightning.training.schedule import Schedule
+from recipes.at_steps import AtSteps
 from recipes.mlp import identity
 from recipes.modular_addition import AllPairs, ModularAddition
 
@@ -206,7 +207,7 @@ def _digits() -> tuple[Tensor, Tensor]:
     return torch.from_numpy(digits.data).float() / 16, torch.from_numpy(digits.target).long()
 
 
-class SnapshotCurves(L.Callback):
+class SnapshotCurves(AtSteps):
     """Computes a snapshot at each of some steps, and keeps what events are detected in.
 
     Args:
@@ -219,23 +220,13 @@ class SnapshotCurves(L.Callback):
     """
 
     def __init__(self, training: Training, steps: Sequence[int]) -> None:
-        self._training, self._steps = training, set(steps)
+        super().__init__(steps)
+        self._training = training
         self._tracker = FeatureTracker()
         self.curves: list[dict[str, Any]] = []
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the snapshot before training, if it is one of them."""
-        self._take(trainer.global_step, pl_module)
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Take a snapshot, if it is due."""
-        self._take(trainer.global_step, pl_module)
-
-    def _take(self, step: int, module: L.LightningModule) -> None:
-        if step not in self._steps:
-            return
+    def take(self, step: int, module: L.LightningModule) -> None:
+        """Compute a snapshot, and keep its curves."""
         x, targets = self._training.batch
         with torch.no_grad():
             loss = float(F.cross_entropy(module(x), targets) if targets.ndim == 1 else F.mse_loss(module(x), targets))

@@ -28,6 +28,7 @@ from lib_lightning.labels import ExampleLabels, FeatureSamples, Labels, find_lab
 from lib_lightning.metrics.functional import effective_edges, effective_features, number_of_features
 from lib_lightning.plots.image import render_png
 from recipes import leads
+from recipes.at_steps import AtSteps
 from recipes.grokking_tasks import TASKS, Samples, Task
 from recipes.leads import Lead, compare, halfway, holm
 
@@ -71,7 +72,7 @@ def snapshot_steps(first: int, last: int, per_decade: int = 12) -> list[int]:
     return sorted({0, first // 4, first // 2, *regular, last})
 
 
-class Snapshots(L.Callback):
+class Snapshots(AtSteps):
     """Writes an interaction graph at each of some steps, with accuracies, labels and effects.
 
     Args:
@@ -81,21 +82,11 @@ class Snapshots(L.Callback):
     """
 
     def __init__(self, task: Task, folder: Path, steps: Sequence[int]) -> None:
-        self._task, self._folder, self._steps = task, folder, set(steps)
+        super().__init__(steps)
+        self._task, self._folder = task, folder
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Compute the snapshot before training."""
-        self._take(trainer.global_step, pl_module)
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Compute a snapshot, if it is due."""
-        self._take(trainer.global_step, pl_module)
-
-    def _take(self, step: int, module: L.LightningModule) -> None:
-        if step not in self._steps:
-            return
+    def take(self, step: int, module: L.LightningModule) -> None:
+        """Compute a snapshot."""
         task, name = self._task, self._task.before_output
         graph = compute_interaction_graph(module, [task.train], task.layers, effort="exact")
         seen = {split: _feature_samples(graph, module, samples) for split, samples in task.samples.items()}

@@ -153,7 +153,7 @@ def _colors(
     drawn = {name: np.where(of_layer == "", NO_MODULE, of_layer) for name, of_layer in colors.items()}
     if color_of:
         for of_layer in drawn.values():
-            _announce(of_layer)
+            _tint_before_label(of_layer)
     else:
         has_modules = any(snapshot.modules is not None for layer in layers.values() for snapshot in layer)
         return drawn, _module_legend(colors, has_modules)
@@ -164,7 +164,7 @@ def _colors(
     return drawn, [*rows, (_patch(NO_MODULE), "no label")]
 
 
-def _announce(colors: np.ndarray) -> None:
+def _tint_before_label(colors: np.ndarray) -> None:
     """Paint each band pale in the colour that it will have, as long as it has no label, to tell its past apart."""
     for column in colors.T:
         labelled = np.flatnonzero(column != NO_MODULE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -51,13 +51,16 @@ def add_layout(trainer: pl.Trainer, prefixes: Mapping[str, Sequence[str]]) -> No
         trainer: The trainer; loggers other than TensorBoard's are passed over.
         prefixes: For the name of each callback, the prefixes of what it logs: the basis itself first.
     """
-    values = _hyperparameters(trainer)
     for logger in trainer.loggers:
         if is_instance(logger, "loggers.TensorBoardLogger"):
-            summaries = [custom_scalars(layout_of(prefixes))]
-            if values is not None and getattr(logger, "_default_hp_metric", False):
-                summaries.append(_hparams_metrics(values, list(prefixes)))
-            add_summaries(logger, summaries)
+            # Made where a failure is reported, and does not end the training.
+            add_summaries(logger, _summaries(trainer, prefixes, getattr(logger, "_default_hp_metric", False)))
+
+
+def _summaries(trainer: pl.Trainer, prefixes: Mapping[str, Sequence[str]], has_metrics: bool) -> Iterator[Summary]:
+    yield custom_scalars(layout_of(prefixes))
+    if has_metrics and (values := _hyperparameters(trainer)) is not None:
+        yield _hparams_metrics(values, list(prefixes))
 
 
 def layout_of(prefixes: Mapping[str, Sequence[str]]) -> dict[str, dict[str, tuple[str, list[str]]]]:

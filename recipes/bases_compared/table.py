@@ -178,19 +178,22 @@ def _attacked(seeds: Sequence[Cell]) -> str:
 
 
 def _causal(seeds: Sequence[Cell]) -> str:
-    found = _of(seeds, "causal", "layers")
-    if not found:
-        return _MISSING
-    tested, significant = (sum(x[key] for one in found for x in one.values()) for key in ("tested", "significant"))
-    return f"{significant:,} of {tested:,}"
+    return _counts(
+        seeds, "causal", ("significant", "tested"), lambda significant, tested: f"{significant:,} of {tested:,}"
+    )
 
 
 def _named(seeds: Sequence[Cell]) -> str:
-    found = _of(seeds, "names", "layers")
+    return _counts(seeds, "names", ("named", "features"), share)
+
+
+def _counts(seeds: Sequence[Cell], column: str, keys: Sequence[str], text: Callable[[int, int], str]) -> str:
+    """Text for two numbers, each summed over seeds and node layers."""
+    found = _of(seeds, column, "layers")
     if not found:
         return _MISSING
-    features, named = (sum(x[key] for one in found for x in one.values()) for key in ("features", "named"))
-    return share(named, features)
+    count, total = (sum(x[key] for one in found for x in one.values()) for key in keys)
+    return text(count, total)
 
 
 def share(count: int, total: int) -> str:
