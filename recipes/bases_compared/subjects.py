@@ -14,7 +14,7 @@ from lib_lightning.dictionaries.topk_training import TopKSettings
 from recipes.checkpoint import SMOLLM2
 from recipes.language_model import Text
 from recipes.paper.networks import followed, language_model
-from recipes.pretrained_lm import QUARTERS, PretrainedLM
+from recipes.pretrained_lm import QUARTERS, PretrainedLM, find_blocks
 
 # Tokens for means, covariances and autoencoders.
 TOKENS = 16384
@@ -131,14 +131,18 @@ def smollm2() -> Subject:
     pretrained, text = PretrainedLM(SMOLLM2), Text(tokenizer=SMOLLM2, context=64, batch_size=8)
     pretrained.configure_model()
     text.setup("fit")
+    start = f"lm.{find_blocks(pretrained.lm, SMOLLM2)[0]}.0:input"
     train, test = shuffled(text.train), shuffled(text.test)
     return Subject(
         LARGE, 0, Logits(pretrained).eval(),
-        [NodeLayer([f"at.{at}"], name=at, skip_positions=1) for at in QUARTERS],
+        [
+            NodeLayer([tap], name=at, skip_positions=1)
+            for at, tap in {"start": start, **{at: f"at.{at}" for at in QUARTERS}}.items()
+        ],
         fit=train[: TOKENS // 64], scored=test[:12], named=test[16:80], tokenizer=SMOLLM2,
         n_metric=24, n_probes=4, n_pushed=2, settings=TopKSettings(2304, 64, lr=1e-3), steps=400,
         # The probability of the next token decreases by a tenth.
-        tolerance=0.1, search="bisection", causal=3, attacked=None, batch_size=12,
+        tolerance=0.1, search="bisection", causal=16, attacked=None, batch_size=12,
     )  # fmt: skip
 
 
