@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -47,6 +48,11 @@ def check_contents(wheel: Path, sdist: Path) -> None:
     print(f"{sdist.name}: {len(in_sdist)} files, {sdist.stat().st_size / 1e6:.1f} MB")
     for needed in ("README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "tests/conftest.py", "recipes/mlp.py"):
         assert needed in in_sdist, needed
+    (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+    description = zipfile.ZipFile(wheel).read(metadata).decode()
+    links = re.findall(r"\]\(([^)]+)\)", description)
+    assert any("/docs/images/" in link for link in links), "the README is not in the metadata"
+    assert all(link.startswith(("https://", "#")) for link in links), "a link leads nowhere on PyPI"
     for name in (*names, *in_sdist):
         assert name.startswith("tests/data/") or not any(part in name for part in FORBIDDEN), name
 

@@ -567,9 +567,10 @@ class LIBCallback(Callback):
             self._is_second_call = True
             return
         self._complete_last(trainer, pl_module)
-        self.reporter.finish(trainer.global_step)
+        result = self.reporter.finish(trainer.global_step)
         self.meter.end()
         self.trigger.log_summary(self.state.n_snapshots)
+        self.reporter.say(result)
         self._has_ended = True
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -584,7 +585,7 @@ class LIBCallback(Callback):
             with on_training_device(trainer, pl_module):
                 self._take_last(trainer, pl_module)
                 self._complete_last(trainer, pl_module)
-                self.reporter.finish(trainer.global_step)
+                self.reporter.say(self.reporter.finish(trainer.global_step))
         self._has_ended = False
 
     def _take_last(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -77,8 +77,9 @@ def run_trainer(args: Sequence[str] | None) -> None:
     Args:
         args: Arguments, the subcommand first; those of the process by default.
     """
-    from lib_lightning.training.trainer_cli import trainer_cli_for
+    from lib_lightning.training.trainer_cli import hide_advertisements, trainer_cli_for
 
+    hide_advertisements()
     _import_from_working_directory()
     cli = trainer_cli_for(sys.argv[1:] if args is None else list(args))
     import lib_lightning.training.callback  # noqa: F401  (so that YAML may name it LIBCallback)

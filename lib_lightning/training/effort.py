@@ -268,10 +268,10 @@ class RunPlanner:
         total = plan.seconds * plan.snapshots + plan.seconds_at_end
         at_end = f", {duration(plan.seconds_at_end)} at the end for effects of features" if plan.seconds_at_end else ""
         if plan.snapshots == 1:
-            text = f"1 snapshot {when}, with {plan.effort.text}, about {each}{at_end}"
+            text = f"1 snapshot ({when}), with {plan.effort.text}, about {each}{at_end}"
         else:
             text = (
-                f"{plan.snapshots:,} snapshots {when}, each with {plan.effort.text}, about {each} each{at_end}"
+                f"{plan.snapshots:,} snapshots ({when}), each with {plan.effort.text}, about {each} each{at_end}"
                 f"{',' if at_end else ''} and {duration(total)} in total"
             )
         if plan.share is not None and plan.share <= self._share * 1.005:

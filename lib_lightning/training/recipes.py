@@ -1,7 +1,8 @@
 """The recipes that come with the package: ``lib-lightning recipe list`` and ``lib-lightning recipe copy``.
 
-A recipe is a configuration of a training (YAML), or a program; it is copied with all modules of recipes that it names,
-so that ``recipes.modular_addition.ModularAddition`` can be imported from the working directory.
+A recipe is a configuration of a training (YAML), or a program, which may be a folder of modules; it is copied with all
+modules of recipes that it names, so that ``recipes.modular_addition.ModularAddition`` can be imported from the working
+directory.
 """
 
 from __future__ import annotations
@@ -72,9 +73,11 @@ def list_recipes() -> list[Recipe]:
     folder = recipes_folder()
     found = [Recipe(file.stem, file, _first_sentence(_comment(file))) for file in sorted(folder.glob("*.yaml"))]
     names = {recipe.name for recipe in found}
-    for file in sorted(folder.glob("*.py")):
-        if file.stem not in names and "__main__" in (text := file.read_text(encoding="utf-8")):
-            found.append(Recipe(file.stem, file, _first_sentence(ast.get_docstring(ast.parse(text)) or "")))
+    programs = {file.stem: file for file in folder.glob("*.py") if file.stem not in names}
+    programs |= {file.parent.name: file for file in folder.glob("*/__main__.py")}
+    for name, file in sorted(programs.items()):
+        if "__main__" in (text := file.read_text(encoding="utf-8")):
+            found.append(Recipe(name, file, _first_sentence(ast.get_docstring(ast.parse(text)) or "")))
     return found
 
 
@@ -111,7 +114,8 @@ def copy_recipe(name: str, folder: Path, replace: bool = False) -> Recipe:
 
 def _needed(file: Path) -> list[Path]:
     """A file of the recipes, and all that it names, directly or not."""
-    needed, pending = {file}, [file]
+    needed = set(file.parent.glob("*.py")) if file.stem == "__main__" else {file}
+    pending = list(needed)
     while pending:
         for other in _named_in(pending.pop()):
             if other not in needed:

@@ -355,18 +355,23 @@ class SnapshotReporter:
             figures |= {name: directory.write_figure(name, figure) for name, figure in over_time.items()}
         self.show({f"{self._name}/{name}": png for name, png in figures.items()}, state.step)
 
-    def finish(self, last_step: int) -> None:
-        """Write what is only known at the end of training, and log where everything is.
+    def finish(self, last_step: int) -> str:
+        """Write what is only known at the end of training.
 
         Args:
             last_step: Number of optimizer steps of the training.
+
+        Returns:
+            What to log last: the result in a sentence, where everything is, and the command that shows it; "" where
+            nothing is written.
         """
         state, directory = self._state, self.directory.main
         if directory is None or not self._is_global_zero:
-            return
+            return ""
         if state.n_drawn < state.n_snapshots:
             self.draw_run()
-        lines = [f"\n{self._name}: {counted(state.n_snapshots, 'snapshot')} of {' -> '.join(state.node_layers)}."]
+        result = f"\n{self._name}: {counted(state.n_snapshots, 'snapshot')} of {' -> '.join(state.node_layers)}."
+        details = []
         try:
             # A run that is resumed at its end has no new snapshot.
             if state.graphs and state.step is not None and state.step == last_step:
@@ -376,15 +381,21 @@ class SnapshotReporter:
                 since = directory.write_first_seen(state.graphs[self._name], state.step, earlier)
                 # Two points are no development.
                 if state.n_snapshots >= _MIN_OVER_TIME and (steps := _by_step(since)):
-                    lines.append(f"Half of the final features, by importance, were there {steps}.")
+                    result += f" Half of the final features, by importance, were there {steps}."
                 if matter := _that_matter(state.graphs[self._name]):
-                    lines.append(matter)
+                    details.append(f"  alone  {matter}")
         except Exception as error:  # training is over, and its result must not be lost
             log.warning("The last snapshot of '%s' could not be written. %s", self._name, brief(error))
             log_traceback(error)
         found = [folder.contents(len(state.events)) for folder in self.directory.folders.values()]
-        contents = [f"  files  {what}" for what in found if what]
-        rank_zero_info("\n".join([" ".join(lines), *contents, *where_to_look(self._loggers)]))
+        details += [f"  files  {what}" for what in found if what]
+        return "\n".join([result, *details, *where_to_look(self._loggers)])
+
+    @staticmethod
+    def say(text: str) -> None:
+        """Log a text, unless there is none."""
+        if text:
+            rank_zero_info(text)
 
 
 def _that_matter(graph: InteractionGraph) -> str:
@@ -402,7 +413,7 @@ def _that_matter(graph: InteractionGraph) -> str:
         else f"{n} of the {tried} tried in {layer}"
         for layer, (n, tried) in counts.items()
     )
-    return f"Features whose absence alone changes the {score} beyond chance: {found}."
+    return f"features whose absence changes the {score} beyond chance: {found}"
 
 
 def _by_step(since: Mapping[str, int | None]) -> str:

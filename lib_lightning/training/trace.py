@@ -577,7 +577,7 @@ class Tracer:
                 if folder.layout.basis_file(state.step).exists()  # a control has that of one step alone
             }
         self._complete(state.graphs[callback.name], state.step)
-        callback.reporter.finish(state.step)
+        callback.reporter.say(callback.reporter.finish(state.step))
         state.mark_drawn()
         callback.reporter.flush()
         self._finished_at = state.step

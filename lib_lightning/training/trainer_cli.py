@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import re
 import sys
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -40,6 +42,17 @@ def trainer_cli_for(words: Sequence[str]) -> type[LightningCLI]:
             module, _, cls = name.rpartition(".")
             package = package_of(getattr(importlib.import_module(module), cls))
     return type("TrainerCLI", (ShortErrors, member(package, "cli.LightningCLI")), {})
+
+
+def hide_advertisements() -> None:
+    """Let a training print what the user asked for: not what else could be installed, nor what Lightning could mend."""
+    for package in PACKAGES:
+        logging.getLogger(f"{package}.utilities.rank_zero").addFilter(_is_no_advertisement)
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "try installing [lit" not in record.getMessage()
 
 
 def _model_classes(words: Sequence[str]) -> Iterator[str]:

@@ -99,11 +99,12 @@ class FeaturePage:
     def _lines(self) -> list[str]:
         score = "" if self.label_score is None else f" (AUROC {self.label_score:.3g})"
         known = [step for step, value in zip(self.history["steps"], self.history["importance"], strict=True) if value]
+        nats = (
+            "" if self.output_importance is None else _with_error(self.output_importance, self.output_importance_error)
+        )
         numbers = [
             f"importance {_with_error(self.importance, self.importance_error)}",
-            ""
-            if self.output_importance is None
-            else f"effect on predictions {_with_error(self.output_importance, self.output_importance_error)} nats",
+            f"effect on predictions, to second order {nats} nats" if nats else "",
             f"present since step {known[0]:,}" if known and len(self.history["steps"]) > 1 else "",
             "" if self.final_since is None else f"in its final form since step {self.final_since:,}",
         ]

@@ -1,4 +1,7 @@
-"""The built pages as axe, the accessibility checker, sees them: for `tox -e recipes`, which builds them first."""
+"""The built pages in a browser, and as axe, the accessibility checker, sees them: `tox -e recipes` builds them first.
+
+Figures, tables and formulas of all pages fit the windows of a phone, a tablet and a computer.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,29 @@ __all__ = ["browser", "watched"]
 SITE = Path(__file__).parents[2] / "docs" / "_build" / "html"
 # Prose with a picture, long tables, and a tutorial with its output.
 PAGES = ["index.html", "tab.html", "callback.html", "tutorials/4_one_feature.html"]
+WIDTHS = (390, 768, 1400)
+
+
+@pytest.mark.recipe
+def test_every_page_fits_three_windows_and_loads_without_errors(watched: Watched) -> None:
+    if not SITE.is_dir():
+        pytest.skip("the pages have not been built: tox -e docs")
+    pages = [path for path in sorted(SITE.rglob("*.html")) if not {"_modules", "_static"} & set(path.parts)]
+    assert len(pages) > 50
+    too_wide = []
+    for path in pages:
+        watched.page.goto(path.as_uri())
+        for width in WIDTHS:
+            watched.page.set_viewport_size({"width": width, "height": 900})
+            found = watched.page.evaluate("document.documentElement.scrollWidth")
+            if found > width:
+                too_wide.append((str(path.relative_to(SITE)), width, found))
+        broken = watched.page.evaluate(
+            "[...document.images].filter(image => image.complete && !image.naturalWidth).map(image => image.src)"
+        )
+        assert broken == [], path
+    assert too_wide == []
+    assert watched.errors == []
 
 
 @pytest.mark.recipe

@@ -481,7 +481,7 @@ def test_the_plan_is_logged_and_stored(tmp_path: Path, messages: pytest.LogCaptu
     trainer.fit(model)
     (line,) = {r.getMessage() for r in messages.records if "log-spaced" in r.getMessage()}
     assert line.startswith(
-        "lib: 5 snapshots from step 0 to step 12, log-spaced, each with 24 samples, the exact metric,"
+        "lib: 5 snapshots (from step 0 to step 12, log-spaced), each with 24 samples, the exact metric,"
     )
     assert " s each and " in line
     assert " s in total" in line

@@ -71,10 +71,10 @@ def test_all_snapshots_compute_the_same_and_say_what(tmp_path: Path, caplog: pyt
     trainer = trainer_of(tmp_path / "first", first, max_epochs=2)
     trainer.fit(Images())
     trainer.save_checkpoint(tmp_path / "half.ckpt")
-    said = {record.message for record in caplog.records if "snapshots at every" in record.message}
+    said = {record.message for record in caplog.records if "snapshots (at every" in record.message}
     assert len(said) == 1
     assert first.state.plan is not None
-    assert f"lib: 2 snapshots at every validation, each with {first.state.plan.effort.text}, about " in said.pop()
+    assert f"lib: 2 snapshots (at every validation), each with {first.state.plan.effort.text}, about " in said.pop()
     # The schedule and the length of the training are others now, but what a snapshot computes is not.
     second = LIBCallback(every_n_validations=1)
     trainer_of(tmp_path / "second", second, max_epochs=4).fit(Images(), ckpt_path=tmp_path / "half.ckpt")

@@ -315,12 +315,13 @@ def test_a_run_ends_with_a_sentence_its_files_and_a_command(tmp_path: Path, capl
     callback = LIBCallback(NODE_LAYERS, at_steps=[1, 2], effort="exact")
     trainer_of(tmp_path, callback, logger=logger, max_steps=4).fit(Classifier())
     (summary,) = [message for message in caplog.messages if message.startswith("\nlib: ")]
-    sentence, files, command = summary.strip().splitlines()
+    assert caplog.messages[-1] == summary, "the command is the last thing that is said"
+    sentence, alone, files, command = summary.strip().splitlines()
     assert re.fullmatch(
-        r"lib: \d snapshots of .+\. Half of the final features, by importance, were there (from step \d on in .+)+\. "
-        r"Features whose absence alone changes the .+ beyond chance: .+\.",
+        r"lib: \d snapshots of .+\. Half of the final features, by importance, were there (from step \d on in .+)+\.",
         sentence,
     )
+    assert re.fullmatch(r"  alone  features whose absence changes the .+ beyond chance: \d+ of \d+ in .+", alone)
     assert files.startswith(f"  files  {tmp_path / 'lib'}: final.safetensors, snapshots/, figures/")
     for name in files.split(": ")[1].split(", "):
         assert (tmp_path / "lib" / name.split(" with ")[0]).exists(), name

@@ -79,7 +79,7 @@ def test_of_all_features_in_the_last_snapshot_or_in_each(
     (plan,) = [line for line in caplog.text.splitlines() if "each with" in line]
     assert "at the end for effects of features" in plan
     # Of a language model, few features are tried.
-    (matter,) = [line for line in caplog.text.splitlines() if "Features whose absence" in line]
+    (matter,) = [line for line in caplog.text.splitlines() if "features whose absence" in line]
     tried = {layer: int(effects.changes.isfinite().sum()) for layer, effects in last.effects.items()}
     for layer, count in tried.items():
         assert f"of the {count} tried in {layer}" in matter or count == last.bases[layer].n_features

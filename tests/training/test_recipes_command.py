@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ def test_every_recipe_says_what_it_is() -> None:
 def test_a_copy_is_complete(name: str, tmp_path: Path) -> None:
     recipe = copy_recipe(name, tmp_path)
     copies = {file.relative_to(tmp_path / "recipes") for file in (tmp_path / "recipes").rglob("*") if file.is_file()}
-    assert Path(recipe.file.name) in copies
+    assert recipe.file.relative_to(recipes_folder()) in copies
     # Modules are found without the repository, although some import packages that may not be installed.
     modules = [".".join(("recipes", *file.with_suffix("").parts)) for file in copies if file.suffix == ".py"]
     program = (
@@ -38,6 +39,12 @@ def test_a_copy_is_complete(name: str, tmp_path: Path) -> None:
         "            assert u.find_spec(node.module), node.module\n"
     )
     subprocess.run([sys.executable, "-c", program, *modules], cwd=tmp_path, check=True)
+
+
+def test_the_page_of_recipes_has_those_that_are_listed() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| \[`recipes/(\w+)(?:\.\w+)?`\]", page, re.MULTILINE)
+    assert sorted(table) == sorted(recipe.name for recipe in list_recipes())
 
 
 def test_a_copied_recipe_trains_in_a_folder_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,6 +65,10 @@ def test_a_copied_recipe_trains_in_a_folder_of_its_own(tmp_path: Path, capsys: p
     )
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.rglob("final.safetensors"))
+    # Only what the run has to say, and how to look at it last.
+    assert "try installing" not in done.stderr
+    assert "LeafSpec" not in done.stderr
+    assert re.fullmatch(r"  open   .*tensorboard --logdir .*\(tab LIB\)", done.stderr.rstrip().splitlines()[-1])
 
 
 def test_what_a_user_has_changed_is_kept(tmp_path: Path) -> None:

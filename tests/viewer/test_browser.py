@@ -137,7 +137,7 @@ def test_the_tooltip_shows_the_properties_of_a_feature(view: Watched) -> None:
     assert with_error(layer, i) in text
     assert f"birth\nsince step {STEPS[newborn.birth]}, split from resid_mid/{newborn.parent}" in text
     assert f"module\n{layer['modules'][i]}\n" in text
-    assert re.search(r"effect on output\n.* nats\n", text)
+    assert re.search(r"effect on predictions, to second order\n.* nats\n", text)
     assert FILM.label(1, newborn) in text
     assert f"of {len(layer['ids'])}\n" in text
     strongest = next(k for k, target in enumerate(section["edges"]["target"]) if target == i)

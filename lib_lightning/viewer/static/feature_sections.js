@@ -35,7 +35,7 @@ export function numbersPart(page, {birth}) {
   const {effect} = page;
   const rows = [
     ["importance", withError(page.importance, page.importance_error)],
-    page.nats === null ? null : ["effect on predictions", `${withError(page.nats, page.nats_error)} nats`],
+    page.nats === null ? null : ["effect on predictions, to second order", `${withError(page.nats, page.nats_error)} nats`],
     effect ? ["without it", effectText(effect, page.step)] : null,
     isOfTraining(page) ? ["over training", birth] : null,
     (page.final_since ?? null) === null ? null : ["in its final form", `in all snapshots since step ${integer(page.final_since)}`],
@@ -290,7 +290,7 @@ export function curvesPart(page, width) {
   const score = history.score?.filter(Boolean).pop() ?? "the score";
   const curves = [
     ["importance", "importance", "importance_error", VERMILION],
-    ["effect on predictions, in nats", "nats", "nats_error", VERMILION],
+    ["effect on predictions to second order, in nats", "nats", "nats_error", VERMILION],
     [`change of ${score} without it`, "effect", "effect_error", BLUE],
   ];
   const charts = curves.map(([title, values, errors, color]) => {
