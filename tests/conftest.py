@@ -12,6 +12,10 @@ import pytest
 import torch
 
 from tests.cases import Case, all_cases
+from tests.viewer.browser import browser, opened, watched
+
+# One browser for all tests that need one.
+__all__ = ["browser", "opened", "watched"]
 
 # Tiny tensors: threads would only wait for each other, and for the other test processes.
 torch.set_num_threads(1)

@@ -79,7 +79,7 @@ def draw_spectrum(bases: Mapping[str, Sequence[Basis]], title: str = "Importance
         n_below_floor = {name: _draw_line(axes, by_basis[name], styles[name], k) for k, name in enumerate(by_basis)}
         below_counts = ", ".join(f"{n:,} {BASIS_NAMES.get(name, name)}" for name, n in n_below_floor.items() if n)
         if below_counts:
-            text = shorten(f"below: {below_counts}", 0.95 * 72 * axes.bbox.width / DPI, _FONT_SIZE)
+            text = shorten(f"features below: {below_counts}", 0.95 * 72 * axes.bbox.width / DPI, _FONT_SIZE)
             axes.text(
                 0.03, 0.02, text, transform=axes.transAxes, fontsize=_FONT_SIZE, color=MUTED, parse_math=False
             )  # fmt: skip

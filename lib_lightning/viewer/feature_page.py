@@ -104,7 +104,7 @@ class FeaturePage:
         )
         numbers = [
             f"importance {_with_error(self.importance, self.importance_error)}",
-            f"effect on predictions, to second order {nats} nats" if nats else "",
+            f"effect on predictions {nats} nats to second order" if nats else "",
             f"present since step {known[0]:,}" if known and len(self.history["steps"]) > 1 else "",
             "" if self.final_since is None else f"in its final form since step {self.final_since:,}",
         ]

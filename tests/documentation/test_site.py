@@ -11,9 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.viewer.browser import Watched, browser, watched
-
-__all__ = ["browser", "watched"]
+from tests.viewer.browser import Watched
 
 SITE = Path(__file__).parents[2] / "docs" / "_build" / "html"
 # Prose with a picture, long tables, and a tutorial with its output.

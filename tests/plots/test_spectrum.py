@@ -79,7 +79,7 @@ def test_features_below_the_floor_are_counted() -> None:
     (line,) = spectra(figure.axes[0])
     assert line.get_ydata() == pytest.approx([1, 0.1])
     assert not spectra(figure.axes[1])
-    assert {"below: 3 LIB", "below: 2 LIB", "not drawn below"} <= set(words(figure))
+    assert {"features below: 3 LIB", "features below: 2 LIB", "not drawn below"} <= set(words(figure))
     assert [FLOOR, FLOOR] in [list(line.get_ydata()) for line in figure.axes[0].lines]
 
 

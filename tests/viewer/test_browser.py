@@ -77,6 +77,30 @@ def color_at(view: Watched, layer: str, lineage: int) -> list[int]:
     return color
 
 
+def test_numbers_of_connected_features_are_written_over_the_edges(watched: Watched, opened: Open) -> None:
+    watched.page.add_init_script(
+        """window.written = [];
+        for (const name of ["fillText", "stroke"]) {
+          const usual = CanvasRenderingContext2D.prototype[name];
+          CanvasRenderingContext2D.prototype[name] = function (...words) {
+            if (this.canvas.className === "lib-overlay") window.written.push(name === "stroke" ? null : words[0]);
+            return usual.apply(this, words);
+          };
+        }"""
+    )
+    view = opened(film_page([FILM], "Film"))
+    layers = snapshot(640)["layers"]
+    most_important = layers[2]["ids"][0]
+    view.page.evaluate("window.written = []")
+    hover(view, NAMES[2], most_important)
+    written = view.page.evaluate("window.written")
+    # After the last stroke of an edge there are numbers of the features of both neighbours.
+    numbers = set(written[len(written) - written[::-1].index(None) :])
+    assert {str(i) for i in layers[3]["ids"]} & numbers
+    assert {str(i) for i in layers[1]["ids"]} & numbers
+    assert any(text.startswith(f"{most_important} · ") for text in numbers), "its own is in its label"
+
+
 def test_the_film_opens_from_a_file_without_further_requests(view: Watched) -> None:
     assert view.requests == [view.page.url]
     assert view.errors == []
@@ -137,7 +161,7 @@ def test_the_tooltip_shows_the_properties_of_a_feature(view: Watched) -> None:
     assert with_error(layer, i) in text
     assert f"birth\nsince step {STEPS[newborn.birth]}, split from resid_mid/{newborn.parent}" in text
     assert f"module\n{layer['modules'][i]}\n" in text
-    assert re.search(r"effect on predictions, to second order\n.* nats\n", text)
+    assert re.search(r"effect on predictions\n.* nats, to second order\n", text)
     assert FILM.label(1, newborn) in text
     assert f"of {len(layer['ids'])}\n" in text
     strongest = next(k for k, target in enumerate(section["edges"]["target"]) if target == i)

@@ -35,7 +35,7 @@ export function numbersPart(page, {birth}) {
   const {effect} = page;
   const rows = [
     ["importance", withError(page.importance, page.importance_error)],
-    page.nats === null ? null : ["effect on predictions, to second order", `${withError(page.nats, page.nats_error)} nats`],
+    page.nats === null ? null : ["effect on predictions", `${withError(page.nats, page.nats_error)} nats, to second order`],
     effect ? ["without it", effectText(effect, page.step)] : null,
     isOfTraining(page) ? ["over training", birth] : null,
     (page.final_since ?? null) === null ? null : ["in its final form", `in all snapshots since step ${integer(page.final_since)}`],

@@ -42,12 +42,14 @@ export function drawFocus(context, scene, focused, colors) {
     drawRing(context, dot, colors.text, 2, 4);
   }
   for (const column of scene.columns) {
-    drawLabels(
+    const dots = column.dots.filter((dot) => near.has(dot));
+    drawLabels(context, column, dots, new Set(focused), colors);
+    // Above the edges, which end where numbers are. The label of a followed feature has its number.
+    drawNumbers(
       context,
-      column,
-      column.dots.filter((dot) => near.has(dot)),
-      new Set(focused),
+      dots.filter((dot) => !focused.includes(dot)),
       colors,
+      colors.text,
     );
   }
 }
@@ -122,16 +124,20 @@ function drawColumnText(context, column, colors) {
   const most = column.hasTextSpace || column.hasNames ? MAX_LABELS : MAX_LABELS_DENSE;
   const named = column.dots.filter((dot) => dot.label && hasSpace).slice(0, most);
   drawLabels(context, column, named, new Set(), colors);
+  drawNumbers(context, column.dots, colors, colors.muted);
+}
+
+/** Draw the numbers of dots to the left of them, as many as fit, by importance. */
+function drawNumbers(context, dots, colors, color) {
   context.font = `11px ${FONT}`;
   context.textAlign = "right";
   context.textBaseline = "middle";
   const drawn = [];
-  // As many numbers as fit, by importance.
-  for (const dot of column.dots) {
+  for (const dot of dots) {
     if (drawn.some((other) => Math.abs(other.y - dot.y) < NUMBER_HEIGHT)) continue;
     drawn.push(dot);
     const number = dot.folded.length ? `${dot.folded.length + 1} × ${dot.id}` : String(dot.id);
-    drawText(context, number, dot.x - dot.radius - 5, dot.y, colors, colors.muted);
+    drawText(context, number, dot.x - dot.radius - 5, dot.y, colors, color);
   }
 }
 

@@ -22,7 +22,7 @@ export function featureDetails(scene, {l, feature: i, color, folded}, {followed,
   const score = layer.labels?.[i] === label ? layer.label_score?.[i] : null;
   const rows = [
     ["importance", withError(layer.importance[i], layer.error?.[i])],
-    layer.nats ? ["effect on predictions, to second order", `${withError(layer.nats[i], layer.nats_error?.[i])} nats`] : null,
+    layer.nats ? ["effect on predictions", `${withError(layer.nats[i], layer.nats_error?.[i])} nats, to second order`] : null,
     ["rank", `${ordinal(history.rank(k, l, i))} of ${integer(layer.importance.length)}`],
     ["index", `${integer(i)} in the bases, edges and labels of this snapshot`],
     module === null ? null : ["module", module < 0 ? "none" : String(module)],
