@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib_lightning.ablation import EdgeAttack, edges_required, log_likelihood
+from lib_lightning.ablation import EdgeAttack, attack_edges, edges_required, log_likelihood
 from lib_lightning.algorithm.basis import Basis
 from lib_lightning.algorithm.dictionary_basis import DictionaryBasis
 from lib_lightning.interventions import feature_effects
@@ -19,13 +19,12 @@ from lib_lightning.labels import ExampleLabels
 from lib_lightning.labels.labeller import FeatureSamples
 from lib_lightning.metrics.functional import effective_edges, standard_error
 from recipes.bases_compared.fit import Fit, usual
+from recipes.bases_compared.subjects import ATTACKED
 from recipes.features_required import NodeAblations, change, features_required
 from recipes.token_text import TokensOf
 
 # A short search, as in recipes/attacked_edges.py.
 ATTACK = EdgeAttack("pgd", n_steps=5, n_starts=1)
-# The section that is attacked.
-ATTACKED = ("middle", "three_quarters")
 COLUMNS = ("features", "edges", "names", "causal", "edges_required", "attacked")
 
 
@@ -168,12 +167,12 @@ class Measurements:
 
     def _edges_required(self, attack: EdgeAttack | None, kind: str) -> dict[str, Any] | None:
         """Edges required in each section, by ablation alone or under attack."""
-        if self.subject.attacked is None or (attack is not None and kind == "sae"):
-            return None  # each of the latents would need a forward and a backward pass of its own in each step
+        if attack is not None and (kind == "sae" or self.subject.draws is not None):
+            return None  # each of the features would need a forward and a backward pass of its own in each step
         graph = self.fit.graph(kind)
         batches = self.subject.batches(self.subject.scored[: self.subject.attacked])
         sections = {}
-        for section in list(graph.edges) if attack is None else [ATTACKED]:
+        for section in [ATTACKED] if attack is not None else self.subject.sections or list(graph.edges):
             found = edges_required(
                 self.subject.model, batches, graph, log_likelihood, self.subject.tolerance, [section], "bisection",
                 attack,
@@ -182,4 +181,11 @@ class Measurements:
                 "edges": graph.edges[section].numel(), "count": found.count,
                 "low": found.bounds[0], "high": found.bounds[1], "error": found.error,
             }  # fmt: skip
+            if self.subject.draws is not None:
+                against = EdgeAttack("random", n_draws=self.subject.draws)
+                worst = attack_edges(self.subject.model, batches, graph, log_likelihood, section, found.mask, against)
+                sections["-to-".join(section)] |= {
+                    "dropped": found.score - found.unablated, "worst": worst.score - found.unablated,
+                    "worst error": worst.error,
+                }  # fmt: skip
         return {"samples": self.subject.attacked, "sections": sections}

@@ -20,6 +20,8 @@ from recipes.pretrained_lm import QUARTERS, PretrainedLM, find_blocks
 TOKENS = 16384
 # Names of the networks.
 SMALL, RANDOM, LARGE = "Language model", "Language model with new weights", "SmolLM2-135M"
+# The section that is attacked.
+ATTACKED = ("middle", "three_quarters")
 Batch = tuple[Tensor, Tensor]
 
 
@@ -45,8 +47,11 @@ class Subject:
         tolerance: Loss of mean log likelihood that is accepted, in nats a token.
         search: How the number of required features is found, as for `lib_lightning.ablation.edges_required`.
         causal: Features of each node layer whose effects are measured, spread evenly over the ranks; None for all.
-        attacked: Number of scored pieces for edges required; None if these are not counted.
+        attacked: Number of scored pieces for edges required.
         batch_size: Pieces in a batch.
+        sections: Those whose edges required are counted; None for all.
+        draws: Random subsets of the other edges that are put back to the edges required, where a search for the edges
+            required under attack would take days; None for that search.
     """
 
     name: str
@@ -65,8 +70,10 @@ class Subject:
     tolerance: float
     search: str
     causal: int | None
-    attacked: int | None
+    attacked: int
     batch_size: int
+    sections: Sequence[tuple[str, str]] | None = None
+    draws: int | None = None
 
     def batches(self, pieces: Tensor) -> list[Batch]:
         """Pieces of text, with the token after each token, in batches."""
@@ -142,7 +149,8 @@ def smollm2() -> Subject:
         fit=train[: TOKENS // 64], scored=test[:12], named=test[16:80], tokenizer=SMOLLM2,
         n_metric=24, n_probes=4, n_pushed=2, settings=TopKSettings(2304, 64, lr=1e-3), steps=400,
         # The probability of the next token decreases by a tenth.
-        tolerance=0.1, search="bisection", causal=16, attacked=None, batch_size=12,
+        tolerance=0.1, search="bisection", causal=16, attacked=2, batch_size=12,
+        sections=[ATTACKED], draws=2,
     )  # fmt: skip
 
 

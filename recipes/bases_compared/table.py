@@ -162,7 +162,10 @@ def _effective(seeds: Sequence[Cell]) -> str:
 
 
 def _attacked(seeds: Sequence[Cell]) -> str:
-    """Of the section that is attacked: by ablation alone, and under attack."""
+    """Edges of one section by ablation alone, and under attack; or what an attack on the first ones costs."""
+    lost = [x for one in _of(seeds, "edges_required", "sections") for x in one.values() if "worst" in x]
+    if lost:
+        return "; ".join(f"{x['worst']:+.3f} ± {x['worst error']:.3f}" for x in lost)
     pairs = [
         (one["edges_required"]["sections"][name], x)
         for one in seeds
