@@ -142,7 +142,9 @@ def test_a_notebook_shows_graphs_figures_and_profiles_without_pyplot() -> None:
     assert all(figure._repr_png_().startswith(b"\x89PNG") for figure in figures)
     assert "<img" in graph._repr_html_()
     profile = profile_snapshot(model, batches, ["input", "1", "output"])
-    assert profile._repr_html_().startswith("<pre>one snapshot of input -&gt; 1 -&gt; output on 60 samples")
+    shown = profile._repr_html_()
+    assert "<caption>one snapshot of input -&gt; 1 -&gt; output on 60 samples</caption>" in shown
+    assert shown.count("<tr>") == len(profile.rows) + 2, "a bar for each step, and the total"
     assert "edges from input to 1" in str(profile)
 
 

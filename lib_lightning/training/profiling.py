@@ -94,10 +94,22 @@ class Profile:
         gflop, share = sum(row.gflop for row in self.rows), sum(row.share for row in self.rows)
         return Row("total", seconds, share, gflop, gflop / seconds, sum(row.of_peak * row.share for row in self.rows))
 
+    @property
+    def _title(self) -> str:
+        return f"one snapshot of {' -> '.join(self.node_layers)} on {self.samples:,} samples"
+
+    @property
+    def _notes(self) -> list[str]:
+        peaks = ", ".join(f"{str(kind).removeprefix('torch.')} {rate:,.0f}" for kind, rate in self.rates.items())
+        return [
+            f"Peak, by products of {RATE_SIZE:,} x {RATE_SIZE:,} matrices on {self.device}, in GFLOP/s: {peaks}.",
+            "Operations are those of matrix products and convolutions; eigenproblems and others are not counted.",
+        ]
+
     def __str__(self) -> str:
         width = max(len(row.step) for row in self.rows)
         lines = [
-            f"one snapshot of {' -> '.join(self.node_layers)} on {self.samples:,} samples\n",
+            f"{self._title}\n",
             f"{'step':<{width}}  {'seconds':>9}  {'share':>6}  {'GFLOP':>10}  {'GFLOP/s':>9}  {'of peak':>7}",
         ]
         lines += [
@@ -105,15 +117,26 @@ class Profile:
             f"{row.of_peak:>7.1%}"
             for row in (*self.rows, self.total)
         ]
-        peaks = ", ".join(f"{str(kind).removeprefix('torch.')} {rate:,.0f}" for kind, rate in self.rates.items())
-        lines += [
-            f"\nPeak, by products of {RATE_SIZE:,} x {RATE_SIZE:,} matrices on {self.device}, in GFLOP/s: {peaks}.",
-            "Operations are those of matrix products and convolutions; eigenproblems and others are not counted.",
-        ]
-        return "\n".join(lines)
+        return "\n".join([*lines, "", *self._notes])
 
     def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
+        longest = max(row.share for row in self.rows) or 1.0
+        bar = "background: currentColor; opacity: 0.5; height: 0.7em"  # text's colour, in light and dark notebooks
+        rows = [
+            f'<tr><td style="text-align: left">{html.escape(row.step)}</td>'
+            f'<td><div style="{bar}; width: {10 * row.share / longest:.2f}em"></div></td>'
+            f"<td>{row.seconds:.4f}</td><td>{row.share:.1%}</td><td>{row.gflop:,.3f}</td>"
+            f"<td>{row.rate:,.1f}</td><td>{row.of_peak:.1%}</td></tr>"
+            for row in self.rows
+        ]
+        total = self.total
+        return (
+            f"<table><caption>{html.escape(self._title)}</caption><thead><tr><th>step</th><th></th><th>seconds</th>"
+            "<th>share</th><th>GFLOP</th><th>GFLOP/s</th><th>of peak</th></tr></thead>"
+            f"<tbody>{''.join(rows)}</tbody><tfoot><tr><td>total</td><td></td><td>{total.seconds:.4f}</td><td></td>"
+            f"<td>{total.gflop:,.3f}</td><td>{total.rate:,.1f}</td><td>{total.of_peak:.1%}</td></tr></tfoot></table>"
+            + "".join(f"<p>{html.escape(note)}</p>" for note in self._notes)
+        )
 
 
 @renamed_arguments(watched="config")
