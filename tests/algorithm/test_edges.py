@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lib_lightning import compute_interaction_graph
 from lib_lightning.algorithm.basis import Basis, neuron_basis
-from lib_lightning.algorithm.edges import Edges
+from lib_lightning.algorithm.edges import POWER, Edges
 from lib_lightning.algorithm.jackknife import GROUPS, group_slices, standard_error
 from lib_lightning.errors import ActivationError
 from lib_lightning.jacobian.integrated_gradients import sections
@@ -18,6 +21,13 @@ from lib_lightning.model.instrumented import InstrumentedModel, model_session
 from lib_lightning.model.model_spec import ModelSpec
 from lib_lightning.model.node_layer import as_node_layers
 from tests.cases import Case
+
+
+def test_the_page_on_the_method_has_the_power_by_which_features_are_chosen() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "concepts" / "method.md").read_text(encoding="utf-8")
+    found = re.search(r"\\pi_j \\propto \\Lambda_j\^\{(\d)/(\d)\}", page)
+    assert found is not None
+    assert int(found[1]) / int(found[2]) == POWER
 
 
 def test_forward_and_reverse_mode_give_the_same_edges(case: Case) -> None:
