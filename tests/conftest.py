@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,10 @@ torch.set_num_threads(1)
 
 # A program of its own, which imports what is installed in `tox -e deepspeed` only.
 collect_ignore = [] if find_spec("deepspeed") else ["deepspeed_training.py"]
+
+# Shells start programs in the background with Ctrl-C ignored; tests of it would wait for what never comes.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CASES = {case.name: case for case in all_cases()}
 

@@ -21,9 +21,6 @@ from recipes.paper.networks import published_transformer as load_transformer
 MODULUS = 113
 NODE_LAYERS = ["embed", "mlp:input", "unembed:input", "output"]
 
-# One process runs all of these tests, so that shared graphs are computed once.
-pytestmark = pytest.mark.xdist_group("test_published")
-
 
 def assert_edges(E: Tensor, published: Tensor, tolerance: float, block: int | None = None) -> None:
     """Compare the leading blocks, relative to the largest published entry, and the sums."""

@@ -24,9 +24,6 @@ from lib_lightning.model.batch import hash_batches
 
 NODE_LAYERS = ["0:input", "1", "output"]
 
-# What is shared by these tests is computed once.
-pytestmark = pytest.mark.xdist_group("test_torch_group")
-
 
 class Total(Reducible):
     """A sum and a value that is not summed."""

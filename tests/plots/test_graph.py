@@ -112,9 +112,9 @@ def test_hundreds_of_figures_are_freed() -> None:
         gc.collect()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    settled = draw(100)
-    grown = draw(150) - settled
+    settled = draw(50)
+    grown = draw(80) - settled
     assert not alive
     assert not pyplot.get_fignums()
-    # Kilobytes. A figure holds over 2 MB of pixels, so a leak would be at least 300,000.
+    # Kilobytes. A figure holds over 2 MB of pixels, so a leak would be at least 160,000.
     assert grown < 100_000

@@ -44,9 +44,6 @@ SAMPLES: dict[str, tuple[int, int, list[int]]] = {
 # Where only some of the samples are taken: of how many.
 RUNS_ON = {"few": 71, "own": 71}
 
-# What is shared by these tests is made once.
-pytestmark = pytest.mark.xdist_group("test_distributed")
-
 
 def torchrun(script: str, folder: Path) -> str:
     """Run a script on two processes; its output."""

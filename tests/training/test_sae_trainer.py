@@ -443,7 +443,6 @@ def test_beside_a_callback_with_snapshots(tmp_path: Path) -> None:
     assert all(torch.equal(alone.graph.edges[section], both.graph.edges[section]) for section in alone.graph.edges)
 
 
-@pytest.mark.xdist_group("test_distributed")
 def test_two_processes_train_on_the_activations_of_both(tmp_path: Path) -> None:
     torchrun("tests/two_processes_sae.py", tmp_path)
     names = ["ddp", *(["sharded"] if hasattr(torch.cpu.Stream, "record_event") else [])]

@@ -14,13 +14,9 @@ from lib_lightning.training.weights_names import load_weights
 from tests.sharded_training import STEPS, STRATEGIES, Net, samples
 from tests.training.test_distributed import torchrun
 
-pytestmark = [
-    pytest.mark.xdist_group("test_distributed"),
-    pytest.mark.skipif(
-        not hasattr(torch.cpu.Stream, "record_event"),
-        reason="this version of PyTorch shards weights on accelerators only",
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="this version of PyTorch shards weights on accelerators only"
+)
 NODE_LAYERS = ["net.0:input", "net.3:input", "output"]
 OF_TORCH = ("torch", "accelerate", "converted")
 

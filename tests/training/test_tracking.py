@@ -28,9 +28,6 @@ from lib_lightning.viewer.run_view import RunView
 from tests.tiny_training import NODE_LAYERS, Classifier, Noisy, trainer_of
 from tests.training.test_callback import run
 
-# What is shared by these tests is made once.
-pytestmark = pytest.mark.xdist_group("test_following")
-
 
 class Steady(Classifier):
     """As many validation samples as wanted, the same ones in every pass."""
