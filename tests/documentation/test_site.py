@@ -24,9 +24,12 @@ def test_every_page_fits_three_windows_and_loads_without_errors(watched: Watched
     if not SITE.is_dir():
         pytest.skip("the pages have not been built: tox -e docs")
     pages = [path for path in sorted(SITE.rglob("*.html")) if not {"_modules", "_static"} & set(path.parts)]
-    assert len(pages) > 50
+    # Pages of single names are alike.
+    names = [path for path in pages if "generated" in path.parts]
+    others = [path for path in pages if path not in names]
+    assert len(others) > 50
     too_wide = []
-    for path in pages:
+    for path in others + names[::12]:
         watched.page.goto(path.as_uri())
         for width in WIDTHS:
             watched.page.set_viewport_size({"width": width, "height": 900})
