@@ -1,7 +1,7 @@
-"""Overhead of `LIBCallback` at its default settings: trainings with and without it, alternating; medians over pairs.
+"""Overhead of `LIBCallback` and `SAETrainer` at their defaults: trainings with and without, alternating; medians of pairs.
 
 On a shared machine, two identical trainings of a minute differ by more than 3%. Therefore the overhead that the
-callback measures itself (`lib/overhead`) is reported beside the differences of wall time and CPU time.
+callback measures itself (`lib/overhead`, `sae/overhead`) is reported beside the differences of wall time and CPU time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from lib_lightning import LIBCallback
+from lib_lightning import LIBCallback, SAETrainer
 from recipes.mlp import MLP, Labelled, LabelledData
 from recipes.modular_addition import AllPairs, ModularAddition
 from tests.benchmarks.subjects import PIXELS, labelled_images
@@ -65,7 +65,7 @@ class Training(NamedTuple):
     model: pl.LightningModule
 
 
-def train(recipe: Callable[[], Any], callback: LIBCallback | None, folder: Path) -> Training:
+def train(recipe: Callable[[], Any], callback: pl.Callback | None, folder: Path) -> Training:
     """Train from the same initial weights."""
     pl.seed_everything(0, verbose=False)
     model, data, options = recipe()
@@ -81,31 +81,38 @@ def train(recipe: Callable[[], Any], callback: LIBCallback | None, folder: Path)
 
 
 @pytest.mark.parametrize("recipe", [modular_addition, cifar10], ids=["modular_addition", "cifar10"])
-def test_share_of_training(benchmark: Any, recipe: Callable[[], Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [LIBCallback, SAETrainer])
+def test_share_of_training(
+    benchmark: Any, recipe: Callable[[], Any], kind: type[LIBCallback | SAETrainer], tmp_path: Path
+) -> None:
     pairs: list[tuple[Training, Training]] = []
     shares: list[float] = []
-    snapshots = 0
+    taken = 0
 
     def pair() -> None:
-        nonlocal snapshots
-        callback = LIBCallback(LAYERS[recipe])
+        nonlocal taken
+        layers = LAYERS[recipe]
+        callback = LIBCallback(layers) if kind is LIBCallback else SAETrainer(layers[1])
         # The second training of a pair runs on a warmer machine: the order alternates.
         order = [None, callback] if len(pairs) % 2 else [callback, None]
         found = {c: train(recipe, c, tmp_path / f"{len(pairs)}-{c is None}") for c in order}
-        assert callback.graph is not None
-        assert all(torch.isfinite(E).all() for E in callback.graph.edges.values())
+        if isinstance(callback, LIBCallback):
+            assert callback.graph is not None
+            assert all(torch.isfinite(E).all() for E in callback.graph.edges.values())
+            taken = callback.snapshots
+        else:
+            taken = int(callback._scalars["sae/steps"])
         plain, observed = found[None], found[callback]
         weights = observed.model.state_dict()
         assert all(torch.equal(x, weights[name]) for name, x in plain.model.state_dict().items()), "unchanged"
         pairs.append((plain, observed))
         shares.append(callback.meter.ratio)
-        snapshots = callback.snapshots
 
     benchmark.pedantic(pair, rounds=PAIRS, iterations=1)
     benchmark.extra_info |= {
         "training without (s)": round(statistics.median(plain.wall for plain, _ in pairs), 1),
-        "lib/overhead": f"{statistics.median(shares):.1%}",
+        "overhead": f"{statistics.median(shares):.1%}",
         "more wall time": f"{statistics.median(observed.wall / plain.wall for plain, observed in pairs) - 1:.1%}",
         "more CPU time": f"{statistics.median(observed.cpu / plain.cpu for plain, observed in pairs) - 1:.1%}",
-        "snapshots": snapshots,
+        "snapshots, or steps of the autoencoder": taken,
     }
