@@ -1,4 +1,4 @@
-"""Overhead of `LIBCallback` and `SAETrainer` at their defaults: trainings with and without, alternating; medians of pairs.
+"""Overhead of `LIBCallback` and `SAETrainer` at their defaults: trainings with and without, alternating; medians.
 
 On a shared machine, two identical trainings of a minute differ by more than 3%. Therefore the overhead that the
 callback measures itself (`lib/overhead`, `sae/overhead`) is reported beside the differences of wall time and CPU time.
