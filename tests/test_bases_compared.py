@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,12 +17,13 @@ from lib_lightning.dictionaries.topk_training import TopKSettings
 from lib_lightning.model.instrumented import model_session
 from recipes.bases_compared.__main__ import measure
 from recipes.bases_compared.fit import Fit
-from recipes.bases_compared.measure import COLUMNS
-from recipes.bases_compared.subjects import Subject, small
-from recipes.bases_compared.table import read, report
+from recipes.bases_compared.measure import COLUMNS, Measurements
+from recipes.bases_compared.subjects import ATTACKED, Subject, small
+from recipes.bases_compared.table import overview, read, report
 from recipes.features_required import NodeAblations, features_required
 from recipes.language_model import GPTNeo
 from recipes.paper.networks import followed
+from recipes.pretrained_lm import QUARTERS
 
 PAGE = (Path(__file__).parents[1] / "docs" / "bases_compared.md").read_text()
 
@@ -101,6 +104,24 @@ def test_all_latents_and_the_error_are_the_activations(subject: Subject, tmp_pat
         batch = (subject.scored, followed(subject.scored))
         expected = log_likelihood(output, batch) - log_likelihood(subject.model(subject.scored), batch)
         torch.testing.assert_close(ablations.changes(1, basis, is_kept), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_edges_required_of_one_section_are_attacked_by_random_subsets(subject: Subject, tmp_path: Path) -> None:
+    one = replace(subject, node_layers=renamed(subject.node_layers), sections=[ATTACKED], draws=3)
+    fit = Fit(one, tmp_path)
+    with model_session(fit.instrumented):
+        measurements = Measurements(fit)
+        found = measurements.column("edges_required", "pca")
+        assert measurements.column("attacked", "pca") is None
+    (section,) = found["sections"].values()
+    assert section["worst"] <= section["dropped"]
+    assert section["dropped"] >= -one.tolerance
+    assert overview({"pca": [{"edges_required": found}]}).count(f"{section['worst']:+.3f} ±") == 1
+
+
+def renamed(layers: Sequence[NodeLayer]) -> list[NodeLayer]:
+    """The same node layers with the names of the recipe."""
+    return [replace(layer, name=name) for layer, name in zip(layers, QUARTERS, strict=True)]
 
 
 def test_number_of_features_and_its_bounds() -> None:
