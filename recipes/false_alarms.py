@@ -46,8 +46,12 @@ from recipes.modular_addition import AllPairs, ModularAddition
 RESULTS = Path(__file__).parent / "false_alarms.json"
 # Expected number of false events per snapshot that `EmergenceDetector` promises by default.
 PROMISED = 0.05
-SEEDS = (0, 1, 2, 3, 4)
+SEEDS = (0, 1, 2, 3, 4, 5, 6)
+# The networks for modular addition do not stay at rest: there are as many as show that.
+FEWER_SEEDS = {"modular addition": (0, 1, 2, 3, 4)}
 SNAPSHOTS = 120
+# Events within so many snapshots of a burst of the loss are counted as its consequences.
+AFTER_BURST = 8
 # Samples that snapshots are computed on.
 SAMPLES = 512
 # With the first seed there are snapshots of what forms, too: so many per tenfold increase of the step, as in the recipe
@@ -509,6 +513,22 @@ def power(kind: str, length: int, detector: type[ChangeDetector], runs: int = RU
     return {"runs": runs, "found": len(delays), "delay": delay, "others": others}
 
 
+def bursts_of(losses: Sequence[float]) -> list[int]:
+    """Snapshots at which a network is no longer at rest.
+
+    Args:
+        losses: Losses at the snapshots.
+
+    Returns:
+        Indices of those at which the loss is more than ten times that at the snapshot before.
+
+    Example:
+        >>> bursts_of([1e-6, 9e-6, 1e-2, 1e-3])
+        [2]
+    """
+    return [k for k in range(1, len(losses)) if losses[k] > 10 * losses[k - 1]]
+
+
 def measure_plateaus(folder: Path) -> dict[str, Any]:
     """Events in the trainings of a folder.
 
@@ -517,7 +537,8 @@ def measure_plateaus(folder: Path) -> dict[str, Any]:
 
     Returns:
         For each task how many trainings and snapshots there are, how the loss changes from the first half of the
-        plateau to the second, and by detector the events of each training; and those while the first one forms.
+        plateau to the second, and by detector the events of each training; how many bursts (`bursts_of`) each has, and
+        events within `AFTER_BURST` snapshots of one; and those while the first one forms.
     """
     found: dict[str, Any] = {"plateaus": {}, "forming": {}}
     for task in TASKS:
@@ -529,9 +550,20 @@ def measure_plateaus(folder: Path) -> dict[str, Any]:
             losses = [one["loss"] for one in plateau]
             half = len(losses) // 2
             one = found["plateaus"].setdefault(
-                task, {"snapshots": len(plateau), "losses": [], **{name: [] for name in DETECTORS}}
+                task,
+                {
+                    "snapshots": len(plateau),
+                    "losses": [],
+                    "bursts": [],
+                    "after bursts": [],
+                    **{k: [] for k in DETECTORS},
+                },
             )
             one["losses"].append([float(f"{statistics.fmean(part):.3g}") for part in (losses[:half], losses[half:])])
+            bursts, index = bursts_of(losses), {snapshot["step"]: k for k, snapshot in enumerate(plateau)}
+            one["bursts"].append(len(bursts))
+            after = [any(0 <= index[event.step] - k <= AFTER_BURST for k in bursts) for event in events_of(plateau)]
+            one["after bursts"].append(sum(after))
             for name, kind in DETECTORS.items():
                 one[name].append(len(events_of(plateau, kind)))
             if forming:
@@ -576,7 +608,9 @@ def report(found: Mapping[str, Any]) -> str:
     for task, one in found["plateaus"].items():
         runs = len(one["as it is"])
         promised = PROMISED * runs * one["snapshots"]
-        lines.append(f"| plateau: {task} | {runs} | {promised:.0f} | {sum(one['as it is'])} | {sum(one['whitened'])} |")
+        bursts = sum(one["bursts"])
+        what = "plateau" if not bursts else f"{bursts} bursts, no plateau"
+        lines.append(f"| {what}: {task} | {runs} | {promised:.0f} | {sum(one['as it is'])} | {sum(one['whitened'])} |")
     promised = PROMISED * found["runs"] * found["snapshots"]
     for null, one in found["nulls"].items():
         lines.append(f"| {null} | {found['runs']} | {promised:.0f} | {one['as it is']} | {one['whitened']} |")
@@ -624,7 +658,7 @@ def main(args: Sequence[str] | None = None) -> None:
         raise SystemExit("This recipe needs scikit-learn: pip install scikit-learn")
     for seed in SEEDS:
         for task in TASKS:
-            if not (path := parsed.folder / _file(task, seed)).exists():
+            if seed in FEWER_SEEDS.get(task, SEEDS) and not (path := parsed.folder / _file(task, seed)).exists():
                 train(task, seed, path)
     found = measure_artificial() | measure_plateaus(parsed.folder)
     for path in (parsed.folder / "false_alarms.json", *([RESULTS] if parsed.commit else [])):

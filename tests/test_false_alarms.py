@@ -39,9 +39,16 @@ def test_what_the_page_says_of_the_committed_results() -> None:
     found = json.loads(RESULTS.read_text())
     plateaus = found["plateaus"]
     assert set(plateaus) == set(TASKS)
-    for one in plateaus.values():
-        assert one["snapshots"] == 120
+    assert all(one["snapshots"] == 120 for one in plateaus.values())
+    at_rest = {task: one for task, one in plateaus.items() if not sum(one["bursts"])}
+    assert set(plateaus) - set(at_rest) == {"modular addition"}
+    assert sum(len(one["as it is"]) for one in at_rest.values()) >= 20
+    for one in at_rest.values():
         assert sum(one["as it is"]) <= 0.5 * PROMISED * one["snapshots"] * len(one["as it is"])
+    # Each of these runs is thrown off at least once, and events are mostly the consequences.
+    with_bursts = plateaus["modular addition"]
+    assert min(with_bursts["bursts"]) >= 1
+    assert sum(with_bursts["after bursts"]) > 0.7 * sum(with_bursts["as it is"])
     nulls, promised = found["nulls"], PROMISED * found["runs"] * found["snapshots"]
     holds = ["levels, AR(1), 0.5", "levels, AR(1), 0.9", "random walks"]
     assert all(nulls[name]["as it is"] <= promised for name in holds)
