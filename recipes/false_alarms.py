@@ -8,7 +8,7 @@ same learning rate, only the noise of the batches. Of each, 120 snapshots of thi
 computes them, and the events in them are counted. Beside these are artificial curves without a change, and curves with
 planted changes. All of it is counted once more with increments that have been freed of their autocorrelation.
 
-Half an hour of one CPU core. Started again, networks that are there are not trained again.
+Forty minutes of one CPU core. Started again, networks that are there are not trained again.
 """
 
 from __future__ import annotations
