@@ -81,6 +81,8 @@ def main() -> None:
         return
     if options.other is None:
         parser.error("the folder of the other version is missing")
+    if "LIB_REFERENCE_DIR" not in os.environ:
+        parser.error("LIB_REFERENCE_DIR is not set: the folder with the published networks")
     other, this = (started(root.resolve(), options.basis, options.dtype) for root in (options.other, HERE))
     for _ in range(options.pairs):
         before, now = ask(other), ask(this)
