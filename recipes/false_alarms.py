@@ -562,10 +562,11 @@ def measure_plateaus(folder: Path) -> dict[str, Any]:
             one["losses"].append([float(f"{statistics.fmean(part):.3g}") for part in (losses[:half], losses[half:])])
             bursts, index = bursts_of(losses), {snapshot["step"]: k for k, snapshot in enumerate(plateau)}
             one["bursts"].append(len(bursts))
-            after = [any(0 <= index[event.step] - k <= AFTER_BURST for k in bursts) for event in events_of(plateau)]
+            events = {name: events_of(plateau, kind) for name, kind in DETECTORS.items()}
+            after = [any(0 <= index[e.step] - k <= AFTER_BURST for k in bursts) for e in events["as it is"]]
             one["after bursts"].append(sum(after))
-            for name, kind in DETECTORS.items():
-                one[name].append(len(events_of(plateau, kind)))
+            for name, of_kind in events.items():
+                one[name].append(len(of_kind))
             if forming:
                 found["forming"][task] = _forming(forming)
     return found

@@ -68,6 +68,14 @@ class Row:
     rate: float
     of_peak: float
 
+    @property
+    def numbers(self) -> list[str]:
+        """Seconds, share, operations, rate and share of the peak, as they are shown."""
+        return [
+            f"{self.seconds:.4f}", f"{self.share:.1%}", f"{self.gflop:,.3f}", f"{self.rate:,.1f}",
+            f"{self.of_peak:.1%}",
+        ]  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -112,29 +120,24 @@ class Profile:
             f"{self._title}\n",
             f"{'step':<{width}}  {'seconds':>9}  {'share':>6}  {'GFLOP':>10}  {'GFLOP/s':>9}  {'of peak':>7}",
         ]
-        lines += [
-            f"{row.step:<{width}}  {row.seconds:>9.4f}  {row.share:>6.1%}  {row.gflop:>10,.3f}  {row.rate:>9,.1f}  "
-            f"{row.of_peak:>7.1%}"
-            for row in (*self.rows, self.total)
-        ]
+        for row in (*self.rows, self.total):
+            seconds, share, gflop, rate, of_peak = row.numbers
+            lines.append(f"{row.step:<{width}}  {seconds:>9}  {share:>6}  {gflop:>10}  {rate:>9}  {of_peak:>7}")
         return "\n".join([*lines, "", *self._notes])
 
     def _repr_html_(self) -> str:
         longest = max(row.share for row in self.rows) or 1.0
         bar = "background: currentColor; opacity: 0.5; height: 0.7em"  # text's colour, in light and dark notebooks
-        rows = [
-            f'<tr><td style="text-align: left">{html.escape(row.step)}</td>'
-            f'<td><div style="{bar}; width: {10 * row.share / longest:.2f}em"></div></td>'
-            f"<td>{row.seconds:.4f}</td><td>{row.share:.1%}</td><td>{row.gflop:,.3f}</td>"
-            f"<td>{row.rate:,.1f}</td><td>{row.of_peak:.1%}</td></tr>"
-            for row in self.rows
-        ]
-        total = self.total
+
+        def line(row: Row, picture: str) -> str:
+            numbers = "".join(f"<td>{number}</td>" for number in row.numbers)
+            return f'<tr><td style="text-align: left">{html.escape(row.step)}</td><td>{picture}</td>{numbers}</tr>'
+
+        rows = [line(row, f'<div style="{bar}; width: {10 * row.share / longest:.2f}em"></div>') for row in self.rows]
         return (
             f"<table><caption>{html.escape(self._title)}</caption><thead><tr><th>step</th><th></th><th>seconds</th>"
             "<th>share</th><th>GFLOP</th><th>GFLOP/s</th><th>of peak</th></tr></thead>"
-            f"<tbody>{''.join(rows)}</tbody><tfoot><tr><td>total</td><td></td><td>{total.seconds:.4f}</td><td></td>"
-            f"<td>{total.gflop:,.3f}</td><td>{total.rate:,.1f}</td><td>{total.of_peak:.1%}</td></tr></tfoot></table>"
+            f"<tbody>{''.join(rows)}</tbody><tfoot>{line(self.total, '')}</tfoot></table>"
             + "".join(f"<p>{html.escape(note)}</p>" for note in self._notes)
         )
 
