@@ -22,7 +22,7 @@ from typing import Any
 from lib_lightning.model.instrumented import model_session
 from recipes.bases_compared.fit import BASES, Fit
 from recipes.bases_compared.measure import COLUMNS, Measurements
-from recipes.bases_compared.subjects import LARGE, RANDOM, SMALL, Subject, small, smollm2
+from recipes.bases_compared.subjects import LARGE, LARGE_SECTIONS, RANDOM, SMALL, Subject, small, smollm2
 from recipes.bases_compared.table import RESULTS, report
 
 SEEDS = 2
@@ -38,6 +38,7 @@ def measure(
     results: Path = RESULTS,
     bases: Sequence[str] = tuple(BASES),
     columns: Sequence[str] = COLUMNS,
+    one_by_one: Sequence[tuple[str, str]] = (),
 ) -> None:
     """Measure what is missing of a network.
 
@@ -49,22 +50,31 @@ def measure(
         results: Folder for the results.
         bases: The bases, in this order for each column.
         columns: The columns, in this order.
+        one_by_one: Sections in which edges required are counted one at a time; empty for all of them together.
     """
-    cells = [(column, kind) for column in columns for kind in bases]
-    paths = {cell: cell_path(results, name, seed, *cell) for cell in cells}
-    if all(path.exists() for path in paths.values()):
+    cells = [
+        (column, kind, section)
+        for column in columns
+        for section in (one_by_one if one_by_one and column == "edges_required" else [None])
+        for kind in bases
+    ]
+    missing = {cell: path for cell in cells if not (path := cell_path(results, name, seed, *cell)).exists()}
+    if not missing:
         return
     fit = Fit(subject(), folder)
     measurements = Measurements(fit)
     with model_session(fit.instrumented):
-        for (column, kind), path in paths.items():
-            if not path.exists():
-                write(path, {"network": name, "seed": seed, "basis": kind, column: measurements.column(column, kind)})
+        for (column, kind, section), path in missing.items():
+            found = measurements.column(column, kind, section)
+            write(path, {"network": name, "seed": seed, "basis": kind, column: found})
 
 
-def cell_path(results: Path, name: str, seed: int, column: str, kind: str) -> Path:
+def cell_path(
+    results: Path, name: str, seed: int, column: str, kind: str, section: tuple[str, str] | None = None
+) -> Path:
     """The file of one number."""
-    return results / f"{name.replace(' ', '_').lower()}-{seed}-{kind}-{column}.json"
+    part = "" if section is None else f"-{'-to-'.join(section)}"
+    return results / f"{name.replace(' ', '_').lower()}-{seed}-{kind}-{column}{part}.json"
 
 
 def write(path: Path, found: dict[str, Any]) -> None:
@@ -93,7 +103,7 @@ def main(args: Sequence[str] | None = None) -> None:
                 fresh = partial(small, seed, options.folder, fresh=True)
                 measure(fresh, RANDOM, seed, options.folder, **control)
         if options.network != "small":
-            measure(smollm2, LARGE, 0, options.folder, **chosen)
+            measure(smollm2, LARGE, 0, options.folder, **chosen, one_by_one=LARGE_SECTIONS)
     sys.stdout.write(report() + "\n")
 
 

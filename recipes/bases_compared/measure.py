@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -38,12 +38,13 @@ class Measurements:
     def __init__(self, fit: Fit) -> None:
         self.fit, self.subject = fit, fit.subject
 
-    def column(self, name: str, kind: str) -> Any:
+    def column(self, name: str, kind: str, section: tuple[str, str] | None = None) -> Any:
         """One of `COLUMNS`.
 
         Args:
             name: The column.
             kind: The basis, one of `recipes.bases_compared.fit.BASES`.
+            section: The section whose edges required are counted; None for all of them.
 
         Returns:
             Numbers, as they are written to a file; None if the column is not measured on this network.
@@ -53,8 +54,8 @@ class Measurements:
             "edges": self._edges,
             "names": self._names,
             "causal": self._causal,
-            "edges_required": partial(self._edges_required, None),
-            "attacked": partial(self._edges_required, ATTACK),
+            "edges_required": partial(self._edges_required, self.subject.sections if section is None else [section]),
+            "attacked": self._attacked,
         }
         start = time.process_time()
         found = columns[name](kind)
@@ -165,14 +166,20 @@ class Measurements:
             },
         }
 
-    def _edges_required(self, attack: EdgeAttack | None, kind: str) -> dict[str, Any] | None:
-        """Edges required in each section, by ablation alone or under attack."""
-        if attack is not None and (kind == "sae" or self.subject.draws is not None):
+    def _attacked(self, kind: str) -> dict[str, Any] | None:
+        """Edges required in one section under attack."""
+        if kind == "sae" or self.subject.draws is not None:
             return None  # each of the features would need a forward and a backward pass of its own in each step
+        return self._edges_required([ATTACKED], kind, ATTACK)
+
+    def _edges_required(
+        self, chosen: Sequence[tuple[str, str]], kind: str, attack: EdgeAttack | None = None
+    ) -> dict[str, Any]:
+        """Edges required in some sections, by ablation alone or under attack."""
         graph = self.fit.graph(kind)
         batches = self.subject.batches(self.subject.scored[: self.subject.attacked])
         sections = {}
-        for section in [ATTACKED] if attack is not None else self.subject.sections or list(graph.edges):
+        for section in chosen:
             found = edges_required(
                 self.subject.model, batches, graph, log_likelihood, self.subject.tolerance, [section], "bisection",
                 attack,

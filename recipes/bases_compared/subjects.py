@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ TOKENS = 16384
 SMALL, RANDOM, LARGE = "Language model", "Language model with new weights", "SmolLM2-135M"
 # The section that is attacked.
 ATTACKED = ("middle", "three_quarters")
+# All sections of SmolLM2. Edges required in each of them take minutes.
+LARGE_SECTIONS = list(itertools.pairwise(("start", *QUARTERS)))
 Batch = tuple[Tensor, Tensor]
 
 
@@ -49,7 +52,6 @@ class Subject:
         causal: Features of each node layer whose effects are measured, spread evenly over the ranks; None for all.
         attacked: Number of scored pieces for edges required.
         batch_size: Pieces in a batch.
-        sections: Those whose edges required are counted; None for all.
         draws: Random subsets of the other edges that are put back to the edges required, where a search for the edges
             required under attack would take days; None for that search.
     """
@@ -72,8 +74,12 @@ class Subject:
     causal: int | None
     attacked: int
     batch_size: int
-    sections: Sequence[tuple[str, str]] | None = None
     draws: int | None = None
+
+    @property
+    def sections(self) -> list[tuple[str, str]]:
+        """Names of the node layers before and after each section."""
+        return list(itertools.pairwise(layer.name for layer in self.node_layers))
 
     def batches(self, pieces: Tensor) -> list[Batch]:
         """Pieces of text, with the token after each token, in batches."""
@@ -150,7 +156,7 @@ def smollm2() -> Subject:
         n_metric=24, n_probes=4, n_pushed=2, settings=TopKSettings(2304, 64, lr=1e-3), steps=400,
         # The probability of the next token decreases by a tenth.
         tolerance=0.1, search="bisection", causal=16, attacked=6, batch_size=12,
-        sections=[ATTACKED], draws=2,
+        draws=2,
     )  # fmt: skip
 
 

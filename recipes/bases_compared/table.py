@@ -30,7 +30,11 @@ def read(folder: Path = RESULTS) -> Results:
     for path in sorted(folder.glob("*.json")):
         one = json.loads(path.read_text())
         cells = found.setdefault(one.pop("network"), {}).setdefault(one.pop("basis"), {})
-        cells.setdefault(one.pop("seed"), {}).update(one)
+        cell = cells.setdefault(one.pop("seed"), {})
+        for column, numbers in one.items():
+            # Sections that take minutes have files of their own.
+            known = (cell.get(column) or {}).get("sections", {})
+            cell[column] = {**numbers, "sections": known | numbers["sections"]} if known else numbers
     return {
         network: {kind: [by_kind[kind][seed] for seed in sorted(by_kind[kind])] for kind in BASES if kind in by_kind}
         for network, by_kind in sorted(found.items())
