@@ -355,7 +355,10 @@ def _estimate(
     config = plan.applied_to(config)
     preparing = time.perf_counter() - started
 
-    chunk, chunks = trial_size(cost, config, n, min(size, memory.samples))
+    # Jacobians, which take longest, are timed on chunks of as many samples as have them.
+    m = min(n, config.jacobian_samples or n)
+    config = replace(config, jacobian_samples=None)
+    chunk, chunks = trial_size(cost, config, n, min(size, memory.samples, m))
     batches = samples_of([batch], chunk, instrumented.select, instrumented.num_samples) * chunks
     a = instrumented.activations(instrumented.select(batch, slice(0, 1)))[0]
     trial = Trial(phases(config, instrumented, Trial.MANY, adapted), a.device)
@@ -370,7 +373,7 @@ def _estimate(
     peak = max(used.peak, used.before + of_trial.peak_bytes * (used.peak == 0))
     return CostEstimate(
         plan,
-        preparing + trial.seconds(chunks, n / chunk),
+        preparing + trial.seconds(chunks, n / chunk, m / chunk),
         peak + more + kept,
         file_bytes(cost, ranks, itemsize),
         torch.get_num_threads(),
@@ -433,7 +436,7 @@ def graph_of(  # noqa: PLR0913 (a public entry without its defaults)
                         config = _with_effects(instrumented, batches, config, process_group)
                 chunks = split_batches(instrumented, batches, plan.samples)
                 phase_done("checks and chunks")
-                with _progress(current_display(), instrumented, chunks, config, adapted):
+                with _progress(current_display(), instrumented, chunks, config, adapted, plan.groups):
                     built = build_graph(
                         instrumented, chunks, config, plan, process_group, output=output, dictionaries=adapted
                     )
@@ -455,6 +458,7 @@ def _progress(
     chunks: Sequence[Any],
     config: LIBConfig,
     dictionaries: Mapping[int, AdaptedDictionary],
+    groups: int,
 ) -> Iterator[None]:
     """Show the progress of a graph."""
     if display is None:
@@ -465,7 +469,12 @@ def _progress(
         with contextlib.suppress(Exception):
             display.cost = measure_cost(instrumented, chunks[0])
     num_samples = sum(map(instrumented.num_samples, chunks))
-    counts = phases(config, instrumented, len(chunks), dictionaries)
+    few = None
+    if config.jacobian_samples is not None:
+        # About as many batches as have samples with Jacobians.
+        share = config.jacobian_samples / max(1, num_samples)
+        few = min(len(chunks), max(groups, math.ceil(share * len(chunks))))
+    counts = phases(config, instrumented, len(chunks), dictionaries, few)
     with display.following(steps_of(counts, display.cost, config, num_samples)):
         yield
 

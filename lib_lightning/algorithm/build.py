@@ -16,6 +16,9 @@
    features. The rotation of the feature's own direction is a second-order effect. For an edge it is not: the standard
    error of an edge holds for these features.
 
+Moments and features take forward passes, and Jacobians many times as much. Where ``jacobian_samples`` are fewer than
+all samples, metrics, edges and importances for the output are means over these alone.
+
 What makes this fast is behind interfaces with a plain twin each; see `lib_lightning.algorithm.shortcuts`.
 """
 
@@ -51,7 +54,13 @@ from lib_lightning.algorithm.latent_choice import choose_latents
 from lib_lightning.algorithm.linalg import Cutoff
 from lib_lightning.algorithm.memory_plan import MemoryPlan
 from lib_lightning.algorithm.metric import Metric
-from lib_lightning.algorithm.output_changes import OUTPUT_EFFECTS, OutputEffects, most_important
+from lib_lightning.algorithm.output_changes import (
+    OUTPUT_EFFECTS,
+    OutputEffects,
+    chosen_samples,
+    most_important,
+    some_samples,
+)
 from lib_lightning.algorithm.output_effects import effect_notes, find_output_effects
 from lib_lightning.algorithm.output_gradients import (
     EXACT_OUTPUTS,
@@ -67,7 +76,7 @@ from lib_lightning.algorithm.output_gradients import (
 )
 from lib_lightning.algorithm.progress import phase_done
 from lib_lightning.algorithm.rotations import rotated, rotation_of
-from lib_lightning.algorithm.section_cache import SectionCache
+from lib_lightning.algorithm.section_cache import FEATURES, FORWARD_PASSES, MOMENTS, SectionCache
 from lib_lightning.algorithm.shortcuts import FAST, Shortcuts
 from lib_lightning.algorithm.wide_layers import eigenproblem
 from lib_lightning.dictionaries.adapted import AdaptedDictionary
@@ -232,16 +241,20 @@ def build_graph(
     )
     # 1. Moments.
     moments, position_variances, positions, cache = _moments(run, instrumented, batches)
+    differentiated = _differentiated(run, instrumented, batches)
+    sections = cache
+    if differentiated is not None:
+        sections = _sections(run, instrumented, differentiated, [layer_moments.mean for layer_moments in moments])
     # 2. Metric and basis of each node layer, from the last to the first.
     widths = [len(layer_moments.mean) for layer_moments in moments]
-    gradients = _output_gradients(run, instrumented, batches, cache)
+    gradients = _output_gradients(run, instrumented, batches if differentiated is None else differentiated, sections)
     by_output = _output_metrics(run, gradients, widths)
     layers: list[_Layer] = []
     metric_errors: dict[str, float | None] = {}
     rotation_notes: dict[str, list[str]] = {}
     latent_notes: list[str] = []
     for i in reversed(range(len(run.names))):
-        metric = by_output.get(i) or _metric(run, i, layers[0] if layers else None, widths[i], cache)
+        metric = by_output.get(i) or _metric(run, i, layers[0] if layers else None, widths[i], sections)
         if i in dictionaries:
             lib, notes = _latents(run, i, cache)
             features, latent_notes = None, [*notes, *latent_notes]
@@ -257,10 +270,11 @@ def build_graph(
         layers.insert(0, _Layer(lib, basis, features, lengths))
         phase_done(f"basis of {basis.name}")
     # 3. Edges.
-    edges, variances, examples = _edges(run, layers, positions, cache)
+    edges, statistics = _edges(run, layers, positions, cache, sections)
+    variances = statistics.variances
     layers = [_with_mean_squares(layer, v) for layer, v in zip(layers, variances, strict=True)]
     # 4. Importance for the output.
-    bases = _output_importances(run, [layer.basis for layer in layers], gradients, int(moments[0].count))
+    bases = _output_importances(run, [layer.basis for layer in layers], gradients, _rows(moments[0], config))
     output_effects, effect_samples = _output_effects(run, instrumented, batches, bases)
     # 5. Standard errors.
     importances = [_importance_replicates(layer, v) for layer, v in zip(layers, variances, strict=True)]
@@ -274,7 +288,7 @@ def build_graph(
         notes=[
             *describe_empty_layers(bases, moments, any(layer.skip_positions for layer in instrumented.layers)),
             *describe_dominance(bases, instrumented.layers, position_variances),
-            *_notes(run, edges, cache, by_output),
+            *_notes(run, edges, sections, by_output),
             *(note.format(quoted(names)) for note, names in rotation_notes.items()),
             *latent_notes,
             *([] if run.output is None else effect_notes(config, bases, output_effects, effect_samples)),
@@ -283,7 +297,7 @@ def build_graph(
         edge_replicates=[e.replicates for e in edges],
         attributions=[e.A for e in edges],
         attribution_replicates=[e.attribution_replicates for e in edges],
-        examples=examples,
+        examples=statistics.examples(run.process_group),
         is_constant=is_constant(moments),
         output_effects=output_effects,
         effect_samples=effect_samples,
@@ -295,6 +309,7 @@ def phases(
     instrumented: InstrumentedModel,
     n_batches: int,
     dictionaries: Mapping[int, AdaptedDictionary] = MappingProxyType({}),
+    n_differentiated: int | None = None,
 ) -> dict[str, int]:
     """The phases of `build_graph`, in order, and how often each of them is reported.
 
@@ -303,22 +318,25 @@ def phases(
         instrumented: The model and its node layers.
         n_batches: Number of batches.
         dictionaries: As for `build_graph`.
+        n_differentiated: Number of batches with derivatives; None if these are all batches.
 
     Returns:
         Number of reports of each phase: one for each batch, and one for what is computed from all of them.
     """
+    with_derivatives = n_batches if n_differentiated is None else n_differentiated
     names, kinds = [layer.name for layer in instrumented.layers], _kinds(config, instrumented, dictionaries)
-    counts = {"moments": n_batches + 1}
+    counts = {MOMENTS: n_batches + 1}
     measured = measured_by_output(config, len(names), instrumented.layers[-1].taps)
     measured = [i for i in measured if i not in dictionaries]
-    counts |= {OUTPUT_METRIC: n_batches} if measured else {}
+    counts |= {OUTPUT_METRIC: with_derivatives} if measured else {}
     for i, (name, kind) in reversed(list(enumerate(zip(names, kinds, strict=True)))):
-        has_rows = kind == LATENTS or (kind == "lib" and i not in measured)
-        counts[f"basis of {name}"] = n_batches + 1 if has_rows else 1
+        reports = n_batches if kind == LATENTS else with_derivatives if kind == "lib" and i not in measured else 0
+        counts[f"basis of {name}"] = reports + 1
         if kind == "lib" and config.basis in ROTATED and config.basis != "random":
             counts[f"basis of {name}"] += n_batches
-    counts |= {_edges_phase(before, after): n_batches for before, after in itertools.pairwise(names)}
-    counts |= {} if config.output_distribution == "none" else {OUTPUT_IMPORTANCE: n_batches}
+    counts |= {_edges_phase(before, after): with_derivatives for before, after in itertools.pairwise(names)}
+    counts |= {} if n_differentiated is None else {FEATURES: n_batches}
+    counts |= {} if config.output_distribution == "none" else {OUTPUT_IMPORTANCE: with_derivatives}
     counts |= {OUTPUT_EFFECTS: 1} if config.effect_samples else {}
     return counts | {"standard errors": 1}
 
@@ -344,15 +362,48 @@ def _moments(
             if not torch.isfinite(layer_moments.mean).all():  # cheaper than checking every activation
                 check_finite(layer.layer.name, layer.rows)
 
+    # Where few samples are differentiated, all of them are only run.
+    plan = replace(run.plan, keep_graphs=run.plan.keep_graphs and run.config.jacobian_samples is None)
     cache = SectionCache.collect(
-        instrumented, batches, run.plan, run.shortcuts.closed_forms, run.config.integration_steps, add
+        instrumented, batches, plan, run.shortcuts.closed_forms, run.config.integration_steps, add
     )
     all_reduce_covariances(moments, run.process_group)
     if not all(layer_moments.count for layer_moments in moments):
         raise ActivationError("There are no samples to compute a basis from, or every position is masked.")
-    phase_done("moments")
+    phase_done(MOMENTS)
     position_variances = reduce_position_variances(position_variances, run.process_group)
     return moments, position_variances, positions, cache.path_from([layer_moments.mean for layer_moments in moments])
+
+
+def _differentiated(run: _Run, instrumented: InstrumentedModel, batches: Sequence[Any]) -> list[Any] | None:
+    """The samples of this process on which Jacobians are computed, in batches; None for all of them."""
+    wanted = run.config.jacobian_samples
+    if wanted is None:
+        return None
+    sizes = list(map(instrumented.num_samples, batches))
+    # From as many batches as there are groups, as samples next to each other may be alike.
+    chosen = chosen_samples(sizes, wanted, run.process_group, batches=run.plan.groups)
+    return [
+        some_samples(instrumented, batches[index], count)
+        if instrumented.layout(batches[index]).can_split(batches[index])
+        else batches[index]
+        for index, count in chosen
+    ]
+
+
+def _sections(
+    run: _Run, instrumented: InstrumentedModel, batches: Sequence[Any], means: Sequence[Tensor]
+) -> SectionCache:
+    """The sections on the samples on which Jacobians are computed, where these are not all samples."""
+    closed_forms, steps = run.shortcuts.closed_forms, run.config.integration_steps
+    found = SectionCache.collect(instrumented, batches, run.plan, closed_forms, steps, lambda _: None, FORWARD_PASSES)
+    return found.path_from(means)
+
+
+def _rows(moments: RunningCovariance, config: LIBConfig) -> int:
+    """Number of samples times positions of a node layer on which Jacobians are computed."""
+    share = 1.0 if config.jacobian_samples is None else min(1.0, config.jacobian_samples / max(1, moments.n))
+    return math.ceil(share * int(moments.count))
 
 
 def _metric(run: _Run, i: int, next_layer: _Layer | None, d: int, cache: SectionCache) -> Metric | None:
@@ -471,36 +522,74 @@ def _rotated(
     return basis.broadcast(run.process_group), features, notes
 
 
-def _edges(
-    run: _Run, layers: Sequence[_Layer], positions: Sequence[Sequence[Positions]], cache: SectionCache
-) -> tuple[list[Edges], list[FeatureVariances], list[FeatureExamples]]:
-    """Step 3: the edges ``E`` of every section.
+class _FeatureStatistics:
+    """What needs all values of all features: their variances, for standard errors, and their examples.
 
-    Also what else needs all values of all features: their variances, for standard errors, and their examples.
+    Args:
+        bases: Basis of each node layer.
+        positions: Of each batch, and each node layer.
+        cache: All batches.
+        process_group: The processes.
+        groups: Number of jackknife groups.
     """
-    bases, groups = [layer.basis for layer in layers], run.plan.groups
+
+    def __init__(
+        self,
+        bases: Sequence[Basis],
+        positions: Sequence[Sequence[Positions]],
+        cache: SectionCache,
+        process_group: ProcessGroup,
+        groups: int,
+    ) -> None:
+        self.variances = [FeatureVariances(basis, groups) for basis in bases]
+        self._examples = example_collectors(bases, positions, cache.num_samples, process_group)
+        self._positions, self._group_slices = positions, cache.group_slices
+
+    def add(self, batch: int, i: int, fhat: Tensor, mask: Tensor | None) -> None:
+        """Add the features of a node layer on a batch."""
+        self.variances[i].update(fhat, mask, self._group_slices[batch])
+        self._examples[i].update(fhat, mask, self._positions[batch][i])
+
+    def examples(self, process_group: ProcessGroup) -> list[FeatureExamples]:
+        """Examples of the features of each node layer, of all processes."""
+        merge_examples(self._examples, process_group)
+        return [one.result() for one in self._examples]
+
+
+def _edges(
+    run: _Run,
+    layers: Sequence[_Layer],
+    positions: Sequence[Sequence[Positions]],
+    cache: SectionCache,
+    sections: SectionCache,
+) -> tuple[list[Edges], _FeatureStatistics]:
+    """Step 3: the edges ``E`` of every section, and statistics of the features."""
+    bases = [layer.basis for layer in layers]
     edges = [_section_edges(run, before, after) for before, after in itertools.pairwise(bases)]
-    variances = [FeatureVariances(basis, groups) for basis in bases]
-    examples = example_collectors(bases, positions, cache.num_samples, run.process_group)
-    readers = [FeatureReader(layer.basis, layer.features) for layer in layers]
+    statistics = _FeatureStatistics(bases, positions, cache, run.process_group, run.plan.groups)
+    has_all = sections is cache
+    readers = [FeatureReader(layer.basis, layer.features if has_all else None) for layer in layers]
     fhat_next = torch.empty(0, device="cpu")
-    for batch, i, section in cache.sections("edges"):
+    for batch, i, section in sections.sections("edges"):
         # The sections of a batch come in forward order: features after one are features before the next.
         fhat = fhat_next if i else readers[0].next(section.a, section.mask_in)
         fhat_next = readers[i + 1].next(section.a_out, section.mask_out)
         edges[i].update(section, fhat, fhat_next)
-        variances[i].update(fhat, section.mask_in, section.group_slices)
-        examples[i].update(fhat, section.mask_in, positions[batch][i])
-        if i + 1 == run.last:
-            variances[run.last].update(fhat_next, section.mask_out, section.group_slices)
-            examples[run.last].update(fhat_next, section.mask_out, positions[batch][run.last])
+        if has_all:
+            statistics.add(batch, i, fhat, section.mask_in)
+            if i + 1 == run.last:
+                statistics.add(batch, run.last, fhat_next, section.mask_out)
         phase_done(_edges_phase(*run.names[i : i + 2]))
-    all_reduce([*edges, *variances], run.process_group)
-    merge_examples(examples, run.process_group)
+    if not has_all:
+        readers = [FeatureReader(layer.basis, layer.features) for layer in layers]
+        for batch, captured in enumerate(cache.activations(FEATURES)):
+            for i, (reader, (a, mask)) in enumerate(zip(readers, captured, strict=True)):
+                statistics.add(batch, i, reader.next(a, mask), mask)
+    all_reduce([*edges, *statistics.variances], run.process_group)
     for i, section_edges in enumerate(edges):
         if not torch.isfinite(section_edges.E).all():
             raise _not_finite(run, i)
-    return edges, variances, [one.result() for one in examples]
+    return edges, statistics
 
 
 def _section_edges(run: _Run, before: Basis, after: Basis) -> Edges:
@@ -549,8 +638,11 @@ def _importance_replicates(layer: _Layer, variances: FeatureVariances) -> Tensor
     if isinstance(layer.basis, DictionaryBasis):
         return variances.mean_square_replicates()
     replicates = variances.replicates()
-    # In a LIB the squared length is 1 for all samples, but not for each replicate.
-    return replicates if layer.lengths is None else replicates * layer.lengths
+    # In a LIB the squared length is 1 for all samples, but not for each replicate. Very few samples with Jacobians may
+    # leave groups empty; then the error is that of the variance alone.
+    if layer.lengths is None or len(layer.lengths) != len(replicates):
+        return replicates
+    return replicates * layer.lengths
 
 
 def _with_errors(basis: Basis, replicates: Tensor) -> Basis:

@@ -21,10 +21,12 @@ MetricKind = Literal["next", "output"]
 class LIBConfig:
     """What to compute; the fields are arguments of `lib_lightning.compute_interaction_graph`, and explained there.
 
-    Except for three: ``effect_samples`` and ``effect_features`` are the number of samples, and the largest number of
-    features of each node layer, with which effects on the output are measured. None is to be chosen, or none at all.
-    ``effect_directions`` is the number of directions in which the output moves, at most, where effects are derivatives
-    along these (`lib_lightning.algorithm.output_derivatives`); None if they are measured by moving each feature.
+    Except for four: ``jacobian_samples`` is the number of samples for metric, edges and importances for the output, at
+    even distances among those for means, covariances and features; None for all of them. ``effect_samples`` and
+    ``effect_features`` are the number of samples, and the largest number of features of each node layer, with which
+    effects on the output are measured. None is to be chosen, or none at all. ``effect_directions`` is the number of
+    directions in which the output moves, at most, where effects are derivatives along these
+    (`lib_lightning.algorithm.output_derivatives`); None if they are measured by moving each feature.
 
     Raises:
         SettingError: If a value is outside its range.
@@ -39,6 +41,7 @@ class LIBConfig:
     n_pushed: int | None = None
     metric: MetricKind = "next"
     output_distribution: OutputSetting = "auto"
+    jacobian_samples: int | None = None
     effect_samples: int | None = None
     effect_features: int | None = None
     effect_directions: int | None = None

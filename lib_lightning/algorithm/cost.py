@@ -23,6 +23,7 @@ from lib_lightning.algorithm.examples import bytes_per_feature
 from lib_lightning.algorithm.memory_plan import MemoryPlan
 from lib_lightning.algorithm.output_changes import TOP
 from lib_lightning.algorithm.progress import on_phase
+from lib_lightning.algorithm.section_cache import MOMENTS
 from lib_lightning.errors import counted
 from lib_lightning.model.loops import LoopTrial, loops_shortened
 
@@ -164,17 +165,20 @@ class Trial:
         self._seconds[phase].append(now - self._last)
         self._last = now
 
-    def seconds(self, chunks: int, repeats: float) -> float:
+    def seconds(self, chunks: int, repeats: float, with_jacobians: float) -> float:
         """Seconds of the graph of all samples.
 
         Args:
             chunks: Number of chunks in the small graph, 1 or 2.
             repeats: Number of such chunks that all samples make.
+            with_jacobians: Number of such chunks that the samples with Jacobians make.
 
         Returns:
             The seconds.
         """
         total = 0.0
+        # Features of samples without Jacobians take another pass, about as long as that for the moments.
+        passes = 1 if with_jacobians == repeats else 2
         for phase, spent in self._seconds.items():
             # The last report of some phases is for what is computed of all batches together.
             once = self._per_batch.get(phase, 0) in (1, self.MANY + 1)
@@ -182,7 +186,8 @@ class Trial:
             batches = spent[:-1] if once else spent
             first = sum(batches[::chunks])
             later = sum(batches[1::chunks]) if chunks > 1 else first
-            total += first + max(0.0, repeats - 1) * later
+            count = passes * repeats if phase == MOMENTS else with_jacobians
+            total += first + max(0.0, count - 1) * later
         return total
 
 
@@ -209,13 +214,14 @@ def kept_bytes(cost: ModelCost, plan: EffortPlan, config: LIBConfig, memory: Mem
     if not memory.keep_graphs or config.n_probes is not None or config.basis != "lib" or config.metric != "next":
         return 0
     # All products of a section at a chunk of samples, or none; from the last section to the first.
-    chunk = min(plan.num_samples, memory.samples)
+    num_samples = min(plan.num_samples, plan.jacobian_samples or plan.num_samples)
+    chunk = min(num_samples, memory.samples)
     kept = 0
     for section in reversed(cost.sections):
         (S, d), (S_out, d_out) = section.shape_in, section.shape_out
         needed = chunk * S * d * S_out * d_out * itemsize
         if not section.has_closed_form:
-            kept += needed * min(-(-plan.num_samples // chunk), (memory.product_bytes - kept) // needed)
+            kept += needed * min(-(-num_samples // chunk), (memory.product_bytes - kept) // needed)
     return kept
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
@@ -67,6 +67,9 @@ _PROBES, _PUSHED = 4, 8
 # Rows of activations that fix the leading directions of a basis, at least; and per direction.
 _MIN_ROWS, _ROWS_PER_DIRECTION = 128, 8
 _MIN_SAMPLES = 24
+# Samples with Jacobians, at least; and how many times as many there are for means and covariances at most, unless these
+# need more.
+_MIN_JACOBIANS, _MOST_WITHOUT = 64, 8
 # The same number of operations takes a graph longer than training steps: 0.9 to 1.9 times on eight models.
 SLOWER = 1.4
 # What a number in a result, and the call of a kernel, cost in floating-point operations of matrix products.
@@ -162,6 +165,7 @@ class GraphCost:
         output_metric: Gradients of the output for metrics.
         output_importance: Gradients of the output for the importances of all features.
         output_effects: Passes for the effects of features on the output.
+        features: Features of all samples, where Jacobians are computed on fewer.
         errors: Standard errors.
     """
 
@@ -173,6 +177,7 @@ class GraphCost:
     output_metric: float = 0.0
     output_importance: float = 0.0
     output_effects: float = 0.0
+    features: float = 0.0
     errors: float = 0.0
 
     @property
@@ -180,7 +185,7 @@ class GraphCost:
         """All of them, in operations of training steps."""
         sums = sum(self.metrics) + sum(self.bases) + sum(self.edges)
         of_output = self.output_metric + self.output_importance + self.output_effects
-        return SLOWER * (self.checks + self.moments + sums + of_output + self.errors)
+        return SLOWER * (self.checks + self.moments + sums + self.features + of_output + self.errors)
 
 
 @dataclass(frozen=True)
@@ -234,12 +239,14 @@ class ModelCost:
             own = _CALLS_FOR_BASIS if has_metric else _CALLS_FOR_PLAIN_BASIS
             bases.append(num_samples * S * d * rank * 4 + _EIGENPROBLEM * rank**3 + own * PER_CALL)
         points = max(1, config.integration_steps)
+        # Samples on which Jacobians are computed.
+        m = min(num_samples, config.jacobian_samples or num_samples)
         # Of latents only the active ones are pushed and read, and there is no metric at a node layer that has some.
         read = [self.latents[i].per_sample if i in self.latents else r for i, r in enumerate(self.ranks())]
         sections = [
             self._of_section(
                 replace(section, hidden=None) if {i, i + 1} & self.latents.keys() else section, *pair,
-                replace(config, basis="neuron") if i in self.latents else config, num_samples, calls, largest_chunk,
+                replace(config, basis="neuron") if i in self.latents else config, m, calls, largest_chunk,
             )
             for i, (section, pair) in enumerate(zip(self.sections, itertools.pairwise(read), strict=True))
         ]  # fmt: skip
@@ -248,24 +255,28 @@ class ModelCost:
         if by_output or (config.final_metric and self.readout):
             # Gradients for the metric of the last node layer stop there.
             first = 0 if by_output else len(self.sections)
-            output_metric = self._of_output(config.n_probes, EXACT_OUTPUTS, num_samples, calls, first)
+            output_metric = self._of_output(config.n_probes, EXACT_OUTPUTS, m, calls, first)
         if config.output_distribution != "none":
-            vectors = importance_vectors(config, num_samples * shapes[0][0])
-            importance = self._of_output(vectors, 0, num_samples, calls) + _CALLS_FOR_IMPORTANCE * PER_CALL
+            vectors = importance_vectors(config, m * shapes[0][0])
+            importance = self._of_output(vectors, 0, m, calls) + _CALLS_FOR_IMPORTANCE * PER_CALL
         return GraphCost(
             _CHECKS * self.forward.of(num_samples),
             self.forward.of(num_samples) + _CALLS_FOR_MOMENTS * PER_CALL,
             [0.0 if by_output else points * metric for metric, _ in sections],
             bases,
-            [
-                points * edges + _CALLS_FOR_EDGES * PER_CALL * self._chunks(num_samples, largest_chunk)
-                for _, edges in sections
-            ],
+            [points * edges + _CALLS_FOR_EDGES * PER_CALL * self._chunks(m, largest_chunk) for _, edges in sections],
             output_metric,
             importance,
             self.of_effects(config, calls),
+            self._of_features(num_samples, m) if m < num_samples else 0.0,
             _CALLS_FOR_ERRORS * PER_CALL,
         )
+
+    def _of_features(self, num_samples: int, m: int) -> float:
+        """Forward passes of the ``m`` samples on which Jacobians are computed, and the features of all samples."""
+        shapes = [section.shape_in for section in self.sections] + [self.sections[-1].shape_out]
+        features = sum(2.0 * num_samples * S * d * r for (S, d), r in zip(shapes, self.ranks(), strict=True))
+        return self.forward.of(m) + (self.inference or self.forward).of(num_samples) + features
 
     def with_effects(self, config: LIBConfig, num_samples: int, in_run: bool = False) -> LIBConfig:
         """Choose how effects on the output are measured, with how many samples and features.
@@ -508,6 +519,17 @@ class ModelCost:
         ]
         return max(_MIN_SAMPLES, math.ceil(max(needed)))
 
+    @property
+    def min_jacobians(self) -> int:
+        """The smallest number of samples with Jacobians: their gradients have to fix the directions of every metric."""
+        needed = [0.0]
+        for i, (section, rank) in enumerate(zip(self.sections, self.ranks(), strict=False)):
+            # The metric in front of an affine section is exact with any sample.
+            if section.hidden != 0 and i not in self.latents:
+                rows = max(_MIN_ROWS, _ROWS_PER_DIRECTION * min(rank, DENSE_WIDTH))
+                needed.append(rows / (_PROBES * section.shape_in[0]))
+        return min(self.min_samples, max(_MIN_JACOBIANS, math.ceil(max(needed))))
+
 
 def _largest(fits: Callable[[int], bool], low: int, high: int) -> int:
     """The largest number up to ``high`` that fits, and at least ``low``, if all numbers below one that fits do."""
@@ -546,6 +568,7 @@ class EffortPlan:
         effect_samples: Number of samples with which effects on the output are measured; None if not chosen.
         effect_features: Largest number of features of each node layer that have them; None if not chosen.
         effect_directions: Number of directions of the output, at most, if they are derivatives; None if they are not.
+        jacobian_samples: Number of samples for metric, edges and importances for the output; None for all.
     """
 
     num_samples: int
@@ -556,6 +579,7 @@ class EffortPlan:
     effect_samples: int | None = None
     effect_features: int | None = None
     effect_directions: int | None = None
+    jacobian_samples: int | None = None
 
     @classmethod
     def of(
@@ -566,27 +590,27 @@ class EffortPlan:
         operations = cost.of_graph(config, num_samples)
         return cls(
             num_samples, config.n_probes, config.n_pushed, operations, allowed, config.effect_samples,
-            config.effect_features, config.effect_directions,
+            config.effect_features, config.effect_directions, config.jacobian_samples,
         )  # fmt: skip
 
     def applied_to(self, config: LIBConfig) -> LIBConfig:
         """The configuration with the chosen numbers."""
-        names = ("n_probes", "n_pushed", "effect_samples", "effect_features", "effect_directions")
+        names = ("n_probes", "n_pushed", "effect_samples", "effect_features", "effect_directions", "jacobian_samples")
         return replace(config, **{name: getattr(self, name) for name in names})
 
     @property
     def numbers(self) -> list[float]:
-        """All of it as numbers, for other processes: 0 for None, and -1 for effects that were not chosen."""
-        chosen = (self.effect_samples, self.effect_features, self.effect_directions)
-        effects = [-1 if x is None else x for x in chosen]
-        return [self.num_samples, self.n_probes or 0, self.n_pushed or 0, self.operations, self.allowed, *effects]
+        """All of it as numbers, for other processes: 0 or -1 for None."""
+        chosen = (self.effect_samples, self.effect_features, self.effect_directions, self.jacobian_samples)
+        others = [-1 if x is None else x for x in chosen]
+        return [self.num_samples, self.n_probes or 0, self.n_pushed or 0, self.operations, self.allowed, *others]
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[float]) -> EffortPlan:
         """From `numbers`."""
-        n, probes, pushed, operations, allowed, *effects = numbers
-        of_effects = [None if x < 0 else int(x) for x in effects]
-        return cls(int(n), int(probes) or None, int(pushed) or None, operations, allowed, *of_effects)
+        n, probes, pushed, operations, allowed, *others = numbers
+        chosen = [None if x < 0 else int(x) for x in others]
+        return cls(int(n), int(probes) or None, int(pushed) or None, operations, allowed, *chosen)
 
     @property
     def text(self) -> str:
@@ -597,7 +621,10 @@ class EffortPlan:
         edges = "exact edges"
         if self.n_pushed is not None:
             edges = f"edges from {counted(self.n_pushed, 'feature')} per sample"
-        return f"{counted(self.num_samples, 'sample')}, {metric}, {edges}"
+        few = ""
+        if self.jacobian_samples is not None:
+            few = f" ({self.jacobian_samples:,} of them for metric and edges)"
+        return f"{counted(self.num_samples, 'sample')}{few}, {metric}, {edges}"
 
     def __str__(self) -> str:
         return f"{self.text} ({self.operations:.1e} operations)"
@@ -747,14 +774,15 @@ def choose_effort(
     """Choose the most accurate computation that takes no more than a number of operations.
 
     Exact if that fits; else as many samples as there are with as many probes and features as fit; else the smallest
-    numbers of these with fewer samples, but never fewer than fix the leading features.
+    numbers of these, with Jacobians of fewer samples, and then with fewer samples, but never fewer than fix the leading
+    features.
 
     Args:
         cost: Cost of the model.
         config: What to compute; ``n_probes`` and ``n_pushed`` that are not None are kept.
         num_samples: Number of samples that there are.
         allowed: Operations that one graph may take.
-        all_samples: Whether all of them are used in any case.
+        all_samples: Whether all of them are used for everything in any case.
         in_run: As for `ModelCost.with_effects`.
 
     Returns:
@@ -772,10 +800,11 @@ def choose_effort(
     widest = max({**widths, **{i: of.per_sample for i, of in cost.latents.items() if i in widths}}.values())
     has_metric = not cost.latents.keys() >= widths.keys()
 
-    def plan(n: int, level: int | None) -> EffortPlan:
+    def plan(n: int, level: int | None, m: int | None = None) -> EffortPlan:
         probes = config.n_probes or (None if level is None or not has_metric else _PROBES << level)
         pushed = config.n_pushed or (None if level is None or _PUSHED << level >= widest else _PUSHED << level)
-        return EffortPlan.of(cost, replace(config, n_probes=probes, n_pushed=pushed), n, allowed, in_run)
+        chosen = replace(config, n_probes=probes, n_pushed=pushed, jacobian_samples=None if m == n else m)
+        return EffortPlan.of(cost, chosen, n, allowed, in_run)
 
     exact = plan(num_samples, None)
     if exact.operations <= allowed:
@@ -784,11 +813,23 @@ def choose_effort(
     level = 1
     while (more := plan(num_samples, level)).operations <= min(allowed, exact.operations):
         best, level = more, level + 1
-    n = num_samples
-    while best.operations > allowed and not all_samples and n > cost.min_samples:
-        n = max(cost.min_samples, n // 2)
-        best = plan(n, 0)
+    for n, m in () if all_samples else _fewer_samples(cost, num_samples):
+        if best.operations <= allowed:
+            break
+        best = plan(n, 0, m)
     return best if best.operations < exact.operations else exact
+
+
+def _fewer_samples(cost: ModelCost, num_samples: int) -> Iterator[tuple[int, int]]:
+    """Fewer and fewer samples, and how many of them have Jacobians."""
+    n = m = num_samples
+    fewest, fewest_jacobians = min(n, cost.min_samples), min(n, cost.min_jacobians)
+    while n > fewest or m > fewest_jacobians:
+        if m > max(fewest_jacobians, n // _MOST_WITHOUT) or n == fewest:
+            m = max(fewest_jacobians, m // 2)
+        else:
+            n = max(fewest, n // 2)
+        yield n, m
 
 
 def affordable_effects(

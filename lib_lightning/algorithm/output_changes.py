@@ -154,14 +154,30 @@ def most_important(basis: Basis, count: int, by_output: bool = False) -> Tensor:
     return importance.cpu().argsort(descending=True, stable=True)[:count].sort().values
 
 
-def chosen_samples(sizes: Sequence[int], num_samples: int, process_group: ProcessGroup) -> list[tuple[int, int]]:
-    """Batches of this process, evenly spread over those of all processes, and the number of samples to take of each."""
+def chosen_samples(
+    sizes: Sequence[int], num_samples: int, process_group: ProcessGroup, batches: int = 1
+) -> list[tuple[int, int]]:
+    """Choose some samples of all processes.
+
+    Args:
+        sizes: Number of samples in each batch of this process.
+        num_samples: How many to choose.
+        process_group: The processes.
+        batches: From how many batches at least, as far as there are so many.
+
+    Returns:
+        Indices of batches of this process, evenly spread over those of all, and the number of samples to take of each.
+
+    Example:
+        >>> chosen_samples([10, 10, 10, 10], 8, ProcessGroup()), chosen_samples([10, 10, 10, 10], 8, ProcessGroup(), 4)
+        ([(2, 8)], [(0, 2), (1, 2), (2, 2), (3, 2)])
+    """
     gathered = process_group.gather(torch.tensor(sizes, dtype=torch.int64, device="cpu"))
     every = [(rank, i, size) for rank, own in enumerate(gathered) for i, size in enumerate(own.tolist())]
     if not every:
         return []
     total = sum(size for _, _, size in every)
-    count = min(len(every), math.ceil(num_samples * len(every) / total)) - 1
+    count = min(len(every), max(batches, math.ceil(num_samples * len(every) / total))) - 1
     found: list[tuple[int, int, int]] = []
     while count < len(every) and sum(size for _, _, size in found) < num_samples:
         count += 1

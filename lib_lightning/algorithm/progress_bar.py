@@ -13,6 +13,7 @@ from lib_lightning.algorithm.effort import ModelCost
 from lib_lightning.algorithm.output_changes import OUTPUT_EFFECTS
 from lib_lightning.algorithm.output_gradients import OUTPUT_IMPORTANCE, OUTPUT_METRIC
 from lib_lightning.algorithm.progress import on_phase
+from lib_lightning.algorithm.section_cache import FEATURES
 from lib_lightning.model.safe_points import on_vectors
 
 # Percentage, bar, time so far and remaining time; counts of operations would mean nothing to a reader.
@@ -53,30 +54,33 @@ def steps_of(phases: Mapping[str, int], cost: ModelCost | None, config: LIBConfi
     edges = [item for item in others if item[0].startswith("edges from ")]
     output_metric = [item for item in others if item[0] == OUTPUT_METRIC]
     last = others[len(output_metric) + len(bases) + len(edges) :]
-    n = max(1, moments[1] - 1)
+    n, with_jacobians = max(1, moments[1] - 1), max([count for _, count in edges], default=1)
     if cost is None or len(edges) != len(cost.sections):
         found = [Step(name) for name, count in (moments, *output_metric, *bases) for _ in range(count)]
-        found += [Step(name) for _ in range(n) for name, _ in edges]
+        found += [Step(name) for _ in range(with_jacobians) for name, _ in edges]
         return found + [Step(name) for name, count in last for _ in range(count)]
-    of_graph = cost.steps(config, num_samples, largest_chunk=-(-num_samples // n))
+    jacobian_samples = min(num_samples, config.jacobian_samples or num_samples)
+    largest_chunk = -(-jacobian_samples // max(1, with_jacobians))
+    of_graph = cost.steps(config, num_samples, largest_chunk=largest_chunk)
     ranks = cost.ranks()
     found = [Step(moments[0], of_graph.moments / n)] * n + [Step(moments[0], 0.0)]
-    found += [Step(name, of_graph.output_metric / n) for name, count in output_metric for _ in range(count)]
+    found += [Step(name, of_graph.output_metric / count) for name, count in output_metric for _ in range(count)]
     for i, (name, count) in zip(reversed(range(len(bases))), bases, strict=True):
         if count > 1 and i < len(cost.sections):
             vectors = float(config.n_probes or cost.sections[i].shape_out[0] * ranks[i + 1])
-            found += [Step(name, of_graph.metrics[i] / n, vectors)] * (count - 1)
+            found += [Step(name, of_graph.metrics[i] / (count - 1), vectors)] * (count - 1)
         elif count > 1:
             found += [Step(name, of_graph.moments / n)] * (count - 1)
         found.append(Step(name, of_graph.bases[i]))
-    for _ in range(n):
+    for _ in range(with_jacobians):
         for (name, _), section, r, r_out, length in zip(
             edges, cost.sections, ranks, ranks[1:], of_graph.edges, strict=False
         ):
             pushed = min(r, config.n_pushed or r, section.shape_out[0] * r_out)
-            found.append(Step(name, length / n, float(pushed)))
+            found.append(Step(name, length / with_jacobians, float(pushed)))
     lengths = {
-        OUTPUT_IMPORTANCE: of_graph.output_importance / n,
+        FEATURES: of_graph.features / n,
+        OUTPUT_IMPORTANCE: of_graph.output_importance / max(1, with_jacobians),
         OUTPUT_EFFECTS: of_graph.output_effects,
         "standard errors": of_graph.errors,
     }

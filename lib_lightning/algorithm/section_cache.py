@@ -27,6 +27,10 @@ from lib_lightning.model.capture import CapturedLayer, rows_of
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.saved_state import tensors_unchanged
 
+# Names of phases, for progress: the first pass; sections that are made again; features of all samples, where fewer have
+# sections.
+MOMENTS, FORWARD_PASSES, FEATURES = "moments", "forward passes", "features"
+
 
 @dataclass(frozen=True)
 class _Batches:
@@ -93,6 +97,7 @@ class SectionCache(ABC):
         closed_forms: type[ClosedForms],
         integration_steps: int,
         visit: Callable[[list[CapturedLayer]], None],
+        phase: str = MOMENTS,
     ) -> SectionCache:
         """Run all batches for the first time.
 
@@ -103,6 +108,7 @@ class SectionCache(ABC):
             closed_forms: How closed forms are found.
             integration_steps: As for `lib_lightning.jacobian.integrated_gradients.sections`.
             visit: Called with the captured node layers of each batch.
+            phase: Name of the phase; its progress is reported after each batch.
 
         Returns:
             The sections of all batches.
@@ -122,7 +128,7 @@ class SectionCache(ABC):
             if keep:
                 found = sections_between(captured, plan.stack_elements)
                 kept.append([source.with_closed_form(i, section) for i, section in enumerate(found)])
-            phase_done("moments")
+            phase_done(phase)
         # A model that writes into its own tensors may have overwritten what the graphs of earlier batches have saved.
         if unchanged is not None and unchanged() and _all_intact(kept):
             return KeptSections(source, sizes, kept)
@@ -189,7 +195,7 @@ class SectionCache(ABC):
             Activations, one vector a row, ``(m, d)``, and the jackknife group that they belong to.
         """
         for index in range(len(self._source.batches)):
-            a, mask = self._activations_of(index, i)
+            a, mask = self._activations_of(index)[i]
             for group, samples in self.group_slices[index]:
                 yield rows_of(a[samples], None if mask is None else mask[samples]), group
             phase_done(phase)
@@ -198,9 +204,22 @@ class SectionCache(ABC):
     def _sections_of(self, index: int, only: int | None) -> list[tuple[int, Section]]:
         """The sections of one batch, or a single one of them, with their indices."""
 
+    def activations(self, phase: str) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
+        """Iterate over the activations of all node layers.
+
+        Args:
+            phase: Name of the phase; its progress is reported after each batch.
+
+        Yields:
+            For each batch, activations ``(n, S, d)`` of each node layer, and their mask ``(n, S)``.
+        """
+        for index in range(len(self._source.batches)):
+            yield self._activations_of(index)
+            phase_done(phase)
+
     @abstractmethod
-    def _activations_of(self, index: int, i: int) -> tuple[Tensor, Tensor | None]:
-        """Activations ``(n, S, d)`` of a node layer on one batch, and their mask ``(n, S)``."""
+    def _activations_of(self, index: int) -> list[tuple[Tensor, Tensor | None]]:
+        """Activations ``(n, S, d)`` of the node layers on one batch, and their masks ``(n, S)``."""
 
 
 class KeptSections(SectionCache):
@@ -221,11 +240,9 @@ class KeptSections(SectionCache):
     def _sections_of(self, index: int, only: int | None) -> list[tuple[int, Section]]:
         return [(i, section) for i, section in enumerate(self._kept[index]) if only in (None, i)]
 
-    def _activations_of(self, index: int, i: int) -> tuple[Tensor, Tensor | None]:
+    def _activations_of(self, index: int) -> list[tuple[Tensor, Tensor | None]]:
         found = self._kept[index]
-        if i < len(found):
-            return found[i].a, found[i].mask_in
-        return found[-1].a_out, found[-1].mask_out
+        return [*((section.a, section.mask_in) for section in found), (found[-1].a_out, found[-1].mask_out)]
 
 
 class RerunSections(SectionCache):
@@ -257,13 +274,12 @@ class RerunSections(SectionCache):
             source.integration_steps,
             source.plan.stack_elements,
         )
-        phase_done("forward passes")
+        phase_done(FORWARD_PASSES)
         return [(i, source.with_closed_form(i, section)) for i, section in enumerate(found) if only in (None, i)]
 
-    def _activations_of(self, index: int, i: int) -> tuple[Tensor, Tensor | None]:
+    def _activations_of(self, index: int) -> list[tuple[Tensor, Tensor | None]]:
         with torch.no_grad():
-            captured = self._source.capture(index)[i]
-        return captured.a, captured.mask
+            return [(captured.a, captured.mask) for captured in self._source.capture(index)]
 
 
 def _all_intact(kept: Sequence[Sequence[Section]]) -> bool:

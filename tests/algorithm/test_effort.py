@@ -126,8 +126,15 @@ def test_the_most_accurate_plan_that_fits(
     if all_samples:
         assert plan.num_samples == n
     assert min(n, cost.min_samples) <= plan.num_samples <= n
+    with_jacobians = plan.jacobian_samples or plan.num_samples
+    if all_samples:
+        assert plan.jacobian_samples is None
+    assert min(n, cost.min_jacobians) <= with_jacobians <= plan.num_samples
+    if plan.num_samples > max(cost.min_samples, 8 * cost.min_jacobians):
+        assert 8 * with_jacobians >= plan.num_samples // 2
     more = choose_effort(cost, config, n, 4 * allowed, all_samples)
     assert more.num_samples >= plan.num_samples
+    assert (more.jacobian_samples or more.num_samples) >= with_jacobians
     assert (more.n_probes or 10**9) >= (plan.n_probes or 10**9) or more.num_samples > plan.num_samples
 
 
