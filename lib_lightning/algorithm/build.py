@@ -270,8 +270,7 @@ def build_graph(
         layers.insert(0, _Layer(lib, basis, features, lengths))
         phase_done(f"basis of {basis.name}")
     # 3. Edges.
-    edges, statistics = _edges(run, layers, positions, cache, sections)
-    variances = statistics.variances
+    edges, variances, examples = _edges(run, layers, positions, cache, sections)
     layers = [_with_mean_squares(layer, v) for layer, v in zip(layers, variances, strict=True)]
     # 4. Importance for the output.
     bases = _output_importances(run, [layer.basis for layer in layers], gradients, _rows(moments[0], config))
@@ -297,7 +296,7 @@ def build_graph(
         edge_replicates=[e.replicates for e in edges],
         attributions=[e.A for e in edges],
         attribution_replicates=[e.attribution_replicates for e in edges],
-        examples=statistics.examples(run.process_group),
+        examples=examples,
         is_constant=is_constant(moments),
         output_effects=output_effects,
         effect_samples=effect_samples,
@@ -562,8 +561,8 @@ def _edges(
     positions: Sequence[Sequence[Positions]],
     cache: SectionCache,
     sections: SectionCache,
-) -> tuple[list[Edges], _FeatureStatistics]:
-    """Step 3: the edges ``E`` of every section, and statistics of the features."""
+) -> tuple[list[Edges], list[FeatureVariances], list[FeatureExamples]]:
+    """Step 3: the edges ``E`` of every section; and variances and examples of the features."""
     bases = [layer.basis for layer in layers]
     edges = [_section_edges(run, before, after) for before, after in itertools.pairwise(bases)]
     statistics = _FeatureStatistics(bases, positions, cache, run.process_group, run.plan.groups)
@@ -586,10 +585,11 @@ def _edges(
             for i, (reader, (a, mask)) in enumerate(zip(readers, captured, strict=True)):
                 statistics.add(batch, i, reader.next(a, mask), mask)
     all_reduce([*edges, *statistics.variances], run.process_group)
+    examples = statistics.examples(run.process_group)
     for i, section_edges in enumerate(edges):
         if not torch.isfinite(section_edges.E).all():
             raise _not_finite(run, i)
-    return edges, statistics
+    return edges, statistics.variances, examples
 
 
 def _section_edges(run: _Run, before: Basis, after: Basis) -> Edges:

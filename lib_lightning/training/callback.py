@@ -172,7 +172,7 @@ class LIBCallback(Callback):
             log_spaced for the first, about ten per tenfold increase of the step, and the latest.
         effort: auto chooses num_samples, n_probes and n_pushed, where they are None, once for all snapshots: exact if
             that fits into the snapshots' share of the training (max_overhead, or 0.03), counted in operations, else
-            fewer; exact takes None as exact.
+            fewer, and metric and edges of some of the samples; exact takes None as exact.
         skip_positions: Positions whose activations flow on as ever but are left out of all features, metrics, edges and
             ablations: 1 for the first one, as of language models, whose first token often has most of the variance; -1
             for the last one; a list of indices; a slice, such as slice(2, 10). Counted in each sample, among the valid

@@ -63,6 +63,14 @@ def convolutions(channels: int) -> nn.Module:
     )  # fmt: skip
 
 
+def flattened() -> nn.Module:
+    """Two convolutions, and a linear map of all that they find."""
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(512, 10),
+    )  # fmt: skip
+
+
 def gpt2(layers: int, width: int, tokens: int) -> nn.Module:
     """The shape of GPT-2."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -106,6 +114,7 @@ SUBJECTS = {
     "MLP, 32-64-64-10, 40 epochs": Subject(perceptron, (32, 1), 2048, 40),
     "CNN, 8 channels, 16 x 16, 2 epochs": Subject(lambda: convolutions(8), (3, 16, 16), 256, 2),
     "CNN, 16 channels, 32 x 32, 2 epochs": Subject(lambda: convolutions(16), (3, 32, 32), 512, 2),
+    "CNN, 16 and 32 channels, flattened to 512, 2 epochs": Subject(flattened, (3, 32, 32), 1000, 2, n_probes=64),
     "LSTM, 32 units, 20 steps, 10 epochs": Subject(LastState, (20, 16), 256, 10),
     "GPT-2 shape, 2 layers, width 64, 32 tokens, 5 epochs": Subject(lambda: gpt2(2, 64, 32), (32,), 32, 5),
     "GPT-2 shape, 4 layers, width 256, 128 tokens, 5 epochs": Subject(lambda: gpt2(4, 256, 128), (128,), 64, 5, 8, 64),
