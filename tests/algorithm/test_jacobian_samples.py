@@ -181,11 +181,11 @@ def test_predicted_operations_and_estimates_are_those_of_the_graph(monkeypatch: 
 
 def test_the_bar_reaches_its_end_with_the_right_speed() -> None:
     torch.manual_seed(0)
-    instrumented, x = _wide(), torch.randn(256, 3, 32, 32)
-    config = LIBConfig(n_probes=4, n_pushed=8, jacobian_samples=64)
+    instrumented, x = _wide(), torch.randn(128, 3, 32, 32)
+    config = LIBConfig(n_probes=4, n_pushed=8, jacobian_samples=32)
     bars.clear()
     with Bar.clock.running(), displayed_in(ProgressDisplay(Bar)):
-        graph_of(instrumented, list(x.split(32)), config)
+        graph_of(instrumented, list(x.split(16)), config)
     (bar,) = bars
     shares = [share for share, _ in bar.places]
     assert shares == sorted(shares)
