@@ -97,6 +97,10 @@ _NO_FORWARD_MODE = (
     "output: slower, with the same result."
 )
 _SAMPLED_ERRORS = "Edges to the error of the dictionary between '{}' and '{}' are estimated with random signs."
+_UNREACHED = (
+    "The edges of {:,} of {:,} features of '{}' are taken as zero, as none of the samples has pushed these forward: "
+    "numbers of edges are too small. A larger n_pushed, or more samples, reaches more."
+)
 _SAMPLED_OUTPUT = (
     "The output has so many numbers that its metric is estimated from {} random vectors per sample; n_probes sets "
     "another number. The file says how large the error is."
@@ -690,4 +694,18 @@ def _notes(
         notes.append(_SAMPLED_OUTPUT.format(SAMPLED))
     notes += [_NO_FORWARD_MODE.format(*run.names[i : i + 2]) for i, e in enumerate(edges) if e.fell_back]
     sampled = [i for i, e in enumerate(edges) if isinstance(e, DictionaryEdges) and e.samples_errors]
-    return notes + [_SAMPLED_ERRORS.format(*run.names[i : i + 2]) for i in sampled]
+    notes += [_SAMPLED_ERRORS.format(*run.names[i : i + 2]) for i in sampled]
+    return notes if run.config.n_pushed is None else notes + _unreached(run, edges)
+
+
+def _unreached(run: _Run, edges: Sequence[Edges]) -> list[str]:
+    """Notes on sections in which fewer than half of the features have been chosen in any sample."""
+    notes = []
+    for i, one in enumerate(edges):
+        # Without forward mode, features of the next node layer are chosen.
+        side, dim = (i + 1, 1) if one.fell_back else (i, 0)
+        is_reached = (one.E > 0).any(dim)
+        missing, total = int((~is_reached).sum()), len(is_reached)
+        if 2 * missing > total:
+            notes.append(_UNREACHED.format(missing, total, run.names[side]))
+    return notes

@@ -153,7 +153,7 @@ def smollm2() -> Subject:
             for at, tap in {"start": start, **{at: f"at.{at}" for at in QUARTERS}}.items()
         ],
         fit=train[: TOKENS // 64], scored=test[:12], named=test[16:80], tokenizer=SMOLLM2,
-        n_metric=24, n_probes=4, n_pushed=2, settings=TopKSettings(2304, 64, lr=1e-3), steps=400,
+        n_metric=24, n_probes=4, n_pushed=64, settings=TopKSettings(2304, 64, lr=1e-3), steps=400,
         # The probability of the next token decreases by a tenth.
         tolerance=0.1, search="bisection", causal=16, attacked=6, batch_size=12,
         draws=2,

@@ -163,3 +163,19 @@ def trained_gpt2() -> tuple[nn.Module, Tensor]:
         loss.backward()
         optimizer.step()
     return model, torch.stack([text[s : s + 32] for s in range(0, len(text) - 32, len(text) // 64)])
+
+
+@pytest.mark.parametrize(("n_pushed", "is_noted"), [(1, True), (16, False), (None, False)])
+def test_features_that_no_sample_has_pushed_are_noted(n_pushed: int | None, is_noted: bool) -> None:
+    torch.manual_seed(0)
+    attention = nn.TransformerEncoderLayer(64, 4, 64, batch_first=True, dropout=0.0).double().eval()
+    graph = compute_interaction_graph(
+        attention, [torch.randn(20, 8, 64).double()], ["input", "output"], n_probes=4, n_pushed=n_pushed, effort="exact"
+    )
+    notes = [note for note in graph.info["notes"] if "are taken as zero" in note]
+    assert len(notes) == is_noted
+    if is_noted:
+        (E,) = graph.edges.values()
+        missing = int((E == 0).all(0).sum())
+        assert missing > 32
+        assert f"The edges of {missing} of 64 features of 'input'" in notes[0]
