@@ -15,11 +15,11 @@ from lib_lightning.ablation import log_likelihood, node_ablation_curve
 from lib_lightning.algorithm.dictionary_basis import DictionaryBasis
 from lib_lightning.dictionaries.topk_training import TopKSettings
 from lib_lightning.model.instrumented import model_session
-from recipes.bases_compared.__main__ import measure
+from recipes.bases_compared.__main__ import cell_path, measure, write
 from recipes.bases_compared.fit import Fit
 from recipes.bases_compared.measure import COLUMNS, Measurements
-from recipes.bases_compared.subjects import ATTACKED, Subject, small
-from recipes.bases_compared.table import overview, read, report
+from recipes.bases_compared.subjects import ATTACKED, LARGE_SECTIONS, Subject, small
+from recipes.bases_compared.table import by_section, overview, read, report
 from recipes.features_required import NodeAblations, features_required
 from recipes.language_model import GPTNeo
 from recipes.paper.networks import followed
@@ -107,16 +107,21 @@ def test_all_latents_and_the_error_are_the_activations(subject: Subject, tmp_pat
 
 
 def test_edges_required_of_one_section_are_attacked_by_random_subsets(subject: Subject, tmp_path: Path) -> None:
-    one = replace(subject, node_layers=renamed(subject.node_layers), sections=[ATTACKED], draws=3)
+    one = replace(subject, node_layers=renamed(subject.node_layers), draws=3)
     fit = Fit(one, tmp_path)
     with model_session(fit.instrumented):
         measurements = Measurements(fit)
-        found = measurements.column("edges_required", "pca")
+        found = measurements.column("edges_required", "pca", ATTACKED)
+        edges = measurements.column("edges", "pca")
         assert measurements.column("attacked", "pca") is None
     (section,) = found["sections"].values()
     assert section["worst"] <= section["dropped"]
     assert section["dropped"] >= -one.tolerance
-    assert overview({"pca": [{"edges_required": found}]}).count(f"{section['worst']:+.3f} ±") == 1
+    by_kind = {"pca": [{"edges": edges, "edges_required": found}]}
+    (table,) = by_section(by_kind)
+    assert table.count(f"{section['worst']:+.3f} ±") == 1
+    assert f"| {section['count']:,} (" in table
+    assert "edges required" not in overview(by_kind), "not all sections were counted"
 
 
 def renamed(layers: Sequence[NodeLayer]) -> list[NodeLayer]:
@@ -147,6 +152,16 @@ def test_recipe_in_its_quick_mode(tmp_path: Path) -> None:
     assert re.search(r"^\| SAE \|", report(results), re.MULTILINE)
     # What is there is not measured again.
     measure(lambda: pytest.fail("nothing is missing"), "Small", 0, tmp_path, results, bases)
+
+
+def test_sections_have_files_of_their_own(tmp_path: Path) -> None:
+    for section in LARGE_SECTIONS[:2]:
+        found = {"sections": {"-to-".join(section): {"count": 3}}, "samples": 2}
+        path = cell_path(tmp_path, "A", 0, "edges_required", "pca", section)
+        write(path, {"network": "A", "seed": 0, "basis": "pca", "edges_required": found})
+    (pca,) = read(tmp_path)["A"]["pca"]
+    assert [*pca["edges_required"]["sections"]] == ["-to-".join(section) for section in sorted(LARGE_SECTIONS[:2])]
+    assert pca["edges_required"]["samples"] == 2
 
 
 def test_the_page_shows_what_the_committed_results_say() -> None:

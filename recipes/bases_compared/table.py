@@ -54,7 +54,7 @@ def report(folder: Path = RESULTS) -> str:
     for network, by_kind in read(folder).items():
         seeds = max(map(len, by_kind.values()))
         parts.append(f"**{network}**" + (f", {seeds} seeds" if seeds > 1 else ""))
-        parts += [overview(by_kind), by_layer(by_kind)]
+        parts += [overview(by_kind), by_layer(by_kind), *by_section(by_kind)]
         if "sae" in by_kind:
             parts.append(autoencoders(by_kind["sae"]))
     return "\n\n".join(parts)
@@ -74,8 +74,8 @@ def overview(by_kind: Mapping[str, Sequence[Cell]]) -> str:
         "features": lambda seeds: _mean(seeds, layers),
         "features required": lambda seeds: _bounded(seeds, "features", "layers", layers),
         "effective edges": _effective,
-        "edges required": lambda seeds: _bounded(seeds, "edges_required", "sections"),
-        "under attack": _attacked,
+        "edges required": lambda seeds: _bounded(seeds, "edges_required", "sections", _sections(by_kind)),
+        "of one section, under attack": _attacked,
         "causal": _causal,
         "named": _named,
         "AUROC of the names": _auroc,
@@ -88,6 +88,24 @@ def by_layer(by_kind: Mapping[str, Sequence[Cell]]) -> str:
     layers = _layers(by_kind)
     columns = {name: (lambda seeds, name=name: _bounded(seeds, "features", "layers", (name,))) for name in layers}
     return _table("features required", columns, by_kind)
+
+
+def by_section(by_kind: Mapping[str, Sequence[Cell]]) -> list[str]:
+    """The edges required in each section, if these were attacked by random subsets of the others; else nothing."""
+    found = [x for seeds in by_kind.values() for one in _of(seeds, "edges_required", "sections") for x in one.items()]
+    names = [name for name in _sections(by_kind) if any(name == known and "worst" in x for known, x in found)]
+    if not names:
+        return []
+    columns = {name: (lambda seeds, name=name: _withstood(seeds, name)) for name in names}
+    rows = {kind: seeds for kind, seeds in by_kind.items() if _of(seeds, "edges_required", "sections")}
+    return [_table("edges required, change under attack", columns, rows)]
+
+
+def _withstood(seeds: Sequence[Cell], name: str) -> str:
+    """Edges required in a section, and what the score loses with the worst of the random subsets put back."""
+    count = _bounded(seeds, "edges_required", "sections", [name])
+    lost = [one[name] for one in _of(seeds, "edges_required", "sections") if "worst" in one.get(name, {})]
+    return ", ".join([count, *(f"{x['worst']:+.3f} ± {x['worst error']:.3f}" for x in lost)])
 
 
 def autoencoders(seeds: Sequence[Cell]) -> str:
@@ -133,6 +151,12 @@ def _layers(by_kind: Mapping[str, Sequence[Cell]]) -> list[str]:
     return list(max(found, key=len, default={}))
 
 
+def _sections(by_kind: Mapping[str, Sequence[Cell]]) -> list[str]:
+    """Names of the sections: the most of any basis."""
+    found = [one for seeds in by_kind.values() for one in _of(seeds, "edges", "sections")]
+    return list(max(found, key=len, default={}))
+
+
 def _mean(seeds: Sequence[Cell], layers: Sequence[str]) -> str:
     """Mean number of features of all node layers; missing if that of one is."""
     found = _of(seeds, "features", "layers")
@@ -166,10 +190,7 @@ def _effective(seeds: Sequence[Cell]) -> str:
 
 
 def _attacked(seeds: Sequence[Cell]) -> str:
-    """Edges of one section by ablation alone, and under attack; or what an attack on the first ones costs."""
-    lost = [x for one in _of(seeds, "edges_required", "sections") for x in one.values() if "worst" in x]
-    if lost:
-        return "; ".join(f"{x['worst']:+.3f} ± {x['worst error']:.3f}" for x in lost)
+    """Edges of one section by ablation alone, and under attack."""
     pairs = [
         (one["edges_required"]["sections"][name], x)
         for one in seeds
