@@ -52,8 +52,4 @@ def peak(limit: float, options: str) -> float:
 @pytest.mark.parametrize("options", ["{}", "{'integration_steps': 2}"])
 def test_memory_is_bounded(options: str) -> None:
     assert peak(0.05, options) < 0.05
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-def test_more_is_used_without_a_limit() -> None:
-    assert peak(100.0, "{}") > 0.1
+    assert peak(100.0, options) > 0.1, "needs more without a limit"

@@ -245,13 +245,10 @@ def build_graph(
     )
     # 1. Moments.
     moments, position_variances, positions, cache = _moments(run, instrumented, batches)
-    differentiated = _differentiated(run, instrumented, batches)
-    sections = cache
-    if differentiated is not None:
-        sections = _sections(run, instrumented, differentiated, [layer_moments.mean for layer_moments in moments])
+    differentiated, sections = _differentiated(run, instrumented, batches, moments, cache)
     # 2. Metric and basis of each node layer, from the last to the first.
     widths = [len(layer_moments.mean) for layer_moments in moments]
-    gradients = _output_gradients(run, instrumented, batches if differentiated is None else differentiated, sections)
+    gradients = _output_gradients(run, instrumented, differentiated, sections)
     by_output = _output_metrics(run, gradients, widths)
     layers: list[_Layer] = []
     metric_errors: dict[str, float | None] = {}
@@ -378,29 +375,29 @@ def _moments(
     return moments, position_variances, positions, cache.path_from([layer_moments.mean for layer_moments in moments])
 
 
-def _differentiated(run: _Run, instrumented: InstrumentedModel, batches: Sequence[Any]) -> list[Any] | None:
-    """The samples of this process on which Jacobians are computed, in batches; None for all of them."""
+def _differentiated(
+    run: _Run,
+    instrumented: InstrumentedModel,
+    batches: Sequence[Any],
+    moments: Sequence[RunningCovariance],
+    cache: SectionCache,
+) -> tuple[Sequence[Any], SectionCache]:
+    """The samples of this process on which Jacobians are computed, in batches, and their sections."""
     wanted = run.config.jacobian_samples
     if wanted is None:
-        return None
+        return batches, cache
     sizes = list(map(instrumented.num_samples, batches))
     # From as many batches as there are groups, as samples next to each other may be alike.
     chosen = chosen_samples(sizes, wanted, run.process_group, batches=run.plan.groups)
-    return [
+    some = [
         some_samples(instrumented, batches[index], count)
         if instrumented.layout(batches[index]).can_split(batches[index])
         else batches[index]
         for index, count in chosen
     ]
-
-
-def _sections(
-    run: _Run, instrumented: InstrumentedModel, batches: Sequence[Any], means: Sequence[Tensor]
-) -> SectionCache:
-    """The sections on the samples on which Jacobians are computed, where these are not all samples."""
     closed_forms, steps = run.shortcuts.closed_forms, run.config.integration_steps
-    found = SectionCache.collect(instrumented, batches, run.plan, closed_forms, steps, lambda _: None, FORWARD_PASSES)
-    return found.path_from(means)
+    found = SectionCache.collect(instrumented, some, run.plan, closed_forms, steps, lambda _: None, FORWARD_PASSES)
+    return some, found.path_from([layer_moments.mean for layer_moments in moments])
 
 
 def _rows(moments: RunningCovariance, config: LIBConfig) -> int:

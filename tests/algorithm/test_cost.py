@@ -58,7 +58,8 @@ EXAMPLES: dict[str, Callable[[], Example]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "batches"), [("mlp", 1), ("gpt2", 1), *((name, 3) for name in EXAMPLES)])
+@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("batches", [1, 3])
 def test_an_estimate_is_what_a_graph_then_is(
     name: str, batches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,7 @@ from lib_lightning.model.instrumented import InstrumentedModel, model_session
 from lib_lightning.model.node_layer import as_node_layers
 from lib_lightning.model.output_distribution import OutputDistribution
 from tests.algorithm.test_cost import CNN
-from tests.algorithm.test_progress_bar import Bar, bars
+from tests.algorithm.test_progress_bar import Bar, bars, places_of_the_only_bar
 from tests.algorithm.two_threads import in_two
 from tests.cases import Case
 from tests.computing import assert_equal, built, built_of
@@ -186,10 +186,7 @@ def test_the_bar_reaches_its_end_with_the_right_speed() -> None:
     bars.clear()
     with Bar.clock.running(), displayed_in(ProgressDisplay(Bar)):
         graph_of(instrumented, list(x.split(16)), config)
-    (bar,) = bars
-    shares = [share for share, _ in bar.places]
-    assert shares == sorted(shares)
-    assert bar.n == pytest.approx(1.0)
-    start, end = bar.places[0][1], bar.places[-1][1]
-    for share, now in bar.places[:-1]:
+    places = places_of_the_only_bar()
+    start, end = places[0][1], places[-1][1]
+    for share, now in places[:-1]:
         assert abs(share - (now - start) / (end - start)) < 0.2
