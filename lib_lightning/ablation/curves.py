@@ -15,7 +15,7 @@ from lib_lightning.ablation.attacks import Attacked, AttackKind, EdgeAttack, wor
 from lib_lightning.ablation.interventions import top_k_mask
 from lib_lightning.ablation.scored_model import Score, ScoredModel, scored_model
 from lib_lightning.ablation.search import Counts, ScoreCache, bisect, scan, try_counts
-from lib_lightning.errors import NodeLayerError, SettingError, quoted
+from lib_lightning.errors import NodeLayerError, SettingError, check_number, quoted
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.metrics.summary import EdgeCurve
 
@@ -177,6 +177,7 @@ def edges_required(
     sections: Sequence[tuple[str, str]] | None = None,
     search: Literal["scan", "bisection"] = "scan",
     attack: AttackKind | EdgeAttack | None = None,
+    precision: float = 0.0,
     **options: Any,
 ) -> dict[tuple[str, str], EdgesRequiredResult]:
     """Count the edges that a model needs in each section for its score.
@@ -198,6 +199,8 @@ def edges_required(
         attack: What the score has to withstand: None for an ablation of the other edges; ``"random"`` for random
             subsets of them, put back or scaled, the worst of several; ``"pgd"`` for the worst factors that projected
             gradient descent finds for them; an `EdgeAttack` for other settings.
+        precision: Share of the number by which it may be too large, below 1; 0 for none. Each number that is tried
+            costs as many passes through a section as it has output features, and with 0.1 fewer than half as many are.
         options: As for `node_ablation_curve`.
 
     Returns:
@@ -222,15 +225,21 @@ def edges_required(
     """
     if search not in ("scan", "bisection"):
         raise SettingError(f"search must be 'scan' or 'bisection'; got {search!r}.")
+    check_number("precision", precision, lambda x: 0 <= x < 1, "must be from 0 to below 1")
     sections = list(graph.edges) if sections is None else list(sections)
     _check_sections(graph, sections)
     against = EdgeAttack.of(attack)
     with scored_model(model, batches, graph, score, **options) as scored:
-        return {section: _required(scored, section, tolerance, search, against) for section in sections}
+        return {section: _required(scored, section, tolerance, search, precision, against) for section in sections}
 
 
 def _required(
-    scored: ScoredModel, section: tuple[str, str], tolerance: float, search: str, attack: EdgeAttack | None
+    scored: ScoredModel,
+    section: tuple[str, str],
+    tolerance: float,
+    search: str,
+    precision: float,
+    attack: EdgeAttack | None,
 ) -> EdgesRequiredResult:
     E, score_of = scored.graph.edges[section], scored.with_edges(*section)
     threshold = scored.unablated - tolerance
@@ -242,7 +251,8 @@ def _required(
         return found[k].score.mean
 
     cache = ScoreCache(measure, E.numel(), threshold)
-    count = scan(cache) if search == "scan" else bisect(cache, _paper_bracket(scored.graph, section))
+    bracket = _paper_bracket(scored.graph, section)
+    count = scan(cache, precision) if search == "scan" else bisect(cache, bracket, precision)
     kept = E.numel() if count is None else count
     score = cache(kept)
     return EdgesRequiredResult(

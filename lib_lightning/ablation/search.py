@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
@@ -46,7 +47,7 @@ class ScoreCache:
         return self(count) >= self.threshold
 
 
-def scan(cache: ScoreCache) -> int | None:
+def scan(cache: ScoreCache, precision: float = 0.0) -> int | None:
     """Find the smallest number from which on every tried number is sufficient.
 
     Powers of the square root of 2 are tried from the largest one down to the first that is insufficient, and the
@@ -55,6 +56,7 @@ def scan(cache: ScoreCache) -> int | None:
 
     Args:
         cache: The score.
+        precision: Share of the number by which it may be too large; numbers closer to each other are not tried.
 
     Returns:
         The number; None if all features or edges are insufficient.
@@ -69,14 +71,14 @@ def scan(cache: ScoreCache) -> int | None:
     answer = grid[-1]
     for below in reversed(grid[:-1]):
         if not cache.holds(below):
-            answer = _bisect(cache, below, answer)
+            answer = _bisect(cache, below, answer, precision)
             break
         answer = below
-    checked = answer
-    while checked < min(cache.largest, answer + _scanned(answer)):
-        checked += 1
+    checked, step = answer, max(1, int(precision * answer))
+    while checked + step <= min(cache.largest, answer + _scanned(answer)):
+        checked += step
         if not cache.holds(checked):
-            answer = checked + 1
+            answer = min(checked + step, cache.largest)
     return answer
 
 
@@ -84,12 +86,14 @@ def _scanned(answer: int) -> int:
     return min(_SCAN_MAX, max(_SCAN_MIN, round(_SCAN_FRACTION * answer)))
 
 
-def bisect(cache: ScoreCache, bracket: int) -> int | None:
+def bisect(cache: ScoreCache, bracket: int, precision: float = 0.0) -> int | None:
     """Find a sufficient number by bisection, as the paper does.
 
     Args:
         cache: The score.
         bracket: Upper end of the interval. The result depends on it, because the score is not monotone.
+        precision: Share of the number by which it may be too large. Above 0, the interval is divided by ratio, not by
+            difference, so that numbers of every size take as many steps.
 
     Returns:
         The smallest sufficient number that was tried; None if there is none.
@@ -99,13 +103,15 @@ def bisect(cache: ScoreCache, bracket: int) -> int | None:
         >>> bisect(cache, 30), bisect(cache, 20)
         (10, 5)
     """
-    answer = _bisect(cache, 0, bracket)
+    answer = _bisect(cache, 0, bracket, precision)
     return min(answer, cache.largest) if cache.holds(answer) else None
 
 
-def _bisect(cache: ScoreCache, fails: int, holds: int) -> int:
-    while holds - fails > 1:
+def _bisect(cache: ScoreCache, fails: int, holds: int, precision: float) -> int:
+    while holds - fails > max(1, precision * fails):
         middle = (fails + holds + 1) // 2  # of the answers still possible, from fails + 1 to holds
+        if precision:
+            middle = min(middle, max(fails + 1, round(math.sqrt(max(1, fails) * holds))))
         if cache.holds(middle):
             holds = middle
         else:

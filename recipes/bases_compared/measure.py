@@ -182,13 +182,13 @@ class Measurements:
         for section in chosen:
             found = edges_required(
                 self.subject.model, batches, graph, log_likelihood, self.subject.tolerance, [section], "bisection",
-                attack,
+                attack, self.subject.precision,
             )[section]  # fmt: skip
             sections["-to-".join(section)] = {
                 "edges": graph.edges[section].numel(), "count": found.count,
                 "low": found.bounds[0], "high": found.bounds[1], "error": found.error,
             }  # fmt: skip
-            if self.subject.draws is not None:
+            if self.subject.draws is not None and section == ATTACKED:
                 against = EdgeAttack("random", n_draws=self.subject.draws)
                 worst = attack_edges(self.subject.model, batches, graph, log_likelihood, section, found.mask, against)
                 sections["-to-".join(section)] |= {

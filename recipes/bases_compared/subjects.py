@@ -52,8 +52,9 @@ class Subject:
         causal: Features of each node layer whose effects are measured, spread evenly over the ranks; None for all.
         attacked: Number of scored pieces for edges required.
         batch_size: Pieces in a batch.
-        draws: Random subsets of the other edges that are put back to the edges required, where a search for the edges
-            required under attack would take days; None for that search.
+        precision: Of the number of edges required, as for `lib_lightning.ablation.edges_required`.
+        draws: Random subsets of the other edges that are put back to the edges required of the section that is attacked,
+            where a search for the edges required under attack would take days; None for that search.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Subject:
     causal: int | None
     attacked: int
     batch_size: int
+    precision: float = 0.0
     draws: int | None = None
 
     @property
@@ -156,7 +158,8 @@ def smollm2() -> Subject:
         n_metric=24, n_probes=4, n_pushed=64, settings=TopKSettings(2304, 64, lr=1e-3), steps=400,
         # The probability of the next token decreases by a tenth.
         tolerance=0.1, search="bisection", causal=16, attacked=6, batch_size=12,
-        draws=2,
+        # As fine as seven numbers of edges are, each of which takes two minutes.
+        precision=0.11, draws=2,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from functools import partial
 
 import pytest
 
@@ -79,6 +80,38 @@ def test_bisection_equals_the_loop_of_the_paper(bracket: int) -> None:
         assert bisect(tried, bracket) == min(high, tried.largest)
         assert all(k in holds for k in tried.scores if k >= high)
         assert not any(k in holds for k in tried.scores if k < high)
+
+
+@pytest.mark.parametrize("largest", [1, 2, 10, 97, 1000, 330_000])
+@pytest.mark.parametrize("precision", [0.01, 0.1, 0.5])
+def test_a_number_may_be_too_large_by_the_precision(largest: int, precision: float) -> None:
+    for seed in range(40):
+        smallest = random.Random(seed).randint(1, largest)
+        for search in (scan, lambda tried, precision: bisect(tried, largest + 5, precision)):
+            tried = ScoreCache(lambda count, smallest=smallest: float(count >= smallest), largest, 1.0)
+            answer = search(tried, precision)
+            assert smallest <= answer <= max(smallest, (1 + precision) * (smallest - 1))
+            assert tried.scores[answer] == 1.0, "the answer was tried"
+
+
+def test_a_precision_saves_most_numbers() -> None:
+    def numbers(search, precision: float) -> int:
+        tried = ScoreCache(lambda count: float(count >= 55_000), 330_000, 1.0)
+        search(tried, precision=precision)
+        return len(tried.scores)
+
+    assert [numbers(partial(bisect, bracket=330_000), precision) for precision in (0.0, 0.1, 0.25)] == [19, 8, 6]
+    assert numbers(scan, 0.1) < numbers(scan, 0.0) / 5
+
+
+@pytest.mark.parametrize("precision", [0.1, 0.4])
+def test_a_coarse_scan_tries_its_answer_and_some_beyond(precision: float) -> None:
+    for seed in range(200):
+        holds = up_and_down(seed, 97)
+        tried = holding(holds, 97)
+        answer = scan(tried, precision)
+        assert all(j in holds for j in tried.scores if j >= answer)
+        assert answer in tried.scores
 
 
 def test_nothing_is_computed_twice() -> None:
