@@ -14,8 +14,8 @@ from lib_lightning._deprecated import renamed_arguments
 from lib_lightning.ablation.attacks import Attacked, AttackKind, EdgeAttack, worst
 from lib_lightning.ablation.interventions import top_k_mask
 from lib_lightning.ablation.scored_model import Score, ScoredModel, scored_model
-from lib_lightning.ablation.search import Counts, ScoreCache, bisect, scan, try_counts
-from lib_lightning.errors import NodeLayerError, SettingError, check_number, quoted
+from lib_lightning.ablation.search import Counts, ScoreCache, bisect, coarse, scan, try_counts
+from lib_lightning.errors import NodeLayerError, SettingError, quoted
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.metrics.summary import EdgeCurve
 
@@ -175,9 +175,8 @@ def edges_required(
     score: Score,
     tolerance: float = 1e-3,
     sections: Sequence[tuple[str, str]] | None = None,
-    search: Literal["scan", "bisection"] = "scan",
+    search: Literal["scan", "bisection", "coarse"] = "scan",
     attack: AttackKind | EdgeAttack | None = None,
-    precision: float = 0.0,
     **options: Any,
 ) -> dict[tuple[str, str], EdgesRequiredResult]:
     """Count the edges that a model needs in each section for its score.
@@ -186,7 +185,8 @@ def edges_required(
     default, the count is the smallest number from which on every tried number suffices: powers of the square root of 2
     are tried from the largest one down to the first that fails, the interval above it is bisected, and the next numbers
     above the result are tried one by one (5% of it, between 8 and 100). ``search="bisection"`` is the search of the
-    paper: a bisection of the numbers from 1 to ``(d_in + 1) (d_out + 1)``.
+    paper: a bisection of the numbers from 1 to ``(d_in + 1) (d_out + 1)``. For large models, where each
+    number that is tried takes minutes, ``search="coarse"`` bisects ratios until the number is known to an eighth.
 
     Args:
         model: As for `node_ablation_curve`.
@@ -195,12 +195,10 @@ def edges_required(
         score: As for `node_ablation_curve`.
         tolerance: Accepted loss of mean score, in units of the score.
         sections: Names of pairs of consecutive node layers; all by default.
-        search: ``"scan"`` or ``"bisection"``.
+        search: ``"scan"``, ``"bisection"`` or ``"coarse"``.
         attack: What the score has to withstand: None for an ablation of the other edges; ``"random"`` for random
             subsets of them, put back or scaled, the worst of several; ``"pgd"`` for the worst factors that projected
             gradient descent finds for them; an `EdgeAttack` for other settings.
-        precision: Share of the number by which it may be too large, below 1; 0 for none. Each number that is tried
-            costs as many passes through a section as it has output features, and with 0.1 fewer than half as many are.
         options: As for `node_ablation_curve`.
 
     Returns:
@@ -223,23 +221,17 @@ def edges_required(
         >>> edges_required(model, [batch], graph, accuracy)["input", "output"].count <= 4
         True
     """
-    if search not in ("scan", "bisection"):
-        raise SettingError(f"search must be 'scan' or 'bisection'; got {search!r}.")
-    check_number("precision", precision, lambda x: 0 <= x < 1, "must be from 0 to below 1")
+    if search not in ("scan", "bisection", "coarse"):
+        raise SettingError(f"search must be 'scan', 'bisection' or 'coarse'; got {search!r}.")
     sections = list(graph.edges) if sections is None else list(sections)
     _check_sections(graph, sections)
     against = EdgeAttack.of(attack)
     with scored_model(model, batches, graph, score, **options) as scored:
-        return {section: _required(scored, section, tolerance, search, precision, against) for section in sections}
+        return {section: _required(scored, section, tolerance, search, against) for section in sections}
 
 
 def _required(
-    scored: ScoredModel,
-    section: tuple[str, str],
-    tolerance: float,
-    search: str,
-    precision: float,
-    attack: EdgeAttack | None,
+    scored: ScoredModel, section: tuple[str, str], tolerance: float, search: str, attack: EdgeAttack | None
 ) -> EdgesRequiredResult:
     E, score_of = scored.graph.edges[section], scored.with_edges(*section)
     threshold = scored.unablated - tolerance
@@ -251,8 +243,12 @@ def _required(
         return found[k].score.mean
 
     cache = ScoreCache(measure, E.numel(), threshold)
-    bracket = _paper_bracket(scored.graph, section)
-    count = scan(cache, precision) if search == "scan" else bisect(cache, bracket, precision)
+    searches = {
+        "scan": lambda: scan(cache),
+        "bisection": lambda: bisect(cache, _paper_bracket(scored.graph, section)),
+        "coarse": lambda: coarse(cache),
+    }
+    count = searches[search]()
     kept = E.numel() if count is None else count
     score = cache(kept)
     return EdgesRequiredResult(

@@ -17,6 +17,8 @@ Counts = CountGrid | Sequence[int]
 _BASE = 2**0.5
 # Fraction of the smallest sufficient number by which it is exceeded one by one, and bounds of this range.
 _SCAN_FRACTION, _SCAN_MIN, _SCAN_MAX = 0.05, 8, 100
+# Share of the number by which a coarse search may be wrong.
+_PRECISION = 1 / 8
 
 
 class ScoreCache:
@@ -47,7 +49,7 @@ class ScoreCache:
         return self(count) >= self.threshold
 
 
-def scan(cache: ScoreCache, precision: float = 0.0) -> int | None:
+def scan(cache: ScoreCache) -> int | None:
     """Find the smallest number from which on every tried number is sufficient.
 
     Powers of the square root of 2 are tried from the largest one down to the first that is insufficient, and the
@@ -56,7 +58,6 @@ def scan(cache: ScoreCache, precision: float = 0.0) -> int | None:
 
     Args:
         cache: The score.
-        precision: Share of the number by which it may be too large; numbers closer to each other are not tried.
 
     Returns:
         The number; None if all features or edges are insufficient.
@@ -71,14 +72,14 @@ def scan(cache: ScoreCache, precision: float = 0.0) -> int | None:
     answer = grid[-1]
     for below in reversed(grid[:-1]):
         if not cache.holds(below):
-            answer = _bisect(cache, below, answer, precision)
+            answer = _bisect(cache, below, answer)
             break
         answer = below
-    checked, step = answer, max(1, int(precision * answer))
-    while checked + step <= min(cache.largest, answer + _scanned(answer)):
-        checked += step
+    checked = answer
+    while checked < min(cache.largest, answer + _scanned(answer)):
+        checked += 1
         if not cache.holds(checked):
-            answer = min(checked + step, cache.largest)
+            answer = checked + 1
     return answer
 
 
@@ -86,14 +87,12 @@ def _scanned(answer: int) -> int:
     return min(_SCAN_MAX, max(_SCAN_MIN, round(_SCAN_FRACTION * answer)))
 
 
-def bisect(cache: ScoreCache, bracket: int, precision: float = 0.0) -> int | None:
+def bisect(cache: ScoreCache, bracket: int) -> int | None:
     """Find a sufficient number by bisection, as the paper does.
 
     Args:
         cache: The score.
         bracket: Upper end of the interval. The result depends on it, because the score is not monotone.
-        precision: Share of the number by which it may be too large. Above 0, the interval is divided by ratio, not by
-            difference, so that numbers of every size take as many steps.
 
     Returns:
         The smallest sufficient number that was tried; None if there is none.
@@ -103,15 +102,34 @@ def bisect(cache: ScoreCache, bracket: int, precision: float = 0.0) -> int | Non
         >>> bisect(cache, 30), bisect(cache, 20)
         (10, 5)
     """
-    answer = _bisect(cache, 0, bracket, precision)
+    answer = _bisect(cache, 0, bracket)
     return min(answer, cache.largest) if cache.holds(answer) else None
 
 
-def _bisect(cache: ScoreCache, fails: int, holds: int, precision: float) -> int:
-    while holds - fails > max(1, precision * fails):
+def coarse(cache: ScoreCache) -> int | None:
+    """Find a sufficient number to an eighth, by a bisection of ratios: numbers of every size take as many steps.
+
+    Args:
+        cache: The score.
+
+    Returns:
+        The smallest sufficient number that was tried; None if all features or edges are insufficient.
+
+    Example:
+        >>> cache = ScoreCache(lambda count: float(count >= 700), 1000, 1.0)
+        >>> coarse(cache), sorted(cache.scores)
+        (724, [32, 179, 423, 650, 724, 806])
+    """
+    fails, holds = 0, cache.largest
+    while holds - fails > max(1, _PRECISION * fails):
+        middle = min(max(round(math.sqrt(max(1, fails) * holds)), fails + 1), holds - 1)
+        fails, holds = (fails, middle) if cache.holds(middle) else (middle, holds)
+    return holds if cache.holds(holds) else None
+
+
+def _bisect(cache: ScoreCache, fails: int, holds: int) -> int:
+    while holds - fails > 1:
         middle = (fails + holds + 1) // 2  # of the answers still possible, from fails + 1 to holds
-        if precision:
-            middle = min(middle, max(fails + 1, round(math.sqrt(max(1, fails) * holds))))
         if cache.holds(middle):
             holds = middle
         else:

@@ -181,8 +181,8 @@ class Measurements:
         sections = {}
         for section in chosen:
             found = edges_required(
-                self.subject.model, batches, graph, log_likelihood, self.subject.tolerance, [section], "bisection",
-                attack, self.subject.precision,
+                self.subject.model, batches, graph, log_likelihood, self.subject.tolerance, [section],
+                self.subject.edge_search, attack,
             )[section]  # fmt: skip
             sections["-to-".join(section)] = {
                 "edges": graph.edges[section].numel(), "count": found.count,

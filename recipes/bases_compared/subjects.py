@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -52,9 +53,9 @@ class Subject:
         causal: Features of each node layer whose effects are measured, spread evenly over the ranks; None for all.
         attacked: Number of scored pieces for edges required.
         batch_size: Pieces in a batch.
-        precision: Of the number of edges required, as for `lib_lightning.ablation.edges_required`.
-        draws: Random subsets of the other edges that are put back to the edges required of the section that is attacked,
-            where a search for the edges required under attack would take days; None for that search.
+        edge_search: How the number of edges required is found, as for `lib_lightning.ablation.edges_required`.
+        draws: Random subsets of all other edges that are put back to the edges required, in the section that is
+            attacked, where a search for the edges required under attack would take days; None for that search.
     """
 
     name: str
@@ -75,7 +76,7 @@ class Subject:
     causal: int | None
     attacked: int
     batch_size: int
-    precision: float = 0.0
+    edge_search: Literal["bisection", "coarse"] = "bisection"
     draws: int | None = None
 
     @property
@@ -158,8 +159,7 @@ def smollm2() -> Subject:
         n_metric=24, n_probes=4, n_pushed=64, settings=TopKSettings(2304, 64, lr=1e-3), steps=400,
         # The probability of the next token decreases by a tenth.
         tolerance=0.1, search="bisection", causal=16, attacked=6, batch_size=12,
-        # As fine as seven numbers of edges are, each of which takes two minutes.
-        precision=0.11, draws=2,
+        edge_search="coarse", draws=2,
     )  # fmt: skip
 
 

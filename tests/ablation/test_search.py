@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 import random
-from functools import partial
 
 import pytest
 
-from lib_lightning.ablation.search import ScoreCache, bisect, powers_of, scan, try_counts
+from lib_lightning.ablation.search import ScoreCache, bisect, coarse, powers_of, scan, try_counts
 
 
 def holding(numbers: set[int], largest: int) -> ScoreCache:
@@ -51,7 +50,7 @@ def test_scan_continues_above_an_insufficient_number() -> None:
     assert scan(holding({10}, 10)) == 10
 
 
-@pytest.mark.parametrize("search", [scan, lambda tried: bisect(tried, 100), lambda tried: bisect(tried, 7)])
+@pytest.mark.parametrize("search", [scan, coarse, lambda tried: bisect(tried, 100), lambda tried: bisect(tried, 7)])
 def test_ends_of_a_search(search) -> None:
     assert search(holding(set(), 7)) is None
     assert search(holding({7}, 7)) == 7
@@ -83,34 +82,22 @@ def test_bisection_equals_the_loop_of_the_paper(bracket: int) -> None:
 
 
 @pytest.mark.parametrize("largest", [1, 2, 10, 97, 1000, 330_000])
-@pytest.mark.parametrize("precision", [0.01, 0.1, 0.5])
-def test_a_number_may_be_too_large_by_the_precision(largest: int, precision: float) -> None:
+def test_a_coarse_search_is_right_to_an_eighth(largest: int) -> None:
     for seed in range(40):
         smallest = random.Random(seed).randint(1, largest)
-        for search in (scan, lambda tried, precision: bisect(tried, largest + 5, precision)):
-            tried = ScoreCache(lambda count, smallest=smallest: float(count >= smallest), largest, 1.0)
-            answer = search(tried, precision)
-            assert smallest <= answer <= max(smallest, (1 + precision) * (smallest - 1))
-            assert tried.scores[answer] == 1.0, "the answer was tried"
+        tried = ScoreCache(lambda count, smallest=smallest: float(count >= smallest), largest, 1.0)
+        answer = coarse(tried)
+        assert smallest <= answer <= max(smallest, 1.125 * (smallest - 1))
+        assert len(tried.scores) <= 9
 
 
-def test_a_precision_saves_most_numbers() -> None:
-    def numbers(search, precision: float) -> int:
-        tried = ScoreCache(lambda count: float(count >= 55_000), 330_000, 1.0)
-        search(tried, precision=precision)
-        return len(tried.scores)
-
-    assert [numbers(partial(bisect, bracket=330_000), precision) for precision in (0.0, 0.1, 0.25)] == [19, 8, 6]
-    assert numbers(scan, 0.1) < numbers(scan, 0.0) / 5
-
-
-@pytest.mark.parametrize("precision", [0.1, 0.4])
-def test_a_coarse_scan_tries_its_answer_and_some_beyond(precision: float) -> None:
-    for seed in range(200):
+def test_a_coarse_search_of_any_scores_tries_its_answer_and_what_is_below() -> None:
+    for seed in range(40):
         holds = up_and_down(seed, 97)
         tried = holding(holds, 97)
-        answer = scan(tried, precision)
-        assert all(j in holds for j in tried.scores if j >= answer)
+        answer = coarse(tried)
+        assert all(k in holds for k in tried.scores if k >= answer)
+        assert not any(k in holds for k in tried.scores if k < answer)
         assert answer in tried.scores
 
 
