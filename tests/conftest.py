@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.cases import Case, all_cases
+from tests.combinations import left_out
 from tests.viewer.browser import browser, opened, watched
 
 # One browser for all tests that need one.
@@ -27,6 +28,21 @@ collect_ignore = [] if find_spec("deepspeed") else ["deepspeed_training.py"]
 # Shells start programs in the background with Ctrl-C ignored; tests of it would wait for what never comes.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """With this option, tests marked ``combinations`` are run with all of them."""
+    parser.addoption("--all-combinations", action="store_true", help="all combinations of parameters, which takes long")
+
+
+@pytest.hookimpl(trylast=True)  # among what was asked for
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out combinations of values that occur in others, see `tests.combinations`."""
+    if not config.getoption("--all-combinations"):
+        without = left_out(items)
+        config.hook.pytest_deselected(items=sorted(without, key=items.index))
+        items[:] = [item for item in items if item not in without]
+
 
 CASES = {case.name: case for case in all_cases()}
 

@@ -32,6 +32,7 @@ def run(
     return model, batches, graph_of(reference_dir, seed, basis), published
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("node_layer", THEIRS)
 def test_node_ablations(node_layer: str, run: tuple[Any, ...]) -> None:
     model, batches, graph, published = run
@@ -45,6 +46,7 @@ def test_node_ablations(node_layer: str, run: tuple[Any, ...]) -> None:
     assert ours == pytest.approx(wanted, abs=2e-3)
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("node_layer", THEIRS)
 def test_edges_required(node_layer: str, run: tuple[Any, ...]) -> None:
     model, batches, graph, published = run

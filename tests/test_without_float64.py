@@ -66,6 +66,7 @@ def on_device(model: nn.Module, x: Any, layers: list[str], **options: Any) -> In
     return graph
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("make", [mlp, wide, cnn, gpt2, llama])
 @pytest.mark.parametrize(
     "options",

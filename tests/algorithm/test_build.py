@@ -85,11 +85,13 @@ def test_final_fisher_agrees_with_transcription(case: Case, basis: str) -> None:
     assert [b.kind for b in graph.bases.values()] == [*[basis] * len(case.sections), "lib"]
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("steps", [1, 4])
 def test_integrated_gradients_agree_with_transcription(case: Case, steps: int) -> None:
     assert_same(graph_of(case, final_basis="neuron", integration_steps=steps), reference_of(case, steps=steps))
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("sizes", [(1,), (7, 2, 11)])
 @pytest.mark.parametrize("stack_elements", [1, 200, 10**9])
 def test_result_does_not_depend_on_batches_and_vectors_per_call(
@@ -112,6 +114,7 @@ def test_result_does_not_depend_on_batches_and_vectors_per_call(
         assert close(A, expected_A)
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize(
     "options",
     [

@@ -58,6 +58,7 @@ EXAMPLES: dict[str, Callable[[], Example]] = {
 }  # fmt: skip
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("name", EXAMPLES)
 @pytest.mark.parametrize("batches", [1, 3])
 def test_an_estimate_is_what_a_graph_then_is(

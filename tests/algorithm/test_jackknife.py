@@ -273,6 +273,7 @@ def test_errors_of_edges_and_attributions_are_their_spread_over_new_samples_for_
                 assert coverage(errors, in_draws, strong) == pytest.approx(1, abs=0.25)
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("name", ["mlp_tanh", "positions", "padded"])
 @pytest.mark.parametrize(
     "own", [14, 3, 0, N]

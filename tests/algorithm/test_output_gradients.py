@@ -44,6 +44,7 @@ def graph_of(case: Case, **options: Any) -> InteractionGraph:
     )  # fmt: skip
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("kind", KINDS)
 def test_metric_of_the_output_agrees_with_transcription(case: Case, kind: str) -> None:
     graph = graph_of(case, metric="output", output_distribution=kind)
@@ -62,6 +63,7 @@ def expected_importances(case: Case, r: Reference, kind: str, graph: Interaction
     ]  # fmt: skip
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize(
     ("kind", "basis"), [*((kind, "lib") for kind in KINDS), ("categorical", "pca"), ("categorical", "neuron")]
 )
@@ -149,6 +151,7 @@ def metric_of_drawn_labels(model: Tokens, tokens: Tensor, draws: int) -> Tensor:
     return M
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("kind", KINDS)
 def test_identities(case: Case, kind: str) -> None:
     graph = graph_of(case, metric="output", output_distribution=kind)

@@ -47,6 +47,7 @@ def places_of_the_only_bar() -> list[tuple[float, float]]:
     return bar.places
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "integrated gradients"])
 @pytest.mark.parametrize("batches", [1, 2])
 def test_a_bar_only_goes_forwards_and_the_remaining_time_is_right_within_a_factor_of_two(

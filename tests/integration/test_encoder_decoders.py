@@ -91,6 +91,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int], dict[str, 
 }  # fmt: skip
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("length", [3, 4])
 @pytest.mark.parametrize("name", MODELS)
 def test_proposals_follow_the_encoder_and_the_decoder(name: str, length: int, caplog: pytest.LogCaptureFixture) -> None:
@@ -110,6 +111,7 @@ def test_proposals_follow_the_encoder_and_the_decoder(name: str, length: int, ca
     assert f"{4 + length} x {WIDTH}, {length} x {WIDTH}, {length} x 9 (positions x features)" in caplog.text
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("proposed", [True, False], ids=["proposed", "by hand"])
 @pytest.mark.parametrize("name", MODELS)
 def test_sections_of_a_decoder_are_exact(name: str, proposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,9 +213,16 @@ def test_this_version_of_torch_names_operations_as_expected() -> None:
     assert not autograd_graph.has_custom_function([x.tanh()])
 
 
+@pytest.fixture(scope="module")
+def expected() -> dict[str, Any]:
+    """Edges of each model with all of them."""
+    return {name: graph_of(name) for name in MODELS}
+
+
 @pytest.mark.parametrize(("module", "key"), [(module, key) for module, key, _, _ in INTERNALS])
-def test_the_same_graph_without_one_of_them(module: Any, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = {name: graph_of(name) for name in MODELS}
+def test_the_same_graph_without_one_of_them(
+    module: Any, key: str, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(module.NAMES, key, "_missing")
     for name, edges in expected.items():
         found = graph_of(name)
@@ -225,8 +232,9 @@ def test_the_same_graph_without_one_of_them(module: Any, key: str, monkeypatch: 
             )
 
 
-def test_the_same_graph_without_names_of_operations(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = {name: graph_of(name) for name in MODELS}
+def test_the_same_graph_without_names_of_operations(
+    expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for pattern in ("_MIXING", "_IDENTITY", "_LAYOUT", "_ADD", "_FULLY_DESCRIBED", "_BUILT_IN", "_SHOWN"):
         monkeypatch.setattr(autograd_graph, pattern, re.compile("no such name"))
     for name, edges in expected.items():

@@ -94,6 +94,7 @@ def test_cases_cover_all_pairs_of_options() -> None:
     assert len(cases) <= 24, "of 120 combinations"
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize(("schedule", "computation", "trainer", "model"), pairwise(OPTIONS))
 def test_training_is_bit_identical(
     schedule: str,

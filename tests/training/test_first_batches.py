@@ -164,6 +164,7 @@ def state_after(trainer: Any, data: Stateful) -> list[Any]:
     ]  # fmt: skip
 
 
+@pytest.mark.combinations
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("package", PACKAGES)
 @pytest.mark.parametrize("sanity_steps", [0, 2])

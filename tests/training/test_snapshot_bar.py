@@ -16,6 +16,7 @@ from tests.training.test_frameworks import NODE_LAYERS, model_of
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("package", PACKAGES)
 @pytest.mark.parametrize(("is_enabled", "delay"), [(True, 0.0), (True, 60.0), (False, 0.0)])
 def test_a_bar_appears_where_the_trainer_shows_bars_and_the_snapshot_is_long(

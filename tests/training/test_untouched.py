@@ -122,6 +122,7 @@ def assert_same_training(
     assert found[1] == found[0]
 
 
+@pytest.mark.combinations
 @each_package
 @pytest.mark.parametrize("part", range(4))
 def test_hidden_state(package: str, part: int, tmp_path: Path) -> None:
@@ -181,6 +182,7 @@ def llama() -> tuple[nn.Module, Tensor, Callable[..., Tensor]]:
     return LlamaForCausalLM(config), torch.randint(0, 11, (32, 6)), lambda module, x: module.net(input_ids=x).logits
 
 
+@pytest.mark.combinations
 @each_package
 @pytest.mark.parametrize("network_and_data", [cnn, gpt2, llama])
 def test_usual_architectures_at_default_node_layers(

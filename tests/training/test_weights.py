@@ -81,6 +81,7 @@ def test_moving_averages_are_validated_and_kept(package: str, first: bool, tmp_p
         assert (info["weights"], info["weights_hash"]) == (TRAINED, expected), "validation used other weights"
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize(
     ("package", "kind", "first", "saved_after"),
     [
