@@ -95,6 +95,8 @@ sphinx_gallery_conf = {
     "show_signature": False,
     "min_reported_time": 1e6,
     "plot_gallery": True,
+    # Each tutorial trains for itself.
+    "parallel": 2,
     "write_computation_times": False,
 }
 

@@ -244,8 +244,10 @@ class Fit:
         # Groups of few samples, for standard errors; latents are many, and have fewer groups.
         is_dense = not any(isinstance(basis, DictionaryBasis) for basis in bases)
         kind = Edges if is_dense else DictionaryEdges
+        n = self.subject.n_pushed
         edges = [
-            kind(before, after, MemoryPlan().groups, True, self.subject.n_pushed, generator)
+            # Of more latents than dimensions, as many times as many.
+            kind(before, after, MemoryPlan().groups, True, n and n * times_as_wide(after), generator)
             for before, after in itertools.pairwise(bases)
         ]
         readers = [FeatureReader(basis) for basis in bases]
@@ -268,6 +270,11 @@ class Fit:
         part.replace(path)
         sys.stderr.write(f"{self.folder.name}: {name}, {time.process_time() - start:.0f} CPU s\n")
         return found
+
+
+def times_as_wide(basis: Basis) -> int:
+    """How many times as many features as dimensions there are, rounded, and at least 1."""
+    return max(1, round(basis.n_features / len(basis.mean)))
 
 
 def trained_autoencoder(rows: Tensor, settings: TopKSettings, steps: int) -> TopKSAE:
