@@ -2,7 +2,7 @@
 
     python -m tests.combinations REPORT    # writes tests/combinations.json from pytest's --junit-xml
 
-A test is marked ``@pytest.mark.combinations`` where it takes long and its parameters are independent: what fails for one
+A test is marked ``@pytest.mark.combinations`` where it takes long and its parameters are independent: what fails for a
 value mostly fails for it in any combination.
 """
 

@@ -19,7 +19,7 @@ from recipes.bases_compared.__main__ import cell_path, measure, write
 from recipes.bases_compared.fit import Fit
 from recipes.bases_compared.measure import COLUMNS, Measurements
 from recipes.bases_compared.subjects import ATTACKED, LARGE_SECTIONS, Subject, small
-from recipes.bases_compared.table import by_section, overview, read, report
+from recipes.bases_compared.table import against_pca, by_section, overview, read, report
 from recipes.features_required import NodeAblations, features_required
 from recipes.language_model import GPTNeo
 from recipes.paper.networks import followed
@@ -86,6 +86,29 @@ def test_ablations_are_those_of_the_library(subject: Subject, tmp_path: Path) ->
             for count, score in curve.items():
                 expected = score - ablations.unablated
                 assert found["curve"][str(count)]["change"] == pytest.approx(expected, rel=1e-3, abs=1e-9)
+
+
+def test_scores_with_as_many_features_are_compared_piece_by_piece(subject: Subject, tmp_path: Path) -> None:
+    fit = Fit(subject, tmp_path)
+    with model_session(fit.instrumented):
+        measurements = Measurements(fit)
+        found = measurements.column("against_pca", "lib")
+        counts = {name: one["count"] for name, one in measurements.column("features", "pca")["layers"].items()}
+        batches = subject.batches(subject.compared)
+        for name, one in found["layers"].items():
+            k = one["features"]
+            assert k == (counts[name] or 8)
+            means = [
+                node_ablation_curve(subject.model, batches, fit.graph(kind), log_likelihood, name, [k])[k]
+                for kind in ("lib", "pca")
+            ]
+            assert one["change"] == pytest.approx(means[0] - means[1], rel=1e-3, abs=1e-9)
+        assert one == {"features": k, "change": 0.0, "error": 0.0}, "the last basis of the LIB is that of PCA"
+        assert measurements.column("against_pca", "pca") is None
+    by_kind = {"lib": [{"features": measurements.column("features", "lib"), "against_pca": found}], "pca": [{}]}
+    (table,) = against_pca(by_kind)
+    assert table.count(" ± ") == 4
+    assert "PCA |" not in table
 
 
 def test_all_latents_and_the_error_are_the_activations(subject: Subject, tmp_path: Path) -> None:

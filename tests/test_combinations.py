@@ -27,7 +27,9 @@ def test_all_marked_tests_have_passed_in_all_combinations() -> None:
     marked = {
         f"tests.{'.'.join(path.relative_to(TESTS).with_suffix('').parts)}.{name}"
         for path in TESTS.rglob("test_*.py")
-        for name in re.findall(r"^@pytest\.mark\.combinations\n(?:[@ \])].*\n)*def (\w+)", path.read_text("utf-8"), re.M)
+        for name in re.findall(
+            r"^@pytest\.mark\.combinations\n(?:[@ \])].*\n)*def (\w+)", path.read_text("utf-8"), re.M
+        )
     }
     results = json.loads(RESULTS.read_text())["tests"]
     assert results.keys() == marked

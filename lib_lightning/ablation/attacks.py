@@ -85,7 +85,13 @@ class Attacked(NamedTuple):
     mask: Tensor
 
 
-def worst(section: ScoredSection, kept: Tensor, attack: EdgeAttack, enough: float = float("-inf")) -> Attacked:
+def worst(
+    section: ScoredSection,
+    kept: Tensor,
+    attack: EdgeAttack,
+    enough: float = float("-inf"),
+    dropped: MeanScore | None = None,
+) -> Attacked:
     """Find factors of the dropped edges with a low score.
 
     Args:
@@ -93,11 +99,12 @@ def worst(section: ScoredSection, kept: Tensor, attack: EdgeAttack, enough: floa
         kept: True for the edges that stay, shape ``(r_out, r_in)``.
         attack: How to look for them.
         enough: End as soon as the score is below this number by more than its standard error.
+        dropped: The score with all dropped edges at 0, if it is known.
 
     Returns:
         The lowest score that was found, and its factors. It is never above that with all dropped edges at 0.
     """
-    found = Attacked(section(kept), kept.double())
+    found = Attacked(section(kept) if dropped is None else dropped, kept.double())
     generator = torch.Generator().manual_seed(attack.seed)
     tries = _draws(kept, attack, generator) if attack.kind == "random" else _descents(section, kept, attack, generator)
     if bool(kept.all()):

@@ -346,8 +346,9 @@ def attack_edges(
         )
     with scored_model(model, batches, graph, score, **options) as scored:
         score_of, kept = scored.with_edges(*section), kept.cpu()
-        found = worst(score_of, kept, against)
-        return AttackResult(*found.score, score_of(kept).mean, scored.unablated, found.mask)
+        dropped = score_of(kept)
+        found = worst(score_of, kept, against, dropped=dropped)
+        return AttackResult(*found.score, dropped.mean, scored.unablated, found.mask)
 
 
 def _paper_bracket(graph: InteractionGraph, section: tuple[str, str]) -> int:

@@ -25,7 +25,14 @@ from recipes.token_text import TokensOf
 
 # A short search, as in recipes/attacked_edges.py.
 ATTACK = EdgeAttack("pgd", n_steps=5, n_starts=1)
-COLUMNS = ("features", "edges", "names", "causal", "edges_required", "attacked")
+COLUMNS = ("features", "against_pca", "edges", "names", "causal", "edges_required", "attacked")
+
+
+def most_important(basis: Basis, count: int) -> Tensor:
+    """True for the most important features, shape ``(r,)``."""
+    is_kept = torch.zeros(basis.n_features, dtype=torch.bool)
+    is_kept[basis.importance.argsort(descending=True, stable=True)[:count]] = True
+    return is_kept
 
 
 class Measurements:
@@ -51,6 +58,7 @@ class Measurements:
         """
         columns: dict[str, Callable[[str], Any]] = {
             "features": self._features,
+            "against_pca": self._against_pca,
             "edges": self._edges,
             "names": self._names,
             "causal": self._causal,
@@ -88,6 +96,30 @@ class Measurements:
                     "error's share": float(basis.importance[basis.error] / basis.importance.sum()),
                 }
         return {"unablated": self.ablations.unablated, "samples": len(self.subject.scored), "layers": layers}
+
+    def _against_pca(self, kind: str) -> dict[str, Any] | None:
+        """Log likelihood with as many features as principal components are required, minus that with these.
+
+        On text on which the numbers were not chosen; differences of the same pieces, so that their errors are small.
+        """
+        if kind in ("pca", "sae"):
+            return None
+        layers = {}
+        for i, (basis, pca) in enumerate(zip(self.fit.bases(kind), self.fit.bases("pca"), strict=True)):
+            k = self._required_of_pca[pca.name]
+            scores = [self._other_ablations.changes(i, one, most_important(one, k)) for one in (basis, pca)]
+            layers[basis.name] = {"features": k, **change(scores[0] - scores[1])}
+        return {"samples": len(self.subject.compared), "layers": layers}
+
+    @cached_property
+    def _required_of_pca(self) -> dict[str, int]:
+        found = {name: one["count"] for name, one in self._features("pca")["layers"].items()}
+        # Where even all of them do not suffice, all are compared.
+        return {basis.name: found[basis.name] or basis.n_features for basis in self.fit.bases("pca")}
+
+    @cached_property
+    def _other_ablations(self) -> NodeAblations:
+        return NodeAblations(self.fit.instrumented, self.subject.batches(self.subject.compared), log_likelihood)
 
     def _explained(self, i: int) -> float:
         """Share of the variance of other activations that an autoencoder explains, without those of massive length."""

@@ -80,6 +80,11 @@ class Subject:
     draws: int | None = None
 
     @property
+    def compared(self) -> Tensor:
+        """Text for comparisons with principal components: some of that for names."""
+        return self.named[: 4 * self.batch_size]
+
+    @property
     def sections(self) -> list[tuple[str, str]]:
         """Names of the node layers before and after each section."""
         return list(itertools.pairwise(layer.name for layer in self.node_layers))

@@ -54,7 +54,7 @@ def report(folder: Path = RESULTS) -> str:
     for network, by_kind in read(folder).items():
         seeds = max(map(len, by_kind.values()))
         parts.append(f"**{network}**" + (f", {seeds} seeds" if seeds > 1 else ""))
-        parts += [overview(by_kind), by_layer(by_kind), *by_section(by_kind)]
+        parts += [overview(by_kind), by_layer(by_kind), *against_pca(by_kind), *by_section(by_kind)]
         if "sae" in by_kind:
             parts.append(autoencoders(by_kind["sae"]))
     return "\n\n".join(parts)
@@ -88,6 +88,19 @@ def by_layer(by_kind: Mapping[str, Sequence[Cell]]) -> str:
     layers = _layers(by_kind)
     columns = {name: (lambda seeds, name=name: _bounded(seeds, "features", "layers", (name,))) for name in layers}
     return _table("features required", columns, by_kind)
+
+
+def against_pca(by_kind: Mapping[str, Sequence[Cell]]) -> list[str]:
+    """Scores with as many features as principal components are required, minus those with these; else nothing."""
+    rows = {kind: seeds for kind, seeds in by_kind.items() if _of(seeds, "against_pca", "layers")}
+    if not rows:
+        return []
+
+    def difference(seeds: Sequence[Cell], name: str) -> str:
+        return _change([one[name] for one in _of(seeds, "against_pca", "layers")])
+
+    columns = {name: (lambda seeds, name=name: difference(seeds, name)) for name in _layers(by_kind)}
+    return [_table("log likelihood less that of as many principal components", columns, rows)]
 
 
 def by_section(by_kind: Mapping[str, Sequence[Cell]]) -> list[str]:

@@ -232,9 +232,7 @@ def test_the_same_graph_without_one_of_them(
             )
 
 
-def test_the_same_graph_without_names_of_operations(
-    expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_same_graph_without_names_of_operations(expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     for pattern in ("_MIXING", "_IDENTITY", "_LAYOUT", "_ADD", "_FULLY_DESCRIBED", "_BUILT_IN", "_SHOWN"):
         monkeypatch.setattr(autograd_graph, pattern, re.compile("no such name"))
     for name, edges in expected.items():
