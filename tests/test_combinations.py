@@ -33,7 +33,8 @@ def test_all_marked_tests_have_passed_in_all_combinations() -> None:
     }
     results = json.loads(RESULTS.read_text())["tests"]
     assert results.keys() == marked
-    assert all(outcomes.keys() == {"passed"} and outcomes["passed"] > 3 for outcomes in results.values())
+    others = {test: outcomes for test, outcomes in results.items() if outcomes.keys() != {"passed"}}
+    assert not others, "where LIB_REFERENCE_DIR is not set, tests of published results are skipped"
 
 
 def test_outcomes_are_counted(tmp_path: Path) -> None:

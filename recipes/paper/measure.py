@@ -78,7 +78,8 @@ def measure(network: Network, basis: str) -> dict[str, Any]:
         last. ``seconds`` are CPU times of the graph and of the ablations of edges.
     """
     start = time.process_time()
-    graph = graph_of(network, basis)
+    options = {"effort": "exact", **network.options, **BASES[basis]}
+    graph = compute_interaction_graph(network.model, network.fit, network.node_layers, **options)
     middle = time.process_time()
     required = edges_required(
         network.model, network.test, graph, network.score, network.tolerance, search=network.search, **network.ablation
@@ -95,12 +96,6 @@ def measure(network: Network, basis: str) -> dict[str, Any]:
         "samples": graph.info["n_samples"],
         "seconds": {key: round(value, 1) for key, value in seconds.items()},
     }
-
-
-def graph_of(network: Network, basis: str) -> InteractionGraph:
-    """The graph of a network in one of `BASES`."""
-    options = {"effort": "exact", **network.options, **BASES[basis]}
-    return compute_interaction_graph(network.model, network.fit, network.node_layers, **options)
 
 
 def required_features(network: Network, graph: InteractionGraph) -> dict[str, int | None]:
@@ -159,9 +154,9 @@ def results_of(task: str, seed: int, folder: Path) -> tuple[Path, dict[str, Any]
 
 
 def remaining(task: str, seed: int, folder: Path, bases: Sequence[str] = tuple(BASES)) -> list[str]:
-    """The bases in which a network has not been measured yet, or not all of it."""
+    """The bases in which a network has not been measured yet."""
     _, results = results_of(task, seed, folder)
-    return [basis for basis in bases if "features_required" not in results.get("bases", {}).get(basis, {})]
+    return [basis for basis in bases if basis not in results.get("bases", {})]
 
 
 def measure_all(network: Network, folder: Path, bases: Sequence[str] = tuple(BASES)) -> Path:
@@ -178,12 +173,7 @@ def measure_all(network: Network, folder: Path, bases: Sequence[str] = tuple(BAS
     folder.mkdir(parents=True, exist_ok=True)
     path, results = results_of(network.task, network.seed, folder)
     for basis in remaining(network.task, network.seed, folder, bases):
-        found = {**results.get("bases", {})}
-        if basis in found:  # by an earlier version, which did not count features
-            counts = required_features(network, graph_of(network, basis))
-            found[basis] = {**found[basis], "features_required": counts}
-        else:
-            found[basis] = measure(network, basis)
+        found = {**results.get("bases", {}), basis: measure(network, basis)}
         results = {**described(network), "bases": {name: found[name] for name in BASES if name in found}}
         part = path.with_suffix(".part")
         part.write_text(json.dumps(results, indent=1) + "\n")
