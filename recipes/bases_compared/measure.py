@@ -105,17 +105,20 @@ class Measurements:
         if kind in ("pca", "sae"):
             return None
         layers = {}
-        for i, (basis, pca) in enumerate(zip(self.fit.bases(kind), self.fit.bases("pca"), strict=True)):
-            k = self._required_of_pca[pca.name]
-            scores = [self._other_ablations.changes(i, one, most_important(one, k)) for one in (basis, pca)]
-            layers[basis.name] = {"features": k, **change(scores[0] - scores[1])}
+        for i, (basis, (k, of_pca)) in enumerate(zip(self.fit.bases(kind), self._required_of_pca, strict=True)):
+            scores = self._other_ablations.changes(i, basis, most_important(basis, k))
+            layers[basis.name] = {"features": k, **change(scores - of_pca)}
         return {"samples": len(self.subject.compared), "layers": layers}
 
     @cached_property
-    def _required_of_pca(self) -> dict[str, int]:
-        found = {name: one["count"] for name, one in self._features("pca")["layers"].items()}
-        # Where even all of them do not suffice, all are compared.
-        return {basis.name: found[basis.name] or basis.n_features for basis in self.fit.bases("pca")}
+    def _required_of_pca(self) -> list[tuple[int, Tensor]]:
+        """How many principal components each node layer requires, and changes of the scores of other text with them."""
+        found = []
+        counted = self._features("pca")["layers"]
+        for i, basis in enumerate(self.fit.bases("pca")):
+            k = counted[basis.name]["count"] or basis.n_features  # all, where even they do not suffice
+            found.append((k, self._other_ablations.changes(i, basis, most_important(basis, k))))
+        return found
 
     @cached_property
     def _other_ablations(self) -> NodeAblations:
