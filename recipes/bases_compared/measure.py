@@ -203,7 +203,7 @@ class Measurements:
 
     def _attacked(self, kind: str) -> dict[str, Any] | None:
         """Edges required in one section under attack."""
-        if kind == "sae" or self.subject.draws is not None:
+        if kind == "sae" or self.subject.attack is not None:
             return None  # each of the features would need a forward and a backward pass of its own in each step
         return self._edges_required([ATTACKED], kind, ATTACK)
 
@@ -223,9 +223,10 @@ class Measurements:
                 "edges": graph.edges[section].numel(), "count": found.count,
                 "low": found.bounds[0], "high": found.bounds[1], "error": found.error,
             }  # fmt: skip
-            if self.subject.draws is not None and section == ATTACKED:
-                against = EdgeAttack("random", n_draws=self.subject.draws)
-                worst = attack_edges(self.subject.model, batches, graph, log_likelihood, section, found.mask, against)
+            if self.subject.attack is not None and section == ATTACKED:
+                worst = attack_edges(
+                    self.subject.model, batches, graph, log_likelihood, section, found.mask, self.subject.attack
+                )
                 sections["-to-".join(section)] |= {
                     "dropped": found.score - found.unablated, "worst": worst.score - found.unablated,
                     "worst error": worst.error,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lib_lightning import NodeLayer, reinitialized
+from lib_lightning.ablation import EdgeAttack
 from lib_lightning.dictionaries.topk_training import TopKSettings
 from recipes.checkpoint import SMOLLM2
 from recipes.language_model import Text
@@ -54,8 +55,8 @@ class Subject:
         attacked: Number of scored pieces for edges required.
         batch_size: Pieces in a batch.
         edge_search: How the number of edges required is found, as for `lib_lightning.ablation.edges_required`.
-        draws: Random subsets of all other edges that are put back to the edges required, in the section that is
-            attacked, where a search for the edges required under attack would take days; None for that search.
+        attack: Of the edges required of the section that is attacked, where a search for those required under attack
+            would take days; None for that search.
     """
 
     name: str
@@ -77,7 +78,7 @@ class Subject:
     attacked: int
     batch_size: int
     edge_search: Literal["bisection", "coarse"] = "bisection"
-    draws: int | None = None
+    attack: EdgeAttack | None = None
 
     @property
     def compared(self) -> Tensor:
@@ -164,7 +165,8 @@ def smollm2() -> Subject:
         n_metric=24, n_probes=4, n_pushed=64, settings=TopKSettings(2304, 64, lr=1e-3), steps=400,
         # The probability of the next token decreases by a tenth.
         tolerance=0.1, search="bisection", causal=16, attacked=6, batch_size=12,
-        edge_search="coarse", draws=2,
+        # All dropped edges whose derivative says that they lower the score are put back.
+        edge_search="coarse", attack=EdgeAttack("pgd", n_steps=1, n_starts=1, step_size=1.0),
     )  # fmt: skip
 
 

@@ -104,7 +104,7 @@ def against_pca(by_kind: Mapping[str, Sequence[Cell]]) -> list[str]:
 
 
 def by_section(by_kind: Mapping[str, Sequence[Cell]]) -> list[str]:
-    """The edges required in each section, if these were attacked by random subsets of the others; else nothing."""
+    """The edges required in each section, if these were attacked; else nothing."""
     found = [x for seeds in by_kind.values() for one in _of(seeds, "edges_required", "sections") for x in one.items()]
     names = [name for name in _sections(by_kind) if any(name == known and "worst" in x for known, x in found)]
     if not names:
@@ -115,7 +115,7 @@ def by_section(by_kind: Mapping[str, Sequence[Cell]]) -> list[str]:
 
 
 def _withstood(seeds: Sequence[Cell], name: str) -> str:
-    """Edges required in a section, and what the score loses with the worst of the random subsets put back."""
+    """Edges required in a section, and how the score changes with those of the others that lower it put back."""
     count = _bounded(seeds, "edges_required", "sections", [name])
     lost = [one[name] for one in _of(seeds, "edges_required", "sections") if "worst" in one.get(name, {})]
     return ", ".join([count, *(f"{x['worst']:+.3f} ± {x['worst error']:.3f}" for x in lost)])
