@@ -27,7 +27,7 @@ from recipes.bases_compared.table import RESULTS, report
 
 SEEDS = 2
 # What is measured of networks with new weights.
-CONTROL = {"bases": ("lib", "pca", "neuron", "random"), "columns": ("features", "against_pca", "edges", "names")}
+CONTROL = {"bases": ("lib", "pca", "neuron", "random"), "columns": ("features", "edges", "names")}
 
 
 def measure(

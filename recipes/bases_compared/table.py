@@ -73,6 +73,7 @@ def overview(by_kind: Mapping[str, Sequence[Cell]]) -> str:
     columns: dict[str, Callable[[Sequence[Cell]], str]] = {
         "features": lambda seeds: _mean(seeds, layers),
         "features required": lambda seeds: _bounded(seeds, "features", "layers", layers),
+        "reconstruction": lambda seeds: _reconstruction(seeds, layers),
         "effective edges": _effective,
         "edges required": lambda seeds: _bounded(seeds, "edges_required", "sections", _sections(by_kind)),
         "of one section, under attack": _attacked,
@@ -193,29 +194,44 @@ def _bounded(seeds: Sequence[Cell], column: str, parts: str, only: Sequence[str]
     return f"{count:,.0f} ({low:,} to {high})"
 
 
+def _reconstruction(seeds: Sequence[Cell], layers: Sequence[str]) -> str:
+    """The largest change of the score where one node layer is replaced by what all of its features say of it."""
+    found = _of(seeds, "features", "layers")
+    if not found or any(name not in one for one in found for name in layers):
+        return _MISSING
+    # Of a dictionary, without what it leaves out.
+    changes = [[one[name].get("without error", one[name]["all"]) for one in found] for name in layers]
+    return _change(max(changes, key=lambda of_layer: abs(_average(x["change"] for x in of_layer))))
+
+
 def _effective(seeds: Sequence[Cell]) -> str:
     found = _of(seeds, "edges", "sections")
     if not found:
         return _MISSING
     totals = [sum(x["effective"] for x in one.values()) for one in found]
-    squares = [sum((x["error"] or 0.0) ** 2 for x in one.values()) for one in found]
-    return f"{_average(totals):,.0f} ± {math.sqrt(sum(squares)) / len(found):,.0f}"
+    errors = [math.hypot(*(x["error"] or 0.0 for x in one.values())) for one in found]
+    return f"{_average(totals):,.0f} ± {_error(totals, errors):,.0f}"
+
+
+def _error(values: Sequence[float], errors: Sequence[float]) -> float:
+    """Standard error of the mean of seeds: of their samples, and of the seeds.
+
+    Example:
+        >>> round(_error([1.0, 3.0], [0.0, 0.0]), 6), round(_error([1.0, 1.0], [3.0, 4.0]), 6), _error([1.0], [0.5])
+        (1.0, 2.5, 0.5)
+    """
+    n = len(values)
+    between = math.sqrt(sum((x - _average(values)) ** 2 for x in values) / (n - 1) / n) if n > 1 else 0.0
+    return math.hypot(between, *(error / n for error in errors))
 
 
 def _attacked(seeds: Sequence[Cell]) -> str:
     """Edges of one section by ablation alone, and under attack."""
-    pairs = [
-        (one["edges_required"]["sections"][name], x)
-        for one in seeds
-        if one.get("attacked") and one.get("edges_required")
-        for name, x in one["attacked"]["sections"].items()
-    ]
-    if not pairs:
+    found = [one for one in seeds if one.get("attacked") and one.get("edges_required")]
+    if not found:
         return _MISSING
-    if any(x["count"] is None for pair in pairs for x in pair):
-        return "not with all"
-    greedy, worst = (_average(pair[i]["count"] for pair in pairs) for i in range(2))
-    return f"{greedy:,.0f}, {worst:,.0f}"
+    names = [name for one in found for name in one["attacked"]["sections"]]
+    return ", ".join(_bounded(found, column, "sections", names) for column in ("edges_required", "attacked"))
 
 
 def _causal(seeds: Sequence[Cell]) -> str:
@@ -249,13 +265,12 @@ def share(count: int, total: int) -> str:
 
 
 def _auroc(seeds: Sequence[Cell]) -> str:
-    """Mean over node layers of the median."""
+    """Mean over node layers and seeds of the median, and the standard error if these are independent."""
     found = [x["median score"] for one in _of(seeds, "names", "layers") for x in one.values()]
     known = [score for score in found if score is not None]
-    return f"{_average(known):.2f}" if known else _MISSING
+    return f"{_average(known):.2f} ± {_error(known, []):.2f}" if known else _MISSING
 
 
 def _change(values: Sequence[Mapping[str, float]]) -> str:
-    mean = _average(x["change"] for x in values)
-    error = math.sqrt(sum(x["error"] ** 2 for x in values)) / len(values)
-    return f"{mean:+.3f} ± {error:.3f}"
+    changes = [x["change"] for x in values]
+    return f"{_average(changes):+.3f} ± {_error(changes, [x['error'] for x in values]):.3f}"
