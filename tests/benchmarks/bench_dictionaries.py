@@ -117,7 +117,7 @@ def test_cost_grows_with_active_latents(
 
 
 def graph_of_many_latents() -> None:
-    """Print the peak memory, in MiB, of a graph of 16,384 latents."""
+    """Print the peak memory of a graph of 16,384 latents, in MiB, its features, and the latents that are active."""
     torch.set_num_threads(1)
     d = 256
     model, x = blocks(d), torch.randn(512, d)
@@ -134,7 +134,10 @@ def graph_of_many_latents() -> None:
         effort="exact",
         output_distribution="none",
     )
-    print(peak() - before, graph.bases["0"].n_features)
+    used = peak() - before
+    with torch.no_grad():
+        active = int((dictionaries["0"].encode(model[0](x)) != 0).any(0).sum())
+    print(used, graph.bases["0"].n_features, active)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -153,11 +156,14 @@ def test_16384_latents_stay_within_the_memory_limit(benchmark: Any) -> None:
         found.extend(map(float, done.stdout.split()))
 
     benchmark.pedantic(measure, rounds=1, iterations=1)
-    used, features = found
+    used, features, active = found
     benchmark.extra_info |= {
         "memory_limit (MiB)": round(LIMIT * 2**10), "peak (MiB)": round(used), "features": int(features),
+        "latents that are active": int(active),
     }  # fmt: skip
     assert used < LIMIT * 2**10
+    # Two matrices of edges in float64 have to fit into a quarter of the limit.
+    assert features > 0.99 * min(active, math.isqrt(int(LIMIT * 2**30 / 4) // 16))
 
 
 if __name__ == "__main__":
