@@ -29,13 +29,17 @@ class NodeAblations:
         instrumented: The model. Use this within its session.
         batches: Batches to score on.
         score: As for `lib_lightning.ablation.node_ablation_curve`.
+        keep: Whether the operations after a node layer are kept for the next call, with their outputs; otherwise the
+            whole model runs each time.
 
     Attributes:
         unablated: Mean score without ablation.
     """
 
-    def __init__(self, instrumented: InstrumentedModel, batches: Sequence[Any], score: Score) -> None:
-        self._instrumented, self._batches, self._score = instrumented, batches, score
+    def __init__(
+        self, instrumented: InstrumentedModel, batches: Sequence[Any], score: Score, keep: bool = True
+    ) -> None:
+        self._instrumented, self._batches, self._score, self._keep = instrumented, batches, score, keep
         self._rest: dict[tuple[int, int], RestOfModel] = {}
         self._captured, own = [], []
         with torch.no_grad():
@@ -66,7 +70,11 @@ class NodeAblations:
                     new = basis.mean.to(a) + (
                         (a - basis.mean.to(a)) @ basis.to_features[:, is_kept].to(a)
                     ) @ basis.from_features[is_kept].to(a)
-                output = self._rest_of_model(index, number).output(merge_masked(new, a, mask))
+                at = merge_masked(new, a, mask)
+                if self._keep:
+                    output = self._rest_of_model(index, number).output(at)
+                else:
+                    output = self._instrumented.output(batch, {index: at})
                 scores.append(sample_scores(self._score, output, batch, len(a)))
         return torch.cat(scores) - self._own
 

@@ -122,7 +122,8 @@ class Measurements:
 
     @cached_property
     def _other_ablations(self) -> NodeAblations:
-        return NodeAblations(self.fit.instrumented, self.subject.batches(self.subject.compared), log_likelihood)
+        batches = self.subject.batches(self.subject.compared)
+        return NodeAblations(self.fit.instrumented, batches, log_likelihood, keep=False)
 
     def _explained(self, i: int) -> float:
         """Share of the variance of other activations that an autoencoder explains, without those of massive length."""
