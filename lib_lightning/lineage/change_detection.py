@@ -18,9 +18,11 @@ times in ``N`` snapshots in expectation, whatever trend and variance are; no thr
 each other.
 
 *Autocorrelated increments.* Increments of smooth curves resemble their neighbours, and are not independent. Optionally,
-each increment is freed first of what the autocorrelation of all increments so far predicts from the one before: if
+each increment is freed first of what the autocorrelation of all increments so far predicts from the one before. If
 increments are autoregressive of first order, what remains is independent, with a mean that is proportional to the
-trend, and the test is the same.
+trend, and the test is the same. There are two alternatives then, each with half of the weight: a shift of the
+increments themselves, which the subtraction changes where the shift begins and ends, such as a jump of the level; and a
+shift of what remains, which the autocorrelation then carries on.
 
 Sources: Shin, Ramdas and Rinaldo (2023), "E-detectors", arXiv 2203.03532, for sums of e-processes and false alarms;
 Perez-Ortiz, Lardy, de Heide and Grunwald (2022), "E-statistics, group invariance and anytime valid testing", arXiv
@@ -106,10 +108,10 @@ class ChangeDetector:
         distribution with 3 degrees of freedom.
 
         With ``autocorrelated``, the bound assumes that the increments about the trend are a normal autoregressive
-        process of first order, with the same correlation from 0 to 0.95 in all series and from snapshot to snapshot,
-        and that the estimate is near it; the first snapshots have few increments to estimate it from. MEASURED
-        Tails that are heavier than those of a normal distribution raise as many
-        alarms as without it. A change that is as smooth as the curve is before it is not detected.
+        process of first order, with the same correlation, from 0 to 0.95, in all series and between all snapshots, and
+        that the estimate is near it; at the first snapshots there are few increments to estimate it from. Increments
+        with heavy tails raise about as many alarms as without it. A change that is as smooth as the curve before it is
+        not detected.
 
         Over a longer interval between snapshots, the trend is proportionally larger. The variance is proportionally
         larger for a random walk, and the same for a series that scatters about its trend. The evidence is computed for
@@ -231,6 +233,7 @@ class ChangeDetector:
             # Minus the trend of the first increment, on which ratios do not depend: a steep trend would cost precision.
             "increments": increment - s["trend"] * gap,
             "gaps": gap,
+            "intervals": s["gap"],
             "weights": torch.full_like(values, 1 / max(1, len(values))),
             "values": s["value"],
             "snapshots": s["snapshot"],
@@ -252,7 +255,7 @@ class ChangeDetector:
         direction = up.double() - down.double() if self.min_change > 0 else None
 
         ratio = self._log_ratio(0, direction)
-        if not ((s["gaps"] == 0) | (s["gaps"] == 1)).all() or not torch.equal(*s["sums"].unbind(1)):
+        if not ((s["intervals"] == 0) | (s["intervals"] == 1)).all() or not torch.equal(*s["sums"].unbind(1)):
             ratio = torch.minimum(ratio, self._log_ratio(1, direction))
         return (ratio + s["weights"].log()).where(allowed, -math.inf)
 
@@ -285,13 +288,35 @@ class ChangeDetector:
         ratios = []
         for duration in DURATIONS:
             uu, uy = (x - F.pad(x, (0, duration))[:, duration:] if duration else x for x in since[:2])
-            size, contrast = uu * (UU - uu) / UU, uy - uu * UY / UU
-            explained = (contrast.square() / size.clamp_min(_TINY) / variation.clamp_min(_TINY)).clamp(0, 1)
-            for shift in SHIFTS:
-                g = size * shift**2
-                ratio = -(n - 1) / 2 * torch.log1p(-explained * g / (1 + g)) - torch.log1p(g) / 2
-                ratios.append(ratio if direction is None else ratio.where(contrast * direction > 0, -math.inf))
+            shifts = [(uu * (UU - uu) / UU, uy - uu * UY / UU)]
+            if self._whitening is not None:
+                zz, zu, zy = (x + edge for x, edge in zip((uu, uu, uy), self._edges(model, duration), strict=True))
+                shifts.append(((zz - zu.square() / UU).clamp_min(0), zy - zu * UY / UU))
+            for size, contrast in shifts:
+                explained = (contrast.square() / size.clamp_min(_TINY) / variation.clamp_min(_TINY)).clamp(0, 1)
+                for shift in SHIFTS:
+                    g = size * shift**2
+                    ratio = -(n - 1) / 2 * torch.log1p(-explained * g / (1 + g)) - torch.log1p(g) / 2
+                    ratios.append(ratio if direction is None else ratio.where(contrast * direction > 0, -math.inf))
         return torch.stack(ratios).logsumexp(0) - math.log(len(ratios))
+
+    def _edges(self, model: int, duration: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What a shift of the increments before whitening adds to ``uu``, ``uu`` and ``uy`` of one of whitened ones.
+
+        A shift of ``v`` of an increment is one of ``v - p`` in the whitened increments, ``p`` being what was subtracted
+        from the interval ``v``; but of ``v`` in the first one, before which nothing was shifted, and of ``-p`` in the
+        one after the last.
+        """
+        s = self._series
+        u, p, y = s["gaps"], s["intervals"] - s["gaps"], s["increments"]
+        variance = _variance(s, model)
+        zz, zu, zy = (2 * u * p + p.square()) / variance, u * p / variance, p * y / variance
+        if duration:
+            after = p.square() / variance, -zu, -zy
+            zz, zu, zy = (
+                x + F.pad(end, (0, duration))[:, duration:] for x, end in zip((zz, zu, zy), after, strict=True)
+            )
+        return zz, zu, zy
 
     def _detected(self, evidence: Tensor) -> list[Change]:
         s, total = self._series, evidence.logsumexp(1)
@@ -322,6 +347,8 @@ class ChangeDetector:
         """
         if state["increments"].shape[1] != self.window:
             raise SettingError(f"The state has a window of {state['increments'].shape[1]}, not {self.window}.")
+        # Older states have no intervals, since nothing was subtracted from them.
+        state = {"intervals": state["gaps"]} | state
         self._series = {name: state[name].clone() for name in self._series}
         if self._whitening is not None:
             self._whitening = _Whitening()
@@ -398,11 +425,15 @@ class _Whitening:
 def _terms(s: dict[str, Tensor], model: int) -> tuple[Tensor, Tensor, Tensor]:
     """``u^2``, ``u y`` and ``y^2`` of increments ``y`` over intervals ``u``, divided by the variance of the noise.
 
-    The variance is 1 in model 0 (scatter about a trend) and ``u`` in model 1 (random walk).
+    The variance is 1 in model 0 (scatter about a trend) and the interval in model 1 (random walk).
     """
-    gaps, y = s["gaps"], s["increments"]
-    variance = gaps.where(gaps > 0, 1.0) if model else torch.ones_like(gaps)
-    return gaps.square() / variance, gaps * y / variance, y.square() / variance
+    u, y, variance = s["gaps"], s["increments"], _variance(s, model)
+    return u.square() / variance, u * y / variance, y.square() / variance
+
+
+def _variance(s: dict[str, Tensor], model: int) -> Tensor:
+    intervals = s["intervals"]
+    return intervals.where(intervals > 0, 1.0) if model else torch.ones_like(intervals)
 
 
 def _empty(count: int, window: int) -> dict[str, Tensor]:
@@ -419,6 +450,8 @@ def _empty(count: int, window: int) -> dict[str, Tensor]:
         "sums": torch.zeros(count, 2, 3, **number),
         "increments": torch.zeros(count, window, **number),
         "gaps": torch.zeros(count, window, **number),
+        # Intervals before whitening, which makes the `gaps` shorter.
+        "intervals": torch.zeros(count, window, **number),
         "weights": torch.zeros(count, window, **number),
         # Value and snapshot right before each increment.
         "values": torch.zeros(count, window, **number),

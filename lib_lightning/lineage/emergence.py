@@ -71,13 +71,13 @@ class EmergenceDetector:
         each other in any way. On random walks with changes large enough to count, 0.04 times as many events as the
         bound allows were measured. Real training curves deviate from the assumption: increments of smooth curves
         resemble their neighbours, and a bend of the curve is an event if it is large enough. With an autocorrelation of
-        0.7, the same random walks had MANY times as many events as the bound allows.
+        0.7, the same random walks had six times as many events as the bound allows.
 
         For *abrupt* events the increments may be autocorrelated (autoregressive of first order, with the same
-        correlation in all series). There are at most as many as changes that the second test reports, so what bounds its
-        false alarms bounds false abrupt events; on those random walks there were FEW times as many as the bound allows.
-        Neither bound holds for increments with heavy tails. A feature that grows as smoothly as all
-        curves of its network move is not abrupt, however certain it is that it has grown.
+        correlation in all series). There are at most as many as changes that the second test reports, so what bounds
+        its false alarms bounds false abrupt events; on those random walks there were XX times as many as the bound
+        allows. Neither bound holds for increments with heavy tails. A feature that grows as smoothly as all curves of
+        its network move is not abrupt, however certain it is that it has grown.
 
         Births and deaths are not tested: a feature that is mistaken for a new one at two snapshots in a row may emerge.
 

@@ -322,6 +322,30 @@ def test_a_steady_trend_is_no_change_with_autocorrelation() -> None:
     assert detector.autocorrelation > 0.2
 
 
+@pytest.mark.parametrize("duration_is_over", [False, True])
+def test_statistic_with_autocorrelation_equals_its_definition(
+    monkeypatch: pytest.MonkeyPatch, duration_is_over: bool
+) -> None:
+    # Shifts of the increments, and shifts of what remains of these when the autocorrelation has been subtracted.
+    phi, n = 0.6, 14 if duration_is_over else 8
+    monkeypatch.setattr(_Whitening, "autocorrelation", phi)
+    series = autoregressive(3, n, phi, seed=9).cumsum(1)
+    whiten = np.eye(n - 1) - phi * np.eye(n - 1, k=-1)
+    Q = np.linalg.svd((whiten @ np.ones(n - 1))[None])[2][1:]
+    expected = []
+    for x in series.numpy():
+        w, ratios = Q @ whiten @ np.diff(x), []
+        for s, duration, tau in product(range(3, n - 1), DURATIONS, SHIFTS):
+            inside = ((np.arange(n - 1) >= s) & (np.arange(n - 1) < (s + duration if duration else n))).astype(float)
+            for shift in (whiten @ inside, (whiten @ np.ones(n - 1)) * inside):
+                z = Q @ shift
+                V = np.eye(n - 2) + tau**2 * np.outer(z, z)
+                ratios.append(np.linalg.det(V) ** -0.5 * (w @ w / (w @ np.linalg.solve(V, w))) ** ((n - 2) / 2))
+        expected.append(np.sum(ratios) / len(DURATIONS) / len(SHIFTS) / 2 / 3)
+    found = evidence_of(ChangeDetector(1e-9, autocorrelated=True), series)
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-9, atol=0)
+
+
 def test_false_alarms_of_autocorrelated_increments() -> None:
     # As in the test of the bound, 30 families of 20 series.
     series, alarms = autoregressive(600, 100, 0.7, seed=4).cumsum(1), []
