@@ -87,7 +87,8 @@ class EmergenceDetector:
         ...     importance = torch.tensor([0.7, 0.3, 0.0001 if step < 500 else 0.1])
         ...     for event in detector.update(step, {"mlp": (torch.tensor([0, 1, 2]), importance)}):
         ...         print(event.text)
-        feature mlp/2 emerged at step 550: its share of the layer's importance rose from 0.01% to 9.1% since step 450
+        feature mlp/2 emerged abruptly at step 550: its share of the layer's importance rose from 0.01% to 9.1% since
+        step 450
     """
 
     def __init__(
