@@ -6,7 +6,7 @@
 Networks are trained at a constant learning rate until nothing improves any more, and then go on: the same data, the
 same learning rate, only the noise of the batches. Of each, 120 snapshots of this plateau are computed as `LIBCallback`
 computes them, and the events in them are counted. Beside these are artificial curves without a change, and curves with
-planted changes. All of it is counted once more with increments that have been freed of their autocorrelation.
+planted changes. Of all events those are counted, too, that are abrupt: changes even if increments are autocorrelated.
 
 Forty minutes of one CPU core. Started again, networks that are there are not trained again.
 """
@@ -27,6 +27,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -34,10 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 from lib_lightning import NodeLayer, compute_interaction_graph
 from lib_lightning.algorithm.basis_kinds import FIXED_ORDER
 from lib_lightning.io.basis_format import STEP
-from lib_lightning.lineage import Event, FeatureTracker, reference_features
-from lib_lightning.lineage import emergence as emergence_module
-from lib_lightning.lineage.change_detection import ChangeDetector
-from lib_lightning.lineage.emergence import EmergenceDetector
+from lib_lightning.lineage import EmergenceDetector, Event, FeatureTracker, reference_features
 from lib_lightning.training.schedule import Schedule
 from recipes.at_steps import AtSteps
 from recipes.mlp import identity
@@ -288,94 +286,17 @@ def train(task: str, seed: int, path: Path) -> None:
     partial.replace(path)
 
 
-class Whitened(ChangeDetector):
-    """The detector on increments that have been freed of their autocorrelation: a mend that was tried.
-
-    From each increment of a series, ``phi`` times the one before is subtracted. ``phi`` is the autocorrelation of all
-    increments of all series until then.
-    """
-
-    phi = 0.0
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # For each series: the increment before and its interval, sums of increments and intervals, and deviations.
-        self._past = torch.zeros(0, 5, dtype=torch.float64)
-        self._products = self._squares = 0.0
-
-    def add(self, count: int, copy_of: int | None = None) -> None:
-        """Add series, as `ChangeDetector.add`."""
-        new = self._past[[copy_of] * count] if copy_of is not None else self._past.new_zeros(count, 5)
-        self._past = torch.cat([self._past, new])
-        super().add(count, copy_of)
-
-    def keep(self, which: Tensor) -> None:
-        """Remove series, as `ChangeDetector.keep`."""
-        self._past = self._past[which]
-        super().keep(which)
-
-    def _push(self, values: Tensor, rows: Tensor) -> None:
-        s = self._series
-        before, interval, total, time, deviation = self._past.unbind(1)
-        y, u = (values - s["value"]).where(rows, 0.0), s["gap"]
-        has = rows & (interval > 0)
-        # The interval becomes shorter by the same factor, so that a steady trend stays one.
-        predicted = self.phi * before * u / interval.clamp_min(1e-12)
-        expected = u * total / time.clamp_min(1e-12)
-        now = (y - expected).where(has, 0.0)
-        scale = (deviation.square() + now.square()).clamp_min(1e-300)
-        # Bounded by 1, so that no series and no increment counts more than others: with a correlation phi, the mean of
-        # 2 x y / (x^2 + y^2) is c = (1 - sqrt(1 - phi^2)) / phi, so that phi = 2 c / (1 + c^2).
-        known = has & (deviation != 0)
-        self._products += float((2 * now * deviation / scale)[known].sum())
-        self._squares += float(known.sum())
-        past = torch.stack([y, u, total + y, time + u, now], 1)
-        self._past = past.where(rows[:, None], self._past)
-        values, gap = values - predicted.where(has, 0.0), s["gap"]
-        s["gap"] = (u * (1 - self.phi)).where(has, u)
-        super()._push(values, rows)
-        s["gap"] = gap
-        c = self._products / (self._squares + 1)
-        self.phi = min(0.95, max(0.0, 2 * c / (1 + c**2)))
-
-
-def detector_of(kind: type[ChangeDetector], runs: int = 1) -> EmergenceDetector:
-    """An `EmergenceDetector` whose changes are detected by a class.
-
-    Args:
-        kind: The class.
-        runs: Number of runs whose curves it sees at the same time, each with as many false alarms as by itself: there
-            are as many times more series, and false alarms that are allowed, so that the threshold of each series is
-            the same (but for the one of an absent feature, which is there once).
-
-    Returns:
-        The detector.
-    """
-    usual = emergence_module.ChangeDetector
-    emergence_module.ChangeDetector = kind  # type: ignore[misc]
-    try:
-        return EmergenceDetector(PROMISED * runs)
-    finally:
-        emergence_module.ChangeDetector = usual  # type: ignore[misc]
-
-
-DETECTORS: dict[str, type[ChangeDetector]] = {"as it is": ChangeDetector, "whitened": Whitened}
-
-
-def events_of(
-    curves: Sequence[Mapping[str, Any]], kind: type[ChangeDetector] = ChangeDetector, runs: int = 1
-) -> list[Event]:
+def events_of(curves: Sequence[Mapping[str, Any]], detector: EmergenceDetector | None = None) -> list[Event]:
     """The events in the curves of a training.
 
     Args:
         curves: Snapshots, as `SnapshotCurves` keeps them.
-        kind: What detects changes.
-        runs: Number of runs that they are of.
+        detector: What detects events; a new one with the settings of the library if None.
 
     Returns:
         All events.
     """
-    detector, events = detector_of(kind, runs), []
+    detector, events = detector or EmergenceDetector(PROMISED), []
     for one in curves:
         layers = {
             name: (torch.tensor(ids), torch.tensor(importance, dtype=torch.float64))
@@ -383,6 +304,42 @@ def events_of(
         }
         events += detector.update(one["step"], layers, one["scalars"])
     return events
+
+
+def detector_of(runs: int) -> EmergenceDetector:
+    """A detector that sees the curves of several runs at the same time.
+
+    Args:
+        runs: Number of runs. Each has as many false alarms as by itself: there are as many times more series, and false
+            alarms that are allowed, so that the threshold of each series is the same (but for the one of an absent
+            feature, which is there once). The autocorrelation is that of all runs together.
+
+    Returns:
+        The detector.
+    """
+    return EmergenceDetector(PROMISED * runs)
+
+
+def counts_of(events: Sequence[Event]) -> dict[str, int]:
+    """How many events there are, and of these abrupt ones."""
+    return {"events": len(events), "abrupt": sum(event.abrupt is True for event in events)}
+
+
+def poisson_interval(count: int) -> tuple[float, float]:
+    """The 95% interval of the expectation of a count of independent events (Garwood 1936).
+
+    Args:
+        count: What was counted.
+
+    Returns:
+        Smallest and largest expectation.
+
+    Example:
+        >>> [round(x, 2) for x in poisson_interval(5)]
+        [1.62, 11.67]
+    """
+    low = float(stats.chi2.ppf(0.025, 2 * count)) / 2 if count else 0.0
+    return low, float(stats.chi2.ppf(0.975, 2 * count + 2)) / 2
 
 
 # Artificial curves: 20 features of a layer, and 10 metrics.
@@ -464,18 +421,21 @@ def null_curves(name: str, runs: int, snapshots: int = SNAPSHOTS) -> list[dict[s
     return artificial(base + 0.2 * levels, 0.1 * metrics)
 
 
-# Planted changes of a feature, from and to these levels, after 20 snapshots, within so many; noise is 0.02 in log10.
+# Planted changes of a feature, from and to these levels, after 20 snapshots, within so many.
 PLANTED = {"emerged": (-3.5, -0.5), "faded": (-0.5, -3.5), "rose": (-1.2, 0.2), "fell": (0.2, -1.2)}
 START, LENGTHS, AFTER = 20, (1, 3, 6), 12
+# Noise of the features beside planted changes, and of the feature itself, in log10; the last is that of `null_curves`.
+NOISES = (0.02, 0.05, 0.2)
 
 
-def planted_curves(kind: str, length: int, runs: int) -> list[dict[str, Any]]:
+def planted_curves(kind: str, length: int, runs: int, noise: float = NOISES[0]) -> list[dict[str, Any]]:
     """Curves of 20 features, one of which changes; "born" is absent before.
 
     Args:
         kind: One of `PLANTED`, or "born".
         length: Number of snapshots that the change takes.
         runs: Number of runs.
+        noise: Standard deviation of the independent scatter of all features about their levels, in log10.
 
     Returns:
         The curves.
@@ -486,47 +446,48 @@ def planted_curves(kind: str, length: int, runs: int) -> list[dict[str, Any]]:
     levels[7] = before + (after - before) * ((torch.arange(n) - START + 1).double() / length).clamp(0, 1)
     if kind == "born":
         levels[7, :START] = math.nan
-    return artificial(levels + 0.02 * _normal(runs, FEATURES, n, seed=0))
+    return artificial(levels + noise * _normal(runs, FEATURES, n, seed=0))
 
 
-def power(kind: str, length: int, detector: type[ChangeDetector], runs: int = RUNS) -> dict[str, float | None]:
+def power(kind: str, length: int, noise: float, runs: int = RUNS) -> dict[str, float | None]:
     """How many planted changes are found.
 
     Args:
         kind: As for `planted_curves`.
         length: As for `planted_curves`.
-        detector: What detects changes.
+        noise: As for `planted_curves`.
         runs: Number of runs.
 
     Returns:
-        Number of runs, of those in which an event of the feature says that it rises, or falls, as it does; the median
-        of the snapshots from the first changed one to that event; and the number of events of other features.
+        Number of runs in which an event of the feature says that it rises, or falls, as it does; the median of the
+        snapshots from the first changed one to the first such event; the number of these that are abrupt; and the
+        number of other events.
     """
     rises = kind in ("born", "emerged", "rose")
-    events = events_of(planted_curves(kind, length, runs), detector, runs)
-    delays: dict[str | None, int] = {}
+    found: dict[str | None, Event] = {}
+    events = events_of(planted_curves(kind, length, runs, noise), detector_of(runs))
     for event in events:
-        if event.lineage == 7 and (event.kind in ("emerged", "rose")) == rises:
-            delays.setdefault(event.layer, event.step - START)
-    delay = statistics.median(delays.values()) if delays else None
-    others = sum(event.lineage != 7 for event in events)
-    return {"runs": runs, "found": len(delays), "delay": delay, "others": others}
+        if event.lineage == 7 and event.step >= START and (event.kind in ("emerged", "rose")) == rises:
+            found.setdefault(event.layer, event)
+    delay = statistics.median(event.step - START for event in found.values()) if found else None
+    abrupt = counts_of([*found.values()])["abrupt"]
+    return {"found": len(found), "delay": delay, "abrupt": abrupt, "others": len(events) - len(found)}
 
 
-def bursts_of(losses: Sequence[float]) -> list[int]:
+def bursts_of(losses: Sequence[float]) -> dict[int, float]:
     """Snapshots at which a network is no longer at rest.
 
     Args:
         losses: Losses at the snapshots.
 
     Returns:
-        Indices of those at which the loss is more than ten times that at the snapshot before.
+        For each at which the loss is more than ten times that at the snapshot before, by index: how many times.
 
     Example:
-        >>> bursts_of([1e-6, 9e-6, 1e-2, 1e-3])
-        [2]
+        >>> bursts_of([2**-20, 2**-17, 2**-9, 2**-10])
+        {2: 256.0}
     """
-    return [k for k in range(1, len(losses)) if losses[k] > 10 * losses[k - 1]]
+    return {k: losses[k] / losses[k - 1] for k in range(1, len(losses)) if losses[k] > 10 * losses[k - 1]}
 
 
 def measure_plateaus(folder: Path) -> dict[str, Any]:
@@ -536,9 +497,9 @@ def measure_plateaus(folder: Path) -> dict[str, Any]:
         folder: The folder.
 
     Returns:
-        For each task how many trainings and snapshots there are, how the loss changes from the first half of the
-        plateau to the second, and by detector the events of each training; how many bursts (`bursts_of`) each has, and
-        events within `AFTER_BURST` snapshots of one; and those while the first one forms.
+        For each task how many snapshots there are, how the loss of each training changes from the first half of the
+        plateau to the second, its events, and of these abrupt ones; the bursts of each (`bursts_of`), and its events
+        within `AFTER_BURST` snapshots of one; and events while the first one forms.
     """
     found: dict[str, Any] = {"plateaus": {}, "forming": {}}
     for task in TASKS:
@@ -547,53 +508,47 @@ def measure_plateaus(folder: Path) -> dict[str, Any]:
                 run = json.load(file)
             plateau = [one for one in run["curves"] if one["step"] >= run["converged"]]
             forming = [one for one in run["curves"] if one["step"] < run["converged"]]
-            losses = [one["loss"] for one in plateau]
+            lists = ("losses", "bursts", "after bursts", "events", "abrupt")
+            one = found["plateaus"].setdefault(task, {"snapshots": len(plateau), **{name: [] for name in lists}})
+            losses = [snapshot["loss"] for snapshot in plateau]
             half = len(losses) // 2
-            one = found["plateaus"].setdefault(
-                task,
-                {
-                    "snapshots": len(plateau),
-                    "losses": [],
-                    "bursts": [],
-                    "after bursts": [],
-                    **{k: [] for k in DETECTORS},
-                },
-            )
-            one["losses"].append([float(f"{statistics.fmean(part):.3g}") for part in (losses[:half], losses[half:])])
+            one["losses"].append([_rounded(statistics.fmean(part)) for part in (losses[:half], losses[half:])])
             bursts, index = bursts_of(losses), {snapshot["step"]: k for k, snapshot in enumerate(plateau)}
-            one["bursts"].append(len(bursts))
-            events = {name: events_of(plateau, kind) for name, kind in DETECTORS.items()}
-            after = [any(0 <= index[e.step] - k <= AFTER_BURST for k in bursts) for e in events["as it is"]]
-            one["after bursts"].append(sum(after))
-            for name, of_kind in events.items():
-                one[name].append(len(of_kind))
+            one["bursts"].append([_rounded(times) for times in bursts.values()])
+            events = events_of(plateau)
+            one["after bursts"].append(sum(any(0 <= index[e.step] - k <= AFTER_BURST for k in bursts) for e in events))
+            for name, count in counts_of(events).items():
+                one[name].append(count)
             if forming:
                 found["forming"][task] = _forming(forming)
     return found
 
 
 def _forming(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Events while a network forms: all of them, features that emerge, and those of these that both detectors find."""
-    events = {name: events_of(curves, kind) for name, kind in DETECTORS.items()}
-    emerged = {name: {e.subject for e in of_kind if e.kind == "emerged"} for name, of_kind in events.items()}
+    """Events while a network forms, and features that emerge; of both the abrupt ones; and the autocorrelation."""
+    detector = EmergenceDetector(PROMISED)
+    events = events_of(curves, detector)
+    emerged = [event for event in events if event.kind == "emerged"]
     return {
-        **{name: {"all": len(of_kind), "emerged": len(emerged[name])} for name, of_kind in events.items()},
-        "emerged in both": len(set.intersection(*emerged.values())),
+        **counts_of(events),
+        "emerged": len({event.subject for event in emerged}),
+        "emerged abruptly": len({event.subject for event in emerged if event.abrupt}),
+        "autocorrelation": round(detector.autocorrelation, 2),
     }
 
 
 def measure_artificial() -> dict[str, Any]:
     """Events on artificial curves without a change, and planted changes that are found."""
-    nulls = {
-        null: {name: len(events_of(null_curves(null, RUNS), kind, RUNS)) for name, kind in DETECTORS.items()}
-        for null in NULLS
+    return {
+        "runs": RUNS,
+        "snapshots": SNAPSHOTS,
+        "nulls": {null: counts_of(events_of(null_curves(null, RUNS), detector_of(RUNS))) for null in NULLS},
+        "planted": {
+            f"{kind}, {length}": {str(noise): power(kind, length, noise) for noise in NOISES}
+            for kind in ("born", *PLANTED)
+            for length in LENGTHS
+        },
     }
-    planted = {
-        f"{kind}, {length}": {name: power(kind, length, detector) for name, detector in DETECTORS.items()}
-        for kind in ("born", *PLANTED)
-        for length in LENGTHS
-    }
-    return {"runs": RUNS, "snapshots": SNAPSHOTS, "nulls": nulls, "planted": planted}
 
 
 def report(found: Mapping[str, Any]) -> str:
@@ -605,41 +560,82 @@ def report(found: Mapping[str, Any]) -> str:
     Returns:
         Markdown.
     """
-    lines = ["| curves without a change | runs | promised at most | events | whitened |", "|---|---|---|---|---|"]
+    lines = [
+        "| curves without a change | runs | promised at most | events | of these abrupt |",
+        "|---|---|---|---|---|",
+    ]
+    at_rest, most = {"events": 0, "abrupt": 0}, 0.0
     for task, one in found["plateaus"].items():
-        runs = len(one["as it is"])
+        runs, bursts = len(one["events"]), sum(map(len, one["bursts"]))
         promised = PROMISED * runs * one["snapshots"]
-        bursts = sum(one["bursts"])
         what = "plateau" if not bursts else f"{bursts} bursts, no plateau"
-        lines.append(f"| {what}: {task} | {runs} | {promised:.0f} | {sum(one['as it is'])} | {sum(one['whitened'])} |")
+        counts = {name: sum(one[name]) for name in at_rest}
+        if not bursts:
+            most += promised
+            at_rest = {name: at_rest[name] + count for name, count in counts.items()}
+        lines.append(f"| {what}: {task} | {runs} | {promised:.0f} | {counts['events']} | {counts['abrupt']} |")
     promised = PROMISED * found["runs"] * found["snapshots"]
     for null, one in found["nulls"].items():
-        lines.append(f"| {null} | {found['runs']} | {promised:.0f} | {one['as it is']} | {one['whitened']} |")
+        lines.append(f"| {null} | {found['runs']} | {promised:.0f} | {one['events']} | {one['abrupt']} |")
+    said = [
+        f"{at_rest[name]} (95% interval {low:.1f} to {high:.1f})"
+        for name in at_rest
+        for low, high in [poisson_interval(at_rest[name])]
+    ]
     lines += [
         "",
-        "| planted change | runs | found | snapshots later | found, whitened | later |",
+        f"All plateaus together: {said[0]} of at most {most:.0f} events; of these {said[1]} abrupt.",
+        "",
+        f"| planted change, {found['runs']} runs "
+        + "".join(f"| found, noise {noise} | snapshots later | found as abrupt " for noise in NOISES)
+        + "|",
+        "|---" * (1 + 3 * len(NOISES)) + "|",
+    ]
+    for planted, by_noise in found["planted"].items():
+        kind, length = planted.split(", ")
+        cells = [f"{kind} within {length} snapshot{'s' * (length != '1')}"]
+        for noise in NOISES:
+            one = by_noise[str(noise)]
+            cells += [str(one["found"]), "" if one["delay"] is None else f"{one['delay']:g}", str(one["abrupt"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    others = [sum(one[str(noise)]["others"] for one in found["planted"].values()) for noise in NOISES]
+    lines += [
+        "",
+        f"Other events in these runs, by noise: {', '.join(map(str, others))}; "
+        f"promised at most {PROMISED * found['runs'] * (START + AFTER) * len(found['planted']):.0f} each.",
+        "",
+        "| while a network forms | events | of these abrupt | features that emerge | of these abruptly "
+        "| autocorrelation of increments |",
         "|---|---|---|---|---|---|",
     ]
-    for planted, one in found["planted"].items():
-        kind, length = planted.split(", ")
-        a, b = one["as it is"], one["whitened"]
-        said = f"{kind} within {length} snapshot{'s' * (length != '1')}"
-        lines.append(
-            f"| {said} | {a['runs']} | {a['found']} | {_number(a['delay'])} | {b['found']} | {_number(b['delay'])} |"
-        )
+    columns = ("events", "abrupt", "emerged", "emerged abruptly", "autocorrelation")
     lines += [
-        "", "| while a network forms | events | whitened | features that emerge | whitened | the same ones |",
-        "|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    for task, one in found["forming"].items():
-        a, b = one["as it is"], one["whitened"]
-        counts = (a["all"], b["all"], a["emerged"], b["emerged"], one["emerged in both"])
-        lines.append(f"| {task} | {' | '.join(map(str, counts))} |")
+        f"| {task} | {' | '.join(str(one[name]) for name in columns)} |" for task, one in found["forming"].items()
+    ]
     return "\n".join(lines)
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:g}"
+def to_json(found: Mapping[str, Any]) -> str:
+    """Convert results to JSON, with a line for each task, null and planted change.
+
+    Args:
+        found: The results.
+
+    Returns:
+        The text of a file.
+    """
+    parts = []
+    for name, value in found.items():
+        if isinstance(value, Mapping):
+            rows = ",\n".join(f"  {json.dumps(key)}: {json.dumps(one)}" for key, one in value.items())
+            parts.append(f" {json.dumps(name)}: {{\n{rows}\n }}")
+        else:
+            parts.append(f" {json.dumps(name)}: {json.dumps(value)}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _rounded(x: float) -> float:
+    return float(f"{x:.3g}")
 
 
 def _file(task: str, seed: object) -> str:
@@ -663,7 +659,7 @@ def main(args: Sequence[str] | None = None) -> None:
                 train(task, seed, path)
     found = measure_artificial() | measure_plateaus(parsed.folder)
     for path in (parsed.folder / "false_alarms.json", *([RESULTS] if parsed.commit else [])):
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        path.write_text(to_json(found))
     sys.stdout.write(report(found) + "\n")
 
 

@@ -17,6 +17,13 @@ times in ``N`` snapshots in expectation, whatever trend and variance are; no thr
 ``m`` series, ratios are weighted by ``1/m``, and the bound holds for all series taken together, however they depend on
 each other.
 
+*Autocorrelated increments.* Increments of smooth curves resemble their neighbours, and are not independent. Optionally,
+each increment is freed first of what the autocorrelation of all increments so far predicts from the one before. If
+increments are autoregressive of first order, what remains is independent, with a mean that is proportional to the
+trend, and the test is the same. There are two alternatives then, each with half of the weight: a shift of the
+increments themselves, which the subtraction changes where the shift begins and ends, such as a jump of the level; and a
+shift of what remains, which the autocorrelation then carries on.
+
 Sources: Shin, Ramdas and Rinaldo (2023), "E-detectors", arXiv 2203.03532, for sums of e-processes and false alarms;
 Perez-Ortiz, Lardy, de Heide and Grunwald (2022), "E-statistics, group invariance and anytime valid testing", arXiv
 2208.07610, for likelihood ratios of invariants. With a normal prior the ratio is the Bayes factor of Zellner's g-prior:
@@ -40,6 +47,8 @@ from lib_lightning.errors import SettingError
 SHIFTS = (1.0, 4.0, 16.0, 64.0)
 # Numbers of increments that are shifted; 0 for all after the change.
 DURATIONS = (1, 2, 4, 8, 0)
+# A steady trend would be invisible with an autocorrelation of 1.
+_MAX_AUTOCORRELATION = 0.95
 _TINY = 1e-300
 
 
@@ -81,6 +90,10 @@ class ChangeDetector:
             must have changed by ``min_change``: with 2, a single outlier is not a change.
         min_before: Smallest number of increments before an onset.
         window: Number of latest increments that are considered as onsets.
+        autocorrelated: Whether increments may be autocorrelated without a change. From each increment ``phi`` times the
+            one before is subtracted, and ``1 - phi`` of the trend remains. ``phi``, from 0 to 0.95, is the
+            autocorrelation of the increments of all series until then, so that a change does not explain itself; it is
+            in `autocorrelation`. ``min_change`` and ``min_level`` refer to the values themselves.
 
     Raises:
         SettingError: If a setting is outside its range.
@@ -93,6 +106,12 @@ class ChangeDetector:
         assumption does not hold, the bound may not either: the quotient was 0.5, 0.6 and 0.8 for increments with an
         autocorrelation of 0.3, but 0.8, 4 and 10 with 0.7, and 0.4, 1.3 and 3.5 for increments with Student's t
         distribution with 3 degrees of freedom.
+
+        With ``autocorrelated``, the bound assumes that the increments about the trend are a normal autoregressive
+        process of first order, with the same correlation, from 0 to 0.95, in all series and between all snapshots, and
+        that the estimate is near it; at the first snapshots there are few increments to estimate it from. Increments
+        with heavy tails raise about as many alarms as without it. A change that is as smooth as the curve before it is
+        not detected.
 
         Over a longer interval between snapshots, the trend is proportionally larger. The variance is proportionally
         larger for a random walk, and the same for a series that scatters about its trend. The evidence is computed for
@@ -117,6 +136,7 @@ class ChangeDetector:
         persistence: int = 1,
         min_before: int = 3,
         window: int = 64,
+        autocorrelated: bool = False,
     ) -> None:
         if not 0 < false_alarms < 1:
             raise SettingError(f"false_alarms must be between 0 and 1 per snapshot; got {false_alarms}.")
@@ -130,6 +150,12 @@ class ChangeDetector:
         self.false_alarms, self.min_change, self.min_level = false_alarms, min_change, min_level
         self.resolution, self.persistence, self.min_before, self.window = resolution, persistence, min_before, window
         self._series = _empty(0, window)
+        self._whitening = _Whitening() if autocorrelated else None
+
+    @property
+    def autocorrelation(self) -> float:
+        """Autocorrelation that is subtracted from the next increments; 0 if they are taken to be independent."""
+        return 0.0 if self._whitening is None else self._whitening.autocorrelation
 
     def __len__(self) -> int:
         """Number of series."""
@@ -146,6 +172,8 @@ class ChangeDetector:
         if copy_of is not None:
             new = {name: tensor[[copy_of] * count] for name, tensor in self._series.items()}
         self._series = {name: torch.cat([tensor, new[name]]) for name, tensor in self._series.items()}
+        if self._whitening is not None:
+            self._whitening.add(count, copy_of)
 
     def keep(self, which: Tensor) -> None:
         """Remove all series but some, which get new indices.
@@ -154,6 +182,8 @@ class ChangeDetector:
             which: Indices of the series to keep, in their new order, shape ``(k,)``, int64.
         """
         self._series = {name: tensor[which] for name, tensor in self._series.items()}
+        if self._whitening is not None:
+            self._whitening.keep(which)
 
     def num_increments(self, series: int) -> int:
         """Number of increments in the present history of a series."""
@@ -193,14 +223,17 @@ class ChangeDetector:
     def _push(self, values: Tensor, rows: Tensor) -> None:
         """Move the window by one increment in some series; the oldest one is added to the sums."""
         s = self._series
-        increment = values - s["value"]
-        s["trend"] = (increment / s["gap"]).where(rows & (s["count"] == 0), s["trend"])
+        increment, gap = values - s["value"], s["gap"]
+        if self._whitening is not None:
+            increment, gap = self._whitening.whiten(increment, gap, rows)
+        s["trend"] = (increment / gap).where(rows & (s["count"] == 0), s["trend"])
         oldest = [torch.stack([term[:, 0] for term in _terms(s, model)], 1) for model in (0, 1)]
         s["sums"] = s["sums"] + rows[:, None, None] * torch.stack(oldest, 1)
         new = {
             # Minus the trend of the first increment, on which ratios do not depend: a steep trend would cost precision.
-            "increments": increment - s["trend"] * s["gap"],
-            "gaps": s["gap"],
+            "increments": increment - s["trend"] * gap,
+            "gaps": gap,
+            "intervals": s["gap"],
             "weights": torch.full_like(values, 1 / max(1, len(values))),
             "values": s["value"],
             "snapshots": s["snapshot"],
@@ -222,7 +255,7 @@ class ChangeDetector:
         direction = up.double() - down.double() if self.min_change > 0 else None
 
         ratio = self._log_ratio(0, direction)
-        if not ((s["gaps"] == 0) | (s["gaps"] == 1)).all() or not torch.equal(*s["sums"].unbind(1)):
+        if not ((s["intervals"] == 0) | (s["intervals"] == 1)).all() or not torch.equal(*s["sums"].unbind(1)):
             ratio = torch.minimum(ratio, self._log_ratio(1, direction))
         return (ratio + s["weights"].log()).where(allowed, -math.inf)
 
@@ -255,13 +288,35 @@ class ChangeDetector:
         ratios = []
         for duration in DURATIONS:
             uu, uy = (x - F.pad(x, (0, duration))[:, duration:] if duration else x for x in since[:2])
-            size, contrast = uu * (UU - uu) / UU, uy - uu * UY / UU
-            explained = (contrast.square() / size.clamp_min(_TINY) / variation.clamp_min(_TINY)).clamp(0, 1)
-            for shift in SHIFTS:
-                g = size * shift**2
-                ratio = -(n - 1) / 2 * torch.log1p(-explained * g / (1 + g)) - torch.log1p(g) / 2
-                ratios.append(ratio if direction is None else ratio.where(contrast * direction > 0, -math.inf))
+            shifts = [(uu * (UU - uu) / UU, uy - uu * UY / UU)]
+            if self._whitening is not None:
+                zz, zu, zy = (x + edge for x, edge in zip((uu, uu, uy), self._edges(model, duration), strict=True))
+                shifts.append(((zz - zu.square() / UU).clamp_min(0), zy - zu * UY / UU))
+            for size, contrast in shifts:
+                explained = (contrast.square() / size.clamp_min(_TINY) / variation.clamp_min(_TINY)).clamp(0, 1)
+                for shift in SHIFTS:
+                    g = size * shift**2
+                    ratio = -(n - 1) / 2 * torch.log1p(-explained * g / (1 + g)) - torch.log1p(g) / 2
+                    ratios.append(ratio if direction is None else ratio.where(contrast * direction > 0, -math.inf))
         return torch.stack(ratios).logsumexp(0) - math.log(len(ratios))
+
+    def _edges(self, model: int, duration: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What a shift of the increments before whitening adds to ``uu``, ``uu`` and ``uy`` of one of whitened ones.
+
+        A shift of ``v`` of an increment is one of ``v - p`` in the whitened increments, ``p`` being what was subtracted
+        from the interval ``v``; but of ``v`` in the first one, before which nothing was shifted, and of ``-p`` in the
+        one after the last.
+        """
+        s = self._series
+        u, p, y = s["gaps"], s["intervals"] - s["gaps"], s["increments"]
+        variance = _variance(s, model)
+        zz, zu, zy = (2 * u * p + p.square()) / variance, u * p / variance, p * y / variance
+        if duration:
+            after = p.square() / variance, -zu, -zy
+            zz, zu, zy = (
+                x + F.pad(end, (0, duration))[:, duration:] for x, end in zip((zz, zu, zy), after, strict=True)
+            )
+        return zz, zu, zy
 
     def _detected(self, evidence: Tensor) -> list[Change]:
         s, total = self._series, evidence.logsumexp(1)
@@ -277,30 +332,108 @@ class ChangeDetector:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors from which `load_state_dict` restores the detector."""
-        return {name: tensor.clone() for name, tensor in self._series.items()}
+        whitening = {} if self._whitening is None else self._whitening.state_dict()
+        return {name: tensor.clone() for name, tensor in self._series.items()} | whitening
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state of a detector with the same settings.
 
         Args:
-            state: A result of `state_dict`.
+            state: A result of `state_dict`. If it has no autocorrelation, as of a detector of independent increments,
+                this is estimated anew.
 
         Raises:
             SettingError: If its window was different.
         """
         if state["increments"].shape[1] != self.window:
             raise SettingError(f"The state has a window of {state['increments'].shape[1]}, not {self.window}.")
+        # Older states have no intervals, since nothing was subtracted from them.
+        state = {"intervals": state["gaps"]} | state
         self._series = {name: state[name].clone() for name in self._series}
+        if self._whitening is not None:
+            self._whitening = _Whitening()
+            self._whitening.add(len(self))
+            self._whitening.load_state_dict(state)
+
+
+class _Whitening:
+    """Frees the increments of many series of their autocorrelation, snapshot by snapshot.
+
+    The autocorrelation is the same for all series. It is estimated from the deviations ``x`` and ``y`` of successive
+    increments from the mean of all earlier increments of their series, as the mean ``c`` of ``2 x y / (x^2 + y^2)``.
+    These products are between -1 and 1, so that no series, and no increment, counts more than others. Pairs with an
+    increment of exactly 0 are left out. If ``x`` and
+    ``y`` are normal with the same variance and the correlation ``phi``, the product is ``sin(a)``, with ``a`` twice
+    the angle of ``(x, y)``, whose density is ``sqrt(1 - phi^2) / (1 - phi sin(a)) / (2 pi)``. Its mean is
+    ``c = (1 - sqrt(1 - phi^2)) / phi``, so that ``phi = 2 c / (1 + c^2)``.
+    """
+
+    def __init__(self) -> None:
+        # For each series: the increment before and its interval, sums of increments and intervals, and the deviation.
+        self._past = torch.zeros(0, 5, dtype=torch.float64, device="cpu")
+        # Sum of all products, and their number.
+        self._products, self._pairs = 0.0, 0.0
+
+    @property
+    def autocorrelation(self) -> float:
+        c = self._products / (self._pairs + 1)
+        return min(_MAX_AUTOCORRELATION, max(0.0, 2 * c / (1 + c**2)))
+
+    def add(self, count: int, copy_of: int | None = None) -> None:
+        new = self._past.new_zeros(count, 5) if copy_of is None else self._past[[copy_of] * count]
+        self._past = torch.cat([self._past, new])
+
+    def keep(self, which: Tensor) -> None:
+        self._past = self._past[which]
+
+    def whiten(self, increments: Tensor, gaps: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Subtract what is predicted from the increment before, and learn from the new ones.
+
+        Args:
+            increments: One for each series, shape ``(m,)``.
+            gaps: Their intervals, shape ``(m,)``.
+            rows: Series that have an increment, shape ``(m,)``, bool.
+
+        Returns:
+            Increments, and intervals that are shorter by the same factor, so that a steady trend stays one.
+        """
+        phi, y = self.autocorrelation, increments.where(rows, 0.0)
+        before, interval, total, time, deviation = self._past.unbind(1)
+        has = rows & (interval > 0)
+        predicted = phi * before * gaps / interval.clamp_min(_TINY)
+        now = (y - gaps * total / time.clamp_min(_TINY)).where(has, 0.0)
+        # Increments of exactly 0, as of shares at their floor, would all deviate from the mean by the same.
+        known = has & (y != 0) & (before != 0) & (deviation != 0)
+        products = 2 * now * deviation / (deviation.square() + now.square()).clamp_min(_TINY)
+        self._products += float(products[known].sum())
+        self._pairs += float(known.sum())
+        past = torch.stack([y, gaps, total + y, time + gaps, now], 1)
+        self._past = past.where(rows[:, None], self._past)
+        return (increments - predicted).where(has, increments), (gaps * (1 - phi)).where(has, gaps)
+
+    def state_dict(self) -> dict[str, Any]:
+        products = torch.tensor([self._products, self._pairs], dtype=torch.float64, device="cpu")
+        return {"past": self._past.clone(), "products": products}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a state; one without an autocorrelation changes nothing."""
+        if "past" in state:
+            self._past = state["past"].clone()
+            self._products, self._pairs = state["products"].tolist()
 
 
 def _terms(s: dict[str, Tensor], model: int) -> tuple[Tensor, Tensor, Tensor]:
     """``u^2``, ``u y`` and ``y^2`` of increments ``y`` over intervals ``u``, divided by the variance of the noise.
 
-    The variance is 1 in model 0 (scatter about a trend) and ``u`` in model 1 (random walk).
+    The variance is 1 in model 0 (scatter about a trend) and the interval in model 1 (random walk).
     """
-    gaps, y = s["gaps"], s["increments"]
-    variance = gaps.where(gaps > 0, 1.0) if model else torch.ones_like(gaps)
-    return gaps.square() / variance, gaps * y / variance, y.square() / variance
+    u, y, variance = s["gaps"], s["increments"], _variance(s, model)
+    return u.square() / variance, u * y / variance, y.square() / variance
+
+
+def _variance(s: dict[str, Tensor], model: int) -> Tensor:
+    intervals = s["intervals"]
+    return intervals.where(intervals > 0, 1.0) if model else torch.ones_like(intervals)
 
 
 def _empty(count: int, window: int) -> dict[str, Tensor]:
@@ -317,6 +450,8 @@ def _empty(count: int, window: int) -> dict[str, Tensor]:
         "sums": torch.zeros(count, 2, 3, **number),
         "increments": torch.zeros(count, window, **number),
         "gaps": torch.zeros(count, window, **number),
+        # Intervals before whitening, which makes the `gaps` shorter.
+        "intervals": torch.zeros(count, window, **number),
         "weights": torch.zeros(count, window, **number),
         # Value and snapshot right before each increment.
         "values": torch.zeros(count, window, **number),

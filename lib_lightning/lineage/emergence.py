@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,9 +48,15 @@ class EmergenceDetector:
     snapshots, it emerges at its second important one. A feature that dies fades after three snapshots. These events
     accompany the births and deaths of important features, which `FeatureTracker` reports for all features.
 
+    Every series is tested twice: with increments that are taken to be independent, and with ones that may be
+    autocorrelated, as those of smooth curves (``autocorrelated`` of `ChangeDetector`). Events are those of the first
+    test. One is *abrupt* if the second has found a change of the same series as well, at a snapshot after its onset and
+    not later than the event; each change is counted once. Other events are bends of smooth curves, or too small to be
+    told from them.
+
     Args:
         false_alarms: Bound on the expected number of false events per snapshot if nothing changes, half of them for
-            features and half for metrics.
+            features and half for metrics. It is the bound on false abrupt events as well.
         min_change: Smallest factor by which a share changes.
         min_metric_change: Smallest factor by which a metric changes; its log10 is the smallest change of a metric that
             is not on a logarithmic scale.
@@ -64,8 +71,15 @@ class EmergenceDetector:
         each other in any way. On random walks with changes large enough to count, 0.04 times as many events as the
         bound allows were measured. Real training curves deviate from the assumption: increments of smooth curves
         resemble their neighbours, and a bend of the curve is an event if it is large enough. With an autocorrelation of
-        0.7, the same random walks had twice as many events as the bound allows. Births and deaths are not tested: a
-        feature that is mistaken for a new one at two snapshots in a row may emerge.
+        0.7, the same random walks had six times as many events as the bound allows.
+
+        For *abrupt* events the increments may be autocorrelated (autoregressive of first order, with the same
+        correlation in all series). There are at most as many as changes that the second test reports, so what bounds
+        its false alarms bounds false abrupt events; on those random walks there were 0.07 times as many as the bound
+        allows. Neither bound holds for increments with heavy tails. A feature that grows as smoothly as all curves of
+        its network move is not abrupt, however certain it is that it has grown.
+
+        Births and deaths are not tested: a feature that is mistaken for a new one at two snapshots in a row may emerge.
 
     Example:
         >>> detector = EmergenceDetector()
@@ -73,7 +87,8 @@ class EmergenceDetector:
         ...     importance = torch.tensor([0.7, 0.3, 0.0001 if step < 500 else 0.1])
         ...     for event in detector.update(step, {"mlp": (torch.tensor([0, 1, 2]), importance)}):
         ...         print(event.text)
-        feature mlp/2 emerged at step 550: its share of the layer's importance rose from 0.01% to 9.1% since step 450
+        feature mlp/2 emerged abruptly at step 550: its share of the layer's importance rose from 0.01% to 9.1% since
+        step 450
     """
 
     def __init__(
@@ -89,15 +104,18 @@ class EmergenceDetector:
         if not FLOOR < min_share < 1:
             raise SettingError(f"min_share must be between {FLOOR} and 1; got {min_share}.")
         self.min_share = min_share
-        self._features = ChangeDetector(
-            false_alarms / 2,
+        self._features = _TwoTests(
+            false_alarms=false_alarms / 2,
             min_change=math.log10(min_change),
             min_level=math.log10(min_share),
             resolution=_SHARE_RESOLUTION,
             persistence=2,
         )
-        self._metrics = ChangeDetector(
-            false_alarms / 2, min_change=math.log10(min_metric_change), resolution=_METRIC_RESOLUTION, persistence=2
+        self._metrics = _TwoTests(
+            false_alarms=false_alarms / 2,
+            min_change=math.log10(min_metric_change),
+            resolution=_METRIC_RESOLUTION,
+            persistence=2,
         )
         # For each lineage, in the order of the series: the number of consecutive snapshots without it.
         self._absent: dict[tuple[str, int], int] = {}
@@ -105,6 +123,11 @@ class EmergenceDetector:
         self._unimportant: dict[tuple[str, int], int] = {}
         # For each metric, in the order of the series: whether it is on a logarithmic scale; None if unknown yet.
         self._logarithmic: dict[str, bool | None] = {}
+
+    @property
+    def autocorrelation(self) -> float:
+        """Autocorrelation of the increments of features so far, which abrupt events take into account."""
+        return self._features.autocorrelation
 
     @renamed_arguments(numbers="scalars", gap="relative_interval")
     def update(
@@ -160,9 +183,14 @@ class EmergenceDetector:
             if layer in importances
             for i, name in zip(importances[layer][0].tolist(), of_layer, strict=True)
         }
-        found = [(lineages[c.series - 1], c) for c in changes if c.series != _ABSENT]
+        found = [
+            (lineages[change.series - 1], change, abrupt) for change, abrupt in changes if change.series != _ABSENT
+        ]
         self._forget()
-        return [self._feature_event(step, lineage, change, names.get(lineage, "")) for lineage, change in found]
+        return [
+            replace(self._feature_event(step, lineage, change, names.get(lineage, "")), abrupt=abrupt)
+            for lineage, change, abrupt in found
+        ]
 
     def _add_features(self, new: dict[tuple[str, int], float], known: set[str]) -> None:
         if not len(self._features):
@@ -217,7 +245,9 @@ class EmergenceDetector:
         values = [_to_level(scalars.get(name, math.nan), bool(log)) for name, log in self._logarithmic.items()]
         changes = self._metrics.update(step, torch.tensor(values, dtype=torch.float64, device="cpu"), relative_interval)
         metrics = list(self._logarithmic.items())
-        return [_metric_event(step, *metrics[change.series], change) for change in changes]
+        return [
+            replace(_metric_event(step, *metrics[change.series], change), abrupt=abrupt) for change, abrupt in changes
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers, strings and tensors from which `load_state_dict` restores the detector."""
@@ -230,12 +260,85 @@ class EmergenceDetector:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state; the settings stay those of this detector."""
+        """Restore a state; the settings stay those of this detector.
+
+        If the state is of a version that did not test twice, the second test starts anew: events are not abrupt until
+        it has seen a few snapshots.
+        """
         self._features.load_state_dict(state["features"])
         self._metrics.load_state_dict(state["metrics"])
         self._absent = {(layer, number): absent for layer, number, absent in state["absent"]}
         self._unimportant = {(layer, number): n for layer, number, n in state["small"]}
         self._logarithmic = dict(state["logarithmic"])
+
+
+class _TwoTests:
+    """Tests the same series with independent and with autocorrelated increments.
+
+    Args:
+        settings: Settings of both detectors, as for `ChangeDetector`.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self._settings = settings
+        self._plain = ChangeDetector(**settings)
+        self._whitened = ChangeDetector(**settings, autocorrelated=True)
+        # For each series: the latest snapshot at which the second one has reported a change that no event has used.
+        self._reported: list[int | None] = []
+
+    def __len__(self) -> int:
+        return len(self._plain)
+
+    @property
+    def min_before(self) -> int:
+        return self._plain.min_before
+
+    @property
+    def autocorrelation(self) -> float:
+        return self._whitened.autocorrelation
+
+    def num_increments(self, series: int) -> int:
+        return self._plain.num_increments(series)
+
+    def add(self, count: int, copy_of: int | None = None) -> None:
+        self._plain.add(count, copy_of)
+        self._whitened.add(count, copy_of)
+        self._reported += [None] * count
+
+    def keep(self, which: Tensor) -> None:
+        self._plain.keep(which)
+        self._whitened.keep(which)
+        self._reported = [self._reported[i] for i in which.tolist()]
+
+    def update(self, snapshot: int, values: Tensor, relative_interval: float) -> list[tuple[Change, bool]]:
+        """Changes that the first one detects at a snapshot, each with whether the second one has detected it, too."""
+        self.add(len(values) - len(self))
+        for change in self._whitened.update(snapshot, values, relative_interval):
+            self._reported[change.series] = snapshot
+        found = []
+        for change in self._plain.update(snapshot, values, relative_interval):
+            reported = self._reported[change.series]
+            abrupt = reported is not None and reported > change.onset
+            if abrupt:
+                self._reported[change.series] = None
+            found.append((change, abrupt))
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        second = {"detector": self._whitened.state_dict(), "reported": list(self._reported)}
+        return self._plain.state_dict() | {"autocorrelated": second}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._plain.load_state_dict(state)
+        # States of versions that had one detector have no second one.
+        second = state.get("autocorrelated")
+        if second is None:
+            self._whitened = ChangeDetector(**self._settings, autocorrelated=True)
+            self._whitened.add(len(self))
+            self._reported = [None] * len(self)
+        else:
+            self._whitened.load_state_dict(second["detector"])
+            self._reported = list(second["reported"])
 
 
 def _shares(importances: Mapping[str, tuple[Tensor, Tensor]]) -> dict[tuple[str, int], float]:

@@ -34,6 +34,8 @@ class Event:
         evidence: log10 of the evidence for a change, as `Change.evidence`.
         onset: Step of the last snapshot before the change, at which ``before`` was measured.
         label: Name of the feature; "" for none.
+        abrupt: Whether the change is also one if the increments of curves may be autocorrelated, as those of smooth
+            ones (see `EmergenceDetector`); None if this was not tested, as for births and events in older files.
 
     Raises:
         SettingError: If the kind is unknown, a number is not finite, or not exactly one of feature and metric is given.
@@ -41,6 +43,8 @@ class Event:
     Example:
         >>> Event("emerged", 1240, "resid_post", 17, before=0.0002, after=0.015).text
         "feature resid_post/17 emerged at step 1,240: its share of the layer's importance rose from 0.02% to 1.5%"
+        >>> Event("faded", 1300, "resid_post", 17, abrupt=True).text
+        'feature resid_post/17 faded abruptly at step 1,300'
         >>> Event("split", 90, "resid_post", 17, others=(3,), label="k=5 a+b 93%").text
         'feature resid_post/17 (k=5 a+b 93%) split from resid_post/3 at step 90'
         >>> Event("fell", 800, metric="lib/effective_edges/total", before=1989.0, after=703.0).text
@@ -58,6 +62,7 @@ class Event:
     evidence: float | None = None
     onset: int | None = None
     label: str = ""
+    abrupt: bool | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -80,7 +85,7 @@ class Event:
     def text(self) -> str:
         """The event as a sentence."""
         since = "" if self.onset is None else f" since step {self.onset:,}"
-        sentence = f"{self._predicate()} at step {self.step:,}"
+        sentence = f"{self._predicate()}{' abruptly' if self.abrupt else ''} at step {self.step:,}"
         if self.before is None or self.after is None:
             return sentence
         if self.metric is not None:
@@ -98,7 +103,10 @@ class Event:
         return f"{name} {'was born' if self.kind == 'born' else self.kind}{preposition + others if others else ''}"
 
     def to_json(self) -> str:
-        """Convert to one line of JSON, without empty attributes, and with the sentence as ``text``."""
+        """Convert to one line of JSON, without empty attributes, and with the sentence as ``text``.
+
+        ``abrupt`` is left out only if it was not tested: false is written.
+        """
         written = {name: value for name, value in asdict(self).items() if value not in (None, (), "")}
         return json.dumps(written | {"text": self.text}, allow_nan=False)
 

@@ -12,7 +12,7 @@ import torch
 from scipy import integrate, stats
 from torch import Tensor
 
-from lib_lightning.lineage.change_detection import DURATIONS, SHIFTS, Change, ChangeDetector
+from lib_lightning.lineage.change_detection import DURATIONS, SHIFTS, Change, ChangeDetector, _Whitening
 
 
 def run(detector: ChangeDetector, series: Tensor, intervals: list[float] | None = None) -> list[tuple[int, Change]]:
@@ -24,6 +24,15 @@ def run(detector: ChangeDetector, series: Tensor, intervals: list[float] | None 
 def walks(m: int, n: int, seed: int = 0, drift: float = 0.0) -> Tensor:
     noise = torch.randn(m, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return (noise + drift).cumsum(1)
+
+
+def autoregressive(m: int, n: int, phi: float, seed: int) -> Tensor:
+    """Series of variance 1 with the autocorrelation ``phi``."""
+    noise = torch.randn(m, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    series = [noise[:, 0]]
+    for now in noise.T[1:]:
+        series.append(phi * series[-1] + math.sqrt(1 - phi**2) * now)
+    return torch.stack(series, 1)
 
 
 def slow_ratio(d: np.ndarray, gaps: np.ndarray, s: int, power: float, resolution: float = 0.0) -> float:
@@ -264,6 +273,140 @@ def test_series_are_added_and_removed() -> None:
     changes = [one.update(39, series[[1, 0], 39]) for one in (detector, twin)]
     assert [c.evidence for c in changes[0]] == pytest.approx([c.evidence for c in changes[1]], rel=1e-12)
     assert [len(x) for x in changes] == [2, 2]
+
+
+@pytest.mark.parametrize("phi", [0.0, 0.3, 0.7])
+def test_the_autocorrelation_is_estimated(phi: float) -> None:
+    detector = ChangeDetector(1e-9, autocorrelated=True)
+    trend = torch.arange(60) * 0.5
+    run(detector, autoregressive(30, 60, phi, seed=1).cumsum(1) + trend)
+    assert detector.autocorrelation == pytest.approx(phi, abs=0.06)
+    # Series that do not move, and missing values, say nothing about it.
+    still, before = torch.zeros(30, dtype=torch.float64), detector.autocorrelation
+    series = autoregressive(60, 60, phi, seed=1).cumsum(1)
+    detector = ChangeDetector(1e-9, autocorrelated=True)
+    for t, values in enumerate(series[:30].T):
+        missing = torch.full((1,), math.nan if t % 2 else 1.0, dtype=torch.float64)
+        detector.update(t, torch.cat([values + trend[t], still, missing]))
+    assert detector.autocorrelation == pytest.approx(before, abs=0.03)
+
+
+@pytest.mark.parametrize("phi", [0.1, 0.5, 0.9])
+def test_the_mean_of_bounded_products(phi: float) -> None:
+    # Of x and y, normal with correlation phi, the angle alone counts: x, y = L (cos t, sin t) with Cholesky factor L.
+    def product(t: float) -> float:
+        x, y = math.cos(t), phi * math.cos(t) + math.sqrt(1 - phi**2) * math.sin(t)
+        return 2 * x * y / (x * x + y * y) / (2 * math.pi)
+
+    c = integrate.quad(product, 0, 2 * math.pi)[0]
+    assert c == pytest.approx((1 - math.sqrt(1 - phi**2)) / phi, abs=1e-9)
+    assert 2 * c / (1 + c**2) == pytest.approx(phi, abs=1e-9)
+
+
+def test_without_autocorrelation_nothing_is_subtracted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Whitening, "autocorrelation", 0.0)
+    series = walks(6, 40, seed=2)
+    series[3, 20:] += 30
+    expected = run(ChangeDetector(0.1), series)
+    assert run(ChangeDetector(0.1, autocorrelated=True), series) == expected
+    assert expected
+
+
+def test_a_steady_trend_is_no_change_with_autocorrelation() -> None:
+    # Gaps and increments become shorter by the same factor.
+    gaps = [1.0] * 15 + [0.25] * 20 + [1.0] * 15
+    time = torch.tensor(gaps, dtype=torch.float64).cumsum(0)
+    smooth = 0.1 * autoregressive(20, 50, 0.5, seed=3).cumsum(1) + 100 * time
+    # A trend that became a change would have a hundred digits of evidence; at 0.01, half a false alarm is expected.
+    detector = ChangeDetector(0.001, autocorrelated=True)
+    assert run(detector, smooth, gaps) == []
+    assert detector.autocorrelation > 0.2
+
+
+@pytest.mark.parametrize("duration_is_over", [False, True])
+def test_statistic_with_autocorrelation_equals_its_definition(
+    monkeypatch: pytest.MonkeyPatch, duration_is_over: bool
+) -> None:
+    # Shifts of the increments, and shifts of what remains of these when the autocorrelation has been subtracted.
+    phi, n = 0.6, 14 if duration_is_over else 8
+    monkeypatch.setattr(_Whitening, "autocorrelation", phi)
+    series = autoregressive(3, n, phi, seed=9).cumsum(1)
+    whiten = np.eye(n - 1) - phi * np.eye(n - 1, k=-1)
+    Q = np.linalg.svd((whiten @ np.ones(n - 1))[None])[2][1:]
+    expected = []
+    for x in series.numpy():
+        w, ratios = Q @ whiten @ np.diff(x), []
+        for s, duration, tau in product(range(3, n - 1), DURATIONS, SHIFTS):
+            inside = ((np.arange(n - 1) >= s) & (np.arange(n - 1) < (s + duration if duration else n))).astype(float)
+            for shift in (whiten @ inside, (whiten @ np.ones(n - 1)) * inside):
+                z = Q @ shift
+                V = np.eye(n - 2) + tau**2 * np.outer(z, z)
+                ratios.append(np.linalg.det(V) ** -0.5 * (w @ w / (w @ np.linalg.solve(V, w))) ** ((n - 2) / 2))
+        expected.append(np.sum(ratios) / len(DURATIONS) / len(SHIFTS) / 2 / 3)
+    found = evidence_of(ChangeDetector(1e-9, autocorrelated=True), series)
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-9, atol=0)
+
+
+def test_false_alarms_of_autocorrelated_increments() -> None:
+    # As in the test of the bound, 30 families of 20 series.
+    series, alarms = autoregressive(600, 100, 0.7, seed=4).cumsum(1), []
+    for autocorrelated in (False, True):
+        detector = ChangeDetector(0.999, window=32, autocorrelated=autocorrelated)
+        detector.false_alarms = 0.1 * 30
+        alarms.append(len(run(detector, series)))
+    assert alarms[0] > 2 * 0.1 * 100 * 30
+    assert 0 < alarms[1] <= 0.1 * 100 * 30
+
+
+@pytest.mark.parametrize("phi", [0.0, 0.5])
+def test_jumps_are_detected_beside_autocorrelation(phi: float) -> None:
+    series = 0.1 * autoregressive(20, 40, phi, seed=5).cumsum(1)
+    series[7, 25:] += 5
+    [(t, change)] = run(ChangeDetector(0.01, autocorrelated=True), series)
+    assert (t, change.series, change.onset) == (25, 7, 24)
+    assert (change.before, change.after) == (float(series[7, 24]), float(series[7, 25]))
+
+
+def test_the_autocorrelation_survives_a_checkpoint() -> None:
+    series = autoregressive(8, 80, 0.6, seed=6).cumsum(1) + 15.0 * (torch.arange(80) >= 60)
+    detector = ChangeDetector(0.2, window=16, autocorrelated=True)
+    run(detector, series[:, :41])
+    file = io.BytesIO()
+    torch.save(detector.state_dict(), file)
+    file.seek(0)
+    resumed = ChangeDetector(0.2, window=16, autocorrelated=True)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert resumed.autocorrelation == detector.autocorrelation > 0
+    rest = [detector.update(t, series[:, t]) for t in range(41, 80)]
+    assert [resumed.update(t, series[:, t]) for t in range(41, 80)] == rest
+    assert any(rest)
+    # A state without one: the first snapshot is tested as of independent increments.
+    plain = ChangeDetector(0.2, window=16)
+    run(plain, series[:, :41])
+    resumed.load_state_dict(plain.state_dict())
+    assert resumed.autocorrelation == 0
+    assert resumed.update(41, series[:, 41]) == plain.update(41, series[:, 41])
+    # And the other way round.
+    plain.load_state_dict(detector.state_dict())
+    assert plain.autocorrelation == 0
+    assert len(plain) == 8
+
+
+def test_series_with_autocorrelation_are_added_and_removed() -> None:
+    series = autoregressive(4, 40, 0.6, seed=7).cumsum(1)
+    detector, twin = (ChangeDetector(1e-9, autocorrelated=True) for _ in range(2))
+    run(detector, series[:3, :20])
+    run(twin, series[:3, :20])
+    detector.add(1, copy_of=1)
+    detector.keep(torch.tensor([3, 0]))
+    twin.keep(torch.tensor([1, 0]))
+    for t in range(20, 40):
+        for one in (detector, twin):
+            one.false_alarms = math.inf if t == 39 else 1e-9
+        changes = [one.update(t, series[[1, 0], t]) for one in (detector, twin)]
+        assert changes[0] == changes[1]
+    assert [len(x) for x in changes] == [2, 2]
+    assert detector.autocorrelation == twin.autocorrelation > 0
 
 
 def test_settings_are_checked() -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from lib_lightning.lineage.emergence import EmergenceDetector
+from lib_lightning.lineage.change_detection import Change
+from lib_lightning.lineage.emergence import EmergenceDetector, _TwoTests
 from lib_lightning.lineage.events import Event
 from lib_lightning.training.schedule import Schedule
 
@@ -87,6 +89,7 @@ def test_what_is_planted_is_found(kind: str, before: float, after: float, length
     assert event.evidence is not None
     # Twenty features, half of the false alarms: the threshold.
     assert event.evidence >= math.log10(1 / 0.025)
+    assert event.abrupt
 
 
 def test_shares_of_the_others_fall() -> None:
@@ -115,6 +118,7 @@ def test_features_born_important_emerge_at_their_second_snapshot() -> None:
     [event] = watch(levels)
     assert (event.kind, event.lineage, event.step, event.onset) == ("emerged", 5, STEPS[16], STEPS[14])
     assert event.before == 0.0
+    assert event.abrupt
     assert ": its share of the layer's importance rose from nothing to " in event.text
 
 
@@ -204,6 +208,96 @@ def test_state_survives_a_checkpoint() -> None:
             assert resumed.update(STEPS[t], snapshots[t], numbers[t]) == expected
             if t == 21 and stop < 21:
                 assert expected
+
+
+@pytest.mark.parametrize("stop", [10, 20, 25])
+def test_abruptness_survives_a_checkpoint(stop: int) -> None:
+    # A jump out of scatter, a smooth growth, and a change of which the second test alone has been told.
+    levels = planted({7: ramp(-3.5, -0.5, 24, 1)}, seed=4) + 0.1 * autocorrelated(20, 0.8, seed=8)
+    snapshots = [{"mlp": layer(dict(enumerate(x)))} for x in levels.T.tolist()]
+    detector, resumed = EmergenceDetector(0.9), EmergenceDetector(0.9)
+    for t in range(stop):
+        detector.update(STEPS[t], snapshots[t])
+    file = io.BytesIO()
+    torch.save(detector.state_dict(), file)
+    file.seek(0)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    later = [detector.update(STEPS[t], snapshots[t]) for t in range(stop, N)]
+    assert [resumed.update(STEPS[t], snapshots[t]) for t in range(stop, N)] == later
+    assert {event.abrupt for events in later for event in events} == {True, False}
+    assert resumed.autocorrelation == detector.autocorrelation > 0
+
+
+@pytest.mark.parametrize(("stop", "is_abrupt"), [(10, True), (18, False)])
+def test_states_with_one_test_are_loaded(stop: int, is_abrupt: bool) -> None:
+    # Ten snapshots later the second test knows enough; two snapshots later it does not.
+    levels = planted({7: ramp(-3.5, -0.5, 20, 1)}, seed=4)
+    snapshots = [{"mlp": layer(dict(enumerate(x)))} for x in levels.T.tolist()]
+    detector, resumed = EmergenceDetector(), EmergenceDetector()
+    for t in range(stop):
+        detector.update(STEPS[t], snapshots[t], {"m": 1.0})
+    state = detector.state_dict()
+    for name in ("features", "metrics"):
+        del state[name]["autocorrelated"]
+    resumed.load_state_dict(state)
+    [expected] = [e for t in range(stop, N) for e in detector.update(STEPS[t], snapshots[t], {"m": 1.0})]
+    [event] = [e for t in range(stop, N) for e in resumed.update(STEPS[t], snapshots[t], {"m": 1.0})]
+    assert expected.abrupt
+    assert event == replace(expected, abrupt=is_abrupt)
+
+
+def autocorrelated(m: int, phi: float, seed: int, n: int = N) -> Tensor:
+    """Walks whose increments have variance 1 and an autocorrelation."""
+    noise = normal(m, n, seed=seed)
+    increments = [noise[:, 0]]
+    for now in noise.T[1:]:
+        increments.append(phi * increments[-1] + math.sqrt(1 - phi**2) * now)
+    return torch.stack(increments, 1).cumsum(1)
+
+
+def test_abrupt_events_stay_within_the_bound_where_curves_wander_smoothly() -> None:
+    events = []
+    for seed in range(5):
+        levels = torch.linspace(0, -1.5, 20)[:, None] + 0.2 * autocorrelated(20, 0.7, seed)
+        numbers = {f"m{i}": 10 ** (0.1 * x) for i, x in enumerate(autocorrelated(10, 0.7, seed + 50))}
+        events += watch(levels, numbers, false_alarms=0.2)
+    promised = 0.2 * N * 5
+    assert len(events) > 1.5 * promised
+    assert 0 < sum(event.abrupt is True for event in events) <= 0.5 * promised
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("is_abrupt", [False, True])
+def test_smooth_growth_among_smooth_curves_is_an_event_that_is_not_abrupt(seed: int, is_abrupt: bool) -> None:
+    # All features wander smoothly. One also grows by 2.5 decades, as a logistic curve, or at once.
+    levels = torch.linspace(0, -1.0, 20, dtype=torch.float64)[:, None] + 0.03 * autocorrelated(20, 0.8, seed)
+    time = torch.arange(N).double() - 22
+    levels[7] += -2.5 + 2.5 * ((time >= 0).double() if is_abrupt else torch.sigmoid(time / 4))
+    [event] = [event for event in watch(levels) if event.lineage == 7]
+    assert (event.kind, event.abrupt) == ("emerged", is_abrupt)
+
+
+def test_a_report_of_the_second_test_counts_for_one_event_after_whose_onset_it_was() -> None:
+    tests = _TwoTests(false_alarms=0.01)
+    tests.add(1)
+    change = Change(0, 10, 0.0, 1.0, 3.0)
+
+    def told(plain: list[Change], whitened: list[Change], snapshot: int) -> list[bool]:
+        tests._plain.update = lambda *_: plain  # type: ignore[method-assign]
+        tests._whitened.update = lambda *_: whitened  # type: ignore[method-assign]
+        return [abrupt for _, abrupt in tests.update(snapshot, torch.zeros(1), 1.0)]
+
+    assert told([], [change], 10) == []
+    assert told([change], [], 11) == [False], "reported at the onset, not after it"
+    assert told([], [change], 12) == []
+    assert told([change], [], 13) == [True]
+    assert told([change], [], 14) == [False], "used"
+    assert told([change], [change], 15) == [True], "at the same snapshot"
+    assert told([], [change], 16) == []
+    tests.keep(torch.tensor([0, 0]))
+    tests.keep(torch.tensor([1]))
+    assert told([change], [], 17) == [True]
+    assert told([change], [], 18) == [False]
 
 
 def test_denser_snapshots_are_no_events() -> None:

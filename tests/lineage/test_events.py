@@ -37,6 +37,13 @@ SENTENCES = [
         "gini rose at step 8 from -0.0001235 to 0.91 since step 2",
     ),
     (Event("rose", 8, metric="gini"), "gini rose at step 8"),
+    (Event("rose", 8, metric="gini", abrupt=True), "gini rose abruptly at step 8"),
+    (Event("rose", 8, metric="gini", abrupt=False), "gini rose at step 8"),
+    (
+        Event("emerged", 1240, "mlp", 17, before=0.0, after=0.015, abrupt=True, label="k=5"),
+        "feature mlp/17 (k=5) emerged abruptly at step 1,240: its share of the layer's importance rose from nothing to "
+        "1.5%",
+    ),
 ]
 
 
@@ -47,6 +54,18 @@ def test_sentences_and_lines(event: Event, text: str) -> None:
     assert "\n" not in line
     assert Event.from_json(line) == event
     assert None not in json.loads(line).values()
+
+
+@pytest.mark.parametrize("abrupt", [None, False, True])
+def test_whether_an_event_is_abrupt_is_written_if_it_was_tested(abrupt: bool | None) -> None:
+    event = Event("rose", 3, metric="x", abrupt=abrupt)
+    line = event.to_json()
+    assert json.loads(line).get("abrupt", "nothing") == ("nothing" if abrupt is None else abrupt)
+    assert Event.from_json(line).abrupt is abrupt
+
+
+def test_events_in_older_files_were_not_tested_for_abruptness() -> None:
+    assert Event.from_json('{"kind": "rose", "step": 3, "metric": "x"}').abrupt is None
 
 
 def test_floats_are_exact() -> None:
