@@ -376,13 +376,17 @@ def story(results: Mapping[str, Any]) -> str:
     compared = {task: compare_task(list(runs.values()))[0] for task, runs in results.items()}
     late, early = ({task: found[kind] for task, found in compared.items()} for kind in ("memorising", "start"))
     output, tail, effective = "importance for the output", "features above 1e-06", "effective features"
-    causal = "causal features"
+    causal, large = "causal features", "features above 0.1"
     return (
         "Steps are multiples of test accuracy's, in the order addition, subtraction, parity.\n\n"
         "- *No quantity leads in all three tasks*, if it is followed from memorising on. In both perceptrons, "
         f"importance for the output does ({_times(late, output)}; first in {_first(late, output)} runs), and so does "
         f"importance in labelled features with labels from training samples ({_times(late, SHARE_TRAINING)}; "
-        f"{_first(late, SHARE_TRAINING)}). In addition, neither can be told from test accuracy.\n"
+        f"{_first(late, SHARE_TRAINING)}). In addition, neither can be told from test accuracy, half of whose rise is "
+        "over there when the training samples are memorised, so that little is left to compare.\n"
+        "- *The number of large features*, above a tenth of the importance of a node layer, leads in addition "
+        f"and subtraction, not in parity ({_times(late, large)}; first in {_first(late, large)} runs in which it "
+        "changes).\n"
         "- *To be first is not to foretell.* In parity, neither says when test accuracy will rise: over runs, rank "
         f"correlations with its step are {_correlations(late, output)} for the first, and "
         f"{_correlations(late, SHARE_TRAINING)} for the second. There they follow memorising, at a time of their own.\n"
