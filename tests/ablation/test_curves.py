@@ -168,7 +168,7 @@ def test_graphs_of_other_models_are_refused() -> None:
             edge_ablation_curve(model, [batch], graph, accuracy, section)
         with pytest.raises(NodeLayerError, match="a section is a pair of consecutive node layers"):
             edges_required(model, [batch], graph, accuracy, sections=[section])
-    with pytest.raises(ValueError, match="search must be 'scan' or 'bisection'; got 'halving'"):
+    with pytest.raises(ValueError, match="search must be 'scan', 'bisection' or 'coarse'; got 'halving'"):
         edges_required(model, [batch], graph, accuracy, search="halving")
     with pytest.raises(ValueError, match="counts must be between 0 and 5"):
         node_ablation_curve(model, [batch], graph, accuracy, "1", [7])
