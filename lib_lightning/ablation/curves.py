@@ -19,6 +19,9 @@ from lib_lightning.errors import NodeLayerError, SettingError, quoted
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.metrics.summary import EdgeCurve
 
+# Searches that depend on the scores alone.
+_SCANS = {"scan": scan, "coarse": coarse}
+
 
 @dataclass(frozen=True)
 class EdgesRequiredResult:
@@ -185,8 +188,8 @@ def edges_required(
     default, the count is the smallest number from which on every tried number suffices: powers of the square root of 2
     are tried from the largest one down to the first that fails, the interval above it is bisected, and the next numbers
     above the result are tried one by one (5% of it, between 8 and 100). ``search="bisection"`` is the search of the
-    paper: a bisection of the numbers from 1 to ``(d_in + 1) (d_out + 1)``. For large models, where each
-    number that is tried takes minutes, ``search="coarse"`` bisects ratios until the number is known to an eighth.
+    paper: a bisection of the numbers from 1 to ``(d_in + 1) (d_out + 1)``. For large models, where each number that is
+    tried takes minutes, ``search="coarse"`` bisects ratios until the number is known to an eighth.
 
     Args:
         model: As for `node_ablation_curve`.
@@ -243,12 +246,7 @@ def _required(
         return found[k].score.mean
 
     cache = ScoreCache(measure, E.numel(), threshold)
-    searches = {
-        "scan": lambda: scan(cache),
-        "bisection": lambda: bisect(cache, _paper_bracket(scored.graph, section)),
-        "coarse": lambda: coarse(cache),
-    }
-    count = searches[search]()
+    count = bisect(cache, _paper_bracket(scored.graph, section)) if search == "bisection" else _SCANS[search](cache)
     kept = E.numel() if count is None else count
     score = cache(kept)
     return EdgesRequiredResult(

@@ -362,10 +362,10 @@ class _Whitening:
     The autocorrelation is the same for all series. It is estimated from the deviations ``x`` and ``y`` of successive
     increments from the mean of all earlier increments of their series, as the mean ``c`` of ``2 x y / (x^2 + y^2)``.
     These products are between -1 and 1, so that no series, and no increment, counts more than others. Pairs with an
-    increment of exactly 0 are left out. If ``x`` and
-    ``y`` are normal with the same variance and the correlation ``phi``, the product is ``sin(a)``, with ``a`` twice
-    the angle of ``(x, y)``, whose density is ``sqrt(1 - phi^2) / (1 - phi sin(a)) / (2 pi)``. Its mean is
-    ``c = (1 - sqrt(1 - phi^2)) / phi``, so that ``phi = 2 c / (1 + c^2)``.
+    increment of exactly 0 are left out. If ``x`` and ``y`` are normal with the same variance and the correlation
+    ``phi``, the product is ``sin(a)``, with ``a`` twice the angle of ``(x, y)``, whose density is
+    ``sqrt(1 - phi^2) / (1 - phi sin(a)) / (2 pi)``. Its mean is ``c = (1 - sqrt(1 - phi^2)) / phi``, so that
+    ``phi = 2 c / (1 + c^2)``.
     """
 
     def __init__(self) -> None:

@@ -68,7 +68,7 @@ class EmergenceDetector:
     Note:
         The bound assumes that, if nothing changes, the increments of each logarithm from snapshot to snapshot are
         independent and normal with one mean and variance (see `ChangeDetector`); features and metrics may depend on
-        each other in any way. On random walks with changes large enough to count, 0.04 times as many events as the
+        each other in any way. On random walks with changes large enough to count, 0.03 times as many events as the
         bound allows were measured. Real training curves deviate from the assumption: increments of smooth curves
         resemble their neighbours, and a bend of the curve is an event if it is large enough. With an autocorrelation of
         0.7, the same random walks had six times as many events as the bound allows.
