@@ -197,6 +197,10 @@ if not hasattr(torch.cpu.Stream, "record_event"):  # the lowest version of PyTor
 RUNS |= {name: (lambda: Model(plain(71)), {}) for name in ("averaged", "moving_average", "halved")}
 
 
+# Runs with snapshots at the steps that are the default. In all others there are fewer.
+BY_DEFAULT = ("repeated", "fails")
+
+
 class Halving(pl.Callback):
     """Changes the weights when training has ended."""
 
@@ -228,6 +232,8 @@ def main(folder: Path) -> None:
         print("==", name, flush=True)
         pl.seed_everything(0, verbose=False)
         given = {"node_layers": NODE_LAYERS, "dtype": "float64", "max_overhead": math.inf, **options}
+        if name not in BY_DEFAULT:
+            given.setdefault("every_n_steps", 3)
         model, callback = model_of(), LIBCallback(**given)
         if isinstance(model, Timed):
             model.watch(callback)
