@@ -58,7 +58,7 @@ ERRORS = st.sampled_from(
 )
 
 
-@settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kind=st.sampled_from(["labeller", "score", "metric", "on_event"]), first=st.integers(0, 3), error=ERRORS)
 def test_snapshots_go_on_without_them(
     kind: str, first: int, error: Exception, tmp_path: Path, caplog: pytest.LogCaptureFixture
