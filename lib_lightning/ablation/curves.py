@@ -189,7 +189,7 @@ def edges_required(
     are tried from the largest one down to the first that fails, the interval above it is bisected, and the next numbers
     above the result are tried one by one (5% of it, between 8 and 100). ``search="bisection"`` is the search of the
     paper: a bisection of the numbers from 1 to ``(d_in + 1) (d_out + 1)``. For large models, where each number that is
-    tried takes minutes, ``search="coarse"`` bisects ratios until the number is known to an eighth.
+    tried takes minutes, ``search="coarse"`` halves, then bisects ratios until the number is known to an eighth.
 
     Args:
         model: As for `node_ablation_curve`.

@@ -253,18 +253,25 @@ class ChangeDetector:
         up = latest.amin(1, keepdim=True) - highest >= self.min_change
         down = lowest - latest.amax(1, keepdim=True) >= self.min_change
         direction = up.double() - down.double() if self.min_change > 0 else None
+        if direction is not None:
+            allowed &= direction != 0
 
-        ratio = self._log_ratio(0, direction)
-        if not ((s["intervals"] == 0) | (s["intervals"] == 1)).all() or not torch.equal(*s["sums"].unbind(1)):
-            ratio = torch.minimum(ratio, self._log_ratio(1, direction))
-        return (ratio + s["weights"].log()).where(allowed, -math.inf)
+        evidence = torch.full_like(s["weights"], -math.inf)
+        rows = allowed.any(1).nonzero().flatten()  # few of many series, where small changes do not count
+        part = {name: s[name][rows] for name in ("count", "sums", "increments", "gaps", "intervals")}
+        direction = None if direction is None else direction[rows]
+        ratio = self._log_ratio(part, 0, direction)
+        if not ((part["intervals"] == 0) | (part["intervals"] == 1)).all() or not torch.equal(*part["sums"].unbind(1)):
+            ratio = torch.minimum(ratio, self._log_ratio(part, 1, direction))
+        evidence[rows] = (ratio + s["weights"][rows].log()).where(allowed[rows], -math.inf)
+        return evidence
 
     def _highest_before(self, values: Tensor) -> Tensor:
         """Highest of the ``persistence`` values up to each onset, ``(m, window)``."""
         present = values.where(self._series["gaps"] > 0, -math.inf)
         return F.pad(present, (self.persistence - 1, 0), value=-math.inf).unfold(1, self.persistence, 1).amax(-1)
 
-    def _log_ratio(self, model: int, direction: Tensor | None) -> Tensor:
+    def _log_ratio(self, s: dict[str, Tensor], model: int, direction: Tensor | None) -> Tensor:
         """Log likelihood ratio of ``y = trend u + shift u [after the onset] + noise`` and ``y = trend u + noise``.
 
         With ``UU = sum u^2`` over all ``n`` increments and ``uu`` over those that are shifted, ``UY``, ``uy`` and
@@ -273,15 +280,16 @@ class ChangeDetector:
         Bayes factor of Liang et al. with the trend as the only other regressor.
 
         Args:
+            s: State of the series, or of some of them.
             model: Model of the noise, as for `_terms`.
             direction: Sign that the shift must have, shape ``(m, window)``; None for any.
 
         Returns:
             Mean over durations and sizes of the shift, shape ``(m, window)``.
         """
-        n = self._series["count"][:, None].double()
-        since = [term.flip(1).cumsum(1).flip(1) for term in _terms(self._series, model)]
-        whole = self._series["sums"][:, model, :, None] + torch.stack(since, 1)[:, :, :1]
+        n = s["count"][:, None].double()
+        since = [term.flip(1).cumsum(1).flip(1) for term in _terms(s, model)]
+        whole = s["sums"][:, model, :, None] + torch.stack(since, 1)[:, :, :1]
         UU, UY, YY = whole.unbind(1)
         UU = UU.clamp_min(_TINY)
         variation = (YY - UY.square() / UU).clamp_min(0) + (n - 1).clamp_min(0) * self.resolution**2
@@ -290,7 +298,7 @@ class ChangeDetector:
             uu, uy = (x - F.pad(x, (0, duration))[:, duration:] if duration else x for x in since[:2])
             shifts = [(uu * (UU - uu) / UU, uy - uu * UY / UU)]
             if self._whitening is not None:
-                zz, zu, zy = (x + edge for x, edge in zip((uu, uu, uy), self._edges(model, duration), strict=True))
+                zz, zu, zy = (x + edge for x, edge in zip((uu, uu, uy), _edges(s, model, duration), strict=True))
                 shifts.append(((zz - zu.square() / UU).clamp_min(0), zy - zu * UY / UU))
             for size, contrast in shifts:
                 explained = (contrast.square() / size.clamp_min(_TINY) / variation.clamp_min(_TINY)).clamp(0, 1)
@@ -299,24 +307,6 @@ class ChangeDetector:
                     ratio = -(n - 1) / 2 * torch.log1p(-explained * g / (1 + g)) - torch.log1p(g) / 2
                     ratios.append(ratio if direction is None else ratio.where(contrast * direction > 0, -math.inf))
         return torch.stack(ratios).logsumexp(0) - math.log(len(ratios))
-
-    def _edges(self, model: int, duration: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What a shift of the increments before whitening adds to ``uu``, ``uu`` and ``uy`` of one of whitened ones.
-
-        A shift of ``v`` of an increment is one of ``v - p`` in the whitened increments, ``p`` being what was subtracted
-        from the interval ``v``; but of ``v`` in the first one, before which nothing was shifted, and of ``-p`` in the
-        one after the last.
-        """
-        s = self._series
-        u, p, y = s["gaps"], s["intervals"] - s["gaps"], s["increments"]
-        variance = _variance(s, model)
-        zz, zu, zy = (2 * u * p + p.square()) / variance, u * p / variance, p * y / variance
-        if duration:
-            after = p.square() / variance, -zu, -zy
-            zz, zu, zy = (
-                x + F.pad(end, (0, duration))[:, duration:] for x, end in zip((zz, zu, zy), after, strict=True)
-            )
-        return zz, zu, zy
 
     def _detected(self, evidence: Tensor) -> list[Change]:
         s, total = self._series, evidence.logsumexp(1)
@@ -429,6 +419,22 @@ def _terms(s: dict[str, Tensor], model: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     u, y, variance = s["gaps"], s["increments"], _variance(s, model)
     return u.square() / variance, u * y / variance, y.square() / variance
+
+
+def _edges(s: dict[str, Tensor], model: int, duration: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What a shift of the increments before whitening adds to ``uu``, ``uu`` and ``uy`` of one of whitened ones.
+
+    A shift of ``v`` of an increment is one of ``v - p`` in the whitened increments, ``p`` being what was subtracted
+    from the interval ``v``; but of ``v`` in the first one, before which nothing was shifted, and of ``-p`` in the
+    one after the last.
+    """
+    u, p, y = s["gaps"], s["intervals"] - s["gaps"], s["increments"]
+    variance = _variance(s, model)
+    zz, zu, zy = (2 * u * p + p.square()) / variance, u * p / variance, p * y / variance
+    if duration:
+        after = p.square() / variance, -zu, -zy
+        zz, zu, zy = (x + F.pad(end, (0, duration))[:, duration:] for x, end in zip((zz, zu, zy), after, strict=True))
+    return zz, zu, zy
 
 
 def _variance(s: dict[str, Tensor], model: int) -> Tensor:

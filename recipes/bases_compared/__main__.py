@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,23 @@ from typing import Any
 from lib_lightning.model.instrumented import model_session
 from recipes.bases_compared.fit import BASES, Fit
 from recipes.bases_compared.measure import COLUMNS, Measurements
-from recipes.bases_compared.subjects import LARGE, LARGE_SECTIONS, RANDOM, SMALL, Subject, small, smollm2
+from recipes.bases_compared.subjects import (
+    LARGE,
+    LARGE_RANDOM,
+    LARGE_SECTIONS,
+    RANDOM,
+    SMALL,
+    Subject,
+    small,
+    smollm2,
+)
 from recipes.bases_compared.table import RESULTS, report
 
 SEEDS = 2
 # What is measured of networks with new weights.
 CONTROL = {"bases": ("lib", "pca", "neuron", "random"), "columns": ("features", "edges", "names")}
+# What is measured of a pretrained network with other seeds than the first: of it only autoencoders are trained here.
+TRAINED_HERE = {"bases": ("sae",), "columns": COLUMNS}
 
 
 def measure(
@@ -92,18 +103,25 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--network", choices=("small", "smollm2"), help="measure only this one")
     parser.add_argument("--bases", nargs="+", choices=tuple(BASES), default=list(BASES), help="measure only these")
     parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=list(COLUMNS), help="measure only these")
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(SEEDS)), help="of the small network")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(SEEDS)), help="of what is trained here")
     options = parser.parse_args(args)
     if options.folder is not None:
         chosen = {"bases": options.bases, "columns": options.columns}
+
+        def among(allowed: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+            return {name: [x for x in chosen[name] if x in allowed[name]] for name in chosen}
+
         if options.network != "smollm2":
             for seed in options.seeds:
-                measure(lambda seed=seed: small(seed, options.folder), SMALL, seed, options.folder, **chosen)
-                control = {name: [x for x in chosen[name] if x in CONTROL[name]] for name in chosen}
+                measure(partial(small, seed, options.folder), SMALL, seed, options.folder, **chosen)
                 fresh = partial(small, seed, options.folder, fresh=True)
-                measure(fresh, RANDOM, seed, options.folder, **control)
+                measure(fresh, RANDOM, seed, options.folder, **among(CONTROL))
         if options.network != "small":
-            measure(smollm2, LARGE, 0, options.folder, **chosen, one_by_one=LARGE_SECTIONS)
+            for seed in options.seeds:
+                of_seed = chosen if seed == 0 else among(TRAINED_HERE)
+                measure(partial(smollm2, seed), LARGE, seed, options.folder, **of_seed, one_by_one=LARGE_SECTIONS)
+            if 0 in options.seeds:
+                measure(partial(smollm2, fresh=True), LARGE_RANDOM, 0, options.folder, **among(CONTROL))
     sys.stdout.write(report() + "\n")
 
 

@@ -35,6 +35,27 @@ def most_important(basis: Basis, count: int) -> Tensor:
     return is_kept
 
 
+def effective_with_error(E: Tensor, replicates: Sequence[Tensor] | Tensor) -> dict[str, float | None]:
+    """Effective edges, their standard error over samples, and their bias by the jackknife.
+
+    Args:
+        E: Edges of a section, shape ``(r_out, r_in)``.
+        replicates: Edges without one group of samples at a time; empty where there are none.
+
+    Returns:
+        ``"effective"``, ``"error"`` and ``"bias"``; the last two are None without replicates.
+
+    Note:
+        Source of the bias, of a function of means of G groups: Quenouille (1956), "Notes on bias in estimation".
+    """
+    value = float(effective_edges(E))
+    if not len(replicates):
+        return {"effective": value, "error": None, "bias": None}
+    values = torch.stack([torch.as_tensor(effective_edges(one)) for one in replicates])
+    bias = (len(values) - 1) * (float(values.mean()) - value)
+    return {"effective": value, "error": float(standard_error(values)), "bias": bias}
+
+
 class Measurements:
     """What is measured of the bases of one network.
 
@@ -137,19 +158,18 @@ class Measurements:
         return self.fit.activations_on(self.subject.named)
 
     def _edges(self, kind: str) -> dict[str, Any]:
-        """Effective edges of each section, with standard errors over samples."""
+        """Effective edges of each section, with standard errors over samples and the bias by the jackknife."""
         graph = self.fit.graph(kind)
         sections = {}
         for pair, E in graph.edges.items():
             replicates = graph.info["edge replicates"][pair]
-            values = (
-                torch.stack([torch.as_tensor(effective_edges(one)) for one in replicates]) if len(replicates) else None
-            )
-            sections["-to-".join(pair)] = {
-                "edges": E.numel(),
-                "effective": float(effective_edges(E)),
-                "error": None if values is None else float(standard_error(values)),
-            }
+            found = {"edges": E.numel(), **effective_with_error(E, replicates)}
+            before, after = (graph.bases[name] for name in pair)
+            if isinstance(before, DictionaryBasis) and isinstance(after, DictionaryBasis):
+                latents = (slice(after.error), slice(before.error))
+                found["of latents alone"] = effective_with_error(E[latents], [one[latents] for one in replicates])
+                found["error's share"] = float(1 - E[latents].sum() / E.sum())
+            sections["-to-".join(pair)] = found
         return {"samples": self.subject.n_metric, "sections": sections}
 
     def _names(self, kind: str) -> dict[str, Any]:

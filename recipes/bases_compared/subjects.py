@@ -23,6 +23,7 @@ from recipes.pretrained_lm import QUARTERS, PretrainedLM, find_blocks
 TOKENS = 16384
 # Names of the networks.
 SMALL, RANDOM, LARGE = "Language model", "Language model with new weights", "SmolLM2-135M"
+LARGE_RANDOM = "SmolLM2-135M with new weights"
 # The section that is attacked.
 ATTACKED = ("middle", "three_quarters")
 # All sections of SmolLM2. Edges required in each of them take minutes.
@@ -144,8 +145,12 @@ def small(seed: int, folder: Path, quick: bool = False, fresh: bool = False) -> 
     )  # fmt: skip
 
 
-def smollm2() -> Subject:
+def smollm2(seed: int = 0, fresh: bool = False) -> Subject:
     """SmolLM2-135M-Instruct on Python's documentation, without the first position of each piece.
+
+    Args:
+        seed: Of autoencoders, and of new weights.
+        fresh: Whether its weights are initialised again, as a control.
 
     Returns:
         The network.
@@ -155,14 +160,15 @@ def smollm2() -> Subject:
     text.setup("fit")
     start = f"lm.{find_blocks(pretrained.lm, SMOLLM2)[0]}.0:input"
     train, test = shuffled(text.train), shuffled(text.test)
+    model = Logits(reinitialized(pretrained, seed) if fresh else pretrained)
     return Subject(
-        LARGE, 0, Logits(pretrained).eval(),
+        LARGE_RANDOM if fresh else LARGE, seed, model.eval(),
         [
             NodeLayer([tap], name=at, skip_positions=1)
             for at, tap in {"start": start, **{at: f"at.{at}" for at in QUARTERS}}.items()
         ],
         fit=train[: TOKENS // 64], scored=test[:12], named=test[16:80], tokenizer=SMOLLM2,
-        n_metric=24, n_probes=4, n_pushed=64, settings=TopKSettings(2304, 64, lr=1e-3), steps=400,
+        n_metric=24, n_probes=4, n_pushed=64, settings=TopKSettings(2304, 64, lr=1e-3, seed=seed), steps=400,
         # The probability of the next token decreases by a tenth.
         tolerance=0.1, search="bisection", causal=16, attacked=6, batch_size=12,
         # All dropped edges whose derivative says that they lower the score are put back.

@@ -54,7 +54,8 @@ def report(folder: Path = RESULTS) -> str:
     for network, by_kind in read(folder).items():
         seeds = max(map(len, by_kind.values()))
         parts.append(f"**{network}**" + (f", {seeds} seeds" if seeds > 1 else ""))
-        parts += [overview(by_kind), by_layer(by_kind), *against_pca(by_kind), *by_section(by_kind)]
+        parts += [overview(by_kind), by_layer(by_kind), *against_pca(by_kind), effective_by_section(by_kind)]
+        parts += by_section(by_kind)
         if "sae" in by_kind:
             parts.append(autoencoders(by_kind["sae"]))
     return "\n\n".join(parts)
@@ -81,19 +82,19 @@ def overview(by_kind: Mapping[str, Sequence[Cell]]) -> str:
         "named": _named,
         "AUROC of the names": _auroc,
     }
-    return _table("basis", columns, by_kind)
+    return _table("basis", columns, _titled(by_kind))
 
 
 def by_layer(by_kind: Mapping[str, Sequence[Cell]]) -> str:
     """The features required in each node layer."""
     layers = _layers(by_kind)
     columns = {name: (lambda seeds, name=name: _bounded(seeds, "features", "layers", (name,))) for name in layers}
-    return _table("features required", columns, by_kind)
+    return _table("features required", columns, _titled(by_kind))
 
 
 def against_pca(by_kind: Mapping[str, Sequence[Cell]]) -> list[str]:
     """Scores with as many features as principal components are required, minus those with these; else nothing."""
-    rows = {kind: seeds for kind, seeds in by_kind.items() if _of(seeds, "against_pca", "layers")}
+    rows = _titled({kind: seeds for kind, seeds in by_kind.items() if _of(seeds, "against_pca", "layers")})
     if not rows:
         return []
 
@@ -104,14 +105,26 @@ def against_pca(by_kind: Mapping[str, Sequence[Cell]]) -> list[str]:
     return [_table("log likelihood less that of as many principal components", columns, rows)]
 
 
+def effective_by_section(by_kind: Mapping[str, Sequence[Cell]]) -> str:
+    """The effective edges of each section; of an autoencoder also those of latents alone."""
+    rows = _titled({kind: seeds for kind, seeds in by_kind.items() if _of(seeds, "edges", "sections")})
+    if latents := [
+        {"edges": {"sections": {name: x["of latents alone"] for name, x in one.items()}}}
+        for one in _of(by_kind.get("sae", ()), "edges", "sections")
+    ]:
+        rows["SAE, latents alone"] = latents
+    columns = {name: (lambda seeds, name=name: _effective(seeds, (name,))) for name in _sections(by_kind)}
+    return _table("effective edges", columns, rows)
+
+
 def by_section(by_kind: Mapping[str, Sequence[Cell]]) -> list[str]:
     """The edges required in each section, if these were attacked; else nothing."""
     found = [x for seeds in by_kind.values() for one in _of(seeds, "edges_required", "sections") for x in one.items()]
     names = [name for name in _sections(by_kind) if any(name == known and "worst" in x for known, x in found)]
     if not names:
         return []
-    columns = {name: (lambda seeds, name=name: _withstood(seeds, name)) for name in names}
-    rows = {kind: seeds for kind, seeds in by_kind.items() if _of(seeds, "edges_required", "sections")}
+    columns = {name: (lambda seeds, name=name: _withstood(seeds, name)) for name in _sections(by_kind)}
+    rows = _titled({kind: seeds for kind, seeds in by_kind.items() if _of(seeds, "edges_required", "sections")})
     return [_table("edges required, change under attack", columns, rows)]
 
 
@@ -137,15 +150,20 @@ def autoencoders(seeds: Sequence[Cell]) -> str:
     return "\n".join(lines)
 
 
+def _titled(by_kind: Mapping[str, Sequence[Cell]]) -> dict[str, Sequence[Cell]]:
+    """Columns of each seed, by the name of the basis in the tables."""
+    return {BASES[kind]: seeds for kind, seeds in by_kind.items()}
+
+
 def _table(
-    first: str, columns: Mapping[str, Callable[[Sequence[Cell]], str]], by_kind: Mapping[str, Sequence[Cell]]
+    first: str, columns: Mapping[str, Callable[[Sequence[Cell]], str]], rows: Mapping[str, Sequence[Cell]]
 ) -> str:
-    cells = {title: [text(seeds) for seeds in by_kind.values()] for title, text in columns.items()}
+    cells = {title: [text(seeds) for seeds in rows.values()] for title, text in columns.items()}
     # What was measured in no basis has no column.
     cells = {title: column for title, column in cells.items() if any(cell != _MISSING for cell in column)}
     lines = [f"| {first} | {' | '.join(cells)} |", "|---" * (1 + len(cells)) + "|"]
-    for kind, *row in zip(by_kind, *cells.values(), strict=True):
-        lines.append(f"| {BASES[kind]} | {' | '.join(row)} |")
+    for title, *row in zip(rows, *cells.values(), strict=True):
+        lines.append(f"| {title} | {' | '.join(row)} |")
     return "\n".join(lines)
 
 
@@ -204,8 +222,11 @@ def _reconstruction(seeds: Sequence[Cell], layers: Sequence[str]) -> str:
     return _change(max(changes, key=lambda of_layer: abs(_average(x["change"] for x in of_layer))))
 
 
-def _effective(seeds: Sequence[Cell]) -> str:
-    found = _of(seeds, "edges", "sections")
+def _effective(seeds: Sequence[Cell], only: Sequence[str] | None = None) -> str:
+    """Sum over sections, with the standard error over samples and seeds; without that over samples if it is unknown."""
+    found = [
+        {name: x for name, x in one.items() if only is None or name in only} for one in _of(seeds, "edges", "sections")
+    ]
     if not found:
         return _MISSING
     totals = [sum(x["effective"] for x in one.values()) for one in found]
