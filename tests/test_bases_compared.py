@@ -14,12 +14,13 @@ from lib_lightning import NodeLayer, compute_interaction_graph
 from lib_lightning.ablation import EdgeAttack, log_likelihood, node_ablation_curve
 from lib_lightning.algorithm.dictionary_basis import DictionaryBasis
 from lib_lightning.dictionaries.topk_training import TopKSettings
+from lib_lightning.metrics.functional import effective_edges
 from lib_lightning.model.instrumented import model_session
 from recipes.bases_compared.__main__ import cell_path, measure, write
 from recipes.bases_compared.fit import Fit
-from recipes.bases_compared.measure import COLUMNS, Measurements
+from recipes.bases_compared.measure import COLUMNS, Measurements, effective_with_error
 from recipes.bases_compared.subjects import ATTACKED, LARGE_SECTIONS, Subject, small
-from recipes.bases_compared.table import against_pca, by_section, overview, read, report
+from recipes.bases_compared.table import against_pca, by_section, effective_by_section, overview, read, report
 from recipes.features_required import NodeAblations, features_required
 from recipes.language_model import GPTNeo
 from recipes.paper.networks import followed
@@ -147,6 +148,38 @@ def test_edges_required_of_one_section_are_attacked_once(subject: Subject, tmp_p
     assert "edges required" not in overview(by_kind), "not all sections were counted"
 
 
+def test_effective_edges_of_latents_are_those_without_the_error(subject: Subject, tmp_path: Path) -> None:
+    fit = Fit(subject, tmp_path)
+    with model_session(fit.instrumented):
+        measurements = Measurements(fit)
+        found, of_pca = measurements.column("edges", "sae"), measurements.column("edges", "pca")
+        graph = fit.graph("sae")
+    for pair, E in graph.edges.items():
+        section = found["sections"]["-to-".join(pair)]
+        latents = E[:-1, :-1]
+        assert [graph.labels[name][-1] for name in pair] == ["error", "error"]
+        assert section["effective"] == pytest.approx(float(effective_edges(E)))
+        assert section["of latents alone"]["effective"] == pytest.approx(float(effective_edges(latents)))
+        assert section["error's share"] == pytest.approx(float(1 - latents.sum() / E.sum()))
+    table = effective_by_section({"pca": [{"edges": of_pca}], "sae": [{"edges": found}]})
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == ["| PCA", "| SAE", "| SAE, latents alone"]
+
+
+def test_the_bias_of_effective_edges_is_found_by_the_jackknife() -> None:
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.rand(8, 2, generator=generator, dtype=torch.float64) + 0.1
+    mean = groups.mean(0)
+    without = (groups.sum(0) - groups) / 7
+    found = effective_with_error(torch.diag(mean), [torch.diag(one) for one in without])
+    each = torch.stack([torch.as_tensor(effective_edges(torch.diag(one))) for one in without])
+    assert found["bias"] == pytest.approx(7 * float(each.mean() - effective_edges(torch.diag(mean))))
+    assert found["error"] == pytest.approx(float((7 / 8 * (each - each.mean()).square().sum()).sqrt()))
+    # Edges that differ between groups by chance are fewer than their expectations would be.
+    assert found["bias"] < 0
+    alone = effective_with_error(torch.eye(3), torch.empty(0))
+    assert alone == {"effective": pytest.approx(3.0), "error": None, "bias": None}
+
+
 def renamed(layers: Sequence[NodeLayer]) -> list[NodeLayer]:
     """The same node layers with the names of the recipe."""
     return [replace(layer, name=name) for layer, name in zip(layers, QUARTERS, strict=True)]
@@ -185,6 +218,22 @@ def test_sections_have_files_of_their_own(tmp_path: Path) -> None:
     (pca,) = read(tmp_path)["A"]["pca"]
     assert [*pca["edges_required"]["sections"]] == ["-to-".join(section) for section in sorted(LARGE_SECTIONS[:2])]
     assert pca["edges_required"]["samples"] == 2
+
+
+def bias_of(basis: str) -> float:
+    """Bias of the effective edges of SmolLM2, relative to them."""
+    sections = read()["SmolLM2-135M"][basis][0]["edges"]["sections"].values()
+    return sum(x["bias"] for x in sections) / sum(x["effective"] for x in sections)
+
+
+def test_what_the_page_says_of_biases() -> None:
+    text = " ".join(PAGE.split())
+    found = [round(-100 * bias_of(kind)) for kind in ("lib", "fisher", "output", "pca")]
+    assert f"{min(found)} to {max(found)}% too small in LIB and PCA" in text
+    assert f"{-bias_of('neuron'):.0%} in neurons" in text
+    assert f"{-bias_of('random'):.0%} in a random rotation" in text
+    assert f"{-bias_of('ica'):.0%} in ICA" in text
+    assert f"{-bias_of('sae'):.0%} with latents" in text
 
 
 def test_the_page_shows_what_the_committed_results_say() -> None:

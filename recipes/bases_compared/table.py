@@ -52,13 +52,25 @@ def report(folder: Path = RESULTS) -> str:
     """
     parts = []
     for network, by_kind in read(folder).items():
-        seeds = max(map(len, by_kind.values()))
-        parts.append(f"**{network}**" + (f", {seeds} seeds" if seeds > 1 else ""))
+        parts.append(f"**{network}**{_seeds(by_kind)}")
         parts += [overview(by_kind), by_layer(by_kind), *against_pca(by_kind), effective_by_section(by_kind)]
         parts += by_section(by_kind)
         if "sae" in by_kind:
             parts.append(autoencoders(by_kind["sae"]))
     return "\n\n".join(parts)
+
+
+def _seeds(by_kind: Mapping[str, Sequence[Cell]]) -> str:
+    """How many seeds there are, and of what if not of all.
+
+    Example:
+        >>> _seeds({"lib": [{}, {}], "sae": [{}, {}]}), _seeds({"lib": [{}], "sae": [{}, {}]}), _seeds({"lib": [{}]})
+        (', 2 seeds', ', 2 seeds of SAE', '')
+    """
+    most = max(map(len, by_kind.values()))
+    some = [BASES[kind] for kind, seeds in by_kind.items() if len(seeds) == most]
+    of_some = f" of {', '.join(some)}" if len(some) < len(by_kind) else ""
+    return f", {most} seeds{of_some}" if most > 1 else ""
 
 
 def overview(by_kind: Mapping[str, Sequence[Cell]]) -> str:
