@@ -46,7 +46,7 @@ def _of_gpt2(setting: str) -> list[str]:
 
 
 def said_and_ended(capsys: pytest.CaptureFixture[str], *args: str) -> str:
-    """What the command line prints before it ends without training, in this process, which takes a tenth of the time."""
+    """What the command line prints before it ends without training; in this process, which is ten times as fast."""
     with pytest.raises(SystemExit) as ended:
         main(list(args))
     assert not ended.value.code
