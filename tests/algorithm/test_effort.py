@@ -74,6 +74,7 @@ def lstm() -> tuple[nn.Module, Tensor]:
     return Lstm(), torch.randn(128, 12, 8)
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("make", [mlp, cnn, gpt2, llama, lstm])
 @pytest.mark.parametrize("allowed", [1e9, 1e13])
 def test_predicted_operations_are_those_that_are_counted(

@@ -219,17 +219,17 @@ def expected() -> dict[str, Any]:
     return {name: graph_of(name) for name in MODELS}
 
 
-@pytest.mark.parametrize(("module", "key"), [(module, key) for module, key, _, _ in INTERNALS])
+@pytest.mark.combinations
+@pytest.mark.parametrize("internal", INTERNALS, ids=[key for _, key, _, _ in INTERNALS])
+@pytest.mark.parametrize("name", MODELS)
 def test_the_same_graph_without_one_of_them(
-    module: Any, key: str, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    internal: tuple[Any, ...], name: str, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    module, key, _, _ = internal
     monkeypatch.setitem(module.NAMES, key, "_missing")
-    for name, edges in expected.items():
-        found = graph_of(name)
-        for section, E in edges.items():
-            torch.testing.assert_close(
-                found[section], E, rtol=1e-9, atol=1e-14 * float(E.max()), msg=f"{name} {section}"
-            )
+    found = graph_of(name)
+    for section, E in expected[name].items():
+        torch.testing.assert_close(found[section], E, rtol=1e-9, atol=1e-14 * float(E.max()), msg=str(section))
 
 
 def test_the_same_graph_without_names_of_operations(expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
