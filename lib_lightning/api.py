@@ -161,20 +161,21 @@ def compute_interaction_graph(  # noqa: PLR0913 (a public entry)
             samples that need less; after an out-of-memory error the chunks are halved.
         process_group: Processes that call this function with different batches, to get the graph of all samples:
             `lib_lightning.distributed.torch_group.TorchProcessGroup()`. By default a single process.
-        progress: Whether to show a progress bar, with steps as long as their operations, and the remaining time.
+        progress: Whether to show a progress bar, which advances with the operations, and the remaining time.
         final_metric: ``"fisher"`` measures the last node layer by what the model's output predicts: importance then is
-            the effect on the predicted distribution. None for ``final_basis``; but with ``effort="auto"``, the node
-            layer before more than 512 logits is measured so.
-        n_pushed: Number of features that each sample is pushed forward for, chosen at random, important ones more
-            often, which makes the cost of edges independent of width and number of positions; None for exact edges
-            (see ``effort``). The standard errors include the error of this choice.
+            the effect on the predicted distribution. None for ``final_basis``. With ``effort="auto"``, a last node
+            layer before more than 512 logits is measured so too, unless ``final_basis`` is given.
+        n_pushed: Number of features that are pushed forward in each sample: whose effect on the next node layer is
+            computed. They are chosen at random, important ones more often, which makes the cost of edges independent of
+            width and number of positions; None for exact edges (see ``effort``). The standard errors include the error
+            of this choice.
         effort: ``"auto"`` chooses ``n_probes`` and ``n_pushed``, where they are None, if exact sums would take more
             than a minute or so, and says so in a note; ``"exact"`` takes None as exact in any case.
-        skip_positions: Positions whose activations flow on as ever but are left out of all features, metrics, edges and
-            ablations: 1 for the first one, as of language models, whose first token often has most of the variance; -1
-            for the last one; a list of indices; a slice. Counted in each sample, among the valid ones if there is a
-            mask. None for none; a `NodeLayer` may have its own. Paths from other positions through these are no part
-            of edges.
+        skip_positions: Positions that the model computes as usual, but that are left out of all features, metrics,
+            edges and ablations: 1 for the first one, as in language models, whose first token often has most of the
+            variance; -1 for the last one; a list of indices; a slice. Counted in each sample, among the valid ones if
+            there is a mask. None for none; a `NodeLayer` may have its own. Paths from other positions through these
+            are not part of edges.
         metric: ``"next"`` measures a node layer by the features of the next one, as the paper does; ``"output"``
             measures all of them by what the model's output predicts.
         output_distribution: What the output is: ``"categorical"`` for logits of classes or tokens, ``"bernoulli"`` for
@@ -257,8 +258,8 @@ def estimate_cost(  # noqa: PLR0913 (a public entry)
 ) -> CostEstimate:
     """Predict time, memory and file size of a graph, without computing it.
 
-    Operations are counted on two samples, and with them a plan is made. A graph of few samples, or of all if they are
-    computed at once, is then begun: everything is done that a graph needs, but of each loop over products only a few.
+    Operations are counted on two samples, and a plan is made from them. Then a graph of a few samples, or of all if
+    they are computed at once, is begun: every step of a graph is run, but only a few products of each loop over them.
 
     Args:
         model: As for `compute_interaction_graph`; left exactly as it was found.
@@ -271,8 +272,9 @@ def estimate_cost(  # noqa: PLR0913 (a public entry)
         mask: As for `compute_interaction_graph`.
         dtype: As for `compute_interaction_graph`.
         skip_positions: As for `compute_interaction_graph`.
-        settings: What else the graph is computed with: ``basis``, ``final_basis``, ``rtol``, ``n_probes``,
-            ``n_pushed``, ``integration_steps``, ``final_metric``, ``dictionaries``.
+        settings: Other arguments of `compute_interaction_graph`: ``basis``, ``final_basis``, ``rtol``, ``n_probes``,
+            ``n_pushed``, ``integration_steps``, ``metric``, ``final_metric``, ``output_distribution``, ``basis_seed``,
+            ``dictionaries``.
 
     Returns:
         The plan, predicted seconds and bytes. Printed, it is a sentence.
@@ -335,7 +337,7 @@ def _estimate(
     halvings: int,
     dictionaries: Mapping[str, Dictionary],
 ) -> CostEstimate:
-    """Predict what a graph costs: its preparations, which are done, and a trial, with a memory plan halved so often."""
+    """Predict what a graph costs, by its preparations and a trial; the memory plan is halved ``halvings`` times."""
     started = time.perf_counter()
     instrumented.notes = validate_node_layers(instrumented, [batch])
     size = instrumented.num_samples(batch)
@@ -465,7 +467,7 @@ def _progress(
         yield
         return
     if display.cost is None and chunks:
-        # What cannot be counted has a bar with steps of equal lengths.
+        # If operations cannot be counted, all steps of the bar have the same length.
         with contextlib.suppress(Exception):
             display.cost = measure_cost(instrumented, chunks[0])
     num_samples = sum(map(instrumented.num_samples, chunks))
@@ -542,7 +544,7 @@ def _output(
 
 
 def _with_final_metric(config: LIBConfig, last: NodeLayer, output: OutputDistribution | None) -> LIBConfig:
-    """The configuration in which very many logits measure the node layer before them, where nothing else is asked."""
+    """The configuration; very many logits measure the last node layer before them, if nothing else is asked for."""
     is_free = config.final_metric is None and config.final_basis == "auto"
     if is_free and not is_output(last.taps) and output is not None and output.has_many_logits:
         return replace(config, final_metric="fisher")

@@ -75,7 +75,7 @@ def shows_tracebacks() -> bool:
 
     Returns:
         True if the level of the logger ``lib_lightning`` is DEBUG, or the environment variable
-        ``LIB_LIGHTNING_TRACEBACK`` is set to anything but 0.
+        ``LIB_LIGHTNING_TRACEBACK`` is set, and neither empty nor 0.
     """
     return _log.isEnabledFor(logging.DEBUG) or os.environ.get("LIB_LIGHTNING_TRACEBACK", "0") not in ("", "0")
 
@@ -248,7 +248,7 @@ def check_number(
         integer: Whether it must be an integer.
 
     Raises:
-        SettingTypeError: If it is not a number.
+        SettingTypeError: If it is not a number, or not an integer where it must be one.
         SettingError: If it is outside its range.
 
     Example:

@@ -95,8 +95,8 @@ class FeatureEffects:
     Attributes:
         changes: Mean change of the score, shape ``(r,)``, float64; NaN for features that were not tried.
         errors: Its standard error over samples, shape ``(r,)``, float64.
-        significant: Whether it is a discovery, with the false discovery rate over all features tried controlled, shape
-            ``(r,)``, bool.
+        significant: Whether the change is significant, with the false discovery rate controlled over all features that
+            were tried, shape ``(r,)``, bool.
     """
 
     changes: Tensor
@@ -112,8 +112,9 @@ class Feature:
         id: ``"layer/number"``, the name in events, figures, the tab and the log. In a run the number is the lineage, so
             the id is the same in all snapshots. A graph whose features are not tracked has the index in its place.
         layer: Name of the node layer.
-        index: Position of the feature in this graph's bases, edges, labels and modules; for all bases but those of
-            single neurons, its rank by importance, from 0. It changes from snapshot to snapshot.
+        index: Position of the feature in this graph's bases, edges, labels and modules: its rank by importance, from 0,
+            which changes from snapshot to snapshot. Neurons, centered logits and latents of a dictionary keep their own
+            order.
         lineage: The lineage; None if features are not tracked.
         importance: Its importance.
         importance_error: Standard error of the importance; None if unknown.
@@ -150,9 +151,9 @@ class Feature:
 class InteractionGraph:
     """Features of every node layer, and the strengths of their interactions.
 
-    Bases, edges, labels and modules are in the order of a feature's *index*: its rank by importance, which changes from
-    snapshot to snapshot. Events, figures, the tab and the log name a feature by its *id*, such as ``"resid_post/17"``,
-    which does not. `feature`, `index` and `feature_ids` convert.
+    Bases, edges, labels and modules are in the order of a feature's *index*: in most bases its rank by importance,
+    which changes from snapshot to snapshot. Events, figures, the tab and the log name a feature by its *id*, such as
+    ``"resid_post/17"``, which does not change. `feature`, `index` and `feature_ids` convert.
 
     Attributes:
         bases: A `Basis` for each node layer, by name, in forward order.
@@ -172,8 +173,9 @@ class InteractionGraph:
         lineages: For each node layer the lineages of its features; empty if they are not tracked.
         replicates: Jackknife replicates, for standard errors. They are not saved to files.
         attributions: For each section a matrix ``A`` of shape ``(r_after, r_before)``, float64: how much of the
-            variance of feature ``i`` feature ``j`` accounts for, to first order. Positive where ``j`` drives ``i`` the
-            way it goes, negative where it holds against it. Empty in graphs from files of earlier versions.
+            variance of feature ``i`` feature ``j`` accounts for, to first order. Positive where ``j`` drives ``i``
+            (pushes its value the way it goes), negative where it holds against it (pulls it back). Empty in graphs from
+            files of earlier versions.
         attribution_errors: Standard errors of the attributions, with their shapes; empty if unknown.
         examples: For each node layer, where its features are largest and smallest; empty in graphs from files of
             earlier versions.
@@ -356,8 +358,8 @@ class InteractionGraph:
             path: The file; missing folders are created.
             dictionary_weights: Whether to write the weights of dictionaries as well, which `load` puts in
                 ``bases[layer].weights``: an object of the same class can load them. Without them, the file has class
-                and hash of each dictionary, and numbers of its latents. `load` takes the dictionary in both cases, as
-                weights alone encode nothing.
+                and hash of each dictionary, and the numbers of its latents. In both cases, `load` needs the dictionary
+                itself to encode activations.
         """
         tensors: dict[str, Tensor] = {}
         for i, (layer, basis) in enumerate(self.bases.items()):
@@ -403,8 +405,8 @@ class InteractionGraph:
 
         Args:
             path: A file that `save` wrote, in this or an earlier version.
-            dictionaries: The dictionaries of a graph whose features are latents, by node layer. Without them the graph
-                can be measured, drawn and looked at, but not encode activations.
+            dictionaries: The dictionaries of a graph whose features are latents, by node layer. Without them, the graph
+                can be measured and drawn, but cannot encode activations.
 
         Returns:
             The graph, equal to the saved one, without `replicates`.
@@ -459,7 +461,7 @@ class InteractionGraph:
         Raises:
             LIBError: If there is no such node layer.
             SettingError: If a node layer has no dictionary, or one with other weights.
-            SettingTypeError: If these are no dictionaries by node layer.
+            SettingTypeError: If this is no mapping from node layers to dictionaries.
         """
         for layer, dictionary in check_dictionaries(dictionaries, []).items():
             basis = self._basis(layer)
@@ -505,7 +507,7 @@ class InteractionGraph:
 
         Standard errors are those of the jackknife over `replicates`. For metrics of modules, they hold for these
         modules. For metrics of ablation curves, they are unknown. Edges from a random choice of features look sparser
-        than exact ones, as some are never chosen: there, errors include that bias, which the jackknife estimates, too
+        than exact ones, as some are never chosen: there, errors also include that bias, as the jackknife estimates it
         (Quenouille 1956, https://doi.org/10.1093/biomet/43.3-4.353).
 
         Args:
@@ -612,10 +614,11 @@ class InteractionGraph:
                 a probability of 95% together, ten at most. Of outputs that are numbers, the ten that are farthest from
                 their mean.
             position: Position of the output to follow, negative from the end; by default the last one that is valid.
-            max_features: Number of features at positions to keep in each node layer: those that matter most.
+            max_features: Largest number of features at positions to keep in each node layer: those with most influence
+                on the outputs.
             options: ``input_fn``, ``mask`` and ``dtype`` as for `compute_interaction_graph`; ``integration_steps`` as
-                there, by default that of the graph, with which less is left out by linearisation; and ``memory_limit``
-                in GiB for contributions: those that need more are computed twice.
+                there, by default that of the graph (with more, linearisation leaves out less); and ``memory_limit`` in
+                GiB for contributions: those that need more are computed twice.
 
         Returns:
             The graph. `SampleGraph.pruned` leaves out what matters little.
@@ -681,16 +684,16 @@ class InteractionGraph:
                 default the numbers of the tokens.
             node_threshold: As for `SampleGraph.pruned`; 1 for all nodes.
             edge_threshold: As for `SampleGraph.pruned`.
-            renderings: How the samples look on which features are largest and smallest, to show these: the folder of
-                the run, or what `lib_lightning.features.render_samples` has returned. None shows none.
+            renderings: Renderings of the samples on which features are largest and smallest, to show them: the folder
+                of the run, or what `lib_lightning.features.render_samples` has returned. None shows none.
             options: As for `sample_graph`.
 
         Returns:
             The graph that was written.
 
         Raises:
-            SettingError: If the path does not end in ``.json``, or the texts are not as many as positions.
-            LIBError: As for `sample_graph`; or if the folder does not know how the graph's samples look.
+            SettingError: If the path does not end in ``.json``, or there are not as many texts as positions.
+            LIBError: As for `sample_graph`; or if the folder has no renderings of the graph's samples.
 
         Example:
             >>> import json, tempfile
@@ -745,8 +748,7 @@ class InteractionGraph:
         """Draw the graph: one column per node layer, dots sized by importance, lines by edge strength.
 
         Modules, if known, are drawn as bands in the colours of their numbers; labels are written beside their features,
-        with their scores.
-        The number beside a dot is the one in the feature's id: its lineage in a run, else its index.
+        with their scores. The number beside a dot is the one in the feature's id: its lineage in a run, else its index.
 
         Args:
             max_edges: Maximum number of edges to draw, divided equally among the sections.

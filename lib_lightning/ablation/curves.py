@@ -97,6 +97,7 @@ def node_ablation_curve(
 
     Raises:
         NodeLayerError: If the graph has no such node layer, or belongs to a model of a different shape.
+        SettingError: If ``counts`` is unknown, or a number in it is out of range.
         LIBError: If the score function does not return one number for each sample.
 
     Note:
@@ -148,6 +149,7 @@ def edge_ablation_curve(
 
     Raises:
         NodeLayerError: If the graph has no such section, or belongs to a model of a different shape.
+        SettingError: If ``counts`` is unknown, or a number in it is out of range.
         LIBError: If the score function does not return one number for each sample.
 
     Note:
@@ -189,7 +191,8 @@ def edges_required(
     are tried from the largest one down to the first that fails, the interval above it is bisected, and the next numbers
     above the result are tried one by one (5% of it, between 8 and 100). ``search="bisection"`` is the search of the
     paper: a bisection of the numbers from 1 to ``(d_in + 1) (d_out + 1)``. For large models, where each number that is
-    tried takes minutes, ``search="coarse"`` halves, then bisects ratios until the number is known to an eighth.
+    tried takes minutes, ``search="coarse"`` tries a half, an eighth, a 128th of all edges and so on until one fails,
+    then bisects ratios between that one and the one before, until the number is known to an eighth.
 
     Args:
         model: As for `node_ablation_curve`.
@@ -209,6 +212,7 @@ def edges_required(
 
     Raises:
         NodeLayerError: If the graph has no such section, or belongs to a model of a different shape.
+        SettingError: If ``search`` or ``attack`` is unknown.
         LIBError: If the score function does not return one number for each sample.
 
     Note:

@@ -1,9 +1,10 @@
 """How much a graph computes: samples, probes and features pushed forward, from counts of operations.
 
 Exact metrics and edges take a product with a section's Jacobian for each output position and feature, or for each
-input feature. With positions (images, tokens) that is often more than the whole training. Random probes and a random
-choice of features have the same expectation at a cost that is chosen. The choice follows from shapes and from
-operations that are counted on a few samples, not from a clock, so that two machines compute the same numbers.
+input feature. With many positions (images, tokens), that often takes more operations than the whole training. Random
+probes and a random choice of features have the same expectation, at a cost that can be chosen. The choice follows from
+shapes and from operations that are counted on a few samples, not from a clock, so that two machines compute the same
+numbers.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ Effort = Literal["auto", "exact"]
 
 # Channels that kernels of convolutions compute at a time.
 _CHANNELS = 16
-# Kernels that a step of a fused recurrent layer stands for.
+# Kernel calls that each step of a fused recurrent layer counts as.
 _CALLS_PER_STEP = 3
 
 
@@ -67,10 +68,10 @@ _PROBES, _PUSHED = 4, 8
 # Rows of activations that fix the leading directions of a basis, at least; and per direction.
 _MIN_ROWS, _ROWS_PER_DIRECTION = 128, 8
 _MIN_SAMPLES = 24
-# Samples with Jacobians, at least; and how many times as many there are for means and covariances at most, unless these
-# need more.
+# Samples with Jacobians, at least. Means and covariances use up to so many times as many samples, or more if they need
+# them.
 _MIN_JACOBIANS, _MOST_WITHOUT = 64, 8
-# The same number of operations takes a graph longer than training steps: 0.9 to 1.9 times on eight models.
+# Time of a graph relative to training steps with as many operations: 0.9 to 1.9 on eight models.
 SLOWER = 1.4
 # What a number in a result, and the call of a kernel, cost in floating-point operations of matrix products.
 PER_NUMBER, PER_CALL = 5, 3e5
@@ -88,19 +89,21 @@ _COUNTED, _VECTORS = 2, 4
 _CHUNK = 2**22
 # Kernels for each group of samples in each call of a product: sums are kept by group.
 _CALLS_PER_GROUP = 5
-# Moving each feature has this share of the operations of the rest of the graph, and these in any case.
+# Moving features may take this share of the operations of the rest of the graph, and so many in any case.
 _EFFECT_SHARE, _EFFECT_OPERATIONS = 0.1, 1.5e9
-# Samples with which effects on the output are measured, at least: by moving features, by derivatives; and at most. And
-# output positions, at least.
+# Samples with which effects on the output are measured: at least by moving features, at least by derivatives, and at
+# most. And output positions, at least.
 _EFFECT_SAMPLES, _EFFECT_ROWS = (8, 4, 64), 32
-# Operations that derivatives may take as a multiple of the rest of the graph, where that is one of many in a run, and
-# elsewhere, where more than the fewest samples take no more than the rest; and numbers that are kept of them.
+# Operations that derivatives may take, as a multiple of those of the rest of the graph: in a graph of a run, and in a
+# single one, there with the fewest samples (more samples may take as many as the rest). And numbers that are kept of
+# derivatives, at most.
 _SHARE_IN_RUN, _MOST_DERIVATIVES, _EFFECT_DERIVATIVES = 0.25, 3.0, 2**25
-# Samples that are taken of a batch, about; sums over samples that are kept, at most; kernels beside those of the model.
+# About how many samples are taken of a batch; sums over samples that are kept, at most; kernels in addition to those of
+# the model, in all and in each pass.
 _EFFECT_BATCH, _EFFECT_NUMBERS, _CALLS_FOR_EFFECTS, _CALLS_PER_PASS = 32, 2**23, 200, 60
 # Samples with which single features are ablated, at least: fewer could not tell the effect of one of many from chance.
 _ABLATED_SAMPLES = 32
-# Numbers that are kept at most of products with all output features, from the metric for the edges.
+# Products with all output features are kept from the metric for the edges, up to this many numbers.
 _KEPT = 2.5e8
 
 
@@ -109,8 +112,8 @@ class Operations:
     """Operations of some computation on a few samples.
 
     Attributes:
-        per_sample: Operations for each sample (and vector): floating-point operations, and numbers in results at their
-            price.
+        per_sample: Operations for each sample (and vector): floating-point operations, and `PER_NUMBER` for each
+            number in a result.
         calls: Number of kernels that are called, whatever the number of samples.
         calls_per_vector: How many more are called for each vector that is multiplied in the same call.
     """
@@ -131,12 +134,12 @@ class SectionCost:
 
     Attributes:
         reverse: A product with the Jacobian from the output side.
-        forward: A product from the input side; None if there is no second derivative.
+        forward: A product from the input side; None if it does not work here, as it takes a second derivative.
         shape_in: Positions and width of the node layer before.
         shape_out: Positions and width of the node layer after.
         hidden: Number of hidden units of its closed form, with which sums need no products: 0 for an affine section.
-            None if it has none.
-        sequential: Whether vectors are multiplied one by one, as an operation knows no several at once.
+            None without a closed form.
+        sequential: Whether vectors are multiplied one by one, as an operation cannot be batched over vectors.
     """
 
     reverse: Operations
@@ -182,7 +185,7 @@ class GraphCost:
 
     @property
     def total(self) -> float:
-        """All of them, in operations of training steps."""
+        """Their sum, as operations of training steps that take the same time."""
         sums = sum(self.metrics) + sum(self.bases) + sum(self.edges)
         of_output = self.output_metric + self.output_importance + self.output_effects
         return SLOWER * (self.checks + self.moments + sums + self.features + of_output + self.errors)
@@ -287,10 +290,11 @@ class ModelCost:
             in_run: Whether the graph is one of many in a training, of which the last one may take longer.
 
         Returns:
-            The configuration with the numbers: by moving each feature where a tenth of the operations is enough for
-            all; else by derivatives along the directions in which the output moves, if they fit; else none in a run,
-            and otherwise by moving the most important features, at least one of each node layer. With as many samples
-            as fit, up to enough for small errors.
+            The configuration with the numbers. Effects are measured by moving every feature, where that takes few
+            operations, or no more than a tenth of those of the rest of the graph; else by derivatives along the
+            directions in which the output moves, if they fit; each with as many samples as fit, up to 64. Else a graph
+            of a run has no effects, and any other has those of the most important features, at least one of each node
+            layer, moved on the fewest samples.
         """
         if config.effect_samples is not None:
             return config
@@ -325,7 +329,8 @@ class ModelCost:
         """The configuration with effects by derivatives of as many samples as fit; None if not even the fewest fit."""
         fewest, most = samples
         _, d_out = (self.readout or self.sections[-1]).shape_out
-        # A linear map reads the output from numbers that are as wide as the node layer before it.
+        # An output that is a linear map moves in no more directions than the map has inputs: taken to be the width of
+        # the node layer before it.
         directions = min(d_out, (self.readout or self.sections[-1]).shape_in[1])
         # Of each sample, derivatives along all directions and features are kept.
         kept = _EFFECT_DERIVATIVES // ((directions + 1) * len(self._layers_with_effects()))
@@ -511,7 +516,7 @@ class ModelCost:
 
     @property
     def min_samples(self) -> int:
-        """The smallest number of samples that still fixes the leading directions of every basis."""
+        """The smallest number of samples that determines the leading directions of every basis but the last."""
         shapes = [section.shape_in for section in self.sections]
         needed = [
             max(_MIN_ROWS, (i not in self.latents) * _ROWS_PER_DIRECTION * min(d, DENSE_WIDTH)) / S
@@ -567,7 +572,7 @@ class EffortPlan:
         allowed: Operations that it may take; fewer than ``operations`` if even the smallest effort takes more.
         effect_samples: Number of samples with which effects on the output are measured; None if not chosen.
         effect_features: Largest number of features of each node layer that have them; None if not chosen.
-        effect_directions: Number of directions of the output, at most, if they are derivatives; None if they are not.
+        effect_directions: Largest number of directions of the output, if effects are derivatives; None if they are not.
         jacobian_samples: Number of samples for metric, edges and importances for the output; None for all.
     """
 
@@ -773,8 +778,8 @@ def choose_effort(
 ) -> EffortPlan:
     """Choose the most accurate computation that takes no more than a number of operations.
 
-    Exact if that fits; else as many samples as there are with as many probes and features as fit; else the smallest
-    numbers of these, with Jacobians of fewer samples, and then with fewer samples, but never fewer than fix the leading
+    Exact sums if they fit; else all samples, with as many probes and pushed features as fit; else the smallest numbers
+    of these, with Jacobians of fewer samples, and then with fewer samples, but no fewer than determine the leading
     features.
 
     Args:

@@ -19,7 +19,7 @@ from lib_lightning.distributed.process_group import ProcessGroup, first_number
 from lib_lightning.model.capture import CapturedLayer
 
 # Bins of a histogram, half of them on either side of zero, and how many of these make a standard deviation if no value
-# is beyond four of them.
+# is beyond four standard deviations.
 NUM_BINS = 64
 _BINS_PER_DEVIATION = 8
 # Number of examples of each kind: as many as fit on a screen without scrolling.
@@ -37,18 +37,18 @@ _BINNED_AT_ONCE = 2**20
 # section 6.4: the golden ratio); and how many bits of a product are kept, so that float64 holds them.
 _MULTIPLIER, _KEY_BITS = 0x1E3779B97F4A7C15, 48
 _NO_KEY = 2**_KEY_BITS
-# Processes agree on shapes of so many axes.
+# Shapes of positions with more axes than this are flattened, so that all processes exchange as many.
 _MAX_AXES = 4
 
 
 @dataclass(frozen=True)
 class FeatureExamples:
-    """Where each feature of a node layer has which values, by the samples that the graph was computed on.
+    """Where each feature of a node layer is largest, smallest and in between, in the samples of the graph.
 
     Samples are numbered from 0 in the order of the batches, those of one process after those of the one before. A
-    sample appears once among the largest and once among the smallest values of a feature: at the position where it has
-    its largest or smallest. Missing examples, such as of a graph of few samples, have sample and position -1 and value
-    NaN.
+    sample appears at most once among the largest and once among the smallest values of a feature: at the position of
+    its own largest or smallest value. Missing examples, as in a graph of few samples, have sample and position -1 and
+    value NaN.
 
     Attributes:
         samples: Number of the sample of each example, shape ``(r, K)``, int32.
@@ -58,8 +58,8 @@ class FeatureExamples:
         counts: How the ``K`` examples of a feature are divided: the largest ones, in descending order; the smallest
             ones, in ascending order; and some that are spread over its range, in descending order: the values nearest
             to the middles of equal parts of it, among those at a few positions of some samples.
-        shape: Shape of the positions of a sample, the longest one: ``()`` for a single one, ``(T,)`` for a sequence,
-            ``(H, W)`` for an image.
+        shape: Shape of the positions of a sample: ``()`` for a single one, ``(T,)`` for the longest sequence,
+            ``(H, W)`` for images, or ``(H * W,)`` of the largest image if they differ in size.
         context: Values of the feature at the positions around each example in a sequence, shape ``(r, K, W)``,
             float16; NaN where there is no position, or one that is left out. ``W`` is 0 if positions are no sequence.
         before: How many of these ``W`` positions are before the example's own.
@@ -210,7 +210,7 @@ class _Batch:
         return _Found(value, sample.expand_as(value), at.flatten().expand_as(value)), keys.flatten().expand_as(value)
 
     def select(self, before: _Places, found: _Found, order: Tensor, keep: Tensor) -> _Places:
-        """Of places in the batches before, followed by some in this one, those with the indices ``order``.
+        """The places with the indices ``order`` among those of earlier batches, followed by those of this one.
 
         Args:
             before: Places in the batches before, shape ``(r, k)``.
@@ -273,7 +273,7 @@ class ExampleCollector:
         shape: Shape of all positions of a sample, over all batches and processes.
         is_sequence: Whether the positions of a batch are those of a sequence, one after the other.
         samples: Numbers of the samples of this process.
-        every: One in so many samples of all processes is enough for the examples between the extremes.
+        every: Examples between the extremes are taken from one in so many samples, counted over all processes.
     """
 
     def __init__(self, basis: Basis, shape: tuple[int, ...], is_sequence: bool, samples: range, every: int = 1) -> None:
@@ -289,7 +289,7 @@ class ExampleCollector:
         self._histogram = torch.zeros((r, NUM_BINS), dtype=torch.int64, device=device)
         deviation = basis.importance.clamp(min=0).sqrt()
         self._narrowest = torch.where(deviation > 0, deviation, 1.0).float() / _BINS_PER_DEVIATION
-        # Bins are this power of two wider.
+        # How many times the width of the bins has been doubled.
         self._doublings = torch.zeros(r, dtype=torch.int64, device=device)
         self._pending: list[tuple[Tensor, Tensor | None]] = []
         self._positions, self._is_masked = Positions((), None), False
@@ -351,7 +351,7 @@ class ExampleCollector:
 
     def _bins(self, values: Tensor) -> Tensor:
         """The bin of each value, shape ``(..., r)``, int32."""
-        # A power of two is exact, so that a value is where its old bin has been moved.
+        # Powers of two are exact, so a value falls into the bin that its old bin has been merged into.
         bins = (values.float() / self._narrowest) * 0.5**self._doublings
         return bins.floor_().clamp_(-NUM_BINS // 2, NUM_BINS // 2 - 1).int() + NUM_BINS // 2
 

@@ -1,8 +1,8 @@
-"""What a feature does to the outputs of a model: which it raises and lowers, by how much, and where that is looked at.
+"""What a feature does to the outputs of a model: which it raises and lowers, by how much, and on which samples.
 
 ``D_jo = 1/n sum_x mean_t (change of z_to)`` for feature ``j`` and output ``o``, with ``z_to`` at output position ``t``:
-its log-probability for classes and tokens, its logit for yes-or-no answers, the number itself otherwise. The feature is
-one standard deviation higher at all positions of a sample.
+its log-probability for classes and tokens, its logit for yes-or-no answers, the number itself otherwise. The change is
+that for a feature one standard deviation higher at all positions of a sample.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from lib_lightning.model.precision import product_dtype, to_float64
 OUTPUT_EFFECTS = "effects on the output"
 # Outputs that are kept of each feature, of those raised most and of those lowered most.
 TOP = 5
-# Changes up to so many units of rounding of a typical output are none; of outputs that are not larger than this.
+# Changes of up to so many rounding errors of a typical output count as none. Outputs above the second number are not
+# typical.
 _ROUNDING = 8
 _HUGE = 1e4
 
@@ -35,8 +36,8 @@ class OutputEffects:
     """Which outputs of the model, such as classes or tokens, each feature of a node layer raises and lowers most.
 
     A feature is raised and lowered by one standard deviation, at all its positions, and half of the difference is its
-    effect: on log-probabilities of classes and tokens, on logits of yes-or-no answers, or on numbers. Or it is the
-    derivative times the standard deviation, where moving each feature takes too long.
+    effect: on log-probabilities of classes and tokens, on logits of yes-or-no answers, or on numbers. Where moving each
+    feature takes too long, the effect is the derivative times the standard deviation.
 
     Attributes:
         outputs: Index of the output, shape ``(r, 2 k)``, int32: first the ``k`` that are raised most, then the ``k``
@@ -93,8 +94,8 @@ def most_changed(mean: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
         rounding: Rounding error of a typical output.
 
     Returns:
-        The outputs, as in `OutputEffects`, and their mean changes, float64, shape ``(m, 2 k)``; -1 where no further
-        output changes by more than rounding errors.
+        The outputs, as in `OutputEffects`, and their mean changes, float64, both of shape ``(m, 2 k)``. An output is -1
+        where no further one changes by more than rounding errors.
     """
     mean = mean.nan_to_num(0.0)
     outputs = torch.full((len(mean), 2 * TOP), -1, dtype=torch.int64, device="cpu")
@@ -117,7 +118,7 @@ class OutputPositions:
         z: Outputs, shape ``(n, T, D)``.
         n: Number of samples.
         eps: Relative rounding error of the outputs.
-        weights: Shares of the output positions of each sample, shape ``(n, T)``.
+        weights: Weight of each output position in the mean of its sample, shape ``(n, T)``.
         present: 1 for samples with any output position, else 0, shape ``(n,)``.
     """
 
@@ -131,7 +132,7 @@ class OutputPositions:
         self.weights, self.present = valid / count.clamp(min=1), (count[:, 0] > 0).to(valid)
 
     def scale(self) -> Tensor:
-        """Number of samples, and sum of the mean sizes of their outputs, float64."""
+        """Number of samples, and the sum of the mean absolute output of each, float64."""
         # Some models set the logits of classes that do not exist to the lowest number that there is.
         sizes = torch.where(self.z.abs() < _HUGE, self.z.abs(), 0.0).to(self.weights).mean(-1)
         return torch.stack([to_float64(self.present.sum()), to_float64((sizes * self.weights).sum())])
@@ -163,7 +164,7 @@ def chosen_samples(
         sizes: Number of samples in each batch of this process.
         num_samples: How many to choose.
         process_group: The processes.
-        batches: From how many batches at least, as far as there are so many.
+        batches: Smallest number of batches to choose from; all of them if there are fewer.
 
     Returns:
         Indices of batches of this process, evenly spread over those of all, and the number of samples to take of each.

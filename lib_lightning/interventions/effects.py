@@ -33,8 +33,8 @@ from lib_lightning.model.vjp import apply_mask
 
 log = logging.getLogger(__name__)
 
-# Memory of the largest tensor when several features are ablated in one forward pass, on processors, whose caches are
-# small, and on other devices.
+# Bytes of the largest tensor when several features are ablated in one forward pass: on CPUs, whose caches are small,
+# and on other devices.
 _BYTES_CPU, _BYTES = 2**20, 2**26
 # Differences of scores by rounding, relative to the largest score, as a power of eps: 2e-5 in float32.
 _ROUNDING = 2 / 3
@@ -49,8 +49,8 @@ class Effect:
         error: Standard error of the change, over samples; NaN for a single sample.
         p_value: Probability of a change at least as large by chance, if the feature did as much good as harm; an upper
             bound, see `lib_lightning.interventions.sign_flip_p_values`.
-        significant: Whether it is among the changes that are not chance, by the procedure of Benjamini and Hochberg
-            over all features that were tested.
+        significant: Whether the change is significant by the procedure of Benjamini and Hochberg over all features that
+            were tested, which controls the false discovery rate.
     """
 
     change: float
@@ -84,8 +84,8 @@ def feature_effects(
             better; for example `lib_lightning.ablation.accuracy`. None for the mean log-likelihood of the batch's
             labels, in the distribution that the output stands for: labels are found in the loss that the step of a
             LightningModule, or the model, computes, or in the batch.
-        features: Which features to test, by names as for `edit_features`; by default all, those of the last node layer
-            among them. The fewer there are, the smaller are the effects that can be told from chance.
+        features: Which features to test, by names as for `edit_features`; by default all, including those of the last
+            node layer. The fewer there are, the smaller are the effects that can be told from chance.
         level: False discovery rate: the expected share of features without an effect among those that are significant.
         process_group: The processes, each with its own batches; effects are those on the samples of all of them.
         options: ``input_fn``, ``mask`` and ``dtype``, as for `lib_lightning.compute_interaction_graph`.
@@ -141,7 +141,7 @@ def likelihood_of_labels(instrumented: InstrumentedModel, batch: Any, output: Ou
         output: What the output stands for; None if it is not known.
 
     Returns:
-        A function of the output for the samples of the batch, once or several times after each other.
+        A score function, for outputs on the samples of the batch, or on several copies of them one after the other.
 
     Raises:
         LIBError: If no labels are found.
@@ -215,7 +215,7 @@ def _effects(graph: InteractionGraph, places: Sequence[Place], sums: Tensor, n: 
 
 @dataclass(frozen=True)
 class _Differences:
-    """Differences of scores with a feature at its mean and without, shape ``(m, n)``, float64.
+    """Scores with a feature at its mean, less those without ablation, shape ``(m, n)``, float64.
 
     Attributes:
         all: The differences.
@@ -321,7 +321,7 @@ def _finite(scores: Tensor) -> Tensor:
 def _scores_of_repeated_samples_agree(instrumented: InstrumentedModel, batch: Any, score: Score) -> bool:
     """Whether the scores of a batch stay the same when it has all samples twice.
 
-    They do not where the model draws random numbers, or the score function knows more than its arguments.
+    They do not where the model draws random numbers, or the score function depends on more than its arguments.
     """
     n = instrumented.num_samples(batch)
     with contextlib.suppress(Exception):

@@ -22,8 +22,8 @@ from lib_lightning.training.schedule import FEWEST
 DEFAULT_MAX_OVERHEAD = 0.03
 # Seconds of overhead that are allowed in any run, however short.
 GRACE = 1.0
-# The first snapshot is slower than later ones, which reuse what it has loaded and allocated. What it costs is the
-# estimate for the last one, which draws more, until figures over the whole run have been drawn once.
+# Kind of the first snapshot, which is slower than later ones: these reuse what it has loaded and allocated. Its cost is
+# kept, to estimate that of the last one, until figures over the whole run have been drawn once.
 _FIRST = "first"
 
 _Hook = TypeVar("_Hook", bound=Callable[..., Any])
@@ -79,7 +79,7 @@ class Pace:
 
     Attributes:
         training: Share of the training that is over, above 0 after the first step.
-        snapshots: Share of the planned snapshots that are due until now.
+        snapshots: Share of the planned snapshots that have been due so far.
         planned: Number of planned snapshots.
     """
 
@@ -88,10 +88,10 @@ class Pace:
     planned: int
 
     def time_for_snapshots(self, training: float) -> tuple[float, float]:
-        """Seconds of training that snapshots until now may be a share of, and those of the whole training.
+        """Seconds of training of which the snapshots so far may take their share, and those of the whole training.
 
-        Most of the planned snapshots are early in training, so each has the same part of the time that all of them
-        have, whenever it is due. They may be ahead of that by two snapshots.
+        Most of the planned snapshots are early in training, so each is allowed an equal part of the time for all of
+        them, whenever it is due. Together they may be two snapshots ahead of that.
 
         Args:
             training: Seconds of training so far.
@@ -104,7 +104,7 @@ class Pace:
 
 
 class TimeMeter:
-    """Measures the callback's overhead against training time, and whether another snapshot stays below a limit.
+    """Compares the callback's overhead with the training time, and says whether another snapshot is within a limit.
 
     Between `begin` and `end` all time is either overhead or training; outside, only overhead is counted.
 
@@ -189,7 +189,7 @@ class TimeMeter:
         """Whether there is time for a snapshot now and for the last one, which is always taken.
 
         Args:
-            kind: Kind of the snapshot. Snapshots that cost more now and then, and at the end, are a kind of their own.
+            kind: Kind of the snapshot. Those that include more, and so cost more, are of kinds of their own.
             last_factor: Cost of the last snapshot relative to the most expensive one so far.
             pace: How far the run is, if its snapshots have been planned; None if no more than the limit may be spent at
                 any time.
@@ -306,12 +306,12 @@ class SnapshotTrigger:
             kind: What the snapshot includes.
             process_group: The processes of the run.
             pace: How far the run is, if its snapshots have been planned.
-            has_fewest: Whether `FEWEST` of these are taken in any case.
+            has_fewest: Whether at least `FEWEST` of the planned snapshots are taken, whatever they cost.
 
         Returns:
             Whether to take it.
         """
-        if step == self.skipped.last_step:  # due twice: additionally after a change, and at a validation
+        if step == self.skipped.last_step:  # already skipped: it is due twice, as after a change and at a validation
             return False
         if pace is not None and has_fewest and self.meter.spent.attempts < 1 + int((FEWEST - 1) * pace.snapshots):
             return True
@@ -410,7 +410,8 @@ def max_overhead_of(max_overhead: float | None, is_explicit: bool) -> float:
 def no_garbage_collection() -> Iterator[None]:
     """A block without automatic garbage collection.
 
-    Figures create so many objects that a collection would be triggered, which goes through all of torch's: 0.25 s.
+    Figures create so many objects that they would trigger a collection, which goes through all objects of torch and
+    takes 0.25 s.
 
     Yields:
         Nothing.

@@ -39,7 +39,7 @@ _PASSES = 3
 # of convolutions of four.
 _ESTIMATE_SHARE, _ESTIMATE_OPERATIONS, _MAX_ESTIMATE_SHARE = 0.1, 4e10, 0.03
 _TIMED_PASSES = 2
-# The type of numbers in files that is expected of models without a setting.
+# The floating-point type that is expected in files where none is set.
 _FLOAT = torch.float32
 # A snapshot that takes longer than this many seconds is announced with the setting that would shorten it.
 _LONG = 60
@@ -79,7 +79,7 @@ class RunPlan:
     Attributes:
         effort: What one graph computes.
         snapshots: Number of snapshots of the run; None if it is unknown.
-        seconds: Predicted seconds of one snapshot on this machine. Nothing depends on them.
+        seconds: Predicted seconds of one snapshot on this machine. Only messages depend on them.
         share: Predicted operations of all snapshots, relative to those of the training; None without one. Where its
             length is unknown, of one snapshot relative to the training between two validations.
         ablations: Operations that ablations of single features may take after the last snapshot; 0 for none.
@@ -154,7 +154,7 @@ class RunPlanner:
             instrumented: The model and its node layers.
             batch: A batch, of which a few samples are run.
             settings: What the user has asked for.
-            estimate: Whether to estimate what a snapshot costs in any case, and to raise what goes wrong.
+            estimate: Whether to estimate the cost of a graph in any case, and to raise the error if that fails.
 
         Returns:
             As many snapshots as fit in the smallest size, up to `MOST` and at least `FEWEST`, and the most accurate
@@ -221,7 +221,7 @@ class RunPlanner:
             smallest = self._of_snapshot(_effort(cost, settings, 0.0))
             fitting = int(min(MOST, allowed / smallest)) if self._has_limit else MOST
             due = min(max(FEWEST, fitting), self._steps + 1)
-        # Of a training without an end, the interval between two validations has one snapshot.
+        # A training without an end has one snapshot in each interval between two validations.
         is_known = math.isfinite(due) and math.isfinite(self._steps)
         snapshots = max(1.0, due) if is_known else 1.0
         least = 0.0 if chosen_number and self._has_limit and snapshots > FEWEST else MIN_OPERATIONS
@@ -262,7 +262,7 @@ class RunPlanner:
         if self._trainer.state.fn != "fit":
             return f"the snapshot uses {plan.effort.text}, and will take about {each}"
         if plan.snapshots is None:
-            # Of a training without an end, those are skipped that would take more than their share.
+            # In a training without an end, snapshots that would take more than their share are skipped.
             within = f", within {_percent(self._share)} of the training time" if self._has_limit else ""
             return f"snapshots {when}{within}, each with {plan.effort.text}, about {each} each"
         total = plan.seconds * plan.snapshots + plan.seconds_at_end
@@ -446,5 +446,5 @@ def validation_samples(trainer: pl.Trainer, size: int) -> float:
 
 
 def _samples_per_step(trainer: pl.Trainer, size: int) -> int:
-    """Samples between two optimizer steps: from the training data loader, or of validation batches if it has none."""
+    """Samples of one process in an optimizer step, by the batch size of the training data loader, or else ``size``."""
     return int(getattr(trainer.train_dataloader, "batch_size", None) or size) * max(1, trainer.accumulate_grad_batches)

@@ -97,8 +97,8 @@ def trace(
     A trace that was interrupted goes on where it was if it is started again with the same folder.
 
     Args:
-        model: The model, on the device to compute on. The weights of one checkpoint after the other are put into it,
-            at the end its own again.
+        model: The model, on the device to compute on. The weights of one checkpoint after the other are loaded into it;
+            at the end it has its own again.
         checkpoints: A folder of checkpoints, a pattern such as ``"checkpoints/*.ckpt"``, a list of these or of files,
             or a dict with the step of each. Files of Lightning (``.ckpt``), state dicts (``.pt``, ``.pth``, ``.bin``,
             read with ``weights_only=True``), ``.safetensors``; folders of Hugging Face, of FSDP and others that use
@@ -215,7 +215,7 @@ class CheckpointSource:
         """The checkpoints that are there now.
 
         Args:
-            is_watched: Whether the folder may be still to come.
+            is_watched: Whether more are waited for, so that the folder need not exist yet.
         """
         given = self._given
         if is_watched and isinstance(given, (str, PathLike)) and not Path(given).exists():
@@ -264,7 +264,7 @@ class _Waiting:
 
     Attributes:
         seen: Sizes and times of its files.
-        since: When they were found to be like that.
+        since: When they were first found to be so, in seconds of ``time.monotonic``.
     """
 
     seen: tuple[tuple[str, int, int], ...]
@@ -277,7 +277,7 @@ class _NotYetReadableError(Exception):
 
 @dataclass
 class TracedSamples:
-    """What snapshots are computed on, and how much of it.
+    """What snapshots are computed on, and the choice of what they compute.
 
     Attributes:
         data: The samples.
@@ -291,14 +291,14 @@ class TracedSamples:
 class Tracer:
     """Takes a snapshot of each checkpoint, in order of their steps, and can go on after it was killed.
 
-    After each snapshot, all that a later one needs is in one file of the run's folder, which is replaced at once.
+    After each snapshot, all that a later one needs is in one file of the run's folder, which is replaced atomically.
 
     Args:
         callback: The settings; its state becomes that of the run.
         model: The model.
         source: The checkpoints.
         logs: The log directory.
-        precision: Returns a block in which the model is run.
+        precision: Returns a context manager within which the model is run, such as ``torch.autocast``.
 
     Attributes:
         folder: The folder of the run.
@@ -537,7 +537,7 @@ class Tracer:
             raise
 
     def _is_due(self, step: int) -> bool:
-        """Whether the schedule of a training has a snapshot at a step, which then is not the one of its end."""
+        """Whether the schedule has a snapshot at this step, so that it is not one for the end of the training."""
         schedule, planned = self.callback.schedule, self.callback.state.cursor.planned
         if not schedule.is_explicit:
             return step in planned
@@ -584,7 +584,7 @@ class Tracer:
         self._save()
 
     def _complete(self, graph: InteractionGraph, step: int) -> None:
-        """Give the last snapshot what takes too long for each of many."""
+        """Add to the last snapshot what would take too long in each of them."""
         recorder, counts = self.callback.recorder, self.callback.config.causal.is_wanted
         if recorder.is_complete(graph, counts):
             if (
