@@ -21,7 +21,7 @@ from lib_lightning.distributed.process_group import ProcessGroup, first_given
 from lib_lightning.errors import counted, log_traceback
 from lib_lightning.model.instrumented import InstrumentedModel, model_session
 from lib_lightning.training.schedule import FEWEST, MOST, Schedule
-from lib_lightning.training.trainer import synchronize
+from lib_lightning.training.trainer import data_rank, synchronize
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -144,6 +144,8 @@ class RunPlanner:
         self._has_limit = math.isfinite(max_overhead)
         self._share = max_overhead if self._has_limit else SHARE
         self._steps = training_steps(trainer)
+        # Processes with different data, among which the samples of a training step and of a graph are divided.
+        self._replicas = data_rank(trainer)[1]
 
     def plan(
         self, instrumented: InstrumentedModel, batch: Any, settings: PlanSettings, estimate: bool = False
@@ -188,7 +190,8 @@ class RunPlanner:
         return PlanResult(plan, texts, file_bytes(cost, ranks, dtype.itemsize), ranks)
 
     def _with_seconds(self, plan: RunPlan, rate: float) -> RunPlan:
-        return replace(plan, seconds=self._graphs * plan.effort.operations / rate + _SECONDS_BESIDE_GRAPHS)
+        of_graphs = self._graphs * plan.effort.operations / (rate * self._replicas)
+        return replace(plan, seconds=of_graphs + _SECONDS_BESIDE_GRAPHS)
 
     def _with_end(
         self, plan: RunPlan, cost: ModelCost, training: float, rate: float, settings: PlanSettings
@@ -203,7 +206,7 @@ class RunPlanner:
         left = self._share * training - (plan.snapshots or math.inf) * self._of_snapshot(plan.effort) - missing
         most = cost.of_ablations(settings.available)
         ablations = min(most, max(plan.effort.operations, left)) if settings.counts_at_end else 0.0
-        return replace(plan, ablations=ablations, seconds_at_end=(ablations + missing) / rate)
+        return replace(plan, ablations=ablations, seconds_at_end=(ablations + missing) / (rate * self._replicas))
 
     def _forward_rate(self, instrumented: InstrumentedModel, batch: Any, cost: ModelCost) -> float:
         return _forward_rate(instrumented, batch, cost, partial(synchronize, self._trainer))
@@ -225,13 +228,15 @@ class RunPlanner:
         is_known = math.isfinite(due) and math.isfinite(self._steps)
         snapshots = max(1.0, due) if is_known else 1.0
         least = 0.0 if chosen_number and self._has_limit and snapshots > FEWEST else MIN_OPERATIONS
-        effort = _effort(cost, settings, max(least, allowed / snapshots / self._graphs - _BESIDE_GRAPHS))
+        beside = _BESIDE_GRAPHS * self._replicas
+        effort = _effort(cost, settings, max(least, allowed / snapshots / self._graphs - beside))
         each = self._of_snapshot(effort)
         share = snapshots * each / training if training else None
         return RunPlan(effort, round(snapshots) if is_known else None, math.nan, share)
 
     def _of_snapshot(self, effort: EffortPlan) -> float:
-        return self._graphs * effort.operations + _BESIDE_GRAPHS
+        # All processes wait for the one that draws and writes.
+        return self._graphs * effort.operations + _BESIDE_GRAPHS * self._replicas
 
     def _number_due(self) -> float | None:
         """About how many snapshots are due in the user's schedule, infinite if unknown; None if the plan chooses."""
@@ -240,12 +245,12 @@ class RunPlanner:
         return expected_snapshots(self._schedule, self._trainer)
 
     def _training_operations(self, cost: ModelCost, size: int) -> float:
-        """Operations of the training; of one without an end, those between two validations; 0 without a training."""
+        """Operations of the training on all processes; of one without an end, those between two validations; else 0."""
         if self._trainer.state.fn != "fit":
             return 0.0
         batches = self._trainer.num_training_batches
         steps = self._steps if math.isfinite(self._steps) else batches if math.isfinite(batches) else 0
-        return _PASSES * cost.forward.of(_samples_per_step(self._trainer, size)) * steps
+        return _PASSES * cost.forward.of(_samples_per_step(self._trainer, size)) * steps * self._replicas
 
     def describe(self, plan: RunPlan) -> str:
         """A plan in words.
@@ -442,7 +447,7 @@ def _validations(trainer: pl.Trainer) -> float:
 def validation_samples(trainer: pl.Trainer, size: int) -> float:
     """About how many samples a validation has, with batches of a size; infinite as long as that is unknown."""
     batches = max(trainer.num_val_batches, default=0) if trainer.val_dataloaders is not None else 0
-    return batches * size * trainer.world_size if batches else math.inf
+    return batches * size * data_rank(trainer)[1] if batches else math.inf
 
 
 def _samples_per_step(trainer: pl.Trainer, size: int) -> int:

@@ -178,6 +178,24 @@ def test_seconds_are_those_of_an_estimate_where_it_is_a_small_part_and_decide_no
         assert slow.seconds > fast.seconds
 
 
+def test_processes_that_share_the_samples_allow_as_many_times_the_operations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RunPlanner, "_forward_rate", lambda *args: 1e9)
+    plans = []
+    for processes in (1, 4):
+        monkeypatch.setattr("lib_lightning.training.effort.data_rank", lambda trainer, n=processes: (0, n))
+        callback = LIBCallback(at_steps=[1, *range(100, 105)])
+        trainer_of(tmp_path / str(processes), callback, Stop(), max_epochs=40_000).fit(Images(64))
+        assert callback.state.plan is not None
+        plans.append(callback.state.plan)
+    one, four = plans
+    assert 2 * one.effort.operations < four.effort.operations < 4.5 * one.effort.operations
+    assert all(plan.share is not None and 0.02 < plan.share <= 0.0301 for plan in plans)
+    assert one.seconds == pytest.approx(one.effort.operations / 1e9 + 0.8)
+    assert four.seconds == pytest.approx(four.effort.operations / 4e9 + 0.8), "divided among the processes"
+
+
 def test_a_plan_predicts_the_time_of_its_snapshots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lib_lightning.training.effort._MAX_ESTIMATE_SHARE", 1e9)
     asked = []
