@@ -295,7 +295,7 @@ def estimate_cost(  # noqa: PLR0913 (a public entry)
     config = LIBConfig(kind, **settings)
     check_number("memory_limit", memory_limit, lambda x: x > 0, "is a number of GiB above 0")
     if num_samples is not None:
-        check_number("num_samples", num_samples, lambda x: x >= 1, "is a number of samples, at least 1")
+        check_number("num_samples", num_samples, lambda x: x >= 1, "is a number of samples, at least 1", integer=True)
     spec = ModelSpec(input_fn, mask, dtype, skip_positions)
     if is_empty(batch):
         raise ActivationError("There are no samples to estimate a cost with: the batch is empty.")

@@ -31,7 +31,7 @@ class Basis:
         to_features: ``C``, shape ``(d, r)``, float64.
         from_features: ``C^+``, shape ``(r, d)``, float64.
         importance: ``Lambda``, shape ``(r,)``, float64: the variance of each feature, which in a LIB is its effect on
-            the next node layer. In descending order; neurons keep their own order.
+            the next node layer. In descending order; neurons, centered logits and latents keep their own order.
         importance_error: Standard error of each importance, shape ``(r,)``, float64; None if unknown. The features of
             other samples are slightly rotated, which to first order does not change importances.
         degenerate: True for a feature whose importance is so close to a neighbour's that the samples do not determine
