@@ -220,20 +220,32 @@ def test_sections_have_files_of_their_own(tmp_path: Path) -> None:
     assert pca["edges_required"]["samples"] == 2
 
 
-def bias_of(basis: str) -> float:
-    """Bias of the effective edges of SmolLM2, relative to them."""
+def too_small(basis: str, part: str | None = None) -> int:
+    """By how many percent effective edges of SmolLM2 are too small by their bias."""
     sections = read()["SmolLM2-135M"][basis][0]["edges"]["sections"].values()
-    return sum(x["bias"] for x in sections) / sum(x["effective"] for x in sections)
+    found = [x if part is None else x[part] for x in sections]
+    bias = sum(x["bias"] for x in found)
+    return round(-100 * bias / (sum(x["effective"] for x in found) - bias))
 
 
 def test_what_the_page_says_of_biases() -> None:
     text = " ".join(PAGE.split())
-    found = [round(-100 * bias_of(kind)) for kind in ("lib", "fisher", "output", "pca")]
-    assert f"{min(found)} to {max(found)}% too small in LIB and PCA" in text
-    assert f"{-bias_of('neuron'):.0%} in neurons" in text
-    assert f"{-bias_of('random'):.0%} in a random rotation" in text
-    assert f"{-bias_of('ica'):.0%} in ICA" in text
-    assert f"{-bias_of('sae'):.0%} with latents" in text
+    found = [too_small(kind) for kind in ("lib", "fisher", "output", "pca")]
+    assert f"{min(found)} to {max(found)}% too small in LIB and PCA, {too_small('neuron')}% in neurons" in text
+    assert f"{too_small('random')}% in a random rotation and {too_small('ica')}% in ICA" in text
+    assert f"{too_small('sae')}% with latents (of latents alone {too_small('sae', 'of latents alone')}%)" in text
+
+
+def test_the_control_differs_in_other_sections_than_the_trained_model() -> None:
+    def differences(network: str) -> list[float]:
+        lib, pca = (read()[network][kind][0]["edges"]["sections"] for kind in ("lib", "pca"))
+        return [pca["-to-".join(pair)]["effective"] - lib["-to-".join(pair)]["effective"] for pair in LARGE_SECTIONS]
+
+    trained, control = differences("SmolLM2-135M"), differences("SmolLM2-135M with new weights")
+    assert trained[2] > 0.8 * sum(trained)
+    assert trained[0] < 0
+    assert control[0] > 0.95 * sum(control)
+    assert abs(control[2]) < 100
 
 
 def test_the_page_shows_what_the_committed_results_say() -> None:
