@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import re
 import shlex
@@ -13,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -221,35 +221,43 @@ def _count_file_events(at: Callable[[int], object]) -> None:
     sys.addaudithook(hook)
 
 
-def _in_child(act: Callable[[], object]) -> int:
-    """Do something in a process of its own; its status."""
-    child = os.fork()
-    if not child:
-        try:
-            act()
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    return os.waitpid(child, 0)[1]
+# Children are forked by a process of its own, which has one thread. In a child of this process, a lock that another
+# thread (of pytest-xdist, of torch) holds at that moment would stay locked for ever.
+_FORKED = multiprocessing.get_context("forkserver")
+_FORKED.set_forkserver_preload([__name__])
+
+
+def _in_child(act: Callable[..., object], *args: object) -> int | None:
+    """Do something in a process of its own; its exit code, which is negative for a signal."""
+    child = _FORKED.Process(target=act, args=args)
+    child.start()
+    child.join()
+    return child.exitcode
+
+
+def _trace_labelled(checkpoints: Path, folder: Path) -> None:
+    trace(_mlp(), checkpoints, LABELLED, LAYERS, folder)
+
+
+def _trace_and_count(checkpoints: Path, folder: Path, counts: Path) -> None:
+    latest = [0]
+    _count_file_events(lambda count: latest.__setitem__(0, count))
+    _trace_labelled(checkpoints, folder)
+    counts.write_text(str(latest[0]))
+
+
+def _trace_until(number: int, checkpoints: Path, folder: Path) -> None:
+    _count_file_events(lambda count: os.kill(os.getpid(), signal.SIGKILL) if count == number else None)
+    _trace_labelled(checkpoints, folder)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     """A folder with checkpoints and the whole trace along them, and how often it opens, renames and removes files."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    checkpoints = _files(folder / "checkpoints")
-
-    read, write = os.pipe()
-
-    def counted() -> None:
-        latest = [0]
-        _count_file_events(lambda count: latest.__setitem__(0, count))
-        trace(_mlp(), checkpoints, LABELLED, LAYERS, folder / "whole")
-        os.write(write, str(latest[0]).encode())
-
-    assert _in_child(counted) == 0
-    return folder, int(os.read(read, 20))
+    checkpoints, counts = _files(folder / "checkpoints"), folder / "counts.txt"
+    assert _in_child(_trace_and_count, checkpoints, folder / "whole", counts) == 0
+    return folder, int(counts.read_text())
 
 
 # Without smaller examples of a failure: each takes seconds.
@@ -259,16 +267,11 @@ def test_killed_at_any_moment_it_goes_on_and_ends_the_same(
     uninterrupted: tuple[Path, int], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     folder, events = uninterrupted
-    whole, killed = folder / "whole", tmp_path_factory.mktemp("killed") / "logs"
+    checkpoints, whole = folder / "checkpoints", folder / "whole"
+    killed = tmp_path_factory.mktemp("killed") / "logs"
     for number in data.draw(st.lists(st.integers(1, events), min_size=1, max_size=2), label="killed before event"):
-
-        def interrupted(last: int = number) -> None:
-            _count_file_events(lambda count: os.kill(os.getpid(), signal.SIGKILL) if count == last else None)
-            trace(_mlp(), folder / "checkpoints", LABELLED, LAYERS, killed)
-
-        status = _in_child(interrupted)
-        assert status == 0 or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL)
-    assert _in_child(lambda: trace(_mlp(), folder / "checkpoints", LABELLED, LAYERS, killed)) == 0
+        assert _in_child(_trace_until, number, checkpoints, killed) in (0, -signal.SIGKILL)
+    assert _in_child(_trace_labelled, checkpoints, killed) == 0
     assert _hashes(killed) == _hashes(whole)
     names = [
         {path.relative_to(logs) for path in logs.rglob("*") if path.is_file() and "tfevents" not in path.name}
