@@ -146,6 +146,8 @@ class RunPlanner:
         self._steps = training_steps(trainer)
         # Processes with different data, among which the samples of a training step and of a graph are divided.
         self._replicas = data_rank(trainer)[1]
+        # All processes wait for the one that draws and writes.
+        self._beside_graphs = _BESIDE_GRAPHS * self._replicas
 
     def plan(
         self, instrumented: InstrumentedModel, batch: Any, settings: PlanSettings, estimate: bool = False
@@ -178,6 +180,7 @@ class RunPlanner:
         elif rate is None:  # the estimate has failed
             with model_session(instrumented):
                 rate = self._forward_rate(instrumented, batch, cost)
+        rate *= self._replicas
         plan = self._with_end(self._with_seconds(plan, rate), cost, training, rate, settings)
         free = plan
         if settings.given:
@@ -190,8 +193,7 @@ class RunPlanner:
         return PlanResult(plan, texts, file_bytes(cost, ranks, dtype.itemsize), ranks)
 
     def _with_seconds(self, plan: RunPlan, rate: float) -> RunPlan:
-        of_graphs = self._graphs * plan.effort.operations / (rate * self._replicas)
-        return replace(plan, seconds=of_graphs + _SECONDS_BESIDE_GRAPHS)
+        return replace(plan, seconds=self._graphs * plan.effort.operations / rate + _SECONDS_BESIDE_GRAPHS)
 
     def _with_end(
         self, plan: RunPlan, cost: ModelCost, training: float, rate: float, settings: PlanSettings
@@ -206,7 +208,7 @@ class RunPlanner:
         left = self._share * training - (plan.snapshots or math.inf) * self._of_snapshot(plan.effort) - missing
         most = cost.of_ablations(settings.available)
         ablations = min(most, max(plan.effort.operations, left)) if settings.counts_at_end else 0.0
-        return replace(plan, ablations=ablations, seconds_at_end=(ablations + missing) / (rate * self._replicas))
+        return replace(plan, ablations=ablations, seconds_at_end=(ablations + missing) / rate)
 
     def _forward_rate(self, instrumented: InstrumentedModel, batch: Any, cost: ModelCost) -> float:
         return _forward_rate(instrumented, batch, cost, partial(synchronize, self._trainer))
@@ -228,15 +230,14 @@ class RunPlanner:
         is_known = math.isfinite(due) and math.isfinite(self._steps)
         snapshots = max(1.0, due) if is_known else 1.0
         least = 0.0 if chosen_number and self._has_limit and snapshots > FEWEST else MIN_OPERATIONS
-        beside = _BESIDE_GRAPHS * self._replicas
-        effort = _effort(cost, settings, max(least, allowed / snapshots / self._graphs - beside))
+        each_graph = (allowed / snapshots - self._beside_graphs) / self._graphs
+        effort = _effort(cost, settings, max(least, each_graph))
         each = self._of_snapshot(effort)
         share = snapshots * each / training if training else None
         return RunPlan(effort, round(snapshots) if is_known else None, math.nan, share)
 
     def _of_snapshot(self, effort: EffortPlan) -> float:
-        # All processes wait for the one that draws and writes.
-        return self._graphs * effort.operations + _BESIDE_GRAPHS * self._replicas
+        return self._graphs * effort.operations + self._beside_graphs
 
     def _number_due(self) -> float | None:
         """About how many snapshots are due in the user's schedule, infinite if unknown; None if the plan chooses."""

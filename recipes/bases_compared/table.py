@@ -94,19 +94,19 @@ def overview(by_kind: Mapping[str, Sequence[Cell]]) -> str:
         "named": _named,
         "AUROC of the names": _auroc,
     }
-    return _table("basis", columns, _titled(by_kind))
+    return _table("basis", columns, by_kind)
 
 
 def by_layer(by_kind: Mapping[str, Sequence[Cell]]) -> str:
     """The features required in each node layer."""
     layers = _layers(by_kind)
     columns = {name: (lambda seeds, name=name: _bounded(seeds, "features", "layers", (name,))) for name in layers}
-    return _table("features required", columns, _titled(by_kind))
+    return _table("features required", columns, by_kind)
 
 
 def against_pca(by_kind: Mapping[str, Sequence[Cell]]) -> list[str]:
     """Scores with as many features as principal components are required, minus those with these; else nothing."""
-    rows = _titled({kind: seeds for kind, seeds in by_kind.items() if _of(seeds, "against_pca", "layers")})
+    rows = {kind: seeds for kind, seeds in by_kind.items() if _of(seeds, "against_pca", "layers")}
     if not rows:
         return []
 
@@ -119,7 +119,7 @@ def against_pca(by_kind: Mapping[str, Sequence[Cell]]) -> list[str]:
 
 def effective_by_section(by_kind: Mapping[str, Sequence[Cell]]) -> str:
     """The effective edges of each section; of an autoencoder also those of latents alone."""
-    rows = _titled({kind: seeds for kind, seeds in by_kind.items() if _of(seeds, "edges", "sections")})
+    rows = {kind: seeds for kind, seeds in by_kind.items() if _of(seeds, "edges", "sections")}
     if latents := [
         {"edges": {"sections": {name: x["of latents alone"] for name, x in one.items()}}}
         for one in _of(by_kind.get("sae", ()), "edges", "sections")
@@ -136,7 +136,7 @@ def by_section(by_kind: Mapping[str, Sequence[Cell]]) -> list[str]:
     if not names:
         return []
     columns = {name: (lambda seeds, name=name: _withstood(seeds, name)) for name in _sections(by_kind)}
-    rows = _titled({kind: seeds for kind, seeds in by_kind.items() if _of(seeds, "edges_required", "sections")})
+    rows = {kind: seeds for kind, seeds in by_kind.items() if _of(seeds, "edges_required", "sections")}
     return [_table("edges required, change under attack", columns, rows)]
 
 
@@ -162,11 +162,6 @@ def autoencoders(seeds: Sequence[Cell]) -> str:
     return "\n".join(lines)
 
 
-def _titled(by_kind: Mapping[str, Sequence[Cell]]) -> dict[str, Sequence[Cell]]:
-    """Columns of each seed, by the name of the basis in the tables."""
-    return {BASES[kind]: seeds for kind, seeds in by_kind.items()}
-
-
 def _table(
     first: str, columns: Mapping[str, Callable[[Sequence[Cell]], str]], rows: Mapping[str, Sequence[Cell]]
 ) -> str:
@@ -174,8 +169,8 @@ def _table(
     # What was measured in no basis has no column.
     cells = {title: column for title, column in cells.items() if any(cell != _MISSING for cell in column)}
     lines = [f"| {first} | {' | '.join(cells)} |", "|---" * (1 + len(cells)) + "|"]
-    for title, *row in zip(rows, *cells.values(), strict=True):
-        lines.append(f"| {title} | {' | '.join(row)} |")
+    for kind, *row in zip(rows, *cells.values(), strict=True):
+        lines.append(f"| {BASES.get(kind, kind)} | {' | '.join(row)} |")
     return "\n".join(lines)
 
 
