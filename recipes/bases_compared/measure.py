@@ -224,9 +224,9 @@ class Measurements:
 
     def _attacked(self, kind: str) -> dict[str, Any] | None:
         """Edges required in one section under attack."""
-        if kind == "sae" or self.subject.attack is not None:
+        if kind == "sae":
             return None  # each of the features would need a forward and a backward pass of its own in each step
-        return self._edges_required([ATTACKED], kind, ATTACK)
+        return self._edges_required([ATTACKED], kind, self.subject.attack or ATTACK)
 
     def _edges_required(
         self, chosen: Sequence[tuple[str, str]], kind: str, attack: EdgeAttack | None = None
@@ -244,7 +244,7 @@ class Measurements:
                 "edges": graph.edges[section].numel(), "count": found.count,
                 "low": found.bounds[0], "high": found.bounds[1], "error": found.error,
             }  # fmt: skip
-            if self.subject.attack is not None and section == ATTACKED:
+            if attack is None and self.subject.attack is not None and section == ATTACKED:
                 worst = attack_edges(
                     self.subject.model, batches, graph, log_likelihood, section, found.mask, self.subject.attack
                 )

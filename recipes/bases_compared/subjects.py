@@ -56,8 +56,8 @@ class Subject:
         attacked: Number of scored pieces for edges required.
         batch_size: Pieces in a batch.
         edge_search: How the number of edges required is found, as for `lib_lightning.ablation.edges_required`.
-        attack: Of the edges required of the section that is attacked, where a search for those required under attack
-            would take days; None for that search.
+        attack: A shorter attack than `recipes.bases_compared.measure.ATTACK`, with which also the edges that ablation
+            alone requires are attacked once; None for that one.
     """
 
     name: str
