@@ -59,7 +59,7 @@ from lib_lightning.training.recorder import SnapshotRecorder
 from lib_lightning.training.renderings import RenderingConfig, RunRenderings
 from lib_lightning.training.reporter import EventHook, RunDestination, SnapshotReporter
 from lib_lightning.training.run_state import RunState
-from lib_lightning.training.samples import AT_LEAST_TWO, SampleConfig, SampleStore
+from lib_lightning.training.samples import AT_LEAST_TWO, NUM_REFERENCE_SAMPLES, SampleConfig, SampleStore
 from lib_lightning.training.schedule import FEWEST, Schedule
 from lib_lightning.training.snapshot import (
     Snapshot,
@@ -739,12 +739,14 @@ class LIBCallback(Callback):
         """
         given = {name: value for name, value in self._effort_options.items() if value is not None}
         config = self.config
+        reference = min(NUM_REFERENCE_SAMPLES, available) if config.follow else 0
         if self._all_samples:  # a labeller may look at more
             available = min(available, int(given["num_samples"]))
         counts_at_end = config.causal.every is None
         return PlanSettings(
-            config.config, available, given, config.memory_limit, config.may_choose, counts_at_end, config.dictionaries
-        )
+            config.config, available, given, config.memory_limit, config.may_choose, counts_at_end, reference,
+            config.dictionaries,
+        )  # fmt: skip
 
     def file_bytes(self, result: PlanResult) -> int:
         """About the size of the file of a snapshot.

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 SHARE = 0.03
 # Operations that a snapshot may take in any case: a second or so.
 MIN_OPERATIONS = 1e10
-# What a snapshot takes beside its graphs, for drawing, files and tracking: in operations, and about as much in seconds.
+# What a snapshot takes beside its graphs and forward passes, for drawing and files: in operations, and about as much in
+# seconds.
 _BESIDE_GRAPHS, _SECONDS_BESIDE_GRAPHS = 5e9, 0.8
 # A training step has one forward pass and two backward passes, for activations and weights.
 _PASSES = 3
@@ -56,6 +57,7 @@ class PlanSettings:
         memory_limit: Memory that a snapshot may use, in GiB.
         may_choose: As for `lib_lightning.api.graph_of`.
         counts_at_end: Whether features that matter are counted after the last snapshot.
+        reference_samples: Number of samples on which the features of each graph are recognised.
         dictionaries: Dictionaries of node layers, by name.
     """
 
@@ -65,6 +67,7 @@ class PlanSettings:
     memory_limit: float = MEMORY_LIMIT
     may_choose: bool = False
     counts_at_end: bool = False
+    reference_samples: int = 0
     dictionaries: Mapping[str, Dictionary] = field(default_factory=dict)
 
     def without_given(self) -> PlanSettings:
@@ -84,6 +87,7 @@ class RunPlan:
             length is unknown, of one snapshot relative to the training between two validations.
         ablations: Operations that ablations of single features may take after the last snapshot; 0 for none.
         seconds_at_end: Predicted seconds of these, and of effects on the output that only the last snapshot has.
+        tracking: Operations of the forward passes on the reference samples of each graph.
     """
 
     effort: EffortPlan
@@ -92,6 +96,12 @@ class RunPlan:
     share: float | None
     ablations: float = 0.0
     seconds_at_end: float = 0.0
+    tracking: float = 0.0
+
+    @property
+    def of_graph(self) -> float:
+        """Operations of each graph and of recognising its features."""
+        return self.effort.operations + self.tracking
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> RunPlan:
@@ -193,7 +203,7 @@ class RunPlanner:
         return PlanResult(plan, texts, file_bytes(cost, ranks, dtype.itemsize), ranks)
 
     def _with_seconds(self, plan: RunPlan, rate: float) -> RunPlan:
-        return replace(plan, seconds=self._graphs * plan.effort.operations / rate + _SECONDS_BESIDE_GRAPHS)
+        return replace(plan, seconds=self._graphs * plan.of_graph / rate + _SECONDS_BESIDE_GRAPHS)
 
     def _with_end(
         self, plan: RunPlan, cost: ModelCost, training: float, rate: float, settings: PlanSettings
@@ -205,7 +215,7 @@ class RunPlanner:
         if lacks_output_effects(plan.effort):
             missing = cost.of_effects(complete_effects(cost, plan.effort, settings.config)) * SLOWER
         # What the snapshots leave of their share of the training.
-        left = self._share * training - (plan.snapshots or math.inf) * self._of_snapshot(plan.effort) - missing
+        left = self._share * training - (plan.snapshots or math.inf) * self._of_snapshot(plan.of_graph) - missing
         most = cost.of_ablations(settings.available)
         ablations = min(most, max(plan.effort.operations, left)) if settings.counts_at_end else 0.0
         return replace(plan, ablations=ablations, seconds_at_end=(ablations + missing) / rate)
@@ -216,28 +226,28 @@ class RunPlanner:
     def _can_estimate(self, plan: RunPlan) -> bool:
         """Whether an estimate takes little time beside the snapshots, and no other process waits for it."""
         needed = max(_ESTIMATE_SHARE * plan.effort.operations, _ESTIMATE_OPERATIONS)
-        snapshots = (plan.snapshots or 1) * self._of_snapshot(plan.effort)
+        snapshots = (plan.snapshots or 1) * self._of_snapshot(plan.of_graph)
         return needed <= _MAX_ESTIMATE_SHARE * snapshots and self._trainer.world_size == 1
 
     def _choose(self, cost: ModelCost, training: float, settings: PlanSettings) -> RunPlan:
-        allowed, due = self._share * training, self._number_due()
+        allowed, due, tracking = self._share * training, self._number_due(), _tracking(cost, settings)
         chosen_number = due is None
         if due is None:
-            smallest = self._of_snapshot(_effort(cost, settings, 0.0))
+            smallest = self._of_snapshot(_effort(cost, settings, 0.0).operations + tracking)
             fitting = int(min(MOST, allowed / smallest)) if self._has_limit else MOST
             due = min(max(FEWEST, fitting), self._steps + 1)
         # A training without an end has one snapshot in each interval between two validations.
         is_known = math.isfinite(due) and math.isfinite(self._steps)
         snapshots = max(1.0, due) if is_known else 1.0
         least = 0.0 if chosen_number and self._has_limit and snapshots > FEWEST else MIN_OPERATIONS
-        each_graph = (allowed / snapshots - self._beside_graphs) / self._graphs
+        each_graph = (allowed / snapshots - self._beside_graphs) / self._graphs - tracking
         effort = _effort(cost, settings, max(least, each_graph))
-        each = self._of_snapshot(effort)
-        share = snapshots * each / training if training else None
-        return RunPlan(effort, round(snapshots) if is_known else None, math.nan, share)
+        plan = RunPlan(effort, round(snapshots) if is_known else None, math.nan, None, tracking=tracking)
+        return replace(plan, share=snapshots * self._of_snapshot(plan.of_graph) / training if training else None)
 
-    def _of_snapshot(self, effort: EffortPlan) -> float:
-        return self._graphs * effort.operations + self._beside_graphs
+    def _of_snapshot(self, of_graph: float) -> float:
+        """Operations of a snapshot, of which each graph and recognising its features takes some."""
+        return self._graphs * of_graph + self._beside_graphs
 
     def _number_due(self) -> float | None:
         """About how many snapshots are due in the user's schedule, infinite if unknown; None if the plan chooses."""
@@ -310,7 +320,14 @@ def plan_without_training(
         cost = measure_cost(instrumented, batch, settings.dictionaries)
         rate = _forward_rate(instrumented, batch, cost, lambda: _finish_kernels(instrumented))
     effort = _effort(cost, settings, GRAPH_OPERATIONS)
-    return RunPlan(effort, None, graphs * effort.operations / rate + _SECONDS_BESIDE_GRAPHS, None)
+    plan = RunPlan(effort, None, math.nan, None, tracking=_tracking(cost, settings))
+    return replace(plan, seconds=graphs * plan.of_graph / rate + _SECONDS_BESIDE_GRAPHS)
+
+
+def _tracking(cost: ModelCost, settings: PlanSettings) -> float:
+    """Operations of the forward passes by which the features of a graph are recognised."""
+    samples = settings.reference_samples
+    return (cost.inference or cost.forward).of(samples) if samples else 0.0
 
 
 def _finish_kernels(instrumented: InstrumentedModel) -> None:
@@ -427,12 +444,13 @@ def agree(plan: RunPlan | None, process_group: ProcessGroup) -> RunPlan | None:
     own: list[float] = []
     if plan is not None:
         of_run = [plan.snapshots or 0, plan.seconds, plan.share or 0, plan.ablations, plan.seconds_at_end]
-        own = [*plan.effort.numbers, *of_run]
+        own = [*plan.effort.numbers, *of_run, plan.tracking]
     found = first_given(own, process_group)
     if not found:
         return None
-    *effort, snapshots, seconds, share, ablations, at_end = found
-    return RunPlan(EffortPlan.from_numbers(effort), int(snapshots) or None, seconds, share or None, ablations, at_end)
+    *effort, snapshots, seconds, share, ablations, at_end, tracking = found
+    of_effort = EffortPlan.from_numbers(effort)
+    return RunPlan(of_effort, int(snapshots) or None, seconds, share or None, ablations, at_end, tracking)
 
 
 def _validations(trainer: pl.Trainer) -> float:

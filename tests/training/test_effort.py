@@ -173,7 +173,8 @@ def test_seconds_are_those_of_an_estimate_where_it_is_a_small_part_and_decide_no
     assert slow.effort == fast.effort
     assert asked[0]["n_probes"] == slow.effort.n_probes
     if estimated is not None:
-        assert slow.seconds == fast.seconds == pytest.approx(estimated + 0.8)
+        of_graph = estimated * slow.of_graph / slow.effort.operations
+        assert slow.seconds == fast.seconds == pytest.approx(of_graph + 0.8)
     else:
         assert slow.seconds > fast.seconds
 
@@ -192,8 +193,32 @@ def test_processes_that_share_the_samples_allow_as_many_times_the_operations(
     one, four = plans
     assert 2 * one.effort.operations < four.effort.operations < 4.5 * one.effort.operations
     assert all(plan.share is not None and 0.02 < plan.share <= 0.0301 for plan in plans)
-    assert one.seconds == pytest.approx(one.effort.operations / 1e9 + 0.8)
-    assert four.seconds == pytest.approx(four.effort.operations / 4e9 + 0.8), "divided among the processes"
+    assert one.seconds == pytest.approx(one.of_graph / 1e9 + 0.8)
+    assert four.seconds == pytest.approx(four.of_graph / 4e9 + 0.8), "divided among the processes"
+
+
+def test_forward_passes_to_recognise_features_are_part_of_a_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lib_lightning.training.effort.MIN_OPERATIONS", 1e6)
+    monkeypatch.setattr(RunPlanner, "_forward_rate", lambda *args: 1e9)
+    plans = []
+    for follow in (False, True):
+        callback = LIBCallback(follow=follow, at_steps=[1])
+        trainer_of(tmp_path / str(follow), callback, Stop(), max_epochs=3000).fit(Images(64))
+        plans.append(callback.state.plan)
+    without, tracked = plans
+    assert without is not None
+    assert tracked is not None
+    assert without.tracking == 0 < tracked.tracking
+    assert without.effort.allowed - tracked.effort.allowed == pytest.approx(tracked.tracking)
+    for plan in plans:
+        assert plan.seconds == pytest.approx((plan.effort.operations + plan.tracking) / 1e9 + 0.8)
+    # The training has three passes of the 64 samples in each epoch, and the snapshots, before training too, one each.
+    of_training = (without.of_graph + 5e9) * without.snapshots / without.share
+    more = tracked.share * of_training - (tracked.effort.operations + 5e9) * tracked.snapshots
+    assert more == pytest.approx(tracked.tracking * tracked.snapshots)
+    assert 0.5 < tracked.tracking * 9000 / of_training < 1.5
 
 
 def test_a_plan_predicts_the_time_of_its_snapshots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +236,7 @@ def test_a_plan_predicts_the_time_of_its_snapshots(tmp_path: Path, monkeypatch: 
     plan = callback.state.plan
     assert plan is not None
     assert asked[0].plan.num_samples == plan.effort.num_samples
-    assert plan.seconds == pytest.approx(asked[0].seconds + 0.8)
+    assert plan.seconds == pytest.approx(asked[0].seconds * plan.of_graph / plan.effort.operations + 0.8)
     # The clock of a busy machine allows no closer look; tests/benchmarks/estimates.py takes it.
     assert callback.graph is not None
 
