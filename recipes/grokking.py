@@ -30,7 +30,7 @@ from lib_lightning.plots.image import render_png
 from recipes import leads
 from recipes.at_steps import AtSteps
 from recipes.grokking_tasks import TASKS, Samples, Task
-from recipes.leads import Lead, compare, halfway, holm
+from recipes.leads import Lead, compare, ends, halfway, holm
 
 RESULTS = Path(__file__).parent / "grokking.json"
 SEEDS = tuple(range(20))
@@ -98,13 +98,13 @@ class Snapshots(AtSteps):
             graph, feature_effects(module, [some], graph, features=features), score="log_likelihood", level=0.05,
             samples=len(some[0]),
         )  # fmt: skip
-        ends = [seen["test"].features.flatten(1).topk(6, 0, largest).indices.T for largest in (True, False)]
+        examples = [seen["test"].features.flatten(1).topk(6, 0, largest).indices.T for largest in (True, False)]
         graph.info |= {
             STEP: step,
             ACCURACY: {split: _accuracy(module, *samples) for split, samples in task.samples.items()},
             NAMED: sum(map(bool, ExampleLabels().label(seen["test"]).names)),
             LABELS_OF_TRAINING: labels["train"],
-            ALIKE: _share_alike(task.test[1], *ends),
+            ALIKE: _share_alike(task.test[1], *examples),
         }
         graph.save(self._folder / _file(step))
 
@@ -175,7 +175,7 @@ def quantities(graph: InteractionGraph, layer: str, answers: Tensor) -> dict[str
     edges = [effective_edges(E) for E in graph.edges.values()]
     examples = graph.examples[layer]
     largest, smallest, _ = examples.counts
-    ends = (examples.samples[:, :largest], examples.samples[:, largest : largest + smallest])
+    extremes = (examples.samples[:, :largest], examples.samples[:, largest : largest + smallest])
     weights = importance / importance.sum()
     return {
         **{f"features above {t:g}": float(number_of_features(importance, t)) for t in THRESHOLDS},
@@ -188,7 +188,7 @@ def quantities(graph: InteractionGraph, layer: str, answers: Tensor) -> dict[str
         "causal features": float(graph.effects[layer].significant.sum()),
         "features named by examples": float(graph.info[NAMED]),
         EXAMPLES: float(weights @ torch.tensor(graph.info[ALIKE]).to(weights)),
-        EXAMPLES_TRAINING: float(weights @ torch.tensor(_share_alike(answers, *ends)).to(weights)),
+        EXAMPLES_TRAINING: float(weights @ torch.tensor(_share_alike(answers, *extremes)).to(weights)),
         LABELLED: float(labelled.sum()),
         SHARE: float(weights[labelled].sum()),
         SHARE_TRAINING: float(weights[of_training].sum()),
@@ -267,7 +267,7 @@ def compare_task(runs: Sequence[Mapping[str, Sequence[float]]]) -> tuple[Compare
     found = {
         "memorising": {
             **_compare(runs, names, starts),
-            MEMORISING: compare(starts, _halfway(runs, "test", starts)),
+            MEMORISING: compare(starts, _halfway(runs, "test", starts), [True] * len(runs)),
         },
         "start": _compare(runs, [name for name in FROM_ZERO if name in names], zeros),
     }
@@ -285,7 +285,7 @@ def _compare(
     runs: Sequence[Mapping[str, Sequence[float]]], names: Sequence[str], starts: Sequence[float]
 ) -> dict[str, Lead]:
     test = _halfway(runs, "test", starts)
-    return {name: compare(_halfway(runs, name, starts), test) for name in names}
+    return {name: compare(_halfway(runs, name, starts), test, _rises(runs, name, starts)) for name in names}
 
 
 def _halfway(runs: Sequence[Mapping[str, Sequence[float]]], name: str, starts: Sequence[float]) -> list[float]:
@@ -293,6 +293,14 @@ def _halfway(runs: Sequence[Mapping[str, Sequence[float]]], name: str, starts: S
         halfway(run["step"], run[name], start) if name in run else math.nan
         for run, start in zip(runs, starts, strict=True)
     ]
+
+
+def _rises(runs: Sequence[Mapping[str, Sequence[float]]], name: str, starts: Sequence[float]) -> list[bool]:
+    changes = [
+        ends(run["step"], run[name], start) if name in run else (0.0, 0.0)
+        for run, start in zip(runs, starts, strict=True)
+    ]
+    return [last > first for first, last in changes]
 
 
 def resolution(results: Mapping[str, Any]) -> str:
@@ -380,30 +388,38 @@ def story(results: Mapping[str, Any]) -> str:
     return (
         "Steps are multiples of test accuracy's, in the order addition, subtraction, parity.\n\n"
         "- *No quantity leads in all three tasks*, if it is followed from memorising on. In both perceptrons, "
-        f"importance for the output does ({_times(late, output)}; first in {_first(late, output)} runs), and so does "
-        f"importance in labelled features with labels from training samples ({_times(late, SHARE_TRAINING)}; "
-        f"{_first(late, SHARE_TRAINING)}). In addition, neither can be told from test accuracy, half of whose rise is "
-        "over there when the training samples are memorised, so that little is left to compare.\n"
-        "- *To be first is not to foretell.* In parity, neither says when test accuracy will rise: over runs, rank "
+        f"importance for the output does, which falls ({_times(late, output)}; first in {_first(late, output)} runs), "
+        "and so does importance in labelled features with labels from training samples, which rises "
+        f"({_times(late, SHARE_TRAINING)}; {_first(late, SHARE_TRAINING)}). In addition, neither can be told from test "
+        "accuracy, half of whose rise is over there when the training samples are memorised, so that little is left to "
+        "compare.\n"
+        "- *To be first is not to foretell.* Neither says when test accuracy will rise in perceptrons: over runs, rank "
         f"correlations with its step are {_correlations(late, output)} for the first, and "
-        f"{_correlations(late, SHARE_TRAINING)} for the second. There they follow memorising, at a time of their own.\n"
-        "- *The number of large features*, above a tenth of the importance of a node layer, leads in addition "
-        f"and subtraction, not in parity ({_times(late, large)}; first in {_first(late, large)} runs in which it "
-        "changes).\n"
+        f"{_correlations(late, SHARE_TRAINING)} for the second. What falls or rises right after memorising may follow "
+        "the training loss, at a time of its own.\n"
+        "- *The number of large features*, above a tenth of the importance of a node layer, leads in subtraction "
+        f"alone, where it rises ({_times(late, large)}; first in {_first(late, large)} runs in which it changes). In "
+        f"addition it changes by a few features, upwards in {late['addition'][large].rises} of "
+        f"{len(late['addition'][large].ratios)} runs: what has no direction has no time either.\n"
         "- *What is part of the solution comes first in addition, from the start of training on*: importance in "
-        f"labelled features with labels from test samples ({_times(early, SHARE)}; {_first(early, SHARE)}). In "
-        "perceptrons it comes after test accuracy. With labels from training samples it is early in all three "
-        f"({_times(early, SHARE_TRAINING)}): any feature by which memorised answers are told apart looks like it.\n"
+        f"labelled features with labels from test samples ({_times(early, SHARE)}; {_first(early, SHARE)}), though not "
+        f"their number ({_times(early, LABELLED)}). In perceptrons it comes after test accuracy. With labels from "
+        f"training samples importance is early in all three ({_times(early, SHARE_TRAINING)}): any feature by which "
+        "memorised answers are told apart looks like it.\n"
         f"- *Examples on test samples have the same answer* early in parity alone ({_times(late, EXAMPLES)}; "
         f"{_first(late, EXAMPLES)}), where they also go with test accuracy from run to run "
         f"({late['parity'][EXAMPLES].rank_correlation:.2f}).\n"
-        f"- *Causal features* lead in parity alone ({_times(late, causal)}; {_first(late, causal)}). Runs in which "
-        "their number is the same in the end are left out.\n"
-        "- *Three claims from five runs of addition hold there, and do not carry over.* Labelled features come first: "
-        "see above. Averages move with test accuracy: effective features do in addition, and lead in perceptrons "
-        f"({_times(late, effective)}). The tail goes last in addition ({late['addition'][tail].times:.2f}, first in "
-        f"{late['addition'][tail].before} of {len(late['addition'][tail].ratios)}), not in parity "
-        f"({late['parity'][tail].times:.2f}); in subtraction its size stays the same."
+        "- *Causal features* lead nowhere. They rise just after test accuracy in subtraction "
+        f"({_times(late, causal)}), and have no direction in the two others: upwards in {_rises_in(late, causal)} runs "
+        "in which their number changes.\n"
+        "- *Three claims from five runs of addition do not carry over.* Labelled features come first: there by "
+        "importance, from the start of training on, and see above. Averages move with test accuracy: effective "
+        f"features have no direction in addition ({late['addition'][effective].rises} of "
+        f"{len(late['addition'][effective].ratios)} runs upwards), and lead in perceptrons "
+        f"({_times(late, effective)}), upwards in one and downwards in the other. The tail goes last in addition "
+        f"({late['addition'][tail].times:.2f}, first in {late['addition'][tail].before} of "
+        f"{len(late['addition'][tail].ratios)}), not in parity ({late['parity'][tail].times:.2f}); in subtraction its "
+        "size stays the same."
     )
 
 
@@ -414,6 +430,10 @@ def _times(late: Mapping[str, Mapping[str, Lead]], name: str) -> str:
 
 def _first(late: Mapping[str, Mapping[str, Lead]], name: str) -> str:
     return _three(f"{late[task][name].before} of {len(late[task][name].ratios)}" for task in TASKS)
+
+
+def _rises_in(late: Mapping[str, Mapping[str, Lead]], name: str) -> str:
+    return _three(f"{late[task][name].rises} of {len(late[task][name].ratios)}" for task in TASKS)
 
 
 def _correlations(late: Mapping[str, Mapping[str, Lead]], name: str) -> str:

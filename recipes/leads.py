@@ -1,8 +1,10 @@
 """Which of many quantities change before another one does: their steps compared over runs, with tests.
 
 Each quantity has a step in each run, and so has what it is compared with. The ratio of the two is below 1 where the
-quantity is first. Over runs there are the median ratio with an interval, and Wilcoxon's signed-rank test of whether the
-logarithms of the ratios are symmetric about zero. As many quantities are tried, p-values are corrected by Holm's
+quantity is first. Over runs there are the median ratio with an interval, and two tests: Wilcoxon's signed-rank test of
+whether the logarithms of the ratios are symmetric about zero, and a sign test of whether the quantity changes in the
+same direction in more runs than by chance. Noise has a step, too, but no direction: the larger of the two p-values is
+that of a change that comes before or after the other. As many quantities are tried, p-values are corrected by Holm's
 method, by which the chance of even one false lead among all that are tested is at most the level.
 """
 
@@ -32,7 +34,8 @@ class Lead:
         times: Median of the ratios.
         interval: Interval of the median, see `median_interval`.
         before: Number of runs in which the quantity is first.
-        p_value: Two-sided, of Wilcoxon's signed-rank test; NaN for fewer than two runs.
+        rises: Number of runs in which the quantity rises; in all others it falls.
+        p_value: Two-sided, the larger one of the two tests; NaN for fewer than two runs.
         rank_correlation: Spearman's correlation of the two steps over runs: whether a run in which the quantity is
             early is one in which the other is early. NaN for fewer than three runs.
     """
@@ -41,35 +44,13 @@ class Lead:
     times: float
     interval: tuple[float, float]
     before: int
+    rises: int
     p_value: float
     rank_correlation: float
 
 
-def crossing(steps: Sequence[float], values: Sequence[float], level: float, start: float = 0) -> float:
-    """Find when a series first crosses a level, from either side.
-
-    Args:
-        steps: Steps, increasing.
-        values: Values at these steps.
-        level: The level.
-        start: Step from which on to look.
-
-    Returns:
-        The step, interpolated between two values; NaN if it stays on one side.
-
-    Example:
-        >>> crossing([0, 10, 20], [0.0, 0.2, 0.6], 0.4), crossing([0, 10, 20], [9.0, 4.0, 4.0], 5.0)
-        (15.0, 8.0)
-    """
-    known = [(step, value) for step, value in zip(steps, values, strict=True) if step >= start]
-    for (before, a), (after, b) in itertools.pairwise(known):
-        if a != b and min(a, b) <= level <= max(a, b):
-            return before + (after - before) * (level - a) / (b - a)
-    return math.nan
-
-
-def halfway(steps: Sequence[float], values: Sequence[float], start: float) -> float:
-    """Find when a series first reaches the midpoint between its value at one step and its final value.
+def ends(steps: Sequence[float], values: Sequence[float], start: float) -> tuple[float, float]:
+    """The value of a series at one step, and its final value.
 
     Args:
         steps: Steps, increasing.
@@ -78,15 +59,49 @@ def halfway(steps: Sequence[float], values: Sequence[float], start: float) -> fl
         start: Step of the first value.
 
     Returns:
+        The two values.
+
+    Example:
+        >>> ends([0, 10, 20, 30, 40, 50], [5.0, 1.0, 3.0, 5.0, 0.0, 5.0], start=10)
+        (1.0, 3.0)
+    """
+    first = next(value for step, value in zip(steps, values, strict=True) if step >= start)
+    return first, statistics.median(values[-5:])
+
+
+def halfway(steps: Sequence[float], values: Sequence[float], start: float) -> float:
+    """Find when a series passes the midpoint between its value at one step and its final value.
+
+    A noisy series passes it many times. Where it does so first is early, the more so the more noise there is. Of all
+    passes in the direction of the change this is the one with the fewest values on the wrong side, before it and after
+    it; the median if there are several.
+
+    Args:
+        steps: Steps, increasing.
+        values: Values at these steps.
+        start: Step of the first value, see `ends`.
+
+    Returns:
         The step, interpolated; NaN if the final value equals the first.
 
     Example:
         >>> halfway([0, 10, 20, 30, 40, 50], [5.0, 1.0, 3.0, 5.0, 5.0, 5.0], start=10)
         20.0
+        >>> halfway([0, 10, 20, 30, 40, 50], [0.0, 1.0, 0.0, 0.0, 1.0, 1.0], start=0)
+        35.0
     """
-    first = next(value for step, value in zip(steps, values, strict=True) if step >= start)
-    last = statistics.median(values[-5:])
-    return math.nan if last == first else crossing(steps, values, (first + last) / 2, start)
+    first, last = ends(steps, values, start)
+    if last == first:
+        return math.nan
+    middle, sign = (first + last) / 2, math.copysign(1.0, last - first)
+    known = [(step, sign * (value - middle)) for step, value in zip(steps, values, strict=True) if step >= start]
+    wrong = sum(value < 0 for _, value in known)  # of a pass in front of all values
+    passes: list[tuple[int, float]] = []
+    for (before, a), (after, b) in itertools.pairwise(known):
+        wrong += 1 if a >= 0 else -1
+        if a < 0 <= b:
+            passes.append((wrong, before + (after - before) * -a / (b - a)))
+    return statistics.median(step for number, step in passes if number == min(passes)[0])
 
 
 def median_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
@@ -112,33 +127,40 @@ def median_interval(values: Sequence[float], level: float = LEVEL) -> tuple[floa
     return ordered[out], ordered[n - 1 - out]
 
 
-def compare(steps: Sequence[float], others: Sequence[float]) -> Lead:
+def compare(steps: Sequence[float], others: Sequence[float], rises: Sequence[bool]) -> Lead:
     """Compare the steps of a quantity with those of another.
 
     Args:
         steps: Step of the quantity in each run; NaN where it has none.
         others: Step of the other in the same runs; NaN where it has none.
+        rises: Whether the quantity rises in each run.
 
     Returns:
         The comparison.
 
     Example:
-        >>> found = compare([10, 20, 30, 40, 50, 60], [20, 50, 40, 90, 70, 130])
+        >>> found = compare([10, 20, 30, 40, 50, 60], [20, 50, 40, 90, 70, 130], [True] * 6)
         >>> found.before, round(found.times, 3), round(found.p_value, 3)
         (6, 0.481, 0.031)
+        >>> compare([10, 20, 30, 40, 50, 60], [20, 50, 40, 90, 70, 130], [True, False] * 3).p_value
+        1.0
     """
-    pairs = [(a, b) for a, b in zip(steps, others, strict=True) if a > 0 and b > 0]
-    if not pairs:
-        return Lead((), math.nan, (math.nan, math.nan), 0, math.nan, math.nan)
+    known = [(a, b, rise) for a, b, rise in zip(steps, others, rises, strict=True) if a > 0 and b > 0]
+    if not known:
+        return Lead((), math.nan, (math.nan, math.nan), 0, 0, math.nan, math.nan)
+    pairs, upwards = [(a, b) for a, b, _ in known], sum(rise for *_, rise in known)
     ratios = [a / b for a, b in pairs]
     differs = len(pairs) > 1 and any(ratio != 1 for ratio in ratios)
+    of_order = float(stats.wilcoxon([math.log(ratio) for ratio in ratios]).pvalue) if differs else math.nan
+    of_direction = float(stats.binomtest(upwards, len(pairs)).pvalue)
     varies = len(pairs) > 2 and all(len(set(column)) > 1 for column in zip(*pairs, strict=True))
     return Lead(
         tuple(ratios),
         statistics.median(ratios),
         median_interval(ratios),
         sum(ratio < 1 for ratio in ratios),
-        float(stats.wilcoxon([math.log(ratio) for ratio in ratios]).pvalue) if differs else math.nan,
+        upwards,
+        max(of_order, of_direction) if differs else math.nan,
         float(stats.spearmanr(*zip(*pairs, strict=True)).statistic) if varies else math.nan,
     )
 
@@ -190,16 +212,18 @@ def table(title: str, leads: Mapping[str, Lead], corrected: Mapping[str, float])
     Returns:
         Markdown.
     """
-    lines = [f"| {title} | times its step | 95% | first in | rank correlation | p, corrected | |", "|---" * 7 + "|"]
+    head = f"| {title} | rises in | times its step | 95% | first in | rank correlation | p, corrected | |"
+    lines = [head, "|---" * 8 + "|"]
     for name, lead in leads.items():
         if not lead.ratios:
-            lines.append(f"| {name} | - | - | - | - | - | |")
+            lines.append(f"| {name} | - | - | - | - | - | - | |")
             continue
         low, high = lead.interval
         correlation = "-" if math.isnan(lead.rank_correlation) else f"{lead.rank_correlation:.2f}"
         p = "-" if math.isnan(corrected[name]) else f"{corrected[name]:.2g}"
         lines.append(
-            f"| {name} | {lead.times:.2f} | {low:.2f} to {high:.2f} | {lead.before} of {len(lead.ratios)} | "
+            f"| {name} | {lead.rises} of {len(lead.ratios)} | {lead.times:.2f} | {low:.2f} to {high:.2f} | "
+            f"{lead.before} of {len(lead.ratios)} | "
             f"{correlation} | {p} | {verdict(lead, corrected[name])} |"
         )
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -33,7 +34,7 @@ from recipes.grokking import (
     train,
 )
 from recipes.grokking_tasks import TASKS, Task, addition, parity, subtraction
-from recipes.leads import Lead, compare, crossing, halfway, holm, median_interval, verdict
+from recipes.leads import Lead, compare, halfway, holm, median_interval, verdict
 from recipes.learning_coefficient import LOCALIZATION, learning_coefficient
 
 ROOT = Path(__file__).parents[1]
@@ -67,7 +68,10 @@ def test_what_the_page_says_of_the_committed_results() -> None:
     assert verdicts["subtraction"][SHARE] == verdicts["parity"][SHARE] == "after"
     assert [verdicts[task][EXAMPLES] == "before" for task in TASKS] == [False, False, True]
     assert late["parity"][EXAMPLES].rank_correlation > 0.6
-    assert [verdicts[task]["causal features"] == "before" for task in TASKS] == [False, False, True]
+    assert [verdicts[task]["causal features"] for task in TASKS] == ["", "after", ""]
+    assert [verdicts[task]["features above 0.1"] for task in TASKS] == ["", "before", ""]
+    for name, in_subtraction, in_parity in (("effective features", 20, 1), (output, 0, 0), (SHARE_TRAINING, 20, 20)):
+        assert (late["subtraction"][name].rises, late["parity"][name].rises) == (in_subtraction, in_parity)
     assert [verdicts[task]["effective features"] for task in TASKS] == ["", "before", "before"]
     assert [verdicts[task][tail] for task in TASKS] == ["after", "", ""]
     assert not late["subtraction"][tail].ratios
@@ -86,15 +90,13 @@ def test_when_a_series_is_halfway() -> None:
     falls = [9, 8, 6, 2, 2, 2, 2]
     assert halfway(steps, falls, start=10) == pytest.approx(22.5)  # from 8 to 2: 5
     assert halfway(steps, falls, start=15) == pytest.approx(25)  # from 6 to 2: 4
-    assert halfway(steps, [9, 8, 2, 9, 2, 2, 2], start=10) == pytest.approx(15), "the first time"
+    assert halfway(steps, [9, 8, 2, 9, 2, 2, 2], start=10) == pytest.approx((15 + 30 + 40 / 7) / 2)
+    assert halfway(steps, [9, 8, 2, 9, 8, 2, 2], start=10) == pytest.approx(45), "a spike on the way is not the change"
     assert halfway(steps, [0, 0, 0, 1, 9, 1, 1], start=10) == pytest.approx(25), "one spike is not the end"
     assert math.isnan(halfway(steps, [5] * 7, start=10))
 
 
-def test_when_a_level_is_crossed() -> None:
-    assert crossing([1, 2, 3], [0.1, 0.6, 0.2], 0.35) == pytest.approx(1.5)
-    assert crossing([1, 2, 3], [0.1, 0.6, 0.2], 0.35, start=2) == pytest.approx(2.625)
-    assert math.isnan(crossing([1, 2, 3], [0.1, 0.4, 0.2], 0.5))
+def test_when_training_samples_are_memorised() -> None:
     assert memorised({"step": [10, 20, 30], "train": [0.5, 0.99, 0.9]}) == 20
     assert math.isnan(memorised({"step": [10, 20], "train": [0.5, 0.9]}))
 
@@ -118,16 +120,19 @@ def test_comparisons_agree_with_scipy_and_with_the_definition() -> None:
     generator = random.Random(0)
     others = [generator.uniform(100, 1000) for _ in range(20)]
     steps = [x * generator.lognormvariate(-0.3, 0.4) for x in others]
-    lead = compare([*steps, math.nan, 5.0], [*others, 7.0, math.nan])
+    lead = compare([*steps, math.nan, 5.0], [*others, 7.0, math.nan], [True] * 22)
     ratios = [a / b for a, b in zip(steps, others, strict=True)]
     assert lead.ratios == pytest.approx(ratios)
     assert lead.before == sum(ratio < 1 for ratio in ratios)
     assert lead.p_value == stats.wilcoxon([math.log(x) for x in ratios], method="exact").pvalue
     assert lead.rank_correlation == pytest.approx(stats.spearmanr(steps, others).statistic)
     assert verdict(lead, 0.01) == "before"
-    assert verdict(compare(others, steps), 0.01) == "after"
+    assert verdict(compare(others, steps, [True] * 20), 0.01) == "after"
     assert verdict(lead, 0.06) == verdict(lead, math.nan) == ""
-    assert compare([math.nan], [3.0]).ratios == ()
+    assert compare([math.nan], [3.0], [False]).ratios == ()
+    mixed = compare(steps, others, [i < 6 for i in range(20)])
+    assert mixed.rises == 6
+    assert mixed.p_value == stats.binomtest(6, 20).pvalue > lead.p_value
 
 
 def test_holms_correction_holds_the_chance_of_any_false_lead() -> None:
@@ -159,6 +164,39 @@ def test_a_planted_lead_is_found_and_what_moves_with_test_accuracy_is_not() -> N
     assert found["memorising"]["before"].rank_correlation > 0.9
     assert found["memorising"]["constant"].ratios == ()
     assert "nine in ten" in resolution({"planted": dict(enumerate(runs))})
+
+
+def noisy_runs(generator: random.Random, noise: float) -> list[dict[str, list[float]]]:
+    """Runs with three constant quantities with noise, one that moves with test accuracy, and one before it."""
+    steps = [float(step) for step in snapshot_steps(10, 3000)]
+
+    def sigmoid(middle: float, scale: float = 0.0) -> list[float]:
+        return [1 / (1 + (middle / max(step, 1)) ** 6) + generator.gauss(0, scale) for step in steps]
+
+    runs = []
+    for _ in range(20):
+        late = generator.uniform(400, 1200)
+        walk = list(itertools.accumulate(generator.gauss(0, 1) for _ in steps))
+        runs.append(
+            {"step": steps, "train": sigmoid(20), "test": sigmoid(late)}
+            | {"noise": [generator.gauss(0, 1) for _ in steps], "count": [generator.randint(8, 12) for _ in steps]}
+            | {"walk": walk, "together": sigmoid(late, noise), "before": sigmoid(0.5 * late, noise)}
+        )
+    return runs
+
+
+def test_noise_does_not_lead() -> None:
+    generator, n = random.Random(0), 150
+    false, found_before = dict.fromkeys(("noise", "count", "walk", "together"), 0), 0
+    for _ in range(n):
+        leads, corrected = compare_task(noisy_runs(generator, noise=0.3))
+        verdicts = {name: verdict(lead, corrected["memorising"][name]) for name, lead in leads["memorising"].items()}
+        for name in false:
+            false[name] += verdicts[name] != ""
+        found_before += verdicts["before"] == "before"
+    # Together at most one task in twenty, beyond which there are three standard errors.
+    assert sum(false.values()) <= n * 0.05 + 3 * (n * 0.05 * 0.95) ** 0.5, false
+    assert found_before > 0.9 * n
 
 
 SMALL = {
