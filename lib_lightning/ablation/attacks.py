@@ -15,6 +15,7 @@ parameter decomposition, arXiv 2506.20790, and its successors).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ from lib_lightning.ablation.scored_model import MeanScore, ScoredSection
 from lib_lightning.errors import SettingError, check_number
 
 AttackKind = Literal["random", "pgd"]
-# With so few dropped edges, descent starts from at least so many points, and edges are changed one by one after it.
+# With so few dropped edges, descent starts from at least so many points, and edges are changed one by one after it. Of
+# so few edges in all, every subset is tried.
 _FEW, _STARTS_OF_FEW = 12, 8
 
 
@@ -40,7 +42,7 @@ class EdgeAttack:
         n_draws: Number of draws of a random attack.
         n_steps: Steps from each starting point of projected gradient descent.
         n_starts: Number of starting points: all dropped edges at 0, at one half, at 1, and then at random. With at most
-            12 dropped edges there are at least eight.
+            12 dropped edges there are at least eight; of at most 12 edges, all subsets of those dropped are tried.
         step_size: Size of a step.
         seed: Of the random numbers.
 
@@ -113,14 +115,26 @@ def worst(
         if _is_below(found.score, enough):
             return found
         found = min(found, Attacked(section(mask) if known is None else known, mask), key=lambda one: one.score.mean)
-    if attack.kind == "pgd" and int((~kept).sum()) <= _FEW:
-        found = _with_single_changes(section, kept, found, enough)
-    return found
+    if attack.kind == "random" or int((~kept).sum()) > _FEW:
+        return found
+    return (_with_any_subset if kept.numel() <= _FEW else _with_single_changes)(section, kept, found, enough)
 
 
 def _is_below(score: MeanScore, enough: float) -> bool:
     """Whether a score is below a number by more than its standard error."""
     return score.mean + (0.0 if math.isnan(score.error) else score.error) < enough
+
+
+def _with_any_subset(section: ScoredSection, kept: Tensor, found: Attacked, enough: float) -> Attacked:
+    """Put back each subset of the dropped edges."""
+    places = (~kept).nonzero().unbind(1)
+    for subset in itertools.product((0.0, 1.0), repeat=len(places[0])):
+        if _is_below(found.score, enough):
+            break
+        mask = kept.double()
+        mask[places] = mask.new_tensor(subset)
+        found = min(found, Attacked(section(mask), mask), key=lambda one: one.score.mean)
+    return found
 
 
 def _with_single_changes(section: ScoredSection, kept: Tensor, found: Attacked, enough: float) -> Attacked:

@@ -78,6 +78,17 @@ def test_on_linear_sections_descent_finds_the_worst_subset(seed: int, k: int) ->
     assert lowest - 1e-10 <= others.score <= others.dropped
 
 
+@pytest.mark.parametrize("seed", range(8, 12))
+def test_a_score_without_derivative_is_never_above_that_of_the_worst_subset(seed: int) -> None:
+    model, batches, graph = linear_network(seed)
+    kept = top_k_mask(graph.edges[SECTION], 4)
+    lowest, _ = by_enumeration(model, batches, graph, accuracy, kept)
+    found = attack_edges(model, batches, graph, accuracy, SECTION, kept, EdgeAttack("pgd", n_steps=1, n_starts=1))
+    assert found.score <= lowest + 1e-12  # factors between 0 and 1 may be worse than any subset
+    with scored_model(model, batches, graph, accuracy) as scored:
+        assert scored.with_edges(*SECTION)(found.worst).mean == found.score
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_edges_required_under_attack_are_those_of_enumeration(seed: int) -> None:
     model, batches, graph = linear_network(seed)
