@@ -136,8 +136,11 @@ def did_you_mean(wrong: object, known: Iterable[str]) -> str:
     Example:
         >>> did_you_mean("max_epohcs", ["max_epochs", "max_steps"]), did_you_mean("x", ["max_epochs"])
         (" Did you mean 'max_epochs'?", '')
+        >>> did_you_mean("PGD", ["random", "pgd"])
+        " Did you mean 'pgd'?"
     """
-    near = difflib.get_close_matches(str(wrong), list(known), n=1)
+    names = list(known)
+    near = [*difflib.get_close_matches(str(wrong), names, n=1), *(x for x in names if x.lower() == str(wrong).lower())]
     return f" Did you mean '{near[0]}'?" if near else ""
 
 

@@ -470,6 +470,11 @@ class InteractionGraph:
                     f"Features of '{layer}' are not latents of a dictionary, but of a {basis.kind} basis."
                 )
             adapted = AdaptedDictionary.without_data(dictionary, basis.mean, layer)
+            if adapted.n_latents != basis.reference["n_latents"]:
+                raise SettingError(
+                    f"The graph was computed with a dictionary of {basis.reference['n_latents']:,} latents at "
+                    f"'{layer}', and this one has {adapted.n_latents:,}."
+                )
             if adapted.hash != basis.reference["hash"]:
                 raise SettingError(
                     f"The graph was computed with another dictionary of '{layer}', or with other weights of it: hash "

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from lib_lightning.ablation.scored_model import MeanScore, ScoredSection
-from lib_lightning.errors import SettingError, check_number
+from lib_lightning.algorithm.config import check_choice
+from lib_lightning.errors import check_number
 
 AttackKind = Literal["random", "pgd"]
 # With so few dropped edges, descent starts from at least so many points, and edges are changed one by one after it. Of
@@ -62,8 +63,7 @@ class EdgeAttack:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(AttackKind):
-            raise SettingError(f"An attack is one of {', '.join(get_args(AttackKind))}; got {self.kind!r}.")
+        check_choice("attack", self.kind, get_args(AttackKind))
         for name in ("n_draws", "n_steps", "n_starts"):
             check_number(name, getattr(self, name), lambda n: n >= 1, "must be at least 1", integer=True)
         check_number("step_size", self.step_size, lambda x: 0 < x <= 1, "must be above 0 and at most 1")

@@ -14,7 +14,8 @@ from lib_lightning._deprecated import renamed_arguments
 from lib_lightning.ablation.attacks import Attacked, AttackKind, EdgeAttack, worst
 from lib_lightning.ablation.interventions import top_k_mask
 from lib_lightning.ablation.scored_model import Score, ScoredModel, scored_model
-from lib_lightning.ablation.search import Counts, ScoreCache, bisect, coarse, scan, try_counts
+from lib_lightning.ablation.search import Counts, ScoreCache, bisect, check_tolerance, coarse, scan, try_counts
+from lib_lightning.algorithm.config import check_choice
 from lib_lightning.errors import NodeLayerError, SettingError, quoted
 from lib_lightning.graph import InteractionGraph
 from lib_lightning.metrics.summary import EdgeCurve
@@ -115,6 +116,7 @@ def node_ablation_curve(
     """
     if node_layer not in graph.bases:
         raise NodeLayerError(f"The graph has no node layer '{node_layer}'; it has {quoted(graph.node_layers)}.")
+    check_tolerance(tolerance)
     with scored_model(model, batches, graph, score, **options) as scored:
         r = graph.bases[node_layer].n_features
         cache = ScoreCache(scored.with_features(node_layer), r, scored.unablated - tolerance)
@@ -166,6 +168,7 @@ def edge_ablation_curve(
         [1, 4]
     """
     _check_sections(graph, [section])
+    check_tolerance(tolerance)
     with scored_model(model, batches, graph, score, **options) as scored:
         E, score_of = graph.edges[section], scored.with_edges(*section)
         cache = ScoreCache(lambda k: score_of(top_k_mask(E, k)).mean, E.numel(), scored.unablated - tolerance)
@@ -212,7 +215,7 @@ def edges_required(
 
     Raises:
         NodeLayerError: If the graph has no such section, or belongs to a model of a different shape.
-        SettingError: If ``search`` or ``attack`` is unknown.
+        SettingError: If ``search`` or ``attack`` is unknown, or the tolerance is negative or NaN.
         LIBError: If the score function does not return one number for each sample.
 
     Note:
@@ -228,8 +231,8 @@ def edges_required(
         >>> edges_required(model, [batch], graph, accuracy)["input", "output"].count <= 4
         True
     """
-    if search not in ("scan", "bisection", "coarse"):
-        raise SettingError(f"search must be 'scan', 'bisection' or 'coarse'; got {search!r}.")
+    check_choice("search", search, ("scan", "bisection", "coarse"))
+    check_tolerance(tolerance)
     sections = list(graph.edges) if sections is None else list(sections)
     _check_sections(graph, sections)
     against = EdgeAttack.of(attack)
@@ -340,7 +343,7 @@ def attack_edges(
         True
     """
     _check_sections(graph, [section])
-    E, against = graph.edges[section], EdgeAttack.of(attack)
+    E, against, kept = graph.edges[section], EdgeAttack.of(attack), torch.as_tensor(kept)
     if kept.shape != E.shape or kept.dtype != torch.bool or against is None:
         raise SettingError(
             f"kept is a boolean tensor of shape {tuple(E.shape)}, as the edges; got {str(kept.dtype).split('.')[-1]} "
@@ -365,7 +368,8 @@ def _paper_bracket(graph: InteractionGraph, section: tuple[str, str]) -> int:
 def _check_sections(graph: InteractionGraph, sections: Sequence[tuple[str, str]]) -> None:
     for section in sections:
         if section not in graph.edges:
+            of_pairs = ": sections is a list of them" if isinstance(section, str) else ""
             raise NodeLayerError(
                 f"The graph has no section {section!r}: a section is a pair of consecutive node layers of "
-                f"{quoted(graph.node_layers)}."
+                f"{quoted(graph.node_layers)}{of_pairs}."
             )

@@ -11,6 +11,7 @@ from torch import Tensor
 from lib_lightning.ablation.attacks import AttackKind, EdgeAttack
 from lib_lightning.ablation.scored_model import Score
 from lib_lightning.ablation.scores import accuracy, log_likelihood
+from lib_lightning.ablation.search import check_tolerance
 from lib_lightning.errors import SettingError, check_number
 
 NamedScore = Literal["accuracy", "log_likelihood"]
@@ -49,7 +50,7 @@ class AblationPlan:
                 f"score must be one of {', '.join(get_args(NamedScore))}, or a function; got {self.score!r}."
             )
         EdgeAttack.of(self.attack)
-        check_number("tolerance", self.tolerance, lambda x: x >= 0, "must be at least 0")
+        check_tolerance(self.tolerance)
         check_number("every_n_snapshots", self.every_n_snapshots, lambda n: n >= 1, "must be at least 1", integer=True)
 
     @property

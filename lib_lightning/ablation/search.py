@@ -8,7 +8,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
-from lib_lightning.errors import SettingError
+from lib_lightning.errors import SettingError, check_number
 
 CountGrid = Literal["every", "exponential", "bisection"]
 Counts = CountGrid | Sequence[int]
@@ -19,6 +19,18 @@ _BASE = 2**0.5
 _SCAN_FRACTION, _SCAN_MIN, _SCAN_MAX = 0.05, 8, 100
 # Share of the number by which a coarse search may be wrong.
 _PRECISION = 1 / 8
+
+
+def check_tolerance(tolerance: float) -> None:
+    """Raise an error for an accepted loss of score that is negative or no number.
+
+    Args:
+        tolerance: The loss.
+
+    Raises:
+        SettingError: If it is negative or NaN.
+    """
+    check_number("tolerance", tolerance, lambda x: x >= 0, "must be at least 0")
 
 
 class ScoreCache:

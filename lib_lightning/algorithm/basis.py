@@ -11,6 +11,7 @@ from torch import Tensor
 from lib_lightning._deprecated import renamed_fields
 from lib_lightning.algorithm.linalg import Cutoff, eigh_psd
 from lib_lightning.distributed.process_group import ProcessGroup
+from lib_lightning.errors import ActivationError
 from lib_lightning.model.precision import supports_float64
 
 # Numbers to centre at a time.
@@ -78,6 +79,21 @@ class Basis:
             *process_group.broadcast([self.mean, self.to_features, self.from_features, self.importance]),
         )
 
+    def check_width(self, a: Tensor) -> None:
+        """Raise an error for activations of another width than the node layer's.
+
+        Args:
+            a: Activations, shape ``(..., d)``.
+
+        Raises:
+            ActivationError: If there are not as many as the node layer has.
+        """
+        if a.shape[-1:] != self.mean.shape:
+            raise ActivationError(
+                f"The basis of '{self.name}' takes {len(self.mean):,} activations in the last axis; got a tensor of "
+                f"shape {tuple(a.shape)}."
+            )
+
     def encode(self, a: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Express activations as features.
 
@@ -87,7 +103,11 @@ class Basis:
 
         Returns:
             Features ``fhat``, shape ``(..., r)``, on the device of ``a``.
+
+        Raises:
+            ActivationError: If there are not as many activations as the node layer has.
         """
+        self.check_width(a)
         dtype = dtype or a.dtype
         if self.kind == "neuron":  # C is the identity
             return a.to(dtype) - self.mean.to(a.device, dtype)

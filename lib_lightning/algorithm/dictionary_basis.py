@@ -155,7 +155,11 @@ class DictionaryBasis(Basis):
 
         Returns:
             Features, shape ``(..., r)``, on the device of ``a``.
+
+        Raises:
+            ActivationError: If there are not as many activations as the node layer has.
         """
+        self.check_width(a)
         f, e = self.latents_and_error(a)
         return torch.cat([f, torch.linalg.vector_norm(e, dim=-1, keepdim=True)], -1).to(dtype or a.dtype)
 

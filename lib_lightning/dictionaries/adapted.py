@@ -27,7 +27,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lib_lightning.errors import LIBError, NotFiniteError, SettingError, SettingTypeError, brief, shortened
+from lib_lightning.errors import (
+    LIBError,
+    NotFiniteError,
+    SettingError,
+    SettingTypeError,
+    brief,
+    counted,
+    shortened,
+)
 from lib_lightning.model.agreement import agree, half_of_the_digits, other_order
 from lib_lightning.model.batch import hash_tensors
 from lib_lightning.model.weights_hash import weights_hash
@@ -307,9 +315,7 @@ class AdaptedDictionary:
     def _encode(self, rows: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
         """Latents ``(m, r)`` of rows, and what the decoder needs beside them."""
         found = self.dictionary.encode(self._to_object(rows).reshape(len(rows), *self._shape))
-        if isinstance(found, Tensor):
-            return self._dense(found), ()
-        first, *rest = found
+        first, *rest = self._result(found, "encode")
         if not self._is_pair(first, rest):
             return self._dense(first), tuple(rest)
         self._has_pairs = True
@@ -354,7 +360,17 @@ class AdaptedDictionary:
 
     def _call_decode(self, f: Tensor, state: tuple[Any, ...]) -> Tensor:
         found = self.dictionary.decode(f, *state) if self._passes_state else self.dictionary.decode(f)
-        return found if isinstance(found, Tensor) else found[0]
+        return self._result(found, "decode")[0]
+
+    def _result(self, found: Any, method: str) -> tuple[Any, ...]:
+        """What a method returns, as a tuple that begins with a tensor."""
+        every = (found,) if isinstance(found, Tensor) else tuple(found) if isinstance(found, (tuple, list)) else ()
+        if not every or not isinstance(every[0], Tensor):
+            raise SettingError(
+                f"{method} of the dictionary of '{self.name}' must return a tensor, or a tuple that begins with one; "
+                f"got {shortened(repr(found), 80)}."
+            )
+        return every
 
     @staticmethod
     def _flat(a: Tensor) -> Tensor:
@@ -371,14 +387,26 @@ class AdaptedDictionary:
                 f"The dictionary of '{self.name}' does not take activations of shape {(len(a), *self._shape)}: "
                 f"{brief(error)}. An attribute input_shape, such as (heads, d_head), gives it another one."
             ) from error
+        if len(f) != len(a):
+            raise SettingError(
+                f"The encoder of '{self.name}' returns {counted(len(f), 'row')} of {f.shape[-1]:,} latents for "
+                f"{len(a)} rows of activations: encode(a) -> (..., r) needs one for each."
+            )
         self.n_latents = f.shape[-1]
         self._passes_state = bool(state) and takes(self.dictionary.decode, 1 + len(state))
         try:
-            decoded = self._flat(self.dictionary.decode(f, *state)) if self._passes_state else self._decode(f, a)
+            decoded = self._flat(self._call_decode(f, state)) if self._passes_state else self._decode(f, a)
+        except LIBError:
+            raise
         except Exception as error:
             raise SettingError(
                 f"The decoder of '{self.name}' does not take its {self.n_latents:,} latents: {brief(error)}."
             ) from error
+        if len(decoded) != len(a):
+            raise SettingError(
+                f"The decoder of '{self.name}' returns {counted(len(decoded), 'row')} of {decoded.shape[-1]:,} for "
+                f"{len(a)} rows of latents: decode(f) -> (..., {self.d}) needs one for each."
+            )
         if decoded.shape != a.shape:
             raise SettingError(
                 f"The dictionary of '{self.name}' reads {self.d} activations, and writes {decoded.shape[-1]}: one that "
@@ -390,6 +418,7 @@ class AdaptedDictionary:
                     f"The {part} of the dictionary of '{self.name}' returns numbers that are NaN or infinite, for "
                     "activations that are finite. Look for them in its weights."
                 )
+        self._check_rows(f, a)
         generator = torch.Generator().manual_seed(0)
         few = torch.rand(self.n_latents, generator=generator, device="cpu") * self.n_latents < _PROBED
         sizes = 0.5 + torch.rand(self.n_latents, generator=generator, device="cpu")
@@ -410,6 +439,25 @@ class AdaptedDictionary:
             for matrix in (t, t.T)
             if matrix.shape == (self.n_latents, self.d)
         ]
+
+    def _check_rows(self, f: Tensor, a: Tensor) -> None:
+        """Raise an error if latents depend on anything but their own row of activations.
+
+        Args:
+            f: The latents of ``a``.
+            a: Activations, shape ``(m, d)``.
+        """
+        others = {
+            "more than the activations, such as noise: encoding them again gives others": self._encode(a)[0],
+            "the other activations in a batch: choose active latents in each row alone": torch.cat(
+                [f[:0], *(self._encode(row)[0] for row in a.split(1))]
+            ),
+        }
+        for what, other in others.items():
+            # Rounding may exchange two latents that are as good as equal.
+            same = sum(agree(x, y, half_of_the_digits(f.dtype)) for x, y in zip(other, f, strict=True))
+            if 2 * same < len(f):
+                raise SettingError(f"Latents of the dictionary of '{self.name}' depend on {what}.")
 
     def _depends_on_last(self, a: Tensor) -> bool:
         """Whether the same latents are decoded differently after other activations were encoded."""

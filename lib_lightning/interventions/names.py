@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from lib_lightning.algorithm.dictionary_basis import DictionaryBasis
 from lib_lightning.errors import LIBError, SettingError, quoted, shortened
 from lib_lightning.graph import InteractionGraph
 
@@ -64,6 +65,12 @@ def find_feature(graph: InteractionGraph, which: FeatureName) -> Place:
     layer, _, number = which.rpartition("/")
     if layer in graph.bases and number.isdecimal() and f"{layer}/{int(number)}" != which:
         return find_feature(graph, f"{layer}/{int(number)}")  # such as "fc/03"
+    basis = graph.bases.get(layer)
+    if isinstance(basis, DictionaryBasis) and number.isdecimal() and int(number) < int(basis.reference["n_latents"]):
+        raise LIBError(
+            f"Latent {int(number):,} of '{layer}' is active in none of the samples that the graph was computed on, and "
+            "so is no feature of it."
+        )
     near = difflib.get_close_matches(which, [*ids, *labels], n=3) or list(ids)[:3]
     raise LIBError(f"There is no feature '{which}' in this graph. Near matches: {quoted(near)}.")
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torchmetrics import MetricCollection
@@ -125,6 +125,7 @@ class SnapshotConfig:
                 f"ablation must be an AblationPlan, or None for no ablations; got {shortened(repr(self.ablation), 80)}."
             )
         for kind in self.baselines:
+            check_choice("each of baselines", kind, get_args(BasisKind))
             with_basis(self.config, kind)
         if len({self.config.basis, *self.baselines}) <= len(self.baselines):
             raise SettingError(

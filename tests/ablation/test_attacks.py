@@ -252,9 +252,9 @@ def test_attacks_are_repeatable() -> None:
 
 def test_settings_are_checked() -> None:
     model, batches, graph, true = planted()
-    with pytest.raises(SettingError, match="An attack is one of random, pgd; got 'fgsm'"):
+    with pytest.raises(SettingError, match="attack must be one of 'random', 'pgd'; got 'fgsm'"):
         edges_required(model, batches, graph, accuracy, attack="fgsm")
-    with pytest.raises(SettingError, match="An attack is one of random, pgd; got 'greedy'"):
+    with pytest.raises(SettingError, match="attack must be one of 'random', 'pgd'; got 'greedy'"):
         AblationPlan(attack="greedy")
     with pytest.raises(SettingError, match="n_steps must be at least 1"):
         EdgeAttack("pgd", n_steps=0)

@@ -157,6 +157,23 @@ def test_bad_scores_are_refused(score: Any, error: type[Exception], match: str) 
     found.assert_same()
 
 
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"tolerance": -1}, "tolerance must be at least 0; got -1"),
+        ({"tolerance": math.nan}, "tolerance must be at least 0; got nan"),
+        ({"attack": "PGD"}, "attack must be one of 'random', 'pgd'; got 'PGD'. Did you mean 'pgd'?"),
+        ({"search": "corse"}, "search must be one of .* Did you mean 'coarse'?"),
+        ({"sections": ("input", "output")}, "no section 'input'.*: sections is a list of them"),
+    ],
+)
+def test_wrong_settings_of_edges_required(options: dict[str, Any], match: str) -> None:
+    model, x = nn.Linear(3, 2), torch.randn(9, 3)
+    graph = compute_interaction_graph(model, [x], ["input", "output"])
+    with pytest.raises(LIBError, match=match):
+        edges_required(model, [(x, model(x).argmax(-1))], graph, accuracy, **options)
+
+
 def test_graphs_of_other_models_are_refused() -> None:
     model = randomize(mlp())
     batch = labelled(model)
@@ -168,7 +185,7 @@ def test_graphs_of_other_models_are_refused() -> None:
             edge_ablation_curve(model, [batch], graph, accuracy, section)
         with pytest.raises(NodeLayerError, match="a section is a pair of consecutive node layers"):
             edges_required(model, [batch], graph, accuracy, sections=[section])
-    with pytest.raises(ValueError, match="search must be 'scan', 'bisection' or 'coarse'; got 'halving'"):
+    with pytest.raises(ValueError, match="search must be one of 'scan', 'bisection', 'coarse'; got 'halving'"):
         edges_required(model, [batch], graph, accuracy, search="halving")
     with pytest.raises(ValueError, match="counts must be between 0 and 5"):
         node_ablation_curve(model, [batch], graph, accuracy, "1", [7])

@@ -191,7 +191,7 @@ def test_files_have_a_reference_and_no_weights(tmp_path: Path) -> None:
     assert loaded.measure() == graph.measure()
     assert loaded.feature("1/24").label == "error"
     with pytest.raises(LIBError, match="Pass it"):
-        loaded.bases["1"].encode(x)
+        loaded.bases["1"].encode(torch.zeros(2, 16).double())
     with pytest.raises(LIBError, match="is not in the file"):
         node_ablation_curve(model, [x], loaded, score, "1", [2])
     given = InteractionGraph.load(path, dictionaries)
@@ -314,6 +314,58 @@ def test_errors() -> None:
         Transcoder(SparseDictionary, slice(0, 8), slice(8, 16))
     with pytest.raises(SettingTypeError, match="by node layer"):
         compute_interaction_graph(model, [x], layers, dictionaries).attach_dictionaries(dictionaries["1"])
+
+
+class Changed(SparseDictionary):
+    """A dictionary with another ``encode`` or ``decode``, given as functions of what it would return."""
+
+    after_encode: Any = staticmethod(lambda f: f)
+    after_decode: Any = staticmethod(lambda a: a)
+
+    def encode(self, a: Tensor) -> Any:
+        return self.after_encode(super().encode(a))
+
+    def decode(self, f: Tensor) -> Any:
+        return self.after_decode(super().decode(f))
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "message"),
+    [
+        ("encode", lambda f: f.sum(-1), "returns 1 row of 8 latents for 8 rows of activations"),
+        ("encode", lambda f: None, "encode of the dictionary of '1' must return a tensor.*; got None"),
+        ("encode", lambda f: f + 0.3 * torch.rand_like(f), "depend on more than the activations"),
+        ("encode", lambda f: f - f.mean(0), "depend on the other activations in a batch"),
+        (
+            "encode",
+            lambda f: f * (f >= f.flatten().topk(3 * len(f)).values[-1]),
+            "depend on the other activations in a batch",
+        ),
+        ("decode", lambda a: None, "decode of the dictionary of '1' must return a tensor.*; got None"),
+        ("decode", lambda a: a.T, "returns 16 rows of 8 for 8 rows of latents"),
+        ("decode", lambda a: a.mean(0), "returns 16 rows of 1 for 8 rows of latents"),
+        ("decode", lambda a: a[:, :9], "reads 16 activations, and writes 9"),
+    ],
+)
+def test_dictionaries_that_are_none_are_refused(method: str, change: Any, message: str) -> None:
+    model, x, _ = small()
+    dictionary = Changed(16, 24).double()
+    setattr(dictionary, f"after_{method}", change)
+    with pytest.raises(SettingError, match=message) as caught:
+        compute_interaction_graph(model, [x], ["1", "3", "output"], {"1": dictionary})
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_errors_of_graphs_with_latents(tmp_path: Path) -> None:
+    graph, model, *_ = graph_of(effort="exact")
+    with pytest.raises(LIBError, match="takes 16 activations in the last axis; got a tensor of shape \\(2, 7\\)"):
+        graph.bases["1"].encode(torch.zeros(2, 7))
+    never = next(j for j in range(24) if f"1/{j}" not in graph.feature_ids("1"))
+    with pytest.raises(LIBError, match=f"Latent {never} of '1' is active in none of the samples"):
+        edit_features(model, graph, {f"1/{never}": 0}).__enter__()
+    graph.save(tmp_path / "graph.safetensors")
+    with pytest.raises(SettingError, match="a dictionary of 24 latents at '1', and this one has 20"):
+        InteractionGraph.load(tmp_path / "graph.safetensors", {"1": SparseDictionary(16, 20).double()})
 
 
 class OfOneLayer:
