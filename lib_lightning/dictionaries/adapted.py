@@ -360,7 +360,8 @@ class AdaptedDictionary:
 
     def _call_decode(self, f: Tensor, state: tuple[Any, ...]) -> Tensor:
         found = self.dictionary.decode(f, *state) if self._passes_state else self.dictionary.decode(f)
-        return self._result(found, "decode")[0]
+        decoded: Tensor = self._result(found, "decode")[0]
+        return decoded
 
     def _result(self, found: Any, method: str) -> tuple[Any, ...]:
         """What a method returns, as a tuple that begins with a tensor."""
