@@ -14,6 +14,7 @@ from lib_lightning import NodeLayer, compute_interaction_graph
 from lib_lightning.ablation import EdgeAttack, log_likelihood, node_ablation_curve
 from lib_lightning.algorithm.dictionary_basis import DictionaryBasis
 from lib_lightning.dictionaries.topk_training import TopKSettings
+from lib_lightning.interventions.significance import samples_needed
 from lib_lightning.metrics.functional import effective_edges
 from lib_lightning.model.instrumented import model_session
 from recipes.bases_compared.__main__ import cell_path, measure, write
@@ -236,6 +237,33 @@ def test_what_the_page_says_of_biases() -> None:
     assert f"{min(found)} to {max(found)}% too small in LIB and PCA, {too_small('neuron')}% in neurons" in text
     assert f"{too_small('random')}% in a random rotation and {too_small('ica')}% in ICA" in text
     assert f"{too_small('sae')}% with latents (of latents alone {too_small('sae', 'of latents alone')}%)" in text
+
+
+def test_what_the_page_says_of_features_with_edges() -> None:
+    def percent(*kinds: str) -> str:
+        sections = [x for kind in kinds for x in read()["SmolLM2-135M"][kind][0]["edges"]["sections"].values()]
+        found = [100 * x["with edges"] for x in sections]
+        return f"{min(found):.0f} to {max(found):.0f}%"
+
+    text = " ".join(PAGE.split())
+    assert f"{percent('lib', 'fisher', 'output', 'pca')} of the features of a section have edges" in text
+    assert f"({percent('neuron', 'ica', 'random')} of neurons, ICA and a random rotation)" in text
+    assert f"and the error, 256 were pushed, and {percent('sae')} have edges" in text
+
+
+def test_what_the_page_says_of_names_and_causal_features() -> None:
+    text, found = " ".join(PAGE.split()), read()["SmolLM2-135M"]
+
+    def important(*kinds: str) -> str:
+        shares = [x["importance"] for kind in kinds for x in found[kind][0]["names"]["layers"].values()]
+        return f"{min(shares):.0%} to {max(shares):.0%}".replace("%", "", 1)
+
+    assert f"has a name in SmolLM2, {important('lib', 'pca')} of it" in text
+    assert f"and in a random rotation mostly not, {important('random')}." in text
+    assert found["ica"][0]["names"]["layers"]["end"]["named"] == 23
+    assert samples_needed(80, 0.05) == 14 > found["lib"][0]["causal"]["samples"]
+    for by_kind in found.values():
+        assert not sum(x["significant"] for x in by_kind[0]["causal"]["layers"].values())
 
 
 def test_the_control_differs_in_other_sections_than_the_trained_model() -> None:

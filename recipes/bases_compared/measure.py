@@ -56,6 +56,22 @@ def effective_with_error(E: Tensor, replicates: Sequence[Tensor] | Tensor) -> di
     return {"effective": value, "error": float(standard_error(values)), "bias": bias}
 
 
+def with_edges(E: Tensor) -> float:
+    """Share of the features in front of a section that have any edges: of others, none was pushed forward.
+
+    Args:
+        E: Edges of a section, shape ``(r_out, r_in)``.
+
+    Returns:
+        The share.
+
+    Example:
+        >>> with_edges(torch.tensor([[1.0, 0.0, 2.0, 0.0], [1.0, 0.0, 0.0, 0.0]]))
+        0.5
+    """
+    return float((E != 0).any(0).double().mean())
+
+
 class Measurements:
     """What is measured of the bases of one network.
 
@@ -163,7 +179,7 @@ class Measurements:
         sections = {}
         for pair, E in graph.edges.items():
             replicates = graph.info["edge replicates"][pair]
-            found = {"edges": E.numel(), **effective_with_error(E, replicates)}
+            found = {"edges": E.numel(), "with edges": with_edges(E), **effective_with_error(E, replicates)}
             before, after = (graph.bases[name] for name in pair)
             if isinstance(before, DictionaryBasis) and isinstance(after, DictionaryBasis):
                 latents = (slice(after.error), slice(before.error))

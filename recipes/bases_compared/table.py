@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lib_lightning.interventions.significance import samples_needed
 from recipes.bases_compared.fit import BASES
 
 RESULTS = Path(__file__).parent / "results"
@@ -15,6 +16,8 @@ RESULTS = Path(__file__).parent / "results"
 Cell = dict[str, Any]
 Results = dict[str, dict[str, list[Cell]]]
 _MISSING = "-"
+# Of the tests of single features.
+_LEVEL = 0.05
 
 
 def read(folder: Path = RESULTS) -> Results:
@@ -92,6 +95,7 @@ def overview(by_kind: Mapping[str, Sequence[Cell]]) -> str:
         "of one section, under attack": _attacked,
         "causal": _causal,
         "named": _named,
+        "their importance": _importance_of_named,
         "AUROC of the names": _auroc,
     }
     return _table("basis", columns, by_kind)
@@ -263,6 +267,10 @@ def _attacked(seeds: Sequence[Cell]) -> str:
 
 
 def _causal(seeds: Sequence[Cell]) -> str:
+    for one in seeds:
+        tested = sum(x["tested"] for of in _of([one], "causal", "layers") for x in of.values())
+        if tested and one["causal"]["samples"] < samples_needed(tested, _LEVEL):
+            return "too few pieces"
     return _counts(
         seeds, "causal", ("significant", "tested"), lambda significant, tested: f"{significant:,} of {tested:,}"
     )
@@ -270,6 +278,12 @@ def _causal(seeds: Sequence[Cell]) -> str:
 
 def _named(seeds: Sequence[Cell]) -> str:
     return _counts(seeds, "names", ("named", "features"), share)
+
+
+def _importance_of_named(seeds: Sequence[Cell]) -> str:
+    """Smallest and largest share of the importance of a node layer that is that of features with a name."""
+    found = [x["importance"] for one in _of(seeds, "names", "layers") for x in one.values()]
+    return f"{min(found):.0%} to {max(found):.0%}" if found else _MISSING
 
 
 def _counts(seeds: Sequence[Cell], column: str, keys: Sequence[str], text: Callable[[int, int], str]) -> str:
