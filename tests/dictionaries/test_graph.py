@@ -87,6 +87,26 @@ def test_latents_and_error_reproduce_the_model(kind: type[SparseDictionary]) -> 
     assert graph.labels["1"][-1] == "error"
 
 
+def test_heads_of_an_attention_are_joined_at_what_its_output_reads() -> None:
+    network, _ = gpt2()
+    x, read, after = tokens(23), "transformer.h.1.attn.c_proj:input", "transformer.h.1.attn.c_proj"
+    heads = OfHeads(16, 40, k=5).double()
+    graph = compute_interaction_graph(network, [x], [read, after], {read: heads}, effort="exact")
+    plain = SparseDictionary(16, 40, k=5).double()
+    other = compute_interaction_graph(network, [x], [read, after], {read: plain}, effort="exact")
+    torch.testing.assert_close(graph.edges[read, after], other.edges[read, after], rtol=1e-10, atol=0)
+    basis, seen = graph.bases[read], list[Tensor]()
+    hook = network.get_submodule(after).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    with torch.no_grad():
+        y = network(x).logits
+        hook.remove()
+        torch.testing.assert_close(basis.encode(seen[0])[..., :-1], plain.latents(seen[0])[..., basis.latents])
+        with edit_features(network, graph, {f"{read}/40": scale(1.0), (read, 0): scale(1.0)}):
+            assert (network(x).logits - y).abs().max() < 1e-10
+        with edit_features(network, graph, {(read, 0): 0.0}):
+            assert (network(x).logits - y).abs().max() > 1e-6
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_edits_change_what_is_decoded(kind: type[SparseDictionary]) -> None:
     graph, model, x, _ = graph_of(kind)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lib_lightning import NodeLayer, compute_interaction_graph
 from lib_lightning.dictionaries import AdaptedDictionary, Transcoder
+from lib_lightning.dictionaries.topk_training import ALPHA, topk_loss
 from lib_lightning.errors import SettingError
 from lib_lightning.interventions import edit_features, scale
 from tests.dictionaries.dense import dense_edges
@@ -152,3 +153,17 @@ def test_transcoders() -> None:
 def test_hashes_are_those_of_the_weights() -> None:
     one, same, other = (AdaptedDictionary(of_sparsify(seed), torch.randn(5, D).double(), "x") for seed in (0, 0, 1))
     assert one.hash == same.hash != other.hash
+
+
+@pytest.mark.parametrize("n_dead", [0, 3, 20])
+def test_the_loss_that_is_trained_with_is_that_of_sparsify(n_dead: int) -> None:
+    coder, x = of_sparsify(0), torch.randn(50, D).double()
+    dead = torch.arange(R) < n_dead
+    with torch.no_grad():  # so that they are positive: sparsify has them after the ReLU, ours before it
+        coder.encoder.bias[dead] += 20.0
+    weights = {"W_enc": coder.encoder.weight.T, "b_enc": coder.encoder.bias, "W_dec": coder.W_dec, "b_dec": coder.b_dec}
+    loss, f = topk_loss(x, weights, k=5, dead=dead)
+    found = coder(x, dead_mask=dead)
+    torch.testing.assert_close(loss, found.fvu + ALPHA * found.auxk_loss, rtol=1e-10, atol=0)
+    dense = torch.zeros(50, R).double().scatter(1, found.latent_indices, found.latent_acts)
+    torch.testing.assert_close(f, dense, rtol=1e-10, atol=1e-12)
