@@ -561,8 +561,9 @@ def report(found: Mapping[str, Any]) -> str:
         Markdown.
     """
     lines = [
-        "| curves without a change | runs | promised at most | events | of these abrupt |",
-        "|---|---|---|---|---|",
+        "| curves | runs | false events, promised at most | found | of these abrupt | planted changes found "
+        "| as abrupt |",
+        "|---" * 7 + "|",
     ]
     at_rest, most = {"events": 0, "abrupt": 0}, 0.0
     for task, one in found["plateaus"].items():
@@ -573,10 +574,18 @@ def report(found: Mapping[str, Any]) -> str:
         if not bursts:
             most += promised
             at_rest = {name: at_rest[name] + count for name, count in counts.items()}
-        lines.append(f"| {what}: {task} | {runs} | {promised:.0f} | {counts['events']} | {counts['abrupt']} |")
+        lines.append(f"| {what}: {task} | {runs} | {promised:.0f} | {counts['events']} | {counts['abrupt']} | | |")
     promised = PROMISED * found["runs"] * found["snapshots"]
     for null, one in found["nulls"].items():
-        lines.append(f"| {null} | {found['runs']} | {promised:.0f} | {one['events']} | {one['abrupt']} |")
+        lines.append(f"| {null} | {found['runs']} | {promised:.0f} | {one['events']} | {one['abrupt']} | | |")
+    for noise in NOISES:
+        every = [by_noise[str(noise)] for by_noise in found["planted"].values()]
+        runs = found["runs"] * len(every)
+        false, planted, abrupt = (sum(one[name] for one in every) for name in ("others", "found", "abrupt"))
+        lines.append(
+            f"| planted changes, noise {noise} | {runs} | {PROMISED * runs * (START + AFTER):.0f} | {false} | "
+            f"{'0' if not false else '-'} | {planted} of {runs} | {abrupt} |"
+        )
     said = [
         f"{at_rest[name]} (95% interval {low:.1f} to {high:.1f})"
         for name in at_rest
@@ -598,11 +607,7 @@ def report(found: Mapping[str, Any]) -> str:
             one = by_noise[str(noise)]
             cells += [str(one["found"]), "" if one["delay"] is None else f"{one['delay']:g}", str(one["abrupt"])]
         lines.append(f"| {' | '.join(cells)} |")
-    others = [sum(one[str(noise)]["others"] for one in found["planted"].values()) for noise in NOISES]
     lines += [
-        "",
-        f"Other events in these runs, by noise: {', '.join(map(str, others))}; "
-        f"promised at most {PROMISED * found['runs'] * (START + AFTER) * len(found['planted']):.0f} each.",
         "",
         "| while a network forms | events | of these abrupt | features that emerge | of these abruptly "
         "| autocorrelation of increments |",
