@@ -64,7 +64,12 @@ def test_what_the_page_says_of_the_committed_results() -> None:
         assert verdicts[task][output] == verdicts[task][SHARE_TRAINING] == "before"
     assert [early[task][SHARE] for task in TASKS] == ["before", "after", "after"]
     assert {early[task][SHARE_TRAINING] for task in TASKS} == {"before"}
-    assert max(abs(late["parity"][name].rank_correlation) for name in (output, SHARE_TRAINING)) < 0.5
+    # Correlations over 20 runs that differ from 0 at the level of 5% are above 0.45.
+    correlated = {
+        (task, name): late[task][name].rank_correlation > 0.45 for task in TASKS for name in (output, SHARE_TRAINING)
+    }
+    assert [correlated[task, output] for task in TASKS] == [True, False, False]
+    assert [correlated[task, SHARE_TRAINING] for task in TASKS] == [True, True, False]
     assert verdicts["subtraction"][SHARE] == verdicts["parity"][SHARE] == "after"
     assert [verdicts[task][EXAMPLES] == "before" for task in TASKS] == [False, False, True]
     assert late["parity"][EXAMPLES].rank_correlation > 0.6
