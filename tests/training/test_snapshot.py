@@ -210,7 +210,7 @@ def test_unsuitable_metrics_are_refused_at_once() -> None:
         callback_with(metrics=MetricCollection({"mean": MeanMetric()}))
     with pytest.raises(ValueError, match="baselines are bases other than 'lib'"):
         callback_with(baselines=["lib"])
-    with pytest.raises(ValueError, match="basis must be one of"):
+    with pytest.raises(ValueError, match="each of baselines must be one of"):
         callback_with(baselines=["nmf"])
 
 
