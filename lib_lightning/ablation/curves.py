@@ -343,7 +343,7 @@ def attack_edges(
         True
     """
     _check_sections(graph, [section])
-    E, against, kept = graph.edges[section], EdgeAttack.of(attack), torch.as_tensor(kept)
+    E, against, kept = graph.edges[section], EdgeAttack.of(attack), torch.as_tensor(kept, device="cpu")
     if kept.shape != E.shape or kept.dtype != torch.bool or against is None:
         raise SettingError(
             f"kept is a boolean tensor of shape {tuple(E.shape)}, as the edges; got {str(kept.dtype).split('.')[-1]} "
