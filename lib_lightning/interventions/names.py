@@ -68,8 +68,8 @@ def find_feature(graph: InteractionGraph, which: FeatureName) -> Place:
     basis = graph.bases.get(layer)
     if isinstance(basis, DictionaryBasis) and number.isdecimal() and int(number) < int(basis.reference["n_latents"]):
         raise LIBError(
-            f"Latent {int(number):,} of '{layer}' is active in none of the samples that the graph was computed on, and "
-            "so is no feature of it."
+            f"Latent {int(number):,} of '{layer}' is no feature of this graph: it is active in none of its samples, or "
+            "among those that the error includes for lack of memory."
         )
     near = difflib.get_close_matches(which, [*ids, *labels], n=3) or list(ids)[:3]
     raise LIBError(f"There is no feature '{which}' in this graph. Near matches: {quoted(near)}.")

@@ -381,7 +381,7 @@ def test_errors_of_graphs_with_latents(tmp_path: Path) -> None:
     with pytest.raises(LIBError, match="takes 16 activations in the last axis; got a tensor of shape \\(2, 7\\)"):
         graph.bases["1"].encode(torch.zeros(2, 7))
     never = next(j for j in range(24) if f"1/{j}" not in graph.feature_ids("1"))
-    with pytest.raises(LIBError, match=f"Latent {never} of '1' is active in none of the samples"):
+    with pytest.raises(LIBError, match=f"Latent {never} of '1' is no feature of this graph: it is active in none"):
         edit_features(model, graph, {f"1/{never}": 0}).__enter__()
     graph.save(tmp_path / "graph.safetensors")
     with pytest.raises(SettingError, match="a dictionary of 24 latents at '1', and this one has 20"):
