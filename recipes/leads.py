@@ -82,7 +82,7 @@ def halfway(steps: Sequence[float], values: Sequence[float], start: float) -> fl
         start: Step of the first value, see `ends`.
 
     Returns:
-        The step, interpolated; NaN if the final value equals the first.
+        The step, interpolated; NaN if the final value equals the first, or is never reached from there.
 
     Example:
         >>> halfway([0, 10, 20, 30, 40, 50], [5.0, 1.0, 3.0, 5.0, 5.0, 5.0], start=10)
@@ -101,7 +101,10 @@ def halfway(steps: Sequence[float], values: Sequence[float], start: float) -> fl
         wrong += 1 if a >= 0 else -1
         if a < 0 <= b:
             passes.append((wrong, before + (after - before) * -a / (b - a)))
-    return statistics.median(step for number, step in passes if number == min(passes)[0])
+    if not passes:  # the final value is that of steps before the start
+        return math.nan
+    fewest, _ = min(passes)
+    return statistics.median(step for number, step in passes if number == fewest)
 
 
 def median_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float]:

@@ -99,6 +99,7 @@ def test_when_a_series_is_halfway() -> None:
     assert halfway(steps, [9, 8, 2, 9, 8, 2, 2], start=10) == pytest.approx(45), "a spike on the way is not the change"
     assert halfway(steps, [0, 0, 0, 1, 9, 1, 1], start=10) == pytest.approx(25), "one spike is not the end"
     assert math.isnan(halfway(steps, [5] * 7, start=10))
+    assert math.isnan(halfway(steps, [9, 9, 9, 9, 9, 1, 1], start=50)), "fewer than five values after the start"
 
 
 def test_when_training_samples_are_memorised() -> None:
