@@ -266,6 +266,15 @@ def test_what_the_page_says_of_names_and_causal_features() -> None:
         assert not sum(x["significant"] for x in by_kind[0]["causal"]["layers"].values())
 
 
+def test_no_number_of_edges_of_smollm2_withstands_an_attack() -> None:
+    found = read()["SmolLM2-135M"]
+    for kind in ("lib", "pca"):
+        section = found[kind][0]["attacked"]["sections"]["-to-".join(ATTACKED)]
+        assert section["count"] == section["low"] == section["edges"]
+        alone = found[kind][0]["edges_required"]["sections"]["-to-".join(ATTACKED)]
+        assert alone["high"] < 0.21 * alone["edges"]
+
+
 def test_the_control_differs_in_other_sections_than_the_trained_model() -> None:
     def differences(network: str) -> list[float]:
         lib, pca = (read()[network][kind][0]["edges"]["sections"] for kind in ("lib", "pca"))
