@@ -33,6 +33,8 @@ MIN_OPERATIONS = 1e10
 # What a snapshot takes beside its graphs and forward passes, for drawing and files: in operations, and about as much in
 # seconds.
 _BESIDE_GRAPHS, _SECONDS_BESIDE_GRAPHS = 5e9, 0.8
+# What comes once, in seconds: checks before the first snapshot, and the figures of the run after the last.
+_SECONDS_ONCE = 3.0
 # A training step has one forward pass and two backward passes, for activations and weights.
 _PASSES = 3
 # `estimate_cost` takes about a tenth of a graph, but at least two seconds. It is asked where that is at most 3% of what
@@ -288,7 +290,7 @@ class RunPlanner:
         else:
             text = (
                 f"{plan.snapshots:,} snapshots ({when}), each with {plan.effort.text}, about {each} each{at_end}"
-                f"{',' if at_end else ''} and {duration(total)} in total"
+                f"{',' if at_end else ''} and {duration(total + _SECONDS_ONCE)} in total"
             )
         if plan.share is not None and plan.share <= self._share * 1.005:
             share = plan.share * total / max(plan.seconds * plan.snapshots, 1e-9)
