@@ -167,7 +167,7 @@ def edge_ablation_curve(
         >>> sorted(edge_ablation_curve(model, [batch], graph, accuracy, ("input", "output"), [1, 4]))
         [1, 4]
     """
-    _check_sections(graph, [section])
+    _check_section(graph, section)
     check_tolerance(tolerance)
     with scored_model(model, batches, graph, score, **options) as scored:
         E, score_of = graph.edges[section], scored.with_edges(*section)
@@ -234,7 +234,8 @@ def edges_required(
     check_choice("search", search, ("scan", "bisection", "coarse"))
     check_tolerance(tolerance)
     sections = list(graph.edges) if sections is None else list(sections)
-    _check_sections(graph, sections)
+    for section in sections:
+        _check_section(graph, section, ": sections is a list of them" if isinstance(section, str) else "")
     against = EdgeAttack.of(attack)
     with scored_model(model, batches, graph, score, **options) as scored:
         return {section: _required(scored, section, tolerance, search, against) for section in sections}
@@ -342,7 +343,7 @@ def attack_edges(
         >>> found.score <= found.dropped
         True
     """
-    _check_sections(graph, [section])
+    _check_section(graph, section)
     E, against, kept = graph.edges[section], EdgeAttack.of(attack), torch.as_tensor(kept, device="cpu")
     if kept.shape != E.shape or kept.dtype != torch.bool or against is None:
         raise SettingError(
@@ -365,11 +366,9 @@ def _paper_bracket(graph: InteractionGraph, section: tuple[str, str]) -> int:
     return (d_in + 1) * (d_out + 1)
 
 
-def _check_sections(graph: InteractionGraph, sections: Sequence[tuple[str, str]]) -> None:
-    for section in sections:
-        if section not in graph.edges:
-            of_pairs = ": sections is a list of them" if isinstance(section, str) else ""
-            raise NodeLayerError(
-                f"The graph has no section {section!r}: a section is a pair of consecutive node layers of "
-                f"{quoted(graph.node_layers)}{of_pairs}."
-            )
+def _check_section(graph: InteractionGraph, section: tuple[str, str], hint: str = "") -> None:
+    if section not in graph.edges:
+        raise NodeLayerError(
+            f"The graph has no section {section!r}: a section is a pair of consecutive node layers of "
+            f"{quoted(graph.node_layers)}{hint}."
+        )
