@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib_lightning.ablation.interventions import RestOfModel, merge_masked
+from lib_lightning.ablation.interventions import merge_masked
+from lib_lightning.ablation.model_part import ModelPart
 from lib_lightning.ablation.scored_model import Score, sample_scores
 from lib_lightning.ablation.search import ScoreCache, bisect, scan
 from lib_lightning.algorithm.basis import Basis
@@ -40,7 +41,7 @@ class NodeAblations:
         self, instrumented: InstrumentedModel, batches: Sequence[Any], score: Score, keep: bool = True
     ) -> None:
         self._instrumented, self._batches, self._score, self._keep = instrumented, batches, score, keep
-        self._rest: dict[tuple[int, int], RestOfModel] = {}
+        self._rest: dict[tuple[int, int], ModelPart] = {}
         self._captured, own = [], []
         with torch.no_grad():
             for batch in batches:
@@ -72,19 +73,23 @@ class NodeAblations:
                     ) @ basis.from_features[is_kept].to(a)
                 at = merge_masked(new, a, mask)
                 if self._keep:
-                    output = self._rest_of_model(index, number).output(at)
+                    output = self._rest_of_model(index, number)(at)
                 else:
                     output = self._instrumented.output(batch, {index: at})
                 scores.append(sample_scores(self._score, output, batch, len(a)))
         return torch.cat(scores) - self._own
 
-    def _rest_of_model(self, index: int, number: int) -> RestOfModel:
+    def _rest_of_model(self, index: int, number: int) -> ModelPart:
         """The model after a node layer, at one batch."""
         if (index, number) not in self._rest:
             batch, (a, mask) = self._batches[number], self._captured[number][index]
             mean = merge_masked(a.mean((0, 1)).expand_as(a), a, mask)
-            known = (a, self._instrumented.run(batch))
-            self._rest[index, number] = RestOfModel(self._instrumented, batch, index, mean, known, _MAX_BYTES)
+            known = [(a, self._instrumented.run(batch))]
+
+            def rest(x: Tensor) -> Any:
+                return self._instrumented.output(batch, {index: x})
+
+            self._rest[index, number] = ModelPart(self._instrumented, rest, mean, known, _MAX_BYTES)
         return self._rest[index, number]
 
 

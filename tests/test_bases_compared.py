@@ -41,7 +41,8 @@ def subject() -> Subject:
     layers = [NodeLayer([f"transformer.{tap}:input"], name=name) for tap, name in zip(taps, "abcd", strict=True)]
     tokens = torch.randint(0, 11, (40, 6))
     return Subject(
-        "Tiny", 0, model.double().eval(), layers, fit=tokens, scored=tokens[:10], named=tokens, tokenizer=None,
+        "Tiny", 0, model.double().eval(), layers, fit=tokens, scored=tokens[:10], tested=tokens[:10], named=tokens,
+        tokenizer=None,
         n_metric=40, n_probes=None, n_pushed=None, settings=TopKSettings(16, 2), steps=8,
         tolerance=0.01, search="scan", causal=2, attacked=5, batch_size=20,
     )  # fmt: skip

@@ -7,28 +7,25 @@ all features without a kept edge to it are set to their means.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lib_lightning.ablation.model_part import ROUNDING, ModelPart, is_recordable, nbytes_of, nbytes_without
 from lib_lightning.ablation.shared_section import SharedParts, SharedSection
 from lib_lightning.algorithm.basis import Basis
 from lib_lightning.algorithm.basis_kinds import LATENTS
 from lib_lightning.errors import NodeLayerError
 from lib_lightning.model.agreement import agree
-from lib_lightning.model.batch import tensors_in
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.precision import to_float64
 from lib_lightning.model.recorded import RecordedFunction, record
-from lib_lightning.model.safe_points import safe_point
-from lib_lightning.model.torch_internals import has_memory, storage_key
 from lib_lightning.model.vjp import apply_mask, vjp
 
-# Relative deviation of an affine section by rounding, as a power of eps: 4e-11 in float64, 2e-5 in float32.
-_AFFINE = 2 / 3
 # Numbers of a tensor that stays in a processor's cache: the section is recorded for parts of a batch that are as large.
 _CACHED = 2**20
 # Largest number of such parts.
@@ -105,71 +102,12 @@ class AblatedLayer:
         captured = instrumented.capture(batch)[index]
         self.a, self.mask = captured.a, captured.mask
         check_width(basis, self.a)
-        self.nbytes = _nbytes(self.a)
+        self.nbytes = nbytes_of(self.a)
 
     def output(self, m: int) -> Any:
         """Output of the model with only the ``m`` most important features."""
         a = merge_masked(keep_features(self.basis, self.a, m), self.a, self.mask)
         return self.instrumented.output(self.batch, {self.index: a})
-
-
-class RestOfModel:
-    """The model after a node layer, at one batch.
-
-    If the operations after the node layer can be recorded, what is before it runs only once more.
-
-    Args:
-        instrumented: The model.
-        batch: One batch.
-        index: Index of the node layer.
-        at: Activations ``(n, S, d)`` at which the operations are recorded.
-        known: Other activations, and the model's output with them, which the recorded operations have to give.
-        max_bytes: Memory for all intermediate results in the recording.
-
-    Attributes:
-        nbytes: Memory of what is kept.
-    """
-
-    def __init__(
-        self,
-        instrumented: InstrumentedModel,
-        batch: Any,
-        index: int,
-        at: Tensor,
-        known: tuple[Tensor, Any],
-        max_bytes: int,
-    ) -> None:
-        self.instrumented, self.batch, self.index = instrumented, batch, index
-        self.nbytes = 0
-        self._recorded: RecordedFunction | None = None
-        if is_recordable(instrumented, at):
-            with suppress(Exception):  # one of the model's is raised again when it runs
-                output, recorded = record(self._run, at, max_bytes)
-                if recorded is not None and self._agree(recorded(known[0]), known[1]):
-                    recorded.values.clear()
-                    kept = [constant.alias for constant in recorded.constants.values()]
-                    self.nbytes = _nbytes_without(instrumented, [*kept, *tensors_in(output)])
-                    self._recorded = recorded
-
-    def output(self, a: Tensor) -> Any:
-        """Output of the model with other activations ``(n, S, d)`` of the node layer."""
-        if self._recorded is not None and self._recorded.is_intact:
-            safe_point()
-            with suppress(Exception):
-                return self._recorded(a)
-        self._recorded = None
-        return self._run(a)
-
-    def _run(self, a: Tensor) -> Any:
-        return self.instrumented.output(self.batch, {self.index: a})
-
-    @staticmethod
-    def _agree(found: Any, expected: Any) -> bool:
-        pairs = list(zip(tensors_in(found), tensors_in(expected), strict=True))
-        return all(
-            agree(a, b, torch.finfo(b.dtype).eps ** _AFFINE) if b.is_floating_point() else torch.equal(a, b)
-            for a, b in pairs
-        )
 
 
 class AblatedSection:
@@ -178,7 +116,9 @@ class AblatedSection:
     Output features whose kept edges did not change since the previous call are not computed again. In an affine
     section, which is detected numerically, one matrix product gives all others. In any other section whose operations
     can be recorded, these are repeated for each distinct set of kept edges (`lib_lightning.ablation.shared_section`),
-    after a comparison with the model itself at two inputs. Where that is not possible, each set needs a forward pass.
+    after a comparison with the model itself at two inputs. Latents of dictionaries are no linear coordinates: for them
+    the operations are repeated as they are (`lib_lightning.ablation.model_part`). Where operations cannot be recorded,
+    each set needs a forward pass.
 
     Args:
         instrumented: The model.
@@ -216,7 +156,9 @@ class AblatedSection:
         self.fhat = apply_mask(before.coordinates(self.a), self.mask_in)
         self._mask = torch.zeros(after.n_features, before.n_features, dtype=torch.bool, device="cpu")
         # Without any edges, every output feature is computed from the mean.
-        next_at_mean, recorded = self._recorded_at_mean()
+        has_latents = LATENTS in (before.kind, after.kind)
+        a_at_mean = self._activations(torch.zeros_like(self.fhat))
+        next_at_mean, recorded = (self._next(a_at_mean), None) if has_latents else self._recorded(a_at_mean)
         self._at_mean = after.coordinates(next_at_mean)
         # The features of the last mask, shape ``(r_out, n, S_out)``: those of one output feature are contiguous.
         self._features = self._at_mean.movedim(-1, 0).clone(memory_format=torch.contiguous_format)
@@ -224,17 +166,25 @@ class AblatedSection:
         even = torch.arange(before.n_features, device=self.fhat.device) % 2 == 0
         self._halves = torch.stack([~even, even]).to(self.fhat)
         self.J, self.shared = None, None
-        # A dictionary's latents are no linear coordinates.
-        if LATENTS not in (before.kind, after.kind) and self.fhat.numel():
+        if not has_latents and self.fhat.numel():
             changes = [self._section(self.fhat * half) - self._at_mean for half in self._halves]
             self.shared = None if recorded is None else self._shared_section(recorded, changes)
             self.J = self._affine_map(changes)
             self.shared = None if self.J is not None else self.shared
+
+        def rest(a: Tensor) -> Any:
+            return instrumented.output(batch, {index + 1: a})
+
         at_mean = self._from_features(self._at_mean)
-        self.rest = RestOfModel(instrumented, batch, index + 1, at_mean, (self.a_out, output), max_bytes)
-        self._own_bytes = _nbytes(self.a, self.a_out, self.fhat, self._at_mean, self._features)
+        self.rest = ModelPart(instrumented, rest, at_mean, [(self.a_out, output)], max_bytes)
+        self.section: ModelPart | None = None
+        if self.J is None and self.shared is None and self.a.numel():
+            half = self._activations(self.fhat * before.per_coordinate(self._halves[0]))
+            known = [(self.a, self.a_out), (half, self._next(half))]
+            self.section = ModelPart(instrumented, self._next, a_at_mean, known, max_bytes)
+        self._own_bytes = nbytes_of(self.a, self.a_out, self.fhat, self._at_mean, self._features)
         if self.shared is not None:
-            self._own_bytes += _nbytes_without(instrumented, self.shared.kept)
+            self._own_bytes += nbytes_without(instrumented, self.shared.kept)
 
     def features(self, mask: Tensor) -> Tensor:
         """Features of the next node layer, computed from the kept edges.
@@ -252,20 +202,17 @@ class AblatedSection:
             return self._at_mean + self.fhat @ kept.to(self.J).T
         changed = (mask != self._mask).any(1).nonzero().flatten()
         has_edges = mask[changed].any(1)
-        self._set(changed[~has_edges], self._at_mean)
+        without = changed[~has_edges].to(self.fhat.device)
+        self._set(without, self._at_mean[..., self.after.columns(without)])
         changed = changed[has_edges]
         if len(changed) and not self._set_shared(changed, mask[changed]):
-            patterns, group = mask[changed].unique(dim=0, return_inverse=True)
-            for g, pattern in enumerate(patterns):
-                kept = self.before.per_coordinate(pattern.to(self.fhat))
-                self._set(changed[group == g], self._section(self.fhat * kept))
+            self._set_by_passes(changed, mask[changed])
         self._mask = mask.clone()
         return self._features.clone().movedim(0, -1)
 
     def _set(self, rows: Tensor, features: Tensor) -> None:
-        """Take some of all output features from the coordinates ``(n, S_out, c_out)``."""
-        columns = self.after.columns(rows.to(self.fhat.device))
-        self._features[columns] = features.index_select(-1, columns).movedim(-1, 0)
+        """Take some output features from their coordinates, shape ``(n, S_out, k)``."""
+        self._features[self.after.columns(rows.to(self.fhat.device))] = features.movedim(-1, 0)
 
     def _set_shared(self, rows: Tensor, mask: Tensor) -> bool:
         """Compute some output features without running the model; False if that is not possible."""
@@ -274,14 +221,46 @@ class AblatedSection:
         self._features[rows.to(self.fhat.device)] = self.shared.features(mask, rows).movedim(-1, 0)
         return True
 
+    def _set_by_passes(self, rows: Tensor, mask: Tensor) -> None:
+        """Compute some output features, ascending, by passes through the section: one for each set of kept edges."""
+        patterns, group = (t.to(self.fhat.device) for t in mask.unique(dim=0, return_inverse=True))
+        rows = rows.to(self.fhat.device)
+        for some in torch.arange(len(patterns), device=self.fhat.device).split(self._rows_at_once):
+            # Of each set those features that it is for, of all that any of these are for.
+            wanted = rows[torch.isin(group, some)]
+            found = self.after.coordinates_of(self._outputs(patterns[some]), wanted)
+            feature = self._feature_of_column[self.after.columns(wanted)]
+            for g, of_pattern in zip(some, found, strict=True):
+                own = rows[group == g]
+                self._set(own, of_pattern[..., torch.isin(feature, own)])
+
+    @cached_property
+    def _feature_of_column(self) -> Tensor:
+        """The output feature that each coordinate belongs to."""
+        return self.after.per_coordinate(torch.arange(self.after.n_features, device=self.fhat.device))
+
+    @property
+    def _rows_at_once(self) -> int:
+        """Number of rows of a mask for which the section runs at once: several, as long as their tensors are small."""
+        if self.section is None:
+            return 1
+        n, S, c = self.fhat.shape
+        return self.section.at_once(n * S * max(c, self._at_mean.shape[-1]))
+
+    def _outputs(self, factors: Tensor) -> Tensor:
+        """Activations after the section for each row of a mask, shape ``(k, n, S_out, d_out)``."""
+        kept = self.before.per_coordinate(factors.to(self.fhat))[:, None, None]
+        a = self._activations(self.fhat * kept)
+        return torch.stack([self._next(x) for x in a]) if self.section is None else self.section.each(a)
+
     @property
     def nbytes(self) -> int:
         """Memory of what is kept."""
-        return self._own_bytes + self.rest.nbytes
+        return self._own_bytes + self.rest.nbytes + (0 if self.section is None else self.section.nbytes)
 
     def output(self, mask: Tensor) -> Any:
         """Output of the model with only the edges in a mask, or with edges that are scaled, ``(r_out, r_in)``."""
-        return self.rest.output(self._next_activations(mask))
+        return self.rest(self._next_activations(mask))
 
     def gradient(self, mask: Tensor, loss: Callable[[Any], Tensor]) -> tuple[Any, Tensor]:
         """Output of the model with edges that are scaled, and the derivatives of a loss with respect to the factors.
@@ -310,7 +289,21 @@ class AblatedSection:
                 return self.shared.gradient(mask, rows, cotangent)
             except RuntimeError:  # an operation without derivative: the model may have another one
                 self.shared = None
+        if self.section is not None and self.section.is_recorded:
+            with suppress(RuntimeError):
+                parts = [self._rows_gradient(mask, cotangent, some) for some in rows.split(self._rows_at_once)]
+                return torch.cat(parts)
         return torch.stack([self._row_gradient(mask[i], cotangent, row) for i, row in enumerate(rows.split(1))])
+
+    def _rows_gradient(self, mask: Tensor, cotangent: Tensor, rows: Tensor) -> Tensor:
+        """Derivatives with respect to some rows of a mask, through the recorded operations of the section."""
+        columns = self.after.columns(rows)
+        is_own = self._feature_of_column[columns] == rows[:, None, None, None]
+        with torch.enable_grad():
+            own = mask[rows.to(mask.device)].to(self.fhat).requires_grad_()
+            found = self.after.coordinates_of(self._outputs(own), rows)
+            (gradient,) = torch.autograd.grad((found * cotangent[..., columns] * is_own).sum(), own)
+        return gradient
 
     def _row_gradient(self, factors: Tensor, cotangent: Tensor, row: Tensor) -> Tensor:
         """Derivatives with respect to one row of a mask, by a forward and a backward pass of the model."""
@@ -341,9 +334,8 @@ class AblatedSection:
     def _next(self, a: Tensor) -> Tensor:
         return self.instrumented.next_activations(self.batch, self.index, a)
 
-    def _recorded_at_mean(self) -> tuple[Tensor, RecordedFunction | None]:
-        """The next activations at the mean, and the operations of the section if they can be repeated."""
-        a = self._activations(torch.zeros_like(self.fhat))
+    def _recorded(self, a: Tensor) -> tuple[Tensor, RecordedFunction | None]:
+        """The activations after others, and the operations of the section if they can be repeated."""
         if a.numel() and is_recordable(self.instrumented, a):
             with suppress(Exception):  # of the recording; one of the model's is raised again
                 return record(self._next, a, self._max_bytes)
@@ -446,27 +438,7 @@ class AblatedSection:
     def _is_same(self, a: Tensor, b: Tensor) -> bool:
         """Whether changes of the features are equal up to rounding, at valid positions. False for NaN."""
         a, b = apply_mask(a, self.mask_out), apply_mask(b, self.mask_out)
-        return agree(a, b, torch.finfo(b.dtype).eps ** _AFFINE)
-
-
-def is_recordable(instrumented: InstrumentedModel, a: Tensor) -> bool:
-    """Whether operations on some activations may be repeated without the model around them.
-
-    In lower precision, products in another order would be other numbers.
-    """
-    return a.dtype in (torch.float32, torch.float64) and instrumented.is_repeatable
-
-
-def _nbytes(*tensors: Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def _nbytes_without(instrumented: InstrumentedModel, tensors: Iterable[Tensor]) -> int:
-    """Memory of some tensors, without parameters and buffers of the model."""
-    own = {storage_key(t) for t in instrumented.fixed_tensors() if has_memory(t)}
-    strided = [t for t in tensors if t.layout == torch.strided]
-    sizes = {storage_key(t): t.untyped_storage().nbytes() for t in strided}
-    return sum(size for key, size in sizes.items() if key not in own)
+        return agree(a, b, torch.finfo(b.dtype).eps ** ROUNDING)
 
 
 def merge_masked(new: Tensor, old: Tensor, mask: Tensor | None) -> Tensor:

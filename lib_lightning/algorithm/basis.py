@@ -192,6 +192,18 @@ class Basis:
         """Coordinates of activations ``(..., d)``, shape ``(..., c)``: the features."""
         return self.encode(a)
 
+    def coordinates_of(self, a: Tensor, features: Tensor) -> Tensor:
+        """The coordinates of some features.
+
+        Args:
+            a: Activations, shape ``(..., d)``.
+            features: Indices of the features, ascending, shape ``(k,)``.
+
+        Returns:
+            `coordinates` at their `columns`; differentiable.
+        """
+        return self.coordinates(a)[..., self.columns(features)]
+
     def from_coordinates(self, x: Tensor, a: Tensor) -> Tensor:
         """Activations from coordinates ``x``, shape ``(..., c)``.
 

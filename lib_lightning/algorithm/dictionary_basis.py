@@ -283,6 +283,12 @@ class DictionaryBasis(Basis):
         """Latents, and the ``d`` entries of the error, of activations ``(..., d)``: shape ``(..., r - 1 + d)``."""
         return torch.cat(self.latents_and_error(a), -1)
 
+    def coordinates_of(self, a: Tensor, features: Tensor) -> Tensor:
+        """See `Basis`: without decoding them, if the error is not among them."""
+        if bool((features == self.error).any()):
+            return super().coordinates_of(a, features)
+        return self.latents_of(a)[..., features]
+
     def from_coordinates(self, x: Tensor, a: Tensor) -> Tensor:
         """See `Basis`: ``decode(f) + e``."""
         return self.decoded(x[..., : self.error], a) + x[..., self.error :]

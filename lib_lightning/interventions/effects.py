@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lib_lightning.ablation.interventions import check_width
+from lib_lightning.ablation.model_part import ModelPart
 from lib_lightning.ablation.scored_model import Score, sample_scores
 from lib_lightning.algorithm.basis import Basis
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 # Bytes of the largest tensor when several features are ablated in one forward pass: on CPUs, whose caches are small,
 # and on other devices.
 _BYTES_CPU, _BYTES = 2**20, 2**26
+# With fewer features, recording the rest of the model takes longer than it saves; and the memory that it may take.
+_FEWEST_RECORDED, _RECORDED_BYTES = 4, 2**31
 # Differences of scores by rounding, relative to the largest score, as a power of eps: 2e-5 in float32.
 _ROUNDING = 2 / 3
 
@@ -246,7 +249,7 @@ class _AblatedFeatures:
         self._bases = {name: graph.bases[name].to(layer.a.device) for name, layer in self._captured.items()}
         for name, layer in self._captured.items():
             check_width(self._bases[name], layer.a)
-        output = instrumented.run(batch)
+        self._output = output = instrumented.run(batch)
         self._unablated = _finite(sample_scores(score, output, batch, self._n))
         outputs = [t for t in tensors_in(output) if t.is_floating_point()]
         a = [layer.a for layer in self._captured.values()]
@@ -276,6 +279,15 @@ class _AblatedFeatures:
         place = list(self._captured).index(name)
         limit = _BYTES_CPU if layer.a.device.type == "cpu" else _BYTES
         width = max(1, limit // max(1, self._bytes)) if self._may_repeat else 1
+
+        def after(a: Tensor) -> Any:
+            return self._instrumented.output(self._batch, {place: a})
+
+        # One feature at a time does not need what is before the node layer.
+        rest: Callable[[Tensor], Any] = after
+        if width == 1 and len(indices) >= _FEWEST_RECORDED:
+            first, known = at_means(layer, basis, indices[:1]), [(layer.a, self._output)]
+            rest = ModelPart(self._instrumented, after, first, known, _RECORDED_BYTES)
         start = 0
         while start < len(indices):
             some = indices[start : start + width]
@@ -284,7 +296,8 @@ class _AblatedFeatures:
                 index = torch.arange(self._n, device="cpu").repeat(k)
                 batch = self._instrumented.select(batch, index)
             try:
-                output = self._instrumented.output(batch, {place: at_means(layer, basis, some)})
+                a = at_means(layer, basis, some)
+                output = rest(a) if k == 1 else self._instrumented.output(batch, {place: a})
                 scores = sample_scores(self._score, output, batch, k * self._n)
             except Exception as error:
                 if k == 1 or not is_out_of_memory(error):

@@ -35,8 +35,9 @@ from recipes.bases_compared.subjects import (
 from recipes.bases_compared.table import RESULTS, report
 
 SEEDS = 2
-# What is measured of networks with new weights.
-CONTROL = {"bases": ("lib", "pca", "neuron", "random"), "columns": ("features", "edges", "names")}
+# What is measured of networks with new weights: of the large one, whose predictions are those of chance, what is quick.
+SMALL_CONTROL = {"bases": ("lib", "pca", "neuron", "random"), "columns": COLUMNS}
+LARGE_CONTROL = {"bases": SMALL_CONTROL["bases"], "columns": ("features", "edges", "names")}
 # What is measured of a pretrained network with other seeds than the first: of it only autoencoders are trained here.
 TRAINED_HERE = {"bases": ("sae",), "columns": COLUMNS}
 
@@ -115,13 +116,13 @@ def main(args: Sequence[str] | None = None) -> None:
             for seed in options.seeds:
                 measure(partial(small, seed, options.folder), SMALL, seed, options.folder, **chosen)
                 fresh = partial(small, seed, options.folder, fresh=True)
-                measure(fresh, RANDOM, seed, options.folder, **among(CONTROL))
+                measure(fresh, RANDOM, seed, options.folder, **among(SMALL_CONTROL))
         if options.network != "small":
             for seed in options.seeds:
                 of_seed = chosen if seed == 0 else among(TRAINED_HERE)
                 measure(partial(smollm2, seed), LARGE, seed, options.folder, **of_seed, one_by_one=LARGE_SECTIONS)
             if 0 in options.seeds:
-                measure(partial(smollm2, fresh=True), LARGE_RANDOM, 0, options.folder, **among(CONTROL))
+                measure(partial(smollm2, fresh=True), LARGE_RANDOM, 0, options.folder, **among(LARGE_CONTROL))
     sys.stdout.write(report() + "\n")
 
 

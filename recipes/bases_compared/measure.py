@@ -25,6 +25,8 @@ from recipes.token_text import TokensOf
 
 # A short search, as in recipes/attacked_edges.py.
 ATTACK = EdgeAttack("pgd", n_steps=5, n_starts=1)
+# What it has to be better than; where a score takes a minute or more, a few draws.
+RANDOM_ATTACK, FEW_DRAWS = EdgeAttack("random"), EdgeAttack("random", n_draws=4)
 COLUMNS = ("features", "against_pca", "edges", "names", "causal", "edges_required", "attacked")
 
 
@@ -227,11 +229,11 @@ class Measurements:
             count = n if self.subject.causal is None else min(n, self.subject.causal)
             # The middles of equal parts of the ranks, so that each stands for as many features.
             chosen += [ids[ranked[(2 * k + 1) * n // (2 * count)]] for k in range(count)]
-        batches = self.subject.batches(self.subject.scored)
+        batches = self.subject.batches(self.subject.tested)
         effects = feature_effects(self.subject.model, batches, graph, log_likelihood, chosen)
         layers = {name: [effects[one] for one in chosen if one.rpartition("/")[0] == name] for name in graph.bases}
         return {
-            "samples": len(self.subject.scored),
+            "samples": len(self.subject.tested),
             "layers": {
                 name: {"tested": len(of_layer), "significant": sum(one.significant for one in of_layer)}
                 for name, of_layer in layers.items()
@@ -239,10 +241,13 @@ class Measurements:
         }
 
     def _attacked(self, kind: str) -> dict[str, Any] | None:
-        """Edges required in one section under attack."""
+        """Edges required in one section under attack; in a small model under one at random, too."""
+        if self.subject.attack is None:
+            found = self._edges_required([ATTACKED], kind, ATTACK)
+            return found | {"random": self._edges_required([ATTACKED], kind, RANDOM_ATTACK)["sections"]}
         if kind == "sae":
-            return None  # each of the features would need a forward and a backward pass of its own in each step
-        return self._edges_required([ATTACKED], kind, self.subject.attack or ATTACK)
+            return None  # each of the features needs a forward and a backward pass of its own in each attack
+        return self._edges_required([ATTACKED], kind, self.subject.attack)
 
     def _edges_required(
         self, chosen: Sequence[tuple[str, str]], kind: str, attack: EdgeAttack | None = None
@@ -261,11 +266,13 @@ class Measurements:
                 "low": found.bounds[0], "high": found.bounds[1], "error": found.error,
             }  # fmt: skip
             if attack is None and self.subject.attack is not None and section == ATTACKED:
-                worst = attack_edges(
-                    self.subject.model, batches, graph, log_likelihood, section, found.mask, self.subject.attack
+                worst, at_random = (
+                    attack_edges(self.subject.model, batches, graph, log_likelihood, section, found.mask, one)
+                    for one in (self.subject.attack, FEW_DRAWS)
                 )
                 sections["-to-".join(section)] |= {
                     "dropped": found.score - found.unablated, "worst": worst.score - found.unablated,
-                    "worst error": worst.error,
+                    "worst error": worst.error, "random": at_random.score - found.unablated,
+                    "random error": at_random.error,
                 }  # fmt: skip
         return {"samples": self.subject.attacked, "sections": sections}

@@ -42,7 +42,8 @@ class Subject:
         node_layers: Where it is cut: after a quarter, a half, three quarters and all of its blocks.
         fit: Pieces of the training text, shape ``(n, S)``, for means, covariances and autoencoders. The first
             ``n_metric`` of them are for metrics and edges.
-        scored: Other text, for all scores.
+        scored: Other text, for all scores but those of single features.
+        tested: Other text, for what single features do to the score.
         named: Other text, for names.
         tokenizer: Name of the tokenizer; None for bytes.
         n_metric: Number of pieces for metrics and edges.
@@ -66,6 +67,7 @@ class Subject:
     node_layers: Sequence[NodeLayer]
     fit: Tensor
     scored: Tensor
+    tested: Tensor
     named: Tensor
     tokenizer: str | None
     n_metric: int
@@ -135,7 +137,7 @@ def small(seed: int, folder: Path, quick: bool = False, fresh: bool = False) -> 
     return Subject(
         RANDOM if fresh else SMALL, seed, model.eval(), layers,
         fit=train[: 64 if quick else TOKENS // 32], scored=test[: 8 if quick else 64],
-        named=test[64 : 64 + (32 if quick else 512)], tokenizer=None,
+        tested=test[: 8 if quick else 64], named=test[64 : 64 + (32 if quick else 512)], tokenizer=None,
         n_metric=8 if quick else 128, n_probes=2 if quick else 8, n_pushed=4 if quick else None,
         settings=TopKSettings(64, 4, seed=seed) if quick else TopKSettings(128, 8, seed=seed),
         steps=20 if quick else 4000,
@@ -167,7 +169,7 @@ def smollm2(seed: int = 0, fresh: bool = False) -> Subject:
             NodeLayer([tap], name=at, skip_positions=1)
             for at, tap in {"start": start, **{at: f"at.{at}" for at in QUARTERS}}.items()
         ],
-        fit=train[: TOKENS // 64], scored=test[:12], named=test[16:80], tokenizer=SMOLLM2,
+        fit=train[: TOKENS // 64], scored=test[:12], tested=test[16:40], named=test[16:80], tokenizer=SMOLLM2,
         n_metric=24, n_probes=4, n_pushed=64, settings=TopKSettings(2304, 64, lr=1e-3, seed=seed), steps=400,
         # The probability of the next token decreases by a tenth.
         tolerance=0.1, search="bisection", causal=16, attacked=6, batch_size=12,

@@ -148,7 +148,8 @@ def _withstood(seeds: Sequence[Cell], name: str) -> str:
     """Edges required in a section, and how the score changes with those of the others that lower it put back."""
     count = _bounded(seeds, "edges_required", "sections", [name])
     lost = [one[name] for one in _of(seeds, "edges_required", "sections") if "worst" in one.get(name, {})]
-    return ", ".join([count, *(f"{x['worst']:+.3f} ± {x['worst error']:.3f}" for x in lost)])
+    changes = [f"{x[kind]:+.3f} ± {x[f'{kind} error']:.3f}" for x in lost for kind in ("worst", "random") if kind in x]
+    return ", ".join([count, *changes])
 
 
 def autoencoders(seeds: Sequence[Cell]) -> str:
@@ -258,12 +259,14 @@ def _error(values: Sequence[float], errors: Sequence[float]) -> float:
 
 
 def _attacked(seeds: Sequence[Cell]) -> str:
-    """Edges of one section by ablation alone, and under attack."""
+    """Edges of one section by ablation alone, under attack at random if that was measured, and by descent."""
     found = [one for one in seeds if one.get("attacked") and one.get("edges_required")]
     if not found:
         return _MISSING
     names = [name for one in found for name in one["attacked"]["sections"]]
-    return ", ".join(_bounded(found, column, "sections", names) for column in ("edges_required", "attacked"))
+    at_random = [{"attacked": {"sections": one["attacked"]["random"]}} for one in found if "random" in one["attacked"]]
+    kinds = [(found, "edges_required"), *([(at_random, "attacked")] if at_random else []), (found, "attacked")]
+    return ", ".join(_bounded(cells, column, "sections", names) for cells, column in kinds)
 
 
 def _causal(seeds: Sequence[Cell]) -> str:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lib_lightning import compute_interaction_graph
+from lib_lightning import NodeLayer, compute_interaction_graph
+from lib_lightning.ablation import model_part
 from lib_lightning.ablation.interventions import AblatedSection
+from lib_lightning.ablation.model_part import ModelPart
+from lib_lightning.dictionaries import TopKSAE
 from lib_lightning.model.instrumented import InstrumentedModel, model_session
 from tests.ablation.test_interventions import graph_of, instrumented_of, section_of
 from tests.cases import Case
@@ -146,6 +150,93 @@ def test_any_section_gives_what_the_model_gives(kind: str) -> None:
             assert (section.shared is not None) == KINDS[kind]
         for mask in some_masks(next(iter(graph.edges.values()))):
             assert_same(section.features(mask), plain.features(mask))
+
+
+def dictionary(d: int, n_latents: int, k: int) -> TopKSAE:
+    W = nn.functional.normalize(torch.randn(n_latents, d, generator=torch.Generator().manual_seed(d)), dim=1).double()
+    return TopKSAE(W.T, torch.zeros(n_latents).double(), W, torch.zeros(d).double(), k=k)
+
+
+@pytest.mark.parametrize("places", [("first",), ("head:input",), ("first", "head:input")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_sections_of_latents_give_what_the_model_gives(
+    kind: str, places: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = cell("batch norm"), torch.randn(30, 4, generator=torch.Generator().manual_seed(0)).double()
+    dictionaries = {place: dictionary(6, 15, 3) for place in places}
+    graph = compute_interaction_graph(model, [x], ["first", "head:input", "output"], "pca", dictionaries=dictionaries)
+    model.kind = kind
+    instrumented = InstrumentedModel(model, graph.node_layer_specs())
+    with model_session(instrumented), torch.no_grad():
+        bases = list(graph.bases.values())[:2]
+        section = AblatedSection(instrumented, x, 0, *bases)
+        with monkeypatch.context() as never:
+            never.setattr(model_part, "is_recordable", lambda *_: False)
+            plain = AblatedSection(instrumented, x, 0, *bases)
+        assert section.section is not None
+        assert plain.section is not None
+        assert not plain.section.is_recorded
+        if KINDS[kind] is not None:
+            assert section.section.is_recorded == KINDS[kind]
+        masks = some_masks(next(iter(graph.edges.values())))
+        cotangent = torch.randn_like(plain.features(masks[0]))
+        for rows_at_once in (model_part.STACK_ELEMENTS, 1):
+            section.section._most_at_once = rows_at_once
+            for mask in masks:
+                assert_same(section.features(mask), plain.features(mask))
+                if kind in ("batch norm", "recurrent", "autograd function"):
+                    factors = mask.double()
+                    assert_same(section._mask_gradient(factors, cotangent), plain._mask_gradient(factors, cotangent))
+
+
+def test_latents_run_what_is_before_a_section_once() -> None:
+    model, x = cell("batch norm"), torch.randn(30, 4).double()
+    saes = {place: dictionary(6, 15, 3) for place in ("first", "head:input")}
+    graph = compute_interaction_graph(model, [x], ["first", "head:input", "output"], "pca", dictionaries=saes)
+    instrumented = InstrumentedModel(model, graph.node_layer_specs())
+    with model_session(instrumented), torch.no_grad():
+        calls = counting(instrumented.model)
+        section = AblatedSection(instrumented, x, 0, *list(graph.bases.values())[:2])
+        first = calls()
+        for mask in some_masks(next(iter(graph.edges.values()))):
+            section.features(mask)
+            section._mask_gradient(mask.double(), torch.ones_like(section._at_mean))
+        assert calls() == first
+        # Several sets of kept edges at once, unless their tensors are large.
+        assert section._rows_at_once > 1
+        assert section.section is not None
+        section.section._largest = model_part.STACK_ELEMENTS
+        assert section._rows_at_once == 1
+
+
+def test_operations_that_take_one_at_a_time_and_memory_that_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = cell("batch norm"), torch.randn(30, 4).double()
+    instrumented = InstrumentedModel(model, [NodeLayer(["first"], name="a"), NodeLayer(["head:input"], name="b")])
+    with model_session(instrumented), torch.no_grad():
+        captured = instrumented.capture(x)
+        known = [(captured[0].a, captured[1].a)]
+
+        def following(a: Tensor) -> Tensor:
+            return instrumented.next_activations(x, 0, a)
+
+        part = ModelPart(instrumented, following, torch.zeros_like(captured[0].a), known, 2**31)
+        a = torch.randn(5, *captured[0].a.shape).double()
+        expected = torch.stack([following(one) for one in a])
+        assert_same(part.each(a), expected)
+
+        def fails(error: Exception) -> Callable[..., Any]:
+            def vmap(*_: Any, **__: Any) -> Any:
+                raise error
+
+            return vmap
+
+        monkeypatch.setattr(torch, "vmap", fails(torch.OutOfMemoryError("no memory")))
+        assert_same(part.each(a), expected)
+        assert part.at_once() == 2
+        monkeypatch.setattr(torch, "vmap", fails(RuntimeError("Batching rule not implemented")))
+        assert_same(part.each(a[:2]), expected[:2])
+        assert part.at_once() == 1
+        assert part.is_recorded
 
 
 class Tokens(nn.Module):

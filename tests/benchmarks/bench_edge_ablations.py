@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lib_lightning import compute_interaction_graph
-from lib_lightning.ablation import accuracy, edges_required, interventions
+from lib_lightning.ablation import accuracy, edges_required, interventions, model_part
 from lib_lightning.ablation.curves import EdgesRequiredResult
 from tests.benchmarks.clock import seconds
 from tests.benchmarks.subjects import modular_addition
@@ -40,7 +40,8 @@ def test_bisection(benchmark: Any, published: Path | None, monkeypatch: pytest.M
 
     recorded = benchmark.pedantic(lambda: seconds(count), rounds=1, iterations=1)
     never: Callable[..., bool] = lambda *_: False  # noqa: E731
-    monkeypatch.setattr(interventions, "is_recordable", never)
+    for module in (interventions, model_part):
+        monkeypatch.setattr(module, "is_recordable", never)
     passes = seconds(count)
     benchmark.extra_info |= {
         "seconds": f"{recorded:.3g}",

@@ -27,7 +27,10 @@ def square_of_output(output: Any, batch: Any) -> Tensor:
     return -y.flatten(1).square().mean(1)
 
 
-def test_equal_to_editing_one_feature_after_another(case: Case) -> None:
+@pytest.mark.parametrize("at_once", [True, False])
+def test_equal_to_editing_one_feature_after_another(case: Case, at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not at_once:
+        monkeypatch.setattr(effects, "_BYTES_CPU", 0)
     graph = compute_interaction_graph(
         case.model, [case.data], case.node_layers, input_fn=case.input_fn, mask=case.mask, effort="exact"
     )
@@ -178,12 +181,19 @@ def test_several_features_at_once_give_the_same(monkeypatch: pytest.MonkeyPatch)
     together = feature_effects(model, [batch], graph, log_likelihood)
     few = len(n_passes)
     monkeypatch.setattr(effects, "_BYTES_CPU", 0)
+    n_passes.clear()
+    recorded = feature_effects(model, [batch], graph, log_likelihood)
+    few_more = len(n_passes)
+    monkeypatch.setattr(effects, "_FEWEST_RECORDED", 100)
+    n_passes.clear()
     single = feature_effects(model, [batch], graph, log_likelihood)
     assert few <= 8  # one for each node layer, and a few without edits
-    assert len(n_passes) - few >= 13
+    assert few_more <= 9  # a recording for each node layer, and likewise
+    assert len(n_passes) >= 13
     for name, effect in single.items():
-        assert together[name].change == pytest.approx(effect.change, abs=1e-6)
-        assert together[name].significant == effect.significant
+        for other in (together, recorded):
+            assert other[name].change == pytest.approx(effect.change, abs=1e-6)
+            assert other[name].significant == effect.significant
 
 
 def test_scores_that_know_their_samples_and_models_that_draw_random_numbers() -> None:
