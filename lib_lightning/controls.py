@@ -12,7 +12,7 @@ from typing import Any, get_args
 from torch import nn
 from torchmetrics import MetricCollection
 
-from lib_lightning.algorithm.basis_kinds import LATENTS, REINIT
+from lib_lightning.algorithm.basis_kinds import DRAWN, LATENTS, REINIT
 from lib_lightning.algorithm.config import BasisKind, check_choice
 from lib_lightning.api import basis_and_dictionaries, compute_interaction_graph
 from lib_lightning.errors import SettingError, check_list, check_number
@@ -22,7 +22,7 @@ from lib_lightning.model.node_layer import NodeLayer
 from lib_lightning.model.reinitialize import reinitialized
 
 # Kinds with several draws; those of others would be equal.
-_DRAWN = ("random", "ica", "dictionary", REINIT)
+_DRAWN = (*DRAWN, REINIT)
 
 
 @dataclass(frozen=True)

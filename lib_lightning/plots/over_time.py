@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
 
+from lib_lightning.algorithm.basis_kinds import kind_and_number
 from lib_lightning.errors import SettingError
 from lib_lightning.plots.fast_axes import FastAxes
 from lib_lightning.plots.palette import BASES, BASIS_NAMES, MODULES, MUTED, TEXT, basis_styles
@@ -216,7 +217,7 @@ def _median(values: np.ndarray) -> np.ndarray:
 
 
 def _colors(curves: Sequence[Curve]) -> list[str]:
-    chosen = [curve.color or BASES.get(curve.name) for curve in curves]
+    chosen = [curve.color or BASES.get(kind_and_number(curve.name)[0]) for curve in curves]
     # Curves beyond the palette are grey: a second one in a colour would be taken for the first.
     free = iter([color for color in MODULES if color not in chosen])
     return [color or next(free, MUTED) for color in chosen]
@@ -290,4 +291,6 @@ def _all_steps(curves: Sequence[Curve]) -> list[int]:
 
 
 def _display_name(name: str) -> str:
-    return BASIS_NAMES.get(name, name)
+    kind, number = kind_and_number(name)
+    title: str = BASIS_NAMES.get(kind, kind)
+    return title if number == 1 else f"{title} ({number})"

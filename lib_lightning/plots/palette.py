@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
+from lib_lightning.algorithm.basis_kinds import kind_and_number
+
 THEME: dict[str, Any] = json.loads((files("lib_lightning.plots") / "theme.json").read_text("utf-8"))
 
 _COLORS: dict[str, str] = THEME["colors"]
@@ -158,7 +160,8 @@ def basis_styles(names: list[str]) -> dict[str, tuple[str, str]]:
     """Choose a colour and a marker for each line of a figure.
 
     Args:
-        names: Names of the lines. The kinds of basis ("lib", "pca", "random", ...) always have the same style.
+        names: Names of the lines. The kinds of basis ("lib", "pca", "random", ...) always have the same style, and all
+            draws of one kind.
 
     Returns:
         Colour and marker by name.
@@ -167,8 +170,9 @@ def basis_styles(names: list[str]) -> dict[str, tuple[str, str]]:
         >>> basis_styles(["pca", "mine"])
         {'pca': ('#D55E00', 's'), 'mine': ('#CC79A7', 'D')}
     """
-    known = {name: k for k, name in enumerate(BASES)}
-    taken = {known[name] for name in names if name in known}
+    order = {name: k for k, name in enumerate(BASES)}
+    known = {name: order[kind] for name in names if (kind := kind_and_number(name)[0]) in order}
+    taken = {*known.values()}
     free = [k for k in range(_ALWAYS_KNOWN, len(_SERIES)) if k not in taken] or [*range(_ALWAYS_KNOWN, len(_SERIES))]
     others = [name for name in names if name not in known]
     positions = known | {name: free[k % len(free)] for k, name in enumerate(others)}

@@ -153,7 +153,8 @@ class LIBCallback(Callback):
         final_metric: fisher measures the last node layer by what the model's output predicts, so that importance there
             means effect on the prediction.
         baselines: Other bases, such as pca, neuron and random, to compute on the same samples. Their scalars are logged
-            as ``pca/...``, and the ratios of all totals as ``lib_over_pca/...``.
+            as ``pca/...``, and the ratios of all totals as ``lib_over_pca/...``. Each further random, ica or dictionary
+            is another draw: ``random_2/...``.
         metrics: Metrics to log, each under its own name for every part of the graph and in total; None (null) for
             `lib_lightning.metrics.default_metrics`.
         labeller: Names features: `lib_lightning.labels.ExampleLabels` by what the places have in common where they are

@@ -15,7 +15,7 @@ import torch
 from torchmetrics import MetricCollection
 
 from lib_lightning.ablation import AblationPlan, edges_required
-from lib_lightning.algorithm.basis_kinds import REINIT, WITH_METRIC
+from lib_lightning.algorithm.basis_kinds import DRAWN, REINIT, WITH_METRIC, kind_and_number, numbered
 from lib_lightning.algorithm.config import BasisKind, LIBConfig, check_choice
 from lib_lightning.algorithm.effort import EffortPlan, measure_cost
 from lib_lightning.algorithm.memory_plan import MEMORY_LIMIT
@@ -80,7 +80,7 @@ class SnapshotConfig:
 
     Args:
         config: How the graph is computed.
-        baselines: Other bases to compute on the same samples.
+        baselines: Other bases to compute on the same samples. Each draw of the same one has a seed of its own.
         metrics: Metrics of each graph; None for `lib_lightning.metrics.default_metrics`.
         labeller: Names features; None for no names.
         ablation: When and how edges required are counted; None for never.
@@ -127,9 +127,11 @@ class SnapshotConfig:
         for kind in self.baselines:
             check_choice("each of baselines", kind, get_args(BasisKind))
             with_basis(self.config, kind)
-        if len({self.config.basis, *self.baselines}) <= len(self.baselines):
+        once = [kind for kind in self.baselines if kind not in DRAWN]
+        if self.config.basis in self.baselines or len({*once}) < len(once):
             raise SettingError(
-                f"baselines are bases other than {self.config.basis!r}, each of them once; got {self.baselines}."
+                f"baselines are bases other than {self.config.basis!r}, each of them once, or several draws of "
+                f"{quoted(DRAWN)}; got {list(self.baselines)}."
             )
         if self.metrics is not None:
             check_metrics(self.metrics)
@@ -246,7 +248,7 @@ class SnapshotComputer:
             any other name; their ratios have ``NAME_over_pca``.
 
     Attributes:
-        prefixes: The kind of basis for each prefix, the basis itself first.
+        prefixes: The kind of basis for each prefix, the basis itself first. Draws of one kind are numbered.
         control: Prefix of the control; None without one.
     """
 
@@ -254,10 +256,11 @@ class SnapshotComputer:
         self.config, self.name = config, name
         self._failed: set[str] = set()
         own = "" if name == "lib" else f"{name}_"
-        self.prefixes = {name: config.config.basis, **{f"{own}{kind}": kind for kind in config.baselines}}
+        baselines = numbered(config.baselines)
+        self.prefixes = {name: config.config.basis, **{f"{own}{kind}": kind for kind in baselines}}
         self.control = None if config.control is None else f"{own}{config.control}"
         self._keys: dict[tuple[str, ...], list[str]] = {}
-        others: list[str] = [*config.baselines, *([] if config.control is None else [config.control])]
+        others: list[str] = [*baselines, *([] if config.control is None else [config.control])]
         self._ratio_prefixes = {f"{own}{kind}": f"{name}_over_{kind}" for kind in others}
 
     @property
@@ -677,14 +680,25 @@ def labelled_samples(labeller: Labeller | None) -> int:
     return _LABELLED_SAMPLES if hasattr(labeller, "label") else 1
 
 
-def with_basis(config: LIBConfig, kind: BasisKind) -> LIBConfig:
+def with_basis(config: LIBConfig, name: str) -> LIBConfig:
     """The configuration of the same graph with another basis, such as a baseline, which has no metric.
+
+    Args:
+        config: The configuration.
+        name: The kind of basis, with the number of a draw after the first.
+
+    Returns:
+        The configuration; the seed of a later draw is as many above that of the first.
 
     Example:
         >>> with_basis(LIBConfig(metric="output"), "pca").metric
         'next'
+        >>> with_basis(LIBConfig(basis_seed=5), "random_3").basis_seed
+        7
     """
-    return replace(config, basis=kind, metric=config.metric if kind in WITH_METRIC else "next")
+    kind, number = kind_and_number(name)
+    metric = config.metric if kind in WITH_METRIC else "next"
+    return replace(config, basis=kind, metric=metric, basis_seed=config.basis_seed + number - 1)  # type: ignore[arg-type]
 
 
 def nats_of(graph: InteractionGraph) -> dict[str, float]:

@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib_lightning.algorithm.basis_kinds import ALL, REINIT
+from lib_lightning.algorithm.basis_kinds import ALL, DRAWN, REINIT
 from lib_lightning.errors import LIBError, MissingFileError, quoted
 from lib_lightning.io.basis_format import MODULES_TRACKED
 from lib_lightning.io.notes import read_notes
@@ -381,7 +381,9 @@ def _is_secondary(folder: Path, others: set[Path]) -> bool:
         return True
     siblings = {other.name for other in others if other.parent == folder.parent}
     baselines = {f"{other}_{kind}" for other in siblings for kind in _BESIDE}
-    return folder.name in baselines or ("lib" in siblings and folder.name in _BESIDE[1:])
+    name, _, number = folder.name.rpartition("_")
+    names = {folder.name, name} if number.isdecimal() and name.endswith(DRAWN) else {folder.name}
+    return bool(names & baselines) or ("lib" in siblings and bool(names & {*_BESIDE[1:]}))
 
 
 def _summary(steps: list[int]) -> str:

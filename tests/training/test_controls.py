@@ -15,6 +15,7 @@ from torch import Tensor
 from lib_lightning import LIBCallback, compute_interaction_graph
 from lib_lightning.algorithm.basis_kinds import ROTATED
 from lib_lightning.errors import SettingError
+from lib_lightning.plots.palette import basis_styles
 from lib_lightning.viewer import Run
 from tests.tiny_training import NODE_LAYERS, Classifier, trainer_of
 from tests.training.test_callback import run
@@ -34,8 +35,8 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Watched:
     folder = tmp_path_factory.mktemp("watched")
     x = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
     callback = LIBCallback(
-        NODE_LAYERS, baselines=list(ROTATED), control="reinit", at_steps=[0, 4, 8, 12], dtype="float64", basis_seed=3,
-        dataloader=[(x, x.sum(1).gt(0).long())], causal_every=0,
+        NODE_LAYERS, baselines=[*ROTATED, "random", "ica", "random"], control="reinit", at_steps=[0, 4, 8, 12],
+        dtype="float64", basis_seed=3, dataloader=[(x, x.sum(1).gt(0).long())], causal_every=0,
     )  # fmt: skip
     logger = TensorBoardLogger(folder, name="", version="logs")
     return Watched(callback, folder / "logs", run(Classifier(), folder, callback, logger=logger), x)
@@ -63,6 +64,37 @@ def test_each_is_logged_and_written_beside_the_lib(watched: Watched) -> None:
     # A folder with a run, its baselines and its control is that run.
     assert Run(watched.folder).name.endswith("/lib")
     assert (watched.folder / "lib" / "sparsity_over_time.png").exists()
+
+
+def test_several_draws_of_a_baseline(watched: Watched) -> None:
+    scalars, model = watched.callback.state.scalars, Classifier()
+    weights = watched.trained["weights and buffers"]
+    model.load_state_dict({name: torch.tensor(values) for name, values in weights.items()})
+    found = set()
+    for number, prefix in enumerate(("random", "random_2", "random_3")):
+        graph = watched.callback.graphs[prefix]
+        expected = compute_interaction_graph(
+            model, [watched.samples], NODE_LAYERS, "random", dtype=torch.float64, effort="exact", input_fn=lambda x: x,
+            basis_seed=3 + number,
+        )  # fmt: skip
+        for pair, E in expected.edges.items():
+            torch.testing.assert_close(graph.edges[pair].abs(), E.abs(), rtol=1e-6, atol=1e-12)
+        total = scalars[f"{prefix}/effective_edges/total"]
+        assert scalars[f"lib_over_{prefix}/effective_edges/total"] == scalars["lib/effective_edges/total"] / total
+        assert Run(watched.folder / prefix).steps == [0, 4, 8, 12]
+        found.add(total)
+    assert len(found) == 3
+    assert "random_4" not in watched.callback.graphs
+    assert "ica_2" in watched.callback.graphs
+    # In a figure they are draws of the same kind.
+    styles = basis_styles(["lib", "random", "random_2"])
+    assert styles["random"] == styles["random_2"] != styles["lib"]
+
+
+@pytest.mark.parametrize("baselines", [["pca", "pca"], ["random", "pca", "varimax", "varimax"], ["random", "lib"]])
+def test_bases_without_a_seed_have_one_draw(baselines: list[str]) -> None:
+    with pytest.raises(SettingError, match="several draws of 'random', 'ica'"):
+        LIBCallback(NODE_LAYERS, baselines=baselines)
 
 
 def test_the_control_is_the_graph_of_reinitialised_weights(watched: Watched) -> None:
