@@ -449,6 +449,68 @@ def planted_curves(kind: str, length: int, runs: int, noise: float = NOISES[0]) 
     return artificial(levels + noise * _normal(runs, FEATURES, n, seed=0))
 
 
+def with_change(
+    curves: Sequence[Mapping[str, Any]], layer: str, feature: int, kind: str, length: int, start: int
+) -> list[dict[str, Any]]:
+    """Curves in which one feature changes: its importance is what it was, times a factor that changes.
+
+    Args:
+        curves: The curves, as `SnapshotCurves` keeps them.
+        layer: Node layer of the feature.
+        feature: Its id.
+        kind: One of `PLANTED`, or "born". What emerges or fades is as it was at the end, or the beginning.
+        length: Number of snapshots that the change takes.
+        start: Index of the first changed snapshot.
+
+    Returns:
+        The curves.
+    """
+    before, after = PLANTED["emerged" if kind == "born" else kind]
+    full = after if kind in ("born", "emerged") else before
+    found = []
+    for k, one in enumerate(curves):
+        ids, importance = one["layers"][layer]
+        level = before + (after - before) * min(max((k - start + 1) / length, 0.0), 1.0) - full
+        changed = [x * 10**level if i == feature else x for i, x in zip(ids, importance, strict=True)]
+        kept = [j for j, i in enumerate(ids) if not (kind == "born" and k < start and i == feature)]
+        found.append({**one, "layers": {**one["layers"], layer: [[ids[j] for j in kept], [changed[j] for j in kept]]}})
+    return found
+
+
+def _is_found(event: Event, layer: str, feature: int, kind: str, first: int) -> bool:
+    """Whether an event says of a changed feature that it rises, or falls, as it does."""
+    rises = kind in ("born", "emerged", "rose")
+    is_this = event.layer == layer and event.lineage == feature and event.step >= first
+    return is_this and (event.kind in ("emerged", "rose")) == rises
+
+
+def power_among(curves: Sequence[Mapping[str, Any]], places: Sequence[tuple[str, int]], runs: int) -> dict[str, int]:
+    """How many planted changes are found in curves that scatter as those of a training, or wander.
+
+    Args:
+        curves: The curves, without a change.
+        places: Node layer and id of the features to change, at the same time and each in a run of its own.
+        runs: Number of runs in the curves.
+
+    Returns:
+        Number of changes of all kinds and lengths, of those that are found, and of those found as abrupt.
+    """
+    counts = {"changes": 0, "planted found": 0, "planted abrupt": 0}
+    start = len(curves) - AFTER
+    for kind in ("born", *PLANTED):
+        for length in LENGTHS:
+            changed = list(curves)
+            for layer, feature in places:
+                changed = with_change(changed, layer, feature, kind, length, start)
+            events = events_of(changed, detector_of(runs))
+            for layer, feature in places:
+                found = [e for e in events if _is_found(e, layer, feature, kind, curves[start]["step"])]
+                counts["changes"] += 1
+                counts["planted found"] += bool(found)
+                counts["planted abrupt"] += any(e.abrupt is True for e in found[:1])
+    return counts
+
+
 def power(kind: str, length: int, noise: float, runs: int = RUNS) -> dict[str, float | None]:
     """How many planted changes are found.
 
@@ -463,11 +525,10 @@ def power(kind: str, length: int, noise: float, runs: int = RUNS) -> dict[str, f
         snapshots from the first changed one to the first such event; the number of these that are abrupt; and the
         number of other events.
     """
-    rises = kind in ("born", "emerged", "rose")
     found: dict[str | None, Event] = {}
     events = events_of(planted_curves(kind, length, runs, noise), detector_of(runs))
     for event in events:
-        if event.lineage == 7 and event.step >= START and (event.kind in ("emerged", "rose")) == rises:
+        if _is_found(event, str(event.layer), 7, kind, START):
             found.setdefault(event.layer, event)
     delay = statistics.median(event.step - START for event in found.values()) if found else None
     abrupt = counts_of([*found.values()])["abrupt"]
@@ -519,9 +580,25 @@ def measure_plateaus(folder: Path) -> dict[str, Any]:
             one["after bursts"].append(sum(any(0 <= index[e.step] - k <= AFTER_BURST for k in bursts) for e in events))
             for name, count in counts_of(events).items():
                 one[name].append(count)
+            if not bursts:
+                _add(one, power_among(plateau, [_second(plateau)], 1))
             if forming:
                 found["forming"][task] = _forming(forming)
     return found
+
+
+def _second(curves: Sequence[Mapping[str, Any]]) -> tuple[str, int]:
+    """The second most important feature of the second node layer, of those that are always there."""
+    layer = list(curves[0]["layers"])[1]
+    always = set.intersection(*(set(one["layers"][layer][0]) for one in curves))
+    ids, importance = curves[-1]["layers"][layer]
+    ranked = sorted((-x, i) for i, x in zip(ids, importance, strict=True) if i in always)
+    return layer, ranked[1][1]
+
+
+def _add(total: dict[str, Any], counts: Mapping[str, int]) -> None:
+    for name, count in counts.items():
+        total[name] = total.get(name, 0) + count
 
 
 def _forming(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -542,7 +619,11 @@ def measure_artificial() -> dict[str, Any]:
     return {
         "runs": RUNS,
         "snapshots": SNAPSHOTS,
-        "nulls": {null: counts_of(events_of(null_curves(null, RUNS), detector_of(RUNS))) for null in NULLS},
+        "nulls": {
+            null: counts_of(events_of(null_curves(null, RUNS), detector_of(RUNS)))
+            | power_among(null_curves(null, RUNS, START + AFTER), [(str(run), 7) for run in range(RUNS)], RUNS)
+            for null in NULLS
+        },
         "planted": {
             f"{kind}, {length}": {str(noise): power(kind, length, noise) for noise in NOISES}
             for kind in ("born", *PLANTED)
@@ -574,10 +655,14 @@ def report(found: Mapping[str, Any]) -> str:
         if not bursts:
             most += promised
             at_rest = {name: at_rest[name] + count for name, count in counts.items()}
-        lines.append(f"| {what}: {task} | {runs} | {promised:.0f} | {counts['events']} | {counts['abrupt']} | | |")
+        lines.append(
+            f"| {what}: {task} | {runs} | {promised:.0f} | {counts['events']} | {counts['abrupt']} | {_power(one)} |"
+        )
     promised = PROMISED * found["runs"] * found["snapshots"]
     for null, one in found["nulls"].items():
-        lines.append(f"| {null} | {found['runs']} | {promised:.0f} | {one['events']} | {one['abrupt']} | | |")
+        lines.append(
+            f"| {null} | {found['runs']} | {promised:.0f} | {one['events']} | {one['abrupt']} | {_power(one)} |"
+        )
     for noise in NOISES:
         every = [by_noise[str(noise)] for by_noise in found["planted"].values()]
         runs = found["runs"] * len(every)
@@ -618,6 +703,13 @@ def report(found: Mapping[str, Any]) -> str:
         f"| {task} | {' | '.join(str(one[name]) for name in columns)} |" for task, one in found["forming"].items()
     ]
     return "\n".join(lines)
+
+
+def _power(one: Mapping[str, Any]) -> str:
+    """Two cells: how many planted changes are found, and of these as abrupt; empty if there were none."""
+    if "changes" not in one:
+        return " | "
+    return f"{one['planted found']} of {one['changes']} | {one['planted abrupt']}"
 
 
 def to_json(found: Mapping[str, Any]) -> str:

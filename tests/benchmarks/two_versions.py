@@ -3,7 +3,8 @@
     LIB_REFERENCE_DIR=... python -m tests.benchmarks.two_versions FOLDER    # a checkout of the other version
 
 All three sections of the first published network are searched by bisection, on all of its test pairs, with one thread.
-The processes never compute at the same time, so that both see the same machine.
+The processes never compute at the same time, so that both see the same machine. With ``--write`` the measurements are
+kept in ``two_versions.json``, which docs/ablations.md quotes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parents[2]
+RESULTS = Path(__file__).parent / "two_versions.json"
 
 
 def serve(basis: str, dtype: str) -> None:
@@ -74,6 +76,7 @@ def main() -> None:
     parser.add_argument("--basis", default="lib", choices=("lib", "pca"))
     parser.add_argument("--dtype", default="default", help="float32, float64, or what each version does by default")
     parser.add_argument("--pairs", type=int, default=2, help="how often each version counts")
+    parser.add_argument("--write", action="store_true", help=f"keep the measurements in {RESULTS.name}")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
@@ -84,9 +87,12 @@ def main() -> None:
     if "LIB_REFERENCE_DIR" not in os.environ:
         parser.error("LIB_REFERENCE_DIR is not set: the folder with the published networks")
     other, this = (started(root.resolve(), options.basis, options.dtype) for root in (options.other, HERE))
+    pairs = []
     for _ in range(options.pairs):
         before, now = ask(other), ask(this)
         is_same = before["scores"] == now["scores"]
+        seconds = [round(one["seconds"], 1) for one in (before, now)]
+        pairs.append({"before": seconds[0], "now": seconds[1], "counts": now["counts"], "same scores": is_same})
         sys.stdout.write(
             f"{before['seconds']:.1f} s, {now['seconds']:.1f} s: {before['seconds'] / now['seconds']:.2f} times; "
             f"edges required {now['counts']}, {'the same scores' if is_same else 'OTHER SCORES'}\n"
@@ -94,6 +100,10 @@ def main() -> None:
         sys.stdout.flush()
     for process in (other, this):
         process.terminate()
+    if options.write:
+        known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        kept = known | {f"{options.basis}, {options.dtype}": pairs}
+        RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":
