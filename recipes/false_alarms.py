@@ -496,7 +496,7 @@ def power_among(curves: Sequence[Mapping[str, Any]], places: Sequence[tuple[str,
         Number of changes of all kinds and lengths, of those that are found, and of those found as abrupt.
     """
     counts = {"changes": 0, "planted found": 0, "planted abrupt": 0}
-    start = len(curves) - AFTER
+    start = max(0, len(curves) - AFTER)
     for kind in ("born", *PLANTED):
         for length in LENGTHS:
             changed = list(curves)

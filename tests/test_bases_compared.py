@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -207,8 +208,11 @@ def test_recipe_in_its_quick_mode(tmp_path: Path) -> None:
     (lib,), (sae,) = (read(results)["Small"][kind] for kind in bases)
     assert lib["features"]["layers"]["end"]["features"] <= 32
     assert sae["features"]["layers"]["end"]["features"] <= 64
-    assert sae["attacked"] is None
-    assert lib["attacked"]["sections"].keys() == {"middle-to-three_quarters"}
+    for one in (lib, sae):
+        by_ablation, by_descent = (one[name]["sections"]["middle-to-three_quarters"] for name in COLUMNS[-2:])
+        at_random = one["attacked"]["random"]["middle-to-three_quarters"]
+        assert by_ablation["count"] <= at_random["count"] <= by_ablation["edges"]
+        assert by_ablation["count"] <= by_descent["count"] <= by_ablation["edges"]
     assert re.search(r"^\| SAE \|", report(results), re.MULTILINE)
     # What is there is not measured again.
     measure(lambda: pytest.fail("nothing is missing"), "Small", 0, tmp_path, results, bases)
@@ -265,6 +269,20 @@ def test_what_the_page_says_of_names_and_causal_features() -> None:
     assert samples_needed(80, 0.05) == 14 > found["lib"][0]["causal"]["samples"]
     for by_kind in found.values():
         assert not sum(x["significant"] for x in by_kind[0]["causal"]["layers"].values())
+
+
+def test_what_the_page_says_of_attacks_on_the_small_model() -> None:
+    def counted(seeds: Sequence[dict[str, Any]], column: str, part: str = "sections") -> float:
+        return sum(one[column][part]["-to-".join(ATTACKED)]["count"] for one in seeds) / len(seeds)
+
+    more, by_descent = [], {}
+    for kind, seeds in read()["Language model"].items():
+        more.append(counted(seeds, "attacked", "random") - counted(seeds, "edges_required"))
+        by_descent[kind] = counted(seeds, "attacked")
+        assert by_descent[kind] > counted(seeds, "attacked", "random")
+    assert 0 <= min(more) <= max(more) <= 9
+    assert abs(by_descent["lib"] - by_descent["pca"]) < 10
+    assert max(by_descent["fisher"], by_descent["output"]) < 784
 
 
 def test_no_number_of_edges_of_smollm2_withstands_an_attack() -> None:

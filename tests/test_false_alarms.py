@@ -27,9 +27,11 @@ from recipes.false_alarms import (
     planted_curves,
     poisson_interval,
     power,
+    power_among,
     report,
     to_json,
     train,
+    with_change,
 )
 
 PAGE = Path(__file__).parents[1] / "docs" / "events.md"
@@ -94,6 +96,34 @@ def test_changes_are_where_they_are_said_to_be() -> None:
     assert [len(one["layers"]["1"][0]) for one in planted_curves("born", 1, 2)] == [19] * 20 + [20] * 12
     curves = artificial(torch.zeros(2, 2, 3), torch.ones(2, 1, 3))
     assert [one["scalars"] for one in curves] == [{"m0": 10.0, "m1": 10.0}] * 3
+
+
+def test_changes_in_curves_of_a_training() -> None:
+    curves = null_curves("random walks", 2, 20)
+    same = torch.tensor([one["layers"]["0"][1] for one in curves], dtype=torch.float64).log10()
+    for kind, length, (before, after) in (("rose", 3, (0, 1.4)), ("fell", 1, (0, -1.4)), ("emerged", 2, (-3, 0))):
+        changed = with_change(curves, "0", 7, kind, length, 12)
+        levels = torch.tensor([one["layers"]["0"][1] for one in changed], dtype=torch.float64).log10()
+        shift = levels - same
+        assert float((shift[:12, 7] - before).abs().max()) < 1e-9
+        assert shift[12, 7] == pytest.approx(before + (after - before) / length, abs=1e-9)
+        assert float((shift[11 + length :, 7] - after).abs().max()) < 1e-9
+        assert shift[:, [*range(7), *range(8, 20)]].abs().max() < 1e-9
+        assert [one["layers"]["1"] for one in changed] == [one["layers"]["1"] for one in curves]
+    born = with_change(curves, "1", 7, "born", 1, 12)
+    assert [7 in one["layers"]["1"][0] for one in born] == [False] * 12 + [True] * 8
+    assert curves == null_curves("random walks", 2, 20), "not modified"
+
+
+def test_power_among_curves_that_scatter_or_wander() -> None:
+    quiet = planted_curves("rose", 1, 2, 0.02)
+    still = [{**one, "layers": {run: [ids, quiet[0]["layers"][run][1]] for run, (ids, _) in one["layers"].items()}}
+             for one in quiet]  # fmt: skip
+    found = power_among(still, [("0", 3), ("1", 5)], 2)
+    assert found["changes"] == 2 * 15
+    assert found["planted found"] >= 28
+    wandering = null_curves("walks, increments AR(1), 0.9", 2, 32)
+    assert power_among(wandering, [("0", 3), ("1", 5)], 2)["planted abrupt"] <= found["planted abrupt"]
 
 
 def test_runs_at_the_same_time_have_as_many_events_as_alone() -> None:
