@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lib_lightning._deprecated import renamed_arguments, renamed_fields
 from lib_lightning.algorithm.basis import Basis
-from lib_lightning.algorithm.basis_kinds import LATENTS
+from lib_lightning.algorithm.basis_kinds import DRAWN, LATENTS
 from lib_lightning.algorithm.dictionary_basis import DictionaryBasis
 from lib_lightning.algorithm.dictionary_layers import check_dictionaries
 from lib_lightning.algorithm.examples import FeatureExamples
@@ -829,7 +829,9 @@ class InteractionGraph:
             kind, number = graph._kind(), 2
             name: str = kind
             while name in graphs:
-                name, number = f"{BASIS_NAMES.get(kind, kind)} ({number})", number + 1
+                is_draw = kind in DRAWN  # all of them have one colour
+                name = f"{kind}_{number}" if is_draw else f"{BASIS_NAMES.get(kind, kind)} ({number})"
+                number += 1
             graphs[name] = list(graph.bases.values())
         return draw_spectrum(graphs, title="Importance of features" + self._when())
 

@@ -493,10 +493,13 @@ def power_among(curves: Sequence[Mapping[str, Any]], places: Sequence[tuple[str,
         runs: Number of runs in the curves.
 
     Returns:
-        Number of changes of all kinds and lengths, of those that are found, and of those found as abrupt.
+        Number of changes of all kinds and lengths, of those that are found, and of those found as abrupt; nothing if
+        there are too few snapshots.
     """
+    if len(curves) <= AFTER:
+        return {}
     counts = {"changes": 0, "planted found": 0, "planted abrupt": 0}
-    start = max(0, len(curves) - AFTER)
+    start = len(curves) - AFTER
     for kind in ("born", *PLANTED):
         for length in LENGTHS:
             changed = list(curves)
@@ -588,12 +591,12 @@ def measure_plateaus(folder: Path) -> dict[str, Any]:
 
 
 def _second(curves: Sequence[Mapping[str, Any]]) -> tuple[str, int]:
-    """The second most important feature of the second node layer, of those that are always there."""
+    """The second most important feature of the second node layer, of those that are always there (or the only one)."""
     layer = list(curves[0]["layers"])[1]
     always = set.intersection(*(set(one["layers"][layer][0]) for one in curves))
     ids, importance = curves[-1]["layers"][layer]
     ranked = sorted((-x, i) for i, x in zip(ids, importance, strict=True) if i in always)
-    return layer, ranked[1][1]
+    return layer, ranked[min(1, len(ranked) - 1)][1]
 
 
 def _add(total: dict[str, Any], counts: Mapping[str, int]) -> None:

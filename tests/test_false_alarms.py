@@ -68,6 +68,11 @@ def test_what_the_page_says_of_the_committed_results() -> None:
     # The promise for abrupt events holds for all nulls but that with heavy tails.
     assert all(one["abrupt"] <= promised for one in nulls.values() if one is not heavy_tailed)
     assert all(one["abrupt"] <= one["events"] for one in nulls.values())
+    # Planted changes are found on plateaus of real trainings, and mostly lost among curves that wander smoothly.
+    assert sum(one["changes"] for one in at_rest.values()) == 315
+    assert min(one["planted abrupt"] / one["changes"] for one in at_rest.values()) > 0.95
+    by_name = [nulls[f"walks, increments AR(1), {phi}"]["planted found"] for phi in (0.3, 0.7, 0.9)]
+    assert 100 > nulls["random walks"]["planted found"] > by_name[0] > by_name[1] > by_name[2]
     for by_noise in found["planted"].values():
         assert set(by_noise) == {str(noise) for noise in NOISES}
         assert by_noise["0.02"]["others"] == 0

@@ -19,7 +19,7 @@ from lib_lightning.ablation.model_part import ROUNDING, ModelPart, is_recordable
 from lib_lightning.ablation.shared_section import SharedParts, SharedSection
 from lib_lightning.algorithm.basis import Basis
 from lib_lightning.algorithm.basis_kinds import LATENTS
-from lib_lightning.errors import NodeLayerError
+from lib_lightning.errors import NodeLayerError, is_out_of_memory
 from lib_lightning.model.agreement import agree
 from lib_lightning.model.instrumented import InstrumentedModel
 from lib_lightning.model.precision import to_float64
@@ -128,6 +128,8 @@ class AblatedSection:
         after: Basis of the next node layer.
         max_bytes: Memory for all intermediate results of a section or of the rest of the model, while their operations
             are recorded.
+        score: From an output to scores, for which the rest of the model is repeated; None for any that reads nothing
+            but the tensors of the output.
 
     Raises:
         NodeLayerError: If a basis has a different width.
@@ -144,10 +146,12 @@ class AblatedSection:
         before: Basis,
         after: Basis,
         max_bytes: int = 2**31,
+        score: Callable[[Any], Tensor] | None = None,
     ) -> None:
         self.instrumented, self.batch, self.index, self.before, self.after = instrumented, batch, index, before, after
         self._max_bytes = max_bytes
         captured, output = instrumented.capture_with_output(batch)
+        unablated = None if score is None else score(output)
         self.a, self.mask_in = captured[index].a, captured[index].mask
         self.a_out, self.mask_out = captured[index + 1].a, captured[index + 1].mask
         check_width(before, self.a)
@@ -165,7 +169,7 @@ class AblatedSection:
         # Two halves of the features, so that nonlinear terms cannot cancel.
         even = torch.arange(before.n_features, device=self.fhat.device) % 2 == 0
         self._halves = torch.stack([~even, even]).to(self.fhat)
-        self.J, self.shared = None, None
+        self.J, self.shared, self._has_gradient = None, None, True
         if not has_latents and self.fhat.numel():
             changes = [self._section(self.fhat * half) - self._at_mean for half in self._halves]
             self.shared = None if recorded is None else self._shared_section(recorded, changes)
@@ -177,6 +181,8 @@ class AblatedSection:
 
         at_mean = self._from_features(self._at_mean)
         self.rest = ModelPart(instrumented, rest, at_mean, [(self.a_out, output)], max_bytes)
+        if score is not None and unablated is not None:
+            self.rest.check_score(score, [(self.a_out, unablated)])
         self.section: ModelPart | None = None
         if self.J is None and self.shared is None and self.a.numel():
             half = self._activations(self.fhat * before.per_coordinate(self._halves[0]))
@@ -226,7 +232,7 @@ class AblatedSection:
         patterns, group = (t.to(self.fhat.device) for t in mask.unique(dim=0, return_inverse=True))
         rows = rows.to(self.fhat.device)
         for some in torch.arange(len(patterns), device=self.fhat.device).split(self._rows_at_once):
-            # Of each set those features that it is for, of all that any of these are for.
+            # Of each set only its own features are wanted; all that are wanted of any are computed together.
             wanted = rows[torch.isin(group, some)]
             found = self.after.coordinates_of(self._outputs(patterns[some]), wanted)
             feature = self._feature_of_column[self.after.columns(wanted)]
@@ -244,8 +250,8 @@ class AblatedSection:
         """Number of rows of a mask for which the section runs at once: several, as long as their tensors are small."""
         if self.section is None:
             return 1
-        n, S, c = self.fhat.shape
-        return self.section.at_once(n * S * max(c, self._at_mean.shape[-1]))
+        (n, S, _), S_out = self.fhat.shape, self._at_mean.shape[1]
+        return self.section.at_once(n * max(S * self.before.n_encoded, S_out * self.after.n_encoded))
 
     def _outputs(self, factors: Tensor) -> Tensor:
         """Activations after the section for each row of a mask, shape ``(k, n, S_out, d_out)``."""
@@ -289,10 +295,12 @@ class AblatedSection:
                 return self.shared.gradient(mask, rows, cotangent)
             except RuntimeError:  # an operation without derivative: the model may have another one
                 self.shared = None
-        if self.section is not None and self.section.is_recorded:
-            with suppress(RuntimeError):
+        if self.section is not None and self.section.is_recorded and self._has_gradient:
+            try:
                 parts = [self._rows_gradient(mask, cotangent, some) for some in rows.split(self._rows_at_once)]
                 return torch.cat(parts)
+            except RuntimeError as error:  # an operation without derivative: the model may have another one
+                self._has_gradient = is_out_of_memory(error)
         return torch.stack([self._row_gradient(mask[i], cotangent, row) for i, row in enumerate(rows.split(1))])
 
     def _rows_gradient(self, mask: Tensor, cotangent: Tensor, rows: Tensor) -> Tensor:
@@ -302,6 +310,8 @@ class AblatedSection:
         with torch.enable_grad():
             own = mask[rows.to(mask.device)].to(self.fhat).requires_grad_()
             found = self.after.coordinates_of(self._outputs(own), rows)
+            if self.section is None or not self.section.is_recorded:
+                raise RuntimeError("An operation of the section cannot be repeated.")
             (gradient,) = torch.autograd.grad((found * cotangent[..., columns] * is_own).sum(), own)
         return gradient
 

@@ -2,7 +2,7 @@
 
 An ablation runs the same part of the model again and again: a section, or all that is after it. If its operations can
 be recorded (`lib_lightning.model.recorded`), what is before it runs only once more, and several activations may go
-through it at once.
+through it at once. Its derivatives are those of the operations: what the model detaches has some as well.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class ModelPart:
     ) -> None:
         self._run, self.nbytes = run, 0
         self._recorded: RecordedFunction | None = None
-        self._largest, self._most_at_once = 0, STACK_ELEMENTS
+        # Several at once are compared with one at a time, once.
+        self._largest, self._most_at_once, self._is_compared = 0, STACK_ELEMENTS, False
         if is_recordable(instrumented, at):
             with suppress(Exception):  # one of the model's is raised again when it runs
                 output, recorded = record(run, at, max_bytes)
@@ -65,8 +66,23 @@ class ModelPart:
 
     @property
     def is_recorded(self) -> bool:
-        """Whether it runs without what is before it. If not, it has no derivatives either."""
+        """Whether it runs without what is before it; until an operation fails. If not, it has no derivatives."""
         return self._recorded is not None and self._recorded.is_intact
+
+    def stop_repeating(self) -> None:
+        """Run the model itself from now on."""
+        self._recorded, self.nbytes = None, 0
+
+    def check_score(self, score: Callable[[Any], Tensor], known: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Run the model itself if a score is another one without it: one that reads more than tensors of the output.
+
+        Args:
+            score: From an output to scores.
+            known: Activations and the scores of the model itself there; it has run at others since.
+        """
+        for a, expected in known:
+            if self.is_recorded and not _is_same_score(score(self(a)), expected, torch.finfo(a.dtype).eps):
+                self.stop_repeating()
 
     def __call__(self, a: Tensor) -> Any:
         """What the function returns for other activations ``(n, S, d)``."""
@@ -97,18 +113,33 @@ class ModelPart:
         Returns:
             The results, shape ``(k, ...)``; differentiable if it `is_recorded`.
         """
-        recorded = self._recorded
-        if len(a) > 1 and self._most_at_once > 1 and recorded is not None and recorded.is_intact:
-            try:
-                # A warning says that an operation is repeated for one after another, which is faster without `vmap`.
-                with warnings.catch_warnings():
-                    warnings.simplefilter("error")
-                    results: Tensor = torch.vmap(recorded)(a)
-                    return results
-            except Exception as error:
-                # Some operation cannot be repeated for several at once, or the tensors are too large.
-                self._most_at_once = len(a) // 2 if is_out_of_memory(error) else 1
-        return torch.stack([self(x) for x in a])
+        found: list[Tensor] = []
+        while len(found) < len(a):
+            safe_point()
+            some = a[len(found) : len(found) + self._most_at_once]
+            recorded = self._recorded
+            if len(some) > 1 and recorded is not None and recorded.is_intact:
+                try:
+                    found += self._at_once(recorded, some)
+                except Exception as error:
+                    # Some operation cannot be repeated for several at once, or the tensors are too large.
+                    self._most_at_once = len(some) // 2 if is_out_of_memory(error) else 1
+            else:
+                found += [self(x) for x in some]
+        return torch.stack(found)
+
+    def _at_once(self, recorded: RecordedFunction, a: Tensor) -> Tensor:
+        """The results for several activations, in one call of every operation."""
+        # A warning says that an operation is repeated for one after another, which is faster without `vmap`.
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            results: Tensor = torch.vmap(recorded)(a)
+        if not self._is_compared:
+            # In an autocast of the model's own, several at once are rounded in another way.
+            if not _agree(results[-1].detach(), recorded(a[-1].detach())):
+                raise ValueError("Several at once give other numbers.")
+            self._is_compared = True
+        return results
 
 
 def is_recordable(instrumented: InstrumentedModel, a: Tensor) -> bool:
@@ -125,6 +156,12 @@ def _agree(found: Any, expected: Any) -> bool:
         agree(a, b, torch.finfo(b.dtype).eps ** ROUNDING) if b.is_floating_point() else torch.equal(a, b)
         for a, b in pairs
     )
+
+
+def _is_same_score(found: Tensor, expected: Tensor, eps: float) -> bool:
+    if found.shape != expected.shape or not len(expected):
+        return found.shape == expected.shape
+    return bool((found - expected).abs().max() <= eps**ROUNDING * expected.abs().max())
 
 
 def nbytes_of(*tensors: Tensor) -> int:

@@ -124,9 +124,14 @@ class ScoredModel:
     def with_edges(self, before: str, after: str) -> ScoredSection:
         """The mean score as a function of the edges kept in a section."""
         index, bases = self.graph.node_layers.index(before), (self._basis(before), self._basis(after))
-        return ScoredSection(
-            self, self._cache(lambda batch: AblatedSection(self._instrumented, batch, index, *bases, self._memory))
-        )
+
+        def section(batch: Any) -> AblatedSection:
+            def score(output: Any) -> Tensor:
+                return sample_scores(self._score, output, batch, self._instrumented.num_samples(batch))
+
+            return AblatedSection(self._instrumented, batch, index, *bases, self._memory, score)
+
+        return ScoredSection(self, self._cache(section))
 
     def _cache(self, make: Callable[[Any], _Ablated[_T]]) -> _AblationCache[_T]:
         return _AblationCache(self._instrumented, self._batches, make, self._memory // 4)

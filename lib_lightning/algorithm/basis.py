@@ -192,6 +192,11 @@ class Basis:
         """Coordinates of activations ``(..., d)``, shape ``(..., c)``: the features."""
         return self.encode(a)
 
+    @property
+    def n_encoded(self) -> int:
+        """Largest number of values per position in what encodes and decodes it."""
+        return max(self.to_features.shape)
+
     def coordinates_of(self, a: Tensor, features: Tensor) -> Tensor:
         """The coordinates of some features.
 

@@ -283,6 +283,11 @@ class DictionaryBasis(Basis):
         """Latents, and the ``d`` entries of the error, of activations ``(..., d)``: shape ``(..., r - 1 + d)``."""
         return torch.cat(self.latents_and_error(a), -1)
 
+    @property
+    def n_encoded(self) -> int:
+        """See `Basis`: those of all latents, whichever are features."""
+        return self.known.n_latents + self.known.d
+
     def coordinates_of(self, a: Tensor, features: Tensor) -> Tensor:
         """See `Basis`: without decoding them, if the error is not among them."""
         if bool((features == self.error).any()):

@@ -349,7 +349,9 @@ class AdaptedDictionary:
         f = self._to_object(f)
         if self._has_pairs:
             is_active = f != 0
-            k = max(1, int(is_active.sum(1).max()))
+            # A latent that is 0 has a derivative, too.
+            needs_all = f.requires_grad and torch.is_grad_enabled()
+            k = self.n_latents if needs_all else max(1, int(is_active.sum(1).max()))
             indices = is_active.to(torch.float32).topk(k, dim=1).indices
             return self._flat(self.dictionary.decode(f.gather(1, indices), indices))
         state: tuple[Any, ...] = ()

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 # and on other devices.
 _BYTES_CPU, _BYTES = 2**20, 2**26
 # With fewer features, recording the rest of the model takes longer than it saves; and the memory that it may take.
-_FEWEST_RECORDED, _RECORDED_BYTES = 4, 2**31
+_FEWEST_RECORDED, _RECORDED_BYTES = 8, 2**31
 # Differences of scores by rounding, relative to the largest score, as a power of eps: 2e-5 in float32.
 _ROUNDING = 2 / 3
 
@@ -249,7 +249,7 @@ class _AblatedFeatures:
         self._bases = {name: graph.bases[name].to(layer.a.device) for name, layer in self._captured.items()}
         for name, layer in self._captured.items():
             check_width(self._bases[name], layer.a)
-        self._output = output = instrumented.run(batch)
+        output = instrumented.run(batch)
         self._unablated = _finite(sample_scores(score, output, batch, self._n))
         outputs = [t for t in tensors_in(output) if t.is_floating_point()]
         a = [layer.a for layer in self._captured.values()]
@@ -286,8 +286,7 @@ class _AblatedFeatures:
         # One feature at a time does not need what is before the node layer.
         rest: Callable[[Tensor], Any] = after
         if width == 1 and len(indices) >= _FEWEST_RECORDED:
-            first, known = at_means(layer, basis, indices[:1]), [(layer.a, self._output)]
-            rest = ModelPart(self._instrumented, after, first, known, _RECORDED_BYTES)
+            rest = self._rest(after, *(at_means(layer, basis, [j]) for j in (indices[0], indices[-1])), layer.a)
         start = 0
         while start < len(indices):
             some = indices[start : start + width]
@@ -300,12 +299,24 @@ class _AblatedFeatures:
                 output = rest(a) if k == 1 else self._instrumented.output(batch, {place: a})
                 scores = sample_scores(self._score, output, batch, k * self._n)
             except Exception as error:
-                if k == 1 or not is_out_of_memory(error):
+                if (k == 1 and rest is after) or not is_out_of_memory(error):
                     raise
-                width = max(1, k // 2)
+                width, rest = max(1, k // 2), after
                 continue
             yield _finite(scores).reshape(k, self._n)
             start += k
+
+    def _rest(self, after: Callable[[Tensor], Any], first: Tensor, last: Tensor, unablated: Tensor) -> ModelPart:
+        """The model after a node layer, if its scores at two inputs are those of the model itself."""
+
+        def score(output: Any) -> Tensor:
+            return sample_scores(self._score, output, self._batch, self._n)
+
+        known = [(unablated, self._unablated), (last, score(after(last)))]
+        # The model itself runs at the first one after that.
+        rest = ModelPart(self._instrumented, after, first, [(unablated, after(unablated))], _RECORDED_BYTES)
+        rest.check_score(score, known)
+        return rest
 
 
 def at_means(layer: CapturedLayer, basis: Basis, indices: Sequence[int]) -> Tensor:

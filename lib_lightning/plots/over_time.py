@@ -16,7 +16,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, LogLocator, 
 from lib_lightning.algorithm.basis_kinds import kind_and_number
 from lib_lightning.errors import SettingError
 from lib_lightning.plots.fast_axes import FastAxes
-from lib_lightning.plots.palette import BASES, BASIS_NAMES, MODULES, MUTED, TEXT, basis_styles
+from lib_lightning.plots.palette import BASES, MODULES, MUTED, TEXT, basis_styles, basis_title
 from lib_lightning.plots.panels import Grid, add_legend, panels
 from lib_lightning.plots.steps_axis import is_log_spaced, set_step_axis
 from lib_lightning.plots.text_metrics import DPI, short_number, shorten, shorten_front, text_width
@@ -96,7 +96,7 @@ def draw_over_time(
         raise SettingError("All columns must have panels of the same names, in the same order.")
     stacked = [list(row) for row in zip(*columns.values(), strict=True)]
     name_widths = [
-        text_width(_display_name(c.name), _NAME_SIZE) for row in stacked for panel in row[-1:] for c in panel.curves
+        text_width(basis_title(c.name), _NAME_SIZE) for row in stacked for panel in row[-1:] for c in panel.curves
     ]
     margin = min(max(name_widths, default=0.0), _MAX_NAME_WIDTH) + 2 * _GAP
     figure, all_axes = panels(
@@ -155,7 +155,7 @@ def draw_sparsity_over_time(
     """
     bases = list(dict.fromkeys(name for by_basis in scalars.values() for name in by_basis))
     styles = basis_styles(bases)
-    entries: list[tuple[Any, str]] = [(Line2D([], [], color=styles[b][0], lw=1.8), _display_name(b)) for b in bases]
+    entries: list[tuple[Any, str]] = [(Line2D([], [], color=styles[b][0], lw=1.8), basis_title(b)) for b in bases]
     n_columns = 1 if len(scalars) == 1 else 2 if len(scalars) <= 8 else 3
     names = [name.replace("_", " ") for name in scalars]
     figure, all_axes = panels(names, title, "training steps", "", 1, Grid(n_columns, 1.35, separate_scales=True))
@@ -265,7 +265,7 @@ def _draw_names(axes: Axes, curves: Sequence[Curve], max_width: float) -> None:
     heights = _spread([ends[k] for k in ends], line)
     for (k, _), height in zip(ends.items(), heights, strict=True):
         axes.annotate(
-            shorten(_display_name(curves[k].name), max_width + 1, _NAME_SIZE), (1, height), xycoords="axes fraction",
+            shorten(basis_title(curves[k].name), max_width + 1, _NAME_SIZE), (1, height), xycoords="axes fraction",
             xytext=(_GAP, 0), textcoords="offset points", va="center", fontsize=_NAME_SIZE, color=colors[k],
             annotation_clip=False, parse_math=False,
         )  # fmt: skip
@@ -288,9 +288,3 @@ def _spread(heights: Iterable[float], distance: float) -> np.ndarray:
 
 def _all_steps(curves: Sequence[Curve]) -> list[int]:
     return sorted({int(step) for curve in curves for step in curve.steps})
-
-
-def _display_name(name: str) -> str:
-    kind, number = kind_and_number(name)
-    title: str = BASIS_NAMES.get(kind, kind)
-    return title if number == 1 else f"{title} ({number})"

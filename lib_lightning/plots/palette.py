@@ -156,6 +156,21 @@ def label_colors(groups: Sequence[dict[str, float]]) -> dict[str, str]:
     return {group: module_color(k) for k, group in enumerate(ranked)}
 
 
+def basis_title(name: str) -> str:
+    """What a basis is called in a figure.
+
+    Args:
+        name: Its kind, with the number of a draw after the first; any other name is its own title.
+
+    Example:
+        >>> basis_title("random_2"), basis_title("mine")
+        ('random rotation (2)', 'mine')
+    """
+    kind, number = kind_and_number(name)
+    title: str = BASIS_NAMES.get(kind, kind)
+    return title if number == 1 else f"{title} ({number})"
+
+
 def basis_styles(names: list[str]) -> dict[str, tuple[str, str]]:
     """Choose a colour and a marker for each line of a figure.
 

@@ -13,7 +13,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator
 
 from lib_lightning.algorithm.basis import Basis
 from lib_lightning.plots.lineage_series import as_array, degenerate_mask
-from lib_lightning.plots.palette import BASIS_NAMES, MUTED, basis_styles
+from lib_lightning.plots.palette import MUTED, basis_styles, basis_title
 from lib_lightning.plots.panels import add_legend, panels
 from lib_lightning.plots.text_metrics import DPI, shorten
 
@@ -63,7 +63,7 @@ def draw_spectrum(bases: Mapping[str, Sequence[Basis]], title: str = "Importance
     ]
     meaning = [(mark, label) for mark, label, present in optional_entries if present]
     lines = [
-        (Line2D([], [], color=styles[name][0], marker=styles[name][1], ms=5, lw=1.6), BASIS_NAMES.get(name, name))
+        (Line2D([], [], color=styles[name][0], marker=styles[name][1], ms=5, lw=1.6), basis_title(name))
         for name in bases
     ]
     lines.append((Line2D([], [], color=MUTED, **_FLOOR_LINE), "not drawn below"))
@@ -77,7 +77,7 @@ def draw_spectrum(bases: Mapping[str, Sequence[Basis]], title: str = "Importance
         _frame(axes, max(basis.n_features for basis in by_basis.values()))
         # Earlier bases are drawn on top with thinner lines, so that all remain visible where they coincide.
         n_below_floor = {name: _draw_line(axes, by_basis[name], styles[name], k) for k, name in enumerate(by_basis)}
-        below_counts = ", ".join(f"{n:,} {BASIS_NAMES.get(name, name)}" for name, n in n_below_floor.items() if n)
+        below_counts = ", ".join(f"{n:,} {basis_title(name)}" for name, n in n_below_floor.items() if n)
         if below_counts:
             text = shorten(f"features below: {below_counts}", 0.95 * 72 * axes.bbox.width / DPI, _FONT_SIZE)
             axes.text(

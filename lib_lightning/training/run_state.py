@@ -154,7 +154,7 @@ class RunState:
     Everything that outlives a snapshot is here, so that one `state_dict` is all that a checkpoint needs.
 
     Args:
-        prefixes: The kind of basis for each prefix, the basis itself first.
+        prefixes: The name of the basis for each prefix, the basis itself first.
         plan: When edges required are counted; None for never.
         follow: Whether features are tracked.
         schedule: When snapshots are due.

@@ -248,7 +248,8 @@ class SnapshotComputer:
             any other name; their ratios have ``NAME_over_pca``.
 
     Attributes:
-        prefixes: The kind of basis for each prefix, the basis itself first. Draws of one kind are numbered.
+        prefixes: The name of the basis for each prefix, the basis itself first: its kind, with a number for each draw
+            after the first.
         control: Prefix of the control; None without one.
     """
 
@@ -688,7 +689,7 @@ def with_basis(config: LIBConfig, name: str) -> LIBConfig:
         name: The kind of basis, with the number of a draw after the first.
 
     Returns:
-        The configuration; the seed of a later draw is as many above that of the first.
+        The configuration, with the seed ``basis_seed + k - 1`` for draw ``k``.
 
     Example:
         >>> with_basis(LIBConfig(metric="output"), "pca").metric

@@ -381,9 +381,12 @@ def _is_secondary(folder: Path, others: set[Path]) -> bool:
         return True
     siblings = {other.name for other in others if other.parent == folder.parent}
     baselines = {f"{other}_{kind}" for other in siblings for kind in _BESIDE}
-    name, _, number = folder.name.rpartition("_")
-    names = {folder.name, name} if number.isdecimal() and name.endswith(DRAWN) else {folder.name}
-    return bool(names & baselines) or ("lib" in siblings and bool(names & {*_BESIDE[1:]}))
+    if "lib" in siblings:
+        baselines |= {*_BESIDE[1:]}
+    # Further draws of a baseline are beside the first one.
+    first, _, number = folder.name.rpartition("_")
+    is_draw = first.endswith(DRAWN) and first in siblings & baselines and number.isdecimal() and int(number) > 1
+    return is_draw or folder.name in baselines
 
 
 def _summary(steps: list[int]) -> str:

@@ -25,7 +25,7 @@ from recipes.token_text import TokensOf
 
 # A short search, as in recipes/attacked_edges.py.
 ATTACK = EdgeAttack("pgd", n_steps=5, n_starts=1)
-# What it has to be better than; where a score takes a minute or more, a few draws.
+# For comparison: a search by descent that finds no more than random subsets is none. Few draws where scores are slow.
 RANDOM_ATTACK, FEW_DRAWS = EdgeAttack("random"), EdgeAttack("random", n_draws=4)
 COLUMNS = ("features", "against_pca", "edges", "names", "causal", "edges_required", "attacked")
 

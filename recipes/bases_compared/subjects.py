@@ -43,7 +43,7 @@ class Subject:
         fit: Pieces of the training text, shape ``(n, S)``, for means, covariances and autoencoders. The first
             ``n_metric`` of them are for metrics and edges.
         scored: Other text, for all scores but those of single features.
-        tested: Other text, for what single features do to the score.
+        tested: Other text, for what single features do to the score; some of that for scores or names.
         named: Other text, for names.
         tokenizer: Name of the tokenizer; None for bytes.
         n_metric: Number of pieces for metrics and edges.

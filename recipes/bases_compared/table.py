@@ -148,7 +148,8 @@ def _withstood(seeds: Sequence[Cell], name: str) -> str:
     """Edges required in a section, and how the score changes with those of the others that lower it put back."""
     count = _bounded(seeds, "edges_required", "sections", [name])
     lost = [one[name] for one in _of(seeds, "edges_required", "sections") if "worst" in one.get(name, {})]
-    changes = [f"{x[kind]:+.3f} ± {x[f'{kind} error']:.3f}" for x in lost for kind in ("worst", "random") if kind in x]
+    texts = {"worst": "{:+.3f} ± {:.3f}", "random": "at random {:+.3f} ± {:.3f}"}
+    changes = [text.format(x[kind], x[f"{kind} error"]) for x in lost for kind, text in texts.items() if kind in x]
     return ", ".join([count, *changes])
 
 

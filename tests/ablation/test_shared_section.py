@@ -15,6 +15,7 @@ from lib_lightning.ablation.interventions import AblatedSection
 from lib_lightning.ablation.model_part import ModelPart
 from lib_lightning.dictionaries import TopKSAE
 from lib_lightning.model.instrumented import InstrumentedModel, model_session
+from lib_lightning.model.recorded import RecordedFunction
 from tests.ablation.test_interventions import graph_of, instrumented_of, section_of
 from tests.cases import Case
 
@@ -224,19 +225,82 @@ def test_operations_that_take_one_at_a_time_and_memory_that_runs_out(monkeypatch
         expected = torch.stack([following(one) for one in a])
         assert_same(part.each(a), expected)
 
-        def fails(error: Exception) -> Callable[..., Any]:
-            def vmap(*_: Any, **__: Any) -> Any:
-                raise error
+        vmap = torch.vmap
 
-            return vmap
+        def fails(error: Exception, above: int) -> Callable[..., Any]:
+            def of(function: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+                def called(x: Tensor) -> Any:
+                    if len(x) > above:
+                        raise error
+                    return vmap(function)(x)
 
-        monkeypatch.setattr(torch, "vmap", fails(torch.OutOfMemoryError("no memory")))
+                return called
+
+            return of
+
+        monkeypatch.setattr(torch, "vmap", fails(torch.OutOfMemoryError("no memory"), 2))
         assert_same(part.each(a), expected)
         assert part.at_once() == 2
-        monkeypatch.setattr(torch, "vmap", fails(RuntimeError("Batching rule not implemented")))
+        monkeypatch.setattr(torch, "vmap", fails(RuntimeError("Batching rule not implemented"), 0))
         assert_same(part.each(a[:2]), expected[:2])
         assert part.at_once() == 1
         assert part.is_recorded
+
+
+def test_gradients_where_an_operation_fails_are_those_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = cell("batch norm"), torch.randn(30, 4).double()
+    saes = {place: dictionary(6, 15, 3) for place in ("first", "head:input")}
+    graph = compute_interaction_graph(model, [x], ["first", "head:input", "output"], "pca", dictionaries=saes)
+    instrumented = InstrumentedModel(model, graph.node_layer_specs())
+    with model_session(instrumented), torch.no_grad():
+        section = AblatedSection(instrumented, x, 0, *list(graph.bases.values())[:2])
+        mask = some_masks(next(iter(graph.edges.values())))[1]
+        cotangent = torch.randn_like(section._at_mean)
+        expected = section._mask_gradient(mask, cotangent)
+        assert section.section is not None
+        assert section.section.is_recorded
+
+        def fails(*_: Any, **__: Any) -> Any:
+            raise torch.OutOfMemoryError("no memory")
+
+        # Several at once do not fit, and one alone fails after some that did not.
+        monkeypatch.setattr(torch, "vmap", fails)
+        repeat, calls = RecordedFunction.__call__, [0]
+
+        def sometimes(self: RecordedFunction, a: Tensor) -> Any:
+            calls[0] += 1
+            return fails() if calls[0] > 3 else repeat(self, a)
+
+        monkeypatch.setattr(RecordedFunction, "__call__", sometimes)
+        assert_same(section._mask_gradient(mask, cotangent), expected)
+        assert not section.section.is_recorded
+
+
+class Rounded(nn.Module):
+    """A model that computes its middle in a lower precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            h = self.middle(h).tanh()
+        return self.head(h.float())
+
+
+def test_several_at_once_are_those_of_one_at_a_time_or_not_used() -> None:
+    torch.manual_seed(0)
+    model, x = Rounded(), torch.randn(200, 4)
+    sae = dictionary(6, 15, 3).float()
+    graph = compute_interaction_graph(model, [x], ["first", "head:input", "output"], "pca", dictionaries={"first": sae})
+    instrumented = InstrumentedModel(model, graph.node_layer_specs())
+    with model_session(instrumented), torch.no_grad():
+        section = AblatedSection(instrumented, x, 0, *list(graph.bases.values())[:2])
+        assert section.section is not None
+        a = torch.randn(4, *section.a.shape)
+        assert torch.equal(section.section.each(a), torch.stack([section._next(one) for one in a]))
 
 
 class Tokens(nn.Module):

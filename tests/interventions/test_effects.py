@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lib_lightning import Basis, InteractionGraph, compute_interaction_graph
-from lib_lightning.ablation import accuracy, log_likelihood
+from lib_lightning.ablation import accuracy, edge_ablation_curve, log_likelihood
 from lib_lightning.distributed.process_group import ProcessGroup
 from lib_lightning.errors import LIBError, NodeLayerError, NotFiniteError, SettingError
 from lib_lightning.interventions import MEAN, Effect, edit_features, effects, feature_effects
@@ -31,6 +32,7 @@ def square_of_output(output: Any, batch: Any) -> Tensor:
 def test_equal_to_editing_one_feature_after_another(case: Case, at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not at_once:
         monkeypatch.setattr(effects, "_BYTES_CPU", 0)
+        monkeypatch.setattr(effects, "_FEWEST_RECORDED", 1)
     graph = compute_interaction_graph(
         case.model, [case.data], case.node_layers, input_fn=case.input_fn, mask=case.mask, effort="exact"
     )
@@ -181,6 +183,7 @@ def test_several_features_at_once_give_the_same(monkeypatch: pytest.MonkeyPatch)
     together = feature_effects(model, [batch], graph, log_likelihood)
     few = len(n_passes)
     monkeypatch.setattr(effects, "_BYTES_CPU", 0)
+    monkeypatch.setattr(effects, "_FEWEST_RECORDED", 1)
     n_passes.clear()
     recorded = feature_effects(model, [batch], graph, log_likelihood)
     few_more = len(n_passes)
@@ -188,12 +191,64 @@ def test_several_features_at_once_give_the_same(monkeypatch: pytest.MonkeyPatch)
     n_passes.clear()
     single = feature_effects(model, [batch], graph, log_likelihood)
     assert few <= 8  # one for each node layer, and a few without edits
-    assert few_more <= 9  # a recording for each node layer, and likewise
+    assert few_more <= 13  # a recording for each node layer, and two passes to compare it with; and likewise
     assert len(n_passes) >= 13
     for name, effect in single.items():
         for other in (together, recorded):
             assert other[name].change == pytest.approx(effect.change, abs=1e-6)
             assert other[name].significant == effect.significant
+
+
+STORED: dict[str, Tensor] = {}
+
+
+class Telling(nn.Module):
+    """A model that says its output in several ways."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.first, self.middle, self.head = kind, nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        y = self.head(self.middle(self.first(x).tanh()).relu())
+        STORED["y"] = y.detach()
+        more = {"array": STORED["y"].numpy, "list": STORED["y"].tolist, "object": lambda: SimpleNamespace(all=[y])}
+        return {"logits": y, "more": more[self.kind]() if self.kind in more else None}
+
+
+def told(output: Any, batch: Any) -> Tensor:
+    more = output["more"]
+    y = (
+        STORED["y"]
+        if more is None
+        else torch.as_tensor(more.all[0] if isinstance(more, SimpleNamespace) else more, dtype=torch.float64)
+    )
+    return -y.double().square().sum(1)
+
+
+@pytest.mark.parametrize("kind", ["array", "list", "object", "stored"])
+def test_scores_that_read_more_than_tensors(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x = Telling(kind).double(), torch.randn(30, 4).double()
+    layers = ["first", "head:input"]
+    graph = compute_interaction_graph(model, [x], layers, "neuron", output_distribution="none")
+
+    def plain(output: Any, batch: Any) -> Tensor:
+        y: Tensor = output["logits"]
+        return -y.square().sum(1)
+
+    monkeypatch.setattr(effects, "_BYTES_CPU", 0)
+    monkeypatch.setattr(effects, "_FEWEST_RECORDED", 1)
+    found, expected = (feature_effects(model, [x], graph, score) for score in (told, plain))
+    assert len({effect.change for effect in expected.values()}) > 8
+    for name, effect in found.items():
+        assert effect.change == pytest.approx(expected[name].change, abs=1e-12)
+    # So it is in edge ablations.
+    curves = [
+        edge_ablation_curve(model, [x], graph, score, ("first", "head:input"), [1, 9, 30]) for score in (told, plain)
+    ]
+    assert curves[0] == pytest.approx(curves[1], abs=1e-12)
+    assert len({*curves[1].values()}) == 3
 
 
 def test_scores_that_know_their_samples_and_models_that_draw_random_numbers() -> None:
