@@ -6,9 +6,10 @@
 Networks are trained at a constant learning rate until nothing improves any more, and then go on: the same data, the
 same learning rate, only the noise of the batches. Of each, 120 snapshots of this plateau are computed as `LIBCallback`
 computes them, and the events in them are counted. Beside these are artificial curves without a change, and curves with
-planted changes. Of all events those are counted, too, that are abrupt: changes even if increments are autocorrelated.
+planted changes, also in those of the plateaus. Of all events those are counted, too, that are abrupt: changes even if
+increments are autocorrelated.
 
-Forty minutes of one CPU core. Started again, networks that are there are not trained again.
+An hour of one CPU core. Started again, networks that are there are not trained again.
 """
 
 from __future__ import annotations
