@@ -27,7 +27,7 @@ from torch import Tensor
 from lib_lightning.errors import is_out_of_memory
 from lib_lightning.jacobian.section import STACK_ELEMENTS
 from lib_lightning.model.precision import to_float64
-from lib_lightning.model.recorded import Operation, RecordedFunction, Slot
+from lib_lightning.model.recorded import Operation, RecordedFunction, Slot, last_uses
 from lib_lightning.model.safe_points import safe_point
 
 aten = torch.ops.aten
@@ -266,7 +266,7 @@ class SharedSection:
         rows = torch.arange(at_mean.shape[-1], device=self._device)
         constant = at_mean - sum(read.of(recorded.values[read.source], rows) for read in self._reads)
         self._constant = constant.movedim(-1, 0).contiguous()  # the output features first
-        self._frees = _last_uses(self._operations, {read.source for read in self._reads})
+        self._frees = last_uses(self._operations, {read.source for read in self._reads})
         made = [recorded.values[index] for operation in self._operations for index in operation.outputs]
         sizes = [*(t.numel() for t in made), *(math.prod(entry.shape) for entry in self._entries.values())]
         # Several rows at once gain time as long as their tensors are small.
@@ -525,16 +525,6 @@ def _with_output(reads: Sequence[_Output], new: _Output) -> list[_Output]:
         if read.changes == new.changes and read.w is not None and new.w is not None:
             return [*reads[:k], read._replace(w=read.w + new.w), *reads[k + 1 :]]
     return [*reads, new]
-
-
-def _last_uses(operations: Sequence[Operation], kept: Collection[int]) -> list[list[int]]:
-    """For each operation, the tensors that are not used after it."""
-    seen, found = set(kept), []
-    for operation in reversed(operations):
-        unused = {*operation.inputs, *operation.outputs} - seen
-        seen |= unused
-        found.append(sorted(unused))
-    return found[::-1]
 
 
 def _linear_parts(operation: Operation, recorded: RecordedFunction) -> list[tuple[int, _Linear]] | None:

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 # and on other devices.
 _BYTES_CPU, _BYTES = 2**20, 2**26
 # With fewer features, recording the rest of the model takes longer than it saves; and the memory that it may take.
-_FEWEST_RECORDED, _RECORDED_BYTES = 8, 2**31
+_FEWEST_RECORDED, _RECORDED_BYTES = 8, 2**30
 # Differences of scores by rounding, relative to the largest score, as a power of eps: 2e-5 in float32.
 _ROUNDING = 2 / 3
 

@@ -130,6 +130,7 @@ class RecordedFunction:
     by_memory: dict[_Key, int] = field(default_factory=dict)
     written: set[int] = field(default_factory=set)
     constants: dict[_Key, _Constant] = field(default_factory=dict)
+    _steps: list[tuple[Operation, list[int]]] | None = None
 
     @property
     def is_intact(self) -> bool:
@@ -143,10 +144,16 @@ class RecordedFunction:
 
     def __call__(self, x: Tensor) -> Any:
         """Repeat the function on another value of its argument."""
-        keys = [_key(t) for t in tensors_in(self.result) if _is_plain(t)]
+        if self._steps is None:
+            keys = [_key(t) for t in tensors_in(self.result) if _is_plain(t)]
+            outputs = {self.by_memory[key] for key in keys if key in self.by_memory}
+            operations = self.needed(outputs)
+            self._steps = list(zip(operations, last_uses(operations, outputs), strict=True))
         values = {0: x}
-        for operation in self.needed([self.by_memory[key] for key in keys if key in self.by_memory]):
+        for operation, unused in self._steps:
             operation.repeat(values)
+            for index in unused:
+                values.pop(index, None)
         return map_tensors(self.result, lambda t: values.get(self.by_memory.get(_key(t), -1), t) if _is_plain(t) else t)
 
     def needed(self, outputs: Collection[int], known: Collection[int] = (0,)) -> list[Operation]:
@@ -166,6 +173,24 @@ class RecordedFunction:
                 found.append(operation)
                 wanted.update(operation.inputs)
         return found[::-1]
+
+
+def last_uses(operations: Sequence[Operation], kept: Collection[int]) -> list[list[int]]:
+    """The tensors that need not be kept after each operation.
+
+    Args:
+        operations: The operations, in order.
+        kept: Numbers of tensors that are kept to the end.
+
+    Returns:
+        For each operation, the numbers of the tensors that are not used after it.
+    """
+    seen, found = set(kept), []
+    for operation in reversed(operations):
+        unused = {*operation.inputs, *operation.outputs} - seen
+        seen |= unused
+        found.append(sorted(unused))
+    return found[::-1]
 
 
 def record(function: Callable[[Tensor], T], x: Tensor, max_bytes: int = 2**31) -> tuple[T, RecordedFunction | None]:
@@ -192,9 +217,13 @@ def record(function: Callable[[Tensor], T], x: Tensor, max_bytes: int = 2**31) -
     block = operations_handled(recorder.handle)
     if block is None:
         return function(x), None
-    with torch.no_grad(), block:
-        result = function(x)
-    return result, recorder.finish(result)
+    try:
+        with torch.no_grad(), block:
+            result = function(x)
+        return result, recorder.finish(result)
+    finally:
+        # What handles operations is in a cycle of references, which would keep all tensors for a while.
+        recorder.release()
 
 
 class _Recorder:
@@ -220,7 +249,7 @@ class _Recorder:
         if _is_plain(x):
             self._add(x)
         else:
-            self._give_up()
+            self.release()
 
     def finish(self, result: Any) -> RecordedFunction | None:
         """The recorded function, after the call that returned a result."""
@@ -235,7 +264,7 @@ class _Recorder:
         self.recorded.written = {index for index, t in enumerate(self._alive) if storage_key(t) in self._written}
         return self.recorded
 
-    def _give_up(self) -> None:
+    def release(self) -> None:
         """End the recording, and free its memory."""
         self._is_repeatable = False
         self._slots, self._keys, self._alive, self.recorded = {}, {}, [], RecordedFunction()
@@ -247,7 +276,7 @@ class _Recorder:
             return func(*args, **kwargs)
         written = written_tensors(func, args, kwargs)
         if not self._can_repeat(func, args, tensors, written):
-            self._give_up()
+            self.release()
             return func(*args, **kwargs)
         if written:
             return self._write(func, args, kwargs, written)
@@ -337,7 +366,7 @@ class _Recorder:
         if self._is_repeatable and _is_plain(t) and storage_key(t) not in self._keys:
             self._free_bytes -= t.untyped_storage().nbytes()
         if not self._is_repeatable or not _is_plain(t) or self._free_bytes < 0:
-            self._give_up()
+            self.release()
             return -1
         index, key = len(self._alive), _key(t)
         alias = t.detach()  # the tensor object itself may become another tensor
@@ -361,7 +390,7 @@ class _Recorder:
         key, memory = _key(t), storage_key(t)
         if key not in self._slots:
             if memory not in self._whole:  # a view whose making was not seen
-                self._give_up()
+                self.release()
                 return t
             view = (Slot(self._whole[memory]), tuple(t.shape), t.stride(), t.storage_offset())
             self._append(aten.as_strided.default, "aten::as_strided", (view, {}), t)

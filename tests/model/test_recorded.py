@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib_lightning.model.recorded import record
+from lib_lightning.model.recorded import Operation, record
 
 W = torch.linspace(-1, 1, 12).double().reshape(4, 3)
 X = torch.linspace(-2, 3, 20).double().reshape(5, 4)
@@ -161,6 +164,39 @@ def test_constants_that_change_are_noticed() -> None:
         return y
 
     assert record(changes_while_it_runs, X)[1] is None
+
+
+def test_tensors_are_freed_as_soon_as_nothing_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def steps(x: Tensor) -> Tensor:
+        for _ in range(20):
+            x = x.sin() + 1
+        return x
+
+    def fails(x: Tensor) -> Tensor:
+        raise ValueError(str(alive.append(weakref.ref(x.sin()))))
+
+    alive: list[Any] = []
+    gc.disable()
+    try:
+        result, recorded = record(steps, X)
+        assert recorded is not None
+        alive += [weakref.ref(t) for t in recorded.values[1:-1]]
+        recorded.values.clear()
+        with pytest.raises(ValueError, match="None"):
+            record(fails, X)
+        assert [ref() for ref in alive] == [None] * 40
+    finally:
+        gc.enable()
+    most, repeat = [0], Operation.repeat
+
+    def counting(self: Operation, values: dict[int, Tensor]) -> None:
+        repeat(self, values)
+        most[0] = max(most[0], len(values))
+
+    monkeypatch.setattr(Operation, "repeat", counting)
+    for _ in range(2):
+        assert torch.equal(recorded(X), result)
+    assert most == [2]
 
 
 def test_only_needed_operations_are_repeated() -> None:
