@@ -102,8 +102,12 @@ def main() -> None:
         process.terminate()
     if options.write:
         known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        kept = known | {f"{options.basis}, {options.dtype}": pairs}
-        RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
+        key = f"{options.basis}, {options.dtype}"
+        kept = known | {key: known.get(key, []) + pairs}
+        lines = [
+            f" {json.dumps(name)}: [\n  " + ",\n  ".join(map(json.dumps, of)) + "\n ]" for name, of in kept.items()
+        ]
+        RESULTS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":
