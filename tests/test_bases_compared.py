@@ -266,9 +266,11 @@ def test_what_the_page_says_of_names_and_causal_features() -> None:
     assert f"has a name in SmolLM2, {important('lib', 'pca')} of it" in text
     assert f"and in a random rotation mostly not, {important('random')}." in text
     assert found["ica"][0]["names"]["layers"]["end"]["named"] == 23
-    assert samples_needed(80, 0.05) == 14 > found["lib"][0]["causal"]["samples"]
+    assert samples_needed(80, 0.05) == 14
+    assert found["lib"][0]["causal"]["samples"] == 24
     for by_kind in found.values():
         assert not sum(x["significant"] for x in by_kind[0]["causal"]["layers"].values())
+        assert by_kind[0]["causal"]["samples"] in (12, 24)
 
 
 def test_what_the_page_says_of_attacks_on_the_small_model() -> None:
