@@ -286,7 +286,8 @@ class _AblatedFeatures:
         # One feature at a time does not need what is before the node layer.
         rest: Callable[[Tensor], Any] = after
         if width == 1 and len(indices) >= _FEWEST_RECORDED:
-            rest = self._rest(after, *(at_means(layer, basis, [j]) for j in (indices[0], indices[-1])), layer.a)
+            first, last = (at_means(layer, basis, [j]) for j in (indices[0], indices[-1]))
+            rest = self._rest(after, first, last, layer.a)
         start = 0
         while start < len(indices):
             some = indices[start : start + width]
