@@ -299,7 +299,7 @@ class AblatedSection:
             try:
                 parts = [self._rows_gradient(mask, cotangent, some) for some in rows.split(self._rows_at_once)]
                 return torch.cat(parts)
-            except RuntimeError as error:  # an operation without derivative: the model may have another one
+            except (RuntimeError, NodeLayerError) as error:  # without derivative: the model may have another one
                 self._has_gradient = is_out_of_memory(error)
         return torch.stack([self._row_gradient(mask[i], cotangent, row) for i, row in enumerate(rows.split(1))])
 
@@ -311,7 +311,7 @@ class AblatedSection:
             own = mask[rows.to(mask.device)].to(self.fhat).requires_grad_()
             found = self.after.coordinates_of(self._outputs(own), rows)
             if self.section is None or not self.section.is_recorded:
-                raise RuntimeError("An operation of the section cannot be repeated.")
+                raise NodeLayerError("An operation of the section cannot be repeated.")
             (gradient,) = torch.autograd.grad((found * cotangent[..., columns] * is_own).sum(), own)
         return gradient
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib_lightning.errors import is_out_of_memory
+from lib_lightning.errors import LIBError, is_out_of_memory
 from lib_lightning.jacobian.section import STACK_ELEMENTS
 from lib_lightning.model.agreement import agree
 from lib_lightning.model.batch import tensors_in
@@ -137,7 +137,7 @@ class ModelPart:
         if not self._is_compared:
             # In an autocast of the model's own, several at once are rounded in another way.
             if not _agree(results[-1].detach(), recorded(a[-1].detach())):
-                raise ValueError("Several at once give other numbers.")
+                raise LIBError("Several at once give other numbers.")
             self._is_compared = True
         return results
 
