@@ -429,6 +429,12 @@ START, LENGTHS, AFTER = 20, (1, 3, 6), 12
 NOISES = (0.02, 0.05, 0.2)
 
 
+def _planted_level(kind: str, length: int, k: int) -> float:
+    """The level of a feature ``k`` snapshots after the first changed one."""
+    before, after = PLANTED["emerged" if kind == "born" else kind]
+    return before + (after - before) * min(max((k + 1) / length, 0.0), 1.0)
+
+
 def planted_curves(kind: str, length: int, runs: int, noise: float = NOISES[0]) -> list[dict[str, Any]]:
     """Curves of 20 features, one of which changes; "born" is absent before.
 
@@ -443,8 +449,7 @@ def planted_curves(kind: str, length: int, runs: int, noise: float = NOISES[0]) 
     """
     n = START + AFTER
     levels = torch.linspace(0, -4, FEATURES, dtype=torch.float64)[:, None].expand(FEATURES, n).clone()
-    before, after = PLANTED["emerged" if kind == "born" else kind]
-    levels[7] = before + (after - before) * ((torch.arange(n) - START + 1).double() / length).clamp(0, 1)
+    levels[7] = torch.tensor([_planted_level(kind, length, k - START) for k in range(n)], dtype=torch.float64)
     if kind == "born":
         levels[7, :START] = math.nan
     return artificial(levels + noise * _normal(runs, FEATURES, n, seed=0))
@@ -471,7 +476,7 @@ def with_change(
     found = []
     for k, one in enumerate(curves):
         ids, importance = one["layers"][layer]
-        level = before + (after - before) * min(max((k - start + 1) / length, 0.0), 1.0) - full
+        level = _planted_level(kind, length, k - start) - full
         changed = [x * 10**level if i == feature else x for i, x in zip(ids, importance, strict=True)]
         kept = [j for j, i in enumerate(ids) if not (kind == "born" and k < start and i == feature)]
         found.append({**one, "layers": {**one["layers"], layer: [[ids[j] for j in kept], [changed[j] for j in kept]]}})

@@ -81,7 +81,7 @@ class ModelPart:
             known: Activations and the scores of the model itself there; it has run at others since.
         """
         for a, expected in known:
-            if self.is_recorded and not _is_same_score(score(self(a)), expected, torch.finfo(a.dtype).eps):
+            if self.is_recorded and not same_scores(score(self(a)), expected, torch.finfo(a.dtype).eps):
                 self.stop_repeating()
 
     def __call__(self, a: Tensor) -> Any:
@@ -158,7 +158,14 @@ def _agree(found: Any, expected: Any) -> bool:
     )
 
 
-def _is_same_score(found: Tensor, expected: Tensor, eps: float) -> bool:
+def same_scores(found: Tensor, expected: Tensor, eps: float) -> bool:
+    """Whether the scores of some samples are equal up to rounding, relative to the largest.
+
+    Args:
+        found: Scores, shape ``(n,)``.
+        expected: Other scores.
+        eps: Of the type that they were computed in.
+    """
     if found.shape != expected.shape or not len(expected):
         return found.shape == expected.shape
     return bool((found - expected).abs().max() <= eps**ROUNDING * expected.abs().max())

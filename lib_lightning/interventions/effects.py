@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lib_lightning.ablation.interventions import check_width
-from lib_lightning.ablation.model_part import ModelPart
+from lib_lightning.ablation.model_part import ROUNDING, ModelPart, same_scores
 from lib_lightning.ablation.scored_model import Score, sample_scores
 from lib_lightning.algorithm.basis import Basis
 from lib_lightning.distributed.process_group import SINGLE_PROCESS, ProcessGroup
@@ -39,8 +39,6 @@ log = logging.getLogger(__name__)
 _BYTES_CPU, _BYTES = 2**20, 2**26
 # With fewer features, recording the rest of the model takes longer than it saves; and the memory that it may take.
 _FEWEST_RECORDED, _RECORDED_BYTES = 8, 2**30
-# Differences of scores by rounding, relative to the largest score, as a power of eps: 2e-5 in float32.
-_ROUNDING = 2 / 3
 
 
 @dataclass(frozen=True)
@@ -271,7 +269,7 @@ class _AblatedFeatures:
         unablated = self._unablated.cpu()
         d = ablated - unablated
         largest = max(float(x.abs().max()) if x.numel() else 0.0 for x in (ablated, unablated))
-        return _Differences(d, torch.where(d.abs() > self._eps**_ROUNDING * largest, d, 0.0))
+        return _Differences(d, torch.where(d.abs() > self._eps**ROUNDING * largest, d, 0.0))
 
     def _scores(self, name: str, indices: Sequence[int]) -> Iterator[Tensor]:
         """Scores with single features of a node layer at their means, ``(k, n)`` for some at a time."""
@@ -358,5 +356,5 @@ def _scores_of_repeated_samples_agree(instrumented: InstrumentedModel, batch: An
         output = instrumented.run(twice)
         again = sample_scores(score, output, twice, 2 * n)
         eps = max(torch.finfo(t.dtype).eps for t in tensors_in(output) if t.is_floating_point())
-        return bool((again - once.repeat(2)).abs().max() <= eps**_ROUNDING * once.abs().max())
+        return same_scores(again, once.repeat(2), eps)
     return False

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from torch import Tensor
 
 from lib_lightning.plots.lineage_series import as_array
-from lib_lightning.plots.palette import BASIS_NAMES, TEXT, basis_styles
+from lib_lightning.plots.palette import TEXT, basis_styles, basis_title
 from lib_lightning.plots.panels import add_legend, panels
 from lib_lightning.plots.text_metrics import short_number
 
@@ -56,7 +56,7 @@ def draw_ablation_curves(
     names = list(dict.fromkeys(name for section in curves.values() for name in section))
     styles = basis_styles(names)
     basis_entries = [
-        (Line2D([], [], color=styles[name][0], marker=styles[name][1], ms=5, lw=1.6), BASIS_NAMES.get(name, name))
+        (Line2D([], [], color=styles[name][0], marker=styles[name][1], ms=5, lw=1.6), basis_title(name))
         for name in names
     ]
     unablated_label = "unablated model" if tolerance is None else f"unablated model ± {tolerance:g}"

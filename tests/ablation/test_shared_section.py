@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lib_lightning import NodeLayer, compute_interaction_graph
+from lib_lightning import InteractionGraph, NodeLayer, compute_interaction_graph
 from lib_lightning.ablation import model_part
 from lib_lightning.ablation.interventions import AblatedSection
 from lib_lightning.ablation.model_part import ModelPart
@@ -158,16 +158,23 @@ def dictionary(d: int, n_latents: int, k: int) -> TopKSAE:
     return TopKSAE(W.T, torch.zeros(n_latents).double(), W, torch.zeros(d).double(), k=k)
 
 
+def cell_in_latents(
+    x: Tensor, places: Sequence[str] = ("first", "head:input")
+) -> tuple[InstrumentedModel, InteractionGraph]:
+    """A model whose section can be recorded, and its graph, with dictionaries at some node layers."""
+    model, saes = cell("batch norm"), {place: dictionary(6, 15, 3) for place in places}
+    graph = compute_interaction_graph(model, [x], ["first", "head:input", "output"], "pca", dictionaries=saes)
+    return InstrumentedModel(model, graph.node_layer_specs()), graph
+
+
 @pytest.mark.parametrize("places", [("first",), ("head:input",), ("first", "head:input")])
 @pytest.mark.parametrize("kind", KINDS)
 def test_sections_of_latents_give_what_the_model_gives(
     kind: str, places: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, x = cell("batch norm"), torch.randn(30, 4, generator=torch.Generator().manual_seed(0)).double()
-    dictionaries = {place: dictionary(6, 15, 3) for place in places}
-    graph = compute_interaction_graph(model, [x], ["first", "head:input", "output"], "pca", dictionaries=dictionaries)
-    model.kind = kind
-    instrumented = InstrumentedModel(model, graph.node_layer_specs())
+    x = torch.randn(30, 4, generator=torch.Generator().manual_seed(0)).double()
+    instrumented, graph = cell_in_latents(x, places)
+    instrumented.model.kind = kind
     with model_session(instrumented), torch.no_grad():
         bases = list(graph.bases.values())[:2]
         section = AblatedSection(instrumented, x, 0, *bases)
@@ -191,10 +198,8 @@ def test_sections_of_latents_give_what_the_model_gives(
 
 
 def test_latents_run_what_is_before_a_section_once() -> None:
-    model, x = cell("batch norm"), torch.randn(30, 4).double()
-    saes = {place: dictionary(6, 15, 3) for place in ("first", "head:input")}
-    graph = compute_interaction_graph(model, [x], ["first", "head:input", "output"], "pca", dictionaries=saes)
-    instrumented = InstrumentedModel(model, graph.node_layer_specs())
+    x = torch.randn(30, 4).double()
+    instrumented, graph = cell_in_latents(x)
     with model_session(instrumented), torch.no_grad():
         calls = counting(instrumented.model)
         section = AblatedSection(instrumented, x, 0, *list(graph.bases.values())[:2])
@@ -248,10 +253,8 @@ def test_operations_that_take_one_at_a_time_and_memory_that_runs_out(monkeypatch
 
 
 def test_gradients_where_an_operation_fails_are_those_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = cell("batch norm"), torch.randn(30, 4).double()
-    saes = {place: dictionary(6, 15, 3) for place in ("first", "head:input")}
-    graph = compute_interaction_graph(model, [x], ["first", "head:input", "output"], "pca", dictionaries=saes)
-    instrumented = InstrumentedModel(model, graph.node_layer_specs())
+    x = torch.randn(30, 4).double()
+    instrumented, graph = cell_in_latents(x)
     with model_session(instrumented), torch.no_grad():
         section = AblatedSection(instrumented, x, 0, *list(graph.bases.values())[:2])
         mask = some_masks(next(iter(graph.edges.values())))[1]
