@@ -37,11 +37,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)  # among what was asked for
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out combinations of values that occur in others, see `tests.combinations`."""
+    """Leave out combinations of values that occur in others, see `tests.combinations`, and begin with what takes long.
+
+    Else the last file that a process is given may be one of few tests that each train a network, while the other waits.
+    """
     if not config.getoption("--all-combinations"):
         without = left_out(items)
         config.hook.pytest_deselected(items=sorted(without, key=items.index))
         items[:] = [item for item in items if item not in without]
+    folders = ["training", "tests"]
+    items.sort(key=lambda item: [*folders, item.path.parent.name].index(item.path.parent.name))
 
 
 CASES = {case.name: case for case in all_cases()}

@@ -16,12 +16,12 @@ from torch import nn
 from lib_lightning import NodeLayer, compute_interaction_graph
 
 torch.set_num_threads(1)
-blocks = [nn.Sequential(nn.Linear(16, 2000), nn.Tanh(), nn.Linear(2000, 16), nn.Tanh()) for _ in range(4)]
+blocks = [nn.Sequential(nn.Linear(16, 2000), nn.Tanh(), nn.Linear(2000, 16), nn.Tanh()) for _ in range(2)]
 model, batch = nn.Sequential(*blocks), torch.randn(4000, 16)
 options = eval(sys.argv[2])
 
 def graph(batch, limit):
-    return compute_interaction_graph(model, [batch], ["input", "1", "output"], memory_limit=limit, **options)
+    return compute_interaction_graph(model, [batch], ["input", "0", "output"], memory_limit=limit, **options)
 
 def highest():
     # Not getrusage, whose maximum includes that of the parent process.
