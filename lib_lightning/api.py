@@ -66,6 +66,7 @@ from lib_lightning.errors import (
     brief,
     check_number,
     is_out_of_memory,
+    shortened,
 )
 from lib_lightning.graph import InteractionGraph, Lineages, Replicates
 from lib_lightning.io import basis_format as keys
@@ -435,7 +436,7 @@ def graph_of(  # noqa: PLR0913 (a public entry without its defaults)
                     if effort == "auto":
                         config, notes = _affordable(instrumented, batches, config, process_group, latents)
                     elif output is not None and config.effect_samples is None:
-                        config = _with_effects(instrumented, batches, config, process_group)
+                        config = _with_effects(instrumented, batches, config, process_group, latents)
                 chunks = split_batches(instrumented, batches, plan.samples)
                 phase_done("checks and chunks")
                 with _progress(current_display(), instrumented, chunks, config, adapted, plan.groups):
@@ -502,14 +503,19 @@ def _affordable(
 
 
 def _with_effects(
-    instrumented: InstrumentedModel, batches: Sequence[Any], config: LIBConfig, process_group: ProcessGroup
+    instrumented: InstrumentedModel,
+    batches: Sequence[Any],
+    config: LIBConfig,
+    process_group: ProcessGroup,
+    latents: Mapping[int, LatentCounts],
 ) -> LIBConfig:
     """The configuration in which samples and features that have effects on the output are chosen."""
     n, own = _total(instrumented, batches, process_group), None
     if batches:
         shapes = [a.shape[1:] for a in instrumented.activations(instrumented.select(batches[0], slice(0, 1)))]
-        own = affordable_effects(instrumented.model, shapes, config, n)
-        own = own or EffortPlan.of(measure_cost(instrumented, batches[0]), config, n, math.inf)
+        own = affordable_effects(instrumented.model, shapes, config, n, latents)
+        cost = replace(measure_cost(instrumented, batches[0]), latents=latents) if own is None else None
+        own = own if cost is None else EffortPlan.of(cost, config, n, math.inf)
     chosen = agree(own, process_group)
     return config if chosen is None else chosen.applied_to(config)
 
@@ -621,6 +627,11 @@ def basis_and_dictionaries(
         return basis, check_dictionaries(dictionaries, ())
     if dictionaries:
         raise SettingError("Give dictionaries either as basis or as dictionaries, and not both.")
+    if not isinstance(basis, Mapping):
+        raise SettingTypeError(
+            "basis is a kind, such as 'lib' or 'pca', or objects with encode and decode by node layer, such as "
+            f"{{'blocks.3': sae}}; got {shortened(repr(basis), 80)}."
+        )
     return "lib", check_dictionaries(basis, ())
 
 

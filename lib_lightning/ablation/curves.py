@@ -39,7 +39,7 @@ class EdgesRequiredResult:
         error: Standard error over samples of the difference between ``score`` and ``unablated``; NaN for one sample.
         tolerance: Accepted loss of mean score.
         bounds: The numbers that would be sufficient if each mean score were higher, or lower, by its standard error,
-            among those that were tried; None if there is none.
+            among those that were tried; None if there is none, or the error is not known.
         attack: The attack that the score withstands with those edges; None for an ablation alone.
         worst: Under attack, the factors of all edges with the lowest score that was found for that number, shape
             ``(r_out, r_in)``: 1 for those that are kept, and how far each other one was put back.
@@ -276,7 +276,7 @@ def _sufficient(found: Mapping[int, Attacked], threshold: float, errors: float) 
     answer = None
     for count in sorted(found, reverse=True):
         mean, error = found[count].score
-        if not mean + errors * (0.0 if math.isnan(error) else error) >= threshold:
+        if not mean + errors * error >= threshold:  # of a single sample, the error is NaN
             break
         answer = count
     return answer

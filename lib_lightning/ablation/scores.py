@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lib_lightning.errors import LIBError
@@ -18,7 +19,9 @@ def accuracy(output: Any, batch: Any) -> Tensor:
         output: The model's output. Its first tensor holds the logits, shape ``(n, classes)``, or ``(n, S, classes)``
             for a mean over positions.
         batch: A batch. Its second entry, or the one named ``"labels"``, holds the class indices, shape ``(n,)`` or
-            ``(n, S)``; negative ones are ignored.
+            ``(n, S)``, for the logits of the same position; negative ones are ignored. Labels that are the batch's own
+            ``"input_ids"`` are those of a causal language model of Hugging Face, which shifts them itself: there the
+            logits of each position belong to the next label.
 
     Returns:
         Shape ``(n,)``, float64.
@@ -55,7 +58,7 @@ def log_likelihood(output: Any, batch: Any) -> Tensor:
 def _logits_and_labels(output: Any, batch: Any) -> tuple[Tensor, Tensor]:
     logits = first_tensor(output)
     try:
-        labels = batch["labels"] if isinstance(batch, dict) or hasattr(batch, "keys") else batch[1]
+        labels = batch["labels"] if _is_mapping(batch) else batch[1]
     except (KeyError, IndexError, TypeError) as error:
         raise LIBError(
             f"A batch of type {type(batch).__name__} has no labels: neither a second entry nor one named 'labels'. "
@@ -67,8 +70,28 @@ def _logits_and_labels(output: Any, batch: Any) -> tuple[Tensor, Tensor]:
             f"Logits {shapes[0]} and labels {shapes[1]} do not fit: there must be one label for each row of logits. "
             "Pass your own score function: (output, batch) -> one number for each sample."
         )
+    if _are_inputs(labels, batch) and not _has_encoder(output):
+        logits, labels = logits[:, :-1], labels[:, 1:]
     logits = for_sums(logits)
     return logits, labels.to(logits.device)
+
+
+def _is_mapping(batch: Any) -> bool:
+    return isinstance(batch, dict) or hasattr(batch, "keys")
+
+
+def _are_inputs(labels: Tensor, batch: Any) -> bool:
+    """Whether the labels are the input of the same positions, which no model is trained to predict there."""
+    inputs = batch["input_ids"] if _is_mapping(batch) and "input_ids" in batch else None
+    if not isinstance(inputs, Tensor) or inputs.shape != labels.shape or labels[0].numel() < 2:
+        return False
+    has_label = labels >= 0
+    return bool(has_label.any()) and torch.equal(labels[has_label], inputs.to(labels)[has_label])
+
+
+def _has_encoder(output: Any) -> bool:
+    """Whether an output is that of an encoder and a decoder, which is given labels one position later."""
+    return getattr(output, "encoder_last_hidden_state", None) is not None
 
 
 def _mean_over_positions(values: Tensor, labels: Tensor) -> Tensor:

@@ -246,10 +246,11 @@ class ModelCost:
         m = min(num_samples, config.jacobian_samples or num_samples)
         # Of latents only the active ones are pushed and read, and there is no metric at a node layer that has some.
         read = [self.latents[i].per_sample if i in self.latents else r for i, r in enumerate(self.ranks())]
+        without = replace(config, basis="neuron", metric="next")
         sections = [
             self._of_section(
                 replace(section, hidden=None) if {i, i + 1} & self.latents.keys() else section, *pair,
-                replace(config, basis="neuron") if i in self.latents else config, m, calls, largest_chunk,
+                without if i in self.latents else config, m, calls, largest_chunk,
             )
             for i, (section, pair) in enumerate(zip(self.sections, itertools.pairwise(read), strict=True))
         ]  # fmt: skip
@@ -370,7 +371,8 @@ class ModelCost:
 
     def of_ablations(self, num_samples: int) -> float:
         """Operations, in those of training steps, of ablating each feature alone on a number of samples."""
-        return SLOWER * self._of_steps(num_samples, max(self.ranks()), math.inf) / 2
+        every = max(r for _, r in [*self._layers_with_effects(), (0, self.ranks()[-1])])
+        return SLOWER * self._of_steps(num_samples, every, math.inf) / 2
 
     def effect_vectors(self, config: LIBConfig, num_samples: int, n_batches: int) -> int:
         """Number of vectors that are counted while effects on the output are measured, for progress.
@@ -388,7 +390,8 @@ class ModelCost:
 
     def _layers_with_effects(self) -> list[tuple[int, int]]:
         """Numbers in a sample, and largest number of features, of each node layer but the output."""
-        ranks = self.ranks()
+        # Any latent may be active in some sample.
+        ranks = [self.latents[i].n_latents + 1 if i in self.latents else r for i, r in enumerate(self.ranks())]
         shapes = [section.shape_in for section in self.sections]
         if self.readout is not None:
             shapes.append(self.readout.shape_in)
@@ -838,7 +841,11 @@ def _fewer_samples(cost: ModelCost, num_samples: int) -> Iterator[tuple[int, int
 
 
 def affordable_effects(
-    model: nn.Module, shapes: Sequence[Sequence[int]], config: LIBConfig, num_samples: int
+    model: nn.Module,
+    shapes: Sequence[Sequence[int]],
+    config: LIBConfig,
+    num_samples: int,
+    latents: Mapping[int, LatentCounts],
 ) -> EffortPlan | None:
     """A plan in which all features have effects on the output, if the model is so small that these cost little.
 
@@ -849,15 +856,17 @@ def affordable_effects(
         shapes: Positions and width of each node layer.
         config: What to compute.
         num_samples: Number of samples.
+        latents: Numbers of latents of node layers with a dictionary, by index.
 
     Returns:
         The plan; None for a model that may be too large.
     """
     n = min(num_samples, _EFFECT_SAMPLES[-1])
     operations = 2.0 * sum(p.numel() for p in model.parameters()) * max(S for S, _ in shapes)
-    if 2 * n * sum(d for _, d in shapes) * operations > _EFFECT_OPERATIONS / 4:
+    features = [latents[i].n_latents + 1 if i in latents else d for i, (_, d) in enumerate(shapes)]
+    if 2 * n * sum(features) * operations > _EFFECT_OPERATIONS / 4:
         return None
-    return EffortPlan(num_samples, config.n_probes, config.n_pushed, 0.0, 0.0, n, max(d for _, d in shapes))
+    return EffortPlan(num_samples, config.n_probes, config.n_pushed, 0.0, 0.0, n, max(features))
 
 
 def agree(plan: EffortPlan | None, process_group: ProcessGroup) -> EffortPlan | None:

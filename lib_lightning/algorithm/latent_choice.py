@@ -21,6 +21,7 @@ _NO_DERIVATIVE = (
     "The encoder of the dictionary of '{}' has no derivative (torch.no_grad, detach, or a step function?), so that no "
     "feature acts on its latents."
 )
+_UNTRAINED = "The dictionary of '{}' has not been trained yet."
 
 
 def choose_latents(
@@ -35,7 +36,8 @@ def choose_latents(
         process_group: The processes.
 
     Returns:
-        The basis, and notes if there are too many, or nothing can act on them; its error has no importance yet.
+        The basis, and notes if there are too many, nothing can act on them, or they are untrained; its error has no
+        importance yet.
 
     Raises:
         NotFiniteError: If a latent is NaN or infinite for a sample.
@@ -73,6 +75,8 @@ def choose_latents(
     kept, notes = (mean_squares > 0).nonzero().flatten(), list[str]()
     if not dictionary.is_differentiable:
         notes.append(_NO_DERIVATIVE.format(dictionary.name))
+    if getattr(dictionary.dictionary, "is_trained", True) is False:
+        notes.append(_UNTRAINED.format(dictionary.name))
     if len(kept) > most:
         share = 100 * float(mean_squares.topk(most).values.sum() / mean_squares.sum())
         notes.append(_TOO_MANY.format(f"{len(kept):,}", f"{r:,}", dictionary.name, f"{most:,}", share))

@@ -135,7 +135,7 @@ class AdaptedDictionary:
     @property
     def reference(self) -> dict[str, Any]:
         """What a file says of the dictionary: class, hash of the weights, and number of latents."""
-        kind = type(self.dictionary)
+        kind = type(getattr(self.dictionary, "_orig_mod", self.dictionary))  # of a compiled module, the module
         return {"class": f"{kind.__module__}.{kind.__qualname__}", "hash": self.hash, "n_latents": self.n_latents}
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -316,6 +316,8 @@ class AdaptedDictionary:
         """Latents ``(m, r)`` of rows, and what the decoder needs beside them."""
         found = self.dictionary.encode(self._to_object(rows).reshape(len(rows), *self._shape))
         first, *rest = self._result(found, "encode")
+        if not first.is_floating_point():  # such as the number of a cluster, one-hot
+            first = first.to(rows.dtype)
         if not self._is_pair(first, rest):
             return self._dense(first), tuple(rest)
         self._has_pairs = True
@@ -363,7 +365,7 @@ class AdaptedDictionary:
     def _call_decode(self, f: Tensor, state: tuple[Any, ...]) -> Tensor:
         found = self.dictionary.decode(f, *state) if self._passes_state else self.dictionary.decode(f)
         decoded: Tensor = self._result(found, "decode")[0]
-        return decoded
+        return decoded.to(f)
 
     def _result(self, found: Any, method: str) -> tuple[Any, ...]:
         """What a method returns, as a tuple that begins with a tensor."""
@@ -435,6 +437,12 @@ class AdaptedDictionary:
             leaf = a.detach().requires_grad_()
             latents = self._encode(leaf)[0]
             self.is_differentiable = _gradient(latents, leaf) is not None
+            decoded = self._decode(f.detach().requires_grad_(), a)
+        if not decoded.requires_grad:
+            raise SettingError(
+                f"The decoder of '{self.name}' has no derivative with respect to its latents, which edges are made of: "
+                "it detaches its result, or runs under torch.no_grad."
+            )
         self._encoders = [
             matrix.detach()
             for t in tensors_of(self.dictionary).values()

@@ -142,13 +142,14 @@ class TopKTraining:
         self.r, self.k, self.lr = settings.for_width(d)
         self.d, self.device = d, torch.device(device)
         self._generator = torch.Generator().manual_seed(settings.seed)
-        self._pool = torch.zeros(POOL, d, device=self.device)
+        # With some of Lightning's precisions, the default type is another one.
+        self._pool = torch.zeros(POOL, d, dtype=torch.float32, device=self.device)
         self.n_seen = self.n_steps = 0
         self._due = 0.0
         self._scale = 0.0
         self.since_active = torch.zeros(self.r, dtype=torch.int64, device=self.device)
         # As in Gao et al., the encoder starts as the transpose of the decoder.
-        W = torch.randn(self.r, d, generator=self._generator, device="cpu")
+        W = torch.randn(self.r, d, generator=self._generator, dtype=torch.float32, device="cpu")
         W_dec = (W / W.norm(dim=1, keepdim=True)).to(self.device)
         self._start([W_dec.T.clone(), W_dec.new_zeros(self.r), W_dec, W_dec.new_zeros(d)])
 

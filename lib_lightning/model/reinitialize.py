@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -75,7 +76,8 @@ def reinitialize(model: nn.Module, seed: int = 0) -> tuple[nn.Module, list[str]]
         before = {name: p.detach().clone() for name, p in copy.named_parameters()}
         seed_all(seed)
         for initialise in _initialisations(copy):
-            initialise()
+            with suppress(Exception):  # then its parameters are permuted
+                initialise()
         permuted = []
         generator = torch.Generator().manual_seed(seed)
         for name, p in copy.named_parameters():

@@ -6,10 +6,10 @@ import functools
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
@@ -17,6 +17,9 @@ from lib_lightning.distributed.process_group import ProcessGroup
 from lib_lightning.errors import check_number, counted
 from lib_lightning.training.frameworks import rank_zero_info
 from lib_lightning.training.schedule import FEWEST
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 # Limit of the overhead where the user has not given a schedule.
 DEFAULT_MAX_OVERHEAD = 0.03
@@ -106,7 +109,8 @@ class Pace:
 class TimeMeter:
     """Compares the callback's overhead with the training time, and says whether another snapshot is within a limit.
 
-    Between `begin` and `end` all time is either overhead or training; outside, only overhead is counted.
+    Between `begin` and `end` all time is either overhead or training, but for the overhead of other meters; outside,
+    only overhead is counted.
 
     Args:
         limit: Largest ratio of overhead to training time, above 0; infinity for no limit.
@@ -132,11 +136,18 @@ class TimeMeter:
         self.limit, self.clock = limit, clock
         self.spent = TimeSpent() if spent is None else spent
         self._is_timed = self._is_training = False
-        self._last = clock()
+        self._others: Sequence[TimeMeter] = ()
+        self._last, self._last_of_others = clock(), 0.0
 
-    def begin(self) -> None:
-        """Training begins or resumes."""
+    def begin(self, others: Sequence[TimeMeter] = ()) -> None:
+        """Training begins or resumes.
+
+        Args:
+            others: Meters of other callbacks of the trainer, whose overhead is no training.
+        """
         self._settle()
+        self._others = others
+        self._last_of_others = self._overhead_of_others()
         self._is_training = True
 
     def end(self) -> None:
@@ -175,10 +186,19 @@ class TimeMeter:
 
     def _settle(self) -> None:
         """Attribute the time since the last call."""
-        now = self.clock()
-        elapsed, self._last = now - self._last, now
+        now, of_others = self.clock(), self._overhead_of_others()
+        elapsed, since = now - self._last, of_others - self._last_of_others
+        self._last, self._last_of_others = now, of_others
         if self._is_timed or self._is_training:
-            self.spent.add(elapsed, self._is_timed)
+            self.spent.add(elapsed if self._is_timed else max(0.0, elapsed - since), self._is_timed)
+
+    def _overhead_of_others(self) -> float:
+        return sum(other.overhead_so_far for other in self._others)
+
+    @property
+    def overhead_so_far(self) -> float:
+        """Seconds of overhead until now."""
+        return self.spent.overhead + (self.clock() - self._last if self._is_timed else 0.0)
 
     def expected_cost(self, kind: str) -> float:
         """Expected seconds of the next snapshot of a kind; of an unknown kind, the most that any has cost so far."""
@@ -222,6 +242,18 @@ class TimeMeter:
         # In a training of seconds, this would be a share of hundreds of percent.
         share = f" ({self.ratio:.2%})" if self.ratio < 1 else ""
         return f"{took}, beside {self.spent.training:.3g} s of training{share}"
+
+
+def other_meters(trainer: pl.Trainer, own: Any) -> list[TimeMeter]:
+    """The meters of all other callbacks of a trainer that have one.
+
+    Args:
+        trainer: The trainer.
+        own: The callback whose meter is left out.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    meters = (getattr(callback, "meter", None) for callback in callbacks if callback is not own)
+    return [meter for meter in meters if isinstance(meter, TimeMeter)]
 
 
 @dataclass

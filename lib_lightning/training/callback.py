@@ -43,7 +43,15 @@ from lib_lightning.model.preserve import copied_bytes
 from lib_lightning.model.safe_points import signals_at_safe_points
 from lib_lightning.model.skip_positions import SkipPositions
 from lib_lightning.model.weights_hash import weights_hash
-from lib_lightning.training.budget import Pace, SnapshotKind, SnapshotTrigger, TimeMeter, max_overhead_of, timed_hook
+from lib_lightning.training.budget import (
+    Pace,
+    SnapshotKind,
+    SnapshotTrigger,
+    TimeMeter,
+    max_overhead_of,
+    other_meters,
+    timed_hook,
+)
 from lib_lightning.training.effort import (
     PlanResult,
     PlanSettings,
@@ -387,6 +395,7 @@ class LIBCallback(Callback):
             self.sample_config, state.samples, trainer, self._process_group, self.reporter.layout
         )  # fmt: skip
         self._tried: tuple[int | None, str | None] = (state.step, state.weights_hash)
+        self._has_left_out_ablation = False
         self._trained = TrainedWeights()
         self._bar = SnapshotBar(self.name)
         self._has_checked_training_batch = False
@@ -425,7 +434,7 @@ class LIBCallback(Callback):
     @timed_hook
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make sure that there will be samples, and take the snapshot before training if one is due."""
-        self.meter.begin()
+        self.meter.begin(other_meters(trainer, self))
         is_due_early = self.state.cursor.next_step is not None
         self.samples.prepare(trainer, partial(self._check, trainer, pl_module), is_due_early)
         if not self.state.cursor.planned:
@@ -623,21 +632,21 @@ class LIBCallback(Callback):
     def _snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule, is_last: bool = False) -> bool:
         """Take a snapshot, unless one was tried at this step or it would cost too much; return whether it succeeded.
 
-        The last one belongs to the final weights: it is only skipped if it has been tried with these.
+        The last one belongs to the final weights: it is only skipped if all of it has been tried with these.
         """
         step, in_fit = trainer.global_step, trainer.state.fn == "fit"
+        is_at_end = is_last or (in_fit and step >= training_steps(trainer))
         if self.samples.has_given_up or (self._tried[0] == step and not is_last):
             return False
         if in_fit and not is_last:
-            kind, pace = self.state.next_kind(False), self._pace(trainer)
+            kind, pace = self.state.next_kind(False, is_at_end), self._pace(trainer)
             if not self.trigger.can_take(step, kind, self._process_group, pace, self._takes_fewest):
                 return False
         with self.meter.excluded():
             synchronize(trainer)
         weights = weights_hash(pl_module)
-        if is_last and not self._on_any_process(self._tried != (step, weights)):
+        if is_last and not self._on_any_process(self._tried != (step, weights) or self._has_left_out_ablation):
             return False
-        self._tried = (step, weights)
         metadata: dict[str, Any] = {
             STEP: step,
             LOGGING_STEP: logging_step(trainer),
@@ -646,7 +655,9 @@ class LIBCallback(Callback):
         }
         if in_fit:
             metadata[WEIGHTS] = self._trained.status(step, weights, is_last)
-        kind = self.state.next_kind(is_last)
+        kind = self.state.next_kind(is_last, is_at_end)
+        self._tried = (step, weights)
+        self._has_left_out_ablation = self.config.ablation is not None and not kind.ablation
         with self.trigger.measure(step, kind):
             succeeded = self._try_snapshot(trainer, pl_module, kind, metadata)
         self.trigger.on_result(kind, succeeded)
@@ -724,7 +735,7 @@ class LIBCallback(Callback):
         if plan is not None:
             if self.state.plan is None and plan.snapshots is not None:
                 self._plan_steps(trainer, plan.snapshots)
-            rank_zero_info(f"{self.name}: {planner.describe(plan)}")
+            rank_zero_info(f"{self.name}: {planner.describe(plan, self.config.ablation is not None)}")
         for warning in warnings:
             log.warning("%s: %s", self.name, warning)
         return plan

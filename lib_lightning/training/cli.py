@@ -317,7 +317,7 @@ def _estimate(words: Sequence[str]) -> None:
         with wrap_forward_errors(model, callback.spec):
             result = planner.plan(instrumented, batches[0], settings, estimate=True)
         plan, estimate = result.plan, result.estimate
-        print(f"{callback.name}: {planner.describe(plan)}.")
+        print(f"{callback.name}: {planner.describe(plan, callback.config.ablation is not None)}.")
         assert estimate is not None
         file_bytes = callback.file_bytes(result)
         files = (plan.snapshots or 1) * len(callback.computer.prefixes)

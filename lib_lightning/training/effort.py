@@ -31,8 +31,8 @@ SHARE = 0.03
 # Operations that a snapshot may take in any case: a second or so.
 MIN_OPERATIONS = 1e10
 # What a snapshot takes beside its graphs and forward passes, for drawing and files: in operations, and about as much in
-# seconds.
-_BESIDE_GRAPHS, _SECONDS_BESIDE_GRAPHS = 5e9, 0.8
+# seconds; and the part of it that each further graph, of a baseline, takes again.
+_BESIDE_GRAPHS, _SECONDS_BESIDE_GRAPHS, _OF_EACH_GRAPH = 5e9, 0.8, 0.6
 # What comes once, in seconds: checks before the first snapshot, and the figures of the run after the last.
 _SECONDS_ONCE = 3.0
 # A training step has one forward pass and two backward passes, for activations and weights.
@@ -159,7 +159,7 @@ class RunPlanner:
         # Processes with different data, among which the samples of a training step and of a graph are divided.
         self._replicas = data_rank(trainer)[1]
         # All processes wait for the one that draws and writes.
-        self._beside_graphs = _BESIDE_GRAPHS * self._replicas
+        self._beside_graphs = _BESIDE_GRAPHS * _beside(graphs) * self._replicas
 
     def plan(
         self, instrumented: InstrumentedModel, batch: Any, settings: PlanSettings, estimate: bool = False
@@ -205,7 +205,8 @@ class RunPlanner:
         return PlanResult(plan, texts, file_bytes(cost, ranks, dtype.itemsize), ranks)
 
     def _with_seconds(self, plan: RunPlan, rate: float) -> RunPlan:
-        return replace(plan, seconds=self._graphs * plan.of_graph / rate + _SECONDS_BESIDE_GRAPHS)
+        beside = _SECONDS_BESIDE_GRAPHS * _beside(self._graphs)
+        return replace(plan, seconds=self._graphs * plan.of_graph / rate + beside)
 
     def _with_end(
         self, plan: RunPlan, cost: ModelCost, training: float, rate: float, settings: PlanSettings
@@ -265,15 +266,19 @@ class RunPlanner:
         steps = self._steps if math.isfinite(self._steps) else batches if math.isfinite(batches) else 0
         return _PASSES * cost.forward.of(_samples_per_step(self._trainer, size)) * steps * self._replicas
 
-    def describe(self, plan: RunPlan) -> str:
+    def describe(self, plan: RunPlan, ablates: bool = False) -> str:
         """A plan in words.
 
         Args:
             plan: The plan.
+            ablates: Whether some snapshots count the edges required, whose time is not known before.
 
         Returns:
             A few sentences in one line.
         """
+        return self._describe(plan) + "; counting the edges required takes longer, and is not in this" * ablates
+
+    def _describe(self, plan: RunPlan) -> str:
         when, each = str(self._schedule), duration(plan.seconds)
         if self._number_due() is None:
             when = f"from step 0 to step {self._steps:,.0f}, log-spaced"
@@ -323,7 +328,12 @@ def plan_without_training(
         rate = _forward_rate(instrumented, batch, cost, lambda: _finish_kernels(instrumented))
     effort = _effort(cost, settings, GRAPH_OPERATIONS)
     plan = RunPlan(effort, None, math.nan, None, tracking=_tracking(cost, settings))
-    return replace(plan, seconds=graphs * plan.of_graph / rate + _SECONDS_BESIDE_GRAPHS)
+    return replace(plan, seconds=graphs * plan.of_graph / rate + _SECONDS_BESIDE_GRAPHS * _beside(graphs))
+
+
+def _beside(graphs: int) -> float:
+    """What some graphs take beside their computation, relative to a single one."""
+    return 1 + _OF_EACH_GRAPH * (graphs - 1)
 
 
 def _tracking(cost: ModelCost, settings: PlanSettings) -> float:

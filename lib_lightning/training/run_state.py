@@ -234,17 +234,19 @@ class RunState:
         """A standalone validation has loaded the state of a training run: its snapshot is not one of that run."""
         self.step = None
 
-    def next_kind(self, is_last: bool) -> SnapshotKind:
+    def next_kind(self, is_last: bool, is_at_end: bool = False) -> SnapshotKind:
         """What the next snapshot includes.
 
         Args:
             is_last: Whether it is the last one of the run, which includes everything.
+            is_at_end: Whether it is after the last step; the last one may then be the same.
 
         Returns:
             Whether edges required are counted, figures over the whole run are drawn, and features that matter are
             counted.
         """
-        ablates = self._plan is not None and (is_last or self.n_snapshots % self._plan.every_n_snapshots == 0)
+        is_end = is_last or is_at_end
+        ablates = self._plan is not None and (is_end or self.n_snapshots % self._plan.every_n_snapshots == 0)
         draws = is_last or self.n_snapshots + 1 >= max(_FIRST_DRAWN, 2 * self.n_drawn)
         return SnapshotKind(ablates, draws, self._causal.is_due(self.n_snapshots))
 

@@ -40,7 +40,7 @@ from lib_lightning.model.model_spec import InputFn, MaskFn, ModelSpec
 from lib_lightning.model.node_layer import NodeLayer, as_node_layer
 from lib_lightning.model.safe_points import signals_at_safe_points
 from lib_lightning.model.skip_positions import SkipPositions
-from lib_lightning.training.budget import TimeMeter, TimeSpent, max_overhead_of, timed_hook
+from lib_lightning.training.budget import TimeMeter, TimeSpent, max_overhead_of, other_meters, timed_hook
 from lib_lightning.training.callback import LIBCallback
 from lib_lightning.training.frameworks import Callback, callback_of_both_packages, is_instance, rank_zero_info
 from lib_lightning.training.loggers import log_scalars
@@ -219,7 +219,7 @@ class SAETrainer(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin to measure time."""
-        self.meter.begin()
+        self.meter.begin(other_meters(trainer, self))
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -439,6 +439,7 @@ class NewestSAE(nn.Module):
 
     Attributes:
         sae: The autoencoder; None before there is any. What is encoded then is encoded by an untrained one.
+        is_trained: Whether it has begun to train.
     """
 
     sae: TopKSAE | None
@@ -446,15 +447,25 @@ class NewestSAE(nn.Module):
     def __init__(self, settings: TopKSettings) -> None:
         super().__init__()
         self._settings = settings
-        self.sae = None
+        self.sae, self.is_trained = None, False
 
     def replace(self, sae: TopKSAE | None) -> None:
         """The autoencoder has been trained further, or a new run begins."""
-        self.sae = sae
+        self.sae, self.is_trained = sae, sae is not None
 
     def encode(self, a: Tensor) -> Tensor:
-        """Latents ``(..., r)`` of activations ``(..., d)``; see `TopKSAE.encode`."""
-        if self.sae is None or self.sae.W_enc.shape[0] != a.shape[-1]:
+        """Latents ``(..., r)`` of activations ``(..., d)``; see `TopKSAE.encode`.
+
+        Raises:
+            LIBError: If it has been trained on activations of another width, as those of another node layer are.
+        """
+        width = None if self.sae is None else self.sae.W_enc.shape[0]
+        if self.is_trained and width != a.shape[-1]:
+            raise LIBError(
+                f"This autoencoder is trained on activations with {width} dimensions; got {a.shape[-1]}. Give each "
+                "node layer its own: SAETrainer.dictionary(node_layer)."
+            )
+        if self.sae is None or width != a.shape[-1]:
             self.sae = TopKTraining(a.shape[-1], self._settings).sae
         return self.sae.to(a.device).encode(a)
 

@@ -35,8 +35,10 @@ from recipes.bases_compared.subjects import (
 from recipes.bases_compared.table import RESULTS, report
 
 SEEDS = 2
+# What is measured of the small network: the effect of each feature, so that some need no column of their own.
+SMALL_ALL = {"bases": tuple(BASES), "columns": tuple(name for name in COLUMNS if name != "largest_causal")}
 # What is measured of networks with new weights: of the large one, whose predictions are those of chance, what is quick.
-SMALL_CONTROL = {"bases": ("lib", "pca", "neuron", "random"), "columns": COLUMNS}
+SMALL_CONTROL = {"bases": ("lib", "pca", "neuron", "random"), "columns": SMALL_ALL["columns"]}
 LARGE_CONTROL = {"bases": SMALL_CONTROL["bases"], "columns": ("features", "edges", "names")}
 # What is measured of a pretrained network with other seeds than the first: of it only autoencoders are trained here.
 TRAINED_HERE = {"bases": ("sae",), "columns": COLUMNS}
@@ -114,7 +116,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
         if options.network != "smollm2":
             for seed in options.seeds:
-                measure(partial(small, seed, options.folder), SMALL, seed, options.folder, **chosen)
+                measure(partial(small, seed, options.folder), SMALL, seed, options.folder, **among(SMALL_ALL))
                 fresh = partial(small, seed, options.folder, fresh=True)
                 measure(fresh, RANDOM, seed, options.folder, **among(SMALL_CONTROL))
         if options.network != "small":

@@ -27,7 +27,7 @@ from recipes.token_text import TokensOf
 ATTACK = EdgeAttack("pgd", n_steps=5, n_starts=1)
 # For comparison: a search by descent that finds no more than random subsets is none. Few draws where scores are slow.
 RANDOM_ATTACK, FEW_DRAWS = EdgeAttack("random"), EdgeAttack("random", n_draws=4)
-COLUMNS = ("features", "against_pca", "edges", "names", "causal", "edges_required", "attacked")
+COLUMNS = ("features", "against_pca", "edges", "names", "causal", "largest_causal", "edges_required", "attacked")
 
 
 def most_important(basis: Basis, count: int) -> Tensor:
@@ -101,6 +101,7 @@ class Measurements:
             "edges": self._edges,
             "names": self._names,
             "causal": self._causal,
+            "largest_causal": self._largest_causal,
             "edges_required": partial(self._edges_required, self.subject.sections if section is None else [section]),
             "attacked": self._attacked,
         }
@@ -219,16 +220,29 @@ class Measurements:
         return f[..., : basis.error] if isinstance(basis, DictionaryBasis) else f
 
     def _causal(self, kind: str) -> dict[str, Any]:
-        """How many features change the loss, each set to its mean alone."""
+        """How many features change the loss, each set to its mean alone: all, or some of all ranks."""
+
+        def ranks(n: int) -> list[int]:
+            count = n if self.subject.causal is None else min(n, self.subject.causal)
+            # The middles of equal parts of the ranks, so that each stands for as many features.
+            return [(2 * k + 1) * n // (2 * count) for k in range(count)]
+
+        return self._causal_of(kind, ranks)
+
+    def _largest_causal(self, kind: str) -> dict[str, Any] | None:
+        """How many of the most important features do, where not all are tried."""
+        count = self.subject.causal
+        return None if count is None else self._causal_of(kind, lambda n: list(range(min(n, count))))
+
+    def _causal_of(self, kind: str, ranks: Callable[[int], list[int]]) -> dict[str, Any]:
+        """How many features of some ranks, given the number of features, change the loss."""
         graph = self.fit.graph(kind)
         chosen: list[str] = []
         for name, basis in graph.bases.items():
             n = basis.error if isinstance(basis, DictionaryBasis) else basis.n_features
             ids = graph.feature_ids(name)
             ranked = basis.importance[:n].argsort(descending=True, stable=True).tolist()
-            count = n if self.subject.causal is None else min(n, self.subject.causal)
-            # The middles of equal parts of the ranks, so that each stands for as many features.
-            chosen += [ids[ranked[(2 * k + 1) * n // (2 * count)]] for k in range(count)]
+            chosen += [ids[ranked[k]] for k in ranks(n)]
         batches = self.subject.batches(self.subject.tested)
         effects = feature_effects(self.subject.model, batches, graph, log_likelihood, chosen)
         layers = {name: [effects[one] for one in chosen if one.rpartition("/")[0] == name] for name in graph.bases}

@@ -93,7 +93,8 @@ def overview(by_kind: Mapping[str, Sequence[Cell]]) -> str:
         "effective edges": _effective,
         "edges required": lambda seeds: _bounded(seeds, "edges_required", "sections", _sections(by_kind)),
         "of one section, under attack": _attacked,
-        "causal": _causal,
+        "causal": lambda seeds: _causal(seeds, "causal"),
+        "of the most important": lambda seeds: _causal(seeds, "largest_causal"),
         "named": _named,
         "their importance": _importance_of_named,
         "AUROC of the names": _auroc,
@@ -270,13 +271,13 @@ def _attacked(seeds: Sequence[Cell]) -> str:
     return ", ".join(_bounded(cells, column, "sections", names) for cells, column in kinds)
 
 
-def _causal(seeds: Sequence[Cell]) -> str:
+def _causal(seeds: Sequence[Cell], column: str) -> str:
     for one in seeds:
-        tested = sum(x["tested"] for of in _of([one], "causal", "layers") for x in of.values())
-        if tested and one["causal"]["samples"] < samples_needed(tested, _LEVEL):
+        tested = sum(x["tested"] for of in _of([one], column, "layers") for x in of.values())
+        if tested and one[column]["samples"] < samples_needed(tested, _LEVEL):
             return "too few pieces"
     return _counts(
-        seeds, "causal", ("significant", "tested"), lambda significant, tested: f"{significant:,} of {tested:,}"
+        seeds, column, ("significant", "tested"), lambda significant, tested: f"{significant:,} of {tested:,}"
     )
 
 

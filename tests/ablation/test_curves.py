@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BatchEncoding, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from lib_lightning import InteractionGraph, compute_interaction_graph
 from lib_lightning.ablation import (
@@ -220,6 +222,61 @@ def test_accuracy_and_log_likelihood() -> None:
         for score in (accuracy, log_likelihood):
             with pytest.raises(LIBError, match="Pass your own score function"):
                 score(logits, bad)
+
+
+def causal_language_model(kind: str) -> nn.Module:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
+    if kind == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50, n_positions=20))
+    return LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=32))
+
+
+@pytest.mark.parametrize("masked", [0, 4])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_labels_of_hugging_face_are_those_of_the_next_position(kind: str, masked: int) -> None:
+    model, x = causal_language_model(kind).eval(), torch.randint(50, (6, 9))
+    labels = x.clone()
+    labels[:, :masked] = -100  # a prompt
+    labels[0, -1] = -100
+    batch = BatchEncoding({"input_ids": x, "labels": labels})
+    with torch.no_grad():
+        each = [model(a[None], labels=b[None]) for a, b in zip(x, labels, strict=True)]
+    output = {"logits": torch.cat([one.logits for one in each])}
+    found = log_likelihood(output, batch)
+    assert found.tolist() == pytest.approx([-float(one.loss) for one in each], rel=1e-5)
+    predicted = output["logits"][:, :-1].argmax(-1)
+    valid = labels[:, 1:] >= 0
+    assert torch.equal(accuracy(output, batch), (predicted.eq(x[:, 1:]) & valid).double().sum(1) / valid.sum(1))
+
+
+def test_labels_that_are_not_the_input_are_those_of_the_same_position() -> None:
+    logits, x = torch.randn(4, 7, 50), torch.randint(50, (4, 7))
+    masked = x.clone()
+    masked[:, 2:4] = 0  # as in a masked language model: labels where the input has been hidden
+    hidden = torch.where(masked == x, -100, x)
+    translated = (x + 1) % 50
+    for batch in (
+        {"input_ids": masked, "labels": hidden}, {"input_ids": x, "labels": translated}, {"labels": x}, (x, x),
+    ):  # fmt: skip
+        labels = batch["labels"] if isinstance(batch, dict) else batch[1]
+        valid = labels >= 0
+        expected = ((logits.argmax(-1) == labels) & valid).double().sum(1) / valid.sum(1)
+        assert torch.equal(accuracy(logits, batch), expected)
+    # A model that copies: its decoder is given what comes before.
+    copied = Seq2SeqLMOutput(logits=logits, encoder_last_hidden_state=torch.randn(4, 7, 8))
+    batch = {"input_ids": x, "labels": x}
+    assert torch.equal(accuracy(copied, batch), (logits.argmax(-1) == x).double().mean(1))
+    single = {"input_ids": x[:, :1], "labels": x[:, :1]}
+    assert torch.equal(accuracy(logits[:, :1], single), (logits[:, 0].argmax(-1) == x[:, 0]).double())
+
+
+def test_a_single_sample_has_no_bounds() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double(), torch.randn(1, 4).double()
+    graph = compute_interaction_graph(model, [torch.randn(30, 4).double()], ["input", "1", "output"])
+    found = edges_required(model, [(x, torch.tensor([1]))], graph, log_likelihood, 0.1)["1", "output"]
+    assert math.isnan(found.error)
+    assert found.count is not None
+    assert found.bounds == (None, None)
 
 
 @pytest.mark.parametrize("make", KINDS)

@@ -365,6 +365,7 @@ class Changed(SparseDictionary):
         ("decode", lambda a: a.T, "returns 16 rows of 8 for 8 rows of latents"),
         ("decode", lambda a: a.mean(0), "returns 16 rows of 1 for 8 rows of latents"),
         ("decode", lambda a: a[:, :9], "reads 16 activations, and writes 9"),
+        ("decode", lambda a: a.detach(), "decoder of '1' has no derivative with respect to its latents"),
     ],
 )
 def test_dictionaries_that_are_none_are_refused(method: str, change: Any, message: str) -> None:
@@ -561,3 +562,58 @@ def test_objects_that_are_no_modules_and_encoders_without_a_derivative() -> None
     assert any("has no derivative" in note for note in graph.info["notes"])
     assert not graph.edges["1", "3"][:-1].any()  # all that is pushed goes into the error
     assert graph.edges["1", "3"][-1].any()
+
+
+def test_latents_and_results_of_other_types() -> None:
+    model, x, _ = small()
+    model, x = model.float(), x.float()
+    plain, exact = Changed(16, 24), Changed(16, 24)
+    exact.after_decode = Tensor.double
+    graphs = [compute_interaction_graph(model, [x], ["1", "3", "output"], {"1": one}) for one in (plain, exact)]
+    for section, E in graphs[0].edges.items():
+        assert torch.allclose(E, graphs[1].edges[section], rtol=1e-4, atol=1e-6 * float(E.max()))
+    for to_numbers in (Tensor.bool, lambda f: (f > 0).long()):
+        steps = Changed(16, 24)
+        steps.after_encode = to_numbers
+        steps.decode = lambda f: f @ plain.W_dec  # type: ignore[method-assign]
+        graph = compute_interaction_graph(model, [x], ["1", "3", "output"], {"1": steps})
+        assert any("has no derivative" in note for note in graph.info["notes"])
+        f = graph.bases["1"].encode(torch.tanh(x[:3, :1]).expand(3, 16))
+        assert set(f[:, :-1].unique().tolist()) <= {0.0, 1.0}
+
+
+def test_a_compiled_dictionary_is_the_same(tmp_path: Path) -> None:
+    graph, *_, dictionaries = graph_of()
+    compiled = {layer: torch.compile(one, backend="eager") for layer, one in dictionaries.items()}
+    graph.save(tmp_path / "plain.safetensors")
+    loaded = InteractionGraph.load(tmp_path / "plain.safetensors", dictionaries=compiled)
+    assert loaded.info["dictionaries"] == graph.info["dictionaries"]
+    model, x, _ = small()
+    again = compute_interaction_graph(model, [x], ["1", "3", "output"], compiled)
+    assert again.info["dictionaries"] == graph.info["dictionaries"]
+
+
+@pytest.mark.parametrize("effort", ["auto", "exact"])
+def test_all_latents_have_effects_on_the_output_where_these_cost_little(effort: Any) -> None:
+    model, x, _ = small()
+    dictionary = SparseDictionary(16, 200, k=5, seed=0).double()
+    graph = compute_interaction_graph(model, [x], ["1", "3", "output"], {"1": dictionary}, effort=effort)
+    assert not any("too long" in note for note in graph.info["notes"])
+    assert graph.bases["1"].n_features > 17
+    is_measured = torch.isfinite(graph.output_effects["1"].changes).any(1)
+    assert is_measured[:-1].all()
+
+
+def test_a_metric_of_the_output_beside_a_dictionary() -> None:
+    model, x, dictionaries = small()
+    layers = ["input", "1", "3", "output"]
+    graph = compute_interaction_graph(model, [x], layers, {"1": dictionaries["1"]}, metric="output")
+    alone = compute_interaction_graph(model, [x], layers, metric="output")
+    assert torch.allclose(graph.bases["3"].importance, alone.bases["3"].importance)
+
+
+@pytest.mark.parametrize("basis", [["ica"], 3, nn.Linear(2, 2)])
+def test_a_basis_is_a_kind_or_dictionaries_by_node_layer(basis: Any) -> None:
+    model, x, _ = small()
+    with pytest.raises(SettingTypeError, match="basis is a kind, such as 'lib' or 'pca', or objects with encode"):
+        compute_interaction_graph(model, [x], ["1", "3"], basis=basis)

@@ -80,6 +80,23 @@ def test_parameters_without_an_initialisation_are_permuted() -> None:
     assert torch.equal(control.scale, model.scale)
 
 
+def test_parameters_whose_initialisation_fails_are_permuted() -> None:
+    class Broken(nn.Linear):
+        is_made = False
+
+        def reset_parameters(self) -> None:
+            if self.is_made:
+                raise RuntimeError("only once")
+            super().reset_parameters()
+            self.is_made = True
+
+    model = nn.Sequential(Broken(3, 4), nn.Linear(4, 2))
+    control, permuted = reinitialize(model, 3)
+    assert permuted == ["0.weight", "0.bias"]
+    assert torch.equal(control[0].weight.flatten().sort().values, model[0].weight.flatten().sort().values)
+    assert not torch.equal(control[1].weight, model[1].weight)
+
+
 def test_tied_weights_stay_tied() -> None:
     model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 6, bias=False))
     model[1].weight = model[0].weight

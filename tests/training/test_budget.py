@@ -331,6 +331,25 @@ def test_all_time_is_overhead_or_training(clock: Clock) -> None:
     assert (meter.spent.overhead, meter.spent.training, meter.ratio) == (5, 20, 0.25)
 
 
+def test_the_overhead_of_other_callbacks_is_no_training(clock: Clock) -> None:
+    meters = [TimeMeter(0.1, clock) for _ in range(3)]
+    for meter in meters:
+        with meter.timed():
+            clock.spend(1)  # before others begin
+            meter.begin([other for other in meters if other is not meter])
+    for _ in range(4):
+        clock.spend(10)
+        for i, meter in enumerate(meters):
+            with meter.timed():
+                clock.spend(1 + i)
+                with meter.excluded():
+                    clock.spend(0.5)
+                assert all(other.ratio < 1 for other in meters[:i])  # asked for in between
+    clock.spend(2)
+    # What is excluded in one meter, such as waiting for kernels, is training in all.
+    assert [meter.ratio for meter in meters] == [pytest.approx((1 + 4 * (1 + i)) / (4 * 11.5 + 2)) for i in range(3)]
+
+
 def test_failed_snapshots_cost_their_time(clock: Clock) -> None:
     meter = TimeMeter(0.1, clock)
     meter.begin()

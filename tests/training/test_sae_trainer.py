@@ -69,6 +69,8 @@ class Failing(Classifier):
         (Classifier, {}),
         (Classifier, {"accumulate_grad_batches": 2, "num_sanity_val_steps": 0}),
         (Classifier, {"precision": "bf16-mixed", "val_check_interval": 0.5, "gradient_clip_val": 0.1}),
+        (Classifier, {"precision": "64-true"}),
+        (Classifier, {"precision": "bf16-true"}),
         (Checkpointed, {}),
         (Compiled, {}),
         (Failing, {}),
@@ -377,6 +379,19 @@ def test_the_newest_weights_and_untrained_ones_before(tmp_path: Path) -> None:
     assert torch.equal(sae.encode(x), snapshots.seen[-1])
 
 
+def test_activations_of_another_width_are_refused_once_it_is_trained(tmp_path: Path) -> None:
+    callback = SAETrainer("net.4:input", n_latents=12, k=2, every_n_batches=1)
+    dictionary = callback.dictionary()
+    assert dictionary.encode(torch.ones(2, 5)).shape == dictionary.encode(torch.ones(2, 8)).shape == (2, 12)
+    assert not dictionary.is_trained
+    trainer_of(tmp_path, callback, max_epochs=7).fit(Classifier())
+    trained, x = callback.saes["net.4:input"], torch.ones(2, 8)
+    assert dictionary.is_trained
+    with pytest.raises(LIBError, match="trained on activations with 8 dimensions; got 5"):
+        dictionary.encode(torch.ones(2, 5))
+    assert torch.equal(dictionary.encode(x), trained.encode(x))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -441,6 +456,22 @@ def test_beside_a_callback_with_snapshots(tmp_path: Path) -> None:
     assert alone.graph is not None
     assert both.graph is not None
     assert all(torch.equal(alone.graph.edges[section], both.graph.edges[section]) for section in alone.graph.edges)
+
+
+def test_a_snapshot_says_that_an_autoencoder_is_untrained(tmp_path: Path) -> None:
+    sae = SAETrainer("net.4:input", n_latents=12, k=2, every_n_batches=1)
+    notes: dict[int, list[str]] = {}
+
+    class Notes(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            assert callback.graph is not None
+            notes[trainer.global_step] = callback.graph.info["notes"]
+
+    callback = LIBCallback(["net.4:input", "output"], dictionaries={"net.4:input": sae.dictionary()}, at_steps=[0, 40])
+    trainer_of(tmp_path, sae, callback, Notes(), max_epochs=7).fit(Classifier())
+    said = {step: [note for note in found if "has not been trained yet" in note] for step, found in notes.items()}
+    assert said[1] == ["The dictionary of 'net.4:input' has not been trained yet."]
+    assert said[41] == []
 
 
 def test_two_processes_train_on_the_activations_of_both(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from lib_lightning.errors import LIBError
 from lib_lightning.graph import Lineages
 from lib_lightning.metrics import Gini, Modularity, NumberOfFeatures, find_modules
 from lib_lightning.model.replica import copy_model
+from lib_lightning.training.recorder import SnapshotRecorder
 from lib_lightning.training.run_state import PlotHistory
 from lib_lightning.viewer.cache import Cache
 from lib_lightning.viewer.run_view import RunView
@@ -269,6 +270,41 @@ def test_ablations_every_n_snapshots_on_held_out_samples(tmp_path: Path, score: 
         assert (shown is not None) == (k in (0, 3, 6))
         value = math.nan if shown is None or shown["value"] is None else shown["value"]
         assert drawn[k] == pytest.approx(value, rel=1e-4, nan_ok=True)
+
+
+class StopsAt8(pl.Callback):
+    """Ends the training where nobody expects it."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step >= 8
+
+
+@pytest.mark.parametrize(
+    ("schedule", "stops", "steps"),
+    [
+        ({"every_n_steps": 4}, False, [0, 4, 8, 12]),
+        ({"at_steps": [3, 12]}, False, [3, 12]),
+        ({"at_steps": [3]}, False, [3, 12]),
+        ({"every_n_validations": 1}, False, [6, 12]),
+        ({}, False, None),
+        ({"every_n_steps": 4}, True, [0, 4, 8, 8]),
+    ],
+)
+def test_the_first_and_the_last_snapshot_are_ablated(
+    schedule: dict[str, Any], stops: bool, steps: list[int] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    callback, ablated = callback_with(ablation=AblationPlan(tolerance=0.02), **schedule), list[tuple[int, bool]]()
+    compute = SnapshotRecorder.compute
+
+    def noted(self: Any, instrumented: Any, data: Any, metadata: Any, kind: Any, interval: float = 1.0) -> Any:
+        ablated.append((metadata["step"], kind.ablation))
+        return compute(self, instrumented, data, metadata, kind, interval)
+
+    monkeypatch.setattr(SnapshotRecorder, "compute", noted)
+    trainer_of(tmp_path, callback, *[StopsAt8()] * stops).fit(Sorted())
+    assert steps is None or [step for step, _ in ablated] == steps
+    assert [is_ablated for _, is_ablated in ablated] == [True, *[False] * (len(ablated) - 2), True]
+    assert callback.state.ablation_step == callback.state.step == (8 if stops else 12)
 
 
 def test_history_has_values_where_they_were_measured() -> None:
