@@ -5,13 +5,12 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lib_lightning.errors import LIBError, check_number
+from lib_lightning.errors import LIBError, brief, check_number
 from lib_lightning.model.module_paths import unwrapped
 from lib_lightning.model.preserve import preserve_rng
 from lib_lightning.model.process_state import PROCESS_LOCK, seed_all
@@ -62,7 +61,7 @@ def reinitialize(model: nn.Module, seed: int = 0) -> tuple[nn.Module, list[str]]
         The copy, and the names of parameters without an initialisation of their own, whose values were permuted.
 
     Raises:
-        LIBError: If the model cannot be copied.
+        LIBError: If the model cannot be copied, or the initialisation of a part of it fails.
     """
     check_number("seed", seed, lambda k: 0 <= k < 2**32, "must be at least 0 and less than 2**32", integer=True)
     model = unwrapped(model)
@@ -76,8 +75,10 @@ def reinitialize(model: nn.Module, seed: int = 0) -> tuple[nn.Module, list[str]]
         before = {name: p.detach().clone() for name, p in copy.named_parameters()}
         seed_all(seed)
         for initialise in _initialisations(copy):
-            with suppress(Exception):  # then its parameters are permuted
+            try:
                 initialise()
+            except Exception as error:
+                raise LIBError(f"{type(model).__name__} cannot be given new weights: {brief(error)}") from error
         permuted = []
         generator = torch.Generator().manual_seed(seed)
         for name, p in copy.named_parameters():
