@@ -627,6 +627,8 @@ def basis_and_dictionaries(
         return basis, check_dictionaries(dictionaries, ())
     if dictionaries:
         raise SettingError("Give dictionaries either as basis or as dictionaries, and not both.")
+    if basis is None:
+        return "lib", check_dictionaries(dictionaries, ())
     if not isinstance(basis, Mapping):
         raise SettingTypeError(
             "basis is a kind, such as 'lib' or 'pca', or objects with encode and decode by node layer, such as "

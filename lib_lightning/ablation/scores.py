@@ -21,7 +21,7 @@ def accuracy(output: Any, batch: Any) -> Tensor:
         batch: A batch. Its second entry, or the one named ``"labels"``, holds the class indices, shape ``(n,)`` or
             ``(n, S)``, for the logits of the same position; negative ones are ignored. Labels that are the batch's own
             ``"input_ids"`` are those of a causal language model of Hugging Face, which shifts them itself: there the
-            logits of each position belong to the next label.
+            logits of each position belong to the next label. (A model that copies its input needs a score of its own.)
 
     Returns:
         Shape ``(n,)``, float64.
@@ -70,7 +70,7 @@ def _logits_and_labels(output: Any, batch: Any) -> tuple[Tensor, Tensor]:
             f"Logits {shapes[0]} and labels {shapes[1]} do not fit: there must be one label for each row of logits. "
             "Pass your own score function: (output, batch) -> one number for each sample."
         )
-    if _are_inputs(labels, batch) and not _has_encoder(output):
+    if _are_inputs(labels, batch) and not _predicts_same_position(output):
         logits, labels = logits[:, :-1], labels[:, 1:]
     logits = for_sums(logits)
     return logits, labels.to(logits.device)
@@ -81,17 +81,18 @@ def _is_mapping(batch: Any) -> bool:
 
 
 def _are_inputs(labels: Tensor, batch: Any) -> bool:
-    """Whether the labels are the input of the same positions, which no model is trained to predict there."""
-    inputs = batch["input_ids"] if _is_mapping(batch) and "input_ids" in batch else None
-    if not isinstance(inputs, Tensor) or inputs.shape != labels.shape or labels[0].numel() < 2:
+    """Whether the labels are the input of the same positions, which causal language models do not predict there."""
+    inputs = batch["input_ids"] if _is_mapping(batch) and "input_ids" in batch.keys() else None  # noqa: SIM118
+    if not isinstance(inputs, Tensor) or inputs.shape != labels.shape or labels.ndim != 2 or labels.shape[1] < 2:
         return False
     has_label = labels >= 0
     return bool(has_label.any()) and torch.equal(labels[has_label], inputs.to(labels)[has_label])
 
 
-def _has_encoder(output: Any) -> bool:
-    """Whether an output is that of an encoder and a decoder, which is given labels one position later."""
-    return getattr(output, "encoder_last_hidden_state", None) is not None
+def _predicts_same_position(output: Any) -> bool:
+    """Whether an output is that of a masked language model, or of a decoder that is given labels one position later."""
+    has_encoder = getattr(output, "encoder_last_hidden_state", None) is not None
+    return has_encoder or type(output).__name__.startswith("MaskedLM")
 
 
 def _mean_over_positions(values: Tensor, labels: Tensor) -> Tensor:

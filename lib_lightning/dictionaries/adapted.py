@@ -124,7 +124,8 @@ class AdaptedDictionary:
     def hash(self) -> str:
         """Hash of the weights: 16 hexadecimal digits, equal for equal weights on any device."""
         if isinstance(self.dictionary, nn.Module):
-            return weights_hash(self.dictionary)
+            # Compiled or not, it is the same.
+            return weights_hash(getattr(self.dictionary, "_orig_mod", self.dictionary))
         return hash_tensors(sorted(tensors_of(self.dictionary).items(), key=lambda item: item[0])).hex()[:16]
 
     @property
@@ -317,7 +318,7 @@ class AdaptedDictionary:
         found = self.dictionary.encode(self._to_object(rows).reshape(len(rows), *self._shape))
         first, *rest = self._result(found, "encode")
         if not first.is_floating_point():  # such as the number of a cluster, one-hot
-            first = first.to(rows.dtype)
+            first = first.to(rows.dtype if self._like is None else self._like.dtype)
         if not self._is_pair(first, rest):
             return self._dense(first), tuple(rest)
         self._has_pairs = True
@@ -437,8 +438,8 @@ class AdaptedDictionary:
             leaf = a.detach().requires_grad_()
             latents = self._encode(leaf)[0]
             self.is_differentiable = _gradient(latents, leaf) is not None
-            decoded = self._decode(f.detach().requires_grad_(), a)
-        if not decoded.requires_grad:
+        # Directions of decoders of values and indices are decoded, and take no derivative.
+        if not self._has_pairs and not torch.is_inference_mode_enabled() and not self._is_decoder_differentiable(f, a):
             raise SettingError(
                 f"The decoder of '{self.name}' has no derivative with respect to its latents, which edges are made of: "
                 "it detaches its result, or runs under torch.no_grad."
@@ -450,6 +451,10 @@ class AdaptedDictionary:
             for matrix in (t, t.T)
             if matrix.shape == (self.n_latents, self.d)
         ]
+
+    def _is_decoder_differentiable(self, f: Tensor, a: Tensor) -> bool:
+        with torch.enable_grad():
+            return self._decode(f[:1].detach().requires_grad_(), a[:1]).requires_grad
 
     def _check_rows(self, f: Tensor, a: Tensor) -> None:
         """Raise an error if latents depend on anything but their own row of activations.

@@ -58,10 +58,8 @@ def weights_hash(module: nn.Module) -> str:
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    # Compiled or not, they are the same.
-    yield from ((name.replace("_orig_mod.", ""), t) for name, t in module.named_parameters())
-    buffers = ((name, t) for name, t in module.named_buffers() if t.is_floating_point())
-    yield from ((name.replace("_orig_mod.", ""), t) for name, t in buffers)
+    yield from module.named_parameters()
+    yield from ((name, t) for name, t in module.named_buffers() if t.is_floating_point())
 
 
 def _bytes(t: Tensor) -> Tensor:

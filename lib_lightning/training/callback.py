@@ -635,7 +635,8 @@ class LIBCallback(Callback):
         The last one belongs to the final weights: it is only skipped if all of it has been tried with these.
         """
         step, in_fit = trainer.global_step, trainer.state.fn == "fit"
-        is_at_end = is_last or (in_fit and step >= training_steps(trainer))
+        # Where several optimizers step, there are more steps than expected.
+        is_at_end = is_last or (in_fit and step == training_steps(trainer))
         if self.samples.has_given_up or (self._tried[0] == step and not is_last):
             return False
         if in_fit and not is_last:

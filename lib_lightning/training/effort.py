@@ -276,7 +276,7 @@ class RunPlanner:
         Returns:
             A few sentences in one line.
         """
-        return self._describe(plan) + "; counting the edges required takes longer, and is not in this" * ablates
+        return self._describe(plan) + "; the edges required (AblationPlan) take more, which is not included" * ablates
 
     def _describe(self, plan: RunPlan) -> str:
         when, each = str(self._schedule), duration(plan.seconds)

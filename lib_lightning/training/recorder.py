@@ -79,9 +79,10 @@ class SnapshotRecorder:
             layouts: Where its features have been drawn.
             draws: Whether to draw the figures over the whole run.
         """
+        known = list(self.state.events)  # where the last snapshot is taken once more
         self.state.commit(snapshot, layouts)
         self.reporter.show(figures, snapshot.step)
-        self.reporter.notify(snapshot.events)
+        self.reporter.notify([event for event in snapshot.events if event not in known])
         if draws:
             self.reporter.draw_run()
             self.state.mark_drawn()

@@ -428,7 +428,8 @@ class SAETrainer(Callback):
         for layer, state in self._saved.items():  # known before the first batch
             training = TopKTraining(state["weights"][3].shape[0], self.settings)
             training.load_state_dict(state)
-            self._dictionaries[layer].replace(training.sae)
+            if training.is_ready:
+                self._dictionaries[layer].replace(training.sae)
 
 
 class NewestSAE(nn.Module):

@@ -504,7 +504,7 @@ class Tracer:
         reporter, state, recorder = callback.reporter, callback.state, callback.recorder
         try:
             metadata = self._load_if_complete(step, checkpoint, is_watched=remaining is None)
-            kind = state.next_kind(remaining == 0 and not self._is_due(step))
+            kind = state.next_kind(remaining == 0 and not self._is_due(step), is_at_end=remaining == 0)
             with callback.resolver.precision():
                 instrumented = callback.resolver.instrument(self.model, SINGLE_PROCESS)
                 snapshot = recorder.compute(instrumented, self._data, metadata, kind)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import BatchEncoding, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from transformers.modeling_outputs import Seq2SeqLMOutput
+from transformers.modeling_outputs import MaskedLMOutput, Seq2SeqLMOutput
 
 from lib_lightning import InteractionGraph, compute_interaction_graph
 from lib_lightning.ablation import (
@@ -262,10 +262,27 @@ def test_labels_that_are_not_the_input_are_those_of_the_same_position() -> None:
         valid = labels >= 0
         expected = ((logits.argmax(-1) == labels) & valid).double().sum(1) / valid.sum(1)
         assert torch.equal(accuracy(logits, batch), expected)
-    # A model that copies: its decoder is given what comes before.
+    # Models that copy: a decoder that is given what comes before, and one that sees all positions.
+    batch: Any = {"input_ids": x, "labels": x}
+    expected = (logits.argmax(-1) == x).double().mean(1)
     copied = Seq2SeqLMOutput(logits=logits, encoder_last_hidden_state=torch.randn(4, 7, 8))
-    batch = {"input_ids": x, "labels": x}
-    assert torch.equal(accuracy(copied, batch), (logits.argmax(-1) == x).double().mean(1))
+    assert torch.equal(accuracy(copied, batch), expected)
+    assert torch.equal(accuracy(MaskedLMOutput(logits=logits), batch), expected)
+    # Several labels at each position.
+    books = {"input_ids": x[:, None], "labels": x[:, None]}
+    assert torch.equal(accuracy(logits[:, None], books), expected)
+
+    class Keyed:
+        """A batch with keys, of which Python does not know what it contains."""
+
+        def keys(self) -> list[str]:
+            return list(batch)
+
+        def __getitem__(self, key: str) -> Tensor:
+            return batch[key]
+
+    shifted = (logits[:, :-1].argmax(-1) == x[:, 1:]).double().mean(1)
+    assert torch.equal(accuracy(logits, Keyed()), shifted)
     single = {"input_ids": x[:, :1], "labels": x[:, :1]}
     assert torch.equal(accuracy(logits[:, :1], single), (logits[:, 0].argmax(-1) == x[:, 0]).double())
 

@@ -22,6 +22,7 @@ from lib_lightning import InteractionGraph, LIBCallback, compute_interaction_gra
 from lib_lightning.ablation import AblationPlan, accuracy, edges_required
 from lib_lightning.errors import LIBError
 from lib_lightning.graph import Lineages
+from lib_lightning.lineage.events import Event
 from lib_lightning.metrics import Gini, Modularity, NumberOfFeatures, find_modules
 from lib_lightning.model.replica import copy_model
 from lib_lightning.training.recorder import SnapshotRecorder
@@ -293,7 +294,9 @@ class StopsAt8(pl.Callback):
 def test_the_first_and_the_last_snapshot_are_ablated(
     schedule: dict[str, Any], stops: bool, steps: list[int] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    callback, ablated = callback_with(ablation=AblationPlan(tolerance=0.02), **schedule), list[tuple[int, bool]]()
+    reported: list[Event] = []
+    callback = callback_with(ablation=AblationPlan(tolerance=0.02), on_event=reported.append, **schedule)
+    ablated: list[tuple[int, bool]] = []
     compute = SnapshotRecorder.compute
 
     def noted(self: Any, instrumented: Any, data: Any, metadata: Any, kind: Any, interval: float = 1.0) -> Any:
@@ -305,6 +308,21 @@ def test_the_first_and_the_last_snapshot_are_ablated(
     assert steps is None or [step for step, _ in ablated] == steps
     assert [is_ablated for _, is_ablated in ablated] == [True, *[False] * (len(ablated) - 2), True]
     assert callback.state.ablation_step == callback.state.step == (8 if stops else 12)
+    assert reported == callback.state.events, "each once"
+
+
+def test_more_steps_than_expected_are_not_all_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    callback = callback_with(every_n_steps=2, ablation=AblationPlan(tolerance=0.02, every_n_snapshots=100))
+    monkeypatch.setattr("lib_lightning.training.callback.training_steps", lambda trainer: 6.0)
+    ages: list[float] = []
+
+    class Ages(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            ages.append(callback._scalars(trainer)["lib/ablation_age"])
+
+    trainer_of(tmp_path, callback, Ages()).fit(Sorted())
+    assert ages[:11] == [1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]
+    assert callback.state.ablation_step == 12
 
 
 def test_history_has_values_where_they_were_measured() -> None:
