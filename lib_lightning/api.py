@@ -604,12 +604,12 @@ def _plan(
 
 
 def basis_and_dictionaries(
-    basis: BasisKind | Mapping[str, Dictionary], dictionaries: Mapping[str, Dictionary] | None
+    basis: BasisKind | Mapping[str, Dictionary] | None, dictionaries: Mapping[str, Dictionary] | None
 ) -> tuple[BasisKind, dict[str, Dictionary]]:
     """The kind of basis of node layers without a dictionary, and the dictionaries of the others.
 
     Args:
-        basis: As for `compute_interaction_graph`.
+        basis: As for `compute_interaction_graph`; None for the LIB.
         dictionaries: As for `compute_interaction_graph`.
 
     Returns:
@@ -623,12 +623,10 @@ def basis_and_dictionaries(
         >>> basis_and_dictionaries("pca", None)
         ('pca', {})
     """
-    if isinstance(basis, str):
-        return basis, check_dictionaries(dictionaries, ())
+    if basis is None or isinstance(basis, str):
+        return basis or "lib", check_dictionaries(dictionaries, ())
     if dictionaries:
         raise SettingError("Give dictionaries either as basis or as dictionaries, and not both.")
-    if basis is None:
-        return "lib", check_dictionaries(dictionaries, ())
     if not isinstance(basis, Mapping):
         raise SettingTypeError(
             "basis is a kind, such as 'lib' or 'pca', or objects with encode and decode by node layer, such as "
