@@ -474,6 +474,14 @@ def test_a_snapshot_says_that_an_autoencoder_is_untrained(tmp_path: Path) -> Non
     assert said[41] == []
 
 
+def test_a_resumed_autoencoder_is_untrained_as_before(tmp_path: Path) -> None:
+    callback, again = (SAETrainer("net.4:input", n_latents=12, k=2, every_n_batches=1) for _ in range(2))
+    trainer_of(tmp_path, callback, max_epochs=1).fit(Classifier())  # 48 activations, and a batch has 256
+    again.load_state_dict(callback.state_dict())
+    assert not callback.dictionary().is_trained
+    assert not again.dictionary().is_trained
+
+
 def test_two_processes_train_on_the_activations_of_both(tmp_path: Path) -> None:
     torchrun("tests/two_processes_sae.py", tmp_path)
     names = ["ddp", *(["sharded"] if hasattr(torch.cpu.Stream, "record_event") else [])]
