@@ -267,10 +267,34 @@ def test_what_the_page_says_of_names_and_causal_features() -> None:
     assert f"and in a random rotation mostly not, {important('random')}." in text
     assert found["ica"][0]["names"]["layers"]["end"]["named"] == 23
     assert samples_needed(80, 0.05) == 14
-    assert found["lib"][0]["causal"]["samples"] == 24
-    for by_kind in found.values():
-        assert not sum(x["significant"] for x in by_kind[0]["causal"]["layers"].values())
-        assert by_kind[0]["causal"]["samples"] in (12, 24)
+    for kind, (first, *_) in found.items():
+        assert not sum(x["significant"] for x in first["causal"]["layers"].values())
+        assert first["causal"]["samples"] == (12 if kind == "output" else 24)
+
+    def largest(kind: str) -> int:
+        return sum(x["significant"] for x in found[kind][0]["largest_causal"]["layers"].values())
+
+    assert f"{largest('pca')} of 80 do in PCA, {largest('lib')} in the LIB, {largest('neuron')} among neurons" in text
+    assert f"{largest('sae')} among latents and {largest('random')} in a random rotation" in text
+    of_latents = found["sae"][0]["largest_causal"]["layers"]
+    assert of_latents["middle"]["significant"] == of_latents["three_quarters"]["significant"] == 0
+
+
+def test_what_the_page_says_of_edges_between_latents() -> None:
+    text, found = " ".join(PAGE.split()), read()["SmolLM2-135M"]
+    required = [found["sae"][0]["edges_required"]["sections"]["-to-".join(pair)] for pair in LARGE_SECTIONS[1:]]
+    a, b, c = (one["count"] / 1e6 for one in required)
+    assert f"it is {a:.1f} million of {required[0]['edges'] / 1e6:.1f} from a quarter to a half" in text
+    assert f"and {b:.1f} million from there to three quarters" in text
+    assert f"and {c:.1f} million in the last section" in text
+    known = found["sae"][0]["edges"]["sections"]["-to-".join(LARGE_SECTIONS[-1])]
+    assert required[-1]["low"] < known["with edges"] * known["edges"] < required[-1]["count"]
+    for kind in ("lib", "pca"):
+        sections = found[kind][0]["edges_required"]["sections"]
+        shares = [x["count"] / x["edges"] for x in (sections["-to-".join(pair)] for pair in LARGE_SECTIONS[1:])]
+        assert 0.15 < shares[0] < 0.19
+        assert 0.15 < shares[1] < 0.19
+        assert shares[2] < 0.5
 
 
 def test_what_the_page_says_of_attacks_on_the_small_model() -> None:
