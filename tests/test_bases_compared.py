@@ -274,7 +274,8 @@ def test_what_the_page_says_of_names_and_causal_features() -> None:
     def largest(kind: str) -> int:
         return sum(x["significant"] for x in found[kind][0]["largest_causal"]["layers"].values())
 
-    assert f"{largest('pca')} of 80 do in PCA, {largest('lib')} in the LIB, {largest('neuron')} among neurons" in text
+    of_libs = f"{largest('lib')} in the LIB ({largest('fisher')} with the end by the Fisher metric)"
+    assert f"{largest('pca')} of 80 do in PCA, {of_libs}, {largest('neuron')} among neurons" in text
     others = f"{largest('sae')} among latents, {largest('ica')} in ICA and {largest('random')} in a random rotation"
     assert others in text
     of_latents = found["sae"][0]["largest_causal"]["layers"]
