@@ -359,7 +359,7 @@ class ModelCost:
             fit, or a few samples with as many features as fit.
         """
         allowed = max(_EFFECT_OPERATIONS, operations / SLOWER)
-        every = max(r for _, r in [*self._layers_with_effects(), (0, self.ranks()[-1])])
+        every = self._most_features()
         fewest = min(available, _ABLATED_SAMPLES)
 
         def fits(n: int, m: int) -> bool:
@@ -371,8 +371,11 @@ class ModelCost:
 
     def of_ablations(self, num_samples: int) -> float:
         """Operations, in those of training steps, of ablating each feature alone on a number of samples."""
-        every = max(r for _, r in [*self._layers_with_effects(), (0, self.ranks()[-1])])
-        return SLOWER * self._of_steps(num_samples, every, math.inf) / 2
+        return SLOWER * self._of_steps(num_samples, self._most_features(), math.inf) / 2
+
+    def _most_features(self) -> int:
+        """Largest number of features of a node layer."""
+        return max(r for _, r in [*self._layers_with_effects(), (0, self.ranks()[-1])])
 
     def effect_vectors(self, config: LIBConfig, num_samples: int, n_batches: int) -> int:
         """Number of vectors that are counted while effects on the output are measured, for progress.

@@ -635,10 +635,10 @@ class LIBCallback(Callback):
         The last one belongs to the final weights: it is only skipped if all of it has been tried with these.
         """
         step, in_fit = trainer.global_step, trainer.state.fn == "fit"
-        # Where several optimizers step, there are more steps than expected.
-        is_at_end = is_last or (in_fit and step == training_steps(trainer))
         if self.samples.has_given_up or (self._tried[0] == step and not is_last):
             return False
+        # Where several optimizers step, there are more steps than expected.
+        is_at_end = is_last or (in_fit and step == training_steps(trainer))
         if in_fit and not is_last:
             kind, pace = self.state.next_kind(False, is_at_end), self._pace(trainer)
             if not self.trigger.can_take(step, kind, self._process_group, pace, self._takes_fewest):

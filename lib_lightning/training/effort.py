@@ -205,8 +205,7 @@ class RunPlanner:
         return PlanResult(plan, texts, file_bytes(cost, ranks, dtype.itemsize), ranks)
 
     def _with_seconds(self, plan: RunPlan, rate: float) -> RunPlan:
-        beside = _SECONDS_BESIDE_GRAPHS * _beside(self._graphs)
-        return replace(plan, seconds=self._graphs * plan.of_graph / rate + beside)
+        return replace(plan, seconds=_seconds(plan, self._graphs, rate))
 
     def _with_end(
         self, plan: RunPlan, cost: ModelCost, training: float, rate: float, settings: PlanSettings
@@ -328,7 +327,12 @@ def plan_without_training(
         rate = _forward_rate(instrumented, batch, cost, lambda: _finish_kernels(instrumented))
     effort = _effort(cost, settings, GRAPH_OPERATIONS)
     plan = RunPlan(effort, None, math.nan, None, tracking=_tracking(cost, settings))
-    return replace(plan, seconds=graphs * plan.of_graph / rate + _SECONDS_BESIDE_GRAPHS * _beside(graphs))
+    return replace(plan, seconds=_seconds(plan, graphs, rate))
+
+
+def _seconds(plan: RunPlan, graphs: int, rate: float) -> float:
+    """Seconds of a snapshot with some graphs, at a rate of operations."""
+    return graphs * plan.of_graph / rate + _SECONDS_BESIDE_GRAPHS * _beside(graphs)
 
 
 def _beside(graphs: int) -> float:
