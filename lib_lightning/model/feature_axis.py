@@ -45,7 +45,7 @@ _WITH_VECTOR = {
     "add", "radd", "iadd", "sub", "subtract", "rsub", "isub", "mul", "multiply", "rmul", "imul", "div", "divide",
     "true_divide", "truediv", "rdiv", "rtruediv", "itruediv", "prelu",
 }  # fmt: skip
-_MATMUL = frozenset({"matmul", "rmatmul", "mm"})
+_MATMUL = frozenset({"matmul", "rmatmul", "mm", "addmm"})
 # Operations after which an axis is another thing.
 _MIXING = {
     "matmul", "rmatmul", "imatmul", "mm", "bmm", "baddbmm", "addmm", "addbmm", "einsum", "tensordot", "dot", "outer",
@@ -164,7 +164,7 @@ class FeatureAxes(TorchFunctionMode):
         if name == "einsum":
             operation.input_axis, operation.output_axis = _axes_of_einsum(args, weights)
             operation.is_linear = True
-        elif name in _MATMUL and len(tensors) == 2 and weights and tensors[1] is weights[0] and weights[0].ndim == 2:
+        elif name in _MATMUL and _has_matrix_on_the_right(tensors[1:] if name == "addmm" else tensors, weights):
             operation.input_axis = operation.output_axis = -1
             operation.is_linear = True
         elif name in _WITH_VECTOR and weights:
@@ -306,6 +306,11 @@ def _name(func: Any) -> str:
 def _is_weight(t: Tensor) -> bool:
     """Whether a tensor of unknown origin could be weights of its operation."""
     return t.ndim <= 2 or sum(size > 1 for size in t.shape) <= 1
+
+
+def _has_matrix_on_the_right(factors: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
+    """Whether a product is one with a matrix of weights, which maps the last axis."""
+    return len(factors) == 2 and factors[1].ndim == 2 and any(factors[1] is t for t in weights)
 
 
 def _axis_of_operation(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> int | None:

@@ -95,6 +95,9 @@ class Weights(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.how == "einsum":
             return torch.einsum("nct,cd->ndt", x, self.W)
+        if self.how == "addmm":  # as in GPT-2
+            bias = torch.zeros(D)
+            return torch.addmm(bias, x.view(-1, C), self.W).view(*x.shape[:-1], D)
         return {"@": lambda: x @ self.W, "matmul": lambda: torch.matmul(x, self.W)}[self.how]()
 
 
@@ -184,6 +187,7 @@ ROWS: dict[str, tuple[Callable[[], list[nn.Module]], tuple[int, ...], list[int]]
     "SqueezeExcite": (lambda: [SqueezeExcite(), nn.Tanh()], SERIES, [1, 1, 1]),
     "x @ W": (lambda: [Weights("@"), nn.Tanh()], FRAMES, [3, 3, 3]),
     "matmul": (lambda: [Weights("matmul"), nn.Tanh()], FRAMES, [3, 3, 3]),
+    "addmm": (lambda: [Do(lambda x: x.roll(1, -1)), Weights("addmm"), nn.Tanh()], FRAMES, [3, 3, 3, 3]),
     "einsum": (lambda: [Weights("einsum"), nn.Tanh()], SERIES, [1, 1, 1]),
     "functions": (
         lambda: [Do(lambda x: F.conv1d(x, torch.ones(D, C, 1))), Do(lambda x: F.relu(x + 1).clone())],
@@ -280,12 +284,16 @@ def hugging_face(name: str) -> tuple[nn.Module, dict[str, Tensor], dict[str, int
         axes = {"embeddings": 1, "encoder.stages.0.layers.0.layernorm": 3, "encoder.stages.0.layers.0.act": 3}
         axes["encoder.stages.0"] = 1
         return T.ConvNextModel(config), {"pixel_values": torch.randn(3, 3, 64, 64)}, axes
+    if name == "GPT2":
+        config = T.GPT2Config(n_layer=2, n_head=4, n_embd=32, vocab_size=50, bos_token_id=0, eos_token_id=0)
+        parts = ("attn.c_attn", "attn.c_proj:input", "ln_2:input", "mlp.c_proj:input")
+        return T.GPT2Model(config), {"input_ids": torch.randint(0, 50, (3, 8))}, {f"h.0.{at}": 2 for at in parts}
     config = T.LlamaConfig(**small, vocab_size=50)
     tokens = torch.randint(0, 50, (3, 8))
     return T.LlamaModel(config), {"input_ids": tokens}, {"embed_tokens": 2, "layers.0.mlp.act_fn": 2, "layers.0": 2}
 
 
-@pytest.mark.parametrize("name", ["Wav2Vec2", "Swin", "ConvNeXt", "Llama"])
+@pytest.mark.parametrize("name", ["Wav2Vec2", "Swin", "ConvNeXt", "GPT2", "Llama"])
 def test_models_of_transformers(name: str) -> None:
     model, batch, expected = hugging_face(name)
     assert axes_found(model.eval(), batch, list(expected)) == (list(expected.values()), [])
