@@ -340,13 +340,20 @@ def _axes_of_einsum(args: Sequence[Any], weights: Sequence[Tensor]) -> tuple[int
     operands, _, result = equation.partition("->")
     words = operands.split(",")
     tensors = args[1:] if not isinstance(args[1], (list, tuple)) else args[1]
-    if len(words) != 2 or len(tensors) != 2 or "." in equation or len(weights) != 1:
+    if len(words) != 2 or len(tensors) != 2 or len(weights) != 1:
         return None, None
     own = words[1] if tensors[1] is weights[0] else words[0]
     other = words[0] if own is words[1] else words[1]
-    read = [other.index(x) for x in own if x in other and x not in result]
-    made = [result.index(x) for x in own if x in result and x not in other]
+    letters = own.replace(".", "")
+    read = [_place(x, other) for x in letters if x in other and x not in result]
+    made = [_place(x, result) for x in letters if x in result and x not in other]
     return (read[0] if len(read) == 1 else None), (made[0] if len(made) == 1 else None)
+
+
+def _place(letter: str, word: str) -> int:
+    """The axis of a letter in one of the words of an equation; after an ellipsis, counted from the end."""
+    before, _, after = word.partition("...")
+    return before.index(letter) if letter in before else after.index(letter) - len(after)
 
 
 def _mapped(

@@ -95,6 +95,8 @@ class Weights(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.how == "einsum":
             return torch.einsum("nct,cd->ndt", x, self.W)
+        if self.how == "...":
+            return torch.einsum("...c, cd -> ...d", x, self.W)
         if self.how == "addmm":  # as in GPT-2
             bias = torch.zeros(D)
             return torch.addmm(bias, x.view(-1, C), self.W).view(*x.shape[:-1], D)
@@ -188,6 +190,7 @@ ROWS: dict[str, tuple[Callable[[], list[nn.Module]], tuple[int, ...], list[int]]
     "x @ W": (lambda: [Weights("@"), nn.Tanh()], FRAMES, [3, 3, 3]),
     "matmul": (lambda: [Weights("matmul"), nn.Tanh()], FRAMES, [3, 3, 3]),
     "addmm": (lambda: [Do(lambda x: x.roll(1, -1)), Weights("addmm"), nn.Tanh()], FRAMES, [3, 3, 3, 3]),
+    "einsum, other axes left out": (lambda: [Do(torch.sin), Weights("..."), nn.Tanh()], FRAMES, [3, 3, 3, 3]),
     "einsum": (lambda: [Weights("einsum"), nn.Tanh()], SERIES, [1, 1, 1]),
     "functions": (
         lambda: [Do(lambda x: F.conv1d(x, torch.ones(D, C, 1))), Do(lambda x: F.relu(x + 1).clone())],
