@@ -248,8 +248,7 @@ class IndependentComponents(_OfWhitened):
 class OrthogonalDictionary(_OfWhitened):
     """Sparse dictionary learning with as many atoms as dimensions, which are orthogonal; see `Rotation`.
 
-    A basis is an affine map with a pseudo-inverse, so a dictionary with more atoms than dimensions is none: its
-    coefficients are not a linear function of the activations.
+    With more atoms than dimensions, coefficients are not a linear function of the activations, and this is no rotation.
 
     Args:
         lib: The LIB of the node layer.
