@@ -172,8 +172,8 @@ def describe_dominance(
         variances: Their variances with one position left out.
 
     Returns:
-        One sentence for each such node layer, always the same one. A feature is reported of node layers with at least 8
-        activations, and not if the last node layer has such a feature, too: then the result has one dimension.
+        One sentence for each such node layer, always the same one. A feature is reported of node layers with at least
+        16 activations, and not if the last node layer has such a feature, too: then the result has one dimension.
     """
     found = [_Dominated(v.dominant(), _has_dominant(b)) for b, v in zip(bases, variances, strict=True)]
     sentences = []

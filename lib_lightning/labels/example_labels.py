@@ -15,7 +15,7 @@ from lib_lightning.features.renderers import ImageRenderer, Renderer, TableRende
 from lib_lightning.interventions.significance import benjamini_hochberg
 from lib_lightning.labels.auroc import areas
 from lib_lightning.labels.candidates import MAX_VALUES, Kind, weights
-from lib_lightning.labels.labeller import FeatureSamples, Labels
+from lib_lightning.labels.labeller import MAX_POSITIONS, FeatureSamples, Labels
 from lib_lightning.labels.properties import Texts, properties
 
 # A feature is active where it is above half of its largest value, but at the largest hundredth of the positions at
@@ -67,7 +67,7 @@ class ExampleLabels:
     renderer: Renderer | None = None
     level: float = 0.05
     min_score: float = 0.6
-    max_positions: int = 32768
+    max_positions: int = MAX_POSITIONS
 
     def __post_init__(self) -> None:
         check_number("level", self.level, lambda x: 0 < x < 1, "is a false discovery rate between 0 and 1")

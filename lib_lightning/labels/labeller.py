@@ -23,6 +23,8 @@ from lib_lightning.model.skip_positions import SkipPositions
 
 # Of the choice of positions.
 _SEED = 0
+# Positions that a labeller with scores looks at, unless it says how many.
+MAX_POSITIONS = 32768
 
 
 class Labeller(Protocol):
@@ -99,15 +101,12 @@ class Labels:
     scores: Tensor | None = None
 
 
-class ScoringLabeller(Labeller, Protocol):
+class ScoringLabeller(Protocol):
     """A labeller such as `ExampleLabels` that sees more than the model's first input, and scores its labels.
 
-    Attributes:
-        max_positions: Number of positions that it looks at: with more samples than this, it is given the first ones; of
-            longer samples, some positions of each, chosen at random.
+    It may have an attribute ``max_positions``, by default 32,768: with more samples than this, it is given the first
+    ones; of longer samples, some positions of each, chosen at random.
     """
-
-    max_positions: int
 
     def label(self, samples: FeatureSamples) -> Labels:
         """Label the features of one node layer.
@@ -125,7 +124,7 @@ def label_features(
     graph: InteractionGraph,
     model: nn.Module,
     batches: Iterable[Any],
-    labeller: Labeller,
+    labeller: Labeller | ScoringLabeller,
     input_fn: InputFn | None = None,
     mask: str | int | MaskFn | None = None,
     dtype: torch.dtype | None = None,
@@ -171,7 +170,7 @@ def find_labels(
     graph: InteractionGraph,
     model: nn.Module,
     batches: Iterable[Any],
-    labeller: Labeller,
+    labeller: Labeller | ScoringLabeller,
     **spec: Any,
 ) -> dict[str, Labels]:
     """Label the features of every node layer as `label_features` does, with scores if the labeller has any.
@@ -242,7 +241,7 @@ def _scored(
     labeller: Any, names: Sequence[str], instrumented: InstrumentedModel, graph: InteractionGraph, batches: list[Any]
 ) -> dict[str, Labels]:
     """Call a labeller with some positions of each sample, and what is known of the samples."""
-    limit: int = labeller.max_positions
+    limit: int = getattr(labeller, "max_positions", MAX_POSITIONS)
     batches = _first(batches, limit, instrumented)
     num_samples = sum(map(instrumented.num_samples, batches))
     layers = {layer.name: layer for layer in graph.node_layer_specs()}

@@ -35,9 +35,9 @@ class NodeLayer:
         name: Name of the node layer. By default its taps joined by ``+``, or by ``|``.
         positions: Positions (tokens, pixels) to select: an index or a list of indices into the flattened positions.
             Negative indices count from the end. By default all positions.
-        feature_dim: Axis of the features. By default it is found from the modules that make and read the tensor: axis 1
-            at convolutions, the last one at linear maps. Where these do not tell, it is axis 1 for four-dimensional
-            tensors (channels-first images) and the last axis for all others, and a note says so.
+        feature_dim: Axis of the features. By default it is found from the operations that make and read the tensor:
+            axis 1 at convolutions, the last one at linear maps. Where these do not tell, it is axis 1 for
+            four-dimensional tensors (channels-first images) and the last axis for all others, and a note says so.
         join: Axis along which several taps are concatenated: ``"features"``, or ``"positions"`` for tensors with the
             same features at different positions, such as the two streams of an encoder-decoder.
         skip_positions: Positions whose activations flow on as ever but are left out of all features: 1 for the first

@@ -30,7 +30,7 @@ from lib_lightning.interventions.plan import CausalPlan
 from lib_lightning.io.basis_format import EPOCH, LOGGING_STEP, STEP, WEIGHTS, WEIGHTS_HASH
 from lib_lightning.io.run_layout import check_run_name, overlapping_names
 from lib_lightning.labels.example_labels import ExampleLabels
-from lib_lightning.labels.labeller import Labeller
+from lib_lightning.labels.labeller import Labeller, ScoringLabeller
 from lib_lightning.lineage.events import CHANGES
 from lib_lightning.lineage.reference import NUM_REFERENCE_VALUES
 from lib_lightning.model.batch import is_empty
@@ -251,7 +251,7 @@ class LIBCallback(Callback):
         final_metric: FinalMetric | None = None,
         baselines: Sequence[BasisKind] = (),
         metrics: MetricCollection | None = None,
-        labeller: Labeller | None = None,
+        labeller: Labeller | ScoringLabeller | None = None,
         ablation: AblationPlan | None = None,
         follow: bool = True,
         on_event: EventHook | list[EventHook] | None = None,

@@ -42,7 +42,7 @@ from lib_lightning.io.basis_format import (
     SAMPLES,
     STEP,
 )
-from lib_lightning.labels.labeller import Labeller, find_labels
+from lib_lightning.labels.labeller import Labeller, ScoringLabeller, find_labels
 from lib_lightning.lineage.events import Event
 from lib_lightning.lineage.reference import reference_features
 from lib_lightning.lineage.snapshot_tracker import TURNOVER, SnapshotTracker
@@ -100,7 +100,7 @@ class SnapshotConfig:
     config: LIBConfig
     baselines: tuple[BasisKind, ...] = ()
     metrics: MetricCollection | None = None
-    labeller: Labeller | None = None
+    labeller: Labeller | ScoringLabeller | None = None
     ablation: AblationPlan | None = None
     memory_limit: float = MEMORY_LIMIT
     follow: bool = True
@@ -118,8 +118,11 @@ class SnapshotConfig:
                 f"metrics must be a torchmetrics.MetricCollection; got {shortened(repr(self.metrics), 80)}. "
                 "MetricCollection(...) makes one of a list, or of a dict with the names to log them under."
             )
-        if self.labeller is not None and not callable(self.labeller):
-            raise SettingTypeError(f"labeller must be a function, or None for no labels; got {self.labeller!r}.")
+        if not (self.labeller is None or callable(self.labeller) or hasattr(self.labeller, "label")):
+            raise SettingTypeError(
+                "labeller must be a function, an object with a method label, or None for no labels; got "
+                f"{self.labeller!r}."
+            )
         if self.ablation is not None and not isinstance(self.ablation, AblationPlan):
             raise SettingTypeError(
                 f"ablation must be an AblationPlan, or None for no ablations; got {shortened(repr(self.ablation), 80)}."
@@ -676,7 +679,7 @@ class SnapshotComputer:
         return ratios
 
 
-def labelled_samples(labeller: Labeller | None) -> int:
+def labelled_samples(labeller: Labeller | ScoringLabeller | None) -> int:
     """How many times the samples that a graph is computed on a labeller looks at: more if it scores its labels."""
     return _LABELLED_SAMPLES if hasattr(labeller, "label") else 1
 

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lib_lightning import InteractionGraph, LIBCallback
-from lib_lightning.labels import ExampleLabels
+from lib_lightning.labels import ExampleLabels, Labels
 from lib_lightning.plots.image import render_png
 from tests.resumable_run import Steady
 from tests.tiny_training import trainer_of
@@ -82,6 +82,21 @@ def test_a_labeller_that_fails_costs_no_snapshot(tmp_path: Path, caplog: pytest.
     assert callback.snapshots == 2
     assert caplog.text.count("The labeller failed, and features have no labels") == 1
     assert math.isnan(callback.state.scalars["lib/named_features/total"])
+
+
+def test_a_labeller_needs_only_a_method(tmp_path: Path) -> None:
+    class Ranks:
+        def label(self, samples: Any) -> Labels:
+            r = samples.features.shape[2]
+            return Labels([f"rank {k}" for k in range(r)], torch.linspace(0.6, 0.9, r))
+
+    callback = LIBCallback(["net.0:input", "output"], at_steps=[0], labeller=Ranks())
+    trainer_of(tmp_path, callback, max_epochs=1).fit(Classes())
+    assert callback.graph is not None
+    assert callback.graph.feature(("net.0:input", 0)).label == "rank 0"
+    assert callback.state.scalars["lib/named_features/total"] == callback.graph.bases["net.0:input"].n_features
+    with pytest.raises(TypeError, match="an object with a method label"):
+        LIBCallback(labeller=object())  # type: ignore[arg-type]
 
 
 def test_labels_leave_the_training_as_it_is(tmp_path: Path) -> None:
