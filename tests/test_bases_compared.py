@@ -286,7 +286,7 @@ def test_what_the_page_says_of_edges_between_latents() -> None:
     text, found = " ".join(PAGE.split()), read()["SmolLM2-135M"]
     required = [found["sae"][0]["edges_required"]["sections"]["-to-".join(pair)] for pair in LARGE_SECTIONS[1:]]
     a, b, c = (one["count"] / 1e6 for one in required)
-    assert f"it is {a:.1f} million of {required[0]['edges'] / 1e6:.1f} from a quarter to a half" in text
+    assert f"{a:.1f} million of {required[0]['edges'] / 1e6:.1f} are required from a quarter to a half" in text
     assert f"and {b:.1f} million from there to three quarters" in text
     assert f"and {c:.1f} million in the last section" in text
     known = found["sae"][0]["edges"]["sections"]["-to-".join(LARGE_SECTIONS[-1])]

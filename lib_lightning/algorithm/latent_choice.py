@@ -21,6 +21,10 @@ _NO_DERIVATIVE = (
     "The encoder of the dictionary of '{}' has no derivative (torch.no_grad, detach, or a step function?), so that no "
     "feature acts on its latents."
 )
+_NOT_AFFINE = (
+    "The decoder of the dictionary of '{}' is not affine, so that its latents have no importance for the output, and "
+    "no outputs that they raise or lower."
+)
 _UNTRAINED = "The dictionary of '{}' has not been trained yet."
 
 
@@ -36,8 +40,8 @@ def choose_latents(
         process_group: The processes.
 
     Returns:
-        The basis, and notes if there are too many, nothing can act on them, or they are untrained; its error has no
-        importance yet.
+        The basis, and notes if there are too many, nothing can act on them, their directions vary, or they are
+        untrained; its error has no importance yet.
 
     Raises:
         NotFiniteError: If a latent is NaN or infinite for a sample.
@@ -75,6 +79,8 @@ def choose_latents(
     kept, notes = (mean_squares > 0).nonzero().flatten(), list[str]()
     if not dictionary.is_differentiable:
         notes.append(_NO_DERIVATIVE.format(dictionary.name))
+    if not dictionary.is_affine:
+        notes.append(_NOT_AFFINE.format(dictionary.name))
     if getattr(dictionary.dictionary, "is_trained", True) is False:
         notes.append(_UNTRAINED.format(dictionary.name))
     if len(kept) > most:

@@ -564,6 +564,15 @@ def test_objects_that_are_no_modules_and_encoders_without_a_derivative() -> None
     assert graph.edges["1", "3"][-1].any()
 
 
+def test_a_note_where_directions_of_latents_vary() -> None:
+    model, x, dictionaries = small()
+    curved = Saturating(16, 24, k=5, seed=1).double()
+    graph = compute_interaction_graph(model, [x], ["1", "3", "output"], {"1": dictionaries["1"], "3": curved})
+    notes = [note for note in graph.info["notes"] if "no importance for the output" in note]
+    assert [note.split("'")[1] for note in notes] == ["3"]
+    assert (graph.bases["1"].output_importance is None, graph.bases["3"].output_importance is None) == (False, True)
+
+
 def test_latents_and_results_of_other_types() -> None:
     model, x, _ = small()
     model, x = model.float(), x.float()
