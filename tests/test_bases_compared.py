@@ -299,6 +299,20 @@ def test_what_the_page_says_of_edges_between_latents() -> None:
         assert shares[2] < 0.5
 
 
+def test_what_the_page_says_of_edges_required_of_smollm2() -> None:
+    text, found = " ".join(PAGE.split()), read()["SmolLM2-135M"]
+
+    def counts(kind: str) -> list[int]:
+        sections = found[kind][0]["edges_required"]["sections"]
+        return [sections["-to-".join(pair)]["count"] for pair in LARGE_SECTIONS]
+
+    lib, fisher, pca, neuron = (round(sum(counts(kind)), -3) for kind in ("lib", "fisher", "pca", "neuron"))
+    assert f"in all {lib:,} ({fisher:,} with the end by the Fisher metric) and {pca:,} of 1.3 million" in text
+    assert f"Neurons require {neuron:,} of all 1.3 million, twice as many as PCA" in text
+    assert [round(count / 331776, 1) for count in counts("neuron")[:3]] == [0.9, 0.6, 0.6]
+    assert [round(count / 331776, 1) for count in counts("random")] == [1.0, 0.9, 1.0, 1.0]
+
+
 def test_what_the_page_says_of_attacks_on_the_small_model() -> None:
     def counted(seeds: Sequence[dict[str, Any]], column: str, part: str = "sections") -> float:
         return sum(one[column][part]["-to-".join(ATTACKED)]["count"] for one in seeds) / len(seeds)
